@@ -1,0 +1,1 @@
+"""Ways to run the same step: plain (one process) and FSDP2."""

@@ -1,0 +1,53 @@
+"""AdamW with its parameter groups, and its state in place from the start."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from cmtmae_scale.config.schema import Optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split trainable parameters into those with weight decay and those without.
+
+    No decay for vectors, class, register and mask tokens, and position tables (method.md 7.5).
+    """
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
+            (plain if exempt else decay).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def make_adamw(model: nn.Module, settings: Optimizer, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with its state in place, so that ``fragments()`` and loading need no first step."""
+    groups = parameter_groups(model, settings.weight_decay)
+    fused = True if device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=fused)
+    for parameter in trained(optimizer):
+        counter_device = device if fused else torch.device("cpu")
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=counter_device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def trained(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
+    """Every parameter of an optimizer."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set AdamW's counter of applied steps."""
+    for parameter in trained(optimizer):
+        optimizer.state[parameter]["step"].fill_(float(step))

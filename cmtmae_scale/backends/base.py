@@ -1,0 +1,102 @@
+"""What the loop asks of a backend, and the values that pass between them."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from cmtmae_scale.method.masking import PatchChoice
+from cmtmae_scale.method.targets import Losses, Predictions
+
+
+class MicroBatch(NamedTuple):
+    """Input of one forward and backward, all on the device."""
+
+    images: Tensor
+    """Normalised views, ``[B, 3, S, S]`` float32."""
+    choice: PatchChoice
+    """Masks, ``R = B * masks_per_view`` rows."""
+    targets: Predictions
+    """What is to be predicted, in the predictions' order."""
+    valid: Tensor
+    """Rows whose view could be decoded, ``[R]`` bool."""
+    alpha_target: Tensor
+    """Teacher's weight in the loss, 0-dim float32."""
+
+
+Objective = Callable[[Predictions, MicroBatch], Losses]
+
+
+class Fragment(NamedTuple):
+    """This rank's part of one state of one parameter: a range of its flattened values."""
+
+    offset: int
+    """First element."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    local: Tensor
+    """The part itself: a 1-D float32 view of live memory."""
+    owner: bool
+    """Whether this rank writes it (replicas do not)."""
+
+
+class Outcome(NamedTuple):
+    """What came of an optimizer step."""
+
+    grad_norm: float
+    """Global norm before clipping."""
+    applied: bool
+    """False: something was not finite and nothing was changed."""
+    report: list[float]
+    """The caller's vector, summed over ranks."""
+
+
+class Backend(Protocol):
+    """One way to compute, reduce and apply a step."""
+
+    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+        """Forward and backward; ``last`` is the micro-step after which gradients are reduced."""
+        ...
+
+    def step(self, lr: float, report: Tensor) -> Outcome:
+        """Clip, test, update. The one host read of the step.
+
+        Args:
+            lr: learning rate in force.
+            report: 1-D float32 vector, summed over ranks and returned; a non-finite entry stops
+                the update just as a non-finite gradient does.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Drop gradients accumulated without a step."""
+        ...
+
+    def momentum_update(self, momentum: float) -> None:
+        """Move the momentum student towards the fp32 weights: ``m * old + (1 - m) * new``."""
+        ...
+
+    def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Momentum student's features ``[B, N(+1), D]`` and attention ``[B, N]``; no gradient."""
+        ...
+
+    def fragments(self) -> dict[str, Fragment]:
+        """Weights, both moments and momentum weights by name, as views of live memory."""
+        ...
+
+    def after_load(self, step: int) -> None:
+        """Bring everything derived in line after ``fragments()`` was written to.
+
+        Args:
+            step: applied optimizer steps so far (AdamW's counter).
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
+
+
+def finite(grad_norm: float, report: list[float]) -> bool:
+    """Whether a step may be applied."""
+    return all(abs(value) < float("inf") for value in [grad_norm, *report])

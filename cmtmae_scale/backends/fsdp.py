@@ -1,0 +1,203 @@
+"""FSDP2: weights, moments and momentum weights as float32 shards, computed in bf16 or fp32.
+
+Source: research by the project (docs/); PyTorch's ``fully_shard``.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step
+from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.config.schema import Backend as BackendSettings
+from cmtmae_scale.config.schema import Optimizer
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.momentum import update_momentum
+from cmtmae_scale.method.targets import Losses
+
+
+class Blocked(Protocol):
+    """A module that names the blocks to be wrapped one by one."""
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Blocks in the order of the forward."""
+        ...
+
+
+class Fsdp:
+    """FSDP2 over all ranks of the default process group.
+
+    Args:
+        model: ``CollaborativeMAE`` on the CPU, the same values on every rank.
+        momentum_student: started as a copy of ``model.encoder``, or ``None``.
+        objective: from predictions to losses, sums over rows.
+        optimizer: AdamW's settings.
+        settings: precision, sharding, compilation, activation checkpointing.
+        loss_scale: factor of the summed loss, ``1 / (global_batch * masks_per_view)``.
+        device: this rank's device.
+        local_world_size: ranks on this node.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum_student: nn.Module | None,
+        objective: Objective,
+        optimizer: Optimizer,
+        settings: BackendSettings,
+        loss_scale: float,
+        device: torch.device,
+        local_world_size: int,
+    ) -> None:
+        self.mesh = make_mesh(settings.shard, device, local_world_size)
+        self.model = wrap(model, self.mesh, settings)
+        self.momentum_student = momentum_student
+        if momentum_student is not None:
+            self.momentum_student = wrap(momentum_student, self.mesh, settings)
+        self.objective = objective
+        self.clip = optimizer.clip
+        # FSDP2 averages gradients over ranks; the loss is a sum over all of them.
+        self.loss_scale = loss_scale * dist.get_world_size()
+        self.optimizer = make_adamw(self.model, optimizer, device)
+
+    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+        """See ``Backend.micro``; communicates gradients at the last micro-step only."""
+        module = cast(FSDPModule, self.model)
+        module.set_requires_gradient_sync(last)
+        module.set_is_last_backward(last)
+        losses = self.objective(self.model(batch.images, batch.choice), batch)
+        (losses.total * self.loss_scale).backward()
+        return Losses(*(term.detach() for term in losses))
+
+    def step(self, lr: float, report: Tensor) -> Outcome:
+        """See ``Backend.step``."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        sharded = nn.utils.get_total_norm(gradients)
+        norm = sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
+        report = report.clone()
+        dist.all_reduce(report)
+        *values, grad_norm = torch.cat([report, norm.reshape(1)]).tolist()
+        applied = finite(grad_norm, values)
+        if applied:
+            if self.clip is not None:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.discard()
+        return Outcome(grad_norm, applied, values)
+
+    def discard(self) -> None:
+        """See ``Backend.discard``."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def momentum_update(self, momentum: float) -> None:
+        """See ``Backend.momentum_update``; local shards only, no communication."""
+        if self.momentum_student is not None:
+            # Gathered weights hide the shards, and nothing but a backward would drop them: without
+            # this the next forward would still use the old average.
+            self.forget_gathered()
+            encoder = self.model.get_submodule("encoder")
+            update_momentum(list(shards(self.momentum_student)), list(shards(encoder)), momentum)
+
+    def forget_gathered(self) -> None:
+        """Make the next momentum forward gather anew: without a backward nothing else does."""
+        if self.momentum_student is not None:
+            for module in self.momentum_student.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """See ``Backend.momentum_forward``."""
+        if self.momentum_student is None:
+            return None, None
+        with torch.no_grad():
+            return self.momentum_student(images)
+
+    def fragments(self) -> dict[str, Fragment]:
+        """See ``Backend.fragments``; a fragment is a range of a parameter's first dimension."""
+        # After a forward without a backward the gathered weights would be listed.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        self.forget_gathered()
+        found: dict[str, Fragment] = {}
+        for name, parameter in self.model.named_parameters():
+            found[f"model.{name}"] = self.fragment(parameter)
+            for moment in MOMENTS if parameter.requires_grad else ():
+                found[f"{moment}.{name}"] = self.fragment(self.optimizer.state[parameter][moment])
+        if self.momentum_student is not None:
+            for name, parameter in self.momentum_student.named_parameters():
+                found[f"momentum.{name}"] = self.fragment(parameter)
+        return found
+
+    def fragment(self, tensor: Tensor) -> Fragment:
+        """Locate this rank's shard within the flattened parameter."""
+        if not isinstance(tensor, DTensor):
+            raise TypeError("a parameter was not sharded; please report this")
+        names = self.mesh.mesh_dim_names or ()
+        shard_rank = self.mesh.get_local_rank("shard")
+        rows_a_rank = -(-tensor.shape[0] // self.mesh["shard"].size())
+        row_size = tensor.numel() // tensor.shape[0]
+        offset = min(shard_rank * rows_a_rank, tensor.shape[0]) * row_size
+        owner = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
+        local = tensor.to_local().detach().view(-1)
+        return Fragment(offset, tuple(tensor.shape), local, owner)
+
+    def after_load(self, step: int) -> None:
+        """See ``Backend.after_load``."""
+        set_step(self.optimizer, step)
+        self.forget_gathered()
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+
+
+def shards(module: nn.Module) -> Iterator[Tensor]:
+    """This rank's part of every parameter."""
+    return (cast(DTensor, parameter).to_local() for parameter in module.parameters())
+
+
+def make_mesh(shard: str, device: torch.device, local_world_size: int) -> DeviceMesh:
+    """Lay the ranks out for ``backend.shard``.
+
+    ``none``: every rank holds all; ``node``: sharded within a node, replicated across nodes;
+    ``full``: sharded over all ranks.
+    """
+    world_size = dist.get_world_size()
+    if shard == "full":
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    inner = 1 if shard == "none" else local_world_size
+    if world_size % inner:
+        raise ConfigError(
+            f"backend.shard=node: {world_size} ranks do not divide into nodes of {inner}; "
+            "start equally many on each node or use backend.shard=full"
+        )
+    return init_device_mesh(
+        device.type, (world_size // inner, inner), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def wrap(module: nn.Module, mesh: DeviceMesh, settings: BackendSettings) -> nn.Module:
+    """Shard a module, each block on its own, then the rest.
+
+    Order: activation checkpointing is the model's own, then compilation, then sharding.
+    """
+    compute = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=True
+    )
+    reshard = settings.shard == "full"
+    for block in cast(Blocked, module).transformer_blocks():
+        if settings.compile:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    return cast(
+        nn.Module, fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    )

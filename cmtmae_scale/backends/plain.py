@@ -1,0 +1,101 @@
+"""One process, no sharding, float32: the reference that the other backends are tested against."""
+
+import torch
+from torch import Tensor, nn
+
+from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step
+from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.config.schema import Optimizer
+from cmtmae_scale.method.momentum import update_momentum
+from cmtmae_scale.method.targets import Losses
+
+
+class Plain:
+    """Ordinary modules and AdamW.
+
+    Args:
+        model: ``CollaborativeMAE``, on its device.
+        momentum_student: started as a copy of ``model.encoder``, or ``None``.
+        objective: from predictions to losses, sums over rows.
+        optimizer: AdamW's settings.
+        loss_scale: factor of the summed loss, ``1 / (global_batch * masks_per_view)``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum_student: nn.Module | None,
+        objective: Objective,
+        optimizer: Optimizer,
+        loss_scale: float,
+    ) -> None:
+        self.model = model
+        self.momentum_student = momentum_student
+        self.objective = objective
+        self.clip = optimizer.clip
+        self.loss_scale = loss_scale
+        self.optimizer = make_adamw(model, optimizer, next(model.parameters()).device)
+
+    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+        """See ``Backend.micro``; ``last`` changes nothing in one process."""
+        losses = self.objective(self.model(batch.images, batch.choice), batch)
+        (losses.total * self.loss_scale).backward()
+        return Losses(*(term.detach() for term in losses))
+
+    def step(self, lr: float, report: Tensor) -> Outcome:
+        """See ``Backend.step``."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        *values, grad_norm = torch.cat([report, norm.reshape(1)]).tolist()
+        applied = finite(grad_norm, values)
+        if applied:
+            if self.clip is not None:
+                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.discard()
+        return Outcome(grad_norm, applied, values)
+
+    def discard(self) -> None:
+        """See ``Backend.discard``."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def momentum_update(self, momentum: float) -> None:
+        """See ``Backend.momentum_update``."""
+        if self.momentum_student is not None:
+            encoder = self.model.get_submodule("encoder")
+            update_momentum(
+                list(self.momentum_student.parameters()), list(encoder.parameters()), momentum
+            )
+
+    def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """See ``Backend.momentum_forward``."""
+        if self.momentum_student is None:
+            return None, None
+        with torch.no_grad():
+            return self.momentum_student(images)
+
+    def fragments(self) -> dict[str, Fragment]:
+        """See ``Backend.fragments``; every fragment is a whole parameter."""
+        found: dict[str, Fragment] = {}
+        for name, parameter in self.model.named_parameters():
+            found[f"model.{name}"] = whole(parameter)
+            for moment in MOMENTS if parameter.requires_grad else ():
+                found[f"{moment}.{name}"] = whole(self.optimizer.state[parameter][moment])
+        if self.momentum_student is not None:
+            for name, parameter in self.momentum_student.named_parameters():
+                found[f"momentum.{name}"] = whole(parameter)
+        return found
+
+    def after_load(self, step: int) -> None:
+        """See ``Backend.after_load``."""
+        set_step(self.optimizer, step)
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+
+
+def whole(tensor: Tensor) -> Fragment:
+    """A tensor as its own single fragment."""
+    return Fragment(0, tuple(tensor.shape), tensor.detach().view(-1), True)

@@ -1,0 +1,1 @@
+"""One checkpoint layout, whatever wrote it."""

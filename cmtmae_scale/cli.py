@@ -1,0 +1,98 @@
+"""Command lines: parse, run, and turn every outcome into an exit code."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from dataloading.errors import DataError
+
+from cmtmae_scale.config.load import load_config, save_config
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.dry_run import describe
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
+from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.training.build import build_parts
+from cmtmae_scale.training.guards import write_exit
+from cmtmae_scale.training.loop import train
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(arguments: Sequence[str] | None = None) -> int:
+    """Pre-train, or continue to, as one rank.
+
+    Args:
+        arguments: command line without the program's name; ``None``: the process's own.
+
+    Returns:
+        Exit code: 0 done, 75 stopped on request (0 under torchrun, which would call it a crash;
+        see ``RUN_DIR/exit.json``), 78 will never work as configured, 1 crash.
+    """
+    options = parse_pretrain(arguments)
+    try:
+        world = find_world()
+        set_up_logging(world.rank, world.world_size)
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            if world.rank == 0:
+                sys.stdout.write(describe(config, world.world_size) + "\n")
+            return EXIT_DONE
+        return run(config, world)
+    except (CmtMaeError, DataError) as error:
+        logger.error("%s", error)
+        return error.exit_code
+
+
+def parse_pretrain(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``--config FILE [--dry-run] [key=value ...]``; a usage error exits with 78."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            self.print_usage(sys.stderr)
+            self.exit(EXIT_CONFIG, f"{self.prog}: {message}\n")
+
+    parser = Parser(description="Pre-train a CMT-MAE student.", allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="a recipe, such as configs/demo.yaml")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="resolve, count and estimate; train nothing"
+    )
+    # DeepSpeed's launcher adds it; ranks come from the environment.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
+    return parser.parse_intermixed_args(arguments)
+
+
+def run(config: Config, world: World) -> int:
+    """Train under an open process group; returns the exit code and leaves it in ``exit.json``."""
+    device = pick_device(world)
+    run_dir = Path(config.run.dir)
+    step, code, message = 0, 1, "crash"
+    with ExitStack() as stack:
+        stack.enter_context(process_group(world, device))
+        try:
+            parts = build_parts(config, world, device, stack)
+            step = parts.progress.step
+            if world.rank == 0:
+                save_config(config, run_dir / "config.yaml")
+            try:
+                reason = train(parts)
+            finally:
+                step = parts.progress.step
+                parts.backend.close()
+            code, message = (EXIT_DONE, "done") if reason is None else (EXIT_STOPPED, reason)
+        except (CmtMaeError, DataError) as error:
+            code, message = error.exit_code, str(error)
+            raise
+        finally:
+            if world.rank == 0 and run_dir.is_dir():
+                write_exit(run_dir, code, step, message)
+    if code == EXIT_STOPPED:
+        logger.info("stopped at step %d (%s); the same command continues", step, message)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return EXIT_DONE
+    return code

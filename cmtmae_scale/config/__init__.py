@@ -1,0 +1,1 @@
+"""Settings: documented dataclasses, strict loading, derived numbers."""

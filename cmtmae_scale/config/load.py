@@ -1,0 +1,208 @@
+"""YAML and ``key=value`` overrides to one checked ``Config``.
+
+Precedence: default < YAML < override. A YAML file is read alone: no inheritance, no interpolation.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cmtmae_scale.config.check import check_config
+from cmtmae_scale.config.schema import Config, Schedule
+from cmtmae_scale.errors import ConfigError
+
+SCHEDULES = (
+    "mask.salient_frac",
+    "collaboration.alpha_attention",
+    "collaboration.alpha_target",
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe, apply overrides and check the whole.
+
+    Args:
+        path: a YAML file with the groups of ``schema.Config``.
+        overrides: ``group.key=value``, values in YAML's notation; ``null`` means off.
+
+    Returns:
+        Plain dataclasses, every field set.
+
+    Raises:
+        ConfigError: names the file or override, the key, what was found and what would do.
+    """
+    tree = read_yaml(Path(path))
+    check_keys(tree, Config, str(path))
+    config = OmegaConf.structured(Config)
+    config = merge(config, tree, str(path))
+    for override in overrides:
+        update = parse_override(override)
+        check_keys(update, Config, override)
+        config = merge(config, update, override)
+        cleared = other_length(update)
+        if cleared:
+            config = merge(config, {"train": {cleared: None}}, override)
+    return from_tree(config, str(path))
+
+
+def config_from_dict(tree: dict[str, Any], place: str) -> Config:
+    """Rebuild a config that ``config_to_dict`` wrote; for resuming and evaluation."""
+    check_keys(tree, Config, place)
+    return from_tree(merge(OmegaConf.structured(Config), tree, place), place)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Turn a config into plain lists, dicts and numbers, fit for YAML and JSON."""
+    return cast(dict[str, Any], plain(dataclasses.asdict(config)))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML that ``load_config`` reads back."""
+    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+
+
+def plain(value: Any) -> Any:
+    """Replace tuples by lists, recursively."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in cast(Sequence[Any], value)]
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; an absent, broken or interpolating file is a ``ConfigError``."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give --config FILE"
+        ) from error
+    if "${" in text:
+        raise ConfigError(f"{path}: interpolation ${{...}} is not supported; write the value out")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: has no groups; expected 'run:', 'data:' and so on")
+    return cast(dict[str, Any], tree)
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Turn ``a.b=value`` into ``{"a": {"b": value}}``."""
+    key, sign, value = text.partition("=")
+    if not sign or "." not in key:
+        raise ConfigError(f"{text}: is not an override; expected group.key=value")
+    if "${" in value:
+        raise ConfigError(f"{text}: interpolation ${{...}} is not supported; write the value out")
+    try:
+        tree: Any = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{text}: the value is not YAML: {' '.join(str(error).split())}"
+        ) from error
+    for part in reversed(key.strip().split(".")):
+        tree = {part: tree}
+    return cast(dict[str, Any], tree)
+
+
+def other_length(update: dict[str, Any]) -> str | None:
+    """Name the key that an override of ``train.epochs`` or ``train.steps`` clears."""
+    given = cast(dict[str, Any], update.get("train") or {})
+    for key, other in (("epochs", "steps"), ("steps", "epochs")):
+        if given.get(key) is not None:
+            return other
+    return None
+
+
+def check_keys(tree: dict[str, Any], schema: type, place: str, prefix: str = "") -> None:
+    """Refuse keys that the schema lacks, with the nearest one that it has."""
+    hints = get_type_hints(schema)
+    for key, value in tree.items():
+        full = f"{prefix}{key}"
+        if key not in hints:
+            group = prefix.rstrip(".") or "the config"
+            near = difflib.get_close_matches(str(key), hints, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(hints)}"
+            raise ConfigError(f"{place}: {full} is not a key of {group}; {hint}")
+        kind = hints[key]
+        if full in SCHEDULES:
+            if isinstance(value, dict):
+                check_keys(cast(dict[str, Any], value), Schedule, place, full + ".")
+        elif dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{place}: {full}={value!r} is a group; give {full}.KEY=value")
+            check_keys(cast(dict[str, Any], value), cast(type, kind), place, full + ".")
+        elif get_origin(kind) is Literal:
+            check_choice(place, full, value, get_args(kind))
+
+
+def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse a value outside a closed set, with the set and the nearest member."""
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    listed = ", ".join(str(choice) for choice in choices)
+    raise ConfigError(f"{place}: {key}={value!r} is not one of {listed}{hint}")
+
+
+def merge(config: Any, tree: dict[str, Any], place: str) -> Any:
+    """Lay a tree over a typed config; a schedule replaces the whole of the one before."""
+    for key in SCHEDULES:
+        group, name = key.split(".")
+        value = cast(dict[str, Any], tree.get(group) or {}).get(name)
+        partial = isinstance(value, dict) and "kind" not in value
+        if value is not None and not partial:
+            config[group][name] = None
+    try:
+        return OmegaConf.merge(config, OmegaConf.create(tree))
+    except OmegaConfBaseException as error:
+        first = str(error.msg if error.msg else error).splitlines()[0]
+        key = getattr(error, "full_key", None) or "a value"
+        raise ConfigError(f"{place}: {key}: {first}") from error
+
+
+def from_tree(tree: Any, place: str) -> Config:
+    """Build the dataclasses, resolve schedules, refuse what is missing, run the checks."""
+    absent = sorted(OmegaConf.missing_keys(tree))
+    if absent:
+        raise ConfigError(f"{place}: {', '.join(absent)} must be given")
+    config = cast(Config, OmegaConf.to_object(tree))
+    for key in SCHEDULES:
+        group, name = key.split(".")
+        owner = getattr(config, group)
+        setattr(owner, name, parse_schedule(getattr(owner, name), place, key))
+    try:
+        check_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    return config
+
+
+def parse_schedule(value: Any, place: str, key: str) -> Schedule | float:
+    """Read a number or the fields of a ``Schedule``."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{place}: {key}={value!r} is neither a number nor a schedule {{kind: ...}}"
+        )
+    fields = cast(dict[str, Any], value)
+    check_choice(
+        place, f"{key}.kind", fields.get("kind"), ("constant", "two_stage", "linear", "cosine")
+    )
+    try:
+        schedule = OmegaConf.merge(OmegaConf.structured(Schedule), OmegaConf.create(fields))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{place}: {key}: {str(error).splitlines()[0]}") from error
+    if OmegaConf.missing_keys(schedule):
+        raise ConfigError(f"{place}: {key}.start must be given")
+    return cast(Schedule, OmegaConf.to_object(schedule))

@@ -1,0 +1,1 @@
+"""CMT-MAE itself: everything that can be checked against the paper."""

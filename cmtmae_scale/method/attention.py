@@ -1,0 +1,292 @@
+"""Attention maps over patches: taken from queries and keys, normalised, resized, mixed, measured.
+
+Every map is float32 and without gradient; nothing here synchronises with the host.
+
+Legend: B views in a micro-batch, R rows (several masks of a view), N patches, K visible, P prefix
+tokens (class token, registers), T tokens = P + N, H heads, d head width.
+
+Source: method.md 4.1 to 4.4.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+EMPTY_MASS = 1e-12
+"""A map whose sum is not above this says nothing and becomes uniform."""
+
+
+@torch.no_grad()
+def attention_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention of one query over all tokens, averaged over heads.
+
+    Args:
+        query: ``[B, H, 1, d]``, after q_norm if the model has one.
+        key: ``[B, H, T, d]``.
+        scale: factor of the scores, usually ``d ** -0.5``.
+
+    Returns:
+        ``[B, T]``, float32, rows sum to 1; scores and softmax in float32 even under autocast. The
+        prefix is still there: heads are averaged first, then ``patch_map`` drops and renormalises
+        (the other order gives other numbers, oracle O1).
+
+    Raises:
+        ValueError: if there is not exactly one query.
+    """
+    if query.shape[-2] != 1:
+        raise ValueError(f"expected one query, found {query.shape[-2]}")
+    return mean_query_row(query, key, scale)
+
+
+@torch.no_grad()
+def class_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention of the class token (token 0) over all tokens, averaged over heads.
+
+    Args:
+        query: ``[B, H, T, d]``; only token 0 is used.
+        key: ``[B, H, T, d]``.
+        scale: factor of the scores.
+
+    Returns:
+        ``[B, T]``, float32, as ``attention_row``.
+    """
+    return mean_query_row(query[:, :, :1], key, scale)
+
+
+@torch.no_grad()
+def mean_query_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention over all tokens, averaged over heads and queries (column mean).
+
+    Args:
+        query: ``[B, H, Q, d]``: the patch queries of a model without class token.
+        key: ``[B, H, T, d]``.
+        scale: factor of the scores.
+
+    Returns:
+        ``[B, T]``, float32, rows sum to 1.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.float() @ key.float().transpose(-2, -1) * scale  # [B, H, Q, T]
+        return scores.softmax(dim=-1).mean(dim=(1, 2))
+
+
+@torch.no_grad()
+def patch_map(row: Tensor, num_prefix: int) -> Tensor:
+    """Patch part of an attention row as a probability map.
+
+    Args:
+        row: ``[B, P + N]``.
+        num_prefix: P, tokens before the first patch.
+
+    Returns:
+        ``[B, N]``, float32, sanitised, rows sum to 1.
+    """
+    return normalise_map(row[:, num_prefix:], "prob")
+
+
+def sanitise(attention: Tensor) -> Tensor:
+    """Replace NaN, infinities and negative values by 0; float32."""
+    return torch.nan_to_num(attention.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)
+
+
+def ascending_rank(values: Tensor) -> Tensor:
+    """Rank of each value in its row, 0 for the smallest; ties by index. int64, same shape."""
+    order = torch.argsort(values, dim=-1, stable=True)
+    return torch.argsort(order, dim=-1, stable=True)
+
+
+@torch.no_grad()
+def normalise_map(attention: Tensor, kind: str = "prob") -> Tensor:
+    """Make maps of different models comparable.
+
+    Args:
+        attention: ``[B, N]``; NaN, infinities and negative values count as 0.
+        kind: ``prob`` (sum 1; uniform if the sum is not above 1e-12), ``minmax`` ([0, 1]),
+            ``rank`` ((rank + 0.5) / N, ties by index) or ``zscore`` (biased deviation).
+
+    Returns:
+        ``[B, N]``, float32, finite.
+
+    Raises:
+        ValueError: for an unknown kind.
+
+    Source: method.md 4.2.
+    """
+    a = sanitise(attention)
+    if kind == "prob":
+        peak = a.amax(dim=-1, keepdim=True)
+        scaled = a / peak.clamp_min(torch.finfo(torch.float32).tiny)  # so that no sum overflows
+        mass = scaled.sum(dim=-1, keepdim=True)
+        empty = peak * mass <= EMPTY_MASS
+        return torch.where(empty, 1.0 / a.shape[-1], scaled / mass.clamp_min(EMPTY_MASS))
+    if kind == "minmax":
+        low = a.amin(dim=-1, keepdim=True)
+        return (a - low) / (a.amax(dim=-1, keepdim=True) - low).clamp_min(1e-12)
+    if kind == "rank":
+        return (ascending_rank(a).float() + 0.5) / a.shape[-1]
+    if kind == "zscore":
+        centred = a - a.mean(dim=-1, keepdim=True)
+        return centred / centred.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
+    raise ValueError(f"attention norm {kind!r} is not one of prob, minmax, rank, zscore")
+
+
+@torch.no_grad()
+def sharpen(attention: Tensor, temperature: float = 1.0, clip_quantile: float = 1.0) -> Tensor:
+    """Clamp outliers, then raise a map to the power 1 / T.
+
+    Args:
+        attention: ``[B, N]``.
+        temperature: T > 0; below 1 sharpens, above 1 flattens.
+        clip_quantile: values above this quantile of their row are clamped to it; 1 is off.
+
+    Returns:
+        ``[B, N]``, float32, rows sum to 1.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Source: method.md 4.1 and 4.2, oracle O3.
+    """
+    if not temperature > 0.0:
+        raise ValueError(f"temperature={temperature} must be above 0")
+    if not 0.0 <= clip_quantile <= 1.0:
+        raise ValueError(f"clip_quantile={clip_quantile} must lie in [0, 1]")
+    a = sanitise(attention)
+    if clip_quantile < 1.0:
+        a = torch.minimum(a, torch.quantile(a, clip_quantile, dim=-1, keepdim=True))
+    a = normalise_map(a, "prob")
+    if temperature == 1.0:
+        return a
+    # relative to the largest value, so that no power underflows everywhere
+    return normalise_map((a / a.amax(dim=-1, keepdim=True)).pow(1.0 / temperature), "prob")
+
+
+@torch.no_grad()
+def resize_tokens(tokens: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
+    """Resample patch tokens to another grid, without renormalising.
+
+    Args:
+        tokens: ``[B, N, C]`` in row-major order.
+        from_grid: rows and columns of ``tokens``.
+        to_grid: rows and columns wanted.
+
+    Returns:
+        float32 ``[B, N', C]``: unchanged for equal grids, exact means for integer reductions, exact
+        copies for integer enlargements, else bilinear with antialiasing.
+
+    Raises:
+        ValueError: if N is not the size of ``from_grid``.
+
+    Source: method.md 4.3, oracle O13.
+    """
+    batch, count, width = tokens.shape
+    if count != from_grid[0] * from_grid[1]:
+        raise ValueError(f"{count} tokens do not fill a {from_grid[0]} x {from_grid[1]} grid")
+    if from_grid == to_grid:
+        return tokens.float()
+    pictures = tokens.float().transpose(1, 2).reshape(batch, width, *from_grid)
+    if all(a % b == 0 for a, b in zip(from_grid, to_grid, strict=True)):
+        pictures = F.interpolate(pictures, size=to_grid, mode="area")
+    elif all(b % a == 0 for a, b in zip(from_grid, to_grid, strict=True)):
+        pictures = F.interpolate(pictures, size=to_grid, mode="nearest")
+    else:
+        pictures = F.interpolate(
+            pictures, size=to_grid, mode="bilinear", align_corners=False, antialias=True
+        )
+    return pictures.flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def resize_map(attention: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
+    """Resample a map to another grid and renormalise (no mode keeps the mass exactly).
+
+    Args:
+        attention: ``[B, N]``, row-major.
+        from_grid: rows and columns of ``attention``.
+        to_grid: rows and columns wanted.
+
+    Returns:
+        ``[B, N']``, float32, rows sum to 1.
+    """
+    resized = resize_tokens(sanitise(attention).unsqueeze(-1), from_grid, to_grid)
+    return normalise_map(resized.squeeze(-1), "prob")
+
+
+@torch.no_grad()
+def collaborative_attention(
+    teacher: Tensor | None, student: Tensor | None, alpha: float | Tensor, norm: str = "prob"
+) -> Tensor:
+    """Mix the teacher's and the momentum student's attention into one map.
+
+    Args:
+        teacher: frozen teacher's attention over patches, ``[B, N]``; ``None`` where its weight is
+            0 throughout the run and it was not built.
+        student: momentum student's attention, same shape; ``None`` likewise.
+        alpha: weight of the teacher in [0, 1], a float or a 0-dim tensor; 1 ignores the student.
+        norm: normalisation of both before mixing (``normalise_map``).
+
+    Returns:
+        ``alpha * teacher + (1 - alpha) * student``, ``[B, N]``, float32; rows sum to 1 with
+        ``prob``. No gradient, no host synchronisation.
+
+    Raises:
+        ValueError: if both are missing, the shapes differ, or a float alpha weighs a missing map.
+
+    Source: arXiv 2412.17566, collaborative masking; method.md 4.4.
+    """
+    if teacher is None or student is None:
+        present, weight = (teacher, 1.0) if student is None else (student, 0.0)
+        if present is None:
+            raise ValueError("neither a teacher's nor a student's map was given")
+        if not isinstance(alpha, Tensor) and alpha != weight:
+            missing = "student" if student is None else "teacher"
+            raise ValueError(f"alpha={alpha} gives weight to the {missing}'s map, which is missing")
+        return normalise_map(present, norm)
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"maps differ in shape: teacher {tuple(teacher.shape)}, student {tuple(student.shape)}"
+        )
+    return alpha * normalise_map(teacher, norm) + (1.0 - alpha) * normalise_map(student, norm)
+
+
+@torch.no_grad()
+def map_agreement(a: Tensor, b: Tensor, kind: str = "rank") -> Tensor:
+    """How alike two maps are, for the log.
+
+    Args:
+        a: ``[B, N]``.
+        b: ``[B, N]``.
+        kind: ``rank`` (correlation of ranks, ties by index) or ``cosine`` (of the raw values).
+
+    Returns:
+        0-dim float32: mean over the batch, in [-1, 1]. No host synchronisation.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    if kind == "rank":
+        first, second = (ascending_rank(sanitise(x)).float() for x in (a, b))
+        first, second = (x - (x.shape[-1] - 1) / 2.0 for x in (first, second))
+    elif kind == "cosine":
+        first, second = sanitise(a), sanitise(b)
+    else:
+        raise ValueError(f"agreement {kind!r} is not one of rank, cosine")
+    return F.cosine_similarity(first, second, dim=-1).mean()
+
+
+@torch.no_grad()
+def visible_mass(attention: Tensor, ids_keep: Tensor) -> Tensor:
+    """Share of the attention that the student still sees; shows at once a wrong direction.
+
+    Args:
+        attention: ``[B, N]``.
+        ids_keep: ``[R, K]``, R a multiple of B (row b * k + j is mask j of view b).
+
+    Returns:
+        0-dim float32: mean over rows, in [0, 1]. About K / N for random masks.
+    """
+    views = attention.shape[0]
+    kept = normalise_map(attention, "prob").gather(1, ids_keep.reshape(views, -1))
+    return kept.sum() / ids_keep.shape[0]

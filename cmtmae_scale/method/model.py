@@ -1,0 +1,85 @@
+"""The module that a backend wraps: student, decoder and heads behind one forward.
+
+Legend: B views in a micro-batch, R rows (masks), P prefix tokens, K visible, Q predicted tokens,
+D student width, E decoder width, F teacher width, p patch side in pixels.
+"""
+
+from torch import Tensor, nn
+
+from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.decoder import Heads, build_decoder
+from cmtmae_scale.method.masking import PatchChoice, token_counts
+from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.targets import Predictions, TokenLayout
+
+
+class CollaborativeMAE(nn.Module):
+    """Everything that is trained; builds only what the config's weights need.
+
+    Args:
+        config: checked settings.
+        teacher_width: F; needed where the teacher's features are a target.
+
+    Raises:
+        ConfigError: if the class token is to be predicted and the student has none.
+        ValueError: if the teacher's width is missing.
+
+    The encoder is one attribute and the rest its siblings, so that the prefix ``encoder.`` strips
+    to timm's keys.
+    """
+
+    encoder: Student
+
+    def __init__(self, config: Config, teacher_width: int | None = None) -> None:
+        super().__init__()
+        need = needs(config)
+        if need.teacher_features and teacher_width is None:
+            raise ValueError("teacher_width is needed: the teacher's features are a target")
+        self.encoder = build_student(config)
+        rows, columns = self.encoder.grid
+        counts = token_counts(rows * columns, config.mask.ratio, config.mask.throw_ratio)
+        layout = TokenLayout.from_config(config, *counts)
+        if not (need.teacher_features or need.student_features):
+            layout = layout.without_cls()  # pixels have no class token: it would go unused
+        if layout.cls and not self.encoder.has_class_token:
+            raise ConfigError(
+                f"loss.include_cls=true, but student.arch={config.student.arch} has no class "
+                "token; set loss.include_cls=false"
+            )
+        width = self.encoder.embed_dim
+        self.decoder = build_decoder(
+            config.decoder, width, self.encoder.grid, self.encoder.num_prefix, layout
+        )
+        self.heads = Heads(
+            width if config.decoder.type == "none" else config.decoder.width,
+            teacher_width if need.teacher_features else None,
+            width if need.student_features else None,
+            3 * self.encoder.patch_side**2 if need.pixels else None,
+            layout.cls,
+        )
+
+    def forward(self, images: Tensor, choice: PatchChoice) -> Predictions:
+        """Predict the targets of masked views.
+
+        Args:
+            images: normalised, ``[B, 3, S, S]``.
+            choice: masks, R = B * masks_per_view rows; row ``b * k + j`` is mask j of view b.
+
+        Returns:
+            Predictions in the order of the config's ``TokenLayout``: ``[R, Q, F]``, ``[R, Q, D]``
+            and without class token ``[R, Q', 3 p p]``; ``None`` where a target is not used. No host
+            synchronisation.
+        """
+        tokens = self.encoder(images, choice.ids_keep)  # [R, P + K, D]
+        return self.heads(self.decoder(tokens, choice))
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Blocks of encoder and decoder in the order of the forward, for wrapping and compiling."""
+        return self.encoder.transformer_blocks() + self.decoder.transformer_blocks()
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.encoder.set_grad_checkpointing(enabled)
+        self.decoder.grad_checkpointing = enabled

@@ -1,0 +1,29 @@
+"""The momentum student's weights: a float32 moving average of the student's."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def update_momentum(average: Sequence[Tensor], weights: Sequence[Tensor], momentum: float) -> None:
+    """Move an average in place: ``momentum * average + (1 - momentum) * weights``.
+
+    Args:
+        average: float32 tensors, or local shards of them; changed in place by one fused call.
+        weights: tensors of the same shapes, in the same order.
+        momentum: m, in [0, 1].
+
+    Raises:
+        TypeError: if an average is not float32: bfloat16 would never move at m = 0.999.
+        ValueError: if the lists differ in length.
+
+    Source: method.md 4.11 and 8.
+    """
+    if any(tensor.dtype != torch.float32 for tensor in average):
+        raise TypeError("a moving average must be kept in float32")
+    if len(average) != len(weights):
+        raise ValueError(f"{len(average)} averages, but {len(weights)} weights")
+    torch._foreach_lerp_(cast(list[Tensor], average), cast(list[Tensor], weights), 1.0 - momentum)

@@ -1,0 +1,444 @@
+"""The student and the momentum student: timm's VisionTransformer, with methods added only.
+
+The state dicts are timm's own, so an exported encoder loads with ``timm.create_model``.
+
+Legend: B views in a micro-batch, R rows (masks_per_view masks of each view), N patches, K visible,
+P prefix tokens (class token, registers), D width, H heads, p patch side in pixels.
+
+Source: method.md 4.1, 4.8, 7; MAE (arXiv 2111.06377) for positions and initialisation.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# timm and parts of torch are only partly typed.
+from typing import Any, TypeVar, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.layers.layer_scale import LayerScale
+from timm.models import is_model_in_modules
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.attention import mean_query_row, patch_map
+
+TOKENS = ("cls_token", "reg_token", "mask_token")
+VIT_MODULES = {"vision_transformer", "deit"}
+"""timm's modules whose models may be a plain VisionTransformer."""
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed two-dimensional sine-cosine position code.
+
+    Args:
+        width: channels, a multiple of 4.
+        grid: rows and columns of patches.
+
+    Returns:
+        float32 ``[N, width]``, row-major: the first half of the channels encodes the column x, the
+        second half the row y, each as [sin, cos] with frequencies ``10000 ** (-i / (width / 4))``.
+
+    Raises:
+        ValueError: if the width is not a multiple of 4.
+
+    Source: MAE; method.md 7.4, oracle O9.
+    """
+    if width % 4:
+        raise ValueError(f"width={width} must be a multiple of 4")
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
+    angles = [axis[:, None] * frequency for axis in (x, y)]
+    return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()
+
+
+def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
+    """Call a block, keeping only its inputs for the backward pass if ``recompute``."""
+    if recompute and torch.is_grad_enabled():
+        return cast(
+            Tensor, checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        )
+    return block(*inputs)
+
+
+class Student(VisionTransformer):
+    """timm's VisionTransformer that embeds and processes the visible patches only."""
+
+    @property
+    def num_prefix(self) -> int:
+        """P: class token and registers."""
+        return self.num_prefix_tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        rows, columns = cast(tuple[int, int], self.patch_embed.grid_size)
+        return rows, columns
+
+    @property
+    def patch_side(self) -> int:
+        """Side of a patch, pixels."""
+        return self.patch_embed.patch_size[0]
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Blocks in the order of the forward, for wrapping and compiling."""
+        return list(self.blocks)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - masks, not attn_mask
+        self, images: Tensor, ids_keep: Tensor | None = None
+    ) -> Tensor:
+        """Encode the visible patches.
+
+        Args:
+            images: normalised, ``[B, 3, S, S]``.
+            ids_keep: visible patches, int64 ``[R, K]`` with R a multiple of B; row ``b * k + j``
+                belongs to view b. ``None``: all patches in row-major order.
+
+        Returns:
+            Tokens after the final norm, ``[R, P + K, D]``: prefix, then patches in the order of
+            ``ids_keep``.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        x = self.embed(images, ids_keep)
+        for block in self.blocks:
+            x = run_block(block, x, recompute=self.grad_checkpointing)
+        return self.norm(x)
+
+    def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Input of the first block, ``[R, P + K, D]``; arguments as ``forward``."""
+        patches = self.cut(images)  # [B, N, 3 p p]
+        if ids_keep is not None:
+            patches = gather_rows(patches, ids_keep)  # [R, K, 3 p p]
+        projection = cast(nn.Conv2d, self.patch_embed.proj)
+        x = F.linear(patches, projection.weight.flatten(1), projection.bias)
+        x = self.patch_embed.norm(x)
+
+        positions = cast(nn.Parameter, self.pos_embed)[0]
+        num_coded = 0 if self.no_embed_class else self.num_prefix
+        code = positions[num_coded:]
+        x = x + (code if ids_keep is None else F.embedding(ids_keep, code))
+
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        if tokens:
+            prefix = torch.cat(tokens, dim=1)  # [1, P, D]
+            if num_coded:
+                prefix = prefix + positions[:num_coded]
+            x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        return self.norm_pre(x)
+
+    def cut(self, images: Tensor) -> Tensor:
+        """Patches in row-major order, ``[B, N, 3 p p]``, each in the order of a conv's weight."""
+        batch, channels, height, width = images.shape
+        (rows, columns), side = self.grid, self.patch_side
+        if (height, width) != (rows * side, columns * side):
+            raise ValueError(
+                f"images of {height} x {width} pixels do not fit {rows} x {columns} patches of "
+                f"{side} pixels"
+            )
+        x = images.reshape(batch, channels, rows, side, columns, side)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+
+
+def gather_rows(patches: Tensor, ids: Tensor) -> Tensor:
+    """Take ``ids`` ``[R, K]`` from ``patches`` ``[B, N, C]``; each view serves R / B rows."""
+    (views, _, width), (rows, count) = patches.shape, ids.shape
+    if rows % views:
+        raise ValueError(f"{rows} masks are not a multiple of {views} views")
+    index = ids.reshape(views, -1, 1).expand(-1, -1, width)
+    return patches.gather(1, index).reshape(rows, count, width)
+
+
+class RowAttention(Attention):
+    """timm's attention that also returns how much its queries attend to each token."""
+
+    queries: slice
+    """Tokens whose attention is averaged: the class token, or the patches where there is none."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - full pictures, no mask
+        self, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: ``[B, P + N, D]``.
+
+        Returns:
+            timm's own output, and the row, float32 ``[B, P + N]``, mean over heads, no gradient.
+
+        Source: method.md 4.1 and 7.3.
+        """
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        row = mean_query_row(q[:, :, self.queries], k, self.scale)
+        x = F.scaled_dot_product_attention(q, k, v)
+        x = self.norm(x.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(x)), row
+
+
+class RowBlock(Block):
+    """timm's block around ``RowAttention``: hands the row on instead of keeping it."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - full pictures, no mask
+        self, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """From ``[B, P + N, D]`` to timm's own output and the row ``[B, P + N]``."""
+        attended, row = self.attn(self.norm1(x))
+        x = x + self.drop_path1(self.ls1(attended))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), row
+
+
+class MomentumStudent(Student):
+    """The student's moving average: features and attention of whole pictures.
+
+    Built by ``build_student``, which calls ``configure``; computes only what the config uses.
+    """
+
+    attention_layers: tuple[int, ...]
+    """Blocks whose maps are averaged; empty: no map."""
+    feature_layers: tuple[int, ...]
+    """Blocks whose outputs are averaged; empty: no features, or those after the final norm."""
+    normed_features: bool
+    """Features are taken after the final norm."""
+
+    def configure(self, config: Config) -> None:
+        """Choose the blocks to read and prepare their attention.
+
+        Raises:
+            ConfigError: if a block is missing or is not timm's plain one.
+        """
+        need, target, depth = needs(config), config.target.student, len(self.blocks)
+        self.attention_layers = self.feature_layers = ()
+        self.normed_features = need.student_features and target.feature == "norm"
+        if need.student_attention:
+            layers = config.attention.layers
+            self.attention_layers = count_layers(layers, depth, "attention.layers")
+        if need.student_features and target.feature == "block":
+            self.feature_layers = count_layers(target.layers, depth, "target.student.layers")
+        for i in self.attention_layers:
+            block = self.blocks[i]
+            if type(block) is not Block or type(block.attn) is not Attention:
+                raise ConfigError(
+                    f"student.arch={config.student.arch}: no attention map can be taken from block "
+                    f"{i} ({type(block).__name__}); use a plain timm VisionTransformer such as "
+                    "vit_base_patch16_224"
+                )
+            block.__class__ = RowBlock
+            block.attn.__class__ = RowAttention
+            first = 0 if self.has_class_token else self.num_prefix
+            cast(Any, block.attn).queries = slice(first, 1 if self.has_class_token else None)
+
+    @torch.no_grad()
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another kind of output
+        self, images: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Read whole pictures; meant for eval mode.
+
+        Args:
+            images: normalised, ``[B, 3, S, S]``.
+
+        Returns:
+            Features ``[B, 1 + N, D]`` (``[B, N, D]`` without class token; registers are dropped)
+            and attention ``[B, N]``, float32, rows sum to 1; ``None`` where the config does not use
+            it.
+        """
+        depth = self.num_needed_blocks
+        if not depth:
+            return None, None
+        maps: list[Tensor] = []
+        outputs: list[Tensor] = []
+        x = self.embed(images)
+        for i, block in enumerate(self.blocks[:depth]):
+            if i in self.attention_layers:
+                x, row = block(x)
+                maps.append(patch_map(row, self.num_prefix))
+            else:
+                x = block(x)
+            if i in self.feature_layers:
+                outputs.append(x)
+        if self.normed_features:
+            outputs.append(self.norm(x))
+        features = self.without_registers(mean(outputs)) if outputs else None
+        return features, mean(maps) if maps else None
+
+    @property
+    def num_needed_blocks(self) -> int:
+        """Blocks up to the last one that is read."""
+        if self.normed_features:
+            return len(self.blocks)
+        return max((*self.attention_layers, *self.feature_layers), default=-1) + 1
+
+    def without_registers(self, x: Tensor) -> Tensor:
+        """Class token, if any, and patches."""
+        if not self.num_reg_tokens:
+            return x
+        patches = x[:, self.num_prefix :]
+        return torch.cat([x[:, :1], patches], dim=1) if self.has_class_token else patches
+
+
+def mean(tensors: list[Tensor]) -> Tensor:
+    """Mean of equally shaped tensors, in float32 if there are several."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.stack([tensor.float() for tensor in tensors]).mean(dim=0)
+
+
+def count_layers(layers: list[int], depth: int, key: str) -> tuple[int, ...]:
+    """Block numbers counted from 0.
+
+    Raises:
+        ConfigError: if a block does not exist or is named twice.
+    """
+    if not all(-depth <= layer < depth for layer in layers):
+        raise ConfigError(
+            f"{key}={layers}: the student has blocks 0 to {depth - 1}, or -{depth} to -1"
+        )
+    counted = tuple(sorted(layer % depth for layer in layers))
+    if len(set(counted)) != len(counted):
+        raise ConfigError(f"{key}={layers} names a block twice; name each block once")
+    return counted
+
+
+S = TypeVar("S", bound=Student)
+
+
+def build_student(config: Config, cls: type[S] = Student) -> S:
+    """Build ``student.arch`` for pictures of ``views.size``.
+
+    Args:
+        config: checked settings.
+        cls: ``Student``, or ``MomentumStudent``, which comes in eval mode and without gradients.
+
+    Returns:
+        The model on the default device, with fixed positions. Its weights are meant to be set by
+        ``initialise`` or a state dict: tokens are zero, the rest is torch's default. Its keys are
+        those of ``timm.create_model(arch, num_classes=0, fc_norm=False, global_pool=...)`` with
+        ``token`` for models with class token and ``avg`` for the others, which are the defaults of
+        vit_base, vit_large and vit_huge.
+
+    Raises:
+        ConfigError: if timm has no such model, or it is not a plain VisionTransformer.
+    """
+    arch, size = config.student.arch, config.views.size
+    if not timm.is_model(arch):
+        raise ConfigError(
+            f"student.arch={arch} is not a model of timm {timm.__version__}; "
+            "timm.list_models('vit_*') lists them"
+        )
+    if not is_model_in_modules(arch, VIT_MODULES):
+        raise not_plain(arch, "another kind of model")
+    options: dict[str, Any] = {"num_classes": 0, "img_size": size, "weight_init": "skip"}
+    if config.student.patch_size is not None:
+        options["patch_size"] = config.student.patch_size
+    with torch.device("meta"):
+        probe = check_plain(timm.create_model(arch, **options), arch)
+    side = probe.patch_embed.patch_size[0]
+    if size % side:
+        below = size // side * side
+        raise ConfigError(
+            f"views.size={size} is not a multiple of the student's patch side {side}; "
+            f"use {f'{below} or ' if below else ''}{below + side}"
+        )
+    pool = "token" if probe.has_class_token else "avg"
+    model = cast(
+        VisionTransformer, timm.create_model(arch, **options, global_pool=pool, fc_norm=False)
+    )
+    model.__class__ = cls
+    with torch.no_grad():
+        for name in TOKENS:
+            if (token := getattr(model, name, None)) is not None:
+                token.zero_()
+        fix_positions(model)
+    if isinstance(model, MomentumStudent):
+        model.configure(config)
+        model.requires_grad_(False).eval()
+    return cast(S, model)
+
+
+def not_plain(arch: str, found: str) -> ConfigError:
+    """Error for an architecture that is not supported."""
+    return ConfigError(
+        f"student.arch={arch} is {found}; use a plain timm VisionTransformer such as "
+        "vit_base_patch16_224"
+    )
+
+
+def check_plain(model: nn.Module, arch: str) -> VisionTransformer:
+    """Return a model of timm's plain class; refuse what the student's forward does not compute.
+
+    Raises:
+        ConfigError: naming what was found.
+    """
+    if type(model) is not VisionTransformer:
+        raise not_plain(arch, f"a {type(model).__name__}")
+    if model.pos_embed is None:
+        raise not_plain(arch, "a model without position embedding")
+    if model.embed_dim % 4:
+        raise not_plain(arch, f"{model.embed_dim} channels wide, which is not a multiple of 4")
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise not_plain(arch, "a model that drops patches")
+    if len(set(model.patch_embed.patch_size)) != 1:
+        raise not_plain(arch, f"a model with patches of {model.patch_embed.patch_size} pixels")
+    if any(getattr(module, "gate", None) is not None for module in model.modules()):
+        raise not_plain(arch, "a model with gated attention")
+    return model
+
+
+def fix_positions(model: VisionTransformer) -> None:
+    """Write the sine-cosine code into ``pos_embed`` (zeros for the prefix) and freeze it."""
+    positions = cast(nn.Parameter, model.pos_embed).requires_grad_(False)
+    rows, columns = model.patch_embed.grid_size
+    code = sincos_positions(positions.shape[-1], (rows, columns))
+    with torch.no_grad():
+        positions.zero_()
+        positions[0, positions.shape[1] - code.shape[0] :] = code
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Set every weight of a student, decoder or both, as MAE does.
+
+    Linear and patch embedding: Xavier uniform, zero bias; class, register and mask tokens: normal
+    with deviation 0.02; norms: one and zero; layer scale: its own start value; positions: fixed.
+
+    Args:
+        module: on the CPU, any combination of this project's models.
+        seed: the same seed gives the same weights on every rank; the global generator of random
+            numbers is neither read nor moved.
+
+    Raises:
+        TypeError: if a parameter belongs to none of these kinds.
+
+    Source: MAE's public code; method.md 7.4.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, part in module.named_modules():
+        own = dict(part.named_parameters(recurse=False))
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.flatten(1), generator=generator)
+            if part.bias is not None:
+                part.bias.zero_()
+        elif isinstance(part, LayerScale):
+            part.gamma.fill_(part.init_values)
+        elif "norm" in type(part).__name__.lower():
+            for key, value in own.items():
+                value.fill_(1.0 if key == "weight" else 0.0)
+        else:
+            for key in TOKENS:
+                if key in own:
+                    own.pop(key).normal_(std=0.02, generator=generator)
+            if isinstance(part, VisionTransformer):
+                fix_positions(part)
+                own.pop("pos_embed", None)
+            if own:
+                raise TypeError(f"no rule to initialise {', '.join(own)} of {name or 'the model'}")

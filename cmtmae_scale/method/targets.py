@@ -1,0 +1,310 @@
+"""What the decoder predicts, in which order, and how far off it is.
+
+Everything is float32 from the normalisation of targets on; nothing synchronises with the host.
+
+Legend: B views in a micro-batch, R rows (masks_per_view masks of each view), N patches, K visible,
+M hidden, Q predicted tokens, D student width, F teacher width, P patch side in pixels.
+
+Source: method.md 4.8 and 4.10.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmtmae_scale.config.schema import Config, Loss
+from cmtmae_scale.method.masking import PatchChoice
+
+EPS = 1e-6
+
+
+class Predictions(NamedTuple):
+    """One tensor a target, ``None`` where the target is not used; also holds the targets."""
+
+    teacher: Tensor | None
+    """``[R, Q, F]``."""
+    student: Tensor | None
+    """``[R, Q, D]``."""
+    pixel: Tensor | None
+    """``[R, Q', 3 P P]``, without class token."""
+
+
+class Losses(NamedTuple):
+    """Sums over valid rows, 0-dim float32; a term that is not used is 0."""
+
+    total: Tensor
+    """Weighted sum of the terms; the one to differentiate."""
+    teacher: Tensor
+    """Without weight and alpha."""
+    student: Tensor
+    """Without weight and alpha."""
+    pixel: Tensor
+    """Without weight."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Predicted tokens of a row, in the order [class token][visible][hidden], with weights."""
+
+    cls: bool
+    """Whether the class token is predicted (weight 1)."""
+    num_visible: int
+    """Visible patches predicted: K or 0."""
+    num_hidden: int
+    """Hidden patches predicted: the first of ``PatchChoice.ids_hidden``, or 0."""
+    visible_weight: float = 1.0
+    """Weight of a visible patch; a hidden one has 1."""
+
+    @classmethod
+    def from_config(
+        cls, config: Config, num_keep: int, num_hidden: int, num_thrown: int = 0
+    ) -> Self:
+        """Layout of the feature targets.
+
+        Args:
+            config: ``loss`` says which tokens count, ``decoder.predict_ratio`` how many hidden.
+            num_keep: K.
+            num_hidden: M.
+            num_thrown: T, which counts in the number that ``predict_ratio`` is a share of.
+
+        Returns:
+            The layout. The class token is predicted if ``loss.include_cls`` and visible tokens
+            count at all; with ``loss.tokens=hidden`` it never is.
+        """
+        loss, share = config.loss, config.decoder.predict_ratio
+        predicted = num_hidden
+        if share is not None:
+            length = num_keep + num_hidden + num_thrown
+            predicted = min(max(int(length * share + EPS), 1), num_hidden)
+        visible = loss.tokens != "hidden"
+        return cls(
+            cls=loss.include_cls and visible,
+            num_visible=num_keep if visible else 0,
+            num_hidden=0 if loss.tokens == "visible" else predicted,
+            visible_weight=loss.visible_weight if loss.tokens == "weighted" else 1.0,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Q."""
+        return int(self.cls) + self.num_visible + self.num_hidden
+
+    @property
+    def weight_sum(self) -> float:
+        """Sum of the weights of one row."""
+        return int(self.cls) + self.num_visible * self.visible_weight + self.num_hidden
+
+    def without_cls(self) -> "TokenLayout":
+        """The same without class token: the layout of the pixel target."""
+        return replace(self, cls=False)
+
+    def weights(self, device: torch.device | str | None = None) -> Tensor:
+        """Weight of each token, float32 ``[Q]``."""
+        ones = torch.ones(self.num_tokens, dtype=torch.float32, device=device)
+        start = int(self.cls)
+        ones[start : start + self.num_visible] *= self.visible_weight
+        return ones
+
+    def gather(self, features: Tensor, choice: PatchChoice) -> Tensor:
+        """Take the predicted tokens of full-picture features.
+
+        Args:
+            features: ``[B, N, F]``, or ``[B, 1 + N, F]`` with the class token first.
+            choice: masks with R = B * masks_per_view rows.
+
+        Returns:
+            ``[R, Q, F]``; a view's features serve all its masks.
+
+        Raises:
+            ValueError: if the shapes do not fit, or a class token is wanted that is not there.
+        """
+        views, tokens, width = features.shape
+        rows = choice.ids_keep.shape[0]
+        length = sum(ids.shape[1] for ids in choice)
+        prefix = tokens - length
+        if prefix not in (0, 1) or rows % views:
+            raise ValueError(
+                f"features {tuple(features.shape)} do not fit {rows} masks of {length} patches"
+            )
+        if self.cls and not prefix:
+            raise ValueError(
+                "loss.include_cls asks for the class token, but these features have none; "
+                "set loss.include_cls=false"
+            )
+        ids = [choice.ids_keep[:, : self.num_visible], choice.ids_hidden[:, : self.num_hidden]]
+        index = torch.cat(ids, dim=1) + prefix
+        if self.cls:
+            index = torch.cat([torch.zeros_like(choice.ids_keep[:, :1]), index], dim=1)
+        if index.shape[1] != self.num_tokens:
+            raise ValueError(f"{self} does not fit masks with {ids[0].shape[1]} visible patches")
+        index = index.reshape(views, -1, 1).expand(-1, -1, width)
+        return features.gather(1, index).reshape(rows, self.num_tokens, width)
+
+
+def normalise(features: Tensor, kind: str) -> Tensor:
+    """Normalise each token of a target.
+
+    Args:
+        features: ``[..., F]``.
+        kind: ``l2`` (unit length; zero stays zero), ``ln`` (layer norm without affine, biased
+            variance, eps 1e-6) or ``none``.
+
+    Returns:
+        Same shape, float32, detached.
+
+    Raises:
+        ValueError: for an unknown kind.
+
+    Source: method.md 4.8, oracle O7.
+    """
+    x = features.detach().float()
+    if kind == "l2":
+        return F.normalize(x, dim=-1, eps=EPS)
+    if kind == "ln":
+        return F.layer_norm(x, x.shape[-1:], eps=EPS)
+    if kind == "none":
+        return x
+    raise ValueError(f"target norm {kind!r} is not one of l2, ln, none")
+
+
+def token_loss(prediction: Tensor, target: Tensor, kind: str, beta: float = 2.0) -> Tensor:
+    """Distance of each token.
+
+    Args:
+        prediction: ``[..., F]``, any float type.
+        target: same shape; no gradient flows into it.
+        kind: ``cosine`` (2 - 2 cos, in [0, 4]; 2 for a zero vector), ``mse`` or ``smooth_l1`` (both
+            means over channels).
+        beta: corner of smooth L1: ``0.5 d d / beta`` for |d| < beta, else ``|d| - 0.5 beta``.
+
+    Returns:
+        ``[...]``, float32.
+
+    Raises:
+        ValueError: for an unknown kind or different shapes.
+
+    Source: method.md 4.10, oracle O8.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape"
+        )
+    p, t = prediction.float(), target.detach().float()
+    if kind == "cosine":
+        cosine = (F.normalize(p, dim=-1, eps=EPS) * F.normalize(t, dim=-1, eps=EPS)).sum(dim=-1)
+        return 2.0 - 2.0 * cosine
+    if kind == "mse":
+        return (p - t).square().mean(dim=-1)
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(p, t, reduction="none", beta=beta).mean(dim=-1)
+    raise ValueError(f"loss type {kind!r} is not one of cosine, mse, smooth_l1")
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Cut pictures into patches.
+
+    Args:
+        images: ``[B, 3, S, S]``.
+        patch: P, pixels.
+
+    Returns:
+        ``[B, N, P * P * 3]``: patches in row-major order, each in (row, column, channel) order.
+
+    Raises:
+        ValueError: if a side is not a multiple of the patch.
+
+    Source: MAE's patchify.
+    """
+    batch, channels, height, width = images.shape
+    if height % patch or width % patch:
+        raise ValueError(f"{height} x {width} pixels are not a multiple of patch={patch}")
+    rows, columns = height // patch, width // patch
+    x = images.reshape(batch, channels, rows, patch, columns, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch * patch * channels)
+
+
+def pixel_targets(patches: Tensor, norm: str) -> Tensor:
+    """Pixels as a target.
+
+    Args:
+        patches: ``[B, N, P * P * 3]``.
+        norm: ``patch`` (each patch standardised with the unbiased variance + 1e-6, as MAE does) or
+            ``none``.
+
+    Returns:
+        Same shape, float32, detached.
+
+    Raises:
+        ValueError: for an unknown norm.
+    """
+    x = patches.detach().float()
+    if norm == "none":
+        return x
+    if norm == "patch":
+        var, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=1)
+        return (x - mean) / (var + EPS).sqrt()
+    raise ValueError(f"pixel norm {norm!r} is not one of patch, none")
+
+
+def objective(
+    predictions: Predictions,
+    targets: Predictions,
+    valid: Tensor,
+    layout: TokenLayout,
+    loss: Loss,
+    alpha_target: float | Tensor,
+) -> Losses:
+    """Weighted sum of the losses against both targets and the pixels.
+
+    Args:
+        predictions: of the decoder, rows in the order of ``layout``.
+        targets: normalised and gathered like the predictions; no gradient flows into them.
+        valid: bool ``[R]``; an invalid row adds exactly 0 to losses and gradients, whatever finite
+            values it holds.
+        layout: of the feature targets; pixels follow ``layout.without_cls()``.
+        loss: the config's group.
+        alpha_target: weight of the teacher in [0, 1], a float or a 0-dim tensor.
+
+    Returns:
+        Sums over valid rows of the rows' weighted token means. The caller divides by the constant
+        global_batch * masks_per_view, so that the mean does not depend on how a batch is split.
+
+    Raises:
+        ValueError: if a prediction lacks its target, or shapes differ.
+
+    Source: method.md 4.10: alpha l_t L_t + (1 - alpha) l_s L_s + l_pix L_pix.
+    """
+    zero = torch.zeros((), dtype=torch.float32, device=valid.device)
+
+    def term(name: str, layout: TokenLayout, kind: str) -> Tensor:
+        prediction, target = getattr(predictions, name), getattr(targets, name)
+        if prediction is None and target is None:
+            return zero
+        if prediction is None or target is None:
+            absent = "prediction" if prediction is None else "target"
+            raise ValueError(f"the {name} term has no {absent}")
+        return sum_rows(token_loss(prediction, target, kind, loss.beta), valid, layout)
+
+    teacher = term("teacher", layout, loss.type)
+    student = term("student", layout, loss.type)
+    pixel = term("pixel", layout.without_cls(), "mse")
+    total = (
+        alpha_target * loss.teacher * teacher
+        + (1.0 - alpha_target) * loss.student * student
+        + loss.pixel * pixel
+    )
+    return Losses(total.float(), teacher, student, pixel)
+
+
+def sum_rows(per_token: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
+    """Sum over valid rows of the weighted mean over tokens; ``per_token`` is ``[R, Q]``."""
+    if per_token.shape != (valid.shape[0], layout.num_tokens):
+        raise ValueError(
+            f"losses {tuple(per_token.shape)} do not fit {valid.shape[0]} rows of "
+            f"{layout.num_tokens} tokens"
+        )
+    rows = (per_token * layout.weights(per_token.device)).sum(dim=1) / layout.weight_sum
+    return torch.where(valid, rows, 0.0).sum()

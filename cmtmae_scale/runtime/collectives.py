@@ -1,0 +1,33 @@
+"""Small agreements between ranks, on the host."""
+
+import torch
+import torch.distributed as dist
+
+
+def ranks() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if ranks() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def agree_all(mine: bool) -> bool:
+    """Tell whether a statement holds on every rank."""
+    if ranks() == 1:
+        return mine
+    flag = torch.tensor([int(mine)])
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def from_first(value: int) -> int:
+    """Return rank 0's integer on every rank."""
+    if ranks() == 1:
+        return value
+    box = torch.tensor([value], dtype=torch.int64)
+    dist.broadcast(box, 0)
+    return int(box.item())

@@ -1,0 +1,1 @@
+"""Frozen teachers: one module a library, one interface for the trainer."""

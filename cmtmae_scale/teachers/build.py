@@ -1,0 +1,102 @@
+"""From the config to a teacher, or to none where the run does not use one."""
+
+import timm
+import torch
+
+from cmtmae_scale.config import derive
+from cmtmae_scale.config.derive import Needs
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError, TeacherError
+from cmtmae_scale.teachers.base import Teacher
+from cmtmae_scale.teachers.live import LiveTeacher, Reading
+from cmtmae_scale.teachers.timm import TimmSource
+
+
+def build_teacher(
+    config: Config,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    needs: Needs | None = None,
+) -> Teacher | None:
+    """Build the frozen teacher of a run.
+
+    Args:
+        config: the run.
+        device: where it computes.
+        dtype: compute type, bfloat16 or float32.
+        needs: which of map and features are computed; ``None`` takes ``derive.needs(config)``.
+
+    Returns:
+        The teacher, in eval mode and without gradients, or ``None`` where neither its map nor its
+        features are used, or with ``teacher.mode=none``. Its ``image_size`` is the student's grid
+        times its own patch unless the config gives another one.
+
+    Raises:
+        TeacherError: a model, weights or a size that cannot work; names key and remedy.
+        ConfigError: a student that does not fit ``views.size``.
+
+    Source: method.md 4.3, sections 6 and 7.
+    """
+    if config.teacher.mode == "none":
+        return None
+    needs = derive.needs(config) if needs is None else needs
+    if not needs.teacher:
+        return None
+    return assemble(config, needs, load=True).to(device, dtype)
+
+
+def build_teacher_skeleton(config: Config, needs: Needs | None = None) -> LiveTeacher:
+    """Build the teacher without reading or fetching weights, to count on the meta device.
+
+    Raises:
+        TeacherError: as ``build_teacher``, but for the weights.
+    """
+    return assemble(config, derive.needs(config) if needs is None else needs, load=False)
+
+
+def assemble(config: Config, needs: Needs, *, load: bool) -> LiveTeacher:
+    """Model, size, weights and what is read from them."""
+    settings = config.teacher
+    for key in ("model", "weights"):
+        if not getattr(settings, key):
+            raise TeacherError(f"teacher.{key} must be given: mask or loss use the teacher")
+    if settings.library == "open_clip":
+        # here, so that runs with other teachers do not load the library
+        from cmtmae_scale.teachers.open_clip import OpenClipSource
+
+        source = OpenClipSource(settings)
+    else:
+        source = TimmSource(settings)
+    grid = student_grid(config)
+    size = settings.image_size or grid[0] * source.patch
+    if size % source.patch:
+        below = size // source.patch * source.patch
+        nearest = f"{below} or {below + source.patch}" if below else f"{source.patch}"
+        raise TeacherError(
+            f"teacher.image_size={size} is not a multiple of the teacher's patch of {source.patch} "
+            f"pixels; use {nearest}, or leave it out"
+        )
+    tower = source.build(size, config.run.seed, load=load)
+    reading = Reading.from_config(config, needs, len(tower.blocks))
+    return LiveTeacher(tower, reading, size, grid)
+
+
+def student_grid(config: Config) -> tuple[int, int]:
+    """Rows and columns of the student's patches: ``views.size`` over its patch side.
+
+    Raises:
+        ConfigError: an unknown architecture, or a size that its patch does not divide.
+    """
+    patch = config.student.patch_size
+    if patch is None:
+        if not timm.is_model(config.student.arch):
+            raise ConfigError(f"student.arch={config.student.arch} is not a model of timm")
+        with torch.device("meta"):
+            student = timm.create_model(config.student.arch, pretrained=False)
+        patch = int(student.patch_embed.patch_size[0])  # pyright: ignore
+    if config.views.size % patch:
+        raise ConfigError(
+            f"views.size={config.views.size} is not a multiple of the student's patch of {patch} "
+            "pixels"
+        )
+    return config.views.size // patch, config.views.size // patch

@@ -1,0 +1,428 @@
+"""Image towers of open_clip: the transformers that OpenAI, LAION, DataComp, DFN and MetaCLIP use.
+
+Only the image tower is built. Source: method.md section 6.
+"""
+
+import difflib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip import transformer
+from open_clip.model import (
+    CLIPVisionCfg,
+    _build_vision_tower,  # pyright: ignore[reportPrivateUsage] # spares the text tower
+    resize_pos_embed,
+)
+from torch import Tensor, nn
+
+from cmtmae_scale.config.schema import Teacher as TeacherConfig
+from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
+from cmtmae_scale.teachers.base import QueryKey, Tower
+from cmtmae_scale.teachers.weights import (
+    is_file_name,
+    keep_blocks,
+    load_strictly,
+    read_weights,
+)
+
+logger = logging.getLogger(__name__)
+
+TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks.0.ln_1.weight")
+POSITIONS = "positional_embedding"
+
+
+class Description(NamedTuple):
+    """A model's JSON: architecture, activation, pixels."""
+
+    name: str
+    embed_dim: int
+    vision: dict[str, Any]
+    quick_gelu: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def describe(model: str) -> Description:
+    """Find a model by name or by the path of its JSON.
+
+    Args:
+        model: a name of ``open_clip.list_models()``, or a ``.json`` file: a bare model config, or
+            an ``open_clip_config.json`` with ``model_cfg`` and ``preprocess_cfg`` (mean, std).
+
+    Raises:
+        TeacherError: unknown name, missing or unfit file.
+    """
+    pixels: dict[str, Any] = {}
+    if model.endswith(".json"):
+        path = Path(model)
+        if not path.is_file():
+            raise TeacherError(f"teacher.model={model}: there is no such file")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TeacherError(f"teacher.model={model}: not a JSON file ({error})") from error
+        if isinstance(content, dict) and "model_cfg" in content:
+            content, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
+        if not isinstance(content, dict) or not {"embed_dim", "vision_cfg"} <= set(content):
+            raise TeacherError(
+                f"teacher.model={model}: no open_clip model description; it needs embed_dim and "
+                "vision_cfg"
+            )
+        name = path.stem
+    else:
+        name = model.replace("/", "-")
+        content = open_clip.get_model_config(name)
+        if content is None:
+            close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models()"
+            raise TeacherError(f"teacher.model={model} is not a model of open_clip; {hint}")
+    return Description(
+        name,
+        content["embed_dim"],
+        content["vision_cfg"],
+        bool(content.get("quick_gelu", False)),
+        tuple(pixels.get("mean") or CLIP_MEAN),
+        tuple(pixels.get("std") or CLIP_STD),
+    )
+
+
+def check_vision(model: str, vision: dict[str, Any]) -> None:
+    """Refuse towers that are no plain vision transformer.
+
+    Raises:
+        TeacherError: with what to use instead.
+    """
+    trunk = vision.get("timm_model_name")
+    if trunk:
+        raise TeacherError(
+            f"teacher.model={model}: its image tower is timm's {trunk}; set teacher.library=timm "
+            f"teacher.model={trunk}"
+        )
+    if not isinstance(vision.get("layers", 12), int):
+        raise TeacherError(
+            f"teacher.model={model}: its image tower is a ResNet and has no patch tokens; choose a "
+            "ViT model, here or with teacher.library=timm"
+        )
+    special = {
+        "attentional_pool": vision.get("attentional_pool", False),
+        "final_ln_after_pool": vision.get("final_ln_after_pool", False),
+        "pool_type": vision.get("pool_type", "tok") != "tok",
+        "block_type": vision.get("block_type") not in (None, "default"),
+    }
+    special |= {
+        key: vision.get(key, False)
+        for key in ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn", "scale_fc")
+    }
+    for key, found in special.items():
+        if found:
+            raise TeacherError(
+                f"teacher.model={model}: {key}={vision[key]} is another way to the features than "
+                "the class token's; choose a plain ViT, or this model with teacher.library=timm"
+            )
+
+
+def check_quick_gelu(config: TeacherConfig, description: Description) -> bool:
+    """Settle the activation, which a weights file does not tell and open_clip does not check.
+
+    Raises:
+        TeacherError: naming ``teacher.quick_gelu``.
+
+    Source: method.md 6.3.
+    """
+    if config.quick_gelu is None:
+        raise TeacherError(
+            "teacher.quick_gelu must be given for open_clip: true for OpenAI, DFN and MetaCLIP "
+            "weights, false for LAION and DataComp"
+        )
+    if description.quick_gelu and not config.quick_gelu:
+        raise TeacherError(
+            f"teacher.quick_gelu=false, but teacher.model={config.model} is built with QuickGELU; "
+            "set teacher.quick_gelu=true or choose the model without -quickgelu"
+        )
+    return config.quick_gelu
+
+
+def tag_config(config: TeacherConfig, name: str, quick_gelu: bool) -> dict[str, Any]:
+    """open_clip's entry of a pretrained tag.
+
+    Raises:
+        TeacherError: unknown tag, or one trained with the other activation.
+    """
+    tag = str(config.weights)
+    base = name.removesuffix("-quickgelu")
+    entry = open_clip.get_pretrained_cfg(base, tag) or open_clip.get_pretrained_cfg(name, tag)
+    if not entry:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(base)) or "none"
+        raise TeacherError(
+            f"teacher.weights={tag} is neither a file nor a tag of {base}; its tags: {known}"
+        )
+    trained = bool(entry.get("quick_gelu", False))
+    if trained != quick_gelu:
+        raise TeacherError(
+            f"teacher.quick_gelu={str(quick_gelu).lower()}, but the weights {tag} of {base} were "
+            f"trained with quick_gelu={str(trained).lower()}; set teacher.quick_gelu accordingly"
+            + ("" if trained else " and choose the model without -quickgelu")
+        )
+    return entry
+
+
+def download(entry: dict[str, Any], tag: str) -> str:
+    """Fetch a tag's file, or find it in the cache.
+
+    Raises:
+        TeacherError: not reachable; names the remedy.
+    """
+    try:
+        path = open_clip.download_pretrained(entry)
+    except Exception as error:  # every transport has its own; all end the run with the remedy
+        first = str(error).strip().split("\n")[0]
+        raise TeacherError(
+            f"teacher.weights={tag} cannot be downloaded ({type(error).__name__}: {first}); "
+            "fetch the file elsewhere and set teacher.weights=FILE"
+        ) from error
+    if not path:
+        raise TeacherError(f"teacher.weights={tag} has no file to fetch; use teacher.weights=FILE")
+    return path
+
+
+def image_state(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Image tower's part of a whole CLIP's or an image tower's weights, without ``visual.``.
+
+    Raises:
+        TeacherError: another library's weights, or a text tower alone.
+    """
+    where = f"teacher.weights={path}"
+    if any(name.startswith("visual.trunk.") for name in state):
+        raise TeacherError(f"{where}: its image tower is timm's; set teacher.library=timm")
+    if any(name.startswith("visual.") for name in state):
+        return {
+            name.removeprefix("visual."): value
+            for name, value in state.items()
+            if name.startswith("visual.")
+        }
+    if "class_embedding" in state or "conv1.weight" in state:
+        return state
+    if "patch_embed.proj.weight" in state:
+        raise TeacherError(f"{where}: these are timm's names; set teacher.library=timm")
+    if any(name.startswith("vision_model.") for name in state):
+        raise TeacherError(
+            f"{where}: these are names of the transformers library; take the open_clip file of the "
+            "same model"
+        )
+    kind = "a text tower alone" if any(key in state for key in TEXT_KEYS) else "no image tower"
+    raise TeacherError(
+        f"{where}: holds {kind} (first names: {', '.join(list(state)[:3])}); give the file of a "
+        "whole CLIP or of its image tower"
+    )
+
+
+def fit_positions(state: dict[str, Tensor], visual: nn.Module, path: str) -> None:
+    """Resample the position table to the tower's grid, in place, with open_clip's own function.
+
+    Raises:
+        TeacherError: a table that is not square.
+    """
+    table = state.get(POSITIONS)
+    if table is None or table.ndim != 2:
+        return
+    side = math.isqrt(max(table.shape[0] - 1, 0))
+    if side * side != table.shape[0] - 1:
+        raise TeacherError(
+            f"teacher.weights={path}: {POSITIONS} has {table.shape[0]} rows, not a class token and "
+            "a square grid"
+        )
+    holder = {f"visual.{POSITIONS}": table.float()}
+    resize_pos_embed(holder, SimpleNamespace(visual=visual))
+    state[POSITIONS] = holder[f"visual.{POSITIONS}"]
+
+
+class OpenClipTower(Tower):
+    """open_clip's plain ``VisionTransformer``.
+
+    Args:
+        visual: the tower.
+        mean: mean of each channel.
+        std: deviation of each channel.
+        source: its part of the fingerprint.
+    """
+
+    num_prefix = 1
+    has_cls = True
+
+    def __init__(
+        self,
+        visual: transformer.VisionTransformer,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        source: dict[str, object],
+    ) -> None:
+        self.model = visual
+        self.visual = visual
+        self.blocks = list(visual.transformer.resblocks)
+        rows, columns = visual.grid_size
+        self.grid = (rows, columns)
+        self.mean = mean
+        self.std = std
+        self.source = source
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches, class token, positions and the norm before the blocks."""
+        return self.visual._embeds(images)
+
+    def query_key(self, block: int, tokens: Tensor, queries: slice) -> QueryKey:
+        """From ``in_proj_weight`` of the block's ``nn.MultiheadAttention``, rows q, k, v."""
+        layer: Any = self.blocks[block]
+        attention: nn.MultiheadAttention = layer.attn
+        normed = layer.ln_1(tokens)
+        width, heads = attention.embed_dim, attention.num_heads
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+
+        def heads_of(part: int, rows: Tensor) -> Tensor:
+            cut = slice(part * width, (part + 1) * width)
+            flat = F.linear(rows, weight[cut], None if bias is None else bias[cut])
+            return flat.unflatten(-1, (heads, width // heads)).transpose(1, 2)  # [B, H, T, d]
+
+        return QueryKey(
+            heads_of(0, normed[:, queries]), heads_of(1, normed), (width // heads) ** -0.5
+        )
+
+    def pool_query_key(self, tokens: Tensor) -> tuple[QueryKey, int]:
+        """Towers with a pooling head are refused when they are built."""
+        raise TeacherError("attention.source=pool: plain open_clip towers have no pooling head")
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """``ln_post``."""
+        return self.visual.ln_post(tokens)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """``@ proj``."""
+        projection = self.visual.proj
+        if projection is None:
+            raise TeacherError("teacher.feature=proj: the tower has no projection; use ln_post")
+        return tokens @ projection
+
+    def width(self, feature: str) -> int:
+        """Joint space for ``proj``, else the tower's own."""
+        return self.visual.output_dim if feature == "proj" else self.visual.transformer.width
+
+    def check_feature(self, feature: str) -> None:
+        """All three kinds exist."""
+
+    def check_source(self, source: str, layers: Sequence[int]) -> None:
+        """No pooling head here."""
+        if source == "pool":
+            raise TeacherError(
+                "attention.source=pool: plain open_clip towers have no pooling head; use cls or "
+                "mean_query, or a model with one (SigLIP) under teacher.library=timm"
+            )
+
+
+class OpenClipSource:
+    """Finds and builds a tower.
+
+    Args:
+        config: the teacher's settings.
+
+    Raises:
+        TeacherError: unknown or unfit model, or an activation that is not settled.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        self.description = describe(str(config.model))
+        check_vision(str(config.model), self.description.vision)
+        self.quick_gelu = check_quick_gelu(config, self.description)
+        self.patch: int = self.description.vision.get("patch_size", 16)
+
+    def build(self, image_size: int, seed: int, *, load: bool = True) -> OpenClipTower:
+        """Build the tower at one size, with its weights.
+
+        Args:
+            image_size: S, a multiple of the patch.
+            seed: of random weights.
+            load: False leaves the weights as initialised and fetches nothing (dry run).
+
+        Raises:
+            TeacherError: weights that are missing, unreachable or unfit.
+        """
+        config, description = self.config, self.description
+        weights = str(config.weights)
+        mean, std, path = description.mean, description.std, None
+        if weights != "random" and is_file_name(weights):
+            path = weights
+        elif weights != "random":
+            entry = tag_config(config, description.name, self.quick_gelu)
+            mean, std = tuple(entry["mean"]), tuple(entry["std"])
+            path = download(entry, weights) if load else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            visual = self.skeleton(image_size)
+        full = len(visual.transformer.resblocks)
+        if config.depth is not None:
+            if config.depth > full:
+                raise TeacherError(
+                    f"teacher.depth={config.depth}: teacher.model={config.model} has {full} blocks"
+                )
+            visual.transformer.resblocks = visual.transformer.resblocks[: config.depth]
+        if path is not None and load:
+            self.load(visual, path, full)
+        source: dict[str, object] = {
+            "library": "open_clip",
+            "library_version": open_clip.__version__,
+            "model": description.name,
+            "architecture": description.vision | {"embed_dim": description.embed_dim},
+            "weights": Path(weights).name if is_file_name(weights) else weights,
+            "weights_file": path,
+            "seed": seed if weights == "random" else None,
+            "quick_gelu": self.quick_gelu,
+        }
+        logger.info("teacher: %s, pixels with mean %s and std %s", description.name, mean, std)
+        return OpenClipTower(visual, mean, std, source)
+
+    def skeleton(self, image_size: int) -> transformer.VisionTransformer:
+        """Build the tower without pretrained weights, and check that it is what was asked for."""
+        description = self.description
+        vision = CLIPVisionCfg(
+            **(description.vision | {"image_size": image_size, "patch_dropout": 0.0})
+        )
+        visual = _build_vision_tower(description.embed_dim, vision, self.quick_gelu)
+        plain = type(visual) is transformer.VisionTransformer and all(
+            isinstance(block, transformer.ResidualAttentionBlock)
+            for block in visual.transformer.resblocks
+        )
+        if not plain or not isinstance(visual, transformer.VisionTransformer):
+            raise TeacherError(
+                f"teacher.model={self.config.model}: {type(visual).__name__} is not a plain vision "
+                "transformer of open_clip; try teacher.library=timm"
+            )
+        for block in visual.transformer.resblocks:
+            activation: nn.Module = block.mlp.gelu  # pyright: ignore
+            if isinstance(activation, transformer.QuickGELU) != self.quick_gelu:
+                raise TeacherError(
+                    f"teacher.quick_gelu={str(self.quick_gelu).lower()}, but open_clip built "
+                    f"{type(activation).__name__}; this version of open_clip is not supported"
+                )
+        return visual
+
+    def load(self, visual: transformer.VisionTransformer, path: str, full_depth: int) -> None:
+        """Fill the tower from a file, strictly."""
+        state = image_state(read_weights(path), path)
+        if len(visual.transformer.resblocks) < full_depth:
+            state = keep_blocks(state, "transformer.resblocks", len(visual.transformer.resblocks))
+        fit_positions(state, visual, path)
+        load_strictly(
+            visual,
+            state,
+            path,
+            str(self.config.model),
+            "give the file of this very model, or the teacher.model and teacher.depth of the file",
+        )

@@ -1,0 +1,146 @@
+"""Local weight files: read without running their code, and loaded whole or not at all."""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cmtmae_scale.errors import TeacherError
+
+PICKLED = (".pt", ".pth", ".bin")
+WRAPPERS = ("state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def is_file_name(weights: str) -> bool:
+    """Whether ``teacher.weights`` means a file and not a tag."""
+    return Path(weights).suffix in (".safetensors", *PICKLED) or Path(weights).is_file()
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict on the CPU.
+
+    Args:
+        path: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin`` read with ``weights_only=True``. A
+            dict under ``state_dict`` or ``model`` is unwrapped, and a prefix ``module.`` or
+            ``_orig_mod.`` that all names share is dropped.
+
+    Raises:
+        TeacherError: no such file, not readable, a TorchScript archive, or no tensors in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TeacherError(f"teacher.weights={path}: there is no such file")
+    if path.suffix == ".safetensors":
+        try:
+            state: object = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise TeacherError(
+                f"teacher.weights={path}: not a whole safetensors file ({error}); copy it again"
+            ) from error
+    elif path.suffix in PICKLED:
+        state = read_pickled(path)
+    else:
+        raise TeacherError(
+            f"teacher.weights={path}: unknown kind of file; expected .safetensors or .pt"
+        )
+    for key in WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise TeacherError(f"teacher.weights={path}: holds no state dict; save model.state_dict()")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise TeacherError(
+                f"teacher.weights={path}: {name!r} is a {type(value).__name__}, not a tensor; "
+                "save model.state_dict() alone"
+            )
+    return strip_prefixes(dict(state))
+
+
+def read_pickled(path: Path) -> object:
+    """Read a torch file whose pickle holds tensors and plain containers only."""
+    if is_torchscript(path):
+        raise TeacherError(
+            f"teacher.weights={path}: a TorchScript archive, which runs code when loaded; where "
+            "you trust it, write its weights once with torch.save(torch.jit.load(FILE, "
+            "map_location='cpu').state_dict(), NEW) and set teacher.weights=NEW"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise TeacherError(
+            f"teacher.weights={path}: cannot be read with torch.load(weights_only=True) ({first}); "
+            "copy it again, or save its state dict as .safetensors"
+        ) from error
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive of ``torch.jit.save`` (code beside the weights)."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what wrappers of a model put before every name."""
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name[len(prefix) :]: value for name, value in state.items()}
+    return state
+
+
+def keep_blocks(state: dict[str, Tensor], prefix: str, depth: int) -> dict[str, Tensor]:
+    """Drop the blocks from number ``depth`` on, names ``PREFIX.NUMBER.REST``."""
+
+    def kept(name: str) -> bool:
+        number = name.removeprefix(prefix + ".").split(".")[0]
+        return not (name.startswith(prefix + ".") and number.isdigit() and int(number) >= depth)
+
+    return {name: value for name, value in state.items() if kept(name)}
+
+
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, name: str, remedy: str
+) -> None:
+    """Load a state dict that must fit in every name and shape.
+
+    Raises:
+        TeacherError: with the file, the first names that do not fit, and the remedy.
+    """
+    own = model.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    found = [f"{len(keys)} {kind} ({first_few(keys)})" for kind, keys in problems.items() if keys]
+    if found:
+        raise TeacherError(
+            f"teacher.weights={path} does not fit teacher.model={name}: {', '.join(found)}; "
+            f"{remedy}"
+        )
+    model.load_state_dict(dict(state), strict=True)
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """Some names of a list, for a message."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def sha256(path: str | Path) -> str:
+    """Digest of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""The loop, its optimizer, its guards and its telemetry."""

@@ -1,0 +1,270 @@
+"""From a config to everything that the loop needs; nothing is trained here."""
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from dataloading.index import Index, load_or_build
+from dataloading.stream import Stream
+
+from cmtmae_scale import __version__
+from cmtmae_scale.backends.base import Backend, MicroBatch, Objective
+from cmtmae_scale.backends.fsdp import Fsdp
+from cmtmae_scale.checkpoint import layout as checkpoints
+from cmtmae_scale.checkpoint.chunks import load_fragments
+from cmtmae_scale.checkpoint.writer import Writer, find_checkpoint
+from cmtmae_scale.config.derive import batch_plan, needs, total_steps
+from cmtmae_scale.config.load import config_to_dict
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.masking import token_counts
+from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.student import MomentumStudent, build_student, initialise
+from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
+from cmtmae_scale.runtime.collectives import barrier, from_first
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.base import Teacher
+from cmtmae_scale.teachers.build import build_teacher
+from cmtmae_scale.training.guards import StopRequest
+from cmtmae_scale.training.loop import Parts
+from cmtmae_scale.training.progress import Progress, fresh_progress, resumed_progress
+from cmtmae_scale.training.resume import compare
+from cmtmae_scale.training.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+MakeBackend = Callable[[CollaborativeMAE, MomentumStudent | None, Objective], Backend]
+
+
+def build_parts(config: Config, world: World, device: torch.device, stack: ExitStack) -> Parts:
+    """Build data, teacher, student and backend, and resume where there is something to resume.
+
+    Args:
+        config: checked settings.
+        world: this process's place; the process group is open.
+        device: this rank's device.
+        stack: closes what was opened, in reverse order.
+
+    Raises:
+        ConfigError: settings that do not fit the data, the number of ranks or the checkpoint.
+        DataError: unusable images.
+        TeacherError: a teacher that cannot be built.
+        CheckpointError: checkpoints of which none is intact.
+    """
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    plan = batch_plan(config, world.world_size)
+    index = open_index(config, run_dir, world)
+    steps = total_steps(config, len(index))
+    root = run_dir / "checkpoints"
+    root.mkdir(exist_ok=True)
+    if world.rank == 0:
+        checkpoints.sweep(root)
+    barrier()
+    folder = find_checkpoint(root, world.rank, world.world_size)
+    progress = where_to_start(config, folder, index.digest, steps)
+    need = needs(config)
+    teacher = build_teacher(config, device, compute_dtype(config))
+    model, momentum_student = build_model(config, teacher)
+    length = grid_length(model)
+    counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
+    layout = TokenLayout.from_config(config, *counts)
+    backend = make_fsdp(config, world, device, model, momentum_student, layout)
+    if folder is not None:
+        load_fragments(folder, backend.fragments())
+        backend.after_load(progress.applied)
+        logger.info("resuming %s at step %d", folder, progress.step)
+    stream = stack.enter_context(open_stream(config, index, world, device, teacher, progress))
+    stop = StopRequest(run_dir)
+    stop.install()
+    telemetry = None
+    if world.rank == 0:
+        telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
+        stack.callback(telemetry.close)
+    token = from_first(int(torch.randint(2**62, (), dtype=torch.int64).item()))
+    writer = Writer(
+        root,
+        world.rank,
+        world.world_size,
+        config.checkpoint.keep,
+        config.checkpoint.background,
+        token,
+    )
+    stack.callback(writer.settle)
+    logger.info("batch %s; steps %d to %d", plan, progress.step + 1, progress.end_step)
+    return Parts(
+        config=config,
+        needs=need,
+        plan=plan,
+        layout=layout,
+        length=length,
+        patch=model.encoder.patch_side,
+        device=device,
+        stream=stream,
+        teacher=teacher,
+        backend=backend,
+        progress=progress,
+        writer=writer,
+        stop=stop,
+        telemetry=telemetry,
+        saved_facts=facts(config, index.digest, world),
+        run_dir=run_dir,
+    )
+
+
+def open_index(config: Config, run_dir: Path, world: World) -> Index:
+    """Let rank 0 build or check the index, then open it on every rank."""
+    folder = Path(config.data.index) if config.data.index else run_dir / "index"
+    build = partial(
+        load_or_build,
+        config.data.path,
+        folder,
+        source=config.data.source,
+        max_pixels=config.data.max_pixels,
+    )
+    index = build() if world.rank == 0 else None
+    barrier()
+    index = index if index is not None else build()
+    expected = config.data.expected_images
+    if expected is not None and expected != len(index):
+        raise ConfigError(
+            f"data.path={config.data.path} has {len(index)} usable images, "
+            f"data.expected_images={expected}; correct one of them"
+        )
+    return index
+
+
+def where_to_start(config: Config, folder: Path | None, digest: str, steps: int) -> Progress:
+    """Progress of the checkpoint that is resumed, or of a new run."""
+    if folder is None:
+        return fresh_progress(steps, config.train.global_batch)
+    state = checkpoints.read_state(folder)
+    changes = compare(
+        state["config"],
+        config_to_dict(config),
+        config.run.allow_change,
+        (state["index_digest"], digest),
+    )
+    for change in changes:
+        logger.warning("allowed change: %s", change)
+    return resumed_progress(state["progress"], steps, config.train.global_batch, bool(changes))
+
+
+def build_model(
+    config: Config, teacher: Teacher | None
+) -> tuple[CollaborativeMAE, MomentumStudent | None]:
+    """Student with decoder on the CPU, the same weights on every rank, and its moving average."""
+    if (
+        config.loss.include_cls
+        and needs(config).teacher_features
+        and teacher
+        and not teacher.has_cls
+    ):
+        raise ConfigError(
+            f"loss.include_cls=true, but teacher.model={config.teacher.model} has no class token; "
+            "set loss.include_cls=false"
+        )
+    model = CollaborativeMAE(config, teacher.width if teacher else None)
+    initialise(model, config.run.seed)
+    model.set_activation_checkpointing(config.backend.activation_checkpointing)
+    if not needs(config).momentum:
+        return model, None
+    momentum_student = build_student(config, MomentumStudent)
+    momentum_student.load_state_dict(copy.deepcopy(model.encoder.state_dict()))
+    momentum_student.requires_grad_(False).eval()
+    return model, momentum_student
+
+
+def make_objective(config: Config, layout: TokenLayout) -> Objective:
+    """The run's loss as a function of predictions and a micro-batch."""
+
+    def compute(predictions: Predictions, batch: MicroBatch) -> Losses:
+        return objective(
+            predictions, batch.targets, batch.valid, layout, config.loss, batch.alpha_target
+        )
+
+    return compute
+
+
+def make_fsdp(
+    config: Config,
+    world: World,
+    device: torch.device,
+    model: CollaborativeMAE,
+    momentum_student: MomentumStudent | None,
+    layout: TokenLayout,
+) -> Backend:
+    """The FSDP2 backend of a config."""
+    return Fsdp(
+        model,
+        momentum_student,
+        make_objective(config, layout),
+        config.optimizer,
+        config.backend,
+        loss_scale(config),
+        device,
+        world.local_world_size,
+    )
+
+
+def loss_scale(config: Config) -> float:
+    """One over the constant number of rows of a step: ``global_batch * masks_per_view``."""
+    return 1.0 / (config.train.global_batch * config.mask.masks_per_view)
+
+
+def open_stream(
+    config: Config,
+    index: Index,
+    world: World,
+    device: torch.device,
+    teacher: Teacher | None,
+    progress: Progress,
+) -> Stream:
+    """This rank's part of the global sequence of views, from the run's position on."""
+    sizes = [config.views.size]
+    if teacher is not None and teacher.image_size != config.views.size:
+        sizes.append(teacher.image_size)
+    return Stream(
+        index,
+        seed=config.run.seed,
+        micro_batch=config.train.micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        sizes=tuple(sizes),
+        scale=config.views.scale,
+        ratio=config.views.ratio,
+        flip=config.views.flip,
+        count=config.views.count,
+        shuffle=config.data.shuffle,
+        threads=config.data.threads,
+        start_position=progress.position,
+        decode=config.data.decode,
+        device=device,
+        quarantine=Path(config.run.dir) / "quarantine.jsonl",
+    )
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Type in which models compute."""
+    return torch.bfloat16 if config.backend.precision == "bf16" else torch.float32
+
+
+def grid_length(model: CollaborativeMAE) -> int:
+    """Number of patches N."""
+    height, width = model.encoder.grid
+    return height * width
+
+
+def facts(config: Config, digest: str, world: World) -> dict[str, Any]:
+    """What a checkpoint records beside progress; run controls are as given."""
+    return {
+        "config": config_to_dict(config),
+        "index_digest": digest,
+        "world_size": world.world_size,
+        "versions": {"cmtmae_scale": __version__, "torch": torch.__version__},
+    }

@@ -1,0 +1,94 @@
+"""Where a run stands: one step, one position, and what they are measured against."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cmtmae_scale.config.derive import peak_lr
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.method.schedules import evaluate, learning_rate, momentum_at
+
+
+@dataclass
+class Progress:
+    """Saved with every checkpoint, all of it.
+
+    ``position = position0 + (step - step0) * global_batch``; (step0, position0) is (0, 0) until a
+    resume with an allowed change.
+    """
+
+    step: int
+    """Optimizer steps taken."""
+    position: int
+    """Views drawn, over all ranks."""
+    step0: int
+    """Step at which the present batch size took effect."""
+    position0: int
+    """Position at that step."""
+    applied: int
+    """Steps that changed the weights (AdamW's counter)."""
+    end_step: int
+    """Last step of the run."""
+    horizon: int
+    """Position at the last step; schedules are functions of position / horizon."""
+
+    @property
+    def share(self) -> float:
+        """U = position / horizon."""
+        return self.position / self.horizon
+
+    def advance(self, global_batch: int, applied: bool) -> None:
+        """Count a finished step."""
+        self.step += 1
+        self.applied += applied
+        self.position = self.position0 + (self.step - self.step0) * global_batch
+
+    def to_dict(self) -> dict[str, int]:
+        """Fields as saved."""
+        return asdict(self)
+
+
+def fresh_progress(steps: int, global_batch: int) -> Progress:
+    """Progress of a run that has not begun."""
+    return Progress(0, 0, 0, 0, 0, steps, steps * global_batch)
+
+
+def resumed_progress(
+    saved: dict[str, Any], steps: int, global_batch: int, changed: bool
+) -> Progress:
+    """Progress read from a checkpoint.
+
+    Args:
+        saved: what ``to_dict`` gave.
+        steps: last step under the present config.
+        global_batch: views a step under the present config.
+        changed: a key outside the free ones differs: positions count anew from here.
+    """
+    progress = Progress(**{field.name: int(saved[field.name]) for field in fields(Progress)})
+    if changed:
+        progress.step0, progress.position0 = progress.step, progress.position
+        progress.end_step = max(steps, progress.step)
+        remaining = (progress.end_step - progress.step) * global_batch
+        progress.horizon = max(progress.position + remaining, 1)
+    return progress
+
+
+@dataclass
+class Scalars:
+    """Every scheduled number of one step."""
+
+    lr: float
+    momentum: float
+    alpha_attention: float
+    alpha_target: float
+    salient_frac: float
+
+
+def scalars_at(config: Config, share: float) -> Scalars:
+    """Evaluate all schedules at a share of the run."""
+    return Scalars(
+        lr=learning_rate(share, peak_lr(config), config.optimizer.warmup),
+        momentum=momentum_at(config.momentum, share),
+        alpha_attention=evaluate(config.collaboration.alpha_attention, share),
+        alpha_target=evaluate(config.collaboration.alpha_target, share),
+        salient_frac=evaluate(config.mask.salient_frac, share),
+    )

@@ -1,0 +1,108 @@
+"""Where a run's numbers go: ``log.jsonl``, TensorBoard, and one line or a progress bar."""
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+LOG_FILE = "log.jsonl"
+SHOWN = ("loss/total", "loss/teacher", "loss/student", "loss/pixel", "lr", "grad_norm", "images_s")
+
+
+class Telemetry:
+    """Collects means between log entries and writes them; only rank 0 makes one.
+
+    Args:
+        run_dir: the run's folder.
+        start: step that the run continues from; later entries of an earlier start are cut.
+        end: last step.
+        every: steps between entries.
+    """
+
+    def __init__(self, run_dir: Path, start: int, end: int, every: int) -> None:
+        self.file = run_dir / LOG_FILE
+        cut_log(self.file, start)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self.every = every
+        self.end = end
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+        self.views = 0
+        self.waited_s = 0.0
+        self.since = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=end, initial=start, unit="step", disable=not terminal)
+
+    def record(self, step: int, values: dict[str, float], views: int, waited_s: float) -> None:
+        """Add a finished step; writes an entry when one is due.
+
+        Args:
+            step: number of the finished step, from 1.
+            values: scalars; their mean over the interval is written.
+            views: global number of views in the step.
+            waited_s: seconds in which this rank waited for data.
+        """
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+        self.views += views
+        self.waited_s += waited_s
+        self.bar.update(1)
+        if step % self.every == 0 or step == self.end:
+            self.write(step)
+
+    def write(self, step: int) -> None:
+        """Write the interval's means, its rates and the memory in use."""
+        elapsed_s = max(time.monotonic() - self.since, 1e-9)
+        entry = {name: total / self.steps for name, total in self.sums.items()}
+        entry["images_s"] = self.views / elapsed_s
+        entry["data_wait_share"] = self.waited_s / elapsed_s
+        entry["memory_gib"] = memory_gib()
+        with self.file.open("a") as log:
+            log.write(json.dumps({"step": step, **entry}) + "\n")
+        for name, value in entry.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+        line = "  ".join(f"{name} {entry[name]:.4g}" for name in SHOWN if name in entry)
+        if self.bar.disable:
+            logger.info("step %d/%d  %s", step, self.end, line)
+        else:
+            self.bar.set_postfix_str(line)
+        self.sums, self.steps, self.views, self.waited_s = {}, 0, 0, 0.0
+        self.since = time.monotonic()
+
+    def close(self) -> None:
+        """Flush and release."""
+        self.bar.close()
+        self.board.close()
+
+
+def cut_log(file: Path, step: int) -> None:
+    """Drop entries after a step, and a half-written last line."""
+    if not file.exists():
+        return
+    kept: list[str] = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            break
+    draft = file.with_name(file.name + ".tmp")
+    draft.write_text("".join(kept))
+    draft.replace(file)
+
+
+def memory_gib() -> float:
+    """Peak memory of this rank, GiB: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

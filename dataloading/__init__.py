@@ -1,0 +1,1 @@
+"""Images, bytes and order: position-addressed views of a set of photographs."""

@@ -1,0 +1,9 @@
+"""Pre-train a student: plain python, torchrun, or deepspeed's launcher.
+
+python launchers/pretrain.py --config configs/demo.yaml [--dry-run] [key=value ...]
+"""
+
+from cmtmae_scale.cli import pretrain
+
+if __name__ == "__main__":
+    raise SystemExit(pretrain())

@@ -1,0 +1,168 @@
+"""A tiny CMT-MAE step on made-up views, run through any backend; shapes that do not divide."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.student import MomentumStudent, build_student, initialise
+
+from cmtmae_scale.backends.base import MicroBatch
+from cmtmae_scale.backends.fsdp import Fsdp
+from cmtmae_scale.backends.plain import Plain
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.method.attention import collaborative_attention
+from cmtmae_scale.method.masking import choose_masks, token_counts
+from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
+
+GLOBAL, LENGTH, TEACHER_WIDTH, ALPHA = 8, 16, 7, 0.6
+
+
+def make_config(**changes: Any) -> Config:
+    config = Config()
+    config.student.arch = "test_vit"
+    config.views.size = 64
+    config.decoder.depth, config.decoder.width, config.decoder.heads = 1, 36, 3
+    config.collaboration.alpha_attention = 0.5
+    config.collaboration.alpha_target = ALPHA
+    config.mask.masks_per_view = 2
+    config.mask.salient_frac = 0.0
+    config.optimizer.clip = 0.3
+    config.backend.precision = "fp32"
+    for key, value in changes.items():
+        group, name = key.split("__")
+        setattr(getattr(config, group), name, value)
+    return config
+
+
+def make_views(positions: list[int]) -> tuple[torch.Tensor, ...]:
+    """Images, teacher attention, teacher features and validity, each a function of the position."""
+    images, attention, features = [], [], []
+    for position in positions:
+        generator = torch.Generator().manual_seed(1000 + position)
+        images.append(torch.randn(3, 64, 64, generator=generator))
+        attention.append(torch.rand(LENGTH, generator=generator))
+        features.append(torch.randn(LENGTH + 1, TEACHER_WIDTH, generator=generator) * 3)
+    valid = torch.tensor([position % 7 != 3 for position in positions])
+    return torch.stack(images), torch.stack(attention), torch.stack(features), valid
+
+
+def make_layout(config: Config) -> TokenLayout:
+    return TokenLayout.from_config(config, *token_counts(LENGTH, config.mask.ratio))
+
+
+def make_models(config: Config) -> tuple[CollaborativeMAE, MomentumStudent]:
+    model = CollaborativeMAE(config, TEACHER_WIDTH)
+    initialise(model, 0)
+    model.set_activation_checkpointing(config.backend.activation_checkpointing)
+    momentum = build_student(config, MomentumStudent)
+    momentum.load_state_dict(model.encoder.state_dict())
+    return model, momentum.requires_grad_(False).eval()
+
+
+def make_backend(config: Config, kind: str) -> Any:
+    model, momentum = make_models(config)
+    layout = make_layout(config)
+
+    def compute(predictions: Predictions, batch: MicroBatch) -> Any:
+        return objective(
+            predictions, batch.targets, batch.valid, layout, config.loss, batch.alpha_target
+        )
+
+    scale = 1 / (GLOBAL * config.mask.masks_per_view)
+    if kind == "plain":
+        return Plain(model, momentum, compute, config.optimizer, scale)
+    local = int(kind.removeprefix("node")) if kind.startswith("node") else 1
+    config.backend.shard = "node" if kind.startswith("node") else kind  # pyright: ignore
+    cpu = torch.device("cpu")
+    return Fsdp(model, momentum, compute, config.optimizer, config.backend, scale, cpu, local)
+
+
+def make_micro_batch(config: Config, backend: Any, positions: list[int]) -> MicroBatch:
+    images, attention, features, valid = make_views(positions)
+    momentum_features, momentum_attention = backend.momentum_forward(images)
+    mixed = collaborative_attention(attention, momentum_attention, 0.5)
+    choice = choose_masks(config.mask, mixed, torch.tensor(positions), 0, 0.0)
+    layout = make_layout(config)
+    targets = Predictions(
+        layout.gather(normalise(features, "l2"), choice),
+        layout.gather(normalise(momentum_features, "ln"), choice),
+        None,
+    )
+    rows = valid.repeat_interleave(config.mask.masks_per_view)
+    return MicroBatch(images, choice, targets, rows, torch.tensor(ALPHA))
+
+
+def run_steps(
+    backend: Any, config: Config, micro: int, first: int, last: int, poison: int | None = None
+) -> list[tuple[float, float, bool]]:
+    """Steps ``first`` to ``last`` - 1: loss, gradient norm, applied."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    accumulation = GLOBAL // micro // world
+    curve = []
+    for step in range(first, last):
+        report = torch.zeros(1)
+        for a in range(accumulation):
+            start = step * GLOBAL + (a * world + rank) * micro
+            batch = make_micro_batch(config, backend, list(range(start, start + micro)))
+            if step == poison and rank == world - 1 and a == 0:
+                batch.images[0] = float("nan")
+            report += backend.micro(batch, last=a + 1 == accumulation).total
+        outcome = backend.step(2e-3 * min(1.0, (step + 1) / 4), report)
+        if outcome.applied:
+            backend.momentum_update(0.9)
+        rows = GLOBAL * config.mask.masks_per_view
+        curve.append((outcome.report[0] / rows, outcome.grad_norm, outcome.applied))
+    return curve
+
+
+def snapshot(backend: Any) -> dict[str, tuple[int, tuple[int, ...], Any]]:
+    return {
+        key: (part.offset, part.shape, part.local.numpy().copy())
+        for key, part in backend.fragments().items()
+    }
+
+
+def assemble(parts: list[dict[str, tuple[int, tuple[int, ...], Any]]]) -> dict[str, Any]:
+    """Whole tensors from every rank's fragments."""
+    whole = {}
+    for key, (_, shape, _) in parts[0].items():
+        flat = np.full(int(np.prod(shape)), np.nan, np.float32)
+        for part in parts:
+            offset, _, local = part[key]
+            flat[offset : offset + len(local)] = local
+        assert not np.isnan(flat).any(), key
+        whole[key] = flat.reshape(shape)
+    return whole
+
+
+def run_case(kind: str, micro: int, steps: int, changes: dict[str, Any]) -> Any:
+    """On one rank: a whole run; returns its curve and this rank's fragments."""
+    config = make_config(**changes)
+    backend = make_backend(config, kind)
+    curve = run_steps(backend, config, micro, 0, steps)
+    return curve, snapshot(backend)
+
+
+def run_poisoned(kind: str, micro: int) -> Any:
+    """Two good steps, then one whose last rank sees a NaN; before, after, and on."""
+    config = make_config()
+    backend = make_backend(config, kind)
+    run_steps(backend, config, micro, 0, 2)
+    before = snapshot(backend)
+    (bad,) = run_steps(backend, config, micro, 2, 3, poison=2)
+    after = snapshot(backend)
+    (good,) = run_steps(backend, config, micro, 2, 3)
+    return before, after, bad, good
+
+
+def run_gradient(micro: int) -> Any:
+    """Loss and full gradient of one step before clipping, by name, through FSDP2 or plain."""
+    config = make_config(optimizer__clip=None, optimizer__base_lr=0.0)
+    backend = make_backend(config, "full" if dist.is_initialized() else "plain")
+    curve = run_steps(backend, config, micro, 0, 1)
+    # After one AdamW step exp_avg is 0.1 of the gradient.
+    moments = {k: v for k, v in snapshot(backend).items() if k.startswith("exp_avg.")}
+    return curve, moments

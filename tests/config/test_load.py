@@ -1,0 +1,151 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmtmae_scale.config.load import config_from_dict, config_to_dict, load_config, save_config
+from cmtmae_scale.config.schema import Schedule
+from cmtmae_scale.errors import ConfigError
+
+BASE = {
+    "run": {"dir": "runs/x"},
+    "data": {"path": "photos"},
+    "train": {"steps": 10},
+    "teacher": {"library": "timm", "model": "vit_small_patch14_dinov2", "weights": "random"},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+def message(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, overrides)
+    assert caught.value.exit_code == 78
+    return str(caught.value)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(recipe: Path) -> None:
+    config = load_config(recipe, ["mask.ratio=0.6", "train.steps=4"])
+    assert (config.mask.ratio, config.train.steps, config.train.micro_batch) == (0.6, 4, 64)
+
+
+def test_an_integer_is_taken_for_a_float(recipe: Path) -> None:
+    assert load_config(recipe, ["optimizer.clip=3"]).optimizer.clip == 3.0
+
+
+def test_epochs_and_steps_clear_each_other(recipe: Path) -> None:
+    config = load_config(recipe, ["train.epochs=2"])
+    assert (config.train.epochs, config.train.steps) == (2.0, None)
+    config = load_config(recipe, ["train.epochs=2", "train.steps=7"])
+    assert (config.train.epochs, config.train.steps) == (None, 7)
+
+
+def test_schedules_are_numbers_or_groups(recipe: Path) -> None:
+    config = load_config(
+        recipe,
+        ["collaboration.alpha_attention=1", "collaboration.alpha_target.end=0.25"],
+    )
+    assert config.collaboration.alpha_attention == 1.0
+    assert config.collaboration.alpha_target == Schedule("linear", 1.0, 0.25, None, 0.0, 0.25)
+    switched = "collaboration.alpha_target={kind: constant, start: 0.4}"
+    assert load_config(recipe, [switched]).collaboration.alpha_target == Schedule("constant", 0.4)
+
+
+def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe, ["views.scale=[0.3, 0.9]"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert config_from_dict(config_to_dict(config), "checkpoint") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mask.samplr=random", "mask.samplr is not a key of mask; did you mean sampler?"),
+        ("maks.ratio=0.5", "maks is not a key of the config; did you mean mask?"),
+        ("mask.sampler=hide_salent", "did you mean hide_salient?"),
+        ("train.steps=abc", "train.steps: Value 'abc'"),
+        ("train.micro_batch=1.5", "train.micro_batch"),
+        ("mask=3", "expected group.key=value"),
+        ("mask.ratio", "expected group.key=value"),
+        ("mask.ratio={a: 1}", "mask.ratio"),
+        ("run.name=${oc.env:HOME}", "interpolation"),
+        ("loss.teacher=-1", "loss.teacher=-1.0 must not be negative"),
+        ("train.steps=null", "give epochs or steps"),
+        ("collaboration.alpha_target={kind: lin, start: 1}", "did you mean linear?"),
+        ("collaboration.alpha_target={kind: linear}", "start must be given"),
+        ("collaboration.alpha_target={kind: linear, start: 1}", "end must be given"),
+        ("collaboration.alpha_target=soon", "neither a number nor a schedule"),
+        ("collaboration.alpha_attention=1.5", "must lie in [0, 1]"),
+        ("mask.ratio=1", "mask.ratio=1.0 must lie in (0, 1)"),
+        ("mask.throw_ratio=0.3", "leaves nothing visible"),
+        ("mask.hint_frac=0.2", "must not exceed mask.hint_pool=0.1"),
+        ("views.scale=[0.9, 0.2]", "views.scale"),
+        ("views.scale=[0.9]", "views.scale"),
+        ("decoder.heads=7", "not a multiple of decoder.heads=7"),
+        ("decoder.type=none", "set loss.tokens=visible"),
+        ("decoder.predict_ratio=0.5", "needs decoder.type=cross"),
+        ("decoder.prompt_norm_context=maybe", "prompt_norm_context"),
+        ("target.teacher.layers=[-2]", "needs teacher.feature=block"),
+        ("target.student.layers=[]", "is empty"),
+        ("teacher.mode=none", "the mask or the loss uses the teacher"),
+        ("teacher.weights=null", "teacher.model and teacher.weights must be given"),
+        ("teacher.library=open_clip", "teacher.quick_gelu must be given"),
+        ("optimizer.warmup=1", "share of the run"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
+        ("log.every=0", "log.every=0 must be above 0"),
+        ("run.dir=null", "run.dir"),
+    ],
+)
+def test_a_wrong_override_says_what_to_do(recipe: Path, override: str, expected: str) -> None:
+    assert expected in message(recipe, override)
+
+
+def test_attention_norms_are_allowed_after_a_warm_up(recipe: Path) -> None:
+    default = "collaboration.alpha_attention={kind: two_stage, start: 1.0, end: 0.5, switch: 0.1}"
+    assert load_config(recipe, ["attention.norm=rank", default]).attention.norm == "rank"
+    early = message(recipe, "attention.norm=rank", "collaboration.alpha_attention=0.5")
+    assert "amplifies the untrained momentum student" in early
+
+
+@pytest.mark.parametrize("sampler", ["hide_salient", "reveal_salient_topk"])
+def test_several_masks_a_view_need_a_sampler_with_noise(recipe: Path, sampler: str) -> None:
+    text = message(recipe, f"mask.sampler={sampler}", "mask.masks_per_view=2")
+    assert "the same mask every time" in text
+    text = message(
+        recipe, "mask.sampler=hide_salient_mix", "mask.salient_frac=1", "mask.masks_per_view=2"
+    )
+    assert "the same mask every time" in text
+
+
+def test_unscaled_targets_need_the_cosine(recipe: Path) -> None:
+    assert "has no scale" in message(recipe, "loss.type=mse", "target.teacher.norm=none")
+
+
+def test_a_run_without_a_target_is_refused(recipe: Path) -> None:
+    assert "no target has a weight" in message(recipe, "loss.teacher=0", "loss.student=0")
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("train: {steps: 1}\n")
+    assert "data.path, run.dir must be given" in message(path)
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    assert "cannot be read" in message(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [")
+    assert "is not YAML" in message(broken)
+    broken.write_text("- 1\n")
+    assert "has no groups" in message(broken)
+
+
+def test_hints_and_prob_need_a_map(recipe: Path) -> None:
+    text = message(recipe, "mask.sampler=random", "mask.prob=0.5")
+    assert "mask.sampler=random does not" in text

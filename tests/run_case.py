@@ -1,0 +1,101 @@
+"""A whole tiny run on generated photographs, through the real loop."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint.chunks import ChunkReader
+from cmtmae_scale.config.load import load_config, save_config
+from cmtmae_scale.runtime.launch import World
+
+STEPS = 6
+BASE: dict[str, Any] = {
+    "views": {"size": 64},
+    "student": {"arch": "test_vit"},
+    "decoder": {"depth": 1, "width": 32, "heads": 2},
+    "teacher": {
+        "library": "timm",
+        "model": "test_vit",
+        "weights": "random",
+        "feature": "block",
+    },
+    "collaboration": {"alpha_attention": 0.5, "alpha_target": 0.7},
+    "optimizer": {"base_lr": 0.03, "warmup": 0.2, "clip": 1.0},
+    "train": {"global_batch": 8, "micro_batch": 2, "steps": STEPS},
+    "momentum": {"start": 0.9},
+    "backend": {"precision": "fp32"},
+    "checkpoint": {"every": 2},
+    "log": {"every": 1},
+    "data": {"threads": 2},
+}
+
+
+def make_photographs(folder: Path, count: int = 20) -> Path:
+    """Smooth coloured pictures of different sizes; 20 make an epoch edge within step 3."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / f"class{number % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        size = (80 + 4 * number, 110 - 2 * number)
+        picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        picture.save(place / f"{number:03d}.jpg", quality=90)
+    return folder
+
+
+def write_recipe(folder: Path) -> Path:
+    """Photographs and a recipe under a folder; returns the recipe's path."""
+    photographs = make_photographs(folder / "photos")
+    tree = BASE | {
+        "run": {"dir": str(folder / "run")},
+        "data": BASE["data"] | {"path": str(photographs)},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run(recipe: Path, overrides: list[str]) -> str | None:
+    """Build and train on every rank of an open process group; returns why it stopped."""
+    import torch.distributed as dist
+
+    from cmtmae_scale.training.build import build_parts
+    from cmtmae_scale.training.loop import train
+
+    torch.set_num_threads(1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = load_config(recipe, overrides)
+    with ExitStack() as stack:
+        parts = build_parts(
+            config, World(rank, size, rank, size, "test"), torch.device("cpu"), stack
+        )
+        if rank == 0:
+            save_config(config, Path(config.run.dir) / "config.yaml")
+        return train(parts)
+
+
+def run_twice(recipe: Path, first: list[str], second: list[str]) -> tuple[str | None, str | None]:
+    """Two starts one after the other in the same processes."""
+    return run(recipe, first), run(recipe, second)
+
+
+def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds, whole."""
+    folder = layout.folder_of(run_dir / "checkpoints", step)
+    assert layout.fault(folder) is None
+    reader = ChunkReader(folder)
+    return {key: reader.read_whole(key) for key in reader.index}
+
+
+def same(a: Path, b: Path, step: int = STEPS) -> None:
+    """Assert that two runs hold the same bits at a step."""
+    one, two = tensors(a, step), tensors(b, step)
+    assert one.keys() == two.keys()
+    different = [key for key in one if not torch.equal(one[key], two[key])]
+    assert not different
