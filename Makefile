@@ -1,45 +1,54 @@
-# Set-up, tests and the demo; every target brings what it needs.
-PYTHON ?= python3
+# make setup | demo | demo-ci | test | test-all | test-oldest | lint
+# Everything is installed into VENV, a folder of this clone.
+
 VENV ?= .venv
-BIN := $(VENV)/bin
-UV := $(shell command -v uv 2>/dev/null || echo .venv-uv/bin/uv)
-EXTRAS := dali,deepspeed,demo,dev
+OLDEST ?= .venv-oldest
+EXTRAS = dali,deepspeed,demo,dev
+PYTHON = $(VENV)/bin/python
 
-export OMP_NUM_THREADS ?= 1
+# uv where there is one that runs, else a private one brought by pip.
+FIND_UV = UV="$$(command -v uv || true)"; \
+	if [ -z "$$UV" ] || ! "$$UV" --version >/dev/null 2>&1; then \
+		UV=.venv-uv/bin/uv; \
+		[ -x "$$UV" ] || python3 -m pip install --quiet --target .venv-uv uv; \
+	fi
 
-.PHONY: setup demo test test-all test-oldest lint
+.PHONY: setup demo demo-ci test test-all test-oldest lint
 
 setup: $(VENV)/.stamp
 
-.venv-uv/bin/uv:
-	$(PYTHON) -m venv .venv-uv
-	.venv-uv/bin/python -m pip install --quiet uv
-
-$(VENV)/.stamp: pyproject.toml $(filter .venv-uv/%,$(UV))
-	$(UV) venv --quiet --allow-existing --python $(PYTHON) $(VENV)
-	$(UV) pip install --quiet --python $(BIN)/python torch "setuptools>=77"
-	$(UV) pip install --quiet --python $(BIN)/python --no-build-isolation-package deepspeed -e ".[$(EXTRAS)]"
-	touch $@
+$(VENV)/.stamp: pyproject.toml
+	@set -eu; $(FIND_UV); \
+	[ -x "$(PYTHON)" ] || "$$UV" venv --quiet "$(VENV)"; \
+	echo "installing into $(VENV) (some GB at the first time)"; \
+	"$$UV" pip install --quiet --python "$(PYTHON)" -e '.[$(EXTRAS)]'
+	@touch $@
 
 demo: setup
-	OMP_NUM_THREADS= $(BIN)/python launchers/demo.py
+	$(PYTHON) launchers/demo.py
+
+# The demo's whole path in about a minute, in a folder of its own.
+demo-ci: setup
+	$(PYTHON) launchers/demo.py --steps 3 --fresh
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'not slow'
 
 test-all: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
-test-oldest:
-	$(MAKE) VENV=.venv-oldest .venv-oldest/.oldest
-	.venv-oldest/bin/python -m pytest -m "not slow"
+# The lowest versions that pyproject.toml promises.
+$(OLDEST)/.stamp: pyproject.toml
+	@set -eu; $(FIND_UV); \
+	[ -x "$(OLDEST)/bin/python" ] || "$$UV" venv --quiet --python 3.11 "$(OLDEST)"; \
+	"$$UV" pip install --quiet --python "$(OLDEST)/bin/python" --resolution lowest-direct \
+		-e '.[deepspeed,demo,dev]'
+	@touch $@
 
-.venv-oldest/.oldest: pyproject.toml $(filter .venv-uv/%,$(UV))
-	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-oldest
-	$(UV) pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct -e ".[demo,dev]"
-	touch $@
+test-oldest: $(OLDEST)/.stamp
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow'
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PYTHON)

@@ -3,11 +3,13 @@
 Counts come from meta tensors; nothing is allocated and no image is read.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
+from dataloading.index import load_or_build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +21,7 @@ from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.teachers.build import build_teacher_skeleton
+from cmtmae_scale.teachers.live import LiveTeacher
 
 GIB = 2**30
 
@@ -70,8 +73,6 @@ def count_images(config: Config) -> tuple[int | None, str]:
     """Number of images from an existing index, or as the recipe expects."""
     folder = Path(config.data.index) if config.data.index else Path(config.run.dir) / "index"
     if Path(config.data.path).is_dir() and folder.is_dir():
-        from dataloading.index import load_or_build
-
         index = load_or_build(
             config.data.path, folder, source=config.data.source, max_pixels=config.data.max_pixels
         )
@@ -85,7 +86,7 @@ def count_operations(
     config: Config,
     model: CollaborativeMAE,
     momentum: nn.Module | None,
-    teacher: "object | None",
+    teacher: LiveTeacher | None,
 ) -> Work:
     """Count with torch's counter on meta tensors, one view; the backward is twice the forward."""
     size = config.views.size
@@ -98,16 +99,16 @@ def count_operations(
     average = flops(lambda: momentum(images)) if momentum is not None else 0.0
     frozen = 0.0
     if teacher is not None:
-        side = teacher.image_size  # pyright: ignore[reportAttributeAccessIssue]
+        side = teacher.image_size
         pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8, device="meta")
-        frozen = flops(lambda: teacher(pixels))  # pyright: ignore[reportCallIssue]
+        frozen = flops(lambda: teacher(pixels))
     return Work(student, average, frozen)
 
 
-def flops(call: "object") -> float:
+def flops(call: Callable[[], object]) -> float:
     """Operations of a call."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call()  # pyright: ignore[reportCallIssue]
+        call()
     return float(counter.get_total_flops())
 
 
@@ -116,7 +117,7 @@ def memory_lines(
     world_size: int,
     model: nn.Module,
     momentum: nn.Module | None,
-    teacher: "object | None",
+    teacher: LiveTeacher | None,
 ) -> list[str]:
     """Bytes a GPU by part; states are exact, activations a model."""
     shards = {"none": 1, "node": min(8, world_size), "full": world_size}[config.backend.shard]
@@ -125,7 +126,7 @@ def memory_lines(
     average = sum(p.numel() for p in momentum.parameters()) if momentum is not None else 0
     frozen = 0
     if teacher is not None:
-        frozen = sum(p.numel() for p in teacher.model.parameters())  # pyright: ignore[reportAttributeAccessIssue]
+        frozen = sum(p.numel() for p in teacher.model.parameters())
     parts = {
         "weights, moments": trained * 12 / shards,
         "gradients": trained * 4 / shards + trained * compute,

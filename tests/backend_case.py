@@ -5,8 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student, initialise
 
 from cmtmae_scale.backends.base import MicroBatch
 from cmtmae_scale.backends.fsdp import Fsdp
@@ -14,6 +12,8 @@ from cmtmae_scale.backends.plain import Plain
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.attention import collaborative_attention
 from cmtmae_scale.method.masking import choose_masks, token_counts
+from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.student import MomentumStudent, build_student, initialise
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
 
 GLOBAL, LENGTH, TEACHER_WIDTH, ALPHA = 8, 16, 7, 0.6

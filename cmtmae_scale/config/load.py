@@ -70,7 +70,7 @@ def save_config(config: Config, path: Path) -> None:
 def plain(value: Any) -> Any:
     """Replace tuples by lists, recursively."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in cast(dict[str, Any], value).items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in cast(Sequence[Any], value)]
     return value

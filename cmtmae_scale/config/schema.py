@@ -39,7 +39,7 @@ class Run:
     """Folder of checkpoints, logs and the resolved config; the same folder resumes."""
     seed: int = 0
     """Seed of weights, order, views and masks; never changes within a run."""
-    allow_change: list[str] = field(default_factory=list)
+    allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""
 
 

@@ -1,7 +1,6 @@
 """Cut the photographs that scikit-image and scikit-learn carry into a folder of small JPEGs.
 
-The same crops on every machine. Half of them could have been found by a photographer, the rest
-are what random cropping makes of a picture; some are grey, as in every real data set.
+The crops are the same on every machine; some are grey, as in every real data set.
 """
 
 import json

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -173,22 +173,35 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         State dict of timm's ``vit_small_patch14_dinov2`` with ``img_size=224, depth=10,
-        num_classes=0``; the position table is resampled from 37 x 37 to 16 x 16.
+        num_classes=0``; the position table is resampled from 37 x 37 to 16 x 16, and the last
+        norm keeps its statistics but has no weights of its own.
     """
-    table = torch.cat([weights["position.cls"], weights["position.patches"]], dim=1)
     stem = "backbone.embeddings"
+    table = torch.cat([weights["position.cls"], resample(weights["position.patches"])], dim=1)
     state = {
         "cls_token": weights[f"{stem}.cls_token"],
-        "pos_embed": resample_abs_pos_embed(table, list(GRID)),
+        "pos_embed": table,
         "patch_embed.proj.weight": weights[f"{stem}.patch_embeddings.projection.weight"],
         "patch_embed.proj.bias": weights[f"{stem}.patch_embeddings.projection.bias"],
-        "norm.weight": weights["backbone.layernorm.weight"],
-        "norm.bias": weights["backbone.layernorm.bias"],
+        # the file's own belongs to its twelfth block
+        "norm.weight": torch.ones_like(weights["backbone.layernorm.weight"]),
+        "norm.bias": torch.zeros_like(weights["backbone.layernorm.bias"]),
     }
     for number in range(DEPTH):
         block = convert_block(weights, f"backbone.encoder.layer.{number}")
         state |= {f"blocks.{number}.{name}": tensor for name, tensor in block.items()}
     return {name: tensor.float().contiguous() for name, tensor in state.items()}
+
+
+def resample(table: Tensor) -> Tensor:
+    """Resample positions ``[1, n * n, F]`` to the grid as the file's own graph does at 224 pixels.
+
+    Bicubic without antialiasing: the network was trained with that.
+    """
+    side = round(table.shape[1] ** 0.5)
+    grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # [1, F, n, n]
+    grid = F.interpolate(grid, size=GRID, mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2)
 
 
 def convert_block(weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:

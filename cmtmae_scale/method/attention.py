@@ -67,7 +67,7 @@ def mean_query_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
     Returns:
         ``[B, T]``, float32, rows sum to 1.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
         scores = query.float() @ key.float().transpose(-2, -1) * scale  # [B, H, Q, T]
         return scores.softmax(dim=-1).mean(dim=(1, 2))
 

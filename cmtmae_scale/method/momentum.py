@@ -1,7 +1,6 @@
 """The momentum student's weights: a float32 moving average of the student's."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,4 +25,5 @@ def update_momentum(average: Sequence[Tensor], weights: Sequence[Tensor], moment
         raise TypeError("a moving average must be kept in float32")
     if len(average) != len(weights):
         raise ValueError(f"{len(average)} averages, but {len(weights)} weights")
-    torch._foreach_lerp_(cast(list[Tensor], average), cast(list[Tensor], weights), 1.0 - momentum)
+    # The fused form has no public name in torch.
+    torch._foreach_lerp_(list(average), list(weights), 1.0 - momentum)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -1,5 +1,7 @@
 """From the config to a teacher, or to none where the run does not use one."""
 
+import logging
+
 import timm
 import torch
 
@@ -10,6 +12,8 @@ from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.base import Teacher
 from cmtmae_scale.teachers.live import LiveTeacher, Reading
 from cmtmae_scale.teachers.timm import TimmSource
+
+logger = logging.getLogger(__name__)
 
 
 def build_teacher(
@@ -76,6 +80,8 @@ def assemble(config: Config, needs: Needs, *, load: bool) -> LiveTeacher:
             f"teacher.image_size={size} is not a multiple of the teacher's patch of {source.patch} "
             f"pixels; use {nearest}, or leave it out"
         )
+    if settings.weights == "random" and load:
+        logger.warning("teacher.weights=random: the teacher knows nothing; for tests only")
     tower = source.build(size, config.run.seed, load=load)
     reading = Reading.from_config(config, needs, len(tower.blocks))
     return LiveTeacher(tower, reading, size, grid)

@@ -184,7 +184,7 @@ class TimmSource:
         with torch.device("meta"):
             probe = self.create(pretrained=False)
         self.patch = int(probe.patch_embed.patch_size[0])
-        self.check_activation(probe, self.tag or tag)
+        self.quick_gelu = self.check_activation(probe, self.tag or tag)
 
     def create(self, *, pretrained: bool) -> VisionTransformer:
         """Build the model at its own size, without classifier.
@@ -200,8 +200,8 @@ class TimmSource:
             )
         return model
 
-    def check_activation(self, probe: VisionTransformer, tag: str) -> None:
-        """Refuse weights of one GELU in a model with the other.
+    def check_activation(self, probe: VisionTransformer, tag: str) -> bool:
+        """Tell whether the model has QuickGELU; refuse weights that were trained otherwise.
 
         Raises:
             TeacherError: naming ``teacher.quick_gelu``.
@@ -221,6 +221,7 @@ class TimmSource:
                 f"{self.config.model} computes GELU; choose the model with clip_quickgelu in its "
                 "name, or set teacher.quick_gelu=false to keep GELU"
             )
+        return built
 
     def build(self, image_size: int, seed: int, *, load: bool = True) -> TimmTower:
         """Build the model at one size, with its weights.
@@ -254,7 +255,7 @@ class TimmSource:
             "weights": Path(str(config.weights)).name if self.local else config.weights,
             "weights_file": config.weights if self.local else None,
             "seed": seed if config.weights == "random" else None,
-            "quick_gelu": config.quick_gelu,
+            "quick_gelu": self.quick_gelu,
         }
         tower = TimmTower(vit, self.full_name, source)
         logger.info(

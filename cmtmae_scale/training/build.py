@@ -69,7 +69,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     folder = find_checkpoint(root, world.rank, world.world_size)
     progress = where_to_start(config, folder, index.digest, steps)
     need = needs(config)
-    teacher = build_teacher(config, device, compute_dtype(config))
+    teacher = fetch_teacher(config, world, device)
     model, momentum_student = build_model(config, teacher)
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
@@ -153,6 +153,14 @@ def where_to_start(config: Config, folder: Path | None, digest: str, steps: int)
     for change in changes:
         logger.warning("allowed change: %s", change)
     return resumed_progress(state["progress"], steps, config.train.global_batch, bool(changes))
+
+
+def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher | None:
+    """Build the teacher; a tag's weights are fetched by local rank 0 while the others wait."""
+    dtype = compute_dtype(config)
+    teacher = build_teacher(config, device, dtype) if world.local_rank == 0 else None
+    barrier()
+    return teacher if world.local_rank == 0 else build_teacher(config, device, dtype)
 
 
 def build_model(
