@@ -3,6 +3,7 @@
 import io
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -75,7 +76,7 @@ def size_of_bytes(data: bytes) -> tuple[int, int]:
     return _jpeg_size(data) if data.startswith(_SOI) else _pil_size(io.BytesIO(data))
 
 
-def _pil_size(file: io.BufferedIOBase) -> tuple[int, int]:
+def _pil_size(file: BinaryIO) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             width, height = image.size

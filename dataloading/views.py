@@ -87,16 +87,17 @@ def crop_boxes(
     base = np.broadcast_to(fold(_SALT, seed, sample_ids, view_numbers), width.shape)
     draws = uniforms(base, 4 * _TRIES + 1)
     shares, aspects, downs, rights = np.split(draws[:, :-1], 4, axis=1)  # [B, tries] each
-    area = (width * height).astype(np.float64)[:, None] * (scale[0] + (scale[1] - scale[0]) * shares)
+    share = scale[0] + (scale[1] - scale[0]) * shares
+    area = (width * height).astype(np.float64)[:, None] * share
     aspect = aspect_table(float(ratio[0]), float(ratio[1]))[(aspects * ASPECTS).astype(np.int64)]
-    tried_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-    tried_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (tried_w > 0) & (tried_w <= width[:, None]) & (tried_h > 0) & (tried_h <= height[:, None])
+    wide = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    high = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (wide > 0) & (wide <= width[:, None]) & (high > 0) & (high <= height[:, None])
 
     row, first, found = np.arange(width.size), fits.argmax(axis=1), fits.any(axis=1)
     centre_w, centre_h = _largest(width, height, ratio)
-    w = np.where(found, tried_w[row, first], centre_w)
-    h = np.where(found, tried_h[row, first], centre_h)
+    w = np.where(found, wide[row, first], centre_w)
+    h = np.where(found, high[row, first], centre_h)
     x = np.floor(rights[row, first] * (width - w + 1)).astype(np.int64)
     y = np.floor(downs[row, first] * (height - h + 1)).astype(np.int64)
     x = np.where(found, x, (width - w) // 2)

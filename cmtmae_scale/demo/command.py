@@ -33,7 +33,7 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, or that of the training.
     """
     options = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.chdir(root)
     try:
         config = load_config(RECIPE)
@@ -85,7 +85,8 @@ def derive_overrides(config: Config, is_random: bool, options: argparse.Namespac
     overrides: list[str] = []
     folder = config.run.dir
     if options.steps is not None:
-        overrides.append(f"train.steps={options.steps}")
+        every = min(config.log.every, max(1, options.steps // ROWS))
+        overrides += [f"train.steps={options.steps}", f"log.every={every}"]
         folder += f"-{options.steps}-steps"
     if is_random:
         overrides += ["teacher.weights=random", f"run.name={config.run.name} ({RANDOM})"]

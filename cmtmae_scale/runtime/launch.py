@@ -8,9 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (
-    HashStore,  # pyright: ignore[reportAttributeAccessIssue]
-)
 
 from cmtmae_scale.errors import ConfigError
 
@@ -76,7 +73,8 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world.launcher == "alone":
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:

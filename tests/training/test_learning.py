@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from dataloading.index import build_index
-from dataloading.stream import Stream
 from run_case import make_photographs
 
 from cmtmae_scale.backends.base import MicroBatch
@@ -15,6 +13,8 @@ from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, normalise
 from cmtmae_scale.teachers.build import build_teacher
 from cmtmae_scale.training.build import build_model, make_objective
+from dataloading.index import build_index
+from dataloading.stream import Stream
 
 STEPS, VIEWS, LENGTH = 300, 16, 64
 
