@@ -118,7 +118,9 @@ class Stream:
         quarantine: str | os.PathLike[str] | None = None,
     ) -> None:
         _at_least_one(micro_batch=micro_batch, world_size=world_size, threads=threads)
-        _at_least_one(samples=len(index), sizes=min(sizes, default=0), count=count or 1)
+        _at_least_one(
+            samples=len(index), sizes=min(sizes, default=0), count=1 if count is None else count
+        )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; expected 0 <= rank < world_size = {world_size}")
         if start_position < 0:

@@ -20,10 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import (  # pyright: ignore[reportMissingTypeStubs]
-    ImageReadMode,
-    decode_image,
-)
+from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStubs]
 
 from dataloading.headers import PIL_ERRORS
 
@@ -95,7 +92,8 @@ def _torchvision(data: bytes) -> Tensor | None:
         return None
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        picture = decode_image(encoded, mode=ImageReadMode.RGB)
+        # The operator behind torchvision.io.decode_image, which since 0.29 warns at every call.
+        picture: Tensor = torch.ops.image.decode_image(encoded, ImageReadMode.RGB.value, False)
     except RuntimeError:  # torchvision's only word for refusal
         return None
     if picture.dtype == torch.uint16:
@@ -143,9 +141,10 @@ class _Nvimagecodec:
             image = decoder.decode(self._codec.CodeStream(data), params=self._params)
         except RuntimeError:  # the header is not one it knows
             return None
-        if image is None:
+        pixels = None if image is None else np.array(image)  # the image's memory is its decoder's
+        if pixels is None or pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
             return None
-        return torch.as_tensor(np.array(image)).permute(2, 0, 1)
+        return torch.as_tensor(pixels).permute(2, 0, 1)
 
 
 @lru_cache(maxsize=1)
@@ -154,7 +153,7 @@ def _nvimagecodec() -> ModuleType | None:
     try:
         codec = importlib.import_module("nvidia.nvimgcodec")
     except ImportError:
-        logger.info("nvImageCodec is not installed; torchvision decodes, somewhat slower")
+        logger.info("nvImageCodec is not installed; torchvision decodes")
         return None
     test = io.BytesIO()
     Image.new("RGB", (16, 16), (124, 116, 104)).save(test, "JPEG")

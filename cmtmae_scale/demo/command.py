@@ -15,6 +15,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.demo.photos import prepare_photos
 from cmtmae_scale.demo.teacher import prepare_teacher
 from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
+from dataloading.errors import DataError
 
 RECIPE = "configs/demo.yaml"
 RANDOM = "random teacher"
@@ -42,7 +43,7 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
         teacher = prepare_teacher(Path(str(config.teacher.weights)))
         overrides = derive_overrides(config, teacher is None, options)
         config = load_config(RECIPE, overrides)
-    except CmtMaeError as error:
+    except (CmtMaeError, DataError) as error:
         tell(str(error))
         return error.exit_code
     run_dir = Path(config.run.dir)

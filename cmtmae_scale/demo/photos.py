@@ -8,12 +8,14 @@ import logging
 import os
 import shutil
 import zlib
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +28,15 @@ QUALITY = 90
 
 
 class Photograph(NamedTuple):
-    """A picture file inside an installed package."""
+    """A picture file inside an installed package, which is not imported."""
 
     name: str
-    package: str
+    folder: str
     file: str
     crops: int
 
 
-SKIMAGE, SKLEARN = "skimage.data", "sklearn.datasets.images"
+SKIMAGE, SKLEARN = "skimage/data", "sklearn/datasets/images"
 PHOTOGRAPHS = (
     Photograph("astronaut", SKIMAGE, "astronaut.png", 26),
     Photograph("chelsea", SKIMAGE, "chelsea.png", 26),
@@ -66,7 +68,7 @@ def prepare_photos(folder: Path) -> int:
         a warning; none is fetched.
 
     Raises:
-        ModuleNotFoundError: without scikit-image and scikit-learn (extra ``demo``).
+        DataError: without scikit-image and scikit-learn (extra ``demo``).
     """
     note = folder.with_name(folder.name + ".json")
     if note.is_file() and folder.is_dir():
@@ -94,15 +96,19 @@ def count_images(folder: Path) -> int:
 
 def cut(photograph: Photograph, folder: Path) -> None:
     """Write one photograph's crops, 160 to 256 pixels on the longer side."""
-    source = files(photograph.package) / photograph.file
+    package, _, inside = photograph.folder.partition("/")
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise DataError(f"the demo needs {package}: run make setup, or install the extra 'demo'")
+    source = Path(spec.origin).parent / inside / photograph.file
     if not source.is_file():
         logger.warning(
             "%s is not inside the installed %s; the demo goes on without it",
             photograph.file,
-            photograph.package,
+            package,
         )
         return
-    with source.open("rb") as file, Image.open(file) as opened:
+    with Image.open(source) as opened:
         picture = opened.convert("L" if opened.mode in ("L", "I", "I;16", "1") else "RGB")
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(zlib.crc32(photograph.name.encode()))

@@ -87,7 +87,7 @@ CHANGES = {
     "optimizer.weight_decay": "optimizer.weight_decay=0.5",
     "optimizer.clip": "optimizer.clip=0.01",
     "optimizer.warmup": "optimizer.warmup=0.9",
-    "train.global_batch": "train.global_batch=4",
+    "train.global_batch": "train.global_batch=16",
     "train.micro_batch": "train.micro_batch=3",
     "train.epochs": "train.epochs=0.4",
     "train.steps": "train.steps=2",
@@ -96,7 +96,7 @@ CHANGES = {
     "backend.precision": "backend.precision=bf16",
     "backend.shard": "backend.shard=some",
     "checkpoint.every": "checkpoint.every=1",
-    "checkpoint.keep": "checkpoint.keep=9",
+    "checkpoint.keep": "checkpoint.keep=1 checkpoint.every=1",
     "log.every": "log.every=2",
 }
 # The same observation without the key under test, for overrides that need a second one.
@@ -108,7 +108,7 @@ EXCEPTIONS = {
     "checkpoint.background": "speed only: test_checkpoint",
 }
 TIMES = ("images_s", "data_wait_share", "memory_gib")
-SHORT = ["train.steps=3", "checkpoint.every=2", "checkpoint.keep=1"]
+SHORT = ["train.steps=3", "train.micro_batch=8", "checkpoint.every=3"]
 
 
 def leaves(owner: Any, prefix: str = "") -> list[str]:

@@ -23,7 +23,7 @@ def learn(tmp_path, sampler: str, alpha_target: float) -> tuple[list[float], lis
     """First and last-ten-mean losses (teacher, student) on 16 fixed views."""
     config = Config()
     config.student.arch, config.student.patch_size, config.views.size = "test_vit", 8, 64
-    config.teacher.library, config.teacher.model = "timm", "test_vit3"
+    config.teacher.library, config.teacher.model = "timm", "test_vit"
     config.teacher.weights, config.teacher.feature = "random", "block"
     config.decoder.depth, config.decoder.width, config.decoder.heads = 2, 48, 4
     config.mask.sampler = sampler  # pyright: ignore

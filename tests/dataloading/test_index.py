@@ -1,0 +1,193 @@
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dataloading.index
+from dataloading.errors import DataError
+from dataloading.headers import HeaderError, size_of_bytes, size_of_file
+from dataloading.index import ENTRY, build_index, load_or_build
+
+
+def test_folder_is_listed_in_order_with_sizes_and_labels(photographs):
+    index = build_index(photographs)
+    assert index.names == sorted(index.names) and len(index) == 12
+    assert index.labels == ("class0", "class1", "class2")
+    assert index.entries.dtype == ENTRY
+    source = index.open()
+    for i, name in enumerate(index.names):
+        row = index.entries[i]
+        with Image.open(photographs / name) as image:
+            assert (row["width"], row["height"]) == image.size
+        assert index.labels[row["label"]] == name.split("/")[0]
+        assert source.read(i) == (photographs / name).read_bytes()
+        assert row["size"] == len(source.read(i))
+        assert row["flags"] == 0
+
+
+def test_files_directly_under_the_folder_have_no_label(tmp_path, picture):
+    picture(0, 20, 30).save(tmp_path / "b.png")
+    (tmp_path / "a").mkdir()
+    picture(1, 20, 30).save(tmp_path / "a" / "c.webp")
+    index = build_index(tmp_path, source="folder")
+    assert index.names == ["a/c.webp", "b.png"]
+    assert index.entries["label"].tolist() == [0, -1]
+
+
+def test_digest_is_stable_and_follows_keys_and_sizes(photographs, tmp_path):
+    digest = build_index(photographs).digest
+    moved = photographs.rename(tmp_path / "elsewhere")
+    for path in moved.rglob("*.jpg"):
+        os.utime(path, (1, 1))
+    assert build_index(moved).digest == digest
+    (moved / "class0" / "00.jpg").rename(moved / "class0" / "0x.jpg")
+    renamed = build_index(moved).digest
+    assert renamed != digest
+    with (moved / "class0" / "0x.jpg").open("ab") as file:
+        file.write(b"\0")
+    assert build_index(moved).digest not in (digest, renamed)
+
+
+def test_unusable_files_are_left_out_with_reasons(photographs, picture):
+    good = build_index(photographs)
+    (photographs / "empty.jpg").touch()
+    (photographs / "text.jpg").write_text("this is not a picture")
+    (photographs / "header.jpg").write_bytes((photographs / good.names[0]).read_bytes()[:30])
+    (photographs / "gone.jpg").symlink_to("nowhere.jpg")
+    picture(0, 300, 200).save(photographs / "large.png")
+    (photographs / "notes.txt").write_text("passed over")
+    (photographs / ".hidden.jpg").write_text("passed over")
+    index = build_index(photographs, max_pixels=59_999)
+    assert dict(index.left_out) == {
+        "empty.jpg": "empty file",
+        "gone.jpg": "cannot be read: No such file or directory",
+        "header.jpg": "JPEG ends before its frame header",
+        "large.png": "300 x 200 has more than 59999 pixels (max_pixels)",
+        "text.jpg": "not an image of a known format",
+    }
+    assert index.names == good.names and index.digest == good.digest
+
+
+def test_link_to_a_folder_above_ends(photographs):
+    (photographs / "class0" / "again").symlink_to(photographs)
+    assert len(build_index(photographs)) == 12
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "does not exist; set data.path to a folder of images"),
+        (lambda p: p.write_text("x"), "is not a folder; set data.path to a folder of images"),
+        (lambda p: p.mkdir(), r"no image files \(.jpg, .png, .webp ...\) found; set data.path"),
+    ],
+)
+def test_missing_or_empty_folder_is_the_users_error(tmp_path, make, message):
+    path = tmp_path / "photos"
+    make(path)
+    with pytest.raises(DataError, match=message) as caught:
+        build_index(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 78
+
+
+def test_folder_without_a_usable_image_is_the_users_error(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(DataError, match=r"none of 1 image files is usable; first: a.jpg \(empty"):
+        build_index(tmp_path)
+
+
+def test_unknown_source_is_refused(photographs):
+    with pytest.raises(ValueError, match="source is 'tar'"):
+        build_index(photographs, source="tar")  # pyright: ignore
+
+
+def test_kept_index_is_used_while_the_files_are_the_same(photographs, tmp_path, monkeypatch):
+    (photographs / "empty.jpg").touch()
+    built = load_or_build(photographs, tmp_path / "kept")
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["index.json", "index.npy"]
+    monkeypatch.delattr(dataloading.index, "size_of_file")  # reading a header would fail
+    loaded = load_or_build(photographs, tmp_path / "kept")
+    assert loaded.digest == built.digest == build_digest(loaded)
+    assert loaded.names == built.names and loaded.labels == built.labels
+    assert loaded.left_out == built.left_out
+    assert np.array_equal(loaded.entries, built.entries)
+
+
+def build_digest(index):
+    return dataloading.index._digest(index.names, index.entries)
+
+
+def test_index_is_built_again_when_a_file_changes(photographs, tmp_path, picture):
+    kept = tmp_path / "kept"
+    before = load_or_build(photographs, kept)
+    name = before.names[0]
+    picture(5, 61, 47).save(photographs / name)
+    after = load_or_build(photographs, kept)
+    assert (after.entries[0]["width"], after.entries[0]["height"]) == (61, 47)
+    assert after.digest != before.digest
+    (photographs / name).unlink()
+    assert len(load_or_build(photographs, kept)) == 11
+    picture(5, 61, 47).save(photographs / "new.png")
+    assert "new.png" in load_or_build(photographs, kept).names
+
+
+def test_other_pixel_limit_builds_again(photographs, tmp_path):
+    assert len(load_or_build(photographs, tmp_path / "kept")) == 12
+    fewer = load_or_build(photographs, tmp_path / "kept", max_pixels=12_500)
+    assert 0 < len(fewer) < 12
+
+
+@pytest.mark.parametrize("name", ["index.npy", "index.json"])
+def test_damaged_index_is_built_again(photographs, tmp_path, name):
+    kept = tmp_path / "kept"
+    digest = load_or_build(photographs, kept).digest
+    data = (kept / name).read_bytes()
+    (kept / name).write_bytes(data[: len(data) // 2])
+    assert load_or_build(photographs, kept).digest == digest
+    assert (kept / name).read_bytes() == data
+
+
+def test_index_folder_that_cannot_be_made_is_the_users_error(photographs, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be written .* set data.index"):
+        load_or_build(photographs, tmp_path / "file" / "kept")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_size_is_found_behind_long_metadata(tmp_path, picture, mode, progressive):
+    for length in (0, 1000, 5000, 60000):
+        path = tmp_path / f"{length}.jpg"
+        image = picture(0, 70, 33).convert(mode)
+        profile = b"\xff" * length  # looks like markers
+        image.save(path, progressive=progressive, icc_profile=profile or None, comment=b"\xff\xc0")
+        assert size_of_file(path) == size_of_bytes(path.read_bytes()) == (70, 33)
+
+
+def test_jpeg_size_is_found_behind_more_than_the_prefix(tmp_path, picture):
+    path = tmp_path / "a.jpg"
+    picture(0, 70, 33).save(path, icc_profile=b"\0" * 200_000)
+    assert size_of_file(path) == (70, 33)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "tiff", "webp"])
+def test_sizes_of_other_formats(tmp_path, picture, suffix):
+    path = tmp_path / f"a.{suffix}"
+    picture(0, 31, 17).save(path)
+    assert size_of_file(path) == size_of_bytes(path.read_bytes()) == (31, 17)
+
+
+def test_every_cut_of_a_header_is_refused(tmp_path, picture):
+    path = tmp_path / "a.jpg"
+    picture(0, 31, 17).save(path)
+    data = path.read_bytes()
+    start = data.index(b"\xff\xc0")
+    for cut in range(start + 9):
+        path.write_bytes(data[:cut])
+        with pytest.raises(HeaderError):
+            size_of_bytes(data[:cut])
+        with pytest.raises(HeaderError):
+            size_of_file(path)
+    with pytest.raises(HeaderError, match="31 x 0 pixels"):
+        size_of_bytes(data[: start + 5] + b"\0\0" + data[start + 7 :])
