@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from dataloading.errors import DataError
-
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
@@ -19,6 +17,7 @@ from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.training.build import build_parts
 from cmtmae_scale.training.guards import write_exit
 from cmtmae_scale.training.loop import train
+from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from dataloading.index import load_or_build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +21,7 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 from cmtmae_scale.teachers.live import LiveTeacher
+from dataloading.index import load_or_build
 
 GIB = 2**30
 

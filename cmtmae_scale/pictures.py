@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dataloading.index import load_or_build
-from dataloading.stream import Stream
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -21,6 +19,8 @@ from cmtmae_scale.method.masking import choose_masks
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.teachers.build import build_teacher
+from dataloading.index import load_or_build
+from dataloading.stream import Stream
 
 
 def draw_views(run_dir: Path, output: Path, count: int = 8) -> Path:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dataloading.index import Index, load_or_build
-from dataloading.stream import Stream
 
 from cmtmae_scale import __version__
 from cmtmae_scale.backends.base import Backend, MicroBatch, Objective
@@ -35,6 +33,8 @@ from cmtmae_scale.training.loop import Parts
 from cmtmae_scale.training.progress import Progress, fresh_progress, resumed_progress
 from cmtmae_scale.training.resume import compare
 from cmtmae_scale.training.telemetry import Telemetry
+from dataloading.index import Index, load_or_build
+from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
 

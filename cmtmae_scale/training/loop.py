@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dataloading.stream import Batch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend, MicroBatch
@@ -28,6 +27,7 @@ from cmtmae_scale.teachers.base import Teacher, TeacherView
 from cmtmae_scale.training.guards import StopRequest, raise_non_finite
 from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
 from cmtmae_scale.training.telemetry import Telemetry
+from dataloading.stream import Batch
 
 REPORT = (
     "loss/total",
