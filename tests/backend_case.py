@@ -11,9 +11,10 @@ from cmtmae_scale.backends.fsdp import Fsdp
 from cmtmae_scale.backends.plain import Plain
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.attention import collaborative_attention
+from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student, initialise
+from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
 
 GLOBAL, LENGTH, TEACHER_WIDTH, ALPHA = 8, 16, 7, 0.6

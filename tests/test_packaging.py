@@ -86,7 +86,9 @@ def test_no_source_file_is_too_long() -> None:
     long = {
         str(path.relative_to(ROOT)): count
         for path in FILES
-        if path.suffix == ".py" and (count := len(path.read_text().splitlines())) > MAX_LINES
+        if path.suffix == ".py"
+        and "tests" not in path.parts
+        and (count := len(path.read_text().splitlines())) > MAX_LINES
     }
     assert not long
 

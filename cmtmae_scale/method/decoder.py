@@ -22,8 +22,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Decoder as DecoderSettings
+from cmtmae_scale.method.initialisation import sincos_positions
 from cmtmae_scale.method.masking import PatchChoice
-from cmtmae_scale.method.student import run_block, sincos_positions
+from cmtmae_scale.method.student import run_block
 from cmtmae_scale.method.targets import Predictions, TokenLayout
 
 EPS = 1e-6

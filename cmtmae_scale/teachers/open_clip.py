@@ -28,6 +28,7 @@ from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
 from cmtmae_scale.teachers.base import QueryKey, Tower
 from cmtmae_scale.teachers.weights import (
+    image_state,
     is_file_name,
     keep_blocks,
     load_strictly,
@@ -36,7 +37,6 @@ from cmtmae_scale.teachers.weights import (
 
 logger = logging.getLogger(__name__)
 
-TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks.0.ln_1.weight")
 POSITIONS = "positional_embedding"
 
 
@@ -192,37 +192,6 @@ def download(entry: dict[str, Any], tag: str) -> str:
     if not path:
         raise TeacherError(f"teacher.weights={tag} has no file to fetch; use teacher.weights=FILE")
     return path
-
-
-def image_state(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Image tower's part of a whole CLIP's or an image tower's weights, without ``visual.``.
-
-    Raises:
-        TeacherError: another library's weights, or a text tower alone.
-    """
-    where = f"teacher.weights={path}"
-    if any(name.startswith("visual.trunk.") for name in state):
-        raise TeacherError(f"{where}: its image tower is timm's; set teacher.library=timm")
-    if any(name.startswith("visual.") for name in state):
-        return {
-            name.removeprefix("visual."): value
-            for name, value in state.items()
-            if name.startswith("visual.")
-        }
-    if "class_embedding" in state or "conv1.weight" in state:
-        return state
-    if "patch_embed.proj.weight" in state:
-        raise TeacherError(f"{where}: these are timm's names; set teacher.library=timm")
-    if any(name.startswith("vision_model.") for name in state):
-        raise TeacherError(
-            f"{where}: these are names of the transformers library; take the open_clip file of the "
-            "same model"
-        )
-    kind = "a text tower alone" if any(key in state for key in TEXT_KEYS) else "no image tower"
-    raise TeacherError(
-        f"{where}: holds {kind} (first names: {', '.join(list(state)[:3])}); give the file of a "
-        "whole CLIP or of its image tower"
-    )
 
 
 def fit_positions(state: dict[str, Tensor], visual: nn.Module, path: str) -> None:

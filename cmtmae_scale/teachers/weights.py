@@ -16,6 +16,7 @@ from cmtmae_scale.errors import TeacherError
 PICKLED = (".pt", ".pth", ".bin")
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
+TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks.0.ln_1.weight")
 
 
 def is_file_name(weights: str) -> bool:
@@ -144,3 +145,34 @@ def sha256(path: str | Path) -> str:
     """Digest of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def image_state(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Image tower's part of a whole CLIP's or an image tower's weights, without ``visual.``.
+
+    Raises:
+        TeacherError: another library's weights, or a text tower alone.
+    """
+    where = f"teacher.weights={path}"
+    if any(name.startswith("visual.trunk.") for name in state):
+        raise TeacherError(f"{where}: its image tower is timm's; set teacher.library=timm")
+    if any(name.startswith("visual.") for name in state):
+        return {
+            name.removeprefix("visual."): value
+            for name, value in state.items()
+            if name.startswith("visual.")
+        }
+    if "class_embedding" in state or "conv1.weight" in state:
+        return state
+    if "patch_embed.proj.weight" in state:
+        raise TeacherError(f"{where}: these are timm's names; set teacher.library=timm")
+    if any(name.startswith("vision_model.") for name in state):
+        raise TeacherError(
+            f"{where}: these are names of the transformers library; take the open_clip file of the "
+            "same model"
+        )
+    kind = "a text tower alone" if any(key in state for key in TEXT_KEYS) else "no image tower"
+    raise TeacherError(
+        f"{where}: holds {kind} (first names: {', '.join(list(state)[:3])}); give the file of a "
+        "whole CLIP or of its image tower"
+    )

@@ -20,9 +20,10 @@ from cmtmae_scale.config.derive import batch_plan, needs, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student, initialise
+from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
 from cmtmae_scale.runtime.collectives import barrier, from_first
 from cmtmae_scale.runtime.launch import World

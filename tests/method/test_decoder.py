@@ -17,8 +17,8 @@ from cmtmae_scale.method.decoder import (
     build_decoder,
     split_heads,
 )
+from cmtmae_scale.method.initialisation import initialise, sincos_positions
 from cmtmae_scale.method.masking import PatchChoice
-from cmtmae_scale.method.student import initialise, sincos_positions
 from cmtmae_scale.method.targets import TokenLayout
 
 WIDTH, STUDENT, HEADS, GRID = 24, 20, 3, (4, 4)

@@ -12,14 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.initialisation import fix_positions, initialise, sincos_positions
 from cmtmae_scale.method.student import (
     MomentumStudent,
     RowAttention,
     Student,
     build_student,
-    fix_positions,
-    initialise,
-    sincos_positions,
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
