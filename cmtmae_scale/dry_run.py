@@ -16,11 +16,13 @@ from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.config.derive import batch_plan, needs, peak_lr, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 from cmtmae_scale.teachers.live import LiveTeacher
+from cmtmae_scale.training.resume import compare
 from dataloading.index import load_or_build
 
 GIB = 2**30
@@ -57,7 +59,8 @@ def describe(config: Config, world_size: int) -> str:
         f"{config.train.global_batch} views / 256"
     )
     lines.append(f"encoder         {millions(model.encoder)} parameters")
-    lines.append(f"decoder         {millions(model.decoder)} parameters, heads included")
+    lines.append(f"decoder         {millions(model.decoder)} parameters")
+    lines.append(f"heads           {millions(model.heads)} parameters")
     if teacher is not None:
         lines.append(f"teacher         {millions(teacher.model)} parameters, frozen")
     lines.append(
@@ -144,10 +147,19 @@ def memory_lines(
 
 
 def resumable(config: Config) -> str:
-    """The checkpoint that the run would continue from; files are compared by size only here."""
+    """The checkpoint that the run would continue from, or why it would not.
+
+    Files are compared by size only here, and images are not compared.
+    """
     for folder in checkpoints.candidates(Path(config.run.dir) / "checkpoints"):
         if checkpoints.fault(folder, (-1, 1)) is None:
-            return f"{folder} (step {checkpoints.read_state(folder)['progress']['step']})"
+            state = checkpoints.read_state(folder)
+            name = f"{folder} (step {state['progress']['step']})"
+            try:
+                compare(state["config"], config_to_dict(config), config.run.allow_change, ("", ""))
+            except ConfigError as error:
+                return f"nothing: {name} would be refused: {error}"
+            return name
     return "nothing: a new run"
 
 

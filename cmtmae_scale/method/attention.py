@@ -132,6 +132,18 @@ def normalise_map(attention: Tensor, kind: str = "prob") -> Tensor:
     raise ValueError(f"attention norm {kind!r} is not one of prob, minmax, rank, zscore")
 
 
+def row_quantile(values: Tensor, share: float) -> Tensor:
+    """Quantile of each row with linear interpolation, ``[B, 1]``.
+
+    As ``torch.quantile``, which reads its argument back to check it.
+    """
+    ordered = values.sort(dim=-1).values
+    place = share * (values.shape[-1] - 1)
+    low = int(place)
+    high = min(low + 1, values.shape[-1] - 1)
+    return torch.lerp(ordered[:, low : low + 1], ordered[:, high : high + 1], place - low)
+
+
 @torch.no_grad()
 def sharpen(attention: Tensor, temperature: float = 1.0, clip_quantile: float = 1.0) -> Tensor:
     """Clamp outliers, then raise a map to the power 1 / T.
@@ -155,7 +167,7 @@ def sharpen(attention: Tensor, temperature: float = 1.0, clip_quantile: float = 
         raise ValueError(f"clip_quantile={clip_quantile} must lie in [0, 1]")
     a = sanitise(attention)
     if clip_quantile < 1.0:
-        a = torch.minimum(a, torch.quantile(a, clip_quantile, dim=-1, keepdim=True))
+        a = torch.minimum(a, row_quantile(a, clip_quantile))
     a = normalise_map(a, "prob")
     if temperature == 1.0:
         return a
