@@ -96,6 +96,8 @@ def compute(
             scale=config.views.scale,
             ratio=config.views.ratio,
             flip=config.views.flip,
+            count=config.views.count,
+            shuffle=config.data.shuffle,
             threads=1,
             decode=config.data.decode,
         )

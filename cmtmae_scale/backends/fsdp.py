@@ -1,6 +1,6 @@
 """FSDP2: weights, moments and momentum weights as float32 shards, computed in bf16 or fp32.
 
-Source: research by the project (docs/); PyTorch's ``fully_shard``.
+Built on PyTorch's ``fully_shard``.
 """
 
 from collections.abc import Iterator

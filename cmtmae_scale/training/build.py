@@ -97,7 +97,13 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         token,
     )
     stack.callback(writer.settle)
-    logger.info("batch %s; steps %d to %d", plan, progress.step + 1, progress.end_step)
+    logger.info(
+        "%s: batch %s; steps %d to %d",
+        config.run.name,
+        plan,
+        progress.step + 1,
+        progress.end_step,
+    )
     return Parts(
         config=config,
         needs=need,

@@ -1,5 +1,6 @@
 """Every way to run the step gives the same numbers."""
 
+import shutil
 from typing import Any
 
 import backend_case as case
@@ -91,6 +92,15 @@ def test_fsdp_equals_plain(plain: Any, world_size: int, kind: str, micro: int) -
 def test_activation_checkpointing_changes_nothing(plain: Any) -> None:
     changes = {"backend__activation_checkpointing": True}
     results = run_ranks(2, case.run_case, "node2", 2, STEPS, changes)
+    close(plain, (results[0][0], case.assemble([part for _, part in results])))
+
+
+@pytest.mark.gloo
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_compilation_changes_nothing(plain: Any) -> None:
+    changes = {"backend__compile": True}
+    results = run_ranks(2, case.run_case, "node2", 2, STEPS, changes, timeout_s=600)
     close(plain, (results[0][0], case.assemble([part for _, part in results])))
 
 
