@@ -139,7 +139,7 @@ checkpoints  {run_dir / "checkpoints"}
 try next
   {short(command[0])} {pretrain} --dry-run
   {short(command[0])} {pretrain} run.dir=runs/demo-hide mask.sampler=hide_salient
-  {short(torchrun)} --nproc-per-node=2 {pretrain} train.micro_batch=8 run.dir=runs/demo-2"""
+  {short(torchrun)} --nproc-per-node=2 {pretrain} run.dir=runs/demo-2"""
 
 
 def short(path: str) -> str:
