@@ -82,7 +82,7 @@ def run(config: Config, world: World) -> int:
                 reason = train(parts)
             finally:
                 step = parts.progress.step
-                parts.backend.close()
+                parts.models.backend.close()
             code, message = (EXIT_DONE, "done") if reason is None else (EXIT_STOPPED, reason)
         except (CmtMaeError, DataError) as error:
             code, message = error.exit_code, str(error)

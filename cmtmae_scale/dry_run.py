@@ -3,37 +3,25 @@
 Counts come from meta tensors; nothing is allocated and no image is read.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import yaml
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.config.derive import batch_plan, needs, peak_lr, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.masking import PatchChoice, token_counts
+from cmtmae_scale.estimate import count_operations, memory_bytes, num_shards
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.teachers.build import build_teacher_skeleton
-from cmtmae_scale.teachers.live import LiveTeacher
 from cmtmae_scale.training.resume import compare
 from dataloading.index import load_or_build
 
 GIB = 2**30
-
-
-class Work(NamedTuple):
-    """Operations for one view."""
-
-    student: float
-    momentum: float
-    teacher: float
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -67,7 +55,8 @@ def describe(config: Config, world_size: int) -> str:
         f"GFLOP a view    student {work.student / 1e9:.1f} (forward and backward), "
         f"momentum {work.momentum / 1e9:.1f}, teacher {work.teacher / 1e9:.1f}; 2 a multiply-add"
     )
-    lines += memory_lines(config, world_size, model, momentum, teacher)
+    parts = memory_bytes(config, world_size, model, momentum, teacher)
+    lines += memory_lines(parts, sum(parts.values()), num_shards(config, world_size))
     lines.append(f"would resume    {resumable(config)}")
     return "\n".join(lines)
 
@@ -85,63 +74,12 @@ def count_images(config: Config) -> tuple[int | None, str]:
     return None, f"{config.data.path} has no index yet and data.expected_images is not given"
 
 
-def count_operations(
-    config: Config,
-    model: CollaborativeMAE,
-    momentum: nn.Module | None,
-    teacher: LiveTeacher | None,
-) -> Work:
-    """Count with torch's counter on meta tensors, one view; the backward is twice the forward."""
-    size = config.views.size
-    height, width = model.encoder.grid
-    counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
-    rows = config.mask.masks_per_view
-    choice = PatchChoice(*(torch.zeros(rows, n, dtype=torch.int64, device="meta") for n in counts))
-    images = torch.empty(1, 3, size, size, device="meta")
-    student = 3.0 * flops(lambda: model(images, choice))
-    average = flops(lambda: momentum(images)) if momentum is not None else 0.0
-    frozen = 0.0
-    if teacher is not None:
-        side = teacher.image_size
-        pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8, device="meta")
-        frozen = flops(lambda: teacher(pixels))
-    return Work(student, average, frozen)
-
-
-def flops(call: Callable[[], object]) -> float:
-    """Operations of a call."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call()
-    return float(counter.get_total_flops())
-
-
-def memory_lines(
-    config: Config,
-    world_size: int,
-    model: nn.Module,
-    momentum: nn.Module | None,
-    teacher: LiveTeacher | None,
-) -> list[str]:
-    """Bytes a GPU by part; states are exact, activations a model."""
-    shards = {"none": 1, "node": min(8, world_size), "full": world_size}[config.backend.shard]
-    compute = 2 if config.backend.precision == "bf16" else 4
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    average = sum(p.numel() for p in momentum.parameters()) if momentum is not None else 0
-    frozen = 0
-    if teacher is not None:
-        frozen = sum(p.numel() for p in teacher.model.parameters())
-    parts = {
-        "weights, moments": trained * 12 / shards,
-        "gradients": trained * 4 / shards + trained * compute,
-        "momentum": average * 4 / shards,
-        "gathered copies": (trained + average) * compute,
-        "teacher": frozen * compute,
-    }
+def memory_lines(parts: dict[str, float], total: float, shards: int) -> list[str]:
+    """Bytes a GPU by part; a model, not a measurement."""
     lines = [f"memory a GPU    {name:<17}{value / GIB:8.2f} GiB" for name, value in parts.items()]
-    total = sum(parts.values()) / GIB
     lines.append(
-        f"memory a GPU    {'states':<17}{total:8.2f} GiB (modelled: {shards} shards; "
-        "activations come on top)"
+        f"memory a GPU    {'at the peak':<17}{total / GIB:8.2f} GiB (modelled, {shards} shards; "
+        "states exact, activations of the eager student)"
     )
     return lines
 

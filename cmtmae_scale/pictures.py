@@ -13,12 +13,13 @@ from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.method.attention import collaborative_attention, normalise_map, sharpen
+from cmtmae_scale.method.attention import normalise_map
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import choose_masks
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.teachers.build import build_teacher
+from cmtmae_scale.training.prepare import mix
 from dataloading.index import load_or_build
 from dataloading.stream import Stream
 
@@ -106,16 +107,8 @@ def compute(
     _, student_map = momentum(normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD))
     teacher_map = teacher(batch.images[-1]).attention if teacher is not None else None
     maps = {"teacher": teacher_map, "momentum": student_map}
-    sharp = [
-        None
-        if one is None
-        else sharpen(one, config.attention.temperature, config.attention.clip_quantile)
-        for one in maps.values()
-    ]
-    mixed = None
-    if any(one is not None for one in sharp):
-        alpha = torch.tensor(evaluate(config.collaboration.alpha_attention, share))
-        mixed = collaborative_attention(sharp[0], sharp[1], alpha, config.attention.norm)
+    alpha = torch.tensor(evaluate(config.collaboration.alpha_attention, share))
+    mixed = mix(config.attention, teacher_map, student_map, alpha)
     height, width = momentum.grid
     choice = choose_masks(
         config.mask,

@@ -20,6 +20,7 @@ from cmtmae_scale.config.derive import batch_plan, needs, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.estimate import compute_dtype
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
@@ -31,6 +32,7 @@ from cmtmae_scale.teachers.base import Teacher
 from cmtmae_scale.teachers.build import build_teacher
 from cmtmae_scale.training.guards import StopRequest
 from cmtmae_scale.training.loop import Parts
+from cmtmae_scale.training.prepare import Models
 from cmtmae_scale.training.progress import Progress, fresh_progress, resumed_progress
 from cmtmae_scale.training.resume import compare
 from cmtmae_scale.training.telemetry import Telemetry
@@ -69,18 +71,14 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     barrier()
     folder = find_checkpoint(root, world.rank, world.world_size)
     progress = where_to_start(config, folder, index.digest, steps)
-    need = needs(config)
-    teacher = fetch_teacher(config, world, device)
-    model, momentum_student = build_model(config, teacher)
-    length = grid_length(model)
-    counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
-    layout = TokenLayout.from_config(config, *counts)
-    backend = make_fsdp(config, world, device, model, momentum_student, layout)
+    models = build_models(config, world, device)
     if folder is not None:
-        load_fragments(folder, backend.fragments())
-        backend.after_load(progress.applied)
+        load_fragments(folder, models.backend.fragments())
+        models.backend.after_load(progress.applied)
         logger.info("resuming %s at step %d", folder, progress.step)
-    stream = stack.enter_context(open_stream(config, index, world, device, teacher, progress))
+    stream = stack.enter_context(
+        open_stream(config, index, world, device, models.teacher, progress)
+    )
     stop = StopRequest(run_dir)
     stop.install()
     telemetry = None
@@ -106,15 +104,10 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     )
     return Parts(
         config=config,
-        needs=need,
         plan=plan,
-        layout=layout,
-        length=length,
-        patch=model.encoder.patch_side,
         device=device,
         stream=stream,
-        teacher=teacher,
-        backend=backend,
+        models=models,
         progress=progress,
         writer=writer,
         stop=stop,
@@ -122,6 +115,22 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         saved_facts=facts(config, index.digest, world),
         run_dir=run_dir,
     )
+
+
+def build_models(config: Config, world: World, device: torch.device) -> Models:
+    """Build teacher, student and momentum student, and hand the latter two to the backend.
+
+    Raises:
+        ConfigError: settings that the models cannot meet.
+        TeacherError: a teacher that cannot be built.
+    """
+    teacher = fetch_teacher(config, world, device)
+    model, momentum_student = build_model(config, teacher)
+    length = grid_length(model)
+    counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
+    layout = TokenLayout.from_config(config, *counts)
+    backend = make_fsdp(config, world, device, model, momentum_student, layout)
+    return Models(teacher, backend, layout, length, model.encoder.patch_side)
 
 
 def open_index(config: Config, run_dir: Path, world: World) -> Index:
@@ -262,11 +271,6 @@ def open_stream(
         device=device,
         quarantine=Path(config.run.dir) / "quarantine.jsonl",
     )
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    """Type in which models compute."""
-    return torch.bfloat16 if config.backend.precision == "bf16" else torch.float32
 
 
 def grid_length(model: CollaborativeMAE) -> int:

@@ -9,22 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmtmae_scale.backends.base import Backend, MicroBatch
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import BatchPlan, Needs
+from cmtmae_scale.config.derive import BatchPlan
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.attention import (
-    collaborative_attention,
-    map_agreement,
-    sharpen,
-    visible_mass,
-)
-from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.method.masking import PatchChoice, choose_masks
-from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, patchify, pixel_targets
-from cmtmae_scale.teachers.base import Teacher, TeacherView
 from cmtmae_scale.training.guards import StopRequest, raise_non_finite
+from cmtmae_scale.training.prepare import Models, prepare
 from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
 from cmtmae_scale.training.telemetry import Telemetry
 from dataloading.stream import Batch
@@ -46,15 +36,10 @@ class Parts:
     """Everything a loop needs, built by ``build.py``."""
 
     config: Config
-    needs: Needs
     plan: BatchPlan
-    layout: TokenLayout
-    length: int
-    patch: int
     device: torch.device
     stream: Iterator[Batch]
-    teacher: Teacher | None
-    backend: Backend
+    models: Models
     progress: Progress
     writer: Writer
     stop: StopRequest
@@ -91,13 +76,14 @@ def train(parts: Parts) -> str | None:
             parts.telemetry.record(progress.step, values, parts.plan.global_batch, waited_s)
         reason = stop_reason(parts, report["stop"] > 0)
         if reason is None and progress.step % config.checkpoint.every == 0:
-            parts.writer.save(progress.step, parts.backend.fragments(), saved_state(parts))
-    parts.writer.finish(progress.step, parts.backend.fragments(), saved_state(parts))
+            parts.writer.save(progress.step, parts.models.backend.fragments(), saved_state(parts))
+    parts.writer.finish(progress.step, parts.models.backend.fragments(), saved_state(parts))
     return reason if progress.step < progress.end_step else None
 
 
 def step(parts: Parts, scalars: Scalars) -> tuple[dict[str, float], float]:
     """Take one optimizer step; returns the report by name, summed over ranks, and the data wait."""
+    models = parts.models
     total = torch.zeros(len(REPORT), device=parts.device)
     ids: list[Tensor] = []
     waited_s = 0.0
@@ -105,85 +91,19 @@ def step(parts: Parts, scalars: Scalars) -> tuple[dict[str, float], float]:
         began = time.monotonic()
         batch = next(parts.stream)
         waited_s += time.monotonic() - began
-        micro_batch, mass, agreement = prepare(parts, batch, scalars)
-        losses = parts.backend.micro(micro_batch, last=micro_step + 1 == parts.plan.accumulation)
+        micro_batch, mass, agreement = prepare(parts.config, models, batch, scalars)
+        losses = models.backend.micro(micro_batch, last=micro_step + 1 == parts.plan.accumulation)
         valid = micro_batch.valid.sum().float()
         stop = torch.full((), float(parts.stop.wanted()), device=parts.device)
         total += torch.stack([*losses, mass, agreement, valid, stop])
         ids.append(batch.sample_id)
-    outcome = parts.backend.step(scalars.lr, total)
+    outcome = models.backend.step(scalars.lr, total)
     if not outcome.applied:
         raise_non_finite(parts.progress.step + 1, REPORT, total, ids)
-    parts.backend.momentum_update(scalars.momentum)
+    models.backend.momentum_update(scalars.momentum)
     parts.progress.advance(parts.plan.global_batch, outcome.applied)
     report = dict(zip(REPORT, outcome.report, strict=True))
     return report | {"grad_norm": outcome.grad_norm}, waited_s
-
-
-def prepare(parts: Parts, batch: Batch, scalars: Scalars) -> tuple[MicroBatch, Tensor, Tensor]:
-    """From views to masks and targets: teacher, momentum student, mixed map, choice.
-
-    Returns:
-        The micro-batch, the share of the map's mass that stays visible, and the agreement of the
-        two maps; the latter two are 0-dim float32. No host synchronisation.
-    """
-    config = parts.config
-    images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
-    with torch.no_grad():
-        view = parts.teacher(batch.images[-1]) if parts.teacher else TeacherView(None, None)
-        features, attention = parts.backend.momentum_forward(images)
-        mixed = mix(parts, view.attention, attention, scalars.alpha_attention)
-        choice = choose_masks(
-            config.mask,
-            mixed,
-            batch.position,
-            config.run.seed,
-            scalars.salient_frac,
-            length=parts.length,
-        )
-        targets = Predictions(
-            gather(parts, view.features, config.target.teacher.norm, choice),
-            gather(parts, features, config.target.student.norm, choice),
-            pixel_target(parts, images, choice),
-        )
-        valid = batch.valid.to(parts.device).repeat_interleave(config.mask.masks_per_view)
-        alpha = torch.full((), scalars.alpha_target, device=parts.device)
-        zero = torch.zeros((), device=parts.device)
-        mass = zero if mixed is None else visible_mass(mixed, choice.ids_keep)
-        agreement = zero
-        if view.attention is not None and attention is not None:
-            agreement = map_agreement(view.attention, attention)
-    return MicroBatch(images, choice, targets, valid, alpha), mass, agreement
-
-
-def mix(
-    parts: Parts, teacher: Tensor | None, student: Tensor | None, alpha: float
-) -> Tensor | None:
-    """The collaborative map ``[B, N]``, or ``None`` where no mask needs one."""
-    if teacher is None and student is None:
-        return None
-    settings = parts.config.attention
-    teacher, student = (
-        None if one is None else sharpen(one, settings.temperature, settings.clip_quantile)
-        for one in (teacher, student)
-    )
-    weight = torch.full((), alpha, device=parts.device)
-    return collaborative_attention(teacher, student, weight, settings.norm)
-
-
-def gather(parts: Parts, features: Tensor | None, norm: str, choice: PatchChoice) -> Tensor | None:
-    """Normalised target features of the predicted tokens, ``[R, Q, F]`` float32."""
-    if features is None:
-        return None
-    return parts.layout.gather(normalise(features, norm), choice)
-
-
-def pixel_target(parts: Parts, images: Tensor, choice: PatchChoice) -> Tensor | None:
-    """Pixels of the predicted patches, ``[R, Q, 3 P P]`` float32."""
-    if not parts.needs.pixels:
-        return None
-    pixels = pixel_targets(patchify(images, parts.patch), parts.config.target.pixel.norm)
-    return parts.layout.without_cls().gather(pixels, choice)
 
 
 def readable(report: dict[str, float], scalars: Scalars, plan: BatchPlan) -> dict[str, float]:
