@@ -1,9 +1,10 @@
 """Width and height of an encoded picture without decoding it."""
 
 import io
+import os
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -47,18 +48,7 @@ def size_of_file(path: Path) -> tuple[int, int]:
         OSError: if the file cannot be read.
     """
     with path.open("rb") as file:
-        data = b""
-        for prefix in _PREFIXES:
-            data += file.read(prefix - len(data) if prefix > 0 else -1)
-            if not data.startswith(_SOI):
-                file.seek(0)
-                return _pil_size(file)
-            try:
-                return _jpeg_size(data)
-            except _Short:
-                if len(data) < prefix:
-                    raise
-    raise _Short("JPEG ends before its frame header")
+        return _size(file)
 
 
 def size_of_bytes(data: bytes) -> tuple[int, int]:
@@ -73,10 +63,71 @@ def size_of_bytes(data: bytes) -> tuple[int, int]:
     Raises:
         HeaderError: if it is not a readable image.
     """
-    return _jpeg_size(data) if data.startswith(_SOI) else _pil_size(io.BytesIO(data))
+    return _size(io.BytesIO(data))
 
 
-def _pil_size(file: BinaryIO) -> tuple[int, int]:
+def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+    """Read width and height of a picture that lies within a file.
+
+    Args:
+        descriptor: open file, read at given places only: its own position does not move.
+        offset: first byte of the picture.
+        size: bytes of the picture.
+
+    Returns:
+        (width, height) as in ``size_of_file``.
+
+    Raises:
+        HeaderError: if it is not a readable image.
+        OSError: if the file cannot be read.
+    """
+    with io.BufferedReader(_Range(descriptor, offset, size), _PREFIXES[0]) as file:
+        return _size(file)
+
+
+class _Range(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        self._descriptor, self._offset, self._size, self._at = descriptor, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._size - self._at)
+        data = os.pread(self._descriptor, length, self._offset + self._at) if length > 0 else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError("seek before the start")
+        self._at = base + offset
+        return self._at
+
+
+def _size(file: BinaryIO | io.BufferedReader) -> tuple[int, int]:
+    data = b""
+    for prefix in _PREFIXES:
+        data += file.read(prefix - len(data) if prefix > 0 else -1)
+        if not data.startswith(_SOI):
+            file.seek(0)
+            return _pil_size(file)
+        try:
+            return _jpeg_size(data)
+        except _Short:
+            if len(data) < prefix:
+                raise
+    raise _Short("JPEG ends before its frame header")
+
+
+def _pil_size(file: BinaryIO | io.BufferedReader) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             width, height = image.size

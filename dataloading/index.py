@@ -5,46 +5,26 @@ import io
 import json
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, name_bytes
 from dataloading.errors import DataError
-from dataloading.headers import HeaderError, size_of_file
-from dataloading.sources import FolderSource, Source
+from dataloading.folders import examine_folder, list_folder
+from dataloading.shards import Shard, TarNames, is_tars, list_shards
+from dataloading.sources import FolderSource, Source, TarSource
+from dataloading.webdataset import examine_shards
 
 logger = logging.getLogger(__name__)
 
-ENTRY = np.dtype(
-    [
-        ("shard", "<u4"),  # file of the sample; 0 in a folder
-        ("offset", "<u8"),  # bytes before it in that file; 0 in a folder
-        ("size", "<u4"),  # bytes
-        ("width", "<u2"),
-        ("height", "<u2"),
-        ("label", "<i4"),  # row of Index.labels; -1: directly under the folder
-        ("flags", "u1"),  # 0; unusable files are left out
-    ]
-)
-EXTENSIONS = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib"),
-        *(".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"),
-    )
-)
-MAX_PIXELS = 100_000_000
-SourceName = Literal["auto", "folder"]
+SourceName = Literal["auto", "folder", "webdataset"]
 
 _FORMAT = 1
-_CHUNK = 512
-_READERS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,65 +32,74 @@ class Index:
     """Usable samples of a data set; row i is sample id i.
 
     Attributes:
-        root: folder of the images.
+        root: the data set as the caller named it: folder, tar or pattern.
         source: layout under it.
-        entries: structured array of ``ENTRY``, one row a sample.
-        names: key of each row: path relative to the root, with ``/``; sorted.
-        labels: names of the labels, sorted: the folders directly under the root.
-        left_out: (name, reason) of files that look like images and cannot be used.
-        digest: sha256 over keys and sizes (bytes, width, height) of all rows, hexadecimal.
+        entries: structured array of ``ENTRY``, one row a sample, ordered by path in a folder, by
+            shard and offset in tars.
+        names: name of each row. Folder: path relative to the root, with ``/``. Tars: the place,
+            "byte 1536 of train-000.tar", made when asked for.
+        labels: names of the labels, sorted. Folder: the folders directly under the root. Tars: the
+            texts of ``.cls`` members.
+        left_out: (name, reason) of what looks like an image and cannot be used.
+        digest: sha256 over keys and sizes (bytes, width, height) of all rows, hexadecimal; the
+            same wherever the data set lies.
+        shards: the tars, in order; none for a folder.
     """
 
     root: Path
-    source: Literal["folder"]
+    source: Literal["folder", "webdataset"]
     entries: NDArray[np.void]
     names: Sequence[str]
     labels: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     digest: str
+    shards: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def open(self) -> Source:
         """Return a reader of the samples' bytes."""
+        if self.source == "webdataset":
+            return TarSource(self.shards, self.entries)
         return FolderSource(self.root, self.names)
 
 
-class _File(NamedTuple):
-    name: str
-    size: int
-    mtime_ns: int
+class _Listing(NamedTuple):
+    """The files of a data set before they are examined; one of the two lists is empty."""
 
+    root: Path
+    files: list[File]
+    shards: list[Shard]
 
-class _Examined(NamedTuple):
-    width: int
-    height: int
-    fault: str | None
+    @property
+    def source(self) -> Literal["folder", "webdataset"]:
+        return "webdataset" if self.shards else "folder"
 
 
 def build_index(
     path: str | os.PathLike[str], source: SourceName = "auto", max_pixels: int = MAX_PIXELS
 ) -> Index:
-    """List a folder of images; headers are read, nothing is decoded.
+    """List the images of a folder or of WebDataset tars; headers are read, nothing is decoded.
 
     Files are taken by their extension, links to folders are followed, hidden files are passed
-    over. Empty, unreadable and oversized files are left out and reported in ``Index.left_out``.
+    over. Empty, unreadable and oversized images are left out and reported in ``Index.left_out``,
+    as are damaged parts of tars.
 
     Args:
-        path: folder of images; the folders directly under it are labels.
-        source: layout; "auto" looks (so far there is "folder" only).
+        path: folder of images, the folders directly under it are labels; or tars: a folder that
+            holds them directly, one of them, or a pattern such as ``train-{000..146}.tar``.
+        source: "folder", "webdataset", or "auto", which looks.
         max_pixels: images with more pixels (width x height) are left out.
 
     Returns:
-        The index, ordered by name.
+        The index.
 
     Raises:
-        DataError: if the folder is missing or holds no usable image.
+        DataError: if the data are missing, not what ``source`` says, or hold no usable image.
         ValueError: if ``source`` is not a known layout.
     """
-    root = Path(path)
-    return _examine_all(root, source, max_pixels, _list_files(root, source))
+    return _examine(_list(Path(path), source), max_pixels)
 
 
 def load_or_build(
@@ -122,10 +111,11 @@ def load_or_build(
     """Load the index kept in a directory, or build it there.
 
     It is kept as ``index.npy`` and ``index.json``, both replaced atomically, and used again while
-    names, sizes and modification times of all files and ``max_pixels`` are as they were.
+    names, sizes and modification times of all files (images or tars) and ``max_pixels`` are as they
+    were. The entries of a kept index are mapped, so that processes share their memory.
 
     Args:
-        path: folder of images.
+        path: as in ``build_index``.
         directory: where the index is kept; made if it does not exist.
         source: as in ``build_index``.
         max_pixels: as in ``build_index``.
@@ -137,15 +127,15 @@ def load_or_build(
         DataError: as ``build_index``, or if the directory cannot be written.
         ValueError: if ``source`` is not a known layout.
     """
-    root, folder = Path(path), Path(directory)
-    files = _list_files(root, source)
-    listing = _listing_digest(files, max_pixels)
-    kept = _load(root, folder, listing)
+    folder = Path(directory)
+    listing = _list(Path(path), source)
+    digest = _listing_digest(listing, max_pixels)
+    kept = _load(listing, folder, digest)
     if kept is not None:
         return kept
-    index = _examine_all(root, source, max_pixels, files)
+    index = _examine(listing, max_pixels)
     try:
-        _save(index, folder, listing)
+        _save(index, folder, digest)
     except OSError as error:
         raise DataError(
             f"{folder}: the index cannot be written ({error.strerror}); "
@@ -154,155 +144,60 @@ def load_or_build(
     return index
 
 
-def _list_files(root: Path, source: str) -> list[_File]:
-    """Image files under the root, by name."""
+def _list(root: Path, source: str) -> _Listing:
     if source not in get_args(SourceName):
         raise ValueError(f"source is {source!r}; expected one of {get_args(SourceName)}")
-    if not root.is_dir():
-        found = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(
-            f"{root}: {found}; set data.path to a folder of images, sub-folders are labels"
-        )
-    try:
-        files = sorted(_walk(root, "", frozenset()))
-    except OSError as error:
-        raise DataError(
-            f"{error.filename}: cannot be listed ({error.strerror}); "
-            "make the whole of data.path readable"
-        ) from error
-    if not files:
-        raise DataError(
-            f"{root}: no image files (.jpg, .png, .webp ...) found; "
-            "set data.path to a folder of images, sub-folders are labels"
-        )
-    return files
+    if source == "webdataset" or (source == "auto" and is_tars(root)):
+        return _Listing(root, [], list_shards(root))
+    return _Listing(root, list_folder(root), [])
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[_File]:
-    """Yield image files; a link to a folder above itself is not followed again."""
-    facts = folder.stat()
-    here = (facts.st_dev, facts.st_ino)
-    if here in above:
-        return
-    with os.scandir(folder) as items:
-        for item in items:
-            if item.name.startswith("."):
-                continue
-            if item.is_dir():
-                yield from _walk(Path(item.path), f"{prefix}{item.name}/", above | {here})
-            elif os.path.splitext(item.name)[1].lower() in EXTENSIONS:
-                try:
-                    status = item.stat()
-                except FileNotFoundError:  # a link to nothing; reported with the unreadable ones
-                    yield _File(prefix + item.name, -1, 0)
-                else:
-                    yield _File(prefix + item.name, status.st_size, status.st_mtime_ns)
+def _examine(listing: _Listing, max_pixels: int) -> Index:
+    root, files, shards = listing
+    if shards:
+        findings = examine_shards(root, shards, max_pixels)
+    else:
+        findings = examine_folder(root, files, max_pixels)
+    logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
+    return _make(listing, findings)
 
 
-def _examine_all(root: Path, source: str, max_pixels: int, files: list[_File]) -> Index:
-    Image.init()
-    chunks = [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)]
-
-    def examine(chunk: list[_File]) -> list[_Examined]:
-        return [_examine(root, file, max_pixels) for file in chunk]
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(_READERS) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-        examined = [result for results in pool.map(examine, chunks) for result in results]
-
-    left_out = tuple(
-        (file.name, result.fault)
-        for file, result in zip(files, examined, strict=True)
-        if result.fault is not None
-    )
-    usable = [(f, r) for f, r in zip(files, examined, strict=True) if r.fault is None]
-    if left_out:
-        name, reason = left_out[0]
-        logger.warning(
-            "%s: %d of %d files are left out; first: %s (%s)",
-            *(root, len(left_out), len(files), name, reason),
-        )
-        if not usable:
-            raise DataError(
-                f"{root}: none of {len(files)} image files is usable; first: {name} ({reason}); "
-                "replace them, raise data.max_pixels or set data.path to another folder"
-            )
-    names = [file.name for file, _ in usable]
-    labels = tuple(sorted({name.partition("/")[0] for name in names if "/" in name}))
-    number = {label: i for i, label in enumerate(labels)}
-    entries = np.zeros(len(usable), dtype=ENTRY)
-    entries["size"] = [file.size for file, _ in usable]
-    entries["width"] = [result.width for _, result in usable]
-    entries["height"] = [result.height for _, result in usable]
-    entries["label"] = [number[n.partition("/")[0]] if "/" in n else -1 for n in names]
-    logger.info("%s: %d images, %d labels", root, len(names), len(labels))
-    digest = _digest(names, entries)
-    return Index(root, "folder", entries, names, labels, left_out, digest)
+def _make(listing: _Listing, findings: Findings) -> Index:
+    paths = tuple(shard.path for shard in listing.shards)
+    return Index(listing.root, listing.source, *findings, shards=paths)
 
 
-def _examine(root: Path, file: _File, max_pixels: int) -> _Examined:
-    if file.size == 0:
-        return _Examined(0, 0, "empty file")
-    if file.size >= 1 << 32:
-        return _Examined(0, 0, f"{file.size} bytes are 4 GiB or more")
-    try:
-        width, height = size_of_file(root / file.name)
-    except HeaderError as error:
-        return _Examined(0, 0, str(error))
-    except OSError as error:
-        return _Examined(0, 0, f"cannot be read: {error.strerror}")
-    if max(width, height) >= 1 << 16:
-        return _Examined(0, 0, f"{width} x {height}: a side is 65536 pixels or more")
-    if width * height > max_pixels:
-        return _Examined(0, 0, f"{width} x {height} has more than {max_pixels} pixels (max_pixels)")
-    return _Examined(width, height, None)
-
-
-def _encode(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
-    total = hashlib.sha256(b"dataloading index 1\n")
-    rows = zip(
-        names,
-        entries["size"].tolist(),
-        entries["width"].tolist(),
-        entries["height"].tolist(),
-        strict=True,
-    )
-    for name, size, width, height in rows:
-        total.update(_encode(name) + b"\0%d %d %d\n" % (size, width, height))
-    return total.hexdigest()
-
-
-def _listing_digest(files: list[_File], max_pixels: int) -> str:
+def _listing_digest(listing: _Listing, max_pixels: int) -> str:
     total = hashlib.sha256(b"listing %d %d\n" % (_FORMAT, max_pixels))
-    for file in files:
-        total.update(_encode(file.name) + b"\0%d %d\n" % (file.size, file.mtime_ns))
+    for file in listing.files or [shard.file for shard in listing.shards]:
+        total.update(name_bytes(file.name) + b"\0%d %d\n" % (file.size, file.mtime_ns))
     return total.hexdigest()
 
 
-def _load(root: Path, folder: Path, listing: str) -> Index | None:
+def _load(listing: _Listing, folder: Path, digest: str) -> Index | None:
     """Return the kept index, or ``None`` if there is none, it is damaged or no longer true."""
     try:
         facts: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="ascii"))
-        if facts["listing"] != listing:
-            logger.info("%s: the files have changed, the index is built again", root)
+        if facts["listing"] != digest:
+            logger.info("%s: the files have changed, the index is built again", listing.root)
             return None
-        data = (folder / "index.npy").read_bytes()
-        if hashlib.sha256(data).hexdigest() != facts["npy_sha256"]:
-            raise ValueError("index.npy does not belong to index.json")
-        entries = cast(NDArray[np.void], np.load(io.BytesIO(data), allow_pickle=False))
-        return Index(
-            root=root,
-            source="folder",
+        with (folder / "index.npy").open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != facts["npy_sha256"]:
+                raise ValueError("index.npy does not belong to index.json")
+        entries: NDArray[np.void] = np.asarray(
+            np.load(folder / "index.npy", mmap_mode="r", allow_pickle=False)
+        )
+        if entries.dtype != ENTRY:
+            raise ValueError("index.npy has other columns")
+        shards = [shard.file.name for shard in listing.shards]
+        findings = Findings(
             entries=entries,
-            names=facts["names"],
+            names=TarNames(shards, entries) if shards else facts["names"],
             labels=tuple(facts["labels"]),
             left_out=tuple((name, reason) for name, reason in facts["left_out"]),
             digest=facts["digest"],
         )
+        return _make(listing, findings)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -313,7 +208,7 @@ def _load(root: Path, folder: Path, listing: str) -> Index | None:
 def _save(index: Index, folder: Path, listing: str) -> None:
     buffer = io.BytesIO()
     np.save(buffer, index.entries, allow_pickle=False)
-    facts = {
+    facts: dict[str, Any] = {
         "format": _FORMAT,
         "source": index.source,
         "digest": index.digest,
@@ -321,7 +216,7 @@ def _save(index: Index, folder: Path, listing: str) -> None:
         "npy_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "labels": index.labels,
         "left_out": index.left_out,
-        "names": index.names,
+        "names": [] if index.source == "webdataset" else index.names,  # made from the entries
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "index.npy", buffer.getvalue())

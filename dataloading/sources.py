@@ -1,9 +1,16 @@
 """Where the bytes of a sample come from."""
 
 import os
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MAX_OPEN = 512  # tars kept open by a source; a process may have 1024 files open
 
 
 class Source(Protocol):
@@ -11,6 +18,10 @@ class Source(Protocol):
 
     def read(self, i: int) -> bytes:
         """Return the encoded picture of row ``i``; ``OSError`` if it cannot be read."""
+        ...
+
+    def close(self) -> None:
+        """Give back open files; no read may be under way. May be repeated."""
         ...
 
 
@@ -33,3 +44,73 @@ class FolderSource:
             OSError: if it cannot be read.
         """
         return (self._root / self._names[i]).read_bytes()
+
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
+
+
+class TarSource:
+    """Samples within uncompressed tar files, read in place.
+
+    A tar is opened at the first read from it and stays open, for all threads, until ``close`` or
+    the end of this object; reads beyond the first 512 tars open theirs for the moment.
+
+    Args:
+        shards: the tars.
+        entries: rows of the index.
+    """
+
+    def __init__(self, shards: Sequence[Path], entries: NDArray[np.void]) -> None:
+        self._shards = shards
+        self._entries = entries
+        self._opening = threading.Lock()
+        self._descriptors: dict[int, int] = {}
+        weakref.finalize(self, _close_all, self._descriptors)
+
+    def read(self, i: int) -> bytes:
+        """Read the bytes of row ``i``; fewer than the index says if the tar has been cut.
+
+        Raises:
+            OSError: if the tar cannot be read.
+        """
+        row = self._entries[i]
+        shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            descriptor = self._open(shard)
+        if descriptor is not None:
+            return _read_range(descriptor, offset, size)
+        descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _read_range(descriptor, offset, size)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Close the tars; no read may be under way. A later read opens its tar again."""
+        with self._opening:
+            _close_all(self._descriptors)
+
+    def _open(self, shard: int) -> int | None:
+        """Return a descriptor that stays open, or ``None`` if there are many already."""
+        with self._opening:
+            if shard not in self._descriptors:
+                if len(self._descriptors) >= _MAX_OPEN:
+                    return None
+                self._descriptors[shard] = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[shard]
+
+
+def _read_range(descriptor: int, offset: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:  # the system reads at most 2 GiB at once
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _close_all(descriptors: dict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])

@@ -2,37 +2,28 @@
 
 import logging
 import os
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dataloading.headers import HeaderError, size_of_bytes
+from dataloading.errors import DataError
 from dataloading.index import Index
-from dataloading.order import sample_ids, sequential_ids
+from dataloading.plan import Plan, Planner
 from dataloading.quarantine import Quarantine
-from dataloading.torch_decode import (
-    DecoderName,
-    UndecodableError,
-    crop_and_resize,
-    make_decoder,
-)
-from dataloading.views import crop_boxes
+from dataloading.reading import Decoder, Reader
+from dataloading.torch_decode import TorchDecoder
 
 logger = logging.getLogger(__name__)
 
-GREY = 128
-_LOOK_AHEAD = 3  # micro-batches in work beside the one that is handed out
-_READ_TRIES = 3
-_READ_PAUSE_S = 0.2
+DecoderName = Literal["auto", "dali", "torch"]
+LOOK_AHEAD = 3
+"""Micro-batches in work beside the one that is handed out."""
 
 
 class Batch(NamedTuple):
@@ -51,16 +42,6 @@ class Batch(NamedTuple):
     sample_id: Tensor
     view: Tensor
     valid: Tensor
-
-
-class _Pending(NamedTuple):
-    """A micro-batch in work; each future ends with ``None`` or the reason of a failure."""
-
-    images: tuple[Tensor, ...]
-    positions: NDArray[np.int64]
-    ids: NDArray[np.int64]
-    views: NDArray[np.int64]
-    faults: list[Future[str | None]]
 
 
 class Stream:
@@ -84,7 +65,9 @@ class Stream:
         shuffle: "full", a fresh permutation each epoch, or "none", index order.
         threads: reader and decoder threads, >= 1; each uses one core.
         start_position: position of the first draw of rank 0.
-        decode: "auto" or "torch", see ``torch_decode.make_decoder``.
+        decode: "dali", DALI on the device; "torch", the CPU with nvImageCodec or torchvision;
+            "auto", DALI where it is installed and the device is a GPU, else "torch", which is the
+            faster one on a CPU. Draws, crops and mirroring do not depend on it.
         device: where batches are put; ``None``: the CPU. Copies to a GPU are asynchronous, on the
             current stream, from pinned memory.
         quarantine: JSON-lines file of failed samples; ``None``: the log alone names them.
@@ -94,6 +77,7 @@ class Stream:
         bad: how many of them were not valid.
 
     Raises:
+        DataError: if DALI is asked for and not installed.
         ValueError: for arguments out of range.
     """
 
@@ -125,37 +109,36 @@ class Stream:
             raise ValueError(f"rank is {rank}; expected 0 <= rank < world_size = {world_size}")
         if start_position < 0:
             raise ValueError(f"start_position is {start_position}; expected >= 0")
-        if shuffle not in ("full", "none"):
-            raise ValueError(f"shuffle is {shuffle!r}; expected 'full' or 'none'")
         self._index = index
-        self._seed = seed
         self._micro_batch = micro_batch
-        self._sizes = tuple(sizes)
-        self._scale, self._ratio, self._flip = scale, ratio, flip
-        self._count = count
-        self._shuffle = shuffle
         self._device = torch.device("cpu" if device is None else device)
         self._next_position = start_position + rank * micro_batch
         self._stride = world_size * micro_batch
-        crop_boxes(seed, [0], [0], [1], [1], scale, ratio)  # complain here, not at the first batch
-
+        self._plan = Planner(
+            index, seed=seed, scale=scale, ratio=ratio, flip=flip, count=count, shuffle=shuffle
+        )
         self.draws = 0
         self.bad = 0
-        self._source = index.open()
-        self._decode = make_decoder(decode)
         self._quarantine = Quarantine(quarantine)
-        self._pool: ThreadPoolExecutor | None = _start_threads(threads)
-        self._pending: deque[_Pending] = deque()
+        self._decoder: Decoder | None = make_decoder(
+            decode, index, tuple(sizes), micro_batch, threads, self._device
+        )
+        self._pending: deque[Plan] = deque()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        if self._pool is None:
+        if self._decoder is None:
             raise RuntimeError("the stream is closed")
-        while len(self._pending) <= _LOOK_AHEAD:
-            self._pending.append(self._submit(self._pool))
-        return self._hand_out(self._pending.popleft())
+        while len(self._pending) <= LOOK_AHEAD:
+            positions = self._next_position + np.arange(self._micro_batch, dtype=np.int64)
+            self._next_position += self._stride
+            plan = self._plan(positions)
+            self._decoder.submit(plan)
+            self._pending.append(plan)
+        images, faults = self._decoder.collect()
+        return self._hand_out(self._pending.popleft(), images, faults)
 
     def __enter__(self) -> Self:
         return self
@@ -170,84 +153,26 @@ class Stream:
 
     def close(self) -> None:
         """Stop the threads and wait for them; the stream yields nothing more. May be repeated."""
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None:
+            decoder.close()
         self._pending.clear()
 
-    def _submit(self, pool: ThreadPoolExecutor) -> _Pending:
-        """Plan the next batch and set the threads to it."""
-        batch = self._micro_batch
-        positions = self._next_position + np.arange(batch, dtype=np.int64)
-        self._next_position += self._stride
-        if self._shuffle == "full":
-            ids, epochs = sample_ids(len(self._index), self._seed, positions)
-        else:
-            ids, epochs = sequential_ids(len(self._index), positions)
-        views = epochs if self._count is None else epochs % self._count
-        rows = self._index.entries[ids]
-        boxes, flips = crop_boxes(
-            self._seed, ids, views, rows["width"], rows["height"], self._scale, self._ratio
-        )
-        pin = self._device.type == "cuda"
-        images = tuple(
-            torch.empty(batch, size, size, 3, dtype=torch.uint8, pin_memory=pin)
-            for size in self._sizes
-        )
-        arrays: list[NDArray[np.uint8]] = [image.numpy() for image in images]
-        faults = [
-            pool.submit(
-                self._fill,
-                int(ids[k]),
-                boxes[k].tolist(),
-                bool(flips[k]) and self._flip,
-                [array[k] for array in arrays],
-            )
-            for k in range(batch)
-        ]
-        return _Pending(images, positions, ids, views, faults)
-
-    def _fill(
-        self, sample: int, box: list[int], flip: bool, out: list[NDArray[np.uint8]]
-    ) -> str | None:
-        """Put one view into its place; runs in a thread. Returns why it failed, if it did."""
-        row = self._index.entries[sample]
-        try:
-            data = _read(lambda: self._source.read(sample), self._index.names[sample])
-            if len(data) != row["size"]:
-                raise UndecodableError(f"{len(data)} bytes, the index says {row['size']}")
-            size = size_of_bytes(data)
-            if size != (row["width"], row["height"]):
-                raise UndecodableError(
-                    f"{size[0]} x {size[1]} pixels, the index says {row['width']} x {row['height']}"
-                )
-            pictures = crop_and_resize(self._decode(data), box, self._sizes, flip)
-        except (UndecodableError, HeaderError) as error:
-            fault = str(error)
-        except OSError as error:
-            fault = f"cannot be read: {error.strerror}"
-        else:
-            for place, picture in zip(out, pictures, strict=True):
-                place[...] = picture
-            return None
-        for place in out:
-            place[...] = GREY
-        return fault
-
-    def _hand_out(self, pending: _Pending) -> Batch:
-        """Wait for a batch, count and report its failures, put it on the device."""
-        faults = [future.result() for future in pending.faults]
-        ids: list[int] = pending.ids.tolist()
+    def _hand_out(
+        self, plan: Plan, images: tuple[Tensor, ...], faults: Sequence[str | None]
+    ) -> Batch:
+        """Count and report a batch's failures, put it on the device."""
+        ids: list[int] = plan.ids.tolist()
         for sample, fault in zip(ids, faults, strict=True):
             if fault is not None:
                 self._quarantine.add(sample, self._index.names[sample], fault)
         self.draws += len(faults)
         self.bad += sum(fault is not None for fault in faults)
         return Batch(
-            tuple(self._move(image) for image in pending.images),
-            self._move(torch.as_tensor(pending.positions)),
-            self._move(torch.as_tensor(pending.ids)),
-            self._move(torch.as_tensor(pending.views)),
+            tuple(self._move(image) for image in images),
+            self._move(torch.as_tensor(plan.positions)),
+            self._move(torch.as_tensor(plan.ids)),
+            self._move(torch.as_tensor(plan.views)),
             self._move(torch.tensor([fault is None for fault in faults])),
         )
 
@@ -264,37 +189,34 @@ def _at_least_one(**values: int) -> None:
             raise ValueError(f"{name} is {value}; expected at least 1")
 
 
-def _start_threads(number: int) -> ThreadPoolExecutor:
-    """Start all threads at once, each with one torch thread; the caller keeps its own number.
+def make_decoder(
+    name: DecoderName,
+    index: Index,
+    sizes: tuple[int, ...],
+    micro_batch: int,
+    threads: int,
+    device: torch.device,
+) -> Decoder:
+    """Choose a decoder; see ``Stream``.
 
-    ``torch.set_num_threads`` acts on the calling thread and on all that first use torch later,
-    hence the restoration.
+    Raises:
+        DataError: DALI is asked for and not installed.
+        ValueError: if the name is not known.
     """
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(number, thread_name_prefix="decode", initializer=_use_one_core)
-    ready = threading.Barrier(number + 1)
-    for _ in range(number):
-        pool.submit(ready.wait)
-    ready.wait()
-    torch.set_num_threads(before)
-    return pool
+    if name not in ("auto", "dali", "torch"):
+        raise ValueError(f"decode is {name!r}; expected 'auto', 'dali' or 'torch'")
+    on_gpu = device.type == "cuda"
+    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    if name == "dali" and not installed:
+        raise DataError(
+            "data.decode=dali, but DALI is not installed; install the extra dali (CUDA 13) or "
+            "dali12 (CUDA 12), or set data.decode=torch"
+        )
+    if name == "auto" and on_gpu and not installed:
+        logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
+    reader = Reader(index)
+    if name == "dali" or (name == "auto" and on_gpu and installed):
+        from dataloading.dali import DaliDecoder  # takes seconds, and is not always there
 
-
-def _use_one_core() -> None:
-    torch.get_num_threads()  # takes the process's number now, so that it does not come later
-    torch.set_num_threads(1)
-
-
-def _read(read: Callable[[], bytes], name: str) -> bytes:
-    """Read with a few more tries: network storage has bad moments; a missing file has not."""
-    for left in reversed(range(_READ_TRIES)):
-        try:
-            return read()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except OSError as error:
-            if not left:
-                raise
-            logger.warning("%s: %s; %d tries left", name, error.strerror, left)
-            time.sleep(_READ_PAUSE_S)
-    raise RuntimeError("unreachable")
+        return DaliDecoder(reader, sizes, micro_batch, threads, device)
+    return TorchDecoder(reader, sizes, threads, pin=on_gpu)

@@ -9,10 +9,12 @@ import importlib
 import io
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,40 +25,88 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStubs]
 
 from dataloading.headers import PIL_ERRORS
+from dataloading.plan import Plan
+from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
 
 logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
-DecoderName = Literal["auto", "torch"]
 Decode = Callable[[bytes], Tensor]
+Fast = Callable[[bytes], Tensor | None]
 
 
-class UndecodableError(ValueError):
-    """No decoder can read a picture; the message is a short reason without a path."""
-
-
-def make_decoder(name: DecoderName) -> Decode:
-    """Choose a decoder.
+class TorchDecoder:
+    """A thread a view: read, decode, crop and resize straight into the batch.
 
     Args:
-        name: "auto" takes nvImageCodec where it works, else torchvision; "torch" is torchvision.
+        reader: where bytes come from; closed with this object.
+        sizes: sides of the pictures.
+        threads: threads, each of which uses one core.
+        pin: put the batches into pinned memory.
+    """
+
+    def __init__(self, reader: Reader, sizes: tuple[int, ...], threads: int, pin: bool) -> None:
+        self._reader = reader
+        self._sizes = sizes
+        self._pin = pin
+        self._decode = make_decode(find_codec())
+        self._pool = start_threads(threads)
+        self._pending: deque[tuple[tuple[Tensor, ...], list[Future[str | None]]]] = deque()
+
+    def submit(self, plan: Plan) -> None:
+        """See ``Decoder.submit``."""
+        images = tuple(
+            torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8, pin_memory=self._pin)
+            for size in self._sizes
+        )
+        arrays: list[Pixels] = [image.numpy() for image in images]
+        rows = zip(plan.ids.tolist(), plan.boxes.tolist(), plan.flips.tolist(), strict=True)
+        faults = [
+            self._pool.submit(self._fill, *row, [array[k] for array in arrays])
+            for k, row in enumerate(rows)
+        ]
+        self._pending.append((images, faults))
+
+    def _fill(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
+        """Put one view into its place; runs in a thread. Returns why it failed, if it did."""
+        try:
+            picture = self._decode(self._reader.read(sample))
+        except UndecodableError as error:
+            for place in out:
+                place[...] = GREY
+            return str(error)
+        for place, view in zip(out, crop_and_resize(picture, box, self._sizes, flip), strict=True):
+            place[...] = view
+        return None
+
+    def collect(self) -> Views:
+        """See ``Decoder.collect``."""
+        images, faults = self._pending.popleft()
+        return Views(images, [fault.result() for fault in faults])
+
+    def close(self) -> None:
+        """See ``Decoder.close``."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self._reader.close()
+
+
+def make_decode(codec: ModuleType | None) -> Decode:
+    """Join decoders into one.
+
+    Args:
+        codec: nvImageCodec, or ``None`` for torchvision.
 
     Returns:
-        A function from encoded bytes to uint8 RGB ``[3, height, width]``, safe in threads. It
-        raises ``UndecodableError``.
-
-    Raises:
-        ValueError: if the name is not known.
+        A function from encoded bytes to uint8 RGB ``[3, height, width]``, safe in threads. What
+        the first decoder refuses, Pillow tries; it raises ``UndecodableError``.
     """
-    if name not in ("auto", "torch"):
-        raise ValueError(f"decode is {name!r}; expected 'auto' or 'torch'")
     Image.init()
-    codec = _nvimagecodec() if name == "auto" else None
-    fast: Callable[[bytes], Tensor | None] = _torchvision if codec is None else _Nvimagecodec(codec)
+    fast: Fast = with_torchvision if codec is None else NvImageCodec(codec)
 
     def decode(data: bytes) -> Tensor:
         picture = fast(data) if data else None
-        return _pillow(data) if picture is None else picture
+        return with_pillow(data) if picture is None else picture
 
     return decode
 
@@ -73,20 +123,21 @@ def crop_and_resize(
         flip: mirror left and right.
 
     Returns:
-        For each size a uint8 array ``[size, size, 3]`` (a view with odd strides when mirrored):
-        bicubic with antialiasing, borders as in Pillow's ``crop`` then ``resize``.
+        For each size a uint8 array ``[size, size, 3]``: bicubic with antialiasing, borders as in
+        Pillow's ``crop`` then ``resize``.
     """
     x, y, w, h = box
     crop = picture[None, :, y : y + h, x : x + w]
+    # Channels last is what decoders give and batches hold, and torch resizes it without copies.
+    crop = (crop.flip(3) if flip else crop).contiguous(memory_format=torch.channels_last)
     views: list[Pixels] = []
     for size in sizes:
         resized = interpolate(crop, (size, size), mode="bicubic", antialias=True)
-        pixels: Pixels = resized[0].permute(1, 2, 0).numpy()
-        views.append(pixels[:, ::-1] if flip else pixels)
+        views.append(resized[0].permute(1, 2, 0).numpy())
     return views
 
 
-def _torchvision(data: bytes) -> Tensor | None:
+def with_torchvision(data: bytes) -> Tensor | None:
     """Decode with torchvision; ``None`` where it cannot."""
     if data[:4] == b"GIF8":  # it would decode all frames
         return None
@@ -101,7 +152,8 @@ def _torchvision(data: bytes) -> Tensor | None:
     return picture if picture.ndim == 3 else picture[0]
 
 
-def _pillow(data: bytes) -> Tensor:
+def with_pillow(data: bytes) -> Tensor:
+    """Decode with Pillow; raises ``UndecodableError`` with its reason."""
     if not data:
         raise UndecodableError("no bytes")
     try:
@@ -114,7 +166,7 @@ def _pillow(data: bytes) -> Tensor:
     return torch.as_tensor(pixels).permute(2, 0, 1)
 
 
-class _Nvimagecodec:
+class NvImageCodec:
     """nvImageCodec on the CPU, one decoder a thread.
 
     Without a GPU it works only if both the device and the backend say CPU.
@@ -148,7 +200,7 @@ class _Nvimagecodec:
 
 
 @lru_cache(maxsize=1)
-def _nvimagecodec() -> ModuleType | None:
+def find_codec() -> ModuleType | None:
     """Return nvImageCodec if it is installed and decodes a test picture."""
     try:
         codec = importlib.import_module("nvidia.nvimgcodec")
@@ -157,9 +209,9 @@ def _nvimagecodec() -> ModuleType | None:
         return None
     test = io.BytesIO()
     Image.new("RGB", (16, 16), (124, 116, 104)).save(test, "JPEG")
-    expected = _pillow(test.getvalue())
+    expected = with_pillow(test.getvalue())
     try:
-        got = _Nvimagecodec(codec)(test.getvalue())
+        got = NvImageCodec(codec)(test.getvalue())
     except (AttributeError, TypeError, RuntimeError) as error:
         got, reason = None, str(error)
     else:

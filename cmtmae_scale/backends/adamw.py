@@ -10,26 +10,36 @@ from cmtmae_scale.config.schema import Optimizer
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split trainable parameters into those with weight decay and those without.
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, object]]:
+    """Split named parameters into those with weight decay and those without.
 
     No decay for vectors, class, register and mask tokens, and position tables (method.md 7.5).
     """
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
-            (plain if exempt else decay).append(parameter)
+    for name, parameter in parameters:
+        exempt = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
+        (plain if exempt else decay).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
 
 
-def make_adamw(model: nn.Module, settings: Optimizer, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with its state in place, so that ``fragments()`` and loading need no first step."""
-    groups = parameter_groups(model, settings.weight_decay)
+def make_adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]], settings: Optimizer, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW with its state in place, so that ``fragments()`` and loading need no first step.
+
+    Args:
+        parameters: those that are trained, by name; plain tensors, in the shape that counts for
+            weight decay.
+        settings: the config's group.
+        device: where the parameters are.
+    """
+    groups = parameter_groups(parameters, settings.weight_decay)
     fused = True if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=fused)
     for parameter in trained(optimizer):
@@ -51,3 +61,8 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Set AdamW's counter of applied steps."""
     for parameter in trained(optimizer):
         optimizer.state[parameter]["step"].fill_(float(step))
+
+
+def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Parameters that are trained, by name."""
+    return ((name, one) for name, one in model.named_parameters() if one.requires_grad)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step
+from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, trainable
 from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.config.schema import Optimizer
@@ -64,7 +64,14 @@ class Fsdp:
         self.clip = optimizer.clip
         # FSDP2 averages gradients over ranks; the loss is a sum over all of them.
         self.loss_scale = loss_scale * dist.get_world_size()
-        self.optimizer = make_adamw(self.model, optimizer, device)
+        # The optimizer works on this rank's shards as plain tensors: as DTensors each of some
+        # hundred parameters would pay for a dispatch of its own while the device waits.
+        self.own = {
+            name: nn.Parameter(cast(DTensor, one).to_local().detach())
+            for name, one in trainable(self.model)
+        }
+        self.num_copies = self.mesh.size() // self.mesh["shard"].size()
+        self.optimizer = make_adamw(self.own.items(), optimizer, device)
 
     def micro(self, batch: MicroBatch, last: bool) -> Losses:
         """See ``Backend.micro``; communicates gradients at the last micro-step only."""
@@ -77,16 +84,19 @@ class Fsdp:
 
     def step(self, lr: float, report: Tensor) -> Outcome:
         """See ``Backend.step``."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        sharded = nn.utils.get_total_norm(gradients)
-        norm = sharded.full_tensor() if isinstance(sharded, DTensor) else sharded
-        report = report.clone()
-        dist.all_reduce(report)
-        *values, grad_norm = torch.cat([report, norm.reshape(1)]).tolist()
+        for name, parameter in trainable(self.model):
+            gradient = cast(DTensor | None, parameter.grad)
+            self.own[name].grad = None if gradient is None else gradient.to_local()
+        norm = nn.utils.get_total_norm([p.grad for p in self.own.values() if p.grad is not None])
+        # One collective and one host read: replicas hold the same gradients, each counted once.
+        packed = torch.cat([report, norm.square().reshape(1) / self.num_copies])
+        dist.all_reduce(packed)
+        *values, squared = packed.tolist()
+        grad_norm = squared**0.5
         applied = finite(grad_norm, values)
         if applied:
             if self.clip is not None:
-                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
+                nn.utils.clip_grads_with_norm_(self.own.values(), self.clip, packed[-1].sqrt())
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -96,6 +106,7 @@ class Fsdp:
     def discard(self) -> None:
         """See ``Backend.discard``."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def momentum_update(self, momentum: float) -> None:
         """See ``Backend.momentum_update``; local shards only, no communication."""
@@ -130,25 +141,26 @@ class Fsdp:
         found: dict[str, Fragment] = {}
         for name, parameter in self.model.named_parameters():
             found[f"model.{name}"] = self.fragment(parameter)
-            for moment in MOMENTS if parameter.requires_grad else ():
-                found[f"{moment}.{name}"] = self.fragment(self.optimizer.state[parameter][moment])
+            for moment in MOMENTS if name in self.own else ():
+                state = self.optimizer.state[self.own[name]][moment]
+                found[f"{moment}.{name}"] = self.fragment(parameter)._replace(local=state.view(-1))
         if self.momentum_student is not None:
             for name, parameter in self.momentum_student.named_parameters():
                 found[f"momentum.{name}"] = self.fragment(parameter)
         return found
 
-    def fragment(self, tensor: Tensor) -> Fragment:
+    def fragment(self, parameter: Tensor) -> Fragment:
         """Locate this rank's shard within the flattened parameter."""
-        if not isinstance(tensor, DTensor):
+        if not isinstance(parameter, DTensor):
             raise TypeError("a parameter was not sharded; please report this")
         names = self.mesh.mesh_dim_names or ()
         shard_rank = self.mesh.get_local_rank("shard")
-        rows_a_rank = -(-tensor.shape[0] // self.mesh["shard"].size())
-        row_size = tensor.numel() // tensor.shape[0]
-        offset = min(shard_rank * rows_a_rank, tensor.shape[0]) * row_size
+        rows_a_rank = -(-parameter.shape[0] // self.mesh["shard"].size())
+        row_size = parameter.numel() // parameter.shape[0]
+        offset = min(shard_rank * rows_a_rank, parameter.shape[0]) * row_size
         owner = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
-        local = tensor.to_local().detach().view(-1)
-        return Fragment(offset, tuple(tensor.shape), local, owner)
+        local = parameter.to_local().detach().view(-1)
+        return Fragment(offset, tuple(parameter.shape), local, owner)
 
     def after_load(self, step: int) -> None:
         """See ``Backend.after_load``."""

@@ -1,12 +1,13 @@
+import io
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import dataloading.index
+import dataloading.folders
 from dataloading.errors import DataError
-from dataloading.headers import HeaderError, size_of_bytes, size_of_file
+from dataloading.headers import HeaderError, size_of_bytes, size_of_file, size_of_range
 from dataloading.index import ENTRY, build_index, load_or_build
 
 
@@ -106,7 +107,7 @@ def test_kept_index_is_used_while_the_files_are_the_same(photographs, tmp_path, 
     (photographs / "empty.jpg").touch()
     built = load_or_build(photographs, tmp_path / "kept")
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["index.json", "index.npy"]
-    monkeypatch.delattr(dataloading.index, "size_of_file")  # reading a header would fail
+    monkeypatch.delattr(dataloading.folders, "size_of_file")  # reading a header would fail
     loaded = load_or_build(photographs, tmp_path / "kept")
     assert loaded.digest == built.digest == build_digest(loaded)
     assert loaded.names == built.names and loaded.labels == built.labels
@@ -115,7 +116,7 @@ def test_kept_index_is_used_while_the_files_are_the_same(photographs, tmp_path, 
 
 
 def build_digest(index):
-    return dataloading.index._digest(index.names, index.entries)
+    return dataloading.folders.folder_digest(index.names, index.entries)
 
 
 def test_index_is_built_again_when_a_file_changes(photographs, tmp_path, picture):
@@ -191,3 +192,18 @@ def test_every_cut_of_a_header_is_refused(tmp_path, picture):
             size_of_file(path)
     with pytest.raises(HeaderError, match="31 x 0 pixels"):
         size_of_bytes(data[: start + 5] + b"\0\0" + data[start + 7 :])
+
+
+@pytest.mark.parametrize("profile", [0, 5000, 200_000])
+def test_size_within_a_file_is_that_of_the_bytes(tmp_path, picture, profile):
+    for form in ("JPEG", "PNG", "TIFF", "WEBP"):
+        file = io.BytesIO()
+        picture(0, 70, 33).save(file, form, icc_profile=b"\0" * profile or None)
+        data = file.getvalue()
+        (tmp_path / "a").write_bytes(b"x" * 777 + data + b"\xff\xd8\xff" * 1000)
+        descriptor = os.open(tmp_path / "a", os.O_RDONLY)
+        assert size_of_range(descriptor, 777, len(data)) == size_of_bytes(data) == (70, 33)
+        for cut in (0, 1):
+            with pytest.raises(HeaderError):
+                size_of_range(descriptor, 777, cut)
+        os.close(descriptor)

@@ -9,8 +9,9 @@ import torch
 from dataloading.index import build_index
 from dataloading.order import sample_ids
 from dataloading.quarantine import Quarantine
-from dataloading.stream import GREY, Stream
-from dataloading.torch_decode import crop_and_resize, make_decoder
+from dataloading.reading import GREY
+from dataloading.stream import Stream
+from dataloading.torch_decode import crop_and_resize, make_decode
 from dataloading.views import crop_boxes
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -38,7 +39,7 @@ def same(ours, theirs):
 def test_batch_is_the_planned_one(photographs):
     """Two sizes of the crop that order and views name, across an epoch edge (12 samples)."""
     index = build_index(photographs)
-    decode = make_decoder("torch")
+    decode = make_decode(None)
     with Stream(index, seed=5, micro_batch=8, sizes=(32, 24), threads=2) as stream:
         for j, batch in enumerate(itertools.islice(stream, 3)):
             positions = np.arange(8 * j, 8 * j + 8)
@@ -177,7 +178,7 @@ def test_picture_of_another_size_is_not_cropped_with_the_old_box(photographs, pi
 def test_reading_is_tried_again_when_storage_falters(photographs, monkeypatch):
     index = build_index(photographs)
     expected = take(index, 12)
-    monkeypatch.setattr("dataloading.stream._READ_PAUSE_S", 0.0)
+    monkeypatch.setattr("dataloading.reading._READ_PAUSE_S", 0.0)
     read, failed = type(index.open()).read, set()
 
     def falter(source, i):
@@ -197,7 +198,7 @@ def test_internal_faults_are_raised_not_swallowed(photographs, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("dataloading.stream.crop_and_resize", broken)
+    monkeypatch.setattr("dataloading.torch_decode.crop_and_resize", broken)
     with (
         Stream(index, seed=0, micro_batch=2, sizes=(16,)) as stream,
         pytest.raises(ZeroDivisionError, match="a bug"),
@@ -225,7 +226,7 @@ def test_threads_use_one_core_each_and_the_caller_keeps_its_own(photographs, mon
         seen.append(torch.get_num_threads())
         return crop_and_resize(*arguments)
 
-    monkeypatch.setattr("dataloading.stream.crop_and_resize", spy)
+    monkeypatch.setattr("dataloading.torch_decode.crop_and_resize", spy)
     torch.set_num_threads(3)
     take(build_index(photographs), 8)
     assert torch.get_num_threads() == 3
@@ -247,6 +248,7 @@ def test_threads_use_one_core_each_and_the_caller_keeps_its_own(photographs, mon
         ({"count": 0}, "count is 0"),
         ({"start_position": -1}, "start_position is -1"),
         ({"shuffle": "some"}, "shuffle is 'some'"),
+        ({"decode": "pil"}, "decode is 'pil'"),
         ({"scale": (0.0, 1.0)}, "scale is"),
     ],
 )

@@ -1,0 +1,258 @@
+"""From bytes to views with DALI: decoded, cut and resized by the GPU, or by the CPU without one.
+
+One graph serves both: full decode, slice, bicubic resize with antialiasing, flip, uint8. What was
+drawn travels through the graph beside the pixels, so that the two cannot get out of step. A decode
+error ends a DALI graph; the culprits are then found one by one, replaced, and a new graph takes up
+the same micro-batch.
+"""
+
+import io
+import logging
+import re
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import nvidia.dali as library
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dataloading.plan import Plan
+from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
+from dataloading.torch_decode import (
+    Fast,
+    NvImageCodec,
+    find_codec,
+    make_decode,
+    with_torchvision,
+)
+
+logger = logging.getLogger(__name__)
+
+dali: Any = library  # its types do not fit its functions
+
+Bytes = NDArray[np.uint8]
+
+_AHEAD = 2  # micro-batches in the graph
+_KNOWN = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+"""First bytes of what DALI decodes: JPEG, PNG, WebP, BMP, TIFF, JPEG 2000."""
+_STOCK_BOX = (0, 0, 16, 16)
+
+
+def encode(picture: Image.Image, form: str) -> Bytes:
+    """Encoded bytes of a picture, ``[n]``."""
+    buffer = io.BytesIO()
+    picture.save(buffer, form)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+
+
+@dataclass
+class _Encoded:
+    """One view on its way into the graph."""
+
+    data: Bytes
+    box: tuple[int, int, int, int]
+    fault: str | None = None
+
+
+@dataclass
+class _Work:
+    """One micro-batch on its way."""
+
+    plan: Plan
+    views: list[Future[_Encoded]]
+
+    def encoded(self) -> list[_Encoded]:
+        """Wait for all reads."""
+        return [view.result() for view in self.views]
+
+    def facts(self) -> NDArray[np.int64]:
+        """Position, sample and box of each view, ``[B, 6]``."""
+        plan = self.plan
+        return np.column_stack([plan.positions, plan.ids, plan.boxes]).astype(np.int64)
+
+
+class DaliDecoder:
+    """Threads read, one DALI graph decodes.
+
+    Args:
+        reader: where bytes come from; closed with this object.
+        sizes: sides of the pictures.
+        micro_batch: views in every plan.
+        threads: reading threads, and as many of DALI's own.
+        device: a GPU, which then decodes and holds the views, or the CPU.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        sizes: tuple[int, ...],
+        micro_batch: int,
+        threads: int,
+        device: torch.device,
+    ) -> None:
+        self._reader = reader
+        self._sizes = sizes
+        self._micro_batch = micro_batch
+        self._threads = threads
+        self._device = device
+        codec = find_codec()
+        self._try: Fast = with_torchvision if codec is None else NvImageCodec(codec)
+        self._decode = make_decode(codec)
+        self._stock = encode(Image.new("RGB", _STOCK_BOX[2:], (GREY, GREY, GREY)), "BMP")
+        self._redrawn: set[int] = set()  # samples that DALI refuses and another decoder reads
+        self._bad: dict[int, str] = {}
+        self._works: deque[_Work] = deque()
+        self._given = 0  # how many of them are in the graph
+        self._pool = start_threads(threads)
+        self._graph: Any = self._build()
+
+    def submit(self, plan: Plan) -> None:
+        """See ``Decoder.submit``."""
+        rows = zip(plan.ids.tolist(), plan.boxes.tolist(), strict=True)
+        self._works.append(_Work(plan, [self._pool.submit(self._fetch, *row) for row in rows]))
+
+    def collect(self) -> Views:
+        """See ``Decoder.collect``."""
+        while True:
+            try:
+                *pictures, facts = self._graph.run()
+                break
+            except RuntimeError as error:
+                self._recover(error)
+        work = self._works.popleft()
+        self._given -= 1
+        if not np.array_equal(np.asarray(facts.as_tensor()), work.facts()):
+            raise RuntimeError("DALI's graph gave other views than were asked; please report this")
+        images = tuple(torch.from_dlpack(one.as_tensor()) for one in pictures)
+        return Views(images, [view.fault for view in work.encoded()])
+
+    def close(self) -> None:
+        """See ``Decoder.close``."""
+        self._graph = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._works.clear()
+        self._reader.close()
+
+    def _fetch(self, sample: int, box: list[int]) -> _Encoded:
+        """Read one picture and make it fit for DALI; runs in a thread."""
+        if sample in self._bad:
+            return self._grey(self._bad[sample])
+        try:
+            data = self._reader.read(sample)
+            if data.startswith(_KNOWN) and sample not in self._redrawn:
+                encoded = np.frombuffer(data, dtype=np.uint8)
+            else:
+                pixels = self._decode(data).permute(1, 2, 0).numpy()
+                encoded = encode(Image.fromarray(pixels), "BMP")
+        except UndecodableError as error:
+            return self._grey(str(error))
+        x, y, w, h = box
+        return _Encoded(encoded, (x, y, w, h))
+
+    def _grey(self, reason: str) -> _Encoded:
+        return _Encoded(self._stock, _STOCK_BOX, reason)
+
+    def _build(self) -> Any:
+        """Make a new graph, which asks ``_next`` for its inputs."""
+        self._given = 0
+        on_gpu = self._device.type == "cuda"
+        gpu = torch.empty(0, device=self._device).get_device() if on_gpu else None
+        fn, types = dali.fn, dali.types
+
+        @dali.pipeline_def(
+            batch_size=self._micro_batch,
+            num_threads=self._threads,
+            device_id=gpu,
+            prefetch_queue_depth=_AHEAD,
+            exec_dynamic=True,  # outputs are never overwritten by later batches
+        )
+        def graph() -> tuple[Any, ...]:
+            data, anchor, shape, flip, facts = fn.external_source(
+                source=self._next,
+                num_outputs=5,
+                dtype=[
+                    types.UINT8,
+                    types.INT32,
+                    types.INT32,
+                    types.INT32,
+                    types.INT64,
+                ],
+                ndim=[1, 1, 1, 0, 1],
+            )
+            picture = fn.decoders.image(
+                data,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                jpeg_fancy_upsampling=True,
+            )
+            # Slicing an image that was decoded whole: whether a file is bad does not depend on the
+            # box, and the region decoders of nvImageCodec 0.9 crash on some GPUs.
+            crop = fn.slice(
+                picture,
+                anchor,
+                shape,
+                axes=[0, 1],
+                normalized_anchor=False,
+                normalized_shape=False,
+            )
+            views = [
+                fn.resize(crop, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
+                for size in self._sizes
+            ]
+            return (*(fn.flip(view, horizontal=flip) for view in views), facts)
+
+        built = graph()
+        built.build()
+        return built
+
+    def _next(self) -> tuple[Any, ...]:
+        """Inputs of the next micro-batch; DALI calls it from ``run``, one batch ahead."""
+        if self._given >= len(self._works):
+            raise RuntimeError("DALI asks for more micro-batches than were submitted")
+        work = self._works[self._given]
+        self._given += 1
+        views = work.encoded()
+        anchors = np.array([(y, x) for x, y, _, _ in (v.box for v in views)], dtype=np.int32)
+        shapes = np.array([(h, w) for _, _, w, h in (v.box for v in views)], dtype=np.int32)
+        flips = work.plan.flips.astype(np.int32)
+        return [view.data for view in views], anchors, shapes, flips, work.facts()
+
+    def _recover(self, error: RuntimeError) -> None:
+        """Replace what the oldest micro-batch could not decode, and start a new graph with it.
+
+        Raises:
+            RuntimeError: the error itself, if every picture of the batch can be decoded.
+        """
+        work = self._works[0]
+        ids: list[int] = work.plan.ids.tolist()
+        found = {
+            sample
+            for sample, view in zip(ids, work.encoded(), strict=True)
+            if view.fault is None
+            and sample not in self._redrawn
+            and self._try(view.data.tobytes()) is None
+        }
+        named = re.search(r"sample #(\d+)", str(error))
+        if not found and named is not None and int(named[1]) < len(ids):
+            found = {ids[int(named[1])]} - self._redrawn
+        if not found:
+            raise error
+        self._redrawn |= found
+        for one in self._works:
+            for k, sample in enumerate(one.plan.ids.tolist()):
+                if sample in found:
+                    box = one.plan.boxes[k].tolist()
+                    one.views[k] = self._pool.submit(self._fetch, sample, box)
+        for sample, view in zip(ids, work.encoded(), strict=True):
+            if sample in found and view.fault is not None:
+                self._bad[sample] = view.fault
+        logger.warning(
+            "DALI could not decode %d of %d pictures of a micro-batch: replaced; it starts anew",
+            *(len(found), len(ids)),
+        )
+        self._graph = self._build()

@@ -1,0 +1,159 @@
+"""A folder of images: which files there are, and what their headers say."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.entries import (
+    ENTRY,
+    EXTENSIONS,
+    Examined,
+    File,
+    Findings,
+    examine,
+    in_threads,
+    name_bytes,
+)
+from dataloading.errors import DataError
+from dataloading.headers import size_of_file
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 512
+
+
+def list_folder(root: Path) -> list[File]:
+    """List the image files under a folder, by name.
+
+    Raises:
+        DataError: if it is missing, cannot be listed or holds no image files.
+    """
+    if not root.is_dir():
+        found = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(
+            f"{root}: {found}; set data.path to a folder of images, sub-folders are labels, "
+            "or to WebDataset .tar files"
+        )
+    try:
+        files = sorted(walk(root))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename}: cannot be listed ({error.strerror}); "
+            "make the whole of data.path readable"
+        ) from error
+    if not files:
+        raise DataError(
+            f"{root}: no image files (.jpg, .png, .webp ...) found; "
+            "set data.path to a folder of images, sub-folders are labels"
+        )
+    return files
+
+
+def walk(
+    folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[File]:
+    """Yield the image files under a folder; hidden ones are passed over.
+
+    Args:
+        folder: where to look; links to folders are followed, but not back to a folder above.
+        prefix: put before every name.
+        above: device and inode of the folders above.
+
+    Raises:
+        OSError: if a folder cannot be listed.
+    """
+    facts = folder.stat()
+    here = (facts.st_dev, facts.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as items:
+        for item in items:
+            if item.name.startswith("."):
+                continue
+            if item.is_dir():
+                yield from walk(Path(item.path), f"{prefix}{item.name}/", above | {here})
+            elif os.path.splitext(item.name)[1].lower() in EXTENSIONS:
+                try:
+                    status = item.stat()
+                except FileNotFoundError:  # a link to nothing; reported with the unreadable ones
+                    yield File(prefix + item.name, -1, 0)
+                else:
+                    yield File(prefix + item.name, status.st_size, status.st_mtime_ns)
+
+
+def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findings:
+    """Read the headers of listed files.
+
+    Args:
+        root: the folder.
+        files: what ``list_folder`` found.
+        max_pixels: images with more pixels are left out.
+
+    Returns:
+        Rows in the order of ``files``; labels are the folders directly under the root.
+
+    Raises:
+        DataError: if no file is usable.
+    """
+    chunks = [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)]
+
+    def work(chunk: Sequence[File]) -> list[Examined]:
+        return [_examine(root, file, max_pixels) for file in chunk]
+
+    def progress(done: Sequence[list[Examined]]) -> str:
+        return f"{root}: {sum(map(len, done))} of {len(files)} files examined"
+
+    examined = [result for results in in_threads(work, chunks, progress) for result in results]
+    left_out = tuple(
+        (file.name, result.fault)
+        for file, result in zip(files, examined, strict=True)
+        if result.fault is not None
+    )
+    usable = [(f, r) for f, r in zip(files, examined, strict=True) if r.fault is None]
+    if left_out:
+        name, reason = left_out[0]
+        logger.warning(
+            "%s: %d of %d files are left out; first: %s (%s)",
+            *(root, len(left_out), len(files), name, reason),
+        )
+        if not usable:
+            raise DataError(
+                f"{root}: none of {len(files)} image files is usable; first: {name} ({reason}); "
+                "replace them, raise data.max_pixels or set data.path to another folder"
+            )
+    names = [file.name for file, _ in usable]
+    labels = tuple(sorted({name.partition("/")[0] for name in names if "/" in name}))
+    number = {label: i for i, label in enumerate(labels)}
+    entries = np.zeros(len(usable), dtype=ENTRY)
+    entries["size"] = [file.size for file, _ in usable]
+    entries["width"] = [result.width for _, result in usable]
+    entries["height"] = [result.height for _, result in usable]
+    entries["label"] = [number[n.partition("/")[0]] if "/" in n else -1 for n in names]
+    return Findings(entries, names, labels, left_out, folder_digest(names, entries))
+
+
+def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
+    """Hash keys and sizes (bytes, width, height) of all rows, sha256, hexadecimal."""
+    total = hashlib.sha256(b"dataloading index 1\n")
+    rows = zip(
+        names,
+        entries["size"].tolist(),
+        entries["width"].tolist(),
+        entries["height"].tolist(),
+        strict=True,
+    )
+    for name, size, width, height in rows:
+        total.update(name_bytes(name) + b"\0%d %d %d\n" % (size, width, height))
+    return total.hexdigest()
+
+
+def _examine(root: Path, file: File, max_pixels: int) -> Examined:
+    try:
+        return examine(file.size, lambda: size_of_file(root / file.name), max_pixels)
+    except OSError as error:
+        return Examined(0, 0, f"cannot be read: {error.strerror}")

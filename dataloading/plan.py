@@ -1,0 +1,78 @@
+"""What the draws of a micro-batch are: samples, views, crops; a pure function of positions."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.index import Index
+from dataloading.order import sample_ids, sequential_ids
+from dataloading.views import Boxes, Flips, crop_boxes
+
+
+class Plan(NamedTuple):
+    """Draws of one micro-batch, B of them.
+
+    Attributes:
+        positions: places in the global stream, int64 ``[B]``.
+        ids: rows of the index, int64 ``[B]``.
+        views: number of the view of each sample, int64 ``[B]``.
+        boxes: x, y, w, h in stored pixels, int32 ``[B, 4]``.
+        flips: mirrored or not, bool ``[B]``.
+    """
+
+    positions: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    views: NDArray[np.int64]
+    boxes: Boxes
+    flips: Flips
+
+
+class Planner:
+    """Plans any positions, in any order.
+
+    Args:
+        index: the samples.
+        seed: of order, crops and mirroring.
+        scale: range of the crop's share of the area, within ``(0, 1]``.
+        ratio: range of the crop's width / height.
+        flip: mirror half of the views.
+        count: number of distinct views a sample (view = epoch mod count); ``None``: view = epoch.
+        shuffle: "full", a fresh permutation each epoch, or "none", index order.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        seed: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        flip: bool,
+        count: int | None,
+        shuffle: Literal["full", "none"],
+    ) -> None:
+        if shuffle not in ("full", "none"):
+            raise ValueError(f"shuffle is {shuffle!r}; expected 'full' or 'none'")
+        self._index = index
+        self._seed = seed
+        self._scale, self._ratio, self._flip = scale, ratio, flip
+        self._count = count
+        self._shuffle = shuffle
+        crop_boxes(seed, [0], [0], [1], [1], scale, ratio)  # complain here, not at the first batch
+
+    def __call__(self, positions: NDArray[np.int64]) -> Plan:
+        """Plan the draws at ``positions`` ``[B]``."""
+        if self._shuffle == "full":
+            ids, epochs = sample_ids(len(self._index), self._seed, positions)
+        else:
+            ids, epochs = sequential_ids(len(self._index), positions)
+        views = epochs if self._count is None else epochs % self._count
+        rows = self._index.entries[ids]
+        boxes, flips = crop_boxes(
+            self._seed, ids, views, rows["width"], rows["height"], self._scale, self._ratio
+        )
+        return Plan(positions, ids, views, boxes, flips & self._flip)

@@ -1,0 +1,195 @@
+"""Which tar files are the shards of a data set, and what their samples are called."""
+
+import itertools
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.entries import File
+from dataloading.errors import DataError
+from dataloading.folders import walk
+
+_MAX_SHARDS = 1_000_000
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
+_TAR_FILE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+
+
+class Shard(NamedTuple):
+    """A tar file: where it is, and its facts under a name that its copy elsewhere has too."""
+
+    path: Path
+    file: File
+
+
+def is_tars(path: Path) -> bool:
+    """Look whether a path means tars: a tar file, a pattern of them, or a folder that holds some.
+
+    Raises:
+        DataError: if a folder holds both tars and images.
+    """
+    if not path.is_dir():
+        return _TAR_FILE.search(path.name) is not None
+    try:
+        tars = _tars_in(path)
+        image = next(walk(path), None) if tars else None
+    except OSError:  # whoever lists the folder says so
+        return False
+    if image is not None:
+        raise DataError(
+            f"{path}: holds both .tar files ({tars[0].name} ...) and images ({image.name} ...); "
+            "set data.source to webdataset or folder"
+        )
+    return bool(tars)
+
+
+def list_shards(path: Path) -> list[Shard]:
+    """List the tars of a data set.
+
+    Args:
+        path: folder (its .tar files by name), one tar, or a pattern with ``{000..146}`` or
+            ``{a,b}`` (in the order written; of several braces the last moves first).
+
+    Returns:
+        The shards in order. Names are relative to the folder that all have in common.
+
+    Raises:
+        DataError: if there is none, one is named twice, or one is missing.
+    """
+    try:
+        if path.is_dir():
+            tars = _tars_in(path)
+        elif path.exists() or "{" not in str(path):
+            tars = [path]
+        else:
+            tars = [Path(text) for text in _expand(path)]
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be listed ({error.strerror}); make data.path readable"
+        ) from error
+    if not tars:
+        raise DataError(
+            f"{path}: no .tar files found; set data.path to a folder that holds them directly, "
+            "to one of them, or to a pattern such as train-{000..146}.tar"
+        )
+    parents = [os.path.dirname(os.path.abspath(tar)) for tar in tars]
+    common = os.path.commonpath(parents)
+    shards: list[Shard] = []
+    for tar in tars:
+        try:
+            facts = tar.stat()
+        except OSError as error:
+            raise _unreadable(tar, error) from error
+        if not stat.S_ISREG(facts.st_mode):
+            raise DataError(f"{tar}: is not a regular file; set data.path to .tar files")
+        name = Path(os.path.relpath(os.path.abspath(tar), common)).as_posix()
+        shards.append(Shard(tar, File(name, facts.st_size, facts.st_mtime_ns)))
+    seen: set[str] = set()
+    for shard in shards:
+        if shard.file.name in seen:
+            raise DataError(f"{path}: names {shard.file.name} twice; name each tar once")
+        seen.add(shard.file.name)
+    return shards
+
+
+def open_shard(path: Path) -> int:
+    """Open a tar for reading.
+
+    Raises:
+        DataError: if it cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+class TarNames(Sequence[str]):
+    """Names of samples in tars, made when they are asked for.
+
+    ``tar -tvRf SHARD`` lists the member with its block: byte / 512 - 1 is that of its header.
+
+    Args:
+        shards: names of the tars.
+        entries: rows of the index.
+    """
+
+    def __init__(self, shards: Sequence[str], entries: NDArray[np.void]) -> None:
+        self._shards = shards
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return TarNames(self._shards, self._entries[index])
+        row = self._entries[index]
+        return place(self._shards[int(row["shard"])], int(row["offset"]))
+
+
+def place(shard: str, offset: int) -> str:
+    """Name a place in a tar."""
+    return f"byte {offset} of {shard}"
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as items:
+        names = [
+            item.name
+            for item in items
+            if item.name.lower().endswith(".tar")
+            and not item.name.startswith(".")
+            and not item.is_dir()
+        ]
+    return [folder / name for name in sorted(names)]
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path}: this tar cannot be read ({error.strerror}); "
+        "make it readable or correct data.path (a folder of .tar files, one, or a pattern "
+        "such as train-{000..146}.tar)"
+    )
+
+
+def _expand(path: Path) -> Iterator[str]:
+    """Yield the file names that a pattern means."""
+    pieces = _BRACES.split(str(path))  # texts at even places, insides of braces at odd ones
+    choices = [_choices(path, piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    number = 1
+    for choice in choices:
+        number *= len(choice)
+    if number > _MAX_SHARDS:
+        raise DataError(f"{path}: means {number} files; expected at most {_MAX_SHARDS}")
+    for texts in itertools.product(*choices):
+        yield "".join(texts)
+
+
+def _choices(path: Path, inside: str) -> Sequence[str]:
+    bounds = _RANGE.fullmatch(inside)
+    if bounds is None:
+        if "," in inside:
+            return inside.split(",")
+        raise DataError(
+            f"{path}: {{{inside}}} is not a range; expected a form such as {{000..146}} or {{a,b}}"
+        )
+    first, last = int(bounds[1]), int(bounds[2])
+    if abs(last - first) >= _MAX_SHARDS:
+        raise DataError(f"{path}: {{{inside}}} means more than {_MAX_SHARDS} files")
+    padded = any(len(text) > 1 and text.startswith("0") for text in bounds.groups())
+    width = max(map(len, bounds.groups())) if padded else 0
+    step = 1 if last >= first else -1
+    return [f"{number:0{width}d}" for number in range(first, last + step, step)]

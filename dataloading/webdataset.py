@@ -1,0 +1,182 @@
+"""Samples in WebDataset tars: members of equal key, one of them an image."""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.entries import ENTRY, EXTENSIONS, Findings, examine, in_threads, name_bytes
+from dataloading.errors import DataError
+from dataloading.headers import size_of_range
+from dataloading.shards import Shard, TarNames, open_shard, place
+from dataloading.tars import members, why_no_tar
+
+logger = logging.getLogger(__name__)
+
+_IMAGES = frozenset(name.encode("ascii") for name in EXTENSIONS)
+_CLASS = b".cls"
+_MAX_CLASS = 256  # bytes of a class's text
+_INTEGER = re.compile(r"-?[0-9]+")
+
+
+class _Samples(NamedTuple):
+    """Usable samples of one shard; a label is a row of ``classes``."""
+
+    entries: NDArray[np.void]
+    classes: tuple[str, ...]
+    left_out: list[tuple[str, str]]
+
+
+def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Findings:
+    """Walk tars and read the headers of their images.
+
+    The key of a member is its name up to the first dot behind the last slash; the image of a sample
+    is its first member whose extension is one of an image, its label the text of ``KEY.cls``.
+
+    Args:
+        path: what the user calls the data set.
+        shards: the tars in order.
+        max_pixels: images with more pixels are left out.
+
+    Returns:
+        Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members,
+        in numerical order if all are integers.
+
+    Raises:
+        DataError: if a file is not a tar or cannot be read, or no image is usable.
+    """
+
+    def work(number: int) -> _Samples:
+        return _examine_shard(number, shards[number], max_pixels)
+
+    def progress(done: Sequence[_Samples]) -> str:
+        images = sum(len(samples.entries) for samples in done)
+        return f"{path}: {len(done)} of {len(shards)} tars examined, {images} images so far"
+
+    found = in_threads(work, range(len(shards)), progress)
+    left_out = tuple(fault for samples in found for fault in samples.left_out)
+    entries = np.concatenate([samples.entries for samples in found])
+    if left_out:
+        name, reason = left_out[0]
+        logger.warning(
+            "%s: %d images, %d members left out or damaged; first: %s (%s)",
+            *(path, len(entries), len(left_out), name, reason),
+        )
+    if not len(entries):
+        first = f"; first problem: {left_out[0][0]} ({left_out[0][1]})" if left_out else ""
+        raise DataError(
+            f"{path}: no usable image in {len(shards)} tar files{first}; "
+            "set data.path to WebDataset tars with members such as KEY.jpg and KEY.cls"
+        )
+    labels = _in_order({text for samples in found for text in samples.classes})
+    number = {label: i for i, label in enumerate(labels)}
+    entries["label"] = np.concatenate(
+        [
+            np.array([*(number[text] for text in samples.classes), -1])[samples.entries["label"]]
+            for samples in found  # -1 takes the last, which is -1
+        ]
+    )
+    names = [shard.file.name for shard in shards]
+    digest = shards_digest(names, [shard.file.size for shard in shards], entries)
+    return Findings(entries, TarNames(names, entries), labels, left_out, digest)
+
+
+def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[np.void]) -> str:
+    """Hash names and sizes of shards and, of all rows, place, bytes, width and height.
+
+    Args:
+        names: of the shards.
+        sizes: of the shards, bytes.
+        entries: rows of the index.
+
+    Returns:
+        sha256, hexadecimal.
+    """
+    total = hashlib.sha256(b"dataloading index of tars 1\n")
+    for name, size in zip(names, sizes, strict=True):
+        total.update(name_bytes(name) + b"\0%d\n" % size)
+    rows = entries.copy()
+    rows["label"], rows["flags"] = 0, 0
+    total.update(rows.tobytes())
+    return total.hexdigest()
+
+
+def _in_order(texts: set[str]) -> tuple[str, ...]:
+    if all(_INTEGER.fullmatch(text) for text in texts):
+        return tuple(sorted(texts, key=lambda text: (int(text), text)))
+    return tuple(sorted(texts))
+
+
+def _examine_shard(number: int, shard: Shard, max_pixels: int) -> _Samples:
+    descriptor = open_shard(shard.path)
+    try:
+        size = os.fstat(descriptor).st_size
+        fault = why_no_tar(descriptor, size)
+        if fault is not None:
+            raise DataError(
+                f"{shard.path}: {fault}; data.source=webdataset expects plain .tar files"
+            )
+        return _read_samples(descriptor, size, number, shard.file.name, max_pixels)
+    except OSError as error:
+        raise DataError(
+            f"{shard.path}: cannot be read ({error.strerror}); make it readable and start again"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _read_samples(descriptor: int, size: int, number: int, shard: str, max_pixels: int) -> _Samples:
+    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    keys: list[bytes] = []  # of the rows
+    images: set[bytes] = set()
+    classes: dict[bytes, str] = {}
+    left_out: list[tuple[str, str]] = []
+
+    def leave_out(offset: int, name: bytes, reason: str) -> None:
+        text = name.decode("utf-8", "surrogateescape")
+        left_out.append((place(shard, offset) + (f" ({text})" if text else ""), reason))
+
+    for name, offset, length, fault in members(descriptor, size):
+        if not name:
+            leave_out(offset, name, fault or "a member without a name")
+            continue
+        base = name.rfind(b"/") + 1
+        dot = name.find(b".", base)
+        key, extension = name[:dot], name[dot:].lower()
+        if fault is not None:
+            leave_out(offset, name, fault)
+        elif dot <= base:  # no extension, or a hidden file
+            continue
+        elif extension in _IMAGES:
+            if key in images:
+                leave_out(offset, name, "a second image of its sample; the first is used")
+                continue
+            images.add(key)
+            width, height, unfit = examine(
+                length, lambda o=offset, n=length: size_of_range(descriptor, o, n), max_pixels
+            )
+            if unfit is None:
+                keys.append(key)
+                rows.append((number, offset, length, width, height, -1, 0))
+            else:
+                leave_out(offset, name, unfit)
+        elif extension == _CLASS:
+            if key in classes:
+                leave_out(offset, name, "a second class of its sample; the first is used")
+            elif 0 < length <= _MAX_CLASS:
+                text = os.pread(descriptor, length, offset)
+                classes[key] = text.decode("utf-8", "surrogateescape").strip()
+            else:
+                leave_out(offset, name, f"a class of {length} bytes; its image has no label")
+
+    texts = [classes.get(key, "") for key in keys]
+    labels = {text: i for i, text in enumerate(dict.fromkeys(filter(None, texts)))}
+    entries = np.array(rows, dtype=ENTRY)
+    entries["label"] = [labels.get(text, -1) for text in texts]
+    return _Samples(entries, tuple(labels), left_out)
