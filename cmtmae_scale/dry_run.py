@@ -14,11 +14,12 @@ from cmtmae_scale.config.derive import batch_plan, needs, peak_lr, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.estimate import count_operations, memory_bytes, num_shards
+from cmtmae_scale.estimate import count_operations, count_shards, memory_bytes
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 from cmtmae_scale.training.resume import compare
+from dataloading.errors import DataError
 from dataloading.index import load_or_build
 
 GIB = 2**30
@@ -56,7 +57,7 @@ def describe(config: Config, world_size: int) -> str:
         f"momentum {work.momentum / 1e9:.1f}, teacher {work.teacher / 1e9:.1f}; 2 a multiply-add"
     )
     parts = memory_bytes(config, world_size, model, momentum, teacher)
-    lines += memory_lines(parts, sum(parts.values()), num_shards(config, world_size))
+    lines += memory_lines(parts, sum(parts.values()), count_shards(config, world_size).states)
     lines.append(f"would resume    {resumable(config)}")
     return "\n".join(lines)
 
@@ -64,11 +65,19 @@ def describe(config: Config, world_size: int) -> str:
 def count_images(config: Config) -> tuple[int | None, str]:
     """Number of images from an existing index, or as the recipe expects."""
     folder = Path(config.data.index) if config.data.index else Path(config.run.dir) / "index"
-    if Path(config.data.path).is_dir() and folder.is_dir():
-        index = load_or_build(
-            config.data.path, folder, source=config.data.source, max_pixels=config.data.max_pixels
-        )
-        return len(index), f"counted in {config.data.path}"
+    if folder.is_dir():
+        try:
+            index = load_or_build(
+                config.data.path,
+                folder,
+                source=config.data.source,
+                max_pixels=config.data.max_pixels,
+            )
+        except DataError as error:
+            if config.data.expected_images is None:
+                return None, str(error)
+        else:
+            return len(index), f"counted in {config.data.path}"
     if config.data.expected_images is not None:
         return config.data.expected_images, "data.expected_images; not counted"
     return None, f"{config.data.path} has no index yet and data.expected_images is not given"

@@ -57,9 +57,23 @@ def flops(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def num_shards(config: Config, world_size: int) -> int:
-    """Ranks that share one copy of the states; a node is taken to have 8."""
-    return {"none": 1, "node": min(8, world_size), "full": world_size}[config.backend.shard]
+class Shards(NamedTuple):
+    """Ranks that share one copy of each kind of state."""
+
+    states: int
+    """Float32 weights, moments, momentum weights."""
+    gradients: int
+    gathered: int
+    """Copies in the compute type."""
+
+
+def count_shards(config: Config, world_size: int) -> Shards:
+    """What the backend shards; a node is taken to have 8 ranks."""
+    if config.backend.name == "zero":
+        stage = config.backend.zero_stage
+        return Shards(world_size, world_size if stage >= 2 else 1, world_size if stage >= 3 else 1)
+    count = {"none": 1, "node": min(8, world_size), "full": world_size}[config.backend.shard]
+    return Shards(count, count, count if config.backend.shard == "full" else 1)
 
 
 def memory_bytes(
@@ -78,17 +92,17 @@ def memory_bytes(
         momentum: the momentum student, if any.
         teacher: the teacher, if any.
     """
-    shards = num_shards(config, world_size)
+    shards = count_shards(config, world_size)
     compute = compute_dtype(config).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     average = sum(p.numel() for p in momentum.parameters()) if momentum is not None else 0
     frozen = sum(p.numel() for p in teacher.model.parameters()) if teacher is not None else 0
-    gathered = trained + average if compute < 4 or shards > 1 else 0
+    copied = trained + average if compute < 4 or shards.states > 1 else 0
     return {
-        "weights, moments": trained * 12 / shards,
-        "gradients": trained * 4 / shards,
-        "momentum": average * 4 / shards,
-        "gathered copies": gathered * compute,
+        "weights, moments": trained * 12 / shards.states,
+        "gradients": trained * 4 / shards.gradients,
+        "momentum": average * 4 / shards.states,
+        "gathered copies": copied * compute / shards.gathered,
         "teacher": frozen * compute,
         "activations": saved_bytes(config, teacher) * config.train.micro_batch,
     }

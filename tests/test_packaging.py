@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.config.load import load_config
-
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-HEADER = ("# Purpose:", "# Source and deviations:", "# Hardware and cost:", "# Command:")
 MAX_LINES = 400
 
 
@@ -65,21 +61,6 @@ def test_setup_installs_every_extra_but_cuda_12() -> None:
     extras = set(PROJECT["project"]["optional-dependencies"])
     line = next(x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("EXTRAS"))
     assert set(line.split("=")[1].strip().split(",")) == extras - {"dali12"}
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_opens_with_its_header(recipe: Path) -> None:
-    lines = recipe.read_text().splitlines()
-    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    marks = [mark for line in lines[:end] for mark in HEADER if line.startswith(mark)]
-    assert marks == list(HEADER)
-    command = "\n".join(lines[:end]).split("# Command:")[1]
-    assert f"launchers/pretrain.py --config configs/{recipe.name}" in command
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_loads(recipe: Path) -> None:
-    load_config(recipe)
 
 
 def test_no_source_file_is_too_long() -> None:

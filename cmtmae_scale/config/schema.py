@@ -47,16 +47,18 @@ class Run:
 class Data:
     """Where the photographs are and how they are read."""
 
-    source: Literal["auto", "folder"] = "auto"
-    """Layout under ``path``; auto looks."""
+    source: Literal["auto", "folder", "webdataset"] = "auto"
+    """Layout under ``path``: a folder of images or WebDataset tars; auto looks."""
     path: str = MISSING
-    """Folder of images (sub-folders are labels)."""
+    """Folder of images (sub-folders are labels); or tars (``KEY.jpg``, ``KEY.cls``): a folder of
+    them, one of them, or a pattern such as ``train-{000..146}.tar``."""
     index: str | None = None
     """Folder of the index; ``None``: ``RUN_DIR/index``."""
     expected_images: int | None = None
     """Number of usable images; checked, and used by ``--dry-run`` when ``path`` is absent."""
-    decode: Literal["auto", "torch"] = "auto"
-    """Decoder; auto takes the fastest one installed."""
+    decode: Literal["auto", "dali", "torch"] = "auto"
+    """dali: DALI, on the GPU where there is one; torch: the CPU, with nvImageCodec or torchvision;
+    auto: DALI if it is installed and there is a GPU, else torch."""
     max_pixels: int = 100_000_000
     """Images with more pixels (width x height) are left out of the index."""
     max_bad_share: float = 0.001
@@ -91,6 +93,9 @@ class Student:
     """A timm VisionTransformer name."""
     patch_size: int | None = None
     """Patch side in pixels; ``None``: the architecture's own."""
+    weights: str | None = None
+    """Path of a .safetensors or .pt file to start from: timm's, MAE's or transformers' names;
+    ``None``: random start values."""
 
 
 @dataclass
@@ -310,12 +315,15 @@ class Train:
 class Backend:
     """How the step is computed and sharded."""
 
-    name: Literal["fsdp"] = "fsdp"
-    """FSDP2."""
+    name: Literal["fsdp", "zero"] = "fsdp"
+    """fsdp: FSDP2; zero: DeepSpeed ZeRO (estimates only, until that backend is built)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute type; weights, moments and reductions are float32 always."""
     shard: Literal["none", "node", "full"] = "node"
-    """Replicate, shard within a node and replicate across, or shard over all ranks."""
+    """Replicate, shard within a node and replicate across, or shard over all ranks (``fsdp``)."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What is sharded over all ranks (``zero``): 1 moments and float32 weights, 2 gradients too,
+    3 everything."""
     compile: bool = False
     """Compile each transformer block."""
     activation_checkpointing: bool = False

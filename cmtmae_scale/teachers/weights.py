@@ -24,61 +24,62 @@ def is_file_name(weights: str) -> bool:
     return Path(weights).suffix in (".safetensors", *PICKLED) or Path(weights).is_file()
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Tensor]:
     """Read a state dict on the CPU.
 
     Args:
         path: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin`` read with ``weights_only=True``. A
             dict under ``state_dict`` or ``model`` is unwrapped, and a prefix ``module.`` or
             ``_orig_mod.`` that all names share is dropped.
+        key: the config's key that names the file, for messages.
 
     Raises:
         TeacherError: no such file, not readable, a TorchScript archive, or no tensors in it.
     """
     path = Path(path)
+    where = f"{key}={path}"
     if not path.is_file():
-        raise TeacherError(f"teacher.weights={path}: there is no such file")
+        raise TeacherError(f"{where}: there is no such file; correct the path")
     if path.suffix == ".safetensors":
         try:
             state: object = load_file(path)
         except (SafetensorError, OSError) as error:
             raise TeacherError(
-                f"teacher.weights={path}: not a whole safetensors file ({error}); copy it again"
+                f"{where}: not a whole safetensors file ({error}); copy it again"
             ) from error
     elif path.suffix in PICKLED:
-        state = read_pickled(path)
+        state = read_pickled(path, key)
     else:
-        raise TeacherError(
-            f"teacher.weights={path}: unknown kind of file; expected .safetensors or .pt"
-        )
-    for key in WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
+        raise TeacherError(f"{where}: unknown kind of file; expected .safetensors or .pt")
+    for wrapper in WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
     if not isinstance(state, Mapping) or not state:
-        raise TeacherError(f"teacher.weights={path}: holds no state dict; save model.state_dict()")
+        raise TeacherError(f"{where}: holds no state dict; save model.state_dict()")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise TeacherError(
-                f"teacher.weights={path}: {name!r} is a {type(value).__name__}, not a tensor; "
+                f"{where}: {name!r} is a {type(value).__name__}, not a tensor; "
                 "save model.state_dict() alone"
             )
     return strip_prefixes(dict(state))
 
 
-def read_pickled(path: Path) -> object:
+def read_pickled(path: Path, key: str) -> object:
     """Read a torch file whose pickle holds tensors and plain containers only."""
+    where = f"{key}={path}"
     if is_torchscript(path):
         raise TeacherError(
-            f"teacher.weights={path}: a TorchScript archive, which runs code when loaded; where "
+            f"{where}: a TorchScript archive, which runs code when loaded; where "
             "you trust it, write its weights once with torch.save(torch.jit.load(FILE, "
-            "map_location='cpu').state_dict(), NEW) and set teacher.weights=NEW"
+            f"map_location='cpu').state_dict(), NEW) and set {key}=NEW"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         first = str(error).strip().split("\n")[0]
         raise TeacherError(
-            f"teacher.weights={path}: cannot be read with torch.load(weights_only=True) ({first}); "
+            f"{where}: cannot be read with torch.load(weights_only=True) ({first}); "
             "copy it again, or save its state dict as .safetensors"
         ) from error
 

@@ -19,17 +19,19 @@ from cmtmae_scale.checkpoint.writer import Writer, find_checkpoint
 from cmtmae_scale.config.derive import batch_plan, needs, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.estimate import compute_dtype
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.start_weights import load_start_weights
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
 from cmtmae_scale.runtime.collectives import barrier, from_first
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import Teacher
 from cmtmae_scale.teachers.build import build_teacher
+from cmtmae_scale.teachers.weights import read_weights
 from cmtmae_scale.training.guards import StopRequest
 from cmtmae_scale.training.loop import Parts
 from cmtmae_scale.training.prepare import Models
@@ -59,6 +61,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         TeacherError: a teacher that cannot be built.
         CheckpointError: checkpoints of which none is intact.
     """
+    refuse_unbuilt(config)
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     plan = batch_plan(config, world.world_size)
@@ -71,7 +74,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     barrier()
     folder = find_checkpoint(root, world.rank, world.world_size)
     progress = where_to_start(config, folder, index.digest, steps)
-    models = build_models(config, world, device)
+    models = build_models(config, world, device, resumed=folder is not None)
     if folder is not None:
         load_fragments(folder, models.backend.fragments())
         models.backend.after_load(progress.applied)
@@ -117,15 +120,36 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     )
 
 
-def build_models(config: Config, world: World, device: torch.device) -> Models:
-    """Build teacher, student and momentum student, and hand the latter two to the backend.
+def refuse_unbuilt(config: Config) -> None:
+    """Refuse the backend that recipes already name.
 
     Raises:
-        ConfigError: settings that the models cannot meet.
+        ConfigError: names the backend that there is.
+    """
+    if config.backend.name == "zero":
+        raise ConfigError(
+            "backend.name=zero is not part of this version; add backend.name=fsdp, which shards "
+            "as backend.shard says"
+        )
+
+
+def build_models(
+    config: Config, world: World, device: torch.device, resumed: bool = False
+) -> Models:
+    """Build teacher, student and momentum student, and hand the latter two to the backend.
+
+    Args:
+        config: checked settings.
+        world: this process's place.
+        device: this rank's device.
+        resumed: a checkpoint will overwrite all weights, so that ``student.weights`` is not read.
+
+    Raises:
+        ConfigError: settings that the models cannot meet, or an unfit ``student.weights``.
         TeacherError: a teacher that cannot be built.
     """
     teacher = fetch_teacher(config, world, device)
-    model, momentum_student = build_model(config, teacher)
+    model, momentum_student = build_model(config, teacher, resumed)
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
@@ -180,7 +204,7 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
 
 
 def build_model(
-    config: Config, teacher: Teacher | None
+    config: Config, teacher: Teacher | None, resumed: bool = False
 ) -> tuple[CollaborativeMAE, MomentumStudent | None]:
     """Student with decoder on the CPU, the same weights on every rank, and its moving average."""
     if (
@@ -195,6 +219,8 @@ def build_model(
         )
     model = CollaborativeMAE(config, teacher.width if teacher else None)
     initialise(model, config.run.seed)
+    if config.student.weights is not None and not resumed:
+        start_from(model, config.student.weights)
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     if not needs(config).momentum:
         return model, None
@@ -202,6 +228,19 @@ def build_model(
     momentum_student.load_state_dict(copy.deepcopy(model.encoder.state_dict()))
     momentum_student.requires_grad_(False).eval()
     return model, momentum_student
+
+
+def start_from(model: CollaborativeMAE, file: str) -> None:
+    """Load ``student.weights`` on every rank, and tell what became of each of its tensors.
+
+    Raises:
+        ConfigError: a file that is absent, broken, of unknown names or of another architecture.
+    """
+    try:
+        state = read_weights(file, "student.weights")
+    except TeacherError as error:
+        raise ConfigError(str(error)) from error
+    logger.info("student.weights=%s: %s", file, load_start_weights(model, state, file))
 
 
 def make_objective(config: Config, layout: TokenLayout) -> Objective:

@@ -1,0 +1,1 @@
+"""How fast, on what, and next to what: measured side by side in one process."""

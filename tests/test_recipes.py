@@ -1,0 +1,75 @@
+"""Every recipe says what it is, loads, and tells what it would do with no data present."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.dry_run import describe
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.training.build import refuse_unbuilt
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+HEADER = ("# Purpose:", "# Source and deviations:", "# Hardware and cost:", "# Command:")
+NAMES = {
+    *("vit_base", "vit_large", "vit_huge", "vit_base_hide", "vit_large_hide", "vit_huge_hide"),
+    *("vit_base_literal", "mae_base", "mae_large", "milan_base", "demo"),
+}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+
+
+def header(recipe: Path) -> str:
+    lines = recipe.read_text().splitlines()
+    return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+
+
+def commands(recipe: Path) -> list[list[str]]:
+    """Arguments after ``--config`` of each command in the header."""
+    text = header(recipe).split("# Command:")[1]
+    lines = [line for line in text.splitlines() if "--config" in line]
+    return [shlex.split(line.split("--config")[1]) for line in lines]
+
+
+def test_the_recipes_are_those_of_the_readme() -> None:
+    assert {recipe.stem for recipe in RECIPES} == NAMES
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in NAMES)
+
+
+@every_recipe
+def test_a_recipe_opens_with_its_header(recipe: Path) -> None:
+    marks = [mark for line in header(recipe).splitlines() for mark in HEADER if mark in line]
+    assert marks == list(HEADER)
+
+
+@every_recipe
+def test_the_commands_of_the_header_load(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert commands(recipe)
+    for path, *overrides in commands(recipe):
+        assert load_config(path, overrides) is not None
+        assert path == f"configs/{recipe.name}"
+
+
+@every_recipe
+def test_a_dry_run_needs_no_data(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(recipe)
+    monkeypatch.chdir(tmp_path)
+    if config.teacher.weights and config.teacher.weights.endswith(".safetensors"):
+        config.teacher.weights = "random"  # the demo makes its teacher's file first
+    text = describe(config, 2)
+    if config.data.expected_images is not None:
+        assert "1281167 (data.expected_images; not counted)" in text
+    for part in ("encoder", "GFLOP a view", "at the peak", "would resume    nothing"):
+        assert part in text
+
+
+def test_a_backend_that_is_not_built_is_refused_with_the_one_that_is() -> None:
+    config = load_config(ROOT / "configs" / "vit_huge.yaml")
+    with pytest.raises(ConfigError, match=r"add backend\.name=fsdp"):
+        refuse_unbuilt(config)
+    refuse_unbuilt(load_config(ROOT / "configs" / "vit_huge.yaml", ["backend.name=fsdp"]))
