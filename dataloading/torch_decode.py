@@ -8,10 +8,11 @@ boxes are in stored coordinates; alpha is dropped.
 import importlib
 import io
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,8 @@ Pixels = NDArray[np.uint8]
 Decode = Callable[[bytes], Tensor]
 Fast = Callable[[bytes], Tensor | None]
 
+_UNUSED = 3  # references to a buffer: the list's, the loop's and that of the count itself
+
 
 class TorchDecoder:
     """A thread a view: read, decode, crop and resize straight into the batch.
@@ -52,13 +55,11 @@ class TorchDecoder:
         self._decode = make_decode(find_codec())
         self._pool = start_threads(threads)
         self._pending: deque[tuple[tuple[Tensor, ...], list[Future[str | None]]]] = deque()
+        self._buffers: list[Pixels] = []
 
     def submit(self, plan: Plan) -> None:
         """See ``Decoder.submit``."""
-        images = tuple(
-            torch.empty(len(plan.ids), size, size, 3, dtype=torch.uint8, pin_memory=self._pin)
-            for size in self._sizes
-        )
+        images = tuple(self._blank((len(plan.ids), size, size, 3)) for size in self._sizes)
         arrays: list[Pixels] = [image.numpy() for image in images]
         rows = zip(plan.ids.tolist(), plan.boxes.tolist(), plan.flips.tolist(), strict=True)
         faults = [
@@ -66,6 +67,20 @@ class TorchDecoder:
             for k, row in enumerate(rows)
         ]
         self._pending.append((images, faults))
+
+    def _blank(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory of a batch that nobody holds any more, else new memory.
+
+        The page faults of new memory would cost a tenth of the decoding; torch keeps pinned memory
+        itself.
+        """
+        if self._pin:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        for buffer in self._buffers:
+            if buffer.shape == shape and sys.getrefcount(buffer) == _UNUSED:
+                return torch.as_tensor(buffer)
+        self._buffers.append(np.empty(shape, dtype=np.uint8))
+        return torch.as_tensor(self._buffers[-1])
 
     def _fill(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
         """Put one view into its place; runs in a thread. Returns why it failed, if it did."""
@@ -82,12 +97,14 @@ class TorchDecoder:
     def collect(self) -> Views:
         """See ``Decoder.collect``."""
         images, faults = self._pending.popleft()
+        wait(faults)  # wakes this thread once, not at every view
         return Views(images, [fault.result() for fault in faults])
 
     def close(self) -> None:
         """See ``Decoder.close``."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
+        self._buffers.clear()
         self._reader.close()
 
 

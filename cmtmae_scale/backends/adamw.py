@@ -40,12 +40,10 @@ def make_adamw(
         device: where the parameters are.
     """
     groups = parameter_groups(parameters, settings.weight_decay)
-    fused = True if device.type == "cuda" else None
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=True)
     for parameter in trained(optimizer):
-        counter_device = device if fused else torch.device("cpu")
         optimizer.state[parameter] = {
-            "step": torch.zeros((), device=counter_device),
+            "step": torch.zeros((), device=device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

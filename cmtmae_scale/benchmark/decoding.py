@@ -24,7 +24,9 @@ from dataloading.sources import Source
 from dataloading.stream import LOOK_AHEAD, DecoderName, Stream
 from dataloading.views import crop_boxes
 
-SEED, SCALE, RATIO, BATCH = 0, (0.2, 1.0), (3 / 4, 4 / 3), 32
+SEED, SCALE, RATIO, BATCH = 0, (0.2, 1.0), (3 / 4, 4 / 3), 64
+WARM_UP = 2
+"""Rounds in which allocators settle."""
 SETTLED_S = 0.05
 """Threads that used no CPU time for so long are idle."""
 
@@ -61,7 +63,7 @@ class Contender(Protocol):
 def measure(
     path: str, size: int, images: int, rounds: int, threads: int, device: torch.device
 ) -> list[Result]:
-    """Run all decoders in turn, after one round that does not count.
+    """Run all decoders in turn, after two rounds that do not count.
 
     Args:
         path: folder of images or of tars.
@@ -101,10 +103,10 @@ def measure(
             )
             contenders[label] = Drawn(stack.enter_context(stream), device)
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-        for number in range(rounds + 1):
+        for number in range(rounds + WARM_UP):
             for name, contender in contenders.items():
                 used = time_round(contender, batches)
-                if number:
+                if number >= WARM_UP:
                     taken[name].append(used)
     return [summarise(name, seen, taken["PIL"]) for name, seen in taken.items()]
 

@@ -22,17 +22,6 @@ def plain() -> Any:
     return curve, case.assemble([parts])
 
 
-def trained(key: str, value: Any) -> Any:
-    """Leave out biases of keys: softmax ignores them, so their gradient is rounding noise, which
-    AdamW blows up to full size.
-    """
-    return (
-        np.delete(value, np.s_[len(value) // 3 : 2 * len(value) // 3])
-        if key.endswith("qkv.bias")
-        else value
-    )
-
-
 def close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
     (curve_a, whole_a), (curve_b, whole_b) = a, b
     np.testing.assert_allclose(
@@ -41,7 +30,11 @@ def close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
     assert whole_a.keys() == whole_b.keys()
     for key, value in whole_a.items():
         np.testing.assert_allclose(
-            trained(key, value), trained(key, whole_b[key]), rtol=0, atol=tolerance, err_msg=key
+            case.trained(key, value),
+            case.trained(key, whole_b[key]),
+            rtol=0,
+            atol=tolerance,
+            err_msg=key,
         )
 
 
@@ -60,8 +53,8 @@ def test_plain_equals_an_independent_loop(plain: Any) -> None:
     found |= {f"momentum.{n}": v for n, v in averages.items()}
     for name, value in found.items():
         np.testing.assert_allclose(
-            trained(name, plain[1][name]),
-            trained(name, value.detach().numpy()),
+            case.trained(name, plain[1][name]),
+            case.trained(name, value.detach().numpy()),
             rtol=0,
             atol=1e-5,
             err_msg=name,

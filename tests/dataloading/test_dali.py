@@ -1,5 +1,6 @@
 """DALI gives what the other decoder gives: the same draws, and pixels within stated bounds."""
 
+import functools
 import io
 import json
 import subprocess
@@ -16,8 +17,18 @@ from dataloading.stream import Stream
 from dataloading.views import crop_boxes
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+from dataloading.dali import DaliDecoder
+
 pytestmark = pytest.mark.dali
 OPTIONS = {"seed": 5, "micro_batch": 8, "sizes": (48, 40), "threads": 2}
+
+
+@pytest.fixture(params=["torch resizes", "DALI resizes"])
+def graph(request, monkeypatch):
+    """Both graphs, on the CPU: the one of CPUs and the one of GPUs."""
+    if request.param == "DALI resizes":
+        whole = functools.partial(DaliDecoder, resize=True)
+        monkeypatch.setattr("dataloading.dali.DaliDecoder", whole)
 
 
 def take(index, number, decode="dali", **options):
@@ -49,6 +60,7 @@ def check_bounds(ours, theirs):
     assert difference.max() <= 12
 
 
+@pytest.mark.usefixtures("graph")
 def test_draws_are_the_same_and_pixels_within_rounding(photographs):
     index = build_index(photographs)
     ours, theirs = take(index, 5), take(index, 5, "torch")
@@ -59,6 +71,12 @@ def test_draws_are_the_same_and_pixels_within_rounding(photographs):
             check_bounds(one, two)
 
 
+def test_on_a_cpu_pixels_are_those_of_the_other_decoder(photographs):
+    index = build_index(photographs)
+    assert same_pixels(take(index, 3), take(index, 3, "torch"))
+
+
+@pytest.mark.usefixtures("graph")
 def test_pixels_are_pillows_crop_and_resize(photographs):
     index = build_index(photographs)
     for batch in take(index, 3):
@@ -77,6 +95,7 @@ def test_pixels_are_pillows_crop_and_resize(photographs):
                 check_bounds(pictures[k], torch.as_tensor(expected.copy()))
 
 
+@pytest.mark.usefixtures("graph")
 def test_real_photographs_agree_with_the_other_decoder(tmp_path):
     data = pytest.importorskip("skimage.data")
     for name in ("astronaut", "coffee", "chelsea", "camera"):
@@ -89,6 +108,7 @@ def test_real_photographs_agree_with_the_other_decoder(tmp_path):
             check_bounds(one, two)
 
 
+@pytest.mark.usefixtures("graph")
 def test_it_starts_anywhere_and_repeats_itself(photographs):
     index = build_index(photographs)
     whole = take(index, 6)
@@ -96,6 +116,7 @@ def test_it_starts_anywhere_and_repeats_itself(photographs):
     assert same_draws(whole[3:], rest) and same_pixels(whole[3:], rest)
 
 
+@pytest.mark.usefixtures("graph")
 def test_batches_handed_out_are_not_overwritten(photographs):
     index = build_index(photographs)
     with Stream(index, decode="dali", **OPTIONS) as stream:
@@ -120,6 +141,7 @@ def damage(index):
     return names
 
 
+@pytest.mark.usefixtures("graph")
 def test_bad_pictures_are_replaced_and_nothing_is_lost(photographs, tmp_path):
     index = build_index(photographs)
     good = take(index, 6)
@@ -141,6 +163,7 @@ def test_bad_pictures_are_replaced_and_nothing_is_lost(photographs, tmp_path):
     assert same_draws(bad[3:], rest) and same_pixels(bad[3:], rest)
 
 
+@pytest.mark.usefixtures("graph")
 def test_formats_that_dali_does_not_know_are_decoded_by_the_others(tmp_path, picture):
     for number, ending in enumerate(("gif", "png", "webp", "bmp", "ppm", "jpg")):
         image = picture(number, 80 + number, 60)

@@ -86,6 +86,18 @@ def test_stream_starts_anywhere(photographs, start, threads):
     assert same(take(index, 40 - start, start_position=start, threads=threads), whole[start:])
 
 
+def test_batches_that_are_kept_are_not_written_again(photographs):
+    index = build_index(photographs)
+    expected = take(index, 60)
+    with Stream(index, seed=5, micro_batch=4, sizes=(32,), threads=2, decode="torch") as stream:
+        kept = [next(stream).images[0][1:3] for _ in range(3)]  # views of batches count as well
+        places = {next(stream).images[0].data_ptr() for _ in range(12)}
+    assert len(places) < 12  # others are used again
+    for j, pair in enumerate(kept):
+        assert torch.equal(pair[0], expected[4 * j + 1][4])
+        assert torch.equal(pair[1], expected[4 * j + 2][4])
+
+
 def test_very_late_start_works(photographs):
     index = build_index(photographs)
     (first, *_) = take(index, 4, start_position=12 * 10**12)
