@@ -184,7 +184,11 @@ def seen(tokens: Tensor, num_prefix: int, layout: TokenLayout) -> list[Tensor]:
 
 
 class FullDecoder(Decoder):
-    """MAE's: self-attention over context and mask tokens; positions make unshuffling needless."""
+    """MAE's: self-attention over context and mask tokens; positions make unshuffling needless.
+
+    Where only hidden tokens are predicted, the last block is a ``QueryBlock`` of the same weights,
+    which leaves out what nothing reads: the last update of the visible ones.
+    """
 
     def forward(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
         """From encoder tokens ``[R, P + K, D]`` to ``[R, Q, E]``."""
@@ -192,6 +196,10 @@ class FullDecoder(Decoder):
         length = context.shape[1]
         x = torch.cat([context, self.hidden(choice, context.dtype)], dim=1)
         for block in self.blocks:
+            if isinstance(block, QueryBlock):
+                context, hidden = x[:, :length], x[:, length:]
+                x = run_block(block, hidden, context, recompute=self.grad_checkpointing)
+                return self.outputs(None, x)
             x = run_block(block, x, recompute=self.grad_checkpointing)
         return self.outputs(x[:, :length], x[:, length:])
 
@@ -280,7 +288,10 @@ def build_decoder(
     if settings.type == "full":
         norm: Any = partial(nn.LayerNorm, eps=EPS)
         make = partial(Block, width, heads, MLP_RATIO, qkv_bias=True, norm_layer=norm)
-        return FullDecoder([make() for _ in range(settings.depth)], *shared)
+        full: list[nn.Module] = [make() for _ in range(settings.depth)]
+        if not (layout.cls or layout.num_visible):
+            full[-1] = QueryBlock(PromptAttention(width, heads), width, norm_context=True)
+        return FullDecoder(full, *shared)
     if settings.type == "prompt":
         blocks = [
             QueryBlock(PromptAttention(width, heads), width, settings.prompt_norm_context)
