@@ -239,7 +239,7 @@ class Rig:
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities) as record:
+        with profile(activities=activities, acc_events=True) as record:
             self.take(1)
         self.watch.collect()
         return read_profile(record.key_averages(), self.device.type == "cuda")
