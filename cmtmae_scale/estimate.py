@@ -97,12 +97,14 @@ def memory_bytes(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     average = sum(p.numel() for p in momentum.parameters()) if momentum is not None else 0
     frozen = sum(p.numel() for p in teacher.model.parameters()) if teacher is not None else 0
-    copied = trained + average if compute < 4 or shards.states > 1 else 0
+    copied = compute < 4 or shards.states > 1
+    # ZeRO's momentum student is whole on every rank, at every stage.
+    averages = 1 if config.backend.name == "zero" else shards.gathered
     return {
         "weights, moments": trained * 12 / shards.states,
         "gradients": trained * 4 / shards.gradients,
         "momentum": average * 4 / shards.states,
-        "gathered copies": copied * compute / shards.gathered,
+        "gathered copies": copied * compute * (trained / shards.gathered + average / averages),
         "teacher": frozen * compute,
         "activations": saved_bytes(config, teacher) * config.train.micro_batch,
     }

@@ -74,10 +74,31 @@ def make_backend(config: Config, kind: str) -> Any:
     scale = 1 / (GLOBAL * config.mask.masks_per_view)
     if kind == "plain":
         return Plain(model, momentum, compute, config.optimizer, scale)
+    if kind.startswith("zero"):
+        return make_zero(config, model, momentum, compute, scale, kind)
     local = int(kind.removeprefix("node")) if kind.startswith("node") else 1
     config.backend.shard = "node" if kind.startswith("node") else kind  # pyright: ignore
     cpu = torch.device("cpu")
     return Fsdp(model, momentum, compute, config.optimizer, config.backend, scale, cpu, local)
+
+
+def make_zero(
+    config: Config, model: Any, momentum: Any, compute: Any, scale: float, kind: str
+) -> Any:
+    """``zero1`` to ``zero3``; ``gathered`` anew at each use, or moments ``offloaded``."""
+    from cmtmae_scale.backends.zero import Zero
+    from cmtmae_scale.config.deepspeed import deepspeed_config
+
+    config.backend.name, config.backend.zero_stage = "zero", int(kind[4])  # pyright: ignore
+    if kind.endswith("gathered"):
+        config.backend.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    if kind.endswith("offloaded"):
+        config.backend.deepspeed = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    tree = deepspeed_config(config, 2)
+    return Zero(
+        *(model, momentum, compute, config.optimizer, config.backend),
+        *(tree, scale, torch.device("cpu")),
+    )
 
 
 def make_micro_batch(config: Config, backend: Any, positions: list[int]) -> MicroBatch:
@@ -178,3 +199,85 @@ def trained(key: str, value: Any) -> Any:
         if key.endswith("qkv.bias")
         else value
     )
+
+
+def run_average(kind: str, momentum: float) -> Any:
+    """In bf16: fragments at the start, and after a step and one update of the average."""
+    config = make_config(backend__precision="bf16")
+    backend = make_backend(config, kind)
+    before = snapshot(backend)
+    report = torch.zeros(1)
+    for a in range(2):
+        start = (a * dist.get_world_size() + dist.get_rank()) * 2
+        batch = make_micro_batch(config, backend, [start, start + 1])
+        report += backend.micro(batch, last=a == 1).total
+    assert backend.step(2e-3, report).applied
+    backend.momentum_update(momentum)
+    return before, snapshot(backend)
+
+
+def run_refusals(kind: str, micro: int, changes: dict[str, Any]) -> Any:
+    """Two good steps, three that must not be applied, each for another reason, and a good one."""
+    config = make_config(**changes)
+    backend = make_backend(config, kind)
+    run_steps(backend, config, micro, 0, 2)
+    before = snapshot(backend)
+    outcomes = run_steps(backend, config, micro, 2, 3, poison=2)
+    for scale, report in ((float("inf"), 0.0), (1.0, float("inf"))):
+        world, rank = dist.get_world_size(), dist.get_rank()
+        usual = backend.loss_scale
+        for a in range(GLOBAL // micro // world):
+            start = 2 * GLOBAL + (a * world + rank) * micro
+            batch = make_micro_batch(config, backend, list(range(start, start + micro)))
+            last = a + 1 == GLOBAL // micro // world
+            backend.loss_scale = usual * (scale if rank == world - 1 else 1.0)
+            backend.micro(batch, last)
+        backend.loss_scale = usual
+        mine = report if rank == 0 else 0.0
+        outcome = backend.step(1e-3, torch.tensor([mine]))
+        outcomes.append((outcome.report[0], outcome.grad_norm, outcome.applied))
+    after = snapshot(backend)
+    return before, after, [*outcomes, *run_steps(backend, config, micro, 2, 3)]
+
+
+def run_overwritten(kind: str, micro: int) -> Any:
+    """Two steps, other values in every fragment, two steps: losses, live weights, saved."""
+    config = make_config()
+    backend = make_backend(config, kind)
+    run_steps(backend, config, micro, 0, 2)
+    for part in backend.fragments().values():
+        part.local.mul_(1.25)
+    backend.after_load(7)
+    losses = [loss for loss, _, _ in run_steps(backend, config, micro, 2, 4)]
+    live = live_weights(backend)
+    fragment = backend.fragments()["model.encoder.cls_token"]
+    whole = fragment.local.numel() == int(np.prod(fragment.shape))
+    saved = fragment.local.numpy().reshape(fragment.shape).copy() if whole else None
+    return losses, live, saved
+
+
+def live_weights(backend: Any) -> dict[str, Any]:
+    """What the forward uses, whole, and the momentum student's."""
+    found = {}
+    for name, parameter in backend.model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                found[name] = parameter.detach().float().numpy().copy()
+        else:
+            found[name] = parameter.detach().float().numpy().copy()
+    average = getattr(backend, "average", None)
+    module = backend.momentum_student if average is None else average.module
+    for name, parameter in module.named_parameters():
+        found[f"momentum.{name}"] = parameter.detach().float().numpy().copy()
+    return found
+
+
+def read_bucket_size() -> int:
+    """What DeepSpeed made of a key given under ``backend.deepspeed``."""
+    config = make_config()
+    config.backend.name = "zero"
+    config.backend.deepspeed = {"zero_optimization": {"reduce_bucket_size": 12345}}
+    backend = make_zero(config, *make_models(config), None, 1.0, "zero2")
+    return backend.engine.zero_reduce_bucket_size()

@@ -8,12 +8,17 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.distributed.fsdp", "timm", "cmtmae_scale.backends.fsdp"]
-)
+PRELOAD = [
+    *("torch", "torch.distributed", "torch.distributed.fsdp", "timm"),
+    *("cmtmae_scale.backends.fsdp", "cmtmae_scale.training.build", "cmtmae_scale.training.loop"),
+]
+if find_spec("deepspeed") is not None:
+    PRELOAD += ["cmtmae_scale.backends.zero", "deepspeed.runtime.zero.muon.muon_optimizer"]
+CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def entry(

@@ -7,8 +7,6 @@ import pytest
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.dry_run import describe
-from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.training.build import refuse_unbuilt
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -66,10 +64,3 @@ def test_a_dry_run_needs_no_data(
         assert "1281167 (data.expected_images; not counted)" in text
     for part in ("encoder", "GFLOP a view", "at the peak", "would resume    nothing"):
         assert part in text
-
-
-def test_a_backend_that_is_not_built_is_refused_with_the_one_that_is() -> None:
-    config = load_config(ROOT / "configs" / "vit_huge.yaml")
-    with pytest.raises(ConfigError, match=r"add backend\.name=fsdp"):
-        refuse_unbuilt(config)
-    refuse_unbuilt(load_config(ROOT / "configs" / "vit_huge.yaml", ["backend.name=fsdp"]))

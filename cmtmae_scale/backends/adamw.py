@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Optimizer
 
@@ -29,36 +29,39 @@ def parameter_groups(
 
 
 def make_adamw(
-    parameters: Iterable[tuple[str, nn.Parameter]], settings: Optimizer, device: torch.device
+    parameters: Iterable[tuple[str, nn.Parameter]], settings: Optimizer
 ) -> torch.optim.AdamW:
-    """AdamW with its state in place, so that ``fragments()`` and loading need no first step.
+    """AdamW over two groups, without state; ``start_state`` belongs to it.
 
     Args:
         parameters: those that are trained, by name; plain tensors, in the shape that counts for
             weight decay.
         settings: the config's group.
-        device: where the parameters are.
     """
     groups = parameter_groups(parameters, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=True)
-    for parameter in trained(optimizer):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=1e-8, fused=True)
+
+
+def start_state(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Give every tensor that is updated its state, so that saving and loading need no first step.
+
+    Args:
+        optimizer: AdamW.
+        tensors: what it updates: the parameters, or what stands for them.
+    """
+    optimizer.state.clear()
+    for tensor in tensors:
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), device=tensor.device),
+            "exp_avg": torch.zeros_like(tensor, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(tensor, requires_grad=False),
         }
-    return optimizer
-
-
-def trained(optimizer: torch.optim.Optimizer) -> Iterable[nn.Parameter]:
-    """Every parameter of an optimizer."""
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Set AdamW's counter of applied steps."""
-    for parameter in trained(optimizer):
-        optimizer.state[parameter]["step"].fill_(float(step))
+    for state in optimizer.state.values():
+        state["step"].fill_(float(step))
 
 
 def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, trainable
+from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
 from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.config.schema import Optimizer
@@ -71,7 +71,8 @@ class Fsdp:
             for name, one in trainable(self.model)
         }
         self.num_copies = self.mesh.size() // self.mesh["shard"].size()
-        self.optimizer = make_adamw(self.own.items(), optimizer, device)
+        self.optimizer = make_adamw(self.own.items(), optimizer)
+        start_state(self.optimizer, self.own.values())
 
     def micro(self, batch: MicroBatch, last: bool) -> Losses:
         """See ``Backend.micro``; communicates gradients at the last micro-step only."""

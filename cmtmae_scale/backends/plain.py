@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, trainable
+from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
 from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
 from cmtmae_scale.config.schema import Optimizer
 from cmtmae_scale.method.momentum import update_momentum
@@ -34,8 +34,8 @@ class Plain:
         self.objective = objective
         self.clip = optimizer.clip
         self.loss_scale = loss_scale
-        device = next(model.parameters()).device
-        self.optimizer = make_adamw(trainable(model), optimizer, device)
+        self.optimizer = make_adamw(trainable(model), optimizer)
+        start_state(self.optimizer, (parameter for _, parameter in trainable(model)))
 
     def micro(self, batch: MicroBatch, last: bool) -> Losses:
         """See ``Backend.micro``; ``last`` changes nothing in one process."""

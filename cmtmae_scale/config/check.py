@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import extremes, needs
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.errors import ConfigError
@@ -75,6 +76,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from check_decoder(config)
     yield from check_losses(config)
     yield from check_teacher(config)
+    yield from check_backend(config)
 
 
 def value_of(config: Config, key: str) -> float | None:
@@ -267,4 +269,21 @@ def check_teacher(config: Config) -> Iterator[str]:
         yield (
             "teacher.quick_gelu must be given for open_clip: true for OpenAI, DFN and MetaCLIP "
             "weights, false for LAION and DataComp"
+        )
+
+
+def check_backend(config: Config) -> Iterator[str]:
+    """Keys of DeepSpeed, and what ZeRO's stage 3 cannot do."""
+    backend = config.backend
+    if backend.deepspeed is not None and backend.name != "zero":
+        yield f"backend.deepspeed belongs to backend.name=zero; found {backend.name}"
+    try:
+        extra_keys(backend.deepspeed)
+    except ConfigError as error:
+        yield str(error)
+    if backend.compile and backend.name == "zero" and backend.zero_stage == 3:
+        yield (
+            "backend.compile=true: ZeRO-3 gathers weights between the operations of a block, which "
+            "breaks every compiled graph; set backend.compile=false, backend.zero_stage=1 or "
+            "backend.name=fsdp"
         )

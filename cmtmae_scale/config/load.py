@@ -141,6 +141,11 @@ def check_keys(tree: dict[str, Any], schema: type, place: str, prefix: str = "")
                 raise ConfigError(f"{place}: {full}={value!r} is a group; give {full}.KEY=value")
             check_keys(cast(dict[str, Any], value), cast(type, kind), place, full + ".")
         elif get_origin(kind) is Literal:
+            if full == "backend.zero_stage" and value == 0:
+                raise ConfigError(
+                    f"{place}: backend.zero_stage=0 shards nothing; set backend.name=fsdp "
+                    "backend.shard=none, which does the same"
+                )
             check_choice(place, full, value, get_args(kind))
 
 

@@ -316,7 +316,7 @@ class Backend:
     """How the step is computed and sharded."""
 
     name: Literal["fsdp", "zero"] = "fsdp"
-    """fsdp: FSDP2; zero: DeepSpeed ZeRO (estimates only, until that backend is built)."""
+    """fsdp: FSDP2; zero: DeepSpeed ZeRO."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute type; weights, moments and reductions are float32 always."""
     shard: Literal["none", "node", "full"] = "node"
@@ -328,6 +328,9 @@ class Backend:
     """Compile each transformer block."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
+    deepspeed: Any = None
+    """Further keys of a DeepSpeed config, or the path of a JSON file with them (``zero``); those
+    that follow from the recipe are refused. ``None``: DeepSpeed's defaults."""
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 
 from cmtmae_scale import __version__
-from cmtmae_scale.backends.base import Backend, MicroBatch, Objective
-from cmtmae_scale.backends.fsdp import Fsdp
+from cmtmae_scale.backends.base import MicroBatch, Objective
+from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.writer import Writer, find_checkpoint
@@ -43,8 +42,6 @@ from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
 
-MakeBackend = Callable[[CollaborativeMAE, MomentumStudent | None, Objective], Backend]
-
 
 def build_parts(config: Config, world: World, device: torch.device, stack: ExitStack) -> Parts:
     """Build data, teacher, student and backend, and resume where there is something to resume.
@@ -61,7 +58,6 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         TeacherError: a teacher that cannot be built.
         CheckpointError: checkpoints of which none is intact.
     """
-    refuse_unbuilt(config)
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     plan = batch_plan(config, world.world_size)
@@ -120,19 +116,6 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     )
 
 
-def refuse_unbuilt(config: Config) -> None:
-    """Refuse the backend that recipes already name.
-
-    Raises:
-        ConfigError: names the backend that there is.
-    """
-    if config.backend.name == "zero":
-        raise ConfigError(
-            "backend.name=zero is not part of this version; add backend.name=fsdp, which shards "
-            "as backend.shard says"
-        )
-
-
 def build_models(
     config: Config, world: World, device: torch.device, resumed: bool = False
 ) -> Models:
@@ -153,7 +136,9 @@ def build_models(
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
-    backend = make_fsdp(config, world, device, model, momentum_student, layout)
+    backend = make_backend(
+        config, world, device, model, momentum_student, make_objective(config, layout)
+    )
     return Models(teacher, backend, layout, length, model.encoder.patch_side)
 
 
@@ -252,32 +237,6 @@ def make_objective(config: Config, layout: TokenLayout) -> Objective:
         )
 
     return compute
-
-
-def make_fsdp(
-    config: Config,
-    world: World,
-    device: torch.device,
-    model: CollaborativeMAE,
-    momentum_student: MomentumStudent | None,
-    layout: TokenLayout,
-) -> Backend:
-    """The FSDP2 backend of a config."""
-    return Fsdp(
-        model,
-        momentum_student,
-        make_objective(config, layout),
-        config.optimizer,
-        config.backend,
-        loss_scale(config),
-        device,
-        world.local_world_size,
-    )
-
-
-def loss_scale(config: Config) -> float:
-    """One over the constant number of rows of a step: ``global_batch * masks_per_view``."""
-    return 1.0 / (config.train.global_batch * config.mask.masks_per_view)
 
 
 def open_stream(
