@@ -1,5 +1,6 @@
 """A tiny CMT-MAE step on made-up views, run through any backend; shapes that do not divide."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from cmtmae_scale.backends.base import MicroBatch
 from cmtmae_scale.backends.fsdp import Fsdp
 from cmtmae_scale.backends.plain import Plain
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint.chunks import load_fragments
+from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.attention import collaborative_attention
 from cmtmae_scale.method.initialisation import initialise
@@ -281,3 +285,29 @@ def read_bucket_size() -> int:
     config.backend.deepspeed = {"zero_optimization": {"reduce_bucket_size": 12345}}
     backend = make_zero(config, *make_models(config), None, 1.0, "zero2")
     return backend.engine.zero_reduce_bucket_size()
+
+
+def save_after_two_steps(kind: str, micro: int, folder: Path) -> float:
+    """A run of two steps, saved; returns the loss of the third."""
+    config = make_config()
+    backend = make_backend(config, kind)
+    run_steps(backend, config, micro, 0, 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    distributed = dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    writer = Writer(folder, rank, size, keep=1, background=False, token=1)
+    writer.finish(2, backend.fragments(), {})
+    return run_steps(backend, config, micro, 2, 3)[0][0]
+
+
+def load_each(kind: str, micro: int, folders: list[Path]) -> list[Any]:
+    """Load saved states one after another; returns what is held then, and the next loss."""
+    found = []
+    for folder in folders:
+        config = make_config()
+        backend = make_backend(config, kind)
+        load_fragments(layout.folder_of(folder, 2), backend.fragments())
+        backend.after_load(2)
+        held = snapshot(backend)
+        found.append((held, run_steps(backend, config, micro, 2, 3)[0][0]))
+    return found

@@ -6,7 +6,8 @@ import queue
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -52,13 +53,11 @@ def entry(
         os._exit(1)
 
 
-def run_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120
-) -> list[Any]:
-    """Call ``function(*arguments)`` on every rank; returns the results in rank order.
-
-    Results must be plain values (numbers, strings, lists, numpy arrays).
-    """
+@contextmanager
+def started(
+    world_size: int, function: Callable[..., Any], *arguments: Any
+) -> Iterator[tuple[list[Any], Any]]:
+    """Ranks at work on ``function(*arguments)``: their processes and the queue of results."""
     results = CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         children = [
@@ -72,13 +71,34 @@ def run_ranks(
         for child in children:
             child.start()
         try:
-            return collect(children, results, timeout_s)
+            yield children, results
         finally:
             for child in children:
                 child.join(timeout=5)
                 if child.is_alive():
                     child.kill()
                     child.join()
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120
+) -> list[Any]:
+    """Call ``function(*arguments)`` on every rank; returns the results in rank order.
+
+    Results must be plain values (numbers, strings, lists, numpy arrays).
+    """
+    with started(world_size, function, *arguments) as (children, results):
+        return collect(children, results, timeout_s)
+
+
+def kill_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, after_s: float
+) -> None:
+    """Start ``function(*arguments)`` on every rank and kill all of them after a time."""
+    with started(world_size, function, *arguments) as (children, _):
+        time.sleep(after_s)
+        for child in children:
+            child.kill()
 
 
 def collect(children: list[Any], results: Any, timeout_s: float) -> list[Any]:

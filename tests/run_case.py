@@ -80,6 +80,32 @@ def run(recipe: Path, overrides: list[str]) -> str | None:
         return train(parts)
 
 
+def run_noting(recipe: Path, overrides: list[str]) -> list[int]:
+    """As ``run``; returns the sample ids that this rank drew, in order."""
+    import torch.distributed as dist
+
+    from cmtmae_scale.training.build import build_parts
+    from cmtmae_scale.training.loop import train
+
+    torch.set_num_threads(1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = load_config(recipe, overrides)
+    drawn: list[int] = []
+    with ExitStack() as stack:
+        parts = build_parts(
+            config, World(rank, size, rank, size, "test"), torch.device("cpu"), stack
+        )
+        parts.stream = noting(parts.stream, drawn)
+        train(parts)
+    return drawn
+
+
+def noting(stream: Any, drawn: list[int]) -> Any:
+    for batch in stream:
+        drawn += batch.sample_id.tolist()
+        yield batch
+
+
 def run_twice(recipe: Path, first: list[str], second: list[str]) -> tuple[str | None, str | None]:
     """Two starts one after the other in the same processes."""
     return run(recipe, first), run(recipe, second)

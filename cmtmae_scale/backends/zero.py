@@ -4,8 +4,10 @@ The trainer's own AdamW updates ZeRO's flat float32 tensors; ``zero_places.py`` 
 a parameter lies.
 """
 
+import io
 import logging
 import os
+from contextlib import redirect_stdout
 from typing import Any, Protocol, cast
 
 import deepspeed
@@ -88,15 +90,16 @@ class Zero:
                 block.compile()
         if self.stage == 3:
             gather_by_block(model)
-        self.engine, self.optimizer, *_ = cast(
-            tuple[Any, ...],
-            deepspeed.initialize(
-                model=model,
-                optimizer=make_adamw(trainable(model), optimizer),
-                config=engine_config,
-                dist_init_required=False,
-            ),
-        )
+        with redirect_stdout(io.StringIO()):  # it prints its memory several times
+            self.engine, self.optimizer, *_ = cast(
+                tuple[Any, ...],
+                deepspeed.initialize(
+                    model=model,
+                    optimizer=make_adamw(trainable(model), optimizer),
+                    config=engine_config,
+                    dist_init_required=False,
+                ),
+            )
         self.adamw = cast(torch.optim.AdamW, self.engine.basic_optimizer)
         start_state(self.adamw, flat_tensors(self.optimizer, self.stage))
         self.places = find_places(self.optimizer, self.stage, trainable(model), dist.get_rank())

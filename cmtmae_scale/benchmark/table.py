@@ -11,7 +11,15 @@ import torch
 
 from cmtmae_scale.benchmark.training import Result
 
-PACKAGES = ("torch", "timm", "open_clip_torch", "transformers", "torchvision", "Pillow")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "timm",
+    "open_clip_torch",
+    "transformers",
+    "torchvision",
+    "Pillow",
+)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
