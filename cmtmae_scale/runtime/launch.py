@@ -1,6 +1,7 @@
-"""Who am I: rank and device of this process, from torchrun, deepspeed's launcher, or alone."""
+"""Who am I: rank and device of this process, from torchrun, deepspeed, srun, or alone."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,22 +21,35 @@ class World(NamedTuple):
     local_rank: int
     local_world_size: int
     launcher: str
+    meeting: str = "env://"
+    """Where the ranks meet, as ``torch.distributed`` names it."""
 
 
 def find_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Read the place from the environment.
+    """Read the place from the environment: a launcher's variables, else those of an srun step.
 
     Raises:
         ConfigError: if the variables are incomplete or contradict each other.
     """
-    if "RANK" not in environment:
+    if "RANK" in environment:
+        world = launched(environment)
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        world = srun_task(environment)
+    else:
         return World(0, 1, 0, 1, "alone")
+    if not 0 <= world.local_rank < world.local_world_size <= world.world_size:
+        raise ConfigError(f"the launcher's variables contradict each other: {world}")
+    return world
+
+
+def launched(environment: Mapping[str, str]) -> World:
+    """A process of torchrun, of the deepspeed command, or of whoever sets the same variables."""
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment"
     local_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE"))
     if "LOCAL_SIZE" in environment and "LOCAL_WORLD_SIZE" not in environment:
         launcher = "deepspeed"
     try:
-        world = World(
+        return World(
             int(environment["RANK"]),
             int(environment["WORLD_SIZE"]),
             int(environment["LOCAL_RANK"]),
@@ -47,9 +61,50 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
             f"RANK={environment['RANK']} is set, but WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is "
             "absent or no number; start with torchrun or unset RANK"
         ) from error
-    if not 0 <= world.local_rank < world.local_world_size <= world.world_size:
-        raise ConfigError(f"the launcher's variables contradict each other: {world}")
-    return world
+
+
+def srun_task(environment: Mapping[str, str]) -> World:
+    """A task of ``srun python``; the ranks meet on the step's first node.
+
+    The port follows from the numbers of job and step, unless MASTER_PORT is set; the first node may
+    be given as MASTER_ADDR.
+    """
+    try:
+        node = int(environment["SLURM_NODEID"])
+        tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        number = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+        address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+        port = environment.get("MASTER_PORT") or str(20000 + number % 20000)
+        return World(
+            int(environment["SLURM_PROCID"]),
+            int(environment["SLURM_STEP_NUM_TASKS"]),
+            int(environment["SLURM_LOCALID"]),
+            tasks[node],
+            "srun",
+            f"tcp://{address}:{port}",
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"SLURM's variables of this step are incomplete ({error}); start with srun, or with "
+            "torchrun within it"
+        ) from error
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Read SLURM's short form: ``4(x2),3`` is ``[4, 4, 3]``."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts
+
+
+def first_host(text: str) -> str:
+    """The first name of SLURM's short form: ``gpu[007-012,020],big1`` gives ``gpu007``."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", text)
+    if found is None:
+        raise ValueError(f"SLURM_STEP_NODELIST={text!r}")
+    return found[1] + (found[2] or "")
 
 
 def pick_device(world: World) -> torch.device:
@@ -57,6 +112,8 @@ def pick_device(world: World) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if world.launcher == "srun" and count == 1:
+        return torch.device("cuda", 0)  # --gpus-per-task shows each task its own alone
     if world.local_world_size > count:
         raise ConfigError(
             f"{world.local_world_size} processes on this node, but {count} GPUs; "
@@ -76,7 +133,13 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            init_method=world.meeting,
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timeout,
+        )
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 import pytest
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.launch import find_world
+from cmtmae_scale.runtime.launch import find_world, first_host, tasks_per_node
 
 TORCHRUN = {
     "RANK": "3",
@@ -10,19 +10,30 @@ TORCHRUN = {
     "LOCAL_WORLD_SIZE": "2",
     "TORCHELASTIC_RUN_ID": "x",
 }
+# As srun sets them for the last of five tasks on three nodes.
+SRUN = {
+    "SLURM_JOB_ID": "41234",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[07-08,12]",
+}
 
 
 def test_nothing_set_is_one_process() -> None:
-    assert find_world({}) == (0, 1, 0, 1, "alone")
+    assert find_world({})[:5] == (0, 1, 0, 1, "alone")
 
 
 def test_torchrun() -> None:
-    assert find_world(TORCHRUN) == (3, 4, 1, 2, "torchrun")
+    assert find_world(TORCHRUN) == (3, 4, 1, 2, "torchrun", "env://")
 
 
 def test_deepspeed_names_the_local_size_differently() -> None:
     given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}
-    assert find_world(given) == (0, 2, 0, 2, "deepspeed")
+    assert find_world(given) == (0, 2, 0, 2, "deepspeed", "env://")
 
 
 @pytest.mark.parametrize("absent", ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
@@ -35,3 +46,38 @@ def test_an_incomplete_environment_is_named(absent: str) -> None:
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="contradict"):
         find_world(TORCHRUN | {"LOCAL_RANK": "2"})
+
+
+def test_srun() -> None:
+    assert find_world(SRUN) == (4, 5, 0, 1, "srun", "tcp://gpu07:21236")
+
+
+def test_a_meeting_place_that_is_given_is_used() -> None:
+    given = SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert find_world(given).meeting == "tcp://10.0.0.1:29500"
+
+
+def test_a_launcher_within_srun_comes_first() -> None:
+    assert find_world(SRUN | TORCHRUN).launcher == "torchrun"
+
+
+def test_a_batch_script_and_a_single_task_are_one_process() -> None:
+    batch = {key: value for key, value in SRUN.items() if "STEP" not in key}
+    assert find_world(batch).launcher == "alone"
+    assert find_world(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}).launcher == "alone"
+
+
+def test_an_incomplete_step_is_named() -> None:
+    given = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_NODELIST"}
+    with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST"):
+        find_world(given)
+
+
+def test_short_forms_of_slurm() -> None:
+    assert tasks_per_node("8(x3),1") == [8, 8, 8, 1]
+    assert [first_host(text) for text in ("a1", "a1,b2", "gpu[007-012,020],big1", "n[1,3]")] == [
+        "a1",
+        "a1",
+        "gpu007",
+        "n1",
+    ]
