@@ -62,7 +62,14 @@ class Index:
         """Return a reader of the samples' bytes."""
         if self.source == "webdataset":
             return TarSource(self.shards, self.entries)
-        return FolderSource(self.root, self.names)
+        return FolderSource(self.root, self.names, self.entries)
+
+    def where(self, i: int) -> tuple[Path, int | None]:
+        """Return the file of row ``i`` and, in a tar, the byte at which it begins."""
+        row = self.entries[i]
+        if self.source == "webdataset":
+            return self.shards[int(row["shard"])], int(row["offset"])
+        return self.root / self.names[i], None
 
 
 class _Listing(NamedTuple):
