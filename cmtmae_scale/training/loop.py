@@ -79,9 +79,10 @@ def train(parts: Parts) -> str | None:
         invalid += parts.plan.global_batch - report["valid_rows"] / config.mask.masks_per_view
         if invalid > max(config.data.max_bad_share * drawn, 1):
             raise ConfigError(
-                f"step {progress.step}: {invalid:.0f} of {drawn:.0f} draws could not be decoded, "
-                f"{invalid / drawn:.2%}, more than data.max_bad_share={config.data.max_bad_share}; "
-                f"{parts.run_dir / 'quarantine.jsonl'} names them: replace them, or raise that key"
+                f"step {progress.step}: {invalid:.0f} of {drawn:.0f} draws "
+                f"({invalid / drawn:.2%}) could not be decoded, more than "
+                f"data.max_bad_share={config.data.max_bad_share}; replace the files that "
+                f"{parts.run_dir / 'quarantine.jsonl'} names, or raise that key"
             )
         if parts.telemetry is not None:
             values = readable(report, scalars, parts.plan)
