@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataloading.errors import ReadError
+from dataloading.headers import is_common
 from dataloading.plan import Plan
 from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
 from dataloading.torch_decode import (
@@ -38,8 +39,6 @@ dali: Any = library  # its types do not fit its functions
 Bytes = NDArray[np.uint8]
 
 _AHEAD = 2  # micro-batches in the graph
-_KNOWN = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"\0\0\0\x0cjP  ")
-"""First bytes of what DALI decodes as the others do: JPEG, PNG, WebP, BMP, JPEG 2000."""
 _STOCK_BOX = (0, 0, 16, 16)
 
 
@@ -181,7 +180,7 @@ class DaliDecoder:
             return self._grey(self._bad[sample])
         try:
             data = self._reader.read(sample)
-            if data.startswith(_KNOWN) and sample not in self._redrawn:
+            if is_common(data) and sample not in self._redrawn:
                 encoded = np.frombuffer(data, dtype=np.uint8)
             else:
                 pixels = self._decode(data).permute(1, 2, 0).numpy()

@@ -21,6 +21,11 @@ PIL_ERRORS = (
     EOFError,
     IndexError,
     KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    RuntimeError,  # of AVIF
     struct.error,
     Image.DecompressionBombError,
 )
@@ -101,9 +106,13 @@ def open_image(file: BinaryIO | io.BufferedReader) -> Image.Image:
     return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 
-def is_tiff(data: bytes) -> bool:
-    """Whether encoded bytes are a TIFF, whose kinds no two libraries read alike."""
-    return data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
+def is_common(data: bytes) -> bool:
+    """Whether encoded bytes are JPEG, PNG, WebP or BMP, which all libraries decode alike.
+
+    TIFF they read differently, and damaged JPEG 2000 ends the process in nvImageCodec 0.9: these
+    and all others are for Pillow.
+    """
+    return data.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM"))
 
 
 class _Range(io.RawIOBase):
@@ -159,6 +168,8 @@ def _pil_size(file: BinaryIO | io.BufferedReader) -> tuple[int, int]:
     except Image.UnidentifiedImageError as error:
         raise HeaderError("not an image of a known format") from error
     except PIL_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:  # storage's, not Pillow's
+            raise
         raise HeaderError(f"header cannot be read: {error}") from error
     return _checked(width, height)
 

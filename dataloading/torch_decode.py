@@ -1,9 +1,9 @@
 """From bytes to views on the CPU: decode once, crop once, resize to every size.
 
-The fastest decoder that works is nvImageCodec, then torchvision; what they refuse, Pillow tries,
-and TIFF is always Pillow's. On intact RGB and grey JPEG and PNG files all three give the same
-pixels. Orientation is never applied, so boxes are in stored coordinates; alpha is dropped; 16 bits
-are scaled to 8.
+The fastest decoder that works is nvImageCodec, then torchvision, for JPEG, PNG, WebP and BMP; what
+they refuse, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG files all three
+give the same pixels. Orientation is never applied, so boxes are in stored coordinates; alpha is
+dropped; 16 bits are scaled to 8.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStubs]
 
-from dataloading.headers import PIL_ERRORS, HeaderError, is_tiff, open_image, size_of_bytes
+from dataloading.headers import PIL_ERRORS, HeaderError, is_common, open_image, size_of_bytes
 from dataloading.plan import Plan
 from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
 
@@ -149,7 +149,7 @@ def make_fast(codec: ModuleType | None) -> Fast:
     decoder: Fast = with_torchvision if codec is None else NvImageCodec(codec)
 
     def decode(data: bytes) -> Tensor | None:
-        picture = None if not data or is_tiff(data) else decoder(data)
+        picture = decoder(data) if is_common(data) else None
         return picture if picture is not None and _is_as_announced(picture, data) else None
 
     return decode
@@ -191,8 +191,6 @@ def crop_and_resize(
 
 def with_torchvision(data: bytes) -> Tensor | None:
     """Decode with torchvision; ``None`` where it cannot."""
-    if data[:4] == b"GIF8":  # it would decode all frames
-        return None
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         # The operator behind torchvision.io.decode_image, which since 0.29 warns at every call.

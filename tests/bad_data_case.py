@@ -202,6 +202,7 @@ FILES = [
         COLOUR,
         "alpha dropped",
     ),
+    good("colour.jp2", encode(COLOUR, "JPEG2000"), COLOUR),
     good("palette.gif", encode(PALETTE, "GIF"), PALETTE_RGB),
     good("colour.avif", AVIF, np.full((12, 16, 3), (200, 90, 40)), "with Pillow 11.3 or later", 3),
     good("png-named.jpg", PNG, COLOUR),
@@ -304,3 +305,20 @@ CHANGES = [
     changed("turned-to-a-pipe.jpg", swap(os.mkfifo), "Not a regular file", STOPS),
 ]
 FOLDER = [*FILES, *PLACES, *CHANGES]
+FORMATS = {
+    "a.jpg": JPEG,
+    "progressive.jpg": encode(COLOUR, "JPEG", progressive=True),
+    "cmyk.jpg": encode(Image.fromarray(CMYK, "CMYK"), "JPEG"),
+    "a.png": PNG,
+    "palette.png": encode(PALETTE, "PNG", transparency=bytes(range(64))),
+    "lossless.webp": WEBP,
+    "lossy.webp": encode(COLOUR, "WEBP"),
+    "a.gif": encode(PALETTE, "GIF"),
+    "a.bmp": encode(COLOUR, "BMP"),
+    "a.tiff": encode(COLOUR, "TIFF"),
+    "lzw.tiff": encode(COLOUR, "TIFF", compression="tiff_lzw"),
+    "a.jp2": encode(COLOUR, "JPEG2000"),
+    "a.ppm": encode(COLOUR, "PPM"),
+    "a.avif": AVIF,
+}
+"""Whole files of every format, to be damaged at random."""

@@ -281,6 +281,29 @@ def test_no_decoder_sees_a_picture_larger_than_its_header_said(
     assert (80, 64) in seen and max(width * height for width, height in seen) == 80 * 64
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged TIFF
+@pytest.mark.parametrize("decode", DECODERS)
+def test_any_damage_ends_in_a_picture_or_a_reason(tmp_path: Path, decode: str) -> None:
+    """Cuts and wrong bytes all over files of every format, at which libraries have crashed."""
+    generator = np.random.default_rng(11)
+    root = tmp_path / "data"
+    root.mkdir()
+    for name, data in cases.FORMATS.items():
+        for number in range(12):
+            broken = bytearray(data)
+            for at in generator.integers(0, len(data), (1, 3, 20)[number % 3]):
+                broken[at] = generator.integers(256)
+            if number < 6:
+                broken = broken[: generator.integers(1, len(data))]
+            (root / f"{number:02d}-{name}").write_bytes(broken)
+    index = build_index(root, max_pixels=1_000_000)
+    assert len(index) + len(index.left_out) == 12 * len(cases.FORMATS)
+    first, second = (views(index, decode, tmp_path / "quarantine.jsonl") for _ in range(2))
+    assert same(Seen(index, first, second))
+    assert all(view.valid == (view.line is None) for view in first)
+    assert 10 < sum(view.valid for view in first) < len(index)
+
+
 def test_sixteen_bit_pictures_are_scaled_by_every_decoder() -> None:
     """Pillow alone would saturate: it decodes where the others refuse."""
     from dataloading.torch_decode import with_pillow

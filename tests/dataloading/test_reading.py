@@ -1,12 +1,14 @@
 """Storage that fails: tried again for a while, then said so at the batch that it concerns."""
 
 import errno
+import io
 import os
 import threading
 from importlib.util import find_spec
 
 import pytest
 import torch
+from tar_case import write_tar
 
 from dataloading.errors import DataError, ReadError
 from dataloading.index import build_index, load_or_build
@@ -119,6 +121,25 @@ def test_failing_storage_leaves_nothing_out_of_an_index(photographs, monkeypatch
     whole = build_index(photographs)
     Faltering(monkeypatch, whole.names[4], 2, number)
     assert build_index(photographs).digest == whole.digest
+
+
+def test_failing_storage_within_a_header_is_no_fault_of_the_picture(tmp_path, picture, monkeypatch):
+    """Pillow reads these headers, and raises errors of the same kind for wrong bytes."""
+    buffer = io.BytesIO()
+    picture(0, 60, 50).save(buffer, "PNG")
+    write_tar(tmp_path / "a.tar", [("a.png", buffer.getvalue())])
+    read, failed = os.pread, []
+
+    def falter(descriptor, size, offset):
+        data = read(descriptor, size, offset)
+        if data.startswith(b"\x89PNG") and not failed:
+            failed.append(offset)
+            raise OSError(errno.EIO, "Input/output error")
+        return data
+
+    monkeypatch.setattr(os, "pread", falter)
+    index = build_index(tmp_path)
+    assert failed and len(index) == 1 and not index.left_out
 
 
 def test_an_index_that_cannot_be_read_is_not_made(photographs, tmp_path, monkeypatch):
