@@ -89,8 +89,7 @@ def build_index(
 ) -> Index:
     """List the images of a folder or of WebDataset tars; headers are read, nothing is decoded.
 
-    Files are taken by their extension, links to folders are followed, hidden files are passed
-    over. Empty, unreadable and oversized images are left out and reported in ``Index.left_out``,
+    Files are taken by their extension, links are followed, hidden files are passed over. Empty, unreadable and oversized images are left out and reported in ``Index.left_out``,
     as are damaged parts of tars.
 
     Args:
@@ -104,6 +103,7 @@ def build_index(
 
     Raises:
         DataError: if the data are missing, not what ``source`` says, or hold no usable image.
+        ReadError: if storage fails for longer than reads are tried again; nothing is left out for it.
         ValueError: if ``source`` is not a known layout.
     """
     return _examine(_list(Path(path), source), max_pixels)
@@ -132,6 +132,7 @@ def load_or_build(
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
+        ReadError: as ``build_index``.
         ValueError: if ``source`` is not a known layout.
     """
     folder = Path(directory)
