@@ -89,8 +89,9 @@ def build_index(
 ) -> Index:
     """List the images of a folder or of WebDataset tars; headers are read, nothing is decoded.
 
-    Files are taken by their extension, links are followed, hidden files are passed over. Empty, unreadable and oversized images are left out and reported in ``Index.left_out``,
-    as are damaged parts of tars.
+    Files are taken by their extension, links are followed, hidden files are passed over. Empty,
+    unreadable and oversized images are left out and reported in ``Index.left_out``, as are damaged
+    parts of tars.
 
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
@@ -103,7 +104,7 @@ def build_index(
 
     Raises:
         DataError: if the data are missing, not what ``source`` says, or hold no usable image.
-        ReadError: if storage fails for longer than reads are tried again; nothing is left out for it.
+        ReadError: if storage fails for longer than reads are tried again.
         ValueError: if ``source`` is not a known layout.
     """
     return _examine(_list(Path(path), source), max_pixels)

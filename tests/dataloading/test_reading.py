@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from PIL import Image
 from tar_case import write_tar
 
 from dataloading.errors import DataError, ReadError
@@ -140,6 +141,25 @@ def test_failing_storage_within_a_header_is_no_fault_of_the_picture(tmp_path, pi
     monkeypatch.setattr(os, "pread", falter)
     index = build_index(tmp_path)
     assert failed and len(index) == 1 and not index.left_out
+
+
+def test_a_tar_is_opened_anew_when_its_handle_goes_stale(tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (9, 7)).save(tmp_path / name)
+    pictures = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png")]
+    tar = write_tar(tmp_path / "a.tar", [("a.png", pictures[0]), ("b.png", pictures[1])])
+    source = build_index(tar).open()
+    assert source.read(0) == pictures[0]
+    read, stale = os.pread, []
+
+    def falter(descriptor, size, offset):
+        if not stale:
+            stale.append(descriptor)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", falter)
+    assert source.read(1) == pictures[1] and stale
 
 
 def test_an_index_that_cannot_be_read_is_not_made(photographs, tmp_path, monkeypatch):

@@ -1,4 +1,3 @@
-import errno
 import io
 import json
 import logging
@@ -364,21 +363,6 @@ def test_tar_that_changed_after_indexing_makes_views_invalid(tars):
     cut = {4, 5, 6, 7}
     assert cut & set(batch.sample_id.tolist())
     assert set(batch.sample_id[~batch.valid].tolist()) == cut & set(batch.sample_id.tolist())
-
-
-def test_a_tar_is_opened_anew_when_its_handle_goes_stale(tars, jpegs, monkeypatch):
-    source = build_index(tars).open()
-    assert source.read(0) == jpegs[0]
-    read, stale = os.pread, []
-
-    def falter(descriptor, size, offset):
-        if not stale:
-            stale.append(descriptor)
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return read(descriptor, size, offset)
-
-    monkeypatch.setattr(os, "pread", falter)
-    assert source.read(1) == jpegs[1] and stale
 
 
 def test_progress_is_told(tars, monkeypatch, caplog, photographs):
