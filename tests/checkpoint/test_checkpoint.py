@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader, load_fragments
-from cmtmae_scale.checkpoint.writer import Writer, find_checkpoint
+from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.errors import CheckpointError
 
 SHAPES = {"model.encoder.w": (5, 3), "model.decoder.b": (7,), "momentum.w": (5, 3)}
