@@ -155,8 +155,6 @@ def prune(root: Path, keep: int, step: int) -> None:
 
     Later ones are not counted: a run that fell back past broken folders writes before them.
     """
-    for left in root.glob(".old-*"):
-        remove(left)
     past = [path for path in candidates(root) if (step_of(path) or 0) <= step]
     for old in past[keep:]:
         doomed = old.with_name(f".old-{old.name}")
@@ -164,8 +162,13 @@ def prune(root: Path, keep: int, step: int) -> None:
         remove(doomed)
 
 
-def sweep(root: Path) -> None:
-    """Remove what interrupted saves and deletions left behind, and put back what they moved."""
+def sweep(root: Path, spare: Path | None = None) -> None:
+    """Remove what interrupted saves and deletions left behind, and put back what they moved.
+
+    Args:
+        root: folder of the checkpoints.
+        spare: a draft that is being written.
+    """
     for aside in root.glob(".replaced-*"):
         target = aside.with_name(aside.name.removeprefix(".replaced-"))
         if target.exists():
@@ -173,7 +176,8 @@ def sweep(root: Path) -> None:
         else:
             aside.rename(target)
     for left in [*root.glob(".draft-*"), *root.glob(".old-*")]:
-        remove(left)
+        if left != spare:
+            remove(left)
 
 
 def remove(path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from cmtmae_scale.checkpoint.chunks import INDEX, ChunkReader, build_index
 from cmtmae_scale.checkpoint.layout import (
     ENCODER,
-    LATEST,
     MANIFEST,
     STATE,
     manifest_text,
@@ -51,7 +50,6 @@ def publish(draft: Path, target: Path, parts: dict[str, Any], state: dict[str, A
     write_text(draft / MANIFEST, manifest_text(files))
     sync(draft)
     put_in_place(draft, target)
-    write_text(target.parent / LATEST, target.name)
 
 
 def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:

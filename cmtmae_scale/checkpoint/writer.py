@@ -88,7 +88,7 @@ class Writer:
         target = layout.folder_of(self.root, step)
         try:
             if self.rank == 0:
-                self.forget_drafts(before=draft)
+                layout.sweep(self.root, spare=draft)
             draft.mkdir(parents=True, exist_ok=True)
             facts = write_chunks(chunks, draft / layout.rank_file(self.rank))
             seal_part(draft, self.rank, facts)
@@ -96,6 +96,7 @@ class Writer:
             if self.rank == 0:
                 parts = await_parts(draft, self.world_size, self.abandoned, self.timeout_s)
                 publish(draft, target, parts, state)
+                self.tidy(target)
             self.saved_step = step
         except (OSError, CheckpointError) as error:
             self.failed = True
@@ -105,8 +106,6 @@ class Writer:
             self.bug = error
         finally:
             self.part_over.set()
-        if self.rank == 0 and not self.failed:
-            self.forget_older(step)
 
     def give_up(self, draft: Path, target: Path, error: Exception) -> None:
         """Free the space of a save that failed, and say so once."""
@@ -126,18 +125,18 @@ class Writer:
             if draft.exists():  # else rank 0 has given up before, and told why
                 logger.warning("%s could not be written (%s)", draft, error)
 
-    def forget_drafts(self, before: Path) -> None:
-        """Delete what ranks wrote to drafts that had failed already."""
-        for draft in self.root.glob(f".draft-*-{self.token:016x}-*"):
-            if draft != before:
-                layout.remove(draft)
-
-    def forget_older(self, step: int) -> None:
-        """Keep the newest checkpoints only."""
+    def tidy(self, target: Path) -> None:
+        """Name the newest checkpoint in ``latest`` and keep only the newest ones."""
         try:
-            layout.prune(self.root, self.keep, step)
+            layout.write_text(self.root / layout.LATEST, target.name)
+            layout.prune(self.root, self.keep, layout.step_of(target) or 0)
         except OSError as error:
-            logger.warning("%s: old checkpoints could not be deleted (%s)", self.root, error)
+            logger.warning(
+                "%s: the checkpoint is whole, but %s or older ones were not updated (%s)",
+                target,
+                layout.LATEST,
+                error,
+            )
 
     def settle(self) -> None:
         """Wait until this rank's save in flight is over; an error of ours is raised here."""
