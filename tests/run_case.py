@@ -1,5 +1,6 @@
 """A whole tiny run on generated photographs, through the real loop."""
 
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,28 @@ def run(recipe: Path, overrides: list[str]) -> str | None:
 def run_twice(recipe: Path, first: list[str], second: list[str]) -> tuple[str | None, str | None]:
     """Two starts one after the other in the same processes."""
     return run(recipe, first), run(recipe, second)
+
+
+def run_on_a_slow_store(recipe: Path) -> list[str]:
+    """A run with a save a step, whose store stands still until the last step; its log lines."""
+    from save_case import Lines
+
+    from cmtmae_scale.checkpoint import writer
+
+    log, gate = Lines(), threading.Event()
+    write, finish = writer.write_chunks, writer.Writer.finish
+
+    def slow_write(*arguments: Any) -> Any:
+        gate.wait()
+        return write(*arguments)
+
+    def opening_finish(*arguments: Any) -> None:
+        gate.set()
+        finish(*arguments)
+
+    writer.write_chunks, writer.Writer.finish = slow_write, opening_finish
+    run(recipe, ["checkpoint.every=1"])
+    return log.lines
 
 
 def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint import writer as writer_module
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import Writer
@@ -241,7 +242,7 @@ def refuse_everywhere(folder: Path, scenario: str, code: int, stays: bool) -> in
         assert len(told) <= 1, f"{place}: {told}"
         if version_of(newest) == 0:
             assert told and str(root) in told[0] and "check space" in told[0], place
-            assert any(os.strerror(code) in line for line in log.lines), place
+            assert any(os.strerror(code) in line for line in log.lines), f"{place}: {log.lines}"
         log.lines.clear()
         following = save(root, 4, keep=1, version=1)
         assert log.lines == [], place
@@ -249,3 +250,31 @@ def refuse_everywhere(folder: Path, scenario: str, code: int, stays: bool) -> in
         assert not [path.name for path in root.glob(".*")], place
         shutil.rmtree(root)
     return total
+
+
+def save_with_a_failing_rank(
+    root: Path, background: bool, marked: bool
+) -> tuple[list[bool], list[str]]:
+    """Three saves of two ranks; at the first, rank 1's store refuses, perhaps even a mark."""
+    import torch.distributed as dist
+
+    rank, log = dist.get_rank(), Lines()
+    writer = Writer(root, rank, 2, 9, background, token=7)
+    write, give_up = writer_module.write_chunks, writer_module.give_up_part
+
+    def refuse(*_: Any) -> Any:
+        raise OSError("no space")
+
+    if rank == 1:
+        writer_module.write_chunks = refuse
+        if not marked:
+            writer_module.give_up_part = refuse
+    started = [writer.save(1, fragments(2, rank), STATE)]
+    writer.part_over.wait()
+    dist.barrier()
+    writer_module.write_chunks, writer_module.give_up_part = write, give_up
+    started.append(writer.save(2, fragments(2, rank), STATE))
+    writer.wait()
+    started.append(writer.save(3, fragments(2, rank), STATE))
+    writer.finish(3, fragments(2, rank), STATE)
+    return started, log.lines

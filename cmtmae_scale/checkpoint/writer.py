@@ -122,7 +122,7 @@ class Writer:
         try:
             give_up_part(draft, self.rank, str(error))
         except OSError:
-            if draft.exists():  # else rank 0 has given up before, and told why
+            if not isinstance(error, FileNotFoundError):  # else rank 0 gave up first and told why
                 logger.warning("%s could not be written (%s)", draft, error)
 
     def tidy(self, target: Path) -> None:
