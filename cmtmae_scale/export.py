@@ -151,6 +151,7 @@ def load_strictly(model: VisionTransformer, file: Path) -> int:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise CheckpointError(
-            f"the encoder does not fit timm {timm.__version__}'s model: {error}"
+            f"the encoder does not fit timm {timm.__version__}'s model: "
+            f"{' '.join(str(error).split())}"
         ) from error
     return len(tensors)

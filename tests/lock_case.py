@@ -51,3 +51,10 @@ def hold_for(run_dir: Path, ready: Path, stop: Path) -> None:
         ready.touch()
         while not stop.exists():
             time.sleep(0.01)
+
+
+def start(recipe: Path) -> None:
+    """The command line, in this process."""
+    from cmtmae_scale.cli import pretrain
+
+    raise SystemExit(pretrain(["--config", str(recipe)]))

@@ -113,7 +113,8 @@ def resume_each(
         except CmtMaeError as refused:
             error = f"{refused.exit_code} {refused}"
         newest = layout.candidates(place / "checkpoints")[0]
-        found.append((error, layout.read_state(newest), list(log.lines)))
+        lines = [line for line in log.lines if not line.startswith("teacher.weights=random")]
+        found.append((error, layout.read_state(newest), lines))
     return found
 
 

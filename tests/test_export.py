@@ -97,7 +97,7 @@ def test_a_draft_of_a_run_that_goes_on_is_left_alone(run_dir: Path, tmp_path: Pa
 
 def test_wrong_places_and_outputs_are_clear_errors(run_dir: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "absent", run_dir / "index"):
-        with pytest.raises(CheckpointError, match="neither a checkpoint .* nor a run"):
+        with pytest.raises(CheckpointError, match=r"neither a checkpoint .* nor a run"):
             export_encoder(place, tmp_path / "x", "student")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="no checkpoint yet; train first"):
@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_timm_leave_no_file(
 ) -> None:
     model = timm.create_model("test_vit", num_classes=0, img_size=64)
     monkeypatch.setattr("cmtmae_scale.export.build_timm", lambda config: (model, ""))
-    with pytest.raises(CheckpointError, match="does not fit timm .*size mismatch"):
+    with pytest.raises(CheckpointError, match=r"does not fit timm .*size mismatch"):
         export_encoder(run_dir, tmp_path / "x", "student")
     assert not list(tmp_path.iterdir())
     assert load_strictly(model, save_of(model, tmp_path / "y")) == len(model.state_dict())

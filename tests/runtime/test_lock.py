@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lock_case import hold_and_die, hold_for, hold_together, race
+from lock_case import hold_and_die, hold_for, hold_together, race, start
 from processes import CONTEXT, run_ranks
+from run_case import write_recipe
 
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.runtime.lock import RunLock, hold_run, newest_number, path_of
@@ -178,3 +179,17 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
             hold_run(place, 0),
         ):
             pass
+
+
+@pytest.mark.gloo
+def test_the_refused_command_touches_nothing_of_the_holder(tmp_path: Path) -> None:
+    recipe, run_dir = write_recipe(tmp_path), tmp_path / "run"
+    with hold_run(run_dir, 0):
+        for name in ("exit.json", "config.yaml"):
+            (run_dir / name).write_text("the holder's")
+        before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+        child = CONTEXT.Process(target=start, args=(recipe,))
+        child.start()
+        child.join(120)
+        assert child.exitcode == EXIT_CONFIG
+        assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before

@@ -58,7 +58,7 @@ def test_a_changed_key_is_free_or_needs_permission_or_is_refused(key: str) -> No
     assert str(raised.value).startswith(f"{key}: the checkpoint has {before}, the config another; ")
     assert raised.value.exit_code == EXIT_CONFIG
     if key in NEVER:
-        with pytest.raises(ConfigError, match="never changes within a run: use another run.dir"):
+        with pytest.raises(ConfigError, match=r"never changes within a run: use another run\.dir"):
             compare(TREE, tree, [key], SAME)
         return
     (line,) = compare(TREE, tree, [key], SAME)
