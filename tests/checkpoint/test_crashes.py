@@ -8,9 +8,13 @@ from processes import run_ranks
 from save_case import SCENARIOS, crash_everywhere, refuse_everywhere
 
 pytestmark = pytest.mark.gloo
+MOST = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "over a broken one" else name
+    for name in SCENARIOS
+]
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", MOST)
 def test_a_crash_at_any_file_operation_leaves_a_loadable_state(
     tmp_path: Path, scenario: str
 ) -> None:
