@@ -1,4 +1,4 @@
-"""Whether neighbours in a data set are of many classes or of few: shuffled when stored, or sorted."""
+"""Whether neighbours in a data set are of many classes or of few: shuffled, or sorted."""
 
 import logging
 import math
