@@ -52,14 +52,15 @@ def class_mixing(labels: NDArray[np.int32]) -> Mixing | None:
 
     Returns:
         The counts, over blocks of 64 samples (of the root of n where that is less); ``None`` where
-        order hardly matters: fewer than two labels, or almost all samples have the same.
+        labels cannot tell: fewer than two, almost all samples of one, or about one sample each.
     """
     known = labels[labels >= 0]
     sizes = np.bincount(known)
     sizes = sizes[sizes > 0]
     block = min(BLOCK, max(2, math.isqrt(len(known))))
     expected = expected_labels(sizes, block) if len(sizes) > 1 else 1.0
-    if expected - 1 < _LEAST_EXPECTED:
+    lowest = 1 + max(len(sizes) - 1, 0) * (block - 1) / max(len(known) - 1, 1)  # were it sorted
+    if expected - 1 < _LEAST_EXPECTED or not Mixing(block, lowest, expected).is_sorted:
         return None
     blocks = known[: len(known) // block * block].reshape(-1, block)
     some = np.linspace(0, len(blocks) - 1, min(len(blocks), _MOST_BLOCKS)).astype(np.int64)

@@ -40,12 +40,6 @@ def test_shards_of_a_few_classes_each_count_as_sorted() -> None:
     assert found.expected == pytest.approx(1000 * (1 - (1 - 1 / 1000) ** 64), abs=0.1)
 
 
-def test_one_image_a_class_has_no_order() -> None:
-    found = class_mixing(np.arange(329, dtype=np.int32))
-    assert found is not None and not found.is_sorted
-    assert found.found == found.block == pytest.approx(found.expected, abs=1e-9)
-
-
 def test_the_expectation_is_the_mean_over_all_draws() -> None:
     sizes = np.array([1, 2, 4])
     labels = np.repeat(np.arange(3), sizes)
@@ -54,8 +48,10 @@ def test_the_expectation_is_the_mean_over_all_draws() -> None:
         assert expected_labels(sizes, draws) == pytest.approx(np.mean(counts), abs=1e-12)
 
 
-@pytest.mark.parametrize("labels", [[], [-1, -1, -1], [4, 4, 4], [-1, 2, -1], [0] * 5000 + [1] * 5])
-def test_without_two_common_labels_nothing_is_said(labels: list[int]) -> None:
+@pytest.mark.parametrize(
+    "labels", [[], [-1, -1, -1], [4, 4, 4], [-1, 2, -1], [0] * 5000 + [1] * 5, list(range(300))]
+)
+def test_labels_that_cannot_tell_say_nothing(labels: list[int]) -> None:
     assert class_mixing(np.array(labels, dtype=np.int32)) is None
 
 
