@@ -121,6 +121,7 @@ class Pack:
             if facts.pop("format") != _FORMAT:
                 raise ValueError("another format")
             facts["left_out"] = [Fault(*fault) for fault in facts["left_out"]]
+            facts["done"] = dict(facts["done"])
             plan = Plan(**facts)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(

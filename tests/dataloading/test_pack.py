@@ -212,7 +212,9 @@ def test_a_folder_with_other_things_is_refused(source, tmp_path, name) -> None:
     assert path.is_dir() or path.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1, "left_out": []}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"format": 2}', '{"format": 1, "left_out": [], "done": [1]}']
+)
 def test_a_record_that_is_not_ours_is_refused(source, tmp_path, text) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pack.json").write_text(text)
