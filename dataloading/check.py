@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
+from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.reading import Reader, UndecodableError, start_threads
 from dataloading.torch_decode import find_codec, make_decode
@@ -30,18 +31,21 @@ class Fault(NamedTuple):
     reason: str
 
 
-def find_undecodable(index: Index, threads: int, tell: Told) -> list[Fault]:
+def find_undecodable(
+    index: Index, threads: int, tell: Told, patience_s: float = 10.0
+) -> list[Fault]:
     """Decode everything, in index order.
 
     Args:
         index: the samples.
         threads: threads, each of which uses one core.
         tell: called after every few samples.
+        patience_s: how long a read that fails is tried again, seconds.
 
     Returns:
-        The samples that a run would see as grey views, with the reason, in index order.
+        The samples that a run would see as grey views or stop for, with the reason, in index order.
     """
-    reader = Reader(index)
+    reader = Reader(index, patience_s)
     decode = make_decode(find_codec())
 
     def work(chunk: range) -> list[Fault]:
@@ -57,6 +61,9 @@ def find_undecodable(index: Index, threads: int, tell: Told) -> list[Fault]:
                     )
             except UndecodableError as error:
                 faults.append(Fault(sample, index.names[sample], str(error)))
+            except ReadError as error:
+                reason = getattr(error.__cause__, "strerror", None) or "no answer"
+                faults.append(Fault(sample, index.names[sample], f"cannot be read: {reason}"))
         return faults
 
     n = len(index)

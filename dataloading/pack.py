@@ -23,6 +23,7 @@ from dataloading.errors import DataError
 from dataloading.index import Index, build_index
 from dataloading.order import sample_ids
 from dataloading.packed_tar import Sample, fault_of, write_samples
+from dataloading.patience import PATIENCE_S
 from dataloading.reading import Reader, UndecodableError, start_threads
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,20 @@ class Pack:
         out: the folder; made if it does not exist.
         seed: of the order.
         shard_bytes: bytes of pictures a tar, about.
+        patience_s: how long a read that fails is tried again, seconds.
     """
 
-    def __init__(self, index: Index, out: Path, *, seed: int, shard_bytes: int) -> None:
+    def __init__(
+        self,
+        index: Index,
+        out: Path,
+        *,
+        seed: int,
+        shard_bytes: int,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self._index, self._out, self._seed = index, out, seed
+        self._patience_s = patience_s
         self._bytes = int(index.entries["size"].sum(dtype=np.int64))
         self._shards = -(-self._bytes // shard_bytes)
 
@@ -181,7 +192,7 @@ class Pack:
             draft.unlink()
         bad = [fault.sample for fault in plan.left_out]
         rows = np.delete(np.arange(len(self._index), dtype=np.int64), bad)
-        reader = Reader(self._index)
+        reader = Reader(self._index, self._patience_s)
         pool = start_threads(threads)
         try:
             for shard in range(plan.shards):
@@ -265,8 +276,8 @@ class Pack:
                 data = reader.read(sample)
             except UndecodableError as error:
                 raise DataError(
-                    f"{self._index.root}: {self._index.names[sample]} can no longer be read "
-                    f"({error}); mend the storage and start again"
+                    f"{self._index.root}: {self._index.names[sample]} is not what was "
+                    f"indexed any more ({error}); restore it and start again"
                 ) from error
             label = int(self._index.entries["label"][sample])
             return Sample(f"{position:09d}", labels[label] if label >= 0 else b"", data)

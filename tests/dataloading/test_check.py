@@ -29,7 +29,7 @@ def test_broken_files_are_named_with_their_reason(photographs: Path) -> None:
     index = build_index(photographs)  # its header is whole
     (photographs / "class2" / "11.jpg").write_bytes(b"gone")
     (photographs / "class1" / "04.jpg").unlink()
-    faults = find_undecodable(index, 2, lambda done: None)
+    faults = find_undecodable(index, 2, lambda done: None, patience_s=0.1)
     assert [index.names[fault.sample] for fault in faults] == [fault.name for fault in faults]
     reasons = {fault.name: fault.reason for fault in faults}
     assert sorted(reasons) == ["class0/00.jpg", "class1/04.jpg", "class2/11.jpg"]

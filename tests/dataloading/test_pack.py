@@ -13,7 +13,7 @@ from tar_case import write_tar
 
 from dataloading.check import Fault
 from dataloading.entries import MAX_PIXELS
-from dataloading.errors import DataError
+from dataloading.errors import DataError, ReadError
 from dataloading.index import Index, build_index
 from dataloading.pack import Pack, Plan
 from dataloading.packed_tar import extension
@@ -33,8 +33,16 @@ def source(tmp_path: Path, picture) -> Index:
     return build_index(root)
 
 
-def pack(index: Index, out: Path, left_out=(), seed=3, size=SHARD, tell=lambda done: None) -> Plan:
-    job = Pack(index, out, seed=seed, shard_bytes=size)
+def pack(
+    index: Index,
+    out: Path,
+    left_out=(),
+    seed=3,
+    size=SHARD,
+    tell=lambda done: None,
+    patience_s=1.0,
+) -> Plan:
+    job = Pack(index, out, seed=seed, shard_bytes=size, patience_s=patience_s)
     with job.held():
         plan = job.begun() or job.begin(left_out)
         job.write(plan, threads=2, max_pixels=MAX_PIXELS, tell=tell)
@@ -256,8 +264,8 @@ def test_a_folder_that_cannot_be_made_is_named(source, tmp_path) -> None:
 def test_a_source_that_fails_midway_is_named_and_the_pack_can_go_on(source, tmp_path) -> None:
     hidden = source.root / source.names[5]
     hidden.rename(tmp_path / "away")
-    with pytest.raises(DataError, match=rf"{source.names[5]} can no longer be read"):
-        pack(source, tmp_path / "out")
+    with pytest.raises(ReadError, match=rf"{source.names[5]}: No such file or directory, tried"):
+        pack(source, tmp_path / "out", patience_s=0.1)
     assert not list((tmp_path / "out").glob(".*.draft"))
     (tmp_path / "away").rename(hidden)
     pack(source, tmp_path / "out")
