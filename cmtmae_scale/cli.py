@@ -13,6 +13,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
+from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.training.build import build_parts
 from cmtmae_scale.training.guards import write_exit
@@ -73,6 +74,7 @@ def run(config: Config, world: World) -> int:
     step, code, message = 0, 1, "crash"
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device))
+        stack.enter_context(hold_run(run_dir, world.rank))
         try:
             parts = build_parts(config, world, device, stack)
             step = parts.progress.step

@@ -32,6 +32,12 @@ class CheckpointError(CmtMaeError):
     """A checkpoint that is broken, or that belongs to another run."""
 
 
+class SaveError(CheckpointError):
+    """The last state could not be saved; another start repeats the steps since the one before."""
+
+    exit_code = 1
+
+
 class NonFiniteError(CmtMaeError):
     """The loss or the gradient stopped being finite; nothing was updated."""
 

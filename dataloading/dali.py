@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dataloading.errors import ReadError
+from dataloading.headers import is_common
 from dataloading.plan import Plan
 from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
 from dataloading.torch_decode import (
-    Fast,
-    NvImageCodec,
     crop_and_resize,
     find_codec,
     make_decode,
-    with_torchvision,
+    make_fast,
 )
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,6 @@ dali: Any = library  # its types do not fit its functions
 Bytes = NDArray[np.uint8]
 
 _AHEAD = 2  # micro-batches in the graph
-_KNOWN = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
-"""First bytes of what DALI decodes: JPEG, PNG, WebP, BMP, TIFF, JPEG 2000."""
 _STOCK_BOX = (0, 0, 16, 16)
 
 
@@ -53,11 +51,12 @@ def encode(picture: Image.Image, form: str) -> Bytes:
 
 @dataclass
 class _Encoded:
-    """One view on its way into the graph."""
+    """One view on its way into the graph, which asks ahead and must never see an error."""
 
     data: Bytes
     box: tuple[int, int, int, int]
     fault: str | None = None
+    failure: ReadError | None = None
 
 
 @dataclass
@@ -105,7 +104,7 @@ class DaliDecoder:
         self._device = device
         self._resize = device.type == "cuda" if resize is None else resize
         codec = find_codec()
-        self._try: Fast = with_torchvision if codec is None else NvImageCodec(codec)
+        self._try = make_fast(codec)
         self._decode = make_decode(codec)
         self._stock = encode(Image.new("RGB", _STOCK_BOX[2:], (GREY, GREY, GREY)), "BMP")
         self._redrawn: set[int] = set()  # samples that DALI refuses and another decoder reads
@@ -136,11 +135,15 @@ class DaliDecoder:
         self._given -= 1
         if not np.array_equal(np.asarray(facts.as_tensor()), work.facts()):
             raise RuntimeError("DALI's graph gave other views than were asked; please report this")
+        views = work.encoded()
+        for view in views:
+            if view.failure is not None:
+                raise view.failure
         if self._resize:
             images = tuple(torch.from_dlpack(one.as_tensor()) for one in pictures)
         else:
             images = self._resize_crops(*pictures)
-        return Views(images, [view.fault for view in work.encoded()])
+        return Views(images, [view.fault for view in views])
 
     def _resize_crops(self, crops: Any, flip: Any) -> tuple[Tensor, ...]:
         """Resize what the graph has cut, in threads."""
@@ -165,6 +168,7 @@ class DaliDecoder:
 
     def close(self) -> None:
         """See ``Decoder.close``."""
+        self._reader.hurry()
         self._graph = None
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._works.clear()
@@ -176,13 +180,15 @@ class DaliDecoder:
             return self._grey(self._bad[sample])
         try:
             data = self._reader.read(sample)
-            if data.startswith(_KNOWN) and sample not in self._redrawn:
+            if is_common(data) and sample not in self._redrawn:
                 encoded = np.frombuffer(data, dtype=np.uint8)
             else:
                 pixels = self._decode(data).permute(1, 2, 0).numpy()
                 encoded = encode(Image.fromarray(pixels), "BMP")
         except UndecodableError as error:
             return self._grey(str(error))
+        except ReadError as error:
+            return _Encoded(self._stock, _STOCK_BOX, failure=error)
         x, y, w, h = box
         return _Encoded(encoded, (x, y, w, h))
 
@@ -269,6 +275,7 @@ class DaliDecoder:
             sample
             for sample, view in zip(ids, work.encoded(), strict=True)
             if view.fault is None
+            and view.failure is None
             and sample not in self._redrawn
             and self._try(view.data.tobytes()) is None
         }

@@ -42,11 +42,16 @@ Result = TypeVar("Result")
 
 
 class File(NamedTuple):
-    """A file as it is listed; ``name`` is relative, with ``/``."""
+    """A file as it is listed; ``name`` is relative, with ``/``.
+
+    ``fault`` says why it cannot be used whatever it holds: a link to nothing, a pipe, a folder that
+    is named as an image.
+    """
 
     name: str
     size: int
     mtime_ns: int
+    fault: str | None = None
 
 
 class Findings(NamedTuple):

@@ -1,4 +1,4 @@
-"""The package's own error."""
+"""The package's own errors."""
 
 
 class DataError(Exception):
@@ -9,3 +9,12 @@ class DataError(Exception):
     """
 
     exit_code = 78
+
+
+class ReadError(DataError):
+    """Storage did not give a file in time; the same program may go on when it does.
+
+    ``exit_code`` is 75 (``EX_TEMPFAIL``): a supervisor should start it again.
+    """
+
+    exit_code = 75

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dataloading.entries import (
 )
 from dataloading.errors import DataError
 from dataloading.headers import size_of_file
+from dataloading.patience import LASTING, PATIENCE_S, Patience
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ def list_folder(root: Path) -> list[File]:
 
     Raises:
         DataError: if it is missing, cannot be listed or holds no image files.
+        ReadError: if storage fails for longer than reads are tried again.
     """
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "does not exist"
@@ -39,16 +42,22 @@ def list_folder(root: Path) -> list[File]:
             f"{root}: {found}; set data.path to a folder of images, sub-folders are labels, "
             "or to WebDataset .tar files"
         )
-    try:
-        files = sorted(walk(root))
-    except OSError as error:
+
+    def listed() -> list[File]:
+        try:
+            return sorted(walk(root), key=lambda file: file.name)
+        except OSError as error:
+            if error.errno not in LASTING:
+                raise
+            raise DataError(
+                f"{error.filename}: cannot be listed ({error.strerror}); "
+                "make the whole of data.path readable"
+            ) from error
+
+    files = Patience(PATIENCE_S).read(listed, str(root))
+    if all(file.fault is not None for file in files):
         raise DataError(
-            f"{error.filename}: cannot be listed ({error.strerror}); "
-            "make the whole of data.path readable"
-        ) from error
-    if not files:
-        raise DataError(
-            f"{root}: no image files (.jpg, .png, .webp ...) found; "
+            f"{root}: no image files (.jpg, .png, .webp ...) found{_first_of(files)}; "
             "set data.path to a folder of images, sub-folders are labels"
         )
     return files
@@ -59,8 +68,11 @@ def walk(
 ) -> Iterator[File]:
     """Yield the image files under a folder; hidden ones are passed over.
 
+    Links are followed wherever they lead, since many copies of a data set are made of links into
+    one store; but not back to a folder above, and a link to nothing is yielded with its fault.
+
     Args:
-        folder: where to look; links to folders are followed, but not back to a folder above.
+        folder: where to look.
         prefix: put before every name.
         above: device and inode of the folders above.
 
@@ -68,22 +80,32 @@ def walk(
         OSError: if a folder cannot be listed.
     """
     facts = folder.stat()
-    here = (facts.st_dev, facts.st_ino)
-    if here in above:
-        return
+    above |= {(facts.st_dev, facts.st_ino)}
     with os.scandir(folder) as items:
         for item in items:
-            if item.name.startswith("."):
+            name, ending = prefix + item.name, os.path.splitext(item.name)[1].lower()
+            is_image = ending in EXTENSIONS
+            if item.name.startswith(".") or (not is_image and item.is_file(follow_symlinks=False)):
                 continue
-            if item.is_dir():
-                yield from walk(Path(item.path), f"{prefix}{item.name}/", above | {here})
-            elif os.path.splitext(item.name)[1].lower() in EXTENSIONS:
-                try:
-                    status = item.stat()
-                except FileNotFoundError:  # a link to nothing; reported with the unreadable ones
-                    yield File(prefix + item.name, -1, 0)
-                else:
-                    yield File(prefix + item.name, status.st_size, status.st_mtime_ns)
+            try:
+                status = os.stat(item.path)
+            except OSError as error:
+                if error.errno not in LASTING:
+                    raise
+                if is_image or not ending:  # the latter may have been a folder of a whole class
+                    yield File(name, -1, 0, f"cannot be read: {error.strerror}")
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                if (status.st_dev, status.st_ino) in above:
+                    yield File(name, -1, 0, "a link to a folder above it")
+                    continue
+                if is_image:
+                    yield File(name, -1, 0, "a folder; what is in it is looked at")
+                yield from walk(Path(item.path), f"{name}/", above)
+            elif is_image and stat.S_ISREG(status.st_mode):
+                yield File(name, status.st_size, status.st_mtime_ns)
+            elif is_image:
+                yield File(name, -1, 0, "not a regular file")
 
 
 def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findings:
@@ -99,11 +121,13 @@ def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findin
 
     Raises:
         DataError: if no file is usable.
+        ReadError: if storage fails for longer than reads are tried again.
     """
+    patience = Patience(PATIENCE_S)
     chunks = [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)]
 
     def work(chunk: Sequence[File]) -> list[Examined]:
-        return [_examine(root, file, max_pixels) for file in chunk]
+        return [_examine(root, file, max_pixels, patience) for file in chunk]
 
     def progress(done: Sequence[list[Examined]]) -> str:
         return f"{root}: {sum(map(len, done))} of {len(files)} files examined"
@@ -152,8 +176,21 @@ def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
     return total.hexdigest()
 
 
-def _examine(root: Path, file: File, max_pixels: int) -> Examined:
-    try:
-        return examine(file.size, lambda: size_of_file(root / file.name), max_pixels)
-    except OSError as error:
-        return Examined(0, 0, f"cannot be read: {error.strerror}")
+def _first_of(files: Sequence[File]) -> str:
+    return f" (but {files[0].name}: {files[0].fault})" if files else ""
+
+
+def _examine(root: Path, file: File, max_pixels: int, patience: Patience) -> Examined:
+    if file.fault is not None:
+        return Examined(0, 0, file.fault)
+    path = root / file.name
+
+    def examined() -> Examined:
+        try:
+            return examine(file.size, lambda: size_of_file(path), max_pixels)
+        except OSError as error:
+            if error.errno not in LASTING:
+                raise
+            return Examined(0, 0, f"cannot be read: {error.strerror}")
+
+    return patience.read(examined, str(path))

@@ -6,8 +6,14 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from dataloading.files import open_regular
+
+_FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF"),
+)
+"""What Pillow may take a file for. It knows more: documents, of which some start a program."""
 PIL_ERRORS = (
     OSError,  # also UnidentifiedImageError and truncated files
     SyntaxError,  # damaged PNG chunks
@@ -15,6 +21,11 @@ PIL_ERRORS = (
     EOFError,
     IndexError,
     KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    ZeroDivisionError,
+    RuntimeError,  # of AVIF
     struct.error,
     Image.DecompressionBombError,
 )
@@ -47,7 +58,7 @@ def size_of_file(path: Path) -> tuple[int, int]:
         HeaderError: if it is not a readable image.
         OSError: if the file cannot be read.
     """
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         return _size(file)
 
 
@@ -83,6 +94,25 @@ def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
     """
     with io.BufferedReader(_Range(descriptor, offset, size), _PREFIXES[0]) as file:
         return _size(file)
+
+
+def open_image(file: BinaryIO | io.BufferedReader) -> Image.Image:
+    """Open a picture with Pillow; nothing is decoded yet.
+
+    Raises:
+        PIL_ERRORS: if it is not a readable image of a known format.
+    """
+    Image.init()
+    return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
+def is_common(data: bytes) -> bool:
+    """Whether encoded bytes are JPEG, PNG, WebP or BMP, which all libraries decode alike.
+
+    TIFF they read differently, and damaged JPEG 2000 ends the process in nvImageCodec 0.9: these
+    and all others are for Pillow.
+    """
+    return data.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM"))
 
 
 class _Range(io.RawIOBase):
@@ -129,13 +159,17 @@ def _size(file: BinaryIO | io.BufferedReader) -> tuple[int, int]:
 
 def _pil_size(file: BinaryIO | io.BufferedReader) -> tuple[int, int]:
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             width, height = image.size
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # turned by Pillow as its tag says
+                width, height = image.tag_v2[256], image.tag_v2[257]
     except Image.DecompressionBombError as error:
         raise HeaderError(f"too many pixels for Pillow: {error}") from error
     except Image.UnidentifiedImageError as error:
         raise HeaderError("not an image of a known format") from error
     except PIL_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:  # storage's, not Pillow's
+            raise
         raise HeaderError(f"header cannot be read: {error}") from error
     return _checked(width, height)
 

@@ -62,7 +62,14 @@ class Index:
         """Return a reader of the samples' bytes."""
         if self.source == "webdataset":
             return TarSource(self.shards, self.entries)
-        return FolderSource(self.root, self.names)
+        return FolderSource(self.root, self.names, self.entries)
+
+    def where(self, i: int) -> tuple[Path, int | None]:
+        """Return the file of row ``i`` and, in a tar, the byte at which it begins."""
+        row = self.entries[i]
+        if self.source == "webdataset":
+            return self.shards[int(row["shard"])], int(row["offset"])
+        return self.root / self.names[i], None
 
 
 class _Listing(NamedTuple):
@@ -82,9 +89,9 @@ def build_index(
 ) -> Index:
     """List the images of a folder or of WebDataset tars; headers are read, nothing is decoded.
 
-    Files are taken by their extension, links to folders are followed, hidden files are passed
-    over. Empty, unreadable and oversized images are left out and reported in ``Index.left_out``,
-    as are damaged parts of tars.
+    Files are taken by their extension, links are followed, hidden files are passed over. Empty,
+    unreadable and oversized images are left out and reported in ``Index.left_out``, as are damaged
+    parts of tars.
 
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
@@ -97,6 +104,7 @@ def build_index(
 
     Raises:
         DataError: if the data are missing, not what ``source`` says, or hold no usable image.
+        ReadError: if storage fails for longer than reads are tried again.
         ValueError: if ``source`` is not a known layout.
     """
     return _examine(_list(Path(path), source), max_pixels)
@@ -125,6 +133,7 @@ def load_or_build(
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
+        ReadError: as ``build_index``.
         ValueError: if ``source`` is not a known layout.
     """
     folder = Path(directory)

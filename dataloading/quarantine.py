@@ -1,74 +1,107 @@
 """The list of samples that could not be decoded."""
 
+import fcntl
 import json
 import logging
 import os
+import time
 from pathlib import Path
+
+from dataloading.index import Index
 
 logger = logging.getLogger(__name__)
 
+_LOCK_TRIES = 100
+_LOCK_PAUSE_S = 0.01
+
 
 class Quarantine:
-    """Append failed samples to a JSON-lines file, each once.
+    """Append failed samples to a JSON-lines file, each once over all ranks and starts.
 
-    A line is ``{"sample_id": 7, "name": "a/b.jpg", "reason": "..."}``. Samples that the file names
-    already, from an earlier start or another rank, are not written again. The list is a report: the
-    order of draws does not depend on it.
+    A line is ``{"sample_id": 7, "name": "a/b.jpg", "path": "photos/a/b.jpg", "offset": null,
+    "reason": "..."}``; in a tar ``path`` is the tar's and ``offset`` the first byte of the picture.
+    The list is a report: the order of draws does not depend on it, and a run does not end because
+    it cannot be written.
 
     Args:
+        index: the samples.
         path: the file, made with its folder at the first failure; ``None`` keeps no file.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, index: Index, path: str | os.PathLike[str] | None) -> None:
+        self._index = index
         self._path = None if path is None else Path(path)
-        self._names: set[str] = set() if self._path is None else _names_in(self._path)
+        self._names: set[str] = set()
+        self._read = 0  # bytes of the file that are known
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
-
-    def add(self, sample_id: int, name: str, reason: str) -> bool:
-        """Record one failure and warn about it, unless its name is recorded already.
+    def add(self, sample_id: int, reason: str) -> bool:
+        """Record one failure and warn about it, unless it is recorded already.
 
         Args:
             sample_id: row of the index.
-            name: key of the sample.
             reason: what went wrong.
 
         Returns:
             Whether the sample was new.
-
-        Raises:
-            OSError: if the file cannot be written.
         """
+        name = self._index.names[sample_id]
         if name in self._names:
             return False
-        self._names.add(name)
-        logger.warning("sample %d (%s) is left out of the loss: %s", sample_id, name, reason)
+        file, offset = self._index.where(sample_id)
+        record = {
+            "sample_id": sample_id,
+            "name": name,
+            "path": str(file),
+            "offset": offset,
+            "reason": reason,
+        }
+        is_new = True
         if self._path is not None:
-            record = {"sample_id": sample_id, "name": name, "reason": reason}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            _append_line(self._path, json.dumps(record))
+            try:
+                is_new = self._append(self._path, name, json.dumps(record))
+            except OSError as error:
+                logger.warning("%s: cannot be written: %s", self._path, error.strerror)
+        self._names.add(name)
+        if is_new:
+            logger.warning("sample %d (%s) is left out of the loss: %s", sample_id, name, reason)
+        return is_new
+
+    def _append(self, path: Path, name: str, line: str) -> bool:
+        """Write a line in one call, unless another rank or start has named the sample."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            _lock(descriptor)
+            end = os.lseek(descriptor, 0, os.SEEK_END)
+            self._learn(os.pread(descriptor, max(end - self._read, 0), self._read))
+            if name in self._names:
+                return False
+            cut = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"  # a crash left half a line
+            os.write(descriptor, f"{chr(10) * cut}{line}\n".encode("ascii"))
+        finally:
+            os.close(descriptor)
         return True
 
+    def _learn(self, data: bytes) -> None:
+        """Take the names in whole lines that were added since the last look."""
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.decode("ascii", "replace").splitlines():
+            try:
+                self._names.add(json.loads(line)["name"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning(
+                    "%s: a line is not readable and is passed over: %r", self._path, line[:80]
+                )
 
-def _append_line(path: Path, line: str) -> None:
-    """Write a line in one call, so that lines of several ranks do not mix."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        end = os.lseek(descriptor, 0, os.SEEK_END)
-        cut = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"  # a crash left half a line
-        os.write(descriptor, f"{chr(10) * cut}{line}\n".encode("ascii"))
-    finally:
-        os.close(descriptor)
 
-
-def _names_in(path: Path) -> set[str]:
-    names: set[str] = set()
-    if not path.exists():
-        return names
-    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+def _lock(descriptor: int) -> None:
+    """Keep other ranks out until the file is closed; a store without locks may repeat a line."""
+    for _ in range(_LOCK_TRIES):
         try:
-            names.add(json.loads(line)["name"])
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s: a line is not readable and is passed over: %r", path, line[:80])
-    return names
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE_S)
+        except OSError:  # not every network store has locks
+            return

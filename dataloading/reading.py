@@ -1,9 +1,6 @@
 """Bytes of samples, read by threads, tried again, and checked against the index."""
 
-import logging
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -12,14 +9,11 @@ from torch import Tensor
 
 from dataloading.headers import HeaderError, size_of_bytes
 from dataloading.index import Index
+from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
-
-logger = logging.getLogger(__name__)
 
 GREY = 128
 """Every pixel of a view that could not be made."""
-_READ_TRIES = 3
-_READ_PAUSE_S = 0.2
 
 
 class UndecodableError(ValueError):
@@ -46,7 +40,11 @@ class Decoder(Protocol):
         ...
 
     def collect(self) -> Views:
-        """Wait for the oldest micro-batch that was submitted and not collected."""
+        """Wait for the oldest micro-batch that was submitted and not collected.
+
+        Raises:
+            ReadError: storage did not give one of its pictures; the next call has the next one.
+        """
         ...
 
     def close(self) -> None:
@@ -57,54 +55,50 @@ class Decoder(Protocol):
 class Reader:
     """Reads encoded pictures; safe in threads.
 
+    What is wrong with bytes is told apart from bytes that do not come: the first is a property of
+    the sample and the same at every start, the second is not and must not decide what a run sees.
+
     Args:
         index: the samples.
+        patience_s: how long a failing read is tried again, seconds.
     """
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, patience_s: float = PATIENCE_S) -> None:
         self._index = index
         self._source = index.open()
+        self._patience = Patience(patience_s)
 
     def read(self, sample: int) -> bytes:
         """Read a sample whose length, width and height are those of the index.
 
         Raises:
-            UndecodableError: if they are not, or the storage does not give it.
+            UndecodableError: if they are not.
+            ReadError: if storage does not give it in time.
         """
         row = self._index.entries[sample]
+        path, offset = self._index.where(sample)
+        what = str(path) if offset is None else f"{path}, byte {offset}"
+        data = self._patience.read(lambda: self._source.read(sample), what)
+        if len(data) != row["size"]:
+            found = f"{len(data)}" if len(data) < row["size"] else "more"
+            raise UndecodableError(f"{found} bytes, the index says {row['size']}")
         try:
-            data = _read(lambda: self._source.read(sample), self._index.names[sample])
-            if len(data) != row["size"]:
-                raise UndecodableError(f"{len(data)} bytes, the index says {row['size']}")
             size = size_of_bytes(data)
         except HeaderError as error:
             raise UndecodableError(str(error)) from error
-        except OSError as error:
-            raise UndecodableError(f"cannot be read: {error.strerror}") from error
         if size != (row["width"], row["height"]):
             raise UndecodableError(
                 f"{size[0]} x {size[1]} pixels, the index says {row['width']} x {row['height']}"
             )
         return data
 
+    def hurry(self) -> None:
+        """Let no read wait for storage any more: nobody wants the result."""
+        self._patience.end()
+
     def close(self) -> None:
         """Release open files."""
         self._source.close()
-
-
-def _read(read: Callable[[], bytes], name: str) -> bytes:
-    """Read with a few more tries: network storage has bad moments; a missing file has not."""
-    for left in reversed(range(_READ_TRIES)):
-        try:
-            return read()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except OSError as error:
-            if not left:
-                raise
-            logger.warning("%s: %s; %d tries left", name, error.strerror, left)
-            time.sleep(_READ_PAUSE_S)
-    raise RuntimeError("unreachable")
 
 
 def start_threads(number: int) -> ThreadPoolExecutor:

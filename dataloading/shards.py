@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from dataloading.entries import File
 from dataloading.errors import DataError
+from dataloading.files import open_regular
 from dataloading.folders import walk
+from dataloading.patience import LASTING
 
 _MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -38,7 +40,7 @@ def is_tars(path: Path) -> bool:
         return _TAR_FILE.search(path.name) is not None
     try:
         tars = _tars_in(path)
-        image = next(walk(path), None) if tars else None
+        image = next((file for file in walk(path) if file.fault is None), None) if tars else None
     except OSError:  # whoever lists the folder says so
         return False
     if image is not None:
@@ -102,11 +104,14 @@ def open_shard(path: Path) -> int:
     """Open a tar for reading.
 
     Raises:
-        DataError: if it cannot be opened.
+        DataError: if it does not exist or may not be read.
+        OSError: if storage fails.
     """
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_regular(path)
     except OSError as error:
+        if error.errno not in LASTING:
+            raise
         raise _unreadable(path, error) from error
 
 

@@ -1,5 +1,6 @@
 """Where the bytes of a sample come from."""
 
+import contextlib
 import os
 import threading
 import weakref
@@ -10,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dataloading.files import open_regular, read_range
+
 _MAX_OPEN = 512  # tars kept open by a source; a process may have 1024 files open
 
 
@@ -17,7 +20,14 @@ class Source(Protocol):
     """Bytes of samples by row of the index; safe to call from several threads."""
 
     def read(self, i: int) -> bytes:
-        """Return the encoded picture of row ``i``; ``OSError`` if it cannot be read."""
+        """Return the encoded picture of row ``i``.
+
+        What has changed since it was indexed gives other bytes: fewer where it ends early, one
+        more where it goes on; never more than that, whatever lies there now.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
         ...
 
     def close(self) -> None:
@@ -31,19 +41,23 @@ class FolderSource:
     Args:
         root: the folder.
         names: paths relative to it, with ``/``, in index order.
+        entries: rows of the index.
     """
 
-    def __init__(self, root: str | os.PathLike[str], names: Sequence[str]) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], names: Sequence[str], entries: NDArray[np.void]
+    ) -> None:
         self._root = Path(root)
         self._names = names
+        self._entries = entries
 
     def read(self, i: int) -> bytes:
-        """Read the whole file of row ``i``.
-
-        Raises:
-            OSError: if it cannot be read.
-        """
-        return (self._root / self._names[i]).read_bytes()
+        """See ``Source.read``."""
+        descriptor = open_regular(self._root / self._names[i])
+        try:
+            return read_range(descriptor, 0, int(self._entries[i]["size"]) + 1)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         """Do nothing: no file stays open."""
@@ -68,21 +82,18 @@ class TarSource:
         weakref.finalize(self, _close_all, self._descriptors)
 
     def read(self, i: int) -> bytes:
-        """Read the bytes of row ``i``; fewer than the index says if the tar has been cut.
-
-        Raises:
-            OSError: if the tar cannot be read.
-        """
+        """See ``Source.read``."""
         row = self._entries[i]
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         descriptor = self._descriptors.get(shard)
         if descriptor is None:
             descriptor = self._open(shard)
         if descriptor is not None:
-            return _read_range(descriptor, offset, size)
-        descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # a handle goes stale when its server starts anew
+                return read_range(descriptor, offset, size)
+        descriptor = open_regular(self._shards[shard])
         try:
-            return _read_range(descriptor, offset, size)
+            return read_range(descriptor, offset, size)
         finally:
             os.close(descriptor)
 
@@ -97,18 +108,8 @@ class TarSource:
             if shard not in self._descriptors:
                 if len(self._descriptors) >= _MAX_OPEN:
                     return None
-                self._descriptors[shard] = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+                self._descriptors[shard] = open_regular(self._shards[shard])
             return self._descriptors[shard]
-
-
-def _read_range(descriptor: int, offset: int, size: int) -> bytes:
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # the system reads at most 2 GiB at once
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
 
 
 def _close_all(descriptors: dict[int, int]) -> None:

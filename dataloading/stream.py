@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dataloading.errors import DataError
 from dataloading.index import Index
+from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan, Planner
 from dataloading.quarantine import Quarantine
 from dataloading.reading import Decoder, Reader
@@ -48,8 +49,9 @@ class Stream:
     """Endless iterator of ``Batch``, a pure function of its arguments and the index.
 
     The j-th batch holds positions ``start_position + (j*world_size + rank)*micro_batch`` and the
-    ``micro_batch - 1`` that follow. A sample that cannot be read or decoded keeps its place, with
-    ``valid`` false and a grey picture; nothing else changes.
+    ``micro_batch - 1`` that follow. A sample that cannot be decoded, or is not what was indexed,
+    keeps its place, with ``valid`` false and a grey picture; nothing else changes. One that cannot
+    be read says nothing about itself: ``next`` raises ``ReadError`` in place of its batch.
 
     Args:
         index: the samples.
@@ -71,6 +73,7 @@ class Stream:
         device: where batches are put; ``None``: the CPU. Copies to a GPU are asynchronous, on the
             current stream, from pinned memory.
         quarantine: JSON-lines file of failed samples; ``None``: the log alone names them.
+        patience_s: how long a read that fails is tried again, seconds.
 
     Attributes:
         draws: views handed out by this object so far.
@@ -100,6 +103,7 @@ class Stream:
         decode: DecoderName = "auto",
         device: torch.device | str | None = None,
         quarantine: str | os.PathLike[str] | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         _at_least_one(micro_batch=micro_batch, world_size=world_size, threads=threads)
         _at_least_one(
@@ -109,7 +113,6 @@ class Stream:
             raise ValueError(f"rank is {rank}; expected 0 <= rank < world_size = {world_size}")
         if start_position < 0:
             raise ValueError(f"start_position is {start_position}; expected >= 0")
-        self._index = index
         self._micro_batch = micro_batch
         self._device = torch.device("cpu" if device is None else device)
         self._next_position = start_position + rank * micro_batch
@@ -119,9 +122,10 @@ class Stream:
         )
         self.draws = 0
         self.bad = 0
-        self._quarantine = Quarantine(quarantine)
+        self._quarantine = Quarantine(index, quarantine)
+        reader = Reader(index, patience_s)
         self._decoder: Decoder | None = make_decoder(
-            decode, index, tuple(sizes), micro_batch, threads, self._device
+            decode, reader, tuple(sizes), micro_batch, threads, self._device
         )
         self._pending: deque[Plan] = deque()
 
@@ -137,8 +141,9 @@ class Stream:
             plan = self._plan(positions)
             self._decoder.submit(plan)
             self._pending.append(plan)
+        plan = self._pending.popleft()
         images, faults = self._decoder.collect()
-        return self._hand_out(self._pending.popleft(), images, faults)
+        return self._hand_out(plan, images, faults)
 
     def __enter__(self) -> Self:
         return self
@@ -165,7 +170,7 @@ class Stream:
         ids: list[int] = plan.ids.tolist()
         for sample, fault in zip(ids, faults, strict=True):
             if fault is not None:
-                self._quarantine.add(sample, self._index.names[sample], fault)
+                self._quarantine.add(sample, fault)
         self.draws += len(faults)
         self.bad += sum(fault is not None for fault in faults)
         return Batch(
@@ -191,7 +196,7 @@ def _at_least_one(**values: int) -> None:
 
 def make_decoder(
     name: DecoderName,
-    index: Index,
+    reader: Reader,
     sizes: tuple[int, ...],
     micro_batch: int,
     threads: int,
@@ -214,7 +219,6 @@ def make_decoder(
         )
     if name == "auto" and on_gpu and not installed:
         logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
-    reader = Reader(index)
     if name == "dali" or (name == "auto" and on_gpu and installed):
         from dataloading.dali import DaliDecoder  # takes seconds, and is not always there
 

@@ -1,8 +1,9 @@
 """From bytes to views on the CPU: decode once, crop once, resize to every size.
 
-The fastest decoder that works is nvImageCodec, then torchvision; what they refuse, Pillow tries.
-On intact JPEG and PNG files all three give the same pixels. EXIF orientation is never applied, so
-boxes are in stored coordinates; alpha is dropped.
+The fastest decoder that works is nvImageCodec, then torchvision, for JPEG, PNG, WebP and BMP; what
+they refuse, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG files all three
+give the same pixels. Orientation is never applied, so boxes are in stored coordinates; alpha is
+dropped; 16 bits are scaled to 8.
 """
 
 import importlib
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStubs]
 
-from dataloading.headers import PIL_ERRORS
+from dataloading.headers import PIL_ERRORS, HeaderError, is_common, open_image, size_of_bytes
 from dataloading.plan import Plan
 from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
 
@@ -35,6 +37,16 @@ Pixels = NDArray[np.uint8]
 Decode = Callable[[bytes], Tensor]
 Fast = Callable[[bytes], Tensor | None]
 
+_ORIENTATION = 274  # a tag of TIFF
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 _UNUSED = 3  # references to a buffer: the list's, the loop's and that of the count itself
 
 
@@ -102,6 +114,7 @@ class TorchDecoder:
 
     def close(self) -> None:
         """See ``Decoder.close``."""
+        self._reader.hurry()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
         self._buffers.clear()
@@ -118,14 +131,36 @@ def make_decode(codec: ModuleType | None) -> Decode:
         A function from encoded bytes to uint8 RGB ``[3, height, width]``, safe in threads. What
         the first decoder refuses, Pillow tries; it raises ``UndecodableError``.
     """
-    Image.init()
-    fast: Fast = with_torchvision if codec is None else NvImageCodec(codec)
+    fast = make_fast(codec)
 
     def decode(data: bytes) -> Tensor:
-        picture = fast(data) if data else None
-        return with_pillow(data) if picture is None else picture
+        picture = fast(data)
+        if picture is None:
+            picture = with_pillow(data)
+            if not _is_as_announced(picture, data):
+                raise UndecodableError("it is not as large as its header says")
+        return picture
 
     return decode
+
+
+def make_fast(codec: ModuleType | None) -> Fast:
+    """Make the first decoder of ``make_decode``; it gives ``None`` for what it cannot decode."""
+    decoder: Fast = with_torchvision if codec is None else NvImageCodec(codec)
+
+    def decode(data: bytes) -> Tensor | None:
+        picture = decoder(data) if is_common(data) else None
+        return picture if picture is not None and _is_as_announced(picture, data) else None
+
+    return decode
+
+
+def _is_as_announced(picture: Tensor, data: bytes) -> bool:
+    """Whether a picture is as large as its header says: crops were planned by that."""
+    try:
+        return (picture.shape[2], picture.shape[1]) == size_of_bytes(data)
+    except HeaderError:
+        return False
 
 
 def crop_and_resize(
@@ -156,8 +191,6 @@ def crop_and_resize(
 
 def with_torchvision(data: bytes) -> Tensor | None:
     """Decode with torchvision; ``None`` where it cannot."""
-    if data[:4] == b"GIF8":  # it would decode all frames
-        return None
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         # The operator behind torchvision.io.decode_image, which since 0.29 warns at every call.
@@ -174,13 +207,26 @@ def with_pillow(data: bytes) -> Tensor:
     if not data:
         raise UndecodableError("no bytes")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.array(image.convert("RGB"))
+        with open_image(io.BytesIO(data)) as image:
+            turned = image.tag_v2.get(_ORIENTATION) if isinstance(image, TiffImageFile) else None
+            picture = _to_rgb(image)
     except Image.UnidentifiedImageError as error:
         raise UndecodableError("not an image of a known format") from error
     except PIL_ERRORS as error:
         raise UndecodableError(f"cannot be decoded: {error}") from error
-    return torch.as_tensor(pixels).permute(2, 0, 1)
+    if turned in _UNDO:
+        picture = picture.transpose(_UNDO[turned])
+    return torch.as_tensor(np.array(picture)).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Decode to eight bits: alpha is dropped, sixteen bits are scaled."""
+    if image.mode.startswith("I"):  # Pillow would cut off what is above 255
+        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")  # Pillow warns of the direct way
+    return image.convert("RGB")
 
 
 class NvImageCodec:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dataloading.entries import ENTRY, EXTENSIONS, Findings, examine, in_threads, name_bytes
 from dataloading.errors import DataError
 from dataloading.headers import size_of_range
+from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, TarNames, open_shard, place
 from dataloading.tars import members, why_no_tar
 
@@ -50,10 +51,13 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
 
     Raises:
         DataError: if a file is not a tar or cannot be read, or no image is usable.
+        ReadError: if storage fails for longer than reads are tried again.
     """
+    patience = Patience(PATIENCE_S)
 
     def work(number: int) -> _Samples:
-        return _examine_shard(number, shards[number], max_pixels)
+        shard = shards[number]
+        return patience.read(lambda: _examine_shard(number, shard, max_pixels), str(shard.path))
 
     def progress(done: Sequence[_Samples]) -> str:
         images = sum(len(samples.entries) for samples in done)
@@ -123,10 +127,6 @@ def _examine_shard(number: int, shard: Shard, max_pixels: int) -> _Samples:
                 f"{shard.path}: {fault}; data.source=webdataset expects plain .tar files"
             )
         return _read_samples(descriptor, size, number, shard.file.name, max_pixels)
-    except OSError as error:
-        raise DataError(
-            f"{shard.path}: cannot be read ({error.strerror}); make it readable and start again"
-        ) from error
     finally:
         os.close(descriptor)
 

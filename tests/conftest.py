@@ -1,4 +1,6 @@
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a machine with a GPU too
@@ -10,3 +12,14 @@ import torch
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def quiet_again() -> Iterator[None]:
+    """Commands set up the packages' loggers; the tests that follow want them as they were."""
+    loggers = [logging.getLogger(name) for name in ("cmtmae_scale", "dataloading")]
+    before = [(one.propagate, one.level, list(one.handlers)) for one in loggers]
+    yield
+    for one, (propagate, level, handlers) in zip(loggers, before, strict=True):
+        one.propagate, one.handlers[:] = propagate, handlers
+        one.setLevel(level)

@@ -1,5 +1,7 @@
 """A whole tiny run on generated photographs, through the real loop."""
 
+import shutil
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,59 @@ def noting(stream: Any, drawn: list[int]) -> Any:
 def run_twice(recipe: Path, first: list[str], second: list[str]) -> tuple[str | None, str | None]:
     """Two starts one after the other in the same processes."""
     return run(recipe, first), run(recipe, second)
+
+
+def resume_each(
+    recipe: Path, first: list[str], ways: list[list[str]]
+) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """Run, then resume copies of the run in several ways.
+
+    Returns:
+        For each way the error, if any, the newest checkpoint's state, and the warnings.
+    """
+    from save_case import Lines
+
+    from cmtmae_scale.errors import CmtMaeError
+
+    origin = recipe.parent / "origin"
+    run(recipe, [f"run.dir={origin}", *first])
+    log = Lines()
+    found = []
+    for number, way in enumerate(ways):
+        place = recipe.parent / f"way{number}"
+        shutil.copytree(origin, place)
+        log.lines.clear()
+        error = ""
+        try:
+            run(recipe, [f"run.dir={place}", *way])
+        except CmtMaeError as refused:
+            error = f"{refused.exit_code} {refused}"
+        newest = layout.candidates(place / "checkpoints")[0]
+        lines = [line for line in log.lines if not line.startswith("teacher.weights=random")]
+        found.append((error, layout.read_state(newest), lines))
+    return found
+
+
+def run_on_a_slow_store(recipe: Path) -> list[str]:
+    """A run with a save a step, whose store stands still until the last step; its log lines."""
+    from save_case import Lines
+
+    from cmtmae_scale.checkpoint import writer
+
+    log, gate = Lines(), threading.Event()
+    write, finish = writer.write_chunks, writer.Writer.finish
+
+    def slow_write(*arguments: Any) -> Any:
+        gate.wait()
+        return write(*arguments)
+
+    def opening_finish(*arguments: Any) -> None:
+        gate.set()
+        finish(*arguments)
+
+    writer.write_chunks, writer.Writer.finish = slow_write, opening_finish
+    run(recipe, ["checkpoint.every=1"])
+    return log.lines
 
 
 def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

@@ -105,6 +105,7 @@ class TimedTeacher:
     def __init__(self, inner: Teacher, watch: Stopwatch) -> None:
         self.inner = inner
         self.watch = watch
+        self.image_size = inner.image_size
 
     def __call__(self, images: Tensor) -> TeacherView:
         """See ``Teacher``."""

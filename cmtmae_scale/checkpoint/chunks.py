@@ -5,16 +5,17 @@ file it is named ``key@offset``.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Fragment
+from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError
 
 INDEX = "index.json"
@@ -38,14 +39,19 @@ def copy_to_host(fragments: Mapping[str, Fragment]) -> list[HostChunk]:
     ]
 
 
-def write_chunks(chunks: Iterable[HostChunk], path: Path) -> None:
-    """Write one rank's chunks as one safetensors file; shapes go to its metadata."""
-    tensors: dict[str, Tensor] = {}
+def write_chunks(chunks: Iterable[HostChunk], path: Path) -> dict[str, Any]:
+    """Write one rank's chunks as one safetensors file; shapes go to its metadata.
+
+    Returns:
+        Its size and SHA-256.
+    """
+    entries: list[Entry] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for chunk in chunks:
-        tensors[f"{chunk.key}@{chunk.offset}"] = chunk.values
+        name = f"{chunk.key}@{chunk.offset}"
+        entries.append(Entry(name, chunk.values.shape, lambda values=chunk.values: values))
         shapes[chunk.key] = chunk.shape
-    save_file(tensors, path, metadata={"shapes": json.dumps(shapes)})
+    return write_tensors(path, entries, {"shapes": json.dumps(shapes)})
 
 
 def build_index(folder: Path, files: Iterable[str]) -> dict[str, Any]:
@@ -70,19 +76,11 @@ def build_index(folder: Path, files: Iterable[str]) -> dict[str, Any]:
             if offset > covered:
                 break
             covered = max(covered, offset + length)
-        if covered < numel(entry["shape"]):
+        if covered < math.prod(entry["shape"]):
             raise CheckpointError(
                 f"{folder}: {key} has only {covered} values; the save is incomplete"
             )
     return index
-
-
-def numel(shape: Iterable[int]) -> int:
-    """Number of values of a shape."""
-    total = 1
-    for side in shape:
-        total *= side
-    return total
 
 
 class ChunkReader:
@@ -97,20 +95,31 @@ class ChunkReader:
         self.index: dict[str, Any] = json.loads((folder / INDEX).read_text())
 
     def read(self, key: str, offset: int, length: int) -> Tensor:
-        """Values ``[offset, offset + length)`` of a state, 1-D float32 on the CPU."""
+        """Values ``[offset, offset + length)`` of a state, 1-D float32 on the CPU.
+
+        Raises:
+            CheckpointError: if a file is gone or is no safetensors file.
+        """
         values = torch.empty(length)
         for start, size, file in self.index[key]["chunks"]:
             low, high = max(offset, start), min(offset + length, start + size)
             if low < high:
-                with safe_open(self.folder / file, "pt") as opened:
-                    part = opened.get_slice(f"{key}@{start}")[low - start : high - start]
+                try:
+                    with safe_open(self.folder / file, "pt") as opened:
+                        part = opened.get_slice(f"{key}@{start}")[low - start : high - start]
+                except (OSError, SafetensorError) as error:
+                    raise CheckpointError(f"{self.folder / file}: {error}") from error
                 values[low - offset : high - offset] = part
         return values
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a state's parameter."""
+        return tuple(self.index[key]["shape"])
+
     def read_whole(self, key: str) -> Tensor:
         """A state in its own shape."""
-        shape = self.index[key]["shape"]
-        return self.read(key, 0, numel(shape)).reshape(shape)
+        shape = self.shape(key)
+        return self.read(key, 0, math.prod(shape)).reshape(shape)
 
 
 def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
@@ -128,7 +137,7 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
             f"{folder}: belongs to another model: absent {absent}, not expected {extra}"
         )
     for key, part in fragments.items():
-        shape = tuple(reader.index[key]["shape"])
+        shape = reader.shape(key)
         if shape != part.shape:
             raise CheckpointError(f"{folder}: {key} has shape {shape}, the model {part.shape}")
     for key, part in fragments.items():

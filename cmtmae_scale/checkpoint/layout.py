@@ -1,25 +1,20 @@
-"""Folders of a run's checkpoints: published whole or not at all, verified before use.
+"""Folders of a run's checkpoints, and how one is verified before it is used.
 
 ``RUN_DIR/checkpoints/step-00000020/`` holds one safetensors file a writing rank, ``encoder``
 weights in timm's names, ``index.json``, ``state.json`` and, last of all, ``manifest.json`` with
-size and SHA-256 of every file. A folder counts only if its manifest verifies.
+size and SHA-256 of every file and of its own content. A folder counts only if its manifest
+verifies; files that the manifest does not name are never opened.
 """
 
 import hashlib
 import json
-import logging
 import os
+import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import save_file
-
-from cmtmae_scale.checkpoint.chunks import INDEX, ChunkReader, build_index
-from cmtmae_scale.errors import CheckpointError
-
-logger = logging.getLogger(__name__)
+from cmtmae_scale.checkpoint.chunks import INDEX
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -30,6 +25,21 @@ LATEST = "latest"
 def folder_of(root: Path, step: int) -> Path:
     """Folder of a step's checkpoint."""
     return root / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """Step of a checkpoint's folder; ``None`` for any other name."""
+    digits = re.fullmatch(r"step-(\d{8,})", folder.name)
+    if digits is None or folder_of(folder.parent, int(digits[1])) != folder:
+        return None
+    return int(digits[1])
+
+
+def candidates(root: Path) -> list[Path]:
+    """Checkpoint folders, newest (highest step) first."""
+    found = [(step_of(path), path) for path in root.glob("step-*") if path.is_dir()]
+    numbered = [(step, path) for step, path in found if step is not None]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def rank_file(rank: int) -> str:
@@ -52,67 +62,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
+def write_text(path: Path, text: str) -> dict[str, Any]:
+    """Write a small file, whole or not at all; returns its size and SHA-256."""
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(text)
     sync(draft)
     draft.replace(path)
+    return {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def seal_part(folder: Path, rank: int) -> None:
-    """Tell rank 0 that a rank's chunks lie on storage."""
-    path = folder / rank_file(rank)
-    sync(path)
-    facts = {"size": path.stat().st_size, "sha256": digest(path)}
-    write_text(folder / f"{rank_file(rank)}.done", json.dumps(facts))
+def manifest_text(files: dict[str, Any]) -> str:
+    """The one spelling of a manifest; any other is damage.
 
-
-def publish(
-    draft: Path, target: Path, world_size: int, state: dict[str, Any], timeout_s: float
-) -> None:
-    """Wait for every rank's part, add index, state, encoder and manifest, and rename.
-
-    Runs on rank 0, in the background; talks to the other ranks through files only.
-
-    Raises:
-        CheckpointError: if a part does not arrive in time.
-        OSError: if the store refuses; the older checkpoints stand.
+    Args:
+        files: size and SHA-256 by name.
     """
-    parts = {rank_file(rank): {} for rank in range(world_size)}
-    limit = time.monotonic() + timeout_s
-    for name in parts:
-        mark = draft / f"{name}.done"
-        while not mark.exists():
-            if time.monotonic() > limit:
-                raise CheckpointError(f"{draft}: {name} did not arrive within {timeout_s:.0f} s")
-            time.sleep(0.02)
-        parts[name] = json.loads(mark.read_text())
-        mark.unlink()
-    index = build_index(draft, parts)
-    write_text(draft / INDEX, json.dumps(index))
-    write_text(draft / STATE, json.dumps(state, indent=1))
-    write_encoder(draft)
-    for name in (INDEX, STATE, ENCODER):
-        path = draft / name
-        parts[name] = {"size": path.stat().st_size, "sha256": digest(path)}
-    write_text(draft / MANIFEST, json.dumps({"files": parts}, indent=1))
-    sync(draft)
-    if target.exists():
-        shutil.rmtree(target)
-    draft.rename(target)
-    sync(target.parent)
-    write_text(target.parent / LATEST, target.name)
-
-
-def write_encoder(folder: Path) -> None:
-    """Write the student's encoder under timm's names, one tensor at a time in memory."""
-    reader = ChunkReader(folder)
-    prefix = "model.encoder."
-    names = [key for key in reader.index if key.startswith(prefix)]
-    tensors = {name.removeprefix(prefix): reader.read_whole(name) for name in names}
-    save_file(tensors, folder / ENCODER, metadata={"format": "pt"})
-    sync(folder / ENCODER)
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
 
 def fault(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -123,24 +89,40 @@ def fault(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         share: (i, n): read every n-th file's digest from the i-th on; sizes are always compared.
     """
     try:
-        files = cast(dict[str, Any], json.loads((folder / MANIFEST).read_text())["files"])
-        entries = sorted(files.items())
-        for number, (name, facts) in enumerate(entries):
+        files = read_manifest(folder)
+        for number, (name, facts) in enumerate(sorted(files.items())):
             path = folder / name
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['size']}"
             if number % share[1] == share[0] and digest(path) != facts["sha256"]:
                 return f"{name} differs from its SHA-256"
+        for name in (INDEX, STATE):
+            if not isinstance(json.loads((folder / name).read_text()), dict):
+                return f"{name} is not a JSON object"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is absent"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        return f"cannot be read ({error})"
     return None
 
 
-def candidates(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of every file of a checkpoint.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is damaged or is not a manifest.
+    """
+    text = (folder / MANIFEST).read_bytes()
+    try:
+        files = cast(dict[str, Any], json.loads(text)["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} is not a manifest: {error}") from error
+    if manifest_text(files).encode() != text:
+        raise ValueError(f"{MANIFEST} differs from its own SHA-256")
+    if not files.keys() >= {INDEX, STATE, ENCODER} or any(Path(f).name != f for f in files):
+        raise ValueError(f"{MANIFEST} does not name the files of a checkpoint")
+    return files
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -148,15 +130,59 @@ def read_state(folder: Path) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads((folder / STATE).read_text()))
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints."""
-    for old in candidates(root)[keep:]:
+def put_in_place(draft: Path, target: Path) -> None:
+    """Give a complete draft its name; what had it before is deleted only afterwards.
+
+    Raises:
+        OSError: if the store refuses; what had the name has it again.
+    """
+    aside = target.with_name(f".replaced-{target.name}")
+    if target.exists():
+        remove(aside)
+        target.rename(aside)
+    try:
+        draft.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    sync(target.parent)
+    remove(aside)
+
+
+def prune(root: Path, keep: int, step: int) -> None:
+    """Delete checkpoints before ``step``'s so that ``keep`` up to it are left.
+
+    Later ones are not counted: a run that fell back past broken folders writes before them.
+    """
+    past = [path for path in candidates(root) if (step_of(path) or 0) <= step]
+    for old in past[keep:]:
         doomed = old.with_name(f".old-{old.name}")
         old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
 
 
-def sweep(root: Path) -> None:
-    """Remove what interrupted saves and deletions left behind."""
+def sweep(root: Path, spare: Path | None = None) -> None:
+    """Remove what interrupted saves and deletions left behind, and put back what they moved.
+
+    Args:
+        root: folder of the checkpoints.
+        spare: a draft that is being written.
+    """
+    for aside in root.glob(".replaced-*"):
+        target = aside.with_name(aside.name.removeprefix(".replaced-"))
+        if target.exists():
+            remove(aside)
+        else:
+            aside.rename(target)
     for left in [*root.glob(".draft-*"), *root.glob(".old-*")]:
-        shutil.rmtree(left, ignore_errors=True)
+        if left != spare:
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, or a link to one, as far as the store lets us."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

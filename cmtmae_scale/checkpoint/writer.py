@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import HostChunk, copy_to_host, write_chunks
-from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.checkpoint.publish import await_parts, give_up_part, publish, seal_part
+from cmtmae_scale.errors import CheckpointError, SaveError
 from cmtmae_scale.runtime.collectives import agree_all
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,15 @@ class Writer:
         self.background = background
         self.token = token
         self.timeout_s = 1800.0
+        self.attempts = 3
+        self.pause_s = 5.0
+        self.number = 0
         self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
+        self.part_over = threading.Event()
+        self.part_over.set()
+        self.abandoned = threading.Event()
+        self.failed = False
+        self.bug: Exception | None = None
         self.saved_step: int | None = None
 
     def save(self, step: int, fragments: Mapping[str, Fragment], state: dict[str, Any]) -> bool:
@@ -47,91 +56,131 @@ class Writer:
         Returns:
             Whether it was started. All ranks get the same answer; synchronises them.
         """
-        idle = self.thread is None or not self.thread.is_alive()
-        if not agree_all(idle):
-            logger.warning(
-                "step %d: the save before is still being written; this one is left out", step
-            )
+        if not agree_all(not self.failed):
+            self.abandoned.set()
+            if self.part_over.is_set():
+                self.settle()
+        if not agree_all(self.thread is None or not self.thread.is_alive()):
+            if self.rank == 0:
+                logger.warning(
+                    "step %d: the save before is still being written; this one is left out", step
+                )
             return False
         self.settle()
-        chunks = copy_to_host(fragments)
-        if not self.background:
-            self.write(step, chunks, state)
-            self.settle()
-            return True
+        self.number += 1
+        self.failed = False
+        self.abandoned.clear()
+        self.part_over.clear()
         self.thread = threading.Thread(
-            target=self.write, args=(step, chunks, state), name="checkpoint", daemon=True
+            target=self.write,
+            args=(step, copy_to_host(fragments), state),
+            name="checkpoint",
+            daemon=True,
         )
         self.thread.start()
+        if not self.background:
+            self.wait()
         return True
 
     def write(self, step: int, chunks: list[HostChunk], state: dict[str, Any]) -> None:
         """Write this rank's part; on rank 0 publish when all parts are there."""
-        draft = self.root / f".draft-{step:08d}-{self.token:016x}"
+        draft = self.root / f".draft-{step:08d}-{self.token:016x}-{self.number}"
         target = layout.folder_of(self.root, step)
         try:
-            draft.mkdir(parents=True, exist_ok=True)
-            write_chunks(chunks, draft / layout.rank_file(self.rank))
-            layout.seal_part(draft, self.rank)
             if self.rank == 0:
-                layout.publish(draft, target, self.world_size, state, self.timeout_s)
-                layout.prune(self.root, self.keep)
+                layout.sweep(self.root, spare=draft)
+            draft.mkdir(parents=True, exist_ok=True)
+            facts = write_chunks(chunks, draft / layout.rank_file(self.rank))
+            seal_part(draft, self.rank, facts)
+            self.part_over.set()
+            if self.rank == 0:
+                parts = await_parts(draft, self.world_size, self.abandoned, self.timeout_s)
+                publish(draft, target, parts, state)
+                self.tidy(target)
             self.saved_step = step
         except (OSError, CheckpointError) as error:
-            self.error = error
-        except Exception as error:  # safetensors raises its own type for a full disk
-            if type(error).__name__ != "SafetensorError":
-                raise
-            self.error = error
+            self.failed = True
+            self.give_up(draft, target, error)
+        except Exception as error:  # handed to the main thread
+            self.failed = True
+            self.bug = error
+        finally:
+            self.part_over.set()
+
+    def give_up(self, draft: Path, target: Path, error: Exception) -> None:
+        """Free the space of a save that failed, and say so once."""
+        if self.rank == 0:
+            layout.remove(draft)
+            logger.warning(
+                "checkpoint %s could not be written (%s); training goes on and the older "
+                "checkpoints stand; check space, quota and permissions there; next try at the "
+                "next interval",
+                target,
+                error,
+            )
+            return
+        try:
+            give_up_part(draft, self.rank, str(error))
+        except OSError:
+            if not isinstance(error, FileNotFoundError):  # else rank 0 gave up first and told why
+                logger.warning("%s could not be written (%s)", draft, error)
+
+    def tidy(self, target: Path) -> None:
+        """Name the newest checkpoint in ``latest`` and keep only the newest ones."""
+        try:
+            layout.write_text(self.root / layout.LATEST, target.name)
+            layout.prune(self.root, self.keep, layout.step_of(target) or 0)
+        except OSError as error:
+            logger.warning(
+                "%s: the checkpoint is whole, but %s or older ones were not updated (%s)",
+                target,
+                layout.LATEST,
+                error,
+            )
 
     def settle(self) -> None:
-        """Wait for the save in flight and report what went wrong; the run goes on."""
+        """Wait until this rank's save in flight is over; an error of ours is raised here."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        if self.error is not None:
-            logger.warning(
-                "a checkpoint could not be written (%s); the older ones stand, next try at the "
-                "next interval",
-                self.error,
-            )
-            self.error = None
+        if self.bug is not None:
+            bug, self.bug = self.bug, None
+            raise bug
+
+    def wait(self) -> None:
+        """Wait until the save in flight is over on every rank; synchronises them."""
+        self.part_over.wait()
+        if not agree_all(not self.failed):
+            self.abandoned.set()
+        self.settle()
+
+    def close(self, grace_s: float = 60.0) -> None:
+        """Let a save in flight finish; parts of ranks that may have died are not waited for long.
+
+        Args:
+            grace_s: seconds for the other ranks' parts to arrive.
+        """
+        if self.thread is not None:
+            self.thread.join(grace_s)
+            self.abandoned.set()
+        self.settle()
 
     def finish(self, step: int, fragments: Mapping[str, Fragment], state: dict[str, Any]) -> None:
-        """Save the last step and wait until it is published.
+        """Save the last step, wait until it is published, and try again if the store refuses.
 
         Raises:
-            CheckpointError: if it could not be written.
+            SaveError: if it could not be written.
         """
-        self.settle()
-        if not agree_all(self.saved_step == step):
+        self.wait()
+        for attempt in range(self.attempts):
+            if agree_all(self.saved_step == step):
+                return
+            if attempt:
+                time.sleep(self.pause_s)
             self.save(step, fragments, state)
-            self.settle()
+            self.wait()
         if not agree_all(self.saved_step == step):
-            raise CheckpointError(
-                f"{self.root}: step {step} could not be saved; free space there and start again"
+            raise SaveError(
+                f"{self.root}: step {step} could not be saved in {self.attempts} attempts; free "
+                "space there and start again: the run continues from the newest checkpoint"
             )
-
-
-def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
-    """Newest checkpoint that every rank finds intact; broken ones are named and passed over.
-
-    Returns:
-        Its folder, or ``None`` if there is none at all.
-
-    Raises:
-        CheckpointError: if there are some, but none is intact.
-    """
-    found = layout.candidates(root)
-    for folder in found:
-        problem = layout.fault(folder, (rank, world_size))
-        if agree_all(problem is None):
-            return folder
-        if problem:
-            logger.error("BROKEN CHECKPOINT %s: %s; trying the one before", folder, problem)
-    if found:
-        raise CheckpointError(
-            f"{root}: none of {len(found)} checkpoints is intact; restore one or name another "
-            "run.dir"
-        )
-    return None

@@ -31,3 +31,17 @@ def from_first(value: int) -> int:
     box = torch.tensor([value], dtype=torch.int64)
     dist.broadcast(box, 0)
     return int(box.item())
+
+
+def text_from_first(text: str) -> str:
+    """Return rank 0's text on every rank."""
+    if ranks() == 1:
+        return text
+    data = text.encode()
+    size = from_first(len(data))
+    if not size:
+        return ""
+    mine = data if dist.get_rank() == 0 else bytes(size)
+    box = torch.tensor(list(mine), dtype=torch.uint8)
+    dist.broadcast(box, 0)
+    return bytes(box.tolist()).decode()

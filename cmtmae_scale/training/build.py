@@ -14,7 +14,8 @@ from cmtmae_scale.backends.base import MicroBatch, Objective
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
-from cmtmae_scale.checkpoint.writer import Writer, find_checkpoint
+from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import batch_plan, needs, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
@@ -93,7 +94,9 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         config.checkpoint.background,
         token,
     )
-    stack.callback(writer.settle)
+    if folder is not None and progress.step != progress.step0:
+        writer.saved_step = progress.step
+    stack.callback(writer.close)
     logger.info(
         "%s: batch %s; steps %d to %d",
         config.run.name,

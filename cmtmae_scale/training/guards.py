@@ -1,7 +1,10 @@
-"""Stop requests, and how a run says how it ended."""
+"""Stop requests, steps that cannot be taken, and how a run says how it ended."""
 
 import json
+import logging
+import math
 import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,6 +15,11 @@ from torch import Tensor
 
 from cmtmae_scale.errors import NonFiniteError
 from cmtmae_scale.runtime.collectives import ranks
+from dataloading.errors import ReadError
+from dataloading.reading import GREY
+from dataloading.stream import Batch
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "STOP"
@@ -19,11 +27,15 @@ EXIT_FILE = "exit.json"
 
 
 class StopRequest:
-    """One wish to stop, from a signal or from ``RUN_DIR/STOP``; handlers only set a flag."""
+    """One wish to stop, from a signal, from ``RUN_DIR/STOP`` or for want of data.
+
+    Handlers only set a flag.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / STOP_FILE
         self.reason: str | None = None
+        self.failure: ReadError | None = None
 
     def install(self) -> None:
         """Listen to SIGTERM, SIGUSR1 and SIGINT; call from the main thread."""
@@ -39,6 +51,67 @@ class StopRequest:
         if self.reason is None and self.file.exists():
             self.reason = f"file {STOP_FILE}"
         return self.reason is not None
+
+    def urgency(self) -> float:
+        """0: go on; 1: stop after this step; infinite: this step must not be taken."""
+        return math.inf if self.failure is not None else float(self.wanted())
+
+
+def next_batch(
+    stream: Iterator[Batch],
+    stop: StopRequest,
+    sizes: Sequence[int],
+    micro_batch: int,
+    device: torch.device,
+) -> Batch:
+    """Take the next batch, or a grey one when storage does not give it.
+
+    A rank without data cannot leave alone, for the others wait for it: it takes part in the step,
+    which ``stop.urgency`` keeps every rank from applying.
+
+    Args:
+        stream: this rank's batches.
+        stop: takes note of the failure; nothing is read after one.
+        sizes: sides of the views.
+        micro_batch: views a batch, B.
+        device: this rank's device.
+
+    Returns:
+        The batch, or one of no valid view at positions 0.
+    """
+    if stop.failure is None:
+        try:
+            return next(stream)
+        except ReadError as error:
+            logger.warning("%s", error)
+            stop.failure = error
+    zeros = torch.zeros(micro_batch, dtype=torch.int64, device=device)
+    images = tuple(
+        torch.full((micro_batch, size, size, 3), GREY, dtype=torch.uint8, device=device)
+        for size in sizes
+    )
+    return Batch(images, zeros, zeros, zeros, zeros.bool())
+
+
+def raise_unread(step: int, failure: ReadError | None) -> None:
+    """Raise with what could not be read, and where, for a step that was not applied.
+
+    Args:
+        step: the step that was not taken; nothing was updated.
+        failure: this rank's, if it has one.
+
+    Raises:
+        ReadError: always, on every rank, with the same message. A collective.
+    """
+    mine = "" if failure is None else str(failure)
+    everyone = [mine] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(everyone, mine)
+    failed = [str(rank) for rank, text in enumerate(everyone) if text]
+    raise ReadError(
+        f"step {step} was not taken: data could not be read on ranks {', '.join(failed)}: "
+        f"{next(filter(None, everyone))}"
+    )
 
 
 def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:

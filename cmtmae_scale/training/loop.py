@@ -1,5 +1,6 @@
 """The main loop: the life of a micro-batch, and what happens once a step."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +14,16 @@ from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import BatchPlan
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.training.guards import StopRequest, raise_non_finite
+from cmtmae_scale.training.guards import (
+    StopRequest,
+    next_batch,
+    raise_non_finite,
+    raise_unread,
+)
 from cmtmae_scale.training.prepare import Models, prepare
 from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
 from cmtmae_scale.training.telemetry import Telemetry
+from dataloading.errors import ReadError
 from dataloading.stream import Batch
 
 REPORT = (
@@ -49,7 +56,7 @@ class Parts:
 
 
 def train(parts: Parts) -> str | None:
-    """Train until the end or a stop request; save at the end of either.
+    """Train until the end, a stop request or want of data; save at the end of any.
 
     Returns:
         The reason of the stop, or ``None`` when the run is complete.
@@ -63,13 +70,19 @@ def train(parts: Parts) -> str | None:
     drawn = invalid = 0.0
     while progress.step < progress.end_step and reason is None:
         scalars = scalars_at(config, progress.share)
-        report, waited_s = step(parts, scalars)
+        try:
+            report, waited_s = step(parts, scalars)
+        except ReadError as error:
+            reason = str(error)
+            break
         drawn += parts.plan.global_batch
         invalid += parts.plan.global_batch - report["valid_rows"] / config.mask.masks_per_view
         if invalid > max(config.data.max_bad_share * drawn, 1):
             raise ConfigError(
-                f"step {progress.step}: {invalid:.0f} of {drawn:.0f} draws could not be decoded, "
-                f"more than data.max_bad_share={config.data.max_bad_share}; see quarantine.jsonl"
+                f"step {progress.step}: {invalid:.0f} of {drawn:.0f} draws "
+                f"({invalid / drawn:.2%}) could not be decoded, more than "
+                f"data.max_bad_share={config.data.max_bad_share}; replace the files that "
+                f"{parts.run_dir / 'quarantine.jsonl'} names, or raise that key"
             )
         if parts.telemetry is not None:
             values = readable(report, scalars, parts.plan)
@@ -82,27 +95,38 @@ def train(parts: Parts) -> str | None:
 
 
 def step(parts: Parts, scalars: Scalars) -> tuple[dict[str, float], float]:
-    """Take one optimizer step; returns the report by name, summed over ranks, and the data wait."""
+    """Take one optimizer step; returns the report by name, summed over ranks, and the data wait.
+
+    Raises:
+        NonFiniteError: on every rank; nothing was updated.
+        ReadError: on every rank, if storage failed on one of them; nothing was updated.
+    """
     models = parts.models
+    size = parts.config.views.size
+    sizes = (size, models.teacher.image_size if models.teacher else size)
     total = torch.zeros(len(REPORT), device=parts.device)
     ids: list[Tensor] = []
     waited_s = 0.0
     for micro_step in range(parts.plan.accumulation):
         began = time.monotonic()
-        batch = next(parts.stream)
+        batch = next_batch(
+            parts.stream, parts.stop, sizes, parts.config.train.micro_batch, parts.device
+        )
         waited_s += time.monotonic() - began
         micro_batch, mass, agreement = prepare(parts.config, models, batch, scalars)
         losses = models.backend.micro(micro_batch, last=micro_step + 1 == parts.plan.accumulation)
         valid = micro_batch.valid.sum().float()
-        stop = torch.full((), float(parts.stop.wanted()), device=parts.device)
+        stop = torch.full((), parts.stop.urgency(), device=parts.device)
         total += torch.stack([*losses, mass, agreement, valid, stop])
         ids.append(batch.sample_id)
     outcome = models.backend.step(scalars.lr, total)
+    report = dict(zip(REPORT, outcome.report, strict=True))
+    if math.isinf(report["stop"]):
+        raise_unread(parts.progress.step + 1, parts.stop.failure)
     if not outcome.applied:
         raise_non_finite(parts.progress.step + 1, REPORT, total, ids)
     models.backend.momentum_update(scalars.momentum)
     parts.progress.advance(parts.plan.global_batch, outcome.applied)
-    report = dict(zip(REPORT, outcome.report, strict=True))
     return report | {"grad_norm": outcome.grad_norm}, waited_s
 
 

@@ -1,9 +1,11 @@
 """Whether a checkpoint may be continued under the present config."""
 
+import difflib
 from typing import Any
 
 from cmtmae_scale.errors import ConfigError
 
+# Keys, or groups with their point.
 FREE = (
     "run.name",
     "run.dir",
@@ -22,7 +24,12 @@ FREE = (
     "data.expected_images",
     "data.max_bad_share",
 )
-NEVER = ("run.seed",)
+NEVER = ("run.seed", "views.")
+
+
+def listed(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a key or its group is among names."""
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in names)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,7 +55,8 @@ def compare(
         digests: index digest of the checkpoint and of the present data.
 
     Returns:
-        Allowed changes outside the free keys, as text; they restart the position count.
+        Allowed changes outside the free keys, as text that says which value counts; they restart
+        the position count.
 
     Raises:
         ConfigError: names key, old and new value of a change that is not allowed.
@@ -59,17 +67,31 @@ def compare(
             f"{digests[1][:12]}); restore them or start another run.dir"
         )
     old, new = flatten(saved), flatten(present)
+    check_allowed(allowed, new)
     changes: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or key.startswith(FREE):
+        if before == after or listed(key, FREE):
             continue
         text = f"{key}: the checkpoint has {before}, the config {after}"
-        if key in NEVER:
+        if listed(key, NEVER):
             raise ConfigError(f"{text}; it never changes within a run: use another run.dir")
         if key not in allowed:
             raise ConfigError(
                 f"{text}; restore it, use another run.dir, or add it to run.allow_change"
             )
-        changes.append(text)
+        changes.append(f"{text}; from here on {after} counts")
     return changes
+
+
+def check_allowed(allowed: list[str], present: dict[str, Any]) -> None:
+    """Refuse a name in ``run.allow_change`` that would have no effect.
+
+    Raises:
+        ConfigError: names it and the nearest key.
+    """
+    for name in allowed:
+        if name not in present:
+            near = difflib.get_close_matches(name, present, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; it takes full names: group.key"
+            raise ConfigError(f"run.allow_change: {name} is not a key{hint}")

@@ -1,8 +1,6 @@
 """The benchmark measures what it says: parts, ratios, the same work in another library."""
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +20,6 @@ ALONE = World(0, 1, 0, 1, "alone")
 PARTS = ("teacher", "momentum student", "student", "decoder and loss", "optimizer", "average")
 MAE = ["decoder.type=full", "mask.sampler=random", "loss.tokens=hidden", "loss.include_cls=false"]
 MAE += ["loss.teacher=0", "loss.student=0", "loss.pixel=1", "teacher.mode=none"]
-
-
-@pytest.fixture(autouse=True)
-def quiet_again() -> Iterator[None]:
-    """The command sets up the packages' loggers; the tests that follow want them as they were."""
-    loggers = [logging.getLogger(name) for name in ("cmtmae_scale", "dataloading")]
-    before = [(one.propagate, one.level, list(one.handlers)) for one in loggers]
-    yield
-    for one, (propagate, level, handlers) in zip(loggers, before, strict=True):
-        one.propagate, one.handlers[:] = propagate, handlers
-        one.setLevel(level)
 
 
 @pytest.fixture(scope="module")

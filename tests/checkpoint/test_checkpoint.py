@@ -1,57 +1,22 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from save_case import STATE, fragments, save, values
 
-from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader, load_fragments
-from cmtmae_scale.checkpoint.writer import Writer, find_checkpoint
+from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
+from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.errors import CheckpointError
-
-SHAPES = {"model.encoder.w": (5, 3), "model.decoder.b": (7,), "momentum.w": (5, 3)}
-STATE = {"progress": {"step": 3}}
-
-
-def values(key: str) -> torch.Tensor:
-    shape = SHAPES[key]
-    return torch.arange(float(np.prod(shape))) + len(key)
-
-
-def fragments(parts: int, part: int, fill: bool = True) -> dict[str, Fragment]:
-    found = {}
-    for key, shape in SHAPES.items():
-        whole = values(key)
-        size = -(-len(whole) // parts)
-        low = min(part * size, len(whole))
-        local = whole[low : low + size].clone()
-        found[key] = Fragment(low, shape, local if fill else torch.zeros_like(local), True)
-    return found
-
-
-def save(root: Path, step: int = 3, keep: int = 9, background: bool = False) -> Writer:
-    root.mkdir(exist_ok=True)
-    writer = Writer(root, 0, 1, keep, background, token=7)
-    assert writer.save(step, fragments(1, 0), STATE)
-    writer.settle()
-    return writer
-
-
-def save_in_two(root: Path, step: int) -> Path:
-    """Two ranks' parts, written one after the other by one process."""
-    root.mkdir(exist_ok=True)
-    for rank in (1, 0):
-        writer = Writer(root, rank, 2, 9, False, token=7)
-        writer.save(step, fragments(2, rank), STATE)
-    return layout.folder_of(root, step)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
 def test_any_number_of_ranks_reads_just_its_ranges(tmp_path: Path, parts: int) -> None:
-    folder = save_in_two(tmp_path / "c", 3)
+    folder = save(tmp_path / "c", ranks=2)
     for part in range(parts):
         blank = fragments(parts, part, fill=False)
         load_fragments(folder, blank)
@@ -60,14 +25,14 @@ def test_any_number_of_ranks_reads_just_its_ranges(tmp_path: Path, parts: int) -
 
 
 def test_the_encoder_stands_beside_under_timm_names(tmp_path: Path) -> None:
-    folder = save_in_two(tmp_path / "c", 3)
+    folder = save(tmp_path / "c", ranks=2)
     encoder = load_file(folder / layout.ENCODER)
     assert list(encoder) == ["w"]
     assert torch.equal(encoder["w"], values("model.encoder.w").reshape(5, 3))
 
 
 def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
-    folder = save_in_two(tmp_path / "c", 3)
+    folder = save(tmp_path / "c", ranks=2)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert not list(tmp_path.glob("c/.draft*"))
 
@@ -94,97 +59,14 @@ def test_only_the_newest_are_kept_and_latest_names_one(tmp_path: Path) -> None:
     assert (tmp_path / "c" / layout.LATEST).read_text() == "step-00000003"
 
 
-def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
-    save(tmp_path / "c")
-    folder = layout.folder_of(tmp_path / "c", 3)
-    assert layout.fault(folder) is None
-    generator = np.random.default_rng(0)
-    for path in sorted(folder.iterdir()):
-        original = path.read_bytes()
-        for _ in range(20):
-            changed = bytearray(original)
-            changed[generator.integers(len(changed))] ^= 1 << generator.integers(8)
-            path.write_bytes(changed)
-            if path.name != layout.MANIFEST:
-                assert layout.fault(folder) is not None, path
-        path.write_bytes(original)
-
-
-@pytest.mark.parametrize("damage", ["absent", "truncated", "no manifest", "empty manifest"])
-def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    root = tmp_path / "c"
-    save(root, 1)
-    save(root, 2)
-    broken = layout.folder_of(root, 2)
-    part = broken / layout.rank_file(0)
-    if damage == "absent":
-        part.unlink()
-    elif damage == "truncated":
-        part.write_bytes(part.read_bytes()[:-1])
-    elif damage == "no manifest":
-        (broken / layout.MANIFEST).unlink()
-    else:
-        (broken / layout.MANIFEST).write_text("")
-    assert find_checkpoint(root, 0, 1) == layout.folder_of(root, 1)
-    assert f"BROKEN CHECKPOINT {broken}" in caplog.text
-    (layout.folder_of(root, 1) / layout.MANIFEST).write_text("[]")
-    with pytest.raises(CheckpointError, match="none of 2 checkpoints is intact"):
-        find_checkpoint(root, 0, 1)
-
-
 def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, 0, 1) is None
-
-
-def test_an_interrupted_save_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    root = tmp_path / "c"
-    save(root, 1)
-    writer = Writer(root, 1, 2, 9, False, token=8)
-    writer.save(2, fragments(2, 1), STATE)
-    assert list(root.glob(".draft-*"))
-    assert find_checkpoint(root, 0, 1) == layout.folder_of(root, 1)
-    layout.sweep(root)
-    assert not list(root.glob(".draft-*"))
-
-
-def test_a_part_that_does_not_arrive_is_reported_and_the_run_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tmp_path.joinpath("c").mkdir()
-    writer = Writer(tmp_path / "c", 0, 2, 9, True, token=7)
-    writer.timeout_s = 0.1
-    assert writer.save(1, fragments(2, 0), STATE)
-    writer.settle()
-    assert "rank-00001.safetensors did not arrive" in caplog.text
-    assert not layout.candidates(tmp_path / "c")
-
-
-def test_a_store_that_refuses_does_not_end_the_run_but_the_last_save_must_succeed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    root = tmp_path / "c"
-    root.write_text("a file where a folder should be")
-    writer = Writer(root, 0, 1, 9, True, token=7)
-    writer.save(1, fragments(1, 0), STATE)
-    writer.settle()
-    assert "could not be written" in caplog.text
-    with pytest.raises(CheckpointError, match="step 2 could not be saved"):
-        writer.finish(2, fragments(1, 0), STATE)
-
-
-def test_finish_does_not_save_twice(tmp_path: Path) -> None:
-    writer = save(tmp_path / "c", 3, background=True)
-    before = (layout.folder_of(tmp_path / "c", 3) / layout.MANIFEST).stat().st_mtime_ns
-    writer.finish(3, fragments(1, 0), STATE)
-    assert (layout.folder_of(tmp_path / "c", 3) / layout.MANIFEST).stat().st_mtime_ns == before
 
 
 def test_a_gap_between_chunks_is_refused(tmp_path: Path) -> None:
     tmp_path.joinpath("c").mkdir()
     writer = Writer(tmp_path / "c", 0, 1, 9, False, token=7)
-    writer.save(1, fragments(2, 1), STATE)
+    writer.save(1, fragments(2, 1), STATE)  # the second half alone
     assert not layout.candidates(tmp_path / "c")
 
 
@@ -194,3 +76,58 @@ def test_state_and_whole_tensors_read_back(tmp_path: Path) -> None:
     assert layout.read_state(folder) == STATE
     assert json.loads((folder / "index.json").read_text())["momentum.w"]["shape"] == [5, 3]
     assert ChunkReader(folder).read_whole("momentum.w").shape == (5, 3)
+
+
+def test_folders_are_ordered_by_step_and_other_names_do_not_count(tmp_path: Path) -> None:
+    names = ["step-99999999", "step-100000000", "step-00000002"]
+    for name in [*names, "step-2", "step-00000003.bak", "step-000000004", "best"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000009").write_text("a file")
+    found = [folder.name for folder in layout.candidates(tmp_path)]
+    assert found == ["step-100000000", "step-99999999", "step-00000002"]
+
+
+def test_a_fallback_never_deletes_what_it_has_just_written(tmp_path: Path) -> None:
+    root = tmp_path / "c"
+    save(root, 4)
+    (save(root, 6) / layout.MANIFEST).unlink()
+    assert find_checkpoint(root, 0, 1) == layout.folder_of(root, 4)
+    save(root, 5, keep=1)
+    assert find_checkpoint(root, 0, 1) == layout.folder_of(root, 5)
+
+
+def test_only_drafts_are_a_fresh_start_but_lost_checkpoints_are_not(tmp_path: Path) -> None:
+    (tmp_path / ".draft-00000001-0000000000000007-1").mkdir()
+    assert find_checkpoint(tmp_path, 0, 1) is None
+    folder = save(tmp_path, 1)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="latest says that there were checkpoints"):
+        find_checkpoint(tmp_path, 0, 1)
+
+
+def test_a_linked_run_folder_and_a_linked_checkpoint_work(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    root = tmp_path / "link" / "checkpoints"
+    save(root, 1)
+    layout.folder_of(root, 1).rename(tmp_path / "store")
+    layout.folder_of(root, 1).symlink_to(tmp_path / "store")
+    assert find_checkpoint(root, 0, 1) == layout.folder_of(root, 1)
+    save(root, 2, keep=1)
+    assert layout.candidates(root) == [layout.folder_of(root, 2)]
+    assert (tmp_path / "store" / layout.MANIFEST).exists()
+
+
+def test_the_stream_writes_what_the_library_would(tmp_path: Path) -> None:
+    tensors = {"a": torch.rand(3, 2), "b": torch.rand(5), "scalar": torch.tensor(1.5)}
+    entries = [Entry(name, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    facts = write_tensors(tmp_path / "x", entries, {"format": "pt"})
+    assert facts == {
+        "size": (tmp_path / "x").stat().st_size,
+        "sha256": layout.digest(tmp_path / "x"),
+    }
+    back = load_file(tmp_path / "x")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match="a has 6 values"):
+        write_tensors(tmp_path / "y", [Entry("a", (2, 2), lambda: tensors["a"])], {})

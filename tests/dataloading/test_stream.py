@@ -142,7 +142,7 @@ def damage(index):
     truncated.write_bytes(data[:-200] + b" " * 200)  # the same length
     emptied.write_bytes(b"")
     text.write_bytes(b"x" * text.stat().st_size)
-    other.unlink()
+    other.write_bytes(other.read_bytes() + b"more")
     return names
 
 
@@ -162,8 +162,11 @@ def test_bad_samples_keep_their_place_and_leave_the_others_alone(photographs, tm
     assert "cannot be decoded" in reasons[names[0]]
     assert reasons[names[1]].startswith("0 bytes, the index says ")
     assert reasons[names[2]] == "not an image of a known format"
-    assert reasons[names[3]] == "cannot be read: No such file or directory"
+    size = index.entries[9]["size"]
+    assert reasons[names[3]] == f"more bytes, the index says {size}"
     assert all(index.names[line["sample_id"]] == line["name"] for line in lines)
+    assert all(line["path"] == str(photographs / line["name"]) for line in lines)
+    assert all(line["offset"] is None for line in lines)
     take(index, 36, quarantine=path)
     assert len(path.read_text().splitlines()) == 4
 
@@ -190,7 +193,7 @@ def test_picture_of_another_size_is_not_cropped_with_the_old_box(photographs, pi
 def test_reading_is_tried_again_when_storage_falters(photographs, monkeypatch):
     index = build_index(photographs)
     expected = take(index, 12)
-    monkeypatch.setattr("dataloading.reading._READ_PAUSE_S", 0.0)
+    monkeypatch.setattr("dataloading.patience._FIRST_PAUSE_S", 0.0)
     read, failed = type(index.open()).read, set()
 
     def falter(source, i):
@@ -271,14 +274,45 @@ def test_wrong_arguments_are_refused(photographs, options, message):
     assert threading.active_count() == before
 
 
-def test_quarantine_survives_half_a_line(tmp_path):
+def test_quarantine_survives_half_a_line(photographs, tmp_path):
+    index = build_index(photographs)
     path = tmp_path / "quarantine.jsonl"
-    Quarantine(path).add(1, "a.jpg", "reason")
+    Quarantine(index, path).add(1, "reason")
     path.write_bytes(path.read_bytes() + b'{"sample_id": 2, "na')
-    quarantine = Quarantine(path)
-    assert not quarantine.add(1, "a.jpg", "reason")
-    assert quarantine.add(2, "b.jpg", "reason") and "b.jpg" in quarantine
-    assert json.loads(path.read_text().splitlines()[-1])["name"] == "b.jpg"
+    quarantine = Quarantine(index, path)
+    assert not quarantine.add(1, "reason")
+    assert quarantine.add(2, "reason") and not quarantine.add(2, "reason")
+    assert json.loads(path.read_text().splitlines()[-1])["name"] == index.names[2]
+    assert not quarantine.add(1, "reason") and len(path.read_text().splitlines()) == 3
+
+
+def test_samples_are_named_once_by_several_ranks(photographs, tmp_path):
+    """Ranks draw a bad sample in different epochs, long after both have opened the list."""
+    index = build_index(photographs)
+    path = tmp_path / "quarantine.jsonl"
+    ranks = [Quarantine(index, path) for _ in range(4)]
+    new = []
+
+    def add_all(quarantine, order):
+        new.extend(i for i in order if quarantine.add(i, "reason"))
+
+    threads = [
+        threading.Thread(target=add_all, args=(rank, [(k * 5 + i) % 12 for i in range(12)]))
+        for k, rank in enumerate(ranks)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(line["sample_id"] for line in lines) == sorted(new) == list(range(12))
+
+
+def test_a_quarantine_that_cannot_be_written_ends_no_run(photographs, tmp_path, caplog):
+    index = build_index(photographs)
+    (tmp_path / "file").touch()
+    assert Quarantine(index, tmp_path / "file" / "quarantine.jsonl").add(3, "reason")
+    assert "cannot be written" in caplog.text and index.names[3] in caplog.text
 
 
 @pytest.mark.gpu

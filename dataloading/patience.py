@@ -1,0 +1,71 @@
+"""Reads that fail are tried again for a while: network storage has bad moments."""
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from dataloading.errors import ReadError
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 60.0
+"""How long a read is tried again, seconds."""
+LASTING = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
+)
+"""What, met while a data set is listed, is a state of it and no bad moment of the storage."""
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+
+Result = TypeVar("Result")
+
+
+class Patience:
+    """The time that the reads of one data set have; safe in threads.
+
+    The first read that is given up ends the waiting of all: storage that is gone is waited for
+    once, not once a file.
+
+    Args:
+        limit_s: how long one read is tried again, seconds.
+    """
+
+    def __init__(self, limit_s: float = PATIENCE_S) -> None:
+        self._limit_s = limit_s
+        self._over = threading.Event()
+
+    def end(self) -> None:
+        """Let no read wait any more."""
+        self._over.set()
+
+    def read(self, read: Callable[[], Result], what: str) -> Result:
+        """Call ``read`` until it raises no ``OSError``, with pauses.
+
+        Args:
+            read: any read.
+            what: what is read, for the message.
+
+        Raises:
+            ReadError: if it still fails when the time is over.
+        """
+        began, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            try:
+                return read()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                left_s = began + self._limit_s - time.monotonic()
+                if left_s <= 0 or self._over.is_set():
+                    self._over.set()
+                    raise ReadError(
+                        f"{what}: {reason}, tried for {time.monotonic() - began:.1f} s; make it "
+                        "readable as it was when it was indexed, then start again"
+                    ) from error
+                if pause_s == _FIRST_PAUSE_S:
+                    logger.warning("%s: %s; tried again for %.1f s", what, reason, left_s)
+                self._over.wait(min(pause_s, left_s))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -1,0 +1,184 @@
+"""Slow, full and failing stores: training goes on, and the next save works."""
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run_ranks
+from run_case import STEPS, run_on_a_slow_store, write_recipe
+from save_case import STATE, fragments, save, save_with_a_failing_rank, version_of
+
+from cmtmae_scale.backends.base import Fragment
+from cmtmae_scale.checkpoint import layout, writer
+from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.writer import Writer
+from cmtmae_scale.errors import CheckpointError, SaveError
+
+
+def test_one_save_is_in_flight_and_the_backlog_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, begun = threading.Event(), threading.Event()
+    copies: list[int] = []
+    copy, write = writer.copy_to_host, writer.write_chunks
+
+    def counted_copy(parts: Any) -> Any:
+        copies.append(1)
+        return copy(parts)
+
+    def slow_write(*arguments: Any) -> Any:
+        begun.set()
+        gate.wait()
+        return write(*arguments)
+
+    monkeypatch.setattr(writer, "copy_to_host", counted_copy)
+    monkeypatch.setattr(writer, "write_chunks", slow_write)
+    slow = Writer(tmp_path, 0, 1, 9, True, token=7)
+    state = fragments()
+    assert slow.save(1, state, STATE)
+    assert [slow.save(step, state, STATE) for step in (2, 3)] == [False, False]
+    for part in state.values():
+        part.local.fill_(-1.0)  # training goes on in the same memory
+    assert len(copies) == 1
+    assert begun.wait(30)
+    assert [line for line in caplog.messages if "this one is left out" in line] == [
+        f"step {step}: the save before is still being written; this one is left out"
+        for step in (2, 3)
+    ]
+    gate.set()
+    slow.settle()
+    assert version_of(layout.folder_of(tmp_path, 1)) == 0
+    assert slow.save(4, fragments(), STATE)
+    slow.settle()
+    assert [layout.step_of(folder) for folder in layout.candidates(tmp_path)] == [4, 1]
+
+
+@pytest.mark.gloo
+def test_a_store_that_stands_still_holds_up_no_step(tmp_path: Path) -> None:
+    """The store moves again only when the last step is done: a step that waited never would."""
+    (lines,) = run_ranks(1, run_on_a_slow_store, write_recipe(tmp_path))
+    left_out = [line for line in lines if "left out" in line]
+    assert len(left_out) == STEPS - 1
+    steps = [layout.step_of(f) for f in layout.candidates(tmp_path / "run" / "checkpoints")]
+    assert steps == [STEPS, 1]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("background", [True, False], ids=["background", "at once"])
+@pytest.mark.parametrize("marked", [True, False], ids=["it can say so", "it cannot"])
+def test_a_rank_that_fails_is_known_before_the_next_save(
+    tmp_path: Path, background: bool, marked: bool
+) -> None:
+    results = run_ranks(2, save_with_a_failing_rank, tmp_path, background, marked)
+    assert [started for started, _ in results] == [[True, True, True]] * 2
+    first, second = (lines for _, lines in results)
+    assert len(first) == 1 and "step-00000001 could not be written" in first[0]
+    reason = "rank-00001.safetensors: no space" if marked else "did not arrive: its rank failed"
+    assert reason in first[0]
+    assert len(second) == (0 if marked else 1)
+    assert [layout.step_of(folder) for folder in layout.candidates(tmp_path)] == [3, 2]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_parts_of_dead_ranks_are_not_waited_for_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = Writer(tmp_path, 0, 2, 9, True, token=7)
+    assert alone.save(1, fragments(2, 0), STATE)
+    alone.close(grace_s=0.1)
+    assert "rank-00001.safetensors did not arrive" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_came_is_published_although_its_rank_has_died(tmp_path: Path) -> None:
+    other = Writer(tmp_path, 1, 2, 9, True, token=7)
+    other.save(1, fragments(2, 1), STATE)
+    other.settle()
+    alone = Writer(tmp_path, 0, 2, 9, True, token=7)
+    alone.save(1, fragments(2, 0), STATE)
+    alone.close(grace_s=30)
+    assert version_of(layout.folder_of(tmp_path, 1)) == 0
+
+
+def test_a_last_save_that_fails_is_tried_again_and_then_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    refusals = iter([OSError(28, "No space left on device")] * 2)
+    write = writer.write_chunks
+
+    def full_for_a_while(*arguments: Any) -> Any:
+        for error in refusals:
+            raise error
+        return write(*arguments)
+
+    monkeypatch.setattr(writer, "write_chunks", full_for_a_while)
+    last = Writer(tmp_path, 0, 1, 9, True, token=7)
+    last.pause_s = 0.0
+    last.finish(2, fragments(), STATE)
+    assert find_checkpoint(tmp_path, 0, 1) == layout.folder_of(tmp_path, 2)
+    assert len(caplog.messages) == 2
+    refusals = iter([OSError(28, "No space left on device")] * 9)
+    with pytest.raises(SaveError, match="step 3 could not be saved in 3 attempts") as raised:
+        last.finish(3, fragments(), STATE)
+    assert raised.value.exit_code == 1
+    assert isinstance(raised.value, CheckpointError)
+    assert find_checkpoint(tmp_path, 0, 1) == layout.folder_of(tmp_path, 2)
+
+
+def test_an_error_of_ours_in_the_background_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(writer, "write_chunks", broken)
+    unlucky = Writer(tmp_path, 0, 1, 9, True, token=7)
+    assert unlucky.save(1, fragments(), STATE)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        unlucky.settle()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no mount command: {error}")
+    if done.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("ballast", range(36, 52, 4))
+def test_a_full_disk_costs_a_save_but_neither_the_run_nor_the_older_checkpoint(
+    small_disk: Path, ballast: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = small_disk / "c"
+    older = save(root, 1)  # 24 KiB in blocks of 4 KiB
+    (small_disk / "ballast").write_bytes(bytes((ballast - 24) << 10))
+    big = {
+        key: Fragment(0, (2048,), torch.zeros(2048), True)
+        for key in ("model.encoder.w", "exp_avg.encoder.w")
+    }
+    here = Writer(root, 0, 1, 9, True, token=7)
+    assert here.save(2, big, STATE)
+    here.settle()
+    assert len(caplog.messages) == 1, caplog.messages
+    assert f"{layout.folder_of(root, 2)} could not be written ([Errno 28]" in caplog.text
+    assert "check space" in caplog.text
+    assert not list(root.glob(".*"))
+    assert find_checkpoint(root, 0, 1) == older
+    (small_disk / "ballast").unlink()
+    assert here.save(3, fragments(), STATE)
+    here.settle()
+    assert find_checkpoint(root, 0, 1) == layout.folder_of(root, 3)

@@ -1,0 +1,280 @@
+"""Tiny checkpoints, and saves of which every file operation can be the last or can fail."""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cmtmae_scale.backends.base import Fragment
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint import writer as writer_module
+from cmtmae_scale.checkpoint.chunks import load_fragments
+from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.writer import Writer
+
+SHAPES = {"model.encoder.w": (5, 3), "model.decoder.b": (7,), "momentum.w": (5, 3)}
+STATE = {"progress": {"step": 3}}
+
+
+def values(key: str, version: int = 0) -> torch.Tensor:
+    return torch.arange(float(np.prod(SHAPES[key]))) + len(key) + 100 * version
+
+
+def fragments(
+    parts: int = 1, part: int = 0, version: int = 0, fill: bool = True
+) -> dict[str, Fragment]:
+    found = {}
+    for key, shape in SHAPES.items():
+        whole = values(key, version)
+        size = -(-len(whole) // parts)
+        low = min(part * size, len(whole))
+        local = whole[low : low + size].clone()
+        found[key] = Fragment(low, shape, local if fill else torch.zeros_like(local), True)
+    return found
+
+
+def save(root: Path, step: int = 3, keep: int = 9, version: int = 0, ranks: int = 1) -> Path:
+    """All ranks' parts, written one after the other by one process."""
+    root.mkdir(exist_ok=True)
+    for rank in reversed(range(ranks)):
+        writer = Writer(root, rank, ranks, keep, True, token=7)
+        writer.timeout_s = 0.0
+        assert writer.save(step, fragments(ranks, rank, version), STATE)
+        writer.settle()
+    return layout.folder_of(root, step)
+
+
+def version_of(folder: Path) -> int:
+    """Which version a checkpoint holds; all of it."""
+    assert layout.fault(folder) is None
+    blank = fragments(fill=False)
+    load_fragments(folder, blank)
+    for version in (0, 1):
+        if all(torch.equal(part.local, values(key, version)) for key, part in blank.items()):
+            return version
+    raise AssertionError(f"{folder} mixes versions")
+
+
+class Operations:
+    """Counts the file operations of this process and acts at one of them.
+
+    Counted: opening for writing, fsync, mkdir, rename, unlink, rmdir. fsync is only noted, so that
+    a power cut can take away what was not forced to storage.
+    """
+
+    def __init__(self) -> None:
+        self.act: Callable[[int, str], None] | None = None
+        self.count = 0
+        self.synced: set[int] = set()
+        sys.addaudithook(self.hook)
+        os.fsync = self.fsync
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & 3
+        if self.act and (writes or event in {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}):
+            self.note(event)
+
+    def fsync(self, handle: int) -> None:
+        if self.act:
+            self.note("fsync")
+            self.synced.add(os.fstat(handle).st_ino)
+
+    def note(self, event: str) -> None:
+        self.count += 1
+        if self.act:
+            self.act(self.count, event)
+
+    def during(self, act: Callable[[int, str], None], work: Callable[[], Any]) -> int:
+        """Call ``work`` with an action at every operation; returns their number."""
+        self.act, self.count = act, 0
+        try:
+            work()
+        finally:
+            self.act = None
+        return self.count
+
+
+# What stands before a save, and the save.
+SCENARIOS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+    "over an older one": (lambda root: save(root, 1), lambda root: save(root, 2, version=1)),
+    "with deletions": (
+        lambda root: (save(root, 1), save(root, 2)),
+        lambda root: save(root, 3, keep=1, version=1),
+    ),
+    "the same step again": (
+        lambda root: save(root, 2),
+        lambda root: save(root, 2, keep=1, version=1),
+    ),
+    "over a broken one": (
+        lambda root: (save(root, 1), (save(root, 2) / layout.MANIFEST).unlink()),
+        lambda root: save(root, 2, version=1),
+    ),
+    "of two ranks": (
+        lambda root: save(root, 1, ranks=2),
+        lambda root: save(root, 2, version=1, ranks=2),
+    ),
+}
+
+
+def crash_everywhere(folder: Path, scenario: str) -> int:
+    """End a process at each operation of a save: once killed, once with its power cut.
+
+    Args:
+        folder: an empty folder.
+        scenario: key of ``SCENARIOS``.
+
+    Returns:
+        Number of operations, each of which was the last one twice.
+    """
+    operations = Operations()
+    before, act = SCENARIOS[scenario]
+    before(folder / "before")
+    shutil.copytree(folder / "before", folder / "counted")
+    total = operations.during(lambda number, event: None, lambda: act(folder / "counted"))
+    for last in range(1, total + 1):
+        for left in (1.0, (0.5, 0.0)[last % 2]):  # of files that were not forced to storage
+            root = folder / f"{last} {left}"
+            shutil.copytree(folder / "before", root)
+            if os.fork() == 0:
+                crash_at(last, left, root, operations, act)
+            _, status = os.wait()
+            assert os.waitstatus_to_exitcode(status) == 9
+            check_after_crash(root, f"{scenario}, operation {last} of {total}, {left} left")
+            shutil.rmtree(root)
+    return total
+
+
+def crash_at(
+    last: int, left: float, root: Path, operations: Operations, act: Callable[[Path], Any]
+) -> None:
+    """Save until an operation, and end this process there."""
+    old = {path.stat().st_ino for path in root.rglob("*")}
+
+    def crash(number: int, event: str) -> None:
+        if number == last:
+            operations.act = None
+            lose(root, old | operations.synced, left)
+            os._exit(9)
+
+    try:
+        operations.during(crash, lambda: act(root))
+    finally:
+        os._exit(1)
+
+
+def lose(root: Path, kept: set[int], left: float) -> None:
+    """Cut the files that were not forced to storage."""
+    for path in root.rglob("*"):
+        if path.is_file() and path.stat().st_ino not in kept:
+            os.truncate(path, int(path.stat().st_size * left))
+
+
+def check_after_crash(root: Path, place: str) -> None:
+    """The next start finds a whole checkpoint, and saves as if nothing had happened."""
+    layout.sweep(root)
+    folder = find_checkpoint(root, 0, 1)
+    assert folder is not None, place
+    assert version_of(folder) in (0, 1), place
+    following = save(root, 4, keep=1, version=1)
+    assert find_checkpoint(root, 0, 1) == following, place
+    assert version_of(following) == 1, place
+    names = {path.name for path in root.iterdir()}
+    assert names == {following.name, layout.LATEST} or names == {
+        following.name,
+        layout.LATEST,
+        f"{layout.LATEST}.tmp",
+    }, f"{place}: {names}"
+
+
+class Lines(logging.Handler):
+    """Log lines of the packages, kept."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        logging.getLogger("cmtmae_scale").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def refuse_everywhere(folder: Path, scenario: str, code: int, stays: bool) -> int:
+    """Let each operation of a save fail once, with an errno, and look at what the run makes of it.
+
+    Args:
+        folder: an empty folder.
+        scenario: key of ``SCENARIOS``.
+        code: errno.
+        stays: everything after it that needs space fails too.
+
+    Returns:
+        Number of operations.
+    """
+    operations, log = Operations(), Lines()
+    before, act = SCENARIOS[scenario]
+    before(folder / "before")
+    shutil.copytree(folder / "before", folder / "counted")
+    total = operations.during(lambda number, event: None, lambda: act(folder / "counted"))
+    assert log.lines == []
+    for first in range(1, total + 1):
+        root = folder / f"{first}"
+        shutil.copytree(folder / "before", root)
+
+        def refuse(number: int, event: str, first: int = first) -> None:
+            frees = event in {"os.remove", "os.rmdir"}
+            if number == first or (stays and number > first and not frees):
+                raise OSError(code, os.strerror(code))
+
+        operations.during(refuse, lambda root=root: act(root))
+        place = f"{scenario}, operation {first} of {total}"
+        litter = [path.name for path in root.glob(".draft-*")]
+        assert not litter or not stays, f"{place}: {litter}"
+        layout.sweep(root)
+        newest = find_checkpoint(root, 0, 1)
+        assert newest is not None, place
+        told = [line for line in log.lines if "training goes on" in line]
+        assert len(told) <= 1, f"{place}: {told}"
+        if version_of(newest) == 0:
+            assert told and str(root) in told[0] and "check space" in told[0], place
+            assert any(os.strerror(code) in line for line in log.lines), f"{place}: {log.lines}"
+        log.lines.clear()
+        following = save(root, 4, keep=1, version=1)
+        assert log.lines == [], place
+        assert find_checkpoint(root, 0, 1) == following, place
+        assert not [path.name for path in root.glob(".*")], place
+        shutil.rmtree(root)
+    return total
+
+
+def save_with_a_failing_rank(
+    root: Path, background: bool, marked: bool
+) -> tuple[list[bool], list[str]]:
+    """Three saves of two ranks; at the first, rank 1's store refuses, perhaps even a mark."""
+    import torch.distributed as dist
+
+    rank, log = dist.get_rank(), Lines()
+    writer = Writer(root, rank, 2, 9, background, token=7)
+    write, give_up = writer_module.write_chunks, writer_module.give_up_part
+
+    def refuse(*_: Any) -> Any:
+        raise OSError("no space")
+
+    if rank == 1:
+        writer_module.write_chunks = refuse
+        if not marked:
+            writer_module.give_up_part = refuse
+    started = [writer.save(1, fragments(2, rank), STATE)]
+    writer.part_over.wait()
+    dist.barrier()
+    writer_module.write_chunks, writer_module.give_up_part = write, give_up
+    started.append(writer.save(2, fragments(2, rank), STATE))
+    writer.wait()
+    started.append(writer.save(3, fragments(2, rank), STATE))
+    writer.finish(3, fragments(2, rank), STATE)
+    return started, log.lines

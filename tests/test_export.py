@@ -1,0 +1,129 @@
+"""The exported encoder is timm's: strict names, equal output, one line that says so."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from processes import run_ranks
+from run_case import STEPS, run, write_recipe
+from safetensors.torch import load_file
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint.chunks import ChunkReader
+from cmtmae_scale.config.load import config_from_dict
+from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.export import export_encoder, load_strictly, main
+from cmtmae_scale.method.student import build_student
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two sharded ranks with checkpoints at steps 4 and 6."""
+    recipe = write_recipe(tmp_path_factory.mktemp("export"))
+    run_ranks(2, run, recipe, ["backend.shard=full", "student.patch_size=8"])
+    return recipe.parent / "run"
+
+
+@pytest.mark.parametrize(
+    ("weights", "prefix"), [("student", "model.encoder."), ("momentum", "momentum.")]
+)
+def test_timms_model_computes_what_our_encoder_computes(
+    run_dir: Path,
+    tmp_path: Path,
+    weights: str,
+    prefix: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "encoder.safetensors"
+    options = ["--checkpoint", str(run_dir), "--weights", weights, "--output", str(output)]
+    assert main(["encoder", *options]) == 0
+    told, call = capsys.readouterr().out.splitlines()
+    theirs = eval(call, {"timm": timm}).eval()
+    tensors = load_file(output)
+    theirs.load_state_dict(tensors, strict=True)
+    numbers = f"{len(tensors)} tensors, {sum(p.numel() for p in theirs.parameters())} parameters"
+    assert told == (
+        f"{output}: {weights} encoder at step {STEPS}, {numbers}, loaded back strictly into"
+    )
+    folder = layout.folder_of(run_dir / "checkpoints", STEPS)
+    ours = build_student(config_from_dict(layout.read_state(folder)["config"], "x")).eval()
+    reader = ChunkReader(folder)
+    states = {
+        k.removeprefix(prefix): reader.read_whole(k) for k in reader.index if k.startswith(prefix)
+    }
+    ours.load_state_dict(states, strict=True)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(images), theirs.forward_features(images), rtol=1e-5, atol=1e-5
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_it_stands_beside_every_kept_checkpoint(run_dir: Path, tmp_path: Path) -> None:
+    folders = layout.candidates(run_dir / "checkpoints")
+    assert [layout.step_of(folder) for folder in folders] == [STEPS, STEPS - 2]
+    for folder in folders:
+        done = export_encoder(folder, tmp_path / f"{folder.name}.safetensors", "student")
+        assert done.file.read_bytes() == (folder / layout.ENCODER).read_bytes()
+
+
+def test_a_runs_newest_intact_checkpoint_is_taken(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "run")
+    broken = layout.folder_of(tmp_path / "run" / "checkpoints", STEPS)
+    (broken / layout.rank_file(1)).unlink()
+    monkeypatch.chdir(tmp_path)
+    done = export_encoder(tmp_path / "run", None, "momentum")
+    assert done.file == Path(f"momentum-encoder-step-{STEPS - 2:08d}.safetensors")
+    assert done.step == STEPS - 2
+    assert f"BROKEN CHECKPOINT {broken}" in caplog.text
+    with pytest.raises(CheckpointError, match=r"is broken: rank-00001.safetensors is absent"):
+        export_encoder(broken, tmp_path / "x", "student")
+
+
+def test_a_draft_of_a_run_that_goes_on_is_left_alone(run_dir: Path, tmp_path: Path) -> None:
+    draft = run_dir / "checkpoints" / ".draft-00000008-0000000000000007-1"
+    draft.mkdir()
+    export_encoder(run_dir, tmp_path / "x", "student")
+    assert draft.exists()
+    draft.rmdir()
+
+
+def test_wrong_places_and_outputs_are_clear_errors(run_dir: Path, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "absent", run_dir / "index"):
+        with pytest.raises(CheckpointError, match=r"neither a checkpoint .* nor a run"):
+            export_encoder(place, tmp_path / "x", "student")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="no checkpoint yet; train first"):
+        export_encoder(tmp_path / "empty", tmp_path / "x", "student")
+    (tmp_path / "x").write_text("precious")
+    with pytest.raises(ConfigError, match=r"--output=.*x exists; delete it or name another file"):
+        export_encoder(run_dir, tmp_path / "x", "student")
+    assert (tmp_path / "x").read_text() == "precious"
+    with pytest.raises(ConfigError, match="cannot be written"):
+        export_encoder(run_dir, tmp_path / "nowhere" / "x", "student")
+    assert main(["encoder", "--checkpoint", str(tmp_path)]) == 78
+
+
+def test_weights_that_do_not_fit_timm_leave_no_file(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model("test_vit", num_classes=0, img_size=64)
+    monkeypatch.setattr("cmtmae_scale.export.build_timm", lambda config: (model, ""))
+    with pytest.raises(CheckpointError, match=r"does not fit timm .*size mismatch"):
+        export_encoder(run_dir, tmp_path / "x", "student")
+    assert not list(tmp_path.iterdir())
+    assert load_strictly(model, save_of(model, tmp_path / "y")) == len(model.state_dict())
+
+
+def save_of(model: torch.nn.Module, path: Path) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(model.state_dict(), path)
+    return path
