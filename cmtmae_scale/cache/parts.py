@@ -18,7 +18,7 @@ from cmtmae_scale.cache.format import (
     row_bytes_of,
     seal_path,
 )
-from cmtmae_scale.checkpoint.layout import digest, sync, write_text
+from cmtmae_scale.runtime.storage import digest, sync, write_text
 
 _HEADER_LIMIT = 1 << 20
 
