@@ -1,14 +1,23 @@
 """Which sample a position of the endless stream draws: a pure function, nothing is stored."""
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dataloading.counters import UInts, fold, mix64
 
 Ids = NDArray[np.int64]
+Shuffle = Literal["full", "window", "none"]
+
+BLOCK = 64
+"""Consecutive samples that ``window_ids`` keeps close: 7 MB of ImageNet, long enough to read."""
+WINDOW = 1024 * BLOCK
+"""Draws that ``window_ids`` mixes: 7 GB of ImageNet, which a node's page cache holds."""
 
 _ROUNDS = 6
 _SALT = 0xFE15
+_SALT_INSIDE, _SALT_BLOCKS, _SALT_START = 0x51DE, 0xB10C, 0x57A7
 
 
 def sample_ids(n: int, seed: int, positions: ArrayLike) -> tuple[Ids, Ids]:
@@ -39,6 +48,47 @@ def sample_ids(n: int, seed: int, positions: ArrayLike) -> tuple[Ids, Ids]:
     return shuffled.astype(np.int64).reshape(epochs.shape), epochs
 
 
+def window_ids(n: int, seed: int, positions: ArrayLike) -> tuple[Ids, Ids]:
+    """Map positions to samples so that draws near each other read few places of the data set.
+
+    In every epoch the samples, from a random one on and around the end, are cut into blocks of
+    ``BLOCK`` neighbours, and the blocks are permuted. Each ``WINDOW`` draws that follow one another
+    are 1,024 such blocks, in random order sample by sample. The last window takes the rest: less
+    than two windows, and the samples that fill no block. With less than two windows in all this is
+    a shuffle of everything. Mixes well only what has been shuffled when it was stored; see
+    ``dataloading.mixing``.
+
+    Args:
+        n: number of samples, ``1 <= n < 2**62``.
+        seed: any integer.
+        positions: integers >= 0, any shape.
+
+    Returns:
+        (sample id in ``[0, n)``, epoch), both int64 in the shape of ``positions``; within an epoch
+        every sample occurs exactly once. No state, no memory beyond ``positions``.
+
+    Raises:
+        ValueError: if n or a position is out of range.
+    """
+    offsets, epochs = sequential_ids(n, positions)
+    epoch, offset = epochs.ravel(), offsets.ravel()
+    last = max(n // WINDOW, 1) - 1
+    window = np.minimum(offset // WINDOW, last)
+    start = window * WINDOW
+    inside = (offset - start).astype(np.uint64)
+    keys = _round_keys(_SALT_INSIDE, seed, epoch, window)
+    for part, size in ((window < last, WINDOW), (window == last, n - last * WINDOW)):
+        inside[part] = _permute(inside[part], size, keys[:, part])
+    block, within = np.divmod(start + inside.astype(np.int64), BLOCK)
+    blocks = n // BLOCK
+    whole = block < blocks  # the others fill no block and stay where they are
+    keys = _round_keys(_SALT_BLOCKS, seed, epoch[whole])
+    block[whole] = _permute(block[whole].astype(np.uint64), blocks, keys).astype(np.int64)
+    first = (fold(_SALT_START, seed, epoch) % np.uint64(n)).astype(np.int64)
+    ids = (first + block * BLOCK + within) % n
+    return ids.reshape(epochs.shape), epochs
+
+
 def sequential_ids(n: int, positions: ArrayLike) -> tuple[Ids, Ids]:
     """Map positions to samples in index order, every epoch alike.
 
@@ -59,6 +109,11 @@ def sequential_ids(n: int, positions: ArrayLike) -> tuple[Ids, Ids]:
         raise ValueError(f"position {int(where.min())} is negative")
     epochs = where // n
     return where - epochs * n, epochs
+
+
+def _round_keys(salt: int, seed: int, *parts: Ids) -> UInts:
+    """Keys ``[rounds, B]`` of permutations that ``parts``, ``[B]`` each, name."""
+    return fold(salt, seed, *parts, np.arange(_ROUNDS)[:, None])
 
 
 def _permute(values: UInts, n: int, keys: UInts) -> UInts:

@@ -1,12 +1,12 @@
 """What the draws of a micro-batch are: samples, views, crops; a pure function of positions."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.index import Index
-from dataloading.order import sample_ids, sequential_ids
+from dataloading.order import Shuffle, sample_ids, sequential_ids, window_ids
 from dataloading.views import Boxes, Flips, crop_boxes
 
 
@@ -38,7 +38,8 @@ class Planner:
         ratio: range of the crop's width / height.
         flip: mirror half of the views.
         count: number of distinct views a sample (view = epoch mod count); ``None``: view = epoch.
-        shuffle: "full", a fresh permutation each epoch, or "none", index order.
+        shuffle: "full", a fresh permutation each epoch; "window", one that reads few places at a
+            time; or "none", index order.
 
     Raises:
         ValueError: for arguments out of range.
@@ -53,10 +54,10 @@ class Planner:
         ratio: tuple[float, float],
         flip: bool,
         count: int | None,
-        shuffle: Literal["full", "none"],
+        shuffle: Shuffle,
     ) -> None:
-        if shuffle not in ("full", "none"):
-            raise ValueError(f"shuffle is {shuffle!r}; expected 'full' or 'none'")
+        if shuffle not in get_args(Shuffle):
+            raise ValueError(f"shuffle is {shuffle!r}; expected one of {get_args(Shuffle)}")
         self._index = index
         self._seed = seed
         self._scale, self._ratio, self._flip = scale, ratio, flip
@@ -66,10 +67,13 @@ class Planner:
 
     def __call__(self, positions: NDArray[np.int64]) -> Plan:
         """Plan the draws at ``positions`` ``[B]``."""
+        n = len(self._index)
         if self._shuffle == "full":
-            ids, epochs = sample_ids(len(self._index), self._seed, positions)
+            ids, epochs = sample_ids(n, self._seed, positions)
+        elif self._shuffle == "window":
+            ids, epochs = window_ids(n, self._seed, positions)
         else:
-            ids, epochs = sequential_ids(len(self._index), positions)
+            ids, epochs = sequential_ids(n, positions)
         views = epochs if self._count is None else epochs % self._count
         rows = self._index.entries[ids]
         boxes, flips = crop_boxes(

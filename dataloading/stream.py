@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dataloading.errors import DataError
 from dataloading.index import Index
+from dataloading.order import Shuffle
 from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan, Planner
 from dataloading.quarantine import Quarantine
@@ -64,7 +65,8 @@ class Stream:
         ratio: range of the crop's width / height.
         flip: mirror half of the views.
         count: number of distinct views a sample (view = epoch mod count); ``None``: view = epoch.
-        shuffle: "full", a fresh permutation each epoch, or "none", index order.
+        shuffle: "full", a fresh permutation each epoch; "window", one that reads few places at a
+            time; or "none", index order.
         threads: reader and decoder threads, >= 1; each uses one core.
         start_position: position of the first draw of rank 0.
         decode: "dali", DALI on the device; "torch", the CPU with nvImageCodec or torchvision;
@@ -97,7 +99,7 @@ class Stream:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
         count: int | None = None,
-        shuffle: Literal["full", "none"] = "full",
+        shuffle: Shuffle = "full",
         threads: int = 4,
         start_position: int = 0,
         decode: DecoderName = "auto",

@@ -70,6 +70,7 @@ def check_config(config: Config) -> None:
 def problems(config: Config) -> Iterator[str]:
     """Yield every problem of a config, most basic first."""
     yield from check_ranges(config)
+    yield from check_order(config)
     yield from check_length(config)
     yield from check_schedules(config)
     yield from check_masks(config)
@@ -121,6 +122,15 @@ def check_ranges(config: Config) -> Iterator[str]:
             yield f"target.{name}.layers is empty; give at least one block, such as [-1]"
     if not config.run.dir:
         yield "run.dir is empty; name a folder"
+
+
+def check_order(config: Config) -> Iterator[str]:
+    """Nothing forced that is not asked for."""
+    if config.data.window_on_sorted and config.data.shuffle != "window":
+        yield (
+            "data.window_on_sorted=true belongs to data.shuffle=window; "
+            f"found {config.data.shuffle}"
+        )
 
 
 def check_length(config: Config) -> Iterator[str]:

@@ -63,8 +63,12 @@ class Data:
     """Images with more pixels (width x height) are left out of the index."""
     max_bad_share: float = 0.001
     """Share of undecodable draws above which the run stops, in [0, 1]."""
-    shuffle: Literal["full", "none"] = "full"
-    """full: a fresh permutation each epoch; none: index order."""
+    shuffle: Literal["full", "window", "none"] = "full"
+    """full: a fresh permutation each epoch; window: one that reads few places at a time, for tars
+    that were shuffled when written, on slow storage; none: index order."""
+    window_on_sorted: bool = False
+    """Let ``shuffle=window`` take images that are sorted by class, which it refuses: its batches
+    then have few classes."""
     threads: int = 4
     """Reader and decoder threads a rank, >= 1."""
 

@@ -39,6 +39,7 @@ from cmtmae_scale.training.progress import Progress, fresh_progress, resumed_pro
 from cmtmae_scale.training.resume import compare
 from cmtmae_scale.training.telemetry import Telemetry
 from dataloading.index import Index, load_or_build
+from dataloading.mixing import require_mixed
 from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,8 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
             f"data.path={config.data.path} has {len(index)} usable images, "
             f"data.expected_images={expected}; correct one of them"
         )
+    if config.data.shuffle == "window":
+        require_mixed(index, config.data.window_on_sorted)
     return index
 
 

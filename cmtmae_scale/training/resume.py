@@ -23,6 +23,7 @@ FREE = (
     "data.source",
     "data.expected_images",
     "data.max_bad_share",
+    "data.window_on_sorted",
 )
 NEVER = ("run.seed", "views.")
 

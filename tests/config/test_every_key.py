@@ -25,6 +25,7 @@ CHANGES = {
     "data.max_pixels": "data.max_pixels=9000",
     "data.max_bad_share": "data.max_bad_share=2",
     "data.shuffle": "data.shuffle=none",
+    "data.window_on_sorted": "data.window_on_sorted=true",
     "data.threads": "data.threads=0",
     "views.size": "views.size=32",
     "views.scale": "views.scale=[0.5, 1.0]",

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bad_data_case as cases
 import numpy as np
@@ -33,6 +33,15 @@ DECODERS = [
     pytest.param(
         "dali",
         marks=[pytest.mark.dali, pytest.mark.skipif(NO_DALI, reason="DALI is not installed")],
+    ),
+    pytest.param(
+        "gpu",
+        marks=[
+            *(pytest.mark.dali, pytest.mark.gpu),
+            pytest.mark.skipif(
+                NO_DALI or not torch.cuda.is_available(), reason="needs DALI and a GPU"
+            ),
+        ],
     ),
 ]
 Image.init()
@@ -70,6 +79,13 @@ def permissions() -> Iterator[None]:
         yield
 
 
+def settings(decode: str) -> dict[str, Any]:
+    """Decoder and device of a name in ``DECODERS``."""
+    if decode == "gpu":
+        return {"decode": "dali", "device": "cuda"}
+    return {"decode": decode}
+
+
 def views(index: Index, decode: str, quarantine: Path) -> list[View]:
     """Whole pictures, not mirrored, of all samples."""
     count = 8
@@ -83,15 +99,15 @@ def views(index: Index, decode: str, quarantine: Path) -> list[View]:
         flip=False,
         shuffle="none",
         threads=2,
-        decode=decode,  # pyright: ignore
         quarantine=quarantine,
+        **settings(decode),
     ) as stream:
         batches = [next(stream) for _ in range(-(-len(index) // count))]
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert len({line["sample_id"] for line in lines}) == len(lines)
     by_id = {line["sample_id"]: line for line in lines}
-    pixels = torch.cat([batch.images[0] for batch in batches])
-    valid = torch.cat([batch.valid for batch in batches])
+    pixels = torch.cat([batch.images[0] for batch in batches]).cpu()
+    valid = torch.cat([batch.valid for batch in batches]).cpu()
     assert torch.cat([batch.position for batch in batches]).tolist() == list(range(len(pixels)))
     return [View(pixels[i], bool(valid[i]), by_id.get(i)) for i in range(len(index))]
 
@@ -211,9 +227,9 @@ def test_what_cannot_be_read_stops_and_decides_nothing(
             micro_batch=2,
             sizes=(SIZE,),
             threads=2,
-            decode=decode,  # pyright: ignore
             quarantine=quarantine,
             patience_s=0.05,
+            **settings(decode),
         ) as stream,
         pytest.raises(ReadError, match=re.escape(str(root / case.name))) as caught,
     ):
@@ -246,7 +262,7 @@ def test_no_decoder_sees_a_picture_larger_than_its_header_said(
 ) -> None:
     """Bombs that come after indexing, as long in bytes as what they replace."""
     seen: list[tuple[int, int]] = []
-    if decode == "dali":
+    if decode in ("dali", "gpu"):
         import dataloading.dali as module
 
         fetch = module.DaliDecoder._fetch

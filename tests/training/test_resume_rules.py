@@ -25,7 +25,7 @@ FREE = {
     *(key for key in KEYS if key.startswith("backend.")),
     *("train.micro_batch", "train.stop_after"),
     *("data.decode", "data.threads", "data.path", "data.index", "data.source"),
-    *("data.expected_images", "data.max_bad_share"),
+    *("data.expected_images", "data.max_bad_share", "data.window_on_sorted"),
 }
 NEVER = {"run.seed", "views.size", "views.scale", "views.ratio", "views.flip", "views.count"}
 

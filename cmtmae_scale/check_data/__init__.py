@@ -1,0 +1,1 @@
+"""Look through a data set before a run, and pack it."""

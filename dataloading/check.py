@@ -1,0 +1,108 @@
+"""Decode every sample of a data set once, as training would, and name those that cannot be."""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from PIL import Image
+
+from dataloading.errors import ReadError
+from dataloading.index import Index
+from dataloading.reading import Reader, UndecodableError, start_threads
+from dataloading.torch_decode import find_codec, make_decode
+
+Told = Callable[[int], None]
+"""Is told how many samples are done."""
+
+_CHUNK = 16
+_AHEAD = 4  # chunks in work or waiting, for each thread
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+class Fault(NamedTuple):
+    """A sample that cannot be used: its row of the index, its name there, and why."""
+
+    sample: int
+    name: str
+    reason: str
+
+
+def find_undecodable(
+    index: Index, threads: int, tell: Told, patience_s: float = 10.0
+) -> list[Fault]:
+    """Decode everything, in index order.
+
+    Args:
+        index: the samples.
+        threads: threads, each of which uses one core.
+        tell: called after every few samples.
+        patience_s: how long a read that fails is tried again, seconds.
+
+    Returns:
+        The samples that a run would see as grey views or stop for, with the reason, in index order.
+    """
+    reader = Reader(index, patience_s)
+    decode = make_decode(find_codec())
+
+    def work(chunk: range) -> list[Fault]:
+        faults: list[Fault] = []
+        for sample in chunk:
+            try:
+                _, height, width = decode(reader.read(sample)).shape
+                row = index.entries[sample]
+                if (width, height) != (row["width"], row["height"]):
+                    raise UndecodableError(
+                        f"decodes to {width} x {height} pixels, its header says "
+                        f"{row['width']} x {row['height']}"
+                    )
+            except UndecodableError as error:
+                faults.append(Fault(sample, index.names[sample], str(error)))
+            except ReadError as error:
+                reason = getattr(error.__cause__, "strerror", None) or "no answer"
+                faults.append(Fault(sample, index.names[sample], f"cannot be read: {reason}"))
+        return faults
+
+    n = len(index)
+    chunks = (range(at, min(at + _CHUNK, n)) for at in range(0, n, _CHUNK))
+    found: list[Fault] = []
+    pool = start_threads(threads)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            for number, faults in enumerate(in_order(pool, threads, work, chunks), start=1):
+                found += faults
+                tell(min(number * _CHUNK, n))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        reader.close()
+    return found
+
+
+def in_order(
+    pool: ThreadPoolExecutor,
+    threads: int,
+    work: Callable[[Piece], Result],
+    pieces: Iterable[Piece],
+) -> Iterator[Result]:
+    """Do pieces of work in threads, a bounded number ahead of what has been taken.
+
+    Args:
+        pool: the threads.
+        threads: their number.
+        work: what is done with a piece.
+        pieces: taken one at a time.
+
+    Yields:
+        The results, in the order of the pieces.
+    """
+    waiting: deque[Future[Result]] = deque()
+    for piece in pieces:
+        waiting.append(pool.submit(work, piece))
+        if len(waiting) >= _AHEAD * threads:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

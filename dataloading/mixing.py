@@ -1,0 +1,112 @@
+"""Whether neighbours in a data set are of many classes or of few: shuffled, or sorted."""
+
+import logging
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.errors import DataError
+from dataloading.index import Index
+from dataloading.order import BLOCK
+
+logger = logging.getLogger(__name__)
+
+_MOST_BLOCKS = 1 << 14
+_LEAST_MIXED = 0.5
+_LEAST_EXPECTED = 0.1
+
+
+class Mixing(NamedTuple):
+    """How many classes stand side by side.
+
+    Attributes:
+        block: neighbours that are looked at together.
+        found: different labels among so many neighbours, mean over the data set.
+        expected: what a shuffled data set would have.
+    """
+
+    block: int
+    found: float
+    expected: float
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether it is nearer to one class a block than to shuffled."""
+        return self.found - 1 < _LEAST_MIXED * (self.expected - 1)
+
+    def __str__(self) -> str:
+        word = "sorted by class" if self.is_sorted else "shuffled"
+        return (
+            f"{word}: {self.block} neighbours have {self.found:.1f} labels on average, "
+            f"{self.expected:.1f} in a full shuffle"
+        )
+
+
+def class_mixing(labels: NDArray[np.int32]) -> Mixing | None:
+    """Count the labels of neighbours.
+
+    Args:
+        labels: label of every sample in index order, ``[n]``; -1, none, is passed over.
+
+    Returns:
+        The counts, over blocks of 64 samples (of the root of n where that is less); ``None`` where
+        labels cannot tell: fewer than two, almost all samples of one, or about one sample each.
+    """
+    known = labels[labels >= 0]
+    sizes = np.bincount(known)
+    sizes = sizes[sizes > 0]
+    block = min(BLOCK, max(2, math.isqrt(len(known))))
+    expected = expected_labels(sizes, block) if len(sizes) > 1 else 1.0
+    lowest = 1 + max(len(sizes) - 1, 0) * (block - 1) / max(len(known) - 1, 1)  # were it sorted
+    if expected - 1 < _LEAST_EXPECTED or not Mixing(block, lowest, expected).is_sorted:
+        return None
+    blocks = known[: len(known) // block * block].reshape(-1, block)
+    some = np.linspace(0, len(blocks) - 1, min(len(blocks), _MOST_BLOCKS)).astype(np.int64)
+    ordered = np.sort(blocks[some], axis=1)
+    changes = (ordered[:, 1:] != ordered[:, :-1]).sum(axis=1)
+    return Mixing(block, 1 + float(changes.mean()), expected)
+
+
+def expected_labels(sizes: NDArray[np.int64], draws: int) -> float:
+    """Mean number of different labels among draws without replacement.
+
+    Args:
+        sizes: samples of each label.
+        draws: at most their sum.
+    """
+    total = int(sizes.sum())
+    absent = np.ones(len(sizes))  # probability that a label is not drawn
+    for drawn in range(draws):
+        absent *= np.maximum(total - sizes - drawn, 0) / (total - drawn)
+    return float((1 - absent).sum())
+
+
+def require_mixed(index: Index, on_sorted: bool) -> None:
+    """Refuse a data set whose neighbours are of one class, for ``data.shuffle=window``.
+
+    Args:
+        index: the samples.
+        on_sorted: warn only.
+
+    Raises:
+        DataError: names the data set, the figures and what to do.
+    """
+    mixing = class_mixing(index.entries["label"])
+    if mixing is None:
+        logger.info(
+            "%s: no labels that could tell whether it was shuffled when it was stored; "
+            "data.shuffle=window mixes it well only if it was",
+            index.root,
+        )
+    elif not mixing.is_sorted:
+        logger.info("%s: %s", index.root, mixing)
+    elif on_sorted:
+        logger.warning("%s: %s; data.window_on_sorted lets it pass", index.root, mixing)
+    else:
+        raise DataError(
+            f"{index.root}: {mixing}; with data.shuffle=window batches would have few classes. "
+            f"Pack it shuffled (python launchers/check_data.py {index.root} --pack OUT), use "
+            "data.shuffle=full, or force it with data.window_on_sorted=true"
+        )

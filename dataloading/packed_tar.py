@@ -1,0 +1,117 @@
+"""One tar of a pack: the same bytes from the same samples, and how it is read back."""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from PIL import Image
+
+from dataloading.errors import DataError
+from dataloading.shards import list_shards
+from dataloading.sources import TarSource
+from dataloading.webdataset import examine_shards
+
+_EXTENSIONS = {
+    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "DIB": "dib"},
+    **{"GIF": "gif", "TIFF": "tif", "JPEG2000": "jp2", "AVIF": "avif", "PPM": "ppm"},
+}
+
+
+class Sample(NamedTuple):
+    """A sample on its way into a tar."""
+
+    key: str
+    label: bytes
+    data: bytes
+
+
+def write_samples(file: BinaryIO, samples: Iterable[Sample], total: Any) -> None:
+    """Write a tar, ``KEY.jpg`` (or as the picture's format is called) and ``KEY.cls``.
+
+    Args:
+        file: open for writing.
+        samples: in the order of the tar.
+        total: a hash that is fed with the samples, as ``digest_of`` feeds its own.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, label, data in samples:
+            _feed(total, label, data)
+            _add(tar, f"{key}.{extension(data)}", data)
+            if label:
+                _add(tar, f"{key}.cls", label)
+
+
+def fault_of(tar: Path, digest: str, number: int, max_pixels: int) -> str | None:
+    """Read a tar back and say in what it differs from what was written.
+
+    Args:
+        tar: the file.
+        digest: of the samples that were written.
+        number: of them.
+        max_pixels: as for the index.
+
+    Returns:
+        ``None`` if label and bytes of every sample are the same.
+    """
+    try:
+        same = digest_of(tar, number, max_pixels) == digest
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read back: {error.strerror}"
+    return None if same else "its samples are not those that were written"
+
+
+def digest_of(tar: Path, number: int, max_pixels: int) -> str:
+    """Hash label and bytes of all samples of a tar, as the ordinary index finds them.
+
+    Args:
+        tar: the file.
+        number: samples that it should have.
+        max_pixels: as for the index.
+
+    Raises:
+        DataError: if it cannot be indexed, or has another number of samples.
+        OSError: if it cannot be read.
+    """
+    shards = list_shards(tar)
+    found = examine_shards(tar, shards, max_pixels)
+    if len(found.entries) != number or found.left_out:
+        raise DataError(f"{tar}: {len(found.entries)} samples, {number} were written")
+    labels = [label.encode("utf-8", "surrogateescape") for label in found.labels]
+    source = TarSource([shard.path for shard in shards], found.entries)
+    total = hashlib.sha256()
+    try:
+        for row in range(number):
+            label = int(found.entries["label"][row])
+            _feed(total, labels[label] if label >= 0 else b"", source.read(row))
+    finally:
+        source.close()
+    return total.hexdigest()
+
+
+def _feed(total: Any, label: bytes, data: bytes) -> None:
+    """Feed one sample to a hash, so that no two lists of samples feed the same bytes."""
+    total.update(b"%d %d\n" % (len(label), len(data)) + label)
+    total.update(data)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Write a member whose header says nothing of when and by whom."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def extension(data: bytes) -> str:
+    """Name the format of an encoded picture; ``jpg`` where none is known: readers look inside."""
+    if data.startswith(b"\xff\xd8"):
+        return "jpg"
+    with Image.open(io.BytesIO(data)) as picture:
+        return _EXTENSIONS.get(picture.format or "", "jpg")

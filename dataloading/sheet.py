@@ -1,0 +1,66 @@
+"""A contact sheet: random views, as a run would cut them, in a grid."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dataloading.errors import DataError
+from dataloading.index import Index
+from dataloading.stream import Stream
+
+_COLUMNS, _ROWS = 10, 8
+_SIDE, _GAP = 128, 4  # pixels
+
+
+def draw_sheet(
+    index: Index,
+    path: Path,
+    *,
+    seed: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: bool,
+    threads: int,
+) -> None:
+    """Write the first 80 views of a run with these settings, fewer of a smaller data set.
+
+    Args:
+        index: the samples.
+        path: picture to write; its extension says how.
+        seed: the run's.
+        scale: range of the crop's share of the area.
+        ratio: range of the crop's width / height.
+        flip: mirror half of the views.
+        threads: reader and decoder threads.
+
+    Raises:
+        DataError: if the picture cannot be written.
+    """
+    number = min(_COLUMNS * _ROWS, len(index))
+    with Stream(
+        index,
+        seed=seed,
+        micro_batch=number,
+        sizes=(_SIDE,),
+        scale=scale,
+        ratio=ratio,
+        flip=flip,
+        threads=threads,
+        decode="torch",
+    ) as stream:
+        views = next(stream).images[0].numpy()
+    cell = _SIDE + _GAP
+    height = -(-number // _COLUMNS) * cell + _GAP
+    sheet = np.full((height, min(number, _COLUMNS) * cell + _GAP, 3), 255, dtype=np.uint8)
+    for place, view in enumerate(views):
+        row, column = divmod(place, _COLUMNS)
+        top, left = row * cell + _GAP, column * cell + _GAP
+        sheet[top : top + _SIDE, left : left + _SIDE] = view
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet).save(path, quality=90)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the contact sheet cannot be written ({error}); name another file"
+        ) from error
