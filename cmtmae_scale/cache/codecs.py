@@ -1,4 +1,4 @@
-"""How the teacher's features are stored: as they are in bf16, or as int8 over standardised channels.
+"""How features are stored: as they are in bf16, or as int8 over standardised channels.
 
 CLIP-like features have a few channels far from zero and far larger than the rest. One scale a token
 would give these all of the range; standardising channels first gives each its own. A raw cosine

@@ -115,7 +115,8 @@ def checksum(identity: int, row: int, fields: list[memoryview]) -> int:
 
 def row_bytes_of(field: Tensor, row: int) -> memoryview:
     """Bytes of one row of a contiguous tensor on the CPU; live memory."""
-    return memoryview(field[row : row + 1].view(torch.uint8).numpy()).cast("B")
+    array: Any = field[row : row + 1].view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
 
 
 def read_manifest(folder: Path) -> Manifest:
