@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.targets import Losses, Predictions
@@ -49,6 +49,14 @@ class Outcome(NamedTuple):
     """False: something was not finite and nothing was changed."""
     report: list[float]
     """The caller's vector, summed over ranks."""
+
+
+class Blocked(Protocol):
+    """A model that names the blocks to be wrapped, gathered or compiled one by one."""
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Blocks in the order of the forward."""
+        ...
 
 
 class Backend(Protocol):

@@ -4,7 +4,7 @@ Built on PyTorch's ``fully_shard``.
 """
 
 from collections.abc import Iterator
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -14,20 +14,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
-from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.backends.base import Blocked, Fragment, MicroBatch, Objective, Outcome, finite
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.config.schema import Optimizer
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.momentum import update_momentum
 from cmtmae_scale.method.targets import Losses
-
-
-class Blocked(Protocol):
-    """A module that names the blocks to be wrapped one by one."""
-
-    def transformer_blocks(self) -> list[nn.Module]:
-        """Blocks in the order of the forward."""
-        ...
 
 
 class Fsdp:

@@ -8,7 +8,7 @@ import io
 import logging
 import os
 from contextlib import redirect_stdout
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import deepspeed
 import deepspeed.utils
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
-from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.backends.base import Blocked, Fragment, MicroBatch, Objective, Outcome, finite
 from cmtmae_scale.backends.gathered import GatheredAverage, Part
 from cmtmae_scale.backends.zero_places import (
     find_places,
@@ -33,14 +33,6 @@ from cmtmae_scale.method.targets import Losses
 TESTED = "0.19"
 """Minor version of DeepSpeed whose private names ``zero_places.py`` reads."""
 ENCODER = "encoder."
-
-
-class Blocked(Protocol):
-    """A module that names the blocks to be gathered one by one."""
-
-    def transformer_blocks(self) -> list[nn.Module]:
-        """Blocks in the order of the forward."""
-        ...
 
 
 class Zero:

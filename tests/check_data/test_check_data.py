@@ -3,8 +3,6 @@
 import io
 import json
 import logging
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,6 @@ from cmtmae_scale.check_data.progress import Progress
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from dataloading.index import build_index
 from dataloading.mixing import require_mixed
-
-
-@pytest.fixture(autouse=True)
-def quiet_again() -> Iterator[None]:
-    """The command sets up the packages' loggers; the tests that follow want them as they were."""
-    loggers = [logging.getLogger(name) for name in ("cmtmae_scale", "dataloading")]
-    before = [(one.propagate, one.level, list(one.handlers)) for one in loggers]
-    yield
-    for one, (propagate, level, handlers) in zip(loggers, before, strict=True):
-        one.propagate, one.handlers[:] = propagate, handlers
-        one.setLevel(level)
 
 
 @pytest.fixture
@@ -184,7 +171,7 @@ def test_usage_errors_leave_with_78(capsys, arguments: list[str], message: str) 
 def test_an_interrupt_ends_cleanly(photos, tmp_path, capsys, monkeypatch, extra) -> None:
     class Interrupting(Progress):
         def __call__(self, done: int) -> None:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt  # a job in the background may have inherited a deaf ear
 
     monkeypatch.setattr(command, "Progress", Interrupting)
     extra = [text.replace("OUT", str(tmp_path / "out")) for text in extra]

@@ -6,7 +6,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,8 @@ import pytest
 import torch
 from bad_data_case import FOLDER, GREY, LEFT_OUT, PASSED, PNG, REFUSED, RIGHT, SOME, STOPS, Case
 from bad_tar_case import TARS
+from decoder_case import DECODERS as ON_CPU
+from decoder_case import NO_DALI
 from PIL import Image, ImageFile
 from tar_case import write_tar
 
@@ -27,13 +28,8 @@ from dataloading.stream import Stream
 
 ROOT = Path(__file__).parents[2]
 SIZE = 40
-NO_DALI = find_spec("nvidia") is None or find_spec("nvidia.dali") is None
 DECODERS = [
-    "torch",
-    pytest.param(
-        "dali",
-        marks=[pytest.mark.dali, pytest.mark.skipif(NO_DALI, reason="DALI is not installed")],
-    ),
+    *ON_CPU,
     pytest.param(
         "gpu",
         marks=[

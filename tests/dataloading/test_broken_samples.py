@@ -3,12 +3,12 @@
 import io
 import json
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from decoder_case import DECODERS
 from PIL import Image
 from tar_case import write_tar
 
@@ -18,14 +18,6 @@ from dataloading.stream import Stream
 
 COUNT, SHARDS, BATCH = 600, 4, 25
 BROKEN = (0, 7, 149, 150, 311, 312, 480, 599)
-NO_DALI = find_spec("nvidia") is None or find_spec("nvidia.dali") is None
-DECODERS = [
-    "torch",
-    pytest.param(
-        "dali",
-        marks=[pytest.mark.dali, pytest.mark.skipif(NO_DALI, reason="DALI is not installed")],
-    ),
-]
 
 
 def jpeg(number: int) -> bytes:

@@ -4,10 +4,10 @@ import errno
 import io
 import os
 import threading
-from importlib.util import find_spec
 
 import pytest
 import torch
+from decoder_case import DECODERS
 from PIL import Image
 from tar_case import write_tar
 
@@ -16,14 +16,6 @@ from dataloading.index import build_index, load_or_build
 from dataloading.patience import Patience
 from dataloading.stream import Stream
 
-NO_DALI = find_spec("nvidia") is None or find_spec("nvidia.dali") is None
-DECODERS = [
-    "torch",
-    pytest.param(
-        "dali",
-        marks=[pytest.mark.dali, pytest.mark.skipif(NO_DALI, reason="DALI is not installed")],
-    ),
-]
 OPTIONS = {"seed": 0, "micro_batch": 2, "sizes": (24,), "threads": 2, "shuffle": "none"}
 
 
