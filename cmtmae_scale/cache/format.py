@@ -1,9 +1,9 @@
 """A cache on storage: one manifest, and parts of a fixed number of rows.
 
-``cache.dir/manifest.json`` names what the rows were computed from; ``calibration.safetensors``
-stands beside it; ``parts/00000012.safetensors`` holds rows ``[12 * rows_a_part, ...)`` and counts
-only with ``parts/00000012.json`` beside it, its size and SHA-256. A row vouches for itself: its
-checksum covers its bytes, its number and the cache it belongs to, and is compared at each read.
+``cache.dir/manifest.json`` names what the rows were computed from, and the calibration beside it;
+``parts/00000012.safetensors`` holds rows ``[12 * rows_a_part, ...)`` and counts only with
+``parts/00000012.json`` beside it, its size and SHA-256. A row vouches for itself: its checksum
+covers its bytes, its number and the cache it belongs to, and is compared at each read.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ from cmtmae_scale.errors import CacheError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-CALIBRATION = "calibration.safetensors"
 PARTS = "parts"
 
 
@@ -31,7 +30,7 @@ class Manifest:
     """What a cache holds, and what it was computed from."""
 
     fingerprint: dict[str, Any]
-    """Teacher, views, data: a run must have the same (``teachers.base`` and ``cache/identity``)."""
+    """Teacher, views, data: a run must have the same (``cache/identity.py``)."""
     recorded: dict[str, Any]
     """Decoder and versions: a difference is worth a warning."""
     codec: Codec

@@ -350,6 +350,17 @@ class Checkpoint:
 
 
 @dataclass
+class Cache:
+    """The teacher's maps and features, computed once by ``launchers/precompute_teacher.py``."""
+
+    dir: str | None = None
+    """Folder of the cache."""
+    codec: Literal["int8", "bf16", "attention"] = "int8"
+    """How features are stored when it is built: int8 over standardised channels, bf16, or not at
+    all (maps only)."""
+
+
+@dataclass
 class Log:
     """What is told, and how often."""
 
@@ -393,5 +404,7 @@ class Config:
     """Sharding and precision."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     """Saved states."""
+    cache: Cache = field(default_factory=Cache)
+    """Teacher's cache."""
     log: Log = field(default_factory=Log)
     """Logs."""
