@@ -127,6 +127,7 @@ def save_calibration(folder: Path, calibration: Calibration) -> str:
     draft = folder / f".calibration.{os.getpid()}"
     tensors: dict[str, Any] = calibration._asdict()
     save_file(tensors, draft)
+    draft.chmod(0o644)  # safetensors lets nobody else read
     sync(draft)
     sha256 = digest(draft)
     draft.replace(calibration_path(folder, sha256))

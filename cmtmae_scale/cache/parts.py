@@ -48,6 +48,7 @@ def write_part(folder: Path, manifest: Manifest, part: int, fields: Mapping[str,
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors | {"checksum": torch.tensor(sums)}, draft)
+        draft.chmod(0o644)  # safetensors lets nobody else read
         sync(draft)
         seal = {"size": draft.stat().st_size, "sha256": digest(draft)}
         seal_path(folder, part).unlink(missing_ok=True)
