@@ -12,7 +12,7 @@ import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -133,6 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
         found = Manifest(**tree)
         if stored != digest_of(found):
             raise ValueError("it differs from its own digest")
+        check_types(found)
         if found.format != FORMAT:
             raise ValueError(f"its format is {found.format}, this version reads {FORMAT}")
     except FileNotFoundError as error:
@@ -146,6 +147,25 @@ def read_manifest(folder: Path) -> Manifest:
             "build it again"
         ) from error
     return found
+
+
+def check_types(manifest: Manifest) -> None:
+    """Refuse a manifest whose values nothing could work with.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, lowest in (("num_rows", 1), ("rows_a_part", 1), ("patches", 0), ("tokens", 0)):
+        value = getattr(manifest, name)
+        if type(value) is not int or value < lowest:
+            raise ValueError(f"{name} is {value!r}")
+    if type(manifest.width) is not int or manifest.width < bool(manifest.tokens):
+        raise ValueError(f"width is {manifest.width!r}")
+    if manifest.codec not in get_args(Codec):
+        raise ValueError(f"codec is {manifest.codec!r}")
+    for name in ("fingerprint", "recorded"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"{name} is no group of values")
 
 
 def digest_of(manifest: Manifest) -> str:
@@ -184,5 +204,5 @@ def read_seal(folder: Path, part: int) -> Seal | None:
     try:
         tree = cast(dict[str, Any], json.loads(seal_path(folder, part).read_text()))
         return Seal(int(tree["size"]), str(tree["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

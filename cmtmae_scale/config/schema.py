@@ -139,8 +139,9 @@ class Teacher:
     """Keep only the first blocks; ``None``: all."""
     feature: Literal["proj", "ln_post", "block"] = "proj"
     """Token features: projected, after the last norm, or a block's output before it."""
-    mode: Literal["live", "none"] = "live"
-    """live: run beside the student; none: no teacher at all (MAE)."""
+    mode: Literal["live", "cache", "none"] = "live"
+    """live: run beside the student; cache: read its maps and features from ``cache.dir``; none: no
+    teacher at all (MAE)."""
 
 
 @dataclass
@@ -358,6 +359,19 @@ class Log:
 
 
 @dataclass
+class Cache:
+    """The teacher's maps and features, computed once (``teacher.mode=cache``)."""
+
+    dir: str | None = None
+    """Folder of the cache; needs ``views.count``."""
+    on_miss: Literal["stop", "live"] = "live"
+    """What a missing or damaged row does: stop the run, or let the teacher run for its micro-batch.
+    With stop and no spot check no teacher is built, and its weights need not be at hand."""
+    spot_check: float = 0.0
+    """Share of micro-batches in which the teacher runs too and must agree, in [0, 1]."""
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -395,3 +409,5 @@ class Config:
     """Saved states."""
     log: Log = field(default_factory=Log)
     """Logs."""
+    cache: Cache = field(default_factory=Cache)
+    """Teacher cache."""
