@@ -203,7 +203,8 @@ def observe(recipe: Path, run_dir: Path, overrides: list[str], how: str = "") ->
             reason = run(recipe, [f"run.dir={run_dir}", *overrides])
         except CacheError as failed:
             error = f"{failed.exit_code} {failed}"
-    lines = (run_dir / "log.jsonl").read_text().splitlines()
+    log = run_dir / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
     return Seen(reason, error, digest.hexdigest(), [json.loads(line) for line in lines])
 
 

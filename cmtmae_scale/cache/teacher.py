@@ -102,7 +102,7 @@ class CachedTeacher:
         self.live = live
         self.device = device
         self.fail = fail
-        self.looks = 0
+        self.looks = self.checks = 0
         count = int(config.views.count or 1)
         self.reader = CacheReader(self.folder, manifest, count, pin=device.type == "cuda")
 
@@ -124,9 +124,6 @@ class CachedTeacher:
         if batch.plan is None:
             return self.blank_view(len(batch.position))
         rows = self.reader.collect(batch.plan)
-        share = self.settings.spot_check
-        # Evenly spread and the same on all ranks, so that they wait for no other's check.
-        check = self.looks * share % 1 < share
         self.looks += 1
         missed = [k for k, fault in enumerate(rows.faults) if fault and k not in batch.faulty]
         if missed and self.settings.on_miss == "live" and self.live is not None:
@@ -134,7 +131,10 @@ class CachedTeacher:
         if missed:
             self.fail(self.miss(rows, missed[0]))
         view = self.decode(rows.fields)
-        if check and not missed and self.live is not None:
+        # Evenly spread, and at the same places on all ranks, so that none waits for another's.
+        due = self.checks < self.looks * self.settings.spot_check
+        if due and not missed and self.live is not None:
+            self.checks += 1
             self.compare(self.live.look(batch), view, rows, batch.faulty)
         return view
 

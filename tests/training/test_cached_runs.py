@@ -56,7 +56,7 @@ def test_int8_features_keep_the_masks_and_the_losses_of_fifty_steps(
     recipe: Path, tmp_path: Path
 ) -> None:
     make_cache(recipe, tmp_path / "cache", "int8")
-    long = ["train.steps=50", ALONE, "checkpoint.every=50"]
+    long = ["train.steps=50", "train.global_batch=4", ALONE, "checkpoint.every=50"]
     ways = [
         (tmp_path / "live", [VIEWS, *long], "rounded"),
         (tmp_path / "cached", cached(tmp_path / "cache", "cache.on_miss=stop", *long), "alone"),
