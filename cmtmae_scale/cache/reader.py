@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 THREADS = 4
 MOST_OPEN = 4096
+HARMLESS = (None, INCOMPLETE, UNDECODED)
+"""What is no damage."""
 
 
 class Rows(NamedTuple):
@@ -94,21 +96,28 @@ class CacheReader:
 
     def _fill(self, row: int, fields: dict[str, Tensor], place: int) -> str | None:
         """Read one row into its place; runs in a thread. Returns why it failed, if it did."""
-        number = self.part_of(row)
-        try:
-            fault = self._part(number).read_row(row, fields, place)
-        except FileNotFoundError:
-            fault = INCOMPLETE
-        except OSError as error:
-            fault = f"it cannot be read ({error.strerror})"
-        except ValueError as error:
-            fault = str(error)
-        if fault is None:
-            return None
-        blank(fields, place)
-        if fault not in (INCOMPLETE, UNDECODED):
-            self._give_up(number, row, fault)
+        fault = self._read(row, fields, place)
+        if fault not in HARMLESS:
+            # Once more from the file of now: it may have been built again since it was opened.
+            with self._lock:
+                self._open.pop(self.part_of(row), None)
+            fault = self._read(row, fields, place)
+        if fault is not None:
+            blank(fields, place)
+        if fault not in HARMLESS:
+            self._warn(row, fault)
         return fault
+
+    def _read(self, row: int, fields: dict[str, Tensor], place: int) -> str | None:
+        """Read one row; returns why it cannot be used, if it cannot."""
+        try:
+            return self._part(self.part_of(row)).read_row(row, fields, place)
+        except FileNotFoundError:
+            return INCOMPLETE
+        except OSError as error:
+            return f"it cannot be read ({error.strerror})"
+        except ValueError as error:
+            return str(error)
 
     def _part(self, number: int) -> PartFile:
         """Find a part among the open ones, or open it.
@@ -131,10 +140,10 @@ class CacheReader:
                 self._open.popitem(last=False)
         return found
 
-    def _give_up(self, number: int, row: int, fault: str) -> None:
-        """Warn of a damaged part, once, and open it anew when it is wanted again."""
+    def _warn(self, row: int, fault: str | None) -> None:
+        """Tell of a damaged part, once."""
+        number = self.part_of(row)
         with self._lock:
-            self._open.pop(number, None)
             new = number not in self._warned
             self._warned.add(number)
         if new:
