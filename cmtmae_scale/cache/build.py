@@ -187,7 +187,7 @@ class Builder:
         view = self.teacher(images[0].to(self.device, non_blocking=True))
         count = len(plan.positions)
         valid = torch.tensor([fault is None for fault in faults[:count]]).to(self.device)
-        parts = [None if one is None else one[:count] for one in view]
+        parts = [None if one is None else one[:count] for one in (view.attention, view.features)]
         for one in parts:
             if one is not None:
                 valid &= one.flatten(1).isfinite().all(1)

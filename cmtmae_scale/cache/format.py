@@ -9,10 +9,11 @@ covers its bytes, its number and the cache it belongs to, and is compared at eac
 import hashlib
 import json
 import os
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -132,6 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
         found = Manifest(**tree)
         if stored != digest_of(found):
             raise ValueError("it differs from its own digest")
+        check_types(found)
         if found.format != FORMAT:
             raise ValueError(f"its format is {found.format}, this version reads {FORMAT}")
     except FileNotFoundError as error:
@@ -145,6 +147,30 @@ def read_manifest(folder: Path) -> Manifest:
             "build it again"
         ) from error
     return found
+
+
+def check_types(manifest: Manifest) -> None:
+    """Refuse a manifest whose values nothing could work with.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, lowest in (("num_rows", 1), ("rows_a_part", 1), ("patches", 0), ("tokens", 0)):
+        value = getattr(manifest, name)
+        if type(value) is not int or value < lowest:
+            raise ValueError(f"{name} is {value!r}")
+    if type(manifest.width) is not int or manifest.width < bool(manifest.tokens):
+        raise ValueError(f"width is {manifest.width!r}")
+    if manifest.codec not in get_args(Codec):
+        raise ValueError(f"codec is {manifest.codec!r}")
+    calibrated = manifest.codec == "int8" and manifest.tokens > 0
+    sha256: object = manifest.calibration_sha256
+    named = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
+    if named != calibrated or (sha256 is None) == calibrated:
+        raise ValueError(f"calibration_sha256 is {sha256!r}")
+    for name in ("fingerprint", "recorded"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"{name} is no group of values")
 
 
 def digest_of(manifest: Manifest) -> str:
@@ -183,5 +209,5 @@ def read_seal(folder: Path, part: int) -> Seal | None:
     try:
         tree = cast(dict[str, Any], json.loads(seal_path(folder, part).read_text()))
         return Seal(int(tree["size"]), str(tree["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -20,6 +20,8 @@ from cmtmae_scale.cache.format import (
 )
 from cmtmae_scale.runtime.storage import digest, sync, write_text
 
+INCOMPLETE = "it is not complete"
+UNDECODED = "its picture could not be decoded when it was built"
 _HEADER_LIMIT = 1 << 20
 
 
@@ -86,7 +88,7 @@ class PartFile:
         self.rows = manifest.rows_of(part)
         seal = read_seal(folder, part)
         if seal is None:
-            raise ValueError("it is not complete")
+            raise ValueError(INCOMPLETE)
         path = part_path(folder, part)
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -146,7 +148,7 @@ class PartFile:
         if checksum(self.manifest.identity, row, views[:-1]) != stored:
             return "it differs from its checksum"
         if not into["valid"][at]:
-            return "its picture could not be decoded when it was built"
+            return UNDECODED
         return None
 
     def close(self) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from cmtmae_scale.config.teacher import Cache, Teacher
+
 
 @dataclass
 class Schedule:
@@ -119,28 +121,6 @@ class Decoder:
     all hidden ones."""
     prompt_norm_context: bool = False
     """Apply each block's first norm to the context too (``prompt`` only; MILAN does not)."""
-
-
-@dataclass
-class Teacher:
-    """The frozen teacher."""
-
-    library: Literal["open_clip", "timm"] = "open_clip"
-    """Library that builds it."""
-    model: str | None = None
-    """Model name, or for open_clip the path of a model's JSON description."""
-    weights: str | None = None
-    """Pretrained tag, path of a .safetensors or .pt file, or ``random`` (tests)."""
-    quick_gelu: bool | None = None
-    """Whether the weights were trained with QuickGELU; must be given for open_clip."""
-    image_size: int | None = None
-    """Side of the teacher's picture, pixels; ``None``: auto, so that its grid is the student's."""
-    depth: int | None = None
-    """Keep only the first blocks; ``None``: all."""
-    feature: Literal["proj", "ln_post", "block"] = "proj"
-    """Token features: projected, after the last norm, or a block's output before it."""
-    mode: Literal["live", "none"] = "live"
-    """live: run beside the student; none: no teacher at all (MAE)."""
 
 
 @dataclass
@@ -350,17 +330,6 @@ class Checkpoint:
 
 
 @dataclass
-class Cache:
-    """The teacher's maps and features, computed once by ``launchers/precompute_teacher.py``."""
-
-    dir: str | None = None
-    """Folder of the cache."""
-    codec: Literal["int8", "bf16", "attention"] = "int8"
-    """How features are stored when it is built: int8 over standardised channels, bf16, or not at
-    all (maps only)."""
-
-
-@dataclass
 class Log:
     """What is told, and how often."""
 
@@ -404,7 +373,7 @@ class Config:
     """Sharding and precision."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     """Saved states."""
-    cache: Cache = field(default_factory=Cache)
-    """Teacher's cache."""
     log: Log = field(default_factory=Log)
     """Logs."""
+    cache: Cache = field(default_factory=Cache)
+    """Teacher cache."""
