@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from cmtmae_scale.checkpoint import layout as checkpoints
-from cmtmae_scale.config.derive import batch_plan, needs, peak_lr, total_steps
+from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, peak_lr, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
@@ -51,7 +51,9 @@ def describe(config: Config, world_size: int) -> str:
     lines.append(f"decoder         {millions(model.decoder)} parameters")
     lines.append(f"heads           {millions(model.heads)} parameters")
     if teacher is not None:
-        lines.append(f"teacher         {millions(teacher.model)} parameters, frozen")
+        origin = f", read from {config.cache.dir}" if config.teacher.mode == "cache" else ""
+        origin += "" if builds_teacher(config) else " and not built"
+        lines.append(f"teacher         {millions(teacher.model)} parameters, frozen{origin}")
     lines.append(
         f"GFLOP a view    student {work.student / 1e9:.1f} (forward and backward), "
         f"momentum {work.momentum / 1e9:.1f}, teacher {work.teacher / 1e9:.1f}; 2 a multiply-add"

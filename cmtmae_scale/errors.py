@@ -24,6 +24,10 @@ class TeacherError(CmtMaeError):
     """The frozen teacher cannot be built as configured."""
 
 
+class CacheError(CmtMaeError):
+    """A teacher cache that is absent, damaged, or was computed from something else."""
+
+
 class CheckpointError(CmtMaeError):
     """A checkpoint that is broken, or that belongs to another run."""
 

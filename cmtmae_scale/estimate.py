@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from cmtmae_scale.config.derive import builds_teacher, live_share
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
@@ -25,6 +26,7 @@ class Work(NamedTuple):
     student: float
     momentum: float
     teacher: float
+    """With a cache, those of spot checks."""
 
 
 def count_operations(
@@ -46,7 +48,7 @@ def count_operations(
     if teacher is not None:
         side = teacher.image_size
         pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8, device="meta")
-        frozen = flops(lambda: teacher(pixels))
+        frozen = live_share(config) * flops(lambda: teacher(pixels))
     return Work(student, average, frozen)
 
 
@@ -90,13 +92,15 @@ def memory_bytes(
         world_size: number of ranks.
         model: on the meta device, as the two that follow.
         momentum: the momentum student, if any.
-        teacher: the teacher, if any.
+        teacher: the teacher, if any; with a cache it may not be held.
     """
     shards = count_shards(config, world_size)
     compute = compute_dtype(config).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     average = sum(p.numel() for p in momentum.parameters()) if momentum is not None else 0
-    frozen = sum(p.numel() for p in teacher.model.parameters()) if teacher is not None else 0
+    frozen = 0
+    if teacher is not None and builds_teacher(config):
+        frozen = sum(p.numel() for p in teacher.model.parameters())
     copied = compute < 4 or shards.states > 1
     # ZeRO's momentum student is whole on every rank, at every stage.
     averages = 1 if config.backend.name == "zero" else shards.gathered

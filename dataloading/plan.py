@@ -74,7 +74,12 @@ class Planner:
             ids, epochs = window_ids(n, self._seed, positions)
         else:
             ids, epochs = sequential_ids(n, positions)
-        views = epochs if self._count is None else epochs % self._count
+        return self.cut(positions, ids, epochs if self._count is None else epochs % self._count)
+
+    def cut(
+        self, positions: NDArray[np.int64], ids: NDArray[np.int64], views: NDArray[np.int64]
+    ) -> Plan:
+        """Plan given views of given samples, ``[B]`` each, whatever the order says."""
         rows = self._index.entries[ids]
         boxes, flips = crop_boxes(
             self._seed, ids, views, rows["width"], rows["height"], self._scale, self._ratio

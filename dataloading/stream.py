@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
@@ -37,6 +37,8 @@ class Batch(NamedTuple):
         sample_id: row of the index, int64 ``[B]``.
         view: number of the view of that sample, int64 ``[B]``.
         valid: whether the picture could be decoded, bool ``[B]``; the others are grey.
+        plan: the draws, on the host; ``None`` where no stream made the batch.
+        faulty: places in the batch of the views that are not valid, on the host.
     """
 
     images: tuple[Tensor, ...]
@@ -44,6 +46,8 @@ class Batch(NamedTuple):
     sample_id: Tensor
     view: Tensor
     valid: Tensor
+    plan: Plan | None = None
+    faulty: tuple[int, ...] = ()
 
 
 class Stream:
@@ -76,6 +80,7 @@ class Stream:
             current stream, from pinned memory.
         quarantine: JSON-lines file of failed samples; ``None``: the log alone names them.
         patience_s: how long a read that fails is tried again, seconds.
+        watch: called with each plan as its pictures begin to be read, ahead of its batch.
 
     Attributes:
         draws: views handed out by this object so far.
@@ -106,6 +111,7 @@ class Stream:
         device: torch.device | str | None = None,
         quarantine: str | os.PathLike[str] | None = None,
         patience_s: float = PATIENCE_S,
+        watch: Callable[[Plan], None] | None = None,
     ) -> None:
         _at_least_one(micro_batch=micro_batch, world_size=world_size, threads=threads)
         _at_least_one(
@@ -130,6 +136,7 @@ class Stream:
             decode, reader, tuple(sizes), micro_batch, threads, self._device
         )
         self._pending: deque[Plan] = deque()
+        self._watch = watch
 
     def __iter__(self) -> Self:
         return self
@@ -142,6 +149,8 @@ class Stream:
             self._next_position += self._stride
             plan = self._plan(positions)
             self._decoder.submit(plan)
+            if self._watch is not None:
+                self._watch(plan)
             self._pending.append(plan)
         plan = self._pending.popleft()
         images, faults = self._decoder.collect()
@@ -181,6 +190,8 @@ class Stream:
             self._move(torch.as_tensor(plan.ids)),
             self._move(torch.as_tensor(plan.views)),
             self._move(torch.tensor([fault is None for fault in faults])),
+            plan,
+            tuple(place for place, fault in enumerate(faults) if fault is not None),
         )
 
     def _move(self, tensor: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ HEIGHT = {
     "cmtmae_scale.dry_run": 8,
     "cmtmae_scale.plan": 8,
     "cmtmae_scale.benchmark": 8,
+    "cmtmae_scale.precompute": 8,
     "cmtmae_scale.check_data": 8,
     "cmtmae_scale.demo": 9,
     "cmtmae_scale.cli": 9,

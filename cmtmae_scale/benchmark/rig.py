@@ -16,10 +16,17 @@ from cmtmae_scale.benchmark.clock import Mark, Stopwatch, seconds
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.targets import Losses
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import Teacher, TeacherView
-from cmtmae_scale.training.build import build_models, open_index, open_stream
+from cmtmae_scale.teachers.base import TeacherSource, TeacherView, picture_sizes
+from cmtmae_scale.training.build import (
+    build_models,
+    fetch_teacher,
+    open_index,
+    open_stream,
+    open_teacher,
+)
 from cmtmae_scale.training.guards import StopRequest
 from cmtmae_scale.training.loop import Parts, step
 from cmtmae_scale.training.prepare import Models
@@ -100,22 +107,27 @@ class TimedBackend:
 
 
 class TimedTeacher:
-    """A teacher whose forward is counted."""
+    """A teacher whose views are counted."""
 
-    def __init__(self, inner: Teacher, watch: Stopwatch) -> None:
+    def __init__(self, inner: TeacherSource, watch: Stopwatch) -> None:
         self.inner = inner
         self.watch = watch
-        self.image_size = inner.image_size
+        self.width, self.has_cls = inner.width, inner.has_cls
 
-    def __call__(self, images: Tensor) -> TeacherView:
-        """See ``Teacher``."""
-        return self.watch.timed("teacher", lambda: self.inner(images))
+    @property
+    def image_size(self) -> int | None:
+        """See ``TeacherSource``."""
+        return self.inner.image_size
+
+    def look(self, batch: Batch) -> TeacherView:
+        """See ``TeacherSource.look``."""
+        return self.watch.timed("teacher", lambda: self.inner.look(batch))
 
 
 class Synthetic:
     """Endless batches of the same random pictures, resident on the device, at new positions."""
 
-    def __init__(self, config: Config, sizes: list[int], device: torch.device) -> None:
+    def __init__(self, config: Config, sizes: tuple[int, ...], device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(config.run.seed)
         self.count = config.train.micro_batch
         self.images = tuple(
@@ -168,7 +180,18 @@ class Rig:
         self.backend = SDPA[sdpa]
         self.watch = Stopwatch(device)
         plan = batch_plan(config, world.world_size)
-        models = build_models(config, world, device)
+        stop = StopRequest(folder)
+        index = open_index(config, folder, world) if real else None
+        if index is not None:
+            teacher = open_teacher(config, world, device, index, stop, stack)
+        elif config.teacher.mode == "cache":
+            raise ConfigError(
+                "teacher.mode=cache reads the rows of real photographs; add --data real, or set "
+                "teacher.mode=live"
+            )
+        else:
+            teacher = fetch_teacher(config, world, device)
+        models = build_models(config, world, device, teacher)
         stack.callback(models.backend.close)
         half = HORIZON // 2
         progress = Progress(
@@ -180,24 +203,19 @@ class Rig:
             HORIZON,
             HORIZON * plan.global_batch,
         )
-        if real:
-            index = open_index(config, folder, world)
+        if index is not None:
             stream = stack.enter_context(
-                open_stream(config, index, world, device, models.teacher, progress)
+                open_stream(config, index, world, device, teacher, progress)
             )
         else:
-            sizes = [config.views.size]
-            if models.teacher is not None and models.teacher.image_size != config.views.size:
-                sizes.append(models.teacher.image_size)
-            stream = Synthetic(config, sizes, device)
-        teacher = None if models.teacher is None else TimedTeacher(models.teacher, self.watch)
+            stream = Synthetic(config, picture_sizes(config.views.size, teacher), device)
         self.parts = Parts(
             config=config,
             plan=plan,
             device=device,
             stream=stream,
             models=Models(
-                cast(Teacher | None, teacher),
+                None if teacher is None else TimedTeacher(teacher, self.watch),
                 cast(Backend, TimedBackend(models.backend, self.watch)),
                 models.layout,
                 models.length,
@@ -205,7 +223,7 @@ class Rig:
             ),
             progress=progress,
             writer=Writer(folder, world.rank, world.world_size, 1, False, 0),
-            stop=StopRequest(folder),
+            stop=stop,
             telemetry=None,
             saved_facts={},
             run_dir=folder,

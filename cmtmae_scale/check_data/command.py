@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args
 
-from cmtmae_scale.check_data.progress import Progress
 from cmtmae_scale.check_data.report import describe, survey
 from cmtmae_scale.config.schema import Data, Views
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.progress import Progress
 from dataloading.check import Fault, find_undecodable
 from dataloading.errors import DataError
 from dataloading.index import Index, SourceName, build_index

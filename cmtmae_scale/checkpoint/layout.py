@@ -8,13 +8,13 @@ verifies; files that the manifest does not name are never opened.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.checkpoint.chunks import INDEX
+from cmtmae_scale.runtime.storage import digest, sync
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -45,30 +45,6 @@ def candidates(root: Path) -> list[Path]:
 def rank_file(rank: int) -> str:
     """Name of a rank's chunks."""
     return f"rank-{rank:05d}.safetensors"
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to storage."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> dict[str, Any]:
-    """Write a small file, whole or not at all; returns its size and SHA-256."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    sync(draft)
-    draft.replace(path)
-    return {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def manifest_text(files: dict[str, Any]) -> str:

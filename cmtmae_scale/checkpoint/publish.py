@@ -19,11 +19,10 @@ from cmtmae_scale.checkpoint.layout import (
     manifest_text,
     put_in_place,
     rank_file,
-    sync,
-    write_text,
 )
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.runtime.storage import sync, write_text
 
 DONE, FAILED = ".done", ".failed"
 ENCODERS = {"student": "model.encoder.", "momentum": "momentum."}

@@ -13,6 +13,7 @@ from cmtmae_scale.checkpoint.chunks import HostChunk, copy_to_host, write_chunks
 from cmtmae_scale.checkpoint.publish import await_parts, give_up_part, publish, seal_part
 from cmtmae_scale.errors import CheckpointError, SaveError
 from cmtmae_scale.runtime.collectives import agree_all
+from cmtmae_scale.runtime.storage import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Writer:
     def tidy(self, target: Path) -> None:
         """Name the newest checkpoint in ``latest`` and keep only the newest ones."""
         try:
-            layout.write_text(self.root / layout.LATEST, target.name)
+            write_text(self.root / layout.LATEST, target.name)
             layout.prune(self.root, self.keep, layout.step_of(target) or 0)
         except OSError as error:
             logger.warning(

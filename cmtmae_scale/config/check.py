@@ -35,6 +35,7 @@ UNIT = (
     "momentum.start",
     "momentum.end",
     "attention.clip_quantile",
+    "cache.spot_check",
 )
 NOT_NEGATIVE = (
     "optimizer.base_lr",
@@ -77,6 +78,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from check_decoder(config)
     yield from check_losses(config)
     yield from check_teacher(config)
+    yield from check_cache(config)
     yield from check_backend(config)
 
 
@@ -279,6 +281,24 @@ def check_teacher(config: Config) -> Iterator[str]:
         yield (
             "teacher.quick_gelu must be given for open_clip: true for OpenAI, DFN and MetaCLIP "
             "weights, false for LAION and DataComp"
+        )
+
+
+def check_cache(config: Config) -> Iterator[str]:
+    """A cache has a place, a use, and a row for every view."""
+    if config.teacher.mode != "cache":
+        return
+    if not needs(config).teacher:
+        yield (
+            "teacher.mode=cache, but neither the mask nor the loss uses the teacher; set "
+            "teacher.mode=none"
+        )
+    if not config.cache.dir:
+        yield "cache.dir must be given for teacher.mode=cache; name the folder of the cache"
+    if config.views.count is None:
+        yield (
+            "teacher.mode=cache reads a row for each of views.count views an image, but views.count"
+            " is not given; set it to what the cache was built with, or set teacher.mode=live"
         )
 
 

@@ -68,6 +68,19 @@ def needs(config: Config) -> Needs:
     )
 
 
+def live_share(config: Config) -> float:
+    """Share of micro-batches in which the teacher is planned to run."""
+    if not needs(config).teacher or config.teacher.mode == "none":
+        return 0.0
+    return config.cache.spot_check if config.teacher.mode == "cache" else 1.0
+
+
+def builds_teacher(config: Config) -> bool:
+    """Whether a training process holds a teacher; misses of a cache may need one."""
+    misses = config.teacher.mode == "cache" and config.cache.on_miss == "live"
+    return live_share(config) > 0 or (misses and needs(config).teacher)
+
+
 def batch_plan(config: Config, world_size: int) -> BatchPlan:
     """Split the global batch over ranks and micro-steps.
 

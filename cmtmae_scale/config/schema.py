@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from cmtmae_scale.config.teacher import Cache, Teacher
+
 
 @dataclass
 class Schedule:
@@ -119,28 +121,6 @@ class Decoder:
     all hidden ones."""
     prompt_norm_context: bool = False
     """Apply each block's first norm to the context too (``prompt`` only; MILAN does not)."""
-
-
-@dataclass
-class Teacher:
-    """The frozen teacher."""
-
-    library: Literal["open_clip", "timm"] = "open_clip"
-    """Library that builds it."""
-    model: str | None = None
-    """Model name, or for open_clip the path of a model's JSON description."""
-    weights: str | None = None
-    """Pretrained tag, path of a .safetensors or .pt file, or ``random`` (tests)."""
-    quick_gelu: bool | None = None
-    """Whether the weights were trained with QuickGELU; must be given for open_clip."""
-    image_size: int | None = None
-    """Side of the teacher's picture, pixels; ``None``: auto, so that its grid is the student's."""
-    depth: int | None = None
-    """Keep only the first blocks; ``None``: all."""
-    feature: Literal["proj", "ln_post", "block"] = "proj"
-    """Token features: projected, after the last norm, or a block's output before it."""
-    mode: Literal["live", "none"] = "live"
-    """live: run beside the student; none: no teacher at all (MAE)."""
 
 
 @dataclass
@@ -395,3 +375,5 @@ class Config:
     """Saved states."""
     log: Log = field(default_factory=Log)
     """Logs."""
+    cache: Cache = field(default_factory=Cache)
+    """Teacher cache."""

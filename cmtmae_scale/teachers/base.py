@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dataloading.stream import Batch
+
 
 class TeacherView(NamedTuple):
     """What the trainer sees of a teacher; a part that the run does not use is ``None``.
@@ -19,14 +21,44 @@ class TeacherView(NamedTuple):
     Attributes:
         attention: map over patches, ``[B, N]``, float32, rows sum to 1.
         features: tokens ``[B, 1 + N, F]`` (class token first) or ``[B, N, F]``.
+        cached: whether they were read from a cache.
     """
 
     attention: Tensor | None
     features: Tensor | None
+    cached: bool = False
 
 
-class Teacher(Protocol):
-    """A frozen model, live or read from a cache.
+class TeacherSource(Protocol):
+    """Where the trainer gets its teacher's view from: a live model, or a cache.
+
+    Attributes:
+        width: F, channels of the features.
+        has_cls: whether the features begin with a class token.
+        image_size: S, pixels; ``None``: it looks at no picture.
+    """
+
+    width: int
+    has_cls: bool
+
+    @property
+    def image_size(self) -> int | None:
+        """See above."""
+        ...
+
+    def look(self, batch: Batch) -> TeacherView:
+        """View of a batch, whose last pictures are the teacher's; no gradient."""
+        ...
+
+
+def picture_sizes(size: int, teacher: TeacherSource | None) -> tuple[int, ...]:
+    """Sides of the pictures in a batch: the student's, then the teacher's where it differs."""
+    own = None if teacher is None else teacher.image_size
+    return (size,) if own is None or own == size else (size, own)
+
+
+class Teacher(TeacherSource, Protocol):
+    """A frozen model.
 
     Attributes:
         model: the network (its parameters are counted).
@@ -39,12 +71,14 @@ class Teacher(Protocol):
     """
 
     model: nn.Module
-    width: int
-    has_cls: bool
-    image_size: int
     grid: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def image_size(self) -> int:
+        """See above."""
+        ...
 
     def __call__(self, images: Tensor) -> TeacherView:
         """Look at uint8 pictures ``[B, S, S, 3]``; no gradient, no host synchronisation."""

@@ -30,6 +30,8 @@ def build_teacher(
         dtype: compute type, bfloat16 or float32.
         needs: which of map and features are computed; ``None`` takes ``derive.needs(config)``.
 
+    With ``teacher.mode=cache`` it is the teacher that the cache stands for.
+
     Returns:
         The teacher, in eval mode and without gradients, or ``None`` where neither its map nor its
         features are used, or with ``teacher.mode=none``. Its ``image_size`` is the student's grid

@@ -14,6 +14,7 @@ from cmtmae_scale.method.attention import mean_query_row, patch_map, resize_map,
 from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.teachers.base import TeacherView, Tower
 from cmtmae_scale.teachers.weights import sha256
+from dataloading.stream import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,10 @@ class LiveTeacher:
         self.model.to(device=device, dtype=dtype)
         return self
 
+    def look(self, batch: Batch) -> TeacherView:
+        """See ``TeacherSource.look``."""
+        return self(batch.images[-1])
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> TeacherView:
         """Look at a batch.
@@ -197,13 +202,13 @@ class LiveTeacher:
     def fingerprint(self) -> dict[str, object]:
         """Everything that the outputs depend on but the pictures, as JSON values.
 
-        Reads the weights file to digest it; depends on no path.
+        Reads the weights file to digest it, if it is at hand; depends on no path.
         """
         source = dict(self.tower.source)
         file = source.pop("weights_file", None)
         reading = self.reading
         return source | {
-            "weights_sha256": None if file is None else sha256(Path(str(file))),
+            "weights_sha256": sha256(str(file)) if file and Path(str(file)).is_file() else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "image_size": self.image_size,
             "teacher_grid": list(self.tower.grid),

@@ -12,14 +12,15 @@ import torch
 from cmtmae_scale import __version__
 from cmtmae_scale.backends.base import MicroBatch, Objective
 from cmtmae_scale.backends.build import make_backend
+from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import batch_plan, needs, total_steps
+from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import ConfigError, TeacherError
+from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.estimate import compute_dtype
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
@@ -27,10 +28,10 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.start_weights import load_start_weights
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
-from cmtmae_scale.runtime.collectives import barrier, from_first
+from cmtmae_scale.runtime.collectives import barrier, from_first, texts_of_all
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import Teacher
-from cmtmae_scale.teachers.build import build_teacher
+from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
+from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.weights import read_weights
 from cmtmae_scale.training.guards import StopRequest
 from cmtmae_scale.training.loop import Parts
@@ -58,6 +59,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         ConfigError: settings that do not fit the data, the number of ranks or the checkpoint.
         DataError: unusable images.
         TeacherError: a teacher that cannot be built.
+        CacheError: a teacher cache that the run cannot use.
         CheckpointError: checkpoints of which none is intact.
     """
     run_dir = Path(config.run.dir)
@@ -72,15 +74,14 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     barrier()
     folder = find_checkpoint(root, world.rank, world.world_size)
     progress = where_to_start(config, folder, index.digest, steps)
-    models = build_models(config, world, device, resumed=folder is not None)
+    stop = StopRequest(run_dir)
+    teacher = open_teacher(config, world, device, index, stop, stack)
+    models = build_models(config, world, device, teacher, resumed=folder is not None)
     if folder is not None:
         load_fragments(folder, models.backend.fragments())
         models.backend.after_load(progress.applied)
         logger.info("resuming %s at step %d", folder, progress.step)
-    stream = stack.enter_context(
-        open_stream(config, index, world, device, models.teacher, progress)
-    )
-    stop = StopRequest(run_dir)
+    stream = stack.enter_context(open_stream(config, index, world, device, teacher, progress))
     stop.install()
     telemetry = None
     if world.rank == 0:
@@ -121,21 +122,24 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
 
 
 def build_models(
-    config: Config, world: World, device: torch.device, resumed: bool = False
+    config: Config,
+    world: World,
+    device: torch.device,
+    teacher: TeacherSource | None,
+    resumed: bool = False,
 ) -> Models:
-    """Build teacher, student and momentum student, and hand the latter two to the backend.
+    """Build student and momentum student, and hand them to the backend.
 
     Args:
         config: checked settings.
         world: this process's place.
         device: this rank's device.
+        teacher: where the teacher's views come from.
         resumed: a checkpoint will overwrite all weights, so that ``student.weights`` is not read.
 
     Raises:
         ConfigError: settings that the models cannot meet, or an unfit ``student.weights``.
-        TeacherError: a teacher that cannot be built.
     """
-    teacher = fetch_teacher(config, world, device)
     model, momentum_student = build_model(config, teacher, resumed)
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
@@ -186,6 +190,49 @@ def where_to_start(config: Config, folder: Path | None, digest: str, steps: int)
     return resumed_progress(state["progress"], steps, config.train.global_batch, bool(changes))
 
 
+def open_teacher(
+    config: Config,
+    world: World,
+    device: torch.device,
+    index: Index,
+    stop: StopRequest,
+    stack: ExitStack,
+) -> TeacherSource | None:
+    """Build the teacher, or open its cache; ``None`` where the run uses neither.
+
+    Args:
+        config: checked settings.
+        world: this process's place.
+        device: this rank's device.
+        index: the images.
+        stop: told of rows that a run without a live teacher lacks.
+        stack: closes the cache.
+
+    Raises:
+        TeacherError: a teacher that cannot be built.
+        CacheError: on every rank, if the cache cannot be used on one. A collective.
+    """
+    live = fetch_teacher(config, world, device) if builds_teacher(config) else None
+    if config.teacher.mode != "cache":
+        return live
+    with torch.device("meta"):
+        described = build_teacher_skeleton(config).to("meta", compute_dtype(config))
+    opened, problem = None, ""
+    try:
+        opened = open_cache(config, described, index)
+    except CacheError as error:
+        problem = str(error)
+    problems = list(filter(None, texts_of_all(problem)))
+    if opened is None or problems:
+        raise CacheError(problems[0])
+    teacher = CachedTeacher(config, *opened, described, live, device, stop.fail)
+    stack.callback(teacher.close)
+    logger.info(
+        "teacher: read from cache.dir=%s; cache.on_miss=%s", config.cache.dir, config.cache.on_miss
+    )
+    return teacher
+
+
 def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher | None:
     """Build the teacher; a tag's weights are fetched by local rank 0 while the others wait."""
     dtype = compute_dtype(config)
@@ -195,7 +242,7 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
 
 
 def build_model(
-    config: Config, teacher: Teacher | None, resumed: bool = False
+    config: Config, teacher: TeacherSource | None, resumed: bool = False
 ) -> tuple[CollaborativeMAE, MomentumStudent | None]:
     """Student with decoder on the CPU, the same weights on every rank, and its moving average."""
     if (
@@ -250,20 +297,17 @@ def open_stream(
     index: Index,
     world: World,
     device: torch.device,
-    teacher: Teacher | None,
+    teacher: TeacherSource | None,
     progress: Progress,
 ) -> Stream:
     """This rank's part of the global sequence of views, from the run's position on."""
-    sizes = [config.views.size]
-    if teacher is not None and teacher.image_size != config.views.size:
-        sizes.append(teacher.image_size)
     return Stream(
         index,
         seed=config.run.seed,
         micro_batch=config.train.micro_batch,
         rank=world.rank,
         world_size=world.world_size,
-        sizes=tuple(sizes),
+        sizes=picture_sizes(config.views.size, teacher),
         scale=config.views.scale,
         ratio=config.views.ratio,
         flip=config.views.flip,
@@ -274,6 +318,7 @@ def open_stream(
         decode=config.data.decode,
         device=device,
         quarantine=Path(config.run.dir) / "quarantine.jsonl",
+        watch=teacher.submit if isinstance(teacher, CachedTeacher) else None,
     )
 
 

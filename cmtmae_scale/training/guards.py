@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtmae_scale.errors import NonFiniteError
-from cmtmae_scale.runtime.collectives import ranks
+from cmtmae_scale.errors import CacheError, NonFiniteError
+from cmtmae_scale.runtime.collectives import agree_all, ranks, texts_of_all
 from dataloading.errors import ReadError
 from dataloading.reading import GREY
 from dataloading.stream import Batch
@@ -27,7 +27,7 @@ EXIT_FILE = "exit.json"
 
 
 class StopRequest:
-    """One wish to stop, from a signal, from ``RUN_DIR/STOP`` or for want of data.
+    """One wish to stop, from a signal, from ``RUN_DIR/STOP`` or for want of data or of a teacher.
 
     Handlers only set a flag.
     """
@@ -35,7 +35,7 @@ class StopRequest:
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / STOP_FILE
         self.reason: str | None = None
-        self.failure: ReadError | None = None
+        self.failure: ReadError | CacheError | None = None
 
     def install(self) -> None:
         """Listen to SIGTERM, SIGUSR1 and SIGINT; call from the main thread."""
@@ -51,6 +51,12 @@ class StopRequest:
         if self.reason is None and self.file.exists():
             self.reason = f"file {STOP_FILE}"
         return self.reason is not None
+
+    def fail(self, failure: ReadError | CacheError) -> None:
+        """Note why the present step must not be taken; the first reason counts."""
+        if self.failure is None:
+            logger.warning("%s", failure)
+            self.failure = failure
 
     def urgency(self) -> float:
         """0: go on; 1: stop after this step; infinite: this step must not be taken."""
@@ -83,8 +89,7 @@ def next_batch(
         try:
             return next(stream)
         except ReadError as error:
-            logger.warning("%s", error)
-            stop.failure = error
+            stop.fail(error)
     zeros = torch.zeros(micro_batch, dtype=torch.int64, device=device)
     images = tuple(
         torch.full((micro_batch, size, size, 3), GREY, dtype=torch.uint8, device=device)
@@ -93,23 +98,24 @@ def next_batch(
     return Batch(images, zeros, zeros, zeros, zeros.bool())
 
 
-def raise_unread(step: int, failure: ReadError | None) -> None:
-    """Raise with what could not be read, and where, for a step that was not applied.
+def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
+    """Raise with what failed, and where, for a step that was not applied.
 
     Args:
         step: the step that was not taken; nothing was updated.
         failure: this rank's, if it has one.
 
     Raises:
-        ReadError: always, on every rank, with the same message. A collective.
+        CacheError: on every rank, if it is the failure of one: another start would not help.
+        ReadError: on every rank otherwise. The message is the same everywhere. A collective.
     """
-    mine = "" if failure is None else str(failure)
-    everyone = [mine] * ranks()
-    if ranks() > 1:
-        dist.all_gather_object(everyone, mine)
+    final = not agree_all(not isinstance(failure, CacheError))
+    kind = CacheError if final else ReadError
+    what = "the teacher cache failed" if final else "data could not be read"
+    everyone = texts_of_all(str(failure) if isinstance(failure, kind) else "")
     failed = [str(rank) for rank, text in enumerate(everyone) if text]
-    raise ReadError(
-        f"step {step} was not taken: data could not be read on ranks {', '.join(failed)}: "
+    raise kind(
+        f"step {step} was not taken: {what} on ranks {', '.join(failed)}: "
         f"{next(filter(None, everyone))}"
     )
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import BatchPlan
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.teachers.base import picture_sizes
 from cmtmae_scale.training.guards import (
     StopRequest,
     next_batch,
+    raise_failure,
     raise_non_finite,
-    raise_unread,
 )
 from cmtmae_scale.training.prepare import Models, prepare
 from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
@@ -33,6 +34,7 @@ REPORT = (
     "loss/pixel",
     "mask/visible_mass",
     "attention/agreement",
+    "cache/hit",
     "valid_rows",
     "stop",
 )
@@ -64,6 +66,7 @@ def train(parts: Parts) -> str | None:
     Raises:
         NonFiniteError: a loss or gradient was not finite; the last checkpoint stands.
         ConfigError: more images than allowed could not be decoded.
+        CacheError: the teacher cache failed; the state before that step is saved.
     """
     config, progress = parts.config, parts.progress
     reason = stop_reason(parts, False)
@@ -75,6 +78,9 @@ def train(parts: Parts) -> str | None:
         except ReadError as error:
             reason = str(error)
             break
+        except CacheError:
+            save_last(parts)
+            raise
         drawn += parts.plan.global_batch
         invalid += parts.plan.global_batch - report["valid_rows"] / config.mask.masks_per_view
         if invalid > max(config.data.max_bad_share * drawn, 1):
@@ -85,12 +91,12 @@ def train(parts: Parts) -> str | None:
                 f"{parts.run_dir / 'quarantine.jsonl'} names, or raise that key"
             )
         if parts.telemetry is not None:
-            values = readable(report, scalars, parts.plan)
+            values = readable(report, scalars, parts)
             parts.telemetry.record(progress.step, values, parts.plan.global_batch, waited_s)
         reason = stop_reason(parts, report["stop"] > 0)
         if reason is None and progress.step % config.checkpoint.every == 0:
             parts.writer.save(progress.step, parts.models.backend.fragments(), saved_state(parts))
-    parts.writer.finish(progress.step, parts.models.backend.fragments(), saved_state(parts))
+    save_last(parts)
     return reason if progress.step < progress.end_step else None
 
 
@@ -100,10 +106,10 @@ def step(parts: Parts, scalars: Scalars) -> tuple[dict[str, float], float]:
     Raises:
         NonFiniteError: on every rank; nothing was updated.
         ReadError: on every rank, if storage failed on one of them; nothing was updated.
+        CacheError: on every rank, if the teacher cache failed on one; nothing was updated.
     """
     models = parts.models
-    size = parts.config.views.size
-    sizes = (size, models.teacher.image_size if models.teacher else size)
+    sizes = picture_sizes(parts.config.views.size, models.teacher)
     total = torch.zeros(len(REPORT), device=parts.device)
     ids: list[Tensor] = []
     waited_s = 0.0
@@ -113,16 +119,16 @@ def step(parts: Parts, scalars: Scalars) -> tuple[dict[str, float], float]:
             parts.stream, parts.stop, sizes, parts.config.train.micro_batch, parts.device
         )
         waited_s += time.monotonic() - began
-        micro_batch, mass, agreement = prepare(parts.config, models, batch, scalars)
+        micro_batch, observed = prepare(parts.config, models, batch, scalars)
         losses = models.backend.micro(micro_batch, last=micro_step + 1 == parts.plan.accumulation)
         valid = micro_batch.valid.sum().float()
         stop = torch.full((), parts.stop.urgency(), device=parts.device)
-        total += torch.stack([*losses, mass, agreement, valid, stop])
+        total += torch.stack([*losses, *observed, valid, stop])
         ids.append(batch.sample_id)
     outcome = models.backend.step(scalars.lr, total)
     report = dict(zip(REPORT, outcome.report, strict=True))
     if math.isinf(report["stop"]):
-        raise_unread(parts.progress.step + 1, parts.stop.failure)
+        raise_failure(parts.progress.step + 1, parts.stop.failure)
     if not outcome.applied:
         raise_non_finite(parts.progress.step + 1, REPORT, total, ids)
     models.backend.momentum_update(scalars.momentum)
@@ -130,12 +136,14 @@ def step(parts: Parts, scalars: Scalars) -> tuple[dict[str, float], float]:
     return report | {"grad_norm": outcome.grad_norm}, waited_s
 
 
-def readable(report: dict[str, float], scalars: Scalars, plan: BatchPlan) -> dict[str, float]:
+def readable(report: dict[str, float], scalars: Scalars, parts: Parts) -> dict[str, float]:
     """Means for the log: losses a valid row, the rest a micro-batch."""
     rows = max(report["valid_rows"], 1.0)
-    parts = plan.accumulation * plan.world_size
+    count = parts.plan.accumulation * parts.plan.world_size
     values = {name: report[name] / rows for name in REPORT if name.startswith("loss/")}
-    values |= {name: report[name] / parts for name in ("mask/visible_mass", "attention/agreement")}
+    means = ["mask/visible_mass", "attention/agreement"]
+    means += ["cache/hit"] if parts.config.teacher.mode == "cache" else []
+    values |= {name: report[name] / count for name in means}
     values |= {"grad_norm": report["grad_norm"], "valid_rows": report["valid_rows"]}
     return values | vars(scalars)
 
@@ -146,6 +154,12 @@ def stop_reason(parts: Parts, requested: bool) -> str | None:
     if stop_after is not None and parts.progress.step >= stop_after:
         return f"train.stop_after={stop_after}"
     return (parts.stop.reason or "a request on another rank") if requested else None
+
+
+def save_last(parts: Parts) -> None:
+    """Save the present state, and wait until it is on storage."""
+    state = saved_state(parts)
+    parts.writer.finish(parts.progress.step, parts.models.backend.fragments(), state)
 
 
 def saved_state(parts: Parts) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From views to a micro-batch: both models look, their maps are mixed, masks and targets follow."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from cmtmae_scale.method.attention import (
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, patchify, pixel_targets
-from cmtmae_scale.teachers.base import Teacher, TeacherView
+from cmtmae_scale.teachers.base import TeacherSource, TeacherView
 from cmtmae_scale.training.progress import Scalars
 from dataloading.stream import Batch
 
@@ -26,7 +27,7 @@ from dataloading.stream import Batch
 class Models:
     """What computes: the frozen teacher, and student and momentum student behind a backend."""
 
-    teacher: Teacher | None
+    teacher: TeacherSource | None
     backend: Backend
     layout: TokenLayout
     """Order of the predicted tokens."""
@@ -36,18 +37,27 @@ class Models:
     """Side of the student's patches, pixels."""
 
 
+class Observed(NamedTuple):
+    """What a micro-batch tells of its masks; 0-dim float32."""
+
+    visible_mass: Tensor
+    """Share of the map's mass that stays visible."""
+    agreement: Tensor
+    """Agreement of the teacher's and the momentum student's maps."""
+    cache_hit: Tensor
+    """1 if the teacher's view was read from a cache, else 0."""
+
+
 def prepare(
     config: Config, models: Models, batch: Batch, scalars: Scalars
-) -> tuple[MicroBatch, Tensor, Tensor]:
+) -> tuple[MicroBatch, Observed]:
     """From views to masks and targets: teacher, momentum student, mixed map, choice.
 
-    Returns:
-        The micro-batch, the share of the map's mass that stays visible, and the agreement of the
-        two maps; the latter two are 0-dim float32. No host synchronisation.
+    No host synchronisation, but for spot checks of a cache.
     """
     images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
-        view = models.teacher(batch.images[-1]) if models.teacher else TeacherView(None, None)
+        view = models.teacher.look(batch) if models.teacher else TeacherView(None, None)
         features, attention = models.backend.momentum_forward(images)
         alpha, weight = (
             torch.full((), value, device=images.device)
@@ -73,7 +83,8 @@ def prepare(
         agreement = zero
         if view.attention is not None and attention is not None:
             agreement = map_agreement(view.attention, attention)
-    return MicroBatch(images, choice, targets, valid, weight), mass, agreement
+        hit = torch.full((), float(view.cached), device=images.device)
+    return MicroBatch(images, choice, targets, valid, weight), Observed(mass, agreement, hit)
 
 
 def mix(

@@ -11,8 +11,8 @@ from tar_case import write_tar
 
 from cmtmae_scale.check_data import command
 from cmtmae_scale.check_data.command import main, parse
-from cmtmae_scale.check_data.progress import Progress
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
+from cmtmae_scale.runtime.progress import Progress
 from dataloading.index import build_index
 from dataloading.mixing import require_mixed
 

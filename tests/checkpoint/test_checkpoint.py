@@ -12,6 +12,7 @@ from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.runtime.storage import digest
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
@@ -124,7 +125,7 @@ def test_the_stream_writes_what_the_library_would(tmp_path: Path) -> None:
     facts = write_tensors(tmp_path / "x", entries, {"format": "pt"})
     assert facts == {
         "size": (tmp_path / "x").stat().st_size,
-        "sha256": layout.digest(tmp_path / "x"),
+        "sha256": digest(tmp_path / "x"),
     }
     back = load_file(tmp_path / "x")
     assert back.keys() == tensors.keys()

@@ -17,6 +17,7 @@ from cmtmae_scale.checkpoint.chunks import INDEX, load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.errors import EXIT_CONFIG, CheckpointError
 from cmtmae_scale.export import export_encoder
+from cmtmae_scale.runtime.storage import digest
 
 FLIPS = 1000
 PART = layout.rank_file(0)
@@ -151,7 +152,7 @@ def test_a_planted_pickle_never_runs(tmp_path: Path, name: str, rehashed: bool) 
     (folder / name).write_bytes(pickle.dumps(Bomb(marker)))
     if rehashed and name != layout.MANIFEST:
         files = json.loads((folder / layout.MANIFEST).read_text())["files"]
-        facts = {"size": (folder / name).stat().st_size, "sha256": layout.digest(folder / name)}
+        facts = {"size": (folder / name).stat().st_size, "sha256": digest(folder / name)}
         (folder / layout.MANIFEST).write_text(layout.manifest_text(files | {name: facts}))
     try:
         found = find_checkpoint(root, 0, 1)

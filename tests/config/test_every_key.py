@@ -101,15 +101,19 @@ CHANGES = {
     "checkpoint.every": "checkpoint.every=1",
     "checkpoint.keep": "checkpoint.keep=1 checkpoint.every=1",
     "log.every": "log.every=2",
+    "cache.on_miss": "cache.on_miss=sometimes",
+    "cache.spot_check": "cache.spot_check=2",
 }
 # The same observation without the key under test, for overrides that need a second one.
 EXCEPTIONS = {
+    "cache.codec": "acts when a cache is built: test_build",
     "run.name": "a label in the first log line",
     "run.allow_change": "acts when a run is resumed: test_runs",
     "data.decode": "speed only on a CPU; pixels are the same: test_dali",
     "backend.compile": "speed only; numbers agree: test_parity",
     "backend.activation_checkpointing": "memory only; numbers agree: test_parity",
     "checkpoint.background": "speed only: test_checkpoint",
+    "cache.dir": "acts with teacher.mode=cache: test_cached_runs",
 }
 TIMES = ("images_s", "data_wait_share", "memory_gib")
 SHORT = ["train.steps=3", "train.micro_batch=8", "checkpoint.every=3"]

@@ -1,0 +1,77 @@
+"""What the rows of a cache were computed from, and whether a run asks for the same."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+from cmtmae_scale.cache.format import Manifest
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import CacheError
+from dataloading.index import Index
+
+logger = logging.getLogger(__name__)
+
+Keyed = Literal["views", "positions"]
+"""A row is one of K views of a sample, or a position of the run's own stream."""
+WEIGHTS = "teacher.weights_sha256"
+
+
+def fingerprint(
+    config: Config, teacher: dict[str, object], index: Index, keyed: Keyed
+) -> dict[str, Any]:
+    """Everything that a row depends on, but for the codec.
+
+    Args:
+        config: the run's, or the builder's.
+        teacher: ``Teacher.fingerprint()``.
+        index: the images.
+        keyed: what a row's number means.
+    """
+    views: dict[str, Any] = {
+        "seed": config.run.seed,
+        "scale": list(config.views.scale),
+        "ratio": list(config.views.ratio),
+        "flip": config.views.flip,
+        "count": config.views.count,
+    }
+    if keyed == "positions":
+        views["shuffle"] = config.data.shuffle
+    own = {key: value for key, value in teacher.items() if key != "library_version"}
+    data = {"digest": index.digest, "images": len(index)}
+    return {"keyed": keyed, "teacher": own, "views": views, "data": data}
+
+
+def check_identity(manifest: Manifest, wanted: dict[str, Any], place: str) -> None:
+    """Refuse a cache that was computed from something else.
+
+    Args:
+        manifest: the cache's.
+        wanted: ``fingerprint`` of the run.
+        place: ``cache.dir``, for messages.
+
+    Raises:
+        CacheError: names the first field that differs, both values and the remedy.
+    """
+    built, asked = dict(flatten(manifest.fingerprint)), dict(flatten(wanted))
+    if asked.get(WEIGHTS) is None or built.get(WEIGHTS) is None:
+        logger.warning(
+            "cache.dir=%s: weights not checked: their file is not at hand; compared by name", place
+        )
+        built.pop(WEIGHTS, None)
+        asked.pop(WEIGHTS, None)
+    for key in sorted(built.keys() | asked.keys()):
+        before, after = built.get(key), asked.get(key)
+        if before != after:
+            raise CacheError(
+                f"cache.dir={place}: {key}: the cache was built with {before}, the run has "
+                f"{after}; change the run, build another cache, or set teacher.mode=live"
+            )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested groups by dotted name."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(cast(dict[str, Any], value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

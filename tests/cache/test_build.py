@@ -1,0 +1,241 @@
+"""A cache is built by any number of processes, killed at will, and trusted where it is whole."""
+
+import errno
+import re
+import shutil
+from pathlib import Path
+
+import cache_case as case
+import pytest
+import torch
+from processes import CONTEXT, run_ranks
+
+from cmtmae_scale import precompute
+from cmtmae_scale.cache import build
+from cmtmae_scale.cache.format import part_path, read_manifest, seal_path
+from cmtmae_scale.cache.parts import PartFile
+from cmtmae_scale.cache.verify import damaged_parts, empty_rows
+from cmtmae_scale.errors import CacheError
+from cmtmae_scale.runtime.claim import once
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return case.write_cache_recipe(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> Path:
+    folder = recipe.parent / "whole"
+    case.build_cache(recipe, folder)
+    return folder
+
+
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "cache"))
+
+
+def test_rows_are_what_the_teacher_sees(recipe: Path, whole: Path) -> None:
+    """Row by row, from views that are cut and seen one at a time."""
+    import numpy as np
+
+    from cmtmae_scale.cache.calibration import load_calibration
+    from cmtmae_scale.cache.codecs import Encoded, decode
+
+    manifest = read_manifest(whole)
+    calibration = load_calibration(whole, manifest)
+    builder = case.make_builder(recipe)
+    assert manifest.num_rows == case.PHOTOGRAPHS * case.VIEWS
+    for row in range(manifest.num_rows):
+        plan = builder.planner.cut(
+            np.array([0]), np.array([row // case.VIEWS]), np.array([row % case.VIEWS])
+        )
+        (seen,) = builder.see(iter([plan]))
+        into = empty_rows(manifest, 1)
+        part = PartFile(whole, manifest, row // case.ROWS_A_PART)
+        assert part.read_row(row, into, 0) is None
+        part.close()
+        assert torch.equal(into["attention"], seen.attention.half())
+        features = decode(Encoded(into["features"], into["scales"]), calibration)
+        # half a level of int8, of the largest of the token's standardised channels
+        bound = 0.6 * into["scales"].float().unsqueeze(-1) * calibration.std + 1e-5
+        assert bool(((features - seen.features).abs() <= bound).all())
+    builder.close()
+
+
+@pytest.mark.gloo
+def test_killed_and_finished_by_two_the_bytes_are_the_same(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    child = CONTEXT.Process(target=case.build_until_killed, args=(recipe, folder))
+    child.start()
+    child.join(timeout=120)
+    assert child.exitcode == -9
+    assert len(build.missing_parts(folder, read_manifest(folder))) in (2, 3)
+    for share in ((0, 2), (1, 2)):
+        case.build_cache(recipe, folder, share=share)
+    assert case.content(folder) == case.content(whole)
+
+
+@pytest.mark.gloo
+def test_processes_that_begin_together_calibrate_once(recipe: Path, tmp_path: Path) -> None:
+    counts = run_ranks(3, case.begin_and_count, recipe, tmp_path / "cache")
+    assert sum(counts) == 1
+
+
+def test_work_of_a_process_that_died_is_taken_over(tmp_path: Path) -> None:
+    claim = tmp_path / "claim"
+    claim.write_text("somebody")
+    assert once(claim, lambda: None, lambda live: 7, stale_s=0.2, pause_s=0.01) == 7
+    assert not claim.exists()
+
+
+def test_a_result_that_appears_ends_the_waiting(tmp_path: Path) -> None:
+    claim = tmp_path / "claim"
+    claim.write_text("somebody")
+    answers = iter([None, None, 3])
+    assert once(claim, lambda: next(answers), lambda live: 7, pause_s=0.01) == 3
+
+
+def run(recipe: Path, folder: Path, *arguments: str) -> int:
+    size = f"--rows-a-part={case.ROWS_A_PART}"
+    return precompute.main(["--config", str(recipe), size, f"cache.dir={folder}", *arguments])
+
+
+def test_a_flipped_bit_is_found_named_and_repaired(
+    recipe: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(whole, tmp_path)
+    assert run(recipe, folder, "--verify", "1") == 0
+    assert "verdict: good" in capsys.readouterr().out
+    path = part_path(folder, 1)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    assert run(recipe, folder, "--verify") == 78
+    out = capsys.readouterr().out
+    assert re.search(r"part 1: it differs from its SHA-256, at rows \d+", out)
+    assert "verdict: not good" in out
+    assert run(recipe, folder, "--repair") == 0
+    assert case.content(folder) == case.content(whole) | {
+        name: data for name, data in case.content(folder).items() if name.startswith("index/")
+    }
+
+
+def test_missing_and_foreign_parts_are_named(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    manifest = read_manifest(folder)
+    seal_path(folder, 0).unlink()
+    for path in (part_path, seal_path):
+        shutil.copy(path(folder, 1), path(folder, 2))
+    found = dict(damaged_parts(folder, manifest, range(manifest.num_parts)))
+    assert found[0] == "it is missing"
+    assert found[2].startswith("rows 12, 13, 14, 15, 16, ... differ")
+    assert set(found) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("views.scale=[0.3, 1.0]", "views.scale"),
+        ("views.count=3", "views.count"),
+        ("run.seed=1", "teacher.seed"),
+        ("teacher.feature=ln_post", "teacher.feature"),
+        ("teacher.depth=3", "teacher.attention_layers"),
+        ("teacher.image_size=80", "teacher.image_size"),
+    ],
+)
+def test_another_run_is_refused_with_the_field(
+    recipe: Path, whole: Path, override: str, field: str
+) -> None:
+    with pytest.raises(CacheError, match=re.escape(field) + ".*the cache was built with"):
+        case.build_cache(recipe, whole, [override])
+
+
+def test_other_images_are_refused(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    photos = case.make_photographs(tmp_path / "photos", case.PHOTOGRAPHS + 1)
+    with pytest.raises(CacheError, match=r"data\.digest: the cache was built with"):
+        case.build_cache(recipe, whole, [f"data.path={photos}"])
+
+
+def test_another_codec_or_size_of_part_is_refused(recipe: Path, whole: Path) -> None:
+    with pytest.raises(CacheError, match="was begun with codec=int8, now it is bf16"):
+        case.build_cache(recipe, whole, ["cache.codec=bf16"])
+
+
+@pytest.mark.parametrize("codec", ["bf16", "attention"])
+def test_other_codecs_verify(
+    recipe: Path, tmp_path: Path, codec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    assert run(recipe, folder, f"cache.codec={codec}") == 0
+    assert run(recipe, folder, f"cache.codec={codec}", "--verify", "1") == 0
+    out = capsys.readouterr().out
+    assert ("features, cosine" in out) == (codec == "bf16")
+    if codec == "attention":
+        assert read_manifest(folder).row_bytes() == 2 * 16 + 1 + 8
+
+
+def test_a_full_disk_says_what_is_missing_and_the_rest_follows(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    real = build.write_part
+
+    def full(folder: Path, manifest, part: int, fields) -> None:
+        if part == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, manifest, part, fields)
+
+    monkeypatch.setattr(build, "write_part", full)
+    with pytest.raises(CacheError, match=r"is full .* 2 of 4 parts are there, the others need 0"):
+        case.build_cache(recipe, folder)
+    monkeypatch.undo()
+    case.build_cache(recipe, folder)
+    assert case.content(folder) == case.content(whole)
+
+
+def test_a_picture_that_cannot_be_decoded_is_a_row_that_is_not_valid(
+    recipe: Path, tmp_path: Path
+) -> None:
+    photos = case.make_photographs(tmp_path / "photos", case.PHOTOGRAPHS)
+    victim = sorted(photos.rglob("*.jpg"))[3]
+    victim.write_bytes(victim.read_bytes()[:-300])
+    manifest = case.build_cache(recipe, tmp_path / "cache", [f"data.path={photos}"])
+    rows = 3 * case.VIEWS + torch.arange(case.VIEWS)
+    into = empty_rows(manifest, 1)
+    for row in rows.tolist():
+        part = PartFile(tmp_path / "cache", manifest, row // case.ROWS_A_PART)
+        assert "could not be decoded" in (part.read_row(row, into, 0) or "")
+        part.close()
+
+
+def test_a_cache_needs_fixed_views(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"views\.count is not set"):
+        case.make_builder(recipe, ["views.count=null"])
+
+
+def test_a_folder_that_everyone_may_write_is_refused(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = copy(whole, tmp_path)
+    folder.chmod(0o777)
+    with pytest.raises(CacheError, match="everyone may write to it"):
+        case.build_cache(recipe, folder)
+
+
+@pytest.mark.parametrize("text", ["8/8", "1", "-1/4", "a/b"])
+def test_a_share_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(SystemExit):
+        precompute.parse(["--config", "x", "--shard", text])
+
+
+def test_a_slurm_array_task_has_its_share() -> None:
+    given = {
+        "SLURM_ARRAY_TASK_ID": "5",
+        "SLURM_ARRAY_TASK_MIN": "2",
+        "SLURM_ARRAY_TASK_COUNT": "4",
+    }
+    assert precompute.array_share(given) == (3, 4)
+    assert precompute.array_share({}) == (0, 1)

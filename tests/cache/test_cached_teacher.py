@@ -1,0 +1,213 @@
+"""Which caches a run accepts, and what it makes of rows outside the loop."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from cached_run_case import COUNT, VIEWS, cached, describe, make_cache, open_outside, write_manifest
+from run_case import make_photographs, write_recipe
+from safetensors.torch import save_file
+
+from cmtmae_scale.benchmark.training import count
+from cmtmae_scale.cache.format import PARTS, part_path
+from cmtmae_scale.cache.teacher import open_cache
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.dry_run import describe as dry_run
+from cmtmae_scale.errors import CacheError, ConfigError
+from dataloading.index import build_index
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def good(recipe: Path) -> Path:
+    make_cache(recipe, recipe.parent / "good", "int8", invalid=(0,))
+    return recipe.parent / "good"
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
+
+
+def check(recipe: Path, folder: Path, *overrides: str) -> None:
+    config = load_config(recipe, cached(folder, *overrides))
+    open_cache(config, describe(config), build_index(config.data.path))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("teacher.feature=ln_post", "teacher.feature: the cache was built with block, the run has"),
+        (
+            "teacher.depth=2",
+            r"teacher.attention_layers: the cache was built with \[5\], the run has \[1\]",
+        ),
+        ("teacher.image_size=96", "teacher.image_size: the cache was built with 64, the run has 9"),
+        ("teacher.model=vit_tiny_patch16_224", "the cache was built with .*, the run has "),
+        ("attention.layers=[0]", "teacher.attention_layers: the cache was built with"),
+        ("attention.source=mean_query", "attention_source: the cache was built with cls, the run"),
+        ("views.scale=[0.5, 1.0]", r"views.scale: the cache was built with \[0.2, 1.0\], the run"),
+        ("views.flip=false", "views.flip: the cache was built with True, the run has False"),
+        ("views.count=3", "views.count: the cache was built with 2, the run has 3"),
+        ("run.seed=4", "teacher.seed: the cache was built with 0, the run has 4"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_with_field_and_both_values(
+    recipe: Path, good: Path, change: str, text: str
+) -> None:
+    with pytest.raises(CacheError, match=text) as refused:
+        check(recipe, good, change)
+    assert str(refused.value).startswith(f"cache.dir={good}: ") and refused.value.exit_code == 78
+    assert "teacher.mode=live" in str(refused.value)
+
+
+def test_a_cache_of_other_photographs_is_refused(recipe: Path, good: Path, tmp_path: Path) -> None:
+    photographs = make_photographs(tmp_path / "photos", 19)
+    with pytest.raises(CacheError, match=r"data.digest: the cache was built with .*, the run has"):
+        check(recipe, good, f"data.path={photographs}")
+
+
+def test_other_weights_of_the_same_name_are_refused_and_absent_ones_are_compared_by_name(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {name: tmp_path / name / "weights.safetensors" for name in ("own", "other", "absent")}
+    for name in ("own", "other"):
+        files[name].parent.mkdir()
+        save_file(timm.create_model("test_vit", num_classes=0).state_dict(), files[name])
+    config = load_config(recipe, [VIEWS, f"teacher.weights={files['own']}"])
+    write_manifest(config, build_index(config.data.path), tmp_path / "cache")
+    check(recipe, tmp_path / "cache", f"teacher.weights={files['own']}")
+    assert "weights not checked" not in caplog.text
+    with pytest.raises(CacheError, match=r"teacher.weights_sha256: the cache was built with"):
+        check(recipe, tmp_path / "cache", f"teacher.weights={files['other']}")
+    check(recipe, tmp_path / "cache", f"teacher.weights={files['absent']}")
+    assert "weights not checked" in caplog.text
+    with pytest.raises(CacheError, match=r"teacher.weights: the cache was built with"):
+        check(recipe, tmp_path / "cache", f"teacher.weights={tmp_path / 'named.safetensors'}")
+
+
+@pytest.mark.parametrize("part", ["", PARTS])
+def test_a_folder_that_everyone_may_write_to_is_refused(
+    recipe: Path, good: Path, tmp_path: Path, part: str
+) -> None:
+    folder = shutil.copytree(good, tmp_path / "cache")
+    (folder / part).chmod(0o777)
+    with pytest.raises(CacheError, match=f"run chmod o-w {folder / part}"):
+        check(recipe, folder)
+
+
+def test_a_symlink_in_place_of_a_part_is_not_followed(
+    recipe: Path, good: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    folder = shutil.copytree(good, tmp_path / "cache")
+    path = part_path(folder, 1)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    opened = open_outside(recipe, cached(folder, "cache.on_miss=stop"), stack)
+    while len(opened.failures) < 2:  # the first is the row that was invalid when built
+        opened.teacher.look(next(opened.stream))
+    assert "part 1: it cannot be read (" in str(opened.failures[1])
+
+
+def test_a_row_that_was_invalid_when_built_is_a_miss_unless_the_view_is_invalid_too(
+    recipe: Path, good: Path, stack: ExitStack
+) -> None:
+    opened = open_outside(recipe, cached(good, "cache.on_miss=stop"), stack)
+    batch = next(opened.stream)  # samples 0 and 1, view 0: rows 0 and 2
+    view = opened.teacher.look(batch._replace(faulty=(0,)))
+    assert view.cached and not opened.failures
+    assert view.attention is not None and view.attention[0].unique().tolist() == [1 / 16]
+    again = open_outside(recipe, cached(good, "cache.on_miss=stop"), stack)
+    again.teacher.look(next(again.stream))
+    (failure,) = again.failures
+    assert "row 0 (image 0, view 0) of part 0: its picture could not be decoded" in str(failure)
+    live = open_outside(recipe, cached(good), stack)
+    assert not live.teacher.look(next(live.stream)).cached
+    assert live.teacher.look(next(live.stream)).cached and not live.failures
+
+
+def test_without_misses_and_checks_no_picture_is_made_for_the_teacher(
+    recipe: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    config = load_config(recipe, [VIEWS, "teacher.image_size=96"])
+    write_manifest(config, build_index(config.data.path), tmp_path / "cache")
+    large = cached(tmp_path / "cache", "teacher.image_size=96")
+    for extra, sides in (("cache.on_miss=stop", [64]), ("cache.on_miss=live", [64, 96])):
+        batch = next(open_outside(recipe, [*large, extra], stack).stream)
+        assert [image.shape[1] for image in batch.images] == sides
+
+
+def test_spot_checks_of_a_good_cache_pass_and_come_at_the_share_asked_for(
+    recipe: Path, good: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    overrides = cached(good, "cache.spot_check=0.3", "cache.on_miss=stop")
+    opened = open_outside(recipe, overrides, stack)
+    next(opened.stream)
+    for _ in range(19):
+        assert opened.teacher.look(next(opened.stream)).cached
+    lines = [line for line in caplog.messages if "spot check" in line]
+    assert not opened.failures and len(lines) == 6
+    assert all("standardised cosine 0.999" in line for line in lines), lines
+
+
+def test_a_view_of_no_data_is_even_and_finite(recipe: Path, good: Path, stack: ExitStack) -> None:
+    opened = open_outside(recipe, cached(good, "cache.on_miss=stop"), stack)
+    view = opened.teacher.look(next(opened.stream)._replace(plan=None))
+    assert view.attention is not None and view.features is not None
+    assert torch.equal(view.attention, torch.full((2, 16), 1 / 16))
+    assert bool(view.features.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["teacher.mode=cache", VIEWS], "cache.dir must be given"),
+        (["teacher.mode=cache", "cache.dir=x"], "views.count is not given; set it to what the"),
+        (cached(Path("x"), "mask.sampler=random", "loss.teacher=0"), "set teacher.mode=none"),
+        (cached(Path("x"), "cache.spot_check=1.5"), r"cache.spot_check=1.5 must lie in \[0, 1\]"),
+    ],
+)
+def test_settings_that_can_never_work_are_refused(
+    recipe: Path, overrides: list[str], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        load_config(recipe, overrides)
+
+
+def test_a_dry_run_counts_the_teacher_only_where_it_runs(recipe: Path) -> None:
+    def told(*overrides: str) -> tuple[str, float, float]:
+        config = load_config(recipe, list(overrides))
+        text = dry_run(config, 1)
+        work, memory_gib = count(config, 1)
+        return text.split("parameters, frozen")[1].split("\n")[0], work.teacher, memory_gib
+
+    live = told()
+    assert live[0] == "" and live[1] > 0
+    assert told(*cached(Path("x"))) == (", read from x", 0, live[2])
+    checked = told(*cached(Path("x"), "cache.on_miss=stop", "cache.spot_check=0.25"))
+    assert checked == (", read from x", live[1] / 4, live[2])
+    bare = told(*cached(Path("x"), "cache.on_miss=stop"))
+    assert bare[:2] == (", read from x and not built", 0) and bare[2] < live[2]
+
+
+def test_rows_of_every_view_are_where_the_trainer_looks_for_them(
+    recipe: Path, good: Path, stack: ExitStack
+) -> None:
+    opened = open_outside(recipe, cached(good, "cache.on_miss=live"), stack)
+    assert opened.teacher.live is not None
+    for _ in range(20 * COUNT // 2):
+        batch = next(opened.stream)
+        view, live = opened.teacher.look(batch), opened.teacher.live.look(batch)
+        assert view.attention is not None and live.attention is not None
+        # float16 keeps 11 bits.
+        assert torch.allclose(view.attention, live.attention, rtol=2**-11, atol=2**-24)

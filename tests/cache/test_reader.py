@@ -1,0 +1,230 @@
+"""Rows from parts that are absent, damaged, foreign or many: none is trusted, none ends the run."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cached_run_case import cached, describe, write_manifest, write_rows
+from run_case import write_recipe
+
+from cmtmae_scale.cache.codecs import Calibration
+from cmtmae_scale.cache.format import (
+    MANIFEST,
+    Manifest,
+    digest_of,
+    part_path,
+    read_manifest,
+    seal_path,
+)
+from cmtmae_scale.cache.reader import CacheReader, Rows
+from cmtmae_scale.cache.teacher import open_cache
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.errors import CacheError
+from dataloading.index import build_index
+from dataloading.plan import Plan
+
+ROWS = 40
+FORGED = [0, -1, 1, 3, 10**30, 1e9, True, None, "x", "bf16", [], {}, {"teacher": {}}]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("case"))
+
+
+def fill(recipe: Path, folder: Path, seed: int, *overrides: str) -> dict[str, torch.Tensor]:
+    """A whole cache of random int8 rows; returns them as they are to be read."""
+    config = load_config(recipe, cached(folder, *overrides))
+    manifest = write_manifest(config, build_index(config.data.path), folder, codec="int8")
+    generator = torch.Generator().manual_seed(seed)
+    attention = torch.rand(ROWS, manifest.patches, generator=generator).half()
+    features = torch.randn(ROWS, manifest.tokens, manifest.width, generator=generator)
+    ones = torch.ones(manifest.width)
+    write_rows(folder, manifest, attention, features, Calibration(0 * ones, ones), ())
+    with reading(folder, manifest) as read:
+        rows = read(range(ROWS))
+    assert rows.faults == [None] * ROWS and torch.equal(rows.fields["attention"], attention)
+    return rows.fields
+
+
+def plan_of(rows: Any) -> Plan:
+    """Draws of some rows, two a sample."""
+    numbers = np.array(rows, dtype=np.int64)
+    return Plan(numbers, numbers // 2, numbers % 2, np.zeros((len(rows), 4)), numbers < 0)
+
+
+@contextmanager
+def reading(folder: Path, manifest: Manifest, limit: int = 9) -> Iterator[Callable[[Any], Rows]]:
+    reader = CacheReader(folder, manifest, 2, pin=False)
+    reader.limit = limit
+
+    def read(rows: Any) -> Rows:
+        plan = plan_of(rows)
+        reader.submit(plan)
+        return reader.collect(plan)
+
+    try:
+        yield read
+    finally:
+        reader.close()
+
+
+CALIBRATION = "the calibration, whose name tells its content"
+
+
+def file_of(folder: Path, name: str) -> Path:
+    return next(folder.glob("calibration-*")) if name == CALIBRATION else folder / name
+
+
+def mutate(random: random.Random, folder: Path, good: Path, other: Path) -> Path:
+    """Spoil one file of a cache; returns which."""
+    names = [MANIFEST, MANIFEST, CALIBRATION]
+    for part in range(6):
+        names += [str(find(Path(), part)) for find in (part_path, seal_path)]
+    name = random.choice(names)
+    path, data = folder / file_of(good, name).name, file_of(good, name).read_bytes()
+    if name not in (MANIFEST, CALIBRATION):
+        path = folder / name
+    kind = random.choice(
+        ["cut", "flip", "header", "swap", "foreign", "symlink", "folder", "forge", "grow"]
+    )
+    path.unlink()
+    if kind == "cut":
+        path.write_bytes(data[: random.randrange(len(data))])
+    elif kind == "flip":
+        at, bit = random.randrange(len(data)), 1 << random.randrange(8)
+        path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+    elif kind == "header":
+        at = random.randrange(min(len(data), 400))
+        path.write_bytes(data[:at] + random.randbytes(4) + data[at + 4 :])
+    elif kind == "swap":
+        path.write_bytes(file_of(good, random.choice(names)).read_bytes())
+    elif kind == "foreign":
+        path.write_bytes(file_of(other, name).read_bytes())
+    elif kind == "symlink":
+        path.symlink_to(file_of(good if path.suffix == ".safetensors" else other, name))
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "grow":
+        path.write_bytes(data + random.randbytes(9))
+    elif path.suffix == ".json":
+        path.write_text(forge(random, json.loads(data), name == MANIFEST))
+    else:
+        path.write_bytes(random.randbytes(len(data)))
+    return path
+
+
+def forge(random: random.Random, tree: dict[str, Any], sealed: bool) -> str:
+    """Another value in a JSON file, under a digest that fits where there is one."""
+    tree[random.choice(sorted(tree))] = random.choice(FORGED)
+    if sealed and tree.keys() >= {"sha256"}:
+        tree.pop("sha256")
+        tree["sha256"] = digest_of(Manifest(**tree))
+    return json.dumps(tree)
+
+
+def test_of_a_thousand_spoilt_caches_none_is_trusted_and_none_crashes(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, other, folder = (tmp_path / name for name in ("good", "other", "spoilt"))
+    truth = fill(recipe, good, 1)
+    fill(recipe, other, 2, "views.flip=false")
+    config = load_config(recipe, cached(folder))
+    told, index = describe(config), build_index(config.data.path)
+    shutil.copytree(good, folder)
+    chance = random.Random(0)
+    refused = missed = served = 0
+    caplog.set_level("CRITICAL")
+    for _ in range(1000):
+        path = mutate(chance, folder, good, other)
+        try:
+            manifest, calibration = open_cache(config, told, index)
+        except CacheError as error:
+            assert str(folder) in str(error)
+            refused += 1
+        else:
+            assert calibration is None or bool((calibration.std == 1).all())
+            rows = [chance.randrange(ROWS) for _ in range(8)]
+            with reading(folder, manifest) as read:
+                found = read(rows)
+            for k, (row, fault) in enumerate(zip(rows, found.faults, strict=True)):
+                missed += fault is not None
+                served += fault is None
+                for name in truth if fault is None else ():
+                    assert torch.equal(found.fields[name][k], truth[name][row])
+        restore(path, good / path.relative_to(folder))
+    assert min(refused, missed, served) > 150
+
+
+def restore(path: Path, good: Path) -> None:
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink()
+    os.link(good, path)
+
+
+def test_a_part_that_appears_later_is_found_and_one_warning_tells_of_a_damaged_one(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    truth = fill(recipe, tmp_path, 3)
+    seal = seal_path(tmp_path, 1)
+    seal.rename(tmp_path / "later")
+    path = part_path(tmp_path, 2)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the checksum of the last row
+    with reading(tmp_path, read_manifest(tmp_path)) as read:
+        assert read([7, 20]).faults == ["it is not complete", "it differs from its checksum"]
+        spoilt = read([20, 19])
+        assert spoilt.faults == ["it differs from its checksum", None]
+        assert spoilt.fields["attention"][0].unique().tolist() == [1 / 16]
+        assert not spoilt.fields["features"][0].any()
+        (line,) = caplog.messages
+        assert line == f"{path}, row 20: it differs from its checksum; build this part again"
+        (tmp_path / "later").rename(seal)
+        draft = tmp_path / "draft"
+        draft.write_bytes(data)
+        draft.replace(path)
+        mended = read([7, 20])
+        assert mended.faults == [None, None]
+        assert torch.equal(mended.fields["features"], truth["features"][[7, 20]])
+
+
+def test_few_parts_are_open_at_a_time_and_none_after_the_end(recipe: Path, tmp_path: Path) -> None:
+    truth = fill(recipe, tmp_path, 4)
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(ROWS), 5))
+    with reading(tmp_path, read_manifest(tmp_path), limit=2) as read:
+        found = read(order)
+        assert found.faults == [None] * len(order)
+        assert torch.equal(found.fields["features"], truth["features"][order])
+        assert 1 <= num_open(tmp_path) <= 2
+    assert num_open(tmp_path) == 0
+
+
+def num_open(folder: Path) -> int:
+    """Files of a folder that this process has open."""
+    files = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+    return sum(file.startswith(str(folder)) for file in files)
+
+
+def test_plans_are_matched_with_their_rows_even_where_batches_are_lost(
+    recipe: Path, tmp_path: Path
+) -> None:
+    fill(recipe, tmp_path, 5)
+    reader = CacheReader(tmp_path, read_manifest(tmp_path), 2, pin=False)
+    plans = [plan_of([3, 8]), plan_of([5, 6]), plan_of([1, 2])]
+    for plan in plans:
+        reader.submit(plan)
+    assert reader.collect(plans[1]).numbers == [5, 6]
+    assert reader.collect(plans[2]).numbers == [1, 2]
+    with pytest.raises(RuntimeError, match="please report this"):
+        reader.collect(plans[0])
+    reader.close()
