@@ -69,7 +69,11 @@ def test_a_run_moves_between_backends_and_world_sizes(recipe: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "backend",
-    [pytest.param(b, marks=ZERO_MARKS) for b in (ZERO1, ZERO2, [*ZERO3, GATHER_ANEW])],
+    [
+        pytest.param(ZERO1, marks=ZERO_MARKS),
+        pytest.param(ZERO2, marks=(*ZERO_MARKS, pytest.mark.slow)),
+        pytest.param([*ZERO3, GATHER_ANEW], marks=ZERO_MARKS),
+    ],
     ids=["zero1", "zero2", "zero3"],
 )
 def test_stopping_and_going_on_is_bit_identical(
