@@ -11,7 +11,8 @@ from pathlib import Path
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
@@ -50,12 +51,6 @@ def pretrain(arguments: Sequence[str] | None = None) -> int:
 
 def parse_pretrain(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``--config FILE [--dry-run] [key=value ...]``; a usage error exits with 78."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-            self.print_usage(sys.stderr)
-            self.exit(EXIT_CONFIG, f"{self.prog}: {message}\n")
-
     parser = Parser(description="Pre-train a CMT-MAE student.", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="a recipe, such as configs/demo.yaml")
     parser.add_argument(

@@ -19,6 +19,7 @@ from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
+from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.log import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Export from a checkpoint.", allow_abbrev=False)
+    """Parse the command line; a usage error exits with 78."""
+    parser = Parser(description="Export from a checkpoint.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="what", required=True)
     encoder = commands.add_parser("encoder", help="timm's names, safetensors", allow_abbrev=False)
     encoder.add_argument(

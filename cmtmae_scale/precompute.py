@@ -21,10 +21,12 @@ from cmtmae_scale.errors import (
     EXIT_CONFIG,
     EXIT_DONE,
     EXIT_STOPPED,
+    CacheError,
     CmtMaeError,
     ConfigError,
 )
 from cmtmae_scale.estimate import compute_dtype
+from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
 from cmtmae_scale.runtime.claim import once
 from cmtmae_scale.runtime.launch import World, find_world, pick_device
 from cmtmae_scale.runtime.log import set_up_logging
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``--config FILE [--shard i/n] [--verify [SHARE] | --repair] [key=value ...]``."""
-    parser = argparse.ArgumentParser(description="Precompute the teacher.", allow_abbrev=False)
+    parser = Parser(description="Precompute the teacher.", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="the recipe of the runs that will read it")
     parser.add_argument(
         "--shard",
@@ -69,12 +71,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="this job's share of the parts, i from 0; a SLURM array has its own, else all",
     )
     parser.add_argument(
-        "--rows-a-part", type=int, default=1024, help="views in one file; 1024 (some 200 MB)"
+        "--rows-a-part",
+        type=at_least_one,
+        default=1024,
+        help="views in one file; 1024 (some 200 MB)",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--verify",
-        type=float,
+        type=share,
         nargs="?",
         const=0.01,
         metavar="SHARE",
@@ -114,10 +119,19 @@ def run(config: Config, options: argparse.Namespace, world: World) -> int:
 
 
 def make_builder(config: Config, folder: Path, device: torch.device) -> Builder:
-    """Index and teacher of a run; the index is built by one process, the others wait."""
+    """Index and teacher of a run; the index is built by one process, the others wait.
+
+    Raises:
+        CacheError: if nothing can be written where the index belongs.
+    """
     teacher = assemble(config, stored_needs(config), load=True).to(device, compute_dtype(config))
-    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    index = open_index(config, Path(config.data.index) if config.data.index else folder / "index")
+    place = Path(config.data.index) if config.data.index else folder / "index"
+    try:
+        index = open_index(config, place)
+    except OSError as error:
+        raise CacheError(
+            f"{place}: cannot be written ({error.strerror}); correct cache.dir or data.index"
+        ) from error
     return Builder(config, index, teacher, device)
 
 
@@ -131,7 +145,7 @@ def stored_needs(config: Config) -> Needs:
 
 def open_index(config: Config, folder: Path) -> Index:
     """Build the index or read it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
 
     def find() -> Index | None:
         return read() if (folder / "index.json").exists() else None

@@ -52,7 +52,6 @@ class GatheredAverage:
         # Lengths of a rank's parts, closed by what fills its row up to the longest.
         self.lengths: list[list[int]] = []
         self.targets: list[list[Tensor]] = []
-        weights = dict(module.named_parameters())
         for theirs in everyone:
             lengths = [part.length for part in theirs]
             self.lengths.append([*lengths, self.longest - sum(lengths)])

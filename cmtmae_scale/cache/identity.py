@@ -1,5 +1,6 @@
 """What the rows of a cache were computed from, and whether a run asks for the same."""
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any, Literal, cast
@@ -38,7 +39,8 @@ def fingerprint(
         views["shuffle"] = config.data.shuffle
     own = {key: value for key, value in teacher.items() if key != "library_version"}
     data = {"digest": index.digest, "images": len(index)}
-    return {"keyed": keyed, "teacher": own, "views": views, "data": data}
+    found = {"keyed": keyed, "teacher": own, "views": views, "data": data}
+    return cast(dict[str, Any], json.loads(json.dumps(found)))  # as a manifest gives it back
 
 
 def check_identity(manifest: Manifest, wanted: dict[str, Any], place: str) -> None:

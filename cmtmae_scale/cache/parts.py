@@ -41,9 +41,9 @@ def write_part(folder: Path, manifest: Manifest, part: int, fields: Mapping[str,
     path = part_path(folder, part)
     path.parent.mkdir(parents=True, exist_ok=True)
     names = [name for name in manifest.fields() if name != "checksum"]
-    rows = manifest.rows_of(part)
+    rows, identity = manifest.rows_of(part), manifest.identity
     sums = [
-        checksum(manifest.identity, row, [row_bytes_of(fields[name], i) for name in names])
+        checksum(identity, row, [row_bytes_of(fields[name], i) for name in names])
         for i, row in enumerate(rows)
     ]
     tensors = {name: fields[name].contiguous() for name in names}
@@ -86,6 +86,7 @@ class PartFile:
     def __init__(self, folder: Path, manifest: Manifest, part: int) -> None:
         self.manifest = manifest
         self.rows = manifest.rows_of(part)
+        self.identity = manifest.identity
         seal = read_seal(folder, part)
         if seal is None:
             raise ValueError(INCOMPLETE)
@@ -145,7 +146,7 @@ class PartFile:
                 return "it is cut short"
             views.append(target)
         stored = int(into["checksum"][at])
-        if checksum(self.manifest.identity, row, views[:-1]) != stored:
+        if checksum(self.identity, row, views[:-1]) != stored:
             return "it differs from its checksum"
         if not into["valid"][at]:
             return UNDECODED

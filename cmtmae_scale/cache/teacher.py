@@ -1,6 +1,5 @@
 """A teacher that is read from a cache."""
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,7 @@ def open_cache(
     if (folder / PARTS).exists():
         refuse_open_folder(folder / PARTS)
     wanted = fingerprint(config, described.fingerprint(), index, "views")
-    check_identity(manifest, json.loads(json.dumps(wanted)), str(folder))
+    check_identity(manifest, wanted, str(folder))
     rows, columns = described.grid
     reading = described.reading
     tokens = rows * columns + described.has_cls

@@ -11,7 +11,7 @@ from torch import Tensor
 from cmtmae_scale.cache.build import Builder
 from cmtmae_scale.cache.codecs import Encoded, Fidelity, calibrate, decode, fidelity
 from cmtmae_scale.cache.format import Manifest, part_path, read_seal
-from cmtmae_scale.cache.parts import PartFile
+from cmtmae_scale.cache.parts import UNDECODED, PartFile
 from cmtmae_scale.runtime.storage import digest
 
 STANDARDISED = 0.9995
@@ -54,13 +54,11 @@ def bad_rows(folder: Path, manifest: Manifest, part: int) -> str:
     into = empty_rows(manifest, 1)
     opened = PartFile(folder, manifest, part)
     try:
-        found = [row for row in opened.rows if opened.read_row(row, into, 0) not in GOOD]
+        faults = ((row, opened.read_row(row, into, 0)) for row in opened.rows)
+        found = [row for row, fault in faults if fault not in (None, UNDECODED)]
     finally:
         opened.close()
     return ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
-
-
-GOOD = (None, "its picture could not be decoded when it was built")
 
 
 def empty_rows(manifest: Manifest, count: int) -> dict[str, Tensor]:

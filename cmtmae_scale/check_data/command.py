@@ -13,6 +13,7 @@ from typing import get_args
 from cmtmae_scale.check_data.report import describe, survey
 from cmtmae_scale.config.schema import Data, Views
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
+from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.progress import Progress
 from dataloading.check import Fault, find_undecodable
@@ -44,12 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; a usage error exits with 78."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-            self.print_usage(sys.stderr)
-            self.exit(EXIT_CONFIG, f"{self.prog}: {message}\n")
-
     parser = Parser(
         description="Decode every image of a data set, say what is wrong and where, and pack it.",
         epilog=_EXITS,
@@ -58,17 +53,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("path", help="as data.path: folder of images, or tars")
     parser.add_argument("--source", choices=get_args(SourceName), default="auto", help="its layout")
     parser.add_argument(
-        "--max-pixels", type=_at_least_one, default=Data.max_pixels, help="as data.max_pixels"
+        "--max-pixels", type=at_least_one, default=Data.max_pixels, help="as data.max_pixels"
     )
     parser.add_argument(
         "--max-bad-share",
-        type=_share,
+        type=share,
         default=Data.max_bad_share,
         help="share of bad images above which the exit code is 78",
     )
     parser.add_argument(
         "--threads",
-        type=_at_least_one,
+        type=at_least_one,
         default=len(os.sched_getaffinity(0)),
         help="reader and decoder threads; one for each core",
     )
@@ -80,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--pack", type=Path, metavar="OUT", help="then write it as shuffled tars into this folder"
     )
     parser.add_argument(
-        "--shard-mb", type=_at_least_one, default=1000, help="size of a packed tar, about; 1000"
+        "--shard-mb", type=at_least_one, default=1000, help="size of a packed tar, about; 1000"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the packed order and the views")
     return parser.parse_args(arguments)
@@ -161,20 +156,6 @@ def pack(index: Index, options: argparse.Namespace) -> int:
         f"data.path={options.pack} data.shuffle=window data.expected_images={len(packed)}\n"
     )
     return EXIT_DONE
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must lie in [0, 1]")
-    return share
 
 
 def _picture(text: str) -> Path:

@@ -24,6 +24,12 @@ SCHEDULES = (
 )
 
 
+REMEDIES = {
+    ("backend.zero_stage", "0"): "; it shards nothing: set backend.name=fsdp backend.shard=none",
+}
+"""Values that users of another program expect -> what to set instead."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe, apply overrides and check the whole.
 
@@ -141,11 +147,6 @@ def check_keys(tree: dict[str, Any], schema: type, place: str, prefix: str = "")
                 raise ConfigError(f"{place}: {full}={value!r} is a group; give {full}.KEY=value")
             check_keys(cast(dict[str, Any], value), cast(type, kind), place, full + ".")
         elif get_origin(kind) is Literal:
-            if full == "backend.zero_stage" and value == 0:
-                raise ConfigError(
-                    f"{place}: backend.zero_stage=0 shards nothing; set backend.name=fsdp "
-                    "backend.shard=none, which does the same"
-                )
             check_choice(place, full, value, get_args(kind))
 
 
@@ -155,6 +156,7 @@ def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> 
         return
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
+    hint = REMEDIES.get((key, str(value)), hint)
     listed = ", ".join(str(choice) for choice in choices)
     raise ConfigError(f"{place}: {key}={value!r} is not one of {listed}{hint}")
 

@@ -225,10 +225,24 @@ def test_a_folder_that_everyone_may_write_is_refused(
         case.build_cache(recipe, folder)
 
 
-@pytest.mark.parametrize("text", ["8/8", "1", "-1/4", "a/b"])
-def test_a_share_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(SystemExit):
-        precompute.parse(["--config", "x", "--shard", text])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--shard", text] for text in ("8/8", "1", "-1/4", "a/b")),
+        *(["--rows-a-part", "0"], ["--verify", "2"], ["--verify", "--repair"]),
+    ],
+)
+def test_arguments_that_cannot_work_leave_with_78(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        precompute.parse(["--config", "x", *arguments])
+    assert stop.value.code == 78
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(recipe, recipe / "cache") == 78
+    assert "recipe.yaml/cache/index: cannot be written" in capsys.readouterr().err
 
 
 def test_a_slurm_array_task_has_its_share() -> None:
