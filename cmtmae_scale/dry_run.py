@@ -10,7 +10,15 @@ import yaml
 from torch import nn
 
 from cmtmae_scale.checkpoint import layout as checkpoints
-from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, peak_lr, total_steps
+from cmtmae_scale.config.derive import (
+    batch_plan,
+    builds_teacher,
+    cache_folder,
+    needs,
+    peak_lr,
+    reads_cache,
+    total_steps,
+)
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
@@ -51,7 +59,7 @@ def describe(config: Config, world_size: int) -> str:
     lines.append(f"decoder         {millions(model.decoder)} parameters")
     lines.append(f"heads           {millions(model.heads)} parameters")
     if teacher is not None:
-        origin = f", read from {config.cache.dir}" if config.teacher.mode == "cache" else ""
+        origin = f", read from {cache_folder(config)}" if reads_cache(config) else ""
         origin += "" if builds_teacher(config) else " and not built"
         lines.append(f"teacher         {millions(teacher.model)} parameters, frozen{origin}")
     lines.append(

@@ -4,17 +4,23 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 from cmtmae_scale.cache.build import Builder, build_parts, missing_parts
 from cmtmae_scale.cache.codecs import Codec
+from cmtmae_scale.cache.follow import PATIENCE_S, PAUSE_S, Follower, follow
 from cmtmae_scale.cache.format import Manifest, seal_path
+from cmtmae_scale.cache.identity import Keyed
 from cmtmae_scale.cache.verify import compare, damaged_parts
-from cmtmae_scale.config.derive import Needs, needs
+from cmtmae_scale.config.derive import Needs, cache_folder, needs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import (
@@ -49,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world = find_world()
         set_up_logging(world.rank, world.world_size)
         options = parse(arguments)
-        config = load_config(options.config, options.overrides)
-        return run(config, options, world)
+        with stoppable():
+            if options.follow is not None:
+                return run_beside(options.follow, options, world)
+            config = load_config(options.config, options.overrides)
+            return run(config, options, world)
     except (CmtMaeError, DataError) as error:
         logger.error("%s", error)
         return error.exit_code
@@ -60,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``--config FILE [--shard i/n] [--verify [SHARE] | --repair] [key=value ...]``."""
+    """Parse ``--config FILE [--verify [SHARE] | --repair] ...`` or ``--follow RUN_DIR ...``."""
     parser = Parser(description="Precompute the teacher.", allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="the recipe of the runs that will read it")
+    parser.add_argument("--config", help="the recipe of the runs that will read it")
     parser.add_argument(
         "--shard",
         type=shard,
@@ -86,10 +95,40 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="read everything, and compute a random share (0.01) again",
     )
     what.add_argument("--repair", action="store_true", help="build damaged and missing parts again")
+    what.add_argument(
+        "--follow",
+        type=Path,
+        metavar="RUN_DIR",
+        help="stay ahead of a run with teacher.mode=follow; without --config its recipe is read",
+    )
+    parser.add_argument(
+        "--ahead",
+        type=at_least_one,
+        default=16,
+        metavar="PARTS",
+        help="with --follow: parts to be ahead of the run; 16",
+    )
     # DeepSpeed's launcher adds it; ranks come from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.config is None and options.follow is None:
+        parser.error("--config FILE is missing")
+    return options
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM end the work like an interrupt from the keyboard."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -105,7 +144,8 @@ def run(config: Config, options: argparse.Namespace, world: World) -> int:
     if config.cache.dir is None:
         raise ConfigError("cache.dir is not set; name the folder of the cache")
     folder = Path(config.cache.dir)
-    builder = make_builder(config, folder, pick_device(world))
+    place = Path(config.data.index) if config.data.index else folder / "index"
+    builder = make_builder(config, place, pick_device(world))
     try:
         if options.verify is not None:
             return report(builder, folder, config.cache.codec, options)
@@ -118,21 +158,74 @@ def run(config: Config, options: argparse.Namespace, world: World) -> int:
     return EXIT_DONE
 
 
-def make_builder(config: Config, folder: Path, device: torch.device) -> Builder:
+def run_beside(run_dir: Path, options: argparse.Namespace, world: World) -> int:
+    """Compute what a run needs next, until it is complete; returns the exit code."""
+    recipe = options.config or run_dir / "config.yaml"
+    if not await_file(Path(recipe), "the run has not started"):
+        return EXIT_STOPPED
+    config = load_config(recipe, [*options.overrides, f"run.dir={run_dir}"])
+    if config.teacher.mode != "follow":
+        raise ConfigError(
+            f"{run_dir}: the run has teacher.mode={config.teacher.mode}; a sidecar needs follow"
+        )
+    place = Path(config.data.index) if config.data.index else run_dir / "index"
+    if not await_file(place / "index.json", "the run has not indexed its images"):
+        return EXIT_STOPPED
+    folder = cache_folder(config)
+    builder = make_builder(config, place, pick_device(world), "positions")
+    try:
+        manifest = builder.begin(folder, config.cache.codec, options.rows_a_part)
+        views = config.checkpoint.every * config.train.global_batch
+        between = -(-views // manifest.rows_a_part)
+        stripe = my_stripe(options.shard, world)
+        follower = Follower(folder, manifest, run_dir, stripe, options.ahead, between)
+        logger.info(
+            "following %s in %s: at most %d parts, %.2f GB",
+            run_dir,
+            folder,
+            follower.most,
+            follower.most * manifest.rows_a_part * manifest.row_bytes() / 1e9,
+        )
+        return EXIT_DONE if follow(builder, follower) else EXIT_STOPPED
+    finally:
+        builder.close()
+
+
+def await_file(path: Path, lacking: str) -> bool:
+    """Wait for a file that a run writes; whether it came."""
+    began = time.monotonic()
+    if not path.exists():
+        logger.info("waiting for %s: %s", path, lacking)
+    while not path.exists():
+        if time.monotonic() - began > PATIENCE_S:
+            logger.error("%s did not appear within %.0f s: %s", path, PATIENCE_S, lacking)
+            return False
+        time.sleep(PAUSE_S)
+    return True
+
+
+def make_builder(
+    config: Config, place: Path, device: torch.device, keyed: Keyed = "views"
+) -> Builder:
     """Index and teacher of a run; the index is built by one process, the others wait.
+
+    Args:
+        config: the run.
+        place: folder of the index.
+        device: where the teacher runs.
+        keyed: what a row's number means.
 
     Raises:
         CacheError: if nothing can be written where the index belongs.
     """
     teacher = assemble(config, stored_needs(config), load=True).to(device, compute_dtype(config))
-    place = Path(config.data.index) if config.data.index else folder / "index"
     try:
         index = open_index(config, place)
     except OSError as error:
         raise CacheError(
             f"{place}: cannot be written ({error.strerror}); correct cache.dir or data.index"
         ) from error
-    return Builder(config, index, teacher, device)
+    return Builder(config, index, teacher, device, keyed)
 
 
 def stored_needs(config: Config) -> Needs:
@@ -162,10 +255,15 @@ def open_index(config: Config, folder: Path) -> Index:
 
 
 def my_parts(manifest: Manifest, share: tuple[int, int], world: World) -> range:
-    """This process's parts: every n-th, without a word to the others."""
+    """This process's parts, without a word to the others."""
+    first, step = my_stripe(share, world)
+    return range(first, manifest.num_parts, step)
+
+
+def my_stripe(share: tuple[int, int], world: World) -> tuple[int, int]:
+    """Number of this process among those who share the parts, and how many they are."""
     number, of = share
-    step = of * world.world_size
-    return range(number * world.world_size + world.rank, manifest.num_parts, step)
+    return number * world.world_size + world.rank, of * world.world_size
 
 
 def build(builder: Builder, folder: Path, manifest: Manifest, parts: range) -> None:

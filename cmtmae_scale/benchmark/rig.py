@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from cmtmae_scale.backends.base import Backend, MicroBatch, Outcome
 from cmtmae_scale.benchmark.clock import Mark, Stopwatch, seconds
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import batch_plan
+from cmtmae_scale.config.derive import batch_plan, reads_cache
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.targets import Losses
@@ -184,10 +184,10 @@ class Rig:
         index = open_index(config, folder, world) if real else None
         if index is not None:
             teacher = open_teacher(config, world, device, index, stop, stack)
-        elif config.teacher.mode == "cache":
+        elif reads_cache(config):
             raise ConfigError(
-                "teacher.mode=cache reads the rows of real photographs; add --data real, or set "
-                "teacher.mode=live"
+                f"teacher.mode={config.teacher.mode} reads the rows of real photographs; add "
+                "--data real, or set teacher.mode=live"
             )
         else:
             teacher = fetch_teacher(config, world, device)
@@ -225,6 +225,7 @@ class Rig:
             writer=Writer(folder, world.rank, world.world_size, 1, False, 0),
             stop=stop,
             telemetry=None,
+            standing=None,
             saved_facts={},
             run_dir=folder,
         )

@@ -3,7 +3,7 @@
 import errno
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from cmtmae_scale import __version__
 from cmtmae_scale.cache.calibration import begin, find, load_calibration
 from cmtmae_scale.cache.codecs import Calibration, Codec, calibrate, encode
-from cmtmae_scale.cache.format import Manifest, read_manifest, read_seal
+from cmtmae_scale.cache.format import ENDLESS, Manifest, read_manifest, read_seal
 from cmtmae_scale.cache.identity import Keyed, fingerprint
 from cmtmae_scale.cache.parts import write_part
 from cmtmae_scale.config.schema import Config
@@ -124,7 +124,7 @@ class Builder:
                 "decode": type(self.decoder).__name__,
             },
             codec=codec,
-            num_rows=len(self.index) * (self.config.views.count or 1),
+            num_rows=num_rows(self.config, self.index, self.keyed),
             rows_a_part=rows_a_part,
             patches=patches if reading.attention_layers else 0,
             tokens=patches + self.teacher.has_cls if stores_features else 0,
@@ -231,6 +231,11 @@ class Builder:
         self.reader.close()
 
 
+def num_rows(config: Config, index: Index, keyed: Keyed) -> int:
+    """Rows of a finished cache."""
+    return ENDLESS if keyed == "positions" else len(index) * (config.views.count or 1)
+
+
 def masked(values: Tensor, valid: Tensor) -> Tensor:
     """Rows that are not valid, set to zero."""
     return values.masked_fill(~valid.view(-1, *[1] * (values.ndim - 1)), 0)
@@ -252,10 +257,12 @@ def build_parts(
     builder: Builder,
     folder: Path,
     manifest: Manifest,
-    parts: Sequence[int],
+    parts: Iterable[int],
     tell: Callable[[int], None],
 ) -> None:
     """Compute and write parts, one being written while the next is computed.
+
+    The next part is asked for when the one before has been computed; it may still be in writing.
 
     Args:
         builder: computes; its calibration is the cache's.
@@ -291,11 +298,19 @@ def finish(writing: "Future[None] | None", folder: Path, manifest: Manifest) -> 
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        missing = missing_parts(folder, manifest)
-        rows = sum(len(manifest.rows_of(part)) for part in missing)
         raise CacheError(
             f"cache.dir={folder}: {'is full' if full else 'cannot be written'} ({error}); "
-            f"{manifest.num_parts - len(missing)} of {manifest.num_parts} parts are there, the "
-            f"others need {rows * manifest.row_bytes() / 1e9:.2f} GB; make room and run the same "
-            "command again"
+            f"{lacking(folder, manifest)}make room and run the same command again"
         ) from error
+
+
+def lacking(folder: Path, manifest: Manifest) -> str:
+    """What is there and what is not, for messages."""
+    if manifest.num_rows == ENDLESS:
+        return ""
+    missing = missing_parts(folder, manifest)
+    rows = sum(len(manifest.rows_of(part)) for part in missing)
+    return (
+        f"{manifest.num_parts - len(missing)} of {manifest.num_parts} parts are there, the others "
+        f"need {rows * manifest.row_bytes() / 1e9:.2f} GB; "
+    )

@@ -94,6 +94,17 @@ def decode(encoded: Encoded, calibration: Calibration | None) -> Tensor:
     return torch.addcmul(calibration.mean, standard, calibration.std)
 
 
+def as_stored(features: Tensor, codec: Codec, calibration: Calibration | None) -> Tensor:
+    """Features as they come out of a cache.
+
+    Args:
+        features: ``[B, T, F]``.
+        codec: ``int8`` or ``bf16``.
+        calibration: for int8, on the same device.
+    """
+    return decode(encode(features, codec, calibration), calibration)
+
+
 class Fidelity(NamedTuple):
     """Cosines of stored against live features, a token each: mean, 1st percentile, minimum."""
 

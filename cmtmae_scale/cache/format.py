@@ -22,6 +22,8 @@ from cmtmae_scale.cache.codecs import Codec
 from cmtmae_scale.errors import CacheError
 
 FORMAT = 1
+ENDLESS = 1 << 62
+"""``num_rows`` of a cache whose rows are the positions of a run's stream."""
 MANIFEST = "manifest.json"
 PARTS = "parts"
 
@@ -37,7 +39,7 @@ class Manifest:
     codec: Codec
     """How features are stored."""
     num_rows: int
-    """Rows of a finished cache."""
+    """Rows of a finished cache; ``ENDLESS``: it is never finished."""
     rows_a_part: int
     """Rows of a part; the last one may have fewer."""
     patches: int

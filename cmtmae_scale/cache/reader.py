@@ -39,17 +39,18 @@ class Rows(NamedTuple):
 class CacheReader:
     """Reads the rows of plans, several micro-batches at a time.
 
-    A row's number is ``sample * count + view``. A part is looked for whenever a row of it is wanted
-    and it is not open, so one that appears later is found then.
+    A row's number is ``sample * count + view``, or the position where the cache is of a run's own
+    stream. A part is looked for whenever a row of it is wanted and it is not open, so one that
+    appears later is found then.
 
     Args:
         folder: ``cache.dir``.
         manifest: the cache's.
-        count: views an image.
+        count: views an image; ``None``: rows are positions, of which none is wanted twice.
         pin: read into pinned memory.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, count: int, pin: bool) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, count: int | None, pin: bool) -> None:
         self.folder = folder
         self.manifest = manifest
         self.count = count
@@ -63,7 +64,8 @@ class CacheReader:
 
     def submit(self, plan: Plan) -> None:
         """Begin to read the rows of a micro-batch; returns at once."""
-        numbers: list[int] = (plan.ids * self.count + plan.views).tolist()
+        places = plan.positions if self.count is None else plan.ids * self.count + plan.views
+        numbers: list[int] = places.tolist()
         fields = {
             name: torch.empty((len(numbers), *shape), dtype=dtype, pin_memory=self.pin)
             for name, (dtype, shape) in self.manifest.fields().items()
@@ -81,8 +83,28 @@ class CacheReader:
             submitted, rows, futures = self._pending.popleft()
             wait(futures)
             if submitted is plan:
-                return rows._replace(faults=[future.result() for future in futures])
+                rows = rows._replace(faults=[future.result() for future in futures])
+                return rows if self.count is not None else self._followed(rows)
         raise RuntimeError("rows were collected that nobody asked for; please report this")
+
+    def asked(self, plan: Plan) -> bool:
+        """Whether a plan was submitted and not collected."""
+        return any(submitted is plan for submitted, _, _ in self._pending)
+
+    def _followed(self, rows: Rows) -> Rows:
+        """Look again for rows whose part may have come since, and close the parts behind.
+
+        A file that is deleted takes its space until it is closed.
+        """
+        with self._lock:
+            for number in [n for n in self._open if n < self.part_of(rows.numbers[0])]:
+                del self._open[number]
+        late = [k for k, fault in enumerate(rows.faults) if fault == INCOMPLETE]
+        again = [self._pool.submit(self._fill, rows.numbers[k], rows.fields, k) for k in late]
+        faults = list(rows.faults)
+        for k, future in zip(late, again, strict=True):
+            faults[k] = future.result()
+        return rows._replace(faults=faults)
 
     def close(self) -> None:
         """Stop the threads and close all files; may be repeated."""

@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cmtmae_scale.cache.build import num_rows
 from cmtmae_scale.cache.calibration import load_calibration
-from cmtmae_scale.cache.codecs import Calibration, Encoded, decode
+from cmtmae_scale.cache.codecs import Calibration, Codec, Encoded, as_stored, decode
 from cmtmae_scale.cache.drift import BOUNDS, agreement
 from cmtmae_scale.cache.format import PARTS, Manifest, read_manifest, refuse_open_folder
-from cmtmae_scale.cache.identity import check_identity, fingerprint
+from cmtmae_scale.cache.identity import Keyed, check_identity, fingerprint
 from cmtmae_scale.cache.reader import CacheReader, Rows, blank
+from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.teachers.base import Teacher, TeacherView
@@ -25,30 +26,31 @@ logger = logging.getLogger(__name__)
 
 
 def open_cache(
-    config: Config, described: LiveTeacher, index: Index
+    config: Config, described: LiveTeacher, index: Index, keyed: Keyed = "views"
 ) -> tuple[Manifest, Calibration | None]:
     """Read what a cache says of itself, and check that a run may use it.
 
     Args:
-        config: the run, with ``teacher.mode=cache``.
+        config: the run.
         described: the run's teacher in its compute type; its weights are not used.
         index: the images.
+        keyed: what a row's number means to the run.
 
     Raises:
         CacheError: an absent, damaged or unsafe cache, or one of another teacher, views or data;
             names the field, both values and the remedy.
     """
-    folder = Path(str(config.cache.dir))
+    folder = cache_folder(config)
     manifest = read_manifest(folder)
     if (folder / PARTS).exists():
         refuse_open_folder(folder / PARTS)
-    wanted = fingerprint(config, described.fingerprint(), index, "views")
+    wanted = fingerprint(config, described.fingerprint(), index, keyed)
     check_identity(manifest, wanted, str(folder))
     rows, columns = described.grid
     reading = described.reading
     tokens = rows * columns + described.has_cls
     expected = {
-        "num_rows": len(index) * int(config.views.count or 1),
+        "num_rows": num_rows(config, index, keyed),
         "patches": rows * columns if reading.attention_layers else 0,
         "tokens": tokens if reading.feature_layers else 0,
         "width": described.width if reading.feature_layers else manifest.width,
@@ -68,7 +70,8 @@ class CachedTeacher:
 
     A row that is missing or damaged, or whose picture could not be decoded when it was built, is a
     miss, but for a view that is not valid in the run either. A micro-batch with a miss is given to
-    the live teacher whole, or, without ``cache.on_miss=live``, reported as a failure.
+    the live teacher whole, and rounded as rows are, so that a run does not depend on what was at
+    hand; or, without ``cache.on_miss=live``, it is reported as a failure.
 
     Args:
         config: the run.
@@ -78,6 +81,7 @@ class CachedTeacher:
         live: runs on misses and spot checks; ``None``: on none.
         device: where views are wanted.
         fail: told why the present step must not be taken; the view handed out then is blank.
+        keyed: what a row's number means.
     """
 
     def __init__(
@@ -89,9 +93,10 @@ class CachedTeacher:
         live: Teacher | None,
         device: torch.device,
         fail: Callable[[CacheError], None],
+        keyed: Keyed = "views",
     ) -> None:
         self.settings = config.cache
-        self.folder = Path(str(config.cache.dir))
+        self.folder = cache_folder(config)
         self.manifest = manifest
         self.calibration = (
             None if calibration is None else Calibration(*(one.to(device) for one in calibration))
@@ -102,7 +107,7 @@ class CachedTeacher:
         self.device = device
         self.fail = fail
         self.looks = self.checks = 0
-        count = int(config.views.count or 1)
+        count = int(config.views.count or 1) if keyed == "views" else None
         self.reader = CacheReader(self.folder, manifest, count, pin=device.type == "cuda")
 
     @property
@@ -126,7 +131,7 @@ class CachedTeacher:
         self.looks += 1
         missed = [k for k, fault in enumerate(rows.faults) if fault and k not in batch.faulty]
         if missed and self.settings.on_miss == "live" and self.live is not None:
-            return self.live.look(batch)
+            return rounded(self.live.look(batch), self.manifest.codec, self.calibration)
         if missed:
             self.fail(self.miss(rows, missed[0]))
         view = self.decode(rows.fields)
@@ -162,7 +167,7 @@ class CachedTeacher:
     def miss(self, rows: Rows, place: int) -> CacheError:
         """What stops a run that has no teacher."""
         row = rows.numbers[place]
-        sample, view = divmod(row, self.reader.count)
+        sample, view = divmod(row, self.reader.count or 1)
         return CacheError(
             f"cache.dir={self.folder}: row {row} (image {sample}, view {view}) of part "
             f"{self.reader.part_of(row)}: {rows.faults[place]}; complete the cache with "
@@ -187,3 +192,17 @@ class CachedTeacher:
                     f"{self.bounds.distance}; build the cache again, or set teacher.mode=live"
                 )
             )
+
+
+def rounded(view: TeacherView, codec: Codec, calibration: Calibration | None) -> TeacherView:
+    """A live view as it would be read; int8 features that nothing is calibrated for stay.
+
+    Args:
+        view: the live teacher's.
+        codec: the cache's.
+        calibration: the cache's, on the view's device.
+    """
+    attention, features, _ = view
+    if features is not None and (codec == "bf16" or calibration is not None):
+        features = as_stored(features, codec, calibration)
+    return TeacherView(None if attention is None else attention.half().float(), features)

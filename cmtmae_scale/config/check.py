@@ -286,13 +286,19 @@ def check_teacher(config: Config) -> Iterator[str]:
 
 def check_cache(config: Config) -> Iterator[str]:
     """A cache has a place, a use, and a row for every view."""
-    if config.teacher.mode != "cache":
-        return
-    if not needs(config).teacher:
+    mode = config.teacher.mode
+    if mode in ("cache", "follow") and not needs(config).teacher:
         yield (
-            "teacher.mode=cache, but neither the mask nor the loss uses the teacher; set "
+            f"teacher.mode={mode}, but neither the mask nor the loss uses the teacher; set "
             "teacher.mode=none"
         )
+    if mode == "follow" and config.cache.on_miss == "stop":
+        yield (
+            "teacher.mode=follow runs the teacher where no row is there; set cache.on_miss=live, "
+            "or teacher.mode=cache for a run that stops"
+        )
+    if mode != "cache":
+        return
     if not config.cache.dir:
         yield "cache.dir must be given for teacher.mode=cache; name the folder of the cache"
     if config.views.count is None:

@@ -1,6 +1,7 @@
 """Numbers and needs that follow from a config; nothing here is stored as a second truth."""
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from cmtmae_scale.config.schema import Config, Schedule
@@ -68,16 +69,26 @@ def needs(config: Config) -> Needs:
     )
 
 
+def reads_cache(config: Config) -> bool:
+    """Whether rows of a cache are looked for."""
+    return config.teacher.mode in ("cache", "follow")
+
+
+def cache_folder(config: Config) -> Path:
+    """Folder of the cache: the run's own where none is given."""
+    return Path(config.cache.dir) if config.cache.dir else Path(config.run.dir) / "cache"
+
+
 def live_share(config: Config) -> float:
     """Share of micro-batches in which the teacher is planned to run."""
     if not needs(config).teacher or config.teacher.mode == "none":
         return 0.0
-    return config.cache.spot_check if config.teacher.mode == "cache" else 1.0
+    return config.cache.spot_check if reads_cache(config) else 1.0
 
 
 def builds_teacher(config: Config) -> bool:
     """Whether a training process holds a teacher; misses of a cache may need one."""
-    misses = config.teacher.mode == "cache" and config.cache.on_miss == "live"
+    misses = reads_cache(config) and config.cache.on_miss == "live"
     return live_share(config) > 0 or (misses and needs(config).teacher)
 
 

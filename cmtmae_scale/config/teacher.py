@@ -22,17 +22,19 @@ class Teacher:
     """Keep only the first blocks; ``None``: all."""
     feature: Literal["proj", "ln_post", "block"] = "proj"
     """Token features: projected, after the last norm, or a block's output before it."""
-    mode: Literal["live", "cache", "none"] = "live"
-    """live: run beside the student; cache: read its maps and features from ``cache.dir``; none: no
-    teacher at all (MAE)."""
+    mode: Literal["live", "cache", "follow", "none"] = "live"
+    """live: run beside the student; cache: read its maps and features from ``cache.dir``; follow:
+    read what ``precompute_teacher.py --follow RUN_DIR`` computes ahead of the run, and run beside
+    the student where nothing is there; none: no teacher at all (MAE)."""
 
 
 @dataclass
 class Cache:
-    """The teacher's maps and features, computed once by ``launchers/precompute_teacher.py``."""
+    """The teacher's maps and features, computed by ``launchers/precompute_teacher.py``."""
 
     dir: str | None = None
-    """Folder of the cache; needs ``views.count``."""
+    """Folder of the cache; with ``teacher.mode=follow`` the run's own, ``RUN_DIR/cache``, unless
+    one is given; with ``teacher.mode=cache`` it must be, and ``views.count`` too."""
     codec: Literal["int8", "bf16", "attention"] = "int8"
     """How features are stored when it is built: int8 over standardised channels, bf16, or not at
     all (maps only)."""

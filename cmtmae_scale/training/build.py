@@ -12,12 +12,20 @@ import torch
 from cmtmae_scale import __version__
 from cmtmae_scale.backends.base import MicroBatch, Objective
 from cmtmae_scale.backends.build import make_backend
+from cmtmae_scale.cache.followed import FollowedTeacher
 from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, total_steps
+from cmtmae_scale.config.derive import (
+    batch_plan,
+    builds_teacher,
+    cache_folder,
+    needs,
+    reads_cache,
+    total_steps,
+)
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
@@ -30,6 +38,7 @@ from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
 from cmtmae_scale.runtime.collectives import barrier, from_first, texts_of_all
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.standing import StandingFile
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.weights import read_weights
@@ -83,8 +92,9 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         logger.info("resuming %s at step %d", folder, progress.step)
     stream = stack.enter_context(open_stream(config, index, world, device, teacher, progress))
     stop.install()
-    telemetry = None
+    telemetry = standing = None
     if world.rank == 0:
+        standing = StandingFile(run_dir)
         telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
         stack.callback(telemetry.close)
     token = from_first(int(torch.randint(2**62, (), dtype=torch.int64).item()))
@@ -116,6 +126,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         writer=writer,
         stop=stop,
         telemetry=telemetry,
+        standing=standing,
         saved_facts=facts(config, index.digest, world),
         run_dir=run_dir,
     )
@@ -213,22 +224,28 @@ def open_teacher(
         CacheError: on every rank, if the cache cannot be used on one. A collective.
     """
     live = fetch_teacher(config, world, device) if builds_teacher(config) else None
-    if config.teacher.mode != "cache":
+    if not reads_cache(config):
         return live
     with torch.device("meta"):
         described = build_teacher_skeleton(config).to("meta", compute_dtype(config))
-    opened, problem = None, ""
+    teacher, problem = None, ""
     try:
-        opened = open_cache(config, described, index)
+        if config.teacher.mode == "follow" and live is not None:
+            teacher = FollowedTeacher(config, described, live, index, device, stop.fail)
+        else:
+            opened = open_cache(config, described, index)
+            teacher = CachedTeacher(config, *opened, described, live, device, stop.fail)
+        stack.callback(teacher.close)
     except CacheError as error:
         problem = str(error)
     problems = list(filter(None, texts_of_all(problem)))
-    if opened is None or problems:
+    if problems:
         raise CacheError(problems[0])
-    teacher = CachedTeacher(config, *opened, described, live, device, stop.fail)
-    stack.callback(teacher.close)
     logger.info(
-        "teacher: read from cache.dir=%s; cache.on_miss=%s", config.cache.dir, config.cache.on_miss
+        "teacher.mode=%s, %s; cache.on_miss=%s",
+        config.teacher.mode,
+        cache_folder(config),
+        config.cache.on_miss,
     )
     return teacher
 
@@ -318,7 +335,7 @@ def open_stream(
         decode=config.data.decode,
         device=device,
         quarantine=Path(config.run.dir) / "quarantine.jsonl",
-        watch=teacher.submit if isinstance(teacher, CachedTeacher) else None,
+        watch=teacher.submit if isinstance(teacher, CachedTeacher | FollowedTeacher) else None,
     )
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import BatchPlan
+from cmtmae_scale.config.derive import BatchPlan, reads_cache
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.runtime.standing import Standing, StandingFile
 from cmtmae_scale.teachers.base import picture_sizes
 from cmtmae_scale.training.guards import (
     StopRequest,
@@ -53,6 +54,7 @@ class Parts:
     writer: Writer
     stop: StopRequest
     telemetry: Telemetry | None
+    standing: StandingFile | None
     saved_facts: dict[str, Any]
     run_dir: Path
 
@@ -71,6 +73,7 @@ def train(parts: Parts) -> str | None:
     config, progress = parts.config, parts.progress
     reason = stop_reason(parts, False)
     drawn = invalid = 0.0
+    tell_standing(parts)
     while progress.step < progress.end_step and reason is None:
         scalars = scalars_at(config, progress.share)
         try:
@@ -93,6 +96,7 @@ def train(parts: Parts) -> str | None:
         if parts.telemetry is not None:
             values = readable(report, scalars, parts)
             parts.telemetry.record(progress.step, values, parts.plan.global_batch, waited_s)
+        tell_standing(parts)
         reason = stop_reason(parts, report["stop"] > 0)
         if reason is None and progress.step % config.checkpoint.every == 0:
             parts.writer.save(progress.step, parts.models.backend.fragments(), saved_state(parts))
@@ -142,7 +146,7 @@ def readable(report: dict[str, float], scalars: Scalars, parts: Parts) -> dict[s
     count = parts.plan.accumulation * parts.plan.world_size
     values = {name: report[name] / rows for name in REPORT if name.startswith("loss/")}
     means = ["mask/visible_mass", "attention/agreement"]
-    means += ["cache/hit"] if parts.config.teacher.mode == "cache" else []
+    means += ["cache/hit"] if reads_cache(parts.config) else []
     values |= {name: report[name] / count for name in means}
     values |= {"grad_norm": report["grad_norm"], "valid_rows": report["valid_rows"]}
     return values | vars(scalars)
@@ -160,6 +164,17 @@ def save_last(parts: Parts) -> None:
     """Save the present state, and wait until it is on storage."""
     state = saved_state(parts)
     parts.writer.finish(parts.progress.step, parts.models.backend.fragments(), state)
+    tell_standing(parts)
+
+
+def tell_standing(parts: Parts) -> None:
+    """Tell those who work beside the run where it stands."""
+    if parts.standing is None:
+        return
+    progress, step = parts.progress, parts.writer.saved_step
+    batch = parts.plan.global_batch
+    saved = progress.position0 if step is None else progress.position_at(step, batch)
+    parts.standing.tell(Standing(progress.position, saved, progress.horizon))
 
 
 def saved_state(parts: Parts) -> dict[str, Any]:

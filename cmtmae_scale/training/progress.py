@@ -40,7 +40,11 @@ class Progress:
         """Count a finished step."""
         self.step += 1
         self.applied += applied
-        self.position = self.position0 + (self.step - self.step0) * global_batch
+        self.position = self.position_at(self.step, global_batch)
+
+    def position_at(self, step: int, global_batch: int) -> int:
+        """Position of a step since ``step0``."""
+        return self.position0 + (step - self.step0) * global_batch
 
     def to_dict(self) -> dict[str, int]:
         """Fields as saved."""

@@ -1,0 +1,57 @@
+"""Where a run stands, in ``RUN_DIR/progress.json``: for those who work beside it."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+FILE = "progress.json"
+PAUSE_S = 0.2
+"""Shortest time between two writes."""
+
+
+class Standing(NamedTuple):
+    """Positions in the run's stream of views."""
+
+    position: int
+    """Views drawn."""
+    saved: int
+    """Position of the newest checkpoint: no restart begins before it, if it is intact."""
+    end: int
+    """Position at which the run is complete."""
+
+
+class StandingFile:
+    """Tells of a run's progress, at most every ``PAUSE_S``; only rank 0 makes one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / FILE
+        self.told: Standing | None = None
+        self.since = float("-inf")
+
+    def tell(self, standing: Standing) -> None:
+        """Write it if it is time to, or if it is the end; a store that refuses is no failure."""
+        now = time.monotonic()
+        due = now - self.since >= PAUSE_S or standing.position >= standing.end
+        if standing == self.told or not due:
+            return
+        draft = self.path.with_name(f"{FILE}.tmp")
+        try:
+            draft.write_text(json.dumps(standing._asdict()) + "\n")
+            draft.replace(self.path)
+        except OSError as error:
+            logger.debug("%s could not be written (%s)", self.path, error)
+            return
+        self.told, self.since = standing, now
+
+
+def read_standing(run_dir: Path) -> Standing | None:
+    """Where a run stands, or ``None`` before its first start."""
+    try:
+        tree = json.loads((run_dir / FILE).read_text())
+        return Standing(*(int(tree[name]) for name in Standing._fields))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
