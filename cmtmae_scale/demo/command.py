@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.demo.cached import train_from_cache
 from cmtmae_scale.demo.photos import prepare_photos
 from cmtmae_scale.demo.teacher import prepare_teacher
 from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
@@ -56,6 +57,9 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
     if code:
         hint = "; --fresh starts it anew" if code == EXIT_CONFIG else ""
         tell(f"the training ended with exit code {code}{hint}")
+        return code
+    code = train_from_cache(RECIPE, overrides, run_dir, int(config.train.steps or 0), tell)
+    if code:
         return code
     # matplotlib and the models are loaded only now, beside no running training
     from cmtmae_scale.pictures import draw_views
