@@ -69,10 +69,10 @@ def open_pair(train: str, test: str, kept: Path | None = None) -> Sets:
     """Two sets whose labels have the same names. A collective.
 
     Raises:
-        DataError: images without labels, a label of the test set that the other lacks, or one and
-            the same set twice.
+        DataError: images without labels, or a label of the test set that the other lacks.
     """
     learnt = open_index(train, kept and kept / "train-index")
+    known = labelled(learnt, train, np.arange(len(learnt.labels)))
     asked = open_index(test, kept and kept / "test-index")
     strange = sorted(set(asked.labels) - set(learnt.labels))
     if strange:
@@ -82,12 +82,7 @@ def open_pair(train: str, test: str, kept: Path | None = None) -> Sets:
         )
     number = {name: i for i, name in enumerate(learnt.labels)}
     as_learnt = np.array([number[name] for name in asked.labels], dtype=np.int64)
-    return Sets(
-        labelled(learnt, train, np.arange(len(learnt.labels))),
-        labelled(asked, test, as_learnt),
-        tuple(learnt.labels),
-        "",
-    )
+    return Sets(known, labelled(asked, test, as_learnt), tuple(learnt.labels), "")
 
 
 def open_split(path: str, share: float, seed: int) -> Sets:
@@ -117,7 +112,7 @@ def labelled(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSet:
     """All images of an index, their labels renumbered.
 
     Raises:
-        DataError: if an image has no label, or there is but one.
+        DataError: if an image has no label, or there is but one to tell apart.
     """
     labels = index.entries["label"].astype(np.int64)
     bare = np.flatnonzero(labels < 0)
@@ -126,7 +121,7 @@ def labelled(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSet:
             f"{path}: {len(bare)} of {len(index)} images have no label ({index.names[bare[0]]}); "
             "put each into the folder of its class, or give each a .cls member"
         )
-    if len(index.labels) < 2:
+    if len(numbers) and numbers.max() < 1:
         raise DataError(f"{path}: all images have one label; there is nothing to tell apart")
     return ImageSet(index, np.arange(len(index), dtype=np.int64), numbers[labels])
 

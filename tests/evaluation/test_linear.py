@@ -47,7 +47,9 @@ def test_logistic_regression_reaches_scikit_learns_optimum(strength: float) -> N
 
 def test_the_statistics_are_those_of_the_training_rows() -> None:
     standard = standard_of(torch.tensor(TRAIN[0]))
-    np.testing.assert_allclose(standard(torch.tensor(TEST[0])).numpy(), standardised()[1], atol=1e-9)
+    np.testing.assert_allclose(
+        standard(torch.tensor(TEST[0])).numpy(), standardised()[1], atol=1e-9
+    )
 
 
 def plain_sgd(base_lr: float, decay: float, epochs: int, seed: int) -> tuple[Any, Any]:
