@@ -23,7 +23,7 @@ from cmtmae_scale.evaluation.result import TOP, Score, places_of_truth
 from cmtmae_scale.method.schedules import learning_rate
 from dataloading.order import sample_ids
 
-BASE_LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+BASE_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Per 256 rows."""
 WEIGHT_DECAYS = (0.0, 1e-3)
 MOMENTUM = 0.9

@@ -39,29 +39,30 @@ def evaluate(*arguments: Any) -> str:
     return said
 
 
-def both_methods(place: Path, folder: Path) -> list[str]:
-    options = ["--checkpoint", place / "run", "--batch", "5"]
-    knn = command("knn", *options, "--k", "3", "--out", folder / "knn.json")
-    linear = command("linear", *options, "--epochs", "20", "--out", folder / "linear.json")
-    return [text.replace(str(folder), "") for text in (knn, linear)]
-
-
 def test_accuracies_are_the_same_at_any_number_of_ranks(place: Path, tmp_path: Path) -> None:
-    said: list[list[str]] = []
-    records = []
+    found = []
     for ranks in (1, 2, 3):
-        folder = tmp_path / str(ranks)
-        said += run_ranks(ranks, both_methods, place, folder)
-        records += [json.loads((folder / f"{one}.json").read_text()) for one in ("knn", "linear")]
-    assert all(texts == said[0] for texts in said)
-    for record in records:
+        out = tmp_path / f"{ranks}.json"
+        options = ["--checkpoint", place / "run", "--batch", "5", "--k", "3", "--out", out]
+        said = run_ranks(ranks, command, "knn", *options)
+        assert said == [said[0]] * ranks
+        record = json.loads(out.read_text())
         assert record["images"]["train"]["used"] == 40
         assert (record["images"]["test"]["images"], record["images"]["test"]["used"]) == (26, 25)
         assert all(row["count"] == 25 for row in record["results"])
-        assert len(record["results"]) == {"knn": 5, "linear": 10}[record["method"]]
-    for record in records[2:]:
-        first = records[0] if record["method"] == "knn" else records[1]
-        assert record["results"] == first["results"]
+        found.append(record["results"])
+    assert found == [found[0]] * 3 and len(found[0]) == 5
+
+
+def test_linear_has_two_rows_for_each_kind_of_features(place: Path, tmp_path: Path) -> None:
+    options = ["--checkpoint", place / "run", "--epochs", "2", "--out", tmp_path / "x.json"]
+    said = evaluate("linear", *options)
+    record = json.loads((tmp_path / "x.json").read_text())
+    methods = [(row["features"], row["method"].split(",")[0]) for row in record["results"]]
+    pairs = [(kind, one) for kind in ("cls", "patches") for one in ("linear", "logistic")]
+    assert methods == [*pairs, *pairs, ("pixels", "linear"), ("pixels", "logistic")]
+    assert "(linear, mean of patches" in said
+    assert (record["settings"]["epochs"], record["settings"]["held_out"]) == (2, 0.1)
 
 
 def test_the_result_says_what_was_done(place: Path) -> None:
