@@ -62,7 +62,7 @@ def said_by_the_command(run_dir: Path) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("ranks", "more"),
     [
-        (1, []),
+        pytest.param(1, [], marks=pytest.mark.slow),
         (2, ["backend.shard=full"]),
         (2, ["backend.shard=none", *MAE]),
         pytest.param(
@@ -128,7 +128,7 @@ def run_without_images(recipe: Path, overrides: list[str], folder: Path) -> list
 
 def test_images_that_cannot_be_read_leave_the_evaluation_out(recipe: Path, tmp_path: Path) -> None:
     train = labelled_photographs(tmp_path / "train", 41, 0, 6)
-    overrides = [*asking(recipe, tmp_path / "run"), f"eval.train_path={train}"]
+    overrides = [*asking(recipe, tmp_path / "run", "eval.every=6"), f"eval.train_path={train}"]
     for lines in run_ranks(2, run_without_images, recipe, overrides, train):
         told = [line for line in lines if line.startswith(f"step {STEPS} is not evaluated: ")]
         assert len(told) == 1 and ".jpg" in told[0]
