@@ -31,13 +31,12 @@ class Encoder(NamedTuple):
     """From uint8 pictures ``[B, S, S, 3]`` to float32 features ``[B, D]`` by kind: ``cls``, the
     class token after the last norm, where there is one; ``patches``, the mean of the patch tokens
     after it; or ``pixels``."""
-    digest: str | None
-    """SHA-256 of the weights; ``None`` without weights."""
+    digest: str | None = None
+    """SHA-256 of the weights; ``None`` where there are none or nobody asks."""
 
 
 def of_student(name: str, student: Student, size: int, device: torch.device) -> Encoder:
     """A student, or its moving average, as every checkpoint holds it."""
-    digest = weights_digest(student.state_dict())
     student = student.to(device).eval().requires_grad_(False)
 
     def describe(images: Tensor) -> dict[str, Tensor]:
@@ -46,12 +45,11 @@ def of_student(name: str, student: Student, size: int, device: torch.device) -> 
             tokens = student(pictures)
         return kinds(tokens, student.num_prefix, student.has_class_token)
 
-    return Encoder(name, size, describe, digest)
+    return Encoder(name, size, describe)
 
 
 def of_tower(name: str, tower: Tower, size: int, device: torch.device) -> Encoder:
     """A frozen teacher, or any other model that could be one."""
-    digest = weights_digest(tower.model.state_dict())
     tower.model.to(device).eval().requires_grad_(False)
 
     def describe(images: Tensor) -> dict[str, Tensor]:
@@ -63,7 +61,7 @@ def of_tower(name: str, tower: Tower, size: int, device: torch.device) -> Encode
             tokens = tower.norm(tokens)
         return kinds(tokens, tower.num_prefix, tower.has_cls)
 
-    return Encoder(name, size, describe, digest)
+    return Encoder(name, size, describe)
 
 
 def of_pixels(size: int) -> Encoder:
@@ -73,7 +71,7 @@ def of_pixels(size: int) -> Encoder:
         pictures = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
         return {PIXELS: adaptive_avg_pool2d(pictures, PIXEL_SIDE).flatten(1)}
 
-    return Encoder("raw pixels", size, describe, None)
+    return Encoder("raw pixels", size, describe)
 
 
 def computing(device: torch.device) -> torch.autocast:

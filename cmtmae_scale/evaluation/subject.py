@@ -20,11 +20,12 @@ from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teacher import Teacher as TeacherConfig
 from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
-from cmtmae_scale.evaluation.encoders import Encoder, of_student, of_tower
+from cmtmae_scale.evaluation.encoders import Encoder, of_student, of_tower, weights_digest
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import build_student
+from cmtmae_scale.method.student import Student, build_student
 from cmtmae_scale.runtime.collectives import barrier
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.base import Tower
 from cmtmae_scale.teachers.build import assemble
 from cmtmae_scale.teachers.timm import TimmSource
 from cmtmae_scale.teachers.weights import read_weights
@@ -129,7 +130,7 @@ def from_teacher(
     name = f"teacher {config.teacher.model}"
     if config.teacher.weights == "random":
         name += " (random)"
-    encoder = of_tower(name, teacher.tower, teacher.image_size, device)
+    encoder = with_digest(name, teacher.tower, teacher.image_size, device)
     facts |= {"arch": config.teacher.model, "sha256": encoder.digest}
     return Subject(encoder, None, facts, run_dir, config)
 
@@ -198,14 +199,14 @@ def student_of(
             f"{student.patch_side} at {config.views.size} pixels ({first}); give its own "
             "architecture"
         ) from error
-    return of_student(name, student, config.views.size, device)
+    return with_digest(name, student, config.views.size, device)
 
 
 def random_student(config: Config, device: torch.device) -> Encoder:
     """A config's student as a run starts it."""
     student = build_student(config)
     initialise(student, config.run.seed)
-    return of_student(RANDOM, student, config.views.size, device)
+    return with_digest(RANDOM, student, config.views.size, device)
 
 
 def from_timm(
@@ -240,9 +241,18 @@ def from_timm(
     except TeacherError as error:
         text = str(error).replace("teacher.model", "--timm").replace("teacher.weights", "--file")
         raise ConfigError(text) from error
-    encoder = of_tower(name, tower, side, device)
+    encoder = with_digest(name, tower, side, device)
     facts = {"timm": name, "file": file, "arch": model, "sha256": encoder.digest}
-    return Subject(encoder, of_tower(RANDOM, untrained, side, device), facts)
+    return Subject(encoder, with_digest(RANDOM, untrained, side, device), facts)
+
+
+def with_digest(name: str, model: Student | Tower, size: int, device: torch.device) -> Encoder:
+    """A model as an encoder that says which weights it has."""
+    if isinstance(model, Student):
+        encoder, state = of_student(name, model, size, device), model.state_dict()
+    else:
+        encoder, state = of_tower(name, model, size, device), model.model.state_dict()
+    return encoder._replace(digest=weights_digest(state))
 
 
 def own_size(name: str) -> int:

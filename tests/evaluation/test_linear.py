@@ -27,6 +27,8 @@ def standardised() -> tuple[np.ndarray, np.ndarray]:
     return (rows - mean) / deviation, (TEST[0].astype(np.float64) - mean) / deviation
 
 
+# The oldest scikit-learn calls SciPy in a way that a newer SciPy warns of.
+@pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")
 @pytest.mark.parametrize("strength", [0.01, 1.0])
 def test_logistic_regression_reaches_scikit_learns_optimum(strength: float) -> None:
     models = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
