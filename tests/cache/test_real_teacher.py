@@ -44,6 +44,11 @@ def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     )
 
 
+def tell(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with capsys.disabled():
+        sys.stdout.write(text + "\n")
+
+
 def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,7 +70,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     assert 3 <= half < found == -(-4 * images // 64)
 
     verified = run(*own, "--verify", "0.05")
-    sys.stdout.write(verified.stdout)
+    tell(capsys, verified.stdout)
     assert verified.returncode == 0 and "verdict: good" in verified.stdout
 
     with part_path(folder, 2).open("r+b") as file:
@@ -74,7 +79,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
         file.seek(300_000)
         file.write(bytes([byte[0] ^ 16]))
     damaged = run(*own, "--verify", "0")
-    sys.stdout.write(damaged.stdout)
+    tell(capsys, damaged.stdout)
     assert damaged.returncode == 78
     assert "part 2: it differs from its SHA-256, at rows " in damaged.stdout
     assert run(*own, "--rows-a-part", "64", "--repair").returncode == 0
@@ -93,7 +98,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     ):
         assert main(["--config", RECIPE, *own, *change, "--rows-a-part", "64"]) == 78
         told = capsys.readouterr().err
-        sys.stdout.write(told)
+        tell(capsys, told)
         assert f"{reason}: the cache was built with " in told
     config = load_config(RECIPE, own)
     teacher = teachers.assemble(config, needs(config), load=True)
@@ -103,4 +108,4 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     with pytest.raises(CacheError, match=r"teacher\.mean: the cache was built with") as refused:
         builder.begin(folder, "int8", 64)
     builder.close()
-    sys.stdout.write(str(refused.value))
+    tell(capsys, str(refused.value))
