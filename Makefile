@@ -1,4 +1,4 @@
-# make setup | demo | demo-ci | test | test-all | test-oldest | lint
+# make setup | demo | demo-ci | test | test-all | test-oldest | soak | lint
 # Everything is installed into VENV, a folder of this clone.
 
 VENV ?= .venv
@@ -13,7 +13,7 @@ FIND_UV = UV="$$(command -v uv || true)"; \
 		[ -x "$$UV" ] || python3 -m pip install --quiet --target .venv-uv uv; \
 	fi
 
-.PHONY: setup demo demo-ci test test-all test-oldest lint
+.PHONY: setup demo demo-ci test test-all test-oldest soak lint
 
 setup: $(VENV)/.stamp
 
@@ -47,6 +47,10 @@ $(OLDEST)/.stamp: pyproject.toml
 
 test-oldest: $(OLDEST)/.stamp
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow'
+
+# Faults drawn at random for ten minutes; the end must be that of a run without.
+soak: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/soak.py --minutes 10
 
 lint: setup
 	$(VENV)/bin/ruff check .
