@@ -38,6 +38,8 @@ def model_card(origin: Origin, card: Card) -> str:
     config, need = origin.config, needs(origin.config)
     title, tag = method_of(need)
     name = " ".join(config.run.name.split())
+    random = need.teacher and config.teacher.weights == "random"
+    hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
     return "\n".join(
         [
             "---",
@@ -51,7 +53,7 @@ def model_card(origin: Origin, card: Card) -> str:
             f"# {name}: {card.title}",
             "",
             f"{config.student.arch}{patches(config)} at {config.views.size} pixels, trained by "
-            f"{title}; step {origin.step} of {origin.state['progress']['end_step']}.",
+            f"{title}{hint}; step {origin.step} of {origin.state['progress']['end_step']}.",
             "",
             *section("Load", ["```python", card.snippet.rstrip(), "```", "", card.checked]),
             *section("Method", table(method_rows(config, need))),
@@ -96,10 +98,8 @@ def teacher_of(config: Config, need: Needs) -> str:
     if not need.teacher:
         return "none"
     if teacher.weights == "random":
-        return (
-            f"RANDOM WEIGHTS in the architecture {teacher.model} of {teacher.library}: the teacher "
-            "knew nothing; for tests only"
-        )
+        model = str(teacher.model).split(".")[0]  # a tag would name weights that were not there
+        return f"RANDOM WEIGHTS, architecture {model}: the teacher knew nothing; for tests only"
     depth = f", its first {teacher.depth} blocks" if teacher.depth else ""
     return (
         f"{teacher.model} of {teacher.library}, weights {shown_path(str(teacher.weights))}{depth}, "
@@ -162,8 +162,8 @@ def run_rows(origin: Origin, num_images: int | None) -> dict[str, str]:
         "the area",
         "optimizer": f"AdamW, peak learning rate {peak_lr(config):.3g}, weight decay "
         f"{config.optimizer.weight_decay:g}",
-        "precision": f"{config.backend.precision} compute, float32 weights, on "
-        f"{origin.state['world_size']} ranks ({config.backend.name})",
+        "precision": f"{config.backend.precision} compute, float32 weights, "
+        f"{config.backend.name}, ranks: {origin.state['world_size']}",
         "seed": str(config.run.seed),
     }
 

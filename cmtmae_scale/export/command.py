@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 from torch import Tensor
 
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError
@@ -41,7 +40,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "timm": Format(
-        lambda: f"timm {timm.__version__}",
+        timm_folder.described,
         "timm",
         "an encoder for timm",
         timm_folder.write_timm,

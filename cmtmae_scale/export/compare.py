@@ -7,8 +7,8 @@ from torch import Tensor
 from cmtmae_scale.errors import CheckpointError
 
 TOLERANCE = 1e-4
-"""Of float32 features, as a share of the largest one: other orders of sums give about 1e-6 a block,
-a wrong epsilon, scale or transposition 1e-2 and more."""
+"""Of float32 features, as a share of the largest one. Another order of sums gives about 1e-6; a
+tensor that is transposed, missing or in another's place 1e-2 and more."""
 
 
 class Agreement(NamedTuple):

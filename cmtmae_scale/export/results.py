@@ -33,7 +33,7 @@ def find_results(run_dir: Path | None, sha256: str) -> Found:
         if at(subject, "sha256") != sha256:
             found.others.append(f"{file.name}: {about(subject)}")
             continue
-        rows = [row for row in at(tree, "results") or [] if isinstance(at(row, "accuracy"), float)]
+        rows = [row for row in at(tree, "results") or [tree] if is_number(at(row, "accuracy"))]
         found.rows.extend(line(tree, row) for row in rows)
         if not rows:
             found.others.append(f"{file.name}: no accuracy in it")
@@ -43,6 +43,11 @@ def find_results(run_dir: Path | None, sha256: str) -> Found:
 def at(tree: Any, key: str) -> Any:
     """A value of an object, or ``None``."""
     return tree.get(key) if isinstance(tree, dict) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def about(subject: Any) -> str:
@@ -55,7 +60,7 @@ def line(tree: Any, row: Any) -> str:
     """A row of the table: whose features, method, accuracy, counts."""
     counts = f"{at(row, 'correct')} of {at(row, 'count')}" if at(row, "count") else ""
     interval = at(row, "interval_95")
-    if isinstance(interval, list) and len(interval) == 2:
+    if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
         counts += f", 95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
     cells = (
         at(row, "weights") or "",
@@ -64,4 +69,4 @@ def line(tree: Any, row: Any) -> str:
         f"{100 * row['accuracy']:.2f} %",
         counts,
     )
-    return f"| {' | '.join(map(str, cells))} |"
+    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"

@@ -80,6 +80,12 @@ def reads_folders() -> bool:
     return TorchVersion(timm.__version__) >= FIRST_LOCAL
 
 
+def described() -> str:
+    """This timm, and the way in which it loads a folder."""
+    way = "" if reads_folders() else f" (checkpoint_path={WEIGHTS})"
+    return f"timm {timm.__version__}{way}"
+
+
 @torch.no_grad()
 def check_timm(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     """Load a folder with timm alone and compare tokens and pooled features with the run's network.
@@ -92,7 +98,7 @@ def check_timm(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     Raises:
         CheckpointError: if timm reads other settings or computes something else.
     """
-    library = f"timm {timm.__version__}"
+    library = described()
     model, ours = load_timm(folder, origin), origin.encoder()
     size = origin.config.views.size
     expected = {"input_size": (3, size, size), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -114,7 +120,7 @@ def snippet(origin: Origin) -> str:
     """Three lines that load the folder, and the way of older versions."""
     older = timm_call(origin.config, checkpoint_path=f"FOLDER/{WEIGHTS}")
     return (
-        "import timm, torch\n"
+        "import timm\n"
         'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
         f"  # timm >= {FIRST_LOCAL}\n"
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
