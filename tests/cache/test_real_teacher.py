@@ -85,7 +85,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     state["blocks.3.mlp.fc1.weight"][0, 0] += 1e-3
     save_file(state, tmp_path / WEIGHTS.name)
     less = shutil.copytree(PHOTOGRAPHS, tmp_path / "photos")
-    next(path for path in sorted(less.rglob("*")) if path.is_file()).unlink()
+    max(path for path in less.rglob("*") if path.is_file()).unlink()
     for change, reason in (
         ([f"teacher.weights={tmp_path / WEIGHTS.name}"], "teacher.weights_sha256"),
         (["views.scale=[0.3, 1.0]"], "views.scale"),
