@@ -69,13 +69,13 @@ def write_full(draft: Path, origin: Origin) -> None:
     Raises:
         OSError: if the store refuses.
     """
-    reader = ChunkReader(origin.folder)
-    entries = [
-        Entry(key.removeprefix(PREFIX), reader.shape(key), partial(reader.read_whole, key))
-        for key in reader.index
-        if key.startswith(PREFIX)
-    ]
-    write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
+    with ChunkReader(origin.folder) as reader:
+        entries = [
+            Entry(key.removeprefix(PREFIX), reader.shape(key), partial(reader.read_whole, key))
+            for key in reader.index
+            if key.startswith(PREFIX)
+        ]
+        write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
     # A DeepSpeed config may be a file of the machine that trained, and no network depends on it.
     backend = replace(origin.config.backend, deepspeed=None)
     save_config(replace(origin.config, backend=backend), draft / CONFIG)

@@ -199,8 +199,9 @@ def write_hf(draft: Path, origin: Origin) -> None:
     with torch.device("meta"):
         student = build_student(origin.config)
     config = vit_config(student, origin.config.student.arch)
-    entries = list(entries_of(ChunkReader(origin.folder), ENCODERS[origin.weights]))
-    write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
+    with ChunkReader(origin.folder) as reader:
+        entries = list(entries_of(reader, ENCODERS[origin.weights]))
+        write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
     write_text(draft / "config.json", json.dumps(config, indent=2) + "\n")
     processor = processor_config(origin.config.views.size)
     write_text(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")

@@ -40,12 +40,12 @@ class Origin(NamedTuple):
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """States of a prefix, without it; float32 on the CPU."""
-        reader = ChunkReader(self.folder)
-        return {
-            key.removeprefix(prefix): reader.read_whole(key)
-            for key in reader.index
-            if key.startswith(prefix)
-        }
+        with ChunkReader(self.folder) as reader:
+            return {
+                key.removeprefix(prefix): reader.read_whole(key)
+                for key in reader.index
+                if key.startswith(prefix)
+            }
 
     def encoder(self) -> Student:
         """The encoder as the run computes it, in eval mode."""
