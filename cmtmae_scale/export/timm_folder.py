@@ -111,8 +111,7 @@ def check_timm(folder: Path, origin: Origin, images: Tensor) -> Agreement:
         raise CheckpointError(f"{library} builds a head or another width; please report this")
     pictures = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
     tokens = ours(pictures)  # [B, P + N, D]
-    pooled = tokens[:, 0] if ours.has_class_token else tokens[:, ours.num_prefix :].mean(1)
-    require_agreement(pooled, model(pictures), library)
+    require_agreement(ours.forward_head(tokens), model(pictures), library)
     return require_agreement(tokens, model.forward_features(pictures), library)
 
 
