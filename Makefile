@@ -3,7 +3,7 @@
 
 VENV ?= .venv
 OLDEST ?= .venv-oldest
-EXTRAS = dali,deepspeed,demo,dev
+EXTRAS = dali,deepspeed,demo,dev,hf
 PYTHON = $(VENV)/bin/python
 
 # uv where there is one that runs, else a private one brought by pip.
@@ -42,7 +42,7 @@ $(OLDEST)/.stamp: pyproject.toml
 	@set -eu; $(FIND_UV); \
 	[ -x "$(OLDEST)/bin/python" ] || "$$UV" venv --quiet --python 3.11 "$(OLDEST)"; \
 	"$$UV" pip install --quiet --python "$(OLDEST)/bin/python" --resolution lowest-direct \
-		-e '.[deepspeed,demo,dev]'
+		-e '.[deepspeed,demo,dev,hf]'
 	@touch $@
 
 test-oldest: $(OLDEST)/.stamp
