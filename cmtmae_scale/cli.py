@@ -17,9 +17,10 @@ from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.outcome import forget_exit, reported, write_exit
 from cmtmae_scale.training.build import build_parts
-from cmtmae_scale.training.guards import write_exit
 from cmtmae_scale.training.loop import train
+from cmtmae_scale.training.stop import StartInterrupted, interrupt_start
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,17 @@ def pretrain(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 75 stopped on request (0 under torchrun, which would call it a crash;
         see ``RUN_DIR/exit.json``), 78 will never work as configured, 1 crash.
     """
+    interrupt_start()
+    with reported() as report:
+        code = launch(arguments)
+        report.leave(code)
+    if code == EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
+        return EXIT_DONE
+    return code
+
+
+def launch(arguments: Sequence[str] | None) -> int:
+    """Read command line and recipe, and run; returns the exit code of this start."""
     options = parse_pretrain(arguments)
     try:
         world = find_world()
@@ -45,6 +57,9 @@ def pretrain(arguments: Sequence[str] | None = None) -> int:
                 sys.stdout.write(describe(config, world.world_size) + "\n")
             return EXIT_DONE
         return run(config, world)
+    except StartInterrupted as stopped:
+        logger.info("stopped before the first step (%s); the same command starts again", stopped)
+        return EXIT_STOPPED
     except (CmtMaeError, DataError) as error:
         logger.error("%s", error)
         return error.exit_code
@@ -67,10 +82,12 @@ def run(config: Config, world: World) -> int:
     """Train under an open process group; returns the exit code and leaves it in ``exit.json``."""
     device = pick_device(world)
     run_dir = Path(config.run.dir)
-    step, code, message = 0, 1, "crash"
+    step, code, message = 0, 1, ""
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device))
         stack.enter_context(hold_run(run_dir, world.rank))
+        if world.rank == 0:
+            forget_exit(run_dir)
         try:
             parts = build_parts(config, world, device, stack)
             parts.evaluate = open_evaluation(config, world, device)
@@ -86,11 +103,15 @@ def run(config: Config, world: World) -> int:
         except (CmtMaeError, DataError) as error:
             code, message = error.exit_code, str(error)
             raise
+        except StartInterrupted as stopped:
+            code, message = EXIT_STOPPED, f"{stopped} before the first step"
+            raise
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            raise
         finally:
             if world.rank == 0 and run_dir.is_dir():
                 write_exit(run_dir, code, step, message)
     if code == EXIT_STOPPED:
         logger.info("stopped at step %d (%s); the same command continues", step, message)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            return EXIT_DONE
     return code

@@ -31,6 +31,7 @@ HEIGHT = {
     "cmtmae_scale.benchmark": 8,
     "cmtmae_scale.precompute": 8,
     "cmtmae_scale.check_data": 8,
+    "cmtmae_scale.supervise": 8,
     "cmtmae_scale.demo": 9,
     "cmtmae_scale.cli": 9,
     "launchers": 10,

@@ -27,10 +27,10 @@ from cmtmae_scale.training.build import (
     open_stream,
     open_teacher,
 )
-from cmtmae_scale.training.guards import StopRequest
 from cmtmae_scale.training.loop import Parts, step
 from cmtmae_scale.training.prepare import Models
 from cmtmae_scale.training.progress import Progress, scalars_at
+from cmtmae_scale.training.stop import StopRequest
 from dataloading.stream import Batch
 
 SDPA = {

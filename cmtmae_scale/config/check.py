@@ -54,6 +54,7 @@ POSITIVE_OR_OFF = (
     "train.epochs",
     "train.steps",
     "train.stop_after",
+    "run.max_seconds",
     "data.expected_images",
     "eval.every",
 )

@@ -44,6 +44,9 @@ class Run:
     """Seed of weights, order, views and masks; never changes within a run."""
     allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""
+    max_seconds: float | None = None
+    """Save and leave with exit code 75 this many seconds after the start; ``None``: no limit but
+    SLURM's, two minutes before which the run does so too."""
 
 
 @dataclass

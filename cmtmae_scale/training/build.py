@@ -42,11 +42,11 @@ from cmtmae_scale.runtime.standing import StandingFile
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.weights import read_weights
-from cmtmae_scale.training.guards import StopRequest
 from cmtmae_scale.training.loop import Parts
 from cmtmae_scale.training.prepare import Models
 from cmtmae_scale.training.progress import Progress, fresh_progress, resumed_progress
 from cmtmae_scale.training.resume import compare
+from cmtmae_scale.training.stop import StopRequest
 from cmtmae_scale.training.telemetry import Telemetry
 from dataloading.index import Index, load_or_build
 from dataloading.mixing import require_mixed
@@ -73,6 +73,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     """
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    stop = StopRequest(run_dir, config.run.max_seconds)
     plan = batch_plan(config, world.world_size)
     index = open_index(config, run_dir, world)
     steps = total_steps(config, len(index))
@@ -83,7 +84,6 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     barrier()
     folder = find_checkpoint(root, world.rank, world.world_size)
     progress = where_to_start(config, folder, index.digest, steps)
-    stop = StopRequest(run_dir)
     teacher = open_teacher(config, world, device, index, stop, stack)
     models = build_models(config, world, device, teacher, resumed=folder is not None)
     if folder is not None:
@@ -91,6 +91,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         models.backend.after_load(progress.applied)
         logger.info("resuming %s at step %d", folder, progress.step)
     stream = stack.enter_context(open_stream(config, index, world, device, teacher, progress))
+    barrier()  # from here on no rank ends alone at a signal
     stop.install()
     telemetry = standing = None
     if world.rank == 0:

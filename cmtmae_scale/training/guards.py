@@ -1,13 +1,6 @@
-"""Stop requests, steps that cannot be taken, and how a run says how it ended."""
+"""Steps that cannot be taken."""
 
-import json
-import logging
-import math
-import signal
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,52 +8,10 @@ from torch import Tensor
 
 from cmtmae_scale.errors import CacheError, NonFiniteError
 from cmtmae_scale.runtime.collectives import agree_all, ranks, texts_of_all
+from cmtmae_scale.training.stop import StopRequest
 from dataloading.errors import ReadError
 from dataloading.reading import GREY
 from dataloading.stream import Batch
-
-logger = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STOP_FILE = "STOP"
-EXIT_FILE = "exit.json"
-
-
-class StopRequest:
-    """One wish to stop, from a signal, from ``RUN_DIR/STOP`` or for want of data or of a teacher.
-
-    Handlers only set a flag.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.file = run_dir / STOP_FILE
-        self.reason: str | None = None
-        self.failure: ReadError | CacheError | None = None
-
-    def install(self) -> None:
-        """Listen to SIGTERM, SIGUSR1 and SIGINT; call from the main thread."""
-        for number in SIGNALS:
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal; a second one changes nothing."""
-        self.reason = self.reason or signal.Signals(number).name
-
-    def wanted(self) -> bool:
-        """Whether this rank has seen a request."""
-        if self.reason is None and self.file.exists():
-            self.reason = f"file {STOP_FILE}"
-        return self.reason is not None
-
-    def fail(self, failure: ReadError | CacheError) -> None:
-        """Note why the present step must not be taken; the first reason counts."""
-        if self.failure is None:
-            logger.warning("%s", failure)
-            self.failure = failure
-
-    def urgency(self) -> float:
-        """0: go on; 1: stop after this step; infinite: this step must not be taken."""
-        return math.inf if self.failure is not None else float(self.wanted())
 
 
 def next_batch(
@@ -118,14 +69,6 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
         f"step {step} was not taken: {what} on ranks {', '.join(failed)}: "
         f"{next(filter(None, everyone))}"
     )
-
-
-def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
-    """Leave the outcome in ``RUN_DIR/exit.json``: launchers do not pass exit codes on."""
-    record: dict[str, Any] = {"code": code, "step": step, "reason": reason}
-    draft = run_dir / f"{EXIT_FILE}.tmp"
-    draft.write_text(json.dumps(record) + "\n")
-    draft.replace(run_dir / EXIT_FILE)
 
 
 def raise_non_finite(step: int, names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> None:

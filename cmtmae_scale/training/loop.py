@@ -19,13 +19,13 @@ from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.runtime.standing import Standing, StandingFile
 from cmtmae_scale.teachers.base import picture_sizes
 from cmtmae_scale.training.guards import (
-    StopRequest,
     next_batch,
     raise_failure,
     raise_non_finite,
 )
 from cmtmae_scale.training.prepare import Models, prepare
 from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
+from cmtmae_scale.training.stop import StopRequest
 from cmtmae_scale.training.telemetry import Telemetry
 from dataloading.errors import DataError, ReadError
 from dataloading.stream import Batch

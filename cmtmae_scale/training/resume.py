@@ -10,6 +10,7 @@ FREE = (
     "run.name",
     "run.dir",
     "run.allow_change",
+    "run.max_seconds",
     "log.",
     "eval.",
     "cache.",

@@ -18,6 +18,7 @@ from dataloading.errors import DataError
 CHANGES = {
     "run.dir": "run.dir=elsewhere",
     "run.seed": "run.seed=1",
+    "run.max_seconds": "run.max_seconds=0.001",
     "data.source": "data.source=tars",
     "data.path": "data.path=nowhere",
     "data.index": "data.index=INDEX",
