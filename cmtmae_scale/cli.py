@@ -3,23 +3,29 @@
 import argparse
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+from cmtmae_scale.checkpoint.starts import count_start, forget_starts
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
-from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, CmtMaeError
 from cmtmae_scale.evaluation.during import open_evaluation
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.outcome import forget_exit, reported, write_exit
+from cmtmae_scale.runtime.watchdog import LONG, watched
 from cmtmae_scale.training.build import build_parts
 from cmtmae_scale.training.loop import train
+from cmtmae_scale.training.progress import Progress
 from cmtmae_scale.training.stop import StartInterrupted, interrupt_start
 from dataloading.errors import DataError
 
@@ -34,7 +40,8 @@ def pretrain(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 done, 75 stopped on request (0 under torchrun, which would call it a crash;
-        see ``RUN_DIR/exit.json``), 78 will never work as configured, 1 crash.
+        see ``RUN_DIR/exit.json``), 78 will never work as configured, 70 three starts without
+        progress, 1 crash.
     """
     interrupt_start()
     with reported() as report:
@@ -81,37 +88,88 @@ def parse_pretrain(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(config: Config, world: World) -> int:
     """Train under an open process group; returns the exit code and leaves it in ``exit.json``."""
     device = pick_device(world)
-    run_dir = Path(config.run.dir)
-    step, code, message = 0, 1, ""
+    logger.info(
+        "%d ranks by %s; rank 0 on %s, %s",
+        world.world_size,
+        world.launcher,
+        socket.gethostname(),
+        device,
+    )
+    run_dir, hang_s = Path(config.run.dir), config.guard.hang_seconds
     with ExitStack() as stack:
-        stack.enter_context(process_group(world, device))
+        stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
         stack.enter_context(hold_run(run_dir, world.rank))
+        ending = stack.enter_context(Ending(run_dir, world.rank))
+        count_start(run_dir, world.rank)
+        parts = build_parts(config, world, device, stack)
+        parts.evaluate = open_evaluation(config, world, device)
+        stack.callback(parts.models.backend.close)
+        ending.progress = parts.progress
         if world.rank == 0:
-            forget_exit(run_dir)
-        try:
-            parts = build_parts(config, world, device, stack)
-            parts.evaluate = open_evaluation(config, world, device)
-            step = parts.progress.step
-            if world.rank == 0:
-                save_config(config, run_dir / "config.yaml")
+            save_config(config, run_dir / "config.yaml")
+
+        def last_words(why: str) -> None:
+            parts.incident("ended", why)
+            ending.write(EXIT_CRASH, why)
+
+        with watched(run_dir, world.rank, parts.place, hang_s, last_words):
+            ending.stopped = train(parts)
+    if ending.stopped is None:
+        return EXIT_DONE
+    logger.info(
+        "stopped at step %d (%s); the same command continues", parts.progress.step, ending.stopped
+    )
+    return EXIT_STOPPED
+
+
+class Ending:
+    """Writes how a start ended; rank 0 does, and forgets there what the one before left.
+
+    Args:
+        run_dir: the run's folder.
+        rank: this rank.
+    """
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.run_dir = run_dir
+        self.rank = rank
+        self.progress: Progress | None = None
+        self.stopped: str | None = None
+
+    def __enter__(self) -> Self:
+        if self.rank == 0:
+            forget_exit(self.run_dir)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, CmtMaeError | DataError):
+            self.write(error.exit_code, str(error))
+        elif isinstance(error, StartInterrupted):
+            self.write(EXIT_STOPPED, f"{error} before the first step")
+        elif error is not None:
+            self.write(EXIT_CRASH, f"{type(error).__name__}: {error}")
+        elif self.stopped is not None:
+            self.write(EXIT_STOPPED, self.stopped)
+        else:
+            self.write(EXIT_DONE, "done")
+
+    def write(self, code: int, reason: str) -> None:
+        """Leave code, step and reason; only crashes count as starts without progress."""
+        if self.rank == 0:
+            step = 0 if self.progress is None else self.progress.step
             try:
-                reason = train(parts)
-            finally:
-                step = parts.progress.step
-                parts.models.backend.close()
-            code, message = (EXIT_DONE, "done") if reason is None else (EXIT_STOPPED, reason)
-        except (CmtMaeError, DataError) as error:
-            code, message = error.exit_code, str(error)
-            raise
-        except StartInterrupted as stopped:
-            code, message = EXIT_STOPPED, f"{stopped} before the first step"
-            raise
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            if world.rank == 0 and run_dir.is_dir():
-                write_exit(run_dir, code, step, message)
-    if code == EXIT_STOPPED:
-        logger.info("stopped at step %d (%s); the same command continues", step, message)
-    return code
+                write_exit(self.run_dir, code, step, reason)
+            except OSError as refused:
+                logger.warning("%s: the outcome could not be written (%s)", self.run_dir, refused)
+            if code != EXIT_CRASH:
+                forget_starts(self.run_dir)
+
+
+def collective_limit_s(hang_s: float | None) -> float:
+    """Time limit of collectives: half an hour, or longer than the watchdog takes to name a rank."""
+    return max(1800.0, (LONG + 1) * (hang_s or 0.0))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_STOPPED
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.outcome import SUPERVISOR, common_code, told
@@ -160,7 +160,7 @@ class Supervisor:
             return common_code(codes)
         if self.received:
             return EXIT_STOPPED
-        return self.status if self.status is not None and self.status >= 0 else 1
+        return self.status if self.status is not None and self.status >= 0 else EXIT_CRASH
 
 
 def torchrun_settings(grace_s: float) -> dict[str, str]:

@@ -51,6 +51,10 @@ class Outcome(NamedTuple):
     """The caller's vector, summed over ranks."""
 
 
+Accept = Callable[[list[float]], bool]
+"""Whether a step with such a report, summed over ranks, may be applied."""
+
+
 class Blocked(Protocol):
     """A model that names the blocks to be wrapped, gathered or compiled one by one."""
 
@@ -66,13 +70,15 @@ class Backend(Protocol):
         """Forward and backward; ``last`` is the micro-step after which gradients are reduced."""
         ...
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """Clip, test, update. The one host read of the step.
 
         Args:
             lr: learning rate in force.
             report: 1-D float32 vector, summed over ranks and returned; a non-finite entry stops
                 the update just as a non-finite gradient does.
+            accept: asked, with the summed report, whether a finite step may be applied; must
+                answer alike on every rank. ``None``: always.
         """
         ...
 
@@ -105,6 +111,7 @@ class Backend(Protocol):
         ...
 
 
-def finite(grad_norm: float, report: list[float]) -> bool:
-    """Whether a step may be applied."""
-    return all(abs(value) < float("inf") for value in [grad_norm, *report])
+def acceptable(grad_norm: float, report: list[float], accept: Accept | None) -> bool:
+    """Whether a step may be applied: all is finite, and the caller agrees."""
+    finite = all(abs(value) < float("inf") for value in [grad_norm, *report])
+    return finite and (accept is None or accept(report))

@@ -14,7 +14,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
-from cmtmae_scale.backends.base import Blocked, Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.backends.base import (
+    Accept,
+    Blocked,
+    Fragment,
+    MicroBatch,
+    Objective,
+    Outcome,
+    acceptable,
+)
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.config.schema import Optimizer
 from cmtmae_scale.errors import ConfigError
@@ -76,7 +84,7 @@ class Fsdp:
         (losses.total * self.loss_scale).backward()
         return Losses(*(term.detach() for term in losses))
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """See ``Backend.step``."""
         for name, parameter in trainable(self.model):
             gradient = cast(DTensor | None, parameter.grad)
@@ -87,7 +95,7 @@ class Fsdp:
         dist.all_reduce(packed)
         *values, squared = packed.tolist()
         grad_norm = squared**0.5
-        applied = finite(grad_norm, values)
+        applied = acceptable(grad_norm, values, accept)
         if applied:
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(self.own.values(), self.clip, packed[-1].sqrt())

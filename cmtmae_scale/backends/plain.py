@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
-from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.backends.base import Accept, Fragment, MicroBatch, Objective, Outcome, acceptable
 from cmtmae_scale.config.schema import Optimizer
 from cmtmae_scale.method.momentum import update_momentum
 from cmtmae_scale.method.targets import Losses
@@ -43,12 +43,12 @@ class Plain:
         (losses.total * self.loss_scale).backward()
         return Losses(*(term.detach() for term in losses))
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """See ``Backend.step``."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         *values, grad_norm = torch.cat([report, norm.reshape(1)]).tolist()
-        applied = finite(grad_norm, values)
+        applied = acceptable(grad_norm, values, accept)
         if applied:
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)

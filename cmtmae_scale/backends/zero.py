@@ -17,7 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
-from cmtmae_scale.backends.base import Blocked, Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.backends.base import (
+    Accept,
+    Blocked,
+    Fragment,
+    MicroBatch,
+    Objective,
+    Outcome,
+    acceptable,
+)
 from cmtmae_scale.backends.gathered import GatheredAverage, Part
 from cmtmae_scale.backends.zero_places import (
     find_places,
@@ -131,12 +139,12 @@ class Zero:
         self.engine.backward(losses.total * self.loss_scale, scale_wrt_gas=False)
         return Losses(*(term.detach() for term in losses))
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """See ``Backend.step``; ZeRO itself reads the norm once more than the protocol says."""
         packed = report.clone()
         dist.all_reduce(packed)
         values = packed.tolist()
-        if not finite(0.0, values):
+        if not acceptable(0.0, values, accept):
             self.discard()
             return Outcome(float("inf"), False, values)
         for group in self.optimizer.param_groups:

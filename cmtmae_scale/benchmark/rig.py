@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from cmtmae_scale.backends.base import Backend, MicroBatch, Outcome
+from cmtmae_scale.backends.base import Accept, Backend, MicroBatch, Outcome
 from cmtmae_scale.benchmark.clock import Mark, Stopwatch, seconds
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import batch_plan, reads_cache
@@ -27,7 +27,8 @@ from cmtmae_scale.training.build import (
     open_stream,
     open_teacher,
 )
-from cmtmae_scale.training.loop import Parts, step
+from cmtmae_scale.training.loop import step
+from cmtmae_scale.training.parts import Parts
 from cmtmae_scale.training.prepare import Models
 from cmtmae_scale.training.progress import Progress, scalars_at
 from cmtmae_scale.training.stop import StopRequest
@@ -93,9 +94,9 @@ class TimedBackend:
         self.watch.add("student", self.decoded, end)
         return losses
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """See ``Backend.step``."""
-        return self.watch.timed("optimizer", lambda: self.inner.step(lr, report))
+        return self.watch.timed("optimizer", lambda: self.inner.step(lr, report, accept))
 
     def momentum_update(self, momentum: float) -> None:
         """See ``Backend.momentum_update``."""
@@ -240,7 +241,7 @@ class Rig:
         with self.kernel():
             for _ in range(steps):
                 scalars = scalars_at(self.config, self.parts.progress.share)
-                waited_s += step(self.parts, scalars)[1]
+                waited_s += step(self.parts, scalars).waited_s
         return waited_s
 
     def window(self, steps: int) -> Window:

@@ -44,6 +44,8 @@ NOT_NEGATIVE = (
     "loss.teacher",
     "loss.student",
     "loss.pixel",
+    "guard.skip_limit",
+    "guard.rollback_limit",
 )
 POSITIVE_OR_OFF = (
     "views.count",
@@ -55,6 +57,8 @@ POSITIVE_OR_OFF = (
     "train.steps",
     "train.stop_after",
     "run.max_seconds",
+    "guard.spike_factor",
+    "guard.hang_seconds",
     "data.expected_images",
     "eval.every",
 )

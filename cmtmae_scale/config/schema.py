@@ -10,6 +10,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from cmtmae_scale.config.evaluation import Eval
+from cmtmae_scale.config.guard import Guard
 from cmtmae_scale.config.teacher import Cache, Teacher
 
 
@@ -379,6 +380,8 @@ class Config:
     """Saved states."""
     log: Log = field(default_factory=Log)
     """Logs."""
+    guard: Guard = field(default_factory=Guard)
+    """Steps left out, ranks that hang."""
     cache: Cache = field(default_factory=Cache)
     """Teacher cache."""
     eval: Eval = field(default_factory=Eval)

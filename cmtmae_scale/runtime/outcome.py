@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
 
 EXIT_FILE = "exit.json"
 SUPERVISOR = "CMTMAE_SUPERVISOR"
@@ -78,4 +78,4 @@ def told(folder: Path) -> dict[int, int | None]:
 
 def common_code(codes: list[int | None]) -> int:
     """One code for the ranks' codes: the gravest, or 1 if none left with a code of ``GRAVITY``."""
-    return next((code for code in GRAVITY if code in codes), 1)
+    return next((code for code in GRAVITY if code in codes), EXIT_CRASH)

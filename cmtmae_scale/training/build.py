@@ -42,11 +42,13 @@ from cmtmae_scale.runtime.standing import StandingFile
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.weights import read_weights
-from cmtmae_scale.training.loop import Parts
+from cmtmae_scale.training.parts import Parts
 from cmtmae_scale.training.prepare import Models
 from cmtmae_scale.training.progress import Progress, fresh_progress, resumed_progress
 from cmtmae_scale.training.resume import compare
+from cmtmae_scale.training.skips import Skips
 from cmtmae_scale.training.stop import StopRequest
+from cmtmae_scale.training.stragglers import Stragglers
 from cmtmae_scale.training.telemetry import Telemetry
 from dataloading.index import Index, load_or_build
 from dataloading.mixing import require_mixed
@@ -86,7 +88,9 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     progress = where_to_start(config, folder, index.digest, steps)
     teacher = open_teacher(config, world, device, index, stop, stack)
     models = build_models(config, world, device, teacher, resumed=folder is not None)
+    skips = Skips(config.guard)
     if folder is not None:
+        skips.restore(checkpoints.read_state(folder).get("skips"))
         load_fragments(folder, models.backend.fragments())
         models.backend.after_load(progress.applied)
         logger.info("resuming %s at step %d", folder, progress.step)
@@ -130,6 +134,8 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         standing=standing,
         saved_facts=facts(config, index.digest, world),
         run_dir=run_dir,
+        skips=skips,
+        stragglers=Stragglers(device, config.log.every),
     )
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtmae_scale.errors import CacheError, NonFiniteError
+from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.collectives import agree_all, ranks, texts_of_all
 from cmtmae_scale.training.stop import StopRequest
 from dataloading.errors import ReadError
@@ -71,17 +71,16 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
     )
 
 
-def raise_non_finite(step: int, names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> None:
-    """Raise with the terms, ranks and samples of a step that was not applied.
+def not_finite(names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> str:
+    """Tell terms, ranks and samples of a step that was not applied; a collective.
 
     Args:
-        step: the step that failed; nothing was updated.
         names: names of the report's entries.
         local: this rank's report, before the sum over ranks.
         ids: sample ids of this rank's micro-batches in this step.
 
-    Raises:
-        NonFiniteError: always, on every rank, with the same message. A collective.
+    Returns:
+        The same text on every rank.
     """
     bad = (~torch.isfinite(local)).to("cpu", torch.int64)
     samples = torch.cat(ids).to("cpu", torch.int64)
@@ -95,12 +94,12 @@ def raise_non_finite(step: int, names: tuple[str, ...], local: Tensor, ids: list
     guilty = [rank for rank, flag in enumerate(flags) if bool(flag.any())]
     terms = [name for i, name in enumerate(names) if any(bool(flag[i]) for flag in flags)]
     if not guilty:
-        raise NonFiniteError(
-            f"step {step}: the gradient is not finite although every loss is; nothing was updated; "
-            "lower optimizer.base_lr or set optimizer.clip"
+        return (
+            "the gradient is not finite although every loss is; nothing was updated; lower "
+            "optimizer.base_lr or set optimizer.clip if it happens often"
         )
     shown = [int(i) for rank in guilty for i in everyone[rank]][:64]
-    raise NonFiniteError(
-        f"step {step}: not finite on ranks {', '.join(map(str, guilty))}: {', '.join(terms)}; "
-        f"nothing was updated; samples of these ranks: {', '.join(map(str, shown))}"
+    return (
+        f"not finite on ranks {', '.join(map(str, guilty))}: {', '.join(terms)}; nothing was "
+        f"updated; samples of these ranks: {', '.join(map(str, shown))}"
     )

@@ -16,6 +16,7 @@ FREE = (
     "cache.",
     "checkpoint.",
     "backend.",
+    "guard.",
     "teacher.mode",
     "train.micro_batch",
     "train.stop_after",

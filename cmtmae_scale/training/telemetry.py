@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -110,6 +111,29 @@ class Telemetry:
         for name, value in entry.items():
             self.board.add_scalar(name, value, step)
 
+    def incident(self, step: int, what: str, why: str, **facts: Any) -> None:
+        """Add a line that says what went wrong; kept when a later start cuts the log.
+
+        Args:
+            step: steps taken.
+            what: the kind of incident.
+            why: what was found.
+            facts: further values.
+        """
+        logger.warning("step %d: %s: %s", step, what, why)
+        line = json.dumps({"step": step, "incident": what, "why": why, **facts})
+        with self.file.open("a") as log:
+            log.write(line + "\n")
+
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded after a step."""
+        cut_log(self.file, step)
+        self.board.close()
+        self.board = SummaryWriter(str(self.file.parent / "tensorboard"), purge_step=step + 1)
+        self.bar.update(step - self.bar.n)
+        self.sums, self.steps, self.views, self.waited_s = {}, 0, 0, 0.0
+        self.since = time.monotonic()
+
     def close(self) -> None:
         """Flush and release."""
         self.bar.close()
@@ -117,13 +141,14 @@ class Telemetry:
 
 
 def cut_log(file: Path, step: int) -> None:
-    """Drop entries after a step, and a half-written last line."""
+    """Drop entries after a step, but for incidents, and a half-written last line."""
     if not file.exists():
         return
     kept: list[str] = []
     for line in file.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step or "incident" in entry:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             break
