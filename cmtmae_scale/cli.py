@@ -13,6 +13,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
 from cmtmae_scale.evaluation.during import open_evaluation
+from cmtmae_scale.pictures.during import open_pictures
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.lock import hold_run
@@ -74,6 +75,7 @@ def run(config: Config, world: World) -> int:
         try:
             parts = build_parts(config, world, device, stack)
             parts.evaluate = open_evaluation(config, world, device)
+            parts.draw = open_pictures(parts, world)
             step = parts.progress.step
             if world.rank == 0:
                 save_config(config, run_dir / "config.yaml")
