@@ -52,9 +52,9 @@ def draw(chart: Chart) -> str:
     marks += [frame.band(band) for band in chart.bands]
     marks += [frame.level(value, meaning) for value, meaning in chart.levels]
     colours = colour_numbers(shown)
-    marks += [
-        frame.line(line, colour) for line, colour in sorted_last(zip(shown, colours, strict=True))
-    ]
+    # plans first, so that what was measured lies above
+    order = sorted(zip(shown, colours, strict=True), key=lambda pair: not pair[0].planned)
+    marks += [frame.line(line, colour) for line, colour in order]
     said = "; ".join(describe(line) for line in shown if not line.planned)
     note = f'<p class="note">{text(chart.note)}</p>' if chart.note else ""
     return (
@@ -68,11 +68,6 @@ def colour_numbers(lines: Sequence[Line]) -> list[int]:
     """Number of each line's colour; 0 is that of plans."""
     measured = iter(range(1, len(lines) + 1))
     return [0 if line.planned else (next(measured) - 1) % 6 + 1 for line in lines]
-
-
-def sorted_last(lines: zip[tuple[Line, int]]) -> list[tuple[Line, int]]:
-    """Plans first, so that what was measured lies above."""
-    return sorted(lines, key=lambda pair: not pair[0].planned)
 
 
 def describe(line: Line) -> str:
