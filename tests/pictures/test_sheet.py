@@ -37,7 +37,7 @@ def test_long_titles_stay_within_the_sheet() -> None:
     sheet = draw_sheet(columns, "a title that does not fit " * 9)
     edge = sheet[: MARGIN + TITLE + HEAD, -MARGIN // 2 :]
     assert (edge == np.array(PAPER)).all()
-    assert (sheet[:MARGIN + TITLE] < np.array(INK) + 60).all(axis=-1).any()
+    assert (sheet[: MARGIN + TITLE] < np.array(INK) + 60).all(axis=-1).any()
 
 
 def test_shades_run_from_dark_to_bright_and_grey_stands_for_nothing() -> None:
