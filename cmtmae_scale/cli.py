@@ -12,6 +12,7 @@ from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.evaluation.during import open_evaluation
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.lock import hold_run
@@ -72,6 +73,7 @@ def run(config: Config, world: World) -> int:
         stack.enter_context(hold_run(run_dir, world.rank))
         try:
             parts = build_parts(config, world, device, stack)
+            parts.evaluate = open_evaluation(config, world, device)
             step = parts.progress.step
             if world.rank == 0:
                 save_config(config, run_dir / "config.yaml")

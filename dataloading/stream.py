@@ -185,20 +185,22 @@ class Stream:
         self.draws += len(faults)
         self.bad += sum(fault is not None for fault in faults)
         return Batch(
-            tuple(self._move(image) for image in images),
-            self._move(torch.as_tensor(plan.positions)),
-            self._move(torch.as_tensor(plan.ids)),
-            self._move(torch.as_tensor(plan.views)),
-            self._move(torch.tensor([fault is None for fault in faults])),
+            tuple(to_device(image, self._device) for image in images),
+            to_device(torch.as_tensor(plan.positions), self._device),
+            to_device(torch.as_tensor(plan.ids), self._device),
+            to_device(torch.as_tensor(plan.views), self._device),
+            to_device(torch.tensor([fault is None for fault in faults]), self._device),
             plan,
             tuple(place for place, fault in enumerate(faults) if fault is not None),
         )
 
-    def _move(self, tensor: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return tensor.to(self._device)
-        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-        return pinned.to(self._device, non_blocking=True)
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Put a tensor on a device; to a GPU asynchronously, from pinned memory."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def _at_least_one(**values: int) -> None:

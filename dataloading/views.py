@@ -105,6 +105,31 @@ def crop_boxes(
     return np.stack([x, y, w, h], axis=1).astype(np.int32), draws[:, -1] < 0.5
 
 
+def centre_boxes(widths: ArrayLike, heights: ArrayLike, share: float) -> Boxes:
+    """Cut the square in the middle: what is left after resizing the shorter side and cropping.
+
+    Args:
+        widths: widths of the photographs, pixels, ``[B]``.
+        heights: heights of the photographs, pixels, ``[B]``.
+        share: the square's side by the shorter side, in ``(0, 1]``; 224 / 256 is the field's usual.
+
+    Returns:
+        Boxes ``[B, 4]`` int32 as x, y, w, h in stored pixels.
+
+    Raises:
+        ValueError: if the share is not as above, or a photograph has no pixels.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"share is {share}; expected 0 < share <= 1")
+    width = np.asarray(widths).astype(np.int64)
+    height = np.asarray(heights).astype(np.int64)
+    shorter = np.minimum(width, height)
+    if shorter.size and int(shorter.min()) < 1:
+        raise ValueError("a photograph has no pixels: widths and heights must be >= 1")
+    side = np.maximum(np.rint(shorter * share).astype(np.int64), 1)
+    return np.stack([(width - side) // 2, (height - side) // 2, side, side], 1).astype(np.int32)
+
+
 def _largest(
     width: NDArray[np.int64], height: NDArray[np.int64], ratio: tuple[float, float]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

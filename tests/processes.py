@@ -16,6 +16,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     *("torch", "torch.distributed", "torch.distributed.fsdp", "timm"),
     *("cmtmae_scale.backends.fsdp", "cmtmae_scale.training.build", "cmtmae_scale.training.loop"),
+    *("cmtmae_scale.evaluation.command", "cmtmae_scale.evaluation.during"),
 ]
 if find_spec("deepspeed") is not None:
     PRELOAD += ["cmtmae_scale.backends.zero", "deepspeed.runtime.zero.muon.muon_optimizer"]

@@ -67,18 +67,19 @@ def run(recipe: Path, overrides: list[str]) -> str | None:
     """Build and train on every rank of an open process group; returns why it stopped."""
     import torch.distributed as dist
 
+    from cmtmae_scale.evaluation.during import open_evaluation
     from cmtmae_scale.training.build import build_parts
     from cmtmae_scale.training.loop import train
 
     torch.set_num_threads(1)
     rank, size = dist.get_rank(), dist.get_world_size()
     config = load_config(recipe, overrides)
+    world = World(rank, size, rank, size, "test")
     with ExitStack() as stack:
-        parts = build_parts(
-            config, World(rank, size, rank, size, "test"), torch.device("cpu"), stack
-        )
+        parts = build_parts(config, world, torch.device("cpu"), stack)
         if rank == 0:
             save_config(config, Path(config.run.dir) / "config.yaml")
+        parts.evaluate = open_evaluation(config, world, torch.device("cpu"))
         return train(parts)
 
 

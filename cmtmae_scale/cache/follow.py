@@ -67,6 +67,8 @@ class Follower:
         self.moved_at = clock()
         self.rate = 0.0
         """Views a second that the trainer takes, lately."""
+        self.stride = 0
+        """Views of its last move."""
         self.part_s = 0.0
         """Seconds that the last part took."""
         self.ended = False
@@ -93,11 +95,12 @@ class Follower:
             return
         now = self.clock()
         if self.standing is not None and found.position > self.standing.position:
-            rate = (found.position - self.standing.position) / max(now - self.moved_at, 1e-3)
+            self.stride = found.position - self.standing.position
+            rate = self.stride / max(now - self.moved_at, 1e-3)
             self.rate = rate if not self.rate else 0.7 * self.rate + 0.3 * rate
         moved = self.standing is None or found.saved != self.standing.saved
         self.standing, self.moved_at = found, now
-        self.ended = found.position >= found.end
+        self.ended = found.saved >= found.end
         if moved:
             self.delete_behind()
 
@@ -116,13 +119,14 @@ class Follower:
             return None
         size = self.manifest.rows_a_part
         # A part can be read when it is computed and written, about twice the time of one of them.
-        needed = self.standing.position + self.rate * 2 * self.part_s
+        since = max(self.clock() - self.moved_at, 1e-3)
+        needed = self.standing.position + min(self.rate, self.stride / since) * 2 * self.part_s
         last_worth = min(
             self.standing.position // size + self.ahead,
             self.standing.saved // size + self.most - 1,
             (self.standing.end - 1) // size,
         )
-        first = min(math.ceil(needed / size), last_worth)
+        first = max(min(math.ceil(needed / size), last_worth), self.standing.position // size)
         first += (self.number - first) % self.of
         for part in range(first, last_worth + 1, self.of):
             if part != last and read_seal(self.folder, part) is None:

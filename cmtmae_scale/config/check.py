@@ -55,6 +55,7 @@ POSITIVE_OR_OFF = (
     "train.steps",
     "train.stop_after",
     "data.expected_images",
+    "eval.every",
 )
 
 
@@ -80,6 +81,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from check_teacher(config)
     yield from check_cache(config)
     yield from check_backend(config)
+    yield from check_eval(config)
 
 
 def value_of(config: Config, key: str) -> float | None:
@@ -323,3 +325,12 @@ def check_backend(config: Config) -> Iterator[str]:
             "breaks every compiled graph; set backend.compile=false, backend.zero_stage=1 or "
             "backend.name=fsdp"
         )
+
+
+def check_eval(config: Config) -> Iterator[str]:
+    """An evaluation has images to learn from and to test on."""
+    for key in ("eval.train_path", "eval.test_path"):
+        if config.eval.every is not None and not value_of(config, key):
+            yield (
+                f"{key} must be given: eval.every={config.eval.every} evaluates on labelled images"
+            )

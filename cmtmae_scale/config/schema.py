@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from cmtmae_scale.config.evaluation import Eval
 from cmtmae_scale.config.teacher import Cache, Teacher
 
 
@@ -377,3 +378,5 @@ class Config:
     """Logs."""
     cache: Cache = field(default_factory=Cache)
     """Teacher cache."""
+    eval: Eval = field(default_factory=Eval)
+    """Evaluation during the run."""

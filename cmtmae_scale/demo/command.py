@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.demo.photos import prepare_photos
+from cmtmae_scale.demo.cached import train_from_cache
+from cmtmae_scale.demo.photos import EVALUATION, prepare_photos
 from cmtmae_scale.demo.teacher import prepare_teacher
 from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
 from dataloading.errors import DataError
@@ -40,6 +41,7 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
         config = load_config(RECIPE)
         tell("photographs and teacher ...")
         images = prepare_photos(Path(config.data.path))
+        prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
         teacher = prepare_teacher(Path(str(config.teacher.weights)))
         overrides = derive_overrides(config, teacher is None, options)
         config = load_config(RECIPE, overrides)
@@ -56,6 +58,9 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
     if code:
         hint = "; --fresh starts it anew" if code == EXIT_CONFIG else ""
         tell(f"the training ended with exit code {code}{hint}")
+        return code
+    code = train_from_cache(RECIPE, overrides, run_dir, int(config.train.steps or 0), tell)
+    if code:
         return code
     # matplotlib and the models are loaded only now, beside no running training
     from cmtmae_scale.pictures import draw_views
@@ -137,6 +142,7 @@ curves       {short(tensorboard)} --logdir {run_dir}
 checkpoints  {run_dir / "checkpoints"}
 
 try next
+  {short(command[0])} launchers/evaluate.py knn --checkpoint {run_dir}
   {short(command[0])} {pretrain} --dry-run
   {short(command[0])} {pretrain} run.dir=runs/demo-hide mask.sampler=hide_salient
   {short(torchrun)} --nproc-per-node=2 {pretrain} run.dir=runs/demo-2"""

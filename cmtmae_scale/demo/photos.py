@@ -1,6 +1,8 @@
 """Cut the photographs that scikit-image and scikit-learn carry into a folder of small JPEGs.
 
-The crops are the same on every machine; some are grey, as in every real data set.
+The crops are the same on every machine; some are grey, as in every real data set. Training crops
+are cut from the left part of each photograph, evaluation crops from the right part: the two share
+no pixel, and no evaluation pixel is seen in training. Evaluation crops do overlap each other.
 """
 
 import json
@@ -19,7 +21,7 @@ from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 1
+RECIPE = 2
 """Raised when other crops come out; folders of another recipe are made anew."""
 SIDE_PIXELS = (160, 256)
 SHARE = (0.4, 1.0)
@@ -36,6 +38,19 @@ class Photograph(NamedTuple):
     crops: int
 
 
+class Part(NamedTuple):
+    """A strip of every photograph, from top to bottom."""
+
+    name: str
+    left: float
+    right: float
+    """Edges, shares of the width."""
+    most: int
+    """Crops of a photograph at most."""
+
+
+TRAINING = Part("training", 0.0, 0.6, 26)
+EVALUATION = Part("evaluation", 0.63, 1.0, 8)
 SKIMAGE, SKLEARN = "skimage/data", "sklearn/datasets/images"
 PHOTOGRAPHS = (
     Photograph("astronaut", SKIMAGE, "astronaut.png", 26),
@@ -57,11 +72,12 @@ PHOTOGRAPHS = (
 )
 
 
-def prepare_photos(folder: Path) -> int:
+def prepare_photos(folder: Path, part: Part = TRAINING) -> int:
     """Write ``FOLDER/NAME/NNN.jpg``, unless they are there already.
 
     Args:
         folder: appears complete or not at all; ``FOLDER.json`` beside it says what it holds.
+        part: strip of the photographs that is cut.
 
     Returns:
         Number of JPEGs. A photograph that the installed package does not carry is left out with
@@ -77,7 +93,7 @@ def prepare_photos(folder: Path) -> int:
             return known["images"]
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     for photograph in PHOTOGRAPHS:
-        cut(photograph, draft / photograph.name)
+        cut(photograph, part, draft / photograph.name)
     images = count_images(draft)
     note.unlink(missing_ok=True)
     if folder.exists():
@@ -94,8 +110,8 @@ def count_images(folder: Path) -> int:
     return sum(1 for _ in folder.glob("*/*.jpg"))
 
 
-def cut(photograph: Photograph, folder: Path) -> None:
-    """Write one photograph's crops, 160 to 256 pixels on the longer side."""
+def cut(photograph: Photograph, part: Part, folder: Path) -> None:
+    """Write crops of a part of one photograph, 160 to 256 pixels on the longer side."""
     package, _, inside = photograph.folder.partition("/")
     spec = find_spec(package)
     if spec is None or spec.origin is None:
@@ -110,9 +126,11 @@ def cut(photograph: Photograph, folder: Path) -> None:
         return
     with Image.open(source) as opened:
         picture = opened.convert("L" if opened.mode in ("L", "I", "I;16", "1") else "RGB")
+    edges = (round(part.left * picture.width), 0, round(part.right * picture.width), picture.height)
+    picture = picture.crop(edges)
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(zlib.crc32(photograph.name.encode()))
-    for number in range(photograph.crops):
+    rng = np.random.default_rng(zlib.crc32(f"{part.name}/{photograph.name}".encode()))
+    for number in range(min(photograph.crops, part.most)):
         crop(picture, rng).save(folder / f"{number:03d}.jpg", quality=QUALITY)
 
 

@@ -1,8 +1,9 @@
 """The main loop: the life of a micro-batch, and what happens once a step."""
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import BatchPlan, reads_cache
 from cmtmae_scale.config.schema import Config
@@ -25,8 +27,10 @@ from cmtmae_scale.training.guards import (
 from cmtmae_scale.training.prepare import Models, prepare
 from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
 from cmtmae_scale.training.telemetry import Telemetry
-from dataloading.errors import ReadError
+from dataloading.errors import DataError, ReadError
 from dataloading.stream import Batch
+
+logger = logging.getLogger(__name__)
 
 REPORT = (
     "loss/total",
@@ -39,6 +43,10 @@ REPORT = (
     "valid_rows",
     "stop",
 )
+
+
+Evaluate = Callable[[Backend], dict[str, float]]
+"""Accuracies of the present encoder by name; a collective that changes nothing."""
 
 
 @dataclass
@@ -57,6 +65,8 @@ class Parts:
     standing: StandingFile | None
     saved_facts: dict[str, Any]
     run_dir: Path
+    evaluate: Evaluate | None = None
+    """Called every ``eval.every`` steps."""
 
 
 def train(parts: Parts) -> str | None:
@@ -97,7 +107,10 @@ def train(parts: Parts) -> str | None:
             values = readable(report, scalars, parts)
             parts.telemetry.record(progress.step, values, parts.plan.global_batch, waited_s)
         tell_standing(parts)
-        reason = stop_reason(parts, report["stop"] > 0)
+        requested = report["stop"] > 0
+        if not requested:
+            evaluate_if_due(parts)
+        reason = stop_reason(parts, requested)
         if reason is None and progress.step % config.checkpoint.every == 0:
             parts.writer.save(progress.step, parts.models.backend.fragments(), saved_state(parts))
     save_last(parts)
@@ -138,6 +151,21 @@ def step(parts: Parts, scalars: Scalars) -> tuple[dict[str, float], float]:
     models.backend.momentum_update(scalars.momentum)
     parts.progress.advance(parts.plan.global_batch, outcome.applied)
     return report | {"grad_norm": outcome.grad_norm}, waited_s
+
+
+def evaluate_if_due(parts: Parts) -> None:
+    """Evaluate at the steps that ask for it; what cannot be read leaves the evaluation out."""
+    step, every = parts.progress.step, parts.config.eval.every
+    if parts.evaluate is None or every is None or step % every:
+        return
+    began = time.monotonic()
+    try:
+        values = parts.evaluate(parts.models.backend)
+    except DataError as error:
+        logger.warning("step %d is not evaluated: %s", step, error)
+        return
+    if parts.telemetry is not None:
+        parts.telemetry.record_evaluation(step, values, time.monotonic() - began)
 
 
 def readable(report: dict[str, float], scalars: Scalars, parts: Parts) -> dict[str, float]:

@@ -11,6 +11,7 @@ FREE = (
     "run.dir",
     "run.allow_change",
     "log.",
+    "eval.",
     "cache.",
     "checkpoint.",
     "backend.",

@@ -14,6 +14,8 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
+EVALUATION_SHARE = 0.05
+"""Share of a run's time that evaluation should not exceed."""
 SHOWN = ("loss/total", "loss/teacher", "loss/student", "loss/pixel", "lr", "grad_norm", "images_s")
 
 
@@ -37,7 +39,9 @@ class Telemetry:
         self.steps = 0
         self.views = 0
         self.waited_s = 0.0
-        self.since = time.monotonic()
+        self.since = self.began = time.monotonic()
+        self.evaluating_s = 0.0
+        self.warned = False
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not terminal)
 
@@ -66,10 +70,7 @@ class Telemetry:
         entry["images_s"] = self.views / elapsed_s
         entry["data_wait_share"] = self.waited_s / elapsed_s
         entry["memory_gib"] = memory_gib()
-        with self.file.open("a") as log:
-            log.write(json.dumps({"step": step, **entry}) + "\n")
-        for name, value in entry.items():
-            self.board.add_scalar(name, value, step)
+        self.append(step, entry)
         self.board.flush()
         line = "  ".join(f"{name} {entry[name]:.4g}" for name in SHOWN if name in entry)
         if self.bar.disable:
@@ -78,6 +79,36 @@ class Telemetry:
             self.bar.set_postfix_str(line)
         self.sums, self.steps, self.views, self.waited_s = {}, 0, 0, 0.0
         self.since = time.monotonic()
+
+    def record_evaluation(self, step: int, values: dict[str, float], took_s: float) -> None:
+        """Write what an evaluation found, and the share of the time that evaluations take.
+
+        Args:
+            step: number of the finished step.
+            values: accuracies.
+            took_s: seconds that training stood still for it; they do not count in the rates.
+        """
+        self.since += took_s
+        self.evaluating_s += took_s
+        share = self.evaluating_s / max(time.monotonic() - self.began, 1e-9)
+        self.append(step, {**values, "eval/time_share": share})
+        self.board.flush()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("step %d/%d  %s", step, self.end, shown)
+        if share > EVALUATION_SHARE and not self.warned:
+            self.warned = True
+            logger.warning(
+                "evaluation has taken %.0f %% of the time since the start, %.1f s for this one; "
+                "raise eval.every, or name fewer images in eval.train_path and eval.test_path",
+                *(100 * share, took_s),
+            )
+
+    def append(self, step: int, entry: dict[str, float]) -> None:
+        """Add a line to the log file and points to TensorBoard."""
+        with self.file.open("a") as log:
+            log.write(json.dumps({"step": step, **entry}) + "\n")
+        for name, value in entry.items():
+            self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and release."""

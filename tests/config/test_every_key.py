@@ -101,6 +101,7 @@ CHANGES = {
     "checkpoint.every": "checkpoint.every=1",
     "checkpoint.keep": "checkpoint.keep=1 checkpoint.every=1",
     "log.every": "log.every=2",
+    "eval.every": "eval.every=2 eval.train_path=photos eval.test_path=photos",
     "cache.on_miss": "cache.on_miss=sometimes",
     "cache.spot_check": "cache.spot_check=2",
 }
@@ -113,6 +114,8 @@ EXCEPTIONS = {
     "backend.compile": "speed only; numbers agree: test_parity",
     "backend.activation_checkpointing": "memory only; numbers agree: test_parity",
     "checkpoint.background": "speed only: test_checkpoint",
+    "eval.train_path": "acts with eval.every: test_during",
+    "eval.test_path": "acts with eval.every: test_during",
     "cache.dir": "acts with teacher.mode=cache: test_cached_runs",
 }
 TIMES = ("images_s", "data_wait_share", "memory_gib")

@@ -22,7 +22,7 @@ SAME = ("digest", "digest")
 FREE = {
     *("run.name", "run.dir", "run.allow_change", "log.every", "teacher.mode"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.background"),
-    *(key for key in KEYS if key.startswith(("backend.", "cache."))),
+    *(key for key in KEYS if key.startswith(("backend.", "cache.", "eval."))),
     *("train.micro_batch", "train.stop_after"),
     *("data.decode", "data.threads", "data.path", "data.index", "data.source"),
     *("data.expected_images", "data.max_bad_share", "data.window_on_sorted"),

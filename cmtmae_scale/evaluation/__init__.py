@@ -1,0 +1,1 @@
+"""What weights are worth: k-NN and linear probes on labelled images."""

@@ -1,0 +1,105 @@
+"""k-NN and a small linear probe while a run goes on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmtmae_scale.backends.base import Backend, Fragment
+from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.evaluation.across import sum_over_ranks
+from cmtmae_scale.evaluation.encoders import PATCHES, of_student
+from cmtmae_scale.evaluation.features import Reading, extract
+from cmtmae_scale.evaluation.images import open_pair
+from cmtmae_scale.evaluation.knn import NEIGHBOURS, knn_scores
+from cmtmae_scale.evaluation.logistic import logistic_score
+from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.runtime.launch import World
+
+
+class RunEvaluation:
+    """What a run's loop calls at its steps; keeps the encoder on the host in between.
+
+    The weights are gathered from all ranks' fragments, whatever the backend, so that the numbers
+    are those that ``launchers/evaluate.py`` finds for the checkpoint of the same step.
+
+    Args:
+        config: checked settings, with ``eval.every``.
+        world: this process's place.
+        device: where the encoder computes.
+
+    Raises:
+        DataError: unusable images, on every rank. A collective.
+        ConfigError: fewer training images than neighbours.
+    """
+
+    def __init__(self, config: Config, world: World, device: torch.device) -> None:
+        train, test = str(config.eval.train_path), str(config.eval.test_path)
+        self.sets = open_pair(train, test, Path(config.run.dir) / "evaluation")
+        if len(self.sets.train) < max(NEIGHBOURS):
+            raise ConfigError(
+                f"eval.train_path={train} has {len(self.sets.train)} images; k-NN needs "
+                f"{max(NEIGHBOURS)}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            self.student = build_student(config, Student)
+        self.reading = Reading(config.train.micro_batch, config.data.threads, config.data.decode)
+        self.size = config.views.size
+        self.world = world
+        self.device = device
+
+    def __call__(self, backend: Backend) -> dict[str, float]:
+        """Evaluate the moving average where there is one, else the student. A collective.
+
+        Returns:
+            Accuracies in [0, 1] by name: ``eval/knn10``, ``eval/knn20``, ``eval/linear`` for the
+            mean of the patches, and ``eval/cls/...`` for the class token where there is one.
+
+        Raises:
+            ReadError: on every rank, if storage did not give one of them an image.
+        """
+        self.student.load_state_dict(gather_encoder(backend.fragments()), strict=True)
+        encoder = of_student("encoder", self.student, self.size, self.device)
+        train, test = (
+            extract(one, [encoder], self.reading, self.world, self.device)
+            for one in (self.sets.train, self.sets.test)
+        )
+        self.student.cpu()
+        values: dict[str, float] = {}
+        for column in train.columns:
+            place = "eval/" if column.kind == PATCHES else f"eval/{column.kind}/"
+            scores = {f"knn{k}": score for k, score in knn_scores(train, test, column)}
+            scores["linear"] = logistic_score(train, test, column, len(self.sets.classes))
+            for name, score in scores.items():
+                values[place + name] = score.correct / score.total
+        return values
+
+
+def open_evaluation(config: Config, world: World, device: torch.device) -> RunEvaluation | None:
+    """The evaluation of a run; ``None`` where it asks for none."""
+    return None if config.eval.every is None else RunEvaluation(config, world, device)
+
+
+def gather_encoder(fragments: Mapping[str, Fragment]) -> dict[str, Tensor]:
+    """Whole float32 weights of the moving average, else of the student, on every rank.
+
+    Args:
+        fragments: what ``Backend.fragments`` gives. A collective.
+
+    Returns:
+        Tensors under timm's names, on the device of the fragments.
+    """
+    prefix = ENCODERS["momentum"]
+    if not any(key.startswith(prefix) for key in fragments):
+        prefix = ENCODERS["student"]
+    whole: dict[str, Tensor] = {}
+    for key, part in fragments.items():
+        if key.startswith(prefix):
+            flat = part.local.new_zeros(torch.Size(part.shape).numel())
+            if part.owner:
+                flat[part.offset : part.offset + part.local.numel()] = part.local
+            whole[key.removeprefix(prefix)] = sum_over_ranks(flat).view(part.shape)
+    return whole

@@ -1,0 +1,100 @@
+"""Features of all images of a set, each rank its own rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmtmae_scale.evaluation.across import sum_over_ranks
+from cmtmae_scale.evaluation.encoders import Encoder
+from cmtmae_scale.evaluation.images import ImageSet
+from cmtmae_scale.runtime.collectives import texts_of_all
+from cmtmae_scale.runtime.launch import World
+from dataloading.errors import DataError, ReadError
+from dataloading.one_pass import OnePass
+from dataloading.stream import DecoderName
+
+
+class Column(NamedTuple):
+    """Whose features, and of which kind."""
+
+    encoder: str
+    kind: str
+
+
+@dataclass
+class Table:
+    """This rank's rows; those of all ranks together are the whole set, each image once."""
+
+    positions: Tensor
+    """Place of each row in the set, ascending int64 ``[n]``."""
+    labels: Tensor
+    """Class of each row, int64 ``[n]``."""
+    columns: dict[Column, Tensor]
+    """float32 ``[n, D]``."""
+
+
+class Reading(NamedTuple):
+    """How images are read."""
+
+    micro_batch: int
+    threads: int
+    decode: DecoderName
+
+
+@torch.no_grad()
+def extract(
+    images: ImageSet,
+    encoders: Sequence[Encoder],
+    reading: Reading,
+    world: World,
+    device: torch.device,
+) -> Table:
+    """Look at every image once with every encoder. A collective.
+
+    Args:
+        images: the set; what cannot be decoded is named in the log and has no row.
+        encoders: all of one size.
+        reading: batch, threads and decoder.
+        world: this process's place.
+        device: where it computes and where the rows stay.
+
+    Raises:
+        ReadError: on every rank, if storage did not give one of them an image.
+        DataError: if no image could be decoded.
+    """
+    size = encoders[0].size
+    positions: list[Tensor] = []
+    rows: dict[Column, list[Tensor]] = {}
+    problem = ""
+    with OnePass(
+        images.index,
+        images.ids,
+        micro_batch=reading.micro_batch,
+        size=size,
+        rank=world.rank,
+        world_size=world.world_size,
+        threads=reading.threads,
+        decode=reading.decode,
+        device=device,
+    ) as batches:
+        try:
+            for batch in batches:
+                positions.append(batch.position[batch.valid])
+                for encoder in encoders:
+                    for kind, values in encoder.describe(batch.images[0]).items():
+                        column = rows.setdefault(Column(encoder.name, kind), [])
+                        column.append(values[batch.valid])
+        except ReadError as error:
+            problem = str(error)
+    problems = list(filter(None, texts_of_all(problem)))
+    if problems:
+        raise ReadError(problems[0])
+    places = torch.cat(positions)
+    total = torch.tensor([len(places)], device=device)
+    if not int(sum_over_ranks(total)):
+        raise DataError(f"{images.index.root}: none of {len(images)} images could be decoded")
+    labels = torch.as_tensor(images.labels, device=device)[places]
+    return Table(places, labels, {column: torch.cat(parts) for column, parts in rows.items()})

@@ -1,0 +1,139 @@
+"""k-nearest neighbours by cosine, exact at any number of ranks.
+
+Legend: Q queries, n rows of this rank, D width, C classes, k neighbours.
+
+Source: DINO (arXiv 2104.14294): votes weighted with exp(cosine / T), T = 0.07, k = 10 and 20.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.evaluation.across import rows_of_all, sum_over_ranks
+from cmtmae_scale.evaluation.features import Column, Table
+from cmtmae_scale.evaluation.result import Score, score
+from cmtmae_scale.runtime.collectives import ranks
+
+NEIGHBOURS = (10, 20)
+TEMPERATURE = 0.07
+QUERIES, ROWS = 1024, 8192
+"""Size of the blocks in which similarities are computed."""
+
+
+class Candidates(NamedTuple):
+    """Neighbours of each query, nearest first; of equally near ones the one that comes first."""
+
+    similarity: Tensor
+    """float32 ``[Q, k]``."""
+    positions: Tensor
+    """Place in the training set, int64 ``[Q, k]``."""
+    labels: Tensor
+    """Class, int64 ``[Q, k]``."""
+
+
+def knn_scores(
+    train: Table,
+    test: Table,
+    column: Column,
+    neighbours: Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> Iterator[tuple[int, Score]]:
+    """Classify every test image by its neighbours among all ranks' training images. A collective.
+
+    Args:
+        train: rows to look among.
+        test: rows to classify.
+        column: features to compare.
+        neighbours: the values of k.
+        temperature: T of the weights; 0: every neighbour has one vote.
+
+    Yields:
+        Each k with the score, the same on every rank. Of classes with equal votes the first in
+        order wins, as in scikit-learn.
+
+    Raises:
+        ConfigError: if there are fewer training images than neighbours.
+    """
+    found = int(sum_over_ranks(torch.tensor(len(train.positions), device=train.positions.device)))
+    if found < max(neighbours):
+        raise ConfigError(
+            f"k={max(neighbours)}, but there are {found} training images; take a smaller k or more "
+            "images"
+        )
+    num_classes = 1 + int(rows_of_all(torch.cat([train.labels, test.labels])).max())
+    queries, truth = (rows_of_all(rows) for rows in (test.columns[column], test.labels))
+    totals = {k: Score(0, 0, 0) for k in neighbours}
+    for start in range(0, len(queries), QUERIES):
+        part = slice(start, start + QUERIES)
+        near = nearest(queries[part], train, column, max(neighbours))
+        for k in neighbours:
+            votes = count_votes(near, k, num_classes, temperature)
+            totals[k] = totals[k].plus(score(votes, truth[part]))
+    yield from totals.items()
+
+
+def nearest(queries: Tensor, train: Table, column: Column, k: int) -> Candidates:
+    """Find the k nearest training images of all ranks; queries ``[Q, D]`` are the same on each."""
+    queries = normalize(queries.double(), dim=1)
+    found = nobody(len(queries), k, queries.device)
+    for start in range(0, len(train.positions), ROWS):
+        part = slice(start, start + ROWS)
+        rows = normalize(train.columns[column][part].double(), dim=1)
+        # The float64 product rounded to float32 does not depend on how the rows are split, so that
+        # equal pictures are equally near on any rank.
+        similarity = (queries @ rows.T).float()  # [Q, rows]
+        values, places = first_largest(similarity, k)
+        near = Candidates(values, train.positions[part][places], train.labels[part][places])
+        found = merge([found, near], k)
+    if ranks() == 1:
+        return found
+    # [Q, k] of every rank, one after another along the first dimension
+    everyone = [rows_of_all(one).split(len(queries)) for one in found]
+    return merge([Candidates(*parts) for parts in zip(*everyone, strict=True)], k)
+
+
+def nobody(queries: int, k: int, device: torch.device) -> Candidates:
+    """Candidates that any other is nearer than."""
+    shape = (queries, k)
+    zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+    last = torch.full_like(zeros, torch.iinfo(torch.int64).max)
+    return Candidates(torch.full(shape, -torch.inf, device=device), last, zeros)
+
+
+def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row ``[Q, n]`` and their places; of equal ones those that come first.
+
+    ``topk`` chooses freely among equal values, so rows with such a tie at the border are sorted.
+    """
+    if values.shape[1] <= k:
+        return values.sort(dim=1, descending=True, stable=True)
+    largest, places = values.topk(k + 1, dim=1)
+    largest, places, border = largest[:, :k].clone(), places[:, :k].clone(), largest[:, k]
+    tied = (largest[:, -1] == border).nonzero()[:, 0]
+    if len(tied):
+        in_order, where = values[tied].sort(dim=1, descending=True, stable=True)
+        largest[tied], places[tied] = in_order[:, :k], where[:, :k]
+    return largest, places
+
+
+def merge(groups: Sequence[Candidates], k: int) -> Candidates:
+    """The k nearest of several groups, ordered by nearness and then by position."""
+    whole = Candidates(*(torch.cat(parts, dim=1) for parts in zip(*groups, strict=True)))
+    first = whole.positions.argsort(dim=1, stable=True)
+    whole = Candidates(*(part.gather(1, first) for part in whole))
+    order = whole.similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return Candidates(*(part.gather(1, order) for part in whole))
+
+
+def count_votes(near: Candidates, k: int, num_classes: int, temperature: float) -> Tensor:
+    """Votes of the k nearest for each class, float64 ``[Q, C]``; ``-inf`` where there is none."""
+    similarity, labels = near.similarity[:, :k].double(), near.labels[:, :k]
+    weights = torch.exp(similarity / temperature) if temperature else torch.ones_like(similarity)
+    votes = weights.new_zeros(len(labels), num_classes)
+    for j in range(k):  # one addend a row and call: the order of sums is fixed on a GPU too
+        votes.scatter_add_(1, labels[:, j : j + 1], weights[:, j : j + 1])
+    return votes.masked_fill(votes == 0, -torch.inf)

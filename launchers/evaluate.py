@@ -1,0 +1,10 @@
+"""What are weights worth? k-NN or linear probes on labelled images; also under torchrun and srun.
+
+python launchers/evaluate.py knn --checkpoint RUN_DIR --train PATH --test PATH
+python launchers/evaluate.py linear --timm vit_small_patch14_dinov2.lvd142m --train PATH --split 0.8
+"""
+
+from cmtmae_scale.evaluation.command import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

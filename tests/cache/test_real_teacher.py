@@ -1,0 +1,106 @@
+"""The life of a cache of the demo's photographs and teacher, by its commands."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cmtmae_scale.cache.format import PARTS, part_path
+from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.errors import CacheError
+from cmtmae_scale.precompute import main, make_builder
+from cmtmae_scale.teachers import build as teachers
+from dataloading.index import load_or_build
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "configs/demo.yaml"
+PHOTOGRAPHS = ROOT / "datasets/demo/photos"
+WEIGHTS = ROOT / "datasets/demo/teacher.safetensors"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (PHOTOGRAPHS.exists() and WEIGHTS.exists()), reason="make demo was not run"
+    ),
+]
+
+
+def command(*arguments: str, ranks: int = 1) -> list[str]:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return [*start, "launchers/precompute_teacher.py", "--config", RECIPE, *arguments]
+
+
+def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=550
+    )
+
+
+def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    folder, index = tmp_path / "cache", tmp_path / "index"
+    own = [f"cache.dir={folder}", f"data.index={index}", f"data.path={PHOTOGRAPHS}"]
+    own += ["views.count=4"]
+    one = subprocess.Popen(command(*own, "--rows-a-part", "64"), cwd=ROOT)
+    while len(list(folder.glob(f"{PARTS}/*.json"))) < 3:
+        assert one.poll() is None
+        time.sleep(0.05)
+    one.send_signal(signal.SIGKILL)
+    assert one.wait() == -9
+    half = len(list(folder.glob(f"{PARTS}/*.json")))
+    finished = run(*own, "--rows-a-part", "64", ranks=2)
+    assert finished.returncode == 0, finished.stderr
+    found = len(list(folder.glob(f"{PARTS}/*.json")))
+    images = len(load_or_build(PHOTOGRAPHS, index))
+    assert 3 <= half < found == -(-4 * images // 64)
+
+    verified = run(*own, "--verify", "0.05")
+    sys.stdout.write(verified.stdout)
+    assert verified.returncode == 0 and "verdict: good" in verified.stdout
+
+    with part_path(folder, 2).open("r+b") as file:
+        file.seek(300_000)
+        byte = file.read(1)
+        file.seek(300_000)
+        file.write(bytes([byte[0] ^ 16]))
+    damaged = run(*own, "--verify", "0")
+    sys.stdout.write(damaged.stdout)
+    assert damaged.returncode == 78
+    assert "part 2: it differs from its SHA-256, at rows " in damaged.stdout
+    assert run(*own, "--rows-a-part", "64", "--repair").returncode == 0
+    assert run(*own, "--verify", "0").returncode == 0
+
+    capsys.readouterr()
+    state = load_file(WEIGHTS)
+    state["blocks.3.mlp.fc1.weight"][0, 0] += 1e-3
+    save_file(state, tmp_path / WEIGHTS.name)
+    less = shutil.copytree(PHOTOGRAPHS, tmp_path / "photos")
+    max(path for path in less.rglob("*") if path.is_file()).unlink()
+    for change, reason in (
+        ([f"teacher.weights={tmp_path / WEIGHTS.name}"], "teacher.weights_sha256"),
+        (["views.scale=[0.3, 1.0]"], "views.scale"),
+        ([f"data.path={less}", f"data.index={tmp_path / 'other'}"], "data.digest"),
+    ):
+        assert main(["--config", RECIPE, *own, *change, "--rows-a-part", "64"]) == 78
+        told = capsys.readouterr().err
+        sys.stdout.write(told)
+        assert f"{reason}: the cache was built with " in told
+    config = load_config(RECIPE, own)
+    teacher = teachers.assemble(config, needs(config), load=True)
+    teacher.mean = (0.5, 0.5, 0.5)
+    monkeypatch.setattr("cmtmae_scale.precompute.assemble", lambda *_, **__: teacher)
+    builder = make_builder(config, index, next(teacher.model.parameters()).device)
+    with pytest.raises(CacheError, match=r"teacher\.mean: the cache was built with") as refused:
+        builder.begin(folder, "int8", 64)
+    builder.close()
+    sys.stdout.write(str(refused.value))
