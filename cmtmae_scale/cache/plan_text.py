@@ -50,6 +50,11 @@ def size(count: float) -> str:
     return f"{count:,.3g} PB" if count < 999.5 else f"{count:,.0f} PB"
 
 
+def rate(value: float) -> str:
+    """Images a second: whole ones from a hundred on, else three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def hours(value: float) -> str:
     """Hours with three digits, or whole ones."""
     return f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.3g}"
@@ -61,11 +66,11 @@ def measured_lines(
     """What was measured, and how; ``dtype`` is the teacher's compute type."""
     name = str(dtype).removeprefix("torch.")
     yield f"measured here, by one process ({device_name(device)})"
-    yield f"  teacher     {found.teacher:,.4g} images/s: {name}, {found.batch} at once"
+    yield f"  teacher     {rate(found.teacher)} images/s: {name}, {found.batch} at once"
     if found.decode is None:
         yield "  decoding    not measured, taken to be fast enough: data.path is absent"
     else:
-        yield f"  decoding    {found.decode:,.4g} views/s: {config.data.threads} threads"
+        yield f"  decoding    {rate(found.decode)} views/s: {config.data.threads} threads"
     yield f"  writing     {size(found.store.write)}/s: whole parts, checksums and fsync included"
     share = found.store.in_memory
     how = "from storage"
@@ -90,9 +95,9 @@ def taken_lines(config: Config, job: Job, counted: bool) -> list[str]:
 def rate_lines(rates: Rates, found: Measured, given: bool) -> Iterator[str]:
     """Where the rates of a GPU come from."""
     origin = "given" if given else "modelled by operations; see --images-s"
-    yield f"  training    {rates.train:,.4g} images/s a GPU without teacher, {origin}"
+    yield f"  training    {rate(rates.train)} images/s a GPU without teacher, {origin}"
     if rates.teacher != found.teacher:
-        yield f"  teacher     {rates.teacher:,.4g} images/s a GPU, modelled by operations"
+        yield f"  teacher     {rate(rates.teacher)} images/s a GPU, modelled by operations"
 
 
 def device_name(device: torch.device) -> str:
