@@ -32,6 +32,7 @@ from cmtmae_scale.errors import (
     ConfigError,
 )
 from cmtmae_scale.estimate import compute_dtype
+from cmtmae_scale.precompute_plan import add_arguments, check_arguments, plan_text
 from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
 from cmtmae_scale.runtime.claim import once
 from cmtmae_scale.runtime.launch import World, find_world, pick_device
@@ -101,6 +102,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="RUN_DIR",
         help="stay ahead of a run with teacher.mode=follow; without --config its recipe is read",
     )
+    what.add_argument("--plan", action="store_true", help="say what it costs and whether it pays")
+    add_arguments(parser)
     parser.add_argument(
         "--ahead",
         type=at_least_one,
@@ -114,6 +117,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and options.follow is None:
         parser.error("--config FILE is missing")
+    check_arguments(parser, options)
     return options
 
 
@@ -145,6 +149,8 @@ def run(config: Config, options: argparse.Namespace, world: World) -> int:
         raise ConfigError("cache.dir is not set; name the folder of the cache")
     folder = Path(config.cache.dir)
     place = Path(config.data.index) if config.data.index else folder / "index"
+    if options.plan:
+        return plan(config, options, world, place)
     builder = make_builder(config, place, pick_device(world))
     try:
         if options.verify is not None:
@@ -155,6 +161,21 @@ def run(config: Config, options: argparse.Namespace, world: World) -> int:
         build(builder, folder, manifest, my_parts(manifest, options.shard, world))
     finally:
         builder.close()
+    return EXIT_DONE
+
+
+def plan(config: Config, options: argparse.Namespace, world: World, place: Path) -> int:
+    """Print a plan from one process; returns the exit code."""
+    if world.rank:
+        return EXIT_DONE
+    index = None
+    try:
+        index = find_index(config, place)
+    except DataError as error:
+        if config.data.expected_images is None:
+            raise
+        logger.warning("%s; planning with data.expected_images", error)
+    sys.stdout.write(plan_text(config, options, world, index) + "\n")
     return EXIT_DONE
 
 
@@ -219,13 +240,21 @@ def make_builder(
         CacheError: if nothing can be written where the index belongs.
     """
     teacher = assemble(config, stored_needs(config), load=True).to(device, compute_dtype(config))
+    return Builder(config, find_index(config, place), teacher, device, keyed)
+
+
+def find_index(config: Config, place: Path) -> Index:
+    """Build the index or read it.
+
+    Raises:
+        CacheError: if nothing can be written where it belongs.
+    """
     try:
-        index = open_index(config, place)
+        return open_index(config, place)
     except OSError as error:
         raise CacheError(
             f"{place}: cannot be written ({error.strerror}); correct cache.dir or data.index"
         ) from error
-    return Builder(config, index, teacher, device, keyed)
 
 
 def stored_needs(config: Config) -> Needs:

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale import __version__
 from cmtmae_scale.cache.calibration import begin, find, load_calibration
 from cmtmae_scale.cache.codecs import Calibration, Codec, calibrate, encode
 from cmtmae_scale.cache.format import ENDLESS, Manifest, read_manifest, read_seal
-from cmtmae_scale.cache.identity import Keyed, fingerprint
+from cmtmae_scale.cache.identity import Keyed, circumstances, fingerprint
 from cmtmae_scale.cache.parts import write_part
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
@@ -118,11 +117,7 @@ class Builder:
             fingerprint=fingerprint(
                 self.config, self.teacher.fingerprint(), self.index, self.keyed
             ),
-            recorded={
-                "cmtmae_scale": __version__,
-                "torch": torch.__version__,
-                "decode": type(self.decoder).__name__,
-            },
+            recorded=circumstances(self.config, self.device),
             codec=codec,
             num_rows=num_rows(self.config, self.index, self.keyed),
             rows_a_part=rows_a_part,
