@@ -27,7 +27,6 @@ HEIGHT = {
     "cmtmae_scale.export": 8,
     "cmtmae_scale.pictures": 8,
     "cmtmae_scale.dry_run": 8,
-    "cmtmae_scale.precompute_plan": 7,
     "cmtmae_scale.plan": 8,
     "cmtmae_scale.benchmark": 8,
     "cmtmae_scale.precompute": 8,

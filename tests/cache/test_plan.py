@@ -8,12 +8,13 @@ from pathlib import Path
 import cache_case as case
 import pytest
 
-from cmtmae_scale import precompute, precompute_plan
 from cmtmae_scale.cache.plan import Job, Prices, Rates, outlook
 from cmtmae_scale.cache.plan_text import hours, size, table
 from cmtmae_scale.cache.rates import Measured, Store
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.precompute_plan import choose_rates, operations, shape, usable_codecs
+from cmtmae_scale.precompute import command as precompute
+from cmtmae_scale.precompute import plan as precompute_plan
+from cmtmae_scale.precompute.plan import choose_rates, operations, shape, usable_codecs
 from cmtmae_scale.runtime.storage import drop_from_memory
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 

@@ -8,10 +8,10 @@ import torch
 from cached_run_case import observe_each
 from processes import run_ranks
 
-from cmtmae_scale import precompute
 from cmtmae_scale.benchmark import rounding
 from cmtmae_scale.cache.codecs import calibrate
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.precompute import command as precompute
 from cmtmae_scale.teachers.base import picture_sizes
 from cmtmae_scale.teachers.build import build_teacher
 from dataloading.index import build_index
