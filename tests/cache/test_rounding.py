@@ -60,7 +60,7 @@ def test_fifty_steps_on_a_cache_have_the_losses_of_the_live_teacher(tmp_path: Pa
         (tmp_path / "photos" / "all").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "photos" / "all" / f"{number}.jpg")
     own = [*PLACES, f"data.path={tmp_path / 'photos'}", "views.count=2", "train.steps=50"]
-    own += ["train.global_batch=8", "checkpoint.every=50", "log.every=1"]
+    own += ["train.global_batch=8", "checkpoint.every=50", "log.every=1", "eval.every=null"]
     caches = {codec: tmp_path / codec for codec in ("int8", "bf16")}
     for codec, folder in caches.items():
         line = ["--config", str(RECIPE), *own, f"cache.codec={codec}", f"cache.dir={folder}"]
@@ -69,7 +69,7 @@ def test_fifty_steps_on_a_cache_have_the_losses_of_the_live_teacher(tmp_path: Pa
     for codec, folder in caches.items():
         read = ["teacher.mode=cache", f"cache.dir={folder}", "cache.on_miss=stop"]
         ways.append((tmp_path / f"run-{codec}", [*own, *read], "alone"))
-    ((live, *others),) = run_ranks(1, observe_each, RECIPE, ways)
+    ((live, *others),) = run_ranks(1, observe_each, RECIPE, ways, timeout_s=900)
     for codec, seen in zip(caches, others, strict=True):
         assert (seen.error, len(seen.log), len(live.log)) == ("", 50, 50)
         worst = {
