@@ -142,15 +142,16 @@ class Builder:
 
     def calibrate(self, live: Callable[[], None]) -> Calibration:
         """Statistics of the first views that a run would see; ``live`` is called now and then."""
+        count = min(CALIBRATION_ROWS, num_rows(self.config, self.index, self.keyed))
 
         def features() -> Iterator[Tensor]:
-            positions = np.arange(CALIBRATION_ROWS, dtype=np.int64)
+            positions = np.arange(count, dtype=np.int64)
             for seen in self.see(self.planner(rows) for rows in self.split(positions)):
                 live()
                 if seen.features is not None and bool(seen.valid.any()):
                     yield seen.features[seen.valid]
 
-        logger.info("calibrating with the first %d views", CALIBRATION_ROWS)
+        logger.info("calibrating with the first %d views", count)
         return calibrate(features())
 
     def split(self, rows: Rows) -> list[Rows]:
