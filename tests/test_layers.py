@@ -23,7 +23,7 @@ HEIGHT = {
     "cmtmae_scale.checkpoint": 6,
     "cmtmae_scale.training": 7,
     "cmtmae_scale.evaluation": 7,
-    "cmtmae_scale.export": 7,
+    "cmtmae_scale.export": 8,
     "cmtmae_scale.pictures": 8,
     "cmtmae_scale.report": 8,
     "cmtmae_scale.dry_run": 8,
