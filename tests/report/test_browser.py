@@ -1,4 +1,4 @@
-"""The report in a real browser: no complaint, no request, nothing cut off, text that can be read."""
+"""The report in a real browser: no complaint, no request, nothing cut off, readable text."""
 
 from collections.abc import Iterator
 from pathlib import Path
