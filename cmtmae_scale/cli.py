@@ -13,10 +13,12 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
 from cmtmae_scale.evaluation.during import open_evaluation
+from cmtmae_scale.pictures.during import open_pictures
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.starts import note_start
 from cmtmae_scale.training.build import build_parts
 from cmtmae_scale.training.guards import write_exit
 from cmtmae_scale.training.loop import train
@@ -44,7 +46,7 @@ def pretrain(arguments: Sequence[str] | None = None) -> int:
             if world.rank == 0:
                 sys.stdout.write(describe(config, world.world_size) + "\n")
             return EXIT_DONE
-        return run(config, world)
+        return run(config, world, options.config, options.overrides)
     except (CmtMaeError, DataError) as error:
         logger.error("%s", error)
         return error.exit_code
@@ -63,7 +65,7 @@ def parse_pretrain(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def run(config: Config, world: World) -> int:
+def run(config: Config, world: World, recipe: str, overrides: Sequence[str]) -> int:
     """Train under an open process group; returns the exit code and leaves it in ``exit.json``."""
     device = pick_device(world)
     run_dir = Path(config.run.dir)
@@ -74,9 +76,11 @@ def run(config: Config, world: World) -> int:
         try:
             parts = build_parts(config, world, device, stack)
             parts.evaluate = open_evaluation(config, world, device)
+            parts.draw = open_pictures(parts, world)
             step = parts.progress.step
             if world.rank == 0:
                 save_config(config, run_dir / "config.yaml")
+                note_start(run_dir, step, recipe, overrides, world.world_size, device)
             try:
                 reason = train(parts)
             finally:

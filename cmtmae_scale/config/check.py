@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from cmtmae_scale.config.deepspeed import extra_keys
-from cmtmae_scale.config.derive import extremes, needs
+from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_cache
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.errors import ConfigError
 
@@ -55,6 +55,7 @@ POSITIVE_OR_OFF = (
     "train.steps",
     "train.stop_after",
     "data.expected_images",
+    "log.images_every",
     "eval.every",
 )
 
@@ -81,6 +82,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from check_teacher(config)
     yield from check_cache(config)
     yield from check_backend(config)
+    yield from check_pictures(config)
     yield from check_eval(config)
 
 
@@ -324,6 +326,16 @@ def check_backend(config: Config) -> Iterator[str]:
             "backend.compile=true: ZeRO-3 gathers weights between the operations of a block, which "
             "breaks every compiled graph; set backend.compile=false, backend.zero_stage=1 or "
             "backend.name=fsdp"
+        )
+
+
+def check_pictures(config: Config) -> Iterator[str]:
+    """Pictures have a teacher to ask where the run has one."""
+    every = config.log.images_every
+    if every is not None and reads_cache(config) and not builds_teacher(config):
+        yield (
+            f"log.images_every={every} asks the teacher of images that no cache has, and the run "
+            "builds none; set cache.on_miss=live, or log.images_every=null"
         )
 
 

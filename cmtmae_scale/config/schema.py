@@ -336,6 +336,8 @@ class Log:
 
     every: int = 10
     """Steps between log entries."""
+    images_every: int | None = None
+    """Steps between pictures of a fixed set of images, also made at the end; ``None``: never."""
 
 
 @dataclass

@@ -130,6 +130,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         standing=standing,
         saved_facts=facts(config, index.digest, world),
         run_dir=run_dir,
+        index=index,
     )
 
 

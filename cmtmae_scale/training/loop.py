@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
@@ -28,6 +30,7 @@ from cmtmae_scale.training.prepare import Models, prepare
 from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
 from cmtmae_scale.training.telemetry import Telemetry
 from dataloading.errors import DataError, ReadError
+from dataloading.index import Index
 from dataloading.stream import Batch
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,9 @@ REPORT = (
 Evaluate = Callable[[Backend], dict[str, float]]
 """Accuracies of the present encoder by name; a collective that changes nothing."""
 
+Draw = Callable[[Models, Progress], NDArray[np.uint8] | None]
+"""A sheet of pictures, ``[height, width, 3]``, on rank 0; a collective that changes nothing."""
+
 
 @dataclass
 class Parts:
@@ -67,6 +73,10 @@ class Parts:
     run_dir: Path
     evaluate: Evaluate | None = None
     """Called every ``eval.every`` steps."""
+    draw: Draw | None = None
+    """Called every ``log.images_every`` steps and at the end."""
+    index: Index | None = None
+    """The images; ``None`` where they are synthetic."""
 
 
 def train(parts: Parts) -> str | None:
@@ -110,6 +120,7 @@ def train(parts: Parts) -> str | None:
         requested = report["stop"] > 0
         if not requested:
             evaluate_if_due(parts)
+            draw_if_due(parts)
         reason = stop_reason(parts, requested)
         if reason is None and progress.step % config.checkpoint.every == 0:
             parts.writer.save(progress.step, parts.models.backend.fragments(), saved_state(parts))
@@ -166,6 +177,22 @@ def evaluate_if_due(parts: Parts) -> None:
         return
     if parts.telemetry is not None:
         parts.telemetry.record_evaluation(step, values, time.monotonic() - began)
+
+
+def draw_if_due(parts: Parts) -> None:
+    """Draw at the steps that ask for it; what cannot be read or written is left out."""
+    progress, every = parts.progress, parts.config.log.images_every
+    if parts.draw is None or every is None:
+        return
+    if progress.step % every and progress.step != progress.end_step:
+        return
+    began = time.monotonic()
+    try:
+        sheet = parts.draw(parts.models, progress)
+        if parts.telemetry is not None and sheet is not None:
+            parts.telemetry.record_pictures(progress.step, sheet, time.monotonic() - began)
+    except (DataError, OSError) as error:  # of rank 0, where no other waits for it
+        logger.warning("step %d is not drawn: %s", progress.step, error)
 
 
 def readable(report: dict[str, float], scalars: Scalars, parts: Parts) -> dict[str, float]:

@@ -101,6 +101,7 @@ CHANGES = {
     "checkpoint.every": "checkpoint.every=1",
     "checkpoint.keep": "checkpoint.keep=1 checkpoint.every=1",
     "log.every": "log.every=2",
+    "log.images_every": "log.images_every=2",
     "eval.every": "eval.every=2 eval.train_path=photos eval.test_path=photos",
     "cache.on_miss": "cache.on_miss=sometimes",
     "cache.spot_check": "cache.spot_check=2",
