@@ -108,6 +108,7 @@ def write_results(study: Study, runs: Sequence[Run], place: str) -> str:
     """Write table and figure of all that is there; returns what is to be said."""
     results = collect(study, runs)
     folder = Path(study.dir)
+    folder.mkdir(parents=True, exist_ok=True)
     table = as_markdown(study, results, place)
     write_text(folder / "table.md", table)
     write_text(folder / "results.json", json.dumps(as_json(study, results), indent=1) + "\n")

@@ -85,7 +85,8 @@ def load_study(path: str | Path) -> Study:
     check_keys(group(tree["evaluation"], place, "evaluation"), Evaluation, place, "evaluation.")
     rows = group(tree["rows"], place, "rows")
     for name, row in rows.items():
-        check_keys(group(row, place, f"rows.{name}"), RowFile, place, f"rows.{name}.")
+        if row != {}:  # a row may be the recipe as it is
+            check_keys(group(row, place, f"rows.{name}"), RowFile, place, f"rows.{name}.")
     study = Study(
         **{key: value for key, value in tree.items() if key not in ("evaluation", "rows")},
         evaluation=Evaluation(**tree["evaluation"]),

@@ -103,13 +103,16 @@ def plan_run(study: Study, name: str, seed: int, first: bool) -> Run:
     config = load_config(study.recipe, given)
     folder = Path(study.dir) / "runs" / digest_of(settings_that_count(config))
     overrides.append(f"run.dir={folder}")
+    config.run.dir = str(folder)
     pieces: list[Piece] = []
     if config.teacher.mode == "cache":
         cache = caches / digest_of(settings_of_cache(config))
         overrides.append(f"cache.dir={cache}")
+        config.cache.dir = str(cache)
         arguments = ("launchers/precompute_teacher.py", "--config", study.recipe, *overrides)
         pieces.append(Piece("cache", arguments, cache, lambda: is_complete(cache), True))
-    config = load_config(study.recipe, overrides)
+    else:
+        config.cache.dir = None
     arguments = ("launchers/pretrain.py", "--config", study.recipe, *overrides)
     pieces.append(Piece("train", arguments, folder, lambda: is_trained(folder), True))
     extra = [] if first else ["--no-baselines"]
