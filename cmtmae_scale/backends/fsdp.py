@@ -48,6 +48,7 @@ class Fsdp:
         local_world_size: int,
     ) -> None:
         self.mesh = make_mesh(settings.shard, device, local_world_size)
+        self.place = place_in(self.mesh)
         self.model = wrap(model, self.mesh, settings)
         self.momentum_student = momentum_student
         if momentum_student is not None:
@@ -146,12 +147,10 @@ class Fsdp:
         """Locate this rank's shard within the flattened parameter."""
         if not isinstance(parameter, DTensor):
             raise TypeError("a parameter was not sharded; please report this")
-        names = self.mesh.mesh_dim_names or ()
-        shard_rank = self.mesh.get_local_rank("shard")
-        rows_a_rank = -(-parameter.shape[0] // self.mesh["shard"].size())
+        shard_rank, num_shards, owner = self.place
+        rows_a_rank = -(-parameter.shape[0] // num_shards)
         row_size = parameter.numel() // parameter.shape[0]
         offset = min(shard_rank * rows_a_rank, parameter.shape[0]) * row_size
-        owner = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
         local = parameter.to_local().detach().view(-1)
         return Fragment(offset, tuple(parameter.shape), local, owner)
 
@@ -167,6 +166,12 @@ class Fsdp:
 def shards(module: nn.Module) -> Iterator[Tensor]:
     """This rank's part of every parameter."""
     return (cast(DTensor, parameter).to_local() for parameter in module.parameters())
+
+
+def place_in(mesh: DeviceMesh) -> tuple[int, int, bool]:
+    """This rank's shard, the number of shards, and whether it is the first of its replicas."""
+    first = "replicate" not in (mesh.mesh_dim_names or ()) or mesh.get_local_rank("replicate") == 0
+    return mesh.get_local_rank("shard"), mesh["shard"].size(), first
 
 
 def make_mesh(shard: str, device: torch.device, local_world_size: int) -> DeviceMesh:
