@@ -32,6 +32,7 @@ HEIGHT = {
     "cmtmae_scale.precompute": 8,
     "cmtmae_scale.check_data": 8,
     "cmtmae_scale.demo": 9,
+    "cmtmae_scale.study": 9,
     "cmtmae_scale.cli": 9,
     "launchers": 10,
 }

@@ -13,7 +13,7 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 HEADER = ("# Purpose:", "# Source and deviations:", "# Hardware and cost:", "# Command:")
 NAMES = {
     *("vit_base", "vit_large", "vit_huge", "vit_base_hide", "vit_large_hide", "vit_huge_hide"),
-    *("vit_base_literal", "mae_base", "mae_large", "milan_base", "demo"),
+    *("vit_base_literal", "mae_base", "mae_large", "milan_base", "demo", "tiny_imagenet"),
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 

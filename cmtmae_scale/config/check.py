@@ -132,6 +132,11 @@ def check_ranges(config: Config) -> Iterator[str]:
 
 def check_order(config: Config) -> Iterator[str]:
     """Nothing forced that is not asked for."""
+    if config.data.resident and config.data.decode == "dali":
+        yield (
+            "data.resident=true decodes each image once, on the CPU; found data.decode=dali: set "
+            "auto or torch"
+        )
     if config.data.window_on_sorted and config.data.shuffle != "window":
         yield (
             "data.window_on_sorted=true belongs to data.shuffle=window; "

@@ -247,7 +247,7 @@ def linear_rows(probing: Probing) -> Iterator[Row]:
         )
         setting = found.setting
         method = f"linear, lr {setting.base_lr:g}, decay {setting.weight_decay:g}"
-        yield Row(*column, method, found.score)
+        yield Row(*column, method, found.score, found.hits)
         yield Row(*column, "logistic", logistic_score(train, test, column, probing.num_classes))
 
 

@@ -338,6 +338,7 @@ def open_stream(
         threads=config.data.threads,
         start_position=progress.position,
         decode=config.data.decode,
+        resident=config.data.resident,
         device=device,
         quarantine=Path(config.run.dir) / "quarantine.jsonl",
         watch=teacher.submit if isinstance(teacher, CachedTeacher | FollowedTeacher) else None,

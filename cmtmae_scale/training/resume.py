@@ -19,6 +19,7 @@ FREE = (
     "train.micro_batch",
     "train.stop_after",
     "data.decode",
+    "data.resident",
     "data.threads",
     "data.path",
     "data.index",

@@ -111,6 +111,7 @@ EXCEPTIONS = {
     "cache.codec": "acts when a cache is built: test_build",
     "run.name": "a label in the first log line",
     "run.allow_change": "acts when a run is resumed: test_runs",
+    "data.resident": "speed only on a CPU; pixels are the same: test_resident",
     "data.decode": "speed only on a CPU; pixels are the same: test_dali",
     "backend.compile": "speed only; numbers agree: test_parity",
     "backend.activation_checkpointing": "memory only; numbers agree: test_parity",
