@@ -88,13 +88,9 @@ class Telemetry:
             values: accuracies.
             took_s: seconds that training stood still for it; they do not count in the rates.
         """
-        self.since += took_s
         self.evaluating_s += took_s
         share = self.evaluating_s / max(time.monotonic() - self.began, 1e-9)
-        self.append(step, {**values, "eval/time_share": share})
-        self.board.flush()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("step %d/%d  %s", step, self.end, shown)
+        self.record_pause(step, {**values, "eval/time_share": share}, took_s)
         if share > EVALUATION_SHARE and not self.warned:
             self.warned = True
             logger.warning(
@@ -102,6 +98,14 @@ class Telemetry:
                 "raise eval.every, or name fewer images in eval.train_path and eval.test_path",
                 *(100 * share, took_s),
             )
+
+    def record_pause(self, step: int, values: dict[str, float], took_s: float) -> None:
+        """Write what was found while training stood still for ``took_s`` seconds."""
+        self.since += took_s
+        self.append(step, values)
+        self.board.flush()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("step %d/%d  %s", step, self.end, shown)
 
     def append(self, step: int, entry: dict[str, float]) -> None:
         """Add a line to the log file and points to TensorBoard."""
