@@ -25,6 +25,7 @@ HEIGHT = {
     "cmtmae_scale.evaluation": 7,
     "cmtmae_scale.export": 7,
     "cmtmae_scale.report": 7,
+    "cmtmae_scale.finetune": 8,
     "cmtmae_scale.pictures": 8,
     "cmtmae_scale.dry_run": 8,
     "cmtmae_scale.plan": 8,
@@ -33,6 +34,7 @@ HEIGHT = {
     "cmtmae_scale.check_data": 8,
     "cmtmae_scale.demo": 9,
     "cmtmae_scale.cli": 9,
+    "cmtmae_scale.evaluation.command": 9,
     "launchers": 10,
 }
 

@@ -95,6 +95,11 @@ def gather_encoder(fragments: Mapping[str, Fragment]) -> dict[str, Tensor]:
     prefix = ENCODERS["momentum"]
     if not any(key.startswith(prefix) for key in fragments):
         prefix = ENCODERS["student"]
+    return gather_whole(fragments, prefix)
+
+
+def gather_whole(fragments: Mapping[str, Fragment], prefix: str) -> dict[str, Tensor]:
+    """Whole float32 states whose names begin with ``prefix``, without it. A collective."""
     whole: dict[str, Tensor] = {}
     for key, part in fragments.items():
         if key.startswith(prefix):
