@@ -1,8 +1,9 @@
 """RandAugment on uint8 pictures, on the device: timm's operations by torchvision's functions.
 
 Source: RandAugment (arXiv 1909.13719) as timm's ``rand-m9-mstd0.5-inc1``, MAE's recipe: two of 15
-operations, each with chance 1/2, stronger with the level. Deviation: pictures are moved with
-bilinear interpolation, for torchvision has no bicubic one for tensors.
+operations, each with chance 1/2, stronger with the level. Deviations: pictures are moved with
+bilinear interpolation, for torchvision has no bicubic one for tensors; one bit of each grey level
+is left at the highest level, where timm leaves none.
 """
 
 from collections.abc import Callable, Sequence
@@ -77,7 +78,9 @@ OPERATIONS_BY_NAME: dict[str, Operation] = {
     "Equalize": lambda image, level, sign, fill: F.equalize(image),
     "Invert": lambda image, level, sign, fill: F.invert(image),
     "Rotate": lambda image, level, sign, fill: affine(image, fill, angle=sign * 3.0 * level),
-    "Posterize": lambda image, level, sign, fill: F.posterize(image, 4 - int(4 * level / HIGHEST)),
+    "Posterize": lambda image, level, sign, fill: F.posterize(
+        image, max(1, 4 - int(4 * level / HIGHEST))
+    ),
     "Solarize": lambda image, level, sign, fill: solarize(image, level),
     "SolarizeAdd": lambda image, level, sign, fill: solarize_add(image, level),
     "Color": lambda image, level, sign, fill: F.adjust_saturation(image, factor(level, sign)),
