@@ -81,7 +81,12 @@ class Fsdp:
             name: nn.Parameter(cast(DTensor, one).to_local().detach())
             for name, one in trainable(self.model)
         }
-        self.num_copies = self.mesh.size() // self.mesh["shard"].size()
+        # A mesh is slow to ask, and fragments() would ask for every state of every parameter.
+        names = self.mesh.mesh_dim_names or ()
+        self.num_shards = self.mesh["shard"].size()
+        self.shard_rank = self.mesh.get_local_rank("shard")
+        self.writes = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
+        self.num_copies = self.mesh.size() // self.num_shards
         self.optimizer = make_adamw(self.own.items(), optimizer, lr_scale)
         start_state(self.optimizer, self.own.values())
 
@@ -164,14 +169,11 @@ class Fsdp:
         """Locate this rank's shard within the flattened parameter."""
         if not isinstance(parameter, DTensor):
             raise TypeError("a parameter was not sharded; please report this")
-        names = self.mesh.mesh_dim_names or ()
-        shard_rank = self.mesh.get_local_rank("shard")
-        rows_a_rank = -(-parameter.shape[0] // self.mesh["shard"].size())
+        rows_a_rank = -(-parameter.shape[0] // self.num_shards)
         row_size = parameter.numel() // parameter.shape[0]
-        offset = min(shard_rank * rows_a_rank, parameter.shape[0]) * row_size
-        owner = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
+        offset = min(self.shard_rank * rows_a_rank, parameter.shape[0]) * row_size
         local = parameter.to_local().detach().view(-1)
-        return Fragment(offset, tuple(parameter.shape), local, owner)
+        return Fragment(offset, tuple(parameter.shape), local, self.writes)
 
     def after_load(self, step: int) -> None:
         """See ``Backend.after_load``."""
