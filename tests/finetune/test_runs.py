@@ -240,3 +240,9 @@ def learns(folder: Path, pool: str, overrides: list[str], at_least: float) -> No
     record = json.loads((folder / "run" / "result.json").read_text())
     assert record["results"][0]["accuracy"] > at_least
     assert record["results"][0]["interval_95"][0] > 1 / 3
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(recipe: Path, tmp_path: Path) -> None:
+    run_ranks(1, tune, recipe, f"run.dir={tmp_path}", "backend.compile=true", timeout_s=400)
+    assert curve(tmp_path) == pytest.approx(curve(recipe.parent / "run"), rel=1e-4)
