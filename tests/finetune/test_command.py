@@ -93,8 +93,6 @@ MISTAKES = {
     "optimizer.layer_decay=1.5": "optimizer.layer_decay=1.5 must not be above 1",
     "augment.magnitude=11": r"augment.magnitude=11.0 must lie in \[0, 10\]",
     "data.test_path=nowhere": "nowhere",
-    "data.test_path=???": "data.test_path must be given",
-    "run.allow_change=[trane.steps]": "run.allow_change: trane.steps is not a key",
     "--weights student": "--weights belongs to a checkpoint",
     "--size 32": "--size belongs to --timm",
     "--arch vit_tiny_patch16_224": "does not fit vit_tiny_patch16_224",
