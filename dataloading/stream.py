@@ -209,6 +209,18 @@ def _at_least_one(**values: int) -> None:
             raise ValueError(f"{name} is {value}; expected at least 1")
 
 
+def choose_decoder(name: DecoderName, device: torch.device) -> Literal["dali", "torch"]:
+    """What ``auto`` means on a device; see ``Stream``."""
+    if name != "auto":
+        return name
+    return "dali" if device.type == "cuda" and has_dali() else "torch"
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+
+
 def make_decoder(
     name: DecoderName,
     reader: Reader,
@@ -226,15 +238,15 @@ def make_decoder(
     if name not in ("auto", "dali", "torch"):
         raise ValueError(f"decode is {name!r}; expected 'auto', 'dali' or 'torch'")
     on_gpu = device.type == "cuda"
-    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    if name == "dali" and not installed:
+    chosen = choose_decoder(name, device)
+    if chosen == "dali" and not has_dali():
         raise DataError(
             "data.decode=dali, but DALI is not installed; install the extra dali (CUDA 13) or "
             "dali12 (CUDA 12), or set data.decode=torch"
         )
-    if name == "auto" and on_gpu and not installed:
+    if name == "auto" and on_gpu and chosen == "torch":
         logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
-    if name == "dali" or (name == "auto" and on_gpu and installed):
+    if chosen == "dali":
         from dataloading.dali import DaliDecoder  # takes seconds, and is not always there
 
         return DaliDecoder(reader, sizes, micro_batch, threads, device)

@@ -161,6 +161,7 @@ class Rig:
         world: this process's place; the process group is open.
         device: this rank's device.
         stack: closes what was opened.
+        teacher: in place of the run's own.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Rig:
         world: World,
         device: torch.device,
         stack: ExitStack,
+        teacher: TeacherSource | None = None,
     ) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config.run.dir = str(folder)
@@ -181,7 +183,9 @@ class Rig:
         plan = batch_plan(config, world.world_size)
         stop = StopRequest(folder)
         index = open_index(config, folder, world) if real else None
-        if index is not None:
+        if teacher is not None:
+            pass
+        elif index is not None:
             teacher = open_teacher(config, world, device, index, stop, stack)
         elif reads_cache(config):
             raise ConfigError(

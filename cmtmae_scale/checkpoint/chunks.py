@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,7 +84,7 @@ def build_index(folder: Path, files: Iterable[str]) -> dict[str, Any]:
 
 
 class ChunkReader:
-    """Reads ranges of states from a checkpoint folder.
+    """Reads ranges of states from a checkpoint folder; ``with`` closes its files.
 
     Args:
         folder: a folder with ``index.json`` and the files that it names.
@@ -93,6 +93,14 @@ class ChunkReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+        self.files: dict[str, Any] = {}
+        """Open files by name: their headers are read once."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.files.clear()
 
     def read(self, key: str, offset: int, length: int) -> Tensor:
         """Values ``[offset, offset + length)`` of a state, 1-D float32 on the CPU.
@@ -105,8 +113,9 @@ class ChunkReader:
             low, high = max(offset, start), min(offset + length, start + size)
             if low < high:
                 try:
-                    with safe_open(self.folder / file, "pt") as opened:
-                        part = opened.get_slice(f"{key}@{start}")[low - start : high - start]
+                    if file not in self.files:
+                        self.files[file] = safe_open(self.folder / file, "pt")
+                    part = self.files[file].get_slice(f"{key}@{start}")[low - start : high - start]
                 except (OSError, SafetensorError) as error:
                     raise CheckpointError(f"{self.folder / file}: {error}") from error
                 values[low - offset : high - offset] = part
@@ -128,7 +137,13 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
     Raises:
         CheckpointError: if names or shapes differ; nothing has been written then.
     """
-    reader = ChunkReader(folder)
+    with ChunkReader(folder) as reader:
+        fill(reader, fragments)
+
+
+def fill(reader: ChunkReader, fragments: Mapping[str, Fragment]) -> None:
+    """Check names and shapes, then read; see ``load_fragments``."""
+    folder = reader.folder
     found, wanted = set(reader.index), set(fragments)
     if found != wanted:
         absent = sorted(wanted - found)[:3]

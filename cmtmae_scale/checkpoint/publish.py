@@ -62,14 +62,14 @@ def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
     Returns:
         Its size and SHA-256.
     """
-    reader = ChunkReader(folder)
     prefix = ENCODERS[weights]
-    entries = [
-        Entry(key.removeprefix(prefix), reader.shape(key), partial(reader.read_whole, key))
-        for key in reader.index
-        if key.startswith(prefix)
-    ]
-    return write_tensors(file, entries, {"format": "pt"})
+    with ChunkReader(folder) as reader:
+        entries = [
+            Entry(key.removeprefix(prefix), reader.shape(key), partial(reader.read_whole, key))
+            for key in reader.index
+            if key.startswith(prefix)
+        ]
+        return write_tensors(file, entries, {"format": "pt"})
 
 
 def seal_part(draft: Path, rank: int, facts: dict[str, Any]) -> None:

@@ -86,12 +86,13 @@ def from_place(
         return from_teacher(config, facts, run_dir, device)
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(f"{folder}: the run has no momentum student; use --weights student")
-    reader, prefix = ChunkReader(folder), ENCODERS[weights]
-    tensors = {
-        key.removeprefix(prefix): reader.read_whole(key)
-        for key in reader.index
-        if key.startswith(prefix)
-    }
+    prefix = ENCODERS[weights]
+    with ChunkReader(folder) as reader:
+        tensors = {
+            key.removeprefix(prefix): reader.read_whole(key)
+            for key in reader.index
+            if key.startswith(prefix)
+        }
     name = f"{weights}, step {step}"
     encoder = student_of(config, tensors, name, str(folder), device)
     facts |= {"arch": config.student.arch, "sha256": encoder.digest}

@@ -13,6 +13,7 @@ from cmtmae_scale import __version__
 from cmtmae_scale.backends.base import MicroBatch, Objective
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.cache.followed import FollowedTeacher
+from cmtmae_scale.cache.identity import circumstances, warn_of_circumstances
 from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
@@ -240,6 +241,9 @@ def open_teacher(
             teacher = FollowedTeacher(config, described, live, index, device, stop.fail)
         else:
             opened = open_cache(config, described, index)
+            if world.rank == 0:
+                here = circumstances(config, device)
+                warn_of_circumstances(opened[0], here, str(config.cache.dir))
             teacher = CachedTeacher(config, *opened, described, live, device, stop.fail)
         stack.callback(teacher.close)
     except CacheError as error:

@@ -14,7 +14,8 @@ from cmtmae_scale.cache.format import PARTS, part_path
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.precompute import main, make_builder
+from cmtmae_scale.precompute.builder import make_builder
+from cmtmae_scale.precompute.command import main
 from cmtmae_scale.teachers import build as teachers
 from dataloading.index import load_or_build
 
@@ -44,6 +45,11 @@ def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     )
 
 
+def tell(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with capsys.disabled():
+        sys.stdout.write(text + "\n")
+
+
 def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,7 +71,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     assert 3 <= half < found == -(-4 * images // 64)
 
     verified = run(*own, "--verify", "0.05")
-    sys.stdout.write(verified.stdout)
+    tell(capsys, verified.stdout)
     assert verified.returncode == 0 and "verdict: good" in verified.stdout
 
     with part_path(folder, 2).open("r+b") as file:
@@ -74,7 +80,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
         file.seek(300_000)
         file.write(bytes([byte[0] ^ 16]))
     damaged = run(*own, "--verify", "0")
-    sys.stdout.write(damaged.stdout)
+    tell(capsys, damaged.stdout)
     assert damaged.returncode == 78
     assert "part 2: it differs from its SHA-256, at rows " in damaged.stdout
     assert run(*own, "--rows-a-part", "64", "--repair").returncode == 0
@@ -85,7 +91,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     state["blocks.3.mlp.fc1.weight"][0, 0] += 1e-3
     save_file(state, tmp_path / WEIGHTS.name)
     less = shutil.copytree(PHOTOGRAPHS, tmp_path / "photos")
-    next(path for path in sorted(less.rglob("*")) if path.is_file()).unlink()
+    max(path for path in less.rglob("*") if path.is_file()).unlink()
     for change, reason in (
         ([f"teacher.weights={tmp_path / WEIGHTS.name}"], "teacher.weights_sha256"),
         (["views.scale=[0.3, 1.0]"], "views.scale"),
@@ -93,14 +99,14 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     ):
         assert main(["--config", RECIPE, *own, *change, "--rows-a-part", "64"]) == 78
         told = capsys.readouterr().err
-        sys.stdout.write(told)
+        tell(capsys, told)
         assert f"{reason}: the cache was built with " in told
     config = load_config(RECIPE, own)
     teacher = teachers.assemble(config, needs(config), load=True)
     teacher.mean = (0.5, 0.5, 0.5)
-    monkeypatch.setattr("cmtmae_scale.precompute.assemble", lambda *_, **__: teacher)
+    monkeypatch.setattr("cmtmae_scale.precompute.builder.assemble", lambda *_, **__: teacher)
     builder = make_builder(config, index, next(teacher.model.parameters()).device)
     with pytest.raises(CacheError, match=r"teacher\.mean: the cache was built with") as refused:
         builder.begin(folder, "int8", 64)
     builder.close()
-    sys.stdout.write(str(refused.value))
+    tell(capsys, str(refused.value))

@@ -15,7 +15,7 @@ from run_case import STEPS, run, write_recipe
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.evaluation.command import main
 from cmtmae_scale.evaluation.result import Row, Score, verdict, wilson
-from cmtmae_scale.export import export_encoder
+from cmtmae_scale.export.encoder import export_encoder
 
 pytestmark = pytest.mark.gloo
 
