@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from pathlib import Path
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
-from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.errors import EXIT_DONE, CmtMaeError
 from cmtmae_scale.evaluation.during import open_evaluation
 from cmtmae_scale.pictures.during import open_pictures
 from cmtmae_scale.runtime.arguments import Parser
@@ -20,7 +19,7 @@ from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.starts import note_start
 from cmtmae_scale.training.build import build_parts
-from cmtmae_scale.training.guards import write_exit
+from cmtmae_scale.training.guards import code_to_leave_with, noted_ending
 from cmtmae_scale.training.loop import train
 from dataloading.errors import DataError
 
@@ -69,32 +68,21 @@ def run(config: Config, world: World, recipe: str, overrides: Sequence[str]) -> 
     """Train under an open process group; returns the exit code and leaves it in ``exit.json``."""
     device = pick_device(world)
     run_dir = Path(config.run.dir)
-    step, code, message = 0, 1, "crash"
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device))
         stack.enter_context(hold_run(run_dir, world.rank))
+        ending = stack.enter_context(noted_ending(run_dir, world.rank))
+        parts = build_parts(config, world, device, stack)
+        parts.evaluate = open_evaluation(config, world, device)
+        parts.draw = open_pictures(parts, world)
+        ending.step = parts.progress.step
+        if world.rank == 0:
+            save_config(config, run_dir / "config.yaml")
+            note_start(run_dir, ending.step, recipe, overrides, world.world_size, device)
         try:
-            parts = build_parts(config, world, device, stack)
-            parts.evaluate = open_evaluation(config, world, device)
-            parts.draw = open_pictures(parts, world)
-            step = parts.progress.step
-            if world.rank == 0:
-                save_config(config, run_dir / "config.yaml")
-                note_start(run_dir, step, recipe, overrides, world.world_size, device)
-            try:
-                reason = train(parts)
-            finally:
-                step = parts.progress.step
-                parts.models.backend.close()
-            code, message = (EXIT_DONE, "done") if reason is None else (EXIT_STOPPED, reason)
-        except (CmtMaeError, DataError) as error:
-            code, message = error.exit_code, str(error)
-            raise
+            reason = train(parts)
         finally:
-            if world.rank == 0 and run_dir.is_dir():
-                write_exit(run_dir, code, step, message)
-    if code == EXIT_STOPPED:
-        logger.info("stopped at step %d (%s); the same command continues", step, message)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            return EXIT_DONE
-    return code
+            ending.step = parts.progress.step
+            parts.models.backend.close()
+        ending.say(parts.progress.step, reason)
+    return code_to_leave_with(ending)

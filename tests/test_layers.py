@@ -24,6 +24,7 @@ HEIGHT = {
     "cmtmae_scale.training": 7,
     "cmtmae_scale.evaluation": 7,
     "cmtmae_scale.export": 8,
+    "cmtmae_scale.finetune": 8,
     "cmtmae_scale.pictures": 8,
     "cmtmae_scale.report": 8,
     "cmtmae_scale.dry_run": 8,
@@ -34,6 +35,7 @@ HEIGHT = {
     "cmtmae_scale.demo": 9,
     "cmtmae_scale.study": 9,
     "cmtmae_scale.cli": 9,
+    "cmtmae_scale.evaluation.command": 9,
     "launchers": 10,
 }
 

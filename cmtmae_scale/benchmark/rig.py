@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from cmtmae_scale.backends.base import Backend, MicroBatch, Outcome
+from cmtmae_scale.backends.base import Backend, Outcome, Terms, Work
 from cmtmae_scale.benchmark.clock import Mark, Stopwatch, seconds
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import batch_plan, reads_cache
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.targets import Losses
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView, picture_sizes
 from cmtmae_scale.training.build import (
@@ -81,7 +80,7 @@ class TimedBackend:
         """The decoder's backward is through."""
         self.decoded = self.watch.mark()
 
-    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+    def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``."""
         start = self.watch.mark()
         losses = self.inner.micro(batch, last)

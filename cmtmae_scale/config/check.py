@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_cache
-from cmtmae_scale.config.schema import Config, Schedule
+from cmtmae_scale.config.schema import Backend, Config, Schedule
 from cmtmae_scale.errors import ConfigError
 
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
@@ -81,7 +81,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from check_losses(config)
     yield from check_teacher(config)
     yield from check_cache(config)
-    yield from check_backend(config)
+    yield from check_backend(config.backend)
     yield from check_pictures(config)
     yield from check_eval(config)
 
@@ -317,9 +317,8 @@ def check_cache(config: Config) -> Iterator[str]:
         )
 
 
-def check_backend(config: Config) -> Iterator[str]:
+def check_backend(backend: Backend) -> Iterator[str]:
     """Keys of DeepSpeed, and what ZeRO's stage 3 cannot do."""
-    backend = config.backend
     if backend.deepspeed is not None and backend.name != "zero":
         yield f"backend.deepspeed belongs to backend.name=zero; found {backend.name}"
     try:

@@ -38,7 +38,7 @@ def outcome(run: Run) -> tuple[str, str]:
         return "fair", "not ended: still running, or killed"
     code, step = run.exit.get("code"), run.exit.get("step")
     kind, words = OUTCOMES.get(code if isinstance(code, int) else 1, ("bad", "crashed"))
-    if is_number(step) and run.last_step > step:
+    if isinstance(step, int) and run.last_step > step:
         return "fair", "running again, or killed since its last end"
     return kind, words
 

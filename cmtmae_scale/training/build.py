@@ -158,7 +158,13 @@ def build_models(
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
     backend = make_backend(
-        config, world, device, model, momentum_student, make_objective(config, layout)
+        config,
+        world,
+        device,
+        model,
+        momentum_student,
+        make_objective(config, layout),
+        rows=config.train.global_batch * config.mask.masks_per_view,
     )
     return Models(teacher, backend, layout, length, model.encoder.patch_side)
 

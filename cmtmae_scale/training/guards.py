@@ -3,8 +3,11 @@
 import json
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,9 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtmae_scale.errors import CacheError, NonFiniteError
+from cmtmae_scale.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    CacheError,
+    CmtMaeError,
+    ConfigError,
+    NonFiniteError,
+)
 from cmtmae_scale.runtime.collectives import agree_all, ranks, texts_of_all
-from dataloading.errors import ReadError
+from dataloading.errors import DataError, ReadError
 from dataloading.reading import GREY
 from dataloading.stream import Batch
 
@@ -118,6 +128,63 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
         f"step {step} was not taken: {what} on ranks {', '.join(failed)}: "
         f"{next(filter(None, everyone))}"
     )
+
+
+def refuse_bad_share(step: int, invalid: float, drawn: float, limit: float, run_dir: Path) -> None:
+    """Stop a run of which too many images could not be decoded; one is always allowed.
+
+    Args:
+        step: present step.
+        invalid: views that were not valid since this start, over all ranks.
+        drawn: views since this start, over all ranks.
+        limit: ``data.max_bad_share``.
+        run_dir: the run's folder.
+
+    Raises:
+        ConfigError: naming the list of the files.
+    """
+    if invalid > max(limit * drawn, 1):
+        raise ConfigError(
+            f"step {step}: {invalid:.0f} of {drawn:.0f} draws ({invalid / drawn:.2%}) could not be "
+            f"decoded, more than data.max_bad_share={limit}; replace the files that "
+            f"{run_dir / 'quarantine.jsonl'} names, or raise that key"
+        )
+
+
+@dataclass
+class Ending:
+    """How a run ends; a crash until something else is said."""
+
+    step: int = 0
+    code: int = 1
+    message: str = "crash"
+
+    def say(self, step: int, reason: str | None) -> None:
+        """It came to its end, or stopped for a reason."""
+        self.step = step
+        self.code, self.message = (EXIT_DONE, "done") if reason is None else (EXIT_STOPPED, reason)
+
+
+@contextmanager
+def noted_ending(run_dir: Path, rank: int) -> Iterator[Ending]:
+    """Leave in ``RUN_DIR/exit.json`` how what happens within ends."""
+    ending = Ending()
+    try:
+        yield ending
+    except (CmtMaeError, DataError) as error:
+        ending.code, ending.message = error.exit_code, str(error)
+        raise
+    finally:
+        if rank == 0 and run_dir.is_dir():
+            write_exit(run_dir, ending.code, ending.step, ending.message)
+
+
+def code_to_leave_with(ending: Ending) -> int:
+    """Exit code; under torchrun, which calls any other one a crash, 0 for a requested stop."""
+    if ending.code != EXIT_STOPPED:
+        return ending.code
+    logger.info("stopped at step %d (%s); the same command continues", ending.step, ending.message)
+    return EXIT_DONE if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_STOPPED
 
 
 def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:

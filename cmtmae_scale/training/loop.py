@@ -17,7 +17,7 @@ from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import BatchPlan, reads_cache
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.standing import Standing, StandingFile
 from cmtmae_scale.teachers.base import picture_sizes
 from cmtmae_scale.training.guards import (
@@ -25,6 +25,7 @@ from cmtmae_scale.training.guards import (
     next_batch,
     raise_failure,
     raise_non_finite,
+    refuse_bad_share,
 )
 from cmtmae_scale.training.prepare import Models, prepare
 from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
@@ -106,13 +107,7 @@ def train(parts: Parts) -> str | None:
             raise
         drawn += parts.plan.global_batch
         invalid += parts.plan.global_batch - report["valid_rows"] / config.mask.masks_per_view
-        if invalid > max(config.data.max_bad_share * drawn, 1):
-            raise ConfigError(
-                f"step {progress.step}: {invalid:.0f} of {drawn:.0f} draws "
-                f"({invalid / drawn:.2%}) could not be decoded, more than "
-                f"data.max_bad_share={config.data.max_bad_share}; replace the files that "
-                f"{parts.run_dir / 'quarantine.jsonl'} names, or raise that key"
-            )
+        refuse_bad_share(progress.step, invalid, drawn, config.data.max_bad_share, parts.run_dir)
         if parts.telemetry is not None:
             values = readable(report, scalars, parts)
             parts.telemetry.record(progress.step, values, parts.plan.global_batch, waited_s)

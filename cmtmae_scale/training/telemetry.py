@@ -94,13 +94,9 @@ class Telemetry:
             values: accuracies.
             took_s: seconds that training stood still for it; they do not count in the rates.
         """
-        self.since += took_s
         self.evaluating_s += took_s
         share = self.share_of_time(self.evaluating_s)
-        self.append(step, {**values, "eval/time_share": share})
-        self.board.flush()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("step %d/%d  %s", step, self.end, shown)
+        self.record_pause(step, {**values, "eval/time_share": share}, took_s)
         if share > EVALUATION_SHARE and not self.warned:
             self.warned = True
             logger.warning(
@@ -133,6 +129,14 @@ class Telemetry:
     def share_of_time(self, spent_s: float) -> float:
         """Share of the time since the start."""
         return spent_s / max(time.monotonic() - self.began, 1e-9)
+
+    def record_pause(self, step: int, values: dict[str, float], took_s: float) -> None:
+        """Write what was found while training stood still for ``took_s`` seconds."""
+        self.since += took_s
+        self.append(step, values)
+        self.board.flush()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("step %d/%d  %s", step, self.end, shown)
 
     def append(self, step: int, entry: dict[str, float]) -> None:
         """Add a line to the log file and points to TensorBoard."""
