@@ -1,9 +1,9 @@
-# make setup | demo | demo-ci | test | test-all | test-oldest | lint
+# make setup | demo | demo-ci | test | test-all | test-oldest | soak | lint
 # Everything is installed into VENV, a folder of this clone.
 
 VENV ?= .venv
 OLDEST ?= .venv-oldest
-EXTRAS = dali,deepspeed,demo,dev
+EXTRAS = dali,deepspeed,demo,dev,hf
 PYTHON = $(VENV)/bin/python
 
 # uv where there is one that runs, else a private one brought by pip.
@@ -13,7 +13,7 @@ FIND_UV = UV="$$(command -v uv || true)"; \
 		[ -x "$$UV" ] || python3 -m pip install --quiet --target .venv-uv uv; \
 	fi
 
-.PHONY: setup demo demo-ci test test-all test-oldest lint
+.PHONY: setup demo demo-ci test test-all test-oldest soak lint
 
 setup: $(VENV)/.stamp
 
@@ -32,21 +32,25 @@ demo-ci: setup
 	$(PYTHON) launchers/demo.py --steps 3 --fresh
 
 test: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-all: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 # The lowest versions that pyproject.toml promises.
 $(OLDEST)/.stamp: pyproject.toml
 	@set -eu; $(FIND_UV); \
 	[ -x "$(OLDEST)/bin/python" ] || "$$UV" venv --quiet --python 3.11 "$(OLDEST)"; \
 	"$$UV" pip install --quiet --python "$(OLDEST)/bin/python" --resolution lowest-direct \
-		-e '.[deepspeed,demo,dev]'
+		-e '.[deepspeed,demo,dev,hf]'
 	@touch $@
 
 test-oldest: $(OLDEST)/.stamp
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow' -n 2 --dist loadfile
+
+# Faults drawn at random for ten minutes; the end must be that of a run without.
+soak: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/soak.py --minutes 10
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,33 +1,29 @@
-"""Command lines: parse, run, and turn every outcome into an exit code."""
+"""Command lines: parse and run."""
 
 import argparse
 import logging
-import os
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from cmtmae_scale.checkpoint.starts import count_start, forget_starts
+from cmtmae_scale.checkpoint.attempts import count_attempt
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.dry_run import describe
-from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE
 from cmtmae_scale.evaluation.during import open_evaluation
+from cmtmae_scale.pictures.during import open_pictures
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
-from cmtmae_scale.runtime.outcome import forget_exit, reported, write_exit
+from cmtmae_scale.runtime.starts import note_start
 from cmtmae_scale.runtime.watchdog import LONG, watched
 from cmtmae_scale.training.build import build_parts
+from cmtmae_scale.training.ending import Ending, as_rank
 from cmtmae_scale.training.loop import train
-from cmtmae_scale.training.progress import Progress
-from cmtmae_scale.training.stop import StartInterrupted, interrupt_start
-from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -43,33 +39,20 @@ def pretrain(arguments: Sequence[str] | None = None) -> int:
         see ``RUN_DIR/exit.json``), 78 will never work as configured, 70 three starts without
         progress, 1 crash.
     """
-    interrupt_start()
-    with reported() as report:
-        code = launch(arguments)
-        report.leave(code)
-    if code == EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ:
-        return EXIT_DONE
-    return code
+    return as_rank(lambda: launch(arguments))
 
 
 def launch(arguments: Sequence[str] | None) -> int:
     """Read command line and recipe, and run; returns the exit code of this start."""
     options = parse_pretrain(arguments)
-    try:
-        world = find_world()
-        set_up_logging(world.rank, world.world_size)
-        config = load_config(options.config, options.overrides)
-        if options.dry_run:
-            if world.rank == 0:
-                sys.stdout.write(describe(config, world.world_size) + "\n")
-            return EXIT_DONE
-        return run(config, world)
-    except StartInterrupted as stopped:
-        logger.info("stopped before the first step (%s); the same command starts again", stopped)
-        return EXIT_STOPPED
-    except (CmtMaeError, DataError) as error:
-        logger.error("%s", error)
-        return error.exit_code
+    world = find_world()
+    set_up_logging(world.rank, world.world_size)
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        if world.rank == 0:
+            sys.stdout.write(describe(config, world.world_size) + "\n")
+        return EXIT_DONE
+    return run(config, world, options.config, options.overrides)
 
 
 def parse_pretrain(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -85,7 +68,7 @@ def parse_pretrain(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def run(config: Config, world: World) -> int:
+def run(config: Config, world: World, recipe: str, overrides: Sequence[str]) -> int:
     """Train under an open process group; returns the exit code and leaves it in ``exit.json``."""
     device = pick_device(world)
     logger.info(
@@ -100,13 +83,15 @@ def run(config: Config, world: World) -> int:
         stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
         stack.enter_context(hold_run(run_dir, world.rank))
         ending = stack.enter_context(Ending(run_dir, world.rank))
-        count_start(run_dir, world.rank)
+        count_attempt(run_dir, world.rank)
         parts = build_parts(config, world, device, stack)
         parts.evaluate = open_evaluation(config, world, device)
+        parts.draw = open_pictures(parts, world)
         stack.callback(parts.models.backend.close)
         ending.progress = parts.progress
         if world.rank == 0:
             save_config(config, run_dir / "config.yaml")
+            note_start(run_dir, ending.step, recipe, overrides, world.world_size, device)
 
         def last_words(why: str) -> None:
             parts.incident("ended", why)
@@ -114,60 +99,7 @@ def run(config: Config, world: World) -> int:
 
         with watched(run_dir, world.rank, parts.place, hang_s, last_words):
             ending.stopped = train(parts)
-    if ending.stopped is None:
-        return EXIT_DONE
-    logger.info(
-        "stopped at step %d (%s); the same command continues", parts.progress.step, ending.stopped
-    )
-    return EXIT_STOPPED
-
-
-class Ending:
-    """Writes how a start ended; rank 0 does, and forgets there what the one before left.
-
-    Args:
-        run_dir: the run's folder.
-        rank: this rank.
-    """
-
-    def __init__(self, run_dir: Path, rank: int) -> None:
-        self.run_dir = run_dir
-        self.rank = rank
-        self.progress: Progress | None = None
-        self.stopped: str | None = None
-
-    def __enter__(self) -> Self:
-        if self.rank == 0:
-            forget_exit(self.run_dir)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, CmtMaeError | DataError):
-            self.write(error.exit_code, str(error))
-        elif isinstance(error, StartInterrupted):
-            self.write(EXIT_STOPPED, f"{error} before the first step")
-        elif error is not None:
-            self.write(EXIT_CRASH, f"{type(error).__name__}: {error}")
-        elif self.stopped is not None:
-            self.write(EXIT_STOPPED, self.stopped)
-        else:
-            self.write(EXIT_DONE, "done")
-
-    def write(self, code: int, reason: str) -> None:
-        """Leave code, step and reason; only crashes count as starts without progress."""
-        if self.rank == 0:
-            step = 0 if self.progress is None else self.progress.step
-            try:
-                write_exit(self.run_dir, code, step, reason)
-            except OSError as refused:
-                logger.warning("%s: the outcome could not be written (%s)", self.run_dir, refused)
-            if code != EXIT_CRASH:
-                forget_starts(self.run_dir)
+    return ending.code
 
 
 def collective_limit_s(hang_s: float | None) -> float:

@@ -1,9 +1,12 @@
-"""Write an encoder of a run for timm.
+"""Write weights of a run for timm, transformers, or this program.
 
-python launchers/export.py encoder --checkpoint RUN_DIR [--weights momentum] [--output FILE]
+python launchers/export.py timm --checkpoint RUN_DIR [--weights momentum] [--output FOLDER]
+python launchers/export.py hf --checkpoint RUN_DIR
+python launchers/export.py full --checkpoint RUN_DIR
+python launchers/export.py encoder --checkpoint RUN_DIR [--output FILE]
 """
 
-from cmtmae_scale.export import main
+from cmtmae_scale.export.command import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

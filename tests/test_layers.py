@@ -23,9 +23,10 @@ HEIGHT = {
     "cmtmae_scale.checkpoint": 6,
     "cmtmae_scale.training": 7,
     "cmtmae_scale.evaluation": 7,
-    "cmtmae_scale.export": 7,
-    "cmtmae_scale.report": 7,
+    "cmtmae_scale.export": 8,
+    "cmtmae_scale.finetune": 8,
     "cmtmae_scale.pictures": 8,
+    "cmtmae_scale.report": 8,
     "cmtmae_scale.dry_run": 8,
     "cmtmae_scale.plan": 8,
     "cmtmae_scale.benchmark": 8,
@@ -33,7 +34,9 @@ HEIGHT = {
     "cmtmae_scale.check_data": 8,
     "cmtmae_scale.supervise": 8,
     "cmtmae_scale.demo": 9,
+    "cmtmae_scale.study": 9,
     "cmtmae_scale.cli": 9,
+    "cmtmae_scale.evaluation.command": 9,
     "launchers": 10,
 }
 

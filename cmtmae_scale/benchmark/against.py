@@ -124,7 +124,7 @@ def build_theirs(config: Config) -> Any:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
     except ImportError as error:
         raise ConfigError(
-            "--against hf_mae needs transformers: pip install 'cmtmae-scale[dev]'"
+            "--against hf_mae needs transformers: pip install 'cmtmae-scale[hf]'"
         ) from error
     with torch.device("meta"):
         encoder = CollaborativeMAE(config).encoder

@@ -66,6 +66,9 @@ class Data:
     decode: Literal["auto", "dali", "torch"] = "auto"
     """dali: DALI, on the GPU where there is one; torch: the CPU, with nvImageCodec or torchvision;
     auto: DALI if it is installed and there is a GPU, else torch."""
+    resident: bool = False
+    """Keep all images decoded on each rank's device and cut the views there: for sets of 32 or 64
+    pixels, at most 8 GiB. Same views; on a GPU a pixel may differ by two levels of 255."""
     max_pixels: int = 100_000_000
     """Images with more pixels (width x height) are left out of the index."""
     max_bad_share: float = 0.001
@@ -340,6 +343,8 @@ class Log:
 
     every: int = 10
     """Steps between log entries."""
+    images_every: int | None = None
+    """Steps between pictures of a fixed set of images, also made at the end; ``None``: never."""
 
 
 @dataclass

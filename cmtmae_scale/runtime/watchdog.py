@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 HEARTBEATS, STACKS = "heartbeats", "stacks"
 LONG = 5.0
-"""Factor of the limit in the first step, in saves and in evaluations."""
-STAGES = ("data", "compute", "update", "evaluation", "save")
+"""Factor of the limit in the first step, in saves, in evaluations and while pictures are drawn."""
+STAGES = ("data", "compute", "update", "evaluation", "pictures", "save")
 """Stages of a step, in order."""
 TICK_S = 0.5
 LONGEST_BEAT_S = 10.0
@@ -110,9 +110,7 @@ class Watchdog(threading.Thread):
         suspected: list[int] = []
         while not self.over.wait(min(TICK_S, self.hang_s / 4)):
             self.beat()
-            dead = [
-                n for n, one in self.neighbours.items() if started(one["pid"]) != one["started"]
-            ]
+            dead = self.dead()
             if dead and dead == suspected:
                 self.end(f"rank {', '.join(map(str, dead))} died on this machine")
                 return

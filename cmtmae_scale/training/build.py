@@ -13,6 +13,7 @@ from cmtmae_scale import __version__
 from cmtmae_scale.backends.base import MicroBatch, Objective
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.cache.followed import FollowedTeacher
+from cmtmae_scale.cache.identity import circumstances, warn_of_circumstances
 from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
@@ -136,6 +137,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         run_dir=run_dir,
         skips=skips,
         stragglers=Stragglers(device, config.log.every),
+        index=index,
     )
 
 
@@ -163,7 +165,13 @@ def build_models(
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
     backend = make_backend(
-        config, world, device, model, momentum_student, make_objective(config, layout)
+        config,
+        world,
+        device,
+        model,
+        momentum_student,
+        make_objective(config, layout),
+        rows=config.train.global_batch * config.mask.masks_per_view,
     )
     return Models(teacher, backend, layout, length, model.encoder.patch_side)
 
@@ -241,6 +249,9 @@ def open_teacher(
             teacher = FollowedTeacher(config, described, live, index, device, stop.fail)
         else:
             opened = open_cache(config, described, index)
+            if world.rank == 0:
+                here = circumstances(config, device)
+                warn_of_circumstances(opened[0], here, str(config.cache.dir))
             teacher = CachedTeacher(config, *opened, described, live, device, stop.fail)
         stack.callback(teacher.close)
     except CacheError as error:
@@ -340,6 +351,7 @@ def open_stream(
         threads=config.data.threads,
         start_position=progress.position,
         decode=config.data.decode,
+        resident=config.data.resident,
         device=device,
         quarantine=Path(config.run.dir) / "quarantine.jsonl",
         watch=teacher.submit if isinstance(teacher, CachedTeacher | FollowedTeacher) else None,

@@ -1,12 +1,13 @@
 """Steps that cannot be taken."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtmae_scale.errors import CacheError
+from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.runtime.collectives import agree_all, ranks, texts_of_all
 from cmtmae_scale.training.stop import StopRequest
 from dataloading.errors import ReadError
@@ -69,6 +70,27 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
         f"step {step} was not taken: {what} on ranks {', '.join(failed)}: "
         f"{next(filter(None, everyone))}"
     )
+
+
+def refuse_bad_share(step: int, invalid: float, drawn: float, limit: float, run_dir: Path) -> None:
+    """Stop a run of which too many images could not be decoded; one is always allowed.
+
+    Args:
+        step: present step.
+        invalid: views that were not valid since this start, over all ranks.
+        drawn: views since this start, over all ranks.
+        limit: ``data.max_bad_share``.
+        run_dir: the run's folder.
+
+    Raises:
+        ConfigError: naming the list of the files.
+    """
+    if invalid > max(limit * drawn, 1):
+        raise ConfigError(
+            f"step {step}: {invalid:.0f} of {drawn:.0f} draws ({invalid / drawn:.2%}) could not be "
+            f"decoded, more than data.max_bad_share={limit}; replace the files that "
+            f"{run_dir / 'quarantine.jsonl'} names, or raise that key"
+        )
 
 
 def not_finite(names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> str:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.config.derive import reads_cache
-from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.standing import Standing
 from cmtmae_scale.teachers.base import picture_sizes
-from cmtmae_scale.training.guards import next_batch, not_finite, raise_failure
+from cmtmae_scale.training.guards import next_batch, not_finite, raise_failure, refuse_bad_share
 from cmtmae_scale.training.parts import Parts
 from cmtmae_scale.training.prepare import prepare
 from cmtmae_scale.training.progress import Scalars, scalars_at
@@ -72,13 +72,7 @@ def train(parts: Parts) -> str | None:
             raise
         drawn += parts.plan.global_batch
         invalid += parts.plan.global_batch - report["valid_rows"] / config.mask.masks_per_view
-        if invalid > max(config.data.max_bad_share * drawn, 1):
-            raise ConfigError(
-                f"step {progress.step}: {invalid:.0f} of {drawn:.0f} draws "
-                f"({invalid / drawn:.2%}) could not be decoded, more than "
-                f"data.max_bad_share={config.data.max_bad_share}; replace the files that "
-                f"{parts.run_dir / 'quarantine.jsonl'} names, or raise that key"
-            )
+        refuse_bad_share(progress.step, invalid, drawn, config.data.max_bad_share, parts.run_dir)
         if refusal is not None:
             leave_out(parts, refusal)
         elif parts.telemetry is not None:
@@ -91,6 +85,7 @@ def train(parts: Parts) -> str | None:
         requested = report["stop"] > 0
         if not requested:
             evaluate_if_due(parts)
+            draw_if_due(parts)
         reason = stop_reason(parts, requested)
         due = progress.step % config.checkpoint.every == 0 and refusal is None
         if reason is None and due:
@@ -180,6 +175,23 @@ def evaluate_if_due(parts: Parts) -> None:
         return
     if parts.telemetry is not None:
         parts.telemetry.record_evaluation(step, values, time.monotonic() - began)
+
+
+def draw_if_due(parts: Parts) -> None:
+    """Draw at the steps that ask for it; what cannot be read or written is left out."""
+    progress, every = parts.progress, parts.config.log.images_every
+    if parts.draw is None or every is None:
+        return
+    if progress.step % every and progress.step != progress.end_step:
+        return
+    began = time.monotonic()
+    parts.place.enter("pictures", progress.step)
+    try:
+        sheet = parts.draw(parts.models, progress)
+        if parts.telemetry is not None and sheet is not None:
+            parts.telemetry.record_pictures(progress.step, sheet, time.monotonic() - began)
+    except (DataError, OSError) as error:  # of rank 0, where no other waits for it
+        logger.warning("step %d is not drawn: %s", progress.step, error)
 
 
 def readable(report: dict[str, float], scalars: Scalars, parts: Parts) -> dict[str, float]:

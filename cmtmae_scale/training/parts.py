@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.checkpoint.writer import Writer
@@ -20,10 +22,13 @@ from cmtmae_scale.training.skips import Skips
 from cmtmae_scale.training.stop import StopRequest
 from cmtmae_scale.training.stragglers import Stragglers
 from cmtmae_scale.training.telemetry import Telemetry
+from dataloading.index import Index
 from dataloading.stream import Batch
 
 Evaluate = Callable[[Backend], dict[str, float]]
 """Accuracies of the present encoder by name; a collective that changes nothing."""
+Draw = Callable[[Models, Progress], NDArray[np.uint8] | None]
+"""A sheet of pictures, ``[height, width, 3]``, on rank 0; a collective that changes nothing."""
 
 
 @dataclass
@@ -50,6 +55,10 @@ class Parts:
     """Compares the ranks' speeds."""
     evaluate: Evaluate | None = None
     """Called every ``eval.every`` steps."""
+    draw: Draw | None = None
+    """Called every ``log.images_every`` steps and at the end."""
+    index: Index | None = None
+    """The images; ``None`` where they are synthetic."""
 
     def saved_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""

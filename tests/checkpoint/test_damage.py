@@ -16,7 +16,7 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import INDEX, load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.errors import EXIT_CONFIG, CheckpointError
-from cmtmae_scale.export import export_encoder
+from cmtmae_scale.export.encoder import export_encoder
 from cmtmae_scale.runtime.storage import digest
 
 FLIPS = 1000

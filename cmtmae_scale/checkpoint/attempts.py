@@ -11,11 +11,11 @@ from cmtmae_scale.runtime.storage import write_text
 
 logger = logging.getLogger(__name__)
 
-FILE = "starts.json"
+FILE = "attempts.json"
 LIMIT = 3
 
 
-def count_start(run_dir: Path, rank: int) -> None:
+def count_attempt(run_dir: Path, rank: int) -> None:
     """Count a start from the newest checkpoint; a collective.
 
     Args:
@@ -26,16 +26,16 @@ def count_start(run_dir: Path, rank: int) -> None:
         NoProgressError: on every rank, if ``LIMIT`` starts in a row crashed or were killed before
             they wrote a newer checkpoint.
     """
-    problem = text_from_first(note_start(run_dir) if rank == 0 else "")
+    problem = text_from_first(note_attempt(run_dir) if rank == 0 else "")
     if problem:
         raise NoProgressError(problem)
 
 
-def note_start(run_dir: Path) -> str:
+def note_attempt(run_dir: Path) -> str:
     """Write down one more start; says what is wrong if there were too many, else nothing."""
     newest = next(iter(candidates(run_dir / "checkpoints")), None)
     step = 0 if newest is None else step_of(newest) or 0
-    count = 1 + starts_from(run_dir, step)
+    count = 1 + attempts_from(run_dir, step)
     if count > LIMIT:
         return (
             f"{run_dir}: {LIMIT} starts in a row ended at step {step} without a newer checkpoint; "
@@ -49,7 +49,7 @@ def note_start(run_dir: Path) -> str:
     return ""
 
 
-def starts_from(run_dir: Path, step: int) -> int:
+def attempts_from(run_dir: Path, step: int) -> int:
     """Number of starts from a step that were not followed by progress."""
     try:
         record = json.loads((run_dir / FILE).read_text())
@@ -58,7 +58,7 @@ def starts_from(run_dir: Path, step: int) -> int:
         return 0
 
 
-def forget_starts(run_dir: Path) -> None:
+def forget_attempts(run_dir: Path) -> None:
     """Begin to count anew: this start ended as it should, or because somebody has to act."""
     try:
         (run_dir / FILE).unlink(missing_ok=True)

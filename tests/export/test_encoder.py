@@ -6,26 +6,18 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from processes import run_ranks
-from run_case import STEPS, run, write_recipe
+from run_case import STEPS
 from safetensors.torch import load_file
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.errors import CheckpointError, ConfigError
-from cmtmae_scale.export import export_encoder, load_strictly, main
+from cmtmae_scale.export.command import main
+from cmtmae_scale.export.encoder import export_encoder, load_strictly
 from cmtmae_scale.method.student import build_student
 
 pytestmark = pytest.mark.gloo
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two sharded ranks with checkpoints at steps 4 and 6."""
-    recipe = write_recipe(tmp_path_factory.mktemp("export"))
-    run_ranks(2, run, recipe, ["backend.shard=full", "student.patch_size=8"])
-    return recipe.parent / "run"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +107,7 @@ def test_weights_that_do_not_fit_timm_leave_no_file(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = timm.create_model("test_vit", num_classes=0, img_size=64)
-    monkeypatch.setattr("cmtmae_scale.export.build_timm", lambda config: (model, ""))
+    monkeypatch.setattr("cmtmae_scale.export.encoder.build_timm", lambda config: (model, ""))
     with pytest.raises(CheckpointError, match=r"does not fit timm .*size mismatch"):
         export_encoder(run_dir, tmp_path / "x", "student")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,108 @@
+"""An encoder as one file under timm's names, and the model of timm that it fits."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+
+from cmtmae_scale.checkpoint.publish import write_encoder
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.export.origin import Weights, open_origin
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    file: Path
+    step: int
+    """Step of the checkpoint."""
+    call: str
+    """The Python call that builds the model that the file fits."""
+    num_tensors: int
+    num_parameters: int
+
+
+def export_encoder(place: Path, output: Path | None, weights: Weights) -> Exported:
+    """Write an encoder with timm's names and load it back strictly.
+
+    Args:
+        place: a checkpoint's folder, or a run's, of which the newest intact checkpoint is taken.
+        output: file to write; ``None``: named after weights and step, in the working folder.
+        weights: the student, or its moving average.
+
+    Returns:
+        The file and what it holds.
+
+    Raises:
+        CheckpointError: no checkpoint, a broken one, or one without these weights.
+        ConfigError: an output that exists or cannot be written.
+    """
+    origin = open_origin(place, weights)
+    output = output or Path(f"{weights}-encoder-{origin.folder.name}.safetensors")
+    if output.exists():
+        raise ConfigError(f"--output={output} exists; delete it or name another file")
+    draft = output.with_name(f"{output.name}.tmp")
+    try:
+        write_encoder(origin.folder, draft, weights)
+        model, call = build_timm(origin.config)
+        tensors = load_strictly(model, draft)
+        draft.rename(output)
+    except OSError as error:
+        raise ConfigError(f"--output={output} cannot be written ({error})") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Exported(output, origin.step, call, tensors, parameters)
+
+
+def timm_options(config: Config) -> dict[str, Any]:
+    """Arguments with which timm's model of a config's student is built, beside its name."""
+    options: dict[str, Any] = {"num_classes": 0, "img_size": config.views.size}
+    if config.student.patch_size is not None:
+        options["patch_size"] = config.student.patch_size
+    with torch.device("meta"):
+        probe = cast(VisionTransformer, timm.create_model(config.student.arch, **options))
+    return options | {
+        "global_pool": "token" if probe.has_class_token else "avg",
+        "fc_norm": False,
+    }
+
+
+def build_timm(config: Config) -> tuple[VisionTransformer, str]:
+    """Build timm's own model of a config's student; also the call that does it."""
+    options = timm_options(config)
+    model = cast(VisionTransformer, timm.create_model(config.student.arch, **options))
+    return model, timm_call(config)
+
+
+def timm_call(config: Config, **more: str) -> str:
+    """The Python call that builds timm's model of a config's student.
+
+    Args:
+        config: the run's.
+        more: further arguments of ``timm.create_model``.
+    """
+    options = timm_options(config) | more
+    shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return f"timm.create_model({config.student.arch!r}, {shown})"
+
+
+def load_strictly(model: VisionTransformer, file: Path) -> int:
+    """Load all of a file into all of a model; returns the number of tensors.
+
+    Raises:
+        CheckpointError: if names or shapes differ.
+    """
+    tensors = load_file(file)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the encoder does not fit timm {timm.__version__}'s model: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    return len(tensors)

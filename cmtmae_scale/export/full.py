@@ -1,0 +1,120 @@
+"""The full model, encoder with decoder and prediction heads, as a folder, and back.
+
+``model.safetensors`` has the state dict of ``CollaborativeMAE`` in float32: ``encoder.*`` (timm's
+names behind the prefix), ``decoder.*``, ``heads.teacher.*``, ``heads.student.*``,
+``heads.pixel.*``. ``config.yaml`` is the run's.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cmtmae_scale.checkpoint.chunks import ChunkReader
+from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
+from cmtmae_scale.config.load import load_config, save_config
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.export.compare import Agreement, require_agreement
+from cmtmae_scale.export.origin import Origin
+from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
+from cmtmae_scale.method.masking import PatchChoice, choose_masks
+from cmtmae_scale.method.model import CollaborativeMAE
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
+PREFIX = "model."
+TEACHER_HEAD = "heads.teacher.weight"
+
+
+def load_full(folder: str | Path) -> CollaborativeMAE:
+    """Load what ``export.py full`` wrote.
+
+    Args:
+        folder: the export.
+
+    Returns:
+        The model on the CPU, float32, in training mode.
+
+    Raises:
+        CheckpointError: if weights and config do not belong together.
+        ConfigError: if the config is not there or not this version's.
+    """
+    config = load_config(Path(folder) / CONFIG)
+    return fill(config, load_file(Path(folder) / WEIGHTS), str(folder))
+
+
+def fill(config: Config, tensors: dict[str, Tensor], place: str) -> CollaborativeMAE:
+    """Build a config's model with these weights, all of them and nothing else.
+
+    Raises:
+        CheckpointError: if names or shapes differ.
+    """
+    head = tensors.get(TEACHER_HEAD)
+    try:
+        model = CollaborativeMAE(config, None if head is None else head.shape[0])
+        model.load_state_dict(tensors, strict=True)
+    except (RuntimeError, ValueError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{place}: weights and config differ: {first}") from error
+    return model
+
+
+def write_full(draft: Path, origin: Origin) -> None:
+    """Write weights and config.
+
+    Raises:
+        OSError: if the store refuses.
+    """
+    with ChunkReader(origin.folder) as reader:
+        entries = [
+            Entry(key.removeprefix(PREFIX), reader.shape(key), partial(reader.read_whole, key))
+            for key in reader.index
+            if key.startswith(PREFIX)
+        ]
+        write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
+    # A DeepSpeed config may be a file of the machine that trained, and no network depends on it.
+    backend = replace(origin.config.backend, deepspeed=None)
+    save_config(replace(origin.config, backend=backend), draft / CONFIG)
+
+
+@torch.no_grad()
+def check_full(folder: Path, origin: Origin, images: Tensor) -> Agreement:
+    """Load a folder anew and compare all predictions with those of the run's states.
+
+    Args:
+        folder: the export.
+        origin: where it comes from.
+        images: uint8, ``[B, S, S, 3]``.
+
+    Raises:
+        CheckpointError: if it does not load or predicts something else.
+    """
+    ours = fill(origin.config, origin.tensors(PREFIX), str(origin.folder)).eval()
+    theirs = load_full(folder).eval()
+    pictures = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
+    choice = random_masks(origin.config, ours, len(images))
+    pairs = zip(ours(pictures, choice), theirs(pictures, choice), strict=True)
+    flat = [(a.flatten(), b.flatten()) for a, b in pairs if a is not None and b is not None]
+    one, other = (torch.cat(side) for side in zip(*flat, strict=True))
+    return require_agreement(one, other, "CollaborativeMAE")
+
+
+def random_masks(config: Config, model: CollaborativeMAE, count: int) -> PatchChoice:
+    """Masks of the run's ratios at random places, the same ones every time."""
+    rows, columns = model.encoder.grid
+    mask = replace(config.mask, sampler="random", hint_frac=0.0, prob=1.0)
+    positions = torch.arange(count)
+    return choose_masks(mask, None, positions, config.run.seed, 0.0, length=rows * columns)
+
+
+def snippet() -> str:
+    """Lines that load the folder."""
+    return (
+        "from cmtmae_scale.export.full import load_full\n"
+        'model = load_full("FOLDER").eval()\n'
+        "tokens = model.encoder(images)  # normalised [B, 3, S, S] to [B, P + N, D]\n"
+    )

@@ -1,0 +1,250 @@
+"""An encoder as a folder that transformers loads as a ``ViTModel``; written without transformers.
+
+Names are those of the files of transformers 4 and 5. Without ``add_pooling_layer=False``
+transformers puts an untrained pooling layer on top, whose output means nothing.
+
+Source: ``transformers.models.vit`` of 4.57 and 5.24.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from cmtmae_scale.checkpoint.chunks import ChunkReader
+from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
+from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.export.compare import Agreement, require_agreement
+from cmtmae_scale.export.origin import Origin
+from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
+from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.runtime.storage import write_text
+from dataloading.one_pass import CENTRE
+
+WEIGHTS = "model.safetensors"
+NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+QKV = ("query", "key", "value")
+ACTIVATIONS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
+
+
+def require_transformers() -> ModuleType:
+    """Import transformers, which must load what is written before it is published.
+
+    Raises:
+        ConfigError: if it is not installed.
+    """
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise ConfigError(
+            "an export for transformers is loaded back by it, and it is not installed: "
+            "pip install 'cmtmae-scale[hf]'"
+        ) from error
+
+
+def vit_config(student: Student, arch: str) -> dict[str, Any]:
+    """``config.json`` of a ``ViTModel`` that computes what a student computes.
+
+    Raises:
+        ConfigError: naming what the student has and a ``ViTModel`` has not.
+    """
+    found = list(obstacles(student))
+    if found:
+        raise ConfigError(
+            f"student.arch={arch} is no ViTModel of transformers: it has {', '.join(found)}; "
+            "export it with export.py timm"
+        )
+    first: Any = student.blocks[0]
+    rows, _ = student.grid
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": student.embed_dim,
+        "num_hidden_layers": len(student.blocks),
+        "num_attention_heads": first.attn.num_heads,
+        "intermediate_size": first.mlp.fc1.out_features,
+        "hidden_act": ACTIVATIONS[first.mlp.act.approximate],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": first.norm1.eps,
+        "image_size": rows * student.patch_side,
+        "patch_size": student.patch_side,
+        "num_channels": 3,
+        "qkv_bias": first.attn.qkv.bias is not None,
+        "encoder_stride": student.patch_side,
+    }
+
+
+def obstacles(student: Student) -> Iterator[str]:
+    """Yield what a ``ViTModel`` cannot compute."""
+    if not student.has_class_token:
+        yield "no class token"
+    if student.num_reg_tokens:
+        yield f"{student.num_reg_tokens} registers"
+    if student.has_class_token and student.no_embed_class:
+        yield "a class token without position"
+    if student.patch_embed.proj.bias is None:
+        yield "a patch embedding without bias"
+    for name, what in (("norm_pre", "a norm before the blocks"), ("norm", "no final norm")):
+        if isinstance(getattr(student, name), nn.Identity) != (name == "norm_pre"):
+            yield what
+    if not isinstance(student.patch_embed.norm, nn.Identity):
+        yield "a norm of the patches"
+    blocks: list[Any] = list(student.blocks)
+    strange = {type(block).__name__ for block in blocks if type(block) is not Block}
+    if strange:
+        yield f"blocks of another kind ({', '.join(sorted(strange))})"
+        return
+    yield from dict.fromkeys(what for block in blocks for what in obstacles_of_block(block))
+    norms = [m for m in student.modules() if "norm" in type(m).__name__.lower()]
+    other = {type(m).__name__ for m in norms if not isinstance(m, nn.LayerNorm) or m.bias is None}
+    if other:
+        yield f"norms other than LayerNorm with bias ({', '.join(sorted(other))})"
+    elif len({m.eps for m in norms if isinstance(m, nn.LayerNorm)}) > 1:
+        yield "norms of different epsilon"
+
+
+def obstacles_of_block(block: Any) -> Iterator[str]:
+    """Yield what a ``ViTLayer`` cannot compute."""
+    if not (isinstance(block.ls1, nn.Identity) and isinstance(block.ls2, nn.Identity)):
+        yield "layer scale"
+    if type(block.attn) is not Attention:
+        yield f"attention of another kind ({type(block.attn).__name__})"
+    else:
+        attn = block.attn
+        if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
+            yield "norms of queries and keys"
+        if not isinstance(attn.norm, nn.Identity):
+            yield "a norm after the attention"
+        if attn.proj.bias is None:
+            yield "attention without output bias"
+    if type(block.mlp) is not Mlp:
+        yield f"an MLP of another kind ({type(block.mlp).__name__})"
+        return
+    if not isinstance(block.mlp.norm, nn.Identity):
+        yield "a norm within the MLP"
+    if block.mlp.fc1.bias is None or block.mlp.fc2.bias is None:
+        yield "an MLP without bias"
+    if type(block.mlp.act) is not nn.GELU:
+        yield f"an activation other than GELU ({type(block.mlp.act).__name__})"
+
+
+def processor_config(size: int) -> dict[str, Any]:
+    """``preprocessor_config.json``: the field's centre cut, as timm's export and evaluation."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": int(size / CENTRE)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    }
+
+
+def entries_of(reader: ChunkReader, prefix: str) -> Iterator[Entry]:
+    """Yield an encoder's tensors under transformers' names; nothing is read yet."""
+    for key in reader.index:
+        if not key.startswith(prefix):
+            continue
+        module, shape = key.removeprefix(prefix), reader.shape(key)
+        module, _, kind = module.rpartition(".") if module not in NAMES else (module, "", "")
+        layer = ""
+        if module.startswith("blocks."):
+            _, number, module = module.split(".", 2)
+            layer = f"encoder.layer.{number}."
+        if module == "attn.qkv":
+            part = (shape[0] // 3, *shape[1:])
+            length = torch.Size(part).numel()
+            for place, name in enumerate(QKV):
+                full = f"{layer}attention.attention.{name}.{kind}"
+                yield Entry(full, part, partial(reader.read, key, place * length, length))
+        else:
+            full = f"{layer}{NAMES[module]}{f'.{kind}' if kind else ''}"
+            yield Entry(full, shape, partial(reader.read_whole, key))
+
+
+def write_hf(draft: Path, origin: Origin) -> None:
+    """Write weights, config and preprocessing.
+
+    Raises:
+        ConfigError: if the student cannot be a ``ViTModel``.
+        OSError: if the store refuses.
+    """
+    with torch.device("meta"):
+        student = build_student(origin.config)
+    config = vit_config(student, origin.config.student.arch)
+    with ChunkReader(origin.folder) as reader:
+        entries = list(entries_of(reader, ENCODERS[origin.weights]))
+        write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
+    write_text(draft / "config.json", json.dumps(config, indent=2) + "\n")
+    processor = processor_config(origin.config.views.size)
+    write_text(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+
+
+@torch.no_grad()
+def check_hf(folder: Path, origin: Origin, images: Tensor) -> Agreement:
+    """Load a folder with transformers alone and compare all tokens with the run's network.
+
+    Args:
+        folder: the export.
+        origin: where it comes from.
+        images: uint8, ``[B, S, S, 3]``.
+
+    Raises:
+        CheckpointError: if transformers misses a tensor, prepares pictures otherwise, or computes
+            something else.
+    """
+    transformers = require_transformers()
+    library = f"transformers {transformers.__version__}"
+    model, told = transformers.AutoModel.from_pretrained(
+        folder, add_pooling_layer=False, output_loading_info=True, local_files_only=True
+    )
+    amiss = {name: sorted(map(str, keys)) for name, keys in told.items() if keys}
+    if amiss:
+        raise CheckpointError(f"{library} does not load all of it: {amiss}; please report this")
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    as_they_are = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+    theirs = processor(list(images.numpy()), **as_they_are)["pixel_values"]
+    pictures = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
+    require_agreement(pictures, theirs, f"{library}'s image processor")
+    size = origin.config.views.size
+    whole = processor(images[0, :, : size // 2].numpy(), return_tensors="pt")["pixel_values"]
+    if whole.shape != (1, 3, size, size):
+        raise CheckpointError(f"{library} cuts {list(whole.shape)} in place of {size} pixels")
+    tokens = model.eval()(pixel_values=pictures).last_hidden_state
+    return require_agreement(origin.encoder()(pictures), tokens, library)
+
+
+def snippet() -> str:
+    """Three lines that load the folder."""
+    return (
+        "from transformers import AutoImageProcessor, AutoModel\n"
+        'model = AutoModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()\n'
+        'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
+    )

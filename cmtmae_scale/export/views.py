@@ -1,0 +1,68 @@
+"""The photographs on which an export must agree with the run's own network."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.export.origin import Origin
+from dataloading.errors import DataError
+from dataloading.index import Index, build_index, load_or_build
+from dataloading.one_pass import OnePass
+
+COUNT = 10
+
+
+class Views(NamedTuple):
+    """Centre cuts of photographs."""
+
+    images: Tensor
+    """uint8, ``[B, S, S, 3]``."""
+    place: str
+    """Where they come from, as it was named."""
+    num_images: int | None
+    """Images of the run's own data, where these are they."""
+
+
+def open_views(images: Path | None, origin: Origin) -> Views:
+    """Decode some photographs, spread over a data set: always the same ones.
+
+    Args:
+        images: folder of images, or tars; ``None``: the run's own.
+        origin: the checkpoint, whose config says size, and data.
+
+    Raises:
+        ConfigError: if neither is at hand.
+        DataError: if none of the photographs can be decoded.
+    """
+    index = build_index(images) if images is not None else open_own(origin)
+    chosen = np.unique(np.linspace(0, len(index) - 1, COUNT).round().astype(np.int64))
+    size = origin.config.views.size
+    with OnePass(index, chosen, micro_batch=len(chosen), size=size, threads=1) as batches:
+        (batch,) = batches
+    found = batch.images[0][batch.valid].clone()
+    if not len(found):
+        raise DataError(f"{index.root}: none of {len(chosen)} images could be decoded")
+    own = index.digest == origin.state["index_digest"]
+    return Views(found, str(index.root), len(index) if own else None)
+
+
+def open_own(origin: Origin) -> Index:
+    """List the run's images, from its kept index where that still holds.
+
+    Raises:
+        ConfigError: if they are not at hand.
+    """
+    data, run_dir = origin.config.data, origin.run_dir
+    folder = Path(data.index) if data.index else run_dir and run_dir / "index"
+    try:
+        if folder and folder.is_dir():
+            return load_or_build(data.path, folder, data.source, data.max_pixels)
+        return build_index(data.path, data.source, data.max_pixels)
+    except DataError as error:
+        raise ConfigError(
+            f"an export is compared on photographs, and the run's are not at hand ({error}); give "
+            "others with --images FOLDER"
+        ) from error

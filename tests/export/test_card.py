@@ -1,0 +1,130 @@
+"""A model card says what was run, and nothing that it does not know."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.export.card import Card, model_card
+from cmtmae_scale.export.origin import Origin
+
+ROOT = Path(__file__).resolve().parents[2]
+CARD = Card("timm", "an encoder for timm", "import timm", "Checked.", "f" * 64, 1000)
+STATE: dict[str, Any] = {
+    "progress": {"step": 30, "position": 480, "end_step": 60},
+    "index_digest": "a1b2",
+    "world_size": 4,
+    "versions": {"torch": "2.15.0"},
+}
+
+
+def card_of(recipe: str, *overrides: str, folder: Path = Path("step-00000030")) -> str:
+    config = load_config(ROOT / "configs" / f"{recipe}.yaml", overrides)
+    return model_card(Origin(folder, STATE, config, "student"), CARD)
+
+
+def front_matter(text: str) -> Any:
+    _, front, _ = text.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_the_hubs_front_matter_is_yaml() -> None:
+    front = front_matter(card_of("vit_base", "run.name='a: [odd] #name'"))
+    assert (front["license"], front["library_name"]) == ("other", "timm")
+    assert front["tags"][0] == "cmt-mae"
+
+
+def test_recipe_data_length_and_identity_are_told() -> None:
+    text = card_of("demo")
+    for told in (
+        "CMT-MAE",
+        "step 30 of 60",
+        "vit_small_patch14_dinov2 of timm, weights datasets/demo/teacher.safetensors",
+        "reveal_salient, 75% hidden, 4 a view",
+        "datasets/demo/photos, 1000 images, index digest a1b2",
+        "30 steps, 480 views, 0.48 epochs",
+        "16 views a step",
+        "ranks: 4",
+        "f" * 64,
+        "torch 2.15.0",
+        "These weights were not evaluated.",
+        "terms of the teacher (vit_small_patch14_dinov2) and of the images (datasets/demo/photos)",
+    ):
+        assert told in text, told
+
+
+def test_a_random_teacher_is_never_called_by_the_weights_it_lacks() -> None:
+    text = card_of("vit_base", "teacher.weights=random")
+    assert "with a teacher of RANDOM WEIGHTS" in text
+    assert "RANDOM WEIGHTS, architecture ViT-B-16" in text
+    assert "clip" not in text.lower() and "openai" not in text.lower()
+    assert "terms of the images" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tag", "told", "not_told"),
+    [
+        ("mae_base", "mae", "mean square of pixels", "teacher's weight"),
+        ("milan_base", "distillation", "without a momentum student", "weight in the loss"),
+    ],
+)
+def test_other_methods_are_not_called_cmt_mae(
+    recipe: str, tag: str, told: str, not_told: str
+) -> None:
+    text = card_of(recipe)
+    assert front_matter(text)["tags"][0] == tag
+    assert told in text and not_told not in text
+    assert "CMT-MAE" not in text
+
+
+def test_places_of_the_machine_stay_there() -> None:
+    text = card_of(
+        "demo", "data.path=/private/lab/photos", "teacher.weights=/private/t.safetensors"
+    )
+    assert "/private" not in text
+    assert "photos, 1000 images" in text and "weights t.safetensors" in text
+
+
+def test_results_are_those_of_these_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000030"
+    place = tmp_path / "evaluation"
+    place.mkdir()
+    subject = {"weights": "student", "step": 30, "sha256": "f" * 64}
+    row = {
+        "weights": "student, step 30",
+        "features": "cls",
+        "method": "k-NN k=10",
+        "accuracy": 0.5,
+        "interval_95": [0.4, 0.6],
+        "correct": 50,
+        "count": 100,
+    }
+    other = {"weights": "momentum", "step": 20, "sha256": "0"}
+    files: dict[str, Any] = {
+        "a": {"subject": subject, "results": [row, {"strange": 1}]},
+        "b": {"subject": subject, "method": "finetune", "accuracy": 1},
+        "c": {"subject": other, "results": [row]},
+        "d": [1, 2],
+        "e": {"subject": subject, "results": []},
+    }
+    for name, tree in files.items():
+        (place / f"{name}.json").write_text(json.dumps(tree))
+    (place / "f.json").write_text("{")
+    text = card_of("demo", folder=folder)
+    results = text.split("## Results\n\n")[1].split("\n\n## Licence")[0]
+    assert results == (
+        "| weights | features | method | top-1 | |\n"
+        "|---|---|---|---|---|\n"
+        "| student, step 30 | cls | k-NN k=10 | 50.00 % | 50 of 100, 95 % interval 40.00 to 60.00 "
+        "|\n"
+        "|  |  | finetune | 100.00 % |  |\n"
+        "\n"
+        "Not about these weights:\n"
+        "- c.json: other weights (weights momentum, step 20)\n"
+        "- d.json: does not say of which weights\n"
+        "- e.json: no accuracy in it\n"
+        "- f.json: cannot be read"
+    )

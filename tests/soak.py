@@ -1,0 +1,331 @@
+"""Ten minutes of faults drawn at random, beside a run that meets none: the ends must be equal.
+
+    python tests/soak.py --minutes 10 [--seed 1]
+
+Two ranks through the whole command, a sidecar beside them. Every few seconds something is killed,
+stopped, damaged or taken away; whatever ended is started again by the same command. At the end
+weights, moments and drawn samples must be those of the clean run, bit for bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from processes import CONTEXT
+from run_case import BASE, make_photographs, same
+
+from cmtmae_scale.cache.format import ENDLESS, PARTS, read_manifest
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.runtime.standing import read_standing
+
+RANKS = 2
+STEPS_A_MINUTE = 150
+PAUSE_S = (8.0, 20.0)
+SPOILT = 3
+"""A photograph that is damaged from the beginning, in both runs."""
+
+
+def main() -> int:
+    """Run twice and compare; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    steps = max(20, round(options.minutes * STEPS_A_MINUTE))
+    with tempfile.TemporaryDirectory(prefix="soak-") as place:
+        folder = Path(place)
+        recipe = write_recipe(folder, steps)
+        tell(f"{steps} steps without faults ...")
+        clean = Job(recipe, folder / "clean", sidecar=False)
+        clean.start()
+        if clean.wait() != [0] * RANKS:
+            tell("the clean run failed")
+            return 1
+        tell(f"the same with faults, for {options.minutes:g} minutes ...")
+        job = Job(recipe, folder / "soak", sidecar=True)
+        faults = Faults(job, random.Random(options.seed))
+        faults.go_on(60 * options.minutes)
+        same(folder / "clean", folder / "soak", steps)
+        drawn = [samples_of(folder / name) for name in ("clean", "soak")]
+        assert drawn[0] == drawn[1] and len(drawn[0]) == steps * 8
+    tell(f"{faults.report()}; weights, moments and {len(drawn[0])} drawn samples are equal")
+    return 0
+
+
+def tell(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_recipe(folder: Path, steps: int) -> Path:
+    """A tiny run with a sidecar, of which one photograph is damaged."""
+    photographs = make_photographs(folder / "photos", 20)
+    spoilt = sorted(photographs.rglob("*.jpg"))[SPOILT]
+    spoilt.write_bytes(spoilt.read_bytes()[:700])
+    tree = BASE | {
+        "data": BASE["data"] | {"path": str(photographs), "max_bad_share": 0.5},
+        "teacher": BASE["teacher"] | {"mode": "follow"},
+        "cache": {"codec": "bf16"},
+        "train": {"global_batch": 8, "micro_batch": 4, "steps": steps},
+        "checkpoint": {"every": 10, "keep": 3},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def rank_main(rank: int, port: int, recipe: Path, run_dir: Path) -> None:
+    """One rank: the whole command, noting which samples it draws."""
+    import torch
+
+    from cmtmae_scale import cli
+    from cmtmae_scale.training import loop
+
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ |= {key: str(value) for key, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    redirect(run_dir / f"rank{rank}.err")
+    prepare = loop.prepare
+
+    def noting(config: Any, models: Any, batch: Any, scalars: Any) -> Any:
+        with (run_dir / f"drawn{rank}.jsonl").open("a") as file:
+            pairs = zip(batch.position.tolist(), batch.sample_id.tolist(), strict=True)
+            file.write(json.dumps(list(pairs)) + "\n")
+        return prepare(config, models, batch, scalars)
+
+    loop.prepare = noting
+    code = cli.pretrain(["--config", str(recipe), f"run.dir={run_dir}"])
+    os._exit(code)
+
+
+def redirect(file: Path) -> None:
+    """Let standard error, that of native libraries too, go to a file."""
+    with file.open("a") as opened:
+        os.dup2(opened.fileno(), sys.stderr.fileno())
+
+
+def sidecar_main(run_dir: Path) -> None:
+    """The sidecar: the whole command."""
+    import torch
+
+    from cmtmae_scale.precompute import command as precompute
+
+    torch.set_num_threads(1)
+    redirect(run_dir / "sidecar.err")
+    arguments = ["--follow", str(run_dir), "--rows-a-part", "8", "--ahead", "6"]
+    os._exit(precompute.main(arguments))
+
+
+def samples_of(run_dir: Path) -> dict[int, int]:
+    """Sample drawn at each position; a position that was drawn again must draw the same."""
+    found: dict[int, int] = {}
+    for file in run_dir.glob("drawn*.jsonl"):
+        for line in file.read_text().splitlines():
+            try:
+                pairs = json.loads(line)
+            except ValueError:  # cut short by a kill
+                continue
+            for position, sample in pairs:
+                assert found.setdefault(position, sample) == sample, position
+    return found
+
+
+class Job:
+    """The ranks of a run and its sidecar."""
+
+    def __init__(self, recipe: Path, run_dir: Path, sidecar: bool) -> None:
+        self.recipe, self.run_dir = recipe, run_dir
+        self.has_sidecar = sidecar
+        self.ranks: list[Any] = []
+        self.sidecar: Any = None
+        run_dir.mkdir()
+
+    def start(self) -> None:
+        """Start what is not there."""
+        if not any(one.is_alive() for one in self.ranks):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            own = (port, self.recipe, self.run_dir)
+            self.ranks = [CONTEXT.Process(target=rank_main, args=(r, *own)) for r in range(RANKS)]
+            for one in self.ranks:
+                one.start()
+        if self.has_sidecar and (self.sidecar is None or not self.sidecar.is_alive()):
+            self.sidecar = CONTEXT.Process(target=sidecar_main, args=(self.run_dir,))
+            self.sidecar.start()
+
+    def wait(self, limit_s: float = 1800) -> list[int | None]:
+        """Exit codes of the ranks, once all have ended."""
+        for one in self.ranks:
+            one.join(limit_s)
+        return [one.exitcode for one in self.ranks]
+
+    def alive(self) -> bool:
+        """Whether all ranks are at work."""
+        return all(one.is_alive() for one in self.ranks)
+
+    def end(self, number: int) -> None:
+        """Send a signal to every rank."""
+        for one in self.ranks:
+            if one.is_alive():
+                os.kill(one.pid, number)
+
+
+class Faults:
+    """Draws faults, starts again what ended, and counts."""
+
+    def __init__(self, job: Job, chance: random.Random) -> None:
+        self.job, self.chance = job, chance
+        self.met: Counter[str] = Counter()
+        self.kinds: dict[str, Callable[[], None]] = {
+            "a rank is killed": self.kill_one,
+            "all ranks are killed": lambda: self.job.end(signal.SIGKILL),
+            "SIGTERM to all": lambda: self.job.end(signal.SIGTERM),
+            "SIGUSR1 to one rank": self.signal_one,
+            "the file STOP": self.stop_file,
+            "a rank stands still": self.stand_still,
+            "the newest checkpoint is damaged": self.flip_bit,
+            "checkpoints cannot be written": self.refuse_saves,
+            "photographs are away": self.hide_photographs,
+            "a part of the cache is damaged": self.damage_part,
+            "the sidecar is killed": self.kill_sidecar,
+        }
+
+    def go_on(self, seconds: float) -> None:
+        """Let faults happen for so long, then let the run come to its end."""
+        limit = time.monotonic() + seconds
+        deck: list[str] = []
+        self.job.start()
+        while not self.done():
+            self.rest(self.chance.uniform(*PAUSE_S))
+            if self.done():
+                break
+            if time.monotonic() < limit:
+                deck = deck or self.chance.sample(sorted(self.kinds), len(self.kinds))
+                kind = deck.pop()
+                self.met[kind] += 1
+                standing = read_standing(self.job.run_dir)
+                tell(f"  step {standing.position // 8 if standing else 0}: {kind}")
+                self.kinds[kind]()
+        if self.job.sidecar is not None:
+            self.job.sidecar.join(30)
+            assert self.job.sidecar.exitcode == 0, self.job.sidecar.exitcode
+
+    def done(self) -> bool:
+        """Whether the run is complete."""
+        codes = [one.exitcode for one in self.job.ranks]
+        return codes == [0] * RANKS
+
+    def rest(self, seconds: float) -> None:
+        """Wait, and start again what has ended."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.done():
+            codes = [one.exitcode for one in self.job.ranks]
+            assert 78 not in codes and 70 not in codes, self.errors()
+            if any(code is not None for code in codes):
+                self.job.wait(60)  # the others must leave by themselves
+                assert not any(one.is_alive() for one in self.job.ranks), self.errors()
+            if not self.done():
+                self.job.start()
+            time.sleep(0.2)
+
+    def errors(self) -> str:
+        """What the ranks said last."""
+        return "\n".join(
+            "".join(file.read_text()[-2000:]) for file in self.job.run_dir.glob("rank*.err")
+        )
+
+    def report(self) -> str:
+        """How many faults of which kind."""
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.met.items()))
+        return f"{sum(self.met.values())} faults: {kinds}"
+
+    def kill_one(self) -> None:
+        one = self.chance.choice(self.job.ranks)
+        if one.is_alive():
+            os.kill(one.pid, signal.SIGKILL)
+
+    def signal_one(self) -> None:
+        one = self.chance.choice(self.job.ranks)
+        if one.is_alive():
+            os.kill(one.pid, signal.SIGUSR1)
+
+    def stop_file(self) -> None:
+        file = self.job.run_dir / "STOP"
+        file.touch()
+        self.job.wait(60)
+        file.unlink()
+
+    def stand_still(self) -> None:
+        one = self.chance.choice(self.job.ranks)
+        if one.is_alive():
+            os.kill(one.pid, signal.SIGSTOP)
+            time.sleep(3)
+            os.kill(one.pid, signal.SIGCONT)
+
+    def flip_bit(self) -> None:
+        """Damage the newest of several checkpoints, and kill everybody before a newer one comes."""
+        folders = layout.candidates(self.job.run_dir / "checkpoints")
+        if len(folders) < 2:
+            return
+        self.job.end(signal.SIGKILL)
+        self.job.wait()
+        newest = layout.candidates(self.job.run_dir / "checkpoints")[0]
+        with (newest / "rank-00000.safetensors").open("r+b") as file:
+            at = self.chance.randrange(os.fstat(file.fileno()).st_size)
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << self.chance.randrange(8)]))
+
+    def refuse_saves(self) -> None:
+        """Put a file where drafts of checkpoints go, as a store that takes nothing."""
+        root = self.job.run_dir / "checkpoints"
+        away = root.with_name("checkpoints-away")
+        if root.is_dir():
+            root.rename(away)
+            root.write_text("")
+            time.sleep(2)
+            root.unlink()
+            away.rename(root)
+
+    def hide_photographs(self) -> None:
+        place = self.job.recipe.parent / "photos"
+        place.rename(place.with_name("photos-away"))
+        time.sleep(3)
+        place.with_name("photos-away").rename(place)
+
+    def damage_part(self) -> None:
+        cache = self.job.run_dir / "cache"
+        parts = sorted((cache / PARTS).glob("*.safetensors"))
+        if not parts or read_manifest(cache).num_rows != ENDLESS:
+            return
+        try:
+            with self.chance.choice(parts).open("r+b") as file:
+                file.seek(-self.chance.randrange(1, 3000), os.SEEK_END)
+                byte = file.read(1)[0]
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 255]))
+        except OSError:  # deleted by the sidecar in between
+            return
+
+    def kill_sidecar(self) -> None:
+        if self.job.sidecar is not None and self.job.sidecar.is_alive():
+            self.job.sidecar.kill()
+            self.job.sidecar.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
