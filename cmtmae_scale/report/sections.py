@@ -19,7 +19,7 @@ from cmtmae_scale.report.markup import (
     table,
     text,
 )
-from cmtmae_scale.report.run import Run, is_number
+from cmtmae_scale.report.run import Run
 from cmtmae_scale.report.spent import spent
 
 SHOWN = 20
