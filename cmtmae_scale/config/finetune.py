@@ -13,7 +13,7 @@ from omegaconf import MISSING, OmegaConf
 
 from cmtmae_scale.config.check import check_backend
 from cmtmae_scale.config.load import check_keys, merge, other_length, parse_override, read_yaml
-from cmtmae_scale.config.schema import Backend, Checkpoint, Log, Run, Train
+from cmtmae_scale.config.schema import Backend, Checkpoint, Run, Train
 from cmtmae_scale.errors import ConfigError
 
 
@@ -97,6 +97,14 @@ def own_length() -> Train:
 
 
 @dataclass
+class TuningLog:
+    """What is told, and how often."""
+
+    every: int = 10
+    """Steps between log entries."""
+
+
+@dataclass
 class Finetune:
     """A whole fine-tuning."""
 
@@ -116,7 +124,7 @@ class Finetune:
     """Sharding and precision."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     """Saved states."""
-    log: Log = field(default_factory=Log)
+    log: TuningLog = field(default_factory=TuningLog)
     """Logs."""
 
 

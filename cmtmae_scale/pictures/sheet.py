@@ -12,6 +12,8 @@ from cmtmae_scale.pictures.columns import Column
 SIDE, GAP, MARGIN = 112, 6, 14
 """Pixels; 112 is a multiple of the usual grids, 7, 8, 14 and 16 patches wide."""
 TITLE, HEAD, FOOT = 30, 38, 24
+SMALLEST = 8
+"""Type size below which nobody can read."""
 INK, PALE, PAPER = (28, 28, 30), (104, 104, 110), (255, 255, 255)
 GREY = 0.55
 SHADES = (
@@ -50,11 +52,13 @@ def write(
     colour: tuple[int, int, int],
     room: int,
 ) -> None:
-    """Write one line, smaller where it would not fit into ``room`` pixels."""
+    """Write one line, smaller where it would not fit into ``room`` pixels, at last cut off."""
     font = ImageFont.load_default(size)
     wide = pen.textlength(text, font)
     if wide > room:
-        font = ImageFont.load_default(size * room / wide)
+        font = ImageFont.load_default(max(size * room / wide, SMALLEST))
+    while text and pen.textlength(text, font) > room:
+        text = text[:-2] + "\N{HORIZONTAL ELLIPSIS}" if len(text) > 2 else ""
     pen.text(place, text, colour, font)
 
 

@@ -10,9 +10,9 @@ def text(value: object) -> str:
     return html.escape(str(value))
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for people: 4 digits, no trailing zeros, ``1e-5`` rather than ``1e-05``."""
-    if value is None or not math.isfinite(value):
+def number(value: object, digits: int = 4) -> str:
+    """A number for people: 4 digits, no trailing zeros, ``1e-5``; a dash for anything else."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     if value == int(value) and abs(value) < 1e7:
         return (
@@ -24,9 +24,9 @@ def number(value: float | None, digits: int = 4) -> str:
     return mantissa + (f"e{int(exponent)}" if mark else "")
 
 
-def percent(value: float | None) -> str:
-    """A share in per cent."""
-    return "-" if value is None else f"{100 * value:.1f} %"
+def percent(value: object) -> str:
+    """A share in per cent; a dash for anything else."""
+    return f"{100 * value:.1f} %" if isinstance(value, int | float) else "-"
 
 
 def paragraph(sentence: str, kind: str = "") -> str:

@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
             run.entries.append({key: value for key, value in line.items() if is_number(value)})
     run.entries.sort(key=lambda entry: entry["step"])
     run.exit = read_json(run, folder / "exit.json")
-    run.starts = list(json_lines(run, "starts.jsonl"))
+    run.starts = [readable(start) for start in json_lines(run, "starts.jsonl")]
     run.bad_files = list(json_lines(run, "quarantine.jsonl"))
     run.pictures = find_pictures(folder / "pictures")
     for path in sorted((folder / "evaluation").glob("*.json")):
@@ -165,6 +165,12 @@ def read_json(run: Run, path: Path) -> dict[str, Any] | None:
         return cast(dict[str, Any], found)
     run.troubles.append(f"{path.relative_to(run.dir)} cannot be read")
     return None
+
+
+def readable(start: dict[str, Any]) -> dict[str, Any]:
+    """An entry of ``starts.jsonl`` without what is not of its kind."""
+    kinds = {"overrides": list, "versions": dict}
+    return {key: value for key, value in start.items() if isinstance(value, kinds.get(key, object))}
 
 
 def find_pictures(folder: Path) -> list[tuple[int, Path]]:
