@@ -32,10 +32,10 @@ demo-ci: setup
 	$(PYTHON) launchers/demo.py --steps 3 --fresh
 
 test: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-all: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 # The lowest versions that pyproject.toml promises.
 $(OLDEST)/.stamp: pyproject.toml
@@ -46,7 +46,7 @@ $(OLDEST)/.stamp: pyproject.toml
 	@touch $@
 
 test-oldest: $(OLDEST)/.stamp
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 # Faults drawn at random for ten minutes; the end must be that of a run without.
 soak: setup

@@ -5,6 +5,7 @@ traceback.
 """
 
 EXIT_DONE = 0
+EXIT_CRASH = 1
 EXIT_NO_PROGRESS = 70
 EXIT_STOPPED = 75
 EXIT_CONFIG = 78
@@ -35,10 +36,16 @@ class CheckpointError(CmtMaeError):
 class SaveError(CheckpointError):
     """The last state could not be saved; another start repeats the steps since the one before."""
 
-    exit_code = 1
+    exit_code = EXIT_CRASH
+
+
+class NoProgressError(CmtMaeError):
+    """Starts that end without progress, again and again."""
+
+    exit_code = EXIT_NO_PROGRESS
 
 
 class NonFiniteError(CmtMaeError):
     """The loss or the gradient stopped being finite; nothing was updated."""
 
-    exit_code = 1
+    exit_code = EXIT_CRASH

@@ -19,6 +19,7 @@ from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan, Planner
 from dataloading.quarantine import Quarantine
 from dataloading.reading import Decoder, Reader
+from dataloading.resident import ResidentDecoder
 from dataloading.torch_decode import TorchDecoder
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ class Stream:
         decode: "dali", DALI on the device; "torch", the CPU with nvImageCodec or torchvision;
             "auto", DALI where it is installed and the device is a GPU, else "torch", which is the
             faster one on a CPU. Draws, crops and mirroring do not depend on it.
+        resident: keep all pictures decoded on the device and cut views there, for small sets;
+            "dali" is refused beside it. On a GPU a pixel may differ from that of "torch" by two
+            levels of 255.
         device: where batches are put; ``None``: the CPU. Copies to a GPU are asynchronous, on the
             current stream, from pinned memory.
         quarantine: JSON-lines file of failed samples; ``None``: the log alone names them.
@@ -87,7 +91,7 @@ class Stream:
         bad: how many of them were not valid.
 
     Raises:
-        DataError: if DALI is asked for and not installed.
+        DataError: if DALI is asked for and not installed, or the set is too large to be resident.
         ValueError: for arguments out of range.
     """
 
@@ -108,6 +112,7 @@ class Stream:
         threads: int = 4,
         start_position: int = 0,
         decode: DecoderName = "auto",
+        resident: bool = False,
         device: torch.device | str | None = None,
         quarantine: str | os.PathLike[str] | None = None,
         patience_s: float = PATIENCE_S,
@@ -132,9 +137,15 @@ class Stream:
         self.bad = 0
         self._quarantine = Quarantine(index, quarantine)
         reader = Reader(index, patience_s)
-        self._decoder: Decoder | None = make_decoder(
-            decode, reader, tuple(sizes), micro_batch, threads, self._device
-        )
+        self._decoder: Decoder | None
+        if resident:
+            if decode == "dali":
+                raise ValueError("decode is 'dali'; resident=True decodes on the CPU, once")
+            self._decoder = ResidentDecoder(index, reader, tuple(sizes), threads, self._device)
+        else:
+            self._decoder = make_decoder(
+                decode, reader, tuple(sizes), micro_batch, threads, self._device
+            )
         self._pending: deque[Plan] = deque()
         self._watch = watch
 
@@ -197,7 +208,7 @@ class Stream:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Put a tensor on a device; to a GPU asynchronously, from pinned memory."""
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
     return pinned.to(device, non_blocking=True)
@@ -207,6 +218,18 @@ def _at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; expected at least 1")
+
+
+def choose_decoder(name: DecoderName, device: torch.device) -> Literal["dali", "torch"]:
+    """What ``auto`` means on a device; see ``Stream``."""
+    if name != "auto":
+        return name
+    return "dali" if device.type == "cuda" and has_dali() else "torch"
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
 def make_decoder(
@@ -226,15 +249,15 @@ def make_decoder(
     if name not in ("auto", "dali", "torch"):
         raise ValueError(f"decode is {name!r}; expected 'auto', 'dali' or 'torch'")
     on_gpu = device.type == "cuda"
-    installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    if name == "dali" and not installed:
+    chosen = choose_decoder(name, device)
+    if chosen == "dali" and not has_dali():
         raise DataError(
             "data.decode=dali, but DALI is not installed; install the extra dali (CUDA 13) or "
             "dali12 (CUDA 12), or set data.decode=torch"
         )
-    if name == "auto" and on_gpu and not installed:
+    if name == "auto" and on_gpu and chosen == "torch":
         logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
-    if name == "dali" or (name == "auto" and on_gpu and installed):
+    if chosen == "dali":
         from dataloading.dali import DaliDecoder  # takes seconds, and is not always there
 
         return DaliDecoder(reader, sizes, micro_batch, threads, device)

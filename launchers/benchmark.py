@@ -1,8 +1,9 @@
-"""Measure the training step, or the decoders.
+"""Measure the training step, the decoders, or a teacher's cache.
 
 python launchers/benchmark.py train --config configs/vit_large.yaml [--sweep KEY=A,B]
 python launchers/benchmark.py train --config configs/mae_base.yaml --against hf_mae
 python launchers/benchmark.py data datasets/imagenet-1k/train
+python launchers/benchmark.py cache [--config configs/demo.yaml]
 """
 
 from cmtmae_scale.benchmark.command import main

@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,3 +24,13 @@ def quiet_again() -> Iterator[None]:
     for one, (propagate, level, handlers) in zip(loggers, before, strict=True):
         one.propagate, one.handlers[:] = propagate, handlers
         one.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Commands listen to signals until their process ends; the tests' own goes on."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)

@@ -62,4 +62,5 @@ def command(*arguments: Any) -> str:
 
     torch.set_num_threads(1)
     options = parse([str(one) for one in arguments])
-    return options.run(options, world(), torch.device("cpu"))
+    said, _ = options.run(options, world(), torch.device("cpu"))
+    return said

@@ -59,8 +59,8 @@ def follow(run_dir: Path, shard: str, ahead: int, die_at: int | None = None) -> 
     """Follow a run; returns the exit code. ``die_at``: killed when this part has been written."""
     import torch
 
-    from cmtmae_scale import precompute
     from cmtmae_scale.cache import build
+    from cmtmae_scale.precompute import command as precompute
 
     torch.set_num_threads(1)
     write = build.write_part

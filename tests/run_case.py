@@ -68,6 +68,7 @@ def run(recipe: Path, overrides: list[str]) -> str | None:
     import torch.distributed as dist
 
     from cmtmae_scale.evaluation.during import open_evaluation
+    from cmtmae_scale.pictures.during import open_pictures
     from cmtmae_scale.training.build import build_parts
     from cmtmae_scale.training.loop import train
 
@@ -80,6 +81,7 @@ def run(recipe: Path, overrides: list[str]) -> str | None:
         if rank == 0:
             save_config(config, Path(config.run.dir) / "config.yaml")
         parts.evaluate = open_evaluation(config, world, torch.device("cpu"))
+        parts.draw = open_pictures(parts, world)
         return train(parts)
 
 

@@ -120,7 +120,7 @@ def sidecar_main(run_dir: Path) -> None:
     """The sidecar: the whole command."""
     import torch
 
-    from cmtmae_scale import precompute
+    from cmtmae_scale.precompute import command as precompute
 
     torch.set_num_threads(1)
     redirect(run_dir / "sidecar.err")

@@ -5,17 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.dry_run import describe
+from cmtmae_scale.evaluation.command import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+ALL = sorted((ROOT / "configs").glob("*.yaml"))
+TUNINGS = [path for path in ALL if path.stem.startswith("finetune_")]
+RECIPES = [path for path in ALL if path not in TUNINGS]
 HEADER = ("# Purpose:", "# Source and deviations:", "# Hardware and cost:", "# Command:")
 NAMES = {
     *("vit_base", "vit_large", "vit_huge", "vit_base_hide", "vit_large_hide", "vit_huge_hide"),
-    *("vit_base_literal", "mae_base", "mae_large", "milan_base", "demo"),
+    *("vit_base_literal", "mae_base", "mae_large", "milan_base", "demo", "tiny_imagenet"),
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+every_tuning = pytest.mark.parametrize("recipe", TUNINGS, ids=lambda path: path.stem)
 
 
 def header(recipe: Path) -> str:
@@ -33,10 +38,10 @@ def commands(recipe: Path) -> list[list[str]]:
 def test_the_recipes_are_those_of_the_readme() -> None:
     assert {recipe.stem for recipe in RECIPES} == NAMES
     readme = (ROOT / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name in NAMES)
+    assert all(f"`{path.stem}`" in readme for path in ALL)
 
 
-@every_recipe
+@pytest.mark.parametrize("recipe", ALL, ids=lambda path: path.stem)
 def test_a_recipe_opens_with_its_header(recipe: Path) -> None:
     marks = [mark for line in header(recipe).splitlines() for mark in HEADER if mark in line]
     assert marks == list(HEADER)
@@ -51,6 +56,20 @@ def test_the_commands_of_the_header_load(recipe: Path, monkeypatch: pytest.Monke
         assert path == f"configs/{recipe.name}"
 
 
+@every_tuning
+def test_the_commands_of_a_tunings_header_load(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = header(recipe).split("# Command:")[1].replace("#", " ")
+    lines = text.split("launchers/evaluate.py")[1:]
+    assert len(lines) == 2
+    for line in lines:
+        options = parse(shlex.split(line.split("torchrun")[0]))
+        assert options.method == "finetune" and options.config == f"configs/{recipe.name}"
+        assert load_finetune(options.config, options.overrides) is not None
+
+
 @every_recipe
 def test_a_dry_run_needs_no_data(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -61,6 +80,6 @@ def test_a_dry_run_needs_no_data(
         config.teacher.weights = "random"  # the demo makes its teacher's file first
     text = describe(config, 2)
     if config.data.expected_images is not None:
-        assert "1281167 (data.expected_images; not counted)" in text
+        assert f"{config.data.expected_images} (data.expected_images; not counted)" in text
     for part in ("encoder", "GFLOP a view", "at the peak", "would resume    nothing"):
         assert part in text

@@ -1,16 +1,25 @@
 """What the loop asks of a backend, and the values that pass between them."""
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from torch import Tensor, nn
 
 from cmtmae_scale.method.masking import PatchChoice
-from cmtmae_scale.method.targets import Losses, Predictions
+from cmtmae_scale.method.targets import Predictions
+
+
+class Work(Protocol):
+    """What one forward and backward needs, all on the device."""
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the model is called with; first the images, ``[B, 3, S, S]`` float32."""
+        ...
 
 
 class MicroBatch(NamedTuple):
-    """Input of one forward and backward, all on the device."""
+    """Work of pre-training."""
 
     images: Tensor
     """Normalised views, ``[B, 3, S, S]`` float32."""
@@ -23,8 +32,29 @@ class MicroBatch(NamedTuple):
     alpha_target: Tensor
     """Teacher's weight in the loss, 0-dim float32."""
 
+    @property
+    def inputs(self) -> tuple[Tensor, PatchChoice]:
+        """See ``Work``."""
+        return self.images, self.choice
 
-Objective = Callable[[Predictions, MicroBatch], Losses]
+
+class Terms(Protocol):
+    """A ``NamedTuple`` of 0-dim float32 losses, sums over rows."""
+
+    @property
+    def total(self) -> Tensor:
+        """The one to differentiate."""
+        ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def _replace(self, **terms: Tensor) -> Self: ...
+
+    def _asdict(self) -> dict[str, Tensor]: ...
+
+
+Objective = Callable[[Any, Any], Terms]
+"""From what the model says and the work to the losses."""
 
 
 class Fragment(NamedTuple):
@@ -51,6 +81,10 @@ class Outcome(NamedTuple):
     """The caller's vector, summed over ranks."""
 
 
+Accept = Callable[[list[float]], bool]
+"""Whether a step with such a report, summed over ranks, may be applied."""
+
+
 class Blocked(Protocol):
     """A model that names the blocks to be wrapped, gathered or compiled one by one."""
 
@@ -62,17 +96,19 @@ class Blocked(Protocol):
 class Backend(Protocol):
     """One way to compute, reduce and apply a step."""
 
-    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+    def micro(self, batch: Work, last: bool) -> Terms:
         """Forward and backward; ``last`` is the micro-step after which gradients are reduced."""
         ...
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """Clip, test, update. The one host read of the step.
 
         Args:
-            lr: learning rate in force.
+            lr: learning rate in force; a parameter's own is this times its ``lr_scale``.
             report: 1-D float32 vector, summed over ranks and returned; a non-finite entry stops
                 the update just as a non-finite gradient does.
+            accept: asked, with the summed report, whether a finite step may be applied; must
+                answer alike on every rank. ``None``: always.
         """
         ...
 
@@ -105,6 +141,15 @@ class Backend(Protocol):
         ...
 
 
-def finite(grad_norm: float, report: list[float]) -> bool:
-    """Whether a step may be applied."""
-    return all(abs(value) < float("inf") for value in [grad_norm, *report])
+T = TypeVar("T", bound=Terms)
+
+
+def detached(terms: T) -> T:
+    """The same losses without their graph."""
+    return terms._replace(**{name: term.detach() for name, term in terms._asdict().items()})
+
+
+def acceptable(grad_norm: float, report: list[float], accept: Accept | None) -> bool:
+    """Whether a step may be applied: all is finite, and the caller agrees."""
+    finite = all(abs(value) < float("inf") for value in [grad_norm, *report])
+    return finite and (accept is None or accept(report))

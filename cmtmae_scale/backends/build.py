@@ -4,41 +4,45 @@ import os
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 
+from cmtmae_scale.backends.adamw import LrScale, unscaled
 from cmtmae_scale.backends.base import Backend, Objective
 from cmtmae_scale.backends.fsdp import Fsdp
 from cmtmae_scale.config.deepspeed import deepspeed_config
 from cmtmae_scale.config.derive import batch_plan
-from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.trained import Trained
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumStudent
 from cmtmae_scale.runtime.launch import World
 
 
 def make_backend(
-    config: Config,
+    config: Trained,
     world: World,
     device: torch.device,
-    model: CollaborativeMAE,
+    model: nn.Module,
     momentum_student: MomentumStudent | None,
     objective: Objective,
+    rows: int,
+    lr_scale: LrScale = unscaled,
 ) -> Backend:
-    """Hand student and momentum student to FSDP2 or ZeRO.
+    """Hand what is trained, and a momentum student, to FSDP2 or ZeRO.
 
     Args:
         config: checked settings.
         world: this process's place.
         device: this rank's device.
-        model: on the CPU, the same values on every rank.
+        model: ``Blocked``, on the CPU, the same values on every rank.
         momentum_student: started as a copy of ``model.encoder``, or ``None``.
-        objective: from predictions to losses.
+        objective: from predictions to losses, sums over rows.
+        rows: constant number of rows of a step, over all ranks.
+        lr_scale: factor of the learning rate of each parameter.
 
     Raises:
         ConfigError: if the backend is not installed or cannot be laid out over the ranks.
     """
-    # One over the constant number of rows of a step.
-    loss_scale = 1.0 / (config.train.global_batch * config.mask.masks_per_view)
+    loss_scale = 1.0 / rows
     if config.backend.name == "fsdp":
         return Fsdp(
             model,
@@ -49,6 +53,7 @@ def make_backend(
             loss_scale,
             device,
             world.local_world_size,
+            lr_scale,
         )
     if find_spec("deepspeed") is None:
         raise ConfigError(
@@ -68,4 +73,5 @@ def make_backend(
         deepspeed_config(config, batch_plan(config, world.world_size).accumulation),
         loss_scale,
         device,
+        lr_scale,
     )

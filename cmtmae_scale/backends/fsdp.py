@@ -13,27 +13,46 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
-from cmtmae_scale.backends.base import Blocked, Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.backends.adamw import (
+    MOMENTS,
+    LrScale,
+    make_adamw,
+    set_lr,
+    set_step,
+    start_state,
+    trainable,
+    unscaled,
+)
+from cmtmae_scale.backends.base import (
+    Accept,
+    Blocked,
+    Fragment,
+    Objective,
+    Outcome,
+    Terms,
+    Work,
+    acceptable,
+    detached,
+)
 from cmtmae_scale.config.schema import Backend as BackendSettings
-from cmtmae_scale.config.schema import Optimizer
+from cmtmae_scale.config.trained import AdamWSettings
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.momentum import update_momentum
-from cmtmae_scale.method.targets import Losses
 
 
 class Fsdp:
     """FSDP2 over all ranks of the default process group.
 
     Args:
-        model: ``CollaborativeMAE`` on the CPU, the same values on every rank.
+        model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
         momentum_student: started as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: precision, sharding, compilation, activation checkpointing.
-        loss_scale: factor of the summed loss, ``1 / (global_batch * masks_per_view)``.
+        loss_scale: factor of the summed loss: one over the rows of a step.
         device: this rank's device.
         local_world_size: ranks on this node.
+        lr_scale: factor of the learning rate of each parameter.
     """
 
     def __init__(
@@ -41,14 +60,14 @@ class Fsdp:
         model: nn.Module,
         momentum_student: nn.Module | None,
         objective: Objective,
-        optimizer: Optimizer,
+        optimizer: AdamWSettings,
         settings: BackendSettings,
         loss_scale: float,
         device: torch.device,
         local_world_size: int,
+        lr_scale: LrScale = unscaled,
     ) -> None:
         self.mesh = make_mesh(settings.shard, device, local_world_size)
-        self.place = place_in(self.mesh)
         self.model = wrap(model, self.mesh, settings)
         self.momentum_student = momentum_student
         if momentum_student is not None:
@@ -63,20 +82,25 @@ class Fsdp:
             name: nn.Parameter(cast(DTensor, one).to_local().detach())
             for name, one in trainable(self.model)
         }
-        self.num_copies = self.mesh.size() // self.mesh["shard"].size()
-        self.optimizer = make_adamw(self.own.items(), optimizer)
+        # A mesh is slow to ask, and fragments() would ask for every state of every parameter.
+        names = self.mesh.mesh_dim_names or ()
+        self.num_shards = self.mesh["shard"].size()
+        self.shard_rank = self.mesh.get_local_rank("shard")
+        self.writes = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
+        self.num_copies = self.mesh.size() // self.num_shards
+        self.optimizer = make_adamw(self.own.items(), optimizer, lr_scale)
         start_state(self.optimizer, self.own.values())
 
-    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+    def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; communicates gradients at the last micro-step only."""
         module = cast(FSDPModule, self.model)
         module.set_requires_gradient_sync(last)
         module.set_is_last_backward(last)
-        losses = self.objective(self.model(batch.images, batch.choice), batch)
+        losses = self.objective(self.model(*batch.inputs), batch)
         (losses.total * self.loss_scale).backward()
-        return Losses(*(term.detach() for term in losses))
+        return detached(losses)
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """See ``Backend.step``."""
         for name, parameter in trainable(self.model):
             gradient = cast(DTensor | None, parameter.grad)
@@ -87,12 +111,11 @@ class Fsdp:
         dist.all_reduce(packed)
         *values, squared = packed.tolist()
         grad_norm = squared**0.5
-        applied = finite(grad_norm, values)
+        applied = acceptable(grad_norm, values, accept)
         if applied:
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(self.own.values(), self.clip, packed[-1].sqrt())
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.discard()
         return Outcome(grad_norm, applied, values)
@@ -147,12 +170,11 @@ class Fsdp:
         """Locate this rank's shard within the flattened parameter."""
         if not isinstance(parameter, DTensor):
             raise TypeError("a parameter was not sharded; please report this")
-        shard_rank, num_shards, owner = self.place
-        rows_a_rank = -(-parameter.shape[0] // num_shards)
+        rows_a_rank = -(-parameter.shape[0] // self.num_shards)
         row_size = parameter.numel() // parameter.shape[0]
-        offset = min(shard_rank * rows_a_rank, parameter.shape[0]) * row_size
+        offset = min(self.shard_rank * rows_a_rank, parameter.shape[0]) * row_size
         local = parameter.to_local().detach().view(-1)
-        return Fragment(offset, tuple(parameter.shape), local, owner)
+        return Fragment(offset, tuple(parameter.shape), local, self.writes)
 
     def after_load(self, step: int) -> None:
         """See ``Backend.after_load``."""
@@ -166,12 +188,6 @@ class Fsdp:
 def shards(module: nn.Module) -> Iterator[Tensor]:
     """This rank's part of every parameter."""
     return (cast(DTensor, parameter).to_local() for parameter in module.parameters())
-
-
-def place_in(mesh: DeviceMesh) -> tuple[int, int, bool]:
-    """This rank's shard, the number of shards, and whether it is the first of its replicas."""
-    first = "replicate" not in (mesh.mesh_dim_names or ()) or mesh.get_local_rank("replicate") == 0
-    return mesh.get_local_rank("shard"), mesh["shard"].size(), first
 
 
 def make_mesh(shard: str, device: torch.device, local_world_size: int) -> DeviceMesh:

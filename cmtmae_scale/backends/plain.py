@@ -3,22 +3,40 @@
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
-from cmtmae_scale.backends.base import Fragment, MicroBatch, Objective, Outcome, finite
-from cmtmae_scale.config.schema import Optimizer
+from cmtmae_scale.backends.adamw import (
+    MOMENTS,
+    LrScale,
+    make_adamw,
+    set_lr,
+    set_step,
+    start_state,
+    trainable,
+    unscaled,
+)
+from cmtmae_scale.backends.base import (
+    Accept,
+    Fragment,
+    Objective,
+    Outcome,
+    Terms,
+    Work,
+    acceptable,
+    detached,
+)
+from cmtmae_scale.config.trained import AdamWSettings
 from cmtmae_scale.method.momentum import update_momentum
-from cmtmae_scale.method.targets import Losses
 
 
 class Plain:
     """Ordinary modules and AdamW.
 
     Args:
-        model: ``CollaborativeMAE``, on its device.
+        model: ``CollaborativeMAE`` or ``Classifier``, on its device.
         momentum_student: started as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
-        loss_scale: factor of the summed loss, ``1 / (global_batch * masks_per_view)``.
+        loss_scale: factor of the summed loss: one over the rows of a step.
+        lr_scale: factor of the learning rate of each parameter.
     """
 
     def __init__(
@@ -26,34 +44,34 @@ class Plain:
         model: nn.Module,
         momentum_student: nn.Module | None,
         objective: Objective,
-        optimizer: Optimizer,
+        optimizer: AdamWSettings,
         loss_scale: float,
+        lr_scale: LrScale = unscaled,
     ) -> None:
         self.model = model
         self.momentum_student = momentum_student
         self.objective = objective
         self.clip = optimizer.clip
         self.loss_scale = loss_scale
-        self.optimizer = make_adamw(trainable(model), optimizer)
+        self.optimizer = make_adamw(trainable(model), optimizer, lr_scale)
         start_state(self.optimizer, (parameter for _, parameter in trainable(model)))
 
-    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+    def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; ``last`` changes nothing in one process."""
-        losses = self.objective(self.model(batch.images, batch.choice), batch)
+        losses = self.objective(self.model(*batch.inputs), batch)
         (losses.total * self.loss_scale).backward()
-        return Losses(*(term.detach() for term in losses))
+        return detached(losses)
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """See ``Backend.step``."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         *values, grad_norm = torch.cat([report, norm.reshape(1)]).tolist()
-        applied = finite(grad_norm, values)
+        applied = acceptable(grad_norm, values, accept)
         if applied:
             if self.clip is not None:
                 nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.discard()
         return Outcome(grad_norm, applied, values)

@@ -16,8 +16,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cmtmae_scale.backends.adamw import MOMENTS, make_adamw, set_step, start_state, trainable
-from cmtmae_scale.backends.base import Blocked, Fragment, MicroBatch, Objective, Outcome, finite
+from cmtmae_scale.backends.adamw import (
+    MOMENTS,
+    LrScale,
+    make_adamw,
+    set_lr,
+    set_step,
+    start_state,
+    trainable,
+    unscaled,
+)
+from cmtmae_scale.backends.base import (
+    Accept,
+    Blocked,
+    Fragment,
+    Objective,
+    Outcome,
+    Terms,
+    Work,
+    acceptable,
+    detached,
+)
 from cmtmae_scale.backends.gathered import GatheredAverage, Part
 from cmtmae_scale.backends.zero_places import (
     find_places,
@@ -26,9 +45,8 @@ from cmtmae_scale.backends.zero_places import (
     renew_compute_copies,
 )
 from cmtmae_scale.config.schema import Backend as BackendSettings
-from cmtmae_scale.config.schema import Optimizer
+from cmtmae_scale.config.trained import AdamWSettings
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.targets import Losses
 
 TESTED = "0.19"
 """Minor version of DeepSpeed whose private names ``zero_places.py`` reads."""
@@ -39,14 +57,15 @@ class Zero:
     """ZeRO over all ranks of the default process group.
 
     Args:
-        model: ``CollaborativeMAE`` on the CPU, the same values on every rank.
+        model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
         momentum_student: started as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: stage, precision, compilation.
         engine_config: DeepSpeed's config, from ``config/deepspeed.py``.
-        loss_scale: factor of the summed loss, ``1 / (global_batch * masks_per_view)``.
+        loss_scale: factor of the summed loss: one over the rows of a step.
         device: this rank's device.
+        lr_scale: factor of the learning rate of each parameter.
 
     Raises:
         ConfigError: if another version of DeepSpeed is installed than the one that was tested.
@@ -57,11 +76,12 @@ class Zero:
         model: nn.Module,
         momentum_student: nn.Module | None,
         objective: Objective,
-        optimizer: Optimizer,
+        optimizer: AdamWSettings,
         settings: BackendSettings,
         engine_config: dict[str, Any],
         loss_scale: float,
         device: torch.device,
+        lr_scale: LrScale = unscaled,
     ) -> None:
         check_version()
         be_quiet()
@@ -87,7 +107,7 @@ class Zero:
                 tuple[Any, ...],
                 deepspeed.initialize(
                     model=model,
-                    optimizer=make_adamw(trainable(model), optimizer),
+                    optimizer=make_adamw(trainable(model), optimizer, lr_scale),
                     config=engine_config,
                     dist_init_required=False,
                 ),
@@ -123,24 +143,24 @@ class Zero:
         where = places[0].flat.device
         self.average = GatheredAverage(momentum_student.to(device), parts, self.dtype, where)
 
-    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+    def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; stages 2 and 3 reduce gradients at every micro-step."""
         self.engine.set_gradient_accumulation_boundary(last)
-        predictions = self.engine(batch.images.to(self.dtype), batch.choice)
+        images, *others = batch.inputs
+        predictions = self.engine(images.to(self.dtype), *others)
         losses = self.objective(predictions, batch)
         self.engine.backward(losses.total * self.loss_scale, scale_wrt_gas=False)
-        return Losses(*(term.detach() for term in losses))
+        return detached(losses)
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """See ``Backend.step``; ZeRO itself reads the norm once more than the protocol says."""
         packed = report.clone()
         dist.all_reduce(packed)
         values = packed.tolist()
-        if not finite(0.0, values):
+        if not acceptable(0.0, values, accept):
             self.discard()
             return Outcome(float("inf"), False, values)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm())
         return Outcome(grad_norm, self.engine.was_step_applied(), values)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +20,7 @@ from cmtmae_scale.errors import ConfigError
 from dataloading.index import Index, build_index
 from dataloading.order import sample_ids
 from dataloading.sources import Source
-from dataloading.stream import LOOK_AHEAD, DecoderName, Stream
+from dataloading.stream import LOOK_AHEAD, DecoderName, Stream, has_dali
 from dataloading.views import crop_boxes
 
 SEED, SCALE, RATIO, BATCH = 0, (0.2, 1.0), (3 / 4, 4 / 3), 64
@@ -114,7 +113,7 @@ def measure(
 def decoders(device: torch.device) -> dict[str, DecoderName]:
     """Our decoders that are installed, by label."""
     found: dict[str, DecoderName] = {"ours, torch": "torch"}
-    if find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None:
+    if has_dali():
         found[f"ours, DALI on {device.type}"] = "dali"
     return found
 

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from cmtmae_scale.backends.base import Backend, MicroBatch, Outcome
+from cmtmae_scale.backends.base import Accept, Backend, Outcome, Terms, Work
 from cmtmae_scale.benchmark.clock import Mark, Stopwatch, seconds
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import batch_plan, reads_cache
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.targets import Losses
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView, picture_sizes
 from cmtmae_scale.training.build import (
@@ -27,10 +26,11 @@ from cmtmae_scale.training.build import (
     open_stream,
     open_teacher,
 )
-from cmtmae_scale.training.guards import StopRequest
-from cmtmae_scale.training.loop import Parts, step
+from cmtmae_scale.training.loop import step
+from cmtmae_scale.training.parts import Parts
 from cmtmae_scale.training.prepare import Models
 from cmtmae_scale.training.progress import Progress, scalars_at
+from cmtmae_scale.training.stop import StopRequest
 from dataloading.stream import Batch
 
 SDPA = {
@@ -81,7 +81,7 @@ class TimedBackend:
         """The decoder's backward is through."""
         self.decoded = self.watch.mark()
 
-    def micro(self, batch: MicroBatch, last: bool) -> Losses:
+    def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``."""
         start = self.watch.mark()
         losses = self.inner.micro(batch, last)
@@ -93,9 +93,9 @@ class TimedBackend:
         self.watch.add("student", self.decoded, end)
         return losses
 
-    def step(self, lr: float, report: Tensor) -> Outcome:
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
         """See ``Backend.step``."""
-        return self.watch.timed("optimizer", lambda: self.inner.step(lr, report))
+        return self.watch.timed("optimizer", lambda: self.inner.step(lr, report, accept))
 
     def momentum_update(self, momentum: float) -> None:
         """See ``Backend.momentum_update``."""
@@ -162,6 +162,7 @@ class Rig:
         world: this process's place; the process group is open.
         device: this rank's device.
         stack: closes what was opened.
+        teacher: in place of the run's own.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Rig:
         world: World,
         device: torch.device,
         stack: ExitStack,
+        teacher: TeacherSource | None = None,
     ) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config.run.dir = str(folder)
@@ -182,7 +184,9 @@ class Rig:
         plan = batch_plan(config, world.world_size)
         stop = StopRequest(folder)
         index = open_index(config, folder, world) if real else None
-        if index is not None:
+        if teacher is not None:
+            pass
+        elif index is not None:
             teacher = open_teacher(config, world, device, index, stop, stack)
         elif reads_cache(config):
             raise ConfigError(
@@ -240,7 +244,7 @@ class Rig:
         with self.kernel():
             for _ in range(steps):
                 scalars = scalars_at(self.config, self.parts.progress.share)
-                waited_s += step(self.parts, scalars)[1]
+                waited_s += step(self.parts, scalars).waited_s
         return waited_s
 
     def window(self, steps: int) -> Window:

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from cmtmae_scale.estimate import Work, compute_dtype, count_operations, memory_
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.base import TeacherSource
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 
 GIB = 2**30
@@ -31,6 +32,10 @@ class Variant(NamedTuple):
     label: str
     config: Config
     sdpa: str
+    teacher: TeacherSource | None = None
+    """In place of the run's own."""
+    before: Callable[[], object] | None = None
+    """Called before each window, outside the clock."""
 
 
 class Protocol(NamedTuple):
@@ -48,6 +53,8 @@ class Result:
     label: str
     fault: str | None = None
     step_s: Spread | None = None
+    windows_s: list[float] = field(default_factory=list)
+    """Time of a step in each window."""
     parts_s: dict[str, float] = field(default_factory=dict)
     waited_share: float = 0.0
     images_s: float = 0.0
@@ -146,14 +153,19 @@ def measure_group(
     """Time variants whose windows take turns."""
     with ExitStack() as stack:
         try:
-            rigs = [Rig(copy.deepcopy(v.config), v.sdpa, real, world, device, stack) for v in group]
+            rigs = [
+                Rig(copy.deepcopy(v.config), v.sdpa, real, world, device, stack, v.teacher)
+                for v in group
+            ]
             for rig in rigs:
                 rig.take(protocol.warm_up)
             windows: list[list[Window]] = [[] for _ in group]
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(protocol.windows):
-                for rig, seen in zip(rigs, windows, strict=True):
+                for variant, rig, seen in zip(group, rigs, windows, strict=True):
+                    if variant.before is not None:
+                        variant.before()
                     seen.append(rig.window(protocol.steps))
             peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
             traffic = [rig.traffic() for rig in rigs]
@@ -183,6 +195,7 @@ def summarise(
     return Result(
         variant.label,
         step_s=step_s,
+        windows_s=[window.step_s for window in windows],
         parts_s={name: spread([w.parts_s[name] for w in windows]).median for name in names},
         waited_share=spread([w.waited_s for w in windows]).median / step_s.median,
         images_s=images_s,

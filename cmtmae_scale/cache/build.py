@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale import __version__
 from cmtmae_scale.cache.calibration import begin, find, load_calibration
 from cmtmae_scale.cache.codecs import Calibration, Codec, calibrate, encode
 from cmtmae_scale.cache.format import ENDLESS, Manifest, read_manifest, read_seal
-from cmtmae_scale.cache.identity import Keyed, fingerprint
+from cmtmae_scale.cache.identity import Keyed, circumstances, fingerprint
 from cmtmae_scale.cache.parts import write_part
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
@@ -118,11 +117,7 @@ class Builder:
             fingerprint=fingerprint(
                 self.config, self.teacher.fingerprint(), self.index, self.keyed
             ),
-            recorded={
-                "cmtmae_scale": __version__,
-                "torch": torch.__version__,
-                "decode": type(self.decoder).__name__,
-            },
+            recorded=circumstances(self.config, self.device),
             codec=codec,
             num_rows=num_rows(self.config, self.index, self.keyed),
             rows_a_part=rows_a_part,
@@ -147,15 +142,16 @@ class Builder:
 
     def calibrate(self, live: Callable[[], None]) -> Calibration:
         """Statistics of the first views that a run would see; ``live`` is called now and then."""
+        count = min(CALIBRATION_ROWS, num_rows(self.config, self.index, self.keyed))
 
         def features() -> Iterator[Tensor]:
-            positions = np.arange(CALIBRATION_ROWS, dtype=np.int64)
+            positions = np.arange(count, dtype=np.int64)
             for seen in self.see(self.planner(rows) for rows in self.split(positions)):
                 live()
                 if seen.features is not None and bool(seen.valid.any()):
                     yield seen.features[seen.valid]
 
-        logger.info("calibrating with the first %d views", CALIBRATION_ROWS)
+        logger.info("calibrating with the first %d views", count)
         return calibrate(features())
 
     def split(self, rows: Rows) -> list[Rows]:

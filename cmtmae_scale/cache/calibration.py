@@ -12,7 +12,7 @@ from safetensors.torch import load, save_file
 
 from cmtmae_scale.cache.codecs import Calibration
 from cmtmae_scale.cache.format import MANIFEST, Manifest, manifest_text, read_manifest
-from cmtmae_scale.cache.identity import check_identity
+from cmtmae_scale.cache.identity import check_identity, warn_of_circumstances
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.claim import once
 from cmtmae_scale.runtime.storage import digest, sync
@@ -91,10 +91,7 @@ def find(folder: Path, wanted: Manifest) -> Manifest | None:
                 f"cache.dir={folder}: was begun with {field}={before}, now it is {after}; restore "
                 "it or name another folder"
             )
-    for key in sorted(found.recorded.keys() | wanted.recorded.keys()):
-        before, after = found.recorded.get(key), wanted.recorded.get(key)
-        if before != after:
-            logger.warning("cache.dir=%s: built with %s %s, here is %s", folder, key, before, after)
+    warn_of_circumstances(found, wanted.recorded, str(folder))
     return found
 
 

@@ -5,10 +5,14 @@ import logging
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
+import torch
+
+from cmtmae_scale import __version__
 from cmtmae_scale.cache.format import Manifest
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
 from dataloading.index import Index
+from dataloading.stream import choose_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,29 @@ def check_identity(manifest: Manifest, wanted: dict[str, Any], place: str) -> No
                 f"cache.dir={place}: {key}: the cache was built with {before}, the run has "
                 f"{after}; change the run, build another cache, or set teacher.mode=live"
             )
+
+
+def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
+    """What rows may depend on a little: versions, and who decodes."""
+    return {
+        "cmtmae_scale": __version__,
+        "torch": torch.__version__,
+        "decode": choose_decoder(config.data.decode, device),
+    }
+
+
+def warn_of_circumstances(manifest: Manifest, here: dict[str, Any], place: str) -> None:
+    """Tell where a cache was built in other circumstances.
+
+    Args:
+        manifest: the cache's.
+        here: ``circumstances`` of this process.
+        place: ``cache.dir``, for messages.
+    """
+    for key in sorted(manifest.recorded.keys() & here.keys()):
+        before, after = manifest.recorded[key], here[key]
+        if before != after:
+            logger.warning("cache.dir=%s: built with %s %s, here is %s", place, key, before, after)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -105,6 +105,7 @@ def await_parts(
     parts: dict[str, Any] = {}
     missing = [rank_file(rank) for rank in range(world_size)]
     limit, pause_s = time.monotonic() + timeout_s, 0.01
+    given_up = False
     while True:
         present = {path.name for path in draft.iterdir()}
         for name in [name for name in missing if name + DONE in present]:
@@ -119,6 +120,8 @@ def await_parts(
                 raise CheckpointError(f"{name}: {(draft / (name + FAILED)).read_text()}")
         if time.monotonic() > limit:
             raise CheckpointError(f"{missing[0]} did not arrive within {timeout_s:.0f} s")
-        if abandoned.wait(pause_s):
+        if given_up:
             raise CheckpointError(f"{missing[0]} did not arrive: its rank failed")
+        # Then one more look: a rank that failed may have said why meanwhile.
+        given_up = abandoned.wait(pause_s)
         pause_s = min(1.5 * pause_s, 0.5)

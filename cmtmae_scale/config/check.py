@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from cmtmae_scale.config.deepspeed import extra_keys
-from cmtmae_scale.config.derive import extremes, needs
-from cmtmae_scale.config.schema import Config, Schedule
+from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_cache
+from cmtmae_scale.config.schema import Backend, Config, Schedule
 from cmtmae_scale.errors import ConfigError
 
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
@@ -44,6 +44,8 @@ NOT_NEGATIVE = (
     "loss.teacher",
     "loss.student",
     "loss.pixel",
+    "guard.skip_limit",
+    "guard.rollback_limit",
 )
 POSITIVE_OR_OFF = (
     "views.count",
@@ -54,7 +56,11 @@ POSITIVE_OR_OFF = (
     "train.epochs",
     "train.steps",
     "train.stop_after",
+    "run.max_seconds",
+    "guard.spike_factor",
+    "guard.hang_seconds",
     "data.expected_images",
+    "log.images_every",
     "eval.every",
 )
 
@@ -80,7 +86,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from check_losses(config)
     yield from check_teacher(config)
     yield from check_cache(config)
-    yield from check_backend(config)
+    yield from check_backend(config.backend)
+    yield from check_pictures(config)
     yield from check_eval(config)
 
 
@@ -130,6 +137,11 @@ def check_ranges(config: Config) -> Iterator[str]:
 
 def check_order(config: Config) -> Iterator[str]:
     """Nothing forced that is not asked for."""
+    if config.data.resident and config.data.decode == "dali":
+        yield (
+            "data.resident=true decodes each image once, on the CPU; found data.decode=dali: set "
+            "auto or torch"
+        )
     if config.data.window_on_sorted and config.data.shuffle != "window":
         yield (
             "data.window_on_sorted=true belongs to data.shuffle=window; "
@@ -310,9 +322,8 @@ def check_cache(config: Config) -> Iterator[str]:
         )
 
 
-def check_backend(config: Config) -> Iterator[str]:
+def check_backend(backend: Backend) -> Iterator[str]:
     """Keys of DeepSpeed, and what ZeRO's stage 3 cannot do."""
-    backend = config.backend
     if backend.deepspeed is not None and backend.name != "zero":
         yield f"backend.deepspeed belongs to backend.name=zero; found {backend.name}"
     try:
@@ -324,6 +335,16 @@ def check_backend(config: Config) -> Iterator[str]:
             "backend.compile=true: ZeRO-3 gathers weights between the operations of a block, which "
             "breaks every compiled graph; set backend.compile=false, backend.zero_stage=1 or "
             "backend.name=fsdp"
+        )
+
+
+def check_pictures(config: Config) -> Iterator[str]:
+    """Pictures have a teacher to ask where the run has one."""
+    every = config.log.images_every
+    if every is not None and reads_cache(config) and not builds_teacher(config):
+        yield (
+            f"log.images_every={every} asks the teacher of images that no cache has, and the run "
+            "builds none; set cache.on_miss=live, or log.images_every=null"
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.trained import Trained
 from cmtmae_scale.errors import ConfigError
 
 OWNED = {
@@ -53,7 +53,7 @@ REFUSED = {
 """Keys that would break a promise of this project -> why."""
 
 
-def deepspeed_config(config: Config, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(config: Trained, accumulation: int) -> dict[str, Any]:
     """Merge ``backend.deepspeed`` with what the recipe decides.
 
     Args:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmtmae_scale.config.schema import Config, Schedule
+from cmtmae_scale.config.trained import Trained
 from cmtmae_scale.errors import ConfigError
 
 
@@ -92,7 +93,7 @@ def builds_teacher(config: Config) -> bool:
     return live_share(config) > 0 or (misses and needs(config).teacher)
 
 
-def batch_plan(config: Config, world_size: int) -> BatchPlan:
+def batch_plan(config: Trained, world_size: int) -> BatchPlan:
     """Split the global batch over ranks and micro-steps.
 
     Raises:
@@ -110,7 +111,7 @@ def batch_plan(config: Config, world_size: int) -> BatchPlan:
     return BatchPlan(total, micro, world_size, total // unit)
 
 
-def total_steps(config: Config, num_images: int) -> int:
+def total_steps(config: Trained, num_images: int) -> int:
     """Optimizer steps of the whole run: given, or epochs * images / global batch, rounded up."""
     if config.train.steps is not None:
         return config.train.steps

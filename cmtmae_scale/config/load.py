@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cmtmae_scale.config.check import check_config
 from cmtmae_scale.config.schema import Config, Schedule
+from cmtmae_scale.config.trained import Trained
 from cmtmae_scale.errors import ConfigError
 
 SCHEDULES = (
@@ -63,13 +64,13 @@ def config_from_dict(tree: dict[str, Any], place: str) -> Config:
     return from_tree(merge(OmegaConf.structured(Config), tree, place), place)
 
 
-def config_to_dict(config: Config) -> dict[str, Any]:
+def config_to_dict(config: Trained) -> dict[str, Any]:
     """Turn a config into plain lists, dicts and numbers, fit for YAML and JSON."""
-    return cast(dict[str, Any], plain(dataclasses.asdict(config)))
+    return cast(dict[str, Any], plain(dataclasses.asdict(cast(Any, config))))
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML that ``load_config`` reads back."""
+def save_config(config: Trained, path: Path) -> None:
+    """Write a resolved config as YAML that ``load_config``, or its like, reads back."""
     path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
 
 

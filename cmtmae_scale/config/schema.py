@@ -10,6 +10,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from cmtmae_scale.config.evaluation import Eval
+from cmtmae_scale.config.guard import Guard
 from cmtmae_scale.config.teacher import Cache, Teacher
 
 
@@ -44,6 +45,9 @@ class Run:
     """Seed of weights, order, views and masks; never changes within a run."""
     allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""
+    max_seconds: float | None = None
+    """Save and leave with exit code 75 this many seconds after the start; ``None``: no limit but
+    SLURM's, two minutes before which the run does so too."""
 
 
 @dataclass
@@ -62,6 +66,9 @@ class Data:
     decode: Literal["auto", "dali", "torch"] = "auto"
     """dali: DALI, on the GPU where there is one; torch: the CPU, with nvImageCodec or torchvision;
     auto: DALI if it is installed and there is a GPU, else torch."""
+    resident: bool = False
+    """Keep all images decoded on each rank's device and cut the views there: for sets of 32 or 64
+    pixels, at most 8 GiB. Same views; on a GPU a pixel may differ by two levels of 255."""
     max_pixels: int = 100_000_000
     """Images with more pixels (width x height) are left out of the index."""
     max_bad_share: float = 0.001
@@ -336,6 +343,8 @@ class Log:
 
     every: int = 10
     """Steps between log entries."""
+    images_every: int | None = None
+    """Steps between pictures of a fixed set of images, also made at the end; ``None``: never."""
 
 
 @dataclass
@@ -376,6 +385,8 @@ class Config:
     """Saved states."""
     log: Log = field(default_factory=Log)
     """Logs."""
+    guard: Guard = field(default_factory=Guard)
+    """Steps left out, ranks that hang."""
     cache: Cache = field(default_factory=Cache)
     """Teacher cache."""
     eval: Eval = field(default_factory=Eval)

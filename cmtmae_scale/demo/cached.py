@@ -34,6 +34,7 @@ def train_from_cache(
     build = ["launchers/precompute_teacher.py", "--config", recipe]
     build += ["--rows-a-part", str(ROWS_A_PART)]
     reading = ["teacher.mode=cache", "cache.on_miss=stop", f"train.steps={steps}", "log.every=1"]
+    reading += ["log.images_every=null"]  # nobody is there to say where the teacher looks
     tell("the same with the teacher computed once: build a cache, verify it, train from it ...")
     for command in (
         [*build, *own],

@@ -16,6 +16,7 @@ from cmtmae_scale.demo.cached import train_from_cache
 from cmtmae_scale.demo.photos import EVALUATION, prepare_photos
 from cmtmae_scale.demo.teacher import prepare_teacher
 from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
+from cmtmae_scale.report.command import write_report
 from dataloading.errors import DataError
 
 RECIPE = "configs/demo.yaml"
@@ -62,12 +63,8 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
     code = train_from_cache(RECIPE, overrides, run_dir, int(config.train.steps or 0), tell)
     if code:
         return code
-    # matplotlib and the models are loaded only now, beside no running training
-    from cmtmae_scale.pictures import draw_views
-
-    picture = draw_views(run_dir, run_dir / "figures")
     tell(loss_table(read_log(run_dir / "log.jsonl"), label))
-    tell(closing(run_dir, picture, command))
+    tell(closing(run_dir, write_report([run_dir]), command))
     return 0
 
 
@@ -130,21 +127,24 @@ def loss_table(entries: Sequence[dict[str, float]], label: str) -> str:
     return "\n".join(lines)
 
 
-def closing(run_dir: Path, picture: Path, command: Sequence[str]) -> str:
+def closing(run_dir: Path, report: Path, command: Sequence[str]) -> str:
     """Where the results are and what to try next."""
     binaries = Path(sys.executable).parent
     tensorboard = shutil.which("tensorboard", path=str(binaries)) or "tensorboard"
     torchrun = shutil.which("torchrun", path=str(binaries)) or "torchrun"
     pretrain = f"launchers/pretrain.py --config {RECIPE}"
+    hiding = "run.dir=runs/demo-hide mask.sampler=hide_salient mask.masks_per_view=1"
     return f"""
-pictures     {picture}  (view, attention of teacher, momentum student and both, visible patches)
+report       {report}  (curves, pictures, time, accuracy: one page for any browser)
+pictures     {run_dir / "pictures"}  (attention of teacher, student and both, masks, features)
 curves       {short(tensorboard)} --logdir {run_dir}
 checkpoints  {run_dir / "checkpoints"}
 
 try next
   {short(command[0])} launchers/evaluate.py knn --checkpoint {run_dir}
   {short(command[0])} {pretrain} --dry-run
-  {short(command[0])} {pretrain} run.dir=runs/demo-hide mask.sampler=hide_salient
+  {short(command[0])} {pretrain} {hiding}
+  {short(command[0])} launchers/report.py {run_dir} runs/demo-hide
   {short(torchrun)} --nproc-per-node=2 {pretrain} run.dir=runs/demo-2"""
 
 

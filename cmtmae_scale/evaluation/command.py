@@ -1,4 +1,4 @@
-"""``launchers/evaluate.py METHOD``: accuracy of frozen features, with what it is worth."""
+"""``launchers/evaluate.py METHOD``: accuracy of frozen features or of fine-tuned weights."""
 
 import argparse
 import json
@@ -14,7 +14,8 @@ import timm
 import torch
 
 from cmtmae_scale import __version__
-from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
+from cmtmae_scale.config.finetune import load_finetune
+from cmtmae_scale.errors import EXIT_DONE, ConfigError
 from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import Encoder, of_pixels
 from cmtmae_scale.evaluation.features import Column, Reading, Table, extract
@@ -24,11 +25,13 @@ from cmtmae_scale.evaluation.linear import linear_probe
 from cmtmae_scale.evaluation.logistic import logistic_score
 from cmtmae_scale.evaluation.result import Row, as_json, table, verdict
 from cmtmae_scale.evaluation.subject import WEIGHTS, Subject, from_place, from_timm
+from cmtmae_scale.finetune.command import finetune
+from cmtmae_scale.finetune.start import named, start_of
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.storage import write_text
-from dataloading.errors import DataError
+from cmtmae_scale.training.ending import as_rank
 from dataloading.one_pass import CENTRE
 from dataloading.stream import DecoderName
 
@@ -37,19 +40,20 @@ logger = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate as one rank; returns the exit code."""
+    return as_rank(lambda: launch(arguments))
+
+
+def launch(arguments: Sequence[str] | None) -> int:
+    """Read the command line, evaluate and print; returns the exit code of this start."""
     options = parse(arguments)
-    try:
-        world = find_world()
-        set_up_logging(world.rank, world.world_size)
-        device = pick_device(world)
-        with process_group(world, device):
-            text = options.run(options, world, device)
-        if world.rank == 0:
-            sys.stdout.write(text + "\n")
-    except (CmtMaeError, DataError) as error:
-        logger.error("%s", error)
-        return error.exit_code
-    return EXIT_DONE
+    world = find_world()
+    set_up_logging(world.rank, world.world_size)
+    device = pick_device(world)
+    with process_group(world, device):
+        text, code = options.run(options, world, device)
+    if world.rank == 0:
+        sys.stdout.write(text + "\n")
+    return code
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,8 +62,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     methods = parser.add_subparsers(dest="method", required=True)
     knn = methods.add_parser("knn", help="k nearest neighbours", allow_abbrev=False)
     linear = methods.add_parser("linear", help="linear classifiers", allow_abbrev=False)
-    for one in (knn, linear):
+    tuned = methods.add_parser("finetune", help="train all weights", allow_abbrev=False)
+    for one in (knn, linear, tuned):
         add_weights(one)
+    for one in (knn, linear):
         add_images(one)
         one.set_defaults(run=probe_features)
     knn.add_argument("--k", type=at_least_one, nargs="+", default=list(NEIGHBOURS))
@@ -78,6 +84,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=0.1,
         help="share of the training images on which the learning rate is chosen; 0.1",
     )
+    tuned.add_argument("--config", required=True, help="such as configs/finetune_base.yaml")
+    tuned.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
+    tuned.set_defaults(run=tune_all_weights)
     return parser.parse_args(arguments)
 
 
@@ -104,15 +113,15 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="timm's name, for a .safetensors file without config.json")
     parser.add_argument("--file", help="weights for --timm")
     parser.add_argument("--size", type=at_least_one, help="side of pictures for --timm, pixels")
-    parser.add_argument(
-        "--no-baselines", action="store_true", help="without raw pixels and random weights"
-    )
     # DeepSpeed's launcher adds it; ranks come from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """Add what is looked at, and where the result goes."""
+    """Add what is looked at, beside what, and where the result goes."""
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="without raw pixels and random weights"
+    )
     parser.add_argument(
         "--train", help="labelled images, folder or tars; default: the run's eval.train_path"
     )
@@ -145,9 +154,12 @@ class Probing:
     num_classes: int
 
 
-def probe_features(options: argparse.Namespace, world: World, device: torch.device) -> str:
-    """Evaluate frozen features; returns what is to be said. A collective."""
+def probe_features(
+    options: argparse.Namespace, world: World, device: torch.device
+) -> tuple[str, int]:
+    """Evaluate frozen features; returns what is to be said, and the exit code. A collective."""
     check(options)
+    check_sets(options)
     subject = open_subject(options, world, device)
     sets = open_sets(options, subject)
     encoders = [subject.encoder]
@@ -166,7 +178,7 @@ def probe_features(options: argparse.Namespace, world: World, device: torch.devi
     file = result_file(options, subject)
     if world.rank == 0 and file is not None:
         write_result(file, record(options, subject, encoders, sets, counts, rows, said))
-    return "\n".join(
+    lines = "\n".join(
         [
             f"{subject.encoder.name}: {subject.facts['arch']} at {subject.encoder.size} pixels",
             *describe_sets(sets, counts, options, subject),
@@ -177,6 +189,21 @@ def probe_features(options: argparse.Namespace, world: World, device: torch.devi
             "intervals take the test images as independent of each other",
             f"written to {file}" if file else "not written to a file; name one with --out",
         ]
+    )
+    return lines, EXIT_DONE
+
+
+def tune_all_weights(
+    options: argparse.Namespace, world: World, device: torch.device
+) -> tuple[str, int]:
+    """Fine-tune, or continue to; returns what is to be said, and the exit code. A collective."""
+    check(options)
+    config = load_finetune(options.config, options.overrides)
+    options.seed = config.run.seed
+    words = named(options)
+    return finetune(
+        *(config, words, lambda: start_of(open_subject(options, world, device), words)),
+        *(world, device),
     )
 
 
@@ -191,11 +218,19 @@ def check(options: argparse.Namespace) -> None:
         for name in names:
             if given[name] is not None and given[owner] is None:
                 raise ConfigError(f"--{name} belongs to --{owner}")
+
+
+def check_sets(options: argparse.Namespace) -> None:
+    """Refuse options about the images that would have no effect.
+
+    Raises:
+        ConfigError: naming the option.
+    """
     if options.split is not None:
         check_share("--split", options.split)
         if options.test is not None:
             raise ConfigError("--split makes the test set out of --train; drop it, or --test")
-    if "held_out" in given:
+    if "held_out" in vars(options):
         check_share("--held-out", options.held_out)
 
 
@@ -247,7 +282,7 @@ def linear_rows(probing: Probing) -> Iterator[Row]:
         )
         setting = found.setting
         method = f"linear, lr {setting.base_lr:g}, decay {setting.weight_decay:g}"
-        yield Row(*column, method, found.score)
+        yield Row(*column, method, found.score, found.hits)
         yield Row(*column, "logistic", logistic_score(train, test, column, probing.num_classes))
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend, Fragment
+from cmtmae_scale.backends.whole import whole_tensors
 from cmtmae_scale.checkpoint.publish import ENCODERS
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import PATCHES, of_student
 from cmtmae_scale.evaluation.features import Reading, extract
 from cmtmae_scale.evaluation.images import open_pair
@@ -95,11 +95,4 @@ def gather_encoder(fragments: Mapping[str, Fragment]) -> dict[str, Tensor]:
     prefix = ENCODERS["momentum"]
     if not any(key.startswith(prefix) for key in fragments):
         prefix = ENCODERS["student"]
-    whole: dict[str, Tensor] = {}
-    for key, part in fragments.items():
-        if key.startswith(prefix):
-            flat = part.local.new_zeros(torch.Size(part.shape).numel())
-            if part.owner:
-                flat[part.offset : part.offset + part.local.numel()] = part.local
-            whole[key.removeprefix(prefix)] = sum_over_ranks(flat).view(part.shape)
-    return whole
+    return dict(whole_tensors(fragments, prefix))

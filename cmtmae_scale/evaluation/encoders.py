@@ -33,6 +33,8 @@ class Encoder(NamedTuple):
     after it; or ``pixels``."""
     digest: str | None = None
     """SHA-256 of the weights; ``None`` where there are none or nobody asks."""
+    network: Student | Tower | None = None
+    """What computes; ``None`` where nothing does or nobody asks."""
 
 
 def of_student(name: str, student: Student, size: int, device: torch.device) -> Encoder:

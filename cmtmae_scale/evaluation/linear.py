@@ -51,6 +51,8 @@ class Probed(NamedTuple):
     """The one that was chosen."""
     held_out: float
     """Its accuracy on the held-out part of train."""
+    hits: Tensor
+    """Whether each test image was right, bool on the CPU, in the order of the test set."""
 
 
 class Rows(NamedTuple):
@@ -103,7 +105,8 @@ def linear_probe(
     best = max(range(len(SETTINGS)), key=lambda s: (hits[s].correct, -losses[s]))
     asked = standardised(test, column, standard, torch.full_like(test.labels, -1))
     tested, _ = judge(heads[best : best + 1], asked)
-    return Probed(tested[0], SETTINGS[best], hits[best].correct / hits[best].total)
+    share = hits[best].correct / hits[best].total
+    return Probed(tested[0], SETTINGS[best], share, hits_of(heads[best], asked, test.positions))
 
 
 def number_learnt(train: Table, share: float, seed: int) -> tuple[Tensor, int]:
@@ -195,6 +198,16 @@ def judge(heads: Tensor, rows: Rows) -> tuple[list[Score], list[float]]:
         totals += torch.stack([*(hit.sum(1).double() for hit in hits), count, losses], dim=1)
     found = sum_over_ranks(totals).tolist()
     return [Score(*map(int, one[:3])) for one in found], [one[3] / one[2] for one in found]
+
+
+def hits_of(head: Tensor, rows: Rows, positions: Tensor) -> Tensor:
+    """Which images of all ranks one head gets right, in the order of positions. A collective."""
+    places: list[Tensor] = []
+    for features, labels in zip(rows.features.split(ROWS), rows.labels.split(ROWS), strict=True):
+        logits = with_ones(features) @ head
+        places.append((places_of_truth(logits, labels) < 1) & logits.isfinite().all(-1))
+    order = rows_of_all(positions).argsort()
+    return rows_of_all(torch.cat(places).byte())[order].bool().cpu()
 
 
 def with_ones(features: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TOP = 5
@@ -30,6 +32,8 @@ class Row(NamedTuple):
     features: str
     method: str
     score: Score
+    hits: Tensor | None = None
+    """Which test images were right, bool in the order of the test set, where it is kept."""
 
 
 def score(values: Tensor, truth: Tensor) -> Score:
@@ -129,4 +133,16 @@ def as_json(row: Row, num_classes: int) -> dict[str, Any]:
     }
     if num_classes > TOP:
         found["accuracy_top5"] = row.score.correct_top5 / row.score.total
+    if row.hits is not None:
+        found["hits"] = pack_hits(row.hits)
     return found
+
+
+def pack_hits(hits: Tensor) -> str:
+    """Hits ``[n]`` as hexadecimal digits: a bit an image, the first one highest."""
+    return np.packbits(hits.numpy()).tobytes().hex()
+
+
+def unpack_hits(text: str, count: int) -> NDArray[np.bool_]:
+    """What ``pack_hits`` wrote, bool ``[count]``."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)

@@ -74,6 +74,10 @@ def from_place(
         raise ConfigError(f"--arch belongs to a .safetensors file; found {place}")
     folder, run_dir = locate(place, world)
     state = layout.read_state(folder)
+    if "start" in state:
+        raise CheckpointError(
+            f"{folder} is of a fine-tuning; its accuracy stands in the run's result.json"
+        )
     config = config_from_dict(state["config"], str(folder / layout.STATE))
     weights = weights or ("momentum" if needs(config).momentum else "student")
     step = int(state["progress"]["step"])
@@ -253,7 +257,7 @@ def with_digest(name: str, model: Student | Tower, size: int, device: torch.devi
         encoder, state = of_student(name, model, size, device), model.state_dict()
     else:
         encoder, state = of_tower(name, model, size, device), model.model.state_dict()
-    return encoder._replace(digest=weights_digest(state))
+    return encoder._replace(digest=weights_digest(state), network=model)
 
 
 def own_size(name: str) -> int:

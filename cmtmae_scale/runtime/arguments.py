@@ -24,6 +24,14 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def above_zero(text: str) -> float:
+    """Read a finite number above 0."""
+    found = float(text)
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return found
+
+
 def share(text: str) -> float:
     """Read a number in [0, 1]."""
     found = float(text)

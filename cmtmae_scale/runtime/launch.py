@@ -1,4 +1,4 @@
-"""Who am I: rank and device of this process, from torchrun, deepspeed, srun, or alone."""
+"""Who am I: rank and device, from torchrun, deepspeed, srun, a Kubernetes job, or alone."""
 
 import os
 import re
@@ -26,7 +26,10 @@ class World(NamedTuple):
 
 
 def find_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Read the place from the environment: a launcher's variables, else those of an srun step.
+    """Read the place from the environment.
+
+    A launcher's variables come first, then those of an srun step, then those of a Kubernetes
+    Indexed Job, whose pods are on their own unless WORLD_SIZE and MASTER_ADDR are given.
 
     Raises:
         ConfigError: if the variables are incomplete or contradict each other.
@@ -35,9 +38,12 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
         world = launched(environment)
     elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         world = srun_task(environment)
+    elif "JOB_COMPLETION_INDEX" in environment and {"WORLD_SIZE", "MASTER_ADDR"} & {*environment}:
+        world = pod(environment)
     else:
         return World(0, 1, 0, 1, "alone")
-    if not 0 <= world.local_rank < world.local_world_size <= world.world_size:
+    inside = 0 <= world.local_rank < world.local_world_size <= world.world_size
+    if not inside or not 0 <= world.rank < world.world_size:
         raise ConfigError(f"the launcher's variables contradict each other: {world}")
     return world
 
@@ -87,6 +93,28 @@ def srun_task(environment: Mapping[str, str]) -> World:
         raise ConfigError(
             f"SLURM's variables of this step are incomplete ({error}); start with srun, or with "
             "torchrun within it"
+        ) from error
+
+
+def pod(environment: Mapping[str, str]) -> World:
+    """A pod of an Indexed Job that runs one process; the number of pods must be said in its spec.
+
+    MASTER_ADDR is the first pod's name in the job's headless service, as ``NAME-0.SERVICE``.
+    """
+    try:
+        return World(
+            int(environment["JOB_COMPLETION_INDEX"]),
+            int(environment["WORLD_SIZE"]),
+            0,
+            1,
+            "kubernetes",
+            f"tcp://{environment['MASTER_ADDR']}:{environment.get('MASTER_PORT', '29500')}",
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"JOB_COMPLETION_INDEX={environment['JOB_COMPLETION_INDEX']} is set, but {error}: give "
+            "WORLD_SIZE (the job's completions) and MASTER_ADDR in the pod's env, or start with "
+            "torchrun"
         ) from error
 
 

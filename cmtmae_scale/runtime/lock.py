@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.collectives import text_from_first
+from cmtmae_scale.runtime.processes import started
 
 logger = logging.getLogger(__name__)
 
@@ -163,20 +164,11 @@ def this_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": pid,
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "started": process_start(pid),
+        "started": started(pid),
         "pids": f"{BOOT_ID.read_text().strip()} {os.readlink(PID_NAMESPACE)}",
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this pid namespace started, in ticks since boot; ``None`` if it is dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def is_gone(holder: dict[str, Any], me: dict[str, Any]) -> bool | None:
@@ -184,7 +176,7 @@ def is_gone(holder: dict[str, Any], me: dict[str, Any]) -> bool | None:
     if holder.get("released"):
         return True
     if holder["pids"] == me["pids"]:
-        return process_start(holder["pid"]) != holder["started"]
+        return started(holder["pid"]) != holder["started"]
     if me["job"] is not None and holder.get("job") == me["job"]:
         return True if holder.get("restart") != me["restart"] else None
     return None

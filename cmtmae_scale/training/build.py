@@ -13,6 +13,7 @@ from cmtmae_scale import __version__
 from cmtmae_scale.backends.base import MicroBatch, Objective
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.cache.followed import FollowedTeacher
+from cmtmae_scale.cache.identity import circumstances, warn_of_circumstances
 from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
@@ -42,11 +43,13 @@ from cmtmae_scale.runtime.standing import StandingFile
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.weights import read_weights
-from cmtmae_scale.training.guards import StopRequest
-from cmtmae_scale.training.loop import Parts
+from cmtmae_scale.training.parts import Parts
 from cmtmae_scale.training.prepare import Models
 from cmtmae_scale.training.progress import Progress, fresh_progress, resumed_progress
 from cmtmae_scale.training.resume import compare
+from cmtmae_scale.training.skips import Skips
+from cmtmae_scale.training.stop import StopRequest
+from cmtmae_scale.training.stragglers import Stragglers
 from cmtmae_scale.training.telemetry import Telemetry
 from dataloading.index import Index, load_or_build
 from dataloading.mixing import require_mixed
@@ -73,6 +76,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     """
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    stop = StopRequest(run_dir, config.run.max_seconds)
     plan = batch_plan(config, world.world_size)
     index = open_index(config, run_dir, world)
     steps = total_steps(config, len(index))
@@ -83,14 +87,16 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     barrier()
     folder = find_checkpoint(root, world.rank, world.world_size)
     progress = where_to_start(config, folder, index.digest, steps)
-    stop = StopRequest(run_dir)
     teacher = open_teacher(config, world, device, index, stop, stack)
     models = build_models(config, world, device, teacher, resumed=folder is not None)
+    skips = Skips(config.guard)
     if folder is not None:
+        skips.restore(checkpoints.read_state(folder).get("skips"))
         load_fragments(folder, models.backend.fragments())
         models.backend.after_load(progress.applied)
         logger.info("resuming %s at step %d", folder, progress.step)
     stream = stack.enter_context(open_stream(config, index, world, device, teacher, progress))
+    barrier()  # from here on no rank ends alone at a signal
     stop.install()
     telemetry = standing = None
     if world.rank == 0:
@@ -129,6 +135,9 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         standing=standing,
         saved_facts=facts(config, index.digest, world),
         run_dir=run_dir,
+        skips=skips,
+        stragglers=Stragglers(device, config.log.every),
+        index=index,
     )
 
 
@@ -156,7 +165,13 @@ def build_models(
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
     backend = make_backend(
-        config, world, device, model, momentum_student, make_objective(config, layout)
+        config,
+        world,
+        device,
+        model,
+        momentum_student,
+        make_objective(config, layout),
+        rows=config.train.global_batch * config.mask.masks_per_view,
     )
     return Models(teacher, backend, layout, length, model.encoder.patch_side)
 
@@ -234,6 +249,9 @@ def open_teacher(
             teacher = FollowedTeacher(config, described, live, index, device, stop.fail)
         else:
             opened = open_cache(config, described, index)
+            if world.rank == 0:
+                here = circumstances(config, device)
+                warn_of_circumstances(opened[0], here, str(config.cache.dir))
             teacher = CachedTeacher(config, *opened, described, live, device, stop.fail)
         stack.callback(teacher.close)
     except CacheError as error:
@@ -333,6 +351,7 @@ def open_stream(
         threads=config.data.threads,
         start_position=progress.position,
         decode=config.data.decode,
+        resident=config.data.resident,
         device=device,
         quarantine=Path(config.run.dir) / "quarantine.jsonl",
         watch=teacher.submit if isinstance(teacher, CachedTeacher | FollowedTeacher) else None,

@@ -1,66 +1,18 @@
-"""Stop requests, steps that cannot be taken, and how a run says how it ended."""
+"""Steps that cannot be taken."""
 
-import json
-import logging
-import math
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtmae_scale.errors import CacheError, NonFiniteError
+from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.runtime.collectives import agree_all, ranks, texts_of_all
+from cmtmae_scale.training.stop import StopRequest
 from dataloading.errors import ReadError
 from dataloading.reading import GREY
 from dataloading.stream import Batch
-
-logger = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STOP_FILE = "STOP"
-EXIT_FILE = "exit.json"
-
-
-class StopRequest:
-    """One wish to stop, from a signal, from ``RUN_DIR/STOP`` or for want of data or of a teacher.
-
-    Handlers only set a flag.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.file = run_dir / STOP_FILE
-        self.reason: str | None = None
-        self.failure: ReadError | CacheError | None = None
-
-    def install(self) -> None:
-        """Listen to SIGTERM, SIGUSR1 and SIGINT; call from the main thread."""
-        for number in SIGNALS:
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal; a second one changes nothing."""
-        self.reason = self.reason or signal.Signals(number).name
-
-    def wanted(self) -> bool:
-        """Whether this rank has seen a request."""
-        if self.reason is None and self.file.exists():
-            self.reason = f"file {STOP_FILE}"
-        return self.reason is not None
-
-    def fail(self, failure: ReadError | CacheError) -> None:
-        """Note why the present step must not be taken; the first reason counts."""
-        if self.failure is None:
-            logger.warning("%s", failure)
-            self.failure = failure
-
-    def urgency(self) -> float:
-        """0: go on; 1: stop after this step; infinite: this step must not be taken."""
-        return math.inf if self.failure is not None else float(self.wanted())
 
 
 def next_batch(
@@ -120,25 +72,37 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
     )
 
 
-def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
-    """Leave the outcome in ``RUN_DIR/exit.json``: launchers do not pass exit codes on."""
-    record: dict[str, Any] = {"code": code, "step": step, "reason": reason}
-    draft = run_dir / f"{EXIT_FILE}.tmp"
-    draft.write_text(json.dumps(record) + "\n")
-    draft.replace(run_dir / EXIT_FILE)
-
-
-def raise_non_finite(step: int, names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> None:
-    """Raise with the terms, ranks and samples of a step that was not applied.
+def refuse_bad_share(step: int, invalid: float, drawn: float, limit: float, run_dir: Path) -> None:
+    """Stop a run of which too many images could not be decoded; one is always allowed.
 
     Args:
-        step: the step that failed; nothing was updated.
+        step: present step.
+        invalid: views that were not valid since this start, over all ranks.
+        drawn: views since this start, over all ranks.
+        limit: ``data.max_bad_share``.
+        run_dir: the run's folder.
+
+    Raises:
+        ConfigError: naming the list of the files.
+    """
+    if invalid > max(limit * drawn, 1):
+        raise ConfigError(
+            f"step {step}: {invalid:.0f} of {drawn:.0f} draws ({invalid / drawn:.2%}) could not be "
+            f"decoded, more than data.max_bad_share={limit}; replace the files that "
+            f"{run_dir / 'quarantine.jsonl'} names, or raise that key"
+        )
+
+
+def not_finite(names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> str:
+    """Tell terms, ranks and samples of a step that was not applied; a collective.
+
+    Args:
         names: names of the report's entries.
         local: this rank's report, before the sum over ranks.
         ids: sample ids of this rank's micro-batches in this step.
 
-    Raises:
-        NonFiniteError: always, on every rank, with the same message. A collective.
+    Returns:
+        The same text on every rank.
     """
     bad = (~torch.isfinite(local)).to("cpu", torch.int64)
     samples = torch.cat(ids).to("cpu", torch.int64)
@@ -152,12 +116,12 @@ def raise_non_finite(step: int, names: tuple[str, ...], local: Tensor, ids: list
     guilty = [rank for rank, flag in enumerate(flags) if bool(flag.any())]
     terms = [name for i, name in enumerate(names) if any(bool(flag[i]) for flag in flags)]
     if not guilty:
-        raise NonFiniteError(
-            f"step {step}: the gradient is not finite although every loss is; nothing was updated; "
-            "lower optimizer.base_lr or set optimizer.clip"
+        return (
+            "the gradient is not finite although every loss is; nothing was updated; lower "
+            "optimizer.base_lr or set optimizer.clip if it happens often"
         )
     shown = [int(i) for rank in guilty for i in everyone[rank]][:64]
-    raise NonFiniteError(
-        f"step {step}: not finite on ranks {', '.join(map(str, guilty))}: {', '.join(terms)}; "
-        f"nothing was updated; samples of these ranks: {', '.join(map(str, shown))}"
+    return (
+        f"not finite on ranks {', '.join(map(str, guilty))}: {', '.join(terms)}; nothing was "
+        f"updated; samples of these ranks: {', '.join(map(str, shown))}"
     )

@@ -3,32 +3,21 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cmtmae_scale.backends.base import Backend
-from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import BatchPlan, reads_cache
-from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import CacheError, ConfigError
-from cmtmae_scale.runtime.standing import Standing, StandingFile
+from cmtmae_scale.config.derive import reads_cache
+from cmtmae_scale.errors import CacheError
+from cmtmae_scale.runtime.standing import Standing
 from cmtmae_scale.teachers.base import picture_sizes
-from cmtmae_scale.training.guards import (
-    StopRequest,
-    next_batch,
-    raise_failure,
-    raise_non_finite,
-)
-from cmtmae_scale.training.prepare import Models, prepare
-from cmtmae_scale.training.progress import Progress, Scalars, scalars_at
-from cmtmae_scale.training.telemetry import Telemetry
+from cmtmae_scale.training.guards import next_batch, not_finite, raise_failure, refuse_bad_share
+from cmtmae_scale.training.parts import Parts
+from cmtmae_scale.training.prepare import prepare
+from cmtmae_scale.training.progress import Scalars, scalars_at
+from cmtmae_scale.training.rollback import go_back
 from dataloading.errors import DataError, ReadError
-from dataloading.stream import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -45,28 +34,15 @@ REPORT = (
 )
 
 
-Evaluate = Callable[[Backend], dict[str, float]]
-"""Accuracies of the present encoder by name; a collective that changes nothing."""
+class Step(NamedTuple):
+    """What came of a step."""
 
-
-@dataclass
-class Parts:
-    """Everything a loop needs, built by ``build.py``."""
-
-    config: Config
-    plan: BatchPlan
-    device: torch.device
-    stream: Iterator[Batch]
-    models: Models
-    progress: Progress
-    writer: Writer
-    stop: StopRequest
-    telemetry: Telemetry | None
-    standing: StandingFile | None
-    saved_facts: dict[str, Any]
-    run_dir: Path
-    evaluate: Evaluate | None = None
-    """Called every ``eval.every`` steps."""
+    report: dict[str, float]
+    """``REPORT`` and the gradient norm, summed over ranks."""
+    waited_s: float
+    """Seconds in which this rank waited for data."""
+    refusal: str | None
+    """Why nothing was updated, the same on every rank; ``None``: it was applied."""
 
 
 def train(parts: Parts) -> str | None:
@@ -76,7 +52,7 @@ def train(parts: Parts) -> str | None:
         The reason of the stop, or ``None`` when the run is complete.
 
     Raises:
-        NonFiniteError: a loss or gradient was not finite; the last checkpoint stands.
+        NonFiniteError: steps had to be left out too often; the last checkpoint stands.
         ConfigError: more images than allowed could not be decoded.
         CacheError: the teacher cache failed; the state before that step is saved.
     """
@@ -87,7 +63,7 @@ def train(parts: Parts) -> str | None:
     while progress.step < progress.end_step and reason is None:
         scalars = scalars_at(config, progress.share)
         try:
-            report, waited_s = step(parts, scalars)
+            report, waited_s, refusal = step(parts, scalars)
         except ReadError as error:
             reason = str(error)
             break
@@ -96,61 +72,93 @@ def train(parts: Parts) -> str | None:
             raise
         drawn += parts.plan.global_batch
         invalid += parts.plan.global_batch - report["valid_rows"] / config.mask.masks_per_view
-        if invalid > max(config.data.max_bad_share * drawn, 1):
-            raise ConfigError(
-                f"step {progress.step}: {invalid:.0f} of {drawn:.0f} draws "
-                f"({invalid / drawn:.2%}) could not be decoded, more than "
-                f"data.max_bad_share={config.data.max_bad_share}; replace the files that "
-                f"{parts.run_dir / 'quarantine.jsonl'} names, or raise that key"
-            )
-        if parts.telemetry is not None:
+        refuse_bad_share(progress.step, invalid, drawn, config.data.max_bad_share, parts.run_dir)
+        if refusal is not None:
+            leave_out(parts, refusal)
+        elif parts.telemetry is not None:
             values = readable(report, scalars, parts)
             parts.telemetry.record(progress.step, values, parts.plan.global_batch, waited_s)
+        slow = parts.stragglers.look(progress.step)
+        if slow is not None:
+            parts.incident("slow rank", slow)
         tell_standing(parts)
         requested = report["stop"] > 0
         if not requested:
             evaluate_if_due(parts)
+            draw_if_due(parts)
         reason = stop_reason(parts, requested)
-        if reason is None and progress.step % config.checkpoint.every == 0:
-            parts.writer.save(progress.step, parts.models.backend.fragments(), saved_state(parts))
+        due = progress.step % config.checkpoint.every == 0 and refusal is None
+        if reason is None and due:
+            parts.place.enter("save", progress.step)
+            parts.writer.save(progress.step, parts.models.backend.fragments(), parts.saved_state())
     save_last(parts)
     return reason if progress.step < progress.end_step else None
 
 
-def step(parts: Parts, scalars: Scalars) -> tuple[dict[str, float], float]:
-    """Take one optimizer step; returns the report by name, summed over ranks, and the data wait.
+def step(parts: Parts, scalars: Scalars) -> Step:
+    """Take one optimizer step, or find on every rank that it must be left out.
 
     Raises:
-        NonFiniteError: on every rank; nothing was updated.
         ReadError: on every rank, if storage failed on one of them; nothing was updated.
         CacheError: on every rank, if the teacher cache failed on one; nothing was updated.
     """
-    models = parts.models
+    models, skips, place = parts.models, parts.skips, parts.place
+    skips.expect(scalars)
+    number = parts.progress.step + 1
     sizes = picture_sizes(parts.config.views.size, models.teacher)
     total = torch.zeros(len(REPORT), device=parts.device)
     ids: list[Tensor] = []
     waited_s = 0.0
     for micro_step in range(parts.plan.accumulation):
-        began = time.monotonic()
-        batch = next_batch(
-            parts.stream, parts.stop, sizes, parts.config.train.micro_batch, parts.device
-        )
-        waited_s += time.monotonic() - began
-        micro_batch, observed = prepare(parts.config, models, batch, scalars)
+        with parts.stragglers.alone():
+            began = time.monotonic()
+            place.enter("data", number, micro_step)
+            batch = next_batch(
+                parts.stream, parts.stop, sizes, parts.config.train.micro_batch, parts.device
+            )
+            waited_s += time.monotonic() - began
+            place.enter("compute", number, micro_step)
+            micro_batch, observed = prepare(parts.config, models, batch, scalars)
         losses = models.backend.micro(micro_batch, last=micro_step + 1 == parts.plan.accumulation)
         valid = micro_batch.valid.sum().float()
         stop = torch.full((), parts.stop.urgency(), device=parts.device)
         total += torch.stack([*losses, *observed, valid, stop])
         ids.append(batch.sample_id)
-    outcome = models.backend.step(scalars.lr, total)
-    report = dict(zip(REPORT, outcome.report, strict=True))
+    place.enter("update", number)
+    outcome = models.backend.step(
+        scalars.lr, total, lambda values: skips.spike(mean_loss(values)) is None
+    )
+    report = dict(zip(REPORT, outcome.report, strict=True)) | {"grad_norm": outcome.grad_norm}
     if math.isinf(report["stop"]):
-        raise_failure(parts.progress.step + 1, parts.stop.failure)
+        raise_failure(number, parts.stop.failure)
+    loss = mean_loss(outcome.report)
     if not outcome.applied:
-        raise_non_finite(parts.progress.step + 1, REPORT, total, ids)
+        refusal = skips.spike(loss) or not_finite(REPORT, total, ids)
+        return Step(report, waited_s, f"step {number}: {refusal}")
+    skips.taken(loss)
     models.backend.momentum_update(scalars.momentum)
-    parts.progress.advance(parts.plan.global_batch, outcome.applied)
-    return report | {"grad_norm": outcome.grad_norm}, waited_s
+    parts.progress.advance(parts.plan.global_batch, applied=True)
+    return Step(report, waited_s, None)
+
+
+def leave_out(parts: Parts, refusal: str) -> None:
+    """Go past a step that changed nothing; after too many in a row, back to a checkpoint.
+
+    Raises:
+        NonFiniteError: if the run puts up with none, or cannot go back.
+    """
+    too_many = parts.skips.left_out()
+    if parts.config.guard.skip_limit:
+        parts.progress.advance(parts.plan.global_batch, applied=False)
+        parts.incident("step left out", refusal, in_a_row=parts.skips.in_a_row)
+    if too_many:
+        parts.place.enter("save", parts.progress.step)
+        go_back(parts, refusal)
+
+
+def mean_loss(report: list[float]) -> float:
+    """Loss a valid row, from the sums over ranks."""
+    return report[REPORT.index("loss/total")] / max(report[REPORT.index("valid_rows")], 1.0)
 
 
 def evaluate_if_due(parts: Parts) -> None:
@@ -159,6 +167,7 @@ def evaluate_if_due(parts: Parts) -> None:
     if parts.evaluate is None or every is None or step % every:
         return
     began = time.monotonic()
+    parts.place.enter("evaluation", step)
     try:
         values = parts.evaluate(parts.models.backend)
     except DataError as error:
@@ -166,6 +175,23 @@ def evaluate_if_due(parts: Parts) -> None:
         return
     if parts.telemetry is not None:
         parts.telemetry.record_evaluation(step, values, time.monotonic() - began)
+
+
+def draw_if_due(parts: Parts) -> None:
+    """Draw at the steps that ask for it; what cannot be read or written is left out."""
+    progress, every = parts.progress, parts.config.log.images_every
+    if parts.draw is None or every is None:
+        return
+    if progress.step % every and progress.step != progress.end_step:
+        return
+    began = time.monotonic()
+    parts.place.enter("pictures", progress.step)
+    try:
+        sheet = parts.draw(parts.models, progress)
+        if parts.telemetry is not None and sheet is not None:
+            parts.telemetry.record_pictures(progress.step, sheet, time.monotonic() - began)
+    except (DataError, OSError) as error:  # of rank 0, where no other waits for it
+        logger.warning("step %d is not drawn: %s", progress.step, error)
 
 
 def readable(report: dict[str, float], scalars: Scalars, parts: Parts) -> dict[str, float]:
@@ -190,7 +216,8 @@ def stop_reason(parts: Parts, requested: bool) -> str | None:
 
 def save_last(parts: Parts) -> None:
     """Save the present state, and wait until it is on storage."""
-    state = saved_state(parts)
+    parts.place.enter("save", parts.progress.step)
+    state = parts.saved_state()
     parts.writer.finish(parts.progress.step, parts.models.backend.fragments(), state)
     tell_standing(parts)
 
@@ -203,8 +230,3 @@ def tell_standing(parts: Parts) -> None:
     batch = parts.plan.global_batch
     saved = progress.position0 if step is None else progress.position_at(step, batch)
     parts.standing.tell(Standing(progress.position, saved, progress.horizon))
-
-
-def saved_state(parts: Parts) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors."""
-    return {"progress": parts.progress.to_dict(), **parts.saved_facts}

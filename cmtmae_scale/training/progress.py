@@ -46,6 +46,21 @@ class Progress:
         """Position of a step since ``step0``."""
         return self.position0 + (step - self.step0) * global_batch
 
+    def go_back(self, saved: "Progress", global_batch: int) -> None:
+        """Return to the steps of a checkpoint, but not to its data: positions count on from here.
+
+        The horizon moves along, so that the schedules still end with the last step.
+        """
+        self.step = self.step0 = saved.step
+        self.applied = saved.applied
+        self.position0 = self.position
+        self.horizon = self.position + (self.end_step - self.step) * global_batch
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> "Progress":
+        """Read what ``to_dict`` gave."""
+        return Progress(**{field.name: int(saved[field.name]) for field in fields(Progress)})
+
     def to_dict(self) -> dict[str, int]:
         """Fields as saved."""
         return asdict(self)
@@ -67,7 +82,7 @@ def resumed_progress(
         global_batch: views a step under the present config.
         changed: a key outside the free ones differs: positions count anew from here.
     """
-    progress = Progress(**{field.name: int(saved[field.name]) for field in fields(Progress)})
+    progress = Progress.from_dict(saved)
     if changed:
         progress.step0, progress.position0 = progress.step, progress.position
         progress.end_step = max(steps, progress.step)

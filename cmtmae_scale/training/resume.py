@@ -10,15 +10,18 @@ FREE = (
     "run.name",
     "run.dir",
     "run.allow_change",
+    "run.max_seconds",
     "log.",
     "eval.",
     "cache.",
     "checkpoint.",
     "backend.",
+    "guard.",
     "teacher.mode",
     "train.micro_batch",
     "train.stop_after",
     "data.decode",
+    "data.resident",
     "data.threads",
     "data.path",
     "data.index",
@@ -47,7 +50,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def compare(
-    saved: dict[str, Any], present: dict[str, Any], allowed: list[str], digests: tuple[str, str]
+    saved: dict[str, Any],
+    present: dict[str, Any],
+    allowed: list[str],
+    digests: tuple[str, str],
+    free: tuple[str, ...] = FREE,
 ) -> list[str]:
     """Compare the config of a checkpoint with the present one.
 
@@ -56,6 +63,7 @@ def compare(
         present: the present config as a tree.
         allowed: ``run.allow_change``.
         digests: index digest of the checkpoint and of the present data.
+        free: keys, or groups with their point, that may differ.
 
     Returns:
         Allowed changes outside the free keys, as text that says which value counts; they restart
@@ -74,7 +82,7 @@ def compare(
     changes: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or listed(key, FREE):
+        if before == after or listed(key, free):
             continue
         text = f"{key}: the checkpoint has {before}, the config {after}"
         if listed(key, NEVER):

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``log.jsonl``, TensorBoard, and one line or a progress bar."""
+"""Where numbers and pictures of a run go: files, TensorBoard, and one line or a progress bar."""
 
 import json
 import logging
@@ -6,14 +6,19 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
+PICTURES = "pictures"
 EVALUATION_SHARE = 0.05
 """Share of a run's time that evaluation should not exceed."""
 SHOWN = ("loss/total", "loss/teacher", "loss/student", "loss/pixel", "lr", "grad_norm", "images_s")
@@ -32,6 +37,8 @@ class Telemetry:
     def __init__(self, run_dir: Path, start: int, end: int, every: int) -> None:
         self.file = run_dir / LOG_FILE
         cut_log(self.file, start)
+        self.pictures = run_dir / PICTURES
+        cut_pictures(self.pictures, start)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self.every = every
         self.end = end
@@ -40,7 +47,7 @@ class Telemetry:
         self.views = 0
         self.waited_s = 0.0
         self.since = self.began = time.monotonic()
-        self.evaluating_s = 0.0
+        self.evaluating_s = self.drawing_s = 0.0
         self.warned = False
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not terminal)
@@ -88,13 +95,9 @@ class Telemetry:
             values: accuracies.
             took_s: seconds that training stood still for it; they do not count in the rates.
         """
-        self.since += took_s
         self.evaluating_s += took_s
-        share = self.evaluating_s / max(time.monotonic() - self.began, 1e-9)
-        self.append(step, {**values, "eval/time_share": share})
-        self.board.flush()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("step %d/%d  %s", step, self.end, shown)
+        share = self.share_of_time(self.evaluating_s)
+        self.record_pause(step, {**values, "eval/time_share": share}, took_s)
         if share > EVALUATION_SHARE and not self.warned:
             self.warned = True
             logger.warning(
@@ -103,12 +106,68 @@ class Telemetry:
                 *(100 * share, took_s),
             )
 
+    def record_pictures(self, step: int, sheet: NDArray[np.uint8], took_s: float) -> None:
+        """Write pictures as PNG and to TensorBoard, and the share of the time that they take.
+
+        Args:
+            step: number of the finished step.
+            sheet: the pictures, ``[height, width, 3]``.
+            took_s: seconds that training stood still for them; they do not count in the rates.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        self.since += took_s
+        self.drawing_s += took_s
+        self.append(step, {"pictures/time_share": self.share_of_time(self.drawing_s)})
+        self.board.add_image("pictures", sheet, step, dataformats="HWC")
+        self.board.flush()
+        self.pictures.mkdir(exist_ok=True)
+        draft = self.pictures / "draft.tmp"
+        Image.fromarray(sheet).save(draft, "PNG", optimize=True)
+        draft.replace(self.pictures / f"step-{step:08d}.png")
+
+    def share_of_time(self, spent_s: float) -> float:
+        """Share of the time since the start."""
+        return spent_s / max(time.monotonic() - self.began, 1e-9)
+
+    def record_pause(self, step: int, values: dict[str, float], took_s: float) -> None:
+        """Write what was found while training stood still for ``took_s`` seconds."""
+        self.since += took_s
+        self.append(step, values)
+        self.board.flush()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("step %d/%d  %s", step, self.end, shown)
+
     def append(self, step: int, entry: dict[str, float]) -> None:
         """Add a line to the log file and points to TensorBoard."""
         with self.file.open("a") as log:
             log.write(json.dumps({"step": step, **entry}) + "\n")
         for name, value in entry.items():
             self.board.add_scalar(name, value, step)
+
+    def incident(self, step: int, what: str, why: str, **facts: Any) -> None:
+        """Add a line that says what went wrong; kept when a later start cuts the log.
+
+        Args:
+            step: steps taken.
+            what: the kind of incident.
+            why: what was found.
+            facts: further values.
+        """
+        logger.warning("step %d: %s: %s", step, what, why)
+        line = json.dumps({"step": step, "incident": what, "why": why, **facts})
+        with self.file.open("a") as log:
+            log.write(line + "\n")
+
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded after a step."""
+        cut_log(self.file, step)
+        self.board.close()
+        self.board = SummaryWriter(str(self.file.parent / "tensorboard"), purge_step=step + 1)
+        self.bar.update(step - self.bar.n)
+        self.sums, self.steps, self.views, self.waited_s = {}, 0, 0, 0.0
+        self.since = time.monotonic()
 
     def close(self) -> None:
         """Flush and release."""
@@ -117,19 +176,28 @@ class Telemetry:
 
 
 def cut_log(file: Path, step: int) -> None:
-    """Drop entries after a step, and a half-written last line."""
+    """Drop entries after a step, but for incidents, and a half-written last line."""
     if not file.exists():
         return
     kept: list[str] = []
     for line in file.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            if entry["step"] <= step or "incident" in entry:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             break
     draft = file.with_name(file.name + ".tmp")
     draft.write_text("".join(kept))
     draft.replace(file)
+
+
+def cut_pictures(folder: Path, step: int) -> None:
+    """Delete pictures of later steps."""
+    for file in folder.glob("step-*.png"):
+        number = file.stem.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
+            file.unlink()
 
 
 def memory_gib() -> float:

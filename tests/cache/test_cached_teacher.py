@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ from run_case import make_photographs, write_recipe
 from safetensors.torch import save_file
 
 from cmtmae_scale.benchmark.training import count
-from cmtmae_scale.cache.format import PARTS, part_path
+from cmtmae_scale.cache.format import MANIFEST, PARTS, manifest_text, part_path
+from cmtmae_scale.cache.identity import circumstances
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.dry_run import describe as dry_run
 from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.runtime.launch import World, process_group
+from cmtmae_scale.training.build import open_teacher
+from cmtmae_scale.training.stop import StopRequest
 from dataloading.index import build_index
 
 
@@ -211,3 +216,22 @@ def test_rows_of_every_view_are_where_the_trainer_looks_for_them(
         assert view.attention is not None and live.attention is not None
         # float16 keeps 11 bits.
         assert torch.allclose(view.attention, live.attention, rtol=2**-11, atol=2**-24)
+
+
+def test_a_cache_of_another_decoder_or_version_is_used_with_a_warning_of_rank_0(
+    recipe: Path, tmp_path: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, cpu = tmp_path / "cache", torch.device("cpu")
+    config = load_config(recipe, cached(folder, "cache.on_miss=stop"))
+    index = build_index(config.data.path)
+    manifest = write_manifest(config, index, folder)
+    built = {**circumstances(config, cpu), "torch": "2.0.1", "decode": "dali"}
+    (folder / MANIFEST).write_text(manifest_text(replace(manifest, recorded=built)))
+    alone = World(0, 1, 0, 1, "alone")
+    stack.enter_context(process_group(alone, cpu))
+    for world in (alone, alone._replace(rank=1)):
+        open_teacher(config, world, cpu, index, StopRequest(tmp_path), stack)
+    assert [line for line in caplog.messages if "built with" in line] == [
+        f"cache.dir={folder}: built with decode dali, here is torch",
+        f"cache.dir={folder}: built with torch 2.0.1, here is {torch.__version__}",
+    ]

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from evaluation_case import command, labelled_photographs
 from processes import run_ranks
 from run_case import STEPS, run, write_recipe
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.evaluation.command import main
-from cmtmae_scale.evaluation.result import Row, Score, verdict, wilson
+from cmtmae_scale.evaluation.result import Row, Score, pack_hits, unpack_hits, verdict, wilson
 from cmtmae_scale.export.encoder import export_encoder
 
 pytestmark = pytest.mark.gloo
@@ -62,6 +63,10 @@ def test_linear_has_two_rows_for_each_kind_of_features(place: Path, tmp_path: Pa
     pairs = [(kind, one) for kind in ("cls", "patches") for one in ("linear", "logistic")]
     assert methods == [*pairs, *pairs, ("pixels", "linear"), ("pixels", "logistic")]
     assert "(linear, mean of patches" in said
+    for row in record["results"]:
+        kept = row["method"].startswith("linear")
+        assert ("hits" in row) == kept
+        assert not kept or unpack_hits(row["hits"], row["count"]).sum() == row["correct"]
     assert (record["settings"]["epochs"], record["settings"]["held_out"]) == (2, 0.1)
 
 
@@ -117,7 +122,6 @@ def test_a_checkpoint_and_its_exported_file_are_one(place: Path, tmp_path: Path)
 def test_a_model_of_timm_and_the_runs_teacher_are_read_as_timm_does(
     place: Path, tmp_path: Path
 ) -> None:
-    import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
@@ -170,6 +174,14 @@ def test_a_broken_checkpoint_is_refused_and_a_runs_older_one_taken(
         evaluate("knn", "--checkpoint", broken)
     said = evaluate("knn", "--checkpoint", tmp_path / "run")
     assert f"momentum, step {STEPS - 2}:" in said
+
+
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_hits_are_kept_a_bit_an_image(count: int) -> None:
+    hits = torch.arange(count) % 3 == 0
+    text = pack_hits(hits)
+    assert len(text) == 2 * -(-count // 8) and text[0] in "89"
+    assert unpack_hits(text, count).tolist() == hits.tolist()
 
 
 def row(weights: str, features: str, method: str, correct: int) -> Row:

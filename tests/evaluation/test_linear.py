@@ -88,27 +88,28 @@ def probe(labels: np.ndarray | None = None) -> Any:
         found = linear_probe(table_of(*TRAIN), test, COLUMN, CLASSES, 10, 0.1, 3)
     finally:
         linear.BATCH = before
-    return tuple(found.score), tuple(found.setting), found.held_out
+    return tuple(found.score), tuple(found.setting), found.held_out, tuple(found.hits.tolist())
 
 
 def test_every_head_is_plain_sgd_and_the_best_on_held_out_rows_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (correct, _, total), setting, held_out = probe()
+    (correct, _, total), setting, held_out, hits = probe()
     monkeypatch.setattr(linear, "BATCH", 50)
     truth = TRAIN[1][~stratified(TRAIN[1], 0.9, 3)]
     held, tested = plain_sgd(*setting, epochs=10, seed=3)
     assert held_out == (held == truth).mean()
     # float32 against float64 may turn one image at a border
     assert abs(correct - (tested == TEST[1]).sum()) <= 1 and total == 70
+    assert sum(hits) == correct and (np.array(hits) != (tested == TEST[1])).sum() <= 1
     others = [plain_sgd(*one, epochs=10, seed=3)[0] for one in SETTINGS]
     assert held_out >= max((other == truth).mean() for other in others) - 1e-9
 
 
 def test_the_choice_does_not_see_the_test_set() -> None:
-    _, setting, held_out = probe()
+    _, setting, held_out, _ = probe()
     other = probe(np.roll(TEST[1], 1))
-    assert other[1:] == (setting, held_out)
+    assert other[1:3] == (setting, held_out)
     assert other[0] != probe()[0]
 
 

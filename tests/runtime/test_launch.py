@@ -21,6 +21,7 @@ SRUN = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
     "SLURM_STEP_NODELIST": "gpu[07-08,12]",
 }
+POD = {"JOB_COMPLETION_INDEX": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "train-0.train"}
 
 
 def test_nothing_set_is_one_process() -> None:
@@ -81,3 +82,28 @@ def test_short_forms_of_slurm() -> None:
         "gpu007",
         "n1",
     ]
+
+
+def test_a_pod_of_an_indexed_job() -> None:
+    assert find_world(POD) == (2, 4, 0, 1, "kubernetes", "tcp://train-0.train:29500")
+    assert find_world(POD | {"MASTER_PORT": "4000"}).meeting == "tcp://train-0.train:4000"
+
+
+def test_torchrun_in_a_pod_comes_first() -> None:
+    assert find_world(POD | TORCHRUN).launcher == "torchrun"
+
+
+@pytest.mark.parametrize("absent", ["WORLD_SIZE", "MASTER_ADDR"])
+def test_an_incomplete_pod_is_named(absent: str) -> None:
+    given = {key: value for key, value in POD.items() if key != absent}
+    with pytest.raises(ConfigError, match=f"JOB_COMPLETION_INDEX=2 is set, but '{absent}'"):
+        find_world(given)
+
+
+def test_pods_that_share_no_run_are_on_their_own() -> None:
+    assert find_world({"JOB_COMPLETION_INDEX": "2"}).launcher == "alone"
+
+
+def test_a_pod_outside_its_job_is_refused() -> None:
+    with pytest.raises(ConfigError, match="contradict"):
+        find_world(POD | {"WORLD_SIZE": "2"})

@@ -12,7 +12,8 @@ from run_case import run, same, write_recipe
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.precompute import main, make_builder
+from cmtmae_scale.precompute.builder import make_builder
+from cmtmae_scale.precompute.command import main
 from cmtmae_scale.runtime.standing import read_standing
 
 pytestmark = pytest.mark.gloo

@@ -1,4 +1,4 @@
-"""The command that builds, checks and mends a teacher's cache."""
+"""``launchers/precompute_teacher.py``: its arguments, and what each form of it does."""
 
 import argparse
 import logging
@@ -6,40 +6,32 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 from cmtmae_scale.cache.build import Builder, build_parts, missing_parts
 from cmtmae_scale.cache.codecs import Codec
-from cmtmae_scale.cache.follow import PATIENCE_S, PAUSE_S, Follower, follow
 from cmtmae_scale.cache.format import Manifest, seal_path
-from cmtmae_scale.cache.identity import Keyed
 from cmtmae_scale.cache.verify import compare, damaged_parts
-from cmtmae_scale.config.derive import Needs, cache_folder, needs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import (
     EXIT_CONFIG,
     EXIT_DONE,
     EXIT_STOPPED,
-    CacheError,
     CmtMaeError,
     ConfigError,
 )
-from cmtmae_scale.estimate import compute_dtype
+from cmtmae_scale.precompute.beside import run_beside
+from cmtmae_scale.precompute.builder import find_index, make_builder, my_parts
+from cmtmae_scale.precompute.plan import add_arguments, check_arguments, plan_text
 from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
-from cmtmae_scale.runtime.claim import once
 from cmtmae_scale.runtime.launch import World, find_world, pick_device
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.progress import Progress
-from cmtmae_scale.teachers.build import assemble
 from dataloading.errors import DataError
-from dataloading.index import Index, load_or_build
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +93,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="RUN_DIR",
         help="stay ahead of a run with teacher.mode=follow; without --config its recipe is read",
     )
+    what.add_argument("--plan", action="store_true", help="say what it costs and whether it pays")
+    add_arguments(parser)
     parser.add_argument(
         "--ahead",
         type=at_least_one,
@@ -114,6 +108,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and options.follow is None:
         parser.error("--config FILE is missing")
+    check_arguments(parser, options)
     return options
 
 
@@ -145,6 +140,8 @@ def run(config: Config, options: argparse.Namespace, world: World) -> int:
         raise ConfigError("cache.dir is not set; name the folder of the cache")
     folder = Path(config.cache.dir)
     place = Path(config.data.index) if config.data.index else folder / "index"
+    if options.plan:
+        return plan(config, options, world, place)
     builder = make_builder(config, place, pick_device(world))
     try:
         if options.verify is not None:
@@ -158,112 +155,19 @@ def run(config: Config, options: argparse.Namespace, world: World) -> int:
     return EXIT_DONE
 
 
-def run_beside(run_dir: Path, options: argparse.Namespace, world: World) -> int:
-    """Compute what a run needs next, until it is complete; returns the exit code."""
-    recipe = options.config or run_dir / "config.yaml"
-    if not await_file(Path(recipe), "the run has not started"):
-        return EXIT_STOPPED
-    config = load_config(recipe, [*options.overrides, f"run.dir={run_dir}"])
-    if config.teacher.mode != "follow":
-        raise ConfigError(
-            f"{run_dir}: the run has teacher.mode={config.teacher.mode}; a sidecar needs follow"
-        )
-    place = Path(config.data.index) if config.data.index else run_dir / "index"
-    if not await_file(place / "index.json", "the run has not indexed its images"):
-        return EXIT_STOPPED
-    folder = cache_folder(config)
-    builder = make_builder(config, place, pick_device(world), "positions")
+def plan(config: Config, options: argparse.Namespace, world: World, place: Path) -> int:
+    """Print a plan from one process; returns the exit code."""
+    if world.rank:
+        return EXIT_DONE
+    index = None
     try:
-        manifest = builder.begin(folder, config.cache.codec, options.rows_a_part)
-        views = config.checkpoint.every * config.train.global_batch
-        between = -(-views // manifest.rows_a_part)
-        stripe = my_stripe(options.shard, world)
-        follower = Follower(folder, manifest, run_dir, stripe, options.ahead, between)
-        logger.info(
-            "following %s in %s: at most %d parts, %.2f GB",
-            run_dir,
-            folder,
-            follower.most,
-            follower.most * manifest.rows_a_part * manifest.row_bytes() / 1e9,
-        )
-        return EXIT_DONE if follow(builder, follower) else EXIT_STOPPED
-    finally:
-        builder.close()
-
-
-def await_file(path: Path, lacking: str) -> bool:
-    """Wait for a file that a run writes; whether it came."""
-    began = time.monotonic()
-    if not path.exists():
-        logger.info("waiting for %s: %s", path, lacking)
-    while not path.exists():
-        if time.monotonic() - began > PATIENCE_S:
-            logger.error("%s did not appear within %.0f s: %s", path, PATIENCE_S, lacking)
-            return False
-        time.sleep(PAUSE_S)
-    return True
-
-
-def make_builder(
-    config: Config, place: Path, device: torch.device, keyed: Keyed = "views"
-) -> Builder:
-    """Index and teacher of a run; the index is built by one process, the others wait.
-
-    Args:
-        config: the run.
-        place: folder of the index.
-        device: where the teacher runs.
-        keyed: what a row's number means.
-
-    Raises:
-        CacheError: if nothing can be written where the index belongs.
-    """
-    teacher = assemble(config, stored_needs(config), load=True).to(device, compute_dtype(config))
-    try:
-        index = open_index(config, place)
-    except OSError as error:
-        raise CacheError(
-            f"{place}: cannot be written ({error.strerror}); correct cache.dir or data.index"
-        ) from error
-    return Builder(config, index, teacher, device, keyed)
-
-
-def stored_needs(config: Config) -> Needs:
-    """What of the teacher a cache stores: maps alone where the codec says so."""
-    found = needs(config)
-    if config.cache.codec == "attention":
-        return found._replace(teacher_features=False)
-    return found
-
-
-def open_index(config: Config, folder: Path) -> Index:
-    """Build the index or read it."""
-    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-
-    def find() -> Index | None:
-        return read() if (folder / "index.json").exists() else None
-
-    def read() -> Index:
-        return load_or_build(
-            config.data.path,
-            folder,
-            source=config.data.source,
-            max_pixels=config.data.max_pixels,
-        )
-
-    return once(folder / ".indexing", find, lambda live: read())
-
-
-def my_parts(manifest: Manifest, share: tuple[int, int], world: World) -> range:
-    """This process's parts, without a word to the others."""
-    first, step = my_stripe(share, world)
-    return range(first, manifest.num_parts, step)
-
-
-def my_stripe(share: tuple[int, int], world: World) -> tuple[int, int]:
-    """Number of this process among those who share the parts, and how many they are."""
-    number, of = share
-    return number * world.world_size + world.rank, of * world.world_size
+        index = find_index(config, place)
+    except DataError as error:
+        if config.data.expected_images is None:
+            raise
+        logger.warning("%s; planning with data.expected_images", error)
+    sys.stdout.write(plan_text(config, options, world, index) + "\n")
+    return EXIT_DONE
 
 
 def build(builder: Builder, folder: Path, manifest: Manifest, parts: range) -> None:

@@ -1,0 +1,1 @@
+"""Fine-tuning an encoder with labels, and what accuracy comes of it."""

@@ -1,0 +1,12 @@
+"""Run what is missing of a table of runs (method x setting x seed), write table and figure.
+
+python launchers/study.py configs/studies/smoke.yaml [--minutes M] [--jobs N] [--rows NAME ...]
+python launchers/study.py configs/studies/first.yaml --dry-run
+"""
+
+from pathlib import Path
+
+from cmtmae_scale.study.command import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(__file__).resolve().parents[1]))

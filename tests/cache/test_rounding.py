@@ -1,0 +1,84 @@
+"""Codecs on what ``make demo`` brings: a real ViT-S/14 and real photographs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cached_run_case import observe_each
+from processes import run_ranks
+
+from cmtmae_scale.benchmark import rounding
+from cmtmae_scale.cache.codecs import calibrate
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.precompute import command as precompute
+from cmtmae_scale.teachers.base import picture_sizes
+from cmtmae_scale.teachers.build import build_teacher
+from dataloading.index import build_index
+from dataloading.stream import Stream
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "configs" / "demo.yaml"
+DEMO = ROOT / "datasets" / "demo"
+PLACES = [f"data.path={DEMO / 'photos'}", f"teacher.weights={DEMO / 'teacher.safetensors'}"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (DEMO / "teacher.safetensors").exists(), reason="make demo has not been run"
+    ),
+]
+
+
+def test_rounding_hardly_turns_the_gradient() -> None:
+    config = load_config(RECIPE, PLACES)
+    teacher = build_teacher(config, "cpu", torch.float32)
+    assert teacher is not None
+    index = build_index(config.data.path)
+    sizes = picture_sizes(config.views.size, teacher)
+    with Stream(index, seed=0, micro_batch=16, sizes=sizes, threads=1) as stream:
+        views = [next(stream) for _ in range(16)]
+    calibration = calibrate(teacher.look(one).features for one in views[:8])  # pyright: ignore
+    found = rounding.measure(
+        config,
+        views[8:],
+        teacher,  # pyright: ignore
+        calibration,
+        torch.device("cpu"),
+    )
+    print(f"\n{rounding.describe(found, 128)}")
+    int8, bf16, bare = found
+    assert int8.at_start < 0.01 and int8.near < 0.015 and int8.weights < 0.002
+    assert bf16.at_start < 0.003 and bf16.near < 0.005 and bf16.weights < 0.001
+    assert abs(int8.loss) < 1e-4 and abs(bf16.loss) < 1e-4
+    assert bare.at_start > 1.5 * int8.at_start  # why channels are standardised
+
+
+@pytest.mark.gloo
+def test_fifty_steps_on_a_cache_have_the_losses_of_the_live_teacher(tmp_path: Path) -> None:
+    for number, path in enumerate(sorted((DEMO / "photos").rglob("*.jpg"))[::6]):
+        (tmp_path / "photos" / "all").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "photos" / "all" / f"{number}.jpg")
+    own = [*PLACES, f"data.path={tmp_path / 'photos'}", "views.count=2", "train.steps=50"]
+    own += ["train.global_batch=8", "checkpoint.every=50", "log.every=1", "eval.every=null"]
+    caches = {codec: tmp_path / codec for codec in ("int8", "bf16")}
+    for codec, folder in caches.items():
+        line = ["--config", str(RECIPE), *own, f"cache.codec={codec}", f"cache.dir={folder}"]
+        assert precompute.main(line) == 0
+    ways = [(tmp_path / "run-live", own, "")]
+    for codec, folder in caches.items():
+        read = ["teacher.mode=cache", f"cache.dir={folder}", "cache.on_miss=stop"]
+        ways.append((tmp_path / f"run-{codec}", [*own, *read], "alone"))
+    ((live, *others),) = run_ranks(1, observe_each, RECIPE, ways, timeout_s=900)
+    for codec, seen in zip(caches, others, strict=True):
+        assert (seen.error, len(seen.log), len(live.log)) == ("", 50, 50)
+        worst = {
+            name: max(
+                abs(a[name] - b[name]) / abs(b[name])
+                for a, b in zip(seen.log, live.log, strict=True)
+            )
+            for name in ("loss/total", "loss/teacher", "grad_norm")
+        }
+        same = "the same masks" if seen.masks == live.masks else "other masks"
+        print(f"\n{codec}, {same}: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
+        assert worst["loss/total"] < 5e-4 and worst["grad_norm"] < 2e-3
