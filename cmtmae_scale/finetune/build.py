@@ -118,7 +118,7 @@ def build_parts(
         backend.after_load(progress.applied)
         logger.info("resuming %s at step %d", folder, progress.step)
     stream = stack.enter_context(open_stream(config, start, sets, world, device, progress))
-    stop = StopRequest(run_dir)
+    stop = StopRequest(run_dir, config.run.max_seconds)
     stop.install()
     telemetry = None
     if world.rank == 0:

@@ -19,6 +19,7 @@ from dataloading.errors import DataError
 # One override a key; a second one in the same string makes the key matter.
 CHANGES = {
     "run.dir": "run.dir=elsewhere",
+    "run.max_seconds": "run.max_seconds=0.001",
     "run.seed": "run.seed=1",
     "run.allow_change": "run.allow_change=[train.epochs] train.stop_after=1",
     "data.path": "data.path=nowhere",

@@ -20,9 +20,9 @@ SAME = ("digest", "digest")
 
 # docs/checkpoints.md has the same list in words.
 FREE = {
-    *("run.name", "run.dir", "run.allow_change", "teacher.mode"),
+    *("run.name", "run.dir", "run.max_seconds", "run.allow_change", "teacher.mode"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.background"),
-    *(key for key in KEYS if key.startswith(("backend.", "cache.", "eval.", "log."))),
+    *(key for key in KEYS if key.startswith(("backend.", "cache.", "eval.", "guard.", "log."))),
     *("train.micro_batch", "train.stop_after"),
     *("data.decode", "data.threads", "data.path", "data.index", "data.source", "data.resident"),
     *("data.expected_images", "data.max_bad_share", "data.window_on_sorted"),

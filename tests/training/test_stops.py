@@ -141,7 +141,7 @@ def test_the_first_reason_counts_and_a_second_signal_changes_nothing(tmp_path: P
 BINARIES = Path(sys.executable).parent
 SUPERVISOR = [sys.executable, str(ROOT / "launchers" / "supervise.py"), "--"]
 TORCHRUN = [str(BINARIES / "torchrun"), "--standalone", "--nproc-per-node=2"]
-DEEPSPEED = [str(BINARIES / "deepspeed"), "--num_gpus=2", "--bind_cores_to_rank"][:2]
+DEEPSPEED = [str(BINARIES / "deepspeed"), "--num_gpus=2"]
 SCRIPT = str(ROOT / "launchers" / "pretrain.py")
 LAUNCHERS = {
     "python": ([sys.executable], 75),
