@@ -141,9 +141,13 @@ def test_the_command_measures_and_leaves_nothing_but_the_index(
     assert max(map(len, out.splitlines())) <= 100 + len(str(recipe))
     for text in ("10: counted in", "48 views, 4.8 epochs, on 16 GPUs", "node of 8", " views/s: 2"):
         assert text in out
-    rows = [line.split()[:2] for line in out.splitlines() if line.startswith(("int8 ", "bf16 "))]
-    assert rows == [[codec, n] for codec in ("int8", "bf16") for n in ("1", "3", "4", "16")]
-    assert out.count("no#; from run ") == 2 and "hours of this CPU" in out
+    rows = [line for line in out.splitlines() if line.startswith(("int8 ", "bf16 "))]
+    named = [row.split()[:2] for row in rows]
+    assert named == [[codec, n] for codec in ("int8", "bf16") for n in ("1", "3", "4", "16")]
+    # Sixteen views are seen once each. Where this store was busy the verdict is "never (reading)":
+    # a measured rate may say that, but none makes it a yes.
+    assert not any("yes" in row for row in rows if row.split()[1] == "16")
+    assert "hours of this CPU" in out
 
 
 def test_a_plan_needs_no_images_where_their_number_is_known(
