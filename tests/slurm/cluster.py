@@ -180,19 +180,17 @@ class Cluster:
         return found["JobState"], int(found["ExitCode"].split(":")[0])
 
     def kill_node(self, node: str, job: str) -> None:
-        """Take a node away at once: its daemon, and everything of a job that runs on it."""
-        victims = [pid for pid in processes_of(job) if runs_on(pid, node)]
+        """Take a node away at once: its daemon, and everything of a job that runs on it.
+
+        Keepers first: one that outlives its child tells the controller of the child's end.
+        """
+        children = [pid for pid in processes_of(job) if runs_on(pid, node)]
+        keepers = {parent for parent in map(parent_of, children) if is_keeper(parent)}
         self.daemons[node].kill()
         self.daemons[node].wait()
-        for pid in [*victims, *self.keepers(node, job)]:
+        for pid in [*keepers, *children]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-    def keepers(self, node: str, job: str) -> list[int]:
-        """A job's ``slurmstepd`` on a node: the command line names the job, open files the node."""
-        title = f"slurmstepd: [{job}."
-        found = [pid for pid in pids() if read(pid, "cmdline").startswith(title)]
-        return [pid for pid in found if f"spool.{node}" in places(pid)]
 
 
 def held(job: dict[str, str]) -> bool:
@@ -230,13 +228,14 @@ def read(pid: int, name: str) -> str:
         return ""
 
 
-def places(pid: int) -> str:
-    """Working folder and open files of a process."""
-    found = []
-    for link in [Path(f"/proc/{pid}/cwd"), *Path(f"/proc/{pid}/fd").glob("*")]:
-        with suppress(OSError):
-            found.append(str(link.readlink()))
-    return "\n".join(found)
+def parent_of(pid: int) -> int:
+    found = re.search(r"^PPid:\t(\d+)", read(pid, "status"), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def is_keeper(pid: int) -> bool:
+    """Whether a process is one of SLURM's own, which stand above a job's."""
+    return read(pid, "cmdline").startswith("slurmstepd")
 
 
 def processes_of(job: str) -> list[int]:

@@ -74,7 +74,7 @@ def test_before_its_time_is_up_a_job_saves_and_is_queued_again(desk: Desk) -> No
     desk.cluster.call("scancel", job)
     assert (outcome(run_dir)["code"], outcome(run_dir)["reason"]) == (75, "SIGUSR1"), desk.log(job)
     newest = layout.candidates(run_dir / "checkpoints")[0]
-    assert layout.read_state(newest)["step"] == outcome(run_dir)["step"]
+    assert layout.step_of(newest) == outcome(run_dir)["step"]
     assert layout.fault(newest) is None
 
 
@@ -104,7 +104,7 @@ def test_an_array_computes_a_cache(desk: Desk) -> None:
         [
             desk.cluster.environment["PYTHON"],
             str(ROOT / "launchers/precompute_teacher.py"),
-            *("--config", str(desk.recipe), "--verify", f"cache.dir={cache}", "views.count=2"),
+            *("--config", str(desk.recipe), f"cache.dir={cache}", "views.count=2", "--verify"),
         ],
         env=desk.cluster.environment,
         capture_output=True,
