@@ -39,6 +39,12 @@ class SaveError(CheckpointError):
     exit_code = EXIT_CRASH
 
 
+class ReplicaError(CheckpointError):
+    """Ranks that hold the same tensors hold different bits; the checkpoint before stands."""
+
+    exit_code = EXIT_CRASH
+
+
 class NoProgressError(CmtMaeError):
     """Starts that end without progress, again and again."""
 

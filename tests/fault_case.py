@@ -89,6 +89,33 @@ def run_each(
     return [run_changed(recipe, overrides, change, rank) for overrides, change in cases]
 
 
+def run_with_a_flipped_bit(recipe: Path, overrides: list[str], step: int) -> str:
+    """Run, with a bit of rank 1's weights flipped after a step; returns the error."""
+    from cmtmae_scale.errors import CmtMaeError
+    from cmtmae_scale.training.build import build_parts
+    from cmtmae_scale.training.loop import train
+
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        config = load_config(recipe, overrides)
+        parts = build_parts(config, here(), torch.device("cpu"), stack)
+        backend = parts.models.backend
+        update = backend.momentum_update
+
+        def flipping(momentum: float) -> None:
+            update(momentum)
+            if dist.get_rank() == 1 and parts.progress.step + 1 == step:
+                held = (part.local for part in backend.fragments().values())
+                next(part for part in held if part.numel()).view(torch.int32)[0] ^= 1
+
+        backend.momentum_update = flipping  # type: ignore[method-assign]
+        try:
+            train(parts)
+        except CmtMaeError as error:
+            return str(error)
+    return ""
+
+
 def digest(backend: Any) -> list[int]:
     """A number for each state of the models and the optimizer."""
     return [

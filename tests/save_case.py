@@ -17,6 +17,7 @@ from cmtmae_scale.checkpoint import writer as writer_module
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import Writer
+from cmtmae_scale.errors import ReplicaError
 
 SHAPES = {"model.encoder.w": (5, 3), "model.decoder.b": (7,), "momentum.w": (5, 3)}
 STATE = {"progress": {"step": 3}}
@@ -278,3 +279,27 @@ def save_with_a_failing_rank(
     started.append(writer.save(3, fragments(2, rank), STATE))
     writer.finish(3, fragments(2, rank), STATE)
     return started, log.lines
+
+
+def save_replicas(root: Path, cases: list[dict[int, str]]) -> list[str]:
+    """Save what all ranks hold alike, but for one flipped bit; by case the error.
+
+    Args:
+        root: for the checkpoints.
+        cases: by rank the tensor in which the lowest bit of a value is flipped.
+    """
+    import torch.distributed as dist
+
+    rank, size, told = dist.get_rank(), dist.get_world_size(), []
+    for number, case in enumerate(cases, 1):
+        held = fragments()
+        if rank in case:
+            bits = held[case[rank]].local.view(torch.int32)
+            bits[number] ^= 1
+        writer = Writer(root, rank, size, 9, False, token=number)
+        try:
+            writer.save(number, held, STATE)
+            told.append("")
+        except ReplicaError as error:
+            told.append(str(error))
+    return told

@@ -11,6 +11,7 @@ from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import HostChunk, copy_to_host, write_chunks
 from cmtmae_scale.checkpoint.publish import await_parts, give_up_part, publish, seal_part
+from cmtmae_scale.checkpoint.replicas import refuse_differences
 from cmtmae_scale.errors import CheckpointError, SaveError
 from cmtmae_scale.runtime.collectives import agree_all
 from cmtmae_scale.runtime.storage import write_text
@@ -56,7 +57,11 @@ class Writer:
 
         Returns:
             Whether it was started. All ranks get the same answer; synchronises them.
+
+        Raises:
+            ReplicaError: if ranks that hold the same tensors differ.
         """
+        refuse_differences(step, fragments)
         if not agree_all(not self.failed):
             self.abandoned.set()
             if self.part_over.is_set():
@@ -171,6 +176,7 @@ class Writer:
 
         Raises:
             SaveError: if it could not be written.
+            ReplicaError: see ``save``.
         """
         self.wait()
         for attempt in range(self.attempts):
