@@ -1,4 +1,4 @@
-# make setup | demo | demo-ci | test | test-all | test-oldest | soak | lint
+# make setup | demo | demo-ci | test | test-all | test-oldest | test-slurm | soak | lint
 # Everything is installed into VENV, a folder of this clone.
 
 VENV ?= .venv
@@ -13,7 +13,7 @@ FIND_UV = UV="$$(command -v uv || true)"; \
 		[ -x "$$UV" ] || python3 -m pip install --quiet --target .venv-uv uv; \
 	fi
 
-.PHONY: setup demo demo-ci test test-all test-oldest soak lint
+.PHONY: setup demo demo-ci test test-all test-oldest test-slurm soak lint
 
 setup: $(VENV)/.stamp
 
@@ -47,6 +47,10 @@ $(OLDEST)/.stamp: pyproject.toml
 
 test-oldest: $(OLDEST)/.stamp
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m 'not slow' -n 2 --dist loadfile
+
+# The batch scripts on a real SLURM of two nodes on this machine; Debian: slurm-wlm, munge.
+test-slurm: setup
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -rs tests/slurm
 
 # Faults drawn at random for ten minutes; the end must be that of a run without.
 soak: setup

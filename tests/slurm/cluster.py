@@ -243,6 +243,11 @@ def processes_of(job: str) -> list[int]:
     return [pid for pid in pids() if f"SLURM_JOB_ID={job}" in read(pid, "environ").split("\0")]
 
 
+def users_of(folder: Path) -> list[int]:
+    """Processes that name a folder in their command lines."""
+    return [pid for pid in pids() if str(folder) in read(pid, "cmdline")]
+
+
 def runs_on(pid: int, node: str) -> bool:
     return f"SLURMD_NODENAME={node}" in read(pid, "environ").split("\0")
 

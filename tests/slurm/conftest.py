@@ -1,7 +1,9 @@
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,24 @@ class Desk:
         size = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
         place = self.folder / name
         return self.submit("train.sbatch", [*size, *options], self.recipe, place, *overrides)
+
+    @contextmanager
+    def srun(self, run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Train by ``srun`` alone, one rank on each of both nodes."""
+        line = ["srun", "--nodes=2", "--ntasks-per-node=1", self.cluster.environment["PYTHON"]]
+        line += ["launchers/pretrain.py", "--config", str(self.recipe), f"run.dir={run_dir}"]
+        child = subprocess.Popen(
+            [*line, *overrides],
+            cwd=self.folder,
+            env=self.cluster.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield child
+        finally:
+            child.kill()
+            child.wait()
 
     def log(self, job: str) -> str:
         """What a job has printed, in all its starts."""

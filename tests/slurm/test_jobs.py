@@ -1,13 +1,15 @@
 """The batch scripts on a real SLURM of two nodes, with tiny runs on CPUs."""
 
 import json
+import signal
 import subprocess
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from run_case import same
-from slurm.cluster import held, wait_for
+from slurm.cluster import held, users_of, wait_for
 from slurm.conftest import ROOT, Desk
 
 from cmtmae_scale.checkpoint import layout
@@ -131,6 +133,21 @@ def test_a_run_is_evaluated(desk: Desk, unbroken: Path) -> None:
     job = desk.submit("evaluate.sbatch", options, *arguments)
     assert desk.cluster.wait(job) == ("COMPLETED", 0), desk.log(job)
     assert list((unbroken / "evaluation").glob("*.json"))
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_a_signal_to_srun_saves_on_both_nodes(desk: Desk, attempt: int) -> None:
+    """Outside of a batch script: the shell sees the run's own code, and nothing is left."""
+    run_dir = desk.folder / f"srun{attempt}"
+    with desk.srun(run_dir, "train.steps=100000", EVERY) as child:
+        wait_for(lambda: step_of(run_dir) >= 1, 120, "step 1")
+        time.sleep(0.13 * attempt)
+        child.send_signal(signal.SIGUSR1)
+        assert child.wait(60) == 75
+    assert (outcome(run_dir)["code"], outcome(run_dir)["reason"]) == (75, "SIGUSR1")
+    newest = layout.candidates(run_dir / "checkpoints")[0]
+    assert layout.step_of(newest) == outcome(run_dir)["step"] and layout.fault(newest) is None
+    wait_for(lambda: not users_of(run_dir), 10, "no process left")
 
 
 @pytest.mark.deepspeed
