@@ -158,6 +158,19 @@ def command_on_ranks(recipe: Path, overrides: list[str], fault: str = "", victim
         return launch(["--config", str(recipe), *overrides])
 
 
+def commands_on_ranks(recipe: Path, starts: list[list[str]]) -> list[int]:
+    """Start after start in the same processes; their exit codes."""
+    from cmtmae_scale.errors import CmtMaeError
+
+    codes = []
+    for overrides in starts:
+        try:
+            codes.append(command_on_ranks(recipe, overrides))
+        except CmtMaeError as error:
+            codes.append(error.exit_code)
+    return codes
+
+
 def befall(fault: str, run_dir: Path) -> None:
     """Let something happen to this process after some steps."""
     kinds = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "stop": signal.SIGTERM}

@@ -8,7 +8,13 @@ from types import TracebackType
 from typing import Self
 
 from cmtmae_scale.checkpoint.attempts import forget_attempts
-from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_NO_PROGRESS,
+    EXIT_STOPPED,
+    CmtMaeError,
+)
 from cmtmae_scale.runtime.outcome import forget_exit, reported, write_exit
 from cmtmae_scale.training.progress import Progress
 from cmtmae_scale.training.stop import StartInterrupted, interrupt_start
@@ -94,5 +100,5 @@ class Ending:
                 write_exit(self.run_dir, code, self.step, reason)
             except OSError as refused:
                 logger.warning("%s: the outcome could not be written (%s)", self.run_dir, refused)
-            if code != EXIT_CRASH:
+            if code not in {EXIT_CRASH, EXIT_NO_PROGRESS}:
                 forget_attempts(self.run_dir)
