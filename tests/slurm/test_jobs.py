@@ -40,6 +40,12 @@ def outcome(run_dir: Path) -> dict[str, object]:
     return json.loads((run_dir / "exit.json").read_text())
 
 
+def stopped(run_dir: Path) -> bool:
+    """Whether the signal ended the run; it may reach either rank first."""
+    found = outcome(run_dir)
+    return found["code"] == 75 and found["reason"] in {"SIGUSR1", "a request on another rank"}
+
+
 def restarts(desk: Desk, job: str) -> int:
     return int(desk.cluster.job(job)["Restarts"])
 
@@ -58,8 +64,7 @@ def test_a_signalled_job_saves_is_queued_again_and_ends_with_the_same_weights(
     wait_for(lambda: step_of(run_dir) >= 3, 120, "step 3")
     desk.cluster.call("scancel", "--signal=USR1", job)
     wait_for(lambda: (run_dir / "exit.json").exists(), 60, "exit.json")
-    stopped = outcome(run_dir)
-    assert (stopped["code"], stopped["reason"]) == (75, "SIGUSR1")
+    assert stopped(run_dir)
     assert desk.cluster.wait(job) == ("COMPLETED", 0), desk.log(job)
     assert restarts(desk, job) == 1
     same(run_dir, unbroken, STEPS)
@@ -74,7 +79,7 @@ def test_before_its_time_is_up_a_job_saves_and_is_queued_again(desk: Desk) -> No
     desk.cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
     wait_for(lambda: held(desk.cluster.job(job)), 120, "the job in the queue again")
     desk.cluster.call("scancel", job)
-    assert (outcome(run_dir)["code"], outcome(run_dir)["reason"]) == (75, "SIGUSR1"), desk.log(job)
+    assert stopped(run_dir), desk.log(job)
     newest = layout.candidates(run_dir / "checkpoints")[0]
     assert layout.step_of(newest) == outcome(run_dir)["step"]
     assert layout.fault(newest) is None
@@ -144,7 +149,7 @@ def test_a_signal_to_srun_saves_on_both_nodes(desk: Desk, attempt: int) -> None:
         time.sleep(0.13 * attempt)
         child.send_signal(signal.SIGUSR1)
         assert child.wait(60) == 75
-    assert (outcome(run_dir)["code"], outcome(run_dir)["reason"]) == (75, "SIGUSR1")
+    assert stopped(run_dir)
     newest = layout.candidates(run_dir / "checkpoints")[0]
     assert layout.step_of(newest) == outcome(run_dir)["step"] and layout.fault(newest) is None
     wait_for(lambda: not users_of(run_dir), 10, "no process left")
