@@ -1,8 +1,9 @@
-# make setup | demo | demo-ci | test | test-all | test-oldest | test-slurm | soak | lint
+# make setup | demo | demo-ci | test | test-all | test-oldest | test-slurm | soak | lint | lint-manifests
 # Everything is installed into VENV, a folder of this clone.
 
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+MANIFESTS ?= .venv-manifests
 EXTRAS = dali,deepspeed,demo,dev,hf
 PYTHON = $(VENV)/bin/python
 
@@ -13,7 +14,7 @@ FIND_UV = UV="$$(command -v uv || true)"; \
 		[ -x "$$UV" ] || python3 -m pip install --quiet --target .venv-uv uv; \
 	fi
 
-.PHONY: setup demo demo-ci test test-all test-oldest test-slurm soak lint
+.PHONY: setup demo demo-ci test test-all test-oldest test-slurm soak lint lint-manifests
 
 setup: $(VENV)/.stamp
 
@@ -55,6 +56,17 @@ test-slurm: setup
 # Faults drawn at random for ten minutes; the end must be that of a run without.
 soak: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/soak.py --minutes 10
+
+# Manifests, Dockerfile and scripts, against published schemas and rules; no cluster is needed.
+$(MANIFESTS)/.stamp: pyproject.toml
+	@set -eu; $(FIND_UV); \
+	[ -x "$(MANIFESTS)/bin/python" ] || "$$UV" venv --quiet "$(MANIFESTS)"; \
+	"$$UV" pip install --quiet --python "$(MANIFESTS)/bin/python" --group manifests
+	@touch $@
+
+lint-manifests: $(MANIFESTS)/.stamp
+	$(MANIFESTS)/bin/python tests/manifests/check.py
+	$(MANIFESTS)/bin/python -m pytest --noconftest tests/manifests/test_check.py
 
 lint: setup
 	$(VENV)/bin/ruff check .
