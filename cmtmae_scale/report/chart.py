@@ -46,21 +46,23 @@ class Chart:
 
 def draw(chart: Chart) -> str:
     """A chart as a figure."""
-    shown = [line for line in chart.lines if line.points]
+    # A line without points keeps its colour's number: in a comparison a run has one colour.
+    numbered = zip(chart.lines, colour_numbers(chart.lines), strict=True)
+    pairs = [(line, colour) for line, colour in numbered if line.points]
+    shown = [line for line, _ in pairs]
     frame = Frame.around(shown, chart.bands, chart.levels)
     marks = [frame.grid()]
     marks += [frame.band(band) for band in chart.bands]
     marks += [frame.level(value, meaning) for value, meaning in chart.levels]
-    colours = colour_numbers(shown)
     # plans first, so that what was measured lies above
-    order = sorted(zip(shown, colours, strict=True), key=lambda pair: not pair[0].planned)
+    order = sorted(pairs, key=lambda pair: not pair[0].planned)
     marks += [frame.line(line, colour) for line, colour in order]
     said = "; ".join(describe(line) for line in shown if not line.planned)
     note = f'<p class="note">{text(chart.note)}</p>' if chart.note else ""
     return (
         f'<figure class="chart"><figcaption>{text(chart.title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(said)}">'
-        f"{''.join(marks)}</svg>{legend(shown, colours, chart.bands)}{note}</figure>"
+        f"{''.join(marks)}</svg>{legend(pairs, chart.bands)}{note}</figure>"
     )
 
 
@@ -79,14 +81,14 @@ def describe(line: Line) -> str:
     )
 
 
-def legend(lines: Sequence[Line], colours: Sequence[int], bands: Sequence[Band]) -> str:
+def legend(lines: Sequence[tuple[Line, int]], bands: Sequence[Band]) -> str:
     """Labels with the last value of what was measured."""
     items = [
         f'<li><svg class="key" viewBox="0 0 26 8" aria-hidden="true">'
         f'<path class="s{colour}" d="M1 4H25"/></svg>{text(line.label)}'
         + ("" if line.planned else f" <b>{number(line.points[-1][1])}</b>")
         + "</li>"
-        for line, colour in zip(lines, colours, strict=True)
+        for line, colour in lines
     ]
     items += [
         '<li><svg class="key" viewBox="0 0 26 8" aria-hidden="true">'

@@ -21,14 +21,14 @@ def training_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
             run,
             others,
             "Agreement of the two attentions",
-            {"attention/agreement": "teacher and momentum student"} if collaborates(run) else {},
+            {"attention/agreement": "teacher and momentum student"},
             "Rank correlation of their maps: 1 the same, 0 unrelated.",
         ),
         measured(
             run,
             others,
             "Attention that stays visible",
-            {"mask/visible_mass": "share of the map"} if steers(run) else {},
+            {"mask/visible_mass": "share of the map"},
             "",
             mass_levels(run),
         ),
@@ -160,19 +160,6 @@ def alphas(run: Run) -> dict[str, str]:
     if need.teacher_features and need.student_features:
         found["alpha_target"] = "in the loss"
     return found
-
-
-def collaborates(run: Run) -> bool:
-    """Whether there are two maps to compare."""
-    if run.config is None:
-        return True
-    need = needs(run.config)
-    return need.teacher_attention and need.student_attention
-
-
-def steers(run: Run) -> bool:
-    """Whether masks follow a map."""
-    return run.config is None or run.config.mask.sampler != "random"
 
 
 def averages(run: Run) -> bool:

@@ -53,7 +53,7 @@ def headline(run: Run) -> str:
     if losses:
         cards.append(("loss", number(losses[-1][1]), f"from {number(losses[0][1])}"))
     agreement = run.series("attention/agreement")
-    if agreement and any(value for _, value in agreement):
+    if agreement:
         started = f"from {agreement[0][1]:.2f}"
         cards.append(("attention agreement", f"{agreement[-1][1]:.2f}", started))
     for name, label in (("eval/knn10", "k-NN accuracy"), ("eval/linear", "linear accuracy")):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmtmae_scale.config.derive import reads_cache
+from cmtmae_scale.config.derive import needs, reads_cache
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.standing import Standing
 from cmtmae_scale.teachers.base import picture_sizes
@@ -199,7 +199,11 @@ def readable(report: dict[str, float], scalars: Scalars, parts: Parts) -> dict[s
     rows = max(report["valid_rows"], 1.0)
     count = parts.plan.accumulation * parts.plan.world_size
     values = {name: report[name] / rows for name in REPORT if name.startswith("loss/")}
-    means = ["mask/visible_mass", "attention/agreement"]
+    needed = needs(parts.config)
+    maps = (needed.teacher_attention, needed.student_attention)
+    # What a run does not have is left out: a zero would be read as a measurement.
+    means = ["mask/visible_mass"] if any(maps) else []
+    means += ["attention/agreement"] if all(maps) else []
     means += ["cache/hit"] if reads_cache(parts.config) else []
     values |= {name: report[name] / count for name in means}
     values |= {"grad_norm": report["grad_norm"], "valid_rows": report["valid_rows"]}

@@ -79,6 +79,16 @@ def test_the_log_holds_every_term(undisturbed: dict[int, Path]) -> None:
     assert list((undisturbed[1] / "tensorboard").glob("events*"))
 
 
+def test_what_a_run_does_not_have_is_not_logged(recipe: Path, tmp_path: Path) -> None:
+    (reason,) = run_ranks(
+        1, run, recipe, [f"run.dir={tmp_path}", "mask.sampler=random", "train.stop_after=1"]
+    )
+    assert reason == "train.stop_after=1"
+    (entry,) = log(tmp_path)
+    assert "loss/teacher" in entry
+    assert not {"mask/visible_mass", "attention/agreement", "cache/hit"} & entry.keys()
+
+
 def test_losses_do_not_depend_on_the_number_of_processes(undisturbed: dict[int, Path]) -> None:
     for one, two in zip(log(undisturbed[1]), log(undisturbed[2]), strict=True):
         assert one["loss/total"] == pytest.approx(two["loss/total"], rel=1e-5)
