@@ -45,7 +45,7 @@ def make_photographs(folder: Path, count: int = 20) -> Path:
         place = folder / f"class{number % 3}"
         place.mkdir(parents=True, exist_ok=True)
         coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-        size = (80 + 4 * number, 110 - 2 * number)
+        size = (80 + 4 * (number % 20), 110 - 2 * (number % 20))
         picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
         picture.save(place / f"{number:03d}.jpg", quality=90)
     return folder

@@ -124,9 +124,9 @@ def columns_of(
             cosine = F.cosine_similarity(prediction.float(), target, dim=-1)
             patches = on_grid(cosine[:, int(layout.cls) :], layout, choice)
             whose = "momentum student" if name == "student" else name
-            note = f"{whose}, mean {cosine.mean():.2f}"
+            note = f"cosine, mean {cosine.mean():.2f}"
             patches = patches.view(-1, height, width).clamp(0, 1)
-            columns.append(Column("cosine to", patches, note, COSINE))
+            columns.append(Column(whose, patches, note, COSINE))
     if predictions.pixel is not None:
         columns.append(reconstruction(config, predictions.pixel.float(), pixels, layout, choice))
     colours = principal_colours(tokens.float(), patch_means(views, height))
