@@ -177,14 +177,15 @@ def befall(fault: str, run_dir: Path) -> None:
     if fault == "sleep":
         from cmtmae_scale.training import loop
 
-        usual = loop.prepare
+        usual, taken = loop.next_batch, [0]
 
-        def slow(config: Any, models: Any, batch: Any, scalars: Any) -> Any:
-            if scalars.lr > 0:  # from the second step on
+        def slow(stream: Any, *arguments: Any) -> Any:
+            taken[0] += 1
+            if taken[0] > 2:  # from the second step on
                 time.sleep(1000)
-            return usual(config, models, batch, scalars)
+            return usual(stream, *arguments)
 
-        loop.prepare = slow
+        loop.next_batch = slow
         return
 
     def strike() -> None:
