@@ -30,7 +30,7 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.runtime.standing import read_standing
 
 RANKS = 2
-STEPS_A_MINUTE = 150
+STEPS_A_MINUTE = 320
 PAUSE_S = (8.0, 20.0)
 SPOILT = 3
 """A photograph that is damaged from the beginning, in both runs."""
