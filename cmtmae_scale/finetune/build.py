@@ -14,8 +14,7 @@ from cmtmae_scale import __version__
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import load_fragments
-from cmtmae_scale.checkpoint.find import find_checkpoint
-from cmtmae_scale.checkpoint.writer import Writer
+from cmtmae_scale.checkpoint.open import newest_checkpoint, open_writer
 from cmtmae_scale.config.derive import batch_plan, total_steps
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict
@@ -31,7 +30,6 @@ from cmtmae_scale.finetune.classifier import (
 )
 from cmtmae_scale.finetune.loop import Parts
 from cmtmae_scale.finetune.start import Start, check_same, start_from_dict
-from cmtmae_scale.runtime.collectives import barrier, from_first
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.training.progress import Progress, fresh_progress, resumed_progress
 from cmtmae_scale.training.resume import compare
@@ -81,12 +79,7 @@ def build_parts(
     sets = open_pair(config.data.path, config.data.test_path, run_dir)
     steps = total_steps(config, len(sets.train))
     check_warmup(config, steps, len(sets.train))
-    root = run_dir / "checkpoints"
-    root.mkdir(exist_ok=True)
-    if world.rank == 0:
-        layout.sweep(root)
-    barrier()
-    folder = find_checkpoint(root, world.rank, world.world_size)
+    folder = newest_checkpoint(run_dir, world)
     digest = sets.train.index.digest
     if folder is None:
         progress = fresh_progress(steps, config.train.global_batch)
@@ -124,18 +117,8 @@ def build_parts(
     if world.rank == 0:
         telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
         stack.callback(telemetry.close)
-    token = from_first(int(torch.randint(2**62, (), dtype=torch.int64).item()))
-    writer = Writer(
-        root,
-        world.rank,
-        world.world_size,
-        config.checkpoint.keep,
-        config.checkpoint.background,
-        token,
-    )
-    if folder is not None and progress.step != progress.step0:
-        writer.saved_step = progress.step
-    stack.callback(writer.close)
+    saved_step = progress.step if folder is not None and progress.step != progress.step0 else None
+    writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
     logger.info(
         "%s: batch %s; steps %d to %d",
         *(config.run.name, plan, progress.step + 1, progress.end_step),

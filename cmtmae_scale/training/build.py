@@ -17,8 +17,7 @@ from cmtmae_scale.cache.identity import circumstances, warn_of_circumstances
 from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
-from cmtmae_scale.checkpoint.find import find_checkpoint
-from cmtmae_scale.checkpoint.writer import Writer
+from cmtmae_scale.checkpoint.open import newest_checkpoint, open_writer
 from cmtmae_scale.config.derive import (
     batch_plan,
     builds_teacher,
@@ -37,7 +36,7 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.start_weights import load_start_weights
 from cmtmae_scale.method.student import MomentumStudent, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
-from cmtmae_scale.runtime.collectives import barrier, from_first, texts_of_all
+from cmtmae_scale.runtime.collectives import barrier, texts_of_all
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.standing import StandingFile
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
@@ -80,12 +79,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     plan = batch_plan(config, world.world_size)
     index = open_index(config, run_dir, world)
     steps = total_steps(config, len(index))
-    root = run_dir / "checkpoints"
-    root.mkdir(exist_ok=True)
-    if world.rank == 0:
-        checkpoints.sweep(root)
-    barrier()
-    folder = find_checkpoint(root, world.rank, world.world_size)
+    folder = newest_checkpoint(run_dir, world)
     progress = where_to_start(config, folder, index.digest, steps)
     teacher = open_teacher(config, world, device, index, stop, stack)
     models = build_models(config, world, device, teacher, resumed=folder is not None)
@@ -103,18 +97,8 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         standing = StandingFile(run_dir)
         telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
         stack.callback(telemetry.close)
-    token = from_first(int(torch.randint(2**62, (), dtype=torch.int64).item()))
-    writer = Writer(
-        root,
-        world.rank,
-        world.world_size,
-        config.checkpoint.keep,
-        config.checkpoint.background,
-        token,
-    )
-    if folder is not None and progress.step != progress.step0:
-        writer.saved_step = progress.step
-    stack.callback(writer.close)
+    saved_step = progress.step if folder is not None and progress.step != progress.step0 else None
+    writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
     logger.info(
         "%s: batch %s; steps %d to %d",
         config.run.name,
