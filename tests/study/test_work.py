@@ -12,6 +12,8 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.study.file import load_study
 from cmtmae_scale.study.work import Run, plan_runs
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def runs_of(folder: Path, **changes: Any) -> list[Run]:
     return plan_runs(load_study(write_study(folder, study_tree(folder) | changes)))
@@ -19,6 +21,20 @@ def runs_of(folder: Path, **changes: Any) -> list[Run]:
 
 def kinds(run: Run) -> list[str]:
     return [piece.kind for piece in run.missing()]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").iterdir()), ids=lambda p: p.stem)
+def test_every_row_of_a_study_that_is_shipped_can_be_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_study(path)
+    runs = plan_runs(study)
+    assert {run.row for run in runs} == set(study.rows)
+    for run in runs:
+        for piece in run.pieces:
+            if piece.kind in ("train", "cache"):
+                load_config(piece.arguments[2], piece.arguments[3:])
 
 
 def test_neighbours_with_the_same_seeds_go_seed_by_seed(tmp_path: Path) -> None:
