@@ -225,7 +225,7 @@ def test_it_learns(tmp_path: Path, pool: str, augmentation: list[str]) -> None:
 
 
 def test_it_learns_in_a_few_steps(tmp_path: Path) -> None:
-    learns(tmp_path, "mean", [*MILD, "train.steps=40"], 0.6)
+    learns(tmp_path, "mean", [*MILD, "train.steps=40"], 0.5)  # by chance: 0.3 %
 
 
 def learns(folder: Path, pool: str, overrides: list[str], at_least: float) -> None:
