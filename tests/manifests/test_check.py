@@ -19,7 +19,11 @@ PLANTED = {
         "enableServiceLink:",
         "'enableServiceLink'",
     ),
-    "a wrong type": ("terminationGracePeriodSeconds: ", "terminationGracePeriodSeconds: x", "x"),
+    "a wrong type": (
+        "terminationGracePeriodSeconds: ",
+        "terminationGracePeriodSeconds: x",
+        "terminationGracePeriodSeconds",
+    ),
     "a privileged container": ("allowPrivilegeEscalation: false", "privileged: true", "privileged"),
     "root": ("runAsNonRoot: true", "runAsNonRoot: false", "runAsNonRoot"),
     "no seccomp profile": ("type: RuntimeDefault", "type: Unconfined", "seccompProfile"),
