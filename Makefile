@@ -55,7 +55,7 @@ test-slurm: setup
 
 # Faults drawn at random for ten minutes; the end must be that of a run without.
 soak: setup
-	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(PYTHON) tests/soak.py --minutes 10
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) tests/soak.py --minutes 10
 
 # Manifests, Dockerfile and scripts, against published schemas and rules; no cluster is needed.
 $(MANIFESTS)/.stamp: pyproject.toml

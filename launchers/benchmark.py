@@ -6,7 +6,7 @@ python launchers/benchmark.py data datasets/imagenet-1k/train
 python launchers/benchmark.py cache [--config configs/demo.yaml]
 """
 
-from cmtmae_scale.benchmark.command import main
+from cmtmae_scale.commands.benchmark import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -4,7 +4,7 @@ python launchers/check_data.py datasets/imagenet-1k/train [--sheet FILE] [--repo
 python launchers/check_data.py datasets/imagenet-1k/train --pack datasets/imagenet-1k-tars
 """
 
-from cmtmae_scale.check_data.command import main
+from cmtmae_scale.commands.check_data import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -7,7 +7,7 @@ python launchers/evaluate.py linear --timm vit_small_patch14_dinov2.lvd142m --tr
 python launchers/evaluate.py finetune --config configs/finetune_base.yaml --checkpoint RUN_DIR
 """
 
-from cmtmae_scale.evaluation.command import main
+from cmtmae_scale.commands.evaluate import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

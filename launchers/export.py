@@ -6,7 +6,7 @@ python launchers/export.py full --checkpoint RUN_DIR
 python launchers/export.py encoder --checkpoint RUN_DIR [--output FILE]
 """
 
-from cmtmae_scale.export.command import main
+from cmtmae_scale.commands.export import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from cmtmae_scale.precompute.command import main
+from cmtmae_scale.commands.precompute import main
 
 if __name__ == "__main__":
     sys.exit(main())

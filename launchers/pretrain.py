@@ -3,7 +3,7 @@
 python launchers/pretrain.py --config configs/demo.yaml [--dry-run] [key=value ...]
 """
 
-from cmtmae_scale.cli import pretrain
+from cmtmae_scale.commands.pretrain import pretrain
 
 if __name__ == "__main__":
     raise SystemExit(pretrain())

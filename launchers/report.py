@@ -3,7 +3,7 @@
 python launchers/report.py RUN_DIR [RUN_DIR ...] [--out FILE]
 """
 
-from cmtmae_scale.report.command import main
+from cmtmae_scale.commands.report import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -6,7 +6,7 @@ python launchers/study.py configs/studies/first.yaml --dry-run
 
 from pathlib import Path
 
-from cmtmae_scale.study.command import main
+from cmtmae_scale.commands.study import main
 
 if __name__ == "__main__":
     raise SystemExit(main(Path(__file__).resolve().parents[1]))

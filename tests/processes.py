@@ -15,11 +15,11 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     *("torch", "torch.distributed", "torch.distributed.fsdp", "timm"),
-    *("cmtmae_scale.backends.fsdp", "cmtmae_scale.training.build", "cmtmae_scale.training.loop"),
-    *("cmtmae_scale.evaluation.command", "cmtmae_scale.evaluation.during"),
+    *("cmtmae_scale.backends.fsdp", "cmtmae_scale.pretraining.build", "cmtmae_scale.engine.loop"),
+    *("cmtmae_scale.commands.evaluate", "cmtmae_scale.evaluation.periodic"),
 ]
 if find_spec("deepspeed") is not None:
-    PRELOAD += ["cmtmae_scale.backends.zero", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    PRELOAD += ["cmtmae_scale.backends.deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 CONTEXT.set_forkserver_preload(PRELOAD)
 
 

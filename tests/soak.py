@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from processes import CONTEXT
-from run_case import BASE, make_photographs, same
 
 from cmtmae_scale.cache.format import ENDLESS, PARTS, read_manifest
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.runtime.standing import read_standing
+from cmtmae_scale.runtime.progress_file import read_standing
+from tests.engine.run_case import BASE, make_photographs, same
+from tests.processes import CONTEXT
 
 RANKS = 2
 STEPS_A_MINUTE = 320
@@ -97,7 +97,7 @@ def rank_main(rank: int, port: int, recipe: Path, run_dir: Path) -> None:
     import torch
 
     from cmtmae_scale import cli
-    from cmtmae_scale.training import loop
+    from cmtmae_scale.engine import loop
 
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
@@ -131,7 +131,7 @@ def sidecar_main(run_dir: Path) -> None:
     """The sidecar: the whole command."""
     import torch
 
-    from cmtmae_scale.precompute import command as precompute
+    from cmtmae_scale.commands import precompute
 
     torch.set_num_threads(1)
     redirect(run_dir / "sidecar.err")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cmtmae_scale.commands.dry_run import describe
+from cmtmae_scale.commands.evaluate import parse
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.dry_run import describe
-from cmtmae_scale.evaluation.command import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = sorted((ROOT / "configs").glob("*.yaml"))

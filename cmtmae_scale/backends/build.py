@@ -62,7 +62,7 @@ def make_backend(
         )
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one and warn
-    from cmtmae_scale.backends.zero import Zero  # takes seconds, and is not always there
+    from cmtmae_scale.backends.deepspeed import Zero  # takes seconds, and is not always there
 
     return Zero(
         model,

@@ -20,7 +20,7 @@ from cmtmae_scale.cache.identity import Keyed, circumstances, fingerprint
 from cmtmae_scale.cache.parts import write_part
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.teachers.live import LiveTeacher
+from cmtmae_scale.teachers.online import LiveTeacher
 from dataloading.index import Index
 from dataloading.plan import Plan, Planner
 from dataloading.reading import Reader

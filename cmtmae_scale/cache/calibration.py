@@ -10,11 +10,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from cmtmae_scale.cache.claim import once
 from cmtmae_scale.cache.codecs import Calibration
 from cmtmae_scale.cache.format import MANIFEST, Manifest, manifest_text, read_manifest
 from cmtmae_scale.cache.identity import check_identity, warn_of_circumstances
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.claim import once
 from cmtmae_scale.runtime.storage import digest, sync
 
 logger = logging.getLogger(__name__)

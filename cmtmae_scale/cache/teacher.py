@@ -17,7 +17,7 @@ from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.teachers.base import Teacher, TeacherView
-from cmtmae_scale.teachers.live import LiveTeacher
+from cmtmae_scale.teachers.online import LiveTeacher
 from dataloading.index import Index
 from dataloading.plan import Plan
 from dataloading.stream import Batch

@@ -10,7 +10,7 @@ from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.base import Teacher
-from cmtmae_scale.teachers.live import LiveTeacher, Reading
+from cmtmae_scale.teachers.online import LiveTeacher, Reading
 from cmtmae_scale.teachers.timm import TimmSource
 
 logger = logging.getLogger(__name__)
@@ -108,3 +108,8 @@ def student_grid(config: Config) -> tuple[int, int]:
             "pixels"
         )
     return config.views.size // patch, config.views.size // patch
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    """Type in which models compute."""
+    return torch.bfloat16 if config.backend.precision == "bf16" else torch.float32

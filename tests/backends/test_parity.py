@@ -3,14 +3,14 @@
 import shutil
 from typing import Any
 
-import backend_case as case
 import numpy as np
 import pytest
 import torch
-from processes import run_ranks
-from references.independent_loop import train
 
 from cmtmae_scale.method.masking import choose_masks
+from tests.backends import backend_case as case
+from tests.processes import run_ranks
+from tests.references.independent_loop import train
 
 STEPS = 10
 

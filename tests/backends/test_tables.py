@@ -7,14 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import backend_case as case
 import numpy as np
 import pytest
 import torch
-from processes import run_ranks
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
+from tests.backends import backend_case as case
+from tests.processes import run_ranks
 
 pytestmark = [
     *(pytest.mark.slow, pytest.mark.gloo, pytest.mark.deepspeed),

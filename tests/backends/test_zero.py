@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import backend_case as case
 import numpy as np
 import pytest
 import torch
-from processes import run_ranks
 
 from cmtmae_scale.config.deepspeed import deepspeed_config
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import ConfigError
+from tests.backends import backend_case as case
+from tests.processes import run_ranks
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [pytest.mark.gloo, pytest.mark.deepspeed]
@@ -181,7 +181,7 @@ def test_what_zero_cannot_do_is_refused(overrides: list[str], message: str) -> N
 
 
 def test_another_version_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmtmae_scale.backends import zero
+    from cmtmae_scale.backends import deepspeed as zero
 
     monkeypatch.setattr(zero.deepspeed, "__version__", "0.99.1")
     with pytest.raises(ConfigError, match=r"DeepSpeed 0.99.1 is installed"):

@@ -5,18 +5,18 @@ import re
 import shutil
 from pathlib import Path
 
-import cache_case as case
 import pytest
 import torch
-from processes import CONTEXT, run_ranks
 
 from cmtmae_scale.cache import build
+from cmtmae_scale.cache.claim import once
 from cmtmae_scale.cache.format import part_path, read_manifest, seal_path
 from cmtmae_scale.cache.parts import PartFile
 from cmtmae_scale.cache.verify import damaged_parts, empty_rows
+from cmtmae_scale.commands import precompute
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.precompute import command as precompute
-from cmtmae_scale.runtime.claim import once
+from tests.cache import cache_case as case
+from tests.processes import CONTEXT, run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,29 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from cached_run_case import COUNT, VIEWS, cached, describe, make_cache, open_outside, write_manifest
-from run_case import make_photographs, write_recipe
 from safetensors.torch import save_file
 
-from cmtmae_scale.benchmark.training import count
 from cmtmae_scale.cache.format import MANIFEST, PARTS, manifest_text, part_path
 from cmtmae_scale.cache.identity import circumstances
 from cmtmae_scale.cache.teacher import open_cache
+from cmtmae_scale.commands.dry_run import describe as dry_run
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.dry_run import describe as dry_run
+from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.pretraining.build import open_teacher
 from cmtmae_scale.runtime.launch import World, process_group
-from cmtmae_scale.training.build import open_teacher
-from cmtmae_scale.training.stop import StopRequest
+from cmtmae_scale.tools.benchmark.training import count
 from dataloading.index import build_index
+from tests.engine.run_case import make_photographs, write_recipe
+from tests.pretraining.cached_run_case import (
+    COUNT,
+    VIEWS,
+    cached,
+    describe,
+    make_cache,
+    open_outside,
+    write_manifest,
+)
 
 
 @pytest.fixture(scope="module")

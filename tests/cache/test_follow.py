@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from cmtmae_scale.cache.follow import ABANDONED_S, Follower, delete_before
 from cmtmae_scale.cache.format import ENDLESS, PARTS, Manifest, part_path, seal_path
-from cmtmae_scale.runtime.standing import Standing, StandingFile, read_standing
+from cmtmae_scale.cache.sidecar import ABANDONED_S, Follower, delete_before
+from cmtmae_scale.runtime.progress_file import Standing, StandingFile, read_standing
 
 SIZE = 10
 

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cached_run_case import cached, describe, write_manifest, write_rows
-from run_case import write_recipe
 
 from cmtmae_scale.cache.codecs import Calibration
 from cmtmae_scale.cache.format import (
@@ -30,6 +28,8 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError
 from dataloading.index import build_index
 from dataloading.plan import Plan
+from tests.engine.run_case import write_recipe
+from tests.pretraining.cached_run_case import cached, describe, write_manifest, write_rows
 
 ROWS = 40
 FORGED = [0, -1, 1, 3, 10**30, 1e9, True, None, "x", "bf16", [], {}, {"teacher": {}}]

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cmtmae_scale.cache.builder import make_builder
 from cmtmae_scale.cache.format import PARTS, part_path
+from cmtmae_scale.commands.precompute import main
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.precompute.builder import make_builder
-from cmtmae_scale.precompute.command import main
 from cmtmae_scale.teachers import build as teachers
 from dataloading.index import load_or_build
 
@@ -104,7 +104,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     config = load_config(RECIPE, own)
     teacher = teachers.assemble(config, needs(config), load=True)
     teacher.mean = (0.5, 0.5, 0.5)
-    monkeypatch.setattr("cmtmae_scale.precompute.builder.assemble", lambda *_, **__: teacher)
+    monkeypatch.setattr("cmtmae_scale.cache.builder.assemble", lambda *_, **__: teacher)
     builder = make_builder(config, index, next(teacher.model.parameters()).device)
     with pytest.raises(CacheError, match=r"teacher\.mean: the cache was built with") as refused:
         builder.begin(folder, "int8", 64)

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cached_run_case import observe_each
-from processes import run_ranks
 
-from cmtmae_scale.benchmark import rounding
 from cmtmae_scale.cache.codecs import calibrate
+from cmtmae_scale.commands import precompute
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.precompute import command as precompute
 from cmtmae_scale.teachers.base import picture_sizes
 from cmtmae_scale.teachers.build import build_teacher
+from cmtmae_scale.tools.benchmark import rounding
 from dataloading.index import build_index
 from dataloading.stream import Stream
+from tests.pretraining.cached_run_case import observe_each
+from tests.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs" / "demo.yaml"

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from save_case import STATE, fragments, save, values
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader, load_fragments
@@ -13,6 +12,7 @@ from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.storage import digest
+from tests.checkpoint.save_case import STATE, fragments, save, values
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])

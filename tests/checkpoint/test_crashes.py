@@ -4,8 +4,9 @@ import errno
 from pathlib import Path
 
 import pytest
-from processes import run_ranks
-from save_case import SCENARIOS, crash_everywhere, refuse_everywhere
+
+from tests.checkpoint.save_case import SCENARIOS, crash_everywhere, refuse_everywhere
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
 MOST = [

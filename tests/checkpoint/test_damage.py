@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from save_case import fragments, save
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import INDEX, load_fragments
@@ -18,6 +17,7 @@ from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.errors import EXIT_CONFIG, CheckpointError
 from cmtmae_scale.export.encoder import export_encoder
 from cmtmae_scale.runtime.storage import digest
+from tests.checkpoint.save_case import fragments, save
 
 FLIPS = 1000
 PART = layout.rank_file(0)

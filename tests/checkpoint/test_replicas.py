@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from fault_case import run_with_a_flipped_bit
-from processes import run_ranks
-from run_case import write_recipe
-from save_case import save_replicas
 
 from cmtmae_scale.checkpoint import layout
+from tests.checkpoint.save_case import save_replicas
+from tests.engine.fault_case import run_with_a_flipped_bit
+from tests.engine.run_case import write_recipe
+from tests.processes import run_ranks
 
 LAST = {1: "momentum.w"}
 CASES = {

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_ranks
-from run_case import STEPS, run_on_a_slow_store, write_recipe
-from save_case import STATE, fragments, save, save_with_a_failing_rank, version_of
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint import layout, writer
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.errors import CheckpointError, SaveError
+from tests.checkpoint.save_case import STATE, fragments, save, save_with_a_failing_rank, version_of
+from tests.engine.run_case import STEPS, run_on_a_slow_store, write_recipe
+from tests.processes import run_ranks
 
 
 def test_one_save_is_in_flight_and_the_backlog_is_left_out(

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_ranks
-from run_case import run, tensors, write_recipe
 
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError
 from dataloading.errors import DataError
+from tests.engine.run_case import run, tensors, write_recipe
+from tests.processes import run_ranks
 
 # One override a key; a second one in the same string makes the key matter.
 CHANGES = {

@@ -9,22 +9,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bad_data_case as cases
 import numpy as np
 import pytest
 import torch
-from bad_data_case import FOLDER, GREY, LEFT_OUT, PASSED, PNG, REFUSED, RIGHT, SOME, STOPS, Case
-from bad_tar_case import TARS
-from decoder_case import DECODERS as ON_CPU
-from decoder_case import NO_DALI
 from PIL import Image, ImageFile
-from tar_case import write_tar
 
 from dataloading.errors import DataError, ReadError
 from dataloading.headers import size_of_bytes
 from dataloading.index import Index, build_index
 from dataloading.reading import GREY as GREY_LEVEL
 from dataloading.stream import Stream
+from tests.dataloading import bad_data_case as cases
+from tests.dataloading.bad_data_case import (
+    FOLDER,
+    GREY,
+    LEFT_OUT,
+    PASSED,
+    PNG,
+    REFUSED,
+    RIGHT,
+    SOME,
+    STOPS,
+    Case,
+)
+from tests.dataloading.bad_tar_case import TARS
+from tests.dataloading.decoder_case import DECODERS as ON_CPU
+from tests.dataloading.decoder_case import NO_DALI
+from tests.dataloading.tar_case import write_tar
 
 ROOT = Path(__file__).parents[2]
 SIZE = 40

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decoder_case import DECODERS
 from PIL import Image
-from tar_case import write_tar
 
 from dataloading.index import Index, build_index
 from dataloading.reading import GREY
 from dataloading.stream import Stream
+from tests.dataloading.decoder_case import DECODERS
+from tests.dataloading.tar_case import write_tar
 
 COUNT, SHARDS, BATCH = 600, 4, 25
 BROKEN = (0, 7, 149, 150, 311, 312, 480, 599)

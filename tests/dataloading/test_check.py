@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tar_case import write_tar
 
 from dataloading.check import find_undecodable
 from dataloading.errors import DataError
 from dataloading.index import build_index
 from dataloading.sheet import draw_sheet
 from dataloading.stream import Stream
+from tests.dataloading.tar_case import write_tar
 
 VIEWS = {"scale": (0.2, 1.0), "ratio": (0.75, 1.25), "flip": True, "threads": 2}
 

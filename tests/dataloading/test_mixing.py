@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tar_case import write_tar
 
 from dataloading.errors import DataError
 from dataloading.index import build_index
 from dataloading.mixing import class_mixing, expected_labels, require_mixed
+from tests.dataloading.tar_case import write_tar
 
 
 def sorted_labels(classes: int, each: int) -> np.ndarray:

@@ -8,8 +8,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from processes import CONTEXT
-from tar_case import write_tar
 
 from dataloading.check import Fault
 from dataloading.entries import MAX_PIXELS
@@ -17,6 +15,8 @@ from dataloading.errors import DataError, ReadError
 from dataloading.index import Index, build_index
 from dataloading.pack import Pack, Plan
 from dataloading.packed_tar import extension
+from tests.dataloading.tar_case import write_tar
+from tests.processes import CONTEXT
 
 SHARD = 9_000  # bytes; some three pictures
 

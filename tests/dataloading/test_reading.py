@@ -7,14 +7,14 @@ import threading
 
 import pytest
 import torch
-from decoder_case import DECODERS
 from PIL import Image
-from tar_case import write_tar
 
 from dataloading.errors import DataError, ReadError
 from dataloading.index import build_index, load_or_build
 from dataloading.patience import Patience
 from dataloading.stream import Stream
+from tests.dataloading.decoder_case import DECODERS
+from tests.dataloading.tar_case import write_tar
 
 OPTIONS = {"seed": 0, "micro_batch": 2, "sizes": (24,), "threads": 2, "shuffle": "none"}
 

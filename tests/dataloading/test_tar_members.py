@@ -3,9 +3,9 @@ import os
 import tarfile
 
 import pytest
-from tar_case import FORMATS, reference, write_tar
 
 from dataloading.tars import members
+from tests.dataloading.tar_case import FORMATS, reference, write_tar
 
 
 def walked(path):

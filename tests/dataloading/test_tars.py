@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tar_case import FORMATS, reference, write_tar
 
 import dataloading.entries
 import dataloading.sources
@@ -19,6 +18,7 @@ from dataloading.errors import DataError
 from dataloading.index import ENTRY, build_index, load_or_build
 from dataloading.sources import TarSource
 from dataloading.stream import Stream
+from tests.dataloading.tar_case import FORMATS, reference, write_tar
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_case import labelled_photographs
 
 from cmtmae_scale.evaluation.images import open_pair, open_split, stratified
 from dataloading.errors import DataError
+from tests.evaluation.evaluation_case import labelled_photographs
 
 
 def test_labels_of_two_sets_are_matched_by_name(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_case import CLASSES, COLUMN, clusters, table_of
-from processes import run_ranks
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation import knn
 from cmtmae_scale.evaluation.knn import count_votes, first_largest, knn_scores, nearest
+from tests.evaluation.evaluation_case import CLASSES, COLUMN, clusters, table_of
+from tests.processes import run_ranks
 
 TRAIN, TEST = clusters(150, 0), clusters(60, 1)
 

@@ -5,8 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from evaluation_case import CLASSES, COLUMN, clusters, table_of
-from processes import run_ranks
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation import linear
@@ -15,6 +13,8 @@ from cmtmae_scale.evaluation.linear import SETTINGS, linear_probe
 from cmtmae_scale.evaluation.logistic import fit, logistic_score
 from cmtmae_scale.evaluation.probe import standard_of
 from dataloading.order import sample_ids
+from tests.evaluation.evaluation_case import CLASSES, COLUMN, clusters, table_of
+from tests.processes import run_ranks
 
 TRAIN, TEST = clusters(210, 0), clusters(70, 1)
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from processes import run_ranks
-from run_case import run, write_recipe
+
+from tests.engine.run_case import run, write_recipe
+from tests.processes import run_ranks
 
 
 @pytest.fixture(scope="package")

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from run_case import STEPS
 from safetensors.torch import load_file
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
+from cmtmae_scale.commands.export import main
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.errors import CheckpointError, ConfigError
-from cmtmae_scale.export.command import main
 from cmtmae_scale.export.encoder import export_encoder, load_strictly
 from cmtmae_scale.method.student import build_student
+from tests.engine.run_case import STEPS
 
 pytestmark = pytest.mark.gloo
 

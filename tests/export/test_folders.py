@@ -10,17 +10,17 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from run_case import STEPS
 from safetensors.torch import load_file
 
+from cmtmae_scale.commands.export import export_folder, main
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export import full, hugging_face, timm_folder
-from cmtmae_scale.export.command import export_folder, main
 from cmtmae_scale.export.compare import require_agreement
 from cmtmae_scale.export.full import load_full
 from cmtmae_scale.export.origin import Weights, open_origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from dataloading.errors import DataError
+from tests.engine.run_case import STEPS
 
 pytestmark = [
     pytest.mark.gloo,

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("kubernetes_validate", reason="run by make lint-manifests")
 pytest.importorskip("kubeflow_trainer_api", reason="run by make lint-manifests")
 
-from manifests.check import ROOT, of_dockerfile, of_manifest, of_script
+from tests.manifests.check import ROOT, of_dockerfile, of_manifest, of_script
 
 KUBERNETES = ROOT / "launchers/kubernetes"
 NAMES = ["train_job", "train_trainjob", "train_follow_job", "cache_job"]

@@ -12,9 +12,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cmtmae_scale.cli import parse_pretrain
+from cmtmae_scale.commands import precompute
+from cmtmae_scale.commands.pretrain import parse_pretrain
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.precompute import command as precompute
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {"pretrain.py": parse_pretrain, "precompute_teacher.py": precompute.parse}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_case import same, write_recipe
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.runtime.processes import descendants
+from tests.engine.run_case import same, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from references import attention as reference
 
 from cmtmae_scale.method.attention import (
     attention_row,
@@ -19,6 +18,7 @@ from cmtmae_scale.method.attention import (
     sharpen,
     visible_mass,
 )
+from tests.references import attention as reference
 
 TEACHER = torch.tensor([[0.50, 0.30, 0.15, 0.05]])
 STUDENT = torch.tensor([[0.10, 0.20, 0.30, 0.40]])

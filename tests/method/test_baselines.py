@@ -5,18 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from references import decoders as reference
-from references import targets as plain
-from references import vit_mae
 from torch import Tensor, nn
 
+from cmtmae_scale.checkpoint.init_weights import load_start_weights, translate
 from cmtmae_scale.config.schema import Config, Mask
 from cmtmae_scale.config.schema import Decoder as DecoderSettings
 from cmtmae_scale.method.decoder import build_decoder
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice, choose_masks, hash_uniform, select_patches
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.start_weights import load_start_weights, translate
 from cmtmae_scale.method.targets import (
     Losses,
     Predictions,
@@ -26,6 +23,9 @@ from cmtmae_scale.method.targets import (
     patchify,
     pixel_targets,
 )
+from tests.references import decoders as reference
+from tests.references import targets as plain
+from tests.references import vit_mae
 
 
 def make_config(**changes: Any) -> Config:

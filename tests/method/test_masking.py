@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from references import masking as reference
 
 from cmtmae_scale.config.schema import Mask
 from cmtmae_scale.method.attention import collaborative_attention, visible_mass
@@ -16,6 +15,7 @@ from cmtmae_scale.method.masking import (
     select_patches,
     token_counts,
 )
+from tests.references import masking as reference
 
 O2_MAP = torch.tensor([[0.4, 0.275, 0.1875, 0.1375]])
 

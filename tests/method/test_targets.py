@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from references import targets as reference
 
 from cmtmae_scale.config.schema import Config, Decoder, Loss
 from cmtmae_scale.method.masking import PatchChoice, select_patches
@@ -17,6 +16,7 @@ from cmtmae_scale.method.targets import (
     pixel_targets,
     token_loss,
 )
+from tests.references import targets as reference
 
 RAMP = torch.tensor([1.0, 2.0, 3.0, 4.0])
 BACK = torch.tensor([4.0, 3.0, 2.0, 1.0])

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from references.decoders import sincos_table
+
+from tests.references.decoders import sincos_table
 
 
 def build(

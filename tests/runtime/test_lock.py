@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lock_case import hold_and_die, hold_for, hold_together, race, start
-from processes import CONTEXT, run_ranks
-from run_case import write_recipe
 
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.runtime.lock import RunLock, hold_run, newest_number, path_of
+from tests.engine.run_case import write_recipe
+from tests.processes import CONTEXT, run_ranks
+from tests.runtime.lock_case import hold_and_die, hold_for, hold_together, race, start
 
 ROUNDS = 6
 

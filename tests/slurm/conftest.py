@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from run_case import write_recipe
-from slurm.cluster import Cluster, lacking, running
+
+from tests.engine.run_case import write_recipe
+from tests.slurm.cluster import Cluster, lacking, running
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from run_case import same
-from slurm.cluster import held, users_of, wait_for
-from slurm.conftest import ROOT, Desk
 
 from cmtmae_scale.checkpoint import layout
+from tests.engine.run_case import same
+from tests.slurm.cluster import held, users_of, wait_for
+from tests.slurm.conftest import ROOT, Desk
 
 pytestmark = pytest.mark.slow
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from slurm.cluster import wait_for
-from slurm.conftest import Desk
+
+from tests.slurm.cluster import wait_for
+from tests.slurm.conftest import Desk
 
 pytestmark = pytest.mark.slow
 

@@ -7,14 +7,22 @@ import pytest
 import torch
 from open_clip.model import resize_pos_embed
 from safetensors.torch import save_file
-from teachers.cases import BOTH, TINY, make_config, pictures, real_teacher, to_open_clip, write_json
 from torch import Tensor
 
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
-from cmtmae_scale.teachers.live import LiveTeacher
+from cmtmae_scale.teachers.online import LiveTeacher
+from tests.teachers.cases import (
+    BOTH,
+    TINY,
+    make_config,
+    pictures,
+    real_teacher,
+    to_open_clip,
+    write_json,
+)
 
 
 def build(config: Any, needs: Needs = BOTH, dtype: torch.dtype = torch.float32) -> LiveTeacher:

@@ -6,15 +6,15 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from teachers.cases import BOTH, pictures, real_teacher, timm_config
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
-from cmtmae_scale.teachers.live import LiveTeacher, Reading
+from cmtmae_scale.teachers.online import LiveTeacher, Reading
 from cmtmae_scale.teachers.timm import TimmTower
+from tests.teachers.cases import BOTH, pictures, real_teacher, timm_config
 
 
 def build(config: Any, needs: Needs = BOTH) -> LiveTeacher:

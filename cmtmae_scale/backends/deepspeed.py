@@ -1,0 +1,262 @@
+"""DeepSpeed ZeRO, stages 1 to 3, behind the same protocol as FSDP2.
+
+The trainer's own AdamW updates ZeRO's flat float32 tensors; ``zero_places.py`` knows where in them
+a parameter lies.
+"""
+
+import io
+import logging
+import os
+from contextlib import redirect_stdout
+from typing import Any, cast
+
+import deepspeed
+import deepspeed.utils
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cmtmae_scale.backends.adamw import (
+    MOMENTS,
+    LrScale,
+    make_adamw,
+    set_lr,
+    set_step,
+    start_state,
+    trainable,
+    unscaled,
+)
+from cmtmae_scale.backends.base import (
+    Accept,
+    Blocked,
+    Fragment,
+    Objective,
+    Outcome,
+    Terms,
+    Work,
+    acceptable,
+    detached,
+)
+from cmtmae_scale.backends.deepspeed_fragments import (
+    find_places,
+    flat_tensors,
+    gradient_refused,
+    renew_compute_copies,
+)
+from cmtmae_scale.backends.gathered import GatheredAverage, Part
+from cmtmae_scale.config.schema import Backend as BackendSettings
+from cmtmae_scale.config.trained import AdamWSettings
+from cmtmae_scale.errors import ConfigError
+
+TESTED = "0.19"
+"""Minor version of DeepSpeed whose private names ``zero_places.py`` reads."""
+ENCODER = "encoder."
+
+
+class Zero:
+    """ZeRO over all ranks of the default process group.
+
+    Args:
+        model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
+        momentum_student: started as a copy of ``model.encoder``, or ``None``.
+        objective: from predictions to losses, sums over rows.
+        optimizer: AdamW's settings.
+        settings: stage, precision, compilation.
+        engine_config: DeepSpeed's config, from ``config/deepspeed.py``.
+        loss_scale: factor of the summed loss: one over the rows of a step.
+        device: this rank's device.
+        lr_scale: factor of the learning rate of each parameter.
+
+    Raises:
+        ConfigError: if another version of DeepSpeed is installed than the one that was tested.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum_student: nn.Module | None,
+        objective: Objective,
+        optimizer: AdamWSettings,
+        settings: BackendSettings,
+        engine_config: dict[str, Any],
+        loss_scale: float,
+        device: torch.device,
+        lr_scale: LrScale = unscaled,
+    ) -> None:
+        check_version()
+        be_quiet()
+        if device.type == "cpu":
+            # Else DeepSpeed compiles a shared-memory collective, for minutes, at every first start.
+            cast(Any, deepspeed.ops).__compatible_ops__ = {}
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks nobody else
+        self.stage = settings.zero_stage
+        self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        self.objective = objective
+        # ZeRO averages gradients over ranks; the loss is a sum over all of them.
+        self.loss_scale = loss_scale * dist.get_world_size()
+        self.model = model
+        self.shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
+        start = {name: one.detach().clone() for name, one in model.named_parameters()}
+        if settings.compile:
+            for block in cast(Blocked, model).transformer_blocks():
+                block.compile()
+        if self.stage == 3:
+            gather_by_block(model)
+        with redirect_stdout(io.StringIO()):  # it prints its memory several times
+            self.engine, self.optimizer, *_ = cast(
+                tuple[Any, ...],
+                deepspeed.initialize(
+                    model=model,
+                    optimizer=make_adamw(trainable(model), optimizer, lr_scale),
+                    config=engine_config,
+                    dist_init_required=False,
+                ),
+            )
+        self.adamw = cast(torch.optim.AdamW, self.engine.basic_optimizer)
+        start_state(self.adamw, flat_tensors(self.optimizer, self.stage))
+        self.places = find_places(self.optimizer, self.stage, trainable(model), dist.get_rank())
+        # ZeRO took its float32 values from ones rounded to the compute type, and keeps none at all
+        # of what is not trained.
+        for name, place in self.places.items():
+            part = start[name].view(-1).narrow(0, place.offset, place.length)
+            place.view(place.flat).copy_(part)
+        self.frozen = {n: start[n].to(device) for n in start if n not in self.places}
+        renew_compute_copies(self.optimizer, self.stage)
+        self.average = None
+        if momentum_student is not None:
+            self.make_average(momentum_student, device)
+
+    def make_average(self, momentum_student: nn.Module, device: torch.device) -> None:
+        """Keep the momentum student's float32 values in the layout of the student's."""
+        names = [name for name, _ in momentum_student.named_parameters()]
+        self.averaged = [n for n in names if ENCODER + n in self.places]
+        self.unaveraged = {
+            name: self.frozen[ENCODER + name].clone()
+            for name in names
+            if ENCODER + name in self.frozen
+        }
+        places = [self.places[ENCODER + name] for name in self.averaged]
+        parts = [
+            Part(name, place.offset, place.length)
+            for name, place in zip(self.averaged, places, strict=True)
+        ]
+        where = places[0].flat.device
+        self.average = GatheredAverage(momentum_student.to(device), parts, self.dtype, where)
+
+    def micro(self, batch: Work, last: bool) -> Terms:
+        """See ``Backend.micro``; stages 2 and 3 reduce gradients at every micro-step."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        images, *others = batch.inputs
+        predictions = self.engine(images.to(self.dtype), *others)
+        losses = self.objective(predictions, batch)
+        self.engine.backward(losses.total * self.loss_scale, scale_wrt_gas=False)
+        return detached(losses)
+
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
+        """See ``Backend.step``; ZeRO itself reads the norm once more than the protocol says."""
+        packed = report.clone()
+        dist.all_reduce(packed)
+        values = packed.tolist()
+        if not acceptable(0.0, values, accept):
+            self.discard()
+            return Outcome(float("inf"), False, values)
+        set_lr(self.optimizer, lr)
+        self.engine.step()
+        grad_norm = float(self.engine.get_global_grad_norm())
+        return Outcome(grad_norm, self.engine.was_step_applied(), values)
+
+    def discard(self) -> None:
+        """See ``Backend.discard``; only after the last micro-step of a step."""
+        with gradient_refused(self.optimizer, self.stage):
+            self.engine.step()
+
+    def momentum_update(self, momentum: float) -> None:
+        """See ``Backend.momentum_update``; one exchange in the compute type."""
+        if self.average is not None:
+            places = (self.places[ENCODER + name] for name in self.averaged)
+            self.average.update([place.view(place.flat) for place in places], momentum)
+
+    def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """See ``Backend.momentum_forward``."""
+        return (None, None) if self.average is None else self.average.forward(images)
+
+    def fragments(self) -> dict[str, Fragment]:
+        """See ``Backend.fragments``."""
+        found: dict[str, Fragment] = {}
+        for name, shape in self.shapes.items():
+            place = self.places.get(name)
+            if place is None:
+                found[f"model.{name}"] = self.replicated(self.frozen[name])
+                continue
+            state = self.adamw.state[place.flat]
+            tensors = {"model": place.flat} | {moment: state[moment] for moment in MOMENTS}
+            for kind, tensor in tensors.items():
+                found[f"{kind}.{name}"] = Fragment(place.offset, shape, place.view(tensor), True)
+        if self.average is not None:
+            for name, view in zip(self.averaged, self.average.views, strict=True):
+                found[f"momentum.{name}"] = found[f"model.{ENCODER}{name}"]._replace(local=view)
+            for name, tensor in self.unaveraged.items():
+                found[f"momentum.{name}"] = self.replicated(tensor)
+        return found
+
+    def replicated(self, tensor: Tensor) -> Fragment:
+        """A tensor that every rank holds and the first one writes."""
+        return Fragment(0, tuple(tensor.shape), tensor.view(-1), dist.get_rank() == 0)
+
+    def after_load(self, step: int) -> None:
+        """See ``Backend.after_load``."""
+        set_step(self.adamw, step)
+        self.engine.global_steps = step
+        renew_compute_copies(self.optimizer, self.stage)
+        self.renew_frozen()
+        if self.average is not None:
+            self.average.renew()
+
+    @torch.no_grad()
+    def renew_frozen(self) -> None:
+        """Copy what is not trained into the modules."""
+        for name, parameter in self.model.named_parameters():
+            if name in self.frozen:
+                shards = [parameter] if self.stage == 3 else []
+                with deepspeed.zero.GatheredParameters(shards, modifier_rank=0):
+                    parameter.copy_(self.frozen[name])
+        if self.average is not None:
+            for name, tensor in self.unaveraged.items():
+                self.average.module.get_parameter(name).copy_(tensor)
+
+    def close(self) -> None:
+        """See ``Backend.close``."""
+        self.engine.destroy()
+
+
+def check_version() -> None:
+    """Refuse a DeepSpeed whose inner names were not tested.
+
+    Raises:
+        ConfigError: names both versions.
+    """
+    found = deepspeed.__version__
+    if not found.startswith(f"{TESTED}."):
+        raise ConfigError(
+            f"backend.name=zero: DeepSpeed {found} is installed, but weights are read from the "
+            f"inside of {TESTED}.*; install the extra deepspeed, or use backend.name=fsdp"
+        )
+
+
+def be_quiet() -> None:
+    """Let DeepSpeed speak from warnings on."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def gather_by_block(model: nn.Module) -> None:
+    """Stage 3: gather each block as a whole, and all the rest with the model, as FSDP2 does.
+
+    Some parameters are used by another module's forward than their own, which ZeRO cannot see.
+    """
+    within: set[int] = set()
+    for block in cast(Blocked, model).transformer_blocks():
+        deepspeed.utils.set_z3_leaf_module(block, True)
+        within.update(id(parameter) for parameter in block.parameters())
+    for parameter in model.parameters():
+        if id(parameter) not in within:
+            deepspeed.zero.register_external_parameter(model, parameter)

@@ -1,1 +1,0 @@
-"""Look through a data set before a run, and pack it."""

@@ -1,0 +1,144 @@
+"""``launchers/benchmark.py train | data | cache``."""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmtmae_scale.errors import EXIT_DONE, CmtMaeError
+from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
+from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.tools.benchmark import against, cached, decoding, table, training
+from dataloading.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; returns the exit code."""
+    options = parse(arguments)
+    try:
+        world = find_world()
+        set_up_logging(world.rank, world.world_size)
+        run = {"train": train, "data": data, "cache": cache}[options.what]
+        run(options, world)
+    except (CmtMaeError, DataError) as error:
+        logger.error("%s", error)
+        return error.exit_code
+    return EXIT_DONE
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Measure speed and memory.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="what", required=True)
+    step = commands.add_parser("train", help="the training step, by part", allow_abbrev=False)
+    step.add_argument("--config", required=True, help="a recipe")
+    step.add_argument("--data", choices=("synthetic", "real"), default="synthetic")
+    step.add_argument("--accumulation", type=int, default=1, help="micro-steps a step")
+    step.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=A,B",
+        help="also measure these values; the key sdpa chooses attention's kernel",
+    )
+    step.add_argument("--against", choices=("hf_mae",), help="the same work in another library")
+    step.add_argument("overrides", nargs="*", metavar="key=value")
+    decode = commands.add_parser("data", help="decoders against PIL", allow_abbrev=False)
+    decode.add_argument("path", help="folder of images or of tars")
+    decode.add_argument("--size", type=int, default=224, help="side of the views, pixels")
+    decode.add_argument("--images", type=int, default=256, help="images a round")
+    decode.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    decode.add_argument("--threads", type=int, default=1, help="decoder threads")
+    store = commands.add_parser(
+        "cache", help="a teacher's cache against the live teacher", allow_abbrev=False
+    )
+    store.add_argument("--config", default="configs/demo.yaml", help="a recipe; the demo's")
+    store.add_argument("--rows", type=int, default=128, help="views a round")
+    store.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    store.add_argument("overrides", nargs="*", metavar="key=value")
+    for one in (step, store):
+        one.add_argument("--warm-up", type=int, help="steps before; 20 on a GPU, 1 on a CPU")
+        one.add_argument("--windows", type=int, default=5, help="of which the median counts")
+        one.add_argument("--steps", type=int, help="steps a window; 50 on a GPU, 1 on a CPU")
+    for one in (step, decode, store):
+        one.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    return parser.parse_args(arguments)
+
+
+def train(options: argparse.Namespace, world: World) -> None:
+    """Time the training step, or compare it with another library's."""
+    device = pick_device(world)
+    on_gpu = device.type == "cuda"
+    protocol = protocol_of(options, on_gpu)
+    variants = training.make_variants(
+        options.config, options.overrides, options.sweep, options.accumulation, world.world_size
+    )
+    with process_group(world, device):
+        if options.against is not None:
+            outcome = against.compare(variants[0].config, protocol, device)
+            text, results = against.describe(outcome, on_gpu), outcome.to_dict()
+        else:
+            found = training.measure(variants, protocol, options.data == "real", world, device)
+            text = table.training_tables(found, on_gpu)
+            results = [one.to_dict() for one in found]
+    if world.rank == 0:
+        facts = table.circumstances(command_line(), device, world.world_size)
+        facts |= {"windows": protocol.windows, "steps a window": protocol.steps}
+        show(options.output, facts, results, text)
+
+
+def protocol_of(options: argparse.Namespace, on_gpu: bool) -> training.Protocol:
+    """How long steps are measured."""
+    return training.Protocol(
+        options.warm_up if options.warm_up is not None else (20 if on_gpu else 1),
+        options.windows,
+        options.steps or (50 if on_gpu else 1),
+    )
+
+
+def cache(options: argparse.Namespace, world: World) -> None:
+    """Compare a teacher's cache with the live teacher."""
+    device = pick_device(world)
+    protocol = protocol_of(options, device.type == "cuda")
+    with process_group(world, device):
+        found = cached.measure(
+            options.config,
+            options.overrides,
+            options.rows,
+            options.rounds,
+            protocol,
+            world,
+            device,
+        )
+    facts = table.circumstances(command_line(), device, 1)
+    facts |= {"rounds": options.rounds, "views a round": options.rows}
+    facts |= {"windows": protocol.windows, "steps a window": protocol.steps}
+    show(options.output, facts, found.to_dict(), cached.describe(found, device.type == "cuda"))
+
+
+def data(options: argparse.Namespace, world: World) -> None:
+    """Compare decoders."""
+    device = pick_device(world)
+    found = decoding.measure(
+        options.path, options.size, options.images, options.rounds, options.threads, device
+    )
+    facts = table.circumstances(command_line(), device, 1)
+    facts |= {"rounds": options.rounds, "images a round": options.images}
+    show(options.output, facts, [one.to_dict() for one in found], decoding.describe(found))
+
+
+def command_line() -> str:
+    """The command as it was given."""
+    return shlex.join(["python", *sys.argv])
+
+
+def show(output: Path | None, facts: dict[str, object], results: object, text: str) -> None:
+    """Print the circumstances and the tables, and write them where asked."""
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    sys.stdout.write("\n".join(lines) + "\n\n" + text + "\n")
+    if output is not None:
+        table.save(output, facts, results, text)

@@ -1,0 +1,153 @@
+"""The demo's command: prepare, train ``configs/demo.yaml`` in a process of its own, show."""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmtmae_scale.commands.report import write_report
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
+from cmtmae_scale.tools.demo.cached import train_from_cache
+from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
+from cmtmae_scale.tools.demo.teacher import prepare_teacher
+from dataloading.errors import DataError
+
+RECIPE = "configs/demo.yaml"
+RANDOM = "random teacher"
+ROWS = 8
+COLUMNS = ("loss/total", "loss/teacher", "loss/student", "images_s")
+
+
+def main(root: Path, arguments: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Args:
+        root: the clone, whose ``configs`` and ``launchers`` are used; becomes the working folder.
+        arguments: command line without the program's name; ``None``: the process's own.
+
+    Returns:
+        Exit code: 0, or that of the training.
+    """
+    options = parse(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.chdir(root)
+    try:
+        config = load_config(RECIPE)
+        tell("photographs and teacher ...")
+        images = prepare_photos(Path(config.data.path))
+        prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
+        teacher = prepare_teacher(Path(str(config.teacher.weights)))
+        overrides = derive_overrides(config, teacher is None, options)
+        config = load_config(RECIPE, overrides)
+    except (CmtMaeError, DataError) as error:
+        tell(str(error))
+        return error.exit_code
+    run_dir = Path(config.run.dir)
+    if options.fresh:
+        forget(run_dir)
+    label = RANDOM if teacher is None else f"teacher {config.teacher.model}"
+    tell(f"{images} photographs in {config.data.path}; {label}; training in {run_dir}")
+    command = [sys.executable, "launchers/pretrain.py", "--config", RECIPE, *overrides]
+    code = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+    if code:
+        hint = "; --fresh starts it anew" if code == EXIT_CONFIG else ""
+        tell(f"the training ended with exit code {code}{hint}")
+        return code
+    code = train_from_cache(RECIPE, overrides, run_dir, int(config.train.steps or 0), tell)
+    if code:
+        return code
+    tell(loss_table(read_log(run_dir / "log.jsonl"), label))
+    tell(closing(run_dir, write_report([run_dir]), command))
+    return 0
+
+
+def tell(text: str) -> None:
+    """Say something to the person at the terminal."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``[--steps N] [--fresh] [key=value ...]``."""
+    parser = argparse.ArgumentParser(description="Show CMT-MAE at work.", allow_abbrev=False)
+    parser.add_argument("--steps", type=int, help="a shorter or longer run, in its own folder")
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier run of the demo")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
+    return parser.parse_intermixed_args(arguments)
+
+
+def derive_overrides(config: Config, is_random: bool, options: argparse.Namespace) -> list[str]:
+    """Overrides of the recipe; another length or a random teacher is another run and folder."""
+    overrides: list[str] = []
+    folder = config.run.dir
+    if options.steps is not None:
+        every = min(config.log.every, max(1, options.steps // ROWS))
+        overrides += [f"train.steps={options.steps}", f"log.every={every}"]
+        folder += f"-{options.steps}-steps"
+    if is_random:
+        overrides += ["teacher.weights=random", f"run.name={config.run.name} ({RANDOM})"]
+        folder += "-random-teacher"
+    return [*overrides, f"run.dir={folder}", *options.overrides]
+
+
+def forget(run_dir: Path) -> None:
+    """Delete a run's folder, if it is one."""
+    if (run_dir / "config.yaml").is_file() or (run_dir / "exit.json").is_file():
+        shutil.rmtree(run_dir)
+
+
+def read_log(file: Path) -> list[dict[str, float]]:
+    """Entries of ``log.jsonl`` that hold a loss."""
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    return [entry for entry in entries if "loss/total" in entry]
+
+
+def loss_table(entries: Sequence[dict[str, float]], label: str) -> str:
+    """Some entries from the first to the last, and how the loss changed."""
+    if not entries:
+        return "no log entry was written"
+    count = min(ROWS, len(entries))
+    chosen = [entries[round(i * (len(entries) - 1) / max(count - 1, 1))] for i in range(count)]
+    columns = [name for name in COLUMNS if any(name in entry for entry in entries)]
+    lines = ["", f"loss ({label})", "step".rjust(6) + "".join(name.rjust(14) for name in columns)]
+    for entry in chosen:
+        cells = (f"{entry[name]:.4g}" if name in entry else "-" for name in columns)
+        lines.append(f"{entry['step']:6d}" + "".join(cell.rjust(14) for cell in cells))
+    first, last = entries[0]["loss/total"], entries[-1]["loss/total"]
+    change = "fell" if last < first else "did NOT fall"
+    if len(entries) > 1:
+        lines.append(f"loss/total {change}: {first:.4g} -> {last:.4g}")
+    return "\n".join(lines)
+
+
+def closing(run_dir: Path, report: Path, command: Sequence[str]) -> str:
+    """Where the results are and what to try next."""
+    binaries = Path(sys.executable).parent
+    tensorboard = shutil.which("tensorboard", path=str(binaries)) or "tensorboard"
+    torchrun = shutil.which("torchrun", path=str(binaries)) or "torchrun"
+    pretrain = f"launchers/pretrain.py --config {RECIPE}"
+    hiding = "run.dir=runs/demo-hide mask.sampler=hide_salient mask.masks_per_view=1"
+    return f"""
+report       {report}  (curves, pictures, time, accuracy: one page for any browser)
+pictures     {run_dir / "pictures"}  (attention of teacher, student and both, masks, features)
+curves       {short(tensorboard)} --logdir {run_dir}
+checkpoints  {run_dir / "checkpoints"}
+
+try next
+  {short(command[0])} launchers/evaluate.py knn --checkpoint {run_dir}
+  {short(command[0])} {pretrain} --dry-run
+  {short(command[0])} {pretrain} {hiding}
+  {short(command[0])} launchers/report.py {run_dir} runs/demo-hide
+  {short(torchrun)} --nproc-per-node=2 {pretrain} run.dir=runs/demo-2"""
+
+
+def short(path: str) -> str:
+    """Path from the working folder, where it lies below."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path

@@ -1,0 +1,125 @@
+"""What a run would be, without running it: batch, parameters, operations, memory, resumption.
+
+Counts come from meta tensors; nothing is allocated and no image is read.
+"""
+
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from cmtmae_scale.checkpoint import layout as checkpoints
+from cmtmae_scale.config.derive import (
+    batch_plan,
+    builds_teacher,
+    cache_folder,
+    needs,
+    peak_lr,
+    reads_cache,
+    total_steps,
+)
+from cmtmae_scale.config.load import config_to_dict
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.engine.resume import compare
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.teachers.build import build_teacher_skeleton
+from cmtmae_scale.tools.estimate import count_operations, count_shards, memory_bytes
+from dataloading.errors import DataError
+from dataloading.index import load_or_build
+
+GIB = 2**30
+
+
+def describe(config: Config, world_size: int) -> str:
+    """Text of ``--dry-run``.
+
+    Raises:
+        ConfigError: settings that cannot work.
+    """
+    plan = batch_plan(config, world_size)
+    images, origin = count_images(config)
+    with torch.device("meta"):
+        teacher = build_teacher_skeleton(config) if needs(config).teacher else None
+        model = CollaborativeMAE(config, teacher.width if teacher else None)
+        momentum = build_student(config, MomentumStudent) if needs(config).momentum else None
+    work = count_operations(config, model, momentum, teacher)
+    lines = [yaml.safe_dump(config_to_dict(config), sort_keys=False)]
+    lines.append(f"images          {images if images is not None else 'unknown'} ({origin})")
+    if images is not None or config.train.steps is not None:
+        lines.append(f"steps           {total_steps(config, images or 1)}")
+    lines.append(f"batch           {plan}")
+    lines.append(
+        f"learning rate   {peak_lr(config):.3g} = {config.optimizer.base_lr:g} base x "
+        f"{config.train.global_batch} views / 256"
+    )
+    lines.append(f"encoder         {millions(model.encoder)} parameters")
+    lines.append(f"decoder         {millions(model.decoder)} parameters")
+    lines.append(f"heads           {millions(model.heads)} parameters")
+    if teacher is not None:
+        origin = f", read from {cache_folder(config)}" if reads_cache(config) else ""
+        origin += "" if builds_teacher(config) else " and not built"
+        lines.append(f"teacher         {millions(teacher.model)} parameters, frozen{origin}")
+    lines.append(
+        f"GFLOP a view    student {work.student / 1e9:.1f} (forward and backward), "
+        f"momentum {work.momentum / 1e9:.1f}, teacher {work.teacher / 1e9:.1f}; 2 a multiply-add"
+    )
+    parts = memory_bytes(config, world_size, model, momentum, teacher)
+    lines += memory_lines(parts, sum(parts.values()), count_shards(config, world_size).states)
+    lines.append(f"would resume    {resumable(config)}")
+    return "\n".join(lines)
+
+
+def count_images(config: Config) -> tuple[int | None, str]:
+    """Number of images from an existing index, or as the recipe expects."""
+    folder = Path(config.data.index) if config.data.index else Path(config.run.dir) / "index"
+    if folder.is_dir():
+        try:
+            index = load_or_build(
+                config.data.path,
+                folder,
+                source=config.data.source,
+                max_pixels=config.data.max_pixels,
+            )
+        except DataError as error:
+            if config.data.expected_images is None:
+                return None, str(error)
+        else:
+            return len(index), f"counted in {config.data.path}"
+    if config.data.expected_images is not None:
+        return config.data.expected_images, "data.expected_images; not counted"
+    return None, f"{config.data.path} has no index yet and data.expected_images is not given"
+
+
+def memory_lines(parts: dict[str, float], total: float, shards: int) -> list[str]:
+    """Bytes a GPU by part; a model, not a measurement."""
+    lines = [f"memory a GPU    {name:<17}{value / GIB:8.2f} GiB" for name, value in parts.items()]
+    lines.append(
+        f"memory a GPU    {'at the peak':<17}{total / GIB:8.2f} GiB (modelled, {shards} shards; "
+        "states exact, activations of the eager student)"
+    )
+    return lines
+
+
+def resumable(config: Config) -> str:
+    """The checkpoint that the run would continue from, or why it would not.
+
+    Files are compared by size only here, and images are not compared.
+    """
+    for folder in checkpoints.candidates(Path(config.run.dir) / "checkpoints"):
+        if checkpoints.fault(folder, (-1, 1)) is None:
+            state = checkpoints.read_state(folder)
+            name = f"{folder} (step {state['progress']['step']})"
+            try:
+                compare(state["config"], config_to_dict(config), config.run.allow_change, ("", ""))
+            except ConfigError as error:
+                return f"nothing: {name} would be refused: {error}"
+            return name
+    return "nothing: a new run"
+
+
+def millions(module: nn.Module) -> str:
+    """Number of parameters, in millions."""
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"

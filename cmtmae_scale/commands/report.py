@@ -1,0 +1,73 @@
+"""``launchers/report.py RUN_DIR``: read runs, write one page."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
+from cmtmae_scale.runtime.arguments import Parser
+from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.tools.report.page import page
+from cmtmae_scale.tools.report.run import Run, read_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a report; returns the exit code."""
+    options = parse(arguments)
+    try:
+        file = write_report(options.runs, options.out)
+    except CmtMaeError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write(f"{file}\n")
+    return EXIT_DONE
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``RUN_DIR [RUN_DIR ...] [--out FILE]``; a usage error exits with 78."""
+    parser = Parser(description="Write what runs did as one page.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html in the run's folder; comparison.html in the first one's",
+    )
+    return parser.parse_args(arguments)
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Read runs and write their page, whole or not at all.
+
+    Args:
+        folders: the runs' folders.
+        out: the file to write; ``None``: ``report.html`` in the run's folder, or, of several runs,
+            ``comparison.html`` in the first one's.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: if a folder is not a run's, or the file cannot be written.
+    """
+    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    tell_apart(runs)
+    file = out or runs[0].dir / ("report.html" if len(runs) == 1 else "comparison.html")
+    text = page(runs)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be written ({error.strerror}); name another file with --out"
+        ) from error
+    return file
+
+
+def tell_apart(runs: Sequence[Run]) -> None:
+    """Give runs of the same name the names of their folders."""
+    for label in {run.label for run in runs}:
+        alike = [run for run in runs if run.label == label]
+        for run in alike if len(alike) > 1 else ():
+            run.label = f"{label} ({run.dir})"

@@ -1,1 +1,0 @@
-"""Fine-tuning an encoder with labels, and what accuracy comes of it."""

@@ -1,0 +1,100 @@
+"""Accuracy of the present weights: each test image once over all ranks."""
+
+import torch
+
+from cmtmae_scale.backends.base import Backend
+from cmtmae_scale.backends.whole import whole_tensors
+from cmtmae_scale.config.finetune import Finetune
+from cmtmae_scale.evaluation.across import sum_over_ranks
+from cmtmae_scale.evaluation.encoders import computing, weights_digest
+from cmtmae_scale.evaluation.images import ImageSet
+from cmtmae_scale.evaluation.result import Score, score
+from cmtmae_scale.finetuning.classifier import Classifier
+from cmtmae_scale.finetuning.start import Start
+from cmtmae_scale.method.images import normalise_images
+from cmtmae_scale.runtime.collectives import texts_of_all
+from cmtmae_scale.runtime.launch import World
+from dataloading.errors import DataError, ReadError
+from dataloading.one_pass import OnePass
+
+
+class Accuracy:
+    """Measures a backend's weights with a classifier of its own, in evaluation mode.
+
+    The weights are gathered from all ranks' fragments, whatever the backend. A GPU computes in
+    bfloat16, a CPU in float32, as the other evaluations do.
+
+    Args:
+        classifier: one of the trained one's shape; its weights do not matter.
+        start: how pictures are normalised and how large they are.
+        images: the test set.
+        config: how images are read.
+        world: this process's place.
+        device: where it computes.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        start: Start,
+        images: ImageSet,
+        config: Finetune,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        self.classifier = classifier.eval().requires_grad_(False)
+        self.start, self.images, self.config = start, images, config
+        self.world, self.device = world, device
+
+    @torch.no_grad()
+    def __call__(self, backend: Backend) -> tuple[Score, str]:
+        """Measure; returns hits over the images that can be decoded, and the weights' SHA-256.
+
+        A collective.
+
+        Raises:
+            ReadError: on every rank, if storage did not give one of them an image.
+            DataError: if no image could be decoded.
+        """
+        state = dict(whole_tensors(backend.fragments(), "model.encoder."))
+        digest = weights_digest(state)
+        model = self.classifier.encoder.to(self.device)
+        model.load_state_dict(state, strict=True)
+        labels = torch.as_tensor(self.images.labels, device=self.device)
+        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        problem = ""
+        with self.batches() as batches:
+            try:
+                for batch in batches:
+                    pictures = normalise_images(batch.images[0], self.start.mean, self.start.std)
+                    with computing(self.device):
+                        logits = model(pictures)
+                    place = batch.position[batch.valid]
+                    found = score(logits[batch.valid].float(), labels[place])
+                    counts += torch.tensor(found, device=self.device)
+            except ReadError as error:
+                problem = str(error)
+        model.cpu()
+        problems = list(filter(None, texts_of_all(problem)))
+        if problems:
+            raise ReadError(problems[0])
+        total = Score(*sum_over_ranks(counts).tolist())
+        if not total.total:
+            raise DataError(
+                f"{self.images.index.root}: none of {len(self.images)} images could be decoded"
+            )
+        return total, digest
+
+    def batches(self) -> OnePass:
+        """This rank's test images."""
+        return OnePass(
+            self.images.index,
+            self.images.ids,
+            micro_batch=self.config.train.micro_batch,
+            size=self.start.size,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            threads=self.config.data.threads,
+            decode=self.config.data.decode,
+            device=self.device,
+        )

@@ -1,1 +1,0 @@
-"""The command that builds, checks, mends and plans a teacher's cache, or stays ahead of a run."""

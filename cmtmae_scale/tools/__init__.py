@@ -1,0 +1,1 @@
+"""Reports, studies, benchmarks, figures and the demo; no training run imports them."""

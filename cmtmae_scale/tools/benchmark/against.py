@@ -1,0 +1,182 @@
+"""MAE's forward and backward here and in transformers: same weights, same noise, taking turns."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cmtmae_scale.checkpoint.init_weights import load_start_weights
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.initialisation import initialise, sincos_positions
+from cmtmae_scale.method.masking import hash_uniform, select_patches, token_counts
+from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.targets import (
+    Predictions,
+    TokenLayout,
+    objective,
+    patchify,
+    pixel_targets,
+)
+from cmtmae_scale.tools.benchmark.clock import Spread, Stopwatch, seconds, spread
+from cmtmae_scale.tools.benchmark.training import Protocol
+
+TOLERANCE = 1e-5
+"""Between the two losses, which differ by the order of float32 sums alone."""
+
+
+@dataclass
+class Comparison:
+    """Time of one forward and backward; the rounds took turns."""
+
+    images: int
+    ours_s: Spread
+    theirs_s: Spread
+    ratio: Spread
+    """Ours divided by theirs, round by round."""
+    our_loss: float
+    their_loss: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        named = {name: getattr(self, name)._asdict() for name in ("ours_s", "theirs_s", "ratio")}
+        return {**vars(self), **named}
+
+
+def compare(config: Config, protocol: Protocol, device: torch.device) -> Comparison:
+    """Time both, after their losses were found equal.
+
+    Args:
+        config: a recipe of MAE: full decoder, random masks, pixels alone, hidden tokens.
+        protocol: ``windows`` rounds of ``steps`` each.
+        device: where.
+
+    Raises:
+        ConfigError: a recipe that is not MAE's, transformers is missing, or the losses differ.
+    """
+    refuse_other_methods(config)
+    generator = torch.Generator(device).manual_seed(config.run.seed)
+    size, count = config.views.size, config.train.micro_batch
+    images = torch.randn(count, 3, size, size, device=device, generator=generator)
+    theirs = build_theirs(config).to(device)
+    ours = CollaborativeMAE(config)
+    initialise(ours, config.run.seed)
+    load_start_weights(ours, theirs.state_dict(), "transformers")
+    ours.to(device)
+    length = ours.encoder.grid[0] * ours.encoder.grid[1]
+    noise = hash_uniform(config.run.seed, 0, torch.arange(count, device=device), length)
+    # MAE shows the patches of the smallest noise, we those of the largest key.
+    calls = (our_loss(config, ours, images, noise), lambda: theirs(images, noise=1 - noise).loss)
+    losses = [call().item() for call in calls]
+    if abs(losses[0] - losses[1]) > TOLERANCE * abs(losses[1]):
+        raise ConfigError(f"the losses differ: ours {losses[0]}, theirs {losses[1]}; please report")
+    models: tuple[nn.Module, nn.Module] = (ours, theirs)
+    rounds: list[list[float]] = [[], []]
+    for number in range(protocol.warm_up + protocol.windows):
+        for model, call, seen in zip(models, calls, rounds, strict=True):
+            taken = time_round(model, call, protocol.steps, device)
+            if number >= protocol.warm_up:
+                seen.append(taken)
+    ratios = [a / b for a, b in zip(*rounds, strict=True)]
+    return Comparison(count, spread(rounds[0]), spread(rounds[1]), spread(ratios), *losses)
+
+
+def time_round(
+    model: nn.Module, call: Callable[[], Tensor], steps: int, device: torch.device
+) -> float:
+    """Seconds of one forward and backward, mean of some in a row."""
+    watch = Stopwatch(device)
+    start = watch.mark()
+    for _ in range(steps):
+        model.zero_grad(set_to_none=True)
+        call().backward()
+    end = watch.mark()
+    watch.collect()
+    return seconds(start, end) / steps
+
+
+def our_loss(
+    config: Config, model: CollaborativeMAE, images: Tensor, noise: Tensor
+) -> Callable[[], Tensor]:
+    """Masks, pixel targets, forward and mean loss, as the training loop composes them."""
+    count, length = noise.shape
+    counts = token_counts(length, config.mask.ratio)
+    layout = TokenLayout.from_config(config, *counts)
+    valid = torch.ones(count, dtype=torch.bool, device=images.device)
+    alpha = torch.zeros((), device=images.device)
+
+    def call() -> Tensor:
+        choice = select_patches(None, noise, sampler="random", num_keep=counts[0])
+        pixels = pixel_targets(patchify(images, model.encoder.patch_side), config.target.pixel.norm)
+        targets = Predictions(None, None, layout.without_cls().gather(pixels, choice))
+        predictions = model(images, choice)
+        total = objective(predictions, targets, valid, layout, config.loss, alpha).total
+        return total / count
+
+    return call
+
+
+def build_theirs(config: Config) -> Any:
+    """Transformers' ViTMAE of the same shape, with weights of its own."""
+    try:
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    except ImportError as error:
+        raise ConfigError(
+            "--against hf_mae needs transformers: pip install 'cmtmae-scale[hf]'"
+        ) from error
+    with torch.device("meta"):
+        encoder = CollaborativeMAE(config).encoder
+    block = cast(Any, encoder.blocks[0])
+    torch.manual_seed(config.run.seed)
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=encoder.embed_dim,
+            num_hidden_layers=len(encoder.blocks),
+            num_attention_heads=block.attn.num_heads,
+            intermediate_size=block.mlp.fc1.out_features,
+            image_size=config.views.size,
+            patch_size=encoder.patch_side,
+            layer_norm_eps=1e-6,
+            decoder_hidden_size=config.decoder.width,
+            decoder_num_hidden_layers=config.decoder.depth,
+            decoder_num_attention_heads=config.decoder.heads,
+            decoder_intermediate_size=4 * config.decoder.width,
+            mask_ratio=config.mask.ratio,
+            norm_pix_loss=config.target.pixel.norm == "patch",
+        )
+    )
+    with torch.no_grad():  # some versions leave the tables to the loading of a file
+        for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+            table[0, 1:] = sincos_positions(table.shape[2], encoder.grid)
+    return model
+
+
+def refuse_other_methods(config: Config) -> None:
+    """Allow what transformers' ViTMAE computes and nothing else."""
+    expected = {
+        "decoder.type": (config.decoder.type, "full"),
+        "mask.sampler": (config.mask.sampler, "random"),
+        "mask.masks_per_view": (config.mask.masks_per_view, 1),
+        "loss.tokens": (config.loss.tokens, "hidden"),
+        "loss.teacher": (config.loss.teacher, 0),
+        "loss.student": (config.loss.student, 0),
+    }
+    for key, (found, wanted) in expected.items():
+        if found != wanted:
+            raise ConfigError(
+                f"--against hf_mae: {key}={found}, but MAE has {wanted}; use configs/mae_base.yaml"
+            )
+
+
+def describe(outcome: Comparison, on_gpu: bool) -> str:
+    """A few lines of Markdown."""
+    unit = "s" if on_gpu else "CPU-s"
+    return (
+        f"MAE, {outcome.images} images, forward and backward, float32, losses "
+        f"{outcome.our_loss:.10f} (ours) and {outcome.their_loss:.10f} (transformers)\n\n"
+        f"| | {unit}, median (lowest to highest) |\n| --- | --- |\n"
+        f"| ours | {outcome.ours_s} |\n| transformers | {outcome.theirs_s} |\n"
+        f"| ours / transformers, by round | {outcome.ratio} |"
+    )

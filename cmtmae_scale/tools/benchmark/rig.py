@@ -1,0 +1,284 @@
+"""One configuration, built to be timed: the real step of the loop on parts that watch the clock."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from cmtmae_scale.backends.base import Accept, Backend, Outcome, Terms, Work
+from cmtmae_scale.checkpoint.writer import Writer
+from cmtmae_scale.config.derive import batch_plan, reads_cache
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.engine.loop import step
+from cmtmae_scale.engine.progress import Progress, scalars_at
+from cmtmae_scale.engine.stop import StopRequest
+from cmtmae_scale.engine.task import Parts
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.pretraining.build import (
+    build_models,
+    fetch_teacher,
+    open_index,
+    open_stream,
+    open_teacher,
+)
+from cmtmae_scale.pretraining.prepare import Models
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.base import TeacherSource, TeacherView, picture_sizes
+from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, seconds
+from dataloading.stream import Batch
+
+SDPA = {
+    "auto": None,
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+HORIZON = 1_000_000
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+
+
+class Window(NamedTuple):
+    """Some steps in a row; everything a step."""
+
+    step_s: float
+    parts_s: dict[str, float]
+    waited_s: float
+
+
+class Traffic(NamedTuple):
+    """What a profile of one step shows."""
+
+    communication_s: float
+    """Busy time of collectives; part of it runs beside other work."""
+    calls: int
+    """Kernel launches on a GPU, operators on a CPU."""
+
+
+class TimedBackend:
+    """A backend whose calls are counted to parts; student and decoder are told apart by hooks."""
+
+    def __init__(self, inner: Backend, watch: Stopwatch) -> None:
+        self.inner = inner
+        self.watch = watch
+        self.encoded: Mark | None = None
+        self.decoded: Mark | None = None
+        encoder = cast(nn.Module, cast(Any, inner).model).get_submodule("encoder")
+        encoder.register_forward_hook(self.note_encoded)
+
+    def note_encoded(self, module: nn.Module, inputs: object, tokens: Tensor) -> None:
+        """The encoder is through; its output's gradient will say when the decoder's backward is."""
+        self.encoded = self.watch.mark()
+        tokens.register_hook(self.note_decoded)
+
+    def note_decoded(self, gradient: Tensor) -> None:
+        """The decoder's backward is through."""
+        self.decoded = self.watch.mark()
+
+    def micro(self, batch: Work, last: bool) -> Terms:
+        """See ``Backend.micro``."""
+        start = self.watch.mark()
+        losses = self.inner.micro(batch, last)
+        end = self.watch.mark()
+        if self.encoded is None or self.decoded is None:
+            raise RuntimeError("the encoder was not called; please report this")
+        self.watch.add("student", start, self.encoded)
+        self.watch.add("decoder and loss", self.encoded, self.decoded)
+        self.watch.add("student", self.decoded, end)
+        return losses
+
+    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
+        """See ``Backend.step``."""
+        return self.watch.timed("optimizer", lambda: self.inner.step(lr, report, accept))
+
+    def momentum_update(self, momentum: float) -> None:
+        """See ``Backend.momentum_update``."""
+        self.watch.timed("average", lambda: self.inner.momentum_update(momentum))
+
+    def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """See ``Backend.momentum_forward``."""
+        return self.watch.timed("momentum student", lambda: self.inner.momentum_forward(images))
+
+
+class TimedTeacher:
+    """A teacher whose views are counted."""
+
+    def __init__(self, inner: TeacherSource, watch: Stopwatch) -> None:
+        self.inner = inner
+        self.watch = watch
+        self.width, self.has_cls = inner.width, inner.has_cls
+
+    @property
+    def image_size(self) -> int | None:
+        """See ``TeacherSource``."""
+        return self.inner.image_size
+
+    def look(self, batch: Batch) -> TeacherView:
+        """See ``TeacherSource.look``."""
+        return self.watch.timed("teacher", lambda: self.inner.look(batch))
+
+
+class Synthetic:
+    """Endless batches of the same random pictures, resident on the device, at new positions."""
+
+    def __init__(self, config: Config, sizes: tuple[int, ...], device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(config.run.seed)
+        self.count = config.train.micro_batch
+        self.images = tuple(
+            torch.randint(
+                0,
+                256,
+                (self.count, size, size, 3),
+                dtype=torch.uint8,
+                device=device,
+                generator=generator,
+            )
+            for size in sizes
+        )
+        self.position = torch.arange(self.count, device=device)
+        self.valid = torch.ones(self.count, dtype=torch.bool, device=device)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self.position = self.position + self.count
+        return Batch(self.images, self.position, self.position, self.position, self.valid)
+
+
+class Rig:
+    """A built configuration.
+
+    Args:
+        config: checked settings; ``run.dir`` is not used.
+        sdpa: kernel of ``scaled_dot_product_attention``, a key of ``SDPA``.
+        real: photographs of ``data.path`` instead of synthetic ones.
+        world: this process's place; the process group is open.
+        device: this rank's device.
+        stack: closes what was opened.
+        teacher: in place of the run's own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sdpa: str,
+        real: bool,
+        world: World,
+        device: torch.device,
+        stack: ExitStack,
+        teacher: TeacherSource | None = None,
+    ) -> None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+        config.run.dir = str(folder)
+        self.config = config
+        self.device = device
+        self.backend = SDPA[sdpa]
+        self.watch = Stopwatch(device)
+        plan = batch_plan(config, world.world_size)
+        stop = StopRequest(folder)
+        index = open_index(config, folder, world) if real else None
+        if teacher is not None:
+            pass
+        elif index is not None:
+            teacher = open_teacher(config, world, device, index, stop, stack)
+        elif reads_cache(config):
+            raise ConfigError(
+                f"teacher.mode={config.teacher.mode} reads the rows of real photographs; add "
+                "--data real, or set teacher.mode=live"
+            )
+        else:
+            teacher = fetch_teacher(config, world, device)
+        models = build_models(config, world, device, teacher)
+        stack.callback(models.backend.close)
+        half = HORIZON // 2
+        progress = Progress(
+            half,
+            half * plan.global_batch,
+            0,
+            0,
+            half,
+            HORIZON,
+            HORIZON * plan.global_batch,
+        )
+        if index is not None:
+            stream = stack.enter_context(
+                open_stream(config, index, world, device, teacher, progress)
+            )
+        else:
+            stream = Synthetic(config, picture_sizes(config.views.size, teacher), device)
+        self.parts = Parts(
+            config=config,
+            plan=plan,
+            device=device,
+            stream=stream,
+            models=Models(
+                None if teacher is None else TimedTeacher(teacher, self.watch),
+                cast(Backend, TimedBackend(models.backend, self.watch)),
+                models.layout,
+                models.length,
+                models.patch,
+            ),
+            progress=progress,
+            writer=Writer(folder, world.rank, world.world_size, 1, False, 0),
+            stop=stop,
+            telemetry=None,
+            standing=None,
+            saved_facts={},
+            run_dir=folder,
+        )
+
+    def kernel(self) -> AbstractContextManager[object]:
+        """Holds the chosen attention kernel."""
+        return nullcontext() if self.backend is None else sdpa_kernel(self.backend)
+
+    def take(self, steps: int) -> float:
+        """Take optimizer steps; returns the seconds spent waiting for data."""
+        waited_s = 0.0
+        with self.kernel():
+            for _ in range(steps):
+                scalars = scalars_at(self.config, self.parts.progress.share)
+                waited_s += step(self.parts, scalars).waited_s
+        return waited_s
+
+    def window(self, steps: int) -> Window:
+        """Time some steps, with one synchronisation at the end."""
+        self.watch.collect()
+        start = self.watch.mark()
+        waited_s = self.take(steps)
+        end = self.watch.mark()
+        parts_s = {name: value / steps for name, value in self.watch.collect().items()}
+        step_s = seconds(start, end) / steps
+        parts_s["masks, targets, rest"] = max(step_s - sum(parts_s.values()), 0.0)
+        return Window(step_s, parts_s, waited_s / steps)
+
+    def traffic(self) -> Traffic:
+        """Profile one step."""
+        activities = [ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities, acc_events=True) as record:
+            self.take(1)
+        self.watch.collect()
+        return read_profile(record.key_averages(), self.device.type == "cuda")
+
+
+def read_profile(averages: Any, on_gpu: bool) -> Traffic:
+    """Sum collectives and count launches."""
+    busy_us, calls = 0.0, 0
+    is_call: Callable[[str], bool] = (
+        LAUNCHES.__contains__ if on_gpu else lambda name: name.startswith("aten::")
+    )
+    for entry in averages:
+        if on_gpu and "nccl" in entry.key.lower():
+            busy_us += entry.self_device_time_total
+        elif not on_gpu and entry.key.startswith("gloo:"):
+            busy_us += entry.self_cpu_time_total
+        calls += entry.count if is_call(entry.key) else 0
+    return Traffic(busy_us / 1e6, calls)

@@ -1,0 +1,190 @@
+"""What a codec's rounding does to the loss and to its gradient, on the run's own views."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmtmae_scale.cache.codecs import Calibration, as_stored
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
+from cmtmae_scale.method.initialisation import initialise
+from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
+from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
+from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.tools.benchmark.table import markdown
+from dataloading.stream import Batch
+
+COSINE = 0.8
+"""Of a well-trained prediction with its target."""
+
+
+@dataclass
+class Rounding:
+    """Relative to the features as the teacher gives them, over all views."""
+
+    codec: str
+    loss: float
+    """Change of the loss at the start weights."""
+    at_start: float
+    """Error of the gradient with respect to the predictions, at the start weights."""
+    near: float
+    """The same for predictions at a cosine of 0.8 with their targets."""
+    weights: float
+    """Error of the gradient with respect to the student's and decoder's start weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Case(NamedTuple):
+    """A micro-batch, its masks and the teacher's features ``[B, T, F]``."""
+
+    images: Tensor
+    choice: PatchChoice
+    features: Tensor
+
+
+class Pull(NamedTuple):
+    """The teacher's term and its gradients."""
+
+    loss: float
+    at_start: Tensor
+    near: Tensor
+    weights: Tensor
+
+
+def measure(
+    config: Config,
+    batches: Iterable[Batch],
+    teacher: LiveTeacher,
+    calibration: Calibration,
+    device: torch.device,
+) -> list[Rounding]:
+    """Compare int8, bf16 and, as a contrast, int8 without standardised channels.
+
+    Args:
+        config: a run whose loss has the teacher's features.
+        batches: views of the student's and the teacher's size.
+        teacher: on the device.
+        calibration: of the int8 codec.
+        device: that device.
+    """
+    model = CollaborativeMAE(config, teacher.width)
+    initialise(model, config.run.seed)
+    model.to(device)
+    length = model.encoder.grid[0] * model.encoder.grid[1]
+    layout = TokenLayout.from_config(
+        config, *token_counts(length, config.mask.ratio, config.mask.throw_ratio)
+    )
+    calibration = Calibration(*(one.to(device) for one in calibration))
+    bare = Calibration(torch.zeros_like(calibration.mean), torch.ones_like(calibration.std))
+    stores: dict[str, Callable[[Tensor], Tensor]] = {
+        "int8": lambda features: as_stored(features, "int8", calibration),
+        "bf16": lambda features: as_stored(features, "bf16", None),
+        "int8, channels as they are": lambda features: as_stored(features, "int8", bare),
+    }
+    pulls: dict[str, list[Pull]] = {name: [] for name in ("live", *stores)}
+    for batch in batches:
+        case = make_case(config, batch, teacher, length)
+        pulls["live"].append(pull(config, model, layout, case, case.features, case.features))
+        for name, store in stores.items():
+            stored = store(case.features)
+            pulls[name].append(pull(config, model, layout, case, stored, case.features))
+    return [compare(name, pulls[name], pulls["live"]) for name in stores]
+
+
+def make_case(config: Config, batch: Batch, teacher: LiveTeacher, length: int) -> Case:
+    """Masks from the teacher's map alone, and its features."""
+    view = teacher(batch.images[-1])
+    if view.features is None:
+        raise ValueError("the loss does not use the teacher's features")
+    choice = choose_masks(
+        config.mask, view.attention, batch.position, config.run.seed, 0.0, length=length
+    )
+    images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
+    return Case(images, choice, view.features)
+
+
+def pull(
+    config: Config,
+    model: CollaborativeMAE,
+    layout: TokenLayout,
+    case: Case,
+    features: Tensor,
+    exact: Tensor,
+) -> Pull:
+    """The teacher's term against some features.
+
+    Args:
+        config: the run.
+        model: at its start weights.
+        layout: of the predictions.
+        case: the micro-batch.
+        features: targets, ``[B, T, F]``.
+        exact: what predictions at a cosine of 0.8 are made from, ``[B, T, F]``.
+    """
+    targets, origin = (
+        layout.gather(normalise(one, config.target.teacher.norm), case.choice)
+        for one in (features, exact)
+    )
+    valid = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+
+    def term(prediction: Tensor) -> Tensor:
+        one, two = (Predictions(each, None, None) for each in (prediction, targets))
+        return objective(one, two, valid, layout, config.loss, 1.0).teacher
+
+    prediction = model(case.images, case.choice).teacher
+    loss = term(prediction)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    first, *rest = torch.autograd.grad(loss, [prediction, *weights], allow_unused=True)
+    close = beside(origin, config.run.seed).requires_grad_()
+    (near,) = torch.autograd.grad(term(close), [close])
+    flat = torch.cat([one.flatten() for one in rest if one is not None])
+    return Pull(loss.item(), first, near, flat)
+
+
+def beside(targets: Tensor, seed: int) -> Tensor:
+    """Predictions at a cosine of 0.8 with their targets, of the same length."""
+    generator = torch.Generator(targets.device).manual_seed(seed)
+    noise = torch.randn(targets.shape, device=targets.device, generator=generator)
+    unit = torch.nn.functional.normalize(targets, dim=-1)
+    aside = noise - (noise * unit).sum(-1, keepdim=True) * unit
+    aside = torch.nn.functional.normalize(aside, dim=-1)
+    mixed = COSINE * unit + (1 - COSINE**2) ** 0.5 * aside
+    return mixed * targets.norm(dim=-1, keepdim=True)
+
+
+def compare(name: str, pulls: list[Pull], live: list[Pull]) -> Rounding:
+    """Relative errors over all micro-batches; weights' gradients are added up first."""
+    change = sum(one.loss for one in pulls) / sum(one.loss for one in live) - 1
+    together = [torch.stack([one.weights for one in some]).sum(0) for some in (pulls, live)]
+    return Rounding(
+        name,
+        change,
+        error([one.at_start for one in pulls], [one.at_start for one in live]),
+        error([one.near for one in pulls], [one.near for one in live]),
+        error(together[:1], together[1:]),
+    )
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Length of the difference divided by the length of the exact ones."""
+    apart = sum(float((a - b).double().square().sum()) for a, b in zip(found, exact, strict=True))
+    return (apart / sum(float(b.double().square().sum()) for b in exact)) ** 0.5
+
+
+def describe(results: list[Rounding], views: int) -> str:
+    """Markdown table with its caption."""
+    header = ["stored as", "loss", "gradient of predictions", f"at a cosine of {COSINE}"]
+    header += ["gradient of weights"]
+    rows = [
+        [one.codec, *(f"{x:.1e}" for x in (one.loss, one.at_start, one.near, one.weights))]
+        for one in results
+    ]
+    caption = f"Relative errors against the teacher's features as they are, {views} views"
+    return f"{caption}\n\n{markdown(header, rows)}"

@@ -1,0 +1,1 @@
+"""What a teacher cache would cost against the online teacher."""

@@ -1,0 +1,147 @@
+"""Pictures while a run goes on: the same images each time, from weights put together anew."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cmtmae_scale.backends.whole import whole_tensors
+from cmtmae_scale.cache.followed import FollowedTeacher
+from cmtmae_scale.cache.teacher import CachedTeacher
+from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.engine.progress import Progress, scalars_at
+from cmtmae_scale.engine.task import Parts
+from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.schedules import evaluate
+from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.pretraining.prepare import Models
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
+from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.tools.figures.columns import Networks, columns_of
+from cmtmae_scale.tools.figures.sheet import draw_sheet
+from dataloading.errors import DataError
+from dataloading.index import Index
+from dataloading.one_pass import OnePass
+
+COUNT = 8
+"""Images on a sheet."""
+PREFIXES = ("model.", "momentum.")
+
+
+class RunPictures:
+    """What a run's loop calls at its steps.
+
+    All ranks take part in putting weights together; the first one keeps them on the host, looks at
+    the images and draws. Networks of its own do that, so that nothing of the training is touched.
+
+    Args:
+        config: checked settings, with ``log.images_every``.
+        index: the run's images; some, evenly spread over it, are looked at, cut from the centre.
+        teacher: where the run gets its teacher's view from.
+        world: this process's place.
+        device: where the networks compute.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        index: Index,
+        teacher: TeacherSource | None,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.index = index
+        self.device = device
+        self.draws = world.rank == 0
+        self.images: tuple[Tensor, ...] | None = None
+        self.networks: Networks | None = None
+        if self.draws:
+            with torch.random.fork_rng(devices=[]):
+                model = CollaborativeMAE(config, teacher.width if teacher else None)
+                momentum = (
+                    build_student(config, MomentumStudent) if needs(config).momentum else None
+                )
+            self.networks = Networks(live_teacher(teacher), model.eval(), momentum)
+
+    def __call__(self, models: Models, progress: Progress) -> NDArray[np.uint8] | None:
+        """Draw the present state. A collective.
+
+        Returns:
+            The sheet, ``[height, width, 3]``, on rank 0.
+
+        Raises:
+            DataError: on rank 0, if the images cannot be read.
+        """
+        fragments = models.backend.fragments()
+        for prefix in PREFIXES:
+            whole = whole_tensors(fragments, prefix)
+            own = {name: value.cpu() for name, value in whole if self.draws}
+            if self.networks is not None and own:
+                self.networks.trained(prefix).load_state_dict(own, strict=True)
+        if self.networks is None:
+            return None
+        if self.images is None:
+            sizes = picture_sizes(self.config.views.size, self.networks.teacher)
+            self.images = read_images(self.index, sizes, self.config.data.threads, self.device)
+        scalars = scalars_at(self.config, progress.share)
+        columns = columns_of(self.config, self.networks, models.layout, self.images, scalars)
+        return draw_sheet(columns, caption(self.config, progress))
+
+
+def open_pictures(parts: Parts, world: World) -> RunPictures | None:
+    """The pictures of a run; ``None`` where it asks for none."""
+    if parts.config.log.images_every is None or parts.index is None:
+        return None
+    return RunPictures(parts.config, parts.index, parts.models.teacher, world, parts.device)
+
+
+def live_teacher(source: TeacherSource | None) -> Teacher | None:
+    """The model itself: no cache has the views that are drawn."""
+    if isinstance(source, CachedTeacher | FollowedTeacher):
+        return source.live
+    return source if isinstance(source, LiveTeacher) else None
+
+
+def read_images(
+    index: Index, sizes: tuple[int, ...], threads: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Centres of some images, evenly spread over the index, without those that cannot be decoded.
+
+    Returns:
+        uint8 ``[n, S, S, 3]`` for each size S.
+
+    Raises:
+        DataError: if they cannot be read, or none can be decoded.
+    """
+    ids = np.unique(np.linspace(0, len(index) - 1, COUNT).round().astype(np.int64))
+    found: list[Tensor] = []
+    for size in sizes:
+        with OnePass(
+            *(index, ids),
+            micro_batch=len(ids),
+            size=size,
+            threads=threads,
+            decode="torch",
+            patience_s=0.0,
+        ) as images:
+            batch = next(images)
+        if not bool(batch.valid.any()):
+            raise DataError(f"none of the {len(ids)} images to be drawn can be decoded")
+        found.append(batch.images[0][batch.valid].to(device))
+    return tuple(found)
+
+
+def caption(config: Config, progress: Progress) -> str:
+    """Title that says which teacher, sampler and mixing weight are seen."""
+    parts = [f"step {progress.step}", f"{config.mask.ratio:.0%} hidden by {config.mask.sampler}"]
+    need = needs(config)
+    if need.teacher:
+        random = " (RANDOM WEIGHTS)" if config.teacher.weights == "random" else ""
+        parts.insert(1, f"teacher {config.teacher.model}{random}")
+    if need.teacher_attention and need.student_attention:
+        alpha = evaluate(config.collaboration.alpha_attention, progress.share)
+        parts.append(f"teacher's weight in the mix {alpha:g}")
+    return ", ".join(parts)

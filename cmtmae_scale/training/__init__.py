@@ -1,1 +1,0 @@
-"""The loop, its optimizer, its guards and its telemetry."""

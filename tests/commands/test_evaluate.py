@@ -1,0 +1,212 @@
+"""The command on runs, checkpoints, exported files and models of timm."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.commands.evaluate import main
+from cmtmae_scale.evaluation.result import Row, Score, pack_hits, unpack_hits, verdict, wilson
+from cmtmae_scale.export.encoder import export_encoder
+from tests.engine.run_case import STEPS, run, write_recipe
+from tests.evaluation.evaluation_case import command, labelled_photographs
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.gloo
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, and labelled photographs, one of which cannot be decoded."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    train = labelled_photographs(folder / "train", 40, 0, 6)
+    test = labelled_photographs(folder / "test", 26, 1, 6)
+    paths = [f"eval.train_path={train}", f"eval.test_path={test}"]
+    run_ranks(1, run, write_recipe(folder), paths)
+    broken = test / "class1" / "007.jpg"
+    broken.write_bytes(broken.read_bytes()[:-300])
+    return folder
+
+
+def evaluate(*arguments: Any) -> str:
+    """What the command says."""
+    (said,) = run_ranks(1, command, *arguments)
+    return said
+
+
+def test_accuracies_are_the_same_at_any_number_of_ranks(place: Path, tmp_path: Path) -> None:
+    found = []
+    for ranks in (1, 2, 3):
+        out = tmp_path / f"{ranks}.json"
+        options = ["--checkpoint", place / "run", "--batch", "5", "--k", "3", "--out", out]
+        said = run_ranks(ranks, command, "knn", *options)
+        assert said == [said[0]] * ranks
+        record = json.loads(out.read_text())
+        assert record["images"]["train"]["used"] == 40
+        assert (record["images"]["test"]["images"], record["images"]["test"]["used"]) == (26, 25)
+        assert all(row["count"] == 25 for row in record["results"])
+        found.append(record["results"])
+    assert found == [found[0]] * 3 and len(found[0]) == 5
+
+
+def test_linear_has_two_rows_for_each_kind_of_features(place: Path, tmp_path: Path) -> None:
+    options = ["--checkpoint", place / "run", "--epochs", "2", "--out", tmp_path / "x.json"]
+    said = evaluate("linear", *options)
+    record = json.loads((tmp_path / "x.json").read_text())
+    methods = [(row["features"], row["method"].split(",")[0]) for row in record["results"]]
+    pairs = [(kind, one) for kind in ("cls", "patches") for one in ("linear", "logistic")]
+    assert methods == [*pairs, *pairs, ("pixels", "linear"), ("pixels", "logistic")]
+    assert "(linear, mean of patches" in said
+    for row in record["results"]:
+        kept = row["method"].startswith("linear")
+        assert ("hits" in row) == kept
+        assert not kept or unpack_hits(row["hits"], row["count"]).sum() == row["correct"]
+    assert (record["settings"]["epochs"], record["settings"]["held_out"]) == (2, 0.1)
+
+
+def test_the_result_says_what_was_done(place: Path) -> None:
+    said = evaluate("knn", "--checkpoint", place / "run")
+    file = place / "run" / "evaluation" / f"knn-momentum-step-{STEPS:08d}.json"
+    assert f"written to {file}" in said
+    assert "train: 40 images of 6 classes" in said and "test:  25 images" in said
+    assert "left out: 1 images that cannot be decoded" in said
+    record = json.loads(file.read_text())
+    assert record["subject"]["step"] == STEPS and record["subject"]["weights"] == "momentum"
+    assert record["settings"]["k"] == [10, 20] and record["seed"] == 0
+    assert set(record["versions"]) == {"cmtmae_scale", "torch", "timm"}
+    assert {row["weights"] for row in record["results"]} == {
+        *(f"momentum, step {STEPS}", "random weights", "raw pixels")
+    }
+    for row in record["results"]:
+        assert row["accuracy"] == row["correct"] / row["count"] <= row["accuracy_top5"]
+        low, high = (100 * one for one in row["interval_95"])
+        line = next(
+            x
+            for x in said.splitlines()
+            if re.match(rf"{row['weights']} +{row['features']} +{row['method']} ", x)
+        )
+        assert f"{low:6.2f} to {high:6.2f}" in line and f"{row['correct']}/{row['count']}" in line
+    assert record["verdict"] in said
+    assert not list(file.parent.glob("*.tmp"))
+
+
+def test_a_checkpoint_and_its_exported_file_are_one(place: Path, tmp_path: Path) -> None:
+    folder = layout.folder_of(place / "run" / "checkpoints", STEPS)
+    paths = ["--train", place / "train", "--test", place / "test"]
+    (tmp_path / "one").mkdir()
+    file = export_encoder(folder, tmp_path / "one" / "x.safetensors", "student").file
+    results = []
+    for number, what in enumerate(
+        (
+            ["--checkpoint", folder, "--weights", "student"],
+            ["--checkpoint", file, "--arch", "test_vit"],
+            ["--checkpoint", folder / layout.ENCODER, "--arch", "test_vit"],
+        )
+    ):
+        out = tmp_path / f"{number}.json"
+        evaluate("knn", *what, *paths, "--no-baselines", "--out", out)
+        record = json.loads(out.read_text())
+        results.append(([row["correct"] for row in record["results"]], record["subject"]["sha256"]))
+    assert results[0] == results[1] == results[2]
+    (tmp_path / "one" / "config.json").write_text('{"architecture": "test_vit"}')
+    said = evaluate("knn", "--checkpoint", file, *paths, "--no-baselines")
+    assert "not written to a file; name one with --out" in said
+
+
+def test_a_model_of_timm_and_the_runs_teacher_are_read_as_timm_does(
+    place: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    sets = ["--train", place / "train", "--split", "0.7"]
+    what = ["--timm", "test_vit", "--file", tmp_path / "weights.safetensors", "--size", "64"]
+    said = evaluate("knn", *what, *sets, "--k", "5")
+    assert "a split of images, not of sources: 70% of each class to train, seed 0" in said
+    assert "test_vit at 64 pixels" in said
+    said = evaluate("knn", "--checkpoint", place / "run", "--weights", "teacher", "--k", "5")
+    assert "teacher test_vit (random)" in said
+
+
+MISTAKES = {
+    "RUN --weights teacher --file x": "--file belongs to --timm",
+    "RUN --test TEST --split 0.5": "--split makes the test set out of --train",
+    "RUN --split 1.5": "--split=1.5 must lie between 0 and 1",
+    "RUN --arch test_vit": "--arch belongs to a .safetensors file",
+    "NOTHING": "is neither a run .*, nor a checkpoint .*, nor a .safetensors file",
+    "FILE --train TRAIN --test TEST": r"which architecture is it\? .* give --arch NAME",
+    "FILE --arch test_vit": "--train PATH must be given: the run names no eval.train_path",
+    "FILE --arch test_vit2 --train TRAIN": "does not fit test_vit2 with patches of 16 at 64 pixels",
+    "FILE --arch test_vitt": "--arch=test_vitt is not a model of timm",
+    "FILE --weights momentum": "--weights belongs to a checkpoint",
+    "RUN --train TEST --test nowhere": "nowhere",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistakes_are_named_and_leave_with_78(
+    place: Path, line: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmtmae_scale.commands.evaluate.set_up_logging", lambda *_: None)
+    folder = layout.folder_of(place / "run" / "checkpoints", STEPS)
+    known = {"RUN": place / "run", "NOTHING": place, "FILE": folder / layout.ENCODER}
+    known |= {"TRAIN": place / "train", "TEST": place / "test"}
+    words = [str(known.get(word, word)) for word in line.split()]
+    assert main(["knn", "--checkpoint", *words]) == 78
+    assert re.search(MISTAKES[line], caplog.text)
+
+
+def test_a_broken_checkpoint_is_refused_and_a_runs_older_one_taken(
+    place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    broken = layout.folder_of(tmp_path / "run" / "checkpoints", STEPS)
+    (broken / layout.rank_file(0)).unlink()
+    with pytest.raises(AssertionError, match=r"is broken: rank-00000.safetensors is absent"):
+        evaluate("knn", "--checkpoint", broken)
+    said = evaluate("knn", "--checkpoint", tmp_path / "run")
+    assert f"momentum, step {STEPS - 2}:" in said
+
+
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_hits_are_kept_a_bit_an_image(count: int) -> None:
+    hits = torch.arange(count) % 3 == 0
+    text = pack_hits(hits)
+    assert len(text) == 2 * -(-count // 8) and text[0] in "89"
+    assert unpack_hits(text, count).tolist() == hits.tolist()
+
+
+def row(weights: str, features: str, method: str, correct: int) -> Row:
+    return Row(weights, features, method, Score(correct, correct, 100))
+
+
+def test_only_what_clearly_beats_both_baselines_is_no_smoke_test() -> None:
+    rows = [row("ours", "cls", "k-NN k=10", 99), row("ours", "patches", "k-NN k=10", 60)]
+    rows += [row("ours", "patches", "k-NN k=20", 99), row("random weights", "cls", "k-NN k=10", 99)]
+    weak = [row("random weights", "patches", "k-NN k=10", 30)]
+    strong = [row("raw pixels", "pixels", "k-NN k=10", 50)]
+    said = verdict([*rows, *weak, *strong], "ours")
+    assert said.startswith("SMOKE TEST") and "raw pixels (" in said and "random" not in said
+    strong = [
+        row("raw pixels", "pixels", "k-NN k=10", 35),
+        row("raw pixels", "pixels", "other", 99),
+    ]
+    said = verdict([*rows, *weak, *strong], "ours")
+    assert said.startswith("ours is clearly better than random weights and raw pixels")
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_intervals_are_wilsons(correct: int, count: int, low: float, high: float) -> None:
+    """Third case: R. G. Newcombe, Statistics in Medicine 17 (1998), table I."""
+    assert wilson(correct, count) == pytest.approx((low, high), abs=5e-5)

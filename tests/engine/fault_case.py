@@ -1,0 +1,198 @@
+"""Faults put into a tiny run: losses that are not finite or jump, ranks that hang, die or lag."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from cmtmae_scale.commands.pretrain import launch
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.runtime.launch import World
+
+Change = Callable[[int, Any], Any]
+"""From the step that is being taken and a micro-batch's losses to other losses."""
+
+
+def here() -> World:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, rank, size, "test")
+
+
+def scaled(by_step: dict[int, float], rank: int | None = None) -> Change:
+    """Multiply the losses of some positions' steps, counted in steps of data since the start."""
+
+    def change(number: int, losses: Any) -> Any:
+        if rank is not None and dist.get_rank() != rank:
+            return losses
+        factor = by_step.get(number, 1.0)
+        return type(losses)(*(term * factor for term in losses))
+
+    return change
+
+
+def run_changed(
+    recipe: Path, overrides: list[str], by_step: dict[int, float], rank: int | None = None
+) -> dict[str, Any]:
+    """Run with changed losses; what is left, or the error.
+
+    ``by_step`` counts steps of data, from 1: it goes on where the run goes back.
+    """
+    from cmtmae_scale.engine.loop import train
+    from cmtmae_scale.errors import CmtMaeError
+    from cmtmae_scale.pretraining.build import build_parts
+
+    torch.set_num_threads(1)
+    config = load_config(recipe, overrides)
+    change = scaled(by_step, rank)
+    seen: dict[str, Any] = {"error": "", "states": {}}
+    with ExitStack() as stack:
+        parts = build_parts(config, here(), torch.device("cpu"), stack)
+        backend = parts.models.backend
+        micro, update = backend.micro, backend.step
+
+        def changed_micro(batch: Any, last: bool) -> Any:
+            losses = micro(batch, last)
+            number = parts.progress.position // config.train.global_batch + 1
+            return change(number, losses)
+
+        def noting_step(*arguments: Any) -> Any:
+            before = digest(backend)
+            outcome = update(*arguments)
+            number = parts.progress.position // config.train.global_batch + 1
+            seen["states"][number] = (outcome.applied, before == digest(backend))
+            return outcome
+
+        backend.micro, backend.step = changed_micro, noting_step  # type: ignore[method-assign]
+        try:
+            train(parts)
+        except CmtMaeError as error:
+            seen["error"] = str(error)
+        seen["progress"] = dataclasses.asdict(parts.progress)
+    return seen
+
+
+def run_each(
+    recipe: Path, cases: list[tuple[list[str], dict[int, float]]], rank: int
+) -> list[dict[str, Any]]:
+    """``run_changed`` for several overrides and changes, in the same processes."""
+    return [run_changed(recipe, overrides, change, rank) for overrides, change in cases]
+
+
+def run_with_a_flipped_bit(recipe: Path, overrides: list[str], step: int) -> str:
+    """Run, with a bit of rank 1's weights flipped after a step; returns the error."""
+    from cmtmae_scale.engine.loop import train
+    from cmtmae_scale.errors import CmtMaeError
+    from cmtmae_scale.pretraining.build import build_parts
+
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        config = load_config(recipe, overrides)
+        parts = build_parts(config, here(), torch.device("cpu"), stack)
+        backend = parts.models.backend
+        update = backend.momentum_update
+
+        def flipping(momentum: float) -> None:
+            update(momentum)
+            if dist.get_rank() == 1 and parts.progress.step + 1 == step:
+                held = (part.local for part in backend.fragments().values())
+                next(part for part in held if part.numel()).view(torch.int32)[0] ^= 1
+
+        backend.momentum_update = flipping  # type: ignore[method-assign]
+        try:
+            train(parts)
+        except CmtMaeError as error:
+            return str(error)
+    return ""
+
+
+def digest(backend: Any) -> list[int]:
+    """A number for each state of the models and the optimizer."""
+    return [
+        hash(part.local.detach().cpu().numpy().tobytes()) for part in backend.fragments().values()
+    ]
+
+
+def log(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def incidents(run_dir: Path) -> list[dict[str, Any]]:
+    return [entry for entry in log(run_dir) if "incident" in entry]
+
+
+@contextmanager
+def ready_group(*_: Any) -> Iterator[None]:
+    """The test's own process group is open already."""
+    yield
+
+
+def command_on_ranks(recipe: Path, overrides: list[str], fault: str = "", victim: int = 0) -> int:
+    """The command's own code on every rank of an open group; ``fault`` befalls one rank.
+
+    Returns:
+        The exit code.
+    """
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    with ExitStack() as stack:
+        for name, stand_in in (
+            ("find_world", here),
+            ("process_group", ready_group),
+            ("set_up_logging", lambda *_: None),
+        ):
+            stack.enter_context(mock.patch(f"cmtmae_scale.commands.pretrain.{name}", stand_in))
+        if fault and rank == victim:
+            run_dir = load_config(recipe, overrides).run.dir
+            befall(fault, Path(run_dir))
+        return launch(["--config", str(recipe), *overrides])
+
+
+def commands_on_ranks(recipe: Path, starts: list[list[str]]) -> list[int]:
+    """Start after start in the same processes; their exit codes."""
+    from cmtmae_scale.errors import CmtMaeError
+
+    codes = []
+    for overrides in starts:
+        try:
+            codes.append(command_on_ranks(recipe, overrides))
+        except CmtMaeError as error:
+            codes.append(error.exit_code)
+    return codes
+
+
+def befall(fault: str, run_dir: Path) -> None:
+    """Let something happen to this process after some steps."""
+    kinds = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "stop": signal.SIGTERM}
+    if fault == "sleep":
+        from cmtmae_scale.engine import loop
+
+        usual, taken = loop.next_batch, [0]
+
+        def slow(stream: Any, *arguments: Any) -> Any:
+            taken[0] += 1
+            if taken[0] > 2:  # from the second step on
+                time.sleep(1000)
+            return usual(stream, *arguments)
+
+        loop.next_batch = slow
+        return
+
+    def strike() -> None:
+        limit = time.monotonic() + 60
+        while not (run_dir / "log.jsonl").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.3))
+        os.kill(os.getpid(), kinds[fault])
+
+    threading.Thread(target=strike, daemon=True).start()

@@ -1,0 +1,183 @@
+"""A whole tiny run on generated photographs, through the real loop."""
+
+import shutil
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint.chunks import ChunkReader
+from cmtmae_scale.config.load import load_config, save_config
+from cmtmae_scale.runtime.launch import World
+
+STEPS = 6
+BASE: dict[str, Any] = {
+    "views": {"size": 64},
+    "student": {"arch": "test_vit"},
+    "decoder": {"depth": 1, "width": 32, "heads": 2},
+    "teacher": {
+        "library": "timm",
+        "model": "test_vit",
+        "weights": "random",
+        "feature": "block",
+    },
+    "collaboration": {"alpha_attention": 0.5, "alpha_target": 0.7},
+    "optimizer": {"base_lr": 0.03, "warmup": 0.2, "clip": 1.0},
+    "train": {"global_batch": 8, "micro_batch": 2, "steps": STEPS},
+    "momentum": {"start": 0.9},
+    "backend": {"precision": "fp32"},
+    "checkpoint": {"every": 2},
+    "log": {"every": 1},
+    "data": {"threads": 2},
+}
+
+
+def make_photographs(folder: Path, count: int = 20) -> Path:
+    """Smooth coloured pictures of different sizes; 20 make an epoch edge within step 3."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / f"class{number % 3}"
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        size = (80 + 4 * (number % 20), 110 - 2 * (number % 20))
+        picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        picture.save(place / f"{number:03d}.jpg", quality=90)
+    return folder
+
+
+def write_recipe(folder: Path) -> Path:
+    """Photographs and a recipe under a folder; returns the recipe's path."""
+    photographs = make_photographs(folder / "photos")
+    tree = BASE | {
+        "run": {"dir": str(folder / "run")},
+        "data": BASE["data"] | {"path": str(photographs)},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run(recipe: Path, overrides: list[str]) -> str | None:
+    """Build and train on every rank of an open process group; returns why it stopped."""
+    import torch.distributed as dist
+
+    from cmtmae_scale.engine.loop import train
+    from cmtmae_scale.evaluation.periodic import open_evaluation
+    from cmtmae_scale.pretraining.build import build_parts
+    from cmtmae_scale.tools.figures.during import open_pictures
+
+    torch.set_num_threads(1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = load_config(recipe, overrides)
+    world = World(rank, size, rank, size, "test")
+    with ExitStack() as stack:
+        parts = build_parts(config, world, torch.device("cpu"), stack)
+        if rank == 0:
+            save_config(config, Path(config.run.dir) / "config.yaml")
+        parts.evaluate = open_evaluation(config, world, torch.device("cpu"))
+        parts.draw = open_pictures(parts, world)
+        return train(parts)
+
+
+def run_noting(recipe: Path, overrides: list[str]) -> list[int]:
+    """As ``run``; returns the sample ids that this rank drew, in order."""
+    import torch.distributed as dist
+
+    from cmtmae_scale.engine.loop import train
+    from cmtmae_scale.pretraining.build import build_parts
+
+    torch.set_num_threads(1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = load_config(recipe, overrides)
+    drawn: list[int] = []
+    with ExitStack() as stack:
+        parts = build_parts(
+            config, World(rank, size, rank, size, "test"), torch.device("cpu"), stack
+        )
+        parts.stream = noting(parts.stream, drawn)
+        train(parts)
+    return drawn
+
+
+def noting(stream: Any, drawn: list[int]) -> Any:
+    for batch in stream:
+        drawn += batch.sample_id.tolist()
+        yield batch
+
+
+def run_twice(recipe: Path, first: list[str], second: list[str]) -> tuple[str | None, str | None]:
+    """Two starts one after the other in the same processes."""
+    return run(recipe, first), run(recipe, second)
+
+
+def resume_each(
+    recipe: Path, first: list[str], ways: list[list[str]]
+) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """Run, then resume copies of the run in several ways.
+
+    Returns:
+        For each way the error, if any, the newest checkpoint's state, and the warnings.
+    """
+    from cmtmae_scale.errors import CmtMaeError
+    from tests.checkpoint.save_case import Lines
+
+    origin = recipe.parent / "origin"
+    run(recipe, [f"run.dir={origin}", *first])
+    log = Lines()
+    found = []
+    for number, way in enumerate(ways):
+        place = recipe.parent / f"way{number}"
+        shutil.copytree(origin, place)
+        log.lines.clear()
+        error = ""
+        try:
+            run(recipe, [f"run.dir={place}", *way])
+        except CmtMaeError as refused:
+            error = f"{refused.exit_code} {refused}"
+        newest = layout.candidates(place / "checkpoints")[0]
+        lines = [line for line in log.lines if not line.startswith("teacher.weights=random")]
+        found.append((error, layout.read_state(newest), lines))
+    return found
+
+
+def run_on_a_slow_store(recipe: Path) -> list[str]:
+    """A run with a save a step, whose store stands still until the last step; its log lines."""
+    from cmtmae_scale.checkpoint import writer
+    from tests.checkpoint.save_case import Lines
+
+    log, gate = Lines(), threading.Event()
+    write, finish = writer.write_chunks, writer.Writer.finish
+
+    def slow_write(*arguments: Any) -> Any:
+        gate.wait()
+        return write(*arguments)
+
+    def opening_finish(*arguments: Any) -> None:
+        gate.set()
+        finish(*arguments)
+
+    writer.write_chunks, writer.Writer.finish = slow_write, opening_finish
+    run(recipe, ["checkpoint.every=1"])
+    return log.lines
+
+
+def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything that a checkpoint holds, whole."""
+    folder = layout.folder_of(run_dir / "checkpoints", step)
+    assert layout.fault(folder) is None
+    reader = ChunkReader(folder)
+    return {key: reader.read_whole(key) for key in reader.index}
+
+
+def same(a: Path, b: Path, step: int = STEPS) -> None:
+    """Assert that two runs hold the same bits at a step."""
+    one, two = tensors(a, step), tensors(b, step)
+    assert one.keys() == two.keys()
+    different = [key for key in one if not torch.equal(one[key], two[key])]
+    assert not different

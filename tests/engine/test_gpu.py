@@ -1,0 +1,58 @@
+"""Micro-steps of ViT-L/16 on a GPU wait for nothing: torch raises at any host synchronisation.
+
+python -m pytest -m gpu tests/training/test_gpu.py
+"""
+
+import pytest
+import torch
+
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.engine.progress import scalars_at
+from cmtmae_scale.pretraining.build import build_models, fetch_teacher
+from cmtmae_scale.pretraining.prepare import prepare
+from cmtmae_scale.runtime.launch import World, process_group
+from dataloading.stream import Batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+BATCH, WARM_UP, STEPS = 32, 3, 5
+
+
+def vit_large(compiled: bool) -> Config:
+    config = Config()
+    config.student.arch = "vit_large_patch16_224"
+    config.teacher.model, config.teacher.weights = "ViT-B-16-quickgelu", "random"
+    config.teacher.quick_gelu = True
+    config.collaboration.alpha_attention, config.collaboration.alpha_target = 0.5, 0.7
+    config.mask.salient_frac = 0.0
+    config.train.global_batch = config.train.micro_batch = BATCH
+    config.backend.compile = compiled
+    return config
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_micro_step_does_not_wait_for_the_device(compiled: bool) -> None:
+    config, world = vit_large(compiled), World(0, 1, 0, 1, "alone")
+    device = torch.device("cuda", 0)
+    with process_group(world, device):
+        models = build_models(config, world, device, fetch_teacher(config, world, device))
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (BATCH, 224, 224, 3)
+        views = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+        positions = torch.arange(BATCH, device=device)
+        valid = torch.ones(BATCH, dtype=torch.bool, device=device)
+        batch = Batch((views,), positions, positions, positions, valid)
+        scalars = scalars_at(config, 0.5)
+        losses = []
+        for step in range(WARM_UP + STEPS):
+            torch.cuda.set_sync_debug_mode("error" if step >= WARM_UP else "default")
+            micro_batch, _ = prepare(config, models, batch, scalars)
+            loss = models.backend.micro(micro_batch, last=True)
+            torch.cuda.set_sync_debug_mode("default")
+            assert models.backend.step(1e-4, loss.total[None]).applied
+            models.backend.momentum_update(scalars.momentum)
+            losses.append(float(loss.total))
+        assert losses[-1] < losses[0]
+        models.backend.close()

@@ -1,0 +1,159 @@
+"""What may change when a run is resumed, what may with permission, and what never may."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmtmae_scale.config.load import config_to_dict, load_config
+from cmtmae_scale.engine.progress import resumed_progress
+from cmtmae_scale.engine.resume import compare, flatten
+from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
+from tests.engine.run_case import STEPS, resume_each, write_recipe
+from tests.processes import run_ranks
+
+ROOT = Path(__file__).parents[2]
+TREE = config_to_dict(load_config(ROOT / "configs" / "vit_base.yaml"))
+KEYS = sorted(flatten(TREE))
+SAME = ("digest", "digest")
+
+# docs/checkpoints.md has the same list in words.
+FREE = {
+    *("run.name", "run.dir", "run.max_seconds", "run.allow_change", "teacher.mode"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.background"),
+    *(key for key in KEYS if key.startswith(("backend.", "cache.", "eval.", "guard.", "log."))),
+    *("train.micro_batch", "train.stop_after"),
+    *("data.decode", "data.threads", "data.path", "data.index", "data.source", "data.resident"),
+    *("data.expected_images", "data.max_bad_share", "data.window_on_sorted"),
+}
+NEVER = {"run.seed", "views.size", "views.scale", "views.ratio", "views.flip", "views.count"}
+
+
+def changed(key: str, value: Any = "another") -> dict[str, Any]:
+    tree = copy.deepcopy(TREE)
+    *groups, name = key.split(".")
+    owner = tree
+    for group in groups:
+        owner = owner[group]
+    assert name in owner
+    owner[name] = value
+    return tree
+
+
+def test_every_key_named_here_exists() -> None:
+    assert set(KEYS) >= FREE | NEVER
+    assert compare(TREE, copy.deepcopy(TREE), [], SAME) == []
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_changed_key_is_free_or_needs_permission_or_is_refused(key: str) -> None:
+    tree = changed(key)
+    before = flatten(TREE)[key]
+    if key in FREE:
+        assert compare(TREE, tree, [], SAME) == []
+        return
+    with pytest.raises(ConfigError) as raised:
+        compare(TREE, tree, [], SAME)
+    assert str(raised.value).startswith(f"{key}: the checkpoint has {before}, the config another; ")
+    assert raised.value.exit_code == EXIT_CONFIG
+    if key in NEVER:
+        with pytest.raises(ConfigError, match=r"never changes within a run: use another run\.dir"):
+            compare(TREE, tree, [key], SAME)
+        return
+    (line,) = compare(TREE, tree, [key], SAME)
+    assert (
+        line
+        == f"{key}: the checkpoint has {before}, the config another; from here on another counts"
+    )
+
+
+def test_other_images_are_refused_whatever_is_allowed() -> None:
+    with pytest.raises(ConfigError, match="the images differ from the checkpoint's"):
+        compare(TREE, TREE, KEYS, ("a" * 64, "b" * 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("optimizer.betaz", "did you mean optimizer.betas"), ("optimizer", "optimizer is not a key")],
+)
+def test_a_permission_that_would_have_no_effect_is_refused(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        compare(TREE, TREE, [name], SAME)
+
+
+def test_positions_count_anew_from_an_allowed_change() -> None:
+    saved = {"step": 4, "position": 32, "step0": 0, "position0": 0, "applied": 4}
+    saved |= {"end_step": 10, "horizon": 80}
+    same = resumed_progress(saved, 10, 8, changed=False)
+    assert same.to_dict() == saved
+    other = resumed_progress(saved, 10, 16, changed=True)
+    assert (other.step0, other.position0, other.horizon) == (4, 32, 32 + 6 * 16)
+    other.advance(16, applied=True)
+    assert (other.step, other.position) == (5, 48)
+
+
+WAYS: dict[str, list[str]] = {
+    "free": [
+        *("run.name=other", "log.every=2", "checkpoint.every=5", "checkpoint.keep=1"),
+        *("train.micro_batch=4", "data.threads=1", "backend.shard=none", "data.max_bad_share=0.5"),
+    ],
+    "refused": ["optimizer.betas=[0.5, 0.6]"],
+    "allowed": ["optimizer.betas=[0.5, 0.6]", "run.allow_change=[optimizer.betas]"],
+    "batch": ["train.global_batch=16", "run.allow_change=[train.global_batch]"],
+    "views": ["views.scale=[0.5, 1.0]", "run.allow_change=[views.scale]"],
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any, list[str]]]:
+    recipe = write_recipe(tmp_path_factory.mktemp("resume"))
+    first = ["train.stop_after=2"]
+    (found,) = run_ranks(1, resume_each, recipe, first, list(WAYS.values()))
+    return dict(zip(WAYS, found, strict=True))
+
+
+@pytest.mark.gloo
+def test_a_run_continues_with_free_keys_changed(resumed: dict[str, Any]) -> None:
+    error, state, warnings = resumed["free"]
+    assert (error, warnings) == ("", [])
+    assert state["progress"]["step"] == STEPS
+    assert (state["progress"]["step0"], state["progress"]["position0"]) == (0, 0)
+    assert state["config"]["run"]["name"] == "other"
+
+
+@pytest.mark.gloo
+def test_a_run_refuses_other_optimizer_settings(resumed: dict[str, Any]) -> None:
+    error, state, _ = resumed["refused"]
+    assert error.startswith(f"{EXIT_CONFIG} optimizer.betas: the checkpoint has [0.9, 0.95]")
+    assert "add it to run.allow_change" in error
+    assert state["progress"]["step"] == 2
+
+
+@pytest.mark.gloo
+def test_with_permission_the_configs_optimizer_settings_win_and_are_told(
+    resumed: dict[str, Any],
+) -> None:
+    error, state, warnings = resumed["allowed"]
+    assert error == ""
+    assert warnings == [
+        "allowed change: optimizer.betas: the checkpoint has [0.9, 0.95], the config [0.5, 0.6]; "
+        "from here on [0.5, 0.6] counts"
+    ]
+    assert (state["progress"]["step0"], state["progress"]["position0"]) == (2, 16)
+    assert state["config"]["optimizer"]["betas"] == [0.5, 0.6]
+
+
+@pytest.mark.gloo
+def test_another_batch_continues_at_the_same_position(resumed: dict[str, Any]) -> None:
+    error, state, _ = resumed["batch"]
+    assert error == ""
+    assert state["progress"]["position"] == 2 * 8 + (STEPS - 2) * 16
+
+
+@pytest.mark.gloo
+def test_other_views_are_refused_even_with_permission(resumed: dict[str, Any]) -> None:
+    error, state, _ = resumed["views"]
+    assert error.startswith(f"{EXIT_CONFIG} views.scale: the checkpoint has [0.2, 1.0]")
+    assert "never changes" in error
+    assert state["progress"]["step"] == 2

@@ -1,0 +1,165 @@
+"""Steps that are left out, going back, and giving up."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.config.guard import Guard
+from cmtmae_scale.engine.progress import Scalars
+from cmtmae_scale.engine.skips import FEWEST, Skips
+from tests.engine.fault_case import incidents, log, run_each
+from tests.engine.run_case import STEPS, write_recipe
+from tests.processes import run_ranks
+
+NAN = float("nan")
+TWO = ["guard.skip_limit=2", "checkpoint.keep=9"]
+SPIKES = ["train.steps=18", "guard.spike_factor=10", "checkpoint.every=100"]
+CASES = {
+    "one": ([], {3: NAN}),
+    "infinite": ([], {3: math.inf}),
+    "stretch": (TWO, {3: NAN, 4: NAN}),
+    "beyond a save": (TWO, {4: NAN, 5: NAN}),
+    "hopeless": ([*TWO, "guard.rollback_limit=1"], dict.fromkeys(range(3, 99), NAN)),
+    "none allowed": (["guard.skip_limit=0"], {3: NAN}),
+    "no checkpoint": (["guard.skip_limit=1"], {1: NAN}),
+    "spike": (SPIKES, {18: 10.0}),
+    "spike without a bound": (SPIKES[:1] + SPIKES[2:], {18: 10.0}),
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Any]]]:
+    """All cases on two ranks, with rank 1's losses changed; by name folder and ranks' views."""
+    folder = tmp_path_factory.mktemp("skips")
+    recipe = write_recipe(folder)
+    cases = [
+        ([f"run.dir={folder / name}", *overrides], change)
+        for name, (overrides, change) in CASES.items()
+    ]
+    ranks = run_ranks(2, run_each, recipe, cases, 1)
+    names = list(CASES)
+    return lambda name: (folder / name, [rank[names.index(name)] for rank in ranks])
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", ["one", "infinite"])
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(seen: Any, name: str) -> None:
+    folder, ranks = seen(name)
+    for view in ranks:
+        assert view["error"] == ""
+        assert view["states"][3] == (False, True)  # not applied; every state has the same bits
+        assert all(view["states"][n] == (True, False) for n in (2, 4, 5, 6))
+        assert (view["progress"]["step"], view["progress"]["applied"]) == (STEPS, STEPS - 1)
+    (line,) = incidents(folder)
+    assert (line["step"], line["incident"], line["in_a_row"]) == (3, "step left out", 1)
+    assert line["why"].startswith("step 3: not finite on ranks 1: loss/total")
+    assert [entry["step"] for entry in log(folder) if "incident" not in entry] == [1, 2, 4, 5, 6]
+
+
+@pytest.mark.gloo
+def test_after_too_many_in_a_row_the_run_goes_back_and_on_with_later_data(seen: Any) -> None:
+    folder, ranks = seen("stretch")
+    for view in ranks:
+        assert view["error"] == ""
+        assert sorted(view["states"]) == list(range(1, STEPS + 3))  # steps 3 to 6 on later data
+        assert view["progress"] == {
+            "step": STEPS, "applied": STEPS, "step0": 2, "position0": 4 * 8,
+            "position": (STEPS + 2) * 8, "end_step": STEPS, "horizon": (STEPS + 2) * 8,
+        }  # fmt: skip
+    kinds = [line["incident"] for line in incidents(folder)]
+    assert kinds == ["step left out", "step left out", "gone back to a checkpoint"]
+    assert (incidents(folder)[2]["to_step"], incidents(folder)[2]["position"]) == (2, 32)
+    losses = [entry for entry in log(folder) if "incident" not in entry]
+    assert [entry["step"] for entry in losses] == list(range(1, STEPS + 1))
+    # A restart from there would not meet the stretch again.
+    saved = layout.read_state(layout.folder_of(folder / "checkpoints", 2))
+    assert saved["progress"]["position"] == 32 and saved["progress"]["step"] == 2
+
+
+@pytest.mark.gloo
+def test_nothing_is_saved_between_steps_that_are_left_out(seen: Any) -> None:
+    """A checkpoint of step 4 would hold what led there."""
+    folder, ranks = seen("beyond a save")
+    assert [view["error"] for view in ranks] == ["", ""]
+    assert incidents(folder)[-1]["to_step"] == 2
+
+
+@pytest.mark.gloo
+def test_a_run_that_fails_on_all_data_is_given_up(seen: Any) -> None:
+    folder, ranks = seen("hopeless")
+    for view in ranks:
+        assert (
+            "given up: the run went back to step 2 1 times (guard.rollback_limit)" in view["error"]
+        )
+        assert sorted(view["states"]) == list(range(1, 7))
+    assert layout.fault(layout.folder_of(folder / "checkpoints", 2)) is None
+
+
+@pytest.mark.gloo
+def test_the_first_one_ends_a_run_that_allows_none(seen: Any) -> None:
+    _, ranks = seen("none allowed")
+    for view in ranks:
+        assert view["error"].startswith("step 3: not finite on ranks 1: loss/total")
+        assert view["progress"]["step"] == 2
+
+
+@pytest.mark.gloo
+def test_without_a_checkpoint_there_is_no_going_back(seen: Any) -> None:
+    _, ranks = seen("no checkpoint")
+    assert all("there is no checkpoint yet to go back to" in view["error"] for view in ranks)
+
+
+@pytest.mark.gloo
+def test_a_spike_is_left_out_where_a_bound_is_set(seen: Any) -> None:
+    folder, ranks = seen("spike")
+    assert [view["states"][18] for view in ranks] == [(False, True)] * 2
+    (line,) = incidents(folder)
+    assert "guard.spike_factor=10" in line["why"] and line["step"] == 18
+    folder, ranks = seen("spike without a bound")
+    assert [view["states"][18] for view in ranks] == [(True, False)] * 2
+    assert incidents(folder) == []
+
+
+def schedule(alpha: float) -> Scalars:
+    return Scalars(1e-3, 0.9, alpha, 0.5, 0.5)
+
+
+def test_the_bound_is_the_median_and_a_robust_spread() -> None:
+    skips = Skips(Guard(spike_factor=4.0))
+    for loss in [2.0, 1.0, 3.0] * 6 + [1000.0]:
+        skips.taken(loss)
+    assert skips.bound() == pytest.approx(2.0 + 4.0 * 1.4826)
+    assert skips.spike(7.9) is None and skips.spike(math.nan) is None
+    assert skips.spike(8.0) is not None
+
+
+def test_a_steady_loss_still_has_a_spread() -> None:
+    skips = Skips(Guard(spike_factor=5.0))
+    for _ in range(FEWEST):
+        assert skips.bound() == math.inf
+        skips.taken(2.0)
+    assert skips.bound() == pytest.approx(2.1)
+
+
+def test_a_jump_of_a_schedule_begins_a_new_bound() -> None:
+    skips = Skips(Guard(spike_factor=5.0))
+    for number in range(40):
+        skips.expect(schedule(0.5 + 0.001 * number))
+        skips.taken(2.0)
+    assert len(skips.losses) == 40
+    skips.expect(schedule(1.0))
+    assert skips.bound() == math.inf
+
+
+def test_what_is_saved_continues_the_count() -> None:
+    one, other = Skips(Guard(spike_factor=5.0)), Skips(Guard(spike_factor=5.0))
+    for number in range(200):
+        one.expect(schedule(0.5))
+        one.taken(1 / (number + 1))
+    one.left_out()
+    other.restore(one.to_dict())
+    assert other.to_dict() == one.to_dict() and other.bound() == one.bound()

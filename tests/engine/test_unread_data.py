@@ -1,0 +1,140 @@
+"""Storage that fails on one rank stops the run at a step that is taken again, bit for bit."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.runtime.launch import World
+from dataloading.order import sample_ids
+from tests.engine.run_case import STEPS, run, same, write_recipe
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.gloo
+SAMPLES = 20
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path) -> Path:
+    folder = recipe.parent / "whole"
+    run_ranks(2, run, recipe, [f"run.dir={folder}"])
+    return folder
+
+
+@contextmanager
+def moved_away(path: Path) -> Iterator[None]:
+    """A file that one rank finds missing and that is back afterwards, time and all."""
+    away = path.with_name(f".{path.name}")
+    path.rename(away)
+    try:
+        yield
+    finally:
+        away.rename(path)
+
+
+def run_without(recipe: Path, overrides: list[str], position: int) -> tuple[str | None, int, bool]:
+    """Train while the sample of a position is gone; returns reason, step and who was without.
+
+    The index is complete: the file goes once it is built, before anything is read.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from cmtmae_scale.engine.loop import train
+    from cmtmae_scale.pretraining.build import Stream, build_parts
+
+    torch.set_num_threads(1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    config = load_config(recipe, overrides)
+    impatient = functools.partial(Stream, patience_s=0.2)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("cmtmae_scale.pretraining.build.Stream", impatient))
+        world = World(rank, size, rank, size, "test")
+        parts = build_parts(config, world, torch.device("cpu"), stack)
+        names = json.loads((parts.run_dir / "index" / "index.json").read_text())["names"]
+        (sample,), _ = sample_ids(SAMPLES, config.run.seed, np.array([position]))
+        dist.barrier()
+        if rank == 0:
+            stack.enter_context(moved_away(Path(config.data.path) / names[sample]))
+        dist.barrier()
+        reason = train(parts)
+        dist.barrier()
+        return reason, parts.progress.step, parts.stop.failure is not None
+
+
+# A step is 8 positions in blocks of 2, which the two ranks take in turns.
+@pytest.mark.parametrize("position", [2, 12], ids=["first block of rank 1", "second of rank 0"])
+def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
+    recipe: Path, undisturbed: Path, tmp_path: Path, position: int
+) -> None:
+    run_dir, step, rank = tmp_path / "run", position // 8, position // 2 % 2
+    outcomes = run_ranks(2, run_without, recipe, [f"run.dir={run_dir}"], position)
+    reasons = {reason for reason, *_ in outcomes}
+    assert len(reasons) == 1 and [at for _, at, _ in outcomes] == [step, step]
+    (reason,) = reasons
+    assert reason is not None
+    assert reason.startswith(
+        f"step {step + 1} was not taken: data could not be read on ranks {rank}: "
+    )
+    assert "No such file or directory" in reason and reason.endswith("then start again")
+    assert [was_without for *_, was_without in outcomes] == [k == rank for k in range(2)]
+    assert layout.candidates(run_dir / "checkpoints")[0].name == f"step-{step:08d}"
+    assert not (run_dir / "quarantine.jsonl").exists()
+    assert run_ranks(2, run, recipe, [f"run.dir={run_dir}"]) == [None, None]
+    same(run_dir, undisturbed)
+    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    assert all(entry["valid_rows"] == 8 for entry in entries)
+
+
+FALTERING = """
+import functools, sys
+import cmtmae_scale.pretraining.build as build
+from cmtmae_scale.commands.pretrain import pretrain
+from dataloading.sources import FolderSource
+
+read = FolderSource.read
+
+def falter(source, i):
+    if i == 7:
+        raise OSError(5, "Input/output error")
+    return read(source, i)
+
+FolderSource.read = falter
+build.Stream = functools.partial(build.Stream, patience_s=0.2)
+sys.exit(pretrain(sys.argv[1:]))
+"""
+
+
+def test_the_program_leaves_with_75_and_says_why(recipe: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["--config", str(recipe), f"run.dir={run_dir}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", FALTERING, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 75 and "Traceback" not in done.stderr
+    record = json.loads((run_dir / "exit.json").read_text())
+    assert record["code"] == 75
+    name = json.loads((run_dir / "index" / "index.json").read_text())["names"][7]
+    assert f"/{name}: Input/output error" in record["reason"]
+    assert layout.candidates(run_dir / "checkpoints")[0].name == f"step-{record['step']:08d}"

@@ -1,0 +1,66 @@
+"""Made-up features and labelled photographs for tests of evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from cmtmae_scale.evaluation.features import Column, Table
+from cmtmae_scale.runtime.launch import World
+
+COLUMN = Column("made up", "patches")
+CLASSES, WIDTH = 7, 12
+
+
+def clusters(count: int, seed: int, spread: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping clusters, off centre and of unequal scales; float32 and int64."""
+    centres = np.random.default_rng(99).normal(size=(CLASSES, WIDTH))
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % CLASSES
+    rows = centres[labels] + spread * generator.normal(size=(count, WIDTH))
+    rows = (rows + 0.5) * np.linspace(0.5, 3, WIDTH)
+    return rows.astype(np.float32), labels
+
+
+def table_of(rows: np.ndarray, labels: np.ndarray) -> Table:
+    """This rank's share of rows, blocks of 4 as ``OnePass`` deals them out."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    places = torch.arange(len(rows))
+    own = places[(places // 4) % size == rank]
+    return Table(own, torch.tensor(labels)[own], {COLUMN: torch.tensor(rows)[own]})
+
+
+def world() -> World:
+    if not dist.is_initialized():
+        return World(0, 1, 0, 1, "alone")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, rank, size, "test")
+
+
+def labelled_photographs(folder: Path, count: int, seed: int, classes: int = 3) -> Path:
+    """Pictures whose label can be told: each class has a colour of its own, with much noise."""
+    generator = np.random.default_rng(seed)
+    colours = np.random.default_rng(7).integers(60, 196, (classes, 3))
+    for number in range(count):
+        label = number % classes
+        place = folder / f"class{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        noise = generator.normal(0, 60, (6, 7, 3)) + generator.normal(0, 25, 3)
+        coarse = (colours[label] + noise).clip(0, 255).astype(np.uint8)
+        size = (80 + 3 * (number % 9), 96 - 2 * (number % 7))
+        picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        picture.save(place / f"{number:03d}.jpg", quality=90)
+    return folder
+
+
+def command(*arguments: Any) -> str:
+    """Run the evaluation's command inside an open process group; returns what it would print."""
+    from cmtmae_scale.commands.evaluate import parse
+
+    torch.set_num_threads(1)
+    options = parse([str(one) for one in arguments])
+    said, _ = options.run(options, world(), torch.device("cpu"))
+    return said

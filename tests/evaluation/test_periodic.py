@@ -1,0 +1,180 @@
+"""Evaluation during a run: the command's numbers, and not a bit of the training changed."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmtmae_scale.engine.telemetry import Telemetry
+from tests.engine.run_case import STEPS, run, same, write_recipe
+from tests.evaluation.evaluation_case import command, labelled_photographs
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.gloo
+MAE = [
+    *("teacher.mode=none", "mask.sampler=random", "loss.teacher=0", "loss.student=0"),
+    *("loss.pixel=1", "decoder.type=full", "loss.tokens=hidden"),
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("during")
+    labelled_photographs(folder / "train", 41, 0, 6)
+    labelled_photographs(folder / "test", 23, 1, 6)
+    return write_recipe(folder)
+
+
+def asking(recipe: Path, run_dir: Path, *more: str) -> list[str]:
+    """Overrides of a run that evaluates every third step."""
+    paths = [f"eval.{name}_path={recipe.parent / name}" for name in ("train", "test")]
+    return [f"run.dir={run_dir}", "eval.every=3", *paths, *more]
+
+
+def evaluations(run_dir: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "eval/knn10" in line]
+    assert all(0 < line.pop("eval/time_share") < 1 for line in found)
+    return found
+
+
+def both_methods(run_dir: Path) -> None:
+    options = ["--checkpoint", run_dir, "--no-baselines", "--batch", "7"]
+    command("knn", *options, "--out", run_dir / "knn.json")
+    command("linear", *options, "--epochs", "1", "--out", run_dir / "linear.json")
+
+
+def said_by_the_command(run_dir: Path) -> dict[str, float]:
+    """What the command finds for the run's last checkpoint, under the log's names."""
+    run_ranks(1, both_methods, run_dir)
+    names = {"k-NN k=10": "knn10", "k-NN k=20": "knn20", "logistic": "linear"}
+    found: dict[str, float] = {}
+    for method in ("knn", "linear"):
+        for row in json.loads((run_dir / f"{method}.json").read_text())["results"]:
+            place = "eval/" if row["features"] == "patches" else "eval/cls/"
+            if row["method"] in names:
+                found[place + names[row["method"]]] = row["accuracy"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        pytest.param(1, [], marks=pytest.mark.slow),
+        (2, ["backend.shard=full"]),
+        (2, ["backend.shard=none", *MAE]),
+        pytest.param(
+            *(2, ["backend.name=zero", "backend.zero_stage=1"]),
+            marks=[pytest.mark.deepspeed, pytest.mark.slow],
+        ),
+        pytest.param(
+            *(2, ["backend.name=zero", "backend.zero_stage=3", *MAE]),
+            marks=[pytest.mark.deepspeed, pytest.mark.slow],
+        ),
+    ],
+)
+def test_training_is_the_same_bit_for_bit_and_the_numbers_are_the_commands(
+    recipe: Path, tmp_path: Path, ranks: int, more: list[str]
+) -> None:
+    if any("zero" in one for one in more):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    quiet, asked = tmp_path / "quiet", tmp_path / "asked"
+    assert run_ranks(ranks, run, recipe, [f"run.dir={quiet}", *more]) == [None] * ranks
+    assert run_ranks(ranks, run, recipe, asking(recipe, asked, *more)) == [None] * ranks
+    same(quiet, asked)
+    found = evaluations(asked)
+    assert [entry["step"] for entry in found] == [3, STEPS]
+    last = {name: value for name, value in found[-1].items() if name != "step"}
+    assert last == said_by_the_command(asked)
+    assert len(last) == 6
+    assert not (quiet / "evaluation").exists()
+
+
+def test_a_resumed_run_evaluates_as_an_undisturbed_one(recipe: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(1, run, recipe, asking(recipe, whole))
+    run_ranks(1, run, recipe, asking(recipe, parts, "train.stop_after=4"))
+    run_ranks(1, run, recipe, asking(recipe, parts, "eval.every=2"))
+    same(whole, parts)
+    assert [entry["step"] for entry in evaluations(parts)] == [3, STEPS]
+    assert evaluations(parts)[-1] == evaluations(whole)[-1]
+
+
+def run_without_images(recipe: Path, overrides: list[str], folder: Path) -> list[str]:
+    """A run whose evaluation images are gone when they are wanted; its warnings."""
+    import functools
+
+    from cmtmae_scale.evaluation import features
+    from tests.checkpoint.save_case import Lines
+
+    log = Lines()
+    features.OnePass = functools.partial(features.OnePass, patience_s=0.0)
+    build = features.extract
+
+    def gone(*arguments: Any) -> Any:
+        for path in (folder / "class0").glob("*.jpg"):
+            path.unlink(missing_ok=True)  # the other rank does so too
+        return build(*arguments)
+
+    from cmtmae_scale.evaluation import periodic as during
+
+    during.extract = gone
+    assert run(recipe, overrides) is None
+    return log.lines
+
+
+def test_images_that_cannot_be_read_leave_the_evaluation_out(recipe: Path, tmp_path: Path) -> None:
+    train = labelled_photographs(tmp_path / "train", 41, 0, 6)
+    overrides = [*asking(recipe, tmp_path / "run", "eval.every=6"), f"eval.train_path={train}"]
+    for lines in run_ranks(2, run_without_images, recipe, overrides, train):
+        told = [line for line in lines if line.startswith(f"step {STEPS} is not evaluated: ")]
+        assert len(told) == 1 and ".jpg" in told[0]
+    assert evaluations(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.train_path=null", "eval.train_path must be given: eval.every=3"),
+        ("eval.test_path=nowhere", "nowhere"),
+        ("eval.every=0", "eval.every=0 must be above 0"),
+    ],
+)
+def test_evaluations_that_cannot_work_are_refused_before_the_first_step(
+    recipe: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(1, run, recipe, asking(recipe, tmp_path / "run", override))
+
+
+def test_evaluation_that_takes_much_time_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    telemetry = Telemetry(tmp_path, 0, 10, 1)
+    telemetry.began -= 100.0  # seconds of training so far
+    with caplog.at_level(logging.WARNING):
+        telemetry.record_evaluation(1, {"eval/knn10": 0.5}, 4.0)
+        assert not caplog.messages
+        telemetry.record_evaluation(2, {"eval/knn10": 0.5}, 4.0)
+        telemetry.record_evaluation(3, {"eval/knn10": 0.5}, 4.0)
+    telemetry.close()
+    (line,) = caplog.messages
+    assert line.startswith("evaluation has taken 8 % of the time since the start, 4.0 s for this")
+    assert "raise eval.every, or name fewer images in eval.train_path" in line
+    shares = [
+        json.loads(line)["eval/time_share"]
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
+    assert shares == pytest.approx([0.04, 0.08, 0.12], abs=0.005)
+
+
+def test_the_time_of_an_evaluation_is_not_in_the_rates(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, 0, 10, 1)
+    telemetry.since -= 10.0
+    telemetry.record_evaluation(0, {}, 9.0)
+    telemetry.record(1, {}, 100, 0.0)
+    telemetry.close()
+    entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["images_s"] == pytest.approx(100, rel=0.05)

@@ -1,0 +1,179 @@
+"""The classifier: timm's own model, MAE's head and learning rates, drop path by the view."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cmtmae_scale.backends.adamw import parameter_groups, trainable
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.finetuning.classifier import (
+    Classifier,
+    build_classifier,
+    layer_scale,
+    load_encoder,
+)
+from cmtmae_scale.finetuning.draws import branch_factors
+
+ARCH, SIZE, CLASSES = "test_vit", 64, 7
+POOLS = {"mean": {"global_pool": "avg", "fc_norm": True}, "cls": {"global_pool": "token"}}
+every_pool = pytest.mark.parametrize("pool", POOLS)
+
+
+def classifier(pool: str = "mean", arch: str = ARCH) -> Classifier:
+    """One with weights that are all different from zero."""
+    found = build_classifier(arch, 16, SIZE, classes=CLASSES, pool=pool, seed=0)  # pyright: ignore
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    return found
+
+
+def theirs(pool: str) -> nn.Module:
+    return timm.create_model(ARCH, num_classes=CLASSES, img_size=SIZE, **POOLS[pool]).eval()
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+
+
+@every_pool
+def test_timm_loads_the_weights_and_computes_the_same_logits(pool: str) -> None:
+    own, other = classifier(pool).eval(), theirs(pool)
+    other.load_state_dict(own.encoder.state_dict(), strict=True)
+    torch.testing.assert_close(own(images()), other(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_all_weights_are_trained_the_positions_too() -> None:
+    own = classifier()
+    names = {name.removeprefix("encoder.") for name, _ in trainable(own)}
+    assert names == {name for name, _ in theirs("mean").named_parameters()}
+
+
+def mae_rule(model: nn.Module, decay: float) -> dict[str, tuple[float, bool]]:
+    """Factor and whether weight decay acts, by name: the rule of MAE's fine-tuning, in words.
+
+    Layers are counted from the head, whose factor is 1. One below it is the last block, and so on;
+    below the first block lie patch embedding, class token and positions. No weight decay for
+    one-dimensional tensors, class token and positions.
+    """
+    found = {}
+    depth = len(model.blocks)
+    for name, parameter in model.named_parameters():
+        first, *rest = name.split(".")
+        below_head = 0
+        if first == "blocks":
+            below_head = depth - int(rest[0])
+        elif first in ("patch_embed", "cls_token", "pos_embed"):
+            below_head = depth + 1
+        factor = 1.0
+        for _ in range(below_head):
+            factor *= decay
+        exempt = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+        found[name] = (factor, not exempt)
+    return found
+
+
+@every_pool
+def test_learning_rates_and_weight_decay_are_those_of_mae(pool: str) -> None:
+    own = classifier(pool)
+    expected = mae_rule(own.encoder, 0.65)
+    names = {id(parameter): name for name, parameter in own.encoder.named_parameters()}
+    scale = layer_scale(len(own.encoder.blocks), 0.65)
+    found = {
+        names[id(parameter)]: (group["lr_scale"], group["weight_decay"] > 0)
+        for group in parameter_groups(trainable(own), 0.05, scale)
+        for parameter in group["params"]
+    }
+    assert found.keys() == expected.keys()
+    for name, (factor, decays) in expected.items():
+        assert found[name] == (pytest.approx(factor, rel=1e-12), decays), name
+
+
+@pytest.mark.parametrize(
+    ("name", "power"),
+    [
+        *(("head.weight", 0), ("fc_norm.bias", 0), ("norm.weight", 0)),
+        *(("blocks.11.attn.qkv.weight", 1), ("blocks.0.mlp.fc1.bias", 12)),
+        *(("patch_embed.proj.weight", 13), ("cls_token", 13), ("pos_embed", 13)),
+        *(("reg_token", 13), ("norm_pre.weight", 13)),
+    ],
+)
+def test_layers_of_a_vit_b(name: str, power: int) -> None:
+    assert layer_scale(12, 0.65)(f"encoder.{name}") == pytest.approx(0.65**power, rel=1e-12)
+
+
+def test_a_branch_that_is_left_out_adds_nothing_and_others_are_timms() -> None:
+    own = classifier().eval()
+    depth = len(own.encoder.blocks)
+    ones = torch.ones(3, depth, 2)
+    torch.testing.assert_close(own(images(), ones), own(images()))
+    dropped = ones.clone()
+    dropped[1] = 0  # the second view goes through no block at all
+    bare = classifier().eval()
+    for block in bare.encoder.blocks:
+        block.forward = lambda x, keep=None: x
+    expected = own(images())
+    expected[1] = bare(images())[1]
+    torch.testing.assert_close(own(images(), dropped), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    gradients = []
+    keep = branch_factors(0, torch.arange(3), 12, 0.5)
+    for recompute in (False, True):
+        own = classifier().train()
+        own.encoder.set_grad_checkpointing(recompute)
+        own(images(), keep[:, : len(own.encoder.blocks)]).square().sum().backward()
+        gradients.append({name: one.grad for name, one in own.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=0)
+
+
+def test_drop_path_is_timms_law_whatever_the_batch() -> None:
+    positions = torch.arange(40_000)
+    found = branch_factors(3, positions, 4, 0.3)
+    assert found is not None and found.shape == (40_000, 4, 2)
+    rates = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    shares = (found == 0).float().mean(0)
+    # deviation of a share: sqrt(0.3 * 0.7 / 40000) = 0.0023
+    torch.testing.assert_close(shares, rates[:, None].expand(4, 2), rtol=0, atol=0.01)
+    kept = found.amax(0)
+    torch.testing.assert_close(kept, (1 / (1 - rates))[:, None].expand(4, 2))
+    again = branch_factors(3, positions[100:103], 4, 0.3)
+    assert torch.equal(again, found[100:103])
+    assert branch_factors(3, positions, 4, 0.0) is None
+    both = (found == 0).all(-1).float().mean(0)
+    torch.testing.assert_close(both, rates.square(), rtol=0, atol=0.01)  # two draws a block
+
+
+@every_pool
+def test_the_encoders_weights_arrive_and_the_head_is_fresh(pool: str) -> None:
+    encoder = timm.create_model(ARCH, num_classes=0, img_size=SIZE)
+    own = build_classifier(ARCH, 16, SIZE, classes=CLASSES, pool=pool, seed=5)  # pyright: ignore
+    load_encoder(own, encoder.state_dict(), "x")
+    state = own.encoder.state_dict()
+    for name, value in encoder.state_dict().items():
+        if name in state:
+            assert torch.equal(state[name], value), name
+    assert ("norm.weight" in state) == (pool == "cls")
+    head = state["head.weight"]
+    assert 1e-5 < head.std() < 4e-5 and not state["head.bias"].any()
+    again = build_classifier(ARCH, 16, SIZE, classes=CLASSES, pool=pool, seed=5)  # pyright: ignore
+    other = build_classifier(ARCH, 16, SIZE, classes=CLASSES, pool=pool, seed=6)  # pyright: ignore
+    assert torch.equal(again.encoder.head.weight, head)
+    assert not torch.equal(other.encoder.head.weight, head)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    own = classifier()
+    state = timm.create_model(ARCH, num_classes=0, img_size=SIZE).state_dict()
+    gone = {name: value for name, value in state.items() if name != "blocks.0.norm1.weight"}
+    with pytest.raises(ConfigError, match=r"FILE does not fit: absent \['blocks.0.norm1.weight'\]"):
+        load_encoder(own, gone, "FILE")
+    small = state | {"pos_embed": torch.zeros(1, 5, 64)}
+    with pytest.raises(ConfigError, match=r"FILE does not fit: .*pos_embed"):
+        load_encoder(own, small, "FILE")
+    with pytest.raises(ConfigError, match=r"head.pool=cls: \w+ has no class token; set head.pool"):
+        build_classifier("test_vit4", 16, SIZE, classes=2, pool="cls", seed=0)

@@ -1,0 +1,120 @@
+"""The benchmark measures what it says: parts, ratios, the same work in another library."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmtmae_scale.commands.benchmark import main, parse
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
+from cmtmae_scale.runtime.launch import World, process_group
+from cmtmae_scale.tools.benchmark import against, decoding, table
+from cmtmae_scale.tools.benchmark.clock import Stopwatch, spread
+from cmtmae_scale.tools.benchmark.training import Protocol, make_variants, measure
+from tests.engine.run_case import make_photographs, write_recipe
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, 1, "alone")
+PARTS = ("teacher", "momentum student", "student", "decoder and loss", "optimizer", "average")
+MAE = ["decoder.type=full", "mask.sampler=random", "loss.tokens=hidden", "loss.include_cls=false"]
+MAE += ["loss.teacher=0", "loss.student=0", "loss.pixel=1", "teacher.mode=none"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("case"))
+
+
+def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
+    variants = make_variants(str(recipe), [], ["mask.masks_per_view=2"], 2, 1)
+    assert [one.label for one in variants] == ["as given", "mask.masks_per_view=2"]
+    assert {one.config.train.global_batch for one in variants} == {4}  # 2 micro x 2 accumulation
+    with process_group(ALONE, CPU):
+        results = measure(variants, Protocol(1, 2, 1), False, ALONE, CPU)
+    for one in results:
+        assert one.fault is None and one.step_s is not None
+        assert set(one.parts_s) == {*PARTS, "masks, targets, rest"}
+        assert all(value >= 0 for value in one.parts_s.values())
+        assert sum(one.parts_s.values()) == pytest.approx(one.step_s.median, rel=0.5)
+        assert one.images_s == pytest.approx(4 / one.step_s.median)
+        assert all(share > 0 for share in one.mfu.values())
+        (name,) = one.mfu
+        assert name == "float32 matrix product here"
+        assert one.student_mfu[name] < one.mfu[name]
+        assert one.calls > 0 and one.peak_gib is None and one.estimate_gib > 0
+    assert results[1].masked_samples_s == 2 * results[1].images_s
+    text = table.training_tables(results, False)
+    assert all(part in text for part in (*PARTS, "student MFU", "CPU-s"))
+
+
+def test_real_pictures_can_be_measured(recipe: Path) -> None:
+    variants = make_variants(str(recipe), [], [], 1, 1)
+    with process_group(ALONE, CPU):
+        (result,) = measure(variants, Protocol(0, 1, 1), True, ALONE, CPU)
+    assert result.step_s is not None and result.waited_share >= 0
+
+
+def test_our_mae_and_transformers_do_the_same_work(recipe: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    config = load_config(recipe, MAE)
+    outcome = against.compare(config, Protocol(0, 2, 1), CPU)
+    assert outcome.our_loss == pytest.approx(outcome.their_loss, rel=1e-5)
+    assert outcome.ratio.low <= outcome.ratio.median <= outcome.ratio.high
+    assert "ours / transformers" in against.describe(outcome, False)
+
+
+def test_another_method_is_not_compared_with_mae(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"decoder\.type=prompt, but MAE has full"):
+        against.compare(load_config(recipe), Protocol(0, 1, 1), CPU)
+
+
+def test_decoders_take_turns_over_the_same_views(tmp_path: Path) -> None:
+    photographs = make_photographs(tmp_path / "photos")
+    results = decoding.measure(str(photographs), 32, 32, 2, 1, CPU)
+    assert [one.name for one in results][:3] == ["PIL", "torchvision", "ours, torch"]
+    assert results[0].of_pil == (1.0, 1.0, 1.0)
+    assert all(one.per_core_s.low > 0 and one.per_s.low > 0 for one in results)
+    assert "of PIL's" in decoding.describe(results)
+
+
+def test_the_command_writes_json_and_markdown(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out" / "table"
+    line = ["train", "--config", str(recipe), "--windows", "1", "--output", str(output)]
+    assert main(line) == 0
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["results"][0]["label"] == "as given" and record["versions"]["torch"]
+    assert "CPU-s a step" in capsys.readouterr().out
+    assert "CPU-s a step" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sweep", "mask.ratio"], "expected key=value,value"),
+        (["--sweep", "sdpa=fast"], "fast is not one of auto, math, flash"),
+        (["mask.samplr=random"], "did you mean sampler?"),
+    ],
+)
+def test_wrong_requests_leave_with_78(
+    recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["train", "--config", str(recipe), *arguments]) == EXIT_CONFIG
+    assert message in capsys.readouterr().err
+
+
+def test_arguments_have_the_defaults_of_the_protocol() -> None:
+    options = parse(["train", "--config", "a.yaml"])
+    assert (options.windows, options.steps, options.warm_up) == (5, None, None)
+
+
+def test_a_stopwatch_sums_parts_and_forgets_them() -> None:
+    watch = Stopwatch(CPU)
+    watch.timed("one", lambda: sum(range(100_000)))
+    watch.timed("one", lambda: sum(range(100_000)))
+    assert watch.collect()["one"] > 0
+    assert watch.collect() == {}
+    assert spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)

@@ -1,0 +1,168 @@
+import argparse
+import json
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cmtmae_scale.commands import demo as command
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.tools.demo import photos, teacher
+
+FEW = tuple(p for p in photos.PHOTOGRAPHS if p.name in ("china", "coins"))
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("skimage") is None or find_spec("sklearn") is None:
+        pytest.skip("scikit-image and scikit-learn are not installed")
+    monkeypatch.setattr(photos, "PHOTOGRAPHS", FEW)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.jpg")}
+
+
+@pytest.mark.usefixtures("few")
+def test_photographs_are_the_same_every_time(tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "photos", tmp_path / "b" / "photos"
+    assert photos.prepare_photos(first) == photos.prepare_photos(second) == 34
+    assert contents(first) == contents(second)
+    with Image.open(first / "coins" / "000.jpg") as grey:
+        assert grey.mode == "L"
+    for path in first.glob("*/*.jpg"):
+        with Image.open(path) as picture:
+            assert 160 <= max(picture.size) <= 256
+
+
+@pytest.mark.usefixtures("few")
+def test_second_preparation_writes_nothing_and_a_lost_file_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    photos.prepare_photos(folder)
+    before = folder.stat().st_ino
+    photos.prepare_photos(folder)
+    assert folder.stat().st_ino == before
+    (folder / "china" / "003.jpg").unlink()
+    assert photos.prepare_photos(folder) == 34
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "photos.json"]
+
+
+@pytest.mark.usefixtures("few")
+def test_photograph_that_a_package_lacks_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = photos.Photograph("lost", photos.SKIMAGE, "lost.png", 5)
+    monkeypatch.setattr(photos, "PHOTOGRAPHS", (*FEW, lost))
+    assert photos.prepare_photos(tmp_path / "photos") == 34
+    assert "lost.png is not inside the installed skimage" in caplog.text
+
+
+def as_in_the_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's weights under the names that reading the ONNX file gives."""
+    stem = "backbone.embeddings"
+    weights = {
+        f"{stem}.cls_token": state["cls_token"],
+        f"{stem}.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
+        f"{stem}.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
+        "position.cls": state["pos_embed"][:, :1],
+        "position.patches": state["pos_embed"][:, 1:],
+        "backbone.layernorm.weight": state["norm.weight"],
+        "backbone.layernorm.bias": state["norm.bias"],
+    }
+    for number in range(teacher.DEPTH):
+        ours, theirs = f"blocks.{number}", f"backbone.encoder.layer.{number}"
+        for kind in ("weight", "bias"):
+            q, k, v = state[f"{ours}.attn.qkv.{kind}"].chunk(3)
+            weights[f"{theirs}.attention.attention.query.{kind}"] = q
+            weights[f"{theirs}.attention.attention.key.{kind}"] = k
+            weights[f"{theirs}.attention.attention.value.{kind}"] = v
+            weights[f"{theirs}.attention.output.dense.{kind}"] = state[f"{ours}.attn.proj.{kind}"]
+            for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                weights[f"{theirs}.{part}.{kind}"] = state[f"{ours}.{part}.{kind}"]
+        for scale in (1, 2):
+            weights[f"{theirs}.layer_scale{scale}.lambda1"] = state[f"{ours}.ls{scale}.gamma"]
+    return weights
+
+
+def test_conversion_gives_back_timms_weights() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_small_patch14_dinov2", pretrained=False, num_classes=0, img_size=224, depth=10
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.02)
+        model.norm.weight.fill_(1)
+        model.norm.bias.zero_()
+    expected = model.state_dict()
+    found = teacher.convert(as_in_the_file(expected))
+    assert list(found) and set(found) == set(expected)
+    for name in expected:
+        # the table is resampled even from 16 x 16 to 16 x 16
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_numbered_matrices_get_their_layers_name_and_orientation() -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    matrix = torch.arange(6.0).reshape(2, 3)
+    node = onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_7"], ["y"], "/a/layer.0/fc1/MatMul")
+    graph = onnx.helper.make_graph(
+        [node],
+        "case",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3])],
+        [onnx.numpy_helper.from_array(matrix.numpy(), "onnx::MatMul_7")],
+    )
+    found = teacher.read_onnx(onnx.helper.make_model(graph).SerializeToString())
+    assert list(found) == ["a.layer.0.fc1.weight"]
+    torch.testing.assert_close(found["a.layer.0.fc1.weight"], matrix.T)
+
+
+def test_unreachable_index_is_told_loudly_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    path = tmp_path / "demo" / "teacher.safetensors"
+    with caplog.at_level(logging.WARNING):
+        assert teacher.prepare_teacher(path) is None
+    assert "NO REAL TEACHER" in caplog.text
+    assert "RANDOM teacher" in caplog.text
+    assert list(path.parent.iterdir()) == []
+
+
+def test_random_teacher_has_its_own_folder_and_label() -> None:
+    recipe = ROOT / command.RECIPE
+    options = argparse.Namespace(steps=3, overrides=["run.seed=1"])
+    overrides = command.derive_overrides(load_config(recipe), True, options)
+    config = load_config(recipe, overrides)
+    assert config.run.name == "demo (random teacher)"
+    assert config.run.dir == "runs/demo-3-steps-random-teacher"
+    assert config.teacher.weights == "random"
+    assert (config.train.steps, config.log.every, config.run.seed) == (3, 1, 1)
+
+
+def test_table_says_whether_the_loss_fell(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    entries = [{"step": s, "loss/total": 2.0 - 0.01 * s, "images_s": 10.0} for s in range(5, 61, 5)]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    table = command.loss_table(command.read_log(log), command.RANDOM)
+    assert "loss (random teacher)" in table
+    assert "loss/total fell: 1.95 -> 1.4" in table
+    assert "loss/total did NOT fall" in command.loss_table(entries[::-1], "x")
+
+
+def test_forget_touches_runs_only(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    command.forget(other)
+    assert other.is_dir()
+    (other / "config.yaml").touch()
+    command.forget(other)
+    assert not other.exists()

@@ -1,0 +1,199 @@
+"""Pictures during a run: weights of every backend, and not a bit of the training changed."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.errors import ConfigError
+from tests.engine.run_case import STEPS, run, same, tensors, write_recipe
+from tests.processes import run_ranks
+
+MAE = [
+    *("teacher.mode=none", "mask.sampler=random", "loss.teacher=0", "loss.student=0"),
+    *("loss.pixel=1", "decoder.type=full", "loss.tokens=hidden"),
+]
+ASKED = "log.images_every=4"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("pictures"))
+
+
+def pictures(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run_dir / "pictures").iterdir())}
+
+
+def run_and_look(recipe: Path, overrides: list[str]) -> dict[str, NDArray[np.float32]] | None:
+    """As ``run``; returns the weights that rank 0 drew from last."""
+    import torch.distributed as dist
+
+    from cmtmae_scale.engine.loop import train
+    from cmtmae_scale.pretraining.build import build_parts
+    from cmtmae_scale.runtime.launch import World
+    from cmtmae_scale.tools.figures.during import PREFIXES, open_pictures
+
+    torch.set_num_threads(1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, size, "test")
+    with ExitStack() as stack:
+        parts = build_parts(load_config(recipe, overrides), world, torch.device("cpu"), stack)
+        parts.draw = draw = open_pictures(parts, world)
+        assert train(parts) is None
+        assert draw is not None
+        if draw.networks is None:
+            return None
+        return {
+            prefix + name: value.numpy().copy()
+            for prefix in PREFIXES
+            if prefix == "model." or draw.networks.momentum is not None
+            for name, value in draw.networks.trained(prefix).state_dict().items()
+        }
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        (1, []),
+        (2, ["backend.shard=full"]),
+        (2, ["backend.shard=none", *MAE]),
+        pytest.param(
+            *(2, ["backend.name=zero", "backend.zero_stage=1"]),
+            marks=[pytest.mark.deepspeed, pytest.mark.slow],
+        ),
+        pytest.param(
+            *(2, ["backend.name=zero", "backend.zero_stage=3", *MAE]),
+            marks=[pytest.mark.deepspeed, pytest.mark.slow],
+        ),
+    ],
+)
+def test_training_is_the_same_bit_for_bit_and_the_weights_are_the_checkpoints(
+    recipe: Path, tmp_path: Path, ranks: int, more: list[str]
+) -> None:
+    if any("zero" in one for one in more):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    quiet, asked = tmp_path / "quiet", tmp_path / "asked"
+    assert run_ranks(ranks, run, recipe, [f"run.dir={quiet}", *more]) == [None] * ranks
+    drawn, *others = run_ranks(ranks, run_and_look, recipe, [f"run.dir={asked}", ASKED, *more])
+    assert others == [None] * (ranks - 1)
+    same(quiet, asked)
+    assert not (quiet / "pictures").exists()
+    assert list(pictures(asked)) == ["step-00000004.png", f"step-{STEPS:08d}.png"]
+    saved = tensors(asked, STEPS)
+    assert {key for key in saved if key.startswith(("model.", "momentum."))} == set(drawn)
+    assert all(np.array_equal(drawn[key], saved[key].numpy()) for key in drawn)
+
+
+@pytest.mark.gloo
+def test_a_resumed_run_draws_as_an_undisturbed_one_and_drops_what_lies_ahead(
+    recipe: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(1, run, recipe, [f"run.dir={whole}", "log.images_every=2"])
+    stopped = [f"run.dir={parts}", "log.images_every=2", "train.stop_after=2"]
+    run_ranks(1, run, recipe, stopped)
+    ahead = parts / "pictures" / "step-00000005.png"
+    ahead.write_bytes(b"of a start that was not saved")
+    run_ranks(1, run, recipe, [f"run.dir={parts}", "log.images_every=2"])
+    assert pictures(parts) == pictures(whole)
+    assert not ahead.exists()
+    board = EventAccumulator(str(whole / "tensorboard"))
+    board.Reload()
+    assert [image.step for image in board.Images("pictures")] == [2, 4, 6]
+
+
+@pytest.mark.gloo
+def test_pictures_change_with_the_weights_but_not_their_images(
+    recipe: Path, tmp_path: Path
+) -> None:
+    from cmtmae_scale.tools.figures.sheet import HEAD, MARGIN, SIDE, TITLE
+
+    run_ranks(1, run, recipe, [f"run.dir={tmp_path}", "log.images_every=1"])
+    sheets = [np.asarray(Image.open(tmp_path / "pictures" / name)) for name in pictures(tmp_path)]
+    assert len(sheets) == STEPS
+    below = MARGIN + TITLE + HEAD
+    views = [sheet[below:-MARGIN, MARGIN : MARGIN + SIDE] for sheet in sheets]
+    drawn = views[0][: len(views[0]) - 30]
+    assert drawn.std() > 20
+    assert all((view[: len(drawn)] == drawn).all() for view in views)
+    assert (sheets[0] != sheets[-1]).any(axis=-1).sum() > 10_000
+
+
+def run_without_images(recipe: Path, overrides: list[str], photographs: Path) -> list[str]:
+    """A run whose images are gone when they are to be drawn; its warnings."""
+    from cmtmae_scale.tools.figures import during
+    from tests.checkpoint.save_case import Lines
+
+    log, read = Lines(), during.read_images
+
+    def gone(*arguments: Any) -> Any:
+        for path in photographs.glob("*/*.jpg"):
+            path.rename(path.with_suffix(".away"))
+        try:
+            return read(*arguments)
+        finally:
+            for path in photographs.glob("*/*.away"):
+                path.rename(path.with_suffix(".jpg"))
+
+    during.read_images = gone
+    assert run(recipe, overrides) is None
+    return log.lines
+
+
+@pytest.mark.gloo
+def test_images_that_cannot_be_read_leave_the_pictures_out(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    overrides = [f"run.dir={tmp_path / 'run'}", "log.images_every=6", "data.threads=1"]
+    (lines,) = run_ranks(1, run_without_images, recipe, overrides, tmp_path / "photos")
+    (told,) = [line for line in lines if "is not drawn" in line]
+    assert told.startswith(f"step {STEPS} is not drawn: ") and ".jpg" in told
+    assert not (tmp_path / "run" / "pictures").exists()
+
+
+def full_disk(recipe: Path, overrides: list[str]) -> list[str]:
+    """A run that cannot write its pictures; its warnings."""
+    from cmtmae_scale.engine import telemetry
+    from tests.checkpoint.save_case import Lines
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = Lines()
+    telemetry.Image = type("Full", (), {"fromarray": staticmethod(fail)})
+    assert run(recipe, overrides) is None
+    return log.lines
+
+
+@pytest.mark.gloo
+def test_a_full_disk_leaves_the_pictures_out(recipe: Path, tmp_path: Path) -> None:
+    (lines,) = run_ranks(1, full_disk, recipe, [f"run.dir={tmp_path}", "log.images_every=6"])
+    (told,) = [line for line in lines if "is not drawn" in line]
+    assert "No space left on device" in told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["log.images_every=0"], "log.images_every=0 must be above 0"),
+        (
+            [ASKED, "teacher.mode=cache", "cache.dir=c", "cache.on_miss=stop", "views.count=1"],
+            "log.images_every=4 asks the teacher of images that no cache has, and the run builds "
+            "none; set cache.on_miss=live, or log.images_every=null",
+        ),
+    ],
+)
+def test_pictures_that_cannot_be_drawn_are_refused(
+    recipe: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe, overrides)

@@ -1,0 +1,274 @@
+"""The report says what a run's files say, and in words what they do not."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cmtmae_scale.commands.report import main, write_report
+from tests.tools.report.report_case import entries, write_lines, write_picture, write_run
+
+VOID = {"meta", "link", "img", "path", "rect", "circle", "br"}
+
+
+class Outline(HTMLParser):
+    """Checks that elements are closed in order; collects text and addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.anchors: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "action", "data"):
+                self.addresses.append(value or "")
+            if name == "id":
+                self.anchors.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+
+def read(file: Path) -> tuple[str, Outline]:
+    """Text of a page, one space between words, and its outline."""
+    outline = Outline()
+    outline.feed(file.read_text())
+    assert not outline.open
+    return " ".join(" ".join(outline.words).split()), outline
+
+
+def report(*runs: Path) -> str:
+    return read(write_report(runs))[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("alone") / "run", "log.every=2")
+
+
+def test_a_finished_run_is_told_whole(finished: Path) -> None:
+    words = report(finished)
+    for said in (
+        "done",
+        "60 of 60",
+        "configs/demo.yaml",
+        "log.every=2",
+        "torch 2.11",
+        "vit_small_patch14_dinov2 of timm",
+        "Agreement of the two attentions",
+        "Attention that stays visible",
+        "Learning rate",
+        "Teacher's weight",
+        "No finished run of the same settings lies beside this one",
+        "Step 60",
+        "None: one start, no bad file, nothing noted.",
+        "60/128",
+        "SMOKE TEST: it ran",
+        "chance 25.0 %",
+    ):
+        assert said in words, said
+
+
+def test_the_page_fetches_nothing_and_its_links_lead_somewhere(finished: Path) -> None:
+    page = write_report([finished])
+    text, (_, outline) = page.read_text(), read(page)
+    for address in outline.addresses:
+        assert address.startswith(("data:", "#")), address
+    assert {a[1:] for a in outline.addresses if a.startswith("#")} <= set(outline.anchors)
+    assert len(outline.anchors) == len(set(outline.anchors))
+    assert not re.search(r"<script|@import|url\(|https?:", text)
+    assert text.count("data:image/png") == 3
+
+
+def test_time_is_split_into_shares_that_sum_to_one(finished: Path) -> None:
+    # of each second 0.1 are evaluations; a quarter of the rest is waiting
+    words = report(finished)
+    assert "computing 67.5 %" in words
+    assert "waiting for data 22.5 %" in words
+    assert "evaluations 10.0 %" in words
+
+
+def test_what_users_and_files_say_is_text_never_markup(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>"
+    run = write_run(tmp_path / "run", f"run.name='{name}'")
+    bad = {"sample_id": 1, "name": f"{name}.jpg", "path": "p", "offset": None, "reason": name}
+    write_lines(run / "quarantine.jsonl", [bad])
+    (run / "exit.json").write_text(json.dumps({"code": 1, "step": 60, "reason": name}))
+    page = write_report([run]).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 4
+
+
+def test_a_run_that_has_just_begun_says_what_is_not_there_yet(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for name in ("log.jsonl", "exit.json", "starts.jsonl"):
+        (run / name).unlink()
+    for folder in ("pictures", "evaluation"):
+        for path in sorted((run / folder).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    words = report(run)
+    for said in (
+        "not ended: still running, or killed",
+        "0 of 60",
+        "The log has no entry yet.",
+        "There are no pictures: the first is due at step 60.",
+        "Nothing was timed yet.",
+        "Recipe, overrides and versions of its starts were not recorded.",
+        "The run was not evaluated while it went on",
+        "No result of launchers/evaluate.py",
+    ):
+        assert said in words, said
+
+
+def test_a_half_written_line_is_named_and_the_rest_used(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 62, "loss/to')
+    words = report(run)
+    assert re.search(r"log.jsonl: line 37 cannot be read; the rest is used", words)
+    assert "60 of 60" in words
+
+
+def test_files_of_the_wrong_kind_are_named_and_passed_over(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "exit.json").write_text("[1, 2")
+    (run / "evaluation" / "broken.json").write_text("{")
+    (run / "evaluation" / "strange.json").write_text('{"results": [{"accuracy": "much"}, 3]}')
+    (run / "quarantine.jsonl").write_text('"text"\n{}\n')
+    (run / "config.yaml").write_text("run: {name: old, dir: x}\nvanished: {key: 1}\n")
+    (run / "starts.jsonl").write_text('{"overrides": 3, "versions": [1], "step": "x"}\n')
+    words = report(run)
+    for said in (
+        "exit.json cannot be read",
+        "evaluation/broken.json cannot be read",
+        "quarantine.jsonl: line 1 cannot be read",
+        "config.yaml is not this version's",
+    ):
+        assert said in words, said
+
+
+def test_numbers_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    log = entries(60)
+    log[5]["loss/total"] = float("nan")
+    log[7]["grad_norm"] = float("inf")
+    write_lines(run / "log.jsonl", list(log))
+    page = re.sub('base64,[^"]+', "", write_report([run]).read_text().split("<body>")[1])
+    assert "nan" not in page.lower().replace("dominant", "")
+    assert "inf," not in page and "inf " not in page
+
+
+def test_incidents_are_listed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 33, "incident": "skipped step", "loss": "nan"}) + "\n")
+    bad = [
+        {"sample_id": k, "name": f"a/{k}.jpg", "path": f"photos/a/{k}.jpg", "reason": "truncated"}
+        for k in range(25)
+    ]
+    write_lines(run / "quarantine.jsonl", bad)
+    starts = json.loads((run / "starts.jsonl").read_text())
+    write_lines(run / "starts.jsonl", [starts, starts | {"step": 31}])
+    words = report(run)
+    for said in (
+        "33 skipped step loss nan",
+        "Started again 1 times, from step 31.",
+        "25 images could not be decoded",
+        "a/19.jpg truncated",
+        "and 5 more",
+    ):
+        assert said in words, said
+    assert "a/20.jpg" not in words
+
+
+def test_a_run_that_goes_on_after_its_last_end_is_not_called_done(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "exit.json").write_text(json.dumps({"code": 75, "step": 30, "reason": "SIGTERM"}))
+    assert "running again, or killed since its last end" in report(run)
+    (run / "exit.json").write_text(json.dumps({"code": 75, "step": 60, "reason": "SIGTERM"}))
+    assert "stopped; the same command continues SIGTERM" in report(run)
+
+
+def test_many_pictures_are_thinned_and_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for step in range(1, 20):
+        write_picture(run, step)
+    page = write_report([run])
+    assert page.read_text().count("data:image/png") == 4
+    words = read(page)[0]
+    assert "4 of 22" in words
+    assert re.search(r"Step 60 .*Step 1 ", words)
+
+
+def test_only_finished_runs_of_the_same_settings_make_a_range(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_run(tmp_path / "other-recipe", "mask.ratio=0.5", seed=1)
+    crashed = write_run(tmp_path / "crashed", seed=2)
+    (crashed / "exit.json").write_text(json.dumps({"code": 1, "step": 9, "reason": "crash"}))
+    (tmp_path / "no-run").mkdir()
+    assert "No finished run of the same settings" in report(run)
+    write_run(tmp_path / "seed-3", "log.every=5", "backend.name=zero", seed=3)
+    assert "one other run of these settings" in report(run)
+    write_run(tmp_path / "seed-4", seed=4)
+    words = report(run)
+    assert "range of 2 other runs of these settings" in words
+    assert "seed-3 (seed 3), seed-4 (seed 4)" in words
+
+
+def test_runs_are_compared(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", "run.name=one")
+    two = write_run(tmp_path / "two", "run.name=two", "mask.ratio=0.5", seed=1)
+    page = write_report([one, two])
+    assert page == one / "comparison.html"
+    words, outline = read(page)
+    assert "mask.ratio 0.75 0.5" in words
+    assert "run.seed 0 1" in words
+    assert "Curves over each other" in words
+    assert re.search(r"one done 60 .* two done 60", words)
+    assert {"r1-curves", "r2-curves", "figures"} <= set(outline.anchors)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    words = report(*runs)
+    assert all(f"demo ({run})" in words for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (False, "no such folder; name what run.dir named"),
+        (True, "is not a run's folder, it has none of config.yaml, log.jsonl"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path, make: bool, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "x"
+    if make:
+        folder.mkdir()
+    assert main([str(folder)]) == 78
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.rglob("*.html")) == []
+
+
+def test_a_file_that_cannot_be_written_is_refused(
+    tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([str(finished), "--out", str(tmp_path / "file" / "x.html")]) == 78
+    assert "name another file with --out" in capsys.readouterr().err
+    assert main([str(finished), "--out", str(tmp_path / "new" / "x.html")]) == 0
+    assert (tmp_path / "new" / "x.html").is_file()

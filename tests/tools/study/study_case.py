@@ -1,0 +1,75 @@
+"""Study files and made-up results."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from cmtmae_scale.evaluation.result import pack_hits, wilson
+from cmtmae_scale.tools.study.work import Run
+from tests.engine.run_case import BASE
+
+NO_TEACHER = [
+    *("mask.sampler=random", "teacher.mode=none", "loss.teacher=0"),
+    *("loss.student=0", "loss.pixel=1", "loss.include_cls=false"),
+]
+COUNT = 40
+
+
+def study_tree(folder: Path) -> dict[str, Any]:
+    """Two rows of two seeds, one of which reads a cache, and one row of one seed."""
+    recipe = folder / "recipe.yaml"
+    tree = BASE | {"run": {"dir": "x"}, "data": BASE["data"] | {"path": str(folder / "photos")}}
+    recipe.write_text(yaml.safe_dump(tree))
+    return {
+        "recipe": str(recipe),
+        "dir": str(folder / "study"),
+        "seeds": [0, 1],
+        "settings": ["train.steps=4", "views.count=1"],
+        "evaluation": {"train": str(folder / "train"), "test": str(folder / "test"), "epochs": 2},
+        "rows": {
+            "mae": {"settings": NO_TEACHER, "note": "pixels"},
+            "cmt": {"settings": ["teacher.mode=cache"]},
+            "half": {"like": "cmt", "seeds": [0], "settings": ["mask.ratio=0.5"]},
+        },
+        "comparisons": [["cmt", "mae"], ["half", "cmt"]],
+    }
+
+
+def write_study(folder: Path, tree: dict[str, Any]) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def hits_of(correct: int, shift: int = 0) -> np.ndarray:
+    return np.roll(np.arange(COUNT) < correct, shift)
+
+
+def put_results(run: Run, hits: np.ndarray, baselines: bool = False, digest: str = "d") -> None:
+    """Results of a run as the evaluation writes them."""
+    correct = int(hits.sum())
+    own = {"weights": "student, step 4", "count": COUNT}
+    share = {"accuracy": correct / COUNT, "interval_95": wilson(correct, COUNT)}
+    linear = (
+        own | share | {"method": "linear, lr 1, decay 0", "hits": pack_hits(torch.tensor(hits))}
+    )
+    rows = [linear | {"features": "patches"}, linear | {"features": "cls", "accuracy": 0.125}]
+    rows.append(own | share | {"method": "logistic", "features": "patches", "accuracy": 0.25})
+    if baselines:
+        for name, kind in (("random weights", "patches"), ("raw pixels", "pixels")):
+            rows.append(linear | {"weights": name, "features": kind, "accuracy": 0.0625})
+    near = own | share | {"method": "k-NN k=10", "features": "patches", "accuracy": 0.2}
+    record = {
+        "subject": {"sha256": "0123"},
+        "images": {name: {"digest": digest} for name in ("train", "test")},
+    }
+    run.linear.parent.mkdir(parents=True, exist_ok=True)
+    run.linear.write_text(json.dumps(record | {"results": rows}))
+    run.knn.write_text(json.dumps(record | {"results": [near]}))
+    if run.teacher is not None:
+        rows = [linear | {"weights": "teacher test_vit", "features": "patches", "accuracy": 0.5}]
+        run.teacher.write_text(json.dumps(record | {"results": rows}))

@@ -1,0 +1,184 @@
+"""The command: what it lists, what it writes, and a small study from beginning to end."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from cmtmae_scale.commands.study import main, write_results
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.tools.study.file import load_study
+from cmtmae_scale.tools.study.results import collect
+from cmtmae_scale.tools.study.work import plan_runs
+from tests.engine.run_case import make_photographs
+from tests.evaluation.evaluation_case import labelled_photographs
+from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree, write_study
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command changes the working folder, and sets up the packages' loggers."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("cmtmae_scale.commands.study.set_up_logging", lambda *_: None)
+
+
+def written(folder: Path, corrects: dict[tuple[str, int], np.ndarray]) -> tuple[str, Any, str]:
+    """Table, JSON and figure of made-up results."""
+    study = load_study(write_study(folder, study_tree(folder)))
+    runs = plan_runs(study)
+    for number, run in enumerate(runs):
+        if (run.row, run.seed) in corrects:
+            put_results(run, corrects[run.row, run.seed], baselines=number == 0)
+    write_results(study, runs, "study.yaml")
+    place = Path(study.dir)
+    results = json.loads((place / "results.json").read_text())
+    figure = place / "figure.svg"
+    return (place / "table.md").read_text(), results, figure.read_text() if figure.exists() else ""
+
+
+ALL = {
+    ("mae", 0): hits_of(10),
+    ("mae", 1): hits_of(12),
+    ("cmt", 0): hits_of(20),
+    ("cmt", 1): hits_of(24),
+    ("half", 0): hits_of(8, 15),
+}
+
+
+def rows_of(table: str) -> list[str]:
+    """Lines of the first table, without its head."""
+    return table.split("\n\n")[1].splitlines()[2:]
+
+
+def test_the_table_has_means_deviations_references_and_comparisons(tmp_path: Path) -> None:
+    table, results, _ = written(tmp_path, ALL)
+    lines = {line.split("|")[1].strip(" `*"): line for line in rows_of(table)}
+    assert "| pixels | 2 of 2 | **27.50 +- 3.54** | 12.50 +- 0.00 |" in lines["mae"]
+    assert "1 of 1 | **20.00 [10.50, 34.76]**" in lines["half"]
+    assert "50.00" in lines["teacher test_vit"] and "6.25" in lines["random weights"]
+    assert "6.25" in lines["raw pixels"]
+    # differences 0.25 and 0.3: t = 11 with one degree of freedom
+    t_test = "| `cmt` | `mae` | +27.50 | -4.27 to +59.27 | paired t over seeds, n = 2 | 0.058 | "
+    assert t_test in table
+    # of 40 images 3 are right only by half, 15 only by cmt
+    assert (
+        "| `half` | `cmt` | -30.00 |" in table and "McNemar over images, n = 40 | 0.0075" in table
+    )
+    assert "| 0.058 | not shown |" in table and "| 0.015 | the opposite shown |" in table
+    assert "one seed says nothing of another" in table
+    assert results["rows"]["mae"]["mean"] == pytest.approx(0.275)
+    assert results["rows"]["cmt"]["runs"][1]["primary"] == 0.6
+
+
+def test_each_row_carries_its_commands(tmp_path: Path) -> None:
+    table, results, _ = written(tmp_path, ALL)
+    block = table.split("```")[1]
+    for row in ("mae", "cmt", "half"):
+        part = re.split(r"^# ", block, flags=re.MULTILINE)
+        (own,) = [text for text in part if text.startswith(f"{row}\n")]
+        assert own.count("launchers/evaluate.py") == 2 + (row == "cmt")
+        assert own.count("launchers/pretrain.py") == 1 and f"run.name={row}-0" in own
+        assert ("precompute_teacher.py" in own) == (row != "mae")
+        commands = [run["commands"] for run in results["rows"][row]["runs"]]
+        assert all(line in own for line in commands[0])
+
+
+def test_the_figure_is_drawn_for_what_is_there(tmp_path: Path) -> None:
+    _, _, figure = written(tmp_path, ALL)
+    root = ElementTree.fromstring(figure)
+    texts = ["".join(one.itertext()) for one in root.iter("{http://www.w3.org/2000/svg}text")]
+    for expected in ("mae", "cmt", "half", "27.5", "teacher test_vit: 50.0", "random weights: 6.2"):
+        assert expected in texts
+    dots = [one for one in root.iter() if one.get("class") == "dot"]
+    assert len(dots) == 5
+    _, _, height, width = (float(x) for x in root.attrib["viewBox"].split())
+    assert all(0 <= float(dot.attrib["cx"]) <= max(width, height) for dot in dots)
+
+
+def test_what_is_missing_is_said_and_compared_over_what_both_have(tmp_path: Path) -> None:
+    some = {key: ALL[key] for key in (("mae", 0), ("mae", 1), ("cmt", 0))}
+    table, results, _ = written(tmp_path, some)
+    assert "| 1 of 2 | **50.00 [35.20, 64.80]**" in table
+    assert "| `half` |  | 0 of 1 | missing |" in table
+    assert "McNemar over images, n = 40" in table and "1 comparisons lack a row." in table
+    assert len(results["comparisons"]) == 1
+    assert results["rows"]["half"]["mean"] is None
+
+
+def test_nothing_at_all_is_no_error(tmp_path: Path) -> None:
+    table, _, figure = written(tmp_path, {})
+    assert "No comparison can be made yet." in table and not figure
+
+
+def test_results_on_different_images_are_not_compared(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, study_tree(tmp_path)))
+    runs = plan_runs(study)
+    put_results(runs[0], hits_of(5), baselines=True)
+    put_results(runs[1], hits_of(5), digest="other")
+    with pytest.raises(ConfigError, match="were judged on different images; delete the results"):
+        collect(study, runs)
+
+
+def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path, study_tree(tmp_path))
+    assert main(ROOT, [str(study), "--dry-run", "--rows", "half", "mae"]) == 0
+    said = capsys.readouterr().out
+    assert "# half, seed 0: cache, train, evaluate, evaluate\npython launchers/precompute" in said
+    assert "# mae, seed 1: train, evaluate, evaluate\npython launchers/pretrain.py --conf" in said
+    assert "# cmt" not in said and said.endswith("3 of 3 runs are missing\n")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--rows", "coffee"], "--rows coffee: the study's rows are mae, cmt, half"),
+        (["--minutes", "0"], "0 must be above 0"),
+        (["--jobs", "0"], "0 must be at least 1"),
+    ],
+)
+def test_mistakes_leave_with_78(
+    tmp_path: Path,
+    options: list[str],
+    expected: str,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    study = write_study(tmp_path, study_tree(tmp_path))
+    try:
+        code = main(ROOT, [str(study), *options])
+    except SystemExit as left:
+        code = left.code
+    assert code == 78
+    assert expected in caplog.text + capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
+    """One row without a teacher and one that reads a cache; the second start has nothing to do."""
+    make_photographs(tmp_path / "photos")
+    tree = study_tree(tmp_path) | {"seeds": [0], "comparisons": [["cmt", "mae"]]}
+    labelled_photographs(Path(tree["evaluation"]["train"]), 24, 0)
+    labelled_photographs(Path(tree["evaluation"]["test"]), 12, 1)
+    tree["rows"] = {"mae": {"settings": NO_TEACHER}, "cmt": {"settings": ["teacher.mode=cache"]}}
+    study = str(write_study(tmp_path, tree))
+    assert main(ROOT, [study, "--jobs", "2"]) == 0
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert [len(row["runs"]) for row in results["rows"].values()] == [1, 1]
+    assert {one["name"] for one in results["references"]} == {
+        *("teacher test_vit (random)", "random weights", "raw pixels")
+    }
+    assert results["comparisons"][0]["pairs"] == 12
+    pieces = sorted((tmp_path / "study" / "runs").glob("*/pieces.jsonl"))
+    before = [file.read_text() for file in pieces]
+    assert len(before) == 2 and sum(text.count("\n") for text in before) == 8
+    assert main(ROOT, [study]) == 0
+    assert [file.read_text() for file in pieces] == before

@@ -1,0 +1,121 @@
+"""From a study file to runs: their order, their names, and what of them is missing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.tools.study.file import load_study
+from cmtmae_scale.tools.study.work import Run, plan_runs
+from tests.tools.study.study_case import hits_of, put_results, study_tree, write_study
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def runs_of(folder: Path, **changes: Any) -> list[Run]:
+    return plan_runs(load_study(write_study(folder, study_tree(folder) | changes)))
+
+
+def kinds(run: Run) -> list[str]:
+    return [piece.kind for piece in run.missing()]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").iterdir()), ids=lambda p: p.stem)
+def test_every_row_of_a_study_that_is_shipped_can_be_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_study(path)
+    runs = plan_runs(study)
+    assert {run.row for run in runs} == set(study.rows)
+    for run in runs:
+        for piece in run.pieces:
+            if piece.kind in ("train", "cache"):
+                load_config(piece.arguments[2], piece.arguments[3:])
+
+
+def test_neighbours_with_the_same_seeds_go_seed_by_seed(tmp_path: Path) -> None:
+    order = [(run.row, run.seed) for run in runs_of(tmp_path)]
+    assert order == [("mae", 0), ("cmt", 0), ("mae", 1), ("cmt", 1), ("half", 0)]
+
+
+def test_the_first_run_carries_the_baselines_and_the_first_teacher_its_own_probe(
+    tmp_path: Path,
+) -> None:
+    runs = runs_of(tmp_path)
+    with_baselines = [
+        run.row + str(run.seed)
+        for run in runs
+        if any("--no-baselines" not in p.arguments for p in run.pieces if p.kind == "evaluate")
+    ]
+    assert with_baselines == ["mae0"]
+    assert [run.row + str(run.seed) for run in runs if run.teacher] == ["cmt0"]
+    assert kinds(runs[0]) == ["train", "evaluate", "evaluate"]
+    assert kinds(runs[1]) == ["cache", "train", "evaluate", "evaluate", "evaluate"]
+
+
+def test_a_command_trains_what_the_row_says(tmp_path: Path) -> None:
+    half = runs_of(tmp_path)[-1]
+    words = next(piece for piece in half.pieces if piece.kind == "train").arguments
+    assert words[:2] == ("launchers/pretrain.py", "--config")
+    config = load_config(words[2], words[3:])
+    assert config == half.config
+    assert (config.mask.ratio, config.train.steps, config.run.seed) == (0.5, 4, 0)
+    assert config.run.dir == str(half.folder) and config.run.name == "half-0"
+    assert Path(str(config.cache.dir)).parent == tmp_path / "study" / "caches"
+
+
+def test_runs_are_named_by_what_they_compute(tmp_path: Path) -> None:
+    """Loudness does not count, anything else does; equal settings are one run."""
+    before = runs_of(tmp_path)
+    assert len({run.folder for run in before}) == len(before)
+    quiet = runs_of(tmp_path, settings=["train.steps=4", "views.count=1", "log.every=3"])
+    assert [run.folder for run in quiet] == [run.folder for run in before]
+    longer = runs_of(tmp_path, settings=["train.steps=5", "views.count=1"])
+    assert not {run.folder for run in longer} & {run.folder for run in before}
+    twins = {"a": {"settings": ["mask.ratio=0.75"]}, "b": {}}
+    a, b = runs_of(tmp_path, rows=twins, seeds=[0], comparisons=[])
+    assert a.folder == b.folder
+
+
+def test_runs_share_the_cache_of_a_teacher_that_sees_the_same(tmp_path: Path) -> None:
+    caches = {(run.row, run.seed): run.config.cache.dir for run in runs_of(tmp_path)}
+    assert caches["mae", 0] is None
+    assert caches["cmt", 0] == caches["half", 0] != caches["cmt", 1]
+
+
+def test_other_images_ask_for_another_judgement_of_the_same_run(tmp_path: Path) -> None:
+    evaluation = study_tree(tmp_path)["evaluation"] | {"test": "elsewhere"}
+    for before, after in zip(
+        runs_of(tmp_path), runs_of(tmp_path, evaluation=evaluation), strict=True
+    ):
+        assert before.folder == after.folder
+        assert before.linear != after.linear and before.knn != after.knn
+
+
+def test_what_is_done_is_not_missing(tmp_path: Path) -> None:
+    run = runs_of(tmp_path)[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "exit.json").write_text(json.dumps({"code": 75}))
+    assert kinds(run) == ["train", "evaluate", "evaluate"]
+    (run.folder / "exit.json").write_text(json.dumps({"code": 0}))
+    assert kinds(run) == ["evaluate", "evaluate"]
+    put_results(run, hits_of(10))
+    (run.folder / "exit.json").unlink()  # the weights may go when the results are there
+    assert kinds(run) == []
+
+
+def test_a_damaged_outcome_is_named(tmp_path: Path) -> None:
+    run = runs_of(tmp_path)[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "exit.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"exit.json: cannot be read .* delete it"):
+        run.missing()
+
+
+def test_a_row_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mask.ratio=2.0 must lie in \(0, 1\)"):
+        runs_of(tmp_path, settings=["mask.ratio=2"])
