@@ -25,7 +25,7 @@ import yaml
 
 from cmtmae_scale.cache.format import ENDLESS, PARTS, read_manifest
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.runtime.progress_file import read_standing
+from cmtmae_scale.runtime.progress_file import read_published_progress
 from tests.engine.run_case import BASE, make_photographs, same
 from tests.processes import CONTEXT
 
@@ -81,10 +81,10 @@ def write_recipe(folder: Path, steps: int) -> Path:
     spoilt = sorted(photographs.rglob("*.jpg"))[SPOILT]
     spoilt.write_bytes(spoilt.read_bytes()[:700])
     tree = BASE | {
-        "data": BASE["data"] | {"path": str(photographs), "max_bad_share": 0.5},
-        "teacher": BASE["teacher"] | {"mode": "follow"},
+        "data": BASE["data"] | {"path": str(photographs), "max_bad_fraction": 0.5},
+        "teacher": BASE["teacher"] | {"mode": "sidecar"},
         "cache": {"codec": "bf16"},
-        "train": {"global_batch": 8, "micro_batch": 4, "steps": steps},
+        "train": {"global_batch_size": 8, "micro_batch_size": 4, "steps": steps},
         "checkpoint": {"every": 10, "keep": 3},
     }
     path = folder / "recipe.yaml"
@@ -117,7 +117,7 @@ def rank_main(rank: int, port: int, recipe: Path, run_dir: Path) -> None:
         return work, observed
 
     loop.prepare = noting
-    code = cli.pretrain(["--config", str(recipe), f"run.dir={run_dir}"])
+    code = cli.pretrain(["--config", str(recipe), f"run.output_dir={run_dir}"])
     os._exit(code)
 
 
@@ -233,7 +233,7 @@ class Faults:
                 deck = deck or self.chance.sample(sorted(self.kinds), len(self.kinds))
                 kind = deck.pop()
                 self.met[kind] += 1
-                standing = read_standing(self.job.run_dir)
+                standing = read_published_progress(self.job.run_dir)
                 tell(f"  step {standing.position // 8 if standing else 0}: {kind}")
                 self.kinds[kind]()
         if self.job.sidecar is not None:

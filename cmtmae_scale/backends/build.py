@@ -13,7 +13,7 @@ from cmtmae_scale.config.deepspeed import deepspeed_config
 from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.trained import Trained
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.student import MomentumStudent
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.runtime.launch import World
 
 
@@ -22,7 +22,7 @@ def make_backend(
     world: World,
     device: torch.device,
     model: nn.Module,
-    momentum_student: MomentumStudent | None,
+    momentum_encoder: MomentumEncoder | None,
     objective: Objective,
     rows: int,
     lr_scale: LrScale = unscaled,
@@ -34,7 +34,7 @@ def make_backend(
         world: this process's place.
         device: this rank's device.
         model: ``Blocked``, on the CPU, the same values on every rank.
-        momentum_student: started as a copy of ``model.encoder``, or ``None``.
+        momentum_encoder: started as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         rows: constant number of rows of a step, over all ranks.
         lr_scale: factor of the learning rate of each parameter.
@@ -46,7 +46,7 @@ def make_backend(
     if config.backend.name == "fsdp":
         return Fsdp(
             model,
-            momentum_student,
+            momentum_encoder,
             objective,
             config.optimizer,
             config.backend,
@@ -57,7 +57,7 @@ def make_backend(
         )
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            "backend.name=zero, but DeepSpeed is not installed; install the extra deepspeed, or "
+            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed, or "
             "set backend.name=fsdp"
         )
     if device.type == "cpu":
@@ -66,7 +66,7 @@ def make_backend(
 
     return Zero(
         model,
-        momentum_student,
+        momentum_encoder,
         objective,
         config.optimizer,
         config.backend,

@@ -58,7 +58,7 @@ class Zero:
 
     Args:
         model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
-        momentum_student: started as a copy of ``model.encoder``, or ``None``.
+        momentum_encoder: started as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: stage, precision, compilation.
@@ -74,7 +74,7 @@ class Zero:
     def __init__(
         self,
         model: nn.Module,
-        momentum_student: nn.Module | None,
+        momentum_encoder: nn.Module | None,
         objective: Objective,
         optimizer: AdamWSettings,
         settings: BackendSettings,
@@ -123,12 +123,12 @@ class Zero:
         self.frozen = {n: start[n].to(device) for n in start if n not in self.places}
         renew_compute_copies(self.optimizer, self.stage)
         self.average = None
-        if momentum_student is not None:
-            self.make_average(momentum_student, device)
+        if momentum_encoder is not None:
+            self.make_average(momentum_encoder, device)
 
-    def make_average(self, momentum_student: nn.Module, device: torch.device) -> None:
+    def make_average(self, momentum_encoder: nn.Module, device: torch.device) -> None:
         """Keep the momentum student's float32 values in the layout of the student's."""
-        names = [name for name, _ in momentum_student.named_parameters()]
+        names = [name for name, _ in momentum_encoder.named_parameters()]
         self.averaged = [n for n in names if ENCODER + n in self.places]
         self.unaveraged = {
             name: self.frozen[ENCODER + name].clone()
@@ -141,7 +141,7 @@ class Zero:
             for name, place in zip(self.averaged, places, strict=True)
         ]
         where = places[0].flat.device
-        self.average = GatheredAverage(momentum_student.to(device), parts, self.dtype, where)
+        self.average = GatheredAverage(momentum_encoder.to(device), parts, self.dtype, where)
 
     def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; stages 2 and 3 reduce gradients at every micro-step."""
@@ -238,7 +238,7 @@ def check_version() -> None:
     found = deepspeed.__version__
     if not found.startswith(f"{TESTED}."):
         raise ConfigError(
-            f"backend.name=zero: DeepSpeed {found} is installed, but weights are read from the "
+            f"backend.name=deepspeed: DeepSpeed {found} is installed, but weights are read from the "
             f"inside of {TESTED}.*; install the extra deepspeed, or use backend.name=fsdp"
         )
 

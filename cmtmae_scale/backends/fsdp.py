@@ -45,7 +45,7 @@ class Fsdp:
 
     Args:
         model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
-        momentum_student: started as a copy of ``model.encoder``, or ``None``.
+        momentum_encoder: started as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: precision, sharding, compilation, activation checkpointing.
@@ -58,7 +58,7 @@ class Fsdp:
     def __init__(
         self,
         model: nn.Module,
-        momentum_student: nn.Module | None,
+        momentum_encoder: nn.Module | None,
         objective: Objective,
         optimizer: AdamWSettings,
         settings: BackendSettings,
@@ -67,13 +67,13 @@ class Fsdp:
         local_world_size: int,
         lr_scale: LrScale = unscaled,
     ) -> None:
-        self.mesh = make_mesh(settings.shard, device, local_world_size)
+        self.mesh = make_mesh(settings.sharding, device, local_world_size)
         self.model = wrap(model, self.mesh, settings)
-        self.momentum_student = momentum_student
-        if momentum_student is not None:
-            self.momentum_student = wrap(momentum_student, self.mesh, settings)
+        self.momentum_encoder = momentum_encoder
+        if momentum_encoder is not None:
+            self.momentum_encoder = wrap(momentum_encoder, self.mesh, settings)
         self.objective = objective
-        self.clip = optimizer.clip
+        self.clip = optimizer.grad_clip
         # FSDP2 averages gradients over ranks; the loss is a sum over all of them.
         self.loss_scale = loss_scale * dist.get_world_size()
         # The optimizer works on this rank's shards as plain tensors: as DTensors each of some
@@ -127,26 +127,26 @@ class Fsdp:
 
     def momentum_update(self, momentum: float) -> None:
         """See ``Backend.momentum_update``; local shards only, no communication."""
-        if self.momentum_student is not None:
+        if self.momentum_encoder is not None:
             # Gathered weights hide the shards, and nothing but a backward would drop them: without
             # this the next forward would still use the old average.
             self.forget_gathered()
             encoder = self.model.get_submodule("encoder")
-            update_momentum(list(shards(self.momentum_student)), list(shards(encoder)), momentum)
+            update_momentum(list(shards(self.momentum_encoder)), list(shards(encoder)), momentum)
 
     def forget_gathered(self) -> None:
         """Make the next momentum forward gather anew: without a backward nothing else does."""
-        if self.momentum_student is not None:
-            for module in self.momentum_student.modules():
+        if self.momentum_encoder is not None:
+            for module in self.momentum_encoder.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """See ``Backend.momentum_forward``."""
-        if self.momentum_student is None:
+        if self.momentum_encoder is None:
             return None, None
         with torch.no_grad():
-            return self.momentum_student(images)
+            return self.momentum_encoder(images)
 
     def fragments(self) -> dict[str, Fragment]:
         """See ``Backend.fragments``; a fragment is a range of a parameter's first dimension."""
@@ -161,8 +161,8 @@ class Fsdp:
             for moment in MOMENTS if name in self.own else ():
                 state = self.optimizer.state[self.own[name]][moment]
                 found[f"{moment}.{name}"] = self.fragment(parameter)._replace(local=state.view(-1))
-        if self.momentum_student is not None:
-            for name, parameter in self.momentum_student.named_parameters():
+        if self.momentum_encoder is not None:
+            for name, parameter in self.momentum_encoder.named_parameters():
                 found[f"momentum.{name}"] = self.fragment(parameter)
         return found
 
@@ -190,20 +190,20 @@ def shards(module: nn.Module) -> Iterator[Tensor]:
     return (cast(DTensor, parameter).to_local() for parameter in module.parameters())
 
 
-def make_mesh(shard: str, device: torch.device, local_world_size: int) -> DeviceMesh:
-    """Lay the ranks out for ``backend.shard``.
+def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> DeviceMesh:
+    """Lay the ranks out for ``backend.sharding``.
 
-    ``none``: every rank holds all; ``node``: sharded within a node, replicated across nodes;
+    ``replicate``: every rank holds all; ``hybrid``: sharded within a node, replicated across nodes;
     ``full``: sharded over all ranks.
     """
     world_size = dist.get_world_size()
-    if shard == "full":
+    if sharding == "full":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    inner = 1 if shard == "none" else local_world_size
+    inner = 1 if sharding == "replicate" else local_world_size
     if world_size % inner:
         raise ConfigError(
-            f"backend.shard=node: {world_size} ranks do not divide into nodes of {inner}; "
-            "start equally many on each node or use backend.shard=full"
+            f"backend.sharding=hybrid: {world_size} ranks do not divide into nodes of {inner}; "
+            "start equally many on each node or use backend.sharding=full"
         )
     return init_device_mesh(
         device.type, (world_size // inner, inner), mesh_dim_names=("replicate", "shard")
@@ -219,7 +219,7 @@ def wrap(module: nn.Module, mesh: DeviceMesh, settings: BackendSettings) -> nn.M
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=True
     )
-    reshard = settings.shard == "full"
+    reshard = settings.sharding == "full"
     for block in cast(Blocked, module).transformer_blocks():
         if settings.compile:
             block.compile()

@@ -32,7 +32,7 @@ class Plain:
 
     Args:
         model: ``CollaborativeMAE`` or ``Classifier``, on its device.
-        momentum_student: started as a copy of ``model.encoder``, or ``None``.
+        momentum_encoder: started as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         loss_scale: factor of the summed loss: one over the rows of a step.
@@ -42,16 +42,16 @@ class Plain:
     def __init__(
         self,
         model: nn.Module,
-        momentum_student: nn.Module | None,
+        momentum_encoder: nn.Module | None,
         objective: Objective,
         optimizer: AdamWSettings,
         loss_scale: float,
         lr_scale: LrScale = unscaled,
     ) -> None:
         self.model = model
-        self.momentum_student = momentum_student
+        self.momentum_encoder = momentum_encoder
         self.objective = objective
-        self.clip = optimizer.clip
+        self.clip = optimizer.grad_clip
         self.loss_scale = loss_scale
         self.optimizer = make_adamw(trainable(model), optimizer, lr_scale)
         start_state(self.optimizer, (parameter for _, parameter in trainable(model)))
@@ -82,18 +82,18 @@ class Plain:
 
     def momentum_update(self, momentum: float) -> None:
         """See ``Backend.momentum_update``."""
-        if self.momentum_student is not None:
+        if self.momentum_encoder is not None:
             encoder = self.model.get_submodule("encoder")
             update_momentum(
-                list(self.momentum_student.parameters()), list(encoder.parameters()), momentum
+                list(self.momentum_encoder.parameters()), list(encoder.parameters()), momentum
             )
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """See ``Backend.momentum_forward``."""
-        if self.momentum_student is None:
+        if self.momentum_encoder is None:
             return None, None
         with torch.no_grad():
-            return self.momentum_student(images)
+            return self.momentum_encoder(images)
 
     def fragments(self) -> dict[str, Fragment]:
         """See ``Backend.fragments``; every fragment is a whole parameter."""
@@ -102,8 +102,8 @@ class Plain:
             found[f"model.{name}"] = whole(parameter)
             for moment in MOMENTS if parameter.requires_grad else ():
                 found[f"{moment}.{name}"] = whole(self.optimizer.state[parameter][moment])
-        if self.momentum_student is not None:
-            for name, parameter in self.momentum_student.named_parameters():
+        if self.momentum_encoder is not None:
+            for name, parameter in self.momentum_encoder.named_parameters():
                 found[f"momentum.{name}"] = whole(parameter)
         return found
 

@@ -20,8 +20,8 @@ def run_beside(run_dir: Path, options: argparse.Namespace, world: World) -> int:
     recipe = options.config or run_dir / "config.yaml"
     if not await_file(Path(recipe), "the run has not started"):
         return EXIT_STOPPED
-    config = load_config(recipe, [*options.overrides, f"run.dir={run_dir}"])
-    if config.teacher.mode != "follow":
+    config = load_config(recipe, [*options.overrides, f"run.output_dir={run_dir}"])
+    if config.teacher.mode != "sidecar":
         raise ConfigError(
             f"{run_dir}: the run has teacher.mode={config.teacher.mode}; a sidecar needs follow"
         )
@@ -32,7 +32,7 @@ def run_beside(run_dir: Path, options: argparse.Namespace, world: World) -> int:
     builder = make_builder(config, place, pick_device(world), "positions")
     try:
         manifest = builder.begin(folder, config.cache.codec, options.rows_a_part)
-        views = config.checkpoint.every * config.train.global_batch
+        views = config.checkpoint.every * config.train.global_batch_size
         between = -(-views // manifest.rows_a_part)
         stripe = my_stripe(options.shard, world)
         follower = Follower(folder, manifest, run_dir, stripe, options.ahead, between)

@@ -16,11 +16,11 @@ from torch import Tensor
 from cmtmae_scale.cache.calibration import begin, find, load_calibration
 from cmtmae_scale.cache.codecs import Calibration, Codec, calibrate, encode
 from cmtmae_scale.cache.format import ENDLESS, Manifest, read_manifest, read_seal
-from cmtmae_scale.cache.identity import Keyed, circumstances, fingerprint
+from cmtmae_scale.cache.identity import Keyed, fingerprint, provenance
 from cmtmae_scale.cache.parts import write_part
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.index import Index
 from dataloading.plan import Plan, Planner
 from dataloading.reading import Reader
@@ -60,14 +60,14 @@ class Builder:
         self,
         config: Config,
         index: Index,
-        teacher: LiveTeacher,
+        teacher: OnlineTeacher,
         device: torch.device,
         keyed: Keyed = "views",
     ) -> None:
-        if keyed == "views" and config.views.count is None:
+        if keyed == "views" and config.views.views_per_image is None:
             raise CacheError(
-                "views.count is not set: a cache holds a fixed number of views an image; set "
-                "views.count=4 or so here and in the run"
+                "views.views_per_image is not set: a cache holds a fixed number of views an image; set "
+                "views.views_per_image=4 or so here and in the run"
             )
         self.config = config
         self.index = index
@@ -77,10 +77,10 @@ class Builder:
         self.planner = Planner(
             index,
             seed=config.run.seed,
-            scale=config.views.scale,
-            ratio=config.views.ratio,
-            flip=config.views.flip,
-            count=config.views.count,
+            scale=config.views.crop_scale,
+            ratio=config.views.aspect_ratio,
+            flip=config.views.hflip,
+            count=config.views.views_per_image,
             shuffle=config.data.shuffle,
         )
         self.reader = Reader(index)
@@ -88,8 +88,8 @@ class Builder:
             config.data.decode,
             self.reader,
             (teacher.image_size,),
-            config.train.micro_batch,
-            config.data.threads,
+            config.train.micro_batch_size,
+            config.data.workers,
             device,
         )
         self.calibration: Calibration | None = None
@@ -117,7 +117,7 @@ class Builder:
             fingerprint=fingerprint(
                 self.config, self.teacher.fingerprint(), self.index, self.keyed
             ),
-            recorded=circumstances(self.config, self.device),
+            recorded=provenance(self.config, self.device),
             codec=codec,
             num_rows=num_rows(self.config, self.index, self.keyed),
             rows_a_part=rows_a_part,
@@ -156,21 +156,21 @@ class Builder:
 
     def split(self, rows: Rows) -> list[Rows]:
         """Cut rows into micro-batches."""
-        size = self.config.train.micro_batch
+        size = self.config.train.micro_batch_size
         return [rows[at : at + size] for at in range(0, len(rows), size)]
 
     def plan(self, rows: Rows) -> Plan:
         """What is to be read and cut for rows of this cache."""
         if self.keyed == "positions":
             return self.planner(rows)
-        count = self.config.views.count or 1
+        count = self.config.views.views_per_image or 1
         return self.planner.cut(rows, rows // count, rows % count)
 
     def see(self, plans: Iterator[Plan]) -> Iterator[Seen]:
         """Decode and look at plans, some of them ahead."""
         pending: deque[Plan] = deque()
         for plan in plans:
-            self.decoder.submit(filled(plan, self.config.train.micro_batch))
+            self.decoder.submit(filled(plan, self.config.train.micro_batch_size))
             pending.append(plan)
             if len(pending) > LOOK_AHEAD:
                 yield self.look(pending.popleft())
@@ -229,7 +229,7 @@ class Builder:
 
 def num_rows(config: Config, index: Index, keyed: Keyed) -> int:
     """Rows of a finished cache."""
-    return ENDLESS if keyed == "positions" else len(index) * (config.views.count or 1)
+    return ENDLESS if keyed == "positions" else len(index) * (config.views.views_per_image or 1)
 
 
 def masked(values: Tensor, valid: Tensor) -> Tensor:

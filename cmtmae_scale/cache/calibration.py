@@ -13,7 +13,7 @@ from safetensors.torch import load, save_file
 from cmtmae_scale.cache.claim import once
 from cmtmae_scale.cache.codecs import Calibration
 from cmtmae_scale.cache.format import MANIFEST, Manifest, manifest_text, read_manifest
-from cmtmae_scale.cache.identity import check_identity, warn_of_circumstances
+from cmtmae_scale.cache.identity import check_identity, warn_of_provenance
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.storage import digest, sync
 
@@ -91,7 +91,7 @@ def find(folder: Path, wanted: Manifest) -> Manifest | None:
                 f"cache.dir={folder}: was begun with {field}={before}, now it is {after}; restore "
                 "it or name another folder"
             )
-    warn_of_circumstances(found, wanted.recorded, str(folder))
+    warn_of_provenance(found, wanted.recorded, str(folder))
     return found
 
 

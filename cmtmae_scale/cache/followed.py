@@ -12,7 +12,7 @@ from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.teachers.base import Teacher, TeacherView
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.index import Index
 from dataloading.plan import Plan
 from dataloading.stream import Batch
@@ -23,7 +23,7 @@ PAUSE_S = 1.0
 """Between looks for a sidecar that has not begun."""
 
 
-class FollowedTeacher:
+class SidecarTeacher:
     """Views by position, from a cache that may begin, end and begin again beside the run.
 
     Args:
@@ -41,7 +41,7 @@ class FollowedTeacher:
     def __init__(
         self,
         config: Config,
-        described: LiveTeacher,
+        described: OnlineTeacher,
         live: Teacher,
         index: Index,
         device: torch.device,
@@ -104,14 +104,14 @@ class FollowedTeacher:
         if self.cached is not None:
             self.cached.submit(plan)
 
-    def look(self, batch: Batch) -> TeacherView:
+    def forward_batch(self, batch: Batch) -> TeacherView:
         """See ``TeacherSource.look``."""
         cached, plan = self.cached, batch.plan
         if cached is not None and (plan is None or cached.reader.asked(plan)):
-            return cached.look(batch)
+            return cached.forward_batch(batch)
         codec = self.config.cache.codec if cached is None else cached.manifest.codec
         calibration = None if cached is None else cached.calibration
-        return rounded(self.live.look(batch), codec, calibration)
+        return rounded(self.live.forward_batch(batch), codec, calibration)
 
     def close(self) -> None:
         """Stop reading."""

@@ -34,10 +34,10 @@ def fingerprint(
     """
     views: dict[str, Any] = {
         "seed": config.run.seed,
-        "scale": list(config.views.scale),
-        "ratio": list(config.views.ratio),
-        "flip": config.views.flip,
-        "count": config.views.count,
+        "scale": list(config.views.crop_scale),
+        "ratio": list(config.views.aspect_ratio),
+        "flip": config.views.hflip,
+        "count": config.views.views_per_image,
     }
     if keyed == "positions":
         views["shuffle"] = config.data.shuffle
@@ -70,11 +70,11 @@ def check_identity(manifest: Manifest, wanted: dict[str, Any], place: str) -> No
         if before != after:
             raise CacheError(
                 f"cache.dir={place}: {key}: the cache was built with {before}, the run has "
-                f"{after}; change the run, build another cache, or set teacher.mode=live"
+                f"{after}; change the run, build another cache, or set teacher.mode=online"
             )
 
 
-def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
+def provenance(config: Config, device: torch.device) -> dict[str, Any]:
     """What rows may depend on a little: versions, and who decodes."""
     return {
         "cmtmae_scale": __version__,
@@ -83,12 +83,12 @@ def circumstances(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-def warn_of_circumstances(manifest: Manifest, here: dict[str, Any], place: str) -> None:
-    """Tell where a cache was built in other circumstances.
+def warn_of_provenance(manifest: Manifest, here: dict[str, Any], place: str) -> None:
+    """Tell where a cache was built in other provenance.
 
     Args:
         manifest: the cache's.
-        here: ``circumstances`` of this process.
+        here: ``provenance`` of this process.
         place: ``cache.dir``, for messages.
     """
     for key in sorted(manifest.recorded.keys() & here.keys()):

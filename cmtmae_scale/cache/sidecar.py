@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cmtmae_scale.cache.build import Builder, build_parts
 from cmtmae_scale.cache.format import PARTS, Manifest, read_seal
-from cmtmae_scale.runtime.progress_file import Standing, read_standing
+from cmtmae_scale.runtime.progress_file import PublishedProgress, read_published_progress
 from dataloading.entries import PROGRESS_S
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Follower:
         self.patience_s = patience_s
         self.clock = clock
         self.pause = pause
-        self.standing: Standing | None = None
+        self.standing: PublishedProgress | None = None
         self.moved_at = clock()
         self.rate = 0.0
         """Views a second that the trainer takes, lately."""
@@ -90,7 +90,7 @@ class Follower:
 
     def watch(self) -> None:
         """See where the trainer is, how fast it goes, and delete what no restart will want."""
-        found = read_standing(self.run_dir)
+        found = read_published_progress(self.run_dir)
         if found is None or found == self.standing:
             return
         now = self.clock()

@@ -17,7 +17,7 @@ from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.teachers.base import Teacher, TeacherView
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.index import Index
 from dataloading.plan import Plan
 from dataloading.stream import Batch
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_cache(
-    config: Config, described: LiveTeacher, index: Index, keyed: Keyed = "views"
+    config: Config, described: OnlineTeacher, index: Index, keyed: Keyed = "views"
 ) -> tuple[Manifest, Calibration | None]:
     """Read what a cache says of itself, and check that a run may use it.
 
@@ -60,7 +60,7 @@ def open_cache(
         if found != value:
             raise CacheError(
                 f"cache.dir={folder}: {name} is {found}, but this teacher, these views and images "
-                f"make it {value}; build another cache, or set teacher.mode=live"
+                f"make it {value}; build another cache, or set teacher.mode=online"
             )
     return manifest, load_calibration(folder, manifest)
 
@@ -71,7 +71,7 @@ class CachedTeacher:
     A row that is missing or damaged, or whose picture could not be decoded when it was built, is a
     miss, but for a view that is not valid in the run either. A micro-batch with a miss is given to
     the live teacher whole, and rounded as rows are, so that a run does not depend on what was at
-    hand; or, without ``cache.on_miss=live``, it is reported as a failure.
+    hand; or, without ``cache.on_miss=online``, it is reported as a failure.
 
     Args:
         config: the run.
@@ -89,7 +89,7 @@ class CachedTeacher:
         config: Config,
         manifest: Manifest,
         calibration: Calibration | None,
-        described: LiveTeacher,
+        described: OnlineTeacher,
         live: Teacher | None,
         device: torch.device,
         fail: Callable[[CacheError], None],
@@ -107,7 +107,7 @@ class CachedTeacher:
         self.device = device
         self.fail = fail
         self.looks = self.checks = 0
-        count = int(config.views.count or 1) if keyed == "views" else None
+        count = int(config.views.views_per_image or 1) if keyed == "views" else None
         self.reader = CacheReader(self.folder, manifest, count, pin=device.type == "cuda")
 
     @property
@@ -123,15 +123,15 @@ class CachedTeacher:
         """Stop reading."""
         self.reader.close()
 
-    def look(self, batch: Batch) -> TeacherView:
+    def forward_batch(self, batch: Batch) -> TeacherView:
         """See ``TeacherSource.look``; waits for the device in spot checks only."""
         if batch.plan is None:
             return self.blank_view(len(batch.position))
         rows = self.reader.collect(batch.plan)
         self.looks += 1
         missed = [k for k, fault in enumerate(rows.faults) if fault and k not in batch.faulty]
-        if missed and self.settings.on_miss == "live" and self.live is not None:
-            return rounded(self.live.look(batch), self.manifest.codec, self.calibration)
+        if missed and self.settings.on_miss == "online" and self.live is not None:
+            return rounded(self.live.forward_batch(batch), self.manifest.codec, self.calibration)
         if missed:
             self.fail(self.miss(rows, missed[0]))
         view = self.decode(rows.fields)
@@ -139,7 +139,7 @@ class CachedTeacher:
         due = self.checks < self.looks * self.settings.spot_check
         if due and not missed and self.live is not None:
             self.checks += 1
-            self.compare(self.live.look(batch), view, rows, batch.faulty)
+            self.compare(self.live.forward_batch(batch), view, rows, batch.faulty)
         return view
 
     def decode(self, fields: dict[str, Tensor]) -> TeacherView:
@@ -171,7 +171,7 @@ class CachedTeacher:
         return CacheError(
             f"cache.dir={self.folder}: row {row} (image {sample}, view {view}) of part "
             f"{self.reader.part_of(row)}: {rows.faults[place]}; complete the cache with "
-            "launchers/precompute_teacher.py, or set cache.on_miss=live"
+            "launchers/precompute_teacher.py, or set cache.on_miss=online"
         )
 
     def compare(
@@ -189,7 +189,7 @@ class CachedTeacher:
                     f"cache.dir={self.folder}: spot check of row {rows.numbers[places[0]]} and "
                     f"{len(places) - 1} more: the live teacher says otherwise: {found}; expected "
                     f"a cosine of at least {self.bounds.cosine} and a distance of at most "
-                    f"{self.bounds.distance}; build the cache again, or set teacher.mode=live"
+                    f"{self.bounds.distance}; build the cache again, or set teacher.mode=online"
                 )
             )
 

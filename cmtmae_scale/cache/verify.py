@@ -127,7 +127,7 @@ def compare(
         [np.array(manifest.rows_of(part), dtype=np.int64) for part in parts]
         or [np.zeros(0, dtype=np.int64)]
     )
-    count = min(len(rows), max(builder.config.train.micro_batch, round(share * len(rows))))
+    count = min(len(rows), max(builder.config.train.micro_batch_size, round(share * len(rows))))
     chosen = np.sort(np.random.default_rng().choice(rows, count, replace=False))
     live, stored, maps, kept, validity = [], [], [], [], 0
     files = {part: PartFile(folder, manifest, part) for part in {*(chosen // manifest.rows_a_part)}}

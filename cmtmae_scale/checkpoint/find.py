@@ -37,7 +37,7 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
             logger.error("BROKEN CHECKPOINT %s: %s; trying the one before", folder, problem)
     if count:
         raise CheckpointError(
-            f"{root}: none of {count} checkpoints is intact; restore one, or use another run.dir"
+            f"{root}: none of {count} checkpoints is intact; restore one, or use another run.output_dir"
         )
     if not agree_all(not (root / layout.LATEST).exists()):
         raise CheckpointError(

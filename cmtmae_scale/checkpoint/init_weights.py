@@ -92,7 +92,7 @@ class StartReport(NamedTuple):
 
 
 @torch.no_grad()
-def load_start_weights(
+def load_init_weights(
     model: CollaborativeMAE, state: Mapping[str, Tensor], file: str
 ) -> StartReport:
     """Overwrite the encoder's weights, and MAE's decoder where it is the configured one.
@@ -113,7 +113,7 @@ def load_start_weights(
         ConfigError: unknown names; a tensor of the encoder that is missing, has another shape or
             has no place; with file, tensor, both shapes and the remedy.
     """
-    where = f"student.weights={file}"
+    where = f"student.init_weights={file}"
     pieces = translate(state)
     if PATCHES not in pieces:
         raise ConfigError(

@@ -15,7 +15,7 @@ def refuse_differences(step: int, fragments: Mapping[str, Fragment]) -> None:
     """Compare the fragments of ranks that hold the same ones; a collective.
 
     A rank's bits are summed as integers: one bit more or less always shows. With
-    ``backend.shard=full`` and DeepSpeed ZeRO no two ranks hold the same, and nothing is compared.
+    ``backend.sharding=full`` and DeepSpeed ZeRO no two ranks hold the same, and nothing is compared.
 
     Args:
         step: for the message.

@@ -86,7 +86,7 @@ def train(options: argparse.Namespace, world: World) -> None:
             text = table.training_tables(found, on_gpu)
             results = [one.to_dict() for one in found]
     if world.rank == 0:
-        facts = table.circumstances(command_line(), device, world.world_size)
+        facts = table.provenance(command_line(), device, world.world_size)
         facts |= {"windows": protocol.windows, "steps a window": protocol.steps}
         show(options.output, facts, results, text)
 
@@ -114,7 +114,7 @@ def cache(options: argparse.Namespace, world: World) -> None:
             world,
             device,
         )
-    facts = table.circumstances(command_line(), device, 1)
+    facts = table.provenance(command_line(), device, 1)
     facts |= {"rounds": options.rounds, "views a round": options.rows}
     facts |= {"windows": protocol.windows, "steps a window": protocol.steps}
     show(options.output, facts, found.to_dict(), cached.describe(found, device.type == "cuda"))
@@ -126,7 +126,7 @@ def data(options: argparse.Namespace, world: World) -> None:
     found = decoding.measure(
         options.path, options.size, options.images, options.rounds, options.threads, device
     )
-    facts = table.circumstances(command_line(), device, 1)
+    facts = table.provenance(command_line(), device, 1)
     facts |= {"rounds": options.rounds, "images a round": options.images}
     show(options.output, facts, [one.to_dict() for one in found], decoding.describe(found))
 
@@ -137,7 +137,7 @@ def command_line() -> str:
 
 
 def show(output: Path | None, facts: dict[str, object], results: object, text: str) -> None:
-    """Print the circumstances and the tables, and write them where asked."""
+    """Print the provenance and the tables, and write them where asked."""
     lines = [f"{name}: {value}" for name, value in facts.items()]
     sys.stdout.write("\n".join(lines) + "\n\n" + text + "\n")
     if output is not None:

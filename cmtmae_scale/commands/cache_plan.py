@@ -14,11 +14,11 @@ from cmtmae_scale.config.derive import needs, total_steps
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.runtime.arguments import above_zero, at_least_one
 from cmtmae_scale.runtime.launch import World, pick_device
 from cmtmae_scale.teachers.build import assemble, build_teacher_skeleton, compute_dtype
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.cache_plan.cost import Job, Prices, Rates, outlook
 from cmtmae_scale.tools.cache_plan.rates import Measured, decoding_rate, store_rates, teacher_rate
 from cmtmae_scale.tools.cache_plan.text import (
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=above_zero,
         metavar="RATE",
         help="images a second that one GPU trains on without its teacher (benchmark.py train with "
-        "teacher.mode=cache, or a log); else modelled from the teacher's rate",
+        "teacher.mode=cached, or a log); else modelled from the teacher's rate",
     )
     group.add_argument("--gpu-hour", type=above_zero, metavar="PRICE", help="price of a GPU-hour")
     group.add_argument(
@@ -100,13 +100,13 @@ def plan_text(
     measured = measure(config, teacher, index, shapes[chosen], device)
     given, on_gpu = options.images_s, device.type == "cuda"
     rates = choose_rates(measured, operations(config), given, on_gpu)
-    draws = total_steps(config, images) * config.train.global_batch
+    draws = total_steps(config, images) * config.train.global_batch_size
     gpus = options.gpus or world.world_size
     job = Job(images, draws, gpus, config.cache.spot_check)
     prices = None
     if options.gpu_hour is not None:
         prices = Prices(options.gpu_hour, options.tb_month)
-    counts = sorted({*COUNTS, config.views.count or 1})
+    counts = sorted({*COUNTS, config.views.views_per_image or 1})
     outlooks = [
         outlook(job, rates, codec, count, manifest.row_bytes(), prices)
         for codec, manifest in shapes.items()
@@ -137,7 +137,7 @@ def usable_codecs(config: Config) -> list[Codec]:
     return ["int8", "bf16"] if need.teacher_features else ["attention"]
 
 
-def shape(teacher: LiveTeacher, codec: Codec) -> Manifest:
+def shape(teacher: OnlineTeacher, codec: Codec) -> Manifest:
     """A cache with the rows that ``Builder.describe`` names, and more of them than are written."""
     reading, (height, width) = teacher.reading, teacher.grid
     features = bool(reading.feature_layers)
@@ -156,13 +156,13 @@ def shape(teacher: LiveTeacher, codec: Codec) -> Manifest:
 
 def measure(
     config: Config,
-    teacher: LiveTeacher,
+    teacher: OnlineTeacher,
     index: Index | None,
     manifest: Manifest,
     device: torch.device,
 ) -> Measured:
     """Measure teacher, decoding and store one after the other."""
-    batch = config.train.micro_batch
+    batch = config.train.micro_batch_size
     if device.type == "cpu":
         batch = min(batch, CPU_BATCH)
     looked = teacher_rate(teacher, batch, device, MEASURE_S)
@@ -170,7 +170,7 @@ def measure(
     if index is not None:
         decoded = decoding_rate(config, index, teacher.image_size, device, MEASURE_S)
     folder = Path(str(config.cache.dir))
-    store = store_rates(folder, manifest, config.train.micro_batch, MEASURE_S)
+    store = store_rates(folder, manifest, config.train.micro_batch_size, MEASURE_S)
     return Measured(looked, batch, decoded, store)
 
 
@@ -180,7 +180,7 @@ def operations(config: Config) -> float:
     with torch.device("meta"):
         teacher = build_teacher_skeleton(live)
         model = CollaborativeMAE(live, teacher.width)
-        momentum = build_student(live, MomentumStudent) if needs(live).momentum else None
+        momentum = build_student(live, MomentumEncoder) if needs(live).momentum else None
     work = count_operations(live, model, momentum, teacher)
     return work.teacher / (work.student + work.momentum)
 

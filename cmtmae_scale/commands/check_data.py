@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-bad-share",
         type=share,
-        default=Data.max_bad_share,
+        default=Data.max_bad_fraction,
         help="share of bad images above which the exit code is 78",
     )
     parser.add_argument(
@@ -94,9 +94,9 @@ def check(options: argparse.Namespace) -> int:
             index,
             options.sheet,
             seed=options.seed,
-            scale=views.scale,
-            ratio=views.ratio,
-            flip=views.flip,
+            scale=views.crop_scale,
+            ratio=views.aspect_ratio,
+            flip=views.hflip,
             threads=options.threads,
         )
         logger.info("%s: views as a run with run.seed=%d cuts them", options.sheet, options.seed)
@@ -118,7 +118,7 @@ def report(index: Index, undecodable: Sequence[Fault], options: argparse.Namespa
     Raises:
         DataError: if the report cannot be written.
     """
-    found = survey(index, undecodable, options.max_bad_share)
+    found = survey(index, undecodable, options.max_bad_fraction)
     sys.stdout.write(describe(found) + "\n")
     sys.stdout.flush()
     if options.report is not None:

@@ -49,7 +49,7 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
     except (CmtMaeError, DataError) as error:
         tell(str(error))
         return error.exit_code
-    run_dir = Path(config.run.dir)
+    run_dir = Path(config.run.output_dir)
     if options.fresh:
         forget(run_dir)
     label = RANDOM if teacher is None else f"teacher {config.teacher.model}"
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def derive_overrides(config: Config, is_random: bool, options: argparse.Namespace) -> list[str]:
     """Overrides of the recipe; another length or a random teacher is another run and folder."""
     overrides: list[str] = []
-    folder = config.run.dir
+    folder = config.run.output_dir
     if options.steps is not None:
         every = min(config.log.every, max(1, options.steps // ROWS))
         overrides += [f"train.steps={options.steps}", f"log.every={every}"]
@@ -94,7 +94,7 @@ def derive_overrides(config: Config, is_random: bool, options: argparse.Namespac
     if is_random:
         overrides += ["teacher.weights=random", f"run.name={config.run.name} ({RANDOM})"]
         folder += "-random-teacher"
-    return [*overrides, f"run.dir={folder}", *options.overrides]
+    return [*overrides, f"run.output_dir={folder}", *options.overrides]
 
 
 def forget(run_dir: Path) -> None:
@@ -133,7 +133,7 @@ def closing(run_dir: Path, report: Path, command: Sequence[str]) -> str:
     tensorboard = shutil.which("tensorboard", path=str(binaries)) or "tensorboard"
     torchrun = shutil.which("torchrun", path=str(binaries)) or "torchrun"
     pretrain = f"launchers/pretrain.py --config {RECIPE}"
-    hiding = "run.dir=runs/demo-hide mask.sampler=hide_salient mask.masks_per_view=1"
+    hiding = "run.output_dir=runs/demo-hide mask.sampler=hide_salient mask.masks_per_view=1"
     return f"""
 report       {report}  (curves, pictures, time, accuracy: one page for any browser)
 pictures     {run_dir / "pictures"}  (attention of teacher, student and both, masks, features)
@@ -145,7 +145,7 @@ try next
   {short(command[0])} {pretrain} --dry-run
   {short(command[0])} {pretrain} {hiding}
   {short(command[0])} launchers/report.py {run_dir} runs/demo-hide
-  {short(torchrun)} --nproc-per-node=2 {pretrain} run.dir=runs/demo-2"""
+  {short(torchrun)} --nproc-per-node=2 {pretrain} run.output_dir=runs/demo-2"""
 
 
 def short(path: str) -> str:

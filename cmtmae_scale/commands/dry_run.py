@@ -24,7 +24,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.resume import compare
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 from cmtmae_scale.tools.estimate import count_operations, count_shards, memory_bytes
 from dataloading.errors import DataError
@@ -44,7 +44,7 @@ def describe(config: Config, world_size: int) -> str:
     with torch.device("meta"):
         teacher = build_teacher_skeleton(config) if needs(config).teacher else None
         model = CollaborativeMAE(config, teacher.width if teacher else None)
-        momentum = build_student(config, MomentumStudent) if needs(config).momentum else None
+        momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
     work = count_operations(config, model, momentum, teacher)
     lines = [yaml.safe_dump(config_to_dict(config), sort_keys=False)]
     lines.append(f"images          {images if images is not None else 'unknown'} ({origin})")
@@ -53,7 +53,7 @@ def describe(config: Config, world_size: int) -> str:
     lines.append(f"batch           {plan}")
     lines.append(
         f"learning rate   {peak_lr(config):.3g} = {config.optimizer.base_lr:g} base x "
-        f"{config.train.global_batch} views / 256"
+        f"{config.train.global_batch_size} views / 256"
     )
     lines.append(f"encoder         {millions(model.encoder)} parameters")
     lines.append(f"decoder         {millions(model.decoder)} parameters")
@@ -74,7 +74,7 @@ def describe(config: Config, world_size: int) -> str:
 
 def count_images(config: Config) -> tuple[int | None, str]:
     """Number of images from an existing index, or as the recipe expects."""
-    folder = Path(config.data.index) if config.data.index else Path(config.run.dir) / "index"
+    folder = Path(config.data.index) if config.data.index else Path(config.run.output_dir) / "index"
     if folder.is_dir():
         try:
             index = load_or_build(
@@ -108,7 +108,7 @@ def resumable(config: Config) -> str:
 
     Files are compared by size only here, and images are not compared.
     """
-    for folder in checkpoints.candidates(Path(config.run.dir) / "checkpoints"):
+    for folder in checkpoints.candidates(Path(config.run.output_dir) / "checkpoints"):
         if checkpoints.fault(folder, (-1, 1)) is None:
             state = checkpoints.read_state(folder)
             name = f"{folder} (step {state['progress']['step']})"

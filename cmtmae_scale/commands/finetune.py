@@ -47,7 +47,7 @@ def finetune(
     Raises:
         ConfigError, DataError, CheckpointError, NonFiniteError: see ``build_parts`` and ``tune``.
     """
-    run_dir = Path(config.run.dir)
+    run_dir = Path(config.run.output_dir)
     with ExitStack() as stack:
         stack.enter_context(hold_run(run_dir, world.rank))
         ending = stack.enter_context(Ending(run_dir, world.rank))
@@ -84,7 +84,7 @@ def describe(
     lost = len(sets.test) - score.total
     return [
         f"{start.name}: {start.arch} at {start.size} pixels, {parts.progress.end_step} steps of "
-        f"{parts.plan.global_batch}",
+        f"{parts.plan.global_batch_size}",
         f"train: {len(sets.train)} images of {len(sets.classes)} classes ({data.path})",
         f"test:  {score.total} images ({data.test_path})",
         *([f"left out: {lost} images that cannot be decoded"] if lost else []),

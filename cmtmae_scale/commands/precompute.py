@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--follow",
         type=Path,
         metavar="RUN_DIR",
-        help="stay ahead of a run with teacher.mode=follow; without --config its recipe is read",
+        help="stay ahead of a run with teacher.mode=sidecar; without --config its recipe is read",
     )
     what.add_argument("--plan", action="store_true", help="say what it costs and whether it pays")
     add_arguments(parser)

@@ -78,7 +78,7 @@ def run(config: Config, world: World, recipe: str, overrides: Sequence[str]) -> 
         socket.gethostname(),
         device,
     )
-    run_dir, hang_s = Path(config.run.dir), config.guard.hang_seconds
+    run_dir, hang_s = Path(config.run.output_dir), config.guard.hang_seconds
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
         stack.enter_context(hold_run(run_dir, world.rank))

@@ -9,10 +9,10 @@ from cmtmae_scale.errors import ConfigError
 
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
 POSITIVE = (
-    "views.size",
-    "train.global_batch",
-    "train.micro_batch",
-    "data.threads",
+    "views.image_size",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "data.workers",
     "data.max_pixels",
     "decoder.depth",
     "decoder.width",
@@ -27,9 +27,9 @@ POSITIVE = (
     "log.every",
 )
 UNIT = (
-    "data.max_bad_share",
+    "data.max_bad_fraction",
     "mask.throw_ratio",
-    "mask.hint_frac",
+    "mask.hint_fraction",
     "mask.hint_pool",
     "mask.prob",
     "momentum.start",
@@ -48,15 +48,15 @@ NOT_NEGATIVE = (
     "guard.rollback_limit",
 )
 POSITIVE_OR_OFF = (
-    "views.count",
+    "views.views_per_image",
     "student.patch_size",
     "teacher.image_size",
     "teacher.depth",
-    "optimizer.clip",
+    "optimizer.grad_clip",
     "train.epochs",
     "train.steps",
     "train.stop_after",
-    "run.max_seconds",
+    "run.time_limit_s",
     "guard.spike_factor",
     "guard.hang_seconds",
     "data.expected_images",
@@ -113,17 +113,17 @@ def check_ranges(config: Config) -> Iterator[str]:
         value = value_of(config, key)
         if value is not None and not value >= 0:
             yield f"{key}={value} must not be negative"
-    low, high = config.views.scale
+    low, high = config.views.crop_scale
     if not 0 < low <= high <= 1:
-        yield f"views.scale={config.views.scale} must satisfy 0 < low <= high <= 1"
-    low, high = config.views.ratio
+        yield f"views.crop_scale={config.views.crop_scale} must satisfy 0 < low <= high <= 1"
+    low, high = config.views.aspect_ratio
     if not 0 < low <= high:
-        yield f"views.ratio={config.views.ratio} must satisfy 0 < low <= high"
+        yield f"views.aspect_ratio={config.views.aspect_ratio} must satisfy 0 < low <= high"
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         yield f"optimizer.betas={config.optimizer.betas} must lie in [0, 1)"
-    if not 0 <= config.optimizer.warmup < 1:
+    if not 0 <= config.optimizer.warmup_fraction < 1:
         yield (
-            f"optimizer.warmup={config.optimizer.warmup} must lie in [0, 1): "
+            f"optimizer.warmup_fraction={config.optimizer.warmup_fraction} must lie in [0, 1): "
             "it is a share of the run"
         )
     if not config.attention.layers:
@@ -131,8 +131,8 @@ def check_ranges(config: Config) -> Iterator[str]:
     for name in ("teacher", "student"):
         if not getattr(config.target, name).layers:
             yield f"target.{name}.layers is empty; give at least one block, such as [-1]"
-    if not config.run.dir:
-        yield "run.dir is empty; name a folder"
+    if not config.run.output_dir:
+        yield "run.output_dir is empty; name a folder"
 
 
 def check_order(config: Config) -> Iterator[str]:
@@ -159,7 +159,11 @@ def check_length(config: Config) -> Iterator[str]:
 
 def check_schedules(config: Config) -> Iterator[str]:
     """Schedules complete and within [0, 1]."""
-    for key in ("mask.salient_frac", "collaboration.alpha_attention", "collaboration.alpha_target"):
+    for key in (
+        "mask.salient_fraction",
+        "collaboration.alpha_attention",
+        "collaboration.alpha_target",
+    ):
         group, name = key.split(".")
         schedule: Schedule | float = getattr(getattr(config, group), name)
         low, high = extremes(schedule)
@@ -191,17 +195,17 @@ def check_masks(config: Config) -> Iterator[str]:
     if mask.ratio + mask.throw_ratio >= 1:
         total = mask.ratio + mask.throw_ratio
         yield f"mask.ratio + mask.throw_ratio = {total} leaves nothing visible"
-    if mask.sampler == "random" and (mask.hint_frac > 0 or mask.prob < 1):
+    if mask.sampler == "random" and (mask.hint_fraction > 0 or mask.prob < 1):
         yield (
-            f"mask.hint_frac={mask.hint_frac} and mask.prob={mask.prob} steer by attention, "
+            f"mask.hint_fraction={mask.hint_fraction} and mask.prob={mask.prob} steer by attention, "
             "mask.sampler=random does not; use 0 and 1, or another sampler"
         )
-    if mask.hint_frac > min(mask.hint_pool, 1 - mask.ratio - mask.throw_ratio):
+    if mask.hint_fraction > min(mask.hint_pool, 1 - mask.ratio - mask.throw_ratio):
         yield (
-            f"mask.hint_frac={mask.hint_frac} must not exceed mask.hint_pool={mask.hint_pool}, nor "
+            f"mask.hint_fraction={mask.hint_fraction} must not exceed mask.hint_pool={mask.hint_pool}, nor "
             "the share that stays visible"
         )
-    low, high = extremes(mask.salient_frac)
+    low, high = extremes(mask.salient_fraction)
     constant = mask.sampler in DETERMINISTIC_SAMPLERS or (
         mask.sampler == "hide_salient_mix" and low == high == 1
     )
@@ -283,7 +287,7 @@ def check_teacher(config: Config) -> Iterator[str]:
     if teacher.mode == "none":
         yield (
             "teacher.mode=none, but the mask or the loss uses the teacher; "
-            "set teacher.mode=live, or "
+            "set teacher.mode=online, or "
             "mask.sampler=random and loss.teacher=0"
         )
         return
@@ -301,36 +305,36 @@ def check_teacher(config: Config) -> Iterator[str]:
 def check_cache(config: Config) -> Iterator[str]:
     """A cache has a place, a use, and a row for every view."""
     mode = config.teacher.mode
-    if mode in ("cache", "follow") and not needs(config).teacher:
+    if mode in ("cached", "sidecar") and not needs(config).teacher:
         yield (
             f"teacher.mode={mode}, but neither the mask nor the loss uses the teacher; set "
             "teacher.mode=none"
         )
-    if mode == "follow" and config.cache.on_miss == "stop":
+    if mode == "sidecar" and config.cache.on_miss == "stop":
         yield (
-            "teacher.mode=follow runs the teacher where no row is there; set cache.on_miss=live, "
-            "or teacher.mode=cache for a run that stops"
+            "teacher.mode=sidecar runs the teacher where no row is there; set cache.on_miss=online, "
+            "or teacher.mode=cached for a run that stops"
         )
-    if mode != "cache":
+    if mode != "cached":
         return
     if not config.cache.dir:
-        yield "cache.dir must be given for teacher.mode=cache; name the folder of the cache"
-    if config.views.count is None:
+        yield "cache.dir must be given for teacher.mode=cached; name the folder of the cache"
+    if config.views.views_per_image is None:
         yield (
-            "teacher.mode=cache reads a row for each of views.count views an image, but views.count"
-            " is not given; set it to what the cache was built with, or set teacher.mode=live"
+            "teacher.mode=cached reads a row for each of views.views_per_image views an image, but views.views_per_image"
+            " is not given; set it to what the cache was built with, or set teacher.mode=online"
         )
 
 
 def check_backend(backend: Backend) -> Iterator[str]:
     """Keys of DeepSpeed, and what ZeRO's stage 3 cannot do."""
-    if backend.deepspeed is not None and backend.name != "zero":
-        yield f"backend.deepspeed belongs to backend.name=zero; found {backend.name}"
+    if backend.deepspeed is not None and backend.name != "deepspeed":
+        yield f"backend.deepspeed belongs to backend.name=deepspeed; found {backend.name}"
     try:
         extra_keys(backend.deepspeed)
     except ConfigError as error:
         yield str(error)
-    if backend.compile and backend.name == "zero" and backend.zero_stage == 3:
+    if backend.compile and backend.name == "deepspeed" and backend.zero_stage == 3:
         yield (
             "backend.compile=true: ZeRO-3 gathers weights between the operations of a block, which "
             "breaks every compiled graph; set backend.compile=false, backend.zero_stage=1 or "
@@ -344,7 +348,7 @@ def check_pictures(config: Config) -> Iterator[str]:
     if every is not None and reads_cache(config) and not builds_teacher(config):
         yield (
             f"log.images_every={every} asks the teacher of images that no cache has, and the run "
-            "builds none; set cache.on_miss=live, or log.images_every=null"
+            "builds none; set cache.on_miss=online, or log.images_every=null"
         )
 
 

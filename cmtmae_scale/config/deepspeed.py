@@ -9,11 +9,11 @@ from cmtmae_scale.config.trained import Trained
 from cmtmae_scale.errors import ConfigError
 
 OWNED = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
-    "managed_gradient_accumulation": "train.global_batch and train.micro_batch",
-    "gradient_clipping": "optimizer.clip",
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
     "optimizer": "the group optimizer",
     "scheduler": "the group optimizer",
     "fp16": "backend.precision",
@@ -69,9 +69,9 @@ def deepspeed_config(config: Trained, accumulation: int) -> dict[str, Any]:
     """
     low = config.backend.precision == "bf16"
     own: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.clip or 0.0,
+        "gradient_clipping": config.optimizer.grad_clip or 0.0,
         "bf16": {"enabled": low},
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": config.backend.zero_stage},

@@ -30,17 +30,17 @@ class Needs(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """How the global batch is split; ``global_batch = micro_batch x world_size x accumulation``."""
+    """How the global batch is split; ``global_batch_size = micro_batch x world_size x accumulation``."""
 
-    global_batch: int
-    micro_batch: int
+    global_batch_size: int
+    micro_batch_size: int
     world_size: int
     accumulation: int
 
     def __str__(self) -> str:
         """The derivation, as it is logged."""
         return (
-            f"{self.global_batch} = {self.micro_batch} micro x {self.world_size} ranks "
+            f"{self.global_batch_size} = {self.micro_batch_size} micro x {self.world_size} ranks "
             f"x {self.accumulation} accumulation"
         )
 
@@ -72,15 +72,15 @@ def needs(config: Config) -> Needs:
 
 def reads_cache(config: Config) -> bool:
     """Whether rows of a cache are looked for."""
-    return config.teacher.mode in ("cache", "follow")
+    return config.teacher.mode in ("cached", "sidecar")
 
 
 def cache_folder(config: Config) -> Path:
     """Folder of the cache: the run's own where none is given."""
-    return Path(config.cache.dir) if config.cache.dir else Path(config.run.dir) / "cache"
+    return Path(config.cache.dir) if config.cache.dir else Path(config.run.output_dir) / "cache"
 
 
-def live_share(config: Config) -> float:
+def online_fraction(config: Config) -> float:
     """Share of micro-batches in which the teacher is planned to run."""
     if not needs(config).teacher or config.teacher.mode == "none":
         return 0.0
@@ -89,8 +89,8 @@ def live_share(config: Config) -> float:
 
 def builds_teacher(config: Config) -> bool:
     """Whether a training process holds a teacher; misses of a cache may need one."""
-    misses = reads_cache(config) and config.cache.on_miss == "live"
-    return live_share(config) > 0 or (misses and needs(config).teacher)
+    misses = reads_cache(config) and config.cache.on_miss == "online"
+    return online_fraction(config) > 0 or (misses and needs(config).teacher)
 
 
 def batch_plan(config: Trained, world_size: int) -> BatchPlan:
@@ -99,13 +99,13 @@ def batch_plan(config: Trained, world_size: int) -> BatchPlan:
     Raises:
         ConfigError: if it does not divide; names the nearest sizes that do.
     """
-    total, micro = config.train.global_batch, config.train.micro_batch
+    total, micro = config.train.global_batch_size, config.train.micro_batch_size
     unit = micro * world_size
     if total % unit:
         below = total // unit * unit
         nearest = f"{below} or {below + unit}" if below else f"{unit}"
         raise ConfigError(
-            f"train.global_batch={total} is not a multiple of micro_batch x world_size = "
+            f"train.global_batch_size={total} is not a multiple of micro_batch x world_size = "
             f"{micro} x {world_size} = {unit}; use {nearest}"
         )
     return BatchPlan(total, micro, world_size, total // unit)
@@ -117,9 +117,9 @@ def total_steps(config: Trained, num_images: int) -> int:
         return config.train.steps
     if config.train.epochs is None:
         raise ConfigError("train.epochs and train.steps are both missing; give one of them")
-    return max(1, math.ceil(config.train.epochs * num_images / config.train.global_batch))
+    return max(1, math.ceil(config.train.epochs * num_images / config.train.global_batch_size))
 
 
 def peak_lr(config: Config) -> float:
-    """Learning rate after the warm-up: ``base_lr * global_batch / 256``."""
-    return config.optimizer.base_lr * config.train.global_batch / 256
+    """Learning rate after the warm-up: ``base_lr * global_batch_size / 256``."""
+    return config.optimizer.base_lr * config.train.global_batch_size / 256

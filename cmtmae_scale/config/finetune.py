@@ -28,9 +28,9 @@ class LabelledData:
     """Images that accuracy is measured on, of the same labels."""
     decode: Literal["auto", "dali", "torch"] = "auto"
     """As ``data.decode`` of pre-training."""
-    max_bad_share: float = 0.001
+    max_bad_fraction: float = 0.001
     """Share of undecodable draws above which the run stops, in [0, 1]."""
-    threads: int = 4
+    workers: int = 4
     """Reader and decoder threads a rank, >= 1."""
 
 
@@ -50,11 +50,11 @@ class Head:
 class Augment:
     """What is done to a training view."""
 
-    scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[float, float] = (0.08, 1.0)
     """Range of the crop's share of the area, within (0, 1]."""
-    ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    aspect_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """Range of the crop's width / height."""
-    flip: bool = True
+    hflip: bool = True
     """Mirror half of the views."""
     magnitude: float | None = 9.0
     """RandAugment's strength, in [0, 10]: two of 15 operations a view, each with chance 1/2;
@@ -76,14 +76,14 @@ class LayeredOptimizer:
     """AdamW with a learning rate a layer; linear warm-up, then a cosine."""
 
     base_lr: float = 5e-4
-    """Learning rate of the head for 256 views; lr = base_lr * global_batch / 256."""
+    """Learning rate of the head for 256 views; lr = base_lr * global_batch_size / 256."""
     layer_decay: float = 0.65
     """Factor of the learning rate from each layer to the one below it, in (0, 1]."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
     weight_decay: float = 0.05
     """Decay of matrices; vectors, tokens and positions have none."""
-    clip: float | None = None
+    grad_clip: float | None = None
     """Largest gradient norm; ``None``: no clipping."""
     warmup_epochs: float = 5.0
     """Passes over the images with rising learning rate; fewer than the run has."""
@@ -93,7 +93,7 @@ class LayeredOptimizer:
 
 def own_length() -> Train:
     """Length and batch of MAE's recipe."""
-    return Train(global_batch=1024, micro_batch=128)
+    return Train(global_batch_size=1024, micro_batch_size=128)
 
 
 @dataclass
@@ -172,16 +172,16 @@ def check_ranges(config: Finetune) -> Iterator[str]:
     """Numbers within their range."""
     optimizer, train = config.optimizer, config.train
     above_zero = {
-        "train.global_batch": train.global_batch,
-        "train.micro_batch": train.micro_batch,
+        "train.global_batch_size": train.global_batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
         "train.epochs": train.epochs,
         "train.steps": train.steps,
         "train.stop_after": train.stop_after,
-        "data.threads": config.data.threads,
+        "data.workers": config.data.workers,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "log.every": config.log.every,
-        "optimizer.clip": optimizer.clip,
+        "optimizer.grad_clip": optimizer.grad_clip,
         "optimizer.layer_decay": optimizer.layer_decay,
     }
     for key, value in above_zero.items():
@@ -200,7 +200,7 @@ def check_ranges(config: Finetune) -> Iterator[str]:
         if not value >= 0:
             yield f"{key}={value} must not be negative"
     for key, value in (
-        ("data.max_bad_share", config.data.max_bad_share),
+        ("data.max_bad_fraction", config.data.max_bad_fraction),
         ("augment.erase", config.augment.erase),
     ):
         if not 0 <= value <= 1:
@@ -216,8 +216,8 @@ def check_ranges(config: Finetune) -> Iterator[str]:
         yield f"optimizer.layer_decay={optimizer.layer_decay} must not be above 1"
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield f"optimizer.betas={optimizer.betas} must lie in [0, 1)"
-    if not config.run.dir:
-        yield "run.dir is empty; name a folder"
+    if not config.run.output_dir:
+        yield "run.output_dir is empty; name a folder"
 
 
 def check_length(config: Finetune) -> Iterator[str]:
@@ -234,16 +234,16 @@ def check_length(config: Finetune) -> Iterator[str]:
 def check_augment(config: Finetune) -> Iterator[str]:
     """Crops that exist, and pairs to mix."""
     augment = config.augment
-    low, high = augment.scale
+    low, high = augment.crop_scale
     if not 0 < low <= high <= 1:
-        yield f"augment.scale={augment.scale} must satisfy 0 < low <= high <= 1"
-    low, high = augment.ratio
+        yield f"augment.crop_scale={augment.crop_scale} must satisfy 0 < low <= high <= 1"
+    low, high = augment.aspect_ratio
     if not 0 < low <= high:
-        yield f"augment.ratio={augment.ratio} must satisfy 0 < low <= high"
+        yield f"augment.aspect_ratio={augment.aspect_ratio} must satisfy 0 < low <= high"
     if augment.magnitude is not None and not 0 <= augment.magnitude <= 10:
         yield f"augment.magnitude={augment.magnitude} must lie in [0, 10]"
-    if (augment.mixup or augment.cutmix) and config.train.micro_batch % 2:
+    if (augment.mixup or augment.cutmix) and config.train.micro_batch_size % 2:
         yield (
-            f"train.micro_batch={config.train.micro_batch}: mixup and cutmix pair the views of a "
+            f"train.micro_batch_size={config.train.micro_batch_size}: mixup and cutmix pair the views of a "
             "micro-batch; use an even number, or set augment.mixup=0 and augment.cutmix=0"
         )

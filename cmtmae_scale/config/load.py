@@ -14,21 +14,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cmtmae_scale.config.check import check_config
+from cmtmae_scale.config.hints import key_hint, value_hint
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.config.trained import Trained
 from cmtmae_scale.errors import ConfigError
 
 SCHEDULES = (
-    "mask.salient_frac",
+    "mask.salient_fraction",
     "collaboration.alpha_attention",
     "collaboration.alpha_target",
 )
-
-
-REMEDIES = {
-    ("backend.zero_stage", "0"): "; it shards nothing: set backend.name=fsdp backend.shard=none",
-}
-"""Values that users of another program expect -> what to set instead."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -106,7 +101,8 @@ def parse_override(text: str) -> dict[str, Any]:
     """Turn ``a.b=value`` into ``{"a": {"b": value}}``."""
     key, sign, value = text.partition("=")
     if not sign or "." not in key:
-        raise ConfigError(f"{text}: is not an override; expected group.key=value")
+        hint = key_hint(key.strip())
+        raise ConfigError(f"{text}: is not an override; " + (hint or "expected group.key=value"))
     if "${" in value:
         raise ConfigError(f"{text}: interpolation ${{...}} is not supported; write the value out")
     try:
@@ -138,6 +134,7 @@ def check_keys(tree: dict[str, Any], schema: type, place: str, prefix: str = "")
             group = prefix.rstrip(".") or "the config"
             near = difflib.get_close_matches(str(key), hints, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(hints)}"
+            hint = key_hint(full) or hint
             raise ConfigError(f"{place}: {full} is not a key of {group}; {hint}")
         kind = hints[key]
         if full in SCHEDULES:
@@ -157,7 +154,8 @@ def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> 
         return
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1, 0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
-    hint = REMEDIES.get((key, str(value)), hint)
+    remedy = value_hint(key, str(value))
+    hint = f"; {remedy}" if remedy else hint
     listed = ", ".join(str(choice) for choice in choices)
     raise ConfigError(f"{place}: {key}={value!r} is not one of {listed}{hint}")
 

@@ -39,13 +39,13 @@ class Run:
 
     name: str = "cmtmae"
     """Label in logs."""
-    dir: str = MISSING
+    output_dir: str = MISSING
     """Folder of checkpoints, logs and the resolved config; the same folder resumes."""
     seed: int = 0
     """Seed of weights, order, views and masks; never changes within a run."""
     allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""
-    max_seconds: float | None = None
+    time_limit_s: float | None = None
     """Save and leave with exit code 75 this many seconds after the start; ``None``: no limit but
     SLURM's, two minutes before which the run does so too."""
 
@@ -71,7 +71,7 @@ class Data:
     pixels, at most 8 GiB. Same views; on a GPU a pixel may differ by two levels of 255."""
     max_pixels: int = 100_000_000
     """Images with more pixels (width x height) are left out of the index."""
-    max_bad_share: float = 0.001
+    max_bad_fraction: float = 0.001
     """Share of undecodable draws above which the run stops, in [0, 1]."""
     shuffle: Literal["full", "window", "none"] = "full"
     """full: a fresh permutation each epoch; window: one that reads few places at a time, for tars
@@ -79,7 +79,7 @@ class Data:
     window_on_sorted: bool = False
     """Let ``shuffle=window`` take images that are sorted by class, which it refuses: its batches
     then have few classes."""
-    threads: int = 4
+    workers: int = 4
     """Reader and decoder threads a rank, >= 1."""
 
 
@@ -87,15 +87,15 @@ class Data:
 class Views:
     """What is cut from a photograph."""
 
-    size: int = 224
+    image_size: int = 224
     """Side of the student's picture, pixels; a multiple of its patch."""
-    scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of the crop's share of the area, within (0, 1]."""
-    ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    aspect_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """Range of the crop's width / height."""
-    flip: bool = True
+    hflip: bool = True
     """Mirror half of the views."""
-    count: int | None = None
+    views_per_image: int | None = None
     """Number of distinct views an image (view = epoch mod count); ``None``: new each epoch."""
 
 
@@ -107,7 +107,7 @@ class Student:
     """A timm VisionTransformer name."""
     patch_size: int | None = None
     """Patch side in pixels; ``None``: the architecture's own."""
-    weights: str | None = None
+    init_weights: str | None = None
     """Path of a .safetensors or .pt file to start from: timm's, MAE's or transformers' names;
     ``None``: random start values."""
 
@@ -177,11 +177,13 @@ class Mask:
     """Share of patches hidden, in (0, 1)."""
     masks_per_view: int = 1
     """Masks drawn for one view; they share the teacher's and the momentum student's passes."""
-    salient_frac: Any = field(default_factory=lambda: {"kind": "linear", "start": 0.0, "end": 0.5})
+    salient_fraction: Any = field(
+        default_factory=lambda: {"kind": "linear", "start": 0.0, "end": 0.5}
+    )
     """Share of the hidden set that is most salient (``hide_salient_mix``): number or schedule."""
     throw_ratio: float = 0.0
     """Share of patches neither seen nor predicted."""
-    hint_frac: float = 0.0
+    hint_fraction: float = 0.0
     """Share of patches revealed at random among the most salient ones."""
     hint_pool: float = 0.1
     """Share of patches that counts as most salient for hints."""
@@ -257,7 +259,7 @@ class Loss:
     """Distance of features: 2 - 2 cos, mean square, or smooth L1. Pixels always use mean square."""
     beta: float = 2.0
     """Corner of smooth L1."""
-    tokens: Literal["hidden", "all", "visible", "weighted"] = "all"
+    tokens: Literal["masked", "all", "visible", "weighted"] = "all"
     """Tokens that count; weighted: hidden ones fully, visible ones with ``visible_weight``."""
     include_cls: bool = True
     """Predict the class token of the feature targets too."""
@@ -276,14 +278,14 @@ class Optimizer:
     """AdamW, cosine to zero after a linear warm-up."""
 
     base_lr: float = 1.5e-4
-    """Learning rate for 256 views; lr = base_lr * global_batch / 256."""
+    """Learning rate for 256 views; lr = base_lr * global_batch_size / 256."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: float = 0.05
     """Decay of matrices; vectors and tokens have none."""
-    clip: float | None = None
+    grad_clip: float | None = None
     """Largest gradient norm; ``None``: no clipping."""
-    warmup: float = 0.1
+    warmup_fraction: float = 0.1
     """Share of the run with rising learning rate, in [0, 1)."""
 
 
@@ -291,9 +293,9 @@ class Optimizer:
 class Train:
     """Length and batch."""
 
-    global_batch: int = 4096
+    global_batch_size: int = 4096
     """Views an optimizer step."""
-    micro_batch: int = 64
+    micro_batch_size: int = 64
     """Views a rank and forward."""
     epochs: float | None = None
     """Length in passes over the images; give this or ``steps``."""
@@ -307,11 +309,11 @@ class Train:
 class Backend:
     """How the step is computed and sharded."""
 
-    name: Literal["fsdp", "zero"] = "fsdp"
+    name: Literal["fsdp", "deepspeed"] = "fsdp"
     """fsdp: FSDP2; zero: DeepSpeed ZeRO."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute type; weights, moments and reductions are float32 always."""
-    shard: Literal["none", "node", "full"] = "node"
+    sharding: Literal["replicate", "hybrid", "full"] = "hybrid"
     """Replicate, shard within a node and replicate across, or shard over all ranks (``fsdp``)."""
     zero_stage: Literal[1, 2, 3] = 1
     """What is sharded over all ranks (``zero``): 1 moments and float32 weights, 2 gradients too,

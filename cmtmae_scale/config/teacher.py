@@ -22,7 +22,7 @@ class Teacher:
     """Keep only the first blocks; ``None``: all."""
     feature: Literal["proj", "ln_post", "block"] = "proj"
     """Token features: projected, after the last norm, or a block's output before it."""
-    mode: Literal["live", "cache", "follow", "none"] = "live"
+    mode: Literal["online", "cached", "sidecar", "none"] = "online"
     """live: run beside the student; cache: read its maps and features from ``cache.dir``; follow:
     read what ``precompute_teacher.py --follow RUN_DIR`` computes ahead of the run, and run beside
     the student where nothing is there; none: no teacher at all (MAE)."""
@@ -33,12 +33,12 @@ class Cache:
     """The teacher's maps and features, computed by ``launchers/precompute_teacher.py``."""
 
     dir: str | None = None
-    """Folder of the cache; with ``teacher.mode=follow`` the run's own, ``RUN_DIR/cache``, unless
-    one is given; with ``teacher.mode=cache`` it must be, and ``views.count`` too."""
+    """Folder of the cache; with ``teacher.mode=sidecar`` the run's own, ``RUN_DIR/cache``, unless
+    one is given; with ``teacher.mode=cached`` it must be, and ``views.views_per_image`` too."""
     codec: Literal["int8", "bf16", "attention"] = "int8"
     """How features are stored when it is built: int8 over standardised channels, bf16, or not at
     all (maps only)."""
-    on_miss: Literal["stop", "live"] = "live"
+    on_miss: Literal["stop", "online"] = "online"
     """What a missing or damaged row does: stop the run, or let the teacher run for its micro-batch.
     With stop and no spot check no teacher is built, and its weights need not be at hand."""
     spot_check: float = 0.0

@@ -10,7 +10,7 @@ class AdamWSettings(Protocol):
 
     betas: tuple[float, float]
     weight_decay: float
-    clip: float | None
+    grad_clip: float | None
 
 
 class Trained(Protocol):

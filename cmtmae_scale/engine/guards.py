@@ -72,14 +72,16 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
     )
 
 
-def refuse_bad_share(step: int, invalid: float, drawn: float, limit: float, run_dir: Path) -> None:
+def refuse_bad_fraction(
+    step: int, invalid: float, drawn: float, limit: float, run_dir: Path
+) -> None:
     """Stop a run of which too many images could not be decoded; one is always allowed.
 
     Args:
         step: present step.
         invalid: views that were not valid since this start, over all ranks.
         drawn: views since this start, over all ranks.
-        limit: ``data.max_bad_share``.
+        limit: ``data.max_bad_fraction``.
         run_dir: the run's folder.
 
     Raises:
@@ -88,7 +90,7 @@ def refuse_bad_share(step: int, invalid: float, drawn: float, limit: float, run_
     if invalid > max(limit * drawn, 1):
         raise ConfigError(
             f"step {step}: {invalid:.0f} of {drawn:.0f} draws ({invalid / drawn:.2%}) could not be "
-            f"decoded, more than data.max_bad_share={limit}; replace the files that "
+            f"decoded, more than data.max_bad_fraction={limit}; replace the files that "
             f"{run_dir / 'quarantine.jsonl'} names, or raise that key"
         )
 
@@ -118,7 +120,7 @@ def not_finite(names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> str:
     if not guilty:
         return (
             "the gradient is not finite although every loss is; nothing was updated; lower "
-            "optimizer.base_lr or set optimizer.clip if it happens often"
+            "optimizer.base_lr or set optimizer.grad_clip if it happens often"
         )
     shown = [int(i) for rank in guilty for i in everyone[rank]][:64]
     return (

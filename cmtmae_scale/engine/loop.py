@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.config.derive import needs, reads_cache
-from cmtmae_scale.engine.guards import next_batch, not_finite, raise_failure, refuse_bad_share
+from cmtmae_scale.engine.guards import next_batch, not_finite, raise_failure, refuse_bad_fraction
 from cmtmae_scale.engine.progress import Scalars, scalars_at
 from cmtmae_scale.engine.rollback import go_back
 from cmtmae_scale.engine.task import Parts
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.pretraining.prepare import prepare
-from cmtmae_scale.runtime.progress_file import Standing
-from cmtmae_scale.teachers.base import picture_sizes
+from cmtmae_scale.runtime.progress_file import PublishedProgress
+from cmtmae_scale.teachers.base import view_sizes
 from dataloading.errors import DataError, ReadError
 
 logger = logging.getLogger(__name__)
@@ -70,14 +70,16 @@ def train(parts: Parts) -> str | None:
         except CacheError:
             save_last(parts)
             raise
-        drawn += parts.plan.global_batch
-        invalid += parts.plan.global_batch - report["valid_rows"] / config.mask.masks_per_view
-        refuse_bad_share(progress.step, invalid, drawn, config.data.max_bad_share, parts.run_dir)
+        drawn += parts.plan.global_batch_size
+        invalid += parts.plan.global_batch_size - report["valid_rows"] / config.mask.masks_per_view
+        refuse_bad_fraction(
+            progress.step, invalid, drawn, config.data.max_bad_fraction, parts.run_dir
+        )
         if refusal is not None:
             leave_out(parts, refusal)
         elif parts.telemetry is not None:
             values = readable(report, scalars, parts)
-            parts.telemetry.record(progress.step, values, parts.plan.global_batch, waited_s)
+            parts.telemetry.record(progress.step, values, parts.plan.global_batch_size, waited_s)
         slow = parts.stragglers.look(progress.step)
         if slow is not None:
             parts.incident("slow rank", slow)
@@ -105,7 +107,7 @@ def step(parts: Parts, scalars: Scalars) -> Step:
     models, skips, place = parts.models, parts.skips, parts.place
     skips.expect(scalars)
     number = parts.progress.step + 1
-    sizes = picture_sizes(parts.config.views.size, models.teacher)
+    sizes = view_sizes(parts.config.views.image_size, models.teacher)
     total = torch.zeros(len(REPORT), device=parts.device)
     ids: list[Tensor] = []
     waited_s = 0.0
@@ -114,7 +116,7 @@ def step(parts: Parts, scalars: Scalars) -> Step:
             began = time.monotonic()
             place.enter("data", number, micro_step)
             batch = next_batch(
-                parts.stream, parts.stop, sizes, parts.config.train.micro_batch, parts.device
+                parts.stream, parts.stop, sizes, parts.config.train.micro_batch_size, parts.device
             )
             waited_s += time.monotonic() - began
             place.enter("compute", number, micro_step)
@@ -137,7 +139,7 @@ def step(parts: Parts, scalars: Scalars) -> Step:
         return Step(report, waited_s, f"step {number}: {refusal}")
     skips.taken(loss)
     models.backend.momentum_update(scalars.momentum)
-    parts.progress.advance(parts.plan.global_batch, applied=True)
+    parts.progress.advance(parts.plan.global_batch_size, applied=True)
     return Step(report, waited_s, None)
 
 
@@ -149,7 +151,7 @@ def leave_out(parts: Parts, refusal: str) -> None:
     """
     too_many = parts.skips.left_out()
     if parts.config.guard.skip_limit:
-        parts.progress.advance(parts.plan.global_batch, applied=False)
+        parts.progress.advance(parts.plan.global_batch_size, applied=False)
         parts.incident("step left out", refusal, in_a_row=parts.skips.in_a_row)
     if too_many:
         parts.place.enter("save", parts.progress.step)
@@ -231,6 +233,6 @@ def tell_standing(parts: Parts) -> None:
     if parts.standing is None:
         return
     progress, step = parts.progress, parts.writer.saved_step
-    batch = parts.plan.global_batch
+    batch = parts.plan.global_batch_size
     saved = progress.position0 if step is None else progress.position_at(step, batch)
-    parts.standing.tell(Standing(progress.position, saved, progress.horizon))
+    parts.standing.tell(PublishedProgress(progress.position, saved, progress.horizon))

@@ -12,7 +12,7 @@ from cmtmae_scale.method.schedules import evaluate, learning_rate, momentum_at
 class Progress:
     """Saved with every checkpoint, all of it.
 
-    ``position = position0 + (step - step0) * global_batch``; (step0, position0) is (0, 0) until a
+    ``position = position0 + (step - step0) * global_batch_size``; (step0, position0) is (0, 0) until a
     resume with an allowed change.
     """
 
@@ -36,17 +36,17 @@ class Progress:
         """U = position / horizon."""
         return self.position / self.horizon
 
-    def advance(self, global_batch: int, applied: bool) -> None:
+    def advance(self, global_batch_size: int, applied: bool) -> None:
         """Count a finished step."""
         self.step += 1
         self.applied += applied
-        self.position = self.position_at(self.step, global_batch)
+        self.position = self.position_at(self.step, global_batch_size)
 
-    def position_at(self, step: int, global_batch: int) -> int:
+    def position_at(self, step: int, global_batch_size: int) -> int:
         """Position of a step since ``step0``."""
-        return self.position0 + (step - self.step0) * global_batch
+        return self.position0 + (step - self.step0) * global_batch_size
 
-    def go_back(self, saved: "Progress", global_batch: int) -> None:
+    def go_back(self, saved: "Progress", global_batch_size: int) -> None:
         """Return to the steps of a checkpoint, but not to its data: positions count on from here.
 
         The horizon moves along, so that the schedules still end with the last step.
@@ -54,7 +54,7 @@ class Progress:
         self.step = self.step0 = saved.step
         self.applied = saved.applied
         self.position0 = self.position
-        self.horizon = self.position + (self.end_step - self.step) * global_batch
+        self.horizon = self.position + (self.end_step - self.step) * global_batch_size
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> "Progress":
@@ -66,27 +66,27 @@ class Progress:
         return asdict(self)
 
 
-def fresh_progress(steps: int, global_batch: int) -> Progress:
+def fresh_progress(steps: int, global_batch_size: int) -> Progress:
     """Progress of a run that has not begun."""
-    return Progress(0, 0, 0, 0, 0, steps, steps * global_batch)
+    return Progress(0, 0, 0, 0, 0, steps, steps * global_batch_size)
 
 
 def resumed_progress(
-    saved: dict[str, Any], steps: int, global_batch: int, changed: bool
+    saved: dict[str, Any], steps: int, global_batch_size: int, changed: bool
 ) -> Progress:
     """Progress read from a checkpoint.
 
     Args:
         saved: what ``to_dict`` gave.
         steps: last step under the present config.
-        global_batch: views a step under the present config.
+        global_batch_size: views a step under the present config.
         changed: a key outside the free ones differs: positions count anew from here.
     """
     progress = Progress.from_dict(saved)
     if changed:
         progress.step0, progress.position0 = progress.step, progress.position
         progress.end_step = max(steps, progress.step)
-        remaining = (progress.end_step - progress.step) * global_batch
+        remaining = (progress.end_step - progress.step) * global_batch_size
         progress.horizon = max(progress.position + remaining, 1)
     return progress
 
@@ -105,9 +105,9 @@ class Scalars:
 def scalars_at(config: Config, share: float) -> Scalars:
     """Evaluate all schedules at a share of the run."""
     return Scalars(
-        lr=learning_rate(share, peak_lr(config), config.optimizer.warmup),
+        lr=learning_rate(share, peak_lr(config), config.optimizer.warmup_fraction),
         momentum=momentum_at(config.momentum, share),
         alpha_attention=evaluate(config.collaboration.alpha_attention, share),
         alpha_target=evaluate(config.collaboration.alpha_target, share),
-        salient_frac=evaluate(config.mask.salient_frac, share),
+        salient_frac=evaluate(config.mask.salient_fraction, share),
     )

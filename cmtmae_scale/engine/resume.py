@@ -8,9 +8,9 @@ from cmtmae_scale.errors import ConfigError
 # Keys, or groups with their point.
 FREE = (
     "run.name",
-    "run.dir",
+    "run.output_dir",
     "run.allow_change",
-    "run.max_seconds",
+    "run.time_limit_s",
     "log.",
     "eval.",
     "cache.",
@@ -18,16 +18,16 @@ FREE = (
     "backend.",
     "guard.",
     "teacher.mode",
-    "train.micro_batch",
+    "train.micro_batch_size",
     "train.stop_after",
     "data.decode",
     "data.resident",
-    "data.threads",
+    "data.workers",
     "data.path",
     "data.index",
     "data.source",
     "data.expected_images",
-    "data.max_bad_share",
+    "data.max_bad_fraction",
     "data.window_on_sorted",
 )
 NEVER = ("run.seed", "views.")
@@ -75,7 +75,7 @@ def compare(
     if digests[0] != digests[1]:
         raise ConfigError(
             f"data.path: the images differ from the checkpoint's (digest {digests[0][:12]} against "
-            f"{digests[1][:12]}); restore them or start another run.dir"
+            f"{digests[1][:12]}); restore them or start another run.output_dir"
         )
     old, new = flatten(saved), flatten(present)
     check_allowed(allowed, new)
@@ -86,10 +86,10 @@ def compare(
             continue
         text = f"{key}: the checkpoint has {before}, the config {after}"
         if listed(key, NEVER):
-            raise ConfigError(f"{text}; it never changes within a run: use another run.dir")
+            raise ConfigError(f"{text}; it never changes within a run: use another run.output_dir")
         if key not in allowed:
             raise ConfigError(
-                f"{text}; restore it, use another run.dir, or add it to run.allow_change"
+                f"{text}; restore it, use another run.output_dir, or add it to run.allow_change"
             )
         changes.append(f"{text}; from here on {after} counts")
     return changes

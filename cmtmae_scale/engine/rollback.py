@@ -35,13 +35,13 @@ def go_back(parts: Parts, why: str) -> None:
         raise NonFiniteError(
             f"{why}; given up: the run went back to step {saved.step} {settings.rollback_limit} "
             "times (guard.rollback_limit) and fails with other data too; lower optimizer.base_lr, "
-            "set optimizer.clip, or restore an older checkpoint"
+            "set optimizer.grad_clip, or restore an older checkpoint"
         )
     parts.incident("gone back to a checkpoint", why, to_step=saved.step, position=progress.position)
     backend = parts.models.backend
     load_fragments(folder, backend.fragments())
     backend.after_load(saved.applied)
-    progress.go_back(saved, parts.plan.global_batch)
+    progress.go_back(saved, parts.plan.global_batch_size)
     parts.skips.restore(state.get("skips"))
     parts.skips.in_a_row = 0
     if parts.telemetry is not None:

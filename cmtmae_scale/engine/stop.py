@@ -46,7 +46,7 @@ class StopRequest:
 
     Args:
         run_dir: the run's folder.
-        max_seconds: ``run.max_seconds``.
+        max_seconds: ``run.time_limit_s``.
         environment: where SLURM says when the job ends.
     """
 
@@ -108,7 +108,7 @@ def time_limits(max_seconds: float | None, environment: Mapping[str, str]) -> di
         environment: may have ``SLURM_JOB_END_TIME``, seconds since 1970.
     """
     now = time.monotonic()
-    limits = {} if max_seconds is None else {f"run.max_seconds={max_seconds:g}": now + max_seconds}
+    limits = {} if max_seconds is None else {f"run.time_limit_s={max_seconds:g}": now + max_seconds}
     end = environment.get(SLURM_END, "")
     if end.isdigit():
         left_s = int(end) - time.time() - END_MARGIN_S

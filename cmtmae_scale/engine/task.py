@@ -21,7 +21,7 @@ from cmtmae_scale.engine.stragglers import Stragglers
 from cmtmae_scale.engine.telemetry import Telemetry
 from cmtmae_scale.engine.watchdog import Place
 from cmtmae_scale.pretraining.prepare import Models
-from cmtmae_scale.runtime.progress_file import StandingFile
+from cmtmae_scale.runtime.progress_file import ProgressFile
 from dataloading.index import Index
 from dataloading.stream import Batch
 
@@ -44,7 +44,7 @@ class Parts:
     writer: Writer
     stop: StopRequest
     telemetry: Telemetry | None
-    standing: StandingFile | None
+    standing: ProgressFile | None
     saved_facts: dict[str, Any]
     run_dir: Path
     skips: Skips = field(default_factory=lambda: Skips(Guard()))

@@ -38,7 +38,7 @@ class RunEvaluation:
 
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
         train, test = str(config.eval.train_path), str(config.eval.test_path)
-        self.sets = open_pair(train, test, Path(config.run.dir) / "evaluation")
+        self.sets = open_pair(train, test, Path(config.run.output_dir) / "evaluation")
         if len(self.sets.train) < max(NEIGHBOURS):
             raise ConfigError(
                 f"eval.train_path={train} has {len(self.sets.train)} images; k-NN needs "
@@ -46,8 +46,10 @@ class RunEvaluation:
             )
         with torch.random.fork_rng(devices=[]):
             self.student = build_student(config, Student)
-        self.reading = Reading(config.train.micro_batch, config.data.threads, config.data.decode)
-        self.size = config.views.size
+        self.reading = Reading(
+            config.train.micro_batch_size, config.data.workers, config.data.decode
+        )
+        self.size = config.views.image_size
         self.world = world
         self.device = device
 

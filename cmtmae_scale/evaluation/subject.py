@@ -165,7 +165,7 @@ def from_file(file: Path, arch: str | None, device: torch.device) -> Subject:
         probe = cast(VisionTransformer, timm.create_model(arch, num_classes=0))
     prefix = 0 if probe.no_embed_class else probe.num_prefix_tokens
     config.student.patch_size = patch
-    config.views.size = patch * math.isqrt(positions - prefix)
+    config.views.image_size = patch * math.isqrt(positions - prefix)
     encoder = student_of(config, tensors, file.name, str(file), device)
     facts = {"file": str(file), "arch": arch, "sha256": encoder.digest}
     return Subject(encoder, random_student(config, device), facts)
@@ -201,17 +201,17 @@ def student_of(
         first = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{place}: does not fit {config.student.arch} with patches of "
-            f"{student.patch_side} at {config.views.size} pixels ({first}); give its own "
+            f"{student.patch_side} at {config.views.image_size} pixels ({first}); give its own "
             "architecture"
         ) from error
-    return with_digest(name, student, config.views.size, device)
+    return with_digest(name, student, config.views.image_size, device)
 
 
 def random_student(config: Config, device: torch.device) -> Encoder:
     """A config's student as a run starts it."""
     student = build_student(config)
     initialise(student, config.run.seed)
-    return with_digest(RANDOM, student, config.views.size, device)
+    return with_digest(RANDOM, student, config.views.image_size, device)
 
 
 def from_timm(

@@ -52,7 +52,7 @@ def model_card(origin: Origin, card: Card) -> str:
             "",
             f"# {name}: {card.title}",
             "",
-            f"{config.student.arch}{patches(config)} at {config.views.size} pixels, trained by "
+            f"{config.student.arch}{patches(config)} at {config.views.image_size} pixels, trained by "
             f"{title}{hint}; step {origin.step} of {origin.state['progress']['end_step']}.",
             "",
             *section("Load", ["```python", card.snippet.rstrip(), "```", "", card.checked]),
@@ -131,8 +131,8 @@ def method_rows(config: Config, need: Needs) -> dict[str, str]:
         rows["teacher's weight in the map"] = schedule_text(mix.alpha_attention)
     if need.teacher_features and need.student_features:
         rows["teacher's weight in the loss"] = schedule_text(mix.alpha_target)
-    if config.student.weights is not None:
-        rows["started from"] = shown_path(config.student.weights)
+    if config.student.init_weights is not None:
+        rows["started from"] = shown_path(config.student.init_weights)
     return rows
 
 
@@ -158,7 +158,7 @@ def run_rows(origin: Origin, num_images: int | None) -> dict[str, str]:
         "data": f"{shown_path(config.data.path)}, {images}, index digest "
         f"{origin.state['index_digest']}",
         "length": f"{progress['step']} steps, {seen} views{epochs}",
-        "batch": f"{config.train.global_batch} views a step, crops {list(config.views.scale)} of "
+        "batch": f"{config.train.global_batch_size} views a step, crops {list(config.views.crop_scale)} of "
         "the area",
         "optimizer": f"AdamW, peak learning rate {peak_lr(config):.3g}, weight decay "
         f"{config.optimizer.weight_decay:g}",
@@ -185,8 +185,8 @@ def licence(config: Config, need: Needs) -> list[str]:
     sources = [f"of the images ({shown_path(config.data.path)})"]
     if need.teacher and config.teacher.weights != "random":
         sources.insert(0, f"of the teacher ({config.teacher.model})")
-    if config.student.weights is not None:
-        sources.append(f"of the start weights ({shown_path(config.student.weights)})")
+    if config.student.init_weights is not None:
+        sources.append(f"of the start weights ({shown_path(config.student.init_weights)})")
     return [
         "The program that trained them, cmtmae_scale, is under Apache-2.0. Weights inherit the "
         f"terms {' and '.join(sources)}; look there before you pass them on."

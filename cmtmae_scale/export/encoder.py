@@ -61,7 +61,7 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
 
 def timm_options(config: Config) -> dict[str, Any]:
     """Arguments with which timm's model of a config's student is built, beside its name."""
-    options: dict[str, Any] = {"num_classes": 0, "img_size": config.views.size}
+    options: dict[str, Any] = {"num_classes": 0, "img_size": config.views.image_size}
     if config.student.patch_size is not None:
         options["patch_size"] = config.student.patch_size
     with torch.device("meta"):

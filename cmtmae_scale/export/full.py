@@ -106,7 +106,7 @@ def check_full(folder: Path, origin: Origin, images: Tensor) -> Agreement:
 def random_masks(config: Config, model: CollaborativeMAE, count: int) -> PatchChoice:
     """Masks of the run's ratios at random places, the same ones every time."""
     rows, columns = model.encoder.grid
-    mask = replace(config.mask, sampler="random", hint_frac=0.0, prob=1.0)
+    mask = replace(config.mask, sampler="random", hint_fraction=0.0, prob=1.0)
     positions = torch.arange(count)
     return choose_masks(mask, None, positions, config.run.seed, 0.0, length=rows * columns)
 

@@ -203,7 +203,7 @@ def write_hf(draft: Path, origin: Origin) -> None:
         entries = list(entries_of(reader, ENCODERS[origin.weights]))
         write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
     write_text(draft / "config.json", json.dumps(config, indent=2) + "\n")
-    processor = processor_config(origin.config.views.size)
+    processor = processor_config(origin.config.views.image_size)
     write_text(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
 
 
@@ -233,7 +233,7 @@ def check_hf(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     theirs = processor(list(images.numpy()), **as_they_are)["pixel_values"]
     pictures = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
     require_agreement(pictures, theirs, f"{library}'s image processor")
-    size = origin.config.views.size
+    size = origin.config.views.image_size
     whole = processor(images[0, :, : size // 2].numpy(), return_tensors="pt")["pixel_values"]
     if whole.shape != (1, 3, size, size):
         raise CheckpointError(f"{library} cuts {list(whole.shape)} in place of {size} pixels")

@@ -49,7 +49,7 @@ def write_timm(draft: Path, origin: Origin) -> None:
         "global_pool": options["global_pool"],
         "model_args": options,
         "pretrained_cfg": {
-            "input_size": [3, config.views.size, config.views.size],
+            "input_size": [3, config.views.image_size, config.views.image_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": CENTRE,
@@ -100,7 +100,7 @@ def check_timm(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     """
     library = described()
     model, ours = load_timm(folder, origin), origin.encoder()
-    size = origin.config.views.size
+    size = origin.config.views.image_size
     expected = {"input_size": (3, size, size), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if reads_folders():
         data = resolve_data_config({}, pretrained_cfg=model.pretrained_cfg)

@@ -39,7 +39,7 @@ def open_views(images: Path | None, origin: Origin) -> Views:
     """
     index = build_index(images) if images is not None else open_own(origin)
     chosen = np.unique(np.linspace(0, len(index) - 1, COUNT).round().astype(np.int64))
-    size = origin.config.views.size
+    size = origin.config.views.image_size
     with OnePass(index, chosen, micro_batch=len(chosen), size=size, threads=1) as batches:
         (batch,) = batches
     found = batch.images[0][batch.valid].clone()

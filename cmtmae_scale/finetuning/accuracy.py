@@ -90,11 +90,11 @@ class Accuracy:
         return OnePass(
             self.images.index,
             self.images.ids,
-            micro_batch=self.config.train.micro_batch,
+            micro_batch=self.config.train.micro_batch_size,
             size=self.start.size,
             rank=self.world.rank,
             world_size=self.world.world_size,
-            threads=self.config.data.threads,
+            threads=self.config.data.workers,
             decode=self.config.data.decode,
             device=self.device,
         )

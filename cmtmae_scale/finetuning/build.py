@@ -40,9 +40,9 @@ from dataloading.stream import Stream
 logger = logging.getLogger(__name__)
 
 FREE = (
-    *("run.name", "run.dir", "run.allow_change", "log.", "checkpoint.", "backend."),
-    *("train.stop_after", "data.path", "data.test_path", "data.decode", "data.threads"),
-    "data.max_bad_share",
+    *("run.name", "run.output_dir", "run.allow_change", "log.", "checkpoint.", "backend."),
+    *("train.stop_after", "data.path", "data.test_path", "data.decode", "data.workers"),
+    "data.max_bad_fraction",
 )
 """Keys, or groups with their point, that may change at a resume. The micro-batch is not among
 them: mixup pairs the views of one."""
@@ -74,7 +74,7 @@ def build_parts(
         DataError: unusable images.
         CheckpointError: checkpoints of which none is intact, or an encoder that is not there.
     """
-    run_dir = Path(config.run.dir)
+    run_dir = Path(config.run.output_dir)
     plan = batch_plan(config, world.world_size)
     sets = open_pair(config.data.path, config.data.test_path, run_dir)
     steps = total_steps(config, len(sets.train))
@@ -82,7 +82,7 @@ def build_parts(
     folder = newest_checkpoint(run_dir, world)
     digest = sets.train.index.digest
     if folder is None:
-        progress = fresh_progress(steps, config.train.global_batch)
+        progress = fresh_progress(steps, config.train.global_batch_size)
         start, weights = open_start()
         classifier = make_classifier(config, start, sets)
         load_encoder(classifier, weights, start.name)
@@ -91,7 +91,7 @@ def build_parts(
         progress = where_to_go_on(config, state, folder, digest, steps)
         start = start_from_dict(state["start"])
         if words != start.named:
-            check_same(start, open_start()[0], config.run.dir)
+            check_same(start, open_start()[0], config.run.output_dir)
         classifier = make_classifier(config, start, sets)
     encoder = classifier.encoder
     encoder.set_grad_checkpointing(config.backend.activation_checkpointing)
@@ -102,7 +102,7 @@ def build_parts(
         classifier,
         None,
         cross_entropy,
-        rows=config.train.global_batch,
+        rows=config.train.global_batch_size,
         lr_scale=layer_scale(len(encoder.blocks), config.optimizer.layer_decay),
     )
     stack.callback(backend.close)
@@ -111,7 +111,7 @@ def build_parts(
         backend.after_load(progress.applied)
         logger.info("resuming %s at step %d", folder, progress.step)
     stream = stack.enter_context(open_stream(config, start, sets, world, device, progress))
-    stop = StopRequest(run_dir, config.run.max_seconds)
+    stop = StopRequest(run_dir, config.run.time_limit_s)
     stop.install()
     telemetry = None
     if world.rank == 0:
@@ -159,7 +159,7 @@ def check_warmup(config: Finetune, steps: int, num_images: int) -> None:
     Raises:
         ConfigError: naming both lengths.
     """
-    epochs = steps * config.train.global_batch / num_images
+    epochs = steps * config.train.global_batch_size / num_images
     if config.optimizer.warmup_epochs >= epochs:
         raise ConfigError(
             f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}: the run has only "
@@ -176,7 +176,7 @@ def where_to_go_on(
         ConfigError: if it is of another kind of run, or under settings that must not change.
     """
     if "start" not in state:
-        raise ConfigError(f"{folder} is of a pre-training; use another run.dir")
+        raise ConfigError(f"{folder} is of a pre-training; use another run.output_dir")
     changes = compare(
         state["config"],
         config_to_dict(config),
@@ -186,7 +186,7 @@ def where_to_go_on(
     )
     for change in changes:
         logger.warning("allowed change: %s", change)
-    return resumed_progress(state["progress"], steps, config.train.global_batch, bool(changes))
+    return resumed_progress(state["progress"], steps, config.train.global_batch_size, bool(changes))
 
 
 def make_classifier(config: Finetune, start: Start, sets: Sets) -> Classifier:
@@ -213,18 +213,18 @@ def open_stream(
     return Stream(
         sets.train.index,
         seed=config.run.seed,
-        micro_batch=config.train.micro_batch,
+        micro_batch=config.train.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
         sizes=(start.size,),
-        scale=config.augment.scale,
-        ratio=config.augment.ratio,
-        flip=config.augment.flip,
-        threads=config.data.threads,
+        scale=config.augment.crop_scale,
+        ratio=config.augment.aspect_ratio,
+        flip=config.augment.hflip,
+        threads=config.data.workers,
         start_position=progress.position,
         decode=config.data.decode,
         device=device,
-        quarantine=Path(config.run.dir) / "quarantine.jsonl",
+        quarantine=Path(config.run.output_dir) / "quarantine.jsonl",
     )
 
 

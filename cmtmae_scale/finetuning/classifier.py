@@ -111,7 +111,7 @@ def build_classifier(
     Source: MAE's public code, ``models_vit.py`` and ``main_finetune.py``.
     """
     config = Config()
-    config.student.arch, config.student.patch_size, config.views.size = arch, patch_size, size
+    config.student.arch, config.student.patch_size, config.views.image_size = arch, patch_size, size
     with torch.random.fork_rng(devices=[]):
         student = build_student(config, ClassifyingStudent)
         if pool == "cls" and not student.has_class_token:

@@ -15,7 +15,7 @@ from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import BatchPlan
 from cmtmae_scale.config.finetune import Finetune, LayeredOptimizer
-from cmtmae_scale.engine.guards import next_batch, not_finite, raise_failure, refuse_bad_share
+from cmtmae_scale.engine.guards import next_batch, not_finite, raise_failure, refuse_bad_fraction
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.telemetry import Telemetry
@@ -85,14 +85,16 @@ def tune(parts: Parts) -> str | None:
         except ReadError as error:
             reason = str(error)
             break
-        drawn += parts.plan.global_batch
-        invalid += parts.plan.global_batch - report["valid_views"]
-        refuse_bad_share(progress.step, invalid, drawn, config.data.max_bad_share, parts.run_dir)
+        drawn += parts.plan.global_batch_size
+        invalid += parts.plan.global_batch_size - report["valid_views"]
+        refuse_bad_fraction(
+            progress.step, invalid, drawn, config.data.max_bad_fraction, parts.run_dir
+        )
         if parts.telemetry is not None:
             report["loss/total"] /= max(report["valid_rows"], 1.0)
             values = {name: report[name] for name in ("loss/total", "valid_rows", "grad_norm")}
             parts.telemetry.record(
-                progress.step, values | {"lr": lr}, parts.plan.global_batch, waited_s
+                progress.step, values | {"lr": lr}, parts.plan.global_batch_size, waited_s
             )
         requested = report["stop"] > 0
         reason = stop_reason(parts, requested)
@@ -117,7 +119,7 @@ def step(parts: Parts, lr: float) -> tuple[dict[str, float], float]:
     for micro_step in range(parts.plan.accumulation):
         began = time.monotonic()
         batch = next_batch(
-            parts.stream, parts.stop, (parts.size,), parts.plan.micro_batch, parts.device
+            parts.stream, parts.stop, (parts.size,), parts.plan.micro_batch_size, parts.device
         )
         waited_s += time.monotonic() - began
         examples = parts.augment(batch, parts.labels[batch.sample_id])
@@ -133,14 +135,14 @@ def step(parts: Parts, lr: float) -> tuple[dict[str, float], float]:
         raise_failure(number, parts.stop.failure)
     if not outcome.applied:
         raise NonFiniteError(f"step {number}: {not_finite(REPORT, total, ids)}")
-    parts.progress.advance(parts.plan.global_batch, outcome.applied)
+    parts.progress.advance(parts.plan.global_batch_size, outcome.applied)
     return report | {"grad_norm": outcome.grad_norm}, waited_s
 
 
 def lr_at(settings: LayeredOptimizer, progress: Progress, parts: Parts) -> float:
     """Learning rate of the head for the next step."""
     epochs = progress.horizon / parts.num_images
-    peak = settings.base_lr * parts.plan.global_batch / 256
+    peak = settings.base_lr * parts.plan.global_batch_size / 256
     return learning_rate(
         progress.share * epochs, epochs, peak, settings.warmup_epochs, settings.min_lr
     )

@@ -86,7 +86,7 @@ def check_same(saved: Start, found: Start, run_dir: str) -> None:
     """
     if saved.facts["sha256"] != found.facts["sha256"]:
         raise ConfigError(
-            f"run.dir={run_dir} holds a fine-tuning of {saved.name} "
+            f"run.output_dir={run_dir} holds a fine-tuning of {saved.name} "
             f"({saved.facts['sha256'][:12]}), not of {found.name} "
-            f"({found.facts['sha256'][:12]}); use another run.dir"
+            f"({found.facts['sha256'][:12]}); use another run.output_dir"
         )

@@ -318,7 +318,7 @@ def choose_masks(
         attention: mixed map, ``[B, N]``; ``None`` for ``random``, with ``length`` given.
         positions: global positions of the draws, int64 ``[B]``.
         seed: of the run.
-        salient_frac: ``mask.salient_frac`` evaluated at this step, a float or a 0-dim tensor.
+        salient_frac: ``mask.salient_fraction`` evaluated at this step, a float or a 0-dim tensor.
         length: N where there is no map.
 
     Returns:
@@ -336,7 +336,7 @@ def choose_masks(
     masks = range(mask.masks_per_view)
     noise = torch.stack([hash_uniform(seed, 3 * j, positions, length) for j in masks], dim=1)
     extra = None
-    if mask.hint_frac > 0.0 or mask.prob < 1.0:
+    if mask.hint_fraction > 0.0 or mask.prob < 1.0:
         draws = [hash_uniform(seed, 3 * j + 1, positions, length + 1) for j in masks]
         extra = torch.stack(draws, dim=1).flatten(0, 1)  # [R, N + 1]
     if attention is not None:
@@ -349,7 +349,7 @@ def choose_masks(
         num_thrown=num_thrown,
         extra_noise=extra,
         salient_frac=salient_frac,
-        hint_frac=mask.hint_frac,
+        hint_frac=mask.hint_fraction,
         hint_pool=mask.hint_pool,
         mask_prob=mask.prob,
         temperature=mask.temperature,

@@ -171,7 +171,7 @@ class RowBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), row
 
 
-class MomentumStudent(Student):
+class MomentumEncoder(Student):
     """The student's moving average: features and attention of whole pictures.
 
     Built by ``build_student``, which calls ``configure``; computes only what the config uses.
@@ -286,11 +286,11 @@ S = TypeVar("S", bound=Student)
 
 
 def build_student(config: Config, cls: type[S] = Student) -> S:
-    """Build ``student.arch`` for pictures of ``views.size``.
+    """Build ``student.arch`` for pictures of ``views.image_size``.
 
     Args:
         config: checked settings.
-        cls: ``Student``, or ``MomentumStudent``, which comes in eval mode and without gradients.
+        cls: ``Student``, or ``MomentumEncoder``, which comes in eval mode and without gradients.
 
     Returns:
         The model on the default device, with fixed positions. Its weights are meant to be set by
@@ -302,7 +302,7 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
     Raises:
         ConfigError: if timm has no such model, or it is not a plain VisionTransformer.
     """
-    arch, size = config.student.arch, config.views.size
+    arch, size = config.student.arch, config.views.image_size
     if not timm.is_model(arch):
         raise ConfigError(
             f"student.arch={arch} is not a model of timm {timm.__version__}; "
@@ -319,7 +319,7 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
     if size % side:
         below = size // side * side
         raise ConfigError(
-            f"views.size={size} is not a multiple of the student's patch side {side}; "
+            f"views.image_size={size} is not a multiple of the student's patch side {side}; "
             f"use {f'{below} or ' if below else ''}{below + side}"
         )
     pool = "token" if probe.has_class_token else "avg"
@@ -332,7 +332,7 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
             if (token := getattr(model, name, None)) is not None:
                 token.zero_()
         fix_positions(model)
-    if isinstance(model, MomentumStudent):
+    if isinstance(model, MomentumEncoder):
         model.configure(config)
         model.requires_grad_(False).eval()
     return cast(S, model)

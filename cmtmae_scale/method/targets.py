@@ -72,14 +72,14 @@ class TokenLayout:
 
         Returns:
             The layout. The class token is predicted if ``loss.include_cls`` and visible tokens
-            count at all; with ``loss.tokens=hidden`` it never is.
+            count at all; with ``loss.tokens=masked`` it never is.
         """
         loss, share = config.loss, config.decoder.predict_ratio
         predicted = num_hidden
         if share is not None:
             length = num_keep + num_hidden + num_thrown
             predicted = min(max(int(length * share + EPS), 1), num_hidden)
-        visible = loss.tokens != "hidden"
+        visible = loss.tokens != "masked"
         return cls(
             cls=loss.include_cls and visible,
             num_visible=num_keep if visible else 0,
@@ -270,7 +270,7 @@ def objective(
 
     Returns:
         Sums over valid rows of the rows' weighted token means. The caller divides by the constant
-        global_batch * masks_per_view, so that the mean does not depend on how a batch is split.
+        global_batch_size * masks_per_view, so that the mean does not depend on how a batch is split.
 
     Raises:
         ValueError: if a prediction lacks its target, or shapes differ.

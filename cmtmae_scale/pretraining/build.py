@@ -12,12 +12,12 @@ import torch
 from cmtmae_scale import __version__
 from cmtmae_scale.backends.base import MicroBatch, Objective
 from cmtmae_scale.backends.build import make_backend
-from cmtmae_scale.cache.followed import FollowedTeacher
-from cmtmae_scale.cache.identity import circumstances, warn_of_circumstances
+from cmtmae_scale.cache.followed import SidecarTeacher
+from cmtmae_scale.cache.identity import provenance, warn_of_provenance
 from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.chunks import load_fragments
-from cmtmae_scale.checkpoint.init_weights import load_start_weights
+from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.checkpoint.open import newest_checkpoint, open_writer
 from cmtmae_scale.config.derive import (
     batch_plan,
@@ -40,13 +40,13 @@ from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
 from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.runtime.collectives import barrier, texts_of_all
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.runtime.progress_file import StandingFile
-from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
+from cmtmae_scale.runtime.progress_file import ProgressFile
+from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
 from dataloading.index import Index, load_or_build
@@ -72,9 +72,9 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
         CacheError: a teacher cache that the run cannot use.
         CheckpointError: checkpoints of which none is intact.
     """
-    run_dir = Path(config.run.dir)
+    run_dir = Path(config.run.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    stop = StopRequest(run_dir, config.run.max_seconds)
+    stop = StopRequest(run_dir, config.run.time_limit_s)
     plan = batch_plan(config, world.world_size)
     index = open_index(config, run_dir, world)
     steps = total_steps(config, len(index))
@@ -93,7 +93,7 @@ def build_parts(config: Config, world: World, device: torch.device, stack: ExitS
     stop.install()
     telemetry = standing = None
     if world.rank == 0:
-        standing = StandingFile(run_dir)
+        standing = ProgressFile(run_dir)
         telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
         stack.callback(telemetry.close)
     saved_step = progress.step if folder is not None and progress.step != progress.step0 else None
@@ -138,12 +138,12 @@ def build_models(
         world: this process's place.
         device: this rank's device.
         teacher: where the teacher's views come from.
-        resumed: a checkpoint will overwrite all weights, so that ``student.weights`` is not read.
+        resumed: a checkpoint will overwrite all weights, so that ``student.init_weights`` is not read.
 
     Raises:
-        ConfigError: settings that the models cannot meet, or an unfit ``student.weights``.
+        ConfigError: settings that the models cannot meet, or an unfit ``student.init_weights``.
     """
-    model, momentum_student = build_model(config, teacher, resumed)
+    model, momentum_encoder = build_model(config, teacher, resumed)
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
@@ -152,9 +152,9 @@ def build_models(
         world,
         device,
         model,
-        momentum_student,
+        momentum_encoder,
         make_objective(config, layout),
-        rows=config.train.global_batch * config.mask.masks_per_view,
+        rows=config.train.global_batch_size * config.mask.masks_per_view,
     )
     return Models(teacher, backend, layout, length, model.encoder.patch_side)
 
@@ -186,7 +186,7 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
 def where_to_start(config: Config, folder: Path | None, digest: str, steps: int) -> Progress:
     """Progress of the checkpoint that is resumed, or of a new run."""
     if folder is None:
-        return fresh_progress(steps, config.train.global_batch)
+        return fresh_progress(steps, config.train.global_batch_size)
     state = checkpoints.read_state(folder)
     changes = compare(
         state["config"],
@@ -196,7 +196,7 @@ def where_to_start(config: Config, folder: Path | None, digest: str, steps: int)
     )
     for change in changes:
         logger.warning("allowed change: %s", change)
-    return resumed_progress(state["progress"], steps, config.train.global_batch, bool(changes))
+    return resumed_progress(state["progress"], steps, config.train.global_batch_size, bool(changes))
 
 
 def open_teacher(
@@ -228,13 +228,13 @@ def open_teacher(
         described = build_teacher_skeleton(config).to("meta", compute_dtype(config))
     teacher, problem = None, ""
     try:
-        if config.teacher.mode == "follow" and live is not None:
-            teacher = FollowedTeacher(config, described, live, index, device, stop.fail)
+        if config.teacher.mode == "sidecar" and live is not None:
+            teacher = SidecarTeacher(config, described, live, index, device, stop.fail)
         else:
             opened = open_cache(config, described, index)
             if world.rank == 0:
-                here = circumstances(config, device)
-                warn_of_circumstances(opened[0], here, str(config.cache.dir))
+                here = provenance(config, device)
+                warn_of_provenance(opened[0], here, str(config.cache.dir))
             teacher = CachedTeacher(config, *opened, described, live, device, stop.fail)
         stack.callback(teacher.close)
     except CacheError as error:
@@ -261,7 +261,7 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
 
 def build_model(
     config: Config, teacher: TeacherSource | None, resumed: bool = False
-) -> tuple[CollaborativeMAE, MomentumStudent | None]:
+) -> tuple[CollaborativeMAE, MomentumEncoder | None]:
     """Student with decoder on the CPU, the same weights on every rank, and its moving average."""
     if (
         config.loss.include_cls
@@ -275,28 +275,28 @@ def build_model(
         )
     model = CollaborativeMAE(config, teacher.width if teacher else None)
     initialise(model, config.run.seed)
-    if config.student.weights is not None and not resumed:
-        start_from(model, config.student.weights)
+    if config.student.init_weights is not None and not resumed:
+        start_from(model, config.student.init_weights)
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     if not needs(config).momentum:
         return model, None
-    momentum_student = build_student(config, MomentumStudent)
-    momentum_student.load_state_dict(copy.deepcopy(model.encoder.state_dict()))
-    momentum_student.requires_grad_(False).eval()
-    return model, momentum_student
+    momentum_encoder = build_student(config, MomentumEncoder)
+    momentum_encoder.load_state_dict(copy.deepcopy(model.encoder.state_dict()))
+    momentum_encoder.requires_grad_(False).eval()
+    return model, momentum_encoder
 
 
 def start_from(model: CollaborativeMAE, file: str) -> None:
-    """Load ``student.weights`` on every rank, and tell what became of each of its tensors.
+    """Load ``student.init_weights`` on every rank, and tell what became of each of its tensors.
 
     Raises:
         ConfigError: a file that is absent, broken, of unknown names or of another architecture.
     """
     try:
-        state = read_weights(file, "student.weights")
+        state = read_weights(file, "student.init_weights")
     except TeacherError as error:
         raise ConfigError(str(error)) from error
-    logger.info("student.weights=%s: %s", file, load_start_weights(model, state, file))
+    logger.info("student.init_weights=%s: %s", file, load_init_weights(model, state, file))
 
 
 def make_objective(config: Config, layout: TokenLayout) -> Objective:
@@ -322,22 +322,22 @@ def open_stream(
     return Stream(
         index,
         seed=config.run.seed,
-        micro_batch=config.train.micro_batch,
+        micro_batch=config.train.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
-        sizes=picture_sizes(config.views.size, teacher),
-        scale=config.views.scale,
-        ratio=config.views.ratio,
-        flip=config.views.flip,
-        count=config.views.count,
+        sizes=view_sizes(config.views.image_size, teacher),
+        scale=config.views.crop_scale,
+        ratio=config.views.aspect_ratio,
+        flip=config.views.hflip,
+        count=config.views.views_per_image,
         shuffle=config.data.shuffle,
-        threads=config.data.threads,
+        threads=config.data.workers,
         start_position=progress.position,
         decode=config.data.decode,
         resident=config.data.resident,
         device=device,
-        quarantine=Path(config.run.dir) / "quarantine.jsonl",
-        watch=teacher.submit if isinstance(teacher, CachedTeacher | FollowedTeacher) else None,
+        quarantine=Path(config.run.output_dir) / "quarantine.jsonl",
+        watch=teacher.submit if isinstance(teacher, CachedTeacher | SidecarTeacher) else None,
     )
 
 

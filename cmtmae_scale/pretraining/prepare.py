@@ -57,7 +57,7 @@ def prepare(
     """
     images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
-        view = models.teacher.look(batch) if models.teacher else TeacherView(None, None)
+        view = models.teacher.forward_batch(batch) if models.teacher else TeacherView(None, None)
         features, attention = models.backend.momentum_forward(images)
         alpha, weight = (
             torch.full((), value, device=images.device)

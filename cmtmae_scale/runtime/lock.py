@@ -56,7 +56,7 @@ def hold_run(
             problem = str(error)
         except OSError as error:
             problem = (
-                f"run.dir={run_dir} cannot be written ({error.strerror}: {error.filename}); "
+                f"run.output_dir={run_dir} cannot be written ({error.strerror}: {error.filename}); "
                 "correct it or choose another"
             )
     problem = text_from_first(problem)
@@ -201,24 +201,24 @@ def wait_until_gone(run_dir: Path, path: Path, me: dict[str, Any], patience_s: f
         if gone:
             if not (holder or {}).get("released"):
                 logger.warning(
-                    "taking over run.dir=%s from %s, which is gone", run_dir, name(holder)
+                    "taking over run.output_dir=%s from %s, which is gone", run_dir, name(holder)
                 )
             return
         if gone is False or (holder and seen != first):
             raise ConfigError(
-                f"run.dir={run_dir} is in use by {name(holder)}; stop that run or choose another "
-                "run.dir"
+                f"run.output_dir={run_dir} is in use by {name(holder)}; stop that run or choose another "
+                "run.output_dir"
             )
         if not told:
             logger.warning(
-                "run.dir=%s was held by %s; watching for %.0f s whether it still is",
+                "run.output_dir=%s was held by %s; watching for %.0f s whether it still is",
                 run_dir,
                 name(holder),
                 patience_s,
             )
             told = True
         time.sleep(min(0.5, patience_s / 20))
-    logger.warning("taking over run.dir=%s: no sign of life for %.0f s", run_dir, patience_s)
+    logger.warning("taking over run.output_dir=%s: no sign of life for %.0f s", run_dir, patience_s)
 
 
 def parse(text: str) -> dict[str, Any] | None:

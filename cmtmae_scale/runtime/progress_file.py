@@ -13,7 +13,7 @@ PAUSE_S = 0.2
 """Shortest time between two writes."""
 
 
-class Standing(NamedTuple):
+class PublishedProgress(NamedTuple):
     """Positions in the run's stream of views."""
 
     position: int
@@ -24,15 +24,15 @@ class Standing(NamedTuple):
     """Position at which the run is complete."""
 
 
-class StandingFile:
+class ProgressFile:
     """Tells of a run's progress, at most every ``PAUSE_S``; only rank 0 makes one."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE
-        self.told: Standing | None = None
+        self.told: PublishedProgress | None = None
         self.since = float("-inf")
 
-    def tell(self, standing: Standing) -> None:
+    def tell(self, standing: PublishedProgress) -> None:
         """Write it if it is time to, or if it is the end; a store that refuses is no failure."""
         now = time.monotonic()
         due = now - self.since >= PAUSE_S or standing.position >= standing.end
@@ -48,10 +48,10 @@ class StandingFile:
         self.told, self.since = standing, now
 
 
-def read_standing(run_dir: Path) -> Standing | None:
+def read_published_progress(run_dir: Path) -> PublishedProgress | None:
     """Where a run stands, or ``None`` before its first start."""
     try:
         tree = json.loads((run_dir / FILE).read_text())
-        return Standing(*(int(tree[name]) for name in Standing._fields))
+        return PublishedProgress(*(int(tree[name]) for name in PublishedProgress._fields))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -46,12 +46,12 @@ class TeacherSource(Protocol):
         """See above."""
         ...
 
-    def look(self, batch: Batch) -> TeacherView:
+    def forward_batch(self, batch: Batch) -> TeacherView:
         """View of a batch, whose last pictures are the teacher's; no gradient."""
         ...
 
 
-def picture_sizes(size: int, teacher: TeacherSource | None) -> tuple[int, ...]:
+def view_sizes(size: int, teacher: TeacherSource | None) -> tuple[int, ...]:
     """Sides of the pictures in a batch: the student's, then the teacher's where it differs."""
     own = None if teacher is None else teacher.image_size
     return (size,) if own is None or own == size else (size, own)

@@ -10,7 +10,7 @@ from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.base import Teacher
-from cmtmae_scale.teachers.online import LiveTeacher, Reading
+from cmtmae_scale.teachers.online import OnlineTeacher, Reading
 from cmtmae_scale.teachers.timm import TimmSource
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def build_teacher(
         dtype: compute type, bfloat16 or float32.
         needs: which of map and features are computed; ``None`` takes ``derive.needs(config)``.
 
-    With ``teacher.mode=cache`` it is the teacher that the cache stands for.
+    With ``teacher.mode=cached`` it is the teacher that the cache stands for.
 
     Returns:
         The teacher, in eval mode and without gradients, or ``None`` where neither its map nor its
@@ -39,7 +39,7 @@ def build_teacher(
 
     Raises:
         TeacherError: a model, weights or a size that cannot work; names key and remedy.
-        ConfigError: a student that does not fit ``views.size``.
+        ConfigError: a student that does not fit ``views.image_size``.
 
     Source: method.md 4.3, sections 6 and 7.
     """
@@ -51,7 +51,7 @@ def build_teacher(
     return assemble(config, needs, load=True).to(device, dtype)
 
 
-def build_teacher_skeleton(config: Config, needs: Needs | None = None) -> LiveTeacher:
+def build_teacher_skeleton(config: Config, needs: Needs | None = None) -> OnlineTeacher:
     """Build the teacher without reading or fetching weights, to count on the meta device.
 
     Raises:
@@ -60,7 +60,7 @@ def build_teacher_skeleton(config: Config, needs: Needs | None = None) -> LiveTe
     return assemble(config, derive.needs(config) if needs is None else needs, load=False)
 
 
-def assemble(config: Config, needs: Needs, *, load: bool) -> LiveTeacher:
+def assemble(config: Config, needs: Needs, *, load: bool) -> OnlineTeacher:
     """Model, size, weights and what is read from them."""
     settings = config.teacher
     for key in ("model", "weights"):
@@ -86,11 +86,11 @@ def assemble(config: Config, needs: Needs, *, load: bool) -> LiveTeacher:
         logger.warning("teacher.weights=random: the teacher knows nothing; for tests only")
     tower = source.build(size, config.run.seed, load=load)
     reading = Reading.from_config(config, needs, len(tower.blocks))
-    return LiveTeacher(tower, reading, size, grid)
+    return OnlineTeacher(tower, reading, size, grid)
 
 
 def student_grid(config: Config) -> tuple[int, int]:
-    """Rows and columns of the student's patches: ``views.size`` over its patch side.
+    """Rows and columns of the student's patches: ``views.image_size`` over its patch side.
 
     Raises:
         ConfigError: an unknown architecture, or a size that its patch does not divide.
@@ -102,12 +102,12 @@ def student_grid(config: Config) -> tuple[int, int]:
         with torch.device("meta"):
             student = timm.create_model(config.student.arch, pretrained=False)
         patch = int(student.patch_embed.patch_size[0])  # pyright: ignore
-    if config.views.size % patch:
+    if config.views.image_size % patch:
         raise ConfigError(
-            f"views.size={config.views.size} is not a multiple of the student's patch of {patch} "
+            f"views.image_size={config.views.image_size} is not a multiple of the student's patch of {patch} "
             "pixels"
         )
-    return config.views.size // patch, config.views.size // patch
+    return config.views.image_size // patch, config.views.image_size // patch
 
 
 def compute_dtype(config: Config) -> torch.dtype:

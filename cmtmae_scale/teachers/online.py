@@ -63,7 +63,7 @@ def resolve(layers: list[int], depth: int, key: str) -> tuple[int, ...]:
     return tuple(layer % depth for layer in layers)
 
 
-class LiveTeacher:
+class OnlineTeacher:
     """A frozen tower and what is read from it.
 
     Args:
@@ -107,12 +107,12 @@ class LiveTeacher:
         """Compute type: that of the weights."""
         return next(self.model.parameters()).dtype
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "LiveTeacher":
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "OnlineTeacher":
         """Move the network, and change its compute type if one is given; returns itself."""
         self.model.to(device=device, dtype=dtype)
         return self
 
-    def look(self, batch: Batch) -> TeacherView:
+    def forward_batch(self, batch: Batch) -> TeacherView:
         """See ``TeacherSource.look``."""
         return self(batch.images[-1])
 

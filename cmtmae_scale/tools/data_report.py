@@ -34,7 +34,7 @@ class Report:
     Attributes:
         index: what its headers say.
         undecodable: rows of the index that cannot be decoded.
-        max_bad_share: share of bad images up to which a run may start.
+        max_bad_fraction: share of bad images up to which a run may start.
         sizes: spread of width, height, pixels and bytes.
         images_a_label: min, median, max; ``None`` without labels.
         unlabelled: images without a label.
@@ -45,7 +45,7 @@ class Report:
 
     index: Index
     undecodable: Sequence[Fault]
-    max_bad_share: float
+    max_bad_fraction: float
     sizes: dict[str, Spread]
     images_a_label: tuple[int, int, int] | None
     unlabelled: int
@@ -76,7 +76,7 @@ class Report:
     def go_on(self) -> bool:
         """Whether a run may start."""
         return (
-            self.bad_share <= self.max_bad_share
+            self.bad_share <= self.max_bad_fraction
             and len(self.undecodable) < len(self.index)
             and not self.lost
         )
@@ -93,7 +93,7 @@ class Report:
             "left_out": [{"name": name, "reason": why} for name, why in self.index.left_out],
             "undecodable": [fault._asdict() for fault in self.undecodable],
             "bad_share": self.bad_share,
-            "max_bad_share": self.max_bad_share,
+            "max_bad_fraction": self.max_bad_fraction,
             "damaged_tars": self.lost,
             "sizes": {name: spread._asdict() for name, spread in self.sizes.items()},
             "labels": len(self.index.labels),
@@ -106,7 +106,7 @@ class Report:
         }
 
 
-def survey(index: Index, undecodable: Sequence[Fault], max_bad_share: float) -> Report:
+def survey(index: Index, undecodable: Sequence[Fault], max_bad_fraction: float) -> Report:
     """Count and measure what the index and the decoder found."""
     rows = index.entries
     labels: NDArray[np.int32] = rows["label"]
@@ -123,7 +123,7 @@ def survey(index: Index, undecodable: Sequence[Fault], max_bad_share: float) -> 
     return Report(
         index,
         undecodable,
-        max_bad_share,
+        max_bad_fraction,
         {name: spread_of(values) for name, values in {**sizes, "bytes": rows["size"]}.items()},
         (int(a_label.min()), int(np.median(a_label)), int(a_label.max())) if len(a_label) else None,
         int((~known).sum()),
@@ -192,7 +192,7 @@ def _window(report: Report) -> str:
 
 def _verdict(report: Report) -> str:
     share = f"{report.bad} of {len(report.index) + len(report.index.left_out)} images are bad"
-    share += f" ({report.bad_share:.2%}, at most {report.max_bad_share:.2%} may be)"
+    share += f" ({report.bad_share:.2%}, at most {report.max_bad_fraction:.2%} may be)"
     if report.lost:
         return f"stop: {len(report.lost)} tars are damaged or cut short; {share}"
     if len(report.undecodable) == len(report.index):

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmtmae_scale.config.derive import builds_teacher, live_share
+from cmtmae_scale.config.derive import builds_teacher, online_fraction
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.targets import Predictions, TokenLayout, objective
 from cmtmae_scale.teachers.build import compute_dtype
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 
 
 class Work(NamedTuple):
@@ -34,10 +34,10 @@ def count_operations(
     config: Config,
     model: CollaborativeMAE,
     momentum: nn.Module | None,
-    teacher: LiveTeacher | None,
+    teacher: OnlineTeacher | None,
 ) -> Work:
     """Count with torch's counter on meta tensors, one view; the backward is twice the forward."""
-    size = config.views.size
+    size = config.views.image_size
     height, width = model.encoder.grid
     counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
     rows = config.mask.masks_per_view
@@ -49,7 +49,7 @@ def count_operations(
     if teacher is not None:
         side = teacher.image_size
         pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8, device="meta")
-        frozen = live_share(config) * flops(lambda: teacher(pixels))
+        frozen = online_fraction(config) * flops(lambda: teacher(pixels))
     return Work(student, average, frozen)
 
 
@@ -72,11 +72,13 @@ class Shards(NamedTuple):
 
 def count_shards(config: Config, world_size: int) -> Shards:
     """What the backend shards; a node is taken to have 8 ranks."""
-    if config.backend.name == "zero":
+    if config.backend.name == "deepspeed":
         stage = config.backend.zero_stage
         return Shards(world_size, world_size if stage >= 2 else 1, world_size if stage >= 3 else 1)
-    count = {"none": 1, "node": min(8, world_size), "full": world_size}[config.backend.shard]
-    return Shards(count, count, count if config.backend.shard == "full" else 1)
+    count = {"replicate": 1, "hybrid": min(8, world_size), "full": world_size}[
+        config.backend.sharding
+    ]
+    return Shards(count, count, count if config.backend.sharding == "full" else 1)
 
 
 def memory_bytes(
@@ -84,7 +86,7 @@ def memory_bytes(
     world_size: int,
     model: CollaborativeMAE,
     momentum: nn.Module | None,
-    teacher: LiveTeacher | None,
+    teacher: OnlineTeacher | None,
 ) -> dict[str, float]:
     """Bytes a GPU by part, all of them held at the peak, the end of a forward.
 
@@ -104,18 +106,18 @@ def memory_bytes(
         frozen = sum(p.numel() for p in teacher.model.parameters())
     copied = compute < 4 or shards.states > 1
     # ZeRO's momentum student is whole on every rank, at every stage.
-    averages = 1 if config.backend.name == "zero" else shards.gathered
+    averages = 1 if config.backend.name == "deepspeed" else shards.gathered
     return {
         "weights, moments": trained * 12 / shards.states,
         "gradients": trained * 4 / shards.gradients,
         "momentum": average * 4 / shards.states,
         "gathered copies": copied * compute * (trained / shards.gathered + average / averages),
         "teacher": frozen * compute,
-        "activations": saved_bytes(config, teacher) * config.train.micro_batch,
+        "activations": saved_bytes(config, teacher) * config.train.micro_batch_size,
     }
 
 
-def saved_bytes(config: Config, teacher: LiveTeacher | None, views: int = 2) -> float:
+def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -> float:
     """What autograd keeps of the student's forward and loss, bytes a view.
 
     Args:
@@ -135,7 +137,7 @@ def saved_bytes(config: Config, teacher: LiveTeacher | None, views: int = 2) -> 
 
 def forward(config: Config, model: CollaborativeMAE, views: int) -> Tensor:
     """A forward and its loss over made-up views and targets."""
-    size, (height, width) = config.views.size, model.encoder.grid
+    size, (height, width) = config.views.image_size, model.encoder.grid
     counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
     rows = views * config.mask.masks_per_view
     choice = PatchChoice(*(torch.zeros(rows, n, dtype=torch.int64) for n in counts))

@@ -18,7 +18,7 @@ from cmtmae_scale.method.attention import collaborative_attention
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
 
 GLOBAL, LENGTH, TEACHER_WIDTH, ALPHA = 8, 16, 7, 0.6
@@ -27,13 +27,13 @@ GLOBAL, LENGTH, TEACHER_WIDTH, ALPHA = 8, 16, 7, 0.6
 def make_config(**changes: Any) -> Config:
     config = Config()
     config.student.arch = "test_vit"
-    config.views.size = 64
+    config.views.image_size = 64
     config.decoder.depth, config.decoder.width, config.decoder.heads = 1, 36, 3
     config.collaboration.alpha_attention = 0.5
     config.collaboration.alpha_target = ALPHA
     config.mask.masks_per_view = 2
-    config.mask.salient_frac = 0.0
-    config.optimizer.clip = 0.3
+    config.mask.salient_fraction = 0.0
+    config.optimizer.grad_clip = 0.3
     config.backend.precision = "fp32"
     for key, value in changes.items():
         group, name = key.split("__")
@@ -57,11 +57,11 @@ def make_layout(config: Config) -> TokenLayout:
     return TokenLayout.from_config(config, *token_counts(LENGTH, config.mask.ratio))
 
 
-def make_models(config: Config) -> tuple[CollaborativeMAE, MomentumStudent]:
+def make_models(config: Config) -> tuple[CollaborativeMAE, MomentumEncoder]:
     model = CollaborativeMAE(config, TEACHER_WIDTH)
     initialise(model, 0)
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
-    momentum = build_student(config, MomentumStudent)
+    momentum = build_student(config, MomentumEncoder)
     momentum.load_state_dict(model.encoder.state_dict())
     return model, momentum.requires_grad_(False).eval()
 
@@ -81,7 +81,7 @@ def make_backend(config: Config, kind: str) -> Any:
     if kind.startswith("zero"):
         return make_zero(config, model, momentum, compute, scale, kind)
     local = int(kind.removeprefix("node")) if kind.startswith("node") else 1
-    config.backend.shard = "node" if kind.startswith("node") else kind  # pyright: ignore
+    config.backend.sharding = "node" if kind.startswith("node") else kind  # pyright: ignore
     cpu = torch.device("cpu")
     return Fsdp(model, momentum, compute, config.optimizer, config.backend, scale, cpu, local)
 
@@ -272,7 +272,7 @@ def live_weights(backend: Any) -> dict[str, Any]:
         else:
             found[name] = parameter.detach().float().numpy().copy()
     average = getattr(backend, "average", None)
-    module = backend.momentum_student if average is None else average.module
+    module = backend.momentum_encoder if average is None else average.module
     for name, parameter in module.named_parameters():
         found[f"momentum.{name}"] = parameter.detach().float().numpy().copy()
     return found

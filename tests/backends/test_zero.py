@@ -135,8 +135,14 @@ def test_further_keys_reach_deepspeed() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train_batch_size=8", "train_batch_size follows from the recipe; set train.global_batch"),
-        ("gradient_clipping=1", "gradient_clipping follows from the recipe; set optimizer.clip"),
+        (
+            "train_batch_size=8",
+            "train_batch_size follows from the recipe; set train.global_batch_size",
+        ),
+        (
+            "gradient_clipping=1",
+            "gradient_clipping follows from the recipe; set optimizer.grad_clip",
+        ),
         ("bf16.enabled=true", "bf16 follows from the recipe; set backend.precision"),
         ("optimizer.type=Adam", "optimizer follows from the recipe; set the group optimizer"),
         ("zero_optimization.stage=3", "stage follows from the recipe; set backend.zero_stage"),
@@ -170,7 +176,7 @@ def test_a_json_file_is_merged_and_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["backend.zero_stage=0"], r"set backend.name=fsdp backend.shard=none"),
+        (["backend.zero_stage=0"], r"set backend.name=fsdp backend.sharding=replicate"),
         (["backend.zero_stage=3", "backend.compile=true"], r"ZeRO-3 .* set backend.compile=false"),
         (["backend.name=fsdp", "backend.deepspeed.wall_clock_breakdown=true"], r"belongs to"),
     ],

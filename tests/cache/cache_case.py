@@ -23,11 +23,11 @@ def write_cache_recipe(folder: Path) -> Path:
     """A recipe whose views are fixed, and its photographs."""
     photographs = make_photographs(folder / "photos", PHOTOGRAPHS)
     tree = BASE | {
-        "run": {"dir": str(folder / "run")},
+        "run": {"output_dir": str(folder / "run")},
         "data": BASE["data"] | {"path": str(photographs)},
-        "views": BASE["views"] | {"count": VIEWS},
+        "views": BASE["views"] | {"views_per_image": VIEWS},
         "cache": {"dir": str(folder / "cache")},
-        "train": {"global_batch": 8, "micro_batch": 4, "steps": 6},
+        "train": {"global_batch_size": 8, "micro_batch_size": 4, "steps": 6},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))

@@ -138,8 +138,8 @@ def test_missing_and_foreign_parts_are_named(recipe: Path, whole: Path, tmp_path
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("views.scale=[0.3, 1.0]", "views.scale"),
-        ("views.count=3", "views.count"),
+        ("views.crop_scale=[0.3, 1.0]", "views.crop_scale"),
+        ("views.views_per_image=3", "views.views_per_image"),
         ("run.seed=1", "teacher.seed"),
         ("teacher.feature=ln_post", "teacher.feature"),
         ("teacher.depth=3", "teacher.attention_layers"),
@@ -213,7 +213,7 @@ def test_a_picture_that_cannot_be_decoded_is_a_row_that_is_not_valid(
 
 def test_a_cache_needs_fixed_views(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"views\.count is not set"):
-        case.make_builder(recipe, ["views.count=null"])
+        case.make_builder(recipe, ["views.views_per_image=null"])
 
 
 def test_a_folder_that_everyone_may_write_is_refused(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from cmtmae_scale.cache.format import MANIFEST, PARTS, manifest_text, part_path
-from cmtmae_scale.cache.identity import circumstances
+from cmtmae_scale.cache.identity import provenance
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.commands.dry_run import describe as dry_run
 from cmtmae_scale.config.load import load_config
@@ -68,9 +68,15 @@ def check(recipe: Path, folder: Path, *overrides: str) -> None:
         ("teacher.model=vit_tiny_patch16_224", "the cache was built with .*, the run has "),
         ("attention.layers=[0]", "teacher.attention_layers: the cache was built with"),
         ("attention.source=mean_query", "attention_source: the cache was built with cls, the run"),
-        ("views.scale=[0.5, 1.0]", r"views.scale: the cache was built with \[0.2, 1.0\], the run"),
-        ("views.flip=false", "views.flip: the cache was built with True, the run has False"),
-        ("views.count=3", "views.count: the cache was built with 2, the run has 3"),
+        (
+            "views.crop_scale=[0.5, 1.0]",
+            r"views.crop_scale: the cache was built with \[0.2, 1.0\], the run",
+        ),
+        ("views.hflip=false", "views.hflip: the cache was built with True, the run has False"),
+        (
+            "views.views_per_image=3",
+            "views.views_per_image: the cache was built with 2, the run has 3",
+        ),
         ("run.seed=4", "teacher.seed: the cache was built with 0, the run has 4"),
     ],
 )
@@ -80,7 +86,7 @@ def test_a_cache_of_something_else_is_refused_with_field_and_both_values(
     with pytest.raises(CacheError, match=text) as refused:
         check(recipe, good, change)
     assert str(refused.value).startswith(f"cache.dir={good}: ") and refused.value.exit_code == 78
-    assert "teacher.mode=live" in str(refused.value)
+    assert "teacher.mode=online" in str(refused.value)
 
 
 def test_a_cache_of_other_photographs_is_refused(recipe: Path, good: Path, tmp_path: Path) -> None:
@@ -127,7 +133,7 @@ def test_a_symlink_in_place_of_a_part_is_not_followed(
     path.symlink_to(tmp_path / "elsewhere")
     opened = open_outside(recipe, cached(folder, "cache.on_miss=stop"), stack)
     while len(opened.failures) < 2:  # the first is the row that was invalid when built
-        opened.teacher.look(next(opened.stream))
+        opened.teacher.forward_batch(next(opened.stream))
     assert "part 1: it cannot be read (" in str(opened.failures[1])
 
 
@@ -136,16 +142,16 @@ def test_a_row_that_was_invalid_when_built_is_a_miss_unless_the_view_is_invalid_
 ) -> None:
     opened = open_outside(recipe, cached(good, "cache.on_miss=stop"), stack)
     batch = next(opened.stream)  # samples 0 and 1, view 0: rows 0 and 2
-    view = opened.teacher.look(batch._replace(faulty=(0,)))
+    view = opened.teacher.forward_batch(batch._replace(faulty=(0,)))
     assert view.cached and not opened.failures
     assert view.attention is not None and view.attention[0].unique().tolist() == [1 / 16]
     again = open_outside(recipe, cached(good, "cache.on_miss=stop"), stack)
-    again.teacher.look(next(again.stream))
+    again.teacher.forward_batch(next(again.stream))
     (failure,) = again.failures
     assert "row 0 (image 0, view 0) of part 0: its picture could not be decoded" in str(failure)
     live = open_outside(recipe, cached(good), stack)
-    assert not live.teacher.look(next(live.stream)).cached
-    assert live.teacher.look(next(live.stream)).cached and not live.failures
+    assert not live.teacher.forward_batch(next(live.stream)).cached
+    assert live.teacher.forward_batch(next(live.stream)).cached and not live.failures
 
 
 def test_without_misses_and_checks_no_picture_is_made_for_the_teacher(
@@ -154,7 +160,7 @@ def test_without_misses_and_checks_no_picture_is_made_for_the_teacher(
     config = load_config(recipe, [VIEWS, "teacher.image_size=96"])
     write_manifest(config, build_index(config.data.path), tmp_path / "cache")
     large = cached(tmp_path / "cache", "teacher.image_size=96")
-    for extra, sides in (("cache.on_miss=stop", [64]), ("cache.on_miss=live", [64, 96])):
+    for extra, sides in (("cache.on_miss=stop", [64]), ("cache.on_miss=online", [64, 96])):
         batch = next(open_outside(recipe, [*large, extra], stack).stream)
         assert [image.shape[1] for image in batch.images] == sides
 
@@ -167,7 +173,7 @@ def test_spot_checks_of_a_good_cache_pass_and_come_at_the_share_asked_for(
     opened = open_outside(recipe, overrides, stack)
     next(opened.stream)
     for _ in range(19):
-        assert opened.teacher.look(next(opened.stream)).cached
+        assert opened.teacher.forward_batch(next(opened.stream)).cached
     lines = [line for line in caplog.messages if "spot check" in line]
     assert not opened.failures and len(lines) == 6
     assert all("standardised cosine 0.999" in line for line in lines), lines
@@ -175,7 +181,7 @@ def test_spot_checks_of_a_good_cache_pass_and_come_at_the_share_asked_for(
 
 def test_a_view_of_no_data_is_even_and_finite(recipe: Path, good: Path, stack: ExitStack) -> None:
     opened = open_outside(recipe, cached(good, "cache.on_miss=stop"), stack)
-    view = opened.teacher.look(next(opened.stream)._replace(plan=None))
+    view = opened.teacher.forward_batch(next(opened.stream)._replace(plan=None))
     assert view.attention is not None and view.features is not None
     assert torch.equal(view.attention, torch.full((2, 16), 1 / 16))
     assert bool(view.features.isfinite().all())
@@ -184,8 +190,11 @@ def test_a_view_of_no_data_is_even_and_finite(recipe: Path, good: Path, stack: E
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["teacher.mode=cache", VIEWS], "cache.dir must be given"),
-        (["teacher.mode=cache", "cache.dir=x"], "views.count is not given; set it to what the"),
+        (["teacher.mode=cached", VIEWS], "cache.dir must be given"),
+        (
+            ["teacher.mode=cached", "cache.dir=x"],
+            "views.views_per_image is not given; set it to what the",
+        ),
         (cached(Path("x"), "mask.sampler=random", "loss.teacher=0"), "set teacher.mode=none"),
         (cached(Path("x"), "cache.spot_check=1.5"), r"cache.spot_check=1.5 must lie in \[0, 1\]"),
     ],
@@ -216,11 +225,11 @@ def test_a_dry_run_counts_the_teacher_only_where_it_runs(recipe: Path) -> None:
 def test_rows_of_every_view_are_where_the_trainer_looks_for_them(
     recipe: Path, good: Path, stack: ExitStack
 ) -> None:
-    opened = open_outside(recipe, cached(good, "cache.on_miss=live"), stack)
+    opened = open_outside(recipe, cached(good, "cache.on_miss=online"), stack)
     assert opened.teacher.live is not None
     for _ in range(20 * COUNT // 2):
         batch = next(opened.stream)
-        view, live = opened.teacher.look(batch), opened.teacher.live.look(batch)
+        view, live = opened.teacher.forward_batch(batch), opened.teacher.live.forward_batch(batch)
         assert view.attention is not None and live.attention is not None
         # float16 keeps 11 bits.
         assert torch.allclose(view.attention, live.attention, rtol=2**-11, atol=2**-24)
@@ -233,7 +242,7 @@ def test_a_cache_of_another_decoder_or_version_is_used_with_a_warning_of_rank_0(
     config = load_config(recipe, cached(folder, "cache.on_miss=stop"))
     index = build_index(config.data.path)
     manifest = write_manifest(config, index, folder)
-    built = {**circumstances(config, cpu), "torch": "2.0.1", "decode": "dali"}
+    built = {**provenance(config, cpu), "torch": "2.0.1", "decode": "dali"}
     (folder / MANIFEST).write_text(manifest_text(replace(manifest, recorded=built)))
     alone = World(0, 1, 0, 1, "alone")
     stack.enter_context(process_group(alone, cpu))

@@ -9,7 +9,11 @@ import pytest
 
 from cmtmae_scale.cache.format import ENDLESS, PARTS, Manifest, part_path, seal_path
 from cmtmae_scale.cache.sidecar import ABANDONED_S, Follower, delete_before
-from cmtmae_scale.runtime.progress_file import Standing, StandingFile, read_standing
+from cmtmae_scale.runtime.progress_file import (
+    ProgressFile,
+    PublishedProgress,
+    read_published_progress,
+)
 
 SIZE = 10
 
@@ -40,7 +44,7 @@ def make(folder: Path, clock: Clock, **options: Any) -> Follower:
 
 
 def tell(folder: Path, position: int, saved: int = 0, end: int = 1000) -> None:
-    StandingFile(folder).tell(Standing(position, saved, end))
+    ProgressFile(folder).tell(PublishedProgress(position, saved, end))
 
 
 def seal(folder: Path, *parts: int) -> None:
@@ -170,7 +174,7 @@ def test_a_damaged_or_absent_progress_file_is_no_news(tmp_path: Path, clock: Clo
     follower = make(tmp_path, clock)
     for text in ("", "{", '{"position": 1}', "[]", '{"position": "x", "saved": 0, "end": 1}'):
         (tmp_path / "progress.json").write_text(text)
-        assert read_standing(tmp_path) is None
+        assert read_published_progress(tmp_path) is None
         follower.watch()
     assert follower.standing is None and follower.choose(None) is None
 

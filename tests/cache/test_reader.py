@@ -136,7 +136,7 @@ def test_of_a_thousand_spoilt_caches_none_is_trusted_and_none_crashes(
 ) -> None:
     good, other, folder = (tmp_path / name for name in ("good", "other", "spoilt"))
     truth = fill(recipe, good, 1)
-    fill(recipe, other, 2, "views.flip=false")
+    fill(recipe, other, 2, "views.hflip=false")
     config = load_config(recipe, cached(folder))
     told, index = describe(config), build_index(config.data.path)
     shutil.copytree(good, folder)

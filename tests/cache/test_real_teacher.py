@@ -56,7 +56,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     monkeypatch.chdir(ROOT)
     folder, index = tmp_path / "cache", tmp_path / "index"
     own = [f"cache.dir={folder}", f"data.index={index}", f"data.path={PHOTOGRAPHS}"]
-    own += ["views.count=4"]
+    own += ["views.views_per_image=4"]
     one = subprocess.Popen(command(*own, "--rows-a-part", "64"), cwd=ROOT)
     while len(list(folder.glob(f"{PARTS}/*.json"))) < 3:
         assert one.poll() is None
@@ -94,7 +94,7 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
     max(path for path in less.rglob("*") if path.is_file()).unlink()
     for change, reason in (
         ([f"teacher.weights={tmp_path / WEIGHTS.name}"], "teacher.weights_sha256"),
-        (["views.scale=[0.3, 1.0]"], "views.scale"),
+        (["views.crop_scale=[0.3, 1.0]"], "views.crop_scale"),
         ([f"data.path={less}", f"data.index={tmp_path / 'other'}"], "data.digest"),
     ):
         assert main(["--config", RECIPE, *own, *change, "--rows-a-part", "64"]) == 78

@@ -9,7 +9,7 @@ import torch
 from cmtmae_scale.cache.codecs import calibrate
 from cmtmae_scale.commands import precompute
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.teachers.base import picture_sizes
+from cmtmae_scale.teachers.base import view_sizes
 from cmtmae_scale.teachers.build import build_teacher
 from cmtmae_scale.tools.benchmark import rounding
 from dataloading.index import build_index
@@ -35,10 +35,10 @@ def test_rounding_hardly_turns_the_gradient() -> None:
     teacher = build_teacher(config, "cpu", torch.float32)
     assert teacher is not None
     index = build_index(config.data.path)
-    sizes = picture_sizes(config.views.size, teacher)
+    sizes = view_sizes(config.views.image_size, teacher)
     with Stream(index, seed=0, micro_batch=16, sizes=sizes, threads=1) as stream:
         views = [next(stream) for _ in range(16)]
-    calibration = calibrate(teacher.look(one).features for one in views[:8])  # pyright: ignore
+    calibration = calibrate(teacher.forward_batch(one).features for one in views[:8])  # pyright: ignore
     found = rounding.measure(
         config,
         views[8:],
@@ -59,15 +59,15 @@ def test_fifty_steps_on_a_cache_have_the_losses_of_the_live_teacher(tmp_path: Pa
     for number, path in enumerate(sorted((DEMO / "photos").rglob("*.jpg"))[::6]):
         (tmp_path / "photos" / "all").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "photos" / "all" / f"{number}.jpg")
-    own = [*PLACES, f"data.path={tmp_path / 'photos'}", "views.count=2", "train.steps=50"]
-    own += ["train.global_batch=8", "checkpoint.every=50", "log.every=1", "eval.every=null"]
+    own = [*PLACES, f"data.path={tmp_path / 'photos'}", "views.views_per_image=2", "train.steps=50"]
+    own += ["train.global_batch_size=8", "checkpoint.every=50", "log.every=1", "eval.every=null"]
     caches = {codec: tmp_path / codec for codec in ("int8", "bf16")}
     for codec, folder in caches.items():
         line = ["--config", str(RECIPE), *own, f"cache.codec={codec}", f"cache.dir={folder}"]
         assert precompute.main(line) == 0
     ways = [(tmp_path / "run-live", own, "")]
     for codec, folder in caches.items():
-        read = ["teacher.mode=cache", f"cache.dir={folder}", "cache.on_miss=stop"]
+        read = ["teacher.mode=cached", f"cache.dir={folder}", "cache.on_miss=stop"]
         ways.append((tmp_path / f"run-{codec}", [*own, *read], "alone"))
     ((live, *others),) = run_ranks(1, observe_each, RECIPE, ways, timeout_s=900)
     for codec, seen in zip(caches, others, strict=True):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from cmtmae_scale.checkpoint.init_weights import StartReport, load_start_weights
+from cmtmae_scale.checkpoint.init_weights import StartReport, load_init_weights
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.method.initialisation import initialise
@@ -30,7 +30,7 @@ State = dict[str, Tensor]
 def make_config(decoder: Any = "full", size: int = 64, **student: Any) -> Config:
     """MAE's losses; ``test_vit`` is 64 wide, 6 deep, 2 heads, MLP 192, patches of 16."""
     config = Config()
-    config.student.arch, config.views.size = "test_vit", size
+    config.student.arch, config.views.image_size = "test_vit", size
     for key, value in student.items():
         setattr(config.student, key, value)
     config.decoder.type = decoder
@@ -38,7 +38,7 @@ def make_config(decoder: Any = "full", size: int = 64, **student: Any) -> Config
     config.loss.teacher, config.loss.student, config.loss.pixel = 0.0, 0.0, 1.0
     config.loss.tokens, config.mask.sampler = "hidden", "random"
     config.collaboration.alpha_attention = config.collaboration.alpha_target = 1.0
-    config.mask.salient_frac = 0.0
+    config.mask.salient_fraction = 0.0
     return config
 
 
@@ -100,7 +100,7 @@ def images() -> Tensor:
 def test_timms_classifier_gives_the_encoder_and_leaves_its_head() -> None:
     model, state = make_model(make_config("prompt")), timm_state()
     decoder = {n: p.clone() for n, p in model.state_dict().items() if n.startswith("decoder.")}
-    report = load_start_weights(model, state, "w.pt")
+    report = load_init_weights(model, state, "w.pt")
     check_accounts(report, state)
     assert set(report.passed_over) == {"head.weight", "head.bias"} and not report.resampled
     theirs = timm.create_model("test_vit", img_size=64, num_classes=10)
@@ -114,7 +114,7 @@ def test_timms_classifier_gives_the_encoder_and_leaves_its_head() -> None:
 def test_maes_release_gives_encoder_and_decoder(tmp_path: Path) -> None:
     state, model = mae_state(), make_model()
     torch.save({"model": state}, tmp_path / "mae_pretrain.pth")
-    report = load_start_weights(model, read_weights(tmp_path / "mae_pretrain.pth"), "w")
+    report = load_init_weights(model, read_weights(tmp_path / "mae_pretrain.pth"), "w")
     check_accounts(report, state)
     assert report.passed_over == {"decoder_pos_embed": "the decoder computes its positions"}
     own = model.state_dict()
@@ -142,7 +142,7 @@ def test_the_whole_of_transformers_vit_mae_gives_the_same_predictions(
     if form != "modules":
         state = read_weights(tmp_path / "model.safetensors")
     model, choice = make_model(), make_choice()
-    report = load_start_weights(model, state, "w")
+    report = load_init_weights(model, state, "w")
     check_accounts(report, state)
     assert list(report.passed_over) == ["decoder.decoder_pos_embed"] and not report.resampled
     # The noise that makes theirs keep and hide the same patches: each patch's place in our order.
@@ -166,7 +166,7 @@ def test_the_whole_of_transformers_vit_mae_gives_the_same_predictions(
 def test_another_decoder_is_passed_over_whole(decoder: str, width: int, said: str) -> None:
     state, model = mae_state(width), make_model(make_config(decoder))
     before = {n: p.clone() for n, p in model.state_dict().items() if not n.startswith("encoder.")}
-    report = load_start_weights(model, state, "w")
+    report = load_init_weights(model, state, "w")
     check_accounts(report, state)
     assert set(report.passed_over) == names(state, "decoder_", "mask_token")
     (reason,) = set(report.passed_over.values())
@@ -179,7 +179,7 @@ def test_a_decoder_with_other_positions_or_without_a_block_is_passed_over() -> N
     learnt["decoder_pos_embed"] += 0.1
     short = {n: p for n, p in short.items() if not n.startswith("decoder_blocks.1.")}
     for state, said in ((learnt, "not the sine-cosine table"), (short, "no tensor for decoder.")):
-        report = load_start_weights(make_model(), state, "w")
+        report = load_init_weights(make_model(), state, "w")
         check_accounts(report, state)
         assert set(report.passed_over) == names(state, "decoder_", "mask_token")
         assert said in report.passed_over["mask_token"]
@@ -189,7 +189,7 @@ def test_a_decoder_without_pixels_leaves_maes_pixel_head() -> None:
     config = make_config()
     config.loss.teacher, config.loss.pixel = 1.0, 0.0
     model, state = CollaborativeMAE(config, 7), mae_state()
-    report = load_start_weights(model, state, "w")
+    report = load_init_weights(model, state, "w")
     check_accounts(report, state)
     passed = {"decoder_pos_embed", "decoder_pred.weight", "decoder_pred.bias"}
     assert set(report.passed_over) == passed
@@ -198,7 +198,7 @@ def test_a_decoder_without_pixels_leaves_maes_pixel_head() -> None:
 
 def test_positions_of_another_grid_are_resampled_and_counted() -> None:
     state, model = timm_state(num_classes=0), make_model(make_config(size=96))
-    report = load_start_weights(model, state, "w")
+    report = load_init_weights(model, state, "w")
     check_accounts(report, state)
     assert report.resampled == {"pos_embed": "4 x 4 to 6 x 6 patches"}
     table = model.state_dict()["encoder.pos_embed"][0]
@@ -211,12 +211,12 @@ def test_positions_of_another_grid_are_resampled_and_counted() -> None:
 def test_bf16_files_give_float32_weights() -> None:
     state = {name: value.bfloat16() for name, value in mae_state().items()}
     model = make_model()
-    assert len(load_start_weights(model, state, "w").passed_over) == 1  # positions still fit
+    assert len(load_init_weights(model, state, "w").passed_over) == 1  # positions still fit
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 
 def test_the_report_names_counts_and_reasons() -> None:
-    text = str(load_start_weights(make_model(make_config("prompt", 96)), mae_state(), "w"))
+    text = str(load_init_weights(make_model(make_config("prompt", 96)), mae_state(), "w"))
     assert text.startswith("77 tensors loaded, 1 resampled (pos_embed: 4 x 4 to 6 x 6 patches), ")
     assert "32 passed over (" in text and "decoder_blocks.*" in text
     assert text.endswith(": the configured decoder is not MAE's)")
@@ -276,9 +276,9 @@ def test_an_encoder_that_does_not_fit_is_refused_and_nothing_is_changed(case: st
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ConfigError) as caught:
-        load_start_weights(model, make(), "w.pt")
+        load_init_weights(model, make(), "w.pt")
     text = str(caught.value)
-    assert text.startswith("student.weights=w.pt") and caught.value.exit_code == EXIT_CONFIG
+    assert text.startswith("student.init_weights=w.pt") and caught.value.exit_code == EXIT_CONFIG
     assert all(part in text for part in said), text
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -302,7 +302,7 @@ def test_the_momentum_student_starts_from_the_file_too(
     for name, value in average.state_dict().items():
         assert torch.equal(value, state[name])
         assert torch.equal(value, model.encoder.state_dict()[name])
-    (line,) = [line for line in caplog.messages if "student.weights" in line]
+    (line,) = [line for line in caplog.messages if "student.init_weights" in line]
     assert f"{tmp_path / 'w.safetensors'}: 78 tensors loaded, 0 resampled, 2 passed over" in line
 
 
@@ -322,19 +322,19 @@ def test_files_that_cannot_be_read_are_named_with_a_remedy(tmp_path: Path) -> No
         "page.pt": "copy it again",
         "torn.pt": "copy it again",
         "notes.txt": "expected .safetensors or .pt",
-        "script.pt": "set student.weights=NEW",
+        "script.pt": "set student.init_weights=NEW",
     }
     for name, remedy in said.items():
         with pytest.raises(ConfigError) as caught:
             build_model(start_config(tmp_path / name), None)
         assert caught.value.exit_code == EXIT_CONFIG
-        assert str(caught.value).startswith(f"student.weights={tmp_path / name}: ")
+        assert str(caught.value).startswith(f"student.init_weights={tmp_path / name}: ")
         assert remedy in str(caught.value)
 
 
 def start_and_resume(recipe: Path, file: Path, still: list[str]) -> str:
     """A step, then on without the file; returns the error of a start without the key."""
-    start = f"student.weights={file}"
+    start = f"student.init_weights={file}"
     run(recipe, [*still, start, "train.stop_after=1"])
     file.unlink()
     with pytest.raises(ConfigError) as caught:
@@ -347,9 +347,11 @@ def start_and_resume(recipe: Path, file: Path, still: list[str]) -> str:
 def test_a_resumed_run_needs_the_key_but_not_the_file(tmp_path: Path) -> None:
     state, file = timm_state(), tmp_path / "w.safetensors"
     save_file(state, file)
-    still = [f"run.dir={tmp_path / 'run'}", "optimizer.base_lr=0", "train.steps=2"]
+    still = [f"run.output_dir={tmp_path / 'run'}", "optimizer.base_lr=0", "train.steps=2"]
     (error,) = run_ranks(1, start_and_resume, write_recipe(tmp_path), file, still)
-    assert error.startswith(f"student.weights: the checkpoint has {file}, the config None; restore")
+    assert error.startswith(
+        f"student.init_weights: the checkpoint has {file}, the config None; restore"
+    )
     saved = tensors(tmp_path / "run", 2)
     for name, value in state.items():
         if not name.startswith("head."):

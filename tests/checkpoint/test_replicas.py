@@ -39,7 +39,7 @@ def test_one_flipped_bit_is_named_on_every_rank_and_not_saved(tmp_path: Path) ->
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_a_run_whose_replicas_part_ends_at_the_next_save(tmp_path: Path, shard: str) -> None:
     recipe = write_recipe(tmp_path)
-    overrides = [f"backend.shard={shard}", "checkpoint.every=2"]
+    overrides = [f"backend.sharding={shard}", "checkpoint.every=2"]
     errors = run_ranks(2, run_with_a_flipped_bit, recipe, overrides, 3)
     steps = [layout.step_of(f) for f in layout.candidates(tmp_path / "run" / "checkpoints")]
     if shard == "full":  # nobody else holds that value: there is nothing to compare it with

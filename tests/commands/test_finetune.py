@@ -61,7 +61,7 @@ def test_students_and_models_of_timm_are_fine_tuned(
     digests = set()
     for name, words in starts.items():
         place = tmp_path / name
-        said = run_ranks(1, tune_named, recipe, words, [f"run.dir={place}", *SHORT])
+        said = run_ranks(1, tune_named, recipe, words, [f"run.output_dir={place}", *SHORT])
         assert said == ["stopped at step 2 of 6: train.stop_after=2"]
         start = layout.read_state(layout.folder_of(place / "checkpoints", 2))["start"]
         assert start["size"] == (48 if name == "timm" else 64)
@@ -75,17 +75,17 @@ def test_a_fine_tuning_and_a_pre_training_are_not_taken_for_each_other(
     recipe: Path, pretrained: Path, tmp_path: Path
 ) -> None:
     words = ["--checkpoint", str(pretrained)]
-    run_ranks(1, tune_named, recipe, words, [f"run.dir={tmp_path}", *SHORT])
+    run_ranks(1, tune_named, recipe, words, [f"run.output_dir={tmp_path}", *SHORT])
     with pytest.raises(AssertionError, match=r"is of a fine-tuning; its accuracy stands in"):
         run_ranks(1, tune_named, recipe, ["--checkpoint", str(tmp_path)], SHORT)
-    with pytest.raises(AssertionError, match=r"is of a pre-training; use another run.dir"):
-        run_ranks(1, tune_named, recipe, words, [f"run.dir={pretrained}", *SHORT])
+    with pytest.raises(AssertionError, match=r"is of a pre-training; use another run.output_dir"):
+        run_ranks(1, tune_named, recipe, words, [f"run.output_dir={pretrained}", *SHORT])
 
 
 MISTAKES = {
     "augment.mixupp=1": "augment.mixupp is not a key of augment; did you mean mixup?",
-    "train.micro_batch=3": "train.micro_batch=3: mixup and cutmix pair the views",
-    "train.global_batch=9": "train.global_batch=9 is not a multiple of micro_batch x world_size",
+    "train.micro_batch_size=3": "train.micro_batch_size=3: mixup and cutmix pair the views",
+    "train.global_batch_size=9": "train.global_batch_size=9 is not a multiple of micro_batch x world_size",
     "train.epochs=0.5": "optimizer.warmup_epochs=0.5 must be below train.epochs=0.5",
     "train.steps=1": "optimizer.warmup_epochs=0.5: the run has only 0.4 passes over 20 images",
     "head.drop_path=1": r"head.drop_path=1.0 must lie in \[0, 1\)",
@@ -108,7 +108,7 @@ def test_mistakes_are_named_and_leave_with_78(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr("cmtmae_scale.commands.evaluate.set_up_logging", lambda *_: None)
-    assert main(arguments(recipe, f"run.dir={tmp_path}", *words.split())) == 78
+    assert main(arguments(recipe, f"run.output_dir={tmp_path}", *words.split())) == 78
     assert re.search(MISTAKES[words], caplog.text)
 
 
@@ -131,7 +131,7 @@ def test_the_recipes_are_maes(name: str) -> None:
     assert (config.augment, config.data.path) == (Finetune().augment, "datasets/imagenet-1k/train")
     shared = config.optimizer
     assert (shared.weight_decay, shared.betas, shared.clip) == (0.05, (0.9, 0.999), None)
-    assert (shared.warmup_epochs, shared.min_lr, config.train.global_batch) == (5, 1e-6, 1024)
+    assert (shared.warmup_epochs, shared.min_lr, config.train.global_batch_size) == (5, 1e-6, 1024)
 
 
 def test_the_defaults_are_those_of_the_base_recipe() -> None:
@@ -143,7 +143,11 @@ def test_the_defaults_are_those_of_the_base_recipe() -> None:
 
 
 def test_an_override_of_one_length_clears_the_other(tmp_path: Path) -> None:
-    tree = {"run": {"dir": "x"}, "data": {"path": "a", "test_path": "b"}, "train": {"epochs": 9}}
+    tree = {
+        "run": {"output_dir": "x"},
+        "data": {"path": "a", "test_path": "b"},
+        "train": {"epochs": 9},
+    }
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tree))
     config = load_finetune(file, ["train.steps=7"])

@@ -22,7 +22,7 @@ def test_a_batch_that_does_not_divide_names_those_that_do() -> None:
     with pytest.raises(ConfigError, match="64 x 48 = 3072; use 3072 or 6144"):
         batch_plan(settled(), 48)
     config = settled()
-    config.train.global_batch = 32
+    config.train.global_batch_size = 32
     with pytest.raises(ConfigError, match=r"use 64$"):
         batch_plan(config, 1)
 

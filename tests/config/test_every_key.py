@@ -16,26 +16,26 @@ from tests.processes import run_ranks
 
 # One override a key; a second one in the same string makes the key matter.
 CHANGES = {
-    "run.dir": "run.dir=elsewhere",
+    "run.output_dir": "run.output_dir=elsewhere",
     "run.seed": "run.seed=1",
-    "run.max_seconds": "run.max_seconds=0.001",
+    "run.time_limit_s": "run.time_limit_s=0.001",
     "data.source": "data.source=tars",
     "data.path": "data.path=nowhere",
     "data.index": "data.index=INDEX",
     "data.expected_images": "data.expected_images=3",
     "data.max_pixels": "data.max_pixels=9000",
-    "data.max_bad_share": "data.max_bad_share=2",
+    "data.max_bad_fraction": "data.max_bad_fraction=2",
     "data.shuffle": "data.shuffle=none",
     "data.window_on_sorted": "data.window_on_sorted=true",
-    "data.threads": "data.threads=0",
-    "views.size": "views.size=32",
-    "views.scale": "views.scale=[0.5, 1.0]",
-    "views.ratio": "views.ratio=[1.0, 1.0]",
-    "views.flip": "views.flip=false",
-    "views.count": "views.count=1",
+    "data.workers": "data.workers=0",
+    "views.image_size": "views.image_size=32",
+    "views.crop_scale": "views.crop_scale=[0.5, 1.0]",
+    "views.aspect_ratio": "views.aspect_ratio=[1.0, 1.0]",
+    "views.hflip": "views.hflip=false",
+    "views.views_per_image": "views.views_per_image=1",
     "student.arch": "student.arch=test_vit2",
     "student.patch_size": "student.patch_size=8",
-    "student.weights": "student.weights=absent.safetensors",
+    "student.init_weights": "student.init_weights=absent.safetensors",
     "decoder.type": "decoder.type=full",
     "decoder.depth": "decoder.depth=2",
     "decoder.width": "decoder.width=16",
@@ -61,10 +61,10 @@ CHANGES = {
     "mask.sampler": "mask.sampler=hide_salient",
     "mask.ratio": "mask.ratio=0.5",
     "mask.masks_per_view": "mask.masks_per_view=2",
-    "mask.salient_frac": "mask.salient_frac=1 mask.sampler=hide_salient_mix",
+    "mask.salient_fraction": "mask.salient_fraction=1 mask.sampler=hide_salient_mix",
     "mask.throw_ratio": "mask.throw_ratio=0.1",
-    "mask.hint_frac": "mask.hint_frac=0.1 mask.hint_pool=0.5",
-    "mask.hint_pool": "mask.hint_pool=0.6 mask.hint_frac=0.1",
+    "mask.hint_fraction": "mask.hint_fraction=0.1 mask.hint_pool=0.5",
+    "mask.hint_pool": "mask.hint_pool=0.6 mask.hint_fraction=0.1",
     "mask.prob": "mask.prob=0.2",
     "mask.temperature": "mask.temperature=0.1",
     "mask.floor": "mask.floor=0.06",
@@ -78,7 +78,7 @@ CHANGES = {
     "target.pixel.norm": "target.pixel.norm=none loss.pixel=1",
     "loss.type": "loss.type=mse",
     "loss.beta": "loss.beta=0.01 loss.type=smooth_l1",
-    "loss.tokens": "loss.tokens=hidden",
+    "loss.tokens": "loss.tokens=masked",
     "loss.include_cls": "loss.include_cls=false",
     "loss.visible_weight": "loss.visible_weight=0.1 loss.tokens=weighted",
     "loss.teacher": "loss.teacher=3",
@@ -87,18 +87,18 @@ CHANGES = {
     "optimizer.base_lr": "optimizer.base_lr=0.001",
     "optimizer.betas": "optimizer.betas=[0.5, 0.6]",
     "optimizer.weight_decay": "optimizer.weight_decay=0.5",
-    "optimizer.clip": "optimizer.clip=0.01",
-    "optimizer.warmup": "optimizer.warmup=0.9",
-    "train.global_batch": "train.global_batch=16",
-    "train.micro_batch": "train.micro_batch=3",
+    "optimizer.grad_clip": "optimizer.grad_clip=0.01",
+    "optimizer.warmup_fraction": "optimizer.warmup_fraction=0.9",
+    "train.global_batch_size": "train.global_batch_size=16",
+    "train.micro_batch_size": "train.micro_batch_size=3",
     "train.epochs": "train.epochs=0.4",
     "train.steps": "train.steps=2",
     "train.stop_after": "train.stop_after=1",
     "backend.name": "backend.name=zeros",
     "backend.precision": "backend.precision=bf16",
-    "backend.shard": "backend.shard=some",
+    "backend.sharding": "backend.sharding=some",
     "backend.zero_stage": "backend.zero_stage=0",
-    "backend.deepspeed": "backend.deepspeed=absent.json backend.name=zero",
+    "backend.deepspeed": "backend.deepspeed=absent.json backend.name=deepspeed",
     "checkpoint.every": "checkpoint.every=1",
     "checkpoint.keep": "checkpoint.keep=1 checkpoint.every=1",
     "guard.skip_limit": "guard.skip_limit=-1",
@@ -123,10 +123,10 @@ EXCEPTIONS = {
     "checkpoint.background": "speed only: test_checkpoint",
     "eval.train_path": "acts with eval.every: test_during",
     "eval.test_path": "acts with eval.every: test_during",
-    "cache.dir": "acts with teacher.mode=cache: test_cached_runs",
+    "cache.dir": "acts with teacher.mode=cached: test_cached_runs",
 }
 TIMES = ("images_s", "data_wait_share", "memory_gib")
-SHORT = ["train.steps=3", "train.micro_batch=8", "checkpoint.every=3"]
+SHORT = ["train.steps=3", "train.micro_batch_size=8", "checkpoint.every=3"]
 
 
 def leaves(owner: Any, prefix: str = "") -> list[str]:
@@ -144,7 +144,7 @@ def leaves(owner: Any, prefix: str = "") -> list[str]:
 def observe(recipe: Path, run_dir: Path, overrides: list[str]) -> str:
     """Digest of everything that a run leaves behind, or its error."""
     try:
-        run(recipe, [f"run.dir={run_dir}", *SHORT, *overrides])
+        run(recipe, [f"run.output_dir={run_dir}", *SHORT, *overrides])
     except (CmtMaeError, DataError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     digest = hashlib.sha256()
@@ -172,7 +172,7 @@ def observe_all(recipe: Path, folder: Path) -> dict[str, tuple[str, str]]:
         if "=[" in change:
             change, context = text, []
         before = observe(recipe, folder / f"b{number}", context) if context else base
-        if key == "run.dir":
+        if key == "run.output_dir":
             run(recipe, [*SHORT, change])
             found[key] = (base, str(Path("elsewhere/checkpoints").is_dir()))
             continue

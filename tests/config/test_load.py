@@ -8,7 +8,7 @@ from cmtmae_scale.config.schema import Schedule
 from cmtmae_scale.errors import ConfigError
 
 BASE = {
-    "run": {"dir": "runs/x"},
+    "run": {"output_dir": "runs/x"},
     "data": {"path": "photos"},
     "train": {"steps": 10},
     "teacher": {"library": "timm", "model": "vit_small_patch14_dinov2", "weights": "random"},
@@ -31,11 +31,11 @@ def message(recipe: Path, *overrides: str) -> str:
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(recipe: Path) -> None:
     config = load_config(recipe, ["mask.ratio=0.6", "train.steps=4"])
-    assert (config.mask.ratio, config.train.steps, config.train.micro_batch) == (0.6, 4, 64)
+    assert (config.mask.ratio, config.train.steps, config.train.micro_batch_size) == (0.6, 4, 64)
 
 
 def test_an_integer_is_taken_for_a_float(recipe: Path) -> None:
-    assert load_config(recipe, ["optimizer.clip=3"]).optimizer.clip == 3.0
+    assert load_config(recipe, ["optimizer.grad_clip=3"]).optimizer.grad_clip == 3.0
 
 
 def test_epochs_and_steps_clear_each_other(recipe: Path) -> None:
@@ -57,7 +57,7 @@ def test_schedules_are_numbers_or_groups(recipe: Path) -> None:
 
 
 def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
-    config = load_config(recipe, ["views.scale=[0.3, 0.9]"])
+    config = load_config(recipe, ["views.crop_scale=[0.3, 0.9]"])
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert config_from_dict(config_to_dict(config), "checkpoint") == config
@@ -70,7 +70,7 @@ def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None
         ("maks.ratio=0.5", "maks is not a key of the config; did you mean mask?"),
         ("mask.sampler=hide_salent", "did you mean hide_salient?"),
         ("train.steps=abc", "train.steps: Value 'abc'"),
-        ("train.micro_batch=1.5", "train.micro_batch"),
+        ("train.micro_batch_size=1.5", "train.micro_batch_size"),
         ("mask=3", "expected group.key=value"),
         ("mask.ratio", "expected group.key=value"),
         ("mask.ratio={a: 1}", "mask.ratio"),
@@ -84,9 +84,9 @@ def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None
         ("collaboration.alpha_attention=1.5", "must lie in [0, 1]"),
         ("mask.ratio=1", "mask.ratio=1.0 must lie in (0, 1)"),
         ("mask.throw_ratio=0.3", "leaves nothing visible"),
-        ("mask.hint_frac=0.2", "must not exceed mask.hint_pool=0.1"),
-        ("views.scale=[0.9, 0.2]", "views.scale"),
-        ("views.scale=[0.9]", "views.scale"),
+        ("mask.hint_fraction=0.2", "must not exceed mask.hint_pool=0.1"),
+        ("views.crop_scale=[0.9, 0.2]", "views.crop_scale"),
+        ("views.crop_scale=[0.9]", "views.crop_scale"),
         ("decoder.heads=7", "not a multiple of decoder.heads=7"),
         ("decoder.type=none", "set loss.tokens=visible"),
         ("decoder.predict_ratio=0.5", "needs decoder.type=cross"),
@@ -96,10 +96,10 @@ def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None
         ("teacher.mode=none", "the mask or the loss uses the teacher"),
         ("teacher.weights=null", "teacher.model and teacher.weights must be given"),
         ("teacher.library=open_clip", "teacher.quick_gelu must be given"),
-        ("optimizer.warmup=1", "share of the run"),
+        ("optimizer.warmup_fraction=1", "share of the run"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
         ("log.every=0", "log.every=0 must be above 0"),
-        ("run.dir=null", "run.dir"),
+        ("run.output_dir=null", "run.output_dir"),
     ],
 )
 def test_a_wrong_override_says_what_to_do(recipe: Path, override: str, expected: str) -> None:
@@ -118,7 +118,7 @@ def test_several_masks_a_view_need_a_sampler_with_noise(recipe: Path, sampler: s
     text = message(recipe, f"mask.sampler={sampler}", "mask.masks_per_view=2")
     assert "the same mask every time" in text
     text = message(
-        recipe, "mask.sampler=hide_salient_mix", "mask.salient_frac=1", "mask.masks_per_view=2"
+        recipe, "mask.sampler=hide_salient_mix", "mask.salient_fraction=1", "mask.masks_per_view=2"
     )
     assert "the same mask every time" in text
 
@@ -139,7 +139,7 @@ def test_a_run_without_a_target_is_refused(recipe: Path) -> None:
 def test_missing_keys_are_named(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("train: {steps: 1}\n")
-    assert "data.path, run.dir must be given" in message(path)
+    assert "data.path, run.output_dir must be given" in message(path)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

@@ -63,13 +63,13 @@ def run_changed(
 
         def changed_micro(batch: Any, last: bool) -> Any:
             losses = micro(batch, last)
-            number = parts.progress.position // config.train.global_batch + 1
+            number = parts.progress.position // config.train.global_batch_size + 1
             return change(number, losses)
 
         def noting_step(*arguments: Any) -> Any:
             before = digest(backend)
             outcome = update(*arguments)
-            number = parts.progress.position // config.train.global_batch + 1
+            number = parts.progress.position // config.train.global_batch_size + 1
             seen["states"][number] = (outcome.applied, before == digest(backend))
             return outcome
 
@@ -153,7 +153,7 @@ def command_on_ranks(recipe: Path, overrides: list[str], fault: str = "", victim
         ):
             stack.enter_context(mock.patch(f"cmtmae_scale.commands.pretrain.{name}", stand_in))
         if fault and rank == victim:
-            run_dir = load_config(recipe, overrides).run.dir
+            run_dir = load_config(recipe, overrides).run.output_dir
             befall(fault, Path(run_dir))
         return launch(["--config", str(recipe), *overrides])
 

@@ -18,7 +18,7 @@ from cmtmae_scale.runtime.launch import World
 
 STEPS = 6
 BASE: dict[str, Any] = {
-    "views": {"size": 64},
+    "views": {"image_size": 64},
     "student": {"arch": "test_vit"},
     "decoder": {"depth": 1, "width": 32, "heads": 2},
     "teacher": {
@@ -28,13 +28,13 @@ BASE: dict[str, Any] = {
         "feature": "block",
     },
     "collaboration": {"alpha_attention": 0.5, "alpha_target": 0.7},
-    "optimizer": {"base_lr": 0.03, "warmup": 0.2, "clip": 1.0},
-    "train": {"global_batch": 8, "micro_batch": 2, "steps": STEPS},
+    "optimizer": {"base_lr": 0.03, "warmup_fraction": 0.2, "grad_clip": 1.0},
+    "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": STEPS},
     "momentum": {"start": 0.9},
     "backend": {"precision": "fp32"},
     "checkpoint": {"every": 2},
     "log": {"every": 1},
-    "data": {"threads": 2},
+    "data": {"workers": 2},
 }
 
 
@@ -55,7 +55,7 @@ def write_recipe(folder: Path) -> Path:
     """Photographs and a recipe under a folder; returns the recipe's path."""
     photographs = make_photographs(folder / "photos")
     tree = BASE | {
-        "run": {"dir": str(folder / "run")},
+        "run": {"output_dir": str(folder / "run")},
         "data": BASE["data"] | {"path": str(photographs)},
     }
     path = folder / "recipe.yaml"
@@ -79,7 +79,7 @@ def run(recipe: Path, overrides: list[str]) -> str | None:
     with ExitStack() as stack:
         parts = build_parts(config, world, torch.device("cpu"), stack)
         if rank == 0:
-            save_config(config, Path(config.run.dir) / "config.yaml")
+            save_config(config, Path(config.run.output_dir) / "config.yaml")
         parts.evaluate = open_evaluation(config, world, torch.device("cpu"))
         parts.draw = open_pictures(parts, world)
         return train(parts)
@@ -128,7 +128,7 @@ def resume_each(
     from tests.checkpoint.save_case import Lines
 
     origin = recipe.parent / "origin"
-    run(recipe, [f"run.dir={origin}", *first])
+    run(recipe, [f"run.output_dir={origin}", *first])
     log = Lines()
     found = []
     for number, way in enumerate(ways):
@@ -137,7 +137,7 @@ def resume_each(
         log.lines.clear()
         error = ""
         try:
-            run(recipe, [f"run.dir={place}", *way])
+            run(recipe, [f"run.output_dir={place}", *way])
         except CmtMaeError as refused:
             error = f"{refused.exit_code} {refused}"
         newest = layout.candidates(place / "checkpoints")[0]

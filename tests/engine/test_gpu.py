@@ -26,8 +26,8 @@ def vit_large(compiled: bool) -> Config:
     config.teacher.model, config.teacher.weights = "ViT-B-16-quickgelu", "random"
     config.teacher.quick_gelu = True
     config.collaboration.alpha_attention, config.collaboration.alpha_target = 0.5, 0.7
-    config.mask.salient_frac = 0.0
-    config.train.global_batch = config.train.micro_batch = BATCH
+    config.mask.salient_fraction = 0.0
+    config.train.global_batch_size = config.train.micro_batch_size = BATCH
     config.backend.compile = compiled
     return config
 

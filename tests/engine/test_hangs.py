@@ -25,7 +25,7 @@ ENDLESS = "train.steps=100000"
 def left(recipe: Path, fault: str, *overrides: str) -> tuple[list[int | None], Path]:
     """Exit codes of two ranks of which the second meets a fault (``None``: still there)."""
     run_dir = recipe.parent / "run"
-    line = [f"run.dir={run_dir}", ENDLESS, "checkpoint.every=100000", *overrides]
+    line = [f"run.output_dir={run_dir}", ENDLESS, "checkpoint.every=100000", *overrides]
     with started(2, command_on_ranks, recipe, line, fault, 1) as (children, _):
         children[0].join(60)
         if fault != "freeze":

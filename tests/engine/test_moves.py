@@ -20,9 +20,9 @@ needs_deepspeed = pytest.mark.skipif(
 )
 ZERO_MARKS = (needs_deepspeed, pytest.mark.deepspeed)
 FSDP, HSDP, REPLICATED = (
-    ["backend.name=fsdp", f"backend.shard={s}"] for s in ("full", "node", "none")
+    ["backend.name=fsdp", f"backend.sharding={s}"] for s in ("full", "node", "none")
 )
-ZERO1, ZERO2, ZERO3 = (["backend.name=zero", f"backend.zero_stage={s}"] for s in (1, 2, 3))
+ZERO1, ZERO2, ZERO3 = (["backend.name=deepspeed", f"backend.zero_stage={s}"] for s in (1, 2, 3))
 GATHER_ANEW = "backend.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
 
 
@@ -46,9 +46,11 @@ def draws(ranks: list[list[int]], micro: int) -> list[int]:
 @pytest.mark.deepspeed
 def test_a_run_moves_between_backends_and_world_sizes(recipe: Path, tmp_path: Path) -> None:
     whole = ["train.steps=20", "checkpoint.every=100"]
-    rank_draws = run_ranks(2, run_noting, recipe, [f"run.dir={tmp_path / 'whole'}", *whole, *FSDP])
+    rank_draws = run_ranks(
+        2, run_noting, recipe, [f"run.output_dir={tmp_path / 'whole'}", *whole, *FSDP]
+    )
     expected = draws(rank_draws, 2)
-    where = f"run.dir={tmp_path / 'moved'}"
+    where = f"run.output_dir={tmp_path / 'moved'}"
     moved: list[int] = []
     for stop, size, backend in [
         (5, 2, FSDP),
@@ -80,8 +82,8 @@ def test_a_run_moves_between_backends_and_world_sizes(recipe: Path, tmp_path: Pa
 def test_stopping_and_going_on_is_bit_identical(
     recipe: Path, tmp_path: Path, backend: list[str]
 ) -> None:
-    run_ranks(2, run, recipe, [f"run.dir={tmp_path / 'whole'}", *backend])
-    where = [f"run.dir={tmp_path / 'run'}", *backend]
+    run_ranks(2, run, recipe, [f"run.output_dir={tmp_path / 'whole'}", *backend])
+    where = [f"run.output_dir={tmp_path / 'run'}", *backend]
     run_ranks(2, run, recipe, [*where, "train.stop_after=3"])
     run_ranks(2, run, recipe, where)
     same(tmp_path / "run", tmp_path / "whole")
@@ -106,10 +108,10 @@ def kill_and_finish(
     if key not in undisturbed:
         folder = recipe.parent / f"whole-{len(undisturbed)}"
         began = time.monotonic()
-        run_ranks(2, run, recipe, [f"run.dir={folder}", *settings])
+        run_ranks(2, run, recipe, [f"run.output_dir={folder}", *settings])
         undisturbed[key] = (folder, time.monotonic() - began)
     folder, duration_s = undisturbed[key]
-    line = [f"run.dir={run_dir}", *settings]
+    line = [f"run.output_dir={run_dir}", *settings]
     kill_ranks(2, run, recipe, line, after_s=moment * duration_s)
     run_ranks(2, run, recipe, line)
     same(run_dir, folder)

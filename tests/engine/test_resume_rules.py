@@ -20,14 +20,21 @@ SAME = ("digest", "digest")
 
 # docs/checkpoints.md has the same list in words.
 FREE = {
-    *("run.name", "run.dir", "run.max_seconds", "run.allow_change", "teacher.mode"),
+    *("run.name", "run.output_dir", "run.time_limit_s", "run.allow_change", "teacher.mode"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.background"),
     *(key for key in KEYS if key.startswith(("backend.", "cache.", "eval.", "guard.", "log."))),
-    *("train.micro_batch", "train.stop_after"),
-    *("data.decode", "data.threads", "data.path", "data.index", "data.source", "data.resident"),
-    *("data.expected_images", "data.max_bad_share", "data.window_on_sorted"),
+    *("train.micro_batch_size", "train.stop_after"),
+    *("data.decode", "data.workers", "data.path", "data.index", "data.source", "data.resident"),
+    *("data.expected_images", "data.max_bad_fraction", "data.window_on_sorted"),
 }
-NEVER = {"run.seed", "views.size", "views.scale", "views.ratio", "views.flip", "views.count"}
+NEVER = {
+    "run.seed",
+    "views.image_size",
+    "views.crop_scale",
+    "views.aspect_ratio",
+    "views.hflip",
+    "views.views_per_image",
+}
 
 
 def changed(key: str, value: Any = "another") -> dict[str, Any]:
@@ -96,12 +103,17 @@ def test_positions_count_anew_from_an_allowed_change() -> None:
 WAYS: dict[str, list[str]] = {
     "free": [
         *("run.name=other", "log.every=2", "checkpoint.every=5", "checkpoint.keep=1"),
-        *("train.micro_batch=4", "data.threads=1", "backend.shard=none", "data.max_bad_share=0.5"),
+        *(
+            "train.micro_batch_size=4",
+            "data.workers=1",
+            "backend.sharding=replicate",
+            "data.max_bad_fraction=0.5",
+        ),
     ],
     "refused": ["optimizer.betas=[0.5, 0.6]"],
     "allowed": ["optimizer.betas=[0.5, 0.6]", "run.allow_change=[optimizer.betas]"],
-    "batch": ["train.global_batch=16", "run.allow_change=[train.global_batch]"],
-    "views": ["views.scale=[0.5, 1.0]", "run.allow_change=[views.scale]"],
+    "batch": ["train.global_batch_size=16", "run.allow_change=[train.global_batch_size]"],
+    "views": ["views.crop_scale=[0.5, 1.0]", "run.allow_change=[views.crop_scale]"],
 }
 
 
@@ -154,6 +166,6 @@ def test_another_batch_continues_at_the_same_position(resumed: dict[str, Any]) -
 @pytest.mark.gloo
 def test_other_views_are_refused_even_with_permission(resumed: dict[str, Any]) -> None:
     error, state, _ = resumed["views"]
-    assert error.startswith(f"{EXIT_CONFIG} views.scale: the checkpoint has [0.2, 1.0]")
+    assert error.startswith(f"{EXIT_CONFIG} views.crop_scale: the checkpoint has [0.2, 1.0]")
     assert "never changes" in error
     assert state["progress"]["step"] == 2

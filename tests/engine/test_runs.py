@@ -31,7 +31,7 @@ def undisturbed(recipe: Path) -> dict[int, Path]:
     """The run from start to end, at one and at two processes."""
     folders = {size: recipe.parent / f"whole{size}" for size in (1, 2)}
     for size, folder in folders.items():
-        assert run_ranks(size, run, recipe, [f"run.dir={folder}"]) == [None] * size
+        assert run_ranks(size, run, recipe, [f"run.output_dir={folder}"]) == [None] * size
     return folders
 
 
@@ -43,7 +43,7 @@ def log(run_dir: Path) -> list[dict[str, Any]]:
 def test_stopping_and_going_on_is_bit_identical(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path, size: int
 ) -> None:
-    where = f"run.dir={tmp_path / 'run'}"
+    where = f"run.output_dir={tmp_path / 'run'}"
     reasons = run_ranks(size, run_twice, recipe, [where, "train.stop_after=3"], [where])
     assert reasons == [("train.stop_after=3", None)] * size
     same(tmp_path / "run", undisturbed[size])
@@ -53,9 +53,9 @@ def test_stopping_and_going_on_is_bit_identical(
 def test_other_world_sizes_continue_the_same_run(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
-    where = f"run.dir={tmp_path / 'run'}"
-    run_ranks(2, run, recipe, [where, "train.stop_after=4", "backend.shard=full"])
-    run_ranks(1, run, recipe, [where, "train.micro_batch=4"])
+    where = f"run.output_dir={tmp_path / 'run'}"
+    run_ranks(2, run, recipe, [where, "train.stop_after=4", "backend.sharding=full"])
+    run_ranks(1, run, recipe, [where, "train.micro_batch_size=4"])
     one, two = tensors(tmp_path / "run", STEPS), tensors(undisturbed[1], STEPS)
     for key, value in one.items():
         ours, theirs = (trained(key, one.numpy()) for one in (value, two[key]))
@@ -81,7 +81,7 @@ def test_the_log_holds_every_term(undisturbed: dict[int, Path]) -> None:
 
 def test_what_a_run_does_not_have_is_not_logged(recipe: Path, tmp_path: Path) -> None:
     (reason,) = run_ranks(
-        1, run, recipe, [f"run.dir={tmp_path}", "mask.sampler=random", "train.stop_after=1"]
+        1, run, recipe, [f"run.output_dir={tmp_path}", "mask.sampler=random", "train.stop_after=1"]
     )
     assert reason == "train.stop_after=1"
     (entry,) = log(tmp_path)
@@ -106,7 +106,7 @@ def test_the_exported_encoder_is_timms(undisturbed: dict[int, Path]) -> None:
 def test_changed_keys_are_refused_unless_allowed(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
-    where = f"run.dir={tmp_path / 'run'}"
+    where = f"run.output_dir={tmp_path / 'run'}"
     run_ranks(1, run, recipe, [where, "train.stop_after=2"])
     with pytest.raises(AssertionError, match=r"mask.ratio: the checkpoint has 0.75"):
         run_ranks(1, run, recipe, [where, "mask.ratio=0.5"])
@@ -119,7 +119,9 @@ def test_changed_keys_are_refused_unless_allowed(
 
 def test_a_batch_that_does_not_divide_is_refused(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="is not a multiple of micro_batch x world_size"):
-        run_ranks(1, run, recipe, [f"run.dir={tmp_path / 'run'}", "train.micro_batch=3"])
+        run_ranks(
+            1, run, recipe, [f"run.output_dir={tmp_path / 'run'}", "train.micro_batch_size=3"]
+        )
 
 
 def test_bad_images_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> None:
@@ -127,11 +129,13 @@ def test_bad_images_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> Non
     pictures = sorted((tmp_path / "photos").rglob("*.jpg"))
     for path in pictures[:10]:
         path.write_bytes(path.read_bytes()[:-400])
-    with pytest.raises(AssertionError, match=r"could not be decoded, more than data.max_bad_share"):
+    with pytest.raises(
+        AssertionError, match=r"could not be decoded, more than data.max_bad_fraction"
+    ):
         run_ranks(1, run, recipe, [])
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     assert {"sample_id", "name", "reason"} <= json.loads(lines[0]).keys()
-    relaxed = ["data.max_bad_share=0.9", f"run.dir={tmp_path / 'relaxed'}"]
+    relaxed = ["data.max_bad_fraction=0.9", f"run.output_dir={tmp_path / 'relaxed'}"]
     assert run_ranks(1, run, recipe, relaxed) == [None]
     assert min(entry["valid_rows"] for entry in log(tmp_path / "relaxed")) < 8
 
@@ -149,7 +153,7 @@ def test_killed_after_a_checkpoint_and_started_again_is_bit_identical(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    line = command(recipe, f"run.dir={run_dir}", "checkpoint.every=1")
+    line = command(recipe, f"run.output_dir={run_dir}", "checkpoint.every=1")
     child = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)
     limit = time.monotonic() + 120
     while not (run_dir / "checkpoints" / layout.LATEST).exists():
@@ -157,13 +161,13 @@ def test_killed_after_a_checkpoint_and_started_again_is_bit_identical(
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert run_ranks(1, run, recipe, [f"run.dir={run_dir}"]) == [None]
+    assert run_ranks(1, run, recipe, [f"run.output_dir={run_dir}"]) == [None]
     same(run_dir, undisturbed[1])
 
 
 def test_sigterm_saves_and_leaves_with_75(recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    line = command(recipe, f"run.dir={run_dir}", "train.steps=100000")
+    line = command(recipe, f"run.output_dir={run_dir}", "train.steps=100000")
     child = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)
     limit = time.monotonic() + 120
     while not (run_dir / "log.jsonl").exists():

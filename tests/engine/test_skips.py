@@ -37,7 +37,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
     folder = tmp_path_factory.mktemp("skips")
     recipe = write_recipe(folder)
     cases = [
-        ([f"run.dir={folder / name}", *overrides], change)
+        ([f"run.output_dir={folder / name}", *overrides], change)
         for name, (overrides, change) in CASES.items()
     ]
     ranks = run_ranks(2, run_each, recipe, cases, 1)

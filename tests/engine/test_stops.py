@@ -53,8 +53,8 @@ def test_a_signal_on_any_rank_at_any_moment_stops_all_at_the_same_step(
 @pytest.mark.gloo
 def test_a_time_limit_stops_all_ranks(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    assert run_ranks(2, command_on_ranks, recipe, [*ENDLESS, "run.max_seconds=0.5"]) == [75, 75]
-    check_stopped(tmp_path / "run", "run.max_seconds=0.5")
+    assert run_ranks(2, command_on_ranks, recipe, [*ENDLESS, "run.time_limit_s=0.5"]) == [75, 75]
+    check_stopped(tmp_path / "run", "run.time_limit_s=0.5")
 
 
 def test_slurms_time_limit_leaves_time_for_a_save() -> None:

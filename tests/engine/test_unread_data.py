@@ -32,7 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(recipe: Path) -> Path:
     folder = recipe.parent / "whole"
-    run_ranks(2, run, recipe, [f"run.dir={folder}"])
+    run_ranks(2, run, recipe, [f"run.output_dir={folder}"])
     return folder
 
 
@@ -83,7 +83,7 @@ def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
     recipe: Path, undisturbed: Path, tmp_path: Path, position: int
 ) -> None:
     run_dir, step, rank = tmp_path / "run", position // 8, position // 2 % 2
-    outcomes = run_ranks(2, run_without, recipe, [f"run.dir={run_dir}"], position)
+    outcomes = run_ranks(2, run_without, recipe, [f"run.output_dir={run_dir}"], position)
     reasons = {reason for reason, *_ in outcomes}
     assert len(reasons) == 1 and [at for _, at, _ in outcomes] == [step, step]
     (reason,) = reasons
@@ -95,7 +95,7 @@ def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
     assert [was_without for *_, was_without in outcomes] == [k == rank for k in range(2)]
     assert layout.candidates(run_dir / "checkpoints")[0].name == f"step-{step:08d}"
     assert not (run_dir / "quarantine.jsonl").exists()
-    assert run_ranks(2, run, recipe, [f"run.dir={run_dir}"]) == [None, None]
+    assert run_ranks(2, run, recipe, [f"run.output_dir={run_dir}"]) == [None, None]
     same(run_dir, undisturbed)
     entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
@@ -123,7 +123,7 @@ sys.exit(pretrain(sys.argv[1:]))
 
 def test_the_program_leaves_with_75_and_says_why(recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    arguments = ["--config", str(recipe), f"run.dir={run_dir}"]
+    arguments = ["--config", str(recipe), f"run.output_dir={run_dir}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", FALTERING, *arguments],

@@ -15,7 +15,7 @@ from tests.processes import run_ranks
 pytestmark = pytest.mark.gloo
 MAE = [
     *("teacher.mode=none", "mask.sampler=random", "loss.teacher=0", "loss.student=0"),
-    *("loss.pixel=1", "decoder.type=full", "loss.tokens=hidden"),
+    *("loss.pixel=1", "decoder.type=full", "loss.tokens=masked"),
 ]
 
 
@@ -30,7 +30,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asking(recipe: Path, run_dir: Path, *more: str) -> list[str]:
     """Overrides of a run that evaluates every third step."""
     paths = [f"eval.{name}_path={recipe.parent / name}" for name in ("train", "test")]
-    return [f"run.dir={run_dir}", "eval.every=3", *paths, *more]
+    return [f"run.output_dir={run_dir}", "eval.every=3", *paths, *more]
 
 
 def evaluations(run_dir: Path) -> list[dict[str, float]]:
@@ -63,14 +63,14 @@ def said_by_the_command(run_dir: Path) -> dict[str, float]:
     ("ranks", "more"),
     [
         pytest.param(1, [], marks=pytest.mark.slow),
-        (2, ["backend.shard=full"]),
-        (2, ["backend.shard=none", *MAE]),
+        (2, ["backend.sharding=full"]),
+        (2, ["backend.sharding=replicate", *MAE]),
         pytest.param(
-            *(2, ["backend.name=zero", "backend.zero_stage=1"]),
+            *(2, ["backend.name=deepspeed", "backend.zero_stage=1"]),
             marks=[pytest.mark.deepspeed, pytest.mark.slow],
         ),
         pytest.param(
-            *(2, ["backend.name=zero", "backend.zero_stage=3", *MAE]),
+            *(2, ["backend.name=deepspeed", "backend.zero_stage=3", *MAE]),
             marks=[pytest.mark.deepspeed, pytest.mark.slow],
         ),
     ],
@@ -81,7 +81,7 @@ def test_training_is_the_same_bit_for_bit_and_the_numbers_are_the_commands(
     if any("zero" in one for one in more):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     quiet, asked = tmp_path / "quiet", tmp_path / "asked"
-    assert run_ranks(ranks, run, recipe, [f"run.dir={quiet}", *more]) == [None] * ranks
+    assert run_ranks(ranks, run, recipe, [f"run.output_dir={quiet}", *more]) == [None] * ranks
     assert run_ranks(ranks, run, recipe, asking(recipe, asked, *more)) == [None] * ranks
     same(quiet, asked)
     found = evaluations(asked)

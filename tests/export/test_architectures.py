@@ -19,7 +19,7 @@ from cmtmae_scale.method.student import Student, build_student
 
 def student(arch: str, size: int = 224) -> Student:
     config = Config()
-    config.student.arch, config.views.size = arch, size
+    config.student.arch, config.views.image_size = arch, size
     with torch.device("meta"):
         return build_student(config)
 
@@ -27,7 +27,7 @@ def student(arch: str, size: int = 224) -> Student:
 def saved(folder: Path, arch: str, size: int, patch: int) -> Origin:
     """A checkpoint's weights of a student that differs in every value from its start."""
     config = Config()
-    config.student.arch, config.student.patch_size, config.views.size = arch, patch, size
+    config.student.arch, config.student.patch_size, config.views.image_size = arch, patch, size
     model = build_student(config)
     initialise(model, 0)
     generator = torch.Generator().manual_seed(1)

@@ -11,12 +11,12 @@ from tests.evaluation.evaluation_case import labelled_photographs, world
 STEPS = 6
 BASE: dict[str, Any] = {
     "head": {"drop_path": 0.2},
-    "optimizer": {"base_lr": 0.03, "warmup_epochs": 0.5, "clip": 1.0},
-    "train": {"global_batch": 8, "micro_batch": 2, "steps": STEPS},
+    "optimizer": {"base_lr": 0.03, "warmup_epochs": 0.5, "grad_clip": 1.0},
+    "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": STEPS},
     "backend": {"precision": "fp32"},
     "checkpoint": {"every": 2},
     "log": {"every": 1},
-    "data": {"threads": 2},
+    "data": {"workers": 2},
 }
 
 
@@ -27,7 +27,7 @@ def write_recipe(folder: Path, train: int = 20, test: int = 13, classes: int = 3
         "test_path": str(labelled_photographs(folder / "test", test, 1, classes)),
     }
     write_encoder(folder / "encoder.safetensors", 0)
-    tree = BASE | {"run": {"dir": str(folder / "run")}, "data": BASE["data"] | paths}
+    tree = BASE | {"run": {"output_dir": str(folder / "run")}, "data": BASE["data"] | paths}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -42,7 +42,7 @@ def write_encoder(file: Path, seed: int) -> None:
     from cmtmae_scale.method.student import build_student
 
     config = Config()
-    config.student.arch, config.views.size = "test_vit", 64
+    config.student.arch, config.views.image_size = "test_vit", 64
     student = build_student(config)
     initialise(student, seed)
     save_file(student.state_dict(), file)

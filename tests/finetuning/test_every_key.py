@@ -18,19 +18,19 @@ from tests.processes import run_ranks
 
 # One override a key; a second one in the same string makes the key matter.
 CHANGES = {
-    "run.dir": "run.dir=elsewhere",
-    "run.max_seconds": "run.max_seconds=0.001",
+    "run.output_dir": "run.output_dir=elsewhere",
+    "run.time_limit_s": "run.time_limit_s=0.001",
     "run.seed": "run.seed=1",
     "run.allow_change": "run.allow_change=[train.epochs] train.stop_after=1",
     "data.path": "data.path=nowhere",
     "data.test_path": "data.test_path=nowhere",
-    "data.max_bad_share": "data.max_bad_share=2",
-    "data.threads": "data.threads=0",
+    "data.max_bad_fraction": "data.max_bad_fraction=2",
+    "data.workers": "data.workers=0",
     "head.pool": "head.pool=cls",
     "head.drop_path": "head.drop_path=0.6",
-    "augment.scale": "augment.scale=[0.5,1.0]",
-    "augment.ratio": "augment.ratio=[1.0,1.0]",
-    "augment.flip": "augment.flip=false",
+    "augment.crop_scale": "augment.crop_scale=[0.5,1.0]",
+    "augment.aspect_ratio": "augment.aspect_ratio=[1.0,1.0]",
+    "augment.hflip": "augment.hflip=false",
     "augment.magnitude": "augment.magnitude=null",
     "augment.magnitude_std": "augment.magnitude_std=2",
     "augment.erase": "augment.erase=1",
@@ -41,19 +41,19 @@ CHANGES = {
     "optimizer.layer_decay": "optimizer.layer_decay=1.0",
     "optimizer.betas": "optimizer.betas=[0.5,0.6]",
     "optimizer.weight_decay": "optimizer.weight_decay=0.5",
-    "optimizer.clip": "optimizer.clip=0.01",
+    "optimizer.grad_clip": "optimizer.grad_clip=0.01",
     "optimizer.warmup_epochs": "optimizer.warmup_epochs=0",
     "optimizer.min_lr": "optimizer.min_lr=0.001",
-    "train.global_batch": "train.global_batch=16",
-    "train.micro_batch": "train.micro_batch=4",
+    "train.global_batch_size": "train.global_batch_size=16",
+    "train.micro_batch_size": "train.micro_batch_size=4",
     "train.epochs": "train.epochs=2",
     "train.steps": "train.steps=4",
     "train.stop_after": "train.stop_after=1",
     "backend.name": "backend.name=zeros",
     "backend.precision": "backend.precision=bf16",
-    "backend.shard": "backend.shard=some",
+    "backend.sharding": "backend.sharding=some",
     "backend.zero_stage": "backend.zero_stage=0",
-    "backend.deepspeed": "backend.deepspeed=absent.json backend.name=zero",
+    "backend.deepspeed": "backend.deepspeed=absent.json backend.name=deepspeed",
     "checkpoint.every": "checkpoint.every=1",
     "checkpoint.keep": "checkpoint.keep=1 checkpoint.every=1",
     "log.every": "log.every=2",
@@ -84,7 +84,7 @@ def leaves(owner: Any, prefix: str = "") -> list[str]:
 def observe(recipe: Path, run_dir: Path, overrides: list[str]) -> str:
     """Digest of everything that a run leaves behind, or its error."""
     try:
-        tune(recipe, f"run.dir={run_dir}", *SHORT, *overrides)
+        tune(recipe, f"run.output_dir={run_dir}", *SHORT, *overrides)
     except (CmtMaeError, DataError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     digest = hashlib.sha256()
@@ -106,7 +106,7 @@ def observe_all(recipe: Path, folder: Path) -> dict[str, tuple[str, str]]:
     assert base == again and "Error" not in base, (base, again)
     for number, (key, text) in enumerate(CHANGES.items()):
         change, *context = text.split(" ")
-        if key == "run.dir":
+        if key == "run.output_dir":
             tune(recipe, *SHORT, change)
             found[key] = (base, str(Path("elsewhere/checkpoints").is_dir()))
             continue

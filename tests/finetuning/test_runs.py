@@ -73,9 +73,9 @@ def test_the_checkpoints_encoder_is_timms_classifier(recipe: Path) -> None:
 
 
 def test_an_interruption_changes_no_bit(recipe: Path, tmp_path: Path) -> None:
-    place = f"run.dir={tmp_path}"
+    place = f"run.output_dir={tmp_path}"
     first, second, third = run_ranks(
-        1, tune_each, recipe, [place, "train.stop_after=3"], [place, "data.threads=1"], [place]
+        1, tune_each, recipe, [place, "train.stop_after=3"], [place, "data.workers=1"], [place]
     )[0]
     assert first[1] == 75 and "train.stop_after=3" in first[0]
     assert second[1] == third[1] == 0
@@ -89,7 +89,7 @@ def test_an_interruption_changes_no_bit(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_learn_the_same_from_the_same_views(recipe: Path, tmp_path: Path) -> None:
-    results = run_ranks(2, tune, recipe, f"run.dir={tmp_path}")
+    results = run_ranks(2, tune, recipe, f"run.output_dir={tmp_path}")
     assert results[0] == results[1]
     one, two = curve(recipe.parent / "run"), curve(tmp_path)
     assert two == pytest.approx(one, rel=2e-6)  # the order of sums
@@ -99,7 +99,7 @@ def test_two_ranks_learn_the_same_from_the_same_views(recipe: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_run_goes_on_at_another_number_of_ranks(recipe: Path, tmp_path: Path) -> None:
-    place = f"run.dir={tmp_path}"
+    place = f"run.output_dir={tmp_path}"
     run_ranks(2, tune, recipe, place, "train.stop_after=2")
     run_ranks(1, tune, recipe, place)
     whole = tensors(recipe.parent / "run", STEPS)
@@ -115,7 +115,7 @@ def tune_until_told(recipe: Path, run_dir: Path) -> tuple[tuple[str, int], tuple
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    overrides = [f"run.dir={run_dir}", "train.steps=16", "checkpoint.every=1000"]
+    overrides = [f"run.output_dir={run_dir}", "train.steps=16", "checkpoint.every=1000"]
     watcher = threading.Thread(target=tell)
     watcher.start()
     first = tune(recipe, *overrides)
@@ -138,7 +138,7 @@ def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
 
 
 REFUSED = {
-    "train.micro_batch=4": r"train.micro_batch: the checkpoint has 2, the config 4",
+    "train.micro_batch_size=4": r"train.micro_batch_size: the checkpoint has 2, the config 4",
     "augment.mixup=0.5": r"augment.mixup: the checkpoint has 0.8, the config 0.5",
     "head.pool=cls": r"head.pool: the checkpoint has mean, the config cls",
     "run.seed=3": r"run.seed: .* it never changes within a run",
@@ -168,7 +168,7 @@ def test_a_run_belongs_to_the_weights_that_it_started_from(recipe: Path) -> None
 @pytest.mark.slow
 def test_a_run_goes_on_although_what_it_started_from_is_gone(recipe: Path, tmp_path: Path) -> None:
     write_encoder(recipe.parent / "gone.safetensors", 0)
-    run_ranks(1, tune_lost, recipe, f"run.dir={tmp_path}")
+    run_ranks(1, tune_lost, recipe, f"run.output_dir={tmp_path}")
     same(recipe.parent / "run", tmp_path)
 
 
@@ -186,15 +186,15 @@ def test_a_picture_that_cannot_be_decoded_is_left_out(recipe: Path, tmp_path: Pa
         broken = photographs / "class1" / "007.jpg"
         broken.write_bytes(broken.read_bytes()[:-300])
         paths.append(str(photographs))
-    overrides = [f"run.dir={tmp_path / 'run'}", f"data.path={paths[0]}"]
-    overrides += [f"data.test_path={paths[1]}", "data.max_bad_share=0.2"]
+    overrides = [f"run.output_dir={tmp_path / 'run'}", f"data.path={paths[0]}"]
+    overrides += [f"data.test_path={paths[1]}", "data.max_bad_fraction=0.2"]
     ((said, code),) = run_ranks(1, tune, recipe, *overrides)
     assert code == 0 and "left out: 1 images that cannot be decoded" in said
     rows = curve(tmp_path / "run", "valid_rows")
     # the pair of each of its two or three draws is not learnt from
     assert 8 * STEPS - sum(rows) in (4.0, 6.0)
     with pytest.raises(AssertionError, match=r"draws .* could not be decoded, more than data.max"):
-        bad = [*overrides[1:3], f"run.dir={tmp_path / 'other'}", "data.max_bad_share=0"]
+        bad = [*overrides[1:3], f"run.output_dir={tmp_path / 'other'}", "data.max_bad_fraction=0"]
         run_ranks(1, tune, recipe, *bad)
 
 
@@ -205,12 +205,12 @@ def test_a_picture_that_cannot_be_decoded_is_left_out(recipe: Path, tmp_path: Pa
 def test_zero_learns_what_fsdp_learns_and_takes_over_its_run(
     recipe: Path, tmp_path: Path, stage: int
 ) -> None:
-    zero = ["backend.name=zero", f"backend.zero_stage={stage}"]
-    run_ranks(2, tune, recipe, f"run.dir={tmp_path / 'whole'}", *zero)
+    zero = ["backend.name=deepspeed", f"backend.zero_stage={stage}"]
+    run_ranks(2, tune, recipe, f"run.output_dir={tmp_path / 'whole'}", *zero)
     expected = curve(recipe.parent / "run")
     assert curve(tmp_path / "whole") == pytest.approx(expected, rel=1e-5)
-    run_ranks(1, tune, recipe, f"run.dir={tmp_path / 'moved'}", "train.stop_after=2")
-    run_ranks(2, tune, recipe, f"run.dir={tmp_path / 'moved'}", *zero)
+    run_ranks(1, tune, recipe, f"run.output_dir={tmp_path / 'moved'}", "train.stop_after=2")
+    run_ranks(2, tune, recipe, f"run.output_dir={tmp_path / 'moved'}", *zero)
     assert curve(tmp_path / "moved") == pytest.approx(expected, rel=1e-5)
 
 
@@ -231,7 +231,7 @@ def test_it_learns_in_a_few_steps(tmp_path: Path) -> None:
 def learns(folder: Path, pool: str, overrides: list[str], at_least: float) -> None:
     """The loss falls, and accuracy on other photographs is beyond chance, a third."""
     recipe = write_recipe(folder, train=96, test=60)
-    options = [f"head.pool={pool}", "train.global_batch=16", "train.micro_batch=16"]
+    options = [f"head.pool={pool}", "train.global_batch_size=16", "train.micro_batch_size=16"]
     options += ["optimizer.base_lr=0.03", "optimizer.layer_decay=0.9", "head.drop_path=0.1"]
     options += ["checkpoint.every=1000"]
     run_ranks(1, tune, recipe, *options, *overrides)
@@ -244,5 +244,5 @@ def learns(folder: Path, pool: str, overrides: list[str], at_least: float) -> No
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(recipe: Path, tmp_path: Path) -> None:
-    run_ranks(1, tune, recipe, f"run.dir={tmp_path}", "backend.compile=true", timeout_s=400)
+    run_ranks(1, tune, recipe, f"run.output_dir={tmp_path}", "backend.compile=true", timeout_s=400)
     assert curve(tmp_path) == pytest.approx(curve(recipe.parent / "run"), rel=1e-4)

@@ -52,11 +52,11 @@ def test_a_command_fits_our_programs(command: list[str]) -> None:
     assert before == ["python"] or before[:2] == ["python", "launchers/supervise.py"]
     options = PROGRAMS[Path(command[place]).name](command[place + 1 :])
     config = load_config(ROOT / options.config, options.overrides)
-    where = config.cache.dir if "views.count=4" in command else config.run.dir
+    where = config.cache.dir if "views.views_per_image=4" in command else config.run.output_dir
     assert Path(str(where)).parts[0] == "runs"  # the one volume that can be written
     assert Path(str(config.data.path)).parts[0] == "datasets"
     if getattr(options, "follow", None) is not None:
-        assert str(options.follow) == config.run.dir
+        assert str(options.follow) == config.run.output_dir
     if getattr(options, "shard", None) is not None:
         assert options.shard[0] < options.shard[1]
 

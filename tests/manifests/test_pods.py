@@ -37,7 +37,7 @@ def command(node: int, recipe: Path, run_dir: Path) -> list[str]:
         "--master-addr=cmtmae-0.cmtmae": "--master-addr=127.0.0.1",
         "--master-port=29500": "--master-port=29517",
         "--config=configs/vit_large.yaml": f"--config={recipe}",
-        "teacher.weights=datasets/teachers/ViT-L-14-openai.safetensors": f"run.dir={run_dir}",
+        "teacher.weights=datasets/teachers/ViT-L-14-openai.safetensors": f"run.output_dir={run_dir}",
     }
     assert changes.keys() <= set(container["command"])
     return [changes.get(part, part) for part in container["command"]] + OVERRIDES

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.checkpoint.init_weights import load_start_weights, translate
+from cmtmae_scale.checkpoint.init_weights import load_init_weights, translate
 from cmtmae_scale.config.schema import Config, Mask
 from cmtmae_scale.config.schema import Decoder as DecoderSettings
 from cmtmae_scale.method.decoder import build_decoder
@@ -31,10 +31,10 @@ from tests.references import vit_mae
 def make_config(**changes: Any) -> Config:
     """``test_vit``: 64 wide, 6 deep, 2 heads, MLP 192; 4 x 4 patches of 16 pixels."""
     config = Config()
-    config.student.arch, config.views.size = "test_vit", 64
+    config.student.arch, config.views.image_size = "test_vit", 64
     config.decoder.depth, config.decoder.width, config.decoder.heads = 2, 32, 4
     config.collaboration.alpha_attention = config.collaboration.alpha_target = 1.0
-    config.mask.salient_frac = 0.0
+    config.mask.salient_fraction = 0.0
     for key, value in changes.items():
         group, name = key.split("__")
         setattr(getattr(config, group), name, value)
@@ -76,7 +76,7 @@ def test_mae_equals_transformers_in_loss_and_every_gradient(norm: str) -> None:
     config.target.pixel.norm = norm
     theirs = vit_mae.build(64, 6, 2, 192, 64, 8, (32, 2, 4), norm_pix_loss=norm == "patch")
     ours = CollaborativeMAE(config)
-    load_start_weights(ours, theirs.state_dict(), "transformers")
+    load_init_weights(ours, theirs.state_dict(), "transformers")
     images, positions = random_images(3), torch.arange(3)
     choice = choose_masks(config.mask, None, positions, 9, 0.0, length=64)
     # MAE shows the patches of the smallest noise, we those of the largest key.

@@ -13,7 +13,7 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import (
     Predictions,
     TokenLayout,
@@ -29,11 +29,11 @@ LENGTH, TEACHER = 16, 7
 def make_config(**changes: Any) -> Config:
     config = Config()
     config.student.arch = "test_vit"
-    config.views.size = 64
+    config.views.image_size = 64
     config.decoder.depth, config.decoder.width, config.decoder.heads = 2, 24, 3
     config.collaboration.alpha_attention = 0.5
     config.collaboration.alpha_target = 0.7
-    config.mask.salient_frac = 0.0
+    config.mask.salient_fraction = 0.0
     for key, value in changes.items():
         group, name = key.split("__")
         setattr(getattr(config, group), name, value)
@@ -62,7 +62,7 @@ def make_layout(config: Config) -> TokenLayout:
 
 
 def step_loss(
-    config: Config, model: CollaborativeMAE, momentum: MomentumStudent | None
+    config: Config, model: CollaborativeMAE, momentum: MomentumEncoder | None
 ) -> tuple[Any, Tensor]:
     """Losses of one micro-batch, and the teacher's features, which ask for a gradient."""
     images, choice, layout = make_images(), make_choice(config), make_layout(config)
@@ -120,7 +120,7 @@ def test_every_trained_parameter_and_nothing_else_gets_a_gradient(config: Config
     model = make_model(config)
     momentum = None
     if needs(config).student_features:
-        momentum = build_student(config, MomentumStudent)
+        momentum = build_student(config, MomentumEncoder)
         momentum.load_state_dict(model.encoder.state_dict())
         momentum.requires_grad_(True)  # even so
     losses, features = step_loss(config, model, momentum)

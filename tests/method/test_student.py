@@ -14,7 +14,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.initialisation import fix_positions, initialise, sincos_positions
 from cmtmae_scale.method.student import (
-    MomentumStudent,
+    MomentumEncoder,
     RowAttention,
     Student,
     build_student,
@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def make_config(**changes: Any) -> Config:
     config = Config()
     config.student.arch = "test_vit"
-    config.views.size = 64
+    config.views.image_size = 64
     config.collaboration.alpha_attention = 0.5
     config.collaboration.alpha_target = 0.7
     for key, value in changes.items():
@@ -57,8 +57,8 @@ def make_vit(variant: str, cls: type[Any] = Student) -> Any:
     return model.eval()
 
 
-def make_momentum(variant: str, **changes: Any) -> MomentumStudent:
-    model = make_vit(variant, MomentumStudent)
+def make_momentum(variant: str, **changes: Any) -> MomentumEncoder:
+    model = make_vit(variant, MomentumEncoder)
     model.configure(make_config(**changes))
     return model
 
@@ -235,7 +235,7 @@ def test_momentum_student_keeps_no_row() -> None:
 
 def test_momentum_student_takes_the_students_state() -> None:
     config = make_config()
-    student, momentum = build_student(config), build_student(config, MomentumStudent)
+    student, momentum = build_student(config), build_student(config, MomentumEncoder)
     initialise(student, 0)
     momentum.load_state_dict(student.state_dict())
     assert not momentum.training and not any(p.requires_grad for p in momentum.parameters())
@@ -290,14 +290,14 @@ def test_timms_models_are_built_initialised_and_equal_timm(arch: str) -> None:
             "student.arch=resnet18 is another kind of model; use a plain",
         ),
         ({"student__arch": "eva02_tiny_patch14_224"}, "student.arch=eva02.* use a plain timm"),
-        ({"views__size": 70}, "views.size=70 is not a multiple .* 16; use 64 or 80"),
+        ({"views__size": 70}, "views.image_size=70 is not a multiple .* 16; use 64 or 80"),
         ({"attention__layers": [6]}, r"attention.layers=\[6\]: the student has blocks 0 to 5"),
         ({"target__student__layers": [0, -6]}, "target.student.layers=.* names a block twice"),
     ],
 )
 def test_what_cannot_be_a_student_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_student(make_config(**changes), MomentumStudent)
+        build_student(make_config(**changes), MomentumEncoder)
 
 
 @pytest.mark.parametrize(

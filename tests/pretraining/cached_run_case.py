@@ -19,24 +19,24 @@ from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.teachers.base import TeacherView, picture_sizes
+from cmtmae_scale.teachers.base import TeacherView, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.index import Index, build_index
 from dataloading.stream import Stream
 from tests.engine.run_case import run
 
 COUNT = 2
-VIEWS = f"views.count={COUNT}"
-LIVE = LiveTeacher.look
+VIEWS = f"views.views_per_image={COUNT}"
+LIVE = OnlineTeacher.look
 
 
 def cached(folder: Path, *more: str) -> list[str]:
     """Overrides of a run that reads a cache."""
-    return [VIEWS, "teacher.mode=cache", f"cache.dir={folder}", *more]
+    return [VIEWS, "teacher.mode=cached", f"cache.dir={folder}", *more]
 
 
-def rounded(teacher: LiveTeacher, batch: Any) -> TeacherView:
+def rounded(teacher: OnlineTeacher, batch: Any) -> TeacherView:
     """A live view as a bf16 cache keeps it."""
     attention, features, _ = LIVE(teacher, batch)
     assert attention is not None and features is not None
@@ -46,13 +46,18 @@ def rounded(teacher: LiveTeacher, batch: Any) -> TeacherView:
 def open_views(config: Config, index: Index, teacher: Any, **options: Any) -> Stream:
     """Views of the run, two a batch as in the run."""
     views = config.views
-    sizes = picture_sizes(views.size, teacher)
+    sizes = view_sizes(views.image_size, teacher)
     options = {"micro_batch": 2, "sizes": sizes, "shuffle": "none"} | options
-    plan = {"scale": views.scale, "ratio": views.ratio, "flip": views.flip, "count": views.count}
+    plan = {
+        "scale": views.crop_scale,
+        "ratio": views.aspect_ratio,
+        "flip": views.hflip,
+        "count": views.views_per_image,
+    }
     return Stream(index, seed=config.run.seed, **plan, **options)
 
 
-def describe(config: Config) -> LiveTeacher:
+def describe(config: Config) -> OnlineTeacher:
     with torch.device("meta"):
         return build_teacher_skeleton(config).to("meta", torch.float32)
 
@@ -104,7 +109,7 @@ def make_cache(
     with open_views(config, index, teacher) as stream:
         for _ in range(num_rows // 2):
             batch = next(stream)
-            view = teacher.look(batch)
+            view = teacher.forward_batch(batch)
             assert view.attention is not None and view.features is not None
             for k, (sample, number) in enumerate(zip(batch.sample_id, batch.view, strict=True)):
                 row = int(sample) * COUNT + int(number)
@@ -192,12 +197,12 @@ def observe(recipe: Path, run_dir: Path, overrides: list[str], how: str = "") ->
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(loop, "prepare", note))
         if how == "rounded":
-            stack.enter_context(mock.patch.object(LiveTeacher, "look", rounded))
+            stack.enter_context(mock.patch.object(OnlineTeacher, "look", rounded))
         if how == "alone":
             none = mock.Mock(side_effect=AssertionError("a teacher is built"))
             stack.enter_context(mock.patch("cmtmae_scale.pretraining.build.build_teacher", none))
         try:
-            reason = run(recipe, [f"run.dir={run_dir}", *overrides])
+            reason = run(recipe, [f"run.output_dir={run_dir}", *overrides])
         except CacheError as failed:
             error = f"{failed.exit_code} {failed}"
     log = run_dir / "log.jsonl"

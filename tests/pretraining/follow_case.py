@@ -29,8 +29,8 @@ def train_beside(
     from cmtmae_scale.engine import loop
     from cmtmae_scale.runtime import progress_file as standing
 
-    config = load_config(recipe, [f"run.dir={run_dir}", *overrides])
-    assert config.train.global_batch == ROWS_A_PART and config.train.steps is not None
+    config = load_config(recipe, [f"run.output_dir={run_dir}", *overrides])
+    assert config.train.global_batch_size == ROWS_A_PART and config.train.steps is not None
     folder, step, last = cache_folder(config), loop.step, config.train.steps - 1
 
     def paced(parts: Any, scalars: Any) -> Any:

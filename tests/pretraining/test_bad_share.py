@@ -36,21 +36,25 @@ def test_one_bad_picture_early_stops_nothing(tmp_path: Path) -> None:
 def test_more_than_the_share_stops_with_counts_and_the_list(tmp_path: Path) -> None:
     recipe, _ = recipe_with_bad(tmp_path, [3, 9])
     with pytest.raises(AssertionError) as caught:
-        run_ranks(1, run, recipe, ["data.max_bad_share=0.1"])
+        run_ranks(1, run, recipe, ["data.max_bad_fraction=0.1"])
     expected = (
         "ConfigError: step 2: 2 of 16 draws (12.50%) could not be decoded, more than "
-        "data.max_bad_share=0.1; replace the files that "
+        "data.max_bad_fraction=0.1; replace the files that "
         f"{tmp_path / 'run' / 'quarantine.jsonl'} names, or raise that key"
     )
     assert expected in str(caught.value)
-    relaxed = ["data.max_bad_share=0.13", "train.stop_after=2", f"run.dir={tmp_path / 'relaxed'}"]
+    relaxed = [
+        "data.max_bad_fraction=0.13",
+        "train.stop_after=2",
+        f"run.output_dir={tmp_path / 'relaxed'}",
+    ]
     assert run_ranks(1, run, recipe, relaxed) == ["train.stop_after=2"]
 
 
 def test_ranks_and_restarts_name_each_bad_picture_once(tmp_path: Path) -> None:
     """Over two epochs both ranks draw them; the second start draws them again."""
     recipe, paths = recipe_with_bad(tmp_path, [3, 9, 14])
-    always = "data.max_bad_share=0.9"
+    always = "data.max_bad_fraction=0.9"
     run_ranks(2, run_twice, recipe, [always, "train.stop_after=4"], [always])
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]

@@ -56,7 +56,7 @@ def test_int8_features_keep_the_masks_and_the_losses_of_fifty_steps(
     recipe: Path, tmp_path: Path
 ) -> None:
     make_cache(recipe, tmp_path / "cache", "int8")
-    long = ["train.steps=50", "train.global_batch=4", ALONE, "checkpoint.every=50"]
+    long = ["train.steps=50", "train.global_batch_size=4", ALONE, "checkpoint.every=50"]
     ways = [
         (tmp_path / "live", [VIEWS, *long], "rounded"),
         (tmp_path / "cached", cached(tmp_path / "cache", "cache.on_miss=stop", *long), "alone"),
@@ -101,7 +101,7 @@ def test_a_row_that_one_rank_misses_stops_all_of_them_and_a_live_teacher_goes_on
             f"78 step 2 was not taken: the teacher cache failed on ranks 0: cache.dir="
             f"{tmp_path / 'cache'}: row {row} (image {row // 2}, view {row % 2}) of part {row}: "
             "it is not complete; complete the cache with launchers/precompute_teacher.py, or set "
-            "cache.on_miss=live"
+            "cache.on_miss=online"
         )
     assert layout.candidates(run_dir / "checkpoints")[0].name == "step-00000001"
     ways = [

@@ -21,7 +21,7 @@ from tests.engine.run_case import make_photographs, write_recipe
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 60, 10
 COMMON = [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "log.every=1"]
-LARGE = ["train.epochs=null", "train.global_batch=128", "train.micro_batch=128"]
+LARGE = ["train.epochs=null", "train.global_batch_size=128", "train.micro_batch_size=128"]
 LARGE += ["teacher.weights=random", "data.expected_images=null", "data.decode=dali"]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -31,7 +31,7 @@ class Starts:
 
     def __init__(self, recipe: Path, run_dir: Path, overrides: list[str]) -> None:
         script = str(ROOT / "launchers" / "pretrain.py")
-        own = [*COMMON, *overrides, f"run.dir={run_dir}"]
+        own = [*COMMON, *overrides, f"run.output_dir={run_dir}"]
         self.line = [sys.executable, script, "--config", str(recipe), *own]
         self.run_dir = run_dir
 

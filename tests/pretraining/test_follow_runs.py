@@ -11,15 +11,15 @@ from cmtmae_scale.cache.builder import make_builder
 from cmtmae_scale.commands.precompute import main
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.progress_file import read_standing
+from cmtmae_scale.runtime.progress_file import read_published_progress
 from tests.engine.run_case import run, same, write_recipe
 from tests.pretraining.follow_case import ROWS_A_PART, follow, parts_on_storage, train_beside
 from tests.processes import CONTEXT, run_ranks, started
 
 pytestmark = pytest.mark.gloo
 STEPS, BATCH, AHEAD = 20, 4, 3
-MODE = ["teacher.mode=follow", "cache.codec=bf16"]
-SIZE = ["train.micro_batch=4", f"train.global_batch={BATCH}", f"train.steps={STEPS}"]
+MODE = ["teacher.mode=sidecar", "cache.codec=bf16"]
+SIZE = ["train.micro_batch_size=4", f"train.global_batch_size={BATCH}", f"train.steps={STEPS}"]
 OVERRIDES = [*MODE, *SIZE, "checkpoint.every=2"]
 MOST = AHEAD + 2 * (2 * BATCH // ROWS_A_PART) + 1
 
@@ -48,7 +48,7 @@ def test_both_die_and_come_back_and_the_run_is_that_without_a_sidecar(
             time.sleep(0.01)
     killed.join(20)
     assert killed.exitcode == -9
-    standing = read_standing(run_dir)
+    standing = read_published_progress(run_dir)
     assert standing is not None and standing.saved < standing.end
     # Back with two sidecars in place of one; three epochs and more in all.
     others = [sidecar(run_dir, f"{number}/2", AHEAD) for number in range(2)]
@@ -63,12 +63,12 @@ def test_both_die_and_come_back_and_the_run_is_that_without_a_sidecar(
         assert other.exitcode == 0
     assert len(hits) == STEPS and hits[5:8] + hits[10:] == [1.0] * (3 + STEPS - 10)
     assert 0 < most <= MOST and parts_on_storage(run_dir / "cache") == 0
-    run_ranks(1, run, recipe, [f"run.dir={alone}", *OVERRIDES])
+    run_ranks(1, run, recipe, [f"run.output_dir={alone}", *OVERRIDES])
     same(run_dir, alone, STEPS)
 
 
 def test_the_cache_of_another_run_is_refused_at_the_start(recipe: Path, tmp_path: Path) -> None:
-    own = [*OVERRIDES, f"cache.dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}"]
+    own = [*OVERRIDES, f"cache.dir={tmp_path / 'cache'}", f"run.output_dir={tmp_path / 'run'}"]
     other = load_config(recipe, [*own, "data.shuffle=window"])
     builder = make_builder(other, tmp_path / "index", torch.device("cpu"), "positions")
     builder.begin(tmp_path / "cache", "bf16", ROWS_A_PART)
@@ -80,9 +80,9 @@ def test_the_cache_of_another_run_is_refused_at_the_start(recipe: Path, tmp_path
 def test_what_cannot_be_followed_is_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"teacher.mode=follow runs the teacher where no row is"):
-        load_config(recipe, ["teacher.mode=follow", "cache.on_miss=stop"])
-    with pytest.raises(ConfigError, match=r"teacher.mode=follow, but neither the mask nor"):
-        load_config(recipe, ["teacher.mode=follow", "mask.sampler=random", "loss.teacher=0"])
+    with pytest.raises(ConfigError, match=r"teacher.mode=sidecar runs the teacher where no row is"):
+        load_config(recipe, ["teacher.mode=sidecar", "cache.on_miss=stop"])
+    with pytest.raises(ConfigError, match=r"teacher.mode=sidecar, but neither the mask nor"):
+        load_config(recipe, ["teacher.mode=sidecar", "mask.sampler=random", "loss.teacher=0"])
     assert main(["--follow", str(tmp_path), "--config", str(recipe)]) == 78
-    assert "the run has teacher.mode=live; a sidecar needs follow" in capsys.readouterr().err
+    assert "the run has teacher.mode=online; a sidecar needs follow" in capsys.readouterr().err

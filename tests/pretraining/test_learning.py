@@ -22,12 +22,12 @@ STEPS, VIEWS, LENGTH = 300, 16, 64
 def learn(tmp_path, sampler: str, alpha_target: float) -> tuple[list[float], list[float]]:
     """First and last-ten-mean losses (teacher, student) on 16 fixed views."""
     config = Config()
-    config.student.arch, config.student.patch_size, config.views.size = "test_vit", 8, 64
+    config.student.arch, config.student.patch_size, config.views.image_size = "test_vit", 8, 64
     config.teacher.library, config.teacher.model = "timm", "test_vit"
     config.teacher.weights, config.teacher.feature = "random", "block"
     config.decoder.depth, config.decoder.width, config.decoder.heads = 2, 48, 4
     config.mask.sampler = sampler  # pyright: ignore
-    config.mask.salient_frac = 0.5
+    config.mask.salient_fraction = 0.5
     config.collaboration.alpha_attention = 0.5
     config.collaboration.alpha_target = 0.5  # so that both heads are built
     config.target.teacher.norm = "ln"

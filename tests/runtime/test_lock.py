@@ -52,7 +52,7 @@ def test_the_second_run_leaves_with_78_and_names_the_holder(tmp_path: Path, hold
     ):
         pass
     assert raised.value.exit_code == EXIT_CONFIG
-    assert str(raised.value).startswith(f"run.dir={tmp_path / 'run'} is in use")
+    assert str(raised.value).startswith(f"run.output_dir={tmp_path / 'run'} is in use")
 
 
 def test_a_holder_elsewhere_is_known_by_its_signs_of_life(tmp_path: Path, holder: Any) -> None:
@@ -88,7 +88,7 @@ def test_a_killed_holder_is_taken_over_at_once(
     assert child.exitcode == -signal.SIGKILL
     with hold_run(tmp_path, 0, patience_s=1000):
         pass
-    assert f"taking over run.dir={tmp_path} from pid {child.pid}" in caplog.text
+    assert f"taking over run.output_dir={tmp_path} from pid {child.pid}" in caplog.text
 
 
 def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
     for place in (tmp_path / "file" / "run", tmp_path / "file", Path("/proc/run")):
         with (
-            pytest.raises(ConfigError, match=f"run.dir={place} cannot be written"),
+            pytest.raises(ConfigError, match=f"run.output_dir={place} cannot be written"),
             hold_run(place, 0),
         ):
             pass

@@ -53,7 +53,7 @@ class Desk:
     def srun(self, run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[bytes]]:
         """Train by ``srun`` alone, one rank on each of both nodes."""
         line = ["srun", "--nodes=2", "--ntasks-per-node=1", self.cluster.environment["PYTHON"]]
-        line += ["launchers/pretrain.py", "--config", str(self.recipe), f"run.dir={run_dir}"]
+        line += ["launchers/pretrain.py", "--config", str(self.recipe), f"run.output_dir={run_dir}"]
         child = subprocess.Popen(
             [*line, *overrides],
             cwd=self.folder,

@@ -101,7 +101,7 @@ def test_after_the_loss_of_its_first_node_a_job_is_queued_again_by_slurm(
 
 
 def test_an_array_computes_a_cache(desk: Desk) -> None:
-    settings = ["views.count=2", "--rows-a-part=8"]
+    settings = ["views.views_per_image=2", "--rows-a-part=8"]
     cache = desk.folder / "cache"
     options = ["--array=0-1", "--cpus-per-task=1"]
     job = desk.submit("cache.sbatch", options, desk.recipe, cache, *settings)
@@ -111,7 +111,13 @@ def test_an_array_computes_a_cache(desk: Desk) -> None:
         [
             desk.cluster.environment["PYTHON"],
             str(ROOT / "launchers/precompute_teacher.py"),
-            *("--config", str(desk.recipe), f"cache.dir={cache}", "views.count=2", "--verify"),
+            *(
+                "--config",
+                str(desk.recipe),
+                f"cache.dir={cache}",
+                "views.views_per_image=2",
+                "--verify",
+            ),
         ],
         env=desk.cluster.environment,
         capture_output=True,
@@ -123,7 +129,7 @@ def test_an_array_computes_a_cache(desk: Desk) -> None:
 
 def test_a_sidecar_follows_a_run_as_a_job_beside_it(desk: Desk) -> None:
     run_dir = desk.folder / "followed"
-    train = desk.train("followed", STEPS_KEY, EVERY, "teacher.mode=follow")
+    train = desk.train("followed", STEPS_KEY, EVERY, "teacher.mode=sidecar")
     options = [f"--dependency=after:{train}", "--cpus-per-task=1"]
     sidecar = desk.submit("follow.sbatch", options, run_dir, "--rows-a-part=16")
     assert desk.cluster.wait(train) == ("COMPLETED", 0), desk.log(train)
@@ -163,7 +169,7 @@ def test_a_signal_to_srun_saves_on_both_nodes(desk: Desk, attempt: int) -> None:
 def test_deepspeed_under_the_supervisor_is_stopped_and_queued_again(desk: Desk) -> None:
     run_dir = desk.folder / "zero"
     size = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]
-    overrides = ["backend.name=zero", "backend.zero_stage=1", STEPS_KEY, EVERY]
+    overrides = ["backend.name=deepspeed", "backend.zero_stage=1", STEPS_KEY, EVERY]
     job = desk.submit("train_deepspeed.sbatch", size, desk.recipe, run_dir, *overrides)
     wait_for(lambda: step_of(run_dir) >= 3, 180, "step 3")
     desk.cluster.call("scancel", "--signal=USR1", job)

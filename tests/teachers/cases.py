@@ -25,7 +25,7 @@ def make_config(size: int = 32, patch: int = 8, **teacher: Any) -> Config:
     """A student of ``patch`` on views of ``size``, and a teacher."""
     config = Config()
     config.collaboration.alpha_attention = config.collaboration.alpha_target = 0.5
-    config.views.size = size
+    config.views.image_size = size
     config.student.patch_size = patch
     defaults = {"library": "open_clip", "weights": "random", "quick_gelu": False}
     for name, value in (defaults | teacher).items():

@@ -13,7 +13,7 @@ from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from tests.teachers.cases import (
     BOTH,
     TINY,
@@ -25,9 +25,9 @@ from tests.teachers.cases import (
 )
 
 
-def build(config: Any, needs: Needs = BOTH, dtype: torch.dtype = torch.float32) -> LiveTeacher:
+def build(config: Any, needs: Needs = BOTH, dtype: torch.dtype = torch.float32) -> OnlineTeacher:
     teacher = build_teacher(config, "cpu", dtype, needs)
-    assert isinstance(teacher, LiveTeacher)
+    assert isinstance(teacher, OnlineTeacher)
     return teacher
 
 
@@ -129,7 +129,7 @@ def test_mean_query_is_the_column_mean_over_patches(tiny: str) -> None:
 def test_what_is_not_needed_is_not_computed(tiny: str) -> None:
     calls: list[int] = []
 
-    def count(teacher: LiveTeacher) -> int:
+    def count(teacher: OnlineTeacher) -> int:
         calls.clear()
         for block in teacher.tower.blocks:
             block.register_forward_hook(lambda *_: calls.append(1))

@@ -12,14 +12,14 @@ from torch import Tensor
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
-from cmtmae_scale.teachers.online import LiveTeacher, Reading
+from cmtmae_scale.teachers.online import OnlineTeacher, Reading
 from cmtmae_scale.teachers.timm import TimmTower
 from tests.teachers.cases import BOTH, pictures, real_teacher, timm_config
 
 
-def build(config: Any, needs: Needs = BOTH) -> LiveTeacher:
+def build(config: Any, needs: Needs = BOTH) -> OnlineTeacher:
     teacher = build_teacher(config, "cpu", torch.float32, needs)
-    assert isinstance(teacher, LiveTeacher)
+    assert isinstance(teacher, OnlineTeacher)
     return teacher
 
 
@@ -29,7 +29,7 @@ def refusal(config: Any) -> str:
     return str(caught.value)
 
 
-def normalised(images: Tensor, teacher: LiveTeacher) -> Tensor:
+def normalised(images: Tensor, teacher: OnlineTeacher) -> Tensor:
     pixels = images.permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(teacher.mean).view(3, 1, 1)) / torch.tensor(teacher.std).view(
         3, 1, 1
@@ -81,10 +81,10 @@ def small(**options: Any) -> Any:
     return model
 
 
-def teacher_of(model: Any, source: str, feature: str = "ln_post") -> LiveTeacher:
+def teacher_of(model: Any, source: str, feature: str = "ln_post") -> OnlineTeacher:
     depth = len(model.blocks)
     reading = Reading(source, (depth - 1,), feature, (depth - 1,))
-    return LiveTeacher(TimmTower(model, "small", {"library": "timm"}), reading, 32, (4, 4))
+    return OnlineTeacher(TimmTower(model, "small", {"library": "timm"}), reading, 32, (4, 4))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,11 @@ def test_size_and_pixels_come_from_student_and_model() -> None:
     assert teacher.image_size == 64 and teacher.grid == (4, 4) and teacher.width == 192
     assert teacher.mean == (0.5, 0.5, 0.5)
     dino = timm_config("vit_small_patch14_dinov2", 32, 8, depth=1)
-    dino.student.patch_size, dino.student.arch, dino.views.size = None, "vit_tiny_patch16_224", 64
+    dino.student.patch_size, dino.student.arch, dino.views.image_size = (
+        None,
+        "vit_tiny_patch16_224",
+        64,
+    )
     teacher = build(dino)
     assert teacher.image_size == 56 and teacher.mean == (0.485, 0.456, 0.406)
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.checkpoint.init_weights import load_start_weights
+from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.initialisation import initialise, sincos_positions
@@ -58,12 +58,12 @@ def compare(config: Config, protocol: Protocol, device: torch.device) -> Compari
     """
     refuse_other_methods(config)
     generator = torch.Generator(device).manual_seed(config.run.seed)
-    size, count = config.views.size, config.train.micro_batch
+    size, count = config.views.image_size, config.train.micro_batch_size
     images = torch.randn(count, 3, size, size, device=device, generator=generator)
     theirs = build_theirs(config).to(device)
     ours = CollaborativeMAE(config)
     initialise(ours, config.run.seed)
-    load_start_weights(ours, theirs.state_dict(), "transformers")
+    load_init_weights(ours, theirs.state_dict(), "transformers")
     ours.to(device)
     length = ours.encoder.grid[0] * ours.encoder.grid[1]
     noise = hash_uniform(config.run.seed, 0, torch.arange(count, device=device), length)
@@ -136,7 +136,7 @@ def build_theirs(config: Config) -> Any:
             num_hidden_layers=len(encoder.blocks),
             num_attention_heads=block.attn.num_heads,
             intermediate_size=block.mlp.fc1.out_features,
-            image_size=config.views.size,
+            image_size=config.views.image_size,
             patch_size=encoder.patch_side,
             layer_norm_eps=1e-6,
             decoder_hidden_size=config.decoder.width,
@@ -159,7 +159,7 @@ def refuse_other_methods(config: Config) -> None:
         "decoder.type": (config.decoder.type, "full"),
         "mask.sampler": (config.mask.sampler, "random"),
         "mask.masks_per_view": (config.mask.masks_per_view, 1),
-        "loss.tokens": (config.loss.tokens, "hidden"),
+        "loss.tokens": (config.loss.tokens, "masked"),
         "loss.teacher": (config.loss.teacher, 0),
         "loss.student": (config.loss.student, 0),
     }

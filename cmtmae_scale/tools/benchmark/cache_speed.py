@@ -17,7 +17,7 @@ from cmtmae_scale.cache.format import Manifest, part_path
 from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.storage import drop_from_memory
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark.clock import Spread, spread
 from cmtmae_scale.tools.benchmark.table import markdown
 from dataloading.plan import Plan
@@ -77,7 +77,7 @@ def measure(
         The speeds, live last, and the largest share of a part that could not be dropped.
     """
     device, side = builder.device, builder.teacher.image_size
-    size = builder.config.train.micro_batch
+    size = builder.config.train.micro_batch_size
     pictures = torch.zeros((size, side, side, 3), dtype=torch.uint8, device=device)
     batches = -(-rows // size)
     generator = np.random.default_rng(0)
@@ -150,7 +150,7 @@ def decode(cache: Cached, fields: Sequence[dict[str, Tensor]]) -> None:
         cache.teacher.decode(one)
 
 
-def look(teacher: LiveTeacher, pictures: Tensor, batches: int) -> None:
+def look(teacher: OnlineTeacher, pictures: Tensor, batches: int) -> None:
     """Let the teacher look."""
     for _ in range(batches):
         teacher(pictures)

@@ -19,9 +19,9 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import TeacherView, picture_sizes
+from cmtmae_scale.teachers.base import TeacherView, view_sizes
 from cmtmae_scale.teachers.build import assemble, compute_dtype
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark import cache_speed, rounding, training
 from cmtmae_scale.tools.benchmark.cache_speed import Cached, Speed
 from cmtmae_scale.tools.benchmark.clock import Spread, spread
@@ -62,7 +62,7 @@ class Synthetic:
 
     image_size = None
 
-    def __init__(self, like: LiveTeacher, count: int, device: torch.device) -> None:
+    def __init__(self, like: OnlineTeacher, count: int, device: torch.device) -> None:
         self.width, self.has_cls = like.width, like.has_cls
         patches = like.grid[0] * like.grid[1]
         shape = (count, patches + self.has_cls, self.width)
@@ -71,7 +71,7 @@ class Synthetic:
             attention = torch.rand(count, patches, device=device).softmax(-1)
         self.view = TeacherView(attention, torch.randn(shape, device=device), True)
 
-    def look(self, batch: Batch) -> TeacherView:
+    def forward_batch(self, batch: Batch) -> TeacherView:
         """See ``TeacherSource.look``."""
         return self.view
 
@@ -89,7 +89,7 @@ def measure(
 
     Args:
         path: recipe.
-        overrides: of the recipe; all views of ``data.path`` are built, ``views.count`` or one each.
+        overrides: of the recipe; all views of ``data.path`` are built, ``views.views_per_image`` or one each.
         rows: views a round.
         rounds: rounds of which the median counts.
         protocol: of the training steps.
@@ -130,12 +130,12 @@ def live_config(path: str, overrides: Sequence[str], folder: Path) -> Config:
     Raises:
         ConfigError: if its loss does not use the teacher's features.
     """
-    own = ["teacher.mode=live", f"cache.dir={folder}", f"data.index={folder / 'index'}"]
+    own = ["teacher.mode=online", f"cache.dir={folder}", f"data.index={folder / 'index'}"]
     config = load_config(path, [*overrides, *own])
     if not needs(config).teacher_features:
         raise ConfigError(f"{path}: the loss does not use the teacher's features: nothing to read")
-    config.views.count = config.views.count or 1
-    config.train.global_batch = config.train.micro_batch
+    config.views.views_per_image = config.views.views_per_image or 1
+    config.train.global_batch_size = config.train.micro_batch_size
     config.cache.spot_check = 0.0
     return config
 
@@ -168,14 +168,14 @@ def build(builder: Builder, folder: Path, codec: Codec) -> Cached:
 def steps_of(
     config: Config,
     caches: Sequence[Cached],
-    teacher: LiveTeacher,
+    teacher: OnlineTeacher,
     protocol: Protocol,
     world: World,
     device: torch.device,
 ) -> tuple[list[training.Result], dict[str, Spread]]:
     """The training step with a synthetic teacher, each cache and the live teacher."""
     configs = [cached_config(config, one.folder, one.codec) for one in caches]
-    synthetic = Synthetic(teacher, config.train.micro_batch, device)
+    synthetic = Synthetic(teacher, config.train.micro_batch_size, device)
     variants = [Variant("synthetic teacher", configs[0], "auto", synthetic)]
     for own, cache in zip(configs, caches, strict=True):
         variants.append(Variant(f"cache, {cache.codec}", own, "auto", before=cache.drop))
@@ -193,7 +193,7 @@ def steps_of(
 def rounding_of(
     config: Config,
     index: Index,
-    teacher: LiveTeacher,
+    teacher: OnlineTeacher,
     calibration: Calibration,
     views: int,
     device: torch.device,
@@ -202,17 +202,17 @@ def rounding_of(
     with Stream(
         index,
         seed=config.run.seed,
-        micro_batch=config.train.micro_batch,
-        sizes=picture_sizes(config.views.size, teacher),
-        scale=config.views.scale,
-        ratio=config.views.ratio,
-        flip=config.views.flip,
-        threads=config.data.threads,
+        micro_batch=config.train.micro_batch_size,
+        sizes=view_sizes(config.views.image_size, teacher),
+        scale=config.views.crop_scale,
+        ratio=config.views.aspect_ratio,
+        flip=config.views.hflip,
+        threads=config.data.workers,
         start_position=ELSEWHERE,
         decode=config.data.decode,
         device=device,
     ) as stream:
-        batches = islice(stream, -(-views // config.train.micro_batch))
+        batches = islice(stream, -(-views // config.train.micro_batch_size))
         return rounding.measure(config, batches, teacher, calibration, device)
 
 

@@ -29,7 +29,7 @@ from cmtmae_scale.pretraining.build import (
 )
 from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import TeacherSource, TeacherView, picture_sizes
+from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
 from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, seconds
 from dataloading.stream import Batch
 
@@ -119,9 +119,9 @@ class TimedTeacher:
         """See ``TeacherSource``."""
         return self.inner.image_size
 
-    def look(self, batch: Batch) -> TeacherView:
+    def forward_batch(self, batch: Batch) -> TeacherView:
         """See ``TeacherSource.look``."""
-        return self.watch.timed("teacher", lambda: self.inner.look(batch))
+        return self.watch.timed("teacher", lambda: self.inner.forward_batch(batch))
 
 
 class Synthetic:
@@ -129,7 +129,7 @@ class Synthetic:
 
     def __init__(self, config: Config, sizes: tuple[int, ...], device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(config.run.seed)
-        self.count = config.train.micro_batch
+        self.count = config.train.micro_batch_size
         self.images = tuple(
             torch.randint(
                 0,
@@ -156,7 +156,7 @@ class Rig:
     """A built configuration.
 
     Args:
-        config: checked settings; ``run.dir`` is not used.
+        config: checked settings; ``run.output_dir`` is not used.
         sdpa: kernel of ``scaled_dot_product_attention``, a key of ``SDPA``.
         real: photographs of ``data.path`` instead of synthetic ones.
         world: this process's place; the process group is open.
@@ -176,7 +176,7 @@ class Rig:
         teacher: TeacherSource | None = None,
     ) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        config.run.dir = str(folder)
+        config.run.output_dir = str(folder)
         self.config = config
         self.device = device
         self.backend = SDPA[sdpa]
@@ -191,7 +191,7 @@ class Rig:
         elif reads_cache(config):
             raise ConfigError(
                 f"teacher.mode={config.teacher.mode} reads the rows of real photographs; add "
-                "--data real, or set teacher.mode=live"
+                "--data real, or set teacher.mode=online"
             )
         else:
             teacher = fetch_teacher(config, world, device)
@@ -200,19 +200,19 @@ class Rig:
         half = HORIZON // 2
         progress = Progress(
             half,
-            half * plan.global_batch,
+            half * plan.global_batch_size,
             0,
             0,
             half,
             HORIZON,
-            HORIZON * plan.global_batch,
+            HORIZON * plan.global_batch_size,
         )
         if index is not None:
             stream = stack.enter_context(
                 open_stream(config, index, world, device, teacher, progress)
             )
         else:
-            stream = Synthetic(config, picture_sizes(config.views.size, teacher), device)
+            stream = Synthetic(config, view_sizes(config.views.image_size, teacher), device)
         self.parts = Parts(
             config=config,
             plan=plan,

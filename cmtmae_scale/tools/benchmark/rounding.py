@@ -14,7 +14,7 @@ from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark.table import markdown
 from dataloading.stream import Batch
 
@@ -61,7 +61,7 @@ class Pull(NamedTuple):
 def measure(
     config: Config,
     batches: Iterable[Batch],
-    teacher: LiveTeacher,
+    teacher: OnlineTeacher,
     calibration: Calibration,
     device: torch.device,
 ) -> list[Rounding]:
@@ -98,7 +98,7 @@ def measure(
     return [compare(name, pulls[name], pulls["live"]) for name in stores]
 
 
-def make_case(config: Config, batch: Batch, teacher: LiveTeacher, length: int) -> Case:
+def make_case(config: Config, batch: Batch, teacher: OnlineTeacher, length: int) -> Case:
     """Masks from the teacher's map alone, and its features."""
     view = teacher(batch.images[-1])
     if view.features is None:

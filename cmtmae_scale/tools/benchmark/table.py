@@ -28,7 +28,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def circumstances(command: str, device: torch.device, ranks: int) -> dict[str, Any]:
+def provenance(command: str, device: torch.device, ranks: int) -> dict[str, Any]:
     """What a figure is worth nothing without."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions: dict[str, str] = {}

@@ -14,7 +14,7 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource
 from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
@@ -93,10 +93,10 @@ def make_variants(
 
     def variant(label: str, extra: list[str], sdpa: str) -> Variant:
         config = load_config(path, [*overrides, *extra])
-        batch = config.train.micro_batch * world_size * accumulation
+        batch = config.train.micro_batch_size * world_size * accumulation
         return Variant(
             label,
-            load_config(path, [*overrides, *extra, f"train.global_batch={batch}"]),
+            load_config(path, [*overrides, *extra, f"train.global_batch_size={batch}"]),
             sdpa,
         )
 
@@ -189,7 +189,7 @@ def summarise(
     config = variant.config
     work, memory = count(config, world.world_size)
     step_s = spread([window.step_s for window in windows])
-    images_s = config.train.global_batch / step_s.median
+    images_s = config.train.global_batch_size / step_s.median
     names = windows[0].parts_s
     per_rank_s = images_s / world.world_size
     return Result(
@@ -214,6 +214,6 @@ def count(config: Config, world_size: int) -> tuple[Work, float]:
     with torch.device("meta"):
         teacher = build_teacher_skeleton(config) if needs(config).teacher else None
         model = CollaborativeMAE(config, teacher.width if teacher else None)
-        momentum = build_student(config, MomentumStudent) if needs(config).momentum else None
+        momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
     work = count_operations(config, model, momentum, teacher)
     return work, sum(memory_bytes(config, world_size, model, momentum, teacher).values())

@@ -19,7 +19,7 @@ from cmtmae_scale.cache.reader import CacheReader
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.storage import drop_from_memory
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.index import Index
 from dataloading.plan import Plan
 from dataloading.stream import LOOK_AHEAD, Stream
@@ -62,7 +62,7 @@ def repeat(work: Callable[[], int], seconds: float, device: torch.device) -> flo
 
 
 def teacher_rate(
-    teacher: LiveTeacher, micro_batch: int, device: torch.device, seconds: float
+    teacher: OnlineTeacher, micro_batch: int, device: torch.device, seconds: float
 ) -> float:
     """Images a second that a teacher looks at, pictures on its device; one batch warms up."""
     side = teacher.image_size
@@ -79,7 +79,7 @@ def teacher_rate(
 def decoding_rate(
     config: Config, index: Index, side: int, device: torch.device, seconds: float
 ) -> float:
-    """Views a second of one process with ``data.threads`` threads; what it made ahead is left out.
+    """Views a second of one process with ``data.workers`` threads; what it made ahead is left out.
 
     Args:
         config: the run.
@@ -91,20 +91,20 @@ def decoding_rate(
     with Stream(
         index,
         seed=config.run.seed,
-        micro_batch=config.train.micro_batch,
+        micro_batch=config.train.micro_batch_size,
         sizes=(side,),
-        scale=config.views.scale,
-        ratio=config.views.ratio,
-        flip=config.views.flip,
+        scale=config.views.crop_scale,
+        ratio=config.views.aspect_ratio,
+        flip=config.views.hflip,
         shuffle=config.data.shuffle,
-        threads=config.data.threads,
+        threads=config.data.workers,
         decode=config.data.decode,
         device=device,
     ) as stream:
 
         def draw() -> int:
             next(stream)
-            return config.train.micro_batch
+            return config.train.micro_batch_size
 
         for _ in range(LOOK_AHEAD + 1):
             draw()

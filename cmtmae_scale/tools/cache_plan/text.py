@@ -70,7 +70,7 @@ def measured_lines(
     if found.decode is None:
         yield "  decoding    not measured, taken to be fast enough: data.path is absent"
     else:
-        yield f"  decoding    {rate(found.decode)} views/s: {config.data.threads} threads"
+        yield f"  decoding    {rate(found.decode)} views/s: {config.data.workers} threads"
     yield f"  writing     {size(found.store.write)}/s: whole parts, checksums and fsync included"
     share = found.store.in_memory
     how = "from storage"

@@ -30,10 +30,15 @@ def train_from_cache(
     if (cached / "cache").is_dir():
         shutil.rmtree(cached)
     steps = min(steps, STEPS)
-    own = [*overrides, "views.count=1", f"cache.dir={cached / 'cache'}", f"run.dir={cached}"]
+    own = [
+        *overrides,
+        "views.views_per_image=1",
+        f"cache.dir={cached / 'cache'}",
+        f"run.output_dir={cached}",
+    ]
     build = ["launchers/precompute_teacher.py", "--config", recipe]
     build += ["--rows-a-part", str(ROWS_A_PART)]
-    reading = ["teacher.mode=cache", "cache.on_miss=stop", f"train.steps={steps}", "log.every=1"]
+    reading = ["teacher.mode=cached", "cache.on_miss=stop", f"train.steps={steps}", "log.every=1"]
     reading += ["log.images_every=null"]  # nobody is there to say where the teacher looks
     tell("the same with the teacher computed once: build a cache, verify it, train from it ...")
     for command in (

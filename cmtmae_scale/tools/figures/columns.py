@@ -16,7 +16,7 @@ from cmtmae_scale.method.attention import normalise_map
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumStudent
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import EPS, Predictions, TokenLayout, patchify
 from cmtmae_scale.pretraining.prepare import gather, mix
 from cmtmae_scale.teachers.base import Teacher, TeacherView
@@ -33,7 +33,7 @@ class Networks:
 
     teacher: Teacher | None
     model: CollaborativeMAE
-    momentum: MomentumStudent | None
+    momentum: MomentumEncoder | None
 
     def trained(self, prefix: str) -> nn.Module:
         """The network whose states have a prefix, ``model.`` or ``momentum.``."""

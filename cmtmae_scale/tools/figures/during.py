@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmtmae_scale.backends.whole import whole_tensors
-from cmtmae_scale.cache.followed import FollowedTeacher
+from cmtmae_scale.cache.followed import SidecarTeacher
 from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
@@ -14,11 +14,11 @@ from cmtmae_scale.engine.progress import Progress, scalars_at
 from cmtmae_scale.engine.task import Parts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.schedules import evaluate
-from cmtmae_scale.method.student import MomentumStudent, build_student
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import Teacher, TeacherSource, picture_sizes
-from cmtmae_scale.teachers.online import LiveTeacher
+from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
+from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.figures.columns import Networks, columns_of
 from cmtmae_scale.tools.figures.sheet import draw_sheet
 from dataloading.errors import DataError
@@ -62,7 +62,7 @@ class RunPictures:
             with torch.random.fork_rng(devices=[]):
                 model = CollaborativeMAE(config, teacher.width if teacher else None)
                 momentum = (
-                    build_student(config, MomentumStudent) if needs(config).momentum else None
+                    build_student(config, MomentumEncoder) if needs(config).momentum else None
                 )
             self.networks = Networks(live_teacher(teacher), model.eval(), momentum)
 
@@ -84,8 +84,8 @@ class RunPictures:
         if self.networks is None:
             return None
         if self.images is None:
-            sizes = picture_sizes(self.config.views.size, self.networks.teacher)
-            self.images = read_images(self.index, sizes, self.config.data.threads, self.device)
+            sizes = view_sizes(self.config.views.image_size, self.networks.teacher)
+            self.images = read_images(self.index, sizes, self.config.data.workers, self.device)
         scalars = scalars_at(self.config, progress.share)
         columns = columns_of(self.config, self.networks, models.layout, self.images, scalars)
         return draw_sheet(columns, caption(self.config, progress))
@@ -100,9 +100,9 @@ def open_pictures(parts: Parts, world: World) -> RunPictures | None:
 
 def live_teacher(source: TeacherSource | None) -> Teacher | None:
     """The model itself: no cache has the views that are drawn."""
-    if isinstance(source, CachedTeacher | FollowedTeacher):
+    if isinstance(source, CachedTeacher | SidecarTeacher):
         return source.live
-    return source if isinstance(source, LiveTeacher) else None
+    return source if isinstance(source, OnlineTeacher) else None
 
 
 def read_images(

@@ -22,7 +22,7 @@ METRICS = {
     "eval/linear": "Linear accuracy (mean of patches)",
     "images_s": "Views a second",
 }
-OWN = ("run.name", "run.dir", "run.allow_change", "cache.dir", "data.index")
+OWN = ("run.name", "run.output_dir", "run.allow_change", "cache.dir", "data.index")
 """Settings that differ without making a difference."""
 TAIL = 0.1
 """Share of the log entries that a final figure is the mean of."""

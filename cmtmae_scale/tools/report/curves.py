@@ -144,7 +144,7 @@ def mass_levels(run: Run) -> list[Level]:
 
 def clip_levels(run: Run) -> list[Level]:
     """Where gradients are clipped, if that is within sight."""
-    clip = None if run.config is None else run.config.optimizer.clip
+    clip = None if run.config is None else run.config.optimizer.grad_clip
     largest = max((value for _, value in run.series("grad_norm")), default=0.0)
     return [(clip, "clipped above")] if clip is not None and clip < 2 * largest else []
 

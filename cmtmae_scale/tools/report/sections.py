@@ -101,12 +101,12 @@ def described(run: Run) -> list[tuple[str, object]]:
     masks = get("mask.masks_per_view", 1)
     pairs: list[tuple[str, object]] = [
         ("folder", run.dir),
-        ("student", f"{get('student.arch')} at {get('views.size')} pixels{patch}"),
+        ("student", f"{get('student.arch')} at {get('views.image_size')} pixels{patch}"),
         ("teacher", teacher(run)),
         ("masks", f"{get('mask.sampler')}, {percent(get('mask.ratio'))} hidden, {masks} a view"),
         ("decoder", f"{get('decoder.type')}, {get('decoder.depth')} blocks"),
         ("data", f"{get('data.path')}: {images}"),
-        ("length", f"{length} of {number(get('train.global_batch'))} views"),
+        ("length", f"{length} of {number(get('train.global_batch_size'))} views"),
         ("backend", backend + (", compiled" if get("backend.compile") else "")),
         ("seed", get("run.seed")),
     ]

@@ -99,13 +99,13 @@ def plan_run(study: Study, name: str, seed: int, first: bool) -> Run:
     """One run; ``first`` adds the baselines to its evaluation."""
     overrides = [*study.settings_of(name), f"run.seed={seed}", f"run.name={name}-{seed}"]
     caches = Path(study.dir) / "caches"
-    given = [*overrides, "run.dir=none", f"cache.dir={caches / 'none'}"]
+    given = [*overrides, "run.output_dir=none", f"cache.dir={caches / 'none'}"]
     config = load_config(study.recipe, given)
     folder = Path(study.dir) / "runs" / digest_of(settings_that_count(config))
-    overrides.append(f"run.dir={folder}")
-    config.run.dir = str(folder)
+    overrides.append(f"run.output_dir={folder}")
+    config.run.output_dir = str(folder)
     pieces: list[Piece] = []
-    if config.teacher.mode == "cache":
+    if config.teacher.mode == "cached":
         cache = caches / digest_of(settings_of_cache(config))
         overrides.append(f"cache.dir={cache}")
         config.cache.dir = str(cache)

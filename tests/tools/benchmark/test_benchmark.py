@@ -18,7 +18,7 @@ from tests.engine.run_case import make_photographs, write_recipe
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, "alone")
 PARTS = ("teacher", "momentum student", "student", "decoder and loss", "optimizer", "average")
-MAE = ["decoder.type=full", "mask.sampler=random", "loss.tokens=hidden", "loss.include_cls=false"]
+MAE = ["decoder.type=full", "mask.sampler=random", "loss.tokens=masked", "loss.include_cls=false"]
 MAE += ["loss.teacher=0", "loss.student=0", "loss.pixel=1", "teacher.mode=none"]
 
 
@@ -30,7 +30,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
     variants = make_variants(str(recipe), [], ["mask.masks_per_view=2"], 2, 1)
     assert [one.label for one in variants] == ["as given", "mask.masks_per_view=2"]
-    assert {one.config.train.global_batch for one in variants} == {4}  # 2 micro x 2 accumulation
+    assert {one.config.train.global_batch_size for one in variants} == {
+        4
+    }  # 2 micro x 2 accumulation
     with process_group(ALONE, CPU):
         results = measure(variants, Protocol(1, 2, 1), False, ALONE, CPU)
     for one in results:

@@ -79,7 +79,7 @@ def found(recipe: Path) -> list[rounding.Rounding]:
     index = build_index(config.data.path)
     with Stream(index, seed=0, micro_batch=4, sizes=(64,), threads=1) as stream:
         views = [next(stream) for _ in range(6)]
-    calibration = calibrate(teacher.look(one).features for one in views[:3])  # pyright: ignore
+    calibration = calibrate(teacher.forward_batch(one).features for one in views[:3])  # pyright: ignore
     return rounding.measure(config, views[3:], teacher, calibration, CPU)  # pyright: ignore
 
 

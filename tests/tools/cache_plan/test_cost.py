@@ -135,7 +135,7 @@ def plan(recipe: Path, folder: Path, *arguments: str) -> int:
 def test_the_command_measures_and_leaves_nothing_but_the_index(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan(recipe, tmp_path / "cache", "--gpus", "16", "views.count=3") == 0
+    assert plan(recipe, tmp_path / "cache", "--gpus", "16", "views.views_per_image=3") == 0
     out = capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["index"]
     assert max(map(len, out.splitlines())) <= 100 + len(str(recipe))
@@ -177,7 +177,7 @@ def test_a_given_rate_on_a_cpu_tells_the_teachers_too() -> None:
 
 def test_operations_are_the_teachers_whatever_the_mode(recipe: Path) -> None:
     live = operations(load_config(recipe, []))
-    cached = operations(load_config(recipe, ["teacher.mode=cache", "cache.on_miss=stop"]))
+    cached = operations(load_config(recipe, ["teacher.mode=cached", "cache.on_miss=stop"]))
     assert live == cached > 0
     more = operations(load_config(recipe, ["mask.masks_per_view=2"]))
     assert live / 2 < more < live

@@ -143,7 +143,7 @@ def test_random_teacher_has_its_own_folder_and_label() -> None:
     overrides = command.derive_overrides(load_config(recipe), True, options)
     config = load_config(recipe, overrides)
     assert config.run.name == "demo (random teacher)"
-    assert config.run.dir == "runs/demo-3-steps-random-teacher"
+    assert config.run.output_dir == "runs/demo-3-steps-random-teacher"
     assert config.teacher.weights == "random"
     assert (config.train.steps, config.log.every, config.run.seed) == (3, 1, 1)
 

@@ -17,7 +17,7 @@ from tests.processes import run_ranks
 
 MAE = [
     *("teacher.mode=none", "mask.sampler=random", "loss.teacher=0", "loss.student=0"),
-    *("loss.pixel=1", "decoder.type=full", "loss.tokens=hidden"),
+    *("loss.pixel=1", "decoder.type=full", "loss.tokens=masked"),
 ]
 ASKED = "log.images_every=4"
 
@@ -63,14 +63,14 @@ def run_and_look(recipe: Path, overrides: list[str]) -> dict[str, NDArray[np.flo
     ("ranks", "more"),
     [
         (1, []),
-        (2, ["backend.shard=full"]),
-        (2, ["backend.shard=none", *MAE]),
+        (2, ["backend.sharding=full"]),
+        (2, ["backend.sharding=replicate", *MAE]),
         pytest.param(
-            *(2, ["backend.name=zero", "backend.zero_stage=1"]),
+            *(2, ["backend.name=deepspeed", "backend.zero_stage=1"]),
             marks=[pytest.mark.deepspeed, pytest.mark.slow],
         ),
         pytest.param(
-            *(2, ["backend.name=zero", "backend.zero_stage=3", *MAE]),
+            *(2, ["backend.name=deepspeed", "backend.zero_stage=3", *MAE]),
             marks=[pytest.mark.deepspeed, pytest.mark.slow],
         ),
     ],
@@ -81,8 +81,10 @@ def test_training_is_the_same_bit_for_bit_and_the_weights_are_the_checkpoints(
     if any("zero" in one for one in more):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     quiet, asked = tmp_path / "quiet", tmp_path / "asked"
-    assert run_ranks(ranks, run, recipe, [f"run.dir={quiet}", *more]) == [None] * ranks
-    drawn, *others = run_ranks(ranks, run_and_look, recipe, [f"run.dir={asked}", ASKED, *more])
+    assert run_ranks(ranks, run, recipe, [f"run.output_dir={quiet}", *more]) == [None] * ranks
+    drawn, *others = run_ranks(
+        ranks, run_and_look, recipe, [f"run.output_dir={asked}", ASKED, *more]
+    )
     assert others == [None] * (ranks - 1)
     same(quiet, asked)
     assert not (quiet / "pictures").exists()
@@ -99,12 +101,12 @@ def test_a_resumed_run_draws_as_an_undisturbed_one_and_drops_what_lies_ahead(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_ranks(1, run, recipe, [f"run.dir={whole}", "log.images_every=2"])
-    stopped = [f"run.dir={parts}", "log.images_every=2", "train.stop_after=2"]
+    run_ranks(1, run, recipe, [f"run.output_dir={whole}", "log.images_every=2"])
+    stopped = [f"run.output_dir={parts}", "log.images_every=2", "train.stop_after=2"]
     run_ranks(1, run, recipe, stopped)
     ahead = parts / "pictures" / "step-00000005.png"
     ahead.write_bytes(b"of a start that was not saved")
-    run_ranks(1, run, recipe, [f"run.dir={parts}", "log.images_every=2"])
+    run_ranks(1, run, recipe, [f"run.output_dir={parts}", "log.images_every=2"])
     assert pictures(parts) == pictures(whole)
     assert not ahead.exists()
     board = EventAccumulator(str(whole / "tensorboard"))
@@ -118,7 +120,7 @@ def test_pictures_change_with_the_weights_but_not_their_images(
 ) -> None:
     from cmtmae_scale.tools.figures.sheet import HEAD, MARGIN, SIDE, TITLE
 
-    run_ranks(1, run, recipe, [f"run.dir={tmp_path}", "log.images_every=1"])
+    run_ranks(1, run, recipe, [f"run.output_dir={tmp_path}", "log.images_every=1"])
     sheets = [np.asarray(Image.open(tmp_path / "pictures" / name)) for name in pictures(tmp_path)]
     assert len(sheets) == STEPS
     below = MARGIN + TITLE + HEAD
@@ -153,7 +155,7 @@ def run_without_images(recipe: Path, overrides: list[str], photographs: Path) ->
 @pytest.mark.gloo
 def test_images_that_cannot_be_read_leave_the_pictures_out(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    overrides = [f"run.dir={tmp_path / 'run'}", "log.images_every=6", "data.threads=1"]
+    overrides = [f"run.output_dir={tmp_path / 'run'}", "log.images_every=6", "data.workers=1"]
     (lines,) = run_ranks(1, run_without_images, recipe, overrides, tmp_path / "photos")
     (told,) = [line for line in lines if "is not drawn" in line]
     assert told.startswith(f"step {STEPS} is not drawn: ") and ".jpg" in told
@@ -176,7 +178,7 @@ def full_disk(recipe: Path, overrides: list[str]) -> list[str]:
 
 @pytest.mark.gloo
 def test_a_full_disk_leaves_the_pictures_out(recipe: Path, tmp_path: Path) -> None:
-    (lines,) = run_ranks(1, full_disk, recipe, [f"run.dir={tmp_path}", "log.images_every=6"])
+    (lines,) = run_ranks(1, full_disk, recipe, [f"run.output_dir={tmp_path}", "log.images_every=6"])
     (told,) = [line for line in lines if "is not drawn" in line]
     assert "No space left on device" in told
 
@@ -186,9 +188,15 @@ def test_a_full_disk_leaves_the_pictures_out(recipe: Path, tmp_path: Path) -> No
     [
         (["log.images_every=0"], "log.images_every=0 must be above 0"),
         (
-            [ASKED, "teacher.mode=cache", "cache.dir=c", "cache.on_miss=stop", "views.count=1"],
+            [
+                ASKED,
+                "teacher.mode=cached",
+                "cache.dir=c",
+                "cache.on_miss=stop",
+                "views.views_per_image=1",
+            ],
             "log.images_every=4 asks the teacher of images that no cache has, and the run builds "
-            "none; set cache.on_miss=live, or log.images_every=null",
+            "none; set cache.on_miss=online, or log.images_every=null",
         ),
     ],
 )

@@ -59,7 +59,7 @@ def write_picture(run_dir: Path, step: int) -> None:
 def write_run(run_dir: Path, *overrides: str, steps: int = 60, seed: int = 0) -> Path:
     """A finished run of the demo's recipe; returns its folder."""
     run_dir.mkdir(parents=True)
-    given = [f"run.dir={run_dir}", f"run.seed={seed}", *overrides]
+    given = [f"run.output_dir={run_dir}", f"run.seed={seed}", *overrides]
     save_config(load_config(RECIPE, [f"train.steps={steps}", *given]), run_dir / "config.yaml")
     write_lines(run_dir / "log.jsonl", list(entries(steps, seed)))
     (run_dir / "exit.json").write_text(json.dumps({"code": 0, "step": steps, "reason": "done"}))

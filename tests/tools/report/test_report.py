@@ -219,7 +219,7 @@ def test_only_finished_runs_of_the_same_settings_make_a_range(tmp_path: Path) ->
     (crashed / "exit.json").write_text(json.dumps({"code": 1, "step": 9, "reason": "crash"}))
     (tmp_path / "no-run").mkdir()
     assert "No finished run of the same settings" in report(run)
-    write_run(tmp_path / "seed-3", "log.every=5", "backend.name=zero", seed=3)
+    write_run(tmp_path / "seed-3", "log.every=5", "backend.name=deepspeed", seed=3)
     assert "one other run of these settings" in report(run)
     write_run(tmp_path / "seed-4", seed=4)
     words = report(run)
@@ -249,7 +249,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (False, "no such folder; name what run.dir named"),
+        (False, "no such folder; name what run.output_dir named"),
         (True, "is not a run's folder, it has none of config.yaml, log.jsonl"),
     ],
 )

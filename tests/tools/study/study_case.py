@@ -22,17 +22,20 @@ COUNT = 40
 def study_tree(folder: Path) -> dict[str, Any]:
     """Two rows of two seeds, one of which reads a cache, and one row of one seed."""
     recipe = folder / "recipe.yaml"
-    tree = BASE | {"run": {"dir": "x"}, "data": BASE["data"] | {"path": str(folder / "photos")}}
+    tree = BASE | {
+        "run": {"output_dir": "x"},
+        "data": BASE["data"] | {"path": str(folder / "photos")},
+    }
     recipe.write_text(yaml.safe_dump(tree))
     return {
         "recipe": str(recipe),
         "dir": str(folder / "study"),
         "seeds": [0, 1],
-        "settings": ["train.steps=4", "views.count=1"],
+        "settings": ["train.steps=4", "views.views_per_image=1"],
         "evaluation": {"train": str(folder / "train"), "test": str(folder / "test"), "epochs": 2},
         "rows": {
             "mae": {"settings": NO_TEACHER, "note": "pixels"},
-            "cmt": {"settings": ["teacher.mode=cache"]},
+            "cmt": {"settings": ["teacher.mode=cached"]},
             "half": {"like": "cmt", "seeds": [0], "settings": ["mask.ratio=0.5"]},
         },
         "comparisons": [["cmt", "mae"], ["half", "cmt"]],

@@ -168,7 +168,7 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
     tree = study_tree(tmp_path) | {"seeds": [0], "comparisons": [["cmt", "mae"]]}
     labelled_photographs(Path(tree["evaluation"]["train"]), 24, 0)
     labelled_photographs(Path(tree["evaluation"]["test"]), 12, 1)
-    tree["rows"] = {"mae": {"settings": NO_TEACHER}, "cmt": {"settings": ["teacher.mode=cache"]}}
+    tree["rows"] = {"mae": {"settings": NO_TEACHER}, "cmt": {"settings": ["teacher.mode=cached"]}}
     study = str(write_study(tmp_path, tree))
     assert main(ROOT, [study, "--jobs", "2"]) == 0
     results = json.loads((tmp_path / "study" / "results.json").read_text())

@@ -22,7 +22,7 @@ def changed(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 def test_settings_of_a_row_come_after_the_studys_and_after_those_of_like(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path, study_tree(tmp_path)))
     assert study.settings_of("half") == [
-        *("train.steps=4", "views.count=1", "teacher.mode=cache", "mask.ratio=0.5")
+        *("train.steps=4", "views.views_per_image=1", "teacher.mode=cached", "mask.ratio=0.5")
     ]
     assert (study.seeds_of("cmt"), study.seeds_of("half")) == ([0, 1], [0])
     assert (study.evaluation.features, study.evaluation.weights) == ("patches", "student")

@@ -64,7 +64,7 @@ def test_a_command_trains_what_the_row_says(tmp_path: Path) -> None:
     config = load_config(words[2], words[3:])
     assert config == half.config
     assert (config.mask.ratio, config.train.steps, config.run.seed) == (0.5, 4, 0)
-    assert config.run.dir == str(half.folder) and config.run.name == "half-0"
+    assert config.run.output_dir == str(half.folder) and config.run.name == "half-0"
     assert Path(str(config.cache.dir)).parent == tmp_path / "study" / "caches"
 
 
@@ -72,9 +72,9 @@ def test_runs_are_named_by_what_they_compute(tmp_path: Path) -> None:
     """Loudness does not count, anything else does; equal settings are one run."""
     before = runs_of(tmp_path)
     assert len({run.folder for run in before}) == len(before)
-    quiet = runs_of(tmp_path, settings=["train.steps=4", "views.count=1", "log.every=3"])
+    quiet = runs_of(tmp_path, settings=["train.steps=4", "views.views_per_image=1", "log.every=3"])
     assert [run.folder for run in quiet] == [run.folder for run in before]
-    longer = runs_of(tmp_path, settings=["train.steps=5", "views.count=1"])
+    longer = runs_of(tmp_path, settings=["train.steps=5", "views.views_per_image=1"])
     assert not {run.folder for run in longer} & {run.folder for run in before}
     twins = {"a": {"settings": ["mask.ratio=0.75"]}, "b": {}}
     a, b = runs_of(tmp_path, rows=twins, seeds=[0], comparisons=[])

@@ -1,0 +1,90 @@
+"""Answers to keys and values that the schema does not have, but that users type."""
+
+RENAMED = {
+    "run.dir": "run.output_dir",
+    "run.max_seconds": "run.time_limit_s",
+    "data.max_bad_share": "data.max_bad_fraction",
+    "data.threads": "data.workers",
+    "views.size": "views.image_size",
+    "views.scale": "views.crop_scale",
+    "views.ratio": "views.aspect_ratio",
+    "views.flip": "views.hflip",
+    "views.count": "views.views_per_image",
+    "student.weights": "student.init_weights",
+    "mask.salient_frac": "mask.salient_fraction",
+    "mask.hint_frac": "mask.hint_fraction",
+    "augment.scale": "augment.crop_scale",
+    "augment.ratio": "augment.aspect_ratio",
+    "augment.flip": "augment.hflip",
+    "optimizer.clip": "optimizer.grad_clip",
+    "optimizer.warmup": "optimizer.warmup_fraction",
+    "train.global_batch": "train.global_batch_size",
+    "train.micro_batch": "train.micro_batch_size",
+    "backend.shard": "backend.sharding",
+}
+"""Keys of version 0.1 -> keys of today."""
+
+RENAMED_VALUES = {
+    ("loss.tokens", "hidden"): "masked",
+    ("backend.name", "zero"): "deepspeed",
+    ("backend.sharding", "none"): "replicate",
+    ("backend.sharding", "node"): "hybrid",
+    ("teacher.mode", "live"): "online",
+    ("teacher.mode", "cache"): "cached",
+    ("teacher.mode", "follow"): "sidecar",
+    ("cache.on_miss", "live"): "online",
+}
+"""Values of version 0.1 -> values of today."""
+
+HABITS = {
+    "lr": "optimizer.base_lr",
+    "base_lr": "optimizer.base_lr",
+    "blr": "optimizer.base_lr",
+    "optimizer.lr": "optimizer.base_lr",
+    "optimizer.blr": "optimizer.base_lr",
+    "weight_decay": "optimizer.weight_decay",
+    "batch_size": "train.global_batch_size",
+    "train.batch_size": "train.global_batch_size",
+    "data.batch_size": "train.global_batch_size",
+    "epochs": "train.epochs",
+    "model": "student.arch",
+    "arch": "student.arch",
+    "student.model": "student.arch",
+    "mask_ratio": "mask.ratio",
+    "output_dir": "run.output_dir",
+    "seed": "run.seed",
+    "num_workers": "data.workers",
+    "data.num_workers": "data.workers",
+    "img_size": "views.image_size",
+    "views.img_size": "views.image_size",
+    "data_path": "data.path",
+    "resume": "run.output_dir",
+}
+"""Keys of other programs -> keys of this one."""
+
+VALUE_REMEDIES = {
+    ("backend.zero_stage", "0"): (
+        "it shards nothing: set backend.name=fsdp backend.sharding=replicate"
+    ),
+}
+"""Values of other programs -> what to set instead."""
+
+
+def key_hint(key: str) -> str | None:
+    """Return the present name of a renamed key, or of a key of another program.
+
+    Args:
+        key: full name, ``group.key``, or a bare name.
+    """
+    if key in RENAMED:
+        return f"it is now {RENAMED[key]}"
+    if key in HABITS:
+        return f"did you mean {HABITS[key]}?"
+    return None
+
+
+def value_hint(key: str, value: str) -> str | None:
+    """Return what to set in place of a value that a closed set no longer, or never, had."""
+    if (key, value) in RENAMED_VALUES:
+        return f"it is now {RENAMED_VALUES[key, value]}"
+    return VALUE_REMEDIES.get((key, value))
