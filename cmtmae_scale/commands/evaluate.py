@@ -29,7 +29,8 @@ from cmtmae_scale.evaluation.result import Row, as_json, table, verdict
 from cmtmae_scale.evaluation.subject import WEIGHTS, Subject, from_place, from_timm
 from cmtmae_scale.finetuning.start import named, start_of
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
-from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
+from cmtmae_scale.runtime.launch import World, find_world
+from cmtmae_scale.runtime.collectives import pick_device, process_group
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.storage import write_text
 from dataloading.one_pass import CENTRE
