@@ -18,7 +18,7 @@ from cmtmae_scale.cache.format import (
     row_bytes_of,
     seal_path,
 )
-from cmtmae_scale.runtime.storage import digest, sync, write_text
+from cmtmae_scale.runtime.storage import digest, sync, write_atomic
 
 INCOMPLETE = "it is not complete"
 UNDECODED = "its picture could not be decoded when it was built"
@@ -57,7 +57,7 @@ def write_part(folder: Path, manifest: Manifest, part: int, fields: Mapping[str,
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    write_text(seal_path(folder, part), json.dumps(seal))
+    write_atomic(seal_path(folder, part), json.dumps(seal))
     sync(path.parent)
 
 

@@ -28,7 +28,7 @@ from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.student import Student, build_student
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 
 WEIGHTS = "model.safetensors"
@@ -202,9 +202,9 @@ def write_hf(draft: Path, origin: Origin) -> None:
     with ChunkReader(origin.folder) as reader:
         entries = list(entries_of(reader, ENCODERS[origin.weights]))
         write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
-    write_text(draft / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomic(draft / "config.json", json.dumps(config, indent=2) + "\n")
     processor = processor_config(origin.config.views.image_size)
-    write_text(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    write_atomic(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
 
 
 @torch.no_grad()

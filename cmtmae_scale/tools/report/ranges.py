@@ -4,9 +4,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from cmtmae_scale.engine.progress import scalars_at
-from cmtmae_scale.engine.resume import FREE, listed
+from cmtmae_scale.engine.resume import FREE_KEYS, is_listed
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
+from cmtmae_scale.pretraining.scalars import scalars_at
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.tools.report.chart import Band, Line, Point
 from cmtmae_scale.tools.report.run import Run, read_run
 
@@ -20,7 +21,8 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in settings.items()
-        if key in KEPT or not (listed(key, FREE) or key == "run.seed")
+        if key in KEPT
+        or not (is_listed(key, FREE_KEYS + Pretraining.free_keys) or key == "run.seed")
     }
 
 
