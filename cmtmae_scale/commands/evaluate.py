@@ -31,7 +31,7 @@ from cmtmae_scale.finetuning.start import named, start_of
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 from cmtmae_scale.runtime.launch import World, find_world, pick_device, process_group
 from cmtmae_scale.runtime.log import set_up_logging
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 from dataloading.stream import DecoderName
 
@@ -364,7 +364,7 @@ def write_result(file: Path, found: dict[str, Any]) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(found, indent=1) + "\n")
+        write_atomic(file, json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be written ({error.strerror}); name another file with --out"

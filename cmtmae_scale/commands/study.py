@@ -12,7 +12,7 @@ from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.tools.study.execute import Executor, worst
 from cmtmae_scale.tools.study.figure import as_svg
 from cmtmae_scale.tools.study.file import Study, load_study
@@ -110,10 +110,10 @@ def write_results(study: Study, runs: Sequence[Run], place: str) -> str:
     folder = Path(study.dir)
     folder.mkdir(parents=True, exist_ok=True)
     table = as_markdown(study, results, place)
-    write_text(folder / "table.md", table)
-    write_text(folder / "results.json", json.dumps(as_json(study, results), indent=1) + "\n")
+    write_atomic(folder / "table.md", table)
+    write_atomic(folder / "results.json", json.dumps(as_json(study, results), indent=1) + "\n")
     said = [table, f"written to {folder / 'table.md'} and {folder / 'results.json'}"]
     if any(line.found for line in results.lines):
-        write_text(folder / "figure.svg", as_svg(study, results))
+        write_atomic(folder / "figure.svg", as_svg(study, results))
         said.append(f"drawn in {folder / 'figure.svg'}")
     return "\n".join([*said, ""])

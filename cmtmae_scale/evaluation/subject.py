@@ -14,7 +14,7 @@ from torch import Tensor
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.find import find_checkpoint
-from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
@@ -89,7 +89,7 @@ def from_place(
     prefix = ENCODERS[weights]
     with ChunkReader(folder) as reader:
         tensors = {
-            key.removeprefix(prefix): reader.read_whole(key)
+            key.removeprefix(prefix): reader.read_tensor(key)
             for key in reader.index
             if key.startswith(prefix)
         }
@@ -115,7 +115,7 @@ def locate(place: Path, world: World) -> tuple[Path, Path | None]:
             f"--checkpoint={place} is neither a run (it has no checkpoints/), nor a checkpoint "
             f"(it has no {layout.MANIFEST}), nor a .safetensors file"
         )
-    problem = layout.fault(place)
+    problem = layout.find_damage(place)
     if problem is not None:
         raise CheckpointError(f"{place} is broken: {problem}; name an older checkpoint or the run")
     return place, place.parent.parent if place.parent.name == "checkpoints" else None

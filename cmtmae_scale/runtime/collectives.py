@@ -1,22 +1,22 @@
-"""Small agreements between ranks, on the host."""
+"""Small collectives on the host."""
 
 import torch
 import torch.distributed as dist
 
 
 def ranks() -> int:
-    """Number of ranks; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for every rank."""
     if ranks() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
-def agree_all(mine: bool) -> bool:
-    """Tell whether a statement holds on every rank."""
+def all_ranks_agree(mine: bool) -> bool:
+    """Return whether a flag is true on every rank."""
     if ranks() == 1:
         return mine
     flag = torch.tensor([int(mine)])
@@ -24,7 +24,7 @@ def agree_all(mine: bool) -> bool:
     return bool(flag.item())
 
 
-def from_first(value: int) -> int:
+def broadcast_int(value: int) -> int:
     """Return rank 0's integer on every rank."""
     if ranks() == 1:
         return value
@@ -33,20 +33,20 @@ def from_first(value: int) -> int:
     return int(box.item())
 
 
-def texts_of_all(mine: str) -> list[str]:
-    """Return every rank's text, in the order of ranks."""
+def gather_texts(mine: str) -> list[str]:
+    """Return every rank's text, in rank order."""
     found = [mine] * ranks()
     if ranks() > 1:
         dist.all_gather_object(found, mine)
     return found
 
 
-def text_from_first(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """Return rank 0's text on every rank."""
     if ranks() == 1:
         return text
     data = text.encode()
-    size = from_first(len(data))
+    size = broadcast_int(len(data))
     if not size:
         return ""
     mine = data if dist.get_rank() == 0 else bytes(size)
