@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.checkpoint.chunks import ChunkReader
-from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.compare import Agreement, require_agreement
@@ -183,10 +183,10 @@ def entries_of(reader: ChunkReader, prefix: str) -> Iterator[Entry]:
             length = torch.Size(part).numel()
             for place, name in enumerate(QKV):
                 full = f"{layer}attention.attention.{name}.{kind}"
-                yield Entry(full, part, partial(reader.read, key, place * length, length))
+                yield Entry(full, part, partial(reader.read_values, key, place * length, length))
         else:
             full = f"{layer}{NAMES[module]}{f'.{kind}' if kind else ''}"
-            yield Entry(full, shape, partial(reader.read_whole, key))
+            yield Entry(full, shape, partial(reader.read_tensor, key))
 
 
 def write_hf(draft: Path, origin: Origin) -> None:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
-from cmtmae_scale.checkpoint.find import newest_intact
-from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.checkpoint.find import require_checkpoint
+from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
@@ -42,7 +42,7 @@ class Origin(NamedTuple):
         """States of a prefix, without it; float32 on the CPU."""
         with ChunkReader(self.folder) as reader:
             return {
-                key.removeprefix(prefix): reader.read_whole(key)
+                key.removeprefix(prefix): reader.read_tensor(key)
                 for key in reader.index
                 if key.startswith(prefix)
             }
@@ -81,13 +81,13 @@ def locate(place: Path) -> Path:
         CheckpointError: if there is none.
     """
     if (place / "checkpoints").is_dir():
-        return newest_intact(place / "checkpoints")
+        return require_checkpoint(place / "checkpoints")
     if not (place / layout.MANIFEST).exists():
         raise CheckpointError(
             f"--checkpoint={place} is neither a checkpoint (it has no {layout.MANIFEST}) nor a run "
             "(it has no checkpoints/)"
         )
-    problem = layout.fault(place)
+    problem = layout.find_damage(place)
     if problem is not None:
         raise CheckpointError(f"{place} is broken: {problem}; name an older checkpoint or the run")
     return place.resolve()

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from cmtmae_scale.checkpoint.publish import write_encoder
+from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.encoder import timm_call, timm_options

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale.backends.whole import whole_tensors
+from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.cache.followed import SidecarTeacher
 from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.config.derive import needs
@@ -84,7 +84,7 @@ class RunFigures:
         """
         fragments = models.backend.fragments()
         for prefix in PREFIXES:
-            whole = whole_tensors(fragments, prefix)
+            whole = gather_tensors(fragments, prefix)
             own = {name: value.cpu() for name, value in whole if self.draws}
             if self.networks is not None and own:
                 self.networks.trained(prefix).load_state_dict(own, strict=True)
