@@ -205,11 +205,7 @@ class Builder:
         return read_manifest(folder)
 
     def calibrate_channels(self, keep_alive: Callable[[], None]) -> Calibration:
-        """Compute channel statistics of the first views of a run.
-
-        Args:
-            keep_alive: called once per micro-batch.
-        """
+        """Compute channel statistics of the first views; calls ``keep_alive`` per micro-batch."""
         count = min(CALIBRATION_ROWS, num_rows(self.config, self.index, self.keyed))
 
         def features() -> Iterator[Tensor]:
@@ -294,12 +290,6 @@ def make_builder(
 ) -> Builder:
     """Build index and teacher of a run; one process builds the index, the others wait.
 
-    Args:
-        config: the run.
-        index_folder: folder of the index.
-        device: where the teacher computes.
-        keyed: meaning of a row's number.
-
     Raises:
         CacheError: if the folder of the index cannot be written.
     """
@@ -334,12 +324,7 @@ def open_or_build_index(config: Config, folder: Path) -> Index:
 
 
 def row_shape(teacher: OnlineTeacher, features: bool = True) -> tuple[int, int, int]:
-    """Return patches N, tokens T and channels F of a row; 0: not stored.
-
-    Args:
-        teacher: computes only what the run uses.
-        features: whether the codec stores features.
-    """
+    """Return patches N, tokens T and channels F of a row; 0: unused, or not stored."""
     reading, patches = teacher.reading, teacher.grid[0] * teacher.grid[1]
     attention = patches if reading.attention_layers else 0
     if not features or not reading.feature_layers:
@@ -384,19 +369,8 @@ def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
     return found
 
 
-def assigned_shards(manifest: Manifest, share: tuple[int, int], world: World) -> range:
-    """Return the shards that this process computes; see ``stripe_of``."""
-    first, step = stripe_of(share, world)
-    return range(first, manifest.num_shards, step)
-
-
 def stripe_of(share: tuple[int, int], world: World) -> tuple[int, int]:
-    """Return number and count of the processes that share the work, without communication.
-
-    Args:
-        share: number of this job, and how many jobs there are.
-        world: place of this process in its job.
-    """
+    """Return number and count of the processes of all jobs; ``share`` is job i of n jobs."""
     job, jobs = share
     return job * world.world_size + world.rank, jobs * world.world_size
 
@@ -411,13 +385,7 @@ def build_shards(
     """Compute and write shards; one shard is written while the next is computed.
 
     The next shard is requested when its predecessor is computed, which may still be being written.
-
-    Args:
-        builder: has the cache's calibration.
-        folder: ``cache.dir``.
-        manifest: the cache's.
-        shards: their numbers; complete shards are skipped.
-        report_rows: called with the number of finished rows.
+    Complete shards are skipped. ``report_rows`` is called with the number of finished rows.
 
     Raises:
         CacheError: if the store refuses a shard; names what is missing.

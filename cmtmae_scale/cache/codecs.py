@@ -91,12 +91,7 @@ def save_calibration(folder: Path, calibration: Calibration) -> str:
 
 
 def load_calibration(folder: Path, sha256: str | None, width: int) -> Calibration | None:
-    """Read the calibration of a cache; ``None``: the codec has none.
-
-    Args:
-        folder: ``cache.dir``.
-        sha256: the digest that the manifest names.
-        width: F, channels of the features.
+    """Read the calibration of ``width`` channels that the manifest names by its digest, if any.
 
     Raises:
         CacheError: the file is absent, or it is not the file that the manifest names.
@@ -161,10 +156,7 @@ def round_features(features: Tensor, codec: Codec, calibration: Calibration | No
 def round_view(view: TeacherView, codec: Codec, calibration: Calibration | None) -> TeacherView:
     """Round an online view as the cache would; int8 features without calibration stay as they are.
 
-    Args:
-        view: the online teacher's.
-        codec: the cache's.
-        calibration: the cache's, on the view's device.
+    The calibration is on the view's device.
     """
     attention, features, _ = view
     if features is not None and (codec == "bf16" or calibration is not None):

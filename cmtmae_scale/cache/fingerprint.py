@@ -35,11 +35,7 @@ def cache_fingerprint(
 ) -> dict[str, Any]:
     """Return everything that a row depends on, except the codec.
 
-    Args:
-        config: the run's, or the builder's.
-        teacher: ``Teacher.fingerprint()``.
-        index: the images.
-        keyed: meaning of a row's number.
+    ``teacher`` is ``Teacher.fingerprint()``.
     """
     views: dict[str, Any] = {
         "seed": config.run.seed,
@@ -57,12 +53,7 @@ def cache_fingerprint(
 
 
 def check_fingerprint(manifest: Manifest, wanted: dict[str, Any], folder: str) -> None:
-    """Refuse a cache that is computed from something else.
-
-    Args:
-        manifest: the cache's.
-        wanted: ``cache_fingerprint`` of the run.
-        folder: ``cache.dir``, for messages.
+    """Refuse a cache that is computed from something else than the run's fingerprint ``wanted``.
 
     Raises:
         CacheError: names the first field that differs, both values and the remedy.
@@ -94,13 +85,7 @@ def provenance(config: Config, device: torch.device) -> dict[str, Any]:
 
 
 def warn_of_provenance(manifest: Manifest, here: dict[str, Any], folder: str) -> None:
-    """Log where the provenance of a cache differs.
-
-    Args:
-        manifest: the cache's.
-        here: ``provenance`` of this process.
-        folder: ``cache.dir``, for messages.
-    """
+    """Log where the provenance of a cache differs from the provenance ``here``."""
     for key in sorted(manifest.recorded.keys() & here.keys()):
         before, after = manifest.recorded[key], here[key]
         if before != after:

@@ -130,14 +130,7 @@ def seal_path(folder: Path, shard: int) -> Path:
 
 
 def row_checksum(identity: int, row: int, fields: list[memoryview]) -> int:
-    """Compute the CRC-32 of a row.
-
-    Args:
-        identity: ``Manifest.identity``.
-        row: number of the row.
-        fields: bytes of attention, features, scales and ``valid``, in the order of
-            ``Manifest.fields``.
-    """
+    """Compute the CRC-32 of a row from its bytes in the order of ``Manifest.fields``."""
     value = zlib.crc32(row.to_bytes(8, "little"), identity)
     for field in fields:
         value = zlib.crc32(field, value)
@@ -246,12 +239,7 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
 def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[str, Tensor]) -> None:
     """Write a shard, then its seal.
 
-    Args:
-        folder: ``cache.dir``.
-        manifest: the cache's.
-        shard: its number.
-        fields: attention, features, scales and ``valid`` of all its rows, on the CPU; the
-            checksums are added here.
+    ``fields`` holds all tensors of the manifest on the CPU, without the checksums.
 
     Raises:
         OSError: if the store refuses; the shard does not count then.

@@ -45,11 +45,6 @@ class Field(NamedTuple):
 class ShardFile:
     """An open shard whose rows are read in place. Threads may share it.
 
-    Args:
-        folder: ``cache.dir``.
-        manifest: the cache's.
-        shard: its number.
-
     Raises:
         OSError: if the file is absent or cannot be read.
         ValueError: if the shard is not complete, or its layout is not that of the manifest.

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cmtmae_scale.cache.build import Builder, build_shards, make_builder, stripe_of
+import torch
+
+from cmtmae_scale.cache.build import Builder, build_shards, make_builder
 from cmtmae_scale.cache.format import SHARDS, Manifest, read_seal
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.runtime.launch import World, pick_device
 from cmtmae_scale.runtime.progress_file import PublishedProgress, read_published_progress
 from dataloading.entries import PROGRESS_S
 
@@ -137,8 +138,8 @@ def run_sidecar(
     config: Config,
     run_dir: Path,
     index_folder: Path,
-    world: World,
-    share: tuple[int, int],
+    stripe: tuple[int, int],
+    device: torch.device,
     ahead: int,
     rows_per_shard: int,
     patience_s: float,
@@ -149,8 +150,8 @@ def run_sidecar(
         config: the run's.
         run_dir: the run's folder.
         index_folder: folder of its index.
-        world: place of this process in its job.
-        share: number of this job, and how many jobs there are.
+        stripe: number of this process, and how many share the shards.
+        device: where the teacher computes.
         ahead: shards ahead of the run.
         rows_per_shard: of a cache that is begun here.
         patience_s: see ``Sidecar``.
@@ -159,21 +160,16 @@ def run_sidecar(
         CacheError: a folder that holds another cache, or a store that refuses a shard.
     """
     folder = cache_folder(config)
-    builder = make_builder(config, index_folder, pick_device(world), "positions")
+    builder = make_builder(config, index_folder, device, "positions")
     try:
         manifest = builder.begin_cache(folder, config.cache.codec, rows_per_shard)
         views = config.checkpoint.every * config.train.global_batch_size
         between = -(-views // manifest.rows_per_shard)
-        stripe = stripe_of(share, world)
         sidecar = Sidecar(folder, manifest, run_dir, stripe, ahead, between, patience_s)
-        max_gb = sidecar.max_shards * manifest.rows_per_shard * manifest.row_bytes() / 1e9
-        logger.info(
-            "sidecar of %s in %s: at most %d shards, %.2f GB",
-            run_dir,
-            folder,
-            sidecar.max_shards,
-            max_gb,
-        )
+        shards = sidecar.max_shards
+        max_gb = shards * manifest.rows_per_shard * manifest.row_bytes() / 1e9
+        text = "sidecar of %s in %s: at most %d shards, %.2f GB"
+        logger.info(text, run_dir, folder, shards, max_gb)
         build_ahead(builder, sidecar)
     finally:
         builder.close()
@@ -193,14 +189,8 @@ def build_ahead(builder: Builder, sidecar: Sidecar) -> None:
         progress, now = sidecar.progress, time.monotonic()
         if progress is not None and now - logged_at >= PROGRESS_S:
             logged_at = now
-            logger.info(
-                "run at view %d of %d, saved at %d; %d views computed, %.0f views/s",
-                progress.position,
-                progress.end,
-                progress.saved,
-                rows,
-                rows / (now - began),
-            )
+            at = f"{progress.position} of {progress.end}, saved at {progress.saved}"
+            logger.info("run at view %s; %d views, %.0f views/s", at, rows, rows / (now - began))
 
     build_shards(builder, sidecar.folder, sidecar.manifest, sidecar.shards(), log_progress)
     if sidecar.ended:

@@ -107,14 +107,9 @@ class Comparison:
 def compare_rows(
     builder: Builder, folder: Path, manifest: Manifest, shards: Sequence[int], share: float
 ) -> Comparison:
-    """Compute a random share of the rows of some shards again, at least one micro-batch.
+    """Compute a random share of the rows of intact shards again, at least one micro-batch.
 
-    Args:
-        builder: joined to the cache.
-        folder: ``cache.dir``.
-        manifest: the cache's.
-        shards: intact shards.
-        share: of their rows, in [0, 1].
+    The builder has joined the cache.
     """
     ranges = [manifest.shard_rows(shard) for shard in shards]
     rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in ranges)])

@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import (
-    EXIT_CONFIG,
-    EXIT_DONE,
-    EXIT_STOPPED,
-    CmtMaeError,
-    ConfigError,
-)
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, share
 from cmtmae_scale.runtime.log import set_up_logging
 from dataloading.errors import DataError
@@ -184,7 +178,7 @@ def join_world() -> "World":
 def run_options(config: Config, options: argparse.Namespace) -> int:
     """Build, verify, repair or price the cache of a config; return the exit code."""
     world = join_world()
-    from cmtmae_scale.cache.build import assigned_shards, make_builder
+    from cmtmae_scale.cache.build import make_builder, stripe_of
     from cmtmae_scale.cache.format import seal_path
     from cmtmae_scale.cache.verify import damaged_shards
     from cmtmae_scale.runtime.launch import pick_device
@@ -200,7 +194,8 @@ def run_options(config: Config, options: argparse.Namespace) -> int:
         if options.verify is not None:
             return verify_cache(builder, folder, options.verify)
         manifest = builder.begin_cache(folder, config.cache.codec, options.rows_per_shard)
-        shards = assigned_shards(manifest, options.shard, world)
+        first, step = stripe_of(options.shard, world)
+        shards = range(first, manifest.num_shards, step)
         if options.repair:
             for shard, reason in damaged_shards(folder, manifest, shards):
                 logger.warning("shard %d: %s; it is built again", shard, reason)
@@ -217,15 +212,9 @@ def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shard
     from cmtmae_scale.cache.format import missing_shards
 
     rows = sum(len(manifest.shard_rows(shard)) for shard in shards)
-    logger.info(
-        "%s: %d rows of %d bytes, %.2f GB in %d shards; this process has %d of them",
-        folder,
-        manifest.num_rows,
-        manifest.row_bytes(),
-        manifest.num_rows * manifest.row_bytes() / 1e9,
-        manifest.num_shards,
-        len(shards),
-    )
+    size = f"{manifest.num_rows} rows, {manifest.num_rows * manifest.row_bytes() / 1e9:.2f} GB"
+    text = "%s: %s in %d shards; this process has %d of them"
+    logger.info(text, folder, size, manifest.num_shards, len(shards))
     with progress_bar("computing", rows, "rows") as report_rows:
         build_shards(builder, folder, manifest, shards, report_rows)
     missing = missing_shards(folder, manifest)
@@ -295,18 +284,13 @@ def follow_run(options: argparse.Namespace) -> int:
     if not await_file(index_folder / "index.json", "the run has not indexed its images"):
         return EXIT_STOPPED
     world = join_world()
+    from cmtmae_scale.cache.build import stripe_of
     from cmtmae_scale.cache.sidecar import run_sidecar
+    from cmtmae_scale.runtime.launch import pick_device
 
-    complete = run_sidecar(
-        config,
-        run_dir,
-        index_folder,
-        world,
-        options.shard,
-        options.ahead,
-        options.rows_per_shard,
-        PATIENCE_S,
-    )
+    sizes = options.ahead, options.rows_per_shard, PATIENCE_S
+    stripe = stripe_of(options.shard, world)
+    complete = run_sidecar(config, run_dir, index_folder, stripe, pick_device(world), *sizes)
     return EXIT_DONE if complete else EXIT_STOPPED
 
 

@@ -55,11 +55,6 @@ class Job:
     spot_check: float = 0.0
     """Fraction of views that the teacher forwards although a cache is read."""
 
-    @property
-    def epochs(self) -> float:
-        """Epochs of the run."""
-        return self.draws / self.images
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -75,6 +70,16 @@ class Rates:
     """Bytes per second that the store takes from all processes."""
     read: float
     """Bytes per second that the store gives one process."""
+
+
+class Origins(NamedTuple):
+    """Origin of the numbers of a plan, in words."""
+
+    device: str
+    dtype: str
+    """Compute dtype of the teacher."""
+    images: str
+    train: str
 
 
 @dataclass(frozen=True)
@@ -202,13 +207,17 @@ def cost_plan(
         for codec, manifest in manifests.items()
         for count in sorted({*VIEWS_PER_IMAGE, config.views.views_per_image or 1})
     ]
+    origins = Origins(
+        torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        str(teacher.dtype).removeprefix("torch."),
+        "data.expected_images, not counted" if index is None else f"counted in {config.data.path}",
+        "modelled from FLOPs; see --images-s" if images_s is None else "given",
+    )
     return "\n".join(
         [
             f"{config.run.name}: a cache of its teacher, or the online teacher",
             "",
-            *measured_lines(config, measured, teacher.dtype, device),
-            *job_lines(config, job, index is not None),
-            *rate_lines(rates, measured, images_s is not None),
+            *fact_lines(config, job, rates, measured, origins),
             f"  online run  {format_hours(outlooks[0].online_h)} h",
             "",
             outlook_table(outlooks, min(gpus, NODE_GPUS)),
@@ -262,7 +271,7 @@ def choose_rates(found: Measured, ratio: float, given: float | None, on_gpu: boo
     teacher = found.teacher if on_gpu or given is None else given / ratio
     decode = math.inf if found.decode is None else found.decode
     train = given or teacher * ratio
-    return Rates(teacher, train, decode, found.store.write, found.store.read)
+    return Rates(teacher, train, decode, found.write, found.read)
 
 
 def outlook_table(outlooks: list[Outlook], node: int) -> str:
@@ -309,45 +318,28 @@ def format_hours(value: float) -> str:
     return f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.3g}"
 
 
-def measured_lines(
-    config: Config, found: Measured, dtype: torch.dtype, device: torch.device
+def fact_lines(
+    config: Config, job: Job, rates: Rates, found: Measured, how: Origins
 ) -> Iterator[str]:
-    """Yield what was measured; ``dtype`` is the teacher's compute dtype."""
-    name = str(dtype).removeprefix("torch.")
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    yield f"measured here, by one process ({on})"
-    yield f"  teacher     {format_rate(found.teacher)} images/s: {name}, batch size {found.batch}"
+    """Yield what was measured, counted, given and modelled."""
+    yield f"measured here, by one process ({how.device})"
+    yield f"  teacher     {format_rate(found.teacher)} images/s: {how.dtype}, batch {found.batch}"
     if found.decode is None:
         yield "  decoding    not measured, assumed to be fast enough: data.path is absent"
     else:
         yield f"  decoding    {format_rate(found.decode)} views/s: {config.data.workers} threads"
-    written = format_bytes(found.store.write)
-    yield f"  writing     {written}/s: whole shards, checksums and fsync included"
-    share = found.store.in_memory
+    yield f"  writing     {format_bytes(found.write)}/s: whole shards, checksums and fsync included"
     source = "from storage"
-    if share is None:
+    if found.in_memory is None:
         source = "perhaps from memory: this file system does not report it"
-    elif share > DROPPED:
-        source = f"{share:.0%} from memory: it could not be dropped"
-    read = format_bytes(found.store.read)
-    yield f"  reading     {read}/s: random rows, checksums included; {source}"
-
-
-def job_lines(config: Config, job: Job, counted: bool) -> list[str]:
-    """Return what was counted, given or modelled."""
-    origin = f"counted in {config.data.path}" if counted else "data.expected_images, not counted"
-    noun = "GPU" if job.gpus == 1 else "GPUs"
-    return [
-        "counted, given or modelled",
-        f"  images      {job.images:,}: {origin}",
-        f"  run         {job.draws:,} views, {job.epochs:,.4g} epochs, on {job.gpus} {noun}",
-    ]
-
-
-def rate_lines(rates: Rates, found: Measured, given: bool) -> Iterator[str]:
-    """Yield the rates of a GPU and their origin."""
-    origin = "given" if given else "modelled from FLOPs; see --images-s"
-    yield f"  training    {format_rate(rates.train)} images/s per GPU without teacher, {origin}"
+    elif found.in_memory > DROPPED:
+        source = f"{found.in_memory:.0%} from memory: it could not be dropped"
+    yield f"  reading     {format_bytes(found.read)}/s: random rows, checksums included; {source}"
+    yield "counted, given or modelled"
+    yield f"  images      {job.images:,}: {how.images}"
+    gpus = "1 GPU" if job.gpus == 1 else f"{job.gpus} GPUs"
+    yield f"  run         {job.draws:,} views, {job.draws / job.images:,.4g} epochs, on {gpus}"
+    yield f"  training    {format_rate(rates.train)} images/s per GPU without teacher, {how.train}"
     if rates.teacher != found.teacher:
         yield f"  teacher     {format_rate(rates.teacher)} images/s per GPU, modelled from FLOPs"
 

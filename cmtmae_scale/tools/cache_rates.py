@@ -29,20 +29,8 @@ CPU_BATCH = 4
 """Largest batch of the teacher on a CPU, where larger batches are no faster."""
 
 
-class StoreRates(NamedTuple):
-    """Rates of a store, in bytes of rows per second."""
-
-    write: float
-    """Shards as the builder writes them: checksums, digest and fsync included."""
-    read: float
-    """Random rows as a run reads them: on threads, with checksums."""
-    in_memory: float | None
-    """Largest share of a shard's pages that was still in memory when reading began; ``None``: the
-    file system does not report it."""
-
-
 class Measured(NamedTuple):
-    """Rates of one process on this machine."""
+    """Rates of one process on this machine, and of its store."""
 
     teacher: float
     """Images per second."""
@@ -50,7 +38,13 @@ class Measured(NamedTuple):
     """Images per teacher forward."""
     decode: float | None
     """Views per second; ``None``: there are no images."""
-    store: StoreRates
+    write: float
+    """Bytes per second of shards as the builder writes them: checksums, digest and fsync."""
+    read: float
+    """Bytes per second of random rows as a run reads them: on threads, with checksums."""
+    in_memory: float | None
+    """Largest share of a shard's pages that was still in memory when reading began; ``None``: the
+    file system does not report it."""
 
 
 def measure_rates(
@@ -60,14 +54,7 @@ def measure_rates(
     manifest: Manifest,
     device: torch.device,
 ) -> Measured:
-    """Measure teacher, decoding and store one after the other.
-
-    Args:
-        config: the run; ``cache.dir`` is on the store.
-        teacher: on ``device``.
-        index: the images; ``None``: decoding is not measured.
-        manifest: of the cache that is meant; no more than its rows are written.
-        device: where the teacher computes.
+    """Measure teacher, decoding (if there are images) and the store of ``cache.dir`` in turn.
 
     Raises:
         CacheError: if the store refuses.
@@ -78,7 +65,7 @@ def measure_rates(
     forward = teacher_rate(teacher, batch, device)
     decode = None if index is None else decoding_rate(config, index, teacher.image_size, device)
     store = store_rates(Path(str(config.cache.dir)), manifest, config.train.micro_batch_size)
-    return Measured(forward, batch, decode, store)
+    return Measured(forward, batch, decode, *store)
 
 
 def measure_rate(work: Callable[[], int], seconds: float, device: torch.device) -> float:
@@ -107,14 +94,7 @@ def teacher_rate(teacher: OnlineTeacher, batch: int, device: torch.device) -> fl
 
 
 def decoding_rate(config: Config, index: Index, side: int, device: torch.device) -> float:
-    """Return views per second of one process with ``data.workers`` threads.
-
-    Args:
-        config: the run.
-        index: the images.
-        side: of the views, pixels.
-        device: where the views go.
-    """
+    """Return views per second of one process with ``data.workers`` threads, ``side`` in pixels."""
     with Stream(
         index,
         seed=config.run.seed,
@@ -138,13 +118,13 @@ def decoding_rate(config: Config, index: Index, side: int, device: torch.device)
         return measure_rate(draw, MEASURE_S, device)
 
 
-def store_rates(folder: Path, manifest: Manifest, micro_batch: int) -> StoreRates:
+def store_rates(
+    folder: Path, manifest: Manifest, micro_batch: int
+) -> tuple[float, float, float | None]:
     """Write shards of random rows in a folder, read them back, and delete them.
 
-    Args:
-        folder: on the store; created if absent.
-        manifest: of the cache that is meant; no more than its rows are written.
-        micro_batch: rows that are read together.
+    Returns:
+        ``write``, ``read`` and ``in_memory`` of ``Measured``.
 
     Raises:
         CacheError: if the store refuses.
@@ -163,7 +143,7 @@ def store_rates(folder: Path, manifest: Manifest, micro_batch: int) -> StoreRate
             f"cache.dir={folder}: cannot be written ({error}); make room or name another folder"
         ) from error
     size = manifest.row_bytes()
-    return StoreRates(size * write_rate, size * read_rate, in_memory)
+    return size * write_rate, size * read_rate, in_memory
 
 
 def measure_writing(folder: Path, manifest: Manifest) -> tuple[int, float]:

@@ -25,7 +25,7 @@ from cmtmae_scale.tools.cache_plan import (
     usable_codecs,
     weigh_cache,
 )
-from cmtmae_scale.tools.cache_rates import Measured, StoreRates
+from cmtmae_scale.tools.cache_rates import Measured
 from tests.cache import cache_case as case
 
 JOB = Job(images=1000, draws=100_000, gpus=2)
@@ -184,7 +184,7 @@ def test_a_plan_needs_no_images_where_their_number_is_known(
 
 
 def test_on_a_cpu_a_given_rate_implies_the_teachers() -> None:
-    found = Measured(10.0, 4, 300.0, StoreRates(1e8, 2e8, 0.0))
+    found = Measured(10.0, 4, 300.0, 1e8, 2e8, 0.0)
     rates = choose_rates(found, 0.5, None, False)
     assert (rates.teacher, rates.train, rates.decode) == (10, 5, 300)
     given = choose_rates(found, 0.5, 1000.0, False)
