@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from cmtmae_scale.cache.format import ENDLESS, PARTS, read_manifest
+from cmtmae_scale.cache.format import ENDLESS, SHARDS, read_manifest
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.runtime.progress_file import read_published_progress
 from tests.engine.run_case import BASE, make_photographs, same
@@ -135,8 +135,8 @@ def sidecar_main(run_dir: Path) -> None:
 
     torch.set_num_threads(1)
     redirect(run_dir / "sidecar.err")
-    arguments = ["--follow", str(run_dir), "--rows-a-part", "8", "--ahead", "6"]
-    os._exit(precompute.main(arguments))
+    arguments = ["--follow", str(run_dir), "--rows-per-shard", "8", "--ahead", "6"]
+    os._exit(precompute.precompute_teacher(arguments))
 
 
 def samples_of(run_dir: Path) -> dict[int, int]:
@@ -326,7 +326,7 @@ class Faults:
 
     def damage_part(self) -> None:
         cache = self.job.run_dir / "cache"
-        parts = sorted((cache / PARTS).glob("*.safetensors"))
+        parts = sorted((cache / SHARDS).glob("*.safetensors"))
         if not parts or read_manifest(cache).num_rows != ENDLESS:
             return
         try:

@@ -101,7 +101,7 @@ def test_after_the_loss_of_its_first_node_a_job_is_queued_again_by_slurm(
 
 
 def test_an_array_computes_a_cache(desk: Desk) -> None:
-    settings = ["views.views_per_image=2", "--rows-a-part=8"]
+    settings = ["views.views_per_image=2", "--rows-per-shard=8"]
     cache = desk.folder / "cache"
     options = ["--array=0-1", "--cpus-per-task=1"]
     job = desk.submit("cache.sbatch", options, desk.recipe, cache, *settings)
@@ -131,7 +131,7 @@ def test_a_sidecar_follows_a_run_as_a_job_beside_it(desk: Desk) -> None:
     run_dir = desk.folder / "followed"
     train = desk.train("followed", STEPS_KEY, EVERY, "teacher.mode=sidecar")
     options = [f"--dependency=after:{train}", "--cpus-per-task=1"]
-    sidecar = desk.submit("follow.sbatch", options, run_dir, "--rows-a-part=16")
+    sidecar = desk.submit("follow.sbatch", options, run_dir, "--rows-per-shard=16")
     assert desk.cluster.wait(train) == ("COMPLETED", 0), desk.log(train)
     assert desk.cluster.wait(sidecar) == ("COMPLETED", 0), desk.log(sidecar)
     assert "following" in desk.log(sidecar)

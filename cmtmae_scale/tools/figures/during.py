@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmtmae_scale.backends.gather import gather_tensors
-from cmtmae_scale.cache.followed import SidecarTeacher
-from cmtmae_scale.cache.teacher import CachedTeacher
+from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
@@ -125,7 +124,7 @@ def open_figures(run: Run) -> list[SideTask]:
 def online_teacher(source: TeacherSource | None) -> Teacher | None:
     """The model itself: no cache has the views that are drawn."""
     if isinstance(source, CachedTeacher | SidecarTeacher):
-        return source.live
+        return source.online
     return source if isinstance(source, OnlineTeacher) else None
 
 
