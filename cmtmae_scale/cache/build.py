@@ -100,7 +100,7 @@ class Builder:
         Raises:
             CacheError: if the run uses nothing that the codec would store.
         """
-        reading = self.teacher.reading
+        reading = self.teacher.outputs
         height, width = self.teacher.grid
         stores_features = codec != "attention" and bool(reading.feature_layers)
         if codec != "attention" and not stores_features:

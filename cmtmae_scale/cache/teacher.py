@@ -47,7 +47,7 @@ def open_cache(
     wanted = fingerprint(config, described.fingerprint(), index, keyed)
     check_identity(manifest, wanted, str(folder))
     rows, columns = described.grid
-    reading = described.reading
+    reading = described.outputs
     tokens = rows * columns + described.has_cls
     expected = {
         "num_rows": num_rows(config, index, keyed),

@@ -139,7 +139,7 @@ def usable_codecs(config: Config) -> list[Codec]:
 
 def shape(teacher: OnlineTeacher, codec: Codec) -> Manifest:
     """A cache with the rows that ``Builder.describe`` names, and more of them than are written."""
-    reading, (height, width) = teacher.reading, teacher.grid
+    reading, (height, width) = teacher.outputs, teacher.grid
     features = bool(reading.feature_layers)
     return Manifest(
         fingerprint={},

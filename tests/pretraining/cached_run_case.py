@@ -28,7 +28,7 @@ from tests.engine.run_case import run
 
 COUNT = 2
 VIEWS = f"views.views_per_image={COUNT}"
-LIVE = OnlineTeacher.look
+LIVE = OnlineTeacher.forward_batch
 
 
 def cached(folder: Path, *more: str) -> list[str]:
@@ -197,7 +197,7 @@ def observe(recipe: Path, run_dir: Path, overrides: list[str], how: str = "") ->
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(loop, "prepare", note))
         if how == "rounded":
-            stack.enter_context(mock.patch.object(OnlineTeacher, "look", rounded))
+            stack.enter_context(mock.patch.object(OnlineTeacher, "forward_batch", rounded))
         if how == "alone":
             none = mock.Mock(side_effect=AssertionError("a teacher is built"))
             stack.enter_context(mock.patch("cmtmae_scale.pretraining.build.build_teacher", none))
