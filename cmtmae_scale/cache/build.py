@@ -325,7 +325,7 @@ def open_or_build_index(config: Config, folder: Path) -> Index:
 
 def row_shape(teacher: OnlineTeacher, features: bool = True) -> tuple[int, int, int]:
     """Return patches N, tokens T and channels F of a row; 0: unused, or not stored."""
-    reading, patches = teacher.reading, teacher.grid[0] * teacher.grid[1]
+    reading, patches = teacher.outputs, teacher.grid[0] * teacher.grid[1]
     attention = patches if reading.attention_layers else 0
     if not features or not reading.feature_layers:
         return attention, 0, 0

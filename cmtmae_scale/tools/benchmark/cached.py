@@ -67,7 +67,7 @@ class Synthetic:
         patches = like.grid[0] * like.grid[1]
         shape = (count, patches + self.has_cls, self.width)
         attention = None
-        if like.reading.attention_layers:
+        if like.outputs.attention_layers:
             attention = torch.rand(count, patches, device=device).softmax(-1)
         self.view = TeacherView(attention, torch.randn(shape, device=device), True)
 
