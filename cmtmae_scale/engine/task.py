@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import BatchPlan
-from cmtmae_scale.config.guard import Guard
-from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.schema import Config, Guard
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest

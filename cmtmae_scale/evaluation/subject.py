@@ -18,7 +18,7 @@ from cmtmae_scale.checkpoint.publish import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.config.teacher import Teacher as TeacherConfig
+from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
 from cmtmae_scale.evaluation.encoders import Encoder, of_student, of_tower, weights_digest
 from cmtmae_scale.method.initialisation import initialise
