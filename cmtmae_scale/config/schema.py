@@ -565,6 +565,17 @@ class Trained(Protocol):
     guard: Guard
 
     @property
+    @property
+    def data(self) -> Any:
+        """Images."""
+        ...
+
+    @property
+    def log(self) -> Any:
+        """Logs."""
+        ...
+
+    @property
     def optimizer(self) -> AdamWSettings:
         """AdamW."""
         ...

@@ -1,5 +1,8 @@
 """Pictures while a run goes on: the same images each time, from weights put together anew."""
 
+import logging
+import time
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,12 +13,14 @@ from cmtmae_scale.cache.followed import SidecarTeacher
 from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.progress import Progress, scalars_at
-from cmtmae_scale.engine.task import Parts
+from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.task import Run, SideTask
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.pretraining.prepare import Models
+from cmtmae_scale.pretraining.scalars import scalars_at
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.online import OnlineTeacher
@@ -25,12 +30,14 @@ from dataloading.errors import DataError
 from dataloading.index import Index
 from dataloading.one_pass import OnePass
 
+logger = logging.getLogger(__name__)
+
 COUNT = 8
 """Images on a sheet."""
 PREFIXES = ("model.", "momentum.")
 
 
-class RunPictures:
+class RunFigures:
     """What a run's loop calls at its steps.
 
     All ranks take part in putting weights together; the first one keeps them on the host, looks at
@@ -64,7 +71,7 @@ class RunPictures:
                 momentum = (
                     build_student(config, MomentumEncoder) if needs(config).momentum else None
                 )
-            self.networks = Networks(live_teacher(teacher), model.eval(), momentum)
+            self.networks = Networks(online_teacher(teacher), model.eval(), momentum)
 
     def __call__(self, models: Models, progress: Progress) -> NDArray[np.uint8] | None:
         """Draw the present state. A collective.
@@ -86,19 +93,36 @@ class RunPictures:
         if self.images is None:
             sizes = view_sizes(self.config.views.image_size, self.networks.teacher)
             self.images = read_images(self.index, sizes, self.config.data.workers, self.device)
-        scalars = scalars_at(self.config, progress.share)
+        scalars = scalars_at(self.config, progress.fraction)
         columns = columns_of(self.config, self.networks, models.layout, self.images, scalars)
         return draw_sheet(columns, caption(self.config, progress))
 
 
-def open_pictures(parts: Parts, world: World) -> RunPictures | None:
-    """The pictures of a run; ``None`` where it asks for none."""
-    if parts.config.log.images_every is None or parts.index is None:
-        return None
-    return RunPictures(parts.config, parts.index, parts.models.teacher, world, parts.device)
+def open_figures(run: Run) -> list[SideTask]:
+    """Return the side task that draws a pre-training; none where the run asks for no figures."""
+    task = run.task
+    if not isinstance(task, Pretraining) or task.config.log.images_every is None:
+        return []
+    every, models = task.config.log.images_every, task.models
+    draw_figures = RunFigures(task.config, run.index, models.teacher, task.world, run.device)
+
+    def is_due(progress: Progress) -> bool:
+        return progress.step % every == 0 or progress.step == progress.end_step
+
+    def draw(run: Run) -> None:
+        began = time.monotonic()
+        try:
+            sheet = draw_figures(models, run.progress)
+            if run.telemetry is not None and sheet is not None:
+                took_s = time.monotonic() - began
+                run.telemetry.record_figures(run.progress.step, sheet, took_s)
+        except (DataError, OSError) as error:  # of rank 0, for which no other rank waits
+            logger.warning("step %d: no figures: %s", run.progress.step, error)
+
+    return [SideTask("figures", is_due, draw)]
 
 
-def live_teacher(source: TeacherSource | None) -> Teacher | None:
+def online_teacher(source: TeacherSource | None) -> Teacher | None:
     """The model itself: no cache has the views that are drawn."""
     if isinstance(source, CachedTeacher | SidecarTeacher):
         return source.live
@@ -142,6 +166,6 @@ def caption(config: Config, progress: Progress) -> str:
         random = " (RANDOM WEIGHTS)" if config.teacher.weights == "random" else ""
         parts.insert(1, f"teacher {config.teacher.model}{random}")
     if need.teacher_attention and need.student_attention:
-        alpha = evaluate(config.collaboration.alpha_attention, progress.share)
+        alpha = evaluate(config.collaboration.alpha_attention, progress.fraction)
         parts.append(f"teacher's weight in the mix {alpha:g}")
     return ", ".join(parts)
