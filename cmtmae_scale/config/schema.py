@@ -565,7 +565,6 @@ class Trained(Protocol):
     guard: Guard
 
     @property
-    @property
     def data(self) -> Any:
         """Images."""
         ...
