@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.config.trained import AdamWSettings
+from cmtmae_scale.config.schema import AdamWSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

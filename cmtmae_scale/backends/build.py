@@ -11,7 +11,7 @@ from cmtmae_scale.backends.base import Backend, Objective
 from cmtmae_scale.backends.fsdp import Fsdp
 from cmtmae_scale.config.deepspeed import deepspeed_config
 from cmtmae_scale.config.derive import batch_plan
-from cmtmae_scale.config.trained import Trained
+from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.runtime.launch import World

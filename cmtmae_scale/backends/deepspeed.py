@@ -44,8 +44,8 @@ from cmtmae_scale.backends.deepspeed_internals import (
     renew_compute_copies,
 )
 from cmtmae_scale.backends.deepspeed_momentum import GatheredMomentum, Shard
+from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
-from cmtmae_scale.config.trained import AdamWSettings
 from cmtmae_scale.errors import ConfigError
 
 TESTED = "0.19"

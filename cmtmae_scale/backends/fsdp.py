@@ -31,8 +31,8 @@ from cmtmae_scale.backends.base import (
     acceptable,
     detached,
 )
+from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
-from cmtmae_scale.config.trained import AdamWSettings
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.momentum import update_momentum
 

@@ -23,7 +23,7 @@ from cmtmae_scale.backends.base import (
     acceptable,
     detached,
 )
-from cmtmae_scale.config.trained import AdamWSettings
+from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.method.momentum import update_momentum
 
 

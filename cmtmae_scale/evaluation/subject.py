@@ -19,7 +19,7 @@ from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.config.teacher import Teacher as TeacherConfig
+from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
 from cmtmae_scale.evaluation.encoders import (
     Encoder,

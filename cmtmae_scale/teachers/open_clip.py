@@ -25,7 +25,7 @@ from open_clip.model import (
 )
 from torch import Tensor, nn
 
-from cmtmae_scale.config.teacher import Teacher as TeacherConfig
+from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
 from cmtmae_scale.teachers.base import QueryKey, Tower

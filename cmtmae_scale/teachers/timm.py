@@ -23,7 +23,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from cmtmae_scale.config.teacher import Teacher as TeacherConfig
+from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.teachers.base import QueryKey, Tower
 from cmtmae_scale.teachers.weights import (
