@@ -63,7 +63,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=above_zero,
-        help="stop cleanly after about this time; the same command continues",
+        help="time limit; the same command continues",
     )
     parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time; 1")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")

@@ -1,4 +1,4 @@
-"""Figure of a study's results: one row per row, one dot per seed, the mean with a bar."""
+"""Figure of a study's results: one line per row, one dot per seed, the mean with a bar."""
 
 from html import escape
 
@@ -16,7 +16,7 @@ svg { font: 13px sans-serif; fill: #222; background: #fff }
 
 
 def draw_results(study: Study, results: Results) -> str:
-    """Draw the rows that have a result, against the references as dashed rows.
+    """Draw the rows that have a result, against the references as dashed lines.
 
     Bars are the standard deviation over seeds, or for one seed the 95 % interval over test images.
     """
@@ -24,8 +24,8 @@ def draw_results(study: Study, results: Results) -> str:
     low, high = axis_limits(rows, results)
     height = TOP + ROW * len(rows) + 60 + 15 * len(results.references)
 
-    def x(share: float) -> float:
-        return LEFT + WIDTH * (100 * share - low) / (high - low)
+    def x(fraction: float) -> float:
+        return LEFT + WIDTH * (100 * fraction - low) / (high - low)
 
     bottom = TOP + ROW * len(rows)
     parts = [

@@ -82,16 +82,15 @@ def load_study(path: str | Path) -> Study:
     place = str(path)
     tree = read_yaml(Path(path))
     check_keys(tree, Study, place, "")
-    check_keys(
-        require_group(tree["evaluation"], place, "evaluation"), Evaluation, place, "evaluation."
-    )
+    evaluation = require_group(tree["evaluation"], place, "evaluation")
+    check_keys(evaluation, Evaluation, place, "evaluation.")
     rows = require_group(tree["rows"], place, "rows")
     for name, row in rows.items():
         if row != {}:  # a row may be the recipe as it is
             check_keys(require_group(row, place, f"rows.{name}"), RowFile, place, f"rows.{name}.")
     study = Study(
         **{key: value for key, value in tree.items() if key not in ("evaluation", "rows")},
-        evaluation=Evaluation(**tree["evaluation"]),
+        evaluation=Evaluation(**evaluation),
         rows={str(name): RowFile(**row) for name, row in rows.items()},
     )
     check_study(study, place)

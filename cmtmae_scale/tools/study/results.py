@@ -13,7 +13,13 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.result import method_family, unpack_hits
 from cmtmae_scale.tools.study.execute import training_minutes
 from cmtmae_scale.tools.study.file import Study
-from cmtmae_scale.tools.study.statistics import Test, holm, mcnemar, mean_and_std, paired_t
+from cmtmae_scale.tools.study.statistics import (
+    PairedTest,
+    holm_correction,
+    mcnemar,
+    mean_and_std,
+    paired_t,
+)
 from cmtmae_scale.tools.study.work import Run
 
 
@@ -75,7 +81,7 @@ class Comparison:
 
     better: str
     other: str
-    test: Test
+    test: PairedTest
     p_corrected: float
     """Holm's correction, over all available comparisons of the study."""
 
@@ -114,13 +120,13 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
         )
         for name, row in study.rows.items()
     ]
+    by_name = {row.name: row.found for row in rows}
     tests = {
         (better, other): test
         for better, other in study.comparisons
-        if (test := compare_rows(*(row_named(rows, name).found for name in (better, other))))
-        is not None
+        if (test := compare_rows(by_name[better], by_name[other])) is not None
     }
-    corrected = holm({"/".join(pair): test.p for pair, test in tests.items()})
+    corrected = holm_correction({"/".join(pair): test.p for pair, test in tests.items()})
     comparisons = [
         Comparison(*pair, test, corrected["/".join(pair)]) for pair, test in tests.items()
     ]
@@ -132,12 +138,7 @@ def is_evaluated(run: Run) -> bool:
     return run.linear.exists() and run.knn.exists()
 
 
-def row_named(rows: Sequence[StudyRow], name: str) -> StudyRow:
-    """Return the row with a name."""
-    return next(line for line in rows if line.name == name)
-
-
-def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult]) -> Test | None:
+def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult]) -> PairedTest | None:
     """Test over common seeds, or over images for a single common seed; ``None``: no common seed."""
     ours, theirs = ({one.run.seed: one for one in found} for found in (a, b))
     seeds = [seed for seed in ours if seed in theirs]

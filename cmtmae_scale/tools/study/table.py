@@ -86,8 +86,8 @@ def comparison_lines(study: Study, results: Results) -> list[str]:
     if any(one.test.method.startswith("McNemar") for one in results.comparisons):
         lines += [
             "",
-            "McNemar's test and its interval are about *these weights* on such images; a single seed "
-            "does not generalise over seeds.",
+            "McNemar's test and its interval are about *these weights* on such images, not "
+            "about other seeds.",
         ]
     return lines
 
@@ -105,7 +105,7 @@ def comparison_line(one: Comparison) -> str:
 def command_lines(results: Results, place: str) -> list[str]:
     """Return the commands of each row that has a result, for its first seed."""
     lines = [
-        f"The whole study: `python launchers/study.py {place}`. Single rows, first seed:",
+        f"All rows: `python launchers/study.py {place}`. Single rows, first seed:",
         "",
         "```",
     ]

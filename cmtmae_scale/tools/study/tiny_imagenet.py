@@ -67,7 +67,7 @@ def download_archive(file: Path) -> Path:
             shutil.copyfileobj(response, opened)
     except OSError as error:
         raise DataError(
-            f"{ADDRESS}: cannot be downloaded ({error}); download it elsewhere and name it with --zip"
+            f"{ADDRESS}: cannot be downloaded ({error}); name a copy with --zip"
         ) from error
     return draft.replace(file)
 
@@ -91,13 +91,13 @@ def write_subset(archive: Path, folder: Path) -> None:
             labels = {name: label for label, name in enumerate(names[::2])}
             for tar in range(TRAIN_TARS):
                 numbers = range(tar * TRAIN_A_TAR, (tar + 1) * TRAIN_A_TAR)
-                write_samples_tar(
+                write_samples(
                     folder / f"train-{tar:02d}.tar", train_samples(opened, labels, numbers)
                 )
             files = validation_files(opened, labels)
             for tar in range(VAL_TARS):
                 numbers = range(tar * VAL_A_TAR, (tar + 1) * VAL_A_TAR)
-                write_samples_tar(
+                write_samples(
                     folder / f"val-{tar}.tar", val_samples(opened, labels, files, numbers)
                 )
     except (OSError, LookupError, ValueError, zipfile.BadZipFile) as error:
@@ -140,7 +140,7 @@ def val_samples(
             yield Sample(Path(file).stem, archive.read(f"{ROOT}/val/images/{file}"), label)
 
 
-def write_samples_tar(file: Path, samples: Iterable[Sample]) -> None:
+def write_samples(file: Path, samples: Iterable[Sample]) -> None:
     """Write a WebDataset tar, whole or not at all; the same samples give the same bytes."""
     draft = file.with_suffix(".part")
     with tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
