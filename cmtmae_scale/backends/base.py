@@ -5,9 +5,6 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from torch import Tensor, nn
 
-from cmtmae_scale.method.masking import PatchChoice
-from cmtmae_scale.method.targets import Predictions
-
 
 class Work(Protocol):
     """What one forward and backward needs, all on the device."""
@@ -17,25 +14,10 @@ class Work(Protocol):
         """What the model is called with; first the images, ``[B, 3, S, S]`` float32."""
         ...
 
-
-class MicroBatch(NamedTuple):
-    """Work of pre-training."""
-
-    images: Tensor
-    """Normalised views, ``[B, 3, S, S]`` float32."""
-    choice: PatchChoice
-    """Masks, ``R = B * masks_per_view`` rows."""
-    targets: Predictions
-    """What is to be predicted, in the predictions' order."""
-    valid: Tensor
-    """Rows whose view could be decoded, ``[R]`` bool."""
-    alpha_target: Tensor
-    """Teacher's weight in the loss, 0-dim float32."""
-
     @property
-    def inputs(self) -> tuple[Tensor, PatchChoice]:
-        """See ``Work``."""
-        return self.images, self.choice
+    def valid(self) -> Tensor:
+        """Rows that count in the loss, bool ``[R]``."""
+        ...
 
 
 class Terms(Protocol):

@@ -10,7 +10,8 @@ from cmtmae_scale.cache.sidecar import PATIENCE_S, PAUSE_S, Follower, follow
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
-from cmtmae_scale.runtime.launch import World, pick_device
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.collectives import pick_device
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,14 +152,16 @@ def sweep(root: Path, spare: Path | None = None) -> None:
             remove(aside)
         else:
             aside.rename(target)
-    for left in [*root.glob(".draft-*"), *root.glob(".old-*")]:
-        if left != spare:
-            remove(left)
+    for pattern in (".draft-*", ".old-*", f".{LATEST}.*.tmp"):
+        for left in root.glob(pattern):
+            if left != spare:
+                remove(left)
 
 
 def remove(path: Path) -> None:
-    """Delete a folder, or a link to one, as far as the store lets us."""
-    if path.is_symlink():
-        path.unlink()
-    else:
+    """Delete a folder, a link or a file; ignore what the store refuses."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

@@ -22,7 +22,7 @@ from cmtmae_scale.checkpoint.layout import (
 )
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.runtime.storage import sync, write_text
+from cmtmae_scale.runtime.storage import sync, write_atomic
 
 DONE, FAILED = ".done", ".failed"
 ENCODERS = {"student": "model.encoder.", "momentum": "momentum."}
@@ -43,10 +43,10 @@ def publish(draft: Path, target: Path, parts: dict[str, Any], state: dict[str, A
         OSError: if the store refuses; the older checkpoints stand.
     """
     files = dict(parts)
-    files[INDEX] = write_text(draft / INDEX, json.dumps(build_index(draft, parts)))
-    files[STATE] = write_text(draft / STATE, json.dumps(state, indent=1))
+    files[INDEX] = write_atomic(draft / INDEX, json.dumps(build_index(draft, parts)))
+    files[STATE] = write_atomic(draft / STATE, json.dumps(state, indent=1))
     files[ENCODER] = write_encoder(draft, draft / ENCODER, "student")
-    write_text(draft / MANIFEST, manifest_text(files))
+    write_atomic(draft / MANIFEST, manifest_text(files))
     sync(draft)
     put_in_place(draft, target)
 
@@ -74,14 +74,14 @@ def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
 
 def seal_part(draft: Path, rank: int, facts: dict[str, Any]) -> None:
     """Tell rank 0 that a rank's chunks lie on storage."""
-    write_text(draft / (rank_file(rank) + DONE), json.dumps(facts))
+    write_atomic(draft / (rank_file(rank) + DONE), json.dumps(facts))
 
 
 def give_up_part(draft: Path, rank: int, reason: str) -> None:
     """Free a part's space and tell rank 0 that it will not come."""
     part = draft / rank_file(rank)
     part.unlink(missing_ok=True)
-    write_text(part.with_name(part.name + FAILED), reason)
+    write_atomic(part.with_name(part.name + FAILED), reason)
 
 
 def await_parts(

@@ -14,7 +14,7 @@ from cmtmae_scale.checkpoint.publish import await_parts, give_up_part, publish, 
 from cmtmae_scale.checkpoint.replicas import refuse_differences
 from cmtmae_scale.errors import CheckpointError, SaveError
 from cmtmae_scale.runtime.collectives import agree_all
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class Writer:
     def tidy(self, target: Path) -> None:
         """Name the newest checkpoint in ``latest`` and keep only the newest ones."""
         try:
-            write_text(self.root / layout.LATEST, target.name)
+            write_atomic(self.root / layout.LATEST, target.name)
             layout.prune(self.root, self.keep, layout.step_of(target) or 0)
         except OSError as error:
             logger.warning(

@@ -16,7 +16,8 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.runtime.arguments import above_zero, at_least_one
-from cmtmae_scale.runtime.launch import World, pick_device
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.collectives import pick_device
 from cmtmae_scale.teachers.build import assemble, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.cache_plan.cost import Job, Prices, Rates, outlook

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmtmae_scale.commands.rank import run_as_rank
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
+from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
 
 WEIGHTS = ("student", "momentum", "teacher")
@@ -23,22 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["finetune"]:
         from cmtmae_scale.commands.finetune import finetune
 
-        return finetune(arguments[1:])  # pyright: ignore
-    from cmtmae_scale.engine.ending import as_rank
-
-    return as_rank(lambda: launch(arguments))
+        return finetune(arguments[1:])
+    return run_as_rank(lambda: launch(arguments))
 
 
 def launch(arguments: Sequence[str]) -> int:
     """Parse the command line, evaluate and print the result; returns the exit code."""
     options = parse_options(arguments)
-    from cmtmae_scale.runtime.launch import find_world, pick_device, process_group
-
     world = find_world()
     set_up_logging(world.rank, world.world_size)
     check_weight_options(options)
     check_image_options(options)
     from cmtmae_scale.evaluation.frozen import evaluate_frozen
+    from cmtmae_scale.runtime.collectives import pick_device, process_group
 
     device = pick_device(world)
     with process_group(world, device):

@@ -28,7 +28,8 @@ from cmtmae_scale.errors import (
     ConfigError,
 )
 from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
-from cmtmae_scale.runtime.launch import World, find_world, pick_device
+from cmtmae_scale.runtime.launch import World, find_world
+from cmtmae_scale.runtime.collectives import pick_device
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.progress_bar import Progress
 from dataloading.errors import DataError

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from omegaconf import MISSING, OmegaConf
 
 from cmtmae_scale.config.check import check_backend
+from cmtmae_scale.config.guard import Guard
 from cmtmae_scale.config.load import check_keys, merge, other_length, parse_override, read_yaml
 from cmtmae_scale.config.schema import Backend, Checkpoint, Run, Train
 from cmtmae_scale.errors import ConfigError
@@ -126,6 +127,8 @@ class Finetune:
     """Saved states."""
     log: TuningLog = field(default_factory=TuningLog)
     """Logs."""
+    guard: Guard = field(default_factory=Guard)
+    """Skipped steps, ranks that hang."""
 
 
 def load_finetune(path: str | Path, overrides: Sequence[str] = ()) -> Finetune:

@@ -5,7 +5,7 @@ YAML file.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from omegaconf import MISSING
 
@@ -345,6 +345,8 @@ class Log:
 
     every: int = 10
     """Steps between log entries."""
+    diagnostics_every: int | None = 100
+    """Steps between diagnostics of target tokens and gradients; ``None``: never."""
     images_every: int | None = None
     """Steps between pictures of a fixed set of images, also made at the end; ``None``: never."""
 
@@ -393,3 +395,36 @@ class Config:
     """Teacher cache."""
     eval: Eval = field(default_factory=Eval)
     """Evaluation during the run."""
+
+
+class AdamWSettings(Protocol):
+    """AdamW and the gradient."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+    grad_clip: float | None
+
+
+class Trained(Protocol):
+    """The groups that pre-training and fine-tuning share."""
+
+    run: Run
+    train: Train
+    backend: Backend
+    checkpoint: Checkpoint
+    guard: Guard
+
+    @property
+    def data(self) -> Any:
+        """Images."""
+        ...
+
+    @property
+    def log(self) -> Any:
+        """Logs."""
+        ...
+
+    @property
+    def optimizer(self) -> AdamWSettings:
+        """AdamW."""
+        ...

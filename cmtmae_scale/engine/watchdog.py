@@ -26,10 +26,10 @@ from cmtmae_scale.runtime.processes import started
 logger = logging.getLogger(__name__)
 
 HEARTBEATS, STACKS = "heartbeats", "stacks"
-LONG = 5.0
-"""Factor of the limit in the first step, in saves, in evaluations and while pictures are drawn."""
-STAGES = ("data", "compute", "update", "evaluation", "pictures", "save")
-"""Stages of a step, in order."""
+SLOW_STAGE_FACTOR = 5.0
+"""Factor of the limit in the first step, in saves and in side tasks."""
+STAGES = ("data", "compute", "update", "save", "evaluation", "figures", "diagnostics")
+"""Stages of a step, in order; the last three are side tasks."""
 TICK_S = 0.5
 LONGEST_BEAT_S = 10.0
 
@@ -59,7 +59,7 @@ class Place:
     def limit_s(self, hang_s: float) -> float:
         """Seconds that the present stage may last."""
         usual = self.warm and self.stage in ("data", "compute", "update")
-        return hang_s if usual else LONG * hang_s
+        return hang_s if usual else SLOW_STAGE_FACTOR * hang_s
 
     def __str__(self) -> str:
         return f"step {self.step}, micro-step {self.micro_step}, {self.stage}"

@@ -10,7 +10,7 @@ from cmtmae_scale.evaluation.encoders import computing, weights_digest
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.evaluation.result import Score, score
 from cmtmae_scale.finetuning.classifier import Classifier
-from cmtmae_scale.finetuning.start import Start
+from cmtmae_scale.finetuning.encoder import InitialEncoder
 from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.runtime.collectives import texts_of_all
 from cmtmae_scale.runtime.launch import World
@@ -26,7 +26,7 @@ class Accuracy:
 
     Args:
         classifier: one of the trained one's shape; its weights do not matter.
-        start: how pictures are normalised and how large they are.
+        encoder: how images are normalised and how large they are.
         images: the test set.
         config: how images are read.
         world: this process's place.
@@ -36,14 +36,14 @@ class Accuracy:
     def __init__(
         self,
         classifier: Classifier,
-        start: Start,
+        encoder: InitialEncoder,
         images: ImageSet,
         config: Finetune,
         world: World,
         device: torch.device,
     ) -> None:
         self.classifier = classifier.eval().requires_grad_(False)
-        self.start, self.images, self.config = start, images, config
+        self.encoder, self.images, self.config = encoder, images, config
         self.world, self.device = world, device
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Accuracy:
         with self.batches() as batches:
             try:
                 for batch in batches:
-                    pictures = normalise_images(batch.images[0], self.start.mean, self.start.std)
+                    pictures = normalise_images(batch.images[0], self.encoder.mean, self.encoder.std)
                     with computing(self.device):
                         logits = model(pictures)
                     place = batch.position[batch.valid]
@@ -91,7 +91,7 @@ class Accuracy:
             self.images.index,
             self.images.ids,
             micro_batch=self.config.train.micro_batch_size,
-            size=self.start.size,
+            size=self.encoder.size,
             rank=self.world.rank,
             world_size=self.world.world_size,
             threads=self.config.data.workers,

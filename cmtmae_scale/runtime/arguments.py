@@ -38,3 +38,8 @@ def share(text: str) -> float:
     if not 0 <= found <= 1:
         raise argparse.ArgumentTypeError(f"{text} must lie in [0, 1]")
     return found
+
+
+def add_launcher_options(parser: argparse.ArgumentParser) -> None:
+    """Accept what DeepSpeed's launcher adds; ranks come from the environment."""
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

@@ -1,7 +1,53 @@
-"""Small agreements between ranks, on the host."""
+"""The process group of a run, and small agreements between its ranks on the host."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime.launch import World
+
+
+def pick_device(world: World) -> torch.device:
+    """Take this rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if world.launcher == "srun" and count == 1:
+        return torch.device("cuda", 0)  # --gpus-per-task shows each task its own alone
+    if world.local_world_size > count:
+        raise ConfigError(
+            f"{world.local_world_size} processes on this node, but {count} GPUs; "
+            f"use --nproc-per-node={count}"
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+@contextmanager
+def process_group(world: World, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
+    """Hold the default process group open: gloo for the host, and NCCL for GPUs."""
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world.launcher == "alone":
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend,
+            init_method=world.meeting,
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timeout,
+        )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def ranks() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
+from cmtmae_scale.runtime.storage import write_atomic
 
 EXIT_FILE = "exit.json"
 SUPERVISOR = "CMTMAE_SUPERVISOR"
@@ -25,9 +26,7 @@ one of these; one that crashed on the way out changes nothing."""
 def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
     """Leave the outcome in ``RUN_DIR/exit.json``."""
     record: dict[str, Any] = {"code": code, "step": step, "reason": reason}
-    draft = run_dir / f"{EXIT_FILE}.tmp"
-    draft.write_text(json.dumps(record) + "\n")
-    draft.replace(run_dir / EXIT_FILE)
+    write_atomic(run_dir / EXIT_FILE, json.dumps(record) + "\n")
 
 
 def forget_exit(run_dir: Path) -> None:
@@ -45,9 +44,7 @@ class Report:
     def write(self, text: str) -> None:
         """Replace what was told before."""
         if self.file is not None:
-            draft = self.file.with_name(f".{self.file.name}")
-            draft.write_text(text)
-            draft.replace(self.file)
+            write_atomic(self.file, text, durable=False)
 
     def leave(self, code: int) -> None:
         """Tell the exit code."""

@@ -24,6 +24,7 @@ from typing import Any, cast
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.collectives import text_from_first
 from cmtmae_scale.runtime.processes import started
+from cmtmae_scale.runtime.storage import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +121,9 @@ class RunLock:
         self.released.set()
         self.thread.join()
         path = path_of(self.folder, self.number)
-        draft = path.with_suffix(".tmp")
         try:
             if path.exists():
-                draft.write_text(json.dumps(self.holder | {"released": True}))
-                draft.replace(path)
+                write_atomic(path, json.dumps(self.holder | {"released": True}))
         except OSError as error:  # the next start finds a dead process
             logger.warning("%s could not be released (%s)", path, error)
 

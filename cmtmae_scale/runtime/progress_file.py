@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from cmtmae_scale.runtime.storage import write_atomic
+
 logger = logging.getLogger(__name__)
 
 FILE = "progress.json"
@@ -38,10 +40,8 @@ class ProgressFile:
         due = now - self.since >= PAUSE_S or standing.position >= standing.end
         if standing == self.told or not due:
             return
-        draft = self.path.with_name(f"{FILE}.tmp")
         try:
-            draft.write_text(json.dumps(standing._asdict()) + "\n")
-            draft.replace(self.path)
+            write_atomic(self.path, json.dumps(standing._asdict()) + "\n", durable=False)
         except OSError as error:
             logger.debug("%s could not be written (%s)", self.path, error)
             return

@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dataloading.files import atomic_path, sync
+
+__all__ = ["atomic_path", "digest", "drop_from_memory", "sync", "write_atomic"]
+
 
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
@@ -12,22 +16,24 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Force a file or folder to storage."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def write_atomic(path: Path, data: str | bytes, durable: bool = True) -> dict[str, Any]:
+    """Write a small file whole or not at all.
+
+    Args:
+        path: the file; an existing one is replaced.
+        data: the content; text is encoded as UTF-8.
+        durable: force the content to storage before the file gets its name.
+
+    Returns:
+        The file's size in bytes and its SHA-256.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    with atomic_path(path, durable) as draft:
+        draft.write_bytes(content)
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def write_text(path: Path, text: str) -> dict[str, Any]:
-    """Write a small file, whole or not at all; returns its size and SHA-256."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    sync(draft)
-    draft.replace(path)
-    return {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+write_text = write_atomic  # callers of the old name; goes with the last of them
 
 
 def drop_from_memory(path: Path) -> float | None:

@@ -186,11 +186,7 @@ def check_after_crash(root: Path, place: str) -> None:
     assert find_checkpoint(root, 0, 1) == following, place
     assert version_of(following) == 1, place
     names = {path.name for path in root.iterdir()}
-    assert names == {following.name, layout.LATEST} or names == {
-        following.name,
-        layout.LATEST,
-        f"{layout.LATEST}.tmp",
-    }, f"{place}: {names}"
+    assert names == {following.name, layout.LATEST}, f"{place}: {names}"
 
 
 class Lines(logging.Handler):

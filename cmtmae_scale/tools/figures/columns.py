@@ -98,6 +98,7 @@ def compute_columns(
             config.run.seed,
             scalars.salient_frac,
             length=height * width,
+            num_predicted=layout.num_hidden,
         )
         predictions = model(pixels, choice)
         tokens = model.encoder(pixels)[:, model.encoder.num_prefix :]

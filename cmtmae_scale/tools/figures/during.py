@@ -1,5 +1,8 @@
 """Figures during a run: the same images each time, with weights gathered from all ranks."""
 
+import logging
+import time
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,12 +13,14 @@ from cmtmae_scale.cache.followed import SidecarTeacher
 from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.progress import Progress, scalars_at
-from cmtmae_scale.engine.task import Parts
+from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.task import Run, SideTask
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.pretraining.prepare import Models
+from cmtmae_scale.pretraining.scalars import scalars_at
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.online import OnlineTeacher
@@ -24,6 +29,8 @@ from cmtmae_scale.tools.figures.sheet import draw_sheet
 from dataloading.errors import DataError
 from dataloading.index import Index
 from dataloading.one_pass import OnePass
+
+logger = logging.getLogger(__name__)
 
 COUNT = 8
 """Images per sheet."""
@@ -86,25 +93,33 @@ class RunFigures:
         if self.images is None:
             sizes = view_sizes(self.config.views.image_size, self.networks.teacher)
             self.images = read_crops(self.index, sizes, self.config.data.workers, self.device)
-        scalars = scalars_at(self.config, progress.share)
+        scalars = scalars_at(self.config, progress.fraction)
         columns = compute_columns(self.config, self.networks, models.layout, self.images, scalars)
         return draw_sheet(columns, sheet_title(self.config, progress))
 
 
-def open_figures(
-    config: Config, index: Index, teacher: TeacherSource | None, world: World, device: torch.device
-) -> RunFigures | None:
-    """Open the figures of a run; ``None`` where ``log.images_every`` is off."""
-    if config.log.images_every is None:
-        return None
-    return RunFigures(config, index, teacher, world, device)
+def open_figures(run: Run) -> list[SideTask]:
+    """Return the side task that draws a pre-training; none where the run asks for no figures."""
+    task = run.task
+    if not isinstance(task, Pretraining) or task.config.log.images_every is None:
+        return []
+    every, models = task.config.log.images_every, task.models
+    draw_figures = RunFigures(task.config, run.index, models.teacher, task.world, run.device)
 
+    def is_due(progress: Progress) -> bool:
+        return progress.step % every == 0 or progress.step == progress.end_step
 
-def open_pictures(parts: Parts, world: World) -> RunFigures | None:
-    """Open the figures of a loop's parts."""
-    if parts.index is None:
-        return None
-    return open_figures(parts.config, parts.index, parts.models.teacher, world, parts.device)
+    def draw(run: Run) -> None:
+        began = time.monotonic()
+        try:
+            sheet = draw_figures(models, run.progress)
+            if run.telemetry is not None and sheet is not None:
+                took_s = time.monotonic() - began
+                run.telemetry.record_figures(run.progress.step, sheet, took_s)
+        except (DataError, OSError) as error:  # on rank 0 alone; no other rank waits for it
+            logger.warning("step %d: no figures: %s", run.progress.step, error)
+
+    return [SideTask("figures", is_due, draw)]
 
 
 def online_teacher(source: TeacherSource | None) -> Teacher | None:
@@ -152,6 +167,6 @@ def sheet_title(config: Config, progress: Progress) -> str:
         random = " (RANDOM WEIGHTS)" if config.teacher.weights == "random" else ""
         parts.insert(1, f"teacher {config.teacher.model}{random}")
     if need.teacher_attention and need.student_attention:
-        alpha = evaluate(config.collaboration.alpha_attention, progress.share)
+        alpha = evaluate(config.collaboration.alpha_attention, progress.fraction)
         parts.append(f"teacher's weight in the mix {alpha:g}")
     return ", ".join(parts)

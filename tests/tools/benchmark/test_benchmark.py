@@ -9,7 +9,8 @@ import torch
 from cmtmae_scale.commands.benchmark import main, parse
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
-from cmtmae_scale.runtime.launch import World, process_group
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.tools.benchmark import against, decoding, table
 from cmtmae_scale.tools.benchmark.clock import Stopwatch, spread
 from cmtmae_scale.tools.benchmark.training import Protocol, make_variants, measure
