@@ -1,4 +1,4 @@
-"""Students of other shapes, which of them can be a ViTModel, and what is said of the others."""
+"""Students of other shapes, which of them can be a ViTModel, and why the others cannot."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def student(arch: str, size: int = 224) -> Student:
 
 
 def saved(folder: Path, arch: str, size: int, patch: int) -> Origin:
-    """A checkpoint's weights of a student that differs in every value from its start."""
+    """A checkpoint's weights of a student that differs in every value from its initialisation."""
     config = Config()
     config.student.arch, config.student.patch_size, config.views.image_size = arch, patch, size
     model = build_student(config)
@@ -109,7 +109,7 @@ def test_plain_students_are_vit_models(
         (
             "vit_small_patch14_reg4_dinov2",
             224,
-            "it has 4 registers, a class token without position, layer scale",
+            "it has 4 registers, a class token without positional embedding, layer scale",
         ),
         ("vit_giant_patch14_dinov2", 224, "layer scale, an MLP of another kind"),
         (
