@@ -422,7 +422,7 @@ def await_write(writing: "Future[None] | None", folder: Path, manifest: Manifest
 
 
 def missing_text(folder: Path, manifest: Manifest) -> str:
-    """Return what a message says about missing shards; empty for an endless cache."""
+    """Count missing shards for a message; empty for an endless cache."""
     if manifest.num_rows == ENDLESS:
         return ""
     missing = missing_shards(folder, manifest)
