@@ -345,7 +345,8 @@ def zero_invalid(values: Tensor, valid: Tensor) -> Tensor:
 def pad_plan(plan: Plan, size: int) -> Plan:
     """Repeat the last draw of a plan up to the batch size of the decoder."""
     chosen = np.minimum(np.arange(size), len(plan.positions) - 1)
-    return Plan(*(values[chosen] for values in plan))
+    positions, ids, views, boxes, flips = plan
+    return Plan(positions[chosen], ids[chosen], views[chosen], boxes[chosen], flips[chosen])
 
 
 def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
