@@ -1,8 +1,12 @@
-"""Opening and reading files in a way that cannot hang and is bounded by what is asked for."""
+"""Open and read files without hanging, and write files that a crash never leaves half written."""
 
 import errno
 import os
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
@@ -38,3 +42,39 @@ def read_range(descriptor: int, offset: int, size: int) -> bytes:
             break
         data += more
     return data
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a draft path, and rename the draft to ``path`` when the block succeeds.
+
+    The draft lies beside ``path`` as ``.NAME.<random>.tmp``, so concurrent writers of one file do
+    not share a draft. If the block fails, the draft is deleted. A killed process leaves the old
+    file and perhaps its draft, which no reader opens.
+
+    Args:
+        path: a file that may exist, or a folder that does not.
+        durable: force the draft to storage before the rename.
+    """
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        yield draft
+        if durable:
+            sync(draft)
+        draft.replace(path)
+    except BaseException:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+        raise

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, name_bytes
 from dataloading.errors import DataError
+from dataloading.files import atomic_path
 from dataloading.folders import examine_folder, list_folder
 from dataloading.shards import Shard, TarNames, is_tars, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
@@ -228,18 +229,9 @@ def _save(index: Index, folder: Path, listing: str) -> None:
         "names": [] if index.source == "webdataset" else index.names,  # made from the entries
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "index.npy", buffer.getvalue())
-    _write(folder / "index.json", json.dumps(facts, indent=0).encode("ascii"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file in one piece; a crash leaves the old one or the new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        with draft.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    for name, data in (
+        ("index.npy", buffer.getvalue()),
+        ("index.json", json.dumps(facts, indent=0).encode("ascii")),
+    ):
+        with atomic_path(folder / name) as draft:
+            draft.write_bytes(data)

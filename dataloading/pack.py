@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ import numpy as np
 
 from dataloading.check import Fault, Told, in_order
 from dataloading.errors import DataError
+from dataloading.files import atomic_path, sync
 from dataloading.index import Index, build_index
 from dataloading.order import sample_ids
 from dataloading.packed_tar import Sample, fault_of, write_samples
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 PLAN = "pack.json"
 _LOCK = ".pack.lock"
-_DRAFT = ".draft"
 _FORMAT = 1
 
 
@@ -188,7 +188,7 @@ class Pack:
             DataError: if the source does not give a sample, or the folder does not take or give
                 back what is written.
         """
-        for draft in self._out.glob(f".*{_DRAFT}"):  # of a pack that was killed
+        for draft in self._out.glob(".*.tmp"):  # of a pack that was killed
             draft.unlink()
         bad = [fault.sample for fault in plan.left_out]
         rows = np.delete(np.arange(len(self._index), dtype=np.int64), bad)
@@ -247,25 +247,17 @@ class Pack:
         approve: Callable[[Path], None] | None = None,
     ) -> None:
         """Write a file under another name, sync it, and rename it once it is approved."""
-        draft = self._out / f".{name}{_DRAFT}"
         try:
-            with draft.open("wb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-            if approve is not None:
-                approve(draft)
-            draft.replace(self._out / name)
-            folder = os.open(self._out, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            with atomic_path(self._out / name) as draft:
+                with draft.open("wb") as file:
+                    fill(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if approve is not None:
+                    approve(draft)
+            sync(self._out)
         except OSError as error:
             raise self._unwritable(error) from error
-        finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
 
     def _reading(self, reader: Reader) -> Callable[[tuple[int, int]], Sample]:
         labels = [label.encode("utf-8", "surrogateescape") for label in self._index.labels]

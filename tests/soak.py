@@ -294,12 +294,12 @@ class Faults:
 
     def flip_bit(self) -> None:
         """Damage the newest of several checkpoints, and kill everybody before a newer one comes."""
-        folders = layout.candidates(self.job.run_dir / "checkpoints")
+        folders = layout.list_checkpoints(self.job.run_dir / "checkpoints")
         if len(folders) < 2:
             return
         self.job.end(signal.SIGKILL)
         self.job.wait()
-        newest = layout.candidates(self.job.run_dir / "checkpoints")[0]
+        newest = layout.list_checkpoints(self.job.run_dir / "checkpoints")[0]
         with (newest / "rank-00000.safetensors").open("r+b") as file:
             at = self.chance.randrange(os.fstat(file.fileno()).st_size)
             file.seek(at)

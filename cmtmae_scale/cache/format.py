@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cmtmae_scale.cache.codecs import Codec
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.storage import digest, sync, write_text
+from cmtmae_scale.runtime.storage import digest, sync, write_atomic
 
 FORMAT = 1
 ENDLESS = 1 << 62
@@ -263,5 +263,5 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[st
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    write_text(seal_path(folder, shard), json.dumps(seal))
+    write_atomic(seal_path(folder, shard), json.dumps(seal))
     sync(path.parent)

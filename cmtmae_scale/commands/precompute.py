@@ -181,7 +181,7 @@ def run_options(config: Config, options: argparse.Namespace) -> int:
     from cmtmae_scale.cache.build import make_builder, stripe_of
     from cmtmae_scale.cache.format import seal_path
     from cmtmae_scale.cache.verify import damaged_shards
-    from cmtmae_scale.runtime.launch import pick_device
+    from cmtmae_scale.runtime.collectives import pick_device
 
     folder = Path(str(config.cache.dir))
     index_folder = Path(config.data.index) if config.data.index else folder / "index"
@@ -252,7 +252,7 @@ def print_cost_plan(
 ) -> None:
     """Print what caches cost and save."""
     from cmtmae_scale.cache.build import open_or_build_index
-    from cmtmae_scale.runtime.launch import pick_device
+    from cmtmae_scale.runtime.collectives import pick_device
     from cmtmae_scale.tools.cache_plan import Prices, cost_plan
 
     index = None
@@ -286,7 +286,7 @@ def follow_run(options: argparse.Namespace) -> int:
     world = join_world()
     from cmtmae_scale.cache.build import stripe_of
     from cmtmae_scale.cache.sidecar import run_sidecar
-    from cmtmae_scale.runtime.launch import pick_device
+    from cmtmae_scale.runtime.collectives import pick_device
 
     sizes = options.ahead, options.rows_per_shard, PATIENCE_S
     stripe = stripe_of(options.shard, world)

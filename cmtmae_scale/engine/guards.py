@@ -1,70 +1,55 @@
-"""Steps that cannot be taken."""
-
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+"""Steps that cannot be taken: data that cannot be read, values that are not finite."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtmae_scale.engine.stop import StopRequest
+from cmtmae_scale.engine.task import Run
 from cmtmae_scale.errors import CacheError, ConfigError
-from cmtmae_scale.runtime.collectives import agree_all, ranks, texts_of_all
+from cmtmae_scale.runtime.collectives import all_ranks_agree, gather_texts, ranks
 from dataloading.errors import ReadError
 from dataloading.reading import GREY
 from dataloading.stream import Batch
 
 
-def next_batch(
-    stream: Iterator[Batch],
-    stop: StopRequest,
-    sizes: Sequence[int],
-    micro_batch: int,
-    device: torch.device,
-) -> Batch:
-    """Take the next batch, or a grey one when storage does not give it.
+def next_batch(run: Run) -> Batch:
+    """Return the next batch of this rank, or a grey batch when storage fails.
 
-    A rank without data cannot leave alone, for the others wait for it: it takes part in the step,
-    which ``stop.urgency`` keeps every rank from applying.
-
-    Args:
-        stream: this rank's batches.
-        stop: takes note of the failure; nothing is read after one.
-        sizes: sides of the views.
-        micro_batch: views a batch, B.
-        device: this rank's device.
+    A rank without data must not leave alone, because the others wait for it: it takes part in the
+    step, which ``StopRequest.urgency`` keeps every rank from applying.
 
     Returns:
-        The batch, or one of no valid view at positions 0.
+        The batch; after a failure a batch without a valid view, at positions 0.
     """
-    if stop.failure is None:
+    if run.stop.failure is None:
         try:
-            return next(stream)
+            return next(run.stream)
         except ReadError as error:
-            stop.fail(error)
-    zeros = torch.zeros(micro_batch, dtype=torch.int64, device=device)
+            run.stop.record_failure(error)
+    size = run.plan.micro_batch_size
+    zeros = torch.zeros(size, dtype=torch.int64, device=run.device)
     images = tuple(
-        torch.full((micro_batch, size, size, 3), GREY, dtype=torch.uint8, device=device)
-        for size in sizes
+        torch.full((size, side, side, 3), GREY, dtype=torch.uint8, device=run.device)
+        for side in run.task.view_sizes
     )
     return Batch(images, zeros, zeros, zeros, zeros.bool())
 
 
 def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
-    """Raise with what failed, and where, for a step that was not applied.
+    """Raise the failure that kept a step from being applied, the same on every rank.
 
     Args:
         step: the step that was not taken; nothing was updated.
         failure: this rank's, if it has one.
 
     Raises:
-        CacheError: on every rank, if it is the failure of one: another start would not help.
+        CacheError: on every rank, if it is the failure of one: another launch would not help.
         ReadError: on every rank otherwise. The message is the same everywhere. A collective.
     """
-    final = not agree_all(not isinstance(failure, CacheError))
+    final = not all_ranks_agree(not isinstance(failure, CacheError))
     kind = CacheError if final else ReadError
     what = "the teacher cache failed" if final else "data could not be read"
-    everyone = texts_of_all(str(failure) if isinstance(failure, kind) else "")
+    everyone = gather_texts(str(failure) if isinstance(failure, kind) else "")
     failed = [str(rank) for rank, text in enumerate(everyone) if text]
     raise kind(
         f"step {step} was not taken: {what} on ranks {', '.join(failed)}: "
@@ -72,31 +57,32 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
     )
 
 
-def refuse_bad_fraction(
-    step: int, invalid: float, drawn: float, limit: float, run_dir: Path
-) -> None:
-    """Stop a run of which too many images could not be decoded; one is always allowed.
+def refuse_bad_fraction(run: Run, valid_views: float) -> None:
+    """Count the views of a step, and stop a run with too many undecodable ones.
+
+    One undecodable view is always allowed.
 
     Args:
-        step: present step.
-        invalid: views that were not valid since this start, over all ranks.
-        drawn: views since this start, over all ranks.
-        limit: ``data.max_bad_fraction``.
-        run_dir: the run's folder.
+        run: the run; its counts grow.
+        valid_views: views of the step that could be decoded, over all ranks.
 
     Raises:
-        ConfigError: naming the list of the files.
+        ConfigError: on every rank; names the list of the files.
     """
-    if invalid > max(limit * drawn, 1):
+    run.drawn += run.plan.global_batch_size
+    run.undecodable += run.plan.global_batch_size - valid_views
+    limit = run.config.data.max_bad_fraction
+    if run.undecodable > max(limit * run.drawn, 1):
         raise ConfigError(
-            f"step {step}: {invalid:.0f} of {drawn:.0f} draws ({invalid / drawn:.2%}) could not be "
-            f"decoded, more than data.max_bad_fraction={limit}; replace the files that "
-            f"{run_dir / 'quarantine.jsonl'} names, or raise that key"
+            f"step {run.progress.step}: {run.undecodable:.0f} of {run.drawn:.0f} views "
+            f"({run.undecodable / run.drawn:.2%}) could not be decoded, more than "
+            f"data.max_bad_fraction={limit}; replace the files that "
+            f"{run.run_dir / 'quarantine.jsonl'} names, or raise that key"
         )
 
 
-def not_finite(names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> str:
-    """Tell terms, ranks and samples of a step that was not applied; a collective.
+def describe_non_finite(names: tuple[str, ...], local: Tensor, ids: list[Tensor]) -> str:
+    """Return which terms are not finite, on which ranks and samples. A collective.
 
     Args:
         names: names of the report's entries.

@@ -1,6 +1,7 @@
-"""``RUN_DIR/starts.jsonl``: when, how and with what a run was started, each time."""
+"""Launches of a run: counted while they make no progress, and recorded each time."""
 
 import json
+import logging
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -9,11 +10,70 @@ from pathlib import Path
 import torch
 
 from cmtmae_scale import __version__
+from cmtmae_scale.checkpoint.layout import list_checkpoints, step_of
+from cmtmae_scale.errors import NoProgressError
+from cmtmae_scale.runtime.collectives import broadcast_text
+from cmtmae_scale.runtime.storage import write_atomic
 
-STARTS_FILE = "starts.jsonl"
+logger = logging.getLogger(__name__)
+
+COUNT_FILE = "attempts.json"
+RECORD_FILE = "starts.jsonl"
+LIMIT = 3
 
 
-def note_start(
+def count_launch(run_dir: Path, rank: int) -> None:
+    """Count a launch from the newest checkpoint; a collective.
+
+    Args:
+        run_dir: the run's folder.
+        rank: this rank; rank 0 counts.
+
+    Raises:
+        NoProgressError: on every rank, if ``LIMIT`` consecutive launches crashed or were killed
+            before they wrote a newer checkpoint.
+    """
+    problem = broadcast_text(increment_count(run_dir) if rank == 0 else "")
+    if problem:
+        raise NoProgressError(problem)
+
+
+def increment_count(run_dir: Path) -> str:
+    """Write the number of this launch; returns the problem if there were too many, else ``""``."""
+    newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
+    step = 0 if newest is None else step_of(newest) or 0
+    count = 1 + launches_from(run_dir, step)
+    if count > LIMIT:
+        return (
+            f"{run_dir}: {LIMIT} consecutive launches ended at step {step} without a newer "
+            "checkpoint; not tried again: find the cause in the logs, lower checkpoint.every if "
+            f"the launches were merely short, then delete {run_dir / COUNT_FILE}"
+        )
+    try:
+        write_atomic(run_dir / COUNT_FILE, json.dumps({"step": step, "count": count}) + "\n")
+    except OSError as error:
+        logger.warning("%s could not be written (%s)", run_dir / COUNT_FILE, error)
+    return ""
+
+
+def launches_from(run_dir: Path, step: int) -> int:
+    """Return the number of consecutive launches from a step that made no progress."""
+    try:
+        record = json.loads((run_dir / COUNT_FILE).read_text())
+        return int(record["count"]) if int(record["step"]) == step else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def reset_launch_count(run_dir: Path) -> None:
+    """Delete the count: this launch ended as requested, or a person has to act."""
+    try:
+        (run_dir / COUNT_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s could not be removed (%s)", run_dir / COUNT_FILE, error)
+
+
+def record_launch(
     run_dir: Path,
     step: int,
     recipe: str,
@@ -21,15 +81,15 @@ def note_start(
     world_size: int,
     device: torch.device,
 ) -> None:
-    """Add a line about this start.
+    """Append this launch to ``RUN_DIR/starts.jsonl``.
 
     Args:
         run_dir: the run's folder.
-        step: from which it continues.
+        step: step that the launch continues from.
         recipe: file, as given.
-        overrides: of the recipe, as given.
+        overrides: overrides of the recipe, as given.
         world_size: number of ranks.
-        device: rank 0's.
+        device: device of rank 0.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     record = {
@@ -45,5 +105,5 @@ def note_start(
             "python": platform.python_version(),
         },
     }
-    with (run_dir / STARTS_FILE).open("a") as file:
+    with (run_dir / RECORD_FILE).open("a") as file:
         file.write(json.dumps(record) + "\n")

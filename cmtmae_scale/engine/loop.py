@@ -1,4 +1,4 @@
-"""The main loop: the life of a micro-batch, and what happens once a step."""
+"""The training loop, whatever is trained: the life of a micro-batch, and what follows a step."""
 
 import logging
 import math
@@ -8,231 +8,205 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmtmae_scale.config.derive import needs, reads_cache
-from cmtmae_scale.engine.guards import next_batch, not_finite, raise_failure, refuse_bad_fraction
-from cmtmae_scale.engine.progress import Scalars, scalars_at
-from cmtmae_scale.engine.rollback import go_back
-from cmtmae_scale.engine.task import Parts
+from cmtmae_scale.engine.guards import (
+    describe_non_finite,
+    next_batch,
+    raise_failure,
+    refuse_bad_fraction,
+)
+from cmtmae_scale.engine.rollback import roll_back
+from cmtmae_scale.engine.task import Run, Scalars
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.pretraining.prepare import prepare
 from cmtmae_scale.runtime.progress_file import PublishedProgress
-from cmtmae_scale.teachers.base import view_sizes
 from dataloading.errors import DataError, ReadError
 
 logger = logging.getLogger(__name__)
 
-REPORT = (
-    "loss/total",
-    "loss/teacher",
-    "loss/student",
-    "loss/pixel",
-    "mask/visible_mass",
-    "attention/agreement",
-    "cache/hit",
-    "valid_rows",
-    "stop",
-)
+COUNTS = ("valid_rows", "valid_views", "stop")
+"""Entries of the report that the loop adds to the task's terms."""
 
 
 class Step(NamedTuple):
-    """What came of a step."""
+    """Result of an optimizer step, the same on every rank but for the time."""
 
     report: dict[str, float]
-    """``REPORT`` and the gradient norm, summed over ranks."""
+    """The task's terms, ``COUNTS`` and the gradient norm, summed over ranks."""
     waited_s: float
     """Seconds in which this rank waited for data."""
     refusal: str | None
-    """Why nothing was updated, the same on every rank; ``None``: it was applied."""
+    """Why nothing was updated; ``None``: the step was applied."""
 
 
-def train(parts: Parts) -> str | None:
-    """Train until the end, a stop request or want of data; save at the end of any.
+def train(run: Run) -> str | None:
+    """Train until the end, a stop request or a lack of data, and save.
 
     Returns:
         The reason of the stop, or ``None`` when the run is complete.
 
     Raises:
-        NonFiniteError: steps had to be left out too often; the last checkpoint stands.
+        NonFiniteError: too many steps were skipped; the last checkpoint stands.
         ConfigError: more images than allowed could not be decoded.
         CacheError: the teacher cache failed; the state before that step is saved.
     """
-    config, progress = parts.config, parts.progress
-    reason = stop_reason(parts, False)
-    drawn = invalid = 0.0
-    tell_standing(parts)
+    progress = run.progress
+    reason = stop_reason(run, requested=False)
+    publish_progress(run)
     while progress.step < progress.end_step and reason is None:
-        scalars = scalars_at(config, progress.share)
+        scalars = run.task.scalars(progress)
         try:
-            report, waited_s, refusal = step(parts, scalars)
+            step = take_step(run, scalars)
         except ReadError as error:
             reason = str(error)
             break
         except CacheError:
-            save_last(parts)
+            save_last(run)
             raise
-        drawn += parts.plan.global_batch_size
-        invalid += parts.plan.global_batch_size - report["valid_rows"] / config.mask.masks_per_view
-        refuse_bad_fraction(
-            progress.step, invalid, drawn, config.data.max_bad_fraction, parts.run_dir
-        )
-        if refusal is not None:
-            leave_out(parts, refusal)
-        elif parts.telemetry is not None:
-            values = readable(report, scalars, parts)
-            parts.telemetry.record(progress.step, values, parts.plan.global_batch_size, waited_s)
-        slow = parts.stragglers.look(progress.step)
-        if slow is not None:
-            parts.incident("slow rank", slow)
-        tell_standing(parts)
-        requested = report["stop"] > 0
+        refuse_bad_fraction(run, step.report["valid_views"])
+        if step.refusal is None:
+            record_step(run, step, scalars)
+        else:
+            skip_step(run, step.refusal)
+        report_stragglers(run)
+        publish_progress(run)
+        requested = step.report["stop"] > 0
+        reason = stop_reason(run, requested)
+        if reason is None and step.refusal is None:
+            save_if_due(run)
         if not requested:
-            evaluate_if_due(parts)
-            draw_if_due(parts)
-        reason = stop_reason(parts, requested)
-        due = progress.step % config.checkpoint.every == 0 and refusal is None
-        if reason is None and due:
-            parts.place.enter("save", progress.step)
-            parts.writer.save(progress.step, parts.models.backend.fragments(), parts.saved_state())
-    save_last(parts)
+            run_side_tasks(run)
+    save_last(run)
     return reason if progress.step < progress.end_step else None
 
 
-def step(parts: Parts, scalars: Scalars) -> Step:
-    """Take one optimizer step, or find on every rank that it must be left out.
+def take_step(run: Run, scalars: Scalars) -> Step:
+    """Take one optimizer step, or agree on all ranks that it must be skipped.
 
     Raises:
         ReadError: on every rank, if storage failed on one of them; nothing was updated.
         CacheError: on every rank, if the teacher cache failed on one; nothing was updated.
     """
-    models, skips, place = parts.models, parts.skips, parts.place
-    skips.expect(scalars)
-    number = parts.progress.step + 1
-    sizes = view_sizes(parts.config.views.image_size, models.teacher)
-    total = torch.zeros(len(REPORT), device=parts.device)
+    task, backend, skips, place = run.task, run.backend, run.skips, run.place
+    skips.expect(scalars.mixing)
+    number, names = run.progress.step + 1, task.terms + COUNTS
+    total = torch.zeros(len(names), device=run.device)
     ids: list[Tensor] = []
     waited_s = 0.0
-    for micro_step in range(parts.plan.accumulation):
-        with parts.stragglers.alone():
+    for micro_step in range(run.plan.accumulation):
+        with run.stragglers.own_time():
             began = time.monotonic()
             place.enter("data", number, micro_step)
-            batch = next_batch(
-                parts.stream, parts.stop, sizes, parts.config.train.micro_batch_size, parts.device
-            )
+            batch = next_batch(run)
             waited_s += time.monotonic() - began
             place.enter("compute", number, micro_step)
-            micro_batch, observed = prepare(parts.config, models, batch, scalars)
-        losses = models.backend.micro(micro_batch, last=micro_step + 1 == parts.plan.accumulation)
-        valid = micro_batch.valid.sum().float()
-        stop = torch.full((), parts.stop.urgency(), device=parts.device)
-        total += torch.stack([*losses, *observed, valid, stop])
+            work, observed = task.prepare(batch, scalars)
+        losses = backend.micro(work, last=micro_step + 1 == run.plan.accumulation)
+        rows, views = work.valid.sum().float(), batch.valid.sum().float()
+        stop = torch.full((), run.stop.urgency(), device=run.device)
+        total += torch.stack([*losses, *observed, rows, views.to(run.device), stop])
         ids.append(batch.sample_id)
     place.enter("update", number)
-    outcome = models.backend.step(
-        scalars.lr, total, lambda values: skips.spike(mean_loss(values)) is None
+    outcome = backend.step(
+        scalars.lr, total, lambda sums: skips.find_spike(mean_loss(names, sums)) is None
     )
-    report = dict(zip(REPORT, outcome.report, strict=True)) | {"grad_norm": outcome.grad_norm}
+    report = dict(zip(names, outcome.report, strict=True)) | {"grad_norm": outcome.grad_norm}
     if math.isinf(report["stop"]):
-        raise_failure(number, parts.stop.failure)
-    loss = mean_loss(outcome.report)
+        raise_failure(number, run.stop.failure)
+    loss = mean_loss(names, outcome.report)
     if not outcome.applied:
-        refusal = skips.spike(loss) or not_finite(REPORT, total, ids)
+        refusal = skips.find_spike(loss) or describe_non_finite(names, total, ids)
         return Step(report, waited_s, f"step {number}: {refusal}")
-    skips.taken(loss)
-    models.backend.momentum_update(scalars.momentum)
-    parts.progress.advance(parts.plan.global_batch_size, applied=True)
+    skips.record_applied(loss)
+    if scalars.momentum is not None:
+        backend.momentum_update(scalars.momentum)
+    run.progress.advance(run.plan.global_batch_size, applied=True)
     return Step(report, waited_s, None)
 
 
-def leave_out(parts: Parts, refusal: str) -> None:
-    """Go past a step that changed nothing; after too many in a row, back to a checkpoint.
+def mean_loss(names: tuple[str, ...], sums: list[float]) -> float:
+    """Loss per valid row, from the sums over ranks."""
+    report = dict(zip(names, sums, strict=True))
+    return report["loss/total"] / max(report["valid_rows"], 1.0)
+
+
+def skip_step(run: Run, refusal: str) -> None:
+    """Count a step that changed nothing; after too many in succession, roll back.
 
     Raises:
-        NonFiniteError: if the run puts up with none, or cannot go back.
+        NonFiniteError: if the run allows no skipped step, or cannot roll back.
     """
-    too_many = parts.skips.left_out()
-    if parts.config.guard.skip_limit:
-        parts.progress.advance(parts.plan.global_batch_size, applied=False)
-        parts.incident("step left out", refusal, in_a_row=parts.skips.in_a_row)
+    too_many = run.skips.record_skip()
+    if run.config.guard.skip_limit:
+        run.progress.advance(run.plan.global_batch_size, applied=False)
+        run.record_incident("step skipped", refusal, in_succession=run.skips.in_succession)
     if too_many:
-        parts.place.enter("save", parts.progress.step)
-        go_back(parts, refusal)
+        run.place.enter("save", run.progress.step)
+        roll_back(run, refusal)
 
 
-def mean_loss(report: list[float]) -> float:
-    """Loss a valid row, from the sums over ranks."""
-    return report[REPORT.index("loss/total")] / max(report[REPORT.index("valid_rows")], 1.0)
-
-
-def evaluate_if_due(parts: Parts) -> None:
-    """Evaluate at the steps that ask for it; what cannot be read leaves the evaluation out."""
-    step, every = parts.progress.step, parts.config.eval.every
-    if parts.evaluate is None or every is None or step % every:
+def record_step(run: Run, step: Step, scalars: Scalars) -> None:
+    """Log an applied step: losses per valid row, observations per micro-batch."""
+    if run.telemetry is None:
         return
-    began = time.monotonic()
-    parts.place.enter("evaluation", step)
-    try:
-        values = parts.evaluate(parts.models.backend)
-    except DataError as error:
-        logger.warning("step %d is not evaluated: %s", step, error)
-        return
-    if parts.telemetry is not None:
-        parts.telemetry.record_evaluation(step, values, time.monotonic() - began)
-
-
-def draw_if_due(parts: Parts) -> None:
-    """Draw at the steps that ask for it; what cannot be read or written is left out."""
-    progress, every = parts.progress, parts.config.log.images_every
-    if parts.draw is None or every is None:
-        return
-    if progress.step % every and progress.step != progress.end_step:
-        return
-    began = time.monotonic()
-    parts.place.enter("pictures", progress.step)
-    try:
-        sheet = parts.draw(parts.models, progress)
-        if parts.telemetry is not None and sheet is not None:
-            parts.telemetry.record_pictures(progress.step, sheet, time.monotonic() - began)
-    except (DataError, OSError) as error:  # of rank 0, where no other waits for it
-        logger.warning("step %d is not drawn: %s", progress.step, error)
-
-
-def readable(report: dict[str, float], scalars: Scalars, parts: Parts) -> dict[str, float]:
-    """Means for the log: losses a valid row, the rest a micro-batch."""
-    rows = max(report["valid_rows"], 1.0)
-    count = parts.plan.accumulation * parts.plan.world_size
-    values = {name: report[name] / rows for name in REPORT if name.startswith("loss/")}
-    needed = needs(parts.config)
-    maps = (needed.teacher_attention, needed.student_attention)
-    # What a run does not have is left out: a zero would be read as a measurement.
-    means = ["mask/visible_mass"] if any(maps) else []
-    means += ["attention/agreement"] if all(maps) else []
-    means += ["cache/hit"] if reads_cache(parts.config) else []
-    values |= {name: report[name] / count for name in means}
+    report = step.report
+    rows, micro_batches = (
+        max(report["valid_rows"], 1.0),
+        run.plan.accumulation * run.plan.world_size,
+    )
+    values = {
+        name: report[name] / (rows if name.startswith("loss/") else micro_batches)
+        for name in run.task.logged
+    }
     values |= {"grad_norm": report["grad_norm"], "valid_rows": report["valid_rows"]}
-    return values | vars(scalars)
+    values |= {name: value for name, value in vars(scalars).items() if value is not None}
+    run.telemetry.record(run.progress.step, values, run.plan.global_batch_size, step.waited_s)
 
 
-def stop_reason(parts: Parts, requested: bool) -> str | None:
-    """Why to stop now, the same on every rank, or ``None``."""
-    stop_after = parts.config.train.stop_after
-    if stop_after is not None and parts.progress.step >= stop_after:
+def report_stragglers(run: Run) -> None:
+    """Name a rank that has been slow for long; a collective at the end of an interval."""
+    slow = run.stragglers.compare_ranks(run.progress.step)
+    if slow is not None:
+        run.record_incident("slow rank", slow)
+
+
+def stop_reason(run: Run, requested: bool) -> str | None:
+    """Return why to stop now, the same on every rank, or ``None``."""
+    stop_after = run.config.train.stop_after
+    if stop_after is not None and run.progress.step >= stop_after:
         return f"train.stop_after={stop_after}"
-    return (parts.stop.reason or "a request on another rank") if requested else None
+    return (run.stop.reason or "a request on another rank") if requested else None
 
 
-def save_last(parts: Parts) -> None:
+def save_if_due(run: Run) -> None:
+    """Start a save at the steps that ``checkpoint.every`` names."""
+    if run.progress.step % run.config.checkpoint.every == 0:
+        run.place.enter("save", run.progress.step)
+        run.writer.save(run.progress.step, run.backend.fragments(), run.state())
+
+
+def save_last(run: Run) -> None:
     """Save the present state, and wait until it is on storage."""
-    parts.place.enter("save", parts.progress.step)
-    state = parts.saved_state()
-    parts.writer.finish(parts.progress.step, parts.models.backend.fragments(), state)
-    tell_standing(parts)
+    run.place.enter("save", run.progress.step)
+    run.writer.finish(run.progress.step, run.backend.fragments(), run.state())
+    publish_progress(run)
 
 
-def tell_standing(parts: Parts) -> None:
-    """Tell those who work beside the run where it stands."""
-    if parts.standing is None:
+def run_side_tasks(run: Run) -> None:
+    """Evaluate, draw and diagnose where it is due; unreadable images skip it with a warning."""
+    for side_task in run.task.side_tasks:
+        if not side_task.is_due(run.progress):
+            continue
+        run.place.enter(side_task.stage, run.progress.step)
+        try:
+            side_task.run(run)
+        except DataError as error:
+            logger.warning("step %d: no %s: %s", run.progress.step, side_task.stage, error)
+
+
+def publish_progress(run: Run) -> None:
+    """Write the run's position to ``RUN_DIR/progress.json``, for the sidecar."""
+    if run.progress_file is None:
         return
-    progress, step = parts.progress, parts.writer.saved_step
-    batch = parts.plan.global_batch_size
+    progress, step = run.progress, run.writer.saved_step
+    batch = run.plan.global_batch_size
     saved = progress.position0 if step is None else progress.position_at(step, batch)
-    parts.standing.tell(PublishedProgress(progress.position, saved, progress.horizon))
+    run.progress_file.publish(PublishedProgress(progress.position, saved, progress.horizon))

@@ -1,19 +1,15 @@
-"""Where a run stands: one step, one position, and what they are measured against."""
+"""Progress of a run: one step, one position, and their ends."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from cmtmae_scale.config.derive import peak_lr
-from cmtmae_scale.config.schema import Config
-from cmtmae_scale.method.schedules import evaluate, learning_rate, momentum_at
-
 
 @dataclass
 class Progress:
-    """Saved with every checkpoint, all of it.
+    """Step and position; every field is saved with every checkpoint.
 
-    ``position = position0 + (step - step0) * global_batch_size``; (step0, position0) is (0, 0) until a
-    resume with an allowed change.
+    ``position = position0 + (step - step0) * global_batch_size``; (step0, position0) is (0, 0)
+    until a resume with an allowed change, or a roll-back.
     """
 
     step: int
@@ -32,8 +28,8 @@ class Progress:
     """Position at the last step; schedules are functions of position / horizon."""
 
     @property
-    def share(self) -> float:
-        """U = position / horizon."""
+    def fraction(self) -> float:
+        """Return u = position / horizon."""
         return self.position / self.horizon
 
     def advance(self, global_batch_size: int, applied: bool) -> None:
@@ -46,8 +42,8 @@ class Progress:
         """Position of a step since ``step0``."""
         return self.position0 + (step - self.step0) * global_batch_size
 
-    def go_back(self, saved: "Progress", global_batch_size: int) -> None:
-        """Return to the steps of a checkpoint, but not to its data: positions count on from here.
+    def roll_back(self, saved: "Progress", global_batch_size: int) -> None:
+        """Return to the step of a checkpoint, but not to its data: positions count on from here.
 
         The horizon moves along, so that the schedules still end with the last step.
         """
@@ -58,28 +54,28 @@ class Progress:
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> "Progress":
-        """Read what ``to_dict`` gave."""
+        """Rebuild what ``to_dict`` returned."""
         return Progress(**{field.name: int(saved[field.name]) for field in fields(Progress)})
 
     def to_dict(self) -> dict[str, int]:
-        """Fields as saved."""
+        """Return the fields as saved."""
         return asdict(self)
 
 
 def fresh_progress(steps: int, global_batch_size: int) -> Progress:
-    """Progress of a run that has not begun."""
+    """Return the progress of a new run."""
     return Progress(0, 0, 0, 0, 0, steps, steps * global_batch_size)
 
 
 def resumed_progress(
     saved: dict[str, Any], steps: int, global_batch_size: int, changed: bool
 ) -> Progress:
-    """Progress read from a checkpoint.
+    """Return the progress to continue from.
 
     Args:
-        saved: what ``to_dict`` gave.
+        saved: what ``to_dict`` returned.
         steps: last step under the present config.
-        global_batch_size: views a step under the present config.
+        global_batch_size: views per step under the present config.
         changed: a key outside the free ones differs: positions count anew from here.
     """
     progress = Progress.from_dict(saved)
@@ -89,25 +85,3 @@ def resumed_progress(
         remaining = (progress.end_step - progress.step) * global_batch_size
         progress.horizon = max(progress.position + remaining, 1)
     return progress
-
-
-@dataclass
-class Scalars:
-    """Every scheduled number of one step."""
-
-    lr: float
-    momentum: float
-    alpha_attention: float
-    alpha_target: float
-    salient_frac: float
-
-
-def scalars_at(config: Config, share: float) -> Scalars:
-    """Evaluate all schedules at a share of the run."""
-    return Scalars(
-        lr=learning_rate(share, peak_lr(config), config.optimizer.warmup_fraction),
-        momentum=momentum_at(config.momentum, share),
-        alpha_attention=evaluate(config.collaboration.alpha_attention, share),
-        alpha_target=evaluate(config.collaboration.alpha_target, share),
-        salient_frac=evaluate(config.mask.salient_fraction, share),
-    )

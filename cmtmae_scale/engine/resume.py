@@ -1,40 +1,42 @@
-"""Whether a checkpoint may be continued under the present config."""
+"""Whether a run may resume a checkpoint under the present config, and from where."""
 
 import difflib
+import logging
 from typing import Any
 
+from cmtmae_scale.config.derive import total_steps
+from cmtmae_scale.config.load import config_to_dict
+from cmtmae_scale.config.schema import Trained
+from cmtmae_scale.engine.progress import Progress, fresh_progress, resumed_progress
+from cmtmae_scale.engine.task import Task
 from cmtmae_scale.errors import ConfigError
+from dataloading.index import Index
 
-# Keys, or groups with their point.
-FREE = (
+logger = logging.getLogger(__name__)
+
+FREE_KEYS = (
     "run.name",
     "run.output_dir",
     "run.allow_change",
     "run.time_limit_s",
     "log.",
     "eval.",
-    "cache.",
     "checkpoint.",
     "backend.",
     "guard.",
-    "teacher.mode",
-    "train.micro_batch_size",
     "train.stop_after",
-    "data.decode",
-    "data.resident",
-    "data.workers",
     "data.path",
-    "data.index",
-    "data.source",
-    "data.expected_images",
+    "data.decode",
+    "data.workers",
     "data.max_bad_fraction",
-    "data.window_on_sorted",
 )
-NEVER = ("run.seed", "views.")
+"""Keys, or groups with their point, that may change at a resume of every task."""
+FIXED_KEYS = ("run.seed", "views.")
+"""Keys that never change within a run, whatever ``run.allow_change`` holds."""
 
 
-def listed(key: str, names: tuple[str, ...]) -> bool:
-    """Whether a key or its group is among names."""
+def is_listed(key: str, names: tuple[str, ...]) -> bool:
+    """Return whether a key or its group is among names."""
     return any(key.startswith(name) if name.endswith(".") else key == name for name in names)
 
 
@@ -49,14 +51,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def compare(
+def compare_configs(
     saved: dict[str, Any],
     present: dict[str, Any],
     allowed: list[str],
     digests: tuple[str, str],
-    free: tuple[str, ...] = FREE,
+    free: tuple[str, ...],
 ) -> list[str]:
-    """Compare the config of a checkpoint with the present one.
+    """Compare the config of a checkpoint with the present config.
 
     Args:
         saved: the checkpoint's config as a tree.
@@ -66,8 +68,7 @@ def compare(
         free: keys, or groups with their point, that may differ.
 
     Returns:
-        Allowed changes outside the free keys, as text that says which value counts; they restart
-        the position count.
+        Allowed changes outside the free keys, as text; they restart the count of positions.
 
     Raises:
         ConfigError: names key, old and new value of a change that is not allowed.
@@ -75,17 +76,17 @@ def compare(
     if digests[0] != digests[1]:
         raise ConfigError(
             f"data.path: the images differ from the checkpoint's (digest {digests[0][:12]} against "
-            f"{digests[1][:12]}); restore them or start another run.output_dir"
+            f"{digests[1][:12]}); restore them or use another run.output_dir"
         )
     old, new = flatten(saved), flatten(present)
     check_allowed(allowed, new)
     changes: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or listed(key, free):
+        if before == after or is_listed(key, free):
             continue
         text = f"{key}: the checkpoint has {before}, the config {after}"
-        if listed(key, NEVER):
+        if is_listed(key, FIXED_KEYS):
             raise ConfigError(f"{text}; it never changes within a run: use another run.output_dir")
         if key not in allowed:
             raise ConfigError(
@@ -106,3 +107,37 @@ def check_allowed(allowed: list[str], present: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, present, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else "; it takes full names: group.key"
             raise ConfigError(f"run.allow_change: {name} is not a key{hint}")
+
+
+def find_progress(
+    config: Trained, task: Task, index: Index, saved: dict[str, Any] | None
+) -> Progress:
+    """Return the progress of a new run, or of the checkpoint that is resumed.
+
+    Args:
+        config: checked settings.
+        task: what is trained.
+        index: the training images.
+        saved: state of the checkpoint; ``None``: a new run.
+
+    Raises:
+        ConfigError: if the checkpoint is of another task, or a setting must not change.
+    """
+    steps = total_steps(config, len(index))
+    if saved is None:
+        return fresh_progress(steps, config.train.global_batch_size)
+    if saved["task"] != task.name:
+        raise ConfigError(
+            f"run.output_dir={config.run.output_dir} holds checkpoints of {saved['task']}, and "
+            f"this command does {task.name}; use another run.output_dir"
+        )
+    changes = compare_configs(
+        saved["config"],
+        config_to_dict(config),
+        config.run.allow_change,
+        (saved["index_digest"], index.digest),
+        FREE_KEYS + task.free_keys,
+    )
+    for change in changes:
+        logger.warning("allowed change: %s", change)
+    return resumed_progress(saved["progress"], steps, config.train.global_batch_size, bool(changes))

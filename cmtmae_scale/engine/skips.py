@@ -1,27 +1,26 @@
-"""Steps that are left out because their loss is not finite or spikes."""
+"""Steps that are skipped because their loss is not finite or spikes."""
 
 import statistics
 from collections import deque
 from typing import Any
 
-from cmtmae_scale.config.guard import Guard
-from cmtmae_scale.engine.progress import Scalars
+from cmtmae_scale.config.schema import Guard
 
 WINDOW = 128
-"""Losses that the bound is taken from."""
+"""Losses from which the bound is computed."""
 FEWEST = 16
-"""Losses below which there is no bound."""
+"""Fewest losses for a bound."""
 LEAST_SPREAD = 0.01
-"""Smallest spread, as a share of the median."""
+"""Smallest spread, as a fraction of the median."""
 JUMP = 0.05
 """Change of a schedule within one step after which losses are not comparable."""
 
 
 class Skips:
-    """Counts steps that were left out, and bounds the loss.
+    """Counts skipped steps, and bounds the loss.
 
-    It sees sums over all ranks only, so that every rank decides alike; it is saved with
-    checkpoints, so that a resumed run decides as the undisturbed one.
+    Its inputs are sums over all ranks, so every rank decides alike. Checkpoints hold its state, so
+    a resumed run decides like the undisturbed run.
 
     Args:
         settings: group ``guard``.
@@ -31,20 +30,23 @@ class Skips:
         self.settings = settings
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.scheduled: list[float] = []
-        self.in_a_row = 0
-        self.gone_back_to = -1
-        self.times = 0
+        self.in_succession = 0
+        self.rollback_step = -1
+        self.rollbacks = 0
 
-    def expect(self, scalars: Scalars) -> None:
-        """Prepare for a step: where a schedule jumps, so may the loss."""
-        scheduled = [scalars.alpha_attention, scalars.alpha_target, scalars.salient_frac]
+    def expect(self, scheduled: list[float]) -> None:
+        """Forget the losses where a schedule jumps, because the loss may jump too.
+
+        Args:
+            scheduled: ``Scalars.mixing`` of the next step.
+        """
         changes = [abs(a - b) for a, b in zip(scheduled, self.scheduled, strict=False)]
         if max(changes, default=0.0) > JUMP:
             self.losses.clear()
         self.scheduled = scheduled
 
     def bound(self) -> float:
-        """Largest loss that is no spike: median + factor x max(1.4826 MAD, 1 % of the median)."""
+        """Return the largest loss that is no spike: median + factor x max(1.4826 MAD, 1 % of the median)."""
         factor = self.settings.spike_factor
         if factor is None or len(self.losses) < FEWEST:
             return float("inf")
@@ -52,8 +54,8 @@ class Skips:
         spread = 1.4826 * statistics.median(abs(loss - median) for loss in self.losses)
         return median + factor * max(spread, LEAST_SPREAD * abs(median))
 
-    def spike(self, loss: float) -> str | None:
-        """Say that a loss is a spike, or ``None``; one that is not finite is none."""
+    def find_spike(self, loss: float) -> str | None:
+        """Return why a finite loss is a spike, or ``None``."""
         bound = self.bound()
         if not bound < loss < float("inf"):
             return None
@@ -62,34 +64,33 @@ class Skips:
             f"at guard.spike_factor={self.settings.spike_factor:g}"
         )
 
-    def taken(self, loss: float) -> None:
-        """Count a step that was applied."""
-        self.in_a_row = 0
+    def record_applied(self, loss: float) -> None:
+        """Add the loss of an applied step."""
+        self.in_succession = 0
         if self.settings.spike_factor is not None:
             self.losses.append(loss)
 
-    def left_out(self) -> bool:
-        """Count a step that was not; whether that is more than the run puts up with."""
-        self.in_a_row += 1
-        return self.in_a_row >= self.settings.skip_limit
+    def record_skip(self) -> bool:
+        """Count a skipped step; returns whether ``guard.skip_limit`` is reached."""
+        self.in_succession += 1
+        return self.in_succession >= self.settings.skip_limit
 
-    def may_go_back(self, step: int) -> bool:
-        """Count a return to a checkpoint; whether it has not been one too many."""
-        self.times = self.times + 1 if step == self.gone_back_to else 1
-        self.gone_back_to = step
-        return self.times <= self.settings.rollback_limit
+    def may_roll_back(self, step: int) -> bool:
+        """Count a roll-back to a step; returns whether ``guard.rollback_limit`` allows it."""
+        self.rollbacks = self.rollbacks + 1 if step == self.rollback_step else 1
+        self.rollback_step = step
+        return self.rollbacks <= self.settings.rollback_limit
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return the state that a checkpoint holds."""
         return {
             "losses": list(self.losses),
             "scheduled": self.scheduled,
-            "in_a_row": self.in_a_row,
+            "in_succession": self.in_succession,
         }
 
-    def restore(self, saved: dict[str, Any] | None) -> None:
-        """Continue from what ``to_dict`` gave; ``None``: a checkpoint older than this class."""
-        saved = saved or {}
-        self.losses = deque(saved.get("losses", []), maxlen=WINDOW)
-        self.scheduled = list(saved.get("scheduled", []))
-        self.in_a_row = int(saved.get("in_a_row", 0))
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from what ``to_dict`` returned."""
+        self.losses = deque(saved["losses"], maxlen=WINDOW)
+        self.scheduled = list(saved["scheduled"])
+        self.in_succession = int(saved["in_succession"])

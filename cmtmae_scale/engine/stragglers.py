@@ -1,7 +1,7 @@
-"""Ranks that are slower than the others, by the part of a step in which nobody waits for anybody.
+"""Ranks that are slower than the others.
 
-A whole step takes every rank equally long, for it ends with a reduction. What a rank does alone is
-waiting for its data and looking at them with the teacher.
+A whole step takes every rank equally long, because it ends with a reduction. Each rank's own time
+is its wait for data and the preparation of its micro-batches.
 """
 
 import statistics
@@ -16,17 +16,17 @@ from cmtmae_scale.runtime.collectives import ranks
 
 FACTOR = 1.5
 """Times the median at which a rank counts as slow."""
-LEAST_SHARE = 0.1
-"""Smallest excess that matters, as a share of the whole time."""
+LEAST_FRACTION = 0.1
+"""Smallest excess that matters, as a fraction of the interval."""
 LONG = 3
-"""Intervals in a row after which a slow rank is named."""
+"""Consecutive intervals after which a slow rank is named."""
 
 
 class Stragglers:
-    """Collects this rank's own time, and compares it with the others' once an interval.
+    """Collects this rank's own time, and compares the ranks once per interval.
 
     Args:
-        device: where the work is done; on a GPU its own clock counts.
+        device: where the work is done; a GPU is timed by its own events.
         every: steps of an interval.
     """
 
@@ -39,8 +39,8 @@ class Stragglers:
         self.slow: dict[int, int] = {}
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Count what is done here, idle moments of the device too; synchronises nothing."""
+    def own_time(self) -> Iterator[None]:
+        """Count the time of the block, idle time of the device included; synchronises nothing."""
         if not self.on_gpu:
             began = time.monotonic()
             yield
@@ -52,16 +52,16 @@ class Stragglers:
         ended.record()
         self.laps.append((began, ended))
 
-    def look(self, step: int) -> str | None:
-        """At the end of an interval compare the ranks; a collective then.
+    def compare_ranks(self, step: int) -> str | None:
+        """Compare the ranks at the end of an interval; a collective then.
 
-        Call it after the step's host read, when the device has passed the laps.
+        Call it after the host read of the step, when the device has passed the recorded events.
 
         Args:
             step: number of the finished step.
 
         Returns:
-            Which rank has long been slow, on every rank alike, or ``None``.
+            Which rank has been slow for ``LONG`` intervals, the same on every rank, or ``None``.
         """
         if step % self.every or ranks() == 1:
             return None
@@ -70,9 +70,11 @@ class Stragglers:
         everyone = [torch.empty_like(mine) for _ in range(ranks())]
         dist.all_gather(everyone, mine)
         self.own_s, self.laps, self.since = 0.0, [], time.monotonic()
-        return self.judge([float(one[0]) for one in everyone], max(float(e[1]) for e in everyone))
+        return self.name_slowest(
+            [float(one[0]) for one in everyone], max(float(e[1]) for e in everyone)
+        )
 
-    def judge(self, own_s: list[float], whole_s: float) -> str | None:
+    def name_slowest(self, own_s: list[float], whole_s: float) -> str | None:
         """Name the slowest rank if it has been slow for ``LONG`` intervals, once until it recovers.
 
         Args:
@@ -80,7 +82,7 @@ class Stragglers:
             whole_s: seconds of the interval.
         """
         median = statistics.median_low(own_s)
-        bound = max(FACTOR * median, median + LEAST_SHARE * whole_s)
+        bound = max(FACTOR * median, median + LEAST_FRACTION * whole_s)
         self.slow = {
             rank: self.slow.get(rank, 0) + 1 for rank, own in enumerate(own_s) if own > bound
         }
@@ -89,7 +91,7 @@ class Stragglers:
             return None
         slowest = max(named, key=own_s.__getitem__)
         return (
-            f"rank {slowest} takes {own_s[slowest] / self.every:.3g} s a step for its data and the "
+            f"rank {slowest} takes {own_s[slowest] / self.every:.3g} s per step for its data and the "
             f"teacher, the median rank {median / self.every:.3g} s, of {whole_s / self.every:.3g} "
             "s in all"
         )

@@ -1,74 +1,151 @@
-"""What the loop works with."""
+"""What a task gives to the engine, and what a run consists of."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from cmtmae_scale.backends.base import Backend
+from cmtmae_scale.backends.base import Backend, Work
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import BatchPlan
-from cmtmae_scale.config.guard import Guard
-from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.stragglers import Stragglers
 from cmtmae_scale.engine.telemetry import Telemetry
 from cmtmae_scale.engine.watchdog import Place
-from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.runtime.progress_file import ProgressFile
 from dataloading.index import Index
-from dataloading.stream import Batch
+from dataloading.stream import Batch, Stream
 
-Evaluate = Callable[[Backend], dict[str, float]]
-"""Accuracies of the present encoder by name; a collective that changes nothing."""
-Draw = Callable[[Models, Progress], NDArray[np.uint8] | None]
-"""A sheet of pictures, ``[height, width, 3]``, on rank 0; a collective that changes nothing."""
+
+@dataclass(frozen=True)
+class Scalars:
+    """Scheduled numbers of one step; a task may add its own."""
+
+    lr: float
+    """Learning rate in force."""
+
+    momentum: float | None
+    """EMA momentum of the step; ``None``: the task has no momentum encoder."""
+
+    @property
+    def mixing(self) -> list[float]:
+        """Numbers whose jump makes losses before and after incomparable."""
+        return []
+
+
+class SideTask(NamedTuple):
+    """Work between steps that changes nothing of the training."""
+
+    stage: str
+    """Stage for the watchdog and for messages, one of ``watchdog.STAGES``."""
+    is_due: Callable[[Progress], bool]
+    """Whether to run after the step that progress stands at; the same on every rank."""
+    run: Callable[["Run"], None]
+    """A collective; raises ``DataError`` on every rank if images cannot be read."""
+
+
+class Task(Protocol):
+    """What is trained: pre-training or fine-tuning.
+
+    The engine calls ``open_index``, ``build``, ``open_stream``, then ``scalars`` per step and
+    ``prepare`` per micro-batch, and ``conclude`` after the last step.
+    """
+
+    name: str
+    """Recorded in every checkpoint; another task refuses to resume it."""
+    terms: tuple[str, ...]
+    """Names of the loss terms and then of the observations of a micro-batch, in order; the first
+    is ``loss/total``."""
+    logged: tuple[str, ...]
+    """The terms that this run has; the others are not logged."""
+    free_keys: tuple[str, ...]
+    """Config keys, or groups with their point, that may change at a resume."""
+    view_sizes: Sequence[int]
+    """Sides of the views in a batch, pixels."""
+    side_tasks: list[SideTask]
+
+    def open_index(self, run_dir: Path) -> Index:
+        """Open the training images. A collective."""
+        ...
+
+    def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:
+        """Build the models and hand them to a backend. A collective.
+
+        Args:
+            saved: state of the checkpoint whose weights are loaded next; ``None``: a new run.
+            stop: takes failures that must keep a step from being applied.
+            stack: closes what is opened.
+        """
+        ...
+
+    def open_stream(self, position: int) -> Stream:
+        """Open this rank's views from a global sample index on."""
+        ...
+
+    def scalars(self, progress: Progress) -> Scalars:
+        """Return the scheduled numbers of the next step."""
+        ...
+
+    def prepare(self, batch: Batch, scalars: Any) -> tuple[Work, Sequence[Tensor]]:
+        """Turn views into inputs and targets, and 0-dim observations for the report."""
+        ...
+
+    def saved_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds for this task alone."""
+        ...
+
+    def conclude(self, run: "Run") -> None:
+        """Work after the last step of a complete run. A collective."""
+        ...
 
 
 @dataclass
-class Parts:
-    """Everything a loop needs, built by ``build.py``."""
+class Run:
+    """Everything that the loop works with, built by ``build.py``."""
 
-    config: Config
+    config: Trained
+    task: Task
     plan: BatchPlan
     device: torch.device
+    run_dir: Path
+    index: Index
     stream: Iterator[Batch]
-    models: Models
+    backend: Backend
     progress: Progress
     writer: Writer
     stop: StopRequest
     telemetry: Telemetry | None
-    standing: ProgressFile | None
+    """Rank 0 alone has one."""
+    progress_file: ProgressFile | None
+    """Rank 0 alone has one."""
+    skips: Skips
+    stragglers: Stragglers
     saved_facts: dict[str, Any]
-    run_dir: Path
-    skips: Skips = field(default_factory=lambda: Skips(Guard()))
-    """Steps left out."""
     place: Place = field(default_factory=Place)
     """Where in the loop this rank is; for the watchdog."""
-    stragglers: Stragglers = field(default_factory=lambda: Stragglers(torch.device("cpu"), 1))
-    """Compares the ranks' speeds."""
-    evaluate: Evaluate | None = None
-    """Called every ``eval.every`` steps."""
-    draw: Draw | None = None
-    """Called every ``log.images_every`` steps and at the end."""
-    index: Index | None = None
-    """The images; ``None`` where they are synthetic."""
+    drawn: float = 0.0
+    """Views drawn since this launch, over all ranks."""
+    undecodable: float = 0.0
+    """Of them, views that could not be decoded."""
 
-    def saved_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors."""
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside tensors."""
         return {
+            "task": self.task.name,
             "progress": self.progress.to_dict(),
             "skips": self.skips.to_dict(),
             **self.saved_facts,
+            **self.task.saved_state(),
         }
 
-    def incident(self, what: str, why: str, **facts: Any) -> None:
-        """Note in the log that something went wrong; rank 0 alone has one."""
+    def record_incident(self, kind: str, why: str, **facts: Any) -> None:
+        """Write to the log that something went wrong; rank 0 does."""
         if self.telemetry is not None:
-            self.telemetry.incident(self.progress.step, what, why, **facts)
+            self.telemetry.record_incident(self.progress.step, kind, why, **facts)

@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: files, TensorBoard, and one line or a progress bar."""
+"""Logs of a run: ``log.jsonl``, TensorBoard, figures, and one line or a progress bar."""
 
 import json
 import logging
@@ -15,21 +15,23 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from cmtmae_scale.runtime.storage import atomic_path, write_atomic
+
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
-PICTURES = "pictures"
-EVALUATION_SHARE = 0.05
-"""Share of a run's time that evaluation should not exceed."""
+FIGURES = "figures"
+EVALUATION_FRACTION = 0.05
+"""Fraction of a run's time above which evaluation causes a warning."""
 SHOWN = ("loss/total", "loss/teacher", "loss/student", "loss/pixel", "lr", "grad_norm", "images_s")
 
 
 class Telemetry:
-    """Collects means between log entries and writes them; only rank 0 makes one.
+    """Averages values between log entries and writes them; only rank 0 has one.
 
     Args:
         run_dir: the run's folder.
-        start: step that the run continues from; later entries of an earlier start are cut.
+        start: step that the run continues from; later entries of an earlier launch are cut.
         end: last step.
         every: steps between entries.
     """
@@ -37,8 +39,8 @@ class Telemetry:
     def __init__(self, run_dir: Path, start: int, end: int, every: int) -> None:
         self.file = run_dir / LOG_FILE
         cut_log(self.file, start)
-        self.pictures = run_dir / PICTURES
-        cut_pictures(self.pictures, start)
+        self.figures = run_dir / FIGURES
+        cut_figures(self.figures, start)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self.every = every
         self.end = end
@@ -47,7 +49,7 @@ class Telemetry:
         self.views = 0
         self.waited_s = 0.0
         self.since = self.began = time.monotonic()
-        self.evaluating_s = self.drawing_s = 0.0
+        self.side_task_s: dict[str, float] = {}
         self.warned = False
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not terminal)
@@ -58,7 +60,7 @@ class Telemetry:
         Args:
             step: number of the finished step, from 1.
             values: scalars; their mean over the interval is written.
-            views: global number of views in the step.
+            views: views of the step, over all ranks.
             waited_s: seconds in which this rank waited for data.
         """
         for name, value in values.items():
@@ -75,7 +77,7 @@ class Telemetry:
         elapsed_s = max(time.monotonic() - self.since, 1e-9)
         entry = {name: total / self.steps for name, total in self.sums.items()}
         entry["images_s"] = self.views / elapsed_s
-        entry["data_wait_share"] = self.waited_s / elapsed_s
+        entry["data_wait_fraction"] = self.waited_s / elapsed_s
         entry["memory_gib"] = memory_gib()
         self.append(step, entry)
         self.board.flush()
@@ -87,57 +89,51 @@ class Telemetry:
         self.sums, self.steps, self.views, self.waited_s = {}, 0, 0, 0.0
         self.since = time.monotonic()
 
-    def record_evaluation(self, step: int, values: dict[str, float], took_s: float) -> None:
-        """Write what an evaluation found, and the share of the time that evaluations take.
+    def record_side_task(
+        self, stage: str, step: int, values: dict[str, float], took_s: float
+    ) -> None:
+        """Write the results of a side task, and the fraction of the time that its kind takes.
 
         Args:
+            stage: kind of the side task; names the fraction.
             step: number of the finished step.
-            values: accuracies.
-            took_s: seconds that training stood still for it; they do not count in the rates.
+            values: results by name.
+            took_s: seconds that training waited for it; the rates leave them out.
         """
-        self.evaluating_s += took_s
-        share = self.share_of_time(self.evaluating_s)
-        self.record_pause(step, {**values, "eval/time_share": share}, took_s)
-        if share > EVALUATION_SHARE and not self.warned:
+        self.since += took_s
+        spent_s = self.side_task_s[stage] = self.side_task_s.get(stage, 0.0) + took_s
+        fraction = spent_s / max(time.monotonic() - self.began, 1e-9)
+        self.append(step, {**values, f"{stage}/time_fraction": fraction})
+        self.board.flush()
+        if values:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            logger.info("step %d/%d  %s", step, self.end, shown)
+        if stage == "eval" and fraction > EVALUATION_FRACTION and not self.warned:
             self.warned = True
             logger.warning(
-                "evaluation has taken %.0f %% of the time since the start, %.1f s for this one; "
+                "evaluation has taken %.0f %% of the time since the launch, %.1f s for this one; "
                 "raise eval.every, or name fewer images in eval.train_path and eval.test_path",
-                *(100 * share, took_s),
+                100 * fraction,
+                took_s,
             )
 
-    def record_pictures(self, step: int, sheet: NDArray[np.uint8], took_s: float) -> None:
-        """Write pictures as PNG and to TensorBoard, and the share of the time that they take.
+    def record_figures(self, step: int, sheet: NDArray[np.uint8], took_s: float) -> None:
+        """Write a sheet of figures as PNG and to TensorBoard.
 
         Args:
             step: number of the finished step.
-            sheet: the pictures, ``[height, width, 3]``.
-            took_s: seconds that training stood still for them; they do not count in the rates.
+            sheet: the figures, ``[height, width, 3]``.
+            took_s: seconds that training waited for them.
 
         Raises:
             OSError: if the file cannot be written.
         """
-        self.since += took_s
-        self.drawing_s += took_s
-        self.append(step, {"pictures/time_share": self.share_of_time(self.drawing_s)})
-        self.board.add_image("pictures", sheet, step, dataformats="HWC")
+        self.record_side_task(FIGURES, step, {}, took_s)
+        self.board.add_image(FIGURES, sheet, step, dataformats="HWC")
         self.board.flush()
-        self.pictures.mkdir(exist_ok=True)
-        draft = self.pictures / "draft.tmp"
-        Image.fromarray(sheet).save(draft, "PNG", optimize=True)
-        draft.replace(self.pictures / f"step-{step:08d}.png")
-
-    def share_of_time(self, spent_s: float) -> float:
-        """Share of the time since the start."""
-        return spent_s / max(time.monotonic() - self.began, 1e-9)
-
-    def record_pause(self, step: int, values: dict[str, float], took_s: float) -> None:
-        """Write what was found while training stood still for ``took_s`` seconds."""
-        self.since += took_s
-        self.append(step, values)
-        self.board.flush()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("step %d/%d  %s", step, self.end, shown)
+        self.figures.mkdir(exist_ok=True)
+        with atomic_path(self.figures / f"step-{step:08d}.png") as draft:
+            Image.fromarray(sheet).save(draft, "PNG", optimize=True)
 
     def append(self, step: int, entry: dict[str, float]) -> None:
         """Add a line to the log file and points to TensorBoard."""
@@ -146,22 +142,22 @@ class Telemetry:
         for name, value in entry.items():
             self.board.add_scalar(name, value, step)
 
-    def incident(self, step: int, what: str, why: str, **facts: Any) -> None:
-        """Add a line that says what went wrong; kept when a later start cuts the log.
+    def record_incident(self, step: int, kind: str, why: str, **facts: Any) -> None:
+        """Write a line about a fault; later launches keep it when they cut the log.
 
         Args:
-            step: steps taken.
-            what: the kind of incident.
+            step: number of steps taken.
+            kind: kind of incident.
             why: what was found.
             facts: further values.
         """
-        logger.warning("step %d: %s: %s", step, what, why)
-        line = json.dumps({"step": step, "incident": what, "why": why, **facts})
+        logger.warning("step %d: %s: %s", step, kind, why)
+        line = json.dumps({"step": step, "incident": kind, "why": why, **facts})
         with self.file.open("a") as log:
             log.write(line + "\n")
 
-    def go_back(self, step: int) -> None:
-        """Drop what was recorded after a step."""
+    def roll_back(self, step: int) -> None:
+        """Drop the records after a step."""
         cut_log(self.file, step)
         self.board.close()
         self.board = SummaryWriter(str(self.file.parent / "tensorboard"), purge_step=step + 1)
@@ -187,13 +183,11 @@ def cut_log(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             break
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text("".join(kept))
-    draft.replace(file)
+    write_atomic(file, "".join(kept))
 
 
-def cut_pictures(folder: Path, step: int) -> None:
-    """Delete pictures of later steps."""
+def cut_figures(folder: Path, step: int) -> None:
+    """Delete figures of later steps."""
     for file in folder.glob("step-*.png"):
         number = file.stem.removeprefix("step-")
         if number.isdecimal() and int(number) > step:
@@ -201,7 +195,7 @@ def cut_pictures(folder: Path, step: int) -> None:
 
 
 def memory_gib() -> float:
-    """Peak memory of this rank, GiB: the GPU's where there is one, else the process's."""
+    """Return the peak memory of this rank, GiB: of its GPU, or without one of its process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -19,17 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.runtime.collectives import barrier, texts_of_all
-from cmtmae_scale.runtime.lock import this_process
-from cmtmae_scale.runtime.processes import started
+from cmtmae_scale.runtime.collectives import barrier, gather_texts
+from cmtmae_scale.runtime.lock import identify_process
+from cmtmae_scale.runtime.processes import start_ticks
 
 logger = logging.getLogger(__name__)
 
 HEARTBEATS, STACKS = "heartbeats", "stacks"
-LONG = 5.0
-"""Factor of the limit in the first step, in saves, in evaluations and while pictures are drawn."""
-STAGES = ("data", "compute", "update", "evaluation", "pictures", "save")
-"""Stages of a step, in order."""
+SLOW_STAGE_FACTOR = 5.0
+"""Factor of the limit in the first step, in saves and in side tasks."""
+STAGES = ("data", "compute", "update", "save", "evaluation", "figures", "diagnostics")
+"""Stages of a step, in order; the last three are side tasks."""
 TICK_S = 0.5
 LONGEST_BEAT_S = 10.0
 
@@ -59,7 +59,7 @@ class Place:
     def limit_s(self, hang_s: float) -> float:
         """Seconds that the present stage may last."""
         usual = self.warm and self.stage in ("data", "compute", "update")
-        return hang_s if usual else LONG * hang_s
+        return hang_s if usual else SLOW_STAGE_FACTOR * hang_s
 
     def __str__(self) -> str:
         return f"step {self.step}, micro-step {self.micro_step}, {self.stage}"
@@ -73,7 +73,7 @@ class Watchdog(threading.Thread):
         rank: this rank.
         place: where this rank is.
         hang_s: seconds without progress that count as a hang; ``None``: no limit.
-        ranks: every rank's process, as ``this_process`` describes it.
+        ranks: every rank's process, as ``identify_process`` describes it.
         last_words: called with the reason before the process is ended.
     """
 
@@ -126,7 +126,7 @@ class Watchdog(threading.Thread):
     def dead(self) -> list[int]:
         """Ranks of this machine whose process is gone."""
         neighbours = self.neighbours.items()
-        return [number for number, one in neighbours if started(one["pid"]) != one["started"]]
+        return [number for number, one in neighbours if start_ticks(one["pid"]) != one["started"]]
 
     def beat(self) -> None:
         """Tell where this rank is, if it is time to; a store that refuses is no failure."""
@@ -211,7 +211,7 @@ def watched(
         hang_s: seconds without progress that count as a hang; ``None``: no limit.
         last_words: called with the reason before the process is ended.
     """
-    ranks = [json.loads(text) for text in texts_of_all(json.dumps(this_process()))]
+    ranks = [json.loads(text) for text in gather_texts(json.dumps(identify_process()))]
     place.since = time.monotonic()
     dog = Watchdog(run_dir, rank, place, hang_s, ranks, last_words)
     dog.start()

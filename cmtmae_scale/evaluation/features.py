@@ -1,4 +1,4 @@
-"""Features of all images of a set, each rank its own rows."""
+"""Features of all images of a set; each rank holds its own rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.images import ImageSet
-from cmtmae_scale.runtime.collectives import texts_of_all
+from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.one_pass import OnePass
@@ -18,26 +18,26 @@ from dataloading.stream import DecoderName
 
 
 class Column(NamedTuple):
-    """Whose features, and of which kind."""
+    """Encoder and kind of features."""
 
     encoder: str
     kind: str
 
 
 @dataclass
-class Table:
-    """This rank's rows; those of all ranks together are the whole set, each image once."""
+class FeatureTable:
+    """This rank's rows; all ranks together hold each image of the set once."""
 
     positions: Tensor
-    """Place of each row in the set, ascending int64 ``[n]``."""
+    """Index of each row in the set, ascending int64 ``[n]``."""
     labels: Tensor
     """Class of each row, int64 ``[n]``."""
     columns: dict[Column, Tensor]
     """float32 ``[n, D]``."""
 
 
-class Reading(NamedTuple):
-    """How images are read."""
+class ReadOptions(NamedTuple):
+    """Batch size, reader threads and decoder."""
 
     micro_batch: int
     threads: int
@@ -45,24 +45,24 @@ class Reading(NamedTuple):
 
 
 @torch.no_grad()
-def extract(
+def extract_features(
     images: ImageSet,
     encoders: Sequence[Encoder],
-    reading: Reading,
+    reading: ReadOptions,
     world: World,
     device: torch.device,
-) -> Table:
-    """Look at every image once with every encoder. A collective.
+) -> FeatureTable:
+    """Encode every image once with every encoder. A collective.
 
     Args:
-        images: the set; what cannot be decoded is named in the log and has no row.
-        encoders: all of one size.
+        images: the set; images that cannot be decoded are logged and have no row.
+        encoders: encoders of one image size.
         reading: batch, threads and decoder.
-        world: this process's place.
-        device: where it computes and where the rows stay.
+        world: this process's rank and world size.
+        device: device of the encoders and of the rows.
 
     Raises:
-        ReadError: on every rank, if storage did not give one of them an image.
+        ReadError: on every rank, if storage did not return an image to one of them.
         DataError: if no image could be decoded.
     """
     size = encoders[0].size
@@ -84,17 +84,17 @@ def extract(
             for batch in batches:
                 positions.append(batch.position[batch.valid])
                 for encoder in encoders:
-                    for kind, values in encoder.describe(batch.images[0]).items():
+                    for kind, values in encoder.encode(batch.images[0]).items():
                         column = rows.setdefault(Column(encoder.name, kind), [])
                         column.append(values[batch.valid])
         except ReadError as error:
             problem = str(error)
-    problems = list(filter(None, texts_of_all(problem)))
+    problems = list(filter(None, gather_texts(problem)))
     if problems:
         raise ReadError(problems[0])
-    places = torch.cat(positions)
-    total = torch.tensor([len(places)], device=device)
+    order = torch.cat(positions)
+    total = torch.tensor([len(order)], device=device)
     if not int(sum_over_ranks(total)):
         raise DataError(f"{images.index.root}: none of {len(images)} images could be decoded")
-    labels = torch.as_tensor(images.labels, device=device)[places]
-    return Table(places, labels, {column: torch.cat(parts) for column, parts in rows.items()})
+    labels = torch.as_tensor(images.labels, device=device)[order]
+    return FeatureTable(order, labels, {column: torch.cat(parts) for column, parts in rows.items()})

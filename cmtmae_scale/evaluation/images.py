@@ -1,4 +1,4 @@
-"""Labelled images to learn from and to test on, and how one folder is split into the two."""
+"""Labelled training and test images: two sets, or one set split in two."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,6 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.collectives import ranks
 from dataloading.errors import DataError
 from dataloading.index import Index, build_index, load_or_build
@@ -25,29 +24,29 @@ class ImageSet:
     ids: NDArray[np.int64]
     """Rows of the index, ascending ``[n]``."""
     labels: NDArray[np.int64]
-    """Number of each image's class among ``Sets.classes``, ``[n]``."""
+    """Index of each image's class in ``Sets.classes``, ``[n]``."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 class Sets(NamedTuple):
-    """What a probe learns from and what it is tested on."""
+    """Training and test images of a probe."""
 
     train: ImageSet
     test: ImageSet
     classes: tuple[str, ...]
     """Names of the labels, sorted."""
     split: str
-    """How one set of images became two; empty where they were two."""
+    """Description of the split of one set; empty for two sets."""
 
 
-def open_index(path: str, kept: Path | None) -> Index:
-    """Let rank 0 list the images and hand the list to every rank. A collective.
+def open_shared_index(path: str, kept: Path | None) -> Index:
+    """Build an index on rank 0 and broadcast it. A collective.
 
     Args:
         path: folder of images, or tars.
-        kept: folder in which the index is kept between starts; ``None``: nowhere.
+        kept: folder that keeps the index between launches; ``None``: not kept.
 
     Raises:
         DataError: on every rank, if there is no usable image.
@@ -66,53 +65,53 @@ def open_index(path: str, kept: Path | None) -> Index:
 
 
 def open_pair(train: str, test: str, kept: Path | None = None) -> Sets:
-    """Two sets whose labels have the same names. A collective.
+    """Open two sets with the same class names. A collective.
 
     Raises:
-        DataError: images without labels, or a label of the test set that the other lacks.
+        DataError: images without labels, or a label of the test set that the training set lacks.
     """
-    learnt = open_index(train, kept and kept / "train-index")
-    known = labelled(learnt, train, np.arange(len(learnt.labels)))
-    asked = open_index(test, kept and kept / "test-index")
+    learnt = open_shared_index(train, kept and kept / "train-index")
+    known = label_images(learnt, train, np.arange(len(learnt.labels)))
+    asked = open_shared_index(test, kept and kept / "test-index")
     strange = sorted(set(asked.labels) - set(learnt.labels))
     if strange:
         raise DataError(
             f"{test}: the label {strange[0]} is not among the {len(learnt.labels)} of {train}; "
-            "name two sets of the same classes"
+            "use two sets of the same classes"
         )
     number = {name: i for i, name in enumerate(learnt.labels)}
     as_learnt = np.array([number[name] for name in asked.labels], dtype=np.int64)
-    return Sets(known, labelled(asked, test, as_learnt), tuple(learnt.labels), "")
+    return Sets(known, label_images(asked, test, as_learnt), tuple(learnt.labels), "")
 
 
-def open_split(path: str, share: float, seed: int) -> Sets:
-    """Split one set of images by class, the same way at every start. A collective.
+def open_split(path: str, fraction: float, seed: int) -> Sets:
+    """Split one set of images by class, the same way at every launch. A collective.
 
     Args:
         path: folder of images, or tars.
-        share: of each class that is learnt from, in (0, 1).
-        seed: of the choice.
+        fraction: of each class to train on, in (0, 1).
+        seed: of the split.
 
     Raises:
         DataError: images without labels, or no class of two images.
     """
-    index = open_index(path, None)
-    whole = labelled(index, path, np.arange(len(index.labels)))
-    learnt = stratified(whole.labels, share, seed)
+    index = open_shared_index(path, None)
+    whole = label_images(index, path, np.arange(len(index.labels)))
+    learnt = stratified_sample(whole.labels, fraction, seed)
     if learnt.all():
         raise DataError(f"{path}: no class has two images; nothing is left to test on")
     train, test = (
         ImageSet(index, whole.ids[chosen], whole.labels[chosen]) for chosen in (learnt, ~learnt)
     )
-    text = f"a split of images, not of sources: {share:.0%} of each class to train, seed {seed}"
+    text = f"a split of images, not of sources: {fraction:.0%} of each class to train, seed {seed}"
     return Sets(train, test, tuple(index.labels), text)
 
 
-def labelled(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSet:
-    """All images of an index, their labels renumbered.
+def label_images(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSet:
+    """Return all images of an index with renumbered labels.
 
     Raises:
-        DataError: if an image has no label, or there is but one to tell apart.
+        DataError: if an image has no label, or all images have the same label.
     """
     labels = index.entries["label"].astype(np.int64)
     bare = np.flatnonzero(labels < 0)
@@ -122,16 +121,16 @@ def labelled(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSet:
             "put each into the folder of its class, or give each a .cls member"
         )
     if len(numbers) and numbers.max() < 1:
-        raise DataError(f"{path}: all images have one label; there is nothing to tell apart")
+        raise DataError(f"{path}: all images have one label; a probe needs two classes")
     return ImageSet(index, np.arange(len(index), dtype=np.int64), numbers[labels])
 
 
-def stratified(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
-    """Choose a share of each class: at least one image, and not all where there are two.
+def stratified_sample(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Choose a fraction of each class: at least one image, and not all where there are two.
 
     Args:
         labels: class of each image, ``[n]``.
-        share: in (0, 1).
+        fraction: in (0, 1).
         seed: of the choice.
 
     Returns:
@@ -141,16 +140,6 @@ def stratified(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         order, _ = sample_ids(len(rows), seed + SPLIT_SALT * int(label), np.arange(len(rows)))
-        count = min(max(round(share * len(rows)), 1), max(len(rows) - 1, 1))
+        count = min(max(round(fraction * len(rows)), 1), max(len(rows) - 1, 1))
         chosen[rows[order[:count]]] = True
     return chosen
-
-
-def check_share(name: str, share: float) -> None:
-    """Refuse a share that leaves one side empty.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    if not 0 < share < 1:
-        raise ConfigError(f"{name}={share} must lie between 0 and 1")

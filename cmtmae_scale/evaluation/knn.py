@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.across import rows_of_all, sum_over_ranks
-from cmtmae_scale.evaluation.features import Column, Table
-from cmtmae_scale.evaluation.result import Score, score
+from cmtmae_scale.evaluation.across import gather_rows, sum_over_ranks
+from cmtmae_scale.evaluation.features import Column, FeatureTable
+from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.runtime.collectives import ranks
 
 NEIGHBOURS = (10, 20)
@@ -24,20 +24,20 @@ QUERIES, ROWS = 1024, 8192
 """Size of the blocks in which similarities are computed."""
 
 
-class Candidates(NamedTuple):
-    """Neighbours of each query, nearest first; of equally near ones the one that comes first."""
+class Neighbours(NamedTuple):
+    """Neighbours per query, nearest first; of equally near rows the lower position first."""
 
     similarity: Tensor
     """float32 ``[Q, k]``."""
     positions: Tensor
-    """Place in the training set, int64 ``[Q, k]``."""
+    """Index in the training set, int64 ``[Q, k]``."""
     labels: Tensor
     """Class, int64 ``[Q, k]``."""
 
 
 def knn_scores(
-    train: Table,
-    test: Table,
+    train: FeatureTable,
+    test: FeatureTable,
     column: Column,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
@@ -45,15 +45,15 @@ def knn_scores(
     """Classify every test image by its neighbours among all ranks' training images. A collective.
 
     Args:
-        train: rows to look among.
+        train: labelled rows.
         test: rows to classify.
         column: features to compare.
         neighbours: the values of k.
         temperature: T of the weights; 0: every neighbour has one vote.
 
     Yields:
-        Each k with the score, the same on every rank. Of classes with equal votes the first in
-        order wins, as in scikit-learn.
+        Each k with its score, the same on every rank. Of classes with equal votes the first wins,
+        as in scikit-learn.
 
     Raises:
         ConfigError: if there are fewer training images than neighbours.
@@ -64,50 +64,50 @@ def knn_scores(
             f"k={max(neighbours)}, but there are {found} training images; take a smaller k or more "
             "images"
         )
-    num_classes = 1 + int(rows_of_all(torch.cat([train.labels, test.labels])).max())
-    queries, truth = (rows_of_all(rows) for rows in (test.columns[column], test.labels))
+    num_classes = 1 + int(gather_rows(torch.cat([train.labels, test.labels])).max())
+    queries, truth = (gather_rows(rows) for rows in (test.columns[column], test.labels))
     totals = {k: Score(0, 0, 0) for k in neighbours}
     for start in range(0, len(queries), QUERIES):
         part = slice(start, start + QUERIES)
-        near = nearest(queries[part], train, column, max(neighbours))
+        near = find_neighbours(queries[part], train, column, max(neighbours))
         for k in neighbours:
             votes = count_votes(near, k, num_classes, temperature)
-            totals[k] = totals[k].plus(score(votes, truth[part]))
+            totals[k] = totals[k].plus(score_predictions(votes, truth[part]))
     yield from totals.items()
 
 
-def nearest(queries: Tensor, train: Table, column: Column, k: int) -> Candidates:
+def find_neighbours(queries: Tensor, train: FeatureTable, column: Column, k: int) -> Neighbours:
     """Find the k nearest training images of all ranks; queries ``[Q, D]`` are the same on each."""
     queries = normalize(queries.double(), dim=1)
-    found = nobody(len(queries), k, queries.device)
+    found = empty_neighbours(len(queries), k, queries.device)
     for start in range(0, len(train.positions), ROWS):
         part = slice(start, start + ROWS)
         rows = normalize(train.columns[column][part].double(), dim=1)
         # The float64 product rounded to float32 does not depend on how the rows are split, so that
-        # equal pictures are equally near on any rank.
+        # equal images are equally near on any rank.
         similarity = (queries @ rows.T).float()  # [Q, rows]
-        values, places = first_largest(similarity, k)
-        near = Candidates(values, train.positions[part][places], train.labels[part][places])
-        found = merge([found, near], k)
+        values, places = stable_topk(similarity, k)
+        near = Neighbours(values, train.positions[part][places], train.labels[part][places])
+        found = merge_neighbours([found, near], k)
     if ranks() == 1:
         return found
-    # [Q, k] of every rank, one after another along the first dimension
-    everyone = [rows_of_all(one).split(len(queries)) for one in found]
-    return merge([Candidates(*parts) for parts in zip(*everyone, strict=True)], k)
+    # [Q, k] of every rank, concatenated along the first dimension
+    gathered = [gather_rows(field).split(len(queries)) for field in found]
+    return merge_neighbours([Neighbours(*parts) for parts in zip(*gathered, strict=True)], k)
 
 
-def nobody(queries: int, k: int, device: torch.device) -> Candidates:
-    """Candidates that any other is nearer than."""
+def empty_neighbours(queries: int, k: int, device: torch.device) -> Neighbours:
+    """Return placeholders that are farther than any row."""
     shape = (queries, k)
     zeros = torch.zeros(shape, dtype=torch.int64, device=device)
     last = torch.full_like(zeros, torch.iinfo(torch.int64).max)
-    return Candidates(torch.full(shape, -torch.inf, device=device), last, zeros)
+    return Neighbours(torch.full(shape, -torch.inf, device=device), last, zeros)
 
 
-def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row ``[Q, n]`` and their places; of equal ones those that come first.
+def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row ``[Q, n]`` and their indices; of equal values the first.
 
-    ``topk`` chooses freely among equal values, so rows with such a tie at the border are sorted.
+    ``topk`` chooses freely among equal values, so rows with a tie at the border are sorted.
     """
     if values.shape[1] <= k:
         return values.sort(dim=1, descending=True, stable=True)
@@ -120,20 +120,20 @@ def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return largest, places
 
 
-def merge(groups: Sequence[Candidates], k: int) -> Candidates:
-    """The k nearest of several groups, ordered by nearness and then by position."""
-    whole = Candidates(*(torch.cat(parts, dim=1) for parts in zip(*groups, strict=True)))
+def merge_neighbours(groups: Sequence[Neighbours], k: int) -> Neighbours:
+    """Return the k nearest of several groups, ordered by similarity and then by position."""
+    whole = Neighbours(*(torch.cat(parts, dim=1) for parts in zip(*groups, strict=True)))
     first = whole.positions.argsort(dim=1, stable=True)
-    whole = Candidates(*(part.gather(1, first) for part in whole))
+    whole = Neighbours(*(part.gather(1, first) for part in whole))
     order = whole.similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return Candidates(*(part.gather(1, order) for part in whole))
+    return Neighbours(*(part.gather(1, order) for part in whole))
 
 
-def count_votes(near: Candidates, k: int, num_classes: int, temperature: float) -> Tensor:
-    """Votes of the k nearest for each class, float64 ``[Q, C]``; ``-inf`` where there is none."""
+def count_votes(near: Neighbours, k: int, num_classes: int, temperature: float) -> Tensor:
+    """Sum the votes of the k nearest per class, float64 ``[Q, C]``; ``-inf``: no vote."""
     similarity, labels = near.similarity[:, :k].double(), near.labels[:, :k]
     weights = torch.exp(similarity / temperature) if temperature else torch.ones_like(similarity)
     votes = weights.new_zeros(len(labels), num_classes)
-    for j in range(k):  # one addend a row and call: the order of sums is fixed on a GPU too
+    for j in range(k):  # one addend per row and call: the order of sums is fixed on a GPU too
         votes.scatter_add_(1, labels[:, j : j + 1], weights[:, j : j + 1])
     return votes.masked_fill(votes == 0, -torch.inf)

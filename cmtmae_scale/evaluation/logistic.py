@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cmtmae_scale.evaluation.across import sum_over_ranks
-from cmtmae_scale.evaluation.features import Column, Table
-from cmtmae_scale.evaluation.probe import standard_of
-from cmtmae_scale.evaluation.result import Score, score
+from cmtmae_scale.evaluation.features import Column, FeatureTable
+from cmtmae_scale.evaluation.probe import fit_standardiser
+from cmtmae_scale.evaluation.result import Score, score_predictions
 
 STRENGTH = 1.0
 ITERATIONS = 100
 """scikit-learn's defaults of C and max_iter."""
 ROWS = 8192
-"""Rows in work at a time."""
+"""Rows per block."""
 
 
-class Classifier(NamedTuple):
+class LinearClassifier(NamedTuple):
     """``x @ weight + bias``, float64."""
 
     weight: Tensor
@@ -30,39 +30,41 @@ class Classifier(NamedTuple):
     """``[C]``."""
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Logits ``[n, C]`` of standardised rows."""
+        """Compute logits ``[n, C]`` of standardised rows."""
         return rows @ self.weight + self.bias
 
 
-def logistic_score(train: Table, test: Table, column: Column, num_classes: int) -> Score:
-    """Learn from all training rows, test on all test rows. A collective; the same on every rank.
+def logistic_score(
+    train: FeatureTable, test: FeatureTable, column: Column, num_classes: int
+) -> Score:
+    """Train on all training rows, score all test rows; the same on every rank. A collective.
 
-    Every channel is standardised with the training rows' statistics. Nothing is chosen: the penalty
-    is scikit-learn's default, C = 1.
+    Channels are standardised with the statistics of the training rows. The penalty is
+    scikit-learn's default, C = 1.
     """
-    standard = standard_of(train.columns[column])
-    found = fit(standard(train.columns[column]), train.labels, num_classes)
+    standard = fit_standardiser(train.columns[column])
+    classifier = fit_logistic(standard(train.columns[column]), train.labels, num_classes)
     own = Score(0, 0, 0)
     for rows, labels in zip(test.columns[column].split(ROWS), test.labels.split(ROWS), strict=True):
-        own = own.plus(score(found(standard(rows)), labels))
+        own = own.plus(score_predictions(classifier(standard(rows)), labels))
     return Score(*sum_over_ranks(torch.tensor(own, device=test.labels.device)).tolist())
 
 
-def fit(
+def fit_logistic(
     rows: Tensor,
     labels: Tensor,
     num_classes: int,
     strength: float = STRENGTH,
     iterations: int = ITERATIONS,
-) -> Classifier:
+) -> LinearClassifier:
     """Minimise ``strength * sum of cross-entropies + |weight|^2 / 2`` over all ranks' rows.
 
     Args:
         rows: float64 ``[n, D]``, standardised.
         labels: int64 ``[n]``.
-        num_classes: C; one weight vector a class for two classes too.
-        strength: scikit-learn's C; the bias has no penalty.
-        iterations: of L-BFGS at most.
+        num_classes: C; one weight vector per class, for two classes too.
+        strength: scikit-learn's C; the bias is not penalised.
+        iterations: L-BFGS iterations at most.
 
     Returns:
         The classifier, the same on every rank. A collective.
@@ -82,7 +84,7 @@ def fit(
     )
 
     def closure() -> Tensor:
-        """Mean loss; leaves its gradient, summed over ranks, where the optimizer looks."""
+        """Return the mean loss and set its gradient, summed over ranks."""
         packed = torch.zeros(both.numel() + 1, dtype=torch.float64, device=device)
         for part, truth in zip(rows.split(ROWS), labels.split(ROWS), strict=True):
             with torch.enable_grad():
@@ -97,4 +99,4 @@ def fit(
         return packed[-1] + weight.square().sum() / (2 * strength * count)
 
     optimizer.step(closure)
-    return Classifier(both.detach()[:-1], both.detach()[-1])
+    return LinearClassifier(both.detach()[:-1], both.detach()[-1])

@@ -1,4 +1,4 @@
-"""k-NN and a small linear probe while a run goes on."""
+"""k-NN and a small linear probe during a run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend, Fragment
-from cmtmae_scale.backends.whole import whole_tensors
-from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.backends.gather import gather_tensors
+from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.encoders import PATCHES, of_student
-from cmtmae_scale.evaluation.features import Reading, extract
+from cmtmae_scale.evaluation.encoders import PATCHES, encoder_from_student
+from cmtmae_scale.evaluation.features import ReadOptions, extract_features
 from cmtmae_scale.evaluation.images import open_pair
 from cmtmae_scale.evaluation.knn import NEIGHBOURS, knn_scores
 from cmtmae_scale.evaluation.logistic import logistic_score
@@ -21,15 +21,15 @@ from cmtmae_scale.runtime.launch import World
 
 
 class RunEvaluation:
-    """What a run's loop calls at its steps; keeps the encoder on the host in between.
+    """Evaluates the encoder during a run; the encoder stays on the host between evaluations.
 
-    The weights are gathered from all ranks' fragments, whatever the backend, so that the numbers
-    are those that ``launchers/evaluate.py`` finds for the checkpoint of the same step.
+    The weights are gathered from all ranks' fragments, so the accuracies equal those of
+    ``launchers/evaluate.py`` for the checkpoint of the same step, with every backend.
 
     Args:
         config: checked settings, with ``eval.every``.
-        world: this process's place.
-        device: where the encoder computes.
+        world: this process's rank and world size.
+        device: device of the encoder.
 
     Raises:
         DataError: unusable images, on every rank. A collective.
@@ -46,7 +46,7 @@ class RunEvaluation:
             )
         with torch.random.fork_rng(devices=[]):
             self.student = build_student(config, Student)
-        self.reading = Reading(
+        self.reading = ReadOptions(
             config.train.micro_batch_size, config.data.workers, config.data.decode
         )
         self.size = config.views.image_size
@@ -54,47 +54,47 @@ class RunEvaluation:
         self.device = device
 
     def __call__(self, backend: Backend) -> dict[str, float]:
-        """Evaluate the moving average where there is one, else the student. A collective.
+        """Evaluate the momentum encoder where there is one, else the student. A collective.
 
         Returns:
             Accuracies in [0, 1] by name: ``eval/knn10``, ``eval/knn20``, ``eval/linear`` for the
             mean of the patches, and ``eval/cls/...`` for the class token where there is one.
 
         Raises:
-            ReadError: on every rank, if storage did not give one of them an image.
+            ReadError: on every rank, if storage did not return an image to one of them.
         """
         self.student.load_state_dict(gather_encoder(backend.fragments()), strict=True)
-        encoder = of_student("encoder", self.student, self.size, self.device)
+        encoder = encoder_from_student("encoder", self.student, self.size, self.device)
         train, test = (
-            extract(one, [encoder], self.reading, self.world, self.device)
-            for one in (self.sets.train, self.sets.test)
+            extract_features(images, [encoder], self.reading, self.world, self.device)
+            for images in (self.sets.train, self.sets.test)
         )
         self.student.cpu()
         values: dict[str, float] = {}
         for column in train.columns:
-            place = "eval/" if column.kind == PATCHES else f"eval/{column.kind}/"
+            prefix = "eval/" if column.kind == PATCHES else f"eval/{column.kind}/"
             scores = {f"knn{k}": score for k, score in knn_scores(train, test, column)}
             scores["linear"] = logistic_score(train, test, column, len(self.sets.classes))
             for name, score in scores.items():
-                values[place + name] = score.correct / score.total
+                values[prefix + name] = score.correct / score.total
         return values
 
 
 def open_evaluation(config: Config, world: World, device: torch.device) -> RunEvaluation | None:
-    """The evaluation of a run; ``None`` where it asks for none."""
+    """Open the evaluation of a run; ``None`` where ``eval.every`` is off."""
     return None if config.eval.every is None else RunEvaluation(config, world, device)
 
 
 def gather_encoder(fragments: Mapping[str, Fragment]) -> dict[str, Tensor]:
-    """Whole float32 weights of the moving average, else of the student, on every rank.
+    """Gather float32 weights of the momentum encoder, else of the student, on every rank.
 
     Args:
-        fragments: what ``Backend.fragments`` gives. A collective.
+        fragments: as ``Backend.fragments`` returns them. A collective.
 
     Returns:
-        Tensors under timm's names, on the device of the fragments.
+        Tensors under timm's names, on the fragments' device.
     """
     prefix = ENCODERS["momentum"]
     if not any(key.startswith(prefix) for key in fragments):
         prefix = ENCODERS["student"]
-    return dict(whole_tensors(fragments, prefix))
+    return dict(gather_tensors(fragments, prefix))

@@ -1,13 +1,21 @@
-"""How many were right, how sure that is, and what may be said of it."""
+"""Scores, confidence intervals, the verdict against baselines, and the result file."""
 
+import json
 import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.evaluation.images import ImageSet
+from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.versions import library_versions
 
 TOP = 5
 
@@ -21,7 +29,7 @@ class Score(NamedTuple):
     total: int
 
     def plus(self, other: "Score") -> "Score":
-        """Counts of both together."""
+        """Add the counts of another part of the test set."""
         return Score(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -33,30 +41,30 @@ class Row(NamedTuple):
     method: str
     score: Score
     hits: Tensor | None = None
-    """Which test images were right, bool in the order of the test set, where it is kept."""
+    """Whether each test image is classified correctly, bool in the order of the test set."""
 
 
-def score(values: Tensor, truth: Tensor) -> Score:
-    """Count hits; of classes with equal values the first counts as larger.
+def score_predictions(values: Tensor, truth: Tensor) -> Score:
+    """Count correct predictions; of classes with equal values the first counts as larger.
 
     Args:
         values: votes or logits ``[Q, C]``; a class of value ``-inf`` never counts.
         truth: classes, int64 ``[Q]``.
     """
-    place = places_of_truth(values, truth)
-    return Score(int((place < 1).sum()), int((place < TOP).sum()), len(truth))
+    rank = rank_of_truth(values, truth)
+    return Score(int((rank < 1).sum()), int((rank < TOP).sum()), len(truth))
 
 
-def places_of_truth(values: Tensor, truth: Tensor) -> Tensor:
-    """How many classes come before the true one, int64 ``[Q]``; values ``[..., Q, C]``."""
+def rank_of_truth(values: Tensor, truth: Tensor) -> Tensor:
+    """Number of classes before the true class, int64 ``[Q]``; values ``[..., Q, C]``."""
     own = values.gather(-1, truth.expand(values.shape[:-1])[..., None])
     classes = torch.arange(values.shape[-1], device=values.device)
     before = (values > own) | ((values == own) & (classes < truth[:, None]))
     return before.sum(-1).masked_fill(own[..., 0] == -torch.inf, values.shape[-1])
 
 
-def wilson(correct: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share, for independent draws.
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion, for independent samples.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference,
     JASA 22 (1927).
@@ -68,15 +76,15 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def table(rows: Sequence[Row], num_classes: int) -> str:
-    """Rows as text."""
+def format_rows(rows: Sequence[Row], num_classes: int) -> str:
+    """Format rows as a text table."""
     with_five = num_classes > TOP
     width = max(len(row.weights) for row in rows)
     wide = max(len(row.method) for row in rows)
     head = f"{'weights':{width}}  features  {'method':{wide}}  top-1 %  95 % interval   correct"
     lines = [head + ("     top-5 %" if with_five else "")]
     for row in rows:
-        low, high = (100 * one for one in wilson(row.score.correct, row.score.total))
+        low, high = (100 * end for end in wilson_interval(row.score.correct, row.score.total))
         text = (
             f"{row.weights:{width}}  {row.features:8}  {row.method:{wide}}  "
             f"{100 * row.score.correct / row.score.total:7.2f}  {low:6.2f} to {high:6.2f}  "
@@ -88,61 +96,94 @@ def table(rows: Sequence[Row], num_classes: int) -> str:
     return "\n".join(lines)
 
 
-def verdict(rows: Sequence[Row], subject: str) -> str:
-    """Whether weights are clearly better than each baseline: intervals that do not overlap.
+def judge_rows(rows: Sequence[Row], subject: str) -> str:
+    """State whether the subject is clearly better than each baseline: disjoint intervals.
 
-    Compared is one measure, fixed beforehand: the first row of the mean-patch features (of the
+    The compared measure is fixed beforehand: the first row of the mean-patch features (of the
     pixels), against the same method of the baselines.
     """
     own = next(row for row in rows if row.weights == subject and row.features == "patches")
-    others = {
+    method = method_family(own.method)
+    baselines = {
         row.weights: row
         for row in reversed(rows)
-        if row.weights != subject and row.features != "cls" and family(row) == family(own)
+        if row.weights != subject and row.features != "cls" and method_family(row.method) == method
     }
-    low, _ = wilson(own.score.correct, own.score.total)
+    low, _ = wilson_interval(own.score.correct, own.score.total)
     unbeaten = [
-        name for name, row in others.items() if wilson(row.score.correct, row.score.total)[1] >= low
+        name
+        for name, row in baselines.items()
+        if wilson_interval(row.score.correct, row.score.total)[1] >= low
     ]
-    measure = f"{family(own)}, mean of patches"
-    if not others:
-        return f"no baseline was asked for ({measure})"
+    measure = f"{method}, mean of patches"
+    if not baselines:
+        return f"no baseline was requested ({measure})"
     if unbeaten:
         return (
-            f"SMOKE TEST: it ran, but {subject} is not clearly better than "
+            f"SMOKE TEST: the program runs, but {subject} is not clearly better than "
             f"{' and '.join(sorted(unbeaten))} ({measure}; intervals overlap)"
         )
-    return f"{subject} is clearly better than {' and '.join(sorted(others))} ({measure})"
+    return f"{subject} is clearly better than {' and '.join(sorted(baselines))} ({measure})"
 
 
-def family(row: Row) -> str:
-    """A row's method without what was chosen for it."""
-    return row.method.split(",")[0]
+def method_family(method: str) -> str:
+    """Return a row's method without its chosen settings."""
+    return method.split(",")[0]
 
 
-def as_json(row: Row, num_classes: int) -> dict[str, Any]:
-    """A row for the result file; shares in [0, 1]."""
-    found: dict[str, Any] = {
+def result_record(rows: Sequence[Row], num_classes: int, **facts: Any) -> dict[str, Any]:
+    """Return a result file's content: the rows, the given facts, versions and date."""
+    return facts | {
+        "results": [row_record(row, num_classes) for row in rows],
+        "classes": num_classes,
+        "versions": library_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def row_record(row: Row, num_classes: int) -> dict[str, Any]:
+    """Return a row for the result file; accuracies in [0, 1]."""
+    record: dict[str, Any] = {
         "weights": row.weights,
         "features": row.features,
         "method": row.method,
         "accuracy": row.score.correct / row.score.total,
-        "interval_95": wilson(row.score.correct, row.score.total),
+        "interval_95": wilson_interval(row.score.correct, row.score.total),
         "correct": row.score.correct,
         "count": row.score.total,
     }
     if num_classes > TOP:
-        found["accuracy_top5"] = row.score.correct_top5 / row.score.total
+        record["accuracy_top5"] = row.score.correct_top5 / row.score.total
     if row.hits is not None:
-        found["hits"] = pack_hits(row.hits)
-    return found
+        record["hits"] = pack_hits(row.hits)
+    return record
+
+
+def image_set_record(path: str, images: ImageSet, used: int) -> dict[str, Any]:
+    """Return an image set for the result file; ``used`` images can be decoded."""
+    return {"path": path, "images": len(images), "used": used, "digest": images.index.digest}
+
+
+def write_result(file: Path, record: dict[str, Any]) -> None:
+    """Write a result file whole or not at all.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be written ({error.strerror}); name another file with --out"
+        ) from error
 
 
 def pack_hits(hits: Tensor) -> str:
-    """Hits ``[n]`` as hexadecimal digits: a bit an image, the first one highest."""
+    """Encode hits ``[n]`` as hexadecimal digits, one bit per image, the first image highest."""
     return np.packbits(hits.numpy()).tobytes().hex()
 
 
 def unpack_hits(text: str, count: int) -> NDArray[np.bool_]:
-    """What ``pack_hits`` wrote, bool ``[count]``."""
+    """Decode the output of ``pack_hits``, bool ``[count]``."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)

@@ -3,16 +3,16 @@
 import torch
 
 from cmtmae_scale.backends.base import Backend
-from cmtmae_scale.backends.whole import whole_tensors
+from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.evaluation.across import sum_over_ranks
-from cmtmae_scale.evaluation.encoders import computing, weights_digest
+from cmtmae_scale.evaluation.encoders import inference_autocast, weights_digest
 from cmtmae_scale.evaluation.images import ImageSet
-from cmtmae_scale.evaluation.result import Score, score
+from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.finetuning.classifier import Classifier
-from cmtmae_scale.finetuning.start import Start
+from cmtmae_scale.finetuning.encoder import InitialEncoder
 from cmtmae_scale.method.images import normalise_images
-from cmtmae_scale.runtime.collectives import texts_of_all
+from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.one_pass import OnePass
@@ -26,7 +26,7 @@ class Accuracy:
 
     Args:
         classifier: one of the trained one's shape; its weights do not matter.
-        start: how pictures are normalised and how large they are.
+        encoder: how images are normalised and how large they are.
         images: the test set.
         config: how images are read.
         world: this process's place.
@@ -36,14 +36,14 @@ class Accuracy:
     def __init__(
         self,
         classifier: Classifier,
-        start: Start,
+        encoder: InitialEncoder,
         images: ImageSet,
         config: Finetune,
         world: World,
         device: torch.device,
     ) -> None:
         self.classifier = classifier.eval().requires_grad_(False)
-        self.start, self.images, self.config = start, images, config
+        self.encoder, self.images, self.config = encoder, images, config
         self.world, self.device = world, device
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class Accuracy:
             ReadError: on every rank, if storage did not give one of them an image.
             DataError: if no image could be decoded.
         """
-        state = dict(whole_tensors(backend.fragments(), "model.encoder."))
+        state = dict(gather_tensors(backend.fragments(), "model.encoder."))
         digest = weights_digest(state)
         model = self.classifier.encoder.to(self.device)
         model.load_state_dict(state, strict=True)
@@ -66,16 +66,16 @@ class Accuracy:
         with self.batches() as batches:
             try:
                 for batch in batches:
-                    pictures = normalise_images(batch.images[0], self.start.mean, self.start.std)
-                    with computing(self.device):
-                        logits = model(pictures)
+                    images = normalise_images(batch.images[0], self.encoder.mean, self.encoder.std)
+                    with inference_autocast(self.device):
+                        logits = model(images)
                     place = batch.position[batch.valid]
-                    found = score(logits[batch.valid].float(), labels[place])
+                    found = score_predictions(logits[batch.valid].float(), labels[place])
                     counts += torch.tensor(found, device=self.device)
             except ReadError as error:
                 problem = str(error)
         model.cpu()
-        problems = list(filter(None, texts_of_all(problem)))
+        problems = list(filter(None, gather_texts(problem)))
         if problems:
             raise ReadError(problems[0])
         total = Score(*sum_over_ranks(counts).tolist())
@@ -91,7 +91,7 @@ class Accuracy:
             self.images.index,
             self.images.ids,
             micro_batch=self.config.train.micro_batch_size,
-            size=self.start.size,
+            size=self.encoder.size,
             rank=self.world.rank,
             world_size=self.world.world_size,
             threads=self.config.data.workers,

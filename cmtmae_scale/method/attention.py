@@ -1,11 +1,12 @@
-"""Attention maps over patches: taken from queries and keys, normalised, resized, mixed, measured.
+"""Attention maps over patches: extract, normalise, resize, mix and measure them.
 
-Every map is float32 and without gradient; nothing here synchronises with the host.
+Every attention map is float32 without gradient; nothing here synchronises with the host.
 
 Legend: B views in a micro-batch, R rows (several masks of a view), N patches, K visible, P prefix
 tokens (class token, registers), T tokens = P + N, H heads, d head width.
 
-Source: method.md 4.1 to 4.4.
+Source: docs/method.md, sections "Attention maps", "Normalisation", "Grids" and "Collaborative
+attention".
 """
 
 import torch
@@ -15,57 +16,24 @@ from torch import Tensor
 Grid = tuple[int, int]
 
 EMPTY_MASS = 1e-12
-"""A map whose sum is not above this says nothing and becomes uniform."""
-
-
-@torch.no_grad()
-def attention_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention of one query over all tokens, averaged over heads.
-
-    Args:
-        query: ``[B, H, 1, d]``, after q_norm if the model has one.
-        key: ``[B, H, T, d]``.
-        scale: factor of the scores, usually ``d ** -0.5``.
-
-    Returns:
-        ``[B, T]``, float32, rows sum to 1; scores and softmax in float32 even under autocast. The
-        prefix is still there: heads are averaged first, then ``patch_map`` drops and renormalises
-        (the other order gives other numbers, oracle O1).
-
-    Raises:
-        ValueError: if there is not exactly one query.
-    """
-    if query.shape[-2] != 1:
-        raise ValueError(f"expected one query, found {query.shape[-2]}")
-    return mean_query_row(query, key, scale)
-
-
-@torch.no_grad()
-def class_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention of the class token (token 0) over all tokens, averaged over heads.
-
-    Args:
-        query: ``[B, H, T, d]``; only token 0 is used.
-        key: ``[B, H, T, d]``.
-        scale: factor of the scores.
-
-    Returns:
-        ``[B, T]``, float32, as ``attention_row``.
-    """
-    return mean_query_row(query[:, :, :1], key, scale)
+"""An attention map whose sum is at most this carries no information and becomes uniform."""
 
 
 @torch.no_grad()
 def mean_query_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention over all tokens, averaged over heads and queries (column mean).
+    """Return the attention over all tokens, averaged over heads and queries.
 
     Args:
-        query: ``[B, H, Q, d]``: the patch queries of a model without class token.
+        query: ``[B, H, Q, d]``, after q_norm if the model has one: the class token, a pooling
+            query, or the patches of a model without class token.
         key: ``[B, H, T, d]``.
-        scale: factor of the scores.
+        scale: factor of the scores, usually ``d ** -0.5``.
 
     Returns:
-        ``[B, T]``, float32, rows sum to 1.
+        ``[B, T]``, float32, rows sum to 1; scores and softmax are float32 even under autocast. The
+        prefix is included: ``patch_map`` drops it after the mean over heads and renormalises.
+
+    Source: docs/method.md, section "Attention maps".
     """
     with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
         scores = query.float() @ key.float().transpose(-2, -1) * scale  # [B, H, Q, T]
@@ -74,7 +42,7 @@ def mean_query_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 @torch.no_grad()
 def patch_map(row: Tensor, num_prefix: int) -> Tensor:
-    """Patch part of an attention row as a probability map.
+    """Return the patch part of an attention row, renormalised.
 
     Args:
         row: ``[B, P + N]``.
@@ -92,19 +60,19 @@ def sanitise(attention: Tensor) -> Tensor:
 
 
 def ascending_rank(values: Tensor) -> Tensor:
-    """Rank of each value in its row, 0 for the smallest; ties by index. int64, same shape."""
+    """Return the rank of each value in its row, 0 for the smallest, ties by index; int64."""
     order = torch.argsort(values, dim=-1, stable=True)
     return torch.argsort(order, dim=-1, stable=True)
 
 
 @torch.no_grad()
 def normalise_map(attention: Tensor, kind: str = "prob") -> Tensor:
-    """Make maps of different models comparable.
+    """Normalise attention maps so that those of different models can be mixed.
 
     Args:
         attention: ``[B, N]``; NaN, infinities and negative values count as 0.
         kind: ``prob`` (sum 1; uniform if the sum is not above 1e-12), ``minmax`` ([0, 1]),
-            ``rank`` ((rank + 0.5) / N, ties by index) or ``zscore`` (biased deviation).
+            ``rank`` ((rank + 0.5) / N, ties by index) or ``zscore`` (biased standard deviation).
 
     Returns:
         ``[B, N]``, float32, finite.
@@ -112,7 +80,7 @@ def normalise_map(attention: Tensor, kind: str = "prob") -> Tensor:
     Raises:
         ValueError: for an unknown kind.
 
-    Source: method.md 4.2.
+    Source: docs/method.md, section "Normalisation".
     """
     a = sanitise(attention)
     if kind == "prob":
@@ -133,9 +101,9 @@ def normalise_map(attention: Tensor, kind: str = "prob") -> Tensor:
 
 
 def row_quantile(values: Tensor, share: float) -> Tensor:
-    """Quantile of each row with linear interpolation, ``[B, 1]``.
+    """Return the linearly interpolated quantile of each row, ``[B, 1]``.
 
-    As ``torch.quantile``, which reads its argument back to check it.
+    Equals ``torch.quantile``, which synchronises with the host to check its argument.
     """
     ordered = values.sort(dim=-1).values
     place = share * (values.shape[-1] - 1)
@@ -146,7 +114,7 @@ def row_quantile(values: Tensor, share: float) -> Tensor:
 
 @torch.no_grad()
 def sharpen(attention: Tensor, temperature: float = 1.0, clip_quantile: float = 1.0) -> Tensor:
-    """Clamp outliers, then raise a map to the power 1 / T.
+    """Clamp outliers of an attention map, then raise it to the power 1 / T.
 
     Args:
         attention: ``[B, N]``.
@@ -159,7 +127,7 @@ def sharpen(attention: Tensor, temperature: float = 1.0, clip_quantile: float = 
     Raises:
         ValueError: if a setting is out of range.
 
-    Source: method.md 4.1 and 4.2, oracle O3.
+    Source: docs/method.md, section "Normalisation".
     """
     if not temperature > 0.0:
         raise ValueError(f"temperature={temperature} must be above 0")
@@ -182,7 +150,7 @@ def resize_tokens(tokens: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
     Args:
         tokens: ``[B, N, C]`` in row-major order.
         from_grid: rows and columns of ``tokens``.
-        to_grid: rows and columns wanted.
+        to_grid: rows and columns of the result.
 
     Returns:
         float32 ``[B, N', C]``: unchanged for equal grids, exact means for integer reductions, exact
@@ -191,33 +159,33 @@ def resize_tokens(tokens: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
     Raises:
         ValueError: if N is not the size of ``from_grid``.
 
-    Source: method.md 4.3, oracle O13.
+    Source: docs/method.md, section "Grids".
     """
     batch, count, width = tokens.shape
     if count != from_grid[0] * from_grid[1]:
         raise ValueError(f"{count} tokens do not fill a {from_grid[0]} x {from_grid[1]} grid")
     if from_grid == to_grid:
         return tokens.float()
-    pictures = tokens.float().transpose(1, 2).reshape(batch, width, *from_grid)
+    images = tokens.float().transpose(1, 2).reshape(batch, width, *from_grid)
     if all(a % b == 0 for a, b in zip(from_grid, to_grid, strict=True)):
-        pictures = F.interpolate(pictures, size=to_grid, mode="area")
+        images = F.interpolate(images, size=to_grid, mode="area")
     elif all(b % a == 0 for a, b in zip(from_grid, to_grid, strict=True)):
-        pictures = F.interpolate(pictures, size=to_grid, mode="nearest")
+        images = F.interpolate(images, size=to_grid, mode="nearest")
     else:
-        pictures = F.interpolate(
-            pictures, size=to_grid, mode="bilinear", align_corners=False, antialias=True
+        images = F.interpolate(
+            images, size=to_grid, mode="bilinear", align_corners=False, antialias=True
         )
-    return pictures.flatten(2).transpose(1, 2)
+    return images.flatten(2).transpose(1, 2)
 
 
 @torch.no_grad()
 def resize_map(attention: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
-    """Resample a map to another grid and renormalise (no mode keeps the mass exactly).
+    """Resample an attention map to another grid and renormalise it.
 
     Args:
         attention: ``[B, N]``, row-major.
         from_grid: rows and columns of ``attention``.
-        to_grid: rows and columns wanted.
+        to_grid: rows and columns of the result.
 
     Returns:
         ``[B, N']``, float32, rows sum to 1.
@@ -230,12 +198,12 @@ def resize_map(attention: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
 def collaborative_attention(
     teacher: Tensor | None, student: Tensor | None, alpha: float | Tensor, norm: str = "prob"
 ) -> Tensor:
-    """Mix the teacher's and the momentum student's attention into one map.
+    """Mix the attention maps of the teacher and the momentum encoder.
 
     Args:
-        teacher: frozen teacher's attention over patches, ``[B, N]``; ``None`` where its weight is
-            0 throughout the run and it was not built.
-        student: momentum student's attention, same shape; ``None`` likewise.
+        teacher: attention map of the frozen teacher, ``[B, N]``; ``None`` where its weight is 0
+            throughout the run and it was not built.
+        student: attention map of the momentum encoder, same shape; ``None`` likewise.
         alpha: weight of the teacher in [0, 1], a float or a 0-dim tensor; 1 ignores the student.
         norm: normalisation of both before mixing (``normalise_map``).
 
@@ -244,28 +212,32 @@ def collaborative_attention(
         ``prob``. No gradient, no host synchronisation.
 
     Raises:
-        ValueError: if both are missing, the shapes differ, or a float alpha weighs a missing map.
+        ValueError: if both are missing, the shapes differ, or a float alpha gives weight to a
+            missing attention map.
 
-    Source: arXiv 2412.17566, collaborative masking; method.md 4.4.
+    Source: docs/method.md, section "Collaborative attention"; arXiv 2412.17566.
     """
     if teacher is None or student is None:
         present, weight = (teacher, 1.0) if student is None else (student, 0.0)
         if present is None:
-            raise ValueError("neither a teacher's nor a student's map was given")
+            raise ValueError("neither a teacher's nor a student's attention map was given")
         if not isinstance(alpha, Tensor) and alpha != weight:
             missing = "student" if student is None else "teacher"
-            raise ValueError(f"alpha={alpha} gives weight to the {missing}'s map, which is missing")
+            raise ValueError(
+                f"alpha={alpha} gives weight to the {missing}'s attention map, which is missing"
+            )
         return normalise_map(present, norm)
     if teacher.shape != student.shape:
         raise ValueError(
-            f"maps differ in shape: teacher {tuple(teacher.shape)}, student {tuple(student.shape)}"
+            f"attention maps differ in shape: teacher {tuple(teacher.shape)}, student "
+            f"{tuple(student.shape)}"
         )
     return alpha * normalise_map(teacher, norm) + (1.0 - alpha) * normalise_map(student, norm)
 
 
 @torch.no_grad()
 def map_agreement(a: Tensor, b: Tensor, kind: str = "rank") -> Tensor:
-    """How alike two maps are, for the log.
+    """Return the agreement of two attention maps, for the log.
 
     Args:
         a: ``[B, N]``.
@@ -290,14 +262,15 @@ def map_agreement(a: Tensor, b: Tensor, kind: str = "rank") -> Tensor:
 
 @torch.no_grad()
 def visible_mass(attention: Tensor, ids_keep: Tensor) -> Tensor:
-    """Share of the attention that the student still sees; shows at once a wrong direction.
+    """Return the fraction of the attention on visible patches.
 
     Args:
         attention: ``[B, N]``.
         ids_keep: ``[R, K]``, R a multiple of B (row b * k + j is mask j of view b).
 
     Returns:
-        0-dim float32: mean over rows, in [0, 1]. About K / N for random masks.
+        0-dim float32: mean over rows, in [0, 1]. About K / N for random masks; a value on the other
+        side of K / N than expected shows that the sampler works in the wrong direction.
     """
     views = attention.shape[0]
     kept = normalise_map(attention, "prob").gather(1, ids_keep.reshape(views, -1))

@@ -1,6 +1,6 @@
-"""Pictures as the loader gives them (uint8, channels last) to what a network reads.
+"""Convert uint8 images of the loader (channels last) to the input of a network.
 
-Source: method.md 6.5 (means and deviations; every model's input is normalised on the device).
+Source: docs/method.md, section "Teacher".
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Start values of every weight, and the fixed positions: MAE's, from one seed.
+"""Initialisation of every weight and fixed positional embeddings: MAE's, from one seed.
 
-Source: MAE (arXiv 2111.06377); method.md 7.4.
+Source: docs/method.md, section "Initialisation"; MAE (arXiv 2111.06377).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -17,7 +17,7 @@ TOKENS = ("cls_token", "reg_token", "mask_token")
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed two-dimensional sine-cosine position code.
+    """Return the fixed two-dimensional sine-cosine positional embedding.
 
     Args:
         width: channels, a multiple of 4.
@@ -30,7 +30,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: if the width is not a multiple of 4.
 
-    Source: MAE; method.md 7.4, oracle O9.
+    Source: docs/method.md, section "Initialisation"; MAE.
     """
     if width % 4:
         raise ValueError(f"width={width} must be a multiple of 4")
@@ -43,7 +43,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def fix_positions(model: VisionTransformer) -> None:
-    """Write the sine-cosine code into ``pos_embed`` (zeros for the prefix) and freeze it."""
+    """Write the sine-cosine embedding into ``pos_embed`` (zeros for the prefix) and freeze it."""
     positions = cast(nn.Parameter, model.pos_embed).requires_grad_(False)
     rows, columns = model.patch_embed.grid_size
     code = sincos_positions(positions.shape[-1], (rows, columns))
@@ -54,20 +54,21 @@ def fix_positions(model: VisionTransformer) -> None:
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
-    """Set every weight of a student, decoder or both, as MAE does.
+    """Initialise every weight of a student, decoder or both as MAE does.
 
     Linear and patch embedding: Xavier uniform, zero bias; class, register and mask tokens: normal
-    with deviation 0.02; norms: one and zero; layer scale: its own start value; positions: fixed.
+    with standard deviation 0.02; norms: one and zero; layer scale: its configured value;
+    positional embeddings: fixed.
 
     Args:
         module: on the CPU, any combination of this project's models.
-        seed: the same seed gives the same weights on every rank; the global generator of random
-            numbers is neither read nor moved.
+        seed: the same seed gives the same weights on every rank; the global random generator is
+            neither read nor advanced.
 
     Raises:
-        TypeError: if a parameter belongs to none of these kinds.
+        TypeError: if no rule initialises a parameter.
 
-    Source: MAE's public code; method.md 7.4.
+    Source: docs/method.md, section "Initialisation"; MAE's public code.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, part in module.named_modules():

@@ -1,13 +1,13 @@
-"""Which patches the student sees: one key a patch, one stable sort.
+"""Choose the visible patches: one key per patch, one stable sort.
 
-A large key is visible first; the order of keys is cut into visible, thrown and hidden patches.
-Noise is a hash of (seed, salt, position, patch), so that a mask does not depend on the number of
-ranks. Fixed shapes, no host synchronisation.
+Patches with large keys are visible; the sorted order is cut into visible, thrown and masked
+patches. Noise is a hash of (seed, salt, position, patch), so a mask does not depend on the number
+of ranks. All shapes are fixed by the config; nothing synchronises with the host.
 
 Legend: B views in a micro-batch, R rows (masks_per_view masks of each view), N patches, K visible,
-M hidden, T thrown.
+M masked, T thrown.
 
-Source: method.md 4.5 to 4.7.
+Source: docs/method.md, sections "Token counts", "Samplers", "Hashed noise".
 """
 
 from typing import NamedTuple
@@ -30,6 +30,11 @@ LARGEST_KEY = 1e30
 HINT_KEY = 2e30
 """Above every sanitised key."""
 
+SALTS_PER_MASK = 3
+KEY_SALT, EXTRA_SALT, SUBSET_SALT = range(SALTS_PER_MASK)
+"""Mask k of a view draws with salt 3 k its keys, with 3 k + 1 its hints and the coin of
+``mask.prob``, with 3 k + 2 the subset of its masked patches that is predicted."""
+
 GOLDEN = 0x9E3779B97F4A7C15
 SEED_STEP = 0xD1B54A32D192ED03
 SALT_STEP = 0x8CB92BA72F3D8DD7
@@ -44,12 +49,12 @@ def signed(value: int) -> int:
 
 
 def shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's is arithmetic)."""
+    """Shift int64 right logically (torch shifts arithmetically)."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def mix(z: Tensor) -> Tensor:
-    """Finaliser of SplitMix64 on int64, whose products wrap around."""
+def splitmix64(z: Tensor) -> Tensor:
+    """Apply the finaliser of SplitMix64; int64 products wrap around."""
     z = (z ^ shift_right(z, 30)) * signed(MIX_1)
     z = (z ^ shift_right(z, 27)) * signed(MIX_2)
     return z ^ shift_right(z, 31)
@@ -57,47 +62,47 @@ def mix(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hash_uniform(seed: int, salt: int, ids: Tensor, length: int) -> Tensor:
-    """Uniform noise that is a pure function of (seed, salt, id, index).
+    """Return uniform noise that is a pure function of (seed, salt, id, index).
 
     Args:
-        seed: of the run.
-        salt: number of the draw within its view: 3 k for mask k, 3 k + 1 for its second draw.
-        ids: global positions of the draws, int64, ``[B]``.
-        length: numbers an id.
+        seed: seed of the run.
+        salt: separates independent draws at one position; see ``KEY_SALT`` and its siblings.
+        ids: global sample indices (``position``), int64, ``[B]``.
+        length: numbers per id.
 
     Returns:
-        ``[B, length]``, float32, in (0, 1) with 23 bits; 0 and 1 never occur, so that Gumbel noise
-        stays finite. The same on every device, rank and split of the batch.
+        ``[B, length]``, float32, in (0, 1) with 23 bits; 0 and 1 never occur, so Gumbel noise is
+        finite. Equal on every device and rank, and for every split of the batch.
 
     Raises:
         TypeError: if the ids are not int64.
 
-    Source: method.md 4.7, oracle O6.
+    Source: docs/method.md, section "Hashed noise".
     """
     if ids.dtype != torch.int64:
         raise TypeError(f"ids are {ids.dtype}; expected int64")
-    base = mix(ids * signed(GOLDEN) + signed(seed * SEED_STEP + salt * SALT_STEP))
+    base = splitmix64(ids * signed(GOLDEN) + signed(seed * SEED_STEP + salt * SALT_STEP))
     index = torch.arange(1, length + 1, device=ids.device) * signed(GOLDEN)
-    z = mix(base[:, None] + index)  # [B, length]
+    z = splitmix64(base[:, None] + index)  # [B, length]
     return (shift_right(z, 41).float() + 0.5) * 2.0**-23
 
 
 def token_counts(length: int, ratio: float, throw_ratio: float = 0.0) -> tuple[int, int, int]:
-    """Split N patches into visible, hidden and thrown ones.
+    """Return how many patches are visible, masked and thrown.
 
     Args:
         length: N.
-        ratio: share hidden.
-        throw_ratio: share neither seen nor predicted.
+        ratio: fraction masked.
+        throw_ratio: fraction neither encoded nor predicted.
 
     Returns:
-        ``(num_keep, num_hidden, num_thrown)``, summing to N. Free of MAE's float trap
-        (``int(10 * (1 - 0.9)) == 0``).
+        ``(num_keep, num_hidden, num_thrown)``, which sum to N. The margin of 1e-6 corrects float
+        rounding (``int(10 * (1 - 0.9)) == 0``).
 
     Raises:
-        ValueError: if nothing would be visible or nothing hidden.
+        ValueError: if no patch would be visible or none masked.
 
-    Source: method.md 4.5 (with throwing: AMT's integers), oracles O4 and O12.
+    Source: docs/method.md, section "Token counts".
     """
     if throw_ratio > 0.0:
         hidden = int(length * ratio + 1e-6)
@@ -109,36 +114,22 @@ def token_counts(length: int, ratio: float, throw_ratio: float = 0.0) -> tuple[i
     if keep < 1 or hidden < 1 or thrown < 0:
         raise ValueError(
             f"{length} patches with ratio={ratio} and throw_ratio={throw_ratio} give "
-            f"{keep} visible, {hidden} hidden, {thrown} thrown; at least 1 visible and 1 hidden "
+            f"{keep} visible, {hidden} masked, {thrown} thrown; at least 1 visible and 1 masked "
             "are needed"
         )
     return keep, hidden, thrown
 
 
 class PatchChoice(NamedTuple):
-    """One mask a row; the three parts together are a permutation of the N patches.
-
-    Each part is in the order of the sorted keys, most visible first.
-    """
+    """One mask per row: the three tensors of a row together are a permutation of the N patches."""
 
     ids_keep: Tensor
-    """Visible patches, int64 ``[R, K]``."""
+    """Visible patches, int64 ``[R, K]``, largest key first."""
     ids_hidden: Tensor
-    """Hidden patches, int64 ``[R, M]``; where fewer are predicted, the first ones are."""
+    """Masked patches, int64 ``[R, M]``; where only Q of them are predicted, these are the first Q.
+    Largest key first, unless ``choose_masks`` shuffled them for the predicted subset."""
     ids_thrown: Tensor
-    """Patches neither seen nor predicted, int64 ``[R, T]``; T may be 0."""
-
-    def mask(self, length: int) -> Tensor:
-        """Bool ``[R, N]``, True = hidden (visible and thrown patches are False)."""
-        blank = torch.zeros(
-            (self.ids_hidden.shape[0], length), dtype=torch.bool, device=self.ids_hidden.device
-        )
-        return blank.scatter(1, self.ids_hidden, True)
-
-    def ids_restore(self) -> Tensor:
-        """int64 ``[R, N]``: gathering [visible, thrown, hidden] with it gives patch order."""
-        order = torch.cat([self.ids_keep, self.ids_thrown, self.ids_hidden], dim=1)
-        return torch.argsort(order, dim=1, stable=True)
+    """Patches neither encoded nor predicted, int64 ``[R, T]``, largest key first; T may be 0."""
 
 
 @torch.no_grad()
@@ -157,35 +148,36 @@ def select_patches(
     temperature: float = 1.0,
     floor: float = 1e-6,
 ) -> PatchChoice:
-    """Choose visible, thrown and hidden patches.
+    """Choose visible, thrown and masked patches.
 
     Args:
-        attention: mixed map, ``[B, N]``, any finite or broken values; ``None`` only for ``random``
-            without hints.
+        attention: attention map, ``[B, N]``, whose values may be anything, NaN included; ``None``
+            only for ``random`` without hints.
         noise: uniform in (0, 1), ``[B, N]``.
         sampler: one of ``SAMPLERS``.
         num_keep: K.
         num_thrown: T.
-        extra_noise: the second draw, ``[B, N + 1]``, required by hints and by ``mask_prob`` < 1.
-            The last number is the coin of ``mask_prob``. The first N choose the hints of a row
-            that the sampler masks, or are the random key of a row that the coin exempts: a row is
-            one or the other, so no number serves twice.
-        salient_frac: share of the hidden set that is the most salient (``hide_salient_mix``), in
-            [0, 1]; a 0-dim tensor changes without recompilation.
-        hint_frac: share of N revealed at random among the most salient patches.
-        hint_pool: share of N that counts as most salient for hints.
-        mask_prob: probability that a row is masked by ``sampler``; other rows are plainly random,
-            without hints. No effect on ``random`` without hints.
-        temperature: of the weighted samplers, > 0.
+        extra_noise: a second draw, ``[B, N + 1]``, required by hints and by ``mask_prob`` < 1.
+            The last number is the coin of ``mask_prob``. The first N select the hints of a row
+            that the sampler masks, or are the key of a row that the coin exempts; each row uses
+            them for one of the two.
+        salient_frac: fraction of the masked patches that are the most salient ones
+            (``hide_salient_mix``), in [0, 1]; a 0-dim tensor changes without recompilation.
+        hint_frac: fraction of N that is revealed at random among the most salient patches.
+        hint_pool: fraction of N that counts as most salient for hints.
+        mask_prob: probability that a row is masked by ``sampler``; the other rows are masked at
+            random, without hints. No effect on ``random`` without hints.
+        temperature: temperature of the weighted samplers, > 0.
         floor: smallest weight of a patch in the weighted samplers.
 
     Returns:
-        The choice: exactly K, T and M patches whatever the map holds.
+        Exactly K visible, T thrown and M masked patches for any values of the attention map.
 
     Raises:
-        ValueError: for an unknown sampler, missing map or noise, shapes or counts that do not fit.
+        ValueError: for an unknown sampler, missing attention or noise, or shapes or counts that do
+            not fit.
 
-    Source: method.md 4.6; MAE, AttMask, HPM, AMT, MILAN.
+    Source: docs/method.md, sections "Samplers" and "Hints and throwing".
     """
     length = noise.shape[1]
     if sampler not in SAMPLERS:
@@ -217,7 +209,7 @@ def select_patches(
 
 
 def prepare_saliency(attention: Tensor | None, noise: Tensor) -> Tensor:
-    """Check a map; float32 ``[B, N]`` with broken values 0 and negative ones kept (zscore)."""
+    """Return a checked attention map in float32: non-finite values are 0, negative ones stay."""
     if attention is None:
         raise ValueError("this sampler or its hints need an attention map; found none")
     if attention.shape != noise.shape:
@@ -228,7 +220,7 @@ def prepare_saliency(attention: Tensor | None, noise: Tensor) -> Tensor:
 
 
 def split_extra_noise(extra_noise: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The second draw ``[B, N]`` and the coin ``[B, 1]``."""
+    """Return the second draw ``[B, N]`` and the coin ``[B, 1]``."""
     batch, length = noise.shape
     if extra_noise is None:
         raise ValueError("hints and mask_prob below 1 need extra_noise [B, N + 1]; found none")
@@ -248,9 +240,10 @@ def sampler_key(
     temperature: float,
     floor: float,
 ) -> Tensor:
-    """Key of an attention-guided sampler, float32 ``[B, N]``; large = visible first.
+    """Return the keys of an attention-guided sampler, float32 ``[B, N]``.
 
-    Weighted samplers add Gumbel noise to log weights: sorting that is sampling without replacement.
+    Weighted samplers add Gumbel noise to log weights; sorting these keys samples without
+    replacement.
     """
     if sampler == "hide_salient":
         return -saliency
@@ -270,7 +263,7 @@ def sampler_key(
 def mixed_key(
     saliency: Tensor, noise: Tensor, num_hidden: int, salient_frac: float | Tensor
 ) -> Tensor:
-    """Key that hides the n = round(salient_frac * M) most salient patches, the rest at random."""
+    """Return keys that mask the round(salient_frac * M) most salient patches, others at random."""
     if isinstance(salient_frac, Tensor):
         count: int | Tensor = torch.round(salient_frac.float() * num_hidden)
     else:
@@ -284,10 +277,10 @@ def mixed_key(
 def reveal_hints(
     key: Tensor, saliency: Tensor, draw: Tensor, num_hints: int, hint_pool: float, num_keep: int
 ) -> Tensor:
-    """Force ``num_hints`` random patches of the most salient ``hint_pool`` share to be visible.
+    """Give ``num_hints`` random patches of the most salient ``hint_pool`` the largest key.
 
     Raises:
-        ValueError: if there are more hints than visible patches or than the pool holds.
+        ValueError: if there are more hints than visible patches or than patches in the pool.
     """
     length = key.shape[1]
     pool = round(hint_pool * length)
@@ -301,6 +294,12 @@ def reveal_hints(
     return torch.where(chosen, HINT_KEY, key)
 
 
+def shuffle_hidden(choice: PatchChoice, noise: Tensor) -> PatchChoice:
+    """Order the masked patches by noise ``[R, N]``, so that the first ones are a uniform subset."""
+    order = torch.argsort(noise.gather(1, choice.ids_hidden), dim=1, descending=True, stable=True)
+    return choice._replace(ids_hidden=choice.ids_hidden.gather(1, order))
+
+
 @torch.no_grad()
 def choose_masks(
     mask: Mask,
@@ -310,44 +309,51 @@ def choose_masks(
     salient_frac: float | Tensor,
     *,
     length: int | None = None,
+    num_predicted: int | None = None,
 ) -> PatchChoice:
-    """Draw the masks of a micro-batch as configured.
+    """Choose the masks of a micro-batch as configured.
 
     Args:
         mask: the config's group.
-        attention: mixed map, ``[B, N]``; ``None`` for ``random``, with ``length`` given.
-        positions: global positions of the draws, int64 ``[B]``.
-        seed: of the run.
+        attention: collaborative attention map, ``[B, N]``; ``None`` for ``random``, with
+            ``length`` given.
+        positions: global sample indices, int64 ``[B]``.
+        seed: seed of the run.
         salient_frac: ``mask.salient_fraction`` evaluated at this step, a float or a 0-dim tensor.
-        length: N where there is no map.
+        length: N where there is no attention map.
+        num_predicted: masked patches that the decoder predicts (``TokenLayout.num_hidden``);
+            ``None``: all. Fewer than M are a uniform random subset, the first of ``ids_hidden``.
 
     Returns:
-        Rows b * k + j for mask j of view b, k = ``mask.masks_per_view``. Mask j draws its noise
-        with salt 3 j, its hints and its own coin of ``mask.prob`` with salt 3 j + 1.
+        Rows b * k + j for mask j of view b, k = ``mask.masks_per_view``. A pure function of the
+        attention map, the seed, the position and j.
 
     Raises:
-        ValueError: if neither a map nor a length is given.
+        ValueError: if neither an attention map nor a length is given.
+
+    Source: docs/method.md, sections "Samplers", "Hashed noise" and "Predicted subset".
     """
     if attention is not None:
         length = attention.shape[1]
     if length is None:
         raise ValueError("give an attention map or the number of patches (length)")
-    num_keep, _, num_thrown = token_counts(length, mask.ratio, mask.throw_ratio)
-    masks = range(mask.masks_per_view)
-    noise = torch.stack([hash_uniform(seed, 3 * j, positions, length) for j in masks], dim=1)
-    extra = None
-    if mask.hint_fraction > 0.0 or mask.prob < 1.0:
-        draws = [hash_uniform(seed, 3 * j + 1, positions, length + 1) for j in masks]
-        extra = torch.stack(draws, dim=1).flatten(0, 1)  # [R, N + 1]
+    num_keep, num_hidden, num_thrown = token_counts(length, mask.ratio, mask.throw_ratio)
+
+    def draw(salt: int, count: int) -> Tensor:
+        salts = range(salt, SALTS_PER_MASK * mask.masks_per_view, SALTS_PER_MASK)
+        noise = [hash_uniform(seed, each, positions, count) for each in salts]
+        return torch.stack(noise, dim=1).flatten(0, 1)  # [R, count]
+
     if attention is not None:
-        attention = attention[:, None].expand(-1, mask.masks_per_view, -1).flatten(0, 1)  # [R, N]
-    return select_patches(
+        attention = attention.repeat_interleave(mask.masks_per_view, dim=0)  # [R, N]
+    extra = mask.hint_fraction > 0.0 or mask.prob < 1.0
+    choice = select_patches(
         attention,
-        noise.flatten(0, 1),
+        draw(KEY_SALT, length),
         sampler=mask.sampler,
         num_keep=num_keep,
         num_thrown=num_thrown,
-        extra_noise=extra,
+        extra_noise=draw(EXTRA_SALT, length + 1) if extra else None,
         salient_frac=salient_frac,
         hint_frac=mask.hint_fraction,
         hint_pool=mask.hint_pool,
@@ -355,3 +361,7 @@ def choose_masks(
         temperature=mask.temperature,
         floor=mask.floor,
     )
+    # The keys of ``random`` are independent noise: its first masked patches are already uniform.
+    if num_predicted and num_predicted < num_hidden and mask.sampler != "random":
+        choice = shuffle_hidden(choice, draw(SUBSET_SALT, length))
+    return choice

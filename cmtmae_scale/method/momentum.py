@@ -1,4 +1,4 @@
-"""The momentum student's weights: a float32 moving average of the student's."""
+"""Update the momentum encoder: float32 EMA weights of the student's encoder."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def update_momentum(average: Sequence[Tensor], weights: Sequence[Tensor], momentum: float) -> None:
-    """Move an average in place: ``momentum * average + (1 - momentum) * weights``.
+    """Update EMA weights in place: ``momentum * average + (1 - momentum) * weights``.
 
     Args:
         average: float32 tensors, or local shards of them; changed in place by one fused call.
@@ -16,14 +16,14 @@ def update_momentum(average: Sequence[Tensor], weights: Sequence[Tensor], moment
         momentum: m, in [0, 1].
 
     Raises:
-        TypeError: if an average is not float32: bfloat16 would never move at m = 0.999.
+        TypeError: if an EMA tensor is not float32; bfloat16 never changes at m = 0.999.
         ValueError: if the lists differ in length.
 
-    Source: method.md 4.11 and 8.
+    Source: docs/method.md, section "Momentum encoder".
     """
     if any(tensor.dtype != torch.float32 for tensor in average):
-        raise TypeError("a moving average must be kept in float32")
+        raise TypeError("EMA weights must be float32")
     if len(average) != len(weights):
-        raise ValueError(f"{len(average)} averages, but {len(weights)} weights")
+        raise ValueError(f"{len(average)} EMA tensors, but {len(weights)} weights")
     # The fused form has no public name in torch.
     torch._foreach_lerp_(list(average), list(weights), 1.0 - momentum)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -1,8 +1,8 @@
-"""Numbers that change over a run, all functions of progress u = position / horizon in [0, 1].
+"""Scheduled numbers, all functions of progress u = position / horizon in [0, 1].
 
-Evaluated on the host as Python floats; the caller fills 0-dim device tensors with them.
+They are Python floats on the host; the caller fills 0-dim device tensors with them.
 
-Source: method.md 4.4 (mixing weights), 4.11 (momentum), 10 (learning rate), oracles O10 and O11.
+Source: docs/method.md, section "Schedules".
 """
 
 import math
@@ -11,7 +11,7 @@ from cmtmae_scale.config.schema import Momentum, Schedule
 
 
 def evaluate(schedule: Schedule | float, progress: float) -> float:
-    """Value of a schedule.
+    """Return the value of a schedule.
 
     Args:
         schedule: a number (constant) or a ``Schedule``.
@@ -36,20 +36,20 @@ def evaluate(schedule: Schedule | float, progress: float) -> float:
         return float(schedule.start if progress < schedule.switch else schedule.end)
     if not schedule.u0 < schedule.u1:
         raise ValueError(f"u0={schedule.u0} must be below u1={schedule.u1}")
-    share = (progress - schedule.u0) / (schedule.u1 - schedule.u0)
-    share = min(max(share, 0.0), 1.0)
+    fraction = (progress - schedule.u0) / (schedule.u1 - schedule.u0)
+    fraction = min(max(fraction, 0.0), 1.0)
     if schedule.kind == "cosine":
-        share = (1.0 - math.cos(math.pi * share)) / 2.0
-    return schedule.start + (schedule.end - schedule.start) * share
+        fraction = (1.0 - math.cos(math.pi * fraction)) / 2.0
+    return schedule.start + (schedule.end - schedule.start) * fraction
 
 
 def learning_rate(progress: float, peak: float, warmup: float) -> float:
-    """Learning rate in force: linear warm-up from 0, then a cosine to 0.
+    """Return the learning rate: linear warm-up from 0, then a cosine to 0.
 
     Args:
-        progress: u = position / horizon of the optimizer step; from 1 on the rate is 0.
-        peak: rate at the end of the warm-up.
-        warmup: share of the run with rising rate, in [0, 1).
+        progress: u = position / horizon of the optimizer step; from 1 on the learning rate is 0.
+        peak: learning rate at the end of the warm-up.
+        warmup: fraction of the run with rising learning rate, in [0, 1).
 
     Returns:
         ``peak * u / warmup`` for u < warmup, else
@@ -58,7 +58,7 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
     Raises:
         ValueError: if ``warmup`` is outside [0, 1).
 
-    Source: MAE's per-iteration schedule (method.md 10).
+    Source: docs/method.md, section "Schedules"; MAE's per-iteration schedule.
     """
     if not 0.0 <= warmup < 1.0:
         raise ValueError(f"warmup={warmup} must lie in [0, 1)")
@@ -69,7 +69,7 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
 
 
 def momentum_at(momentum: Momentum, progress: float) -> float:
-    """Momentum m of ``m * old + (1 - m) * new``.
+    """Return the momentum m of ``m * old + (1 - m) * new``.
 
     Args:
         momentum: start, end and schedule (cosine or constant).
@@ -78,7 +78,7 @@ def momentum_at(momentum: Momentum, progress: float) -> float:
     Returns:
         ``start`` if constant, else ``end - (end - start) * (cos(pi * u) + 1) / 2``.
 
-    Source: method.md 4.11 (iBOT, AttMask).
+    Source: docs/method.md, section "Momentum encoder".
     """
     if momentum.schedule == "constant":
         return float(momentum.start)

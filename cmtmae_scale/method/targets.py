@@ -1,11 +1,11 @@
-"""What the decoder predicts, in which order, and how far off it is.
+"""Targets of the decoder, the order of the predicted tokens, and the losses.
 
-Everything is float32 from the normalisation of targets on; nothing synchronises with the host.
+Targets and losses are float32; nothing synchronises with the host.
 
 Legend: B views in a micro-batch, R rows (masks_per_view masks of each view), N patches, K visible,
-M hidden, Q predicted tokens, D student width, F teacher width, P patch side in pixels.
+M masked, Q predicted tokens, D student width, F teacher width, P patch side in pixels.
 
-Source: method.md 4.8 and 4.10.
+Source: docs/method.md, sections "Targets" and "Losses".
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ EPS = 1e-6
 
 
 class Predictions(NamedTuple):
-    """One tensor a target, ``None`` where the target is not used; also holds the targets."""
+    """One tensor per target, ``None`` for an unused target; also holds the targets themselves."""
 
     teacher: Tensor | None
     """``[R, Q, F]``."""
@@ -33,10 +33,10 @@ class Predictions(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Sums over valid rows, 0-dim float32; a term that is not used is 0."""
+    """Sums over valid rows, 0-dim float32; an unused term is 0."""
 
     total: Tensor
-    """Weighted sum of the terms; the one to differentiate."""
+    """Weighted sum of the terms, to differentiate."""
     teacher: Tensor
     """Without weight and alpha."""
     student: Tensor
@@ -47,32 +47,33 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Predicted tokens of a row, in the order [class token][visible][hidden], with weights."""
+    """Predicted tokens of a row, in the order [class token][visible][masked], with weights."""
 
     cls: bool
     """Whether the class token is predicted (weight 1)."""
     num_visible: int
     """Visible patches predicted: K or 0."""
     num_hidden: int
-    """Hidden patches predicted: the first of ``PatchChoice.ids_hidden``, or 0."""
+    """Masked patches predicted: the first of ``PatchChoice.ids_hidden``, or 0."""
     visible_weight: float = 1.0
-    """Weight of a visible patch; a hidden one has 1."""
+    """Weight of a visible patch; a masked patch has 1."""
 
     @classmethod
     def from_config(
         cls, config: Config, num_keep: int, num_hidden: int, num_thrown: int = 0
     ) -> Self:
-        """Layout of the feature targets.
+        """Return the layout of the feature targets.
 
         Args:
-            config: ``loss`` says which tokens count, ``decoder.predict_ratio`` how many hidden.
+            config: ``loss`` sets which tokens count, ``decoder.predict_ratio`` how many masked
+                patches are predicted.
             num_keep: K.
             num_hidden: M.
-            num_thrown: T, which counts in the number that ``predict_ratio`` is a share of.
+            num_thrown: T; ``predict_ratio`` is a fraction of all N = K + M + T patches.
 
         Returns:
-            The layout. The class token is predicted if ``loss.include_cls`` and visible tokens
-            count at all; with ``loss.tokens=masked`` it never is.
+            The layout. The class token is predicted with ``loss.include_cls``, except under
+            ``loss.tokens=masked``.
         """
         loss, share = config.loss, config.decoder.predict_ratio
         predicted = num_hidden
@@ -98,18 +99,18 @@ class TokenLayout:
         return int(self.cls) + self.num_visible * self.visible_weight + self.num_hidden
 
     def without_cls(self) -> "TokenLayout":
-        """The same without class token: the layout of the pixel target."""
+        """Return this layout without class token: that of the pixel target."""
         return replace(self, cls=False)
 
     def weights(self, device: torch.device | str | None = None) -> Tensor:
-        """Weight of each token, float32 ``[Q]``."""
+        """Return the weight of each token, float32 ``[Q]``."""
         ones = torch.ones(self.num_tokens, dtype=torch.float32, device=device)
         start = int(self.cls)
         ones[start : start + self.num_visible] *= self.visible_weight
         return ones
 
     def gather(self, features: Tensor, choice: PatchChoice) -> Tensor:
-        """Take the predicted tokens of full-picture features.
+        """Gather the predicted tokens from the features of whole images.
 
         Args:
             features: ``[B, N, F]``, or ``[B, 1 + N, F]`` with the class token first.
@@ -119,7 +120,7 @@ class TokenLayout:
             ``[R, Q, F]``; a view's features serve all its masks.
 
         Raises:
-            ValueError: if the shapes do not fit, or a class token is wanted that is not there.
+            ValueError: if the shapes do not fit, or the features lack a class token to predict.
         """
         views, tokens, width = features.shape
         rows = choice.ids_keep.shape[0]
@@ -158,7 +159,7 @@ def normalise(features: Tensor, kind: str) -> Tensor:
     Raises:
         ValueError: for an unknown kind.
 
-    Source: method.md 4.8, oracle O7.
+    Source: docs/method.md, section "Targets".
     """
     x = features.detach().float()
     if kind == "l2":
@@ -171,7 +172,7 @@ def normalise(features: Tensor, kind: str) -> Tensor:
 
 
 def token_loss(prediction: Tensor, target: Tensor, kind: str, beta: float = 2.0) -> Tensor:
-    """Distance of each token.
+    """Return the distance of each token.
 
     Args:
         prediction: ``[..., F]``, any float type.
@@ -186,7 +187,7 @@ def token_loss(prediction: Tensor, target: Tensor, kind: str, beta: float = 2.0)
     Raises:
         ValueError: for an unknown kind or different shapes.
 
-    Source: method.md 4.10, oracle O8.
+    Source: docs/method.md, section "Losses".
     """
     if prediction.shape != target.shape:
         raise ValueError(
@@ -204,7 +205,7 @@ def token_loss(prediction: Tensor, target: Tensor, kind: str, beta: float = 2.0)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Cut pictures into patches.
+    """Cut images into patches.
 
     Args:
         images: ``[B, 3, S, S]``.
@@ -227,7 +228,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def pixel_targets(patches: Tensor, norm: str) -> Tensor:
-    """Pixels as a target.
+    """Return the pixel target.
 
     Args:
         patches: ``[B, N, P * P * 3]``.
@@ -257,7 +258,7 @@ def objective(
     loss: Loss,
     alpha_target: float | Tensor,
 ) -> Losses:
-    """Weighted sum of the losses against both targets and the pixels.
+    """Return the weighted sum of the losses against both targets and the pixels.
 
     Args:
         predictions: of the decoder, rows in the order of ``layout``.
@@ -270,12 +271,13 @@ def objective(
 
     Returns:
         Sums over valid rows of the rows' weighted token means. The caller divides by the constant
-        global_batch_size * masks_per_view, so that the mean does not depend on how a batch is split.
+        global_batch_size * masks_per_view, so that the mean is the same for every
+        split of a batch.
 
     Raises:
         ValueError: if a prediction lacks its target, or shapes differ.
 
-    Source: method.md 4.10: alpha l_t L_t + (1 - alpha) l_s L_s + l_pix L_pix.
+    Source: docs/method.md, section "Losses".
     """
     zero = torch.zeros((), dtype=torch.float32, device=valid.device)
 
@@ -300,7 +302,7 @@ def objective(
 
 
 def sum_rows(per_token: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:
-    """Sum over valid rows of the weighted mean over tokens; ``per_token`` is ``[R, Q]``."""
+    """Return the sum over valid rows of the weighted mean over tokens of ``[R, Q]`` losses."""
     if per_token.shape != (valid.shape[0], layout.num_tokens):
         raise ValueError(
             f"losses {tuple(per_token.shape)} do not fit {valid.shape[0]} rows of "

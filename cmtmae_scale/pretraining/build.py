@@ -1,51 +1,37 @@
-"""From a config to everything that the loop needs; nothing is trained here."""
+"""Data, teacher, models and stream of pre-training, from a config."""
 
 import copy
 import logging
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
+from torch import Tensor
 
-from cmtmae_scale import __version__
-from cmtmae_scale.backends.base import MicroBatch, Objective
+from cmtmae_scale.backends.base import Objective
 from cmtmae_scale.backends.build import make_backend
-from cmtmae_scale.cache.followed import SidecarTeacher
-from cmtmae_scale.cache.identity import provenance, warn_of_provenance
-from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
-from cmtmae_scale.checkpoint import layout as checkpoints
-from cmtmae_scale.checkpoint.chunks import load_fragments
+from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
+from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
-from cmtmae_scale.checkpoint.open import newest_checkpoint, open_writer
 from cmtmae_scale.config.derive import (
-    batch_plan,
     builds_teacher,
     cache_folder,
     needs,
     reads_cache,
-    total_steps,
 )
-from cmtmae_scale.config.load import config_to_dict
-from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.progress import Progress, fresh_progress, resumed_progress
-from cmtmae_scale.engine.resume import compare
-from cmtmae_scale.engine.skips import Skips
+from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.stop import StopRequest
-from cmtmae_scale.engine.stragglers import Stragglers
-from cmtmae_scale.engine.task import Parts
-from cmtmae_scale.engine.telemetry import Telemetry
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
-from cmtmae_scale.pretraining.prepare import Models
-from cmtmae_scale.runtime.collectives import barrier, texts_of_all
+from cmtmae_scale.pretraining.prepare import MicroBatch, Models
+from cmtmae_scale.runtime.collectives import barrier, gather_texts
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.runtime.progress_file import ProgressFile
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
@@ -56,74 +42,6 @@ from dataloading.stream import Stream
 logger = logging.getLogger(__name__)
 
 
-def build_parts(config: Config, world: World, device: torch.device, stack: ExitStack) -> Parts:
-    """Build data, teacher, student and backend, and resume where there is something to resume.
-
-    Args:
-        config: checked settings.
-        world: this process's place; the process group is open.
-        device: this rank's device.
-        stack: closes what was opened, in reverse order.
-
-    Raises:
-        ConfigError: settings that do not fit the data, the number of ranks or the checkpoint.
-        DataError: unusable images.
-        TeacherError: a teacher that cannot be built.
-        CacheError: a teacher cache that the run cannot use.
-        CheckpointError: checkpoints of which none is intact.
-    """
-    run_dir = Path(config.run.output_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    stop = StopRequest(run_dir, config.run.time_limit_s)
-    plan = batch_plan(config, world.world_size)
-    index = open_index(config, run_dir, world)
-    steps = total_steps(config, len(index))
-    folder = newest_checkpoint(run_dir, world)
-    progress = where_to_start(config, folder, index.digest, steps)
-    teacher = open_teacher(config, world, device, index, stop, stack)
-    models = build_models(config, world, device, teacher, resumed=folder is not None)
-    skips = Skips(config.guard)
-    if folder is not None:
-        skips.restore(checkpoints.read_state(folder).get("skips"))
-        load_fragments(folder, models.backend.fragments())
-        models.backend.after_load(progress.applied)
-        logger.info("resuming %s at step %d", folder, progress.step)
-    stream = stack.enter_context(open_stream(config, index, world, device, teacher, progress))
-    barrier()  # from here on no rank ends alone at a signal
-    stop.install()
-    telemetry = standing = None
-    if world.rank == 0:
-        standing = ProgressFile(run_dir)
-        telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
-        stack.callback(telemetry.close)
-    saved_step = progress.step if folder is not None and progress.step != progress.step0 else None
-    writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
-    logger.info(
-        "%s: batch %s; steps %d to %d",
-        config.run.name,
-        plan,
-        progress.step + 1,
-        progress.end_step,
-    )
-    return Parts(
-        config=config,
-        plan=plan,
-        device=device,
-        stream=stream,
-        models=models,
-        progress=progress,
-        writer=writer,
-        stop=stop,
-        telemetry=telemetry,
-        standing=standing,
-        saved_facts=facts(config, index.digest, world),
-        run_dir=run_dir,
-        skips=skips,
-        stragglers=Stragglers(device, config.log.every),
-        index=index,
-    )
-
-
 def build_models(
     config: Config,
     world: World,
@@ -131,14 +49,14 @@ def build_models(
     teacher: TeacherSource | None,
     resumed: bool = False,
 ) -> Models:
-    """Build student and momentum student, and hand them to the backend.
+    """Build student and momentum encoder, and hand them to the backend.
 
     Args:
         config: checked settings.
-        world: this process's place.
-        device: this rank's device.
+        world: place of this process.
+        device: device of this rank.
         teacher: where the teacher's views come from.
-        resumed: a checkpoint will overwrite all weights, so that ``student.init_weights`` is not read.
+        resumed: a checkpoint overwrites all weights, so ``student.init_weights`` is not read.
 
     Raises:
         ConfigError: settings that the models cannot meet, or an unfit ``student.init_weights``.
@@ -183,22 +101,6 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
     return index
 
 
-def where_to_start(config: Config, folder: Path | None, digest: str, steps: int) -> Progress:
-    """Progress of the checkpoint that is resumed, or of a new run."""
-    if folder is None:
-        return fresh_progress(steps, config.train.global_batch_size)
-    state = checkpoints.read_state(folder)
-    changes = compare(
-        state["config"],
-        config_to_dict(config),
-        config.run.allow_change,
-        (state["index_digest"], digest),
-    )
-    for change in changes:
-        logger.warning("allowed change: %s", change)
-    return resumed_progress(state["progress"], steps, config.train.global_batch_size, bool(changes))
-
-
 def open_teacher(
     config: Config,
     world: World,
@@ -211,35 +113,35 @@ def open_teacher(
 
     Args:
         config: checked settings.
-        world: this process's place.
-        device: this rank's device.
+        world: place of this process.
+        device: device of this rank.
         index: the images.
-        stop: told of rows that a run without a live teacher lacks.
+        stop: takes the failure of a row that a run without an online teacher lacks.
         stack: closes the cache.
 
     Raises:
         TeacherError: a teacher that cannot be built.
         CacheError: on every rank, if the cache cannot be used on one. A collective.
     """
-    live = fetch_teacher(config, world, device) if builds_teacher(config) else None
+    online = fetch_teacher(config, world, device) if builds_teacher(config) else None
     if not reads_cache(config):
-        return live
+        return online
     with torch.device("meta"):
-        described = build_teacher_skeleton(config).to("meta", compute_dtype(config))
+        skeleton = build_teacher_skeleton(config).to("meta", compute_dtype(config))
     teacher, problem = None, ""
     try:
-        if config.teacher.mode == "sidecar" and live is not None:
-            teacher = SidecarTeacher(config, described, live, index, device, stop.fail)
+        if config.teacher.mode == "sidecar" and online is not None:
+            teacher = SidecarTeacher(config, skeleton, online, index, device, stop.record_failure)
         else:
-            opened = open_cache(config, described, index)
+            opened = open_cache(config, skeleton, index)
             if world.rank == 0:
                 here = provenance(config, device)
-                warn_of_provenance(opened[0], here, str(config.cache.dir))
-            teacher = CachedTeacher(config, *opened, described, live, device, stop.fail)
+                warn_about_provenance(opened[0], here, str(config.cache.dir))
+            teacher = CachedTeacher(config, *opened, skeleton, online, device, stop.record_failure)
         stack.callback(teacher.close)
     except CacheError as error:
         problem = str(error)
-    problems = list(filter(None, texts_of_all(problem)))
+    problems = list(filter(None, gather_texts(problem)))
     if problems:
         raise CacheError(problems[0])
     logger.info(
@@ -262,7 +164,7 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
 def build_model(
     config: Config, teacher: TeacherSource | None, resumed: bool = False
 ) -> tuple[CollaborativeMAE, MomentumEncoder | None]:
-    """Student with decoder on the CPU, the same weights on every rank, and its moving average."""
+    """Build student and decoder on the CPU, with equal weights on every rank, and the EMA."""
     if (
         config.loss.include_cls
         and needs(config).teacher_features
@@ -276,7 +178,7 @@ def build_model(
     model = CollaborativeMAE(config, teacher.width if teacher else None)
     initialise(model, config.run.seed)
     if config.student.init_weights is not None and not resumed:
-        start_from(model, config.student.init_weights)
+        load_student(model, config.student.init_weights)
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     if not needs(config).momentum:
         return model, None
@@ -286,8 +188,8 @@ def build_model(
     return model, momentum_encoder
 
 
-def start_from(model: CollaborativeMAE, file: str) -> None:
-    """Load ``student.init_weights`` on every rank, and tell what became of each of its tensors.
+def load_student(model: CollaborativeMAE, file: str) -> None:
+    """Load ``student.init_weights`` on every rank, and log which of its tensors were used.
 
     Raises:
         ConfigError: a file that is absent, broken, of unknown names or of another architecture.
@@ -303,11 +205,27 @@ def make_objective(config: Config, layout: TokenLayout) -> Objective:
     """The run's loss as a function of predictions and a micro-batch."""
 
     def compute(predictions: Predictions, batch: MicroBatch) -> Losses:
-        return objective(
+        losses = objective(
             predictions, batch.targets, batch.valid, layout, config.loss, batch.alpha_target
         )
+        return losses if batch.only_term is None else isolate_term(losses, batch, config.loss)
 
     return compute
+
+
+def isolate_term(losses: Losses, batch: MicroBatch, loss: Loss) -> Losses:
+    """Let one weighted term alone be differentiated; every network still takes part."""
+    alpha = batch.alpha_target
+    weights = {
+        "teacher": alpha * loss.teacher,
+        "student": (1.0 - alpha) * loss.student,
+        "pixel": loss.pixel,
+    }
+    total = sum(
+        (weight if name == batch.only_term else 0.0) * getattr(losses, name)
+        for name, weight in weights.items()
+    )
+    return losses._replace(total=cast(Tensor, total))
 
 
 def open_stream(
@@ -316,9 +234,9 @@ def open_stream(
     world: World,
     device: torch.device,
     teacher: TeacherSource | None,
-    progress: Progress,
+    position: int,
 ) -> Stream:
-    """This rank's part of the global sequence of views, from the run's position on."""
+    """Open this rank's views of the global stream from a global sample index on."""
     return Stream(
         index,
         seed=config.run.seed,
@@ -332,7 +250,7 @@ def open_stream(
         count=config.views.views_per_image,
         shuffle=config.data.shuffle,
         threads=config.data.workers,
-        start_position=progress.position,
+        start_position=position,
         decode=config.data.decode,
         resident=config.data.resident,
         device=device,
@@ -345,13 +263,3 @@ def grid_length(model: CollaborativeMAE) -> int:
     """Number of patches N."""
     height, width = model.encoder.grid
     return height * width
-
-
-def facts(config: Config, digest: str, world: World) -> dict[str, Any]:
-    """What a checkpoint records beside progress; run controls are as given."""
-    return {
-        "config": config_to_dict(config),
-        "index_digest": digest,
-        "world_size": world.world_size,
-        "versions": {"cmtmae_scale": __version__, "torch": torch.__version__},
-    }

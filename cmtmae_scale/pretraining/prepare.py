@@ -1,4 +1,4 @@
-"""From views to a micro-batch: both models look, their maps are mixed, masks and targets follow."""
+"""From views to a micro-batch: teacher, momentum encoder, mixed attention map, masks, targets."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmtmae_scale.backends.base import Backend, MicroBatch
+from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Attention, Config
-from cmtmae_scale.engine.progress import Scalars
 from cmtmae_scale.method.attention import (
     collaborative_attention,
     map_agreement,
@@ -19,13 +18,14 @@ from cmtmae_scale.method.attention import (
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, patchify, pixel_targets
+from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView
 from dataloading.stream import Batch
 
 
 @dataclass
 class Models:
-    """What computes: the frozen teacher, and student and momentum student behind a backend."""
+    """The frozen teacher, and student and momentum encoder behind a backend."""
 
     teacher: TeacherSource | None
     backend: Backend
@@ -37,23 +37,45 @@ class Models:
     """Side of the student's patches, pixels."""
 
 
+class MicroBatch(NamedTuple):
+    """Inputs and targets of one forward and backward, all on the device."""
+
+    images: Tensor
+    """Normalised views, ``[B, 3, S, S]`` float32."""
+    choice: PatchChoice
+    """Masks, ``R = B * masks_per_view`` rows."""
+    targets: Predictions
+    """Targets, in the order of the predictions."""
+    valid: Tensor
+    """Rows whose view could be decoded, bool ``[R]``."""
+    alpha_target: Tensor
+    """Weight of the teacher in the loss, 0-dim float32."""
+    only_term: str | None = None
+    """Loss term that alone is differentiated, for diagnostics; ``None``: the weighted sum."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, PatchChoice]:
+        """See ``Work``."""
+        return self.images, self.choice
+
+
 class Observed(NamedTuple):
-    """What a micro-batch tells of its masks; 0-dim float32."""
+    """Observations of a micro-batch, 0-dim float32."""
 
     visible_mass: Tensor
-    """Share of the map's mass that stays visible."""
+    """Fraction of the mixed attention that stays visible."""
     agreement: Tensor
-    """Agreement of the teacher's and the momentum student's maps."""
+    """Agreement of the teacher's and the momentum encoder's attention maps."""
     cache_hit: Tensor
     """1 if the teacher's view was read from a cache, else 0."""
 
 
 def prepare(
-    config: Config, models: Models, batch: Batch, scalars: Scalars
+    config: Config, models: Models, batch: Batch, scalars: PretrainingScalars
 ) -> tuple[MicroBatch, Observed]:
-    """From views to masks and targets: teacher, momentum student, mixed map, choice.
+    """Prepare the inputs and targets of a micro-batch.
 
-    No host synchronisation, but for spot checks of a cache.
+    No host synchronisation, except in spot checks of a cache.
     """
     images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
@@ -63,18 +85,18 @@ def prepare(
             torch.full((), value, device=images.device)
             for value in (scalars.alpha_attention, scalars.alpha_target)
         )
-        mixed = mix(config.attention, view.attention, attention, alpha)
+        mixed = mix_attention(config.attention, view.attention, attention, alpha)
         choice = choose_masks(
             config.mask,
             mixed,
             batch.position,
             config.run.seed,
-            scalars.salient_frac,
+            scalars.salient_fraction,
             length=models.length,
         )
         targets = Predictions(
-            gather(models.layout, view.features, config.target.teacher.norm, choice),
-            gather(models.layout, features, config.target.student.norm, choice),
+            gather_targets(models.layout, view.features, config.target.teacher.norm, choice),
+            gather_targets(models.layout, features, config.target.student.norm, choice),
             pixel_target(config, models, images, choice),
         )
         valid = batch.valid.to(images.device).repeat_interleave(config.mask.masks_per_view)
@@ -87,10 +109,10 @@ def prepare(
     return MicroBatch(images, choice, targets, valid, weight), Observed(mass, agreement, hit)
 
 
-def mix(
+def mix_attention(
     settings: Attention, teacher: Tensor | None, student: Tensor | None, alpha: Tensor
 ) -> Tensor | None:
-    """The collaborative map ``[B, N]``, or ``None`` where no mask needs one; ``alpha`` is 0-dim."""
+    """Return the collaborative attention ``[B, N]``; ``None`` where no mask needs it."""
     if teacher is None and student is None:
         return None
     teacher, student = (
@@ -100,10 +122,10 @@ def mix(
     return collaborative_attention(teacher, student, alpha, settings.norm)
 
 
-def gather(
+def gather_targets(
     layout: TokenLayout, features: Tensor | None, norm: str, choice: PatchChoice
 ) -> Tensor | None:
-    """Normalised target features of the predicted tokens, ``[R, Q, F]`` float32."""
+    """Return the normalised target features of the predicted tokens, ``[R, Q, F]`` float32."""
     if features is None:
         return None
     return layout.gather(normalise(features, norm), choice)
@@ -112,7 +134,7 @@ def gather(
 def pixel_target(
     config: Config, models: Models, images: Tensor, choice: PatchChoice
 ) -> Tensor | None:
-    """Pixels of the predicted patches, ``[R, Q, 3 P P]`` float32."""
+    """Return the pixels of the predicted patches, ``[R, Q, 3 P P]`` float32."""
     if not needs(config).pixels:
         return None
     pixels = pixel_targets(patchify(images, models.patch), config.target.pixel.norm)

@@ -19,7 +19,8 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.pretraining.build import open_teacher
-from cmtmae_scale.runtime.launch import World, process_group
+from cmtmae_scale.runtime.collectives import process_group
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.training import count
 from dataloading.index import build_index
 from tests.engine.run_case import make_photographs, write_recipe

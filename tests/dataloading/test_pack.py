@@ -145,7 +145,7 @@ def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(source, tmp_path) ->
     child.join(timeout=120)
     assert child.exitcode == -signal.SIGKILL
     before = files(out)
-    assert any(name.endswith(".draft") for name in before)  # it was in the middle of a tar
+    assert any(name.endswith(".tmp") for name in before)  # it was in the middle of a tar
     finished = [name for name in before if name.endswith(".tar")]
     assert len(finished) >= 2
     times = {name: (out / name).stat().st_mtime_ns for name in finished}
@@ -266,7 +266,7 @@ def test_a_source_that_fails_midway_is_named_and_the_pack_can_go_on(source, tmp_
     hidden.rename(tmp_path / "away")
     with pytest.raises(ReadError, match=rf"{source.names[5]}: No such file or directory, tried"):
         pack(source, tmp_path / "out", patience_s=0.1)
-    assert not list((tmp_path / "out").glob(".*.draft"))
+    assert not list((tmp_path / "out").glob(".*.tmp"))
     (tmp_path / "away").rename(hidden)
     pack(source, tmp_path / "out")
 

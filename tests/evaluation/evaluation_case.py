@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from cmtmae_scale.evaluation.features import Column, Table
+from cmtmae_scale.evaluation.features import Column, FeatureTable
 from cmtmae_scale.runtime.launch import World
 
 COLUMN = Column("made up", "patches")
@@ -25,23 +25,23 @@ def clusters(count: int, seed: int, spread: float = 1.5) -> tuple[np.ndarray, np
     return rows.astype(np.float32), labels
 
 
-def table_of(rows: np.ndarray, labels: np.ndarray) -> Table:
+def table_of(rows: np.ndarray, labels: np.ndarray) -> FeatureTable:
     """This rank's share of rows, blocks of 4 as ``OnePass`` deals them out."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     places = torch.arange(len(rows))
     own = places[(places // 4) % size == rank]
-    return Table(own, torch.tensor(labels)[own], {COLUMN: torch.tensor(rows)[own]})
+    return FeatureTable(own, torch.tensor(labels)[own], {COLUMN: torch.tensor(rows)[own]})
 
 
 def world() -> World:
     if not dist.is_initialized():
-        return World(0, 1, 0, 1, "alone")
+        return World(0, 1, 0, 1, "none")
     rank, size = dist.get_rank(), dist.get_world_size()
     return World(rank, size, rank, size, "test")
 
 
 def labelled_photographs(folder: Path, count: int, seed: int, classes: int = 3) -> Path:
-    """Pictures whose label can be told: each class has a colour of its own, with much noise."""
+    """Images whose class can be learnt: each class has its own colour, with much noise."""
     generator = np.random.default_rng(seed)
     colours = np.random.default_rng(7).integers(60, 196, (classes, 3))
     for number in range(count):
@@ -51,16 +51,16 @@ def labelled_photographs(folder: Path, count: int, seed: int, classes: int = 3) 
         noise = generator.normal(0, 60, (6, 7, 3)) + generator.normal(0, 25, 3)
         coarse = (colours[label] + noise).clip(0, 255).astype(np.uint8)
         size = (80 + 3 * (number % 9), 96 - 2 * (number % 7))
-        picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-        picture.save(place / f"{number:03d}.jpg", quality=90)
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        image.save(place / f"{number:03d}.jpg", quality=90)
     return folder
 
 
 def command(*arguments: Any) -> str:
-    """Run the evaluation's command inside an open process group; returns what it would print."""
-    from cmtmae_scale.commands.evaluate import parse
+    """Evaluate as the command does inside an open process group; returns the printed text."""
+    from cmtmae_scale.commands.evaluate import parse_options
+    from cmtmae_scale.evaluation.frozen import evaluate_frozen
 
     torch.set_num_threads(1)
-    options = parse([str(one) for one in arguments])
-    said, _ = options.run(options, world(), torch.device("cpu"))
-    return said
+    options = parse_options([str(word) for word in arguments])
+    return evaluate_frozen(options, world(), torch.device("cpu"))

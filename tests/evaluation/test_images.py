@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmtmae_scale.evaluation.images import open_pair, open_split, stratified
+from cmtmae_scale.evaluation.images import open_pair, open_split, stratified_sample
 from dataloading.errors import DataError
 from tests.evaluation.evaluation_case import labelled_photographs
 
@@ -20,13 +20,13 @@ def test_labels_of_two_sets_are_matched_by_name(tmp_path: Path) -> None:
     assert sets.classes == ("class0", "class1", "class2", "class3")
     assert np.bincount(sets.train.labels).tolist() == [3, 2, 2, 2]
     assert np.bincount(sets.test.labels).tolist() == [2, 0, 2, 2]
-    for one in (sets.train, sets.test):
-        for i, label in zip(one.ids, one.labels, strict=True):
-            assert one.index.names[i].startswith(f"class{label}/")
+    for images in (sets.train, sets.test):
+        for i, label in zip(images.ids, images.labels, strict=True):
+            assert images.index.names[i].startswith(f"class{label}/")
     assert (tmp_path / "kept" / "test-index" / "index.json").is_file()
 
 
-def test_a_split_takes_a_share_of_each_class_and_no_image_twice(tmp_path: Path) -> None:
+def test_a_split_takes_a_fraction_of_each_class_and_no_image_twice(tmp_path: Path) -> None:
     sets = open_split(str(labelled_photographs(tmp_path / "all", 31, 0)), 0.7, 5)
     assert not set(sets.train.ids) & set(sets.test.ids)
     assert sorted([*sets.train.ids, *sets.test.ids]) == list(range(31))
@@ -40,16 +40,14 @@ def test_a_split_takes_a_share_of_each_class_and_no_image_twice(tmp_path: Path) 
 def test_small_classes_keep_one_image_on_each_side() -> None:
     labels = np.array([0, 1, 1, 2, 2, 2])
     for share in (0.01, 0.5, 0.99):
-        chosen = stratified(labels, share, 0)
+        chosen = stratified_sample(labels, share, 0)
         assert chosen[0] and chosen[1:3].sum() == 1 and 1 <= chosen[3:].sum() <= 2
 
 
 def test_unfit_sets_are_refused_with_a_remedy(tmp_path: Path) -> None:
     train = labelled_photographs(tmp_path / "train", 6, 0, 3)
     test = labelled_photographs(tmp_path / "test", 8, 1, 4)
-    with pytest.raises(
-        DataError, match=r"the label class3 is not among the 3 of .*train; name two"
-    ):
+    with pytest.raises(DataError, match=r"the label class3 is not among the 3 of .*train; use two"):
         open_pair(str(train), str(test))
     with pytest.raises(DataError, match=r"images have no label .*; put each into the folder"):
         open_pair(str(train / "class0"), str(train))

@@ -8,7 +8,7 @@ import torch
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation import knn
-from cmtmae_scale.evaluation.knn import count_votes, first_largest, knn_scores, nearest
+from cmtmae_scale.evaluation.knn import count_votes, find_neighbours, knn_scores, stable_topk
 from tests.evaluation.evaluation_case import CLASSES, COLUMN, clusters, table_of
 from tests.processes import run_ranks
 
@@ -18,7 +18,7 @@ TRAIN, TEST = clusters(150, 0), clusters(60, 1)
 def predictions(k: int, temperature: float, block: int = 8192) -> np.ndarray:
     before, knn.ROWS = knn.ROWS, block
     try:
-        near = nearest(torch.tensor(TEST[0]), table_of(*TRAIN), COLUMN, 20)
+        near = find_neighbours(torch.tensor(TEST[0]), table_of(*TRAIN), COLUMN, 20)
     finally:
         knn.ROWS = before
     return count_votes(near, k, CLASSES, temperature).argmax(1).numpy()
@@ -47,19 +47,19 @@ def test_predictions_are_scikit_learns(k: int, temperature: float) -> None:
 
 def test_of_equal_values_the_first_are_taken() -> None:
     values = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 3.0, 2.0], [0.0, 1, 2, 3, 4, 5, 6]])
-    largest, places = first_largest(values, 4)
+    largest, places = stable_topk(values, 4)
     assert [sorted(row) for row in places.tolist()] == [[1, 2, 3, 5], [3, 4, 5, 6]]
     assert largest.tolist() == [[3, 3, 2, 2], [6, 5, 4, 3]]
-    assert first_largest(values, 9)[1][0].tolist() == [1, 5, 2, 3, 4, 6, 0]
+    assert stable_topk(values, 9)[1][0].tolist() == [1, 5, 2, 3, 4, 6, 0]
 
 
 def tied(block: int) -> Any:
-    """Sixty pictures that are five different ones, in an order that hides it."""
+    """Sixty images, of which five are distinct, in mixed order."""
     rows = clusters(5, 3)[0][np.arange(60) * 7 % 5]
     train = table_of(rows * np.linspace(1, 2, 60, dtype=np.float32)[:, None], np.arange(60) % 7)
     before, knn.ROWS = knn.ROWS, block
     try:
-        near = nearest(torch.tensor(rows[:5]), train, COLUMN, 9)
+        near = find_neighbours(torch.tensor(rows[:5]), train, COLUMN, 9)
     finally:
         knn.ROWS = before
     return near.positions.numpy(), near.similarity.numpy()

@@ -8,10 +8,10 @@ import torch
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation import linear
-from cmtmae_scale.evaluation.images import stratified
+from cmtmae_scale.evaluation.images import stratified_sample
 from cmtmae_scale.evaluation.linear import SETTINGS, linear_probe
-from cmtmae_scale.evaluation.logistic import fit, logistic_score
-from cmtmae_scale.evaluation.probe import standard_of
+from cmtmae_scale.evaluation.logistic import fit_logistic, logistic_score
+from cmtmae_scale.evaluation.probe import fit_standardiser
 from dataloading.order import sample_ids
 from tests.evaluation.evaluation_case import CLASSES, COLUMN, clusters, table_of
 from tests.processes import run_ranks
@@ -23,8 +23,8 @@ def standardised() -> tuple[np.ndarray, np.ndarray]:
     """Both sets with the training set's statistics, float64, written out."""
     rows = TRAIN[0].astype(np.float64)
     mean = rows.mean(0)
-    deviation = np.sqrt(((rows - mean) ** 2).mean(0) + 1e-6)
-    return (rows - mean) / deviation, (TEST[0].astype(np.float64) - mean) / deviation
+    std = np.sqrt(((rows - mean) ** 2).mean(0) + 1e-6)
+    return (rows - mean) / std, (TEST[0].astype(np.float64) - mean) / std
 
 
 # The oldest scikit-learn calls SciPy in a way that a newer SciPy warns of.
@@ -34,7 +34,9 @@ def test_logistic_regression_reaches_scikit_learns_optimum(strength: float) -> N
     models = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     train, test = standardised()
     theirs = models.LogisticRegression(C=strength, tol=1e-10, max_iter=5000).fit(train, TRAIN[1])
-    ours = fit(torch.tensor(train), torch.tensor(TRAIN[1]), CLASSES, strength, iterations=1000)
+    ours = fit_logistic(
+        torch.tensor(train), torch.tensor(TRAIN[1]), CLASSES, strength, iterations=1000
+    )
     # Both minimise the same strictly convex function; left is how far each goes.
     np.testing.assert_allclose(ours.weight.T.numpy(), theirs.coef_, atol=2e-5)
     logits = ours(torch.tensor(test)).numpy()
@@ -48,7 +50,7 @@ def test_logistic_regression_reaches_scikit_learns_optimum(strength: float) -> N
 
 
 def test_the_statistics_are_those_of_the_training_rows() -> None:
-    standard = standard_of(torch.tensor(TRAIN[0]))
+    standard = fit_standardiser(torch.tensor(TRAIN[0]))
     np.testing.assert_allclose(
         standard(torch.tensor(TEST[0])).numpy(), standardised()[1], atol=1e-9
     )
@@ -56,7 +58,7 @@ def test_the_statistics_are_those_of_the_training_rows() -> None:
 
 def plain_sgd(base_lr: float, decay: float, epochs: int, seed: int) -> tuple[Any, Any]:
     """One head by torch's SGD and autograd, float64; its held-out and test predictions."""
-    learnt = stratified(TRAIN[1], 0.9, seed)
+    learnt = stratified_sample(TRAIN[1], 0.9, seed)
     rows = TRAIN[0].astype(np.float64)
     mean, variance = rows[learnt].mean(0), rows[learnt].var(0)
     known, test = ((x - mean) / np.sqrt(variance + 1e-6) for x in (rows, TEST[0].astype(float)))
@@ -96,7 +98,7 @@ def test_every_head_is_plain_sgd_and_the_best_on_held_out_rows_is_taken(
 ) -> None:
     (correct, _, total), setting, held_out, hits = probe()
     monkeypatch.setattr(linear, "BATCH", 50)
-    truth = TRAIN[1][~stratified(TRAIN[1], 0.9, 3)]
+    truth = TRAIN[1][~stratified_sample(TRAIN[1], 0.9, 3)]
     held, tested = plain_sgd(*setting, epochs=10, seed=3)
     assert held_out == (held == truth).mean()
     # float32 against float64 may turn one image at a border

@@ -36,7 +36,7 @@ def asking(recipe: Path, run_dir: Path, *more: str) -> list[str]:
 def evaluations(run_dir: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     found = [line for line in lines if "eval/knn10" in line]
-    assert all(0 < line.pop("eval/time_share") < 1 for line in found)
+    assert all(0 < line.pop("eval/time_fraction") < 1 for line in found)
     return found
 
 
@@ -46,16 +46,16 @@ def both_methods(run_dir: Path) -> None:
     command("linear", *options, "--epochs", "1", "--out", run_dir / "linear.json")
 
 
-def said_by_the_command(run_dir: Path) -> dict[str, float]:
-    """What the command finds for the run's last checkpoint, under the log's names."""
+def accuracies_of_the_command(run_dir: Path) -> dict[str, float]:
+    """The command's accuracies of the run's last checkpoint, under the log's names."""
     run_ranks(1, both_methods, run_dir)
     names = {"k-NN k=10": "knn10", "k-NN k=20": "knn20", "logistic": "linear"}
     found: dict[str, float] = {}
     for method in ("knn", "linear"):
         for row in json.loads((run_dir / f"{method}.json").read_text())["results"]:
-            place = "eval/" if row["features"] == "patches" else "eval/cls/"
+            prefix = "eval/" if row["features"] == "patches" else "eval/cls/"
             if row["method"] in names:
-                found[place + names[row["method"]]] = row["accuracy"]
+                found[prefix + names[row["method"]]] = row["accuracy"]
     return found
 
 
@@ -87,7 +87,7 @@ def test_training_is_the_same_bit_for_bit_and_the_numbers_are_the_commands(
     found = evaluations(asked)
     assert [entry["step"] for entry in found] == [3, STEPS]
     last = {name: value for name, value in found[-1].items() if name != "step"}
-    assert last == said_by_the_command(asked)
+    assert last == accuracies_of_the_command(asked)
     assert len(last) == 6
     assert not (quiet / "evaluation").exists()
 
@@ -103,7 +103,7 @@ def test_a_resumed_run_evaluates_as_an_undisturbed_one(recipe: Path, tmp_path: P
 
 
 def run_without_images(recipe: Path, overrides: list[str], folder: Path) -> list[str]:
-    """A run whose evaluation images are gone when they are wanted; its warnings."""
+    """Run without evaluation images when an evaluation is due; returns the warnings."""
     import functools
 
     from cmtmae_scale.evaluation import features
@@ -111,7 +111,7 @@ def run_without_images(recipe: Path, overrides: list[str], folder: Path) -> list
 
     log = Lines()
     features.OnePass = functools.partial(features.OnePass, patience_s=0.0)
-    build = features.extract
+    build = features.extract_features
 
     def gone(*arguments: Any) -> Any:
         for path in (folder / "class0").glob("*.jpg"):
@@ -120,17 +120,17 @@ def run_without_images(recipe: Path, overrides: list[str], folder: Path) -> list
 
     from cmtmae_scale.evaluation import periodic as during
 
-    during.extract = gone
+    during.extract_features = gone
     assert run(recipe, overrides) is None
     return log.lines
 
 
-def test_images_that_cannot_be_read_leave_the_evaluation_out(recipe: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_skip_the_evaluation(recipe: Path, tmp_path: Path) -> None:
     train = labelled_photographs(tmp_path / "train", 41, 0, 6)
     overrides = [*asking(recipe, tmp_path / "run", "eval.every=6"), f"eval.train_path={train}"]
     for lines in run_ranks(2, run_without_images, recipe, overrides, train):
-        told = [line for line in lines if line.startswith(f"step {STEPS} is not evaluated: ")]
-        assert len(told) == 1 and ".jpg" in told[0]
+        warnings = [line for line in lines if line.startswith(f"step {STEPS} is not evaluated: ")]
+        assert len(warnings) == 1 and ".jpg" in warnings[0]
     assert evaluations(tmp_path / "run") == []
 
 
@@ -149,7 +149,7 @@ def test_evaluations_that_cannot_work_are_refused_before_the_first_step(
         run_ranks(1, run, recipe, asking(recipe, tmp_path / "run", override))
 
 
-def test_evaluation_that_takes_much_time_is_told_once(
+def test_evaluation_that_takes_much_time_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     telemetry = Telemetry(tmp_path, 0, 10, 1)
@@ -164,7 +164,7 @@ def test_evaluation_that_takes_much_time_is_told_once(
     assert line.startswith("evaluation has taken 8 % of the time since the start, 4.0 s for this")
     assert "raise eval.every, or name fewer images in eval.train_path" in line
     shares = [
-        json.loads(line)["eval/time_share"]
+        json.loads(line)["eval/time_fraction"]
         for line in (tmp_path / "log.jsonl").read_text().splitlines()
     ]
     assert shares == pytest.approx([0.04, 0.08, 0.12], abs=0.005)

@@ -1,4 +1,4 @@
-"""Attention maps against plain references and oracles O1, O2, O3, O13."""
+"""Attention maps against plain references and numbers known by hand."""
 
 import math
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from cmtmae_scale.method.attention import (
-    attention_row,
-    class_row,
     collaborative_attention,
     map_agreement,
     mean_query_row,
@@ -35,14 +33,14 @@ def close(found, expected, tolerance=1e-6):
     torch.testing.assert_close(found, torch.tensor(expected), atol=tolerance, rtol=0)
 
 
-def test_o1_heads_are_averaged_before_the_prefix_is_dropped():
+def test_heads_are_averaged_before_the_prefix_is_dropped():
     scores = torch.tensor([0.0, math.log(2), math.log(3), math.log(4)])
     key = torch.stack([scores, torch.zeros(4)]).view(1, 2, 4, 1)
     query = torch.ones(1, 2, 1, 1)
-    first = attention_row(query[:, :1], key[:, :1], 1.0)
+    first = mean_query_row(query[:, :1], key[:, :1], 1.0)
     close(first, [[0.1, 0.2, 0.3, 0.4]])
     close(patch_map(first, 1), [[0.222222, 0.333333, 0.444444]])
-    both = attention_row(query, key, 1.0)
+    both = mean_query_row(query, key, 1.0)
     close(both, [[0.175, 0.225, 0.275, 0.325]])
     found = patch_map(both, 1)
     close(found, [[0.272727, 0.333333, 0.393939]])
@@ -55,30 +53,27 @@ def test_rows_match_loops():
     k = torch.randn(2, 3, 7, 4, generator=generator)
     for b in range(2):
         rows = [reference.row(q[b, :, i].tolist(), k[b].tolist(), 0.5) for i in range(5)]
-        close(attention_row(q[:, :, 2:3], k, 0.5)[b], rows[2])
-        close(class_row(q, k, 0.5)[b], rows[0])
+        close(mean_query_row(q[:, :, 2:3], k, 0.5)[b], rows[2])
         mean = [sum(column) / 5 for column in zip(*rows, strict=True)]
         close(mean_query_row(q, k, 0.5)[b], mean)
-    with pytest.raises(ValueError, match="one query"):
-        attention_row(q, k, 0.5)
 
 
 def test_rows_are_float32_under_autocast():
     q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 6, 8)
-    expected = attention_row(q, k, 0.3)
+    expected = mean_query_row(q, k, 0.3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attention_row(q, k, 0.3), expected)
-    assert attention_row(q.bfloat16(), k.bfloat16(), 0.3).dtype == torch.float32
+        assert torch.equal(mean_query_row(q, k, 0.3), expected)
+    assert mean_query_row(q.bfloat16(), k.bfloat16(), 0.3).dtype == torch.float32
 
 
 @pytest.mark.parametrize("alpha", list(MIXED))
-def test_o2_mix(alpha):
+def test_mix(alpha):
     close(collaborative_attention(TEACHER, STUDENT, alpha), [MIXED[alpha]])
     close(collaborative_attention(TEACHER, STUDENT, torch.tensor(alpha)), [MIXED[alpha]])
 
 
 @pytest.mark.parametrize("alpha", list(MIXED))
-def test_o2_the_class_tokens_own_attention_does_not_change_alpha(alpha):
+def test_the_class_tokens_own_attention_does_not_change_alpha(alpha):
     teacher = torch.tensor([[0.05, 0.475, 0.285, 0.1425, 0.0475]])
     student = torch.tensor([[0.80, 0.02, 0.04, 0.06, 0.08]])
     mixed = collaborative_attention(teacher[:, 1:], student[:, 1:], alpha)
@@ -108,7 +103,7 @@ def test_huge_and_tiny_maps_keep_their_mass():
         close(collaborative_attention(TEACHER * scale, STUDENT, 0.5), [MIXED[0.5]])
 
 
-def test_o3_temperature_and_norms():
+def test_temperature_and_norms():
     close(sharpen(TEACHER, 0.5), [[0.684932, 0.246575, 0.061644, 0.006849]])
     close(sharpen(TEACHER, 2.0), [[0.378996, 0.293569, 0.207585, 0.119849]])
     close(sharpen(TEACHER, 0.5)[0], reference.temper(TEACHER[0].tolist(), 0.5))
@@ -131,10 +126,10 @@ def test_sharpen_clamps_outliers_and_survives_extremes():
         sharpen(values, 1.0, 1.5)
 
 
-def test_o13_resize():
-    picture = torch.arange(16.0).view(1, 16)
-    close(resize_tokens(picture[..., None], (4, 4), (2, 2))[0, :, 0], [2.5, 4.5, 10.5, 12.5])
-    close(resize_map(picture, (4, 4), (2, 2)), [[2.5 / 30, 4.5 / 30, 10.5 / 30, 12.5 / 30]])
+def test_resize():
+    image = torch.arange(16.0).view(1, 16)
+    close(resize_tokens(image[..., None], (4, 4), (2, 2))[0, :, 0], [2.5, 4.5, 10.5, 12.5])
+    close(resize_map(image, (4, 4), (2, 2)), [[2.5 / 30, 4.5 / 30, 10.5 / 30, 12.5 / 30]])
     large = resize_tokens(torch.tensor([[0.0, 1.0, 4.0, 5.0]])[..., None], (2, 2), (4, 4))
     close(large.view(4, 4), [[0.0, 0, 1, 1], [0, 0, 1, 1], [4, 4, 5, 5], [4, 4, 5, 5]])
 
@@ -154,9 +149,9 @@ def test_resize_keeps_mass_and_uniformity():
 def test_a_missing_map_must_have_no_weight():
     close(collaborative_attention(TEACHER, None, 1.0), [MIXED[1.0]])
     close(collaborative_attention(None, STUDENT, 0), [MIXED[0.0]])
-    with pytest.raises(ValueError, match="weight to the student's map"):
+    with pytest.raises(ValueError, match="weight to the student's attention map"):
         collaborative_attention(TEACHER, None, 0.5)
-    with pytest.raises(ValueError, match="weight to the teacher's map"):
+    with pytest.raises(ValueError, match="weight to the teacher's attention map"):
         collaborative_attention(None, STUDENT, 0.5)
     with pytest.raises(ValueError, match="neither"):
         collaborative_attention(None, None, 0.5)

@@ -1,4 +1,4 @@
-"""Masks against plain references and oracles O4, O5, O6, O12, O16."""
+"""Masks against plain references and numbers known by hand."""
 
 import itertools
 
@@ -24,12 +24,18 @@ def noise_for(rows: int, length: int, seed: int = 0, salt: int = 0) -> torch.Ten
     return hash_uniform(seed, salt, torch.arange(rows), length)
 
 
+def hidden_mask(choice: PatchChoice, length: int) -> torch.Tensor:
+    """Bool [R, N], True where a patch is masked."""
+    blank = torch.zeros(len(choice.ids_hidden), length, dtype=torch.bool)
+    return blank.scatter(1, choice.ids_hidden, True)
+
+
 def is_permutation(choice: PatchChoice, length: int) -> bool:
     order = torch.cat([choice.ids_keep, choice.ids_thrown, choice.ids_hidden], dim=1)
     return bool((order.sort(dim=1).values == torch.arange(length)).all())
 
 
-def test_o6_hash_noise():
+def test_hash_noise():
     expected = [
         [0.883310854434967, 0.4315280318260193, 0.02643376588821411],
         [0.6524484753608704, 0.7012121081352234, 0.38712412118911743],
@@ -38,7 +44,7 @@ def test_o6_hash_noise():
 
 
 @pytest.mark.parametrize("seed, salt", [(0, 0), (7, 4), (2**40 + 3, 1)])
-def test_o6_hash_equals_unbounded_integers(seed, salt):
+def test_hash_equals_unbounded_integers(seed, salt):
     ids = [0, 1, 4095, 10**12, 2**62]
     found = hash_uniform(seed, salt, torch.tensor(ids), 17)
     assert found.dtype == torch.float32
@@ -66,11 +72,11 @@ def test_hash_noise_is_uniform_and_never_0_or_1():
         (576, 0.4, 345),
     ],
 )
-def test_o12_counts(length, ratio, keep):
+def test_counts(length, ratio, keep):
     assert token_counts(length, ratio) == (keep, length - keep, 0)
 
 
-def test_o4_counts_with_throwing():
+def test_counts_with_throwing():
     assert token_counts(196, 0.45, 0.40) == (30, 88, 78)
     assert token_counts(256, 0.45, 0.40) == (39, 115, 102)
     for length, ratio, throw in ((4, 0.9, 0.0), (10, 0.01, 0.2), (10, 0.5, 0.5)):
@@ -78,34 +84,31 @@ def test_o4_counts_with_throwing():
             token_counts(length, ratio, throw)
 
 
-def test_o4_samplers():
+def test_samplers():
     noise = noise_for(1, 4)
     hide = select_patches(O2_MAP, noise, sampler="hide_salient", num_keep=2)
     assert hide.ids_keep.tolist() == [[3, 2]] and hide.ids_hidden.tolist() == [[1, 0]]
-    assert hide.mask(4).tolist() == [[True, True, False, False]]
-    assert hide.ids_restore().tolist() == [[3, 2, 1, 0]]
     reveal = select_patches(O2_MAP, noise, sampler="reveal_salient_topk", num_keep=2)
     assert reveal.ids_keep.tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("sampler", ["hide_salient", "reveal_salient_topk"])
-def test_o4_ties_keep_the_lowest_indices(sampler):
+def test_ties_keep_the_lowest_indices(sampler):
     choice = select_patches(torch.ones(2, 9), noise_for(2, 9), sampler=sampler, num_keep=4)
     assert choice.ids_keep.tolist() == [[0, 1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize("thrown", [0, 10])
 @pytest.mark.parametrize("tied", [False, True])
-def test_o4_mix_runs_from_random_to_literal(thrown, tied):
+def test_mix_runs_from_random_to_literal(thrown, tied):
     attention = torch.rand(8, 49, generator=torch.manual_seed(4))
     if tied:
         attention = (attention * 3).round()
     noise = noise_for(8, 49)
 
     def mask(sampler, frac=0.0):
-        return select_patches(
-            attention, noise, sampler=sampler, num_keep=12, num_thrown=thrown, salient_frac=frac
-        ).mask(49)
+        options = {"num_keep": 12, "num_thrown": thrown, "salient_frac": frac}
+        return hidden_mask(select_patches(attention, noise, sampler=sampler, **options), 49)
 
     assert torch.equal(mask("hide_salient_mix", 0.0), mask("random"))
     assert torch.equal(mask("hide_salient_mix", 1.0), mask("hide_salient"))
@@ -114,7 +117,7 @@ def test_o4_mix_runs_from_random_to_literal(thrown, tied):
     assert not torch.equal(half, mask("random"))
 
 
-def test_o11_salient_count_is_rounded():
+def test_salient_count_is_rounded():
     attention = torch.rand(1, 196, generator=torch.manual_seed(5))
     top = attention.argsort(descending=True)[:, :37]
     for frac in (0.25, torch.tensor(0.25)):  # 0.5 u at u = 0.5, M = 147: n = 37
@@ -152,18 +155,18 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("weights, draws", list(WEIGHTS))
-def test_o5_inclusion_probabilities(weights, draws):
+def test_inclusion_probabilities(weights, draws):
     expected = WEIGHTS[weights, draws]
     assert reference.inclusion(list(weights), draws) == pytest.approx(expected, abs=1e-6)
     rows, length = 200_000, len(weights)
     attention, noise = torch.tensor([weights]).expand(rows, -1), noise_for(rows, length)
     shown = select_patches(attention, noise, sampler="reveal_salient", num_keep=draws)
-    share = 1.0 - shown.mask(length).float().mean(dim=0)
+    share = 1.0 - hidden_mask(shown, length).float().mean(dim=0)
     assert share.tolist() == pytest.approx(expected, abs=0.004)
     hidden = select_patches(
         attention, noise, sampler="hide_salient_sample", num_keep=length - draws
     )
-    share = hidden.mask(length).float().mean(dim=0)
+    share = hidden_mask(hidden, length).float().mean(dim=0)
     assert share.tolist() == pytest.approx(expected, abs=0.004)
 
 
@@ -190,13 +193,15 @@ KINDS = ("normal", "ties", "zeros", "one_hot", "some_nan", "all_nan", "inf", "su
 NORMS = ("prob", "minmax", "rank", "zscore")
 
 
-@pytest.mark.parametrize("sampler, kind", list(itertools.product(SAMPLERS, KINDS)))
-def test_exactly_k_kept_whatever_the_map_holds(sampler, kind):
-    raw, noise, extra = nasty_maps(kind), noise_for(3, 25), noise_for(3, 26, salt=1)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_exactly_k_kept_for_any_attention_map(sampler):
+    noise, extra = noise_for(3, 25), noise_for(3, 26, salt=1)
     student = torch.rand(3, 25, generator=torch.manual_seed(8))
-    maps = [collaborative_attention(raw, student, 0.5, norm) for norm in NORMS]  # 192 in all
-    for attention in [*maps, raw]:
-        for options in ({}, {"hint_frac": 0.1, "hint_pool": 0.3, "mask_prob": 0.5}):
+    hints = {"hint_frac": 0.1, "hint_pool": 0.3, "mask_prob": 0.5}
+    for kind, options in itertools.product(KINDS, ({}, hints)):
+        raw = nasty_maps(kind)
+        maps = [collaborative_attention(raw, student, 0.5, norm) for norm in NORMS]
+        for attention in [*maps, raw]:
             choice = select_patches(
                 attention,
                 noise,
@@ -207,10 +212,9 @@ def test_exactly_k_kept_whatever_the_map_holds(sampler, kind):
                 salient_frac=0.5,
                 **options,
             )
-            assert choice.ids_keep.shape == (3, 6) and choice.ids_thrown.shape == (3, 4)
-            assert choice.ids_hidden.shape == (3, 15)
-            assert is_permutation(choice, 25)
-            assert choice.mask(25).sum(dim=1).tolist() == [15] * 3
+            assert choice.ids_keep.shape == (3, 6) and choice.ids_thrown.shape == (3, 4), kind
+            assert choice.ids_hidden.shape == (3, 15), kind
+            assert is_permutation(choice, 25), kind
 
 
 def test_hints_reveal_some_of_the_most_salient():
@@ -226,7 +230,7 @@ def test_hints_reveal_some_of_the_most_salient():
         hint_pool=0.2,
     )
     pool = attention.argsort(dim=1, descending=True)[:, :10]
-    shown = ~choice.mask(50)
+    shown = ~hidden_mask(choice, 50)
     assert shown.gather(1, pool).sum(dim=1).tolist() == [3] * 200
     expected = extra[:, :50].gather(1, pool).argsort(dim=1, descending=True)[:, :3]
     for b in range(200):
@@ -250,12 +254,6 @@ def test_mask_prob_exempts_rows_with_the_second_draw():
         attention, noise, sampler="hide_salient", num_keep=4, extra_noise=extra, mask_prob=0.0
     )
     assert torch.equal(always.ids_keep, plain.ids_keep)
-
-
-def test_restore_inverts_shuffle():
-    choice = select_patches(None, noise_for(4, 30), sampler="random", num_keep=8, num_thrown=5)
-    order = torch.cat([choice.ids_keep, choice.ids_thrown, choice.ids_hidden], dim=1)
-    assert torch.equal(order.gather(1, choice.ids_restore()), torch.arange(30).expand(4, -1))
 
 
 @pytest.mark.parametrize(
@@ -293,19 +291,19 @@ def test_wrong_arguments_are_named(options, message):
 
 
 def full_settings(**changes) -> Mask:
-    settings = {"sampler": "reveal_salient", "masks_per_view": 2, "hint_frac": 0.1, "prob": 0.5}
-    return Mask(**(settings | {"hint_pool": 0.2} | changes))
+    settings = {"sampler": "reveal_salient", "masks_per_view": 2, "hint_fraction": 0.1}
+    return Mask(**(settings | {"hint_pool": 0.2, "prob": 0.5} | changes))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_o16_masks_do_not_depend_on_the_split_of_the_batch(sampler):
+def test_masks_do_not_depend_on_the_split_of_the_batch(sampler):
     mask = full_settings(sampler=sampler)
     positions = torch.arange(10**12, 10**12 + 8)
     attention = torch.rand(8, 40, generator=torch.manual_seed(11))
-    whole = choose_masks(mask, attention, positions, 3, 0.5)
+    whole = choose_masks(mask, attention, positions, 3, 0.5, num_predicted=12)
     for parts in (2, 4, 8):
         pieces = [
-            choose_masks(mask, a, p, 3, 0.5)
+            choose_masks(mask, a, p, 3, 0.5, num_predicted=12)
             for a, p in zip(attention.chunk(parts), positions.chunk(parts), strict=True)
         ]
         for name in PatchChoice._fields:
@@ -334,7 +332,62 @@ def test_several_masks_a_view_use_their_own_salts():
     assert len({tuple(row) for row in choice.ids_keep.tolist()}) == 6
 
 
-def test_o16_scale_of_the_teachers_map_and_random_ignore_the_map():
+ATTENTION_SAMPLERS = [sampler for sampler in SAMPLERS if sampler != "random"]
+
+
+@pytest.mark.parametrize("sampler", ATTENTION_SAMPLERS)
+def test_the_predicted_subset_is_uniform_over_the_masked_patches(sampler):
+    views, length = 8000, 16
+    attention = torch.rand(1, length, generator=torch.manual_seed(14)).expand(views, -1)
+    positions = torch.arange(views)
+    settings = {"hint_fraction": 0.0, "prob": 1.0, "masks_per_view": 1}
+    mask = full_settings(sampler=sampler, **settings)
+    plain = choose_masks(mask, attention, positions, 5, 0.5)
+    choice = choose_masks(mask, attention, positions, 5, 0.5, num_predicted=4)
+    assert torch.equal(choice.ids_keep, plain.ids_keep)
+    assert torch.equal(choice.ids_hidden.sort(1).values, plain.ids_hidden.sort(1).values)
+    # places in key order, 0 = largest key: each of the 12 is among the 4 with chance 1/3,
+    # each pair with chance 1/11; standard deviations 0.0053 and 0.0032
+    first = choice.ids_hidden[:, :4, None] == plain.ids_hidden[:, None, :]
+    taken = first.any(dim=1).double()  # [views, 12]
+    pairs = taken.T @ taken / views
+    assert float((pairs.diagonal() - 1 / 3).abs().max()) < 0.022
+    assert float((pairs - 1 / 11)[~torch.eye(12, dtype=torch.bool)].abs().max()) < 0.014
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_predicted_subset_matches_the_reference(sampler):
+    mask = full_settings(sampler=sampler)
+    positions = torch.tensor([3, 10**12])
+    attention = torch.rand(2, 40, generator=torch.manual_seed(15))
+    plain = choose_masks(mask, attention, positions, 7, 0.5)
+    for count in (1, 12, 29):
+        choice = choose_masks(mask, attention, positions, 7, 0.5, num_predicted=count)
+        for row in range(4):
+            hidden = plain.ids_hidden[row].tolist()
+            expected = reference.predicted(
+                hidden, 7, int(positions[row // 2]), row % 2, count, sampler
+            )
+            assert choice.ids_hidden[row, :count].tolist() == expected
+    for count in (None, 0, 30):  # nothing to choose: the order of the keys
+        choice = choose_masks(mask, attention, positions, 7, 0.5, num_predicted=count)
+        assert torch.equal(choice.ids_hidden, plain.ids_hidden)
+
+
+def test_deliberately_hidden_patches_are_predicted_at_their_share():
+    """N = 196, 147 masked, 74 of them the most salient, 49 predicted: 74 / 3 of them."""
+    attention = torch.rand(400, 196, generator=torch.manual_seed(16))
+    mask = Mask(sampler="hide_salient_mix")
+    choice = choose_masks(mask, attention, torch.arange(400), 0, 0.5, num_predicted=49)
+    salient = torch.zeros(400, 196, dtype=torch.bool)
+    salient.scatter_(1, attention.argsort(1, descending=True)[:, :74], True)
+    found = salient.gather(1, choice.ids_hidden[:, :49]).double().sum(1)
+    # hypergeometric: standard deviation 2.86 a row, 0.14 of the mean
+    assert float(found.mean()) == pytest.approx(74 / 3, abs=0.6)
+    assert float(found.std()) == pytest.approx(2.86, rel=0.15)
+
+
+def test_scale_of_the_teachers_map_and_random_ignore_the_map():
     attention, other = torch.rand(4, 40), torch.rand(4, 40)
     positions = torch.arange(4)
     mask = Mask()

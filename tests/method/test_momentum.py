@@ -34,5 +34,5 @@ def test_an_average_below_float32_is_refused() -> None:
 
 
 def test_lists_of_different_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 averages, but 0 weights"):
+    with pytest.raises(ValueError, match="1 EMA tensors, but 0 weights"):
         update_momentum([torch.zeros(2)], [], 0.9)

@@ -1,4 +1,4 @@
-"""Nothing on the way of a micro-batch reads a tensor on the host."""
+"""The computation of a micro-batch reads no tensor on the host."""
 
 import ast
 from pathlib import Path
@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cmtmae_scale.method
 from cmtmae_scale.config.schema import Config, Loss, Mask
 from cmtmae_scale.method.attention import (
-    attention_row,
     collaborative_attention,
     map_agreement,
+    mean_query_row,
     patch_map,
     resize_map,
     sharpen,
@@ -56,10 +56,9 @@ def test_method_sources_do_not_name_synchronising_calls(path):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("norm", ["prob", "minmax", "rank", "zscore"])
-def test_masks_and_losses_run_on_fake_tensors(sampler, norm):
+def test_masks_and_losses_run_on_fake_tensors(sampler):
     config = Config(
-        mask=Mask(sampler=sampler, masks_per_view=2, hint_frac=0.1, prob=0.5, throw_ratio=0.1),
+        mask=Mask(sampler=sampler, masks_per_view=2, hint_fraction=0.1, prob=0.5, throw_ratio=0.1),
         loss=Loss(tokens="weighted", visible_weight=0.5, pixel=1.0),
     )
     keep, hidden, thrown = token_counts(16, config.mask.ratio, config.mask.throw_ratio)
@@ -68,12 +67,13 @@ def test_masks_and_losses_run_on_fake_tensors(sampler, norm):
     with FakeTensorMode():
         images = torch.empty(3, 16, 16, 3, dtype=torch.uint8)
         pixels = normalise_images(images, CLIP_MEAN, CLIP_STD)
-        row = attention_row(torch.empty(3, 2, 1, 8), torch.empty(3, 2, 50, 8), 0.3)
+        row = mean_query_row(torch.empty(3, 2, 1, 8), torch.empty(3, 2, 50, 8), 0.3)
         teacher = resize_map(sharpen(patch_map(row, 1), 0.5, 0.9), (7, 7), (4, 4))
         student = torch.empty(3, 16)
-        mixed = collaborative_attention(teacher, student, torch.empty(()), norm)
+        for norm in ("minmax", "rank", "zscore", "prob"):
+            mixed = collaborative_attention(teacher, student, torch.empty(()), norm)
         positions = torch.empty(3, dtype=torch.int64)
-        choice = choose_masks(config.mask, mixed, positions, 0, torch.empty(()))
+        choice = choose_masks(config.mask, mixed, positions, 0, torch.empty(()), num_predicted=3)
         map_agreement(teacher, student)
         visible_mass(mixed, choice.ids_keep)
         targets = Predictions(
@@ -85,8 +85,6 @@ def test_masks_and_losses_run_on_fake_tensors(sampler, norm):
         valid = torch.empty(6, dtype=torch.bool)
         losses = objective(predictions, targets, valid, layout, config.loss, torch.empty(()))
         losses.total.backward()
-        choice.mask(16)
-        choice.ids_restore()
         assert choice.ids_keep.shape == (6, keep) and losses.total.shape == ()
 
 
@@ -102,18 +100,20 @@ def test_masks_on_a_gpu_equal_those_on_the_cpu_without_a_synchronisation(sampler
     mask = Mask(sampler=sampler, masks_per_view=2)
     attention = torch.rand(4, 49).mul_(1024).round_().div_(1024)
     positions = torch.arange(4)
-    expected = choose_masks(mask, attention, positions, 0, 0.5)
+    expected = choose_masks(mask, attention, positions, 0, 0.5, num_predicted=9)
     frac = torch.full((), 0.5, device="cuda")
     inputs = attention.cuda(), positions.cuda()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = choose_masks(mask, *inputs, 0, frac)
+        found = choose_masks(mask, *inputs, 0, frac, num_predicted=9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    same = float((found.mask(49).cpu() == expected.mask(49)).float().mean())
+    ordered = [choice.ids_hidden.cpu().sort(dim=1).values for choice in (found, expected)]
+    same = float((ordered[0] == ordered[1]).float().mean())
     weighted = sampler in ("hide_salient_sample", "reveal_salient")  # log differs in its last bit
-    assert same > 0.99 if weighted else same == 1.0
+    assert same > 0.9 if weighted else same == 1.0
+    assert weighted or torch.equal(found.ids_hidden.cpu(), expected.ids_hidden)
 
 
 @pytest.mark.gpu
@@ -129,7 +129,7 @@ def test_maps_and_losses_on_a_gpu_do_not_synchronise():
     try:
         teacher = resize_map(sharpen(patch_map(row, 1), 0.5, 0.98), (7, 7), (4, 4))
         mixed = collaborative_attention(teacher, teacher, alpha)
-        settings = Mask(hint_frac=0.07, prob=0.5)
+        settings = Mask(hint_fraction=0.07, prob=0.5)
         choice = choose_masks(settings, mixed, positions, 0, alpha)
         visible_mass(mixed, choice.ids_keep)
         pixels = pixel_targets(patchify(normalise_images(images, CLIP_MEAN, CLIP_STD), 4), "patch")

@@ -105,7 +105,7 @@ def test_a_row_that_one_rank_misses_stops_all_of_them_and_an_online_teacher_cont
             "it is not complete; complete the cache with launchers/precompute_teacher.py, or set "
             "cache.on_miss=online"
         )
-    assert layout.candidates(run_dir / "checkpoints")[0].name == "step-00000001"
+    assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == "step-00000001"
     ways = [
         (run_dir, cached(tmp_path / "cache"), "rounded"),
         (whole, [VIEWS], "rounded"),

@@ -1,4 +1,4 @@
-"""Plain, slow masking: Python integers, floats and loops, written from the method page."""
+"""Plain, slow masking: Python integers, floats and loops, written from docs/method.md."""
 
 import math
 
@@ -41,7 +41,7 @@ def select(
     temperature: float = 1.0,
     floor: float = 1e-6,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Visible, hidden and thrown indices of one picture with a clean map."""
+    """Visible, hidden and thrown indices of one image with a clean map."""
     n = len(noise)
     num_hidden = n - num_keep - num_thrown
     if sampler == "random":
@@ -65,6 +65,16 @@ def select(
     order = order_by(key)
     cut = num_keep + num_thrown
     return order[:num_keep], order[cut:], order[num_keep:cut]
+
+
+def predicted(
+    hidden: list[int], seed: int, position: int, number: int, count: int, sampler: str
+) -> list[int]:
+    """Masked patches of mask ``number`` that are predicted; ``hidden`` is in the order of keys."""
+    if sampler == "random":
+        return hidden[:count]
+    noise = hash_uniform(seed, 3 * number + 2, position, 1 + max(hidden))
+    return sorted(hidden, key=lambda i: -noise[i])[:count]
 
 
 def inclusion(weights: list[float], draws: int) -> list[float]:

@@ -1,46 +1,53 @@
-"""Pictures while a run goes on: the same images each time, from weights put together anew."""
+"""Figures during a run: the same images each time, with weights gathered from all ranks."""
+
+import logging
+import time
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale.backends.whole import whole_tensors
+from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.progress import Progress, scalars_at
-from cmtmae_scale.engine.task import Parts
+from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.task import Run, SideTask
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.pretraining.prepare import Models
+from cmtmae_scale.pretraining.scalars import scalars_at
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.online import OnlineTeacher
-from cmtmae_scale.tools.figures.columns import Networks, columns_of
+from cmtmae_scale.tools.figures.columns import Networks, compute_columns
 from cmtmae_scale.tools.figures.sheet import draw_sheet
 from dataloading.errors import DataError
 from dataloading.index import Index
 from dataloading.one_pass import OnePass
 
+logger = logging.getLogger(__name__)
+
 COUNT = 8
-"""Images on a sheet."""
+"""Images per sheet."""
 PREFIXES = ("model.", "momentum.")
 
 
-class RunPictures:
-    """What a run's loop calls at its steps.
+class RunFigures:
+    """Draws figure sheets during a run.
 
-    All ranks take part in putting weights together; the first one keeps them on the host, looks at
-    the images and draws. Networks of its own do that, so that nothing of the training is touched.
+    All ranks gather the weights; rank 0 keeps them on the host and draws with networks of its own,
+    so nothing of the training changes.
 
     Args:
         config: checked settings, with ``log.images_every``.
-        index: the run's images; some, evenly spread over it, are looked at, cut from the centre.
-        teacher: where the run gets its teacher's view from.
-        world: this process's place.
-        device: where the networks compute.
+        index: the run's images; centre crops of some, evenly spread over the index, are drawn.
+        teacher: the run's source of teacher views.
+        world: this process's rank and world size.
+        device: device of the networks.
     """
 
     def __init__(
@@ -63,10 +70,10 @@ class RunPictures:
                 momentum = (
                     build_student(config, MomentumEncoder) if needs(config).momentum else None
                 )
-            self.networks = Networks(live_teacher(teacher), model.eval(), momentum)
+            self.networks = Networks(online_teacher(teacher), model.eval(), momentum)
 
     def __call__(self, models: Models, progress: Progress) -> NDArray[np.uint8] | None:
-        """Draw the present state. A collective.
+        """Draw the present weights. A collective.
 
         Returns:
             The sheet, ``[height, width, 3]``, on rank 0.
@@ -76,50 +83,68 @@ class RunPictures:
         """
         fragments = models.backend.fragments()
         for prefix in PREFIXES:
-            whole = whole_tensors(fragments, prefix)
-            own = {name: value.cpu() for name, value in whole if self.draws}
-            if self.networks is not None and own:
-                self.networks.trained(prefix).load_state_dict(own, strict=True)
+            gathered = gather_tensors(fragments, prefix)
+            state = {name: value.cpu() for name, value in gathered if self.draws}
+            if self.networks is not None and state:
+                self.networks.trained(prefix).load_state_dict(state, strict=True)
         if self.networks is None:
             return None
         if self.images is None:
             sizes = view_sizes(self.config.views.image_size, self.networks.teacher)
-            self.images = read_images(self.index, sizes, self.config.data.workers, self.device)
-        scalars = scalars_at(self.config, progress.share)
-        columns = columns_of(self.config, self.networks, models.layout, self.images, scalars)
-        return draw_sheet(columns, caption(self.config, progress))
+            self.images = read_crops(self.index, sizes, self.config.data.workers, self.device)
+        scalars = scalars_at(self.config, progress.fraction)
+        columns = compute_columns(self.config, self.networks, models.layout, self.images, scalars)
+        return draw_sheet(columns, sheet_title(self.config, progress))
 
 
-def open_pictures(parts: Parts, world: World) -> RunPictures | None:
-    """The pictures of a run; ``None`` where it asks for none."""
-    if parts.config.log.images_every is None or parts.index is None:
-        return None
-    return RunPictures(parts.config, parts.index, parts.models.teacher, world, parts.device)
+def open_figures(run: Run) -> list[SideTask]:
+    """Return the side task that draws a pre-training; none where the run asks for no figures."""
+    task = run.task
+    if not isinstance(task, Pretraining) or task.config.log.images_every is None:
+        return []
+    every, models = task.config.log.images_every, task.models
+    draw_figures = RunFigures(task.config, run.index, models.teacher, task.world, run.device)
+
+    def is_due(progress: Progress) -> bool:
+        return progress.step % every == 0 or progress.step == progress.end_step
+
+    def draw(run: Run) -> None:
+        began = time.monotonic()
+        try:
+            sheet = draw_figures(models, run.progress)
+            if run.telemetry is not None and sheet is not None:
+                took_s = time.monotonic() - began
+                run.telemetry.record_figures(run.progress.step, sheet, took_s)
+        except (DataError, OSError) as error:  # on rank 0 alone; no other rank waits for it
+            logger.warning("step %d: no figures: %s", run.progress.step, error)
+
+    return [SideTask("figures", is_due, draw)]
 
 
-def live_teacher(source: TeacherSource | None) -> Teacher | None:
-    """The model itself: no cache has the views that are drawn."""
+def online_teacher(source: TeacherSource | None) -> Teacher | None:
+    """Return the teacher model itself: no cache holds the drawn views."""
     if isinstance(source, CachedTeacher | SidecarTeacher):
         return source.online
     return source if isinstance(source, OnlineTeacher) else None
 
 
-def read_images(
+def read_crops(
     index: Index, sizes: tuple[int, ...], threads: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Centres of some images, evenly spread over the index, without those that cannot be decoded.
+    """Read centre crops of some decodable images, evenly spread over the index.
 
     Returns:
         uint8 ``[n, S, S, 3]`` for each size S.
 
     Raises:
-        DataError: if they cannot be read, or none can be decoded.
+        DataError: if images cannot be read, or none can be decoded.
     """
     ids = np.unique(np.linspace(0, len(index) - 1, COUNT).round().astype(np.int64))
-    found: list[Tensor] = []
+    crops: list[Tensor] = []
     for size in sizes:
         with OnePass(
-            *(index, ids),
+            index,
+            ids,
             micro_batch=len(ids),
             size=size,
             threads=threads,
@@ -129,18 +154,18 @@ def read_images(
             batch = next(images)
         if not bool(batch.valid.any()):
             raise DataError(f"none of the {len(ids)} images to be drawn can be decoded")
-        found.append(batch.images[0][batch.valid].to(device))
-    return tuple(found)
+        crops.append(batch.images[0][batch.valid].to(device))
+    return tuple(crops)
 
 
-def caption(config: Config, progress: Progress) -> str:
-    """Title that says which teacher, sampler and mixing weight are seen."""
+def sheet_title(config: Config, progress: Progress) -> str:
+    """Return a title with step, teacher, sampler and mixing weight."""
     parts = [f"step {progress.step}", f"{config.mask.ratio:.0%} hidden by {config.mask.sampler}"]
     need = needs(config)
     if need.teacher:
         random = " (RANDOM WEIGHTS)" if config.teacher.weights == "random" else ""
         parts.insert(1, f"teacher {config.teacher.model}{random}")
     if need.teacher_attention and need.student_attention:
-        alpha = evaluate(config.collaboration.alpha_attention, progress.share)
+        alpha = evaluate(config.collaboration.alpha_attention, progress.fraction)
         parts.append(f"teacher's weight in the mix {alpha:g}")
     return ", ".join(parts)

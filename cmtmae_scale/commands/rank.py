@@ -1,0 +1,36 @@
+"""A command that runs as one rank of many: its signals and its exit code."""
+
+import logging
+import os
+from collections.abc import Callable
+
+from cmtmae_scale.engine.stop import LaunchInterrupted, interrupt_launch
+from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.runtime.exit_code import report_exit
+from dataloading.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def run_as_rank(launch: Callable[[], int]) -> int:
+    """Run one launch as a rank, and turn every outcome into an exit code.
+
+    Args:
+        launch: from the command line to the end; returns the exit code of the launch.
+
+    Returns:
+        The exit code of this process: that of the launch, but 0 for a requested stop under
+        torchrun, which treats every other code as a crash.
+    """
+    interrupt_launch()
+    with report_exit() as report:
+        try:
+            code = launch()
+        except LaunchInterrupted as stopped:
+            logger.info("stopped (%s) with nothing to save; the same command restarts", stopped)
+            code = EXIT_STOPPED
+        except (CmtMaeError, DataError) as error:
+            logger.error("%s", error)
+            code = error.exit_code
+        report.leave(code)
+    return EXIT_DONE if code == EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code

@@ -1,0 +1,111 @@
+"""From a task to a run: data, models, checkpoint, stream, logs; nothing is trained here."""
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmtmae_scale import __version__
+from cmtmae_scale.checkpoint.chunks import load_fragments
+from cmtmae_scale.checkpoint.find import find_resume_checkpoint
+from cmtmae_scale.checkpoint.layout import read_state
+from cmtmae_scale.checkpoint.writer import open_writer
+from cmtmae_scale.config.derive import batch_plan
+from cmtmae_scale.config.load import config_to_dict
+from cmtmae_scale.config.schema import Trained
+from cmtmae_scale.engine.resume import find_progress
+from cmtmae_scale.engine.skips import Skips
+from cmtmae_scale.engine.stop import StopRequest
+from cmtmae_scale.engine.stragglers import Stragglers
+from cmtmae_scale.engine.task import Run, Task
+from cmtmae_scale.engine.telemetry import Telemetry
+from cmtmae_scale.runtime.collectives import barrier
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.progress_file import ProgressFile
+
+logger = logging.getLogger(__name__)
+
+
+def build_run(
+    task: Task, config: Trained, world: World, device: torch.device, stack: ExitStack
+) -> Run:
+    """Build a run, and load the newest checkpoint where there is one. A collective.
+
+    Args:
+        task: what is trained.
+        config: checked settings.
+        world: place of this process; the process group is open.
+        device: device of this rank.
+        stack: closes what is opened, in reverse order.
+
+    Raises:
+        ConfigError: settings that do not fit the data, the number of ranks or the checkpoint.
+        DataError: unusable images.
+        TeacherError: a teacher that cannot be built.
+        CacheError: a teacher cache that the run cannot use.
+        CheckpointError: checkpoints of which none is intact.
+    """
+    run_dir = Path(config.run.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stop = StopRequest(run_dir, config.run.time_limit_s)
+    plan = batch_plan(config, world.world_size)
+    index = task.open_index(run_dir)
+    folder = find_resume_checkpoint(run_dir, world)
+    saved = None if folder is None else read_state(folder)
+    progress = find_progress(config, task, index, saved)
+    backend = task.build(saved, stop, stack)
+    stack.callback(backend.close)
+    skips = Skips(config.guard)
+    saved_step = None
+    if folder is not None and saved is not None:
+        skips.restore(saved["skips"])
+        load_fragments(folder, backend.fragments())
+        backend.after_load(progress.applied)
+        saved_step = progress.step if progress.step != progress.step0 else None
+        logger.info("resuming %s at step %d", folder, progress.step)
+    stream = stack.enter_context(task.open_stream(progress.position))
+    barrier()  # from here on no rank ends alone at a signal
+    stop.install()
+    telemetry = progress_file = None
+    if world.rank == 0:
+        progress_file = ProgressFile(run_dir)
+        telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
+        stack.callback(telemetry.close)
+    writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
+    logger.info(
+        "%s: batch %s; steps %d to %d",
+        config.run.name,
+        plan,
+        progress.step + 1,
+        progress.end_step,
+    )
+    return Run(
+        config=config,
+        task=task,
+        plan=plan,
+        device=device,
+        run_dir=run_dir,
+        index=index,
+        stream=stream,
+        backend=backend,
+        progress=progress,
+        writer=writer,
+        stop=stop,
+        telemetry=telemetry,
+        progress_file=progress_file,
+        skips=skips,
+        stragglers=Stragglers(device, config.log.every),
+        saved_facts=record_facts(config, index.digest, world),
+    )
+
+
+def record_facts(config: Trained, digest: str, world: World) -> dict[str, Any]:
+    """Return what every checkpoint records about its run."""
+    return {
+        "config": config_to_dict(config),
+        "index_digest": digest,
+        "world_size": world.world_size,
+        "versions": {"cmtmae_scale": __version__, "torch": torch.__version__},
+    }

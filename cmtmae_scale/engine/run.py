@@ -1,0 +1,86 @@
+"""One launch of a task, from the process group to the exit code."""
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from cmtmae_scale.config.load import save_config
+from cmtmae_scale.config.schema import Trained
+from cmtmae_scale.engine.build import build_run
+from cmtmae_scale.engine.ending import Ending
+from cmtmae_scale.engine.launches import count_launch, record_launch
+from cmtmae_scale.engine.loop import train
+from cmtmae_scale.engine.task import Run, SideTask, Task
+from cmtmae_scale.engine.watchdog import SLOW_STAGE_FACTOR, watched
+from cmtmae_scale.errors import EXIT_CRASH
+from cmtmae_scale.runtime.collectives import process_group
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.lock import hold_run
+
+logger = logging.getLogger(__name__)
+
+
+def run_task(
+    task: Task,
+    config: Trained,
+    world: World,
+    device: torch.device,
+    recipe: str,
+    overrides: Sequence[str],
+    open_side_tasks: Callable[[Run], list[SideTask]] = lambda run: [],
+) -> int:
+    """Train a task as one rank, or continue to.
+
+    Args:
+        task: what is trained.
+        config: checked settings of the task.
+        world: place of this process.
+        device: device of this rank.
+        recipe: file, as given on the command line.
+        overrides: overrides of the recipe, as given.
+        open_side_tasks: opens side tasks that the task itself does not have.
+
+    Returns:
+        Exit code of the launch, 0 or 75; also written to ``RUN_DIR/exit.json``.
+
+    Raises:
+        CmtMaeError, DataError: see ``build_run`` and ``train``.
+    """
+    logger.info(
+        "launcher: %s, world size %d; rank 0 on host %s, device %s",
+        world.launcher,
+        world.world_size,
+        socket.gethostname(),
+        device,
+    )
+    run_dir, hang_s = Path(config.run.output_dir), config.guard.hang_seconds
+    with ExitStack() as stack:
+        stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
+        stack.enter_context(hold_run(run_dir, world.rank))
+        ending = stack.enter_context(Ending(run_dir, world.rank))
+        count_launch(run_dir, world.rank)
+        run = build_run(task, config, world, device, stack)
+        task.side_tasks += open_side_tasks(run)
+        ending.progress = run.progress
+        if world.rank == 0:
+            save_config(config, run_dir / "config.yaml")
+            record_launch(run_dir, ending.step, recipe, overrides, world.world_size, device)
+
+        def record_crash(why: str) -> None:
+            run.record_incident("ended", why)
+            ending.write(EXIT_CRASH, why)
+
+        with watched(run_dir, world.rank, run.place, hang_s, record_crash):
+            ending.stopped = train(run)
+            if ending.stopped is None:
+                task.conclude(run)
+    return ending.code
+
+
+def collective_limit_s(hang_s: float | None) -> float:
+    """Return the time limit of collectives: longer than the watchdog takes to name a rank."""
+    return max(1800.0, (SLOW_STAGE_FACTOR + 1) * (hang_s or 0.0))

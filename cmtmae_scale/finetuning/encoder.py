@@ -1,0 +1,96 @@
+"""The encoder that a fine-tuning starts from, and what must be known to build it again."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.evaluation.subject import Subject
+from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
+from cmtmae_scale.method.student import Student
+from cmtmae_scale.teachers.timm import TimmTower
+
+WEIGHT_OPTIONS = ("checkpoint", "weights", "arch", "timm", "file", "size")
+"""Command-line options that name the weights."""
+
+
+@dataclass
+class InitialEncoder:
+    """An encoder without its weights; every checkpoint of a fine-tuning holds it."""
+
+    options: dict[str, str | None]
+    """``WEIGHT_OPTIONS`` as given on the command line."""
+    name: str
+    """Name for messages and results."""
+    arch: str
+    """timm's name."""
+    patch_size: int
+    """Side of a patch, pixels."""
+    size: int
+    """Side of an image, pixels."""
+    mean: tuple[float, ...]
+    """Mean of the input's channels, pixels in [0, 1]."""
+    std: tuple[float, ...]
+    """Standard deviation of the input's channels."""
+    facts: dict[str, Any]
+    """Provenance for the result file; includes ``sha256`` of the weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as saved."""
+        return asdict(self)
+
+
+def encoder_from_dict(saved: dict[str, Any]) -> InitialEncoder:
+    """Rebuild what ``to_dict`` returned."""
+    tuples: dict[str, Any] = {key: tuple(saved[key]) for key in ("mean", "std")}
+    return InitialEncoder(**{**saved, **tuples})
+
+
+def weight_options(options: argparse.Namespace) -> dict[str, str | None]:
+    """Return the options that name the weights, as text."""
+    given = vars(options)
+    return {key: None if given[key] is None else str(given[key]) for key in WEIGHT_OPTIONS}
+
+
+def take_encoder(
+    subject: Subject, options: dict[str, str | None]
+) -> tuple[InitialEncoder, dict[str, Tensor]]:
+    """Return an opened encoder as the start of a fine-tuning, with its weights on the CPU.
+
+    Raises:
+        ConfigError: if it is neither a student nor a ViT of timm.
+    """
+    encoder = subject.encoder
+    network = encoder.network
+    if isinstance(network, Student):
+        patch, mean, std = network.patch_side, IMAGENET_MEAN, IMAGENET_STD
+        state = network.state_dict()
+    elif isinstance(network, TimmTower):
+        patch, mean, std = int(network.vit.patch_embed.patch_size[0]), network.mean, network.std
+        state = network.vit.state_dict()
+    else:
+        raise ConfigError(
+            f"{encoder.name} cannot be fine-tuned: it is neither a student nor a ViT of timm; name "
+            "a teacher of timm with --timm"
+        )
+    facts = subject.facts
+    initial = InitialEncoder(
+        options, encoder.name, facts["arch"], patch, encoder.size, mean, std, facts
+    )
+    return initial, {key: value.detach().cpu().clone() for key, value in state.items()}
+
+
+def refuse_other_encoder(saved: InitialEncoder, found: InitialEncoder, run_dir: str) -> None:
+    """Refuse to resume a run that started from other weights.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if saved.facts["sha256"] != found.facts["sha256"]:
+        raise ConfigError(
+            f"run.output_dir={run_dir} holds a fine-tuning of {saved.name} "
+            f"({saved.facts['sha256'][:12]}), not of {found.name} "
+            f"({found.facts['sha256'][:12]}); use another run.output_dir"
+        )

@@ -1,0 +1,114 @@
+"""Diagnostics of a run: whether target tokens collapse, and which loss term drives the gradient."""
+
+import logging
+import math
+import time
+
+import torch
+
+from cmtmae_scale.config.derive import extremes
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.task import Run
+from cmtmae_scale.method.diagnostics import token_diagnostics
+from cmtmae_scale.method.targets import normalise
+from cmtmae_scale.pretraining.prepare import MicroBatch
+
+logger = logging.getLogger(__name__)
+
+COLLAPSED_COSINE = 0.95
+"""Mean pairwise cosine of target tokens above which they count as collapsing."""
+COLLAPSED_RANK = 5.0
+"""Effective rank of target tokens below which they count as collapsing."""
+PATIENCE = 3
+"""Consecutive intervals after which collapsing tokens cause a warning."""
+
+
+class Diagnostics:
+    """Measures every ``log.diagnostics_every`` steps, on the last micro-batch of the step.
+
+    Weights, moments and EMA keep their bits: the gradients are computed and dropped.
+
+    Args:
+        config: checked settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.every = config.log.diagnostics_every
+        self.target = config.target.student
+        _, teacher_weight = extremes(config.collaboration.alpha_target)
+        student_weight = 1 - extremes(config.collaboration.alpha_target)[0]
+        weights = {
+            "teacher": config.loss.teacher * teacher_weight,
+            "student": config.loss.student * student_weight,
+            "pixel": config.loss.pixel,
+        }
+        self.terms = [name for name, weight in weights.items() if weight > 0]
+        self.is_wanted = False
+        self.kept: MicroBatch | None = None
+        self.collapsing = 0
+
+    def expect(self, step: int) -> None:
+        """Prepare for a step: micro-batches are kept where the step is measured."""
+        self.is_wanted = self.every is not None and step % self.every == 0
+        self.kept = None
+
+    def keep(self, micro_batch: MicroBatch) -> None:
+        """Keep a micro-batch of a step that is measured."""
+        if self.is_wanted:
+            self.kept = micro_batch
+
+    def is_due(self, progress: Progress) -> bool:
+        """See ``SideTask``."""
+        return self.kept is not None
+
+    def run(self, run: Run) -> None:
+        """Measure and log. A collective."""
+        began, micro_batch, self.kept = time.monotonic(), self.kept, None
+        if micro_batch is None:
+            return
+        values = self.measure_tokens(run, micro_batch) | self.measure_gradients(run, micro_batch)
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        if run.telemetry is not None:
+            took_s = time.monotonic() - began
+            run.telemetry.record_side_task("diagnostics", run.progress.step, values, took_s)
+            self.warn_of_collapse(run, values)
+
+    def measure_tokens(self, run: Run, micro_batch: MicroBatch) -> dict[str, float]:
+        """Measure the momentum encoder's target tokens of this rank's micro-batch."""
+        features, _ = run.backend.momentum_forward(micro_batch.images)
+        if features is None or "student" not in self.terms:
+            return {}
+        num_patches = sum(ids.shape[1] for ids in micro_batch.choice)
+        tokens = normalise(features[:, features.shape[1] - num_patches :], self.target.norm)
+        rank, cosine = token_diagnostics(tokens)
+        return {
+            "diagnostics/effective_rank": float(rank),
+            "diagnostics/pairwise_cosine": float(cosine),
+        }
+
+    def measure_gradients(self, run: Run, micro_batch: MicroBatch) -> dict[str, float]:
+        """Measure each term's fraction of the sum of the terms' gradient norms, over all ranks."""
+        if len(self.terms) < 2:
+            return {}
+        norms: dict[str, float] = {}
+        for term in self.terms:
+            run.backend.micro(micro_batch._replace(only_term=term), last=True)
+            report = torch.zeros(1, device=run.device)
+            norms[term] = run.backend.step(0.0, report, lambda sums: False).grad_norm
+        total = sum(norms.values()) or 1.0
+        return {f"diagnostics/gradient/{term}": norm / total for term, norm in norms.items()}
+
+    def warn_of_collapse(self, run: Run, values: dict[str, float]) -> None:
+        """Warn when target tokens have been nearly alike for ``PATIENCE`` intervals."""
+        rank = values.get("diagnostics/effective_rank", math.inf)
+        cosine = values.get("diagnostics/pairwise_cosine", 0.0)
+        is_collapsing = rank < COLLAPSED_RANK or cosine > COLLAPSED_COSINE
+        self.collapsing = self.collapsing + 1 if is_collapsing else 0
+        if self.collapsing == PATIENCE:
+            run.record_incident(
+                "target tokens collapse",
+                f"effective rank {rank:.3g}, mean pairwise cosine {cosine:.3g} for {PATIENCE} "
+                "intervals; raise collaboration.alpha_target or momentum.start, or lower "
+                "optimizer.base_lr",
+            )

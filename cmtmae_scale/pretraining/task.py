@@ -1,0 +1,126 @@
+"""Pre-training as a task of the engine."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmtmae_scale.backends.base import Backend
+from cmtmae_scale.config.derive import needs, reads_cache
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.stop import StopRequest
+from cmtmae_scale.engine.task import Run, SideTask
+from cmtmae_scale.evaluation.periodic import open_evaluation
+from cmtmae_scale.pretraining.build import build_models, open_index, open_stream, open_teacher
+from cmtmae_scale.pretraining.diagnostics import Diagnostics
+from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
+from cmtmae_scale.pretraining.scalars import PretrainingScalars, scalars_at
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.base import view_sizes
+from dataloading.index import Index
+from dataloading.stream import Batch, Stream
+
+LOSSES = ("loss/total", "loss/teacher", "loss/student", "loss/pixel")
+OBSERVED = ("mask/visible_mass", "attention/agreement", "cache/hit")
+
+
+class Pretraining:
+    """CMT-MAE and its baselines.
+
+    Args:
+        config: checked settings.
+        world: place of this process.
+        device: device of this rank.
+    """
+
+    name = "pre-training"
+    terms: tuple[str, ...] = LOSSES + OBSERVED
+    logged: tuple[str, ...]
+    free_keys: tuple[str, ...] = (
+        "cache.",
+        "teacher.mode",
+        "train.micro_batch_size",
+        "data.resident",
+        "data.index",
+        "data.source",
+        "data.expected_images",
+        "data.window_on_sorted",
+    )
+
+    index: Index
+    models: Models
+    view_sizes: Sequence[int]
+
+    def __init__(self, config: Config, world: World, device: torch.device) -> None:
+        self.config, self.world, self.device = config, world, device
+        self.side_tasks: list[SideTask] = []
+        self.diagnostics = Diagnostics(config)
+        needed = needs(config)
+        maps = (needed.teacher_attention, needed.student_attention)
+        # A term that the run does not have is not logged: a zero would look like a measurement.
+        present = (any(maps), all(maps), reads_cache(config))
+        found = [name for name, is_present in zip(OBSERVED, present, strict=True) if is_present]
+        self.logged = (*LOSSES, *found)
+
+    def open_index(self, run_dir: Path) -> Index:
+        """See ``Task.open_index``."""
+        self.index = open_index(self.config, run_dir, self.world)
+        return self.index
+
+    def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:
+        """See ``Task.build``."""
+        config, world, device = self.config, self.world, self.device
+        teacher = open_teacher(config, world, device, self.index, stop, stack)
+        self.view_sizes = view_sizes(config.views.image_size, teacher)
+        self.models = build_models(config, world, device, teacher, resumed=saved is not None)
+        evaluation = open_evaluation(config, world, device)
+        if evaluation is not None:
+
+            def evaluate(run: Run) -> None:
+                began = time.monotonic()
+                values = evaluation(run.backend)
+                if run.telemetry is not None:
+                    took_s = time.monotonic() - began
+                    run.telemetry.record_side_task("eval", run.progress.step, values, took_s)
+
+            self.side_tasks.append(SideTask("evaluation", is_every(config.eval.every), evaluate))
+        diagnostics = self.diagnostics
+        self.side_tasks.append(SideTask("diagnostics", diagnostics.is_due, diagnostics.run))
+        return self.models.backend
+
+    def open_stream(self, position: int) -> Stream:
+        """See ``Task.open_stream``."""
+        models = self.models
+        return open_stream(
+            self.config, self.index, self.world, self.device, models.teacher, position
+        )
+
+    def scalars(self, progress: Progress) -> PretrainingScalars:
+        """See ``Task.scalars``."""
+        self.diagnostics.expect(progress.step + 1)
+        return scalars_at(self.config, progress.fraction)
+
+    def prepare(
+        self, batch: Batch, scalars: PretrainingScalars
+    ) -> tuple[MicroBatch, Sequence[Tensor]]:
+        """See ``Task.prepare``."""
+        micro_batch, observed = prepare(self.config, self.models, batch, scalars)
+        self.diagnostics.keep(micro_batch)
+        return micro_batch, observed
+
+    def saved_state(self) -> dict[str, Any]:
+        """See ``Task.saved_state``."""
+        return {}
+
+    def conclude(self, run: Run) -> None:
+        """See ``Task.conclude``."""
+
+
+def is_every(steps: int | None) -> Any:
+    """Return whether progress stands at a multiple of ``steps``, as a function."""
+    return lambda progress: steps is not None and progress.step % steps == 0

@@ -1,0 +1,97 @@
+"""Diagnostics against float64 references and cases that are known by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cmtmae_scale.method.diagnostics import gradient_shares, spread_tokens, token_diagnostics
+from cmtmae_scale.method.targets import token_loss
+from tests.references import diagnostics as reference
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_measures_match_the_reference(dtype: torch.dtype) -> None:
+    tokens = (random_tokens(4, 9, 24) + 0.7).to(dtype)
+    rank, cosine = token_diagnostics(tokens)
+    plain = tokens.double().flatten(0, 1).tolist()
+    assert rank.dtype == cosine.dtype == torch.float32 and rank.shape == cosine.shape == ()
+    assert float(rank) == pytest.approx(reference.effective_rank(plain), rel=1e-4)
+    assert float(cosine) == pytest.approx(reference.pairwise_cosine(plain), abs=1e-5)
+
+
+def test_cases_known_by_hand() -> None:
+    basis = torch.eye(8).view(2, 4, 8)
+    assert [float(x) for x in token_diagnostics(basis)] == pytest.approx([8.0, 0.0], abs=1e-5)
+    same = torch.arange(1.0, 9.0).expand(2, 4, 8)
+    assert [float(x) for x in token_diagnostics(same)] == pytest.approx([1.0, 1.0], abs=1e-3)
+    # singular values 3 and 1: shares 3/4 and 1/4
+    two = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert float(token_diagnostics(two)[0]) == pytest.approx(math.exp(entropy), rel=1e-5)
+    assert [float(x) for x in token_diagnostics(torch.zeros(1, 4, 3))] == [1.0, 0.0]
+
+
+def test_a_token_that_is_not_finite_gives_nan_and_no_error() -> None:
+    tokens = random_tokens(2, 4, 3)
+    tokens[1, 2, 0] = float("inf")
+    assert all(bool(value.isnan()) for value in token_diagnostics(tokens))
+    with pytest.raises(ValueError, match="at least two"):
+        token_diagnostics(random_tokens(1, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "expected"),
+    [(1, 196, 196), (2, 196, 256), (3, 196, 255), (64, 196, 256), (256, 196, 256), (1000, 4, 256)],
+)
+def test_tokens_are_distinct_and_spread_over_images_and_patches(
+    batch: int, length: int, expected: int
+) -> None:
+    names = torch.cartesian_prod(torch.arange(batch), torch.arange(length)).view(batch, length, 2)
+    taken = spread_tokens(names)
+    assert torch.equal(taken, spread_tokens(names))
+    assert len(taken) == len({tuple(name) for name in taken.tolist()}) == expected
+    per_image = torch.bincount(taken[:, 0], minlength=batch)
+    assert int(per_image.max() - per_image.min()) <= 1
+    per_quarter = torch.bincount(taken[:, 1] * 4 // length, minlength=4) / expected
+    assert float((per_quarter - 0.25).abs().max()) < 0.05
+
+
+def test_gradient_shares_match_gradients_written_out() -> None:
+    generator = torch.manual_seed(1)
+    x = torch.randn(3, 5, 6, generator=generator, requires_grad=True)
+    heads = [torch.randn(width, 6, generator=generator) for width in (4, 7)]
+    targets = [torch.randn(3, 5, width, generator=generator) for width in (4, 7)]
+    weights = (0.7, 0.3)
+    terms = {
+        "teacher": weights[0] * token_loss(x @ heads[0].T, targets[0], "cosine").sum(),
+        "student": weights[1] * token_loss(x @ heads[1].T, targets[1], "mse").sum(),
+        "pixel": torch.zeros(()),
+        "elsewhere": torch.ones((), requires_grad=True) * 2,
+    }
+    shares = gradient_shares(terms, x)
+    norms = []
+    functions = (reference.cosine_gradient, reference.square_gradient)
+    for weight, head, target, gradient in zip(weights, heads, targets, functions, strict=True):
+        flat = zip(x.detach().flatten(0, 1), target.flatten(0, 1), strict=True)
+        matrix = head.double().numpy()
+        each = [gradient(a.double().numpy(), matrix, t.double().numpy()) for a, t in flat]
+        norms.append(weight * float(np.linalg.norm(np.stack(each))))
+    expected = [norm / sum(norms) for norm in norms]
+    assert [float(s) for s in shares.values()] == pytest.approx([*expected, 0.0, 0.0], rel=1e-5)
+    assert x.grad is None
+    terms["teacher"].backward()  # the graph is still there
+    assert [float(s) for s in gradient_shares({"pixel": torch.zeros(())}, x).values()] == [0.0]
+
+
+def test_diagnostics_run_on_fake_tensors() -> None:
+    with FakeTensorMode():
+        token_diagnostics(torch.empty(4, 16, 8))
+        x = torch.empty(4, 16, 8, requires_grad=True)
+        gradient_shares({"teacher": x.sum(), "student": (2 * x).sum()}, x)
