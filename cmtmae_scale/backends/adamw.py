@@ -26,7 +26,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split named parameters by the factor of their learning rate, and by weight decay.
 
-    No decay for vectors, class, register and mask tokens, and position tables (method.md 7.5).
+    Vectors, class, register and mask tokens and positional embeddings have no weight decay
+    (docs/method.md, section "Optimizer").
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:

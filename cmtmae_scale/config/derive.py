@@ -56,7 +56,7 @@ def extremes(schedule: Schedule | float) -> tuple[float, float]:
 def needs(config: Config) -> Needs:
     """Tell which maps and features a run uses at any time.
 
-    Source: method.md 4.12 ("build only what is needed").
+    Source: docs/method.md, section "Build only what is needed".
     """
     attention = config.mask.sampler != "random"
     attention_low, attention_high = extremes(config.collaboration.alpha_attention)

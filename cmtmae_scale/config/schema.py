@@ -172,7 +172,7 @@ class Mask:
         "reveal_salient",
         "reveal_salient_topk",
     ] = "reveal_salient"
-    """Rule from the mixed map to the hidden set (method.md 4.6)."""
+    """Rule from the mixed map to the hidden set (docs/method.md, section "Samplers")."""
     ratio: float = 0.75
     """Share of patches hidden, in (0, 1)."""
     masks_per_view: int = 1
