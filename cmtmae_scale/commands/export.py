@@ -66,7 +66,7 @@ FORMATS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def export_weights(arguments: Sequence[str] | None = None) -> int:
     """Export and tell; returns the exit code."""
     options = parse(arguments)
     set_up_logging(0, 1)

@@ -1,22 +1,24 @@
-"""``launchers/report.py RUN_DIR``: read runs, write one page."""
+"""``cmtmae report RUN_DIR``: read runs, write one page."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.storage import write_text
-from cmtmae_scale.tools.report.page import page
-from cmtmae_scale.tools.report.run import Run, read_run
+
+if TYPE_CHECKING:
+    from cmtmae_scale.tools.report.run import Run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def write_report(arguments: Sequence[str] | None = None) -> int:
     """Write a report; returns the exit code."""
-    options = parse(arguments)
+    options = parse_options(arguments)
     try:
-        file = write_report(options.runs, options.out)
+        file = write_page(options.runs, options.out)
     except CmtMaeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``RUN_DIR [RUN_DIR ...] [--out FILE]``; a usage error exits with 78."""
     parser = Parser(description="Write what runs did as one page.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder")
@@ -37,7 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Read runs and write their page, whole or not at all.
 
     Args:
@@ -51,6 +53,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         ConfigError: if a folder is not a run's, or the file cannot be written.
     """
+    from cmtmae_scale.tools.report.page import page
+    from cmtmae_scale.tools.report.run import read_run
+
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     tell_apart(runs)
     file = out or runs[0].dir / ("report.html" if len(runs) == 1 else "comparison.html")
@@ -65,7 +70,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     return file
 
 
-def tell_apart(runs: Sequence[Run]) -> None:
+def tell_apart(runs: "Sequence[Run]") -> None:
     """Give runs of the same name the names of their folders."""
     for label in {run.label for run in runs}:
         alike = [run for run in runs if run.label == label]

@@ -1,4 +1,4 @@
-"""``launchers/study.py STUDY.yaml``: run what is missing of a table of runs, write the table."""
+"""``cmtmae study STUDY.yaml``: run what is missing of a table of runs, write the table."""
 
 import argparse
 import json
@@ -7,41 +7,44 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cmtmae_scale.commands.clone import find_clone
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
-from cmtmae_scale.runtime.arguments import Parser, at_least_one
-from cmtmae_scale.runtime.lock import hold_run
+from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.storage import write_text
-from cmtmae_scale.tools.study.execute import Executor, worst
-from cmtmae_scale.tools.study.figure import as_svg
 from cmtmae_scale.tools.study.file import Study, load_study
-from cmtmae_scale.tools.study.results import collect
-from cmtmae_scale.tools.study.table import as_json, as_markdown
-from cmtmae_scale.tools.study.work import Run, plan_runs
 from dataloading.errors import DataError
+
+if TYPE_CHECKING:
+    from cmtmae_scale.tools.study.work import Run
 
 logger = logging.getLogger(__name__)
 
 
-def main(root: Path, arguments: Sequence[str] | None = None) -> int:
-    """Do a study, or as much of it as there is time for.
+def run_study(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing of a study, in the folder of the clone, as far as time allows.
 
     Args:
-        root: the clone, whose ``configs`` and ``launchers`` are used; becomes the working folder.
         arguments: command line without the program's name; ``None``: the process's own.
 
     Returns:
-        Exit code: 0 all of it is done; 75 something is missing, the same command goes on; 1 a run
+        Exit code: 0 all runs are done; 75 some are missing, the same command continues; 1 a run
         failed; 78 will never work as configured.
     """
-    options = parse(arguments)
+    options = parse_options(arguments)
     set_up_logging(0, 1)
     try:
         file = options.study.resolve()
+        root = find_clone()
         os.chdir(root)
         place = os.path.relpath(file) if file.is_relative_to(root) else str(file)
         study = load_study(place)
+        from cmtmae_scale.runtime.lock import hold_run
+        from cmtmae_scale.tools.study.execute import Executor, worst
+        from cmtmae_scale.tools.study.work import plan_runs
+
         runs = plan_runs(study)
         asked = choose(study, runs, options.rows)
         if options.dry_run:
@@ -56,7 +59,7 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
     return worst(outcomes)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``STUDY.yaml [--minutes M] [--jobs N] [--rows NAME ...] [--dry-run]``."""
     parser = Parser(description="Run what is missing of a study.", allow_abbrev=False)
     parser.add_argument("study", type=Path, help="such as configs/studies/smoke.yaml")
@@ -71,15 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def above_zero(text: str) -> float:
-    """Read a number above 0."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return number
-
-
-def choose(study: Study, runs: Sequence[Run], rows: Sequence[str] | None) -> list[Run]:
+def choose(study: Study, runs: "Sequence[Run]", rows: Sequence[str] | None) -> "list[Run]":
     """Runs of the rows that were asked for.
 
     Raises:
@@ -91,7 +86,7 @@ def choose(study: Study, runs: Sequence[Run], rows: Sequence[str] | None) -> lis
     return [run for run in runs if rows is None or run.row in rows]
 
 
-def describe(runs: Sequence[Run]) -> str:
+def describe(runs: "Sequence[Run]") -> str:
     """What is missing, in the order in which it would run."""
     lines: list[str] = []
     left = 0
@@ -104,8 +99,12 @@ def describe(runs: Sequence[Run]) -> str:
     return "\n".join([*lines, f"{left} of {len(runs)} runs are missing", ""])
 
 
-def write_results(study: Study, runs: Sequence[Run], place: str) -> str:
+def write_results(study: Study, runs: "Sequence[Run]", place: str) -> str:
     """Write table and figure of all that is there; returns what is to be said."""
+    from cmtmae_scale.tools.study.figure import as_svg
+    from cmtmae_scale.tools.study.results import collect
+    from cmtmae_scale.tools.study.table import as_json, as_markdown
+
     results = collect(study, runs)
     folder = Path(study.dir)
     folder.mkdir(parents=True, exist_ok=True)
