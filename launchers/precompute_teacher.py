@@ -1,8 +1,10 @@
-"""Compute a teacher's maps and features once, or check what was computed."""
+"""Compute a teacher's attention maps and features once, or verify what was computed.
 
-import sys
+python launchers/precompute_teacher.py --config RECIPE [--verify | --repair | --plan]
+python launchers/precompute_teacher.py --follow RUN_DIR
+"""
 
-from cmtmae_scale.commands.precompute import main
+from cmtmae_scale.commands.precompute import precompute_teacher
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(precompute_teacher())

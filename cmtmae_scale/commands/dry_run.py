@@ -21,10 +21,11 @@ from cmtmae_scale.config.derive import (
 )
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.resume import compare
+from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 from cmtmae_scale.tools.estimate import count_operations, count_shards, memory_bytes
 from dataloading.errors import DataError
@@ -33,7 +34,7 @@ from dataloading.index import load_or_build
 GIB = 2**30
 
 
-def describe(config: Config, world_size: int) -> str:
+def render_dry_run(config: Config, world_size: int) -> str:
     """Text of ``--dry-run``.
 
     Raises:
@@ -108,12 +109,18 @@ def resumable(config: Config) -> str:
 
     Files are compared by size only here, and images are not compared.
     """
-    for folder in checkpoints.candidates(Path(config.run.output_dir) / "checkpoints"):
-        if checkpoints.fault(folder, (-1, 1)) is None:
+    for folder in checkpoints.list_checkpoints(Path(config.run.output_dir) / "checkpoints"):
+        if checkpoints.find_damage(folder, (-1, 1)) is None:
             state = checkpoints.read_state(folder)
             name = f"{folder} (step {state['progress']['step']})"
             try:
-                compare(state["config"], config_to_dict(config), config.run.allow_change, ("", ""))
+                compare_configs(
+                    state["config"],
+                    config_to_dict(config),
+                    config.run.allow_change,
+                    ("", ""),
+                    FREE_KEYS + Pretraining.free_keys,
+                )
             except ConfigError as error:
                 return f"nothing: {name} would be refused: {error}"
             return name

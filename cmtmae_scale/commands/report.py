@@ -1,4 +1,4 @@
-"""``cmtmae report RUN_DIR``: read runs, write one page."""
+"""``cmtmae report RUN_DIR``: write a report of runs as one HTML page."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 
 if TYPE_CHECKING:
     from cmtmae_scale.tools.report.run import Run
@@ -27,8 +27,8 @@ def write_report(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``RUN_DIR [RUN_DIR ...] [--out FILE]``; a usage error exits with 78."""
-    parser = Parser(description="Write what runs did as one page.", allow_abbrev=False)
+    """Parse ``RUN_DIR [RUN_DIR ...] [--out FILE]``; a usage error exits with code 78."""
+    parser = Parser(description="Write a report of runs as one HTML page.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder")
     parser.add_argument(
         "--out",
@@ -53,16 +53,16 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         ConfigError: if a folder is not a run's, or the file cannot be written.
     """
-    from cmtmae_scale.tools.report.page import page
+    from cmtmae_scale.tools.report.page import render_page
     from cmtmae_scale.tools.report.run import read_run
 
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    tell_apart(runs)
+    make_labels_unique(runs)
     file = out or runs[0].dir / ("report.html" if len(runs) == 1 else "comparison.html")
-    text = page(runs)
+    text = render_page(runs)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, text)
+        write_atomic(file, text)
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be written ({error.strerror}); name another file with --out"
@@ -70,8 +70,8 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     return file
 
 
-def tell_apart(runs: "Sequence[Run]") -> None:
-    """Give runs of the same name the names of their folders."""
+def make_labels_unique(runs: "Sequence[Run]") -> None:
+    """Append the folder to the labels of runs with the same name."""
     for label in {run.label for run in runs}:
         alike = [run for run in runs if run.label == label]
         for run in alike if len(alike) > 1 else ():

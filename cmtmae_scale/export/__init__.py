@@ -1,1 +1,1 @@
-"""Weights of a run in the formats of other libraries, each proven before it is published."""
+"""Export of a run's weights to other libraries, each verified before it is published."""

@@ -1,4 +1,4 @@
-"""Whether two programs compute the same from the same pictures."""
+"""Comparison of two libraries' outputs on the same images."""
 
 from typing import NamedTuple
 
@@ -7,45 +7,44 @@ from torch import Tensor
 from cmtmae_scale.errors import CheckpointError
 
 TOLERANCE = 1e-4
-"""Of float32 features, as a share of the largest one. Another order of sums gives about 1e-6; a
-tensor that is transposed, missing or in another's place 1e-2 and more."""
+"""Largest difference of float32 features, relative to the largest value. Another order of sums
+gives about 1e-6; a transposed, missing or misplaced tensor 1e-2 and more."""
 
 
 class Agreement(NamedTuple):
-    """How far apart two programs are, and how large their numbers."""
+    """Largest difference between two outputs, and their scale."""
 
     difference: float
     """Largest absolute difference."""
     largest: float
-    """Largest absolute value of ours."""
+    """Largest absolute value of the reference."""
 
     def __str__(self) -> str:
-        """In words."""
         return f"{self.difference:.1e}, of values up to {self.largest:.3g}"
 
 
 def require_agreement(ours: Tensor, theirs: Tensor, library: str) -> Agreement:
-    """Compare, and refuse to go on where it is not the same network.
+    """Compare two outputs, and refuse where they come from different networks.
 
     Args:
-        ours: float32, any shape; the reference.
-        theirs: the same by the other program.
-        library: its name and version, for messages.
+        ours: reference output, float32, any shape.
+        theirs: output of the other library.
+        library: the other library's name and version, for messages.
 
     Raises:
-        CheckpointError: if shapes differ, a value is not a number, or the largest difference is
+        CheckpointError: if shapes differ, a value is NaN, or the largest difference is
             above ``TOLERANCE`` times our largest value.
     """
     if ours.shape != theirs.shape:
         raise CheckpointError(
-            f"{library} gives {list(theirs.shape)} numbers in place of {list(ours.shape)}: it "
+            f"{library} returns shape {list(theirs.shape)} in place of {list(ours.shape)}: it "
             "builds another network; nothing was written, please report this"
         )
     found = Agreement(float((ours - theirs).abs().max()), float(ours.abs().max()))
-    if not found.difference <= TOLERANCE * found.largest:  # not a number fails too
+    if not found.difference <= TOLERANCE * found.largest:  # NaN fails too
         raise CheckpointError(
             f"{library} computes something else from the exported weights: largest difference "
-            f"{found} (allowed: {TOLERANCE:g} of that); nothing was written. Weights that are not "
-            "finite are the run's fault, anything else please report"
+            f"{found} (allowed: {TOLERANCE:g} of that); nothing was written. Check whether the "
+            "run's weights are finite; if they are, please report this"
         )
     return found

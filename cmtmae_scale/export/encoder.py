@@ -1,4 +1,4 @@
-"""An encoder as one file under timm's names, and the model of timm that it fits."""
+"""Export of an encoder as one file under timm's names, and the model of timm that it fits."""
 
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from cmtmae_scale.checkpoint.publish import write_encoder
+from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.origin import Weights, open_origin
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """A written file."""
 
     file: Path
     step: int
@@ -30,9 +30,9 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
     """Write an encoder with timm's names and load it back strictly.
 
     Args:
-        place: a checkpoint's folder, or a run's, of which the newest intact checkpoint is taken.
+        place: a checkpoint's folder, or a run's for its newest intact checkpoint.
         output: file to write; ``None``: named after weights and step, in the working folder.
-        weights: the student, or its moving average.
+        weights: student or momentum encoder.
 
     Returns:
         The file and what it holds.
@@ -60,7 +60,7 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
 
 
 def timm_options(config: Config) -> dict[str, Any]:
-    """Arguments with which timm's model of a config's student is built, beside its name."""
+    """Return the arguments of ``timm.create_model`` for a config's student, beside its name."""
     options: dict[str, Any] = {"num_classes": 0, "img_size": config.views.image_size}
     if config.student.patch_size is not None:
         options["patch_size"] = config.student.patch_size
@@ -73,17 +73,17 @@ def timm_options(config: Config) -> dict[str, Any]:
 
 
 def build_timm(config: Config) -> tuple[VisionTransformer, str]:
-    """Build timm's own model of a config's student; also the call that does it."""
+    """Build timm's own model of a config's student; also return the Python call."""
     options = timm_options(config)
     model = cast(VisionTransformer, timm.create_model(config.student.arch, **options))
     return model, timm_call(config)
 
 
 def timm_call(config: Config, **more: str) -> str:
-    """The Python call that builds timm's model of a config's student.
+    """Return the Python call that builds timm's model of a config's student.
 
     Args:
-        config: the run's.
+        config: settings of the run.
         more: further arguments of ``timm.create_model``.
     """
     options = timm_options(config) | more
@@ -92,7 +92,7 @@ def timm_call(config: Config, **more: str) -> str:
 
 
 def load_strictly(model: VisionTransformer, file: Path) -> int:
-    """Load all of a file into all of a model; returns the number of tensors.
+    """Load a file strictly into a model; returns the number of tensors.
 
     Raises:
         CheckpointError: if names or shapes differ.

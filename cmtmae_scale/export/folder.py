@@ -1,4 +1,4 @@
-"""A folder that appears whole, or not at all."""
+"""A folder that is published whole or not at all."""
 
 import os
 import shutil
@@ -11,17 +11,17 @@ from cmtmae_scale.runtime.storage import sync
 
 
 @contextmanager
-def published(output: Path) -> Iterator[Path]:
-    """Give a draft folder to fill; it gets its name when the block ends, else it is removed.
+def publish_folder(output: Path) -> Iterator[Path]:
+    """Yield a draft folder; rename it when the block ends, remove it when the block fails.
 
     Args:
         output: the folder's name; it must not exist yet.
 
     Yields:
-        The draft, beside it.
+        The draft folder, beside the output.
 
     Raises:
-        ConfigError: if the name is taken or the store refuses.
+        ConfigError: if the output exists or cannot be written.
     """
     if output.exists() or output.is_symlink():
         raise ConfigError(f"--output={output} exists; delete it or name another folder")

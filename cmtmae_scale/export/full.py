@@ -1,4 +1,4 @@
-"""The full model, encoder with decoder and prediction heads, as a folder, and back.
+"""Export and import of the full model: encoder, decoder and prediction heads in one folder.
 
 ``model.safetensors`` has the state dict of ``CollaborativeMAE`` in float32: ``encoder.*`` (timm's
 names behind the prefix), ``decoder.*``, ``heads.teacher.*``, ``heads.student.*``,
@@ -31,7 +31,7 @@ TEACHER_HEAD = "heads.teacher.weight"
 
 
 def load_full(folder: str | Path) -> CollaborativeMAE:
-    """Load what ``export.py full`` wrote.
+    """Load a folder that ``export.py full`` wrote.
 
     Args:
         folder: the export.
@@ -40,15 +40,15 @@ def load_full(folder: str | Path) -> CollaborativeMAE:
         The model on the CPU, float32, in training mode.
 
     Raises:
-        CheckpointError: if weights and config do not belong together.
-        ConfigError: if the config is not there or not this version's.
+        CheckpointError: if weights and config do not fit each other.
+        ConfigError: if the config is absent or not this version's.
     """
     config = load_config(Path(folder) / CONFIG)
-    return fill(config, load_file(Path(folder) / WEIGHTS), str(folder))
+    return build_full(config, load_file(Path(folder) / WEIGHTS), str(folder))
 
 
-def fill(config: Config, tensors: dict[str, Tensor], place: str) -> CollaborativeMAE:
-    """Build a config's model with these weights, all of them and nothing else.
+def build_full(config: Config, tensors: dict[str, Tensor], place: str) -> CollaborativeMAE:
+    """Build a config's model and load these weights strictly.
 
     Raises:
         CheckpointError: if names or shapes differ.
@@ -71,48 +71,48 @@ def write_full(draft: Path, origin: Origin) -> None:
     """
     with ChunkReader(origin.folder) as reader:
         entries = [
-            Entry(key.removeprefix(PREFIX), reader.shape(key), partial(reader.read_whole, key))
+            Entry(key.removeprefix(PREFIX), reader.shape(key), partial(reader.read_tensor, key))
             for key in reader.index
             if key.startswith(PREFIX)
         ]
         write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
-    # A DeepSpeed config may be a file of the machine that trained, and no network depends on it.
+    # A DeepSpeed config may be a file of the training machine, and no network depends on it.
     backend = replace(origin.config.backend, deepspeed=None)
     save_config(replace(origin.config, backend=backend), draft / CONFIG)
 
 
 @torch.no_grad()
 def check_full(folder: Path, origin: Origin, images: Tensor) -> Agreement:
-    """Load a folder anew and compare all predictions with those of the run's states.
+    """Load a folder and compare all predictions with those of the checkpoint's weights.
 
     Args:
         folder: the export.
-        origin: where it comes from.
+        origin: source of the export.
         images: uint8, ``[B, S, S, 3]``.
 
     Raises:
-        CheckpointError: if it does not load or predicts something else.
+        CheckpointError: if the folder does not load or predicts something else.
     """
-    ours = fill(origin.config, origin.tensors(PREFIX), str(origin.folder)).eval()
+    ours = build_full(origin.config, origin.tensors(PREFIX), str(origin.folder)).eval()
     theirs = load_full(folder).eval()
-    pictures = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
+    pixels = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
     choice = random_masks(origin.config, ours, len(images))
-    pairs = zip(ours(pictures, choice), theirs(pictures, choice), strict=True)
+    pairs = zip(ours(pixels, choice), theirs(pixels, choice), strict=True)
     flat = [(a.flatten(), b.flatten()) for a, b in pairs if a is not None and b is not None]
     one, other = (torch.cat(side) for side in zip(*flat, strict=True))
     return require_agreement(one, other, "CollaborativeMAE")
 
 
 def random_masks(config: Config, model: CollaborativeMAE, count: int) -> PatchChoice:
-    """Masks of the run's ratios at random places, the same ones every time."""
+    """Return random masks of the run's ratios, always the same."""
     rows, columns = model.encoder.grid
     mask = replace(config.mask, sampler="random", hint_fraction=0.0, prob=1.0)
     positions = torch.arange(count)
     return choose_masks(mask, None, positions, config.run.seed, 0.0, length=rows * columns)
 
 
-def snippet() -> str:
-    """Lines that load the folder."""
+def full_snippet() -> str:
+    """Return Python code that loads the folder."""
     return (
         "from cmtmae_scale.export.full import load_full\n"
         'model = load_full("FOLDER").eval()\n'

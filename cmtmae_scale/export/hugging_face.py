@@ -1,7 +1,7 @@
-"""An encoder as a folder that transformers loads as a ``ViTModel``; written without transformers.
+"""Export of an encoder as a ``ViTModel`` of transformers; written without transformers.
 
-Names are those of the files of transformers 4 and 5. Without ``add_pooling_layer=False``
-transformers puts an untrained pooling layer on top, whose output means nothing.
+Tensor names are those of transformers 4 and 5. Without ``add_pooling_layer=False`` transformers
+adds an untrained pooling layer, whose output is meaningless.
 
 Source: ``transformers.models.vit`` of 4.57 and 5.24.
 """
@@ -21,14 +21,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.checkpoint.chunks import ChunkReader
-from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.student import Student, build_student
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 
 WEIGHTS = "model.safetensors"
@@ -48,7 +48,7 @@ ACTIVATIONS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
 
 
 def require_transformers() -> ModuleType:
-    """Import transformers, which must load what is written before it is published.
+    """Import transformers, which loads the export before it is published.
 
     Raises:
         ConfigError: if it is not installed.
@@ -57,18 +57,18 @@ def require_transformers() -> ModuleType:
         return import_module("transformers")
     except ImportError as error:
         raise ConfigError(
-            "an export for transformers is loaded back by it, and it is not installed: "
+            "the export is verified by loading it with transformers, which is not installed: "
             "pip install 'cmtmae-scale[hf]'"
         ) from error
 
 
 def vit_config(student: Student, arch: str) -> dict[str, Any]:
-    """``config.json`` of a ``ViTModel`` that computes what a student computes.
+    """Return ``config.json`` of a ``ViTModel`` that computes the same as a student.
 
     Raises:
-        ConfigError: naming what the student has and a ``ViTModel`` has not.
+        ConfigError: naming the parts of the student that a ``ViTModel`` lacks.
     """
-    found = list(obstacles(student))
+    found = list(unsupported_parts(student))
     if found:
         raise ConfigError(
             f"student.arch={arch} is no ViTModel of transformers: it has {', '.join(found)}; "
@@ -95,14 +95,14 @@ def vit_config(student: Student, arch: str) -> dict[str, Any]:
     }
 
 
-def obstacles(student: Student) -> Iterator[str]:
-    """Yield what a ``ViTModel`` cannot compute."""
+def unsupported_parts(student: Student) -> Iterator[str]:
+    """Yield the parts that a ``ViTModel`` cannot compute."""
     if not student.has_class_token:
         yield "no class token"
     if student.num_reg_tokens:
         yield f"{student.num_reg_tokens} registers"
     if student.has_class_token and student.no_embed_class:
-        yield "a class token without position"
+        yield "a class token without positional embedding"
     if student.patch_embed.proj.bias is None:
         yield "a patch embedding without bias"
     for name, what in (("norm_pre", "a norm before the blocks"), ("norm", "no final norm")):
@@ -115,7 +115,7 @@ def obstacles(student: Student) -> Iterator[str]:
     if strange:
         yield f"blocks of another kind ({', '.join(sorted(strange))})"
         return
-    yield from dict.fromkeys(what for block in blocks for what in obstacles_of_block(block))
+    yield from dict.fromkeys(what for block in blocks for what in unsupported_block_parts(block))
     norms = [m for m in student.modules() if "norm" in type(m).__name__.lower()]
     other = {type(m).__name__ for m in norms if not isinstance(m, nn.LayerNorm) or m.bias is None}
     if other:
@@ -124,8 +124,8 @@ def obstacles(student: Student) -> Iterator[str]:
         yield "norms of different epsilon"
 
 
-def obstacles_of_block(block: Any) -> Iterator[str]:
-    """Yield what a ``ViTLayer`` cannot compute."""
+def unsupported_block_parts(block: Any) -> Iterator[str]:
+    """Yield the parts of a block that a ``ViTLayer`` cannot compute."""
     if not (isinstance(block.ls1, nn.Identity) and isinstance(block.ls2, nn.Identity)):
         yield "layer scale"
     if type(block.attn) is not Attention:
@@ -150,7 +150,7 @@ def obstacles_of_block(block: Any) -> Iterator[str]:
 
 
 def processor_config(size: int) -> dict[str, Any]:
-    """``preprocessor_config.json``: the field's centre cut, as timm's export and evaluation."""
+    """Return ``preprocessor_config.json``: the centre crop of timm's export and of evaluation."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -167,8 +167,8 @@ def processor_config(size: int) -> dict[str, Any]:
     }
 
 
-def entries_of(reader: ChunkReader, prefix: str) -> Iterator[Entry]:
-    """Yield an encoder's tensors under transformers' names; nothing is read yet."""
+def renamed_entries(reader: ChunkReader, prefix: str) -> Iterator[Entry]:
+    """Yield an encoder's tensors under transformers' names; data is read later."""
     for key in reader.index:
         if not key.startswith(prefix):
             continue
@@ -183,10 +183,10 @@ def entries_of(reader: ChunkReader, prefix: str) -> Iterator[Entry]:
             length = torch.Size(part).numel()
             for place, name in enumerate(QKV):
                 full = f"{layer}attention.attention.{name}.{kind}"
-                yield Entry(full, part, partial(reader.read, key, place * length, length))
+                yield Entry(full, part, partial(reader.read_values, key, place * length, length))
         else:
             full = f"{layer}{NAMES[module]}{f'.{kind}' if kind else ''}"
-            yield Entry(full, shape, partial(reader.read_whole, key))
+            yield Entry(full, shape, partial(reader.read_tensor, key))
 
 
 def write_hf(draft: Path, origin: Origin) -> None:
@@ -200,11 +200,11 @@ def write_hf(draft: Path, origin: Origin) -> None:
         student = build_student(origin.config)
     config = vit_config(student, origin.config.student.arch)
     with ChunkReader(origin.folder) as reader:
-        entries = list(entries_of(reader, ENCODERS[origin.weights]))
+        entries = list(renamed_entries(reader, ENCODERS[origin.weights]))
         write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
-    write_text(draft / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomic(draft / "config.json", json.dumps(config, indent=2) + "\n")
     processor = processor_config(origin.config.views.image_size)
-    write_text(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    write_atomic(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -213,36 +213,36 @@ def check_hf(folder: Path, origin: Origin, images: Tensor) -> Agreement:
 
     Args:
         folder: the export.
-        origin: where it comes from.
+        origin: source of the export.
         images: uint8, ``[B, S, S, 3]``.
 
     Raises:
-        CheckpointError: if transformers misses a tensor, prepares pictures otherwise, or computes
-            something else.
+        CheckpointError: if transformers misses a tensor, preprocesses images differently, or
+            computes something else.
     """
     transformers = require_transformers()
     library = f"transformers {transformers.__version__}"
-    model, told = transformers.AutoModel.from_pretrained(
+    model, loading = transformers.AutoModel.from_pretrained(
         folder, add_pooling_layer=False, output_loading_info=True, local_files_only=True
     )
-    amiss = {name: sorted(map(str, keys)) for name, keys in told.items() if keys}
-    if amiss:
-        raise CheckpointError(f"{library} does not load all of it: {amiss}; please report this")
+    problems = {name: sorted(map(str, keys)) for name, keys in loading.items() if keys}
+    if problems:
+        raise CheckpointError(f"{library} does not load all tensors: {problems}; please report")
     processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    as_they_are = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
-    theirs = processor(list(images.numpy()), **as_they_are)["pixel_values"]
-    pictures = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
-    require_agreement(pictures, theirs, f"{library}'s image processor")
+    no_resize = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+    theirs = processor(list(images.numpy()), **no_resize)["pixel_values"]
+    pixels = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
+    require_agreement(pixels, theirs, f"{library}'s image processor")
     size = origin.config.views.image_size
     whole = processor(images[0, :, : size // 2].numpy(), return_tensors="pt")["pixel_values"]
     if whole.shape != (1, 3, size, size):
-        raise CheckpointError(f"{library} cuts {list(whole.shape)} in place of {size} pixels")
-    tokens = model.eval()(pixel_values=pictures).last_hidden_state
-    return require_agreement(origin.encoder()(pictures), tokens, library)
+        raise CheckpointError(f"{library} crops to {list(whole.shape)} in place of {size} pixels")
+    tokens = model.eval()(pixel_values=pixels).last_hidden_state
+    return require_agreement(origin.encoder()(pixels), tokens, library)
 
 
-def snippet() -> str:
-    """Three lines that load the folder."""
+def hf_snippet() -> str:
+    """Return Python code that loads the folder."""
     return (
         "from transformers import AutoImageProcessor, AutoModel\n"
         'model = AutoModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()\n'

@@ -1,4 +1,4 @@
-"""What ``RUN_DIR/evaluation/*.json`` says of weights; whatever else lies there is named."""
+"""Evaluation results in ``RUN_DIR/evaluation/*.json`` for the model card."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,17 @@ class Found(NamedTuple):
     """Evaluations of a run."""
 
     rows: list[str]
-    """Lines of a Markdown table: those of the weights that are exported."""
+    """Lines of a Markdown table, for the exported weights."""
     others: list[str]
-    """Files about other weights of the run, or in which nothing was recognised."""
+    """Files of other weights of the run, or without a known result."""
 
 
 def find_results(run_dir: Path | None, sha256: str) -> Found:
     """Read every result file of a run.
 
     Args:
-        run_dir: the run's folder; ``None``: it is not known.
-        sha256: of the exported weights, as ``evaluation.encoders.weights_digest`` gives it.
+        run_dir: the run's folder; ``None``: unknown.
+        sha256: of the exported weights, as ``evaluation.encoders.weights_digest`` returns it.
     """
     found = Found([], [])
     files = sorted((run_dir / "evaluation").glob("*.json")) if run_dir else []
@@ -29,43 +29,45 @@ def find_results(run_dir: Path | None, sha256: str) -> Found:
         except (OSError, ValueError):
             found.others.append(f"{file.name}: cannot be read")
             continue
-        subject = at(tree, "subject")
-        if at(subject, "sha256") != sha256:
-            found.others.append(f"{file.name}: {about(subject)}")
+        subject = lookup(tree, "subject")
+        if lookup(subject, "sha256") != sha256:
+            found.others.append(f"{file.name}: {subject_text(subject)}")
             continue
-        rows = [row for row in at(tree, "results") or [tree] if is_number(at(row, "accuracy"))]
-        found.rows.extend(line(tree, row) for row in rows)
+        rows = [
+            row for row in lookup(tree, "results") or [tree] if is_number(lookup(row, "accuracy"))
+        ]
+        found.rows.extend(markdown_row(tree, row) for row in rows)
         if not rows:
             found.others.append(f"{file.name}: no accuracy in it")
     return found
 
 
-def at(tree: Any, key: str) -> Any:
-    """A value of an object, or ``None``."""
+def lookup(tree: Any, key: str) -> Any:
+    """Return a value of a JSON object, or ``None``."""
     return tree.get(key) if isinstance(tree, dict) else None
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one."""
+    """Return whether a JSON value is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def about(subject: Any) -> str:
-    """Which weights a file is about, as far as it says."""
-    told = [f"{key} {at(subject, key)}" for key in ("weights", "step") if at(subject, key)]
-    return f"other weights ({', '.join(told)})" if told else "does not say of which weights"
+def subject_text(subject: Any) -> str:
+    """Name the weights of a result file."""
+    facts = [f"{key} {lookup(subject, key)}" for key in ("weights", "step") if lookup(subject, key)]
+    return f"other weights ({', '.join(facts)})" if facts else "does not name its weights"
 
 
-def line(tree: Any, row: Any) -> str:
-    """A row of the table: whose features, method, accuracy, counts."""
-    counts = f"{at(row, 'correct')} of {at(row, 'count')}" if at(row, "count") else ""
-    interval = at(row, "interval_95")
+def markdown_row(tree: Any, row: Any) -> str:
+    """Return a row of the table: weights, features, method, accuracy, counts."""
+    counts = f"{lookup(row, 'correct')} of {lookup(row, 'count')}" if lookup(row, "count") else ""
+    interval = lookup(row, "interval_95")
     if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
         counts += f", 95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
     cells = (
-        at(row, "weights") or "",
-        at(row, "features") or "",
-        at(row, "method") or at(tree, "method") or "",
+        lookup(row, "weights") or "",
+        lookup(row, "features") or "",
+        lookup(row, "method") or lookup(tree, "method") or "",
         f"{100 * row['accuracy']:.2f} %",
         counts,
     )

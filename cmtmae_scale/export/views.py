@@ -1,4 +1,4 @@
-"""The photographs on which an export must agree with the run's own network."""
+"""Images on which an export must agree with the run's own network."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,28 +16,28 @@ COUNT = 10
 
 
 class Views(NamedTuple):
-    """Centre cuts of photographs."""
+    """Centre crops of some images."""
 
     images: Tensor
     """uint8, ``[B, S, S, 3]``."""
     place: str
-    """Where they come from, as it was named."""
+    """Source, as named on the command line."""
     num_images: int | None
-    """Images of the run's own data, where these are they."""
+    """Number of images of the run's data set; ``None``: these are other images."""
 
 
 def open_views(images: Path | None, origin: Origin) -> Views:
-    """Decode some photographs, spread over a data set: always the same ones.
+    """Decode the same few images, spread evenly over a data set.
 
     Args:
         images: folder of images, or tars; ``None``: the run's own.
-        origin: the checkpoint, whose config says size, and data.
+        origin: the checkpoint, whose config gives size and data.
 
     Raises:
-        ConfigError: if neither is at hand.
-        DataError: if none of the photographs can be decoded.
+        ConfigError: if the run's images cannot be read.
+        DataError: if none of the images can be decoded.
     """
-    index = build_index(images) if images is not None else open_own(origin)
+    index = build_index(images) if images is not None else open_run_index(origin)
     chosen = np.unique(np.linspace(0, len(index) - 1, COUNT).round().astype(np.int64))
     size = origin.config.views.image_size
     with OnePass(index, chosen, micro_batch=len(chosen), size=size, threads=1) as batches:
@@ -49,11 +49,11 @@ def open_views(images: Path | None, origin: Origin) -> Views:
     return Views(found, str(index.root), len(index) if own else None)
 
 
-def open_own(origin: Origin) -> Index:
-    """List the run's images, from its kept index where that still holds.
+def open_run_index(origin: Origin) -> Index:
+    """Open the run's index, from its folder where that is still valid.
 
     Raises:
-        ConfigError: if they are not at hand.
+        ConfigError: if the images cannot be read.
     """
     data, run_dir = origin.config.data, origin.run_dir
     folder = Path(data.index) if data.index else run_dir and run_dir / "index"
@@ -63,6 +63,6 @@ def open_own(origin: Origin) -> Index:
         return build_index(data.path, data.source, data.max_pixels)
     except DataError as error:
         raise ConfigError(
-            f"an export is compared on photographs, and the run's are not at hand ({error}); give "
-            "others with --images FOLDER"
+            f"an export is verified on images, and the run's cannot be read ({error}); name others "
+            "with --images FOLDER"
         ) from error

@@ -1,4 +1,4 @@
-"""Students of other shapes, which of them can be a ViTModel, and what is said of the others."""
+"""Students of other shapes, which of them can be a ViTModel, and why the others cannot."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from cmtmae_scale.checkpoint.chunks import INDEX, HostChunk, build_index, write_chunks
+from cmtmae_scale.checkpoint.chunks import INDEX, HostChunk, index_chunks, write_chunks
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.export.hugging_face import check_hf, vit_config, write_hf
@@ -25,7 +25,7 @@ def student(arch: str, size: int = 224) -> Student:
 
 
 def saved(folder: Path, arch: str, size: int, patch: int) -> Origin:
-    """A checkpoint's weights of a student that differs in every value from its start."""
+    """A checkpoint's weights of a student that differs in every value from its initialisation."""
     config = Config()
     config.student.arch, config.student.patch_size, config.views.image_size = arch, patch, size
     model = build_student(config)
@@ -41,7 +41,7 @@ def saved(folder: Path, arch: str, size: int, patch: int) -> Origin:
         for name, value in model.state_dict().items()
     ]
     write_chunks(chunks, folder / "rank.safetensors")
-    (folder / INDEX).write_text(json.dumps(build_index(folder, ["rank.safetensors"])))
+    (folder / INDEX).write_text(json.dumps(index_chunks(folder, ["rank.safetensors"])))
     return Origin(folder, {}, config, "student")
 
 
@@ -109,7 +109,7 @@ def test_plain_students_are_vit_models(
         (
             "vit_small_patch14_reg4_dinov2",
             224,
-            "it has 4 registers, a class token without position, layer scale",
+            "it has 4 registers, a class token without positional embedding, layer scale",
         ),
         ("vit_giant_patch14_dinov2", 224, "layer scale, an MLP of another kind"),
         (

@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.export.card import Card, model_card
+from cmtmae_scale.export.card import CardFacts, model_card
 from cmtmae_scale.export.origin import Origin
 
 ROOT = Path(__file__).resolve().parents[2]
-CARD = Card("timm", "an encoder for timm", "import timm", "Checked.", "f" * 64, 1000)
+CARD = CardFacts("timm", "an encoder for timm", "import timm", "Checked.", "f" * 64, 1000)
 STATE: dict[str, Any] = {
     "progress": {"step": 30, "position": 480, "end_step": 60},
     "index_digest": "a1b2",
@@ -37,23 +37,23 @@ def test_the_hubs_front_matter_is_yaml() -> None:
     assert front["tags"][0] == "cmt-mae"
 
 
-def test_recipe_data_length_and_identity_are_told() -> None:
+def test_recipe_data_length_and_identity_are_written() -> None:
     text = card_of("demo")
-    for told in (
+    for fact in (
         "CMT-MAE",
         "step 30 of 60",
         "vit_small_patch14_dinov2 of timm, weights datasets/demo/teacher.safetensors",
-        "reveal_salient, 75% hidden, 4 a view",
+        "reveal_salient, 75% masked, 4 per view",
         "datasets/demo/photos, 1000 images, index digest a1b2",
         "30 steps, 480 views, 0.48 epochs",
-        "16 views a step",
+        "16 views per step",
         "ranks: 4",
         "f" * 64,
         "torch 2.15.0",
         "These weights were not evaluated.",
         "terms of the teacher (vit_small_patch14_dinov2) and of the images (datasets/demo/photos)",
     ):
-        assert told in text, told
+        assert fact in text, fact
 
 
 def test_a_random_teacher_is_never_called_by_the_weights_it_lacks() -> None:
@@ -65,18 +65,18 @@ def test_a_random_teacher_is_never_called_by_the_weights_it_lacks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "tag", "told", "not_told"),
+    ("recipe", "tag", "present", "absent"),
     [
         ("mae_base", "mae", "mean square of pixels", "teacher's weight"),
         ("milan_base", "distillation", "without a momentum student", "weight in the loss"),
     ],
 )
 def test_other_methods_are_not_called_cmt_mae(
-    recipe: str, tag: str, told: str, not_told: str
+    recipe: str, tag: str, present: str, absent: str
 ) -> None:
     text = card_of(recipe)
     assert front_matter(text)["tags"][0] == tag
-    assert told in text and not_told not in text
+    assert present in text and absent not in text
     assert "CMT-MAE" not in text
 
 
@@ -122,9 +122,9 @@ def test_results_are_those_of_these_weights(tmp_path: Path) -> None:
         "|\n"
         "|  |  | finetune | 100.00 % |  |\n"
         "\n"
-        "Not about these weights:\n"
+        "Results of other weights:\n"
         "- c.json: other weights (weights momentum, step 20)\n"
-        "- d.json: does not say of which weights\n"
+        "- d.json: does not name its weights\n"
         "- e.json: no accuracy in it\n"
         "- f.json: cannot be read"
     )

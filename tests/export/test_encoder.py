@@ -33,19 +33,19 @@ def test_timms_model_computes_what_our_encoder_computes(
     output = tmp_path / "encoder.safetensors"
     options = ["--checkpoint", str(run_dir), "--weights", weights, "--output", str(output)]
     assert export_weights(["encoder", *options]) == 0
-    told, call = capsys.readouterr().out.splitlines()
+    text, call = capsys.readouterr().out.splitlines()
     theirs = eval(call, {"timm": timm}).eval()
     tensors = load_file(output)
     theirs.load_state_dict(tensors, strict=True)
     numbers = f"{len(tensors)} tensors, {sum(p.numel() for p in theirs.parameters())} parameters"
-    assert told == (
+    assert text == (
         f"{output}: {weights} encoder at step {STEPS}, {numbers}, loaded back strictly into"
     )
     folder = layout.folder_of(run_dir / "checkpoints", STEPS)
     ours = build_student(config_from_dict(layout.read_state(folder)["config"], "x")).eval()
     reader = ChunkReader(folder)
     states = {
-        k.removeprefix(prefix): reader.read_whole(k) for k in reader.index if k.startswith(prefix)
+        k.removeprefix(prefix): reader.read_tensor(k) for k in reader.index if k.startswith(prefix)
     }
     ours.load_state_dict(states, strict=True)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def test_timms_model_computes_what_our_encoder_computes(
 
 
 def test_it_stands_beside_every_kept_checkpoint(run_dir: Path, tmp_path: Path) -> None:
-    folders = layout.candidates(run_dir / "checkpoints")
+    folders = layout.list_checkpoints(run_dir / "checkpoints")
     assert [layout.step_of(folder) for folder in folders] == [STEPS, STEPS - 2]
     for folder in folders:
         done = export_encoder(folder, tmp_path / f"{folder.name}.safetensors", "student")
@@ -89,7 +89,7 @@ def test_a_draft_of_a_run_that_goes_on_is_left_alone(run_dir: Path, tmp_path: Pa
 
 def test_wrong_places_and_outputs_are_clear_errors(run_dir: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "absent", run_dir / "index"):
-        with pytest.raises(CheckpointError, match=r"neither a checkpoint .* nor a run"):
+        with pytest.raises(CheckpointError, match=r"neither a run .* nor a checkpoint"):
             export_encoder(place, tmp_path / "x", "student")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="no checkpoint yet; train first"):

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cmtmae_scale.commands.export import export_folder, export_weights
+from cmtmae_scale.commands.export import export_weights
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export import full, hugging_face, timm_folder
 from cmtmae_scale.export.compare import require_agreement
+from cmtmae_scale.export.formats import export_folder
 from cmtmae_scale.export.full import load_full
 from cmtmae_scale.export.origin import Weights, open_origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
@@ -30,35 +31,35 @@ SIZE = 64
 
 
 @pytest.fixture
-def pictures() -> torch.Tensor:
+def pixels() -> torch.Tensor:
     return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def ours(run_dir: Path, weights: Weights, pictures: torch.Tensor) -> torch.Tensor:
-    return open_origin(run_dir, weights).encoder()(pictures)
+def ours(run_dir: Path, weights: Weights, pixels: torch.Tensor) -> torch.Tensor:
+    return open_origin(run_dir, weights).encoder()(pixels)
 
 
 def test_timm_takes_the_folder(
-    run_dir: Path, tmp_path: Path, pictures: torch.Tensor, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, tmp_path: Path, pixels: torch.Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "mine"
     options = ["--checkpoint", str(run_dir), "--weights", "momentum", "--output", str(output)]
     assert export_weights(["timm", *options]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith(f"{output}: an encoder for timm, momentum at step {STEPS}, loaded back")
-    assert "on 10 photographs" in told and str(run_dir.parent / "photos") in told
+    text = capsys.readouterr().out
+    assert text.startswith(f"{output}: an encoder for timm, momentum at step {STEPS}, loaded back")
+    assert "on 10 images" in text and str(run_dir.parent / "photos") in text
     names = ["README.md", "config.json", "model.safetensors"]
     assert [path.name for path in sorted(tmp_path.rglob("*.*"))] == names
     call = (output / "README.md").read_text()
     origin = open_origin(run_dir, "momentum")
     model = timm_folder.load_timm(output, origin)
-    expected = ours(run_dir, "momentum", pictures)
-    torch.testing.assert_close(model.forward_features(pictures), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(model(pictures), expected[:, 0], rtol=0, atol=1e-5)
+    expected = ours(run_dir, "momentum", pixels)
+    torch.testing.assert_close(model.forward_features(pixels), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(pixels), expected[:, 0], rtol=0, atol=1e-5)
     older = next(line for line in call.splitlines() if line.startswith("# timm < "))
     line = older.split(": ", 1)[1].replace("FOLDER", str(output))
     by_file = eval(line, {"timm": timm}).eval()
-    torch.testing.assert_close(by_file.forward_features(pictures), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_file.forward_features(pixels), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not timm_folder.reads_folders(), reason="this timm reads no such folder")
@@ -74,16 +75,14 @@ def test_timm_reads_preprocessing_and_takes_a_new_head(run_dir: Path, tmp_path: 
     assert (data["crop_pct"], data["interpolation"]) == (224 / 256, "bicubic")
 
 
-def test_transformers_takes_the_folder(
-    run_dir: Path, tmp_path: Path, pictures: torch.Tensor
-) -> None:
+def test_transformers_takes_the_folder(run_dir: Path, tmp_path: Path, pixels: torch.Tensor) -> None:
     transformers = pytest.importorskip("transformers")
-    told = export_folder("hf", run_dir, tmp_path / "x", "momentum", None)
-    assert f"loaded back by transformers {transformers.__version__}; largest difference" in told
+    text = export_folder("hf", run_dir, tmp_path / "x", "momentum", None)
+    assert f"loaded back by transformers {transformers.__version__}; largest difference" in text
     model = transformers.AutoModel.from_pretrained(tmp_path / "x", add_pooling_layer=False)
     assert type(model).__name__ == "ViTModel" and model.pooler is None
-    found = model.eval()(pixel_values=pictures).last_hidden_state
-    expected = ours(run_dir, "momentum", pictures)
+    found = model.eval()(pixel_values=pixels).last_hidden_state
+    expected = ours(run_dir, "momentum", pixels)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -132,13 +131,13 @@ def test_wrong_weights_are_never_published(
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_that_are_none_and_other_shapes_do_not_agree() -> None:
+def test_nan_and_other_shapes_do_not_agree() -> None:
     one = torch.ones(2, 3)
     assert require_agreement(one, one + 5e-5, "x").difference == pytest.approx(5e-5, rel=0.01)
     for other in (one + 2e-4, one * torch.nan, one * torch.inf):
         with pytest.raises(CheckpointError, match="x computes something else"):
             require_agreement(one, other, "x")
-    with pytest.raises(CheckpointError, match=r"x gives \[3, 2\] numbers in place of \[2, 3\]"):
+    with pytest.raises(CheckpointError, match=r"x returns shape \[3, 2\] in place of \[2, 3\]"):
         require_agreement(one, one.T, "x")
 
 
@@ -158,16 +157,16 @@ def test_photographs_are_needed_and_may_be_others(run_dir: Path, tmp_path: Path)
     away = photographs.with_name("away")
     photographs.rename(away)
     try:
-        with pytest.raises(ConfigError, match=r"not at hand .* give others with --images FOLDER"):
+        with pytest.raises(ConfigError, match=r"cannot be read .* name others with --images"):
             export_folder("full", run_dir, tmp_path / "x", "student", None)
         assert not list(tmp_path.iterdir())
         few = tmp_path / "few" / "a"
         few.mkdir(parents=True)
         for number in range(2):
             shutil.copy(away / "class0" / "000.jpg", few / f"{number}.jpg")
-        told = export_folder("full", run_dir, tmp_path / "x", "student", few.parent)
-        assert "on 2 photographs" in told
-        assert "number of images not at hand" in (tmp_path / "x" / "README.md").read_text()
+        text = export_folder("full", run_dir, tmp_path / "x", "student", few.parent)
+        assert "on 2 images" in text
+        assert "number of images unknown" in (tmp_path / "x" / "README.md").read_text()
         for path in few.iterdir():
             path.write_bytes(path.read_bytes()[:-400])
         with pytest.raises(DataError, match="none of 2 images could be decoded"):

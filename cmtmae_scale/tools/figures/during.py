@@ -1,4 +1,4 @@
-"""Pictures while a run goes on: the same images each time, from weights put together anew."""
+"""Figures during a run: the same images each time, with weights gathered from all ranks."""
 
 import logging
 import time
@@ -8,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale.backends.whole import whole_tensors
-from cmtmae_scale.cache.followed import SidecarTeacher
-from cmtmae_scale.cache.teacher import CachedTeacher
+from cmtmae_scale.backends.gather import gather_tensors
+from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
@@ -24,7 +23,7 @@ from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.online import OnlineTeacher
-from cmtmae_scale.tools.figures.columns import Networks, columns_of
+from cmtmae_scale.tools.figures.columns import Networks, compute_columns
 from cmtmae_scale.tools.figures.sheet import draw_sheet
 from dataloading.errors import DataError
 from dataloading.index import Index
@@ -33,22 +32,22 @@ from dataloading.one_pass import OnePass
 logger = logging.getLogger(__name__)
 
 COUNT = 8
-"""Images on a sheet."""
+"""Images per sheet."""
 PREFIXES = ("model.", "momentum.")
 
 
 class RunFigures:
-    """What a run's loop calls at its steps.
+    """Draws figure sheets during a run.
 
-    All ranks take part in putting weights together; the first one keeps them on the host, looks at
-    the images and draws. Networks of its own do that, so that nothing of the training is touched.
+    All ranks gather the weights; rank 0 keeps them on the host and draws with networks of its own,
+    so nothing of the training changes.
 
     Args:
         config: checked settings, with ``log.images_every``.
-        index: the run's images; some, evenly spread over it, are looked at, cut from the centre.
-        teacher: where the run gets its teacher's view from.
-        world: this process's place.
-        device: where the networks compute.
+        index: the run's images; centre crops of some, evenly spread over the index, are drawn.
+        teacher: the run's source of teacher views.
+        world: this process's rank and world size.
+        device: device of the networks.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class RunFigures:
             self.networks = Networks(online_teacher(teacher), model.eval(), momentum)
 
     def __call__(self, models: Models, progress: Progress) -> NDArray[np.uint8] | None:
-        """Draw the present state. A collective.
+        """Draw the present weights. A collective.
 
         Returns:
             The sheet, ``[height, width, 3]``, on rank 0.
@@ -84,18 +83,18 @@ class RunFigures:
         """
         fragments = models.backend.fragments()
         for prefix in PREFIXES:
-            whole = whole_tensors(fragments, prefix)
-            own = {name: value.cpu() for name, value in whole if self.draws}
-            if self.networks is not None and own:
-                self.networks.trained(prefix).load_state_dict(own, strict=True)
+            gathered = gather_tensors(fragments, prefix)
+            state = {name: value.cpu() for name, value in gathered if self.draws}
+            if self.networks is not None and state:
+                self.networks.trained(prefix).load_state_dict(state, strict=True)
         if self.networks is None:
             return None
         if self.images is None:
             sizes = view_sizes(self.config.views.image_size, self.networks.teacher)
-            self.images = read_images(self.index, sizes, self.config.data.workers, self.device)
+            self.images = read_crops(self.index, sizes, self.config.data.workers, self.device)
         scalars = scalars_at(self.config, progress.fraction)
-        columns = columns_of(self.config, self.networks, models.layout, self.images, scalars)
-        return draw_sheet(columns, caption(self.config, progress))
+        columns = compute_columns(self.config, self.networks, models.layout, self.images, scalars)
+        return draw_sheet(columns, sheet_title(self.config, progress))
 
 
 def open_figures(run: Run) -> list[SideTask]:
@@ -116,35 +115,36 @@ def open_figures(run: Run) -> list[SideTask]:
             if run.telemetry is not None and sheet is not None:
                 took_s = time.monotonic() - began
                 run.telemetry.record_figures(run.progress.step, sheet, took_s)
-        except (DataError, OSError) as error:  # of rank 0, for which no other rank waits
+        except (DataError, OSError) as error:  # on rank 0 alone; no other rank waits for it
             logger.warning("step %d: no figures: %s", run.progress.step, error)
 
     return [SideTask("figures", is_due, draw)]
 
 
 def online_teacher(source: TeacherSource | None) -> Teacher | None:
-    """The model itself: no cache has the views that are drawn."""
+    """Return the teacher model itself: no cache holds the drawn views."""
     if isinstance(source, CachedTeacher | SidecarTeacher):
-        return source.live
+        return source.online
     return source if isinstance(source, OnlineTeacher) else None
 
 
-def read_images(
+def read_crops(
     index: Index, sizes: tuple[int, ...], threads: int, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Centres of some images, evenly spread over the index, without those that cannot be decoded.
+    """Read centre crops of some decodable images, evenly spread over the index.
 
     Returns:
         uint8 ``[n, S, S, 3]`` for each size S.
 
     Raises:
-        DataError: if they cannot be read, or none can be decoded.
+        DataError: if images cannot be read, or none can be decoded.
     """
     ids = np.unique(np.linspace(0, len(index) - 1, COUNT).round().astype(np.int64))
-    found: list[Tensor] = []
+    crops: list[Tensor] = []
     for size in sizes:
         with OnePass(
-            *(index, ids),
+            index,
+            ids,
             micro_batch=len(ids),
             size=size,
             threads=threads,
@@ -154,12 +154,12 @@ def read_images(
             batch = next(images)
         if not bool(batch.valid.any()):
             raise DataError(f"none of the {len(ids)} images to be drawn can be decoded")
-        found.append(batch.images[0][batch.valid].to(device))
-    return tuple(found)
+        crops.append(batch.images[0][batch.valid].to(device))
+    return tuple(crops)
 
 
-def caption(config: Config, progress: Progress) -> str:
-    """Title that says which teacher, sampler and mixing weight are seen."""
+def sheet_title(config: Config, progress: Progress) -> str:
+    """Return a title with step, teacher, sampler and mixing weight."""
     parts = [f"step {progress.step}", f"{config.mask.ratio:.0%} hidden by {config.mask.sampler}"]
     need = needs(config)
     if need.teacher:

@@ -1,4 +1,4 @@
-"""Columns as one picture: a row an image, titles above, how to read it below."""
+"""A figure sheet: one row per image, one column per kind, titles above, legends below."""
 
 from collections.abc import Sequence
 
@@ -13,38 +13,45 @@ SIDE, GAP, MARGIN = 112, 6, 14
 """Pixels; 112 is a multiple of the usual grids, 7, 8, 14 and 16 patches wide."""
 TITLE, HEAD, FOOT = 30, 38, 24
 SMALLEST = 8
-"""Type size below which nobody can read."""
+"""Smallest legible type size."""
 INK, PALE, PAPER = (28, 28, 30), (104, 104, 110), (255, 255, 255)
 GREY = 0.55
 SHADES = (
-    *((0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122)),
-    *((229, 80, 100), (251, 135, 97), (254, 194, 135), (252, 253, 191)),
+    (0, 0, 4),
+    (28, 16, 68),
+    (79, 18, 123),
+    (129, 37, 129),
+    (181, 54, 122),
+    (229, 80, 100),
+    (251, 135, 97),
+    (254, 194, 135),
+    (252, 253, 191),
 )
 """From 0 to 1; the colour map magma by S. van der Walt and N. Smith (CC0)."""
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
 
 
 def draw_sheet(columns: Sequence[Column], title: str) -> NDArray[np.uint8]:
-    """Draw a sheet; returns its pixels, ``[height, width, 3]``."""
+    """Draw a sheet; returns its pixels, uint8 ``[height, width, 3]``."""
     rows = len(columns[0].values)
     width = 2 * MARGIN + len(columns) * (SIDE + GAP) - GAP
     top = MARGIN + TITLE + HEAD
     sheet = Image.new("RGB", (width, top + rows * (SIDE + GAP) + FOOT + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
-    write(pen, (MARGIN, MARGIN), title, 15, INK, width - 2 * MARGIN)
+    draw_text(pen, (MARGIN, MARGIN), title, 15, INK, width - 2 * MARGIN)
     for number, column in enumerate(columns):
         left = MARGIN + number * (SIDE + GAP)
-        write(pen, (left, MARGIN + TITLE), column.title, 13, INK, SIDE)
-        write(pen, (left, MARGIN + TITLE + 16), column.note, 12, PALE, SIDE)
+        draw_text(pen, (left, MARGIN + TITLE), column.title, 13, INK, SIDE)
+        draw_text(pen, (left, MARGIN + TITLE + 16), column.note, 12, PALE, SIDE)
         for row in range(rows):
-            sheet.paste(tile(column, row), (left, top + row * (SIDE + GAP)))
+            sheet.paste(draw_tile(column, row), (left, top + row * (SIDE + GAP)))
     foot = top + rows * (SIDE + GAP) + 4
     legend = "    ".join(dict.fromkeys(column.legend for column in columns if column.legend))
-    write(pen, (MARGIN, foot), legend, 12, PALE, width - 2 * MARGIN)
+    draw_text(pen, (MARGIN, foot), legend, 12, PALE, width - 2 * MARGIN)
     return np.asarray(sheet)
 
 
-def write(
+def draw_text(
     pen: ImageDraw.ImageDraw,
     place: tuple[int, int],
     text: str,
@@ -52,7 +59,7 @@ def write(
     colour: tuple[int, int, int],
     room: int,
 ) -> None:
-    """Write one line, smaller where it would not fit into ``room`` pixels, at last cut off."""
+    """Draw one line of text, shrunk to fit into ``room`` pixels and cut off as a last resort."""
     font = ImageFont.load_default(size)
     wide = pen.textlength(text, font)
     if wide > room:
@@ -62,27 +69,27 @@ def write(
     pen.text(place, text, colour, font)
 
 
-def tile(column: Column, row: int) -> Image.Image:
-    """One picture."""
+def draw_tile(column: Column, row: int) -> Image.Image:
+    """Draw one image's tile of a column."""
     values = column.values[row]
-    pixels = shade(values) if values.ndim == 2 else values.numpy()
-    picture = resize(pixels, LANCZOS if column.smooth else NEAREST)
+    pixels = apply_colour_map(values) if values.ndim == 2 else values.numpy()
+    tile = resize_to_tile(pixels, LANCZOS if column.smooth else NEAREST)
     if column.hidden is not None:
         cover = column.hidden[row].numpy()[..., None].repeat(3, axis=-1) * 1.0
-        covered = np.asarray(resize(cover, NEAREST)) > 0
+        covered = np.asarray(resize_to_tile(cover, NEAREST)) > 0
         plain = np.full(covered.shape, round(255 * GREY), np.uint8)
-        picture = Image.fromarray(np.where(covered, plain, np.asarray(picture)))
-    return picture
+        tile = Image.fromarray(np.where(covered, plain, np.asarray(tile)))
+    return tile
 
 
-def resize(pixels: NDArray[np.floating], how: Image.Resampling) -> Image.Image:
-    """Colours in [0, 1] ``[h, w, 3]`` as a picture of the tile's size."""
-    picture = Image.fromarray((255 * pixels).round().astype(np.uint8))
-    return picture.resize((SIDE, SIDE), how)
+def resize_to_tile(pixels: NDArray[np.floating], how: Image.Resampling) -> Image.Image:
+    """Resize colours in [0, 1] ``[h, w, 3]`` to the side of a tile."""
+    tile = Image.fromarray((255 * pixels).round().astype(np.uint8))
+    return tile.resize((SIDE, SIDE), how)
 
 
-def shade(values: Tensor) -> NDArray[np.float64]:
-    """Values in [0, 1] ``[h, w]`` as colours; grey where there is none."""
+def apply_colour_map(values: Tensor) -> NDArray[np.float64]:
+    """Map values in [0, 1] ``[h, w]`` to colours; NaN is grey."""
     numbers = values.double().numpy()
     knots = np.linspace(0, 1, len(SHADES))
     shades = np.array(SHADES) / 255

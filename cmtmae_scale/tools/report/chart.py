@@ -1,17 +1,17 @@
-"""Line charts as inline SVG, with a legend in words; colours come from the page's style."""
+"""Line charts as inline SVG, with a text legend; colours come from the page's style."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cmtmae_scale.tools.report.markup import number, text
+from cmtmae_scale.tools.report.markup import escape, format_number
 
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 50, 12, 10, 24
 BUCKETS = 150
-"""A longer line is drawn by the lowest and highest value of each of so many stretches."""
+"""A longer line is drawn by the lowest and highest value in each of this many intervals."""
 
 
 @dataclass
@@ -21,12 +21,12 @@ class Line:
     label: str
     points: list[Point]
     planned: bool = False
-    """What the settings say, not what was measured: thin and grey."""
+    """Whether the values are scheduled, not measured: thin and grey."""
 
 
 @dataclass
 class Band:
-    """Lowest and highest of several runs."""
+    """Lowest and highest value of several runs."""
 
     label: str
     points: list[tuple[float, float, float]]
@@ -34,7 +34,7 @@ class Band:
 
 @dataclass
 class Chart:
-    """What is drawn in one frame."""
+    """Lines, bands and levels in one frame."""
 
     title: str
     lines: list[Line]
@@ -44,9 +44,9 @@ class Chart:
     """Horizontal lines: value and meaning."""
 
 
-def draw(chart: Chart) -> str:
-    """A chart as a figure."""
-    # A line without points keeps its colour's number: in a comparison a run has one colour.
+def draw_chart(chart: Chart) -> str:
+    """Return a chart as an HTML figure."""
+    # A line without points keeps its colour, so that a run has one colour in a comparison.
     numbered = zip(chart.lines, colour_numbers(chart.lines), strict=True)
     pairs = [(line, colour) for line, colour in numbered if line.points]
     shown = [line for line, _ in pairs]
@@ -54,45 +54,45 @@ def draw(chart: Chart) -> str:
     marks = [frame.grid()]
     marks += [frame.band(band) for band in chart.bands]
     marks += [frame.level(value, meaning) for value, meaning in chart.levels]
-    # plans first, so that what was measured lies above
+    # schedules first, so that measured lines lie above
     order = sorted(pairs, key=lambda pair: not pair[0].planned)
     marks += [frame.line(line, colour) for line, colour in order]
-    said = "; ".join(describe(line) for line in shown if not line.planned)
-    note = f'<p class="note">{text(chart.note)}</p>' if chart.note else ""
+    summary = "; ".join(summarise_line(line) for line in shown if not line.planned)
+    note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
     return (
-        f'<figure class="chart"><figcaption>{text(chart.title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(said)}">'
-        f"{''.join(marks)}</svg>{legend(pairs, chart.bands)}{note}</figure>"
+        f'<figure class="chart"><figcaption>{escape(chart.title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">'
+        f"{''.join(marks)}</svg>{chart_legend(pairs, chart.bands)}{note}</figure>"
     )
 
 
 def colour_numbers(lines: Sequence[Line]) -> list[int]:
-    """Number of each line's colour; 0 is that of plans."""
+    """Return the colour number of each line; 0 is the colour of schedules."""
     measured = iter(range(1, len(lines) + 1))
     return [0 if line.planned else (next(measured) - 1) % 6 + 1 for line in lines]
 
 
-def describe(line: Line) -> str:
-    """A line in words, for those who do not see it."""
+def summarise_line(line: Line) -> str:
+    """Return first and last value of a line, for screen readers."""
     (first, before), (last, after) = line.points[0], line.points[-1]
     return (
-        f"{line.label}: {number(before)} at step {number(first)}, "
-        f"{number(after)} at step {number(last)}"
+        f"{line.label}: {format_number(before)} at step {format_number(first)}, "
+        f"{format_number(after)} at step {format_number(last)}"
     )
 
 
-def legend(lines: Sequence[tuple[Line, int]], bands: Sequence[Band]) -> str:
-    """Labels with the last value of what was measured."""
+def chart_legend(lines: Sequence[tuple[Line, int]], bands: Sequence[Band]) -> str:
+    """Return labels, with the last value of measured lines."""
     items = [
         f'<li><svg class="key" viewBox="0 0 26 8" aria-hidden="true">'
-        f'<path class="s{colour}" d="M1 4H25"/></svg>{text(line.label)}'
-        + ("" if line.planned else f" <b>{number(line.points[-1][1])}</b>")
+        f'<path class="s{colour}" d="M1 4H25"/></svg>{escape(line.label)}'
+        + ("" if line.planned else f" <b>{format_number(line.points[-1][1])}</b>")
         + "</li>"
         for line, colour in lines
     ]
     items += [
         '<li><svg class="key" viewBox="0 0 26 8" aria-hidden="true">'
-        f'<rect class="band" width="26" height="8"/></svg>{text(band.label)}</li>'
+        f'<rect class="band" width="26" height="8"/></svg>{escape(band.label)}</li>'
         for band in bands
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
@@ -100,7 +100,7 @@ def legend(lines: Sequence[tuple[Line, int]], bands: Sequence[Band]) -> str:
 
 @dataclass
 class Frame:
-    """The plane of a chart."""
+    """Ranges and co-ordinates of a chart."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -112,7 +112,7 @@ class Frame:
         bands: Sequence[Band],
         levels: Sequence[tuple[float, str]],
     ) -> "Frame":
-        """A frame that holds everything, with some air above and below."""
+        """Return a frame that holds everything, with padding above and below."""
         xs = [x for line in lines for x, _ in line.points]
         ys = [y for line in lines for _, y in line.points]
         right = max(xs, default=1.0)
@@ -124,31 +124,32 @@ class Frame:
         return cls((min(0.0, min(xs, default=0.0)), max(right, 1.0)), (floor, high + pad))
 
     def place(self, x: float, y: float) -> str:
-        """Co-ordinates in the picture."""
+        """Return SVG co-ordinates."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         left = LEFT + across * (WIDTH - LEFT - RIGHT)
         return f"{left:.1f} {HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM):.1f}"
 
     def grid(self) -> str:
-        """Lines and labels of both axes."""
+        """Draw lines and labels of both axes."""
         marks: list[str] = []
-        for y in ticks(*self.y):
+        for y in round_ticks(*self.y):
             start, end = self.place(self.x[0], y), self.place(self.x[1], y)
             marks.append(f'<path class="grid" d="M{start}L{end}"/>')
             height = start.split()[1]
             marks.append(
-                f'<text class="left" x="{LEFT - 6}" y="{height}" dy=".35em">{number(y)}</text>'
+                f'<text class="left" x="{LEFT - 6}" y="{height}" dy=".35em">'
+                f"{format_number(y)}</text>"
             )
-        for x in ticks(*self.x):
+        for x in round_ticks(*self.x):
             across = self.place(x, self.y[0]).split()[0]
             edge = ' class="end"' if float(across) > WIDTH - RIGHT - 20 else ' class="middle"'
-            marks.append(f'<text{edge} x="{across}" y="{HEIGHT - 7}">{number(x)}</text>')
+            marks.append(f'<text{edge} x="{across}" y="{HEIGHT - 7}">{format_number(x)}</text>')
         return "".join(marks)
 
     def line(self, line: Line, colour: int) -> str:
-        """A curve, or a dot where there is but one point."""
-        points = thin(line.points)
+        """Draw a curve, or a dot for a single point."""
+        points = thin_out(line.points)
         if len(points) == 1:
             x, y = self.place(*points[0]).split()
             return f'<circle class="s{colour}" cx="{x}" cy="{y}" r="3"/>'
@@ -157,7 +158,7 @@ class Frame:
         return f'<path class="s{colour}" d="M{drawn}"/>'
 
     def band(self, band: Band) -> str:
-        """An area."""
+        """Draw an area."""
         inside = [point for point in band.points if point[0] <= self.x[1]]
         if not inside:
             return ""
@@ -166,31 +167,32 @@ class Frame:
         return f'<path class="band" d="M{"L".join(upper + lower)}Z"/>'
 
     def level(self, value: float, meaning: str) -> str:
-        """A horizontal line with its meaning written on it."""
+        """Draw a horizontal line with a label."""
         start, end = self.place(self.x[0], value), self.place(self.x[1], value)
         height = float(start.split()[1])
         above = height - 5 if height > TOP + 18 else height + 13
         return (
             f'<path class="level" d="M{start}L{end}"/>'
-            f'<text class="end meaning" x="{WIDTH - RIGHT}" y="{above:.1f}">{text(meaning)}</text>'
+            f'<text class="end meaning" x="{WIDTH - RIGHT}" y="{above:.1f}">'
+            f"{escape(meaning)}</text>"
         )
 
 
-def thin(points: Sequence[Point]) -> list[Point]:
-    """Keep the lowest and the highest point of each stretch of a long line: peaks stay."""
+def thin_out(points: Sequence[Point]) -> list[Point]:
+    """Keep the lowest and the highest point in each interval of a long line: peaks stay."""
     if len(points) <= 2 * BUCKETS:
         return list(points)
     kept: list[Point] = []
-    for number_ in range(BUCKETS):
-        low, high = (len(points) * k // BUCKETS for k in (number_, number_ + 1))
-        stretch = points[low:high]
-        ends = (min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1]))
+    for bucket in range(BUCKETS):
+        low, high = (len(points) * k // BUCKETS for k in (bucket, bucket + 1))
+        interval = points[low:high]
+        ends = (min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1]))
         kept += sorted(set(ends))
     return [points[0], *(p for p in kept if p not in (points[0], points[-1])), points[-1]]
 
 
-def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round numbers within a range."""
+def round_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Return round numbers within a range."""
     raw = (high - low) / wanted
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * 0.999)

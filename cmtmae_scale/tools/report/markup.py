@@ -1,17 +1,17 @@
-"""Pieces of HTML; every text is escaped here."""
+"""HTML elements; every text is escaped here."""
 
 import html
 import math
 from collections.abc import Iterable, Sequence
 
 
-def text(value: object) -> str:
-    """A value as escaped text."""
+def escape(value: object) -> str:
+    """Return a value as escaped text."""
     return html.escape(str(value))
 
 
-def number(value: object, digits: int = 4) -> str:
-    """A number for people: 4 digits, no trailing zeros, ``1e-5``; a dash for anything else."""
+def format_number(value: object, digits: int = 4) -> str:
+    """Format a number with 4 digits and no trailing zeros, as ``1e-5``; a dash for other values."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     if value == int(value) and abs(value) < 1e7:
@@ -24,33 +24,33 @@ def number(value: object, digits: int = 4) -> str:
     return mantissa + (f"e{int(exponent)}" if mark else "")
 
 
-def percent(value: object) -> str:
-    """A share in per cent; a dash for anything else."""
+def format_percent(value: object) -> str:
+    """Format a fraction in per cent; a dash for other values."""
     return f"{100 * value:.1f} %" if isinstance(value, int | float) else "-"
 
 
 def paragraph(sentence: str, kind: str = "") -> str:
-    """A paragraph of plain text."""
-    return f"<p{attribute(kind)}>{text(sentence)}</p>"
+    """Return a paragraph of plain text."""
+    return f"<p{class_attribute(kind)}>{escape(sentence)}</p>"
 
 
-def attribute(kind: str) -> str:
-    """A class attribute, if there is a class."""
+def class_attribute(kind: str) -> str:
+    """Return a class attribute; empty without a class."""
     return f' class="{kind}"' if kind else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int | None = None) -> str:
-    """A table that scrolls by itself where it is too wide.
+    """Return a table that scrolls where it is too wide.
 
     Args:
         head: titles of the columns.
         rows: cells; the first of a row is its title.
-        numbers: columns from this one on are aligned as numbers; ``None``: none.
+        numbers: first column that is aligned as numbers; ``None``: no column.
     """
 
-    def cell(place: int, value: object, kind: str = "td") -> str:
-        right = ' class="number"' if numbers is not None and place >= numbers else ""
-        return f"<{kind}{right}>{text(value)}</{kind}>"
+    def cell(column: int, value: object, kind: str = "td") -> str:
+        right = ' class="number"' if numbers is not None and column >= numbers else ""
+        return f"<{kind}{right}>{escape(value)}</{kind}>"
 
     first = "".join(cell(i, name, "th") for i, name in enumerate(head))
     body = "".join(
@@ -64,17 +64,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int | 
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
-    """Names and values."""
-    items = "".join(f"<div><dt>{text(a)}</dt><dd>{text(b)}</dd></div>" for a, b in pairs)
+    """Return a list of names and values."""
+    items = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>" for a, b in pairs)
     return f'<dl class="facts">{items}</dl>'
 
 
 def section(title: str, anchor: str, *parts: str) -> str:
-    """A titled part of the page."""
-    return f'<section id="{anchor}"><h2>{text(title)}</h2>{"".join(parts)}</section>'
+    """Return a section with a title."""
+    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
 
 
 def details(title: str, *parts: str, opened: bool = False) -> str:
-    """A part that can be folded."""
+    """Return a collapsible element."""
     mark = " open" if opened else ""
-    return f"<details{mark}><summary>{text(title)}</summary>{''.join(parts)}</details>"
+    return f"<details{mark}><summary>{escape(title)}</summary>{''.join(parts)}</details>"

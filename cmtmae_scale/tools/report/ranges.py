@@ -1,56 +1,58 @@
-"""What is expected of a run: its schedules, and what other runs of the same settings did."""
+"""Expected values of a run: its schedules, and other runs of the same settings."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from cmtmae_scale.engine.progress import scalars_at
-from cmtmae_scale.engine.resume import FREE, listed
+from cmtmae_scale.engine.resume import FREE_KEYS, is_listed
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
+from cmtmae_scale.pretraining.scalars import scalars_at
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.tools.report.chart import Band, Line, Point
 from cmtmae_scale.tools.report.run import Run, read_run
 
 KEPT = ("data.path", "data.source")
-"""May change at a resume, for the images are compared there; here they must be equal."""
+"""Free at a resume, which compares the images themselves; here they must be equal."""
 PLANNED_POINTS = 120
 
 
-def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that two runs must share to be runs of one recipe: all that count but the seed."""
+def recipe_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that runs of one recipe share: those with an effect, but the seed."""
     return {
         key: value
         for key, value in settings.items()
-        if key in KEPT or not (listed(key, FREE) or key == "run.seed")
+        if key in KEPT
+        or not (is_listed(key, FREE_KEYS + Pretraining.free_keys) or key == "run.seed")
     }
 
 
-def earlier_runs(run: Run, given: Sequence[Run]) -> list[Run]:
-    """Finished runs of the same recipe: those given, and those in folders beside.
+def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
+    """Return finished runs of the same recipe: the given runs, and runs in sibling folders.
 
-    Only these say what to expect; without one no range is drawn.
+    Without such a run no range is drawn.
     """
     if not run.settings:
         return []
-    known = {one.dir.resolve(): one for one in given}
+    known = {other.dir.resolve(): other for other in given}
     own = run.dir.resolve()
     for folder in sorted(own.parent.iterdir()):
         if folder not in known and (folder / "exit.json").exists():
             try:
                 known[folder] = read_run(folder)
             except (ConfigError, OSError):
-                continue  # not a run, or not ours to read
+                continue  # not a run, or not readable
     return [
-        one
-        for folder, one in known.items()
+        other
+        for folder, other in known.items()
         if folder != own
-        and one.exit is not None
-        and one.exit.get("code") == EXIT_DONE
-        and identity(one.settings) == identity(run.settings)
+        and other.exit is not None
+        and other.exit.get("code") == EXIT_DONE
+        and recipe_settings(other.settings) == recipe_settings(run.settings)
     ]
 
 
-def expected(runs: Sequence[Run], name: str) -> tuple[list[Line], list[Band]]:
-    """Lowest and highest value of other runs at each step, or the one run's own line."""
+def expected_range(runs: Sequence[Run], name: str) -> tuple[list[Line], list[Band]]:
+    """Return the range of other runs at each step, or the line of a single other run."""
     curves = [curve for run in runs if (curve := run.series(name))]
     if not curves:
         return [], []
@@ -59,13 +61,15 @@ def expected(runs: Sequence[Run], name: str) -> tuple[list[Line], list[Band]]:
     steps = sorted({step for curve in curves for step, _ in curve})
     points: list[tuple[float, float, float]] = []
     for step in steps:
-        values = [value for curve in curves if (value := at(curve, step)) is not None]
+        values = [
+            value for curve in curves if (value := interpolate_curve(curve, step)) is not None
+        ]
         points.append((step, min(values), max(values)))
     return [], [Band(f"range of {len(curves)} other runs of these settings", points)]
 
 
-def at(curve: Sequence[Point], step: float) -> float | None:
-    """Value of a curve between its points; ``None`` outside."""
+def interpolate_curve(curve: Sequence[Point], step: float) -> float | None:
+    """Interpolate a curve linearly; ``None`` outside."""
     place = bisect_left(curve, step, key=lambda point: point[0])
     if place == len(curve):
         return None
@@ -76,8 +80,8 @@ def at(curve: Sequence[Point], step: float) -> float | None:
     return before + (after - before) * (step - left) / (right - left)
 
 
-def planned(run: Run, name: str) -> list[Point]:
-    """A scheduled number over the whole run; empty where the schedule is not known for sure."""
+def scheduled_values(run: Run, name: str) -> list[Point]:
+    """Return a scheduled value over the whole run; empty where the schedule is unknown."""
     end = run.end_step
     if run.config is None or not end or run.state.get("progress", {}).get("step0", 0):
         return []

@@ -1,6 +1,6 @@
-"""Everything that a run's folder says, read with care: any of it may be absent, damaged or growing.
+"""Content of a run's folder; files may be absent, damaged or growing.
 
-What cannot be read becomes a sentence in ``Run.troubles``, never an error.
+An unreadable file becomes a sentence in ``Run.problems``, never an error.
 """
 
 import json
@@ -18,16 +18,16 @@ from cmtmae_scale.engine.resume import flatten
 from cmtmae_scale.errors import ConfigError
 
 FILES = ("config.yaml", "log.jsonl", "exit.json", "starts.jsonl", "checkpoints")
-"""Any of them makes a folder a run's."""
+"""Any of these files identifies a run's folder."""
 
 
 @dataclass
 class Run:
-    """One run."""
+    """One run as its files record it."""
 
     dir: Path
     label: str
-    """Name for people, unlike those of other runs on the page."""
+    """Name in the report, unique on the page."""
     config: Config | None = None
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Resolved settings by full key."""
@@ -35,21 +35,21 @@ class Run:
     """Entries of the log by step, finite numbers only."""
     incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     exit: dict[str, Any] | None = None
-    starts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    launches: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     bad_files: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    pictures: list[tuple[int, Path]] = field(default_factory=list[tuple[int, Path]])
+    figures: list[tuple[int, Path]] = field(default_factory=list[tuple[int, Path]])
     """Step and file."""
     results: list[tuple[str, dict[str, Any]]] = field(
         default_factory=list[tuple[str, dict[str, Any]]]
     )
-    """Name and content of each file of ``evaluate.py``."""
+    """Name and content of each result file of ``evaluate.py``."""
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of the newest checkpoint."""
     num_images: int | None = None
     num_classes: int | None = None
     """Of the evaluation during the run."""
-    troubles: list[str] = field(default_factory=list[str])
-    """What could not be read."""
+    problems: list[str] = field(default_factory=list[str])
+    """Files that could not be read."""
 
     @property
     def last_step(self) -> int:
@@ -63,11 +63,11 @@ class Run:
         return planned or (self.config.train.steps if self.config is not None else None)
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """Steps and values of one number."""
+        """Return steps and values of one logged name."""
         return [(entry["step"], entry[name]) for entry in self.entries if name in entry]
 
     def last(self, name: str) -> float | None:
-        """Newest value of a number."""
+        """Return the newest value of one logged name."""
         return next((entry[name] for entry in reversed(self.entries) if name in entry), None)
 
 
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
         ConfigError: if the folder is not a run's.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; name what run.dir named")
+        raise ConfigError(f"{folder}: no such folder; name what run.output_dir named")
     if not any((folder / name).exists() for name in FILES):
         raise ConfigError(
             f"{folder}: is not a run's folder, it has none of {', '.join(FILES)}; name what "
@@ -89,37 +89,37 @@ def read_run(folder: Path) -> Run:
     for line in json_lines(run, "log.jsonl"):
         step = line.get("step")
         if not isinstance(step, int | float) or not math.isfinite(step):
-            run.troubles.append("log.jsonl has an entry without a step; it is passed over")
+            run.problems.append("log.jsonl has an entry without a step; the entry is ignored")
         elif "incident" in line:
             run.incidents.append(line)
         else:
-            run.entries.append({key: value for key, value in line.items() if is_number(value)})
+            run.entries.append({key: value for key, value in line.items() if is_drawable(value)})
     run.entries.sort(key=lambda entry: entry["step"])
     run.exit = read_json(run, folder / "exit.json")
-    run.starts = [readable(start) for start in json_lines(run, "starts.jsonl")]
+    run.launches = [valid_launch(launch) for launch in json_lines(run, "starts.jsonl")]
     run.bad_files = list(json_lines(run, "quarantine.jsonl"))
-    run.pictures = find_pictures(folder / "pictures")
+    run.figures = find_figures(folder / "figures")
     for path in sorted((folder / "evaluation").glob("*.json")):
         found = read_json(run, path)
         if found is not None:
             run.results.append((path.name, found))
     states = sorted((folder / "checkpoints").glob("step-*/state.json"))
     run.state = (read_json(run, states[-1]) if states else None) or {}
-    run.num_images = length(read_json(run, folder / "index" / "index.json"), "names")
+    run.num_images = list_length(read_json(run, folder / "index" / "index.json"), "names")
     evaluated = folder / "evaluation" / "train-index" / "index.json"
-    run.num_classes = length(read_json(run, evaluated), "labels")
+    run.num_classes = list_length(read_json(run, evaluated), "labels")
     return run
 
 
 def read_settings(run: Run) -> None:
-    """Read ``config.yaml``, strictly if it is of this version, else as it is."""
+    """Read ``config.yaml``: as a config if it is this version's, else as a plain mapping."""
     path = run.dir / "config.yaml"
     if not path.exists():
         return
     try:
         run.config = load_config(path)
     except ConfigError as error:
-        run.troubles.append(f"config.yaml is not this version's: {error}")
+        run.problems.append(f"config.yaml is not this version's: {error}")
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -130,12 +130,12 @@ def read_settings(run: Run) -> None:
 
 
 def json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines; others are counted as a trouble."""
+    """Yield the objects of a JSON lines file; other lines are reported as a problem."""
     path = run.dir / name
     try:
         text = path.read_text(errors="replace") if path.exists() else ""
     except OSError as error:
-        run.troubles.append(f"{name} cannot be read ({error.strerror})")
+        run.problems.append(f"{name} cannot be read ({error.strerror})")
         return
     broken: list[int] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -150,7 +150,7 @@ def json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
     if broken:
         what = "line" if len(broken) == 1 else "lines"
         shown = ", ".join(map(str, broken[:5])) + (" ..." if len(broken) > 5 else "")
-        run.troubles.append(f"{name}: {what} {shown} cannot be read; the rest is used")
+        run.problems.append(f"{name}: {what} {shown} cannot be read; the rest is used")
 
 
 def read_json(run: Run, path: Path) -> dict[str, Any] | None:
@@ -163,28 +163,30 @@ def read_json(run: Run, path: Path) -> dict[str, Any] | None:
         found = None
     if isinstance(found, dict):
         return cast(dict[str, Any], found)
-    run.troubles.append(f"{path.relative_to(run.dir)} cannot be read")
+    run.problems.append(f"{path.relative_to(run.dir)} cannot be read")
     return None
 
 
-def readable(start: dict[str, Any]) -> dict[str, Any]:
-    """An entry of ``starts.jsonl`` without what is not of its kind."""
+def valid_launch(launch: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry of ``starts.jsonl`` without values of a wrong type."""
     kinds = {"overrides": list, "versions": dict}
-    return {key: value for key, value in start.items() if isinstance(value, kinds.get(key, object))}
+    return {
+        key: value for key, value in launch.items() if isinstance(value, kinds.get(key, object))
+    }
 
 
-def find_pictures(folder: Path) -> list[tuple[int, Path]]:
-    """Pictures by step."""
+def find_figures(folder: Path) -> list[tuple[int, Path]]:
+    """Return figure sheets by step."""
     found = [(path.stem.removeprefix("step-"), path) for path in folder.glob("step-*.png")]
     return sorted((int(number), path) for number, path in found if number.isdecimal())
 
 
-def is_number(value: Any) -> bool:
-    """Whether a log value can be drawn."""
+def is_drawable(value: Any) -> bool:
+    """Return whether a log value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def length(found: dict[str, Any] | None, key: str) -> int | None:
-    """Length of a list in a JSON object."""
+def list_length(found: dict[str, Any] | None, key: str) -> int | None:
+    """Return the length of a list in a JSON object."""
     value = None if found is None else found.get(key)
     return len(cast(list[Any], value)) if isinstance(value, list) else None

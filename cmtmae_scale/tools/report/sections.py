@@ -1,4 +1,4 @@
-"""The parts of a run's report; each says in words what is not there."""
+"""Sections of a run's report; each names the data that is missing."""
 
 import base64
 from collections.abc import Sequence
@@ -7,33 +7,33 @@ import yaml
 
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
-from cmtmae_scale.tools.report.chart import Chart, draw
+from cmtmae_scale.tools.report.chart import Chart, draw_chart
 from cmtmae_scale.tools.report.curves import evaluation_charts, time_charts, training_charts
 from cmtmae_scale.tools.report.markup import (
     details,
+    escape,
     facts,
-    number,
+    format_number,
+    format_percent,
     paragraph,
-    percent,
     section,
     table,
-    text,
 )
 from cmtmae_scale.tools.report.run import Run
-from cmtmae_scale.tools.report.spent import spent
+from cmtmae_scale.tools.report.spent import time_bar
 
 SHOWN = 20
-"""Rows of a table of incidents."""
+"""Rows per table of incidents."""
 OUTCOMES = {
     EXIT_DONE: ("good", "done"),
     EXIT_STOPPED: ("fair", "stopped; the same command continues"),
     EXIT_CONFIG: ("bad", "will not work as configured"),
-    EXIT_NO_PROGRESS: ("bad", "no progress over several starts"),
+    EXIT_NO_PROGRESS: ("bad", "no progress over several launches"),
 }
 
 
-def outcome(run: Run) -> tuple[str, str]:
-    """How the run ended: kind of badge, and words."""
+def run_outcome(run: Run) -> tuple[str, str]:
+    """Return the outcome of a run: kind of badge, and text."""
     if run.exit is None:
         return "fair", "not ended: still running, or killed"
     code, step = run.exit.get("code"), run.exit.get("step")
@@ -44,77 +44,77 @@ def outcome(run: Run) -> tuple[str, str]:
 
 
 def headline(run: Run) -> str:
-    """Outcome and key figures."""
-    kind, words = outcome(run)
+    """Return outcome and key values."""
+    kind, words = run_outcome(run)
     end = run.end_step
-    steps = number(run.last_step) + (f" of {number(end)}" if end else "")
+    steps = format_number(run.last_step) + (f" of {format_number(end)}" if end else "")
     cards: list[tuple[str, str, str]] = [("steps", steps, "")]
     losses = run.series("loss/total")
     if losses:
-        cards.append(("loss", number(losses[-1][1]), f"from {number(losses[0][1])}"))
+        cards.append(("loss", format_number(losses[-1][1]), f"from {format_number(losses[0][1])}"))
     agreement = run.series("attention/agreement")
     if agreement:
-        started = f"from {agreement[0][1]:.2f}"
-        cards.append(("attention agreement", f"{agreement[-1][1]:.2f}", started))
+        first = f"from {agreement[0][1]:.2f}"
+        cards.append(("attention agreement", f"{agreement[-1][1]:.2f}", first))
     for name, label in (("eval/knn10", "k-NN accuracy"), ("eval/linear", "linear accuracy")):
         if run.last(name) is not None:
-            chance = f"chance {percent(1 / run.num_classes)}" if run.num_classes else ""
-            cards.append((label, percent(run.last(name)), chance))
+            chance = f"chance {format_percent(1 / run.num_classes)}" if run.num_classes else ""
+            cards.append((label, format_percent(run.last(name)), chance))
     if run.last("images_s") is not None:
-        cards.append(("views a second", number(run.last("images_s"), 3), ""))
+        cards.append(("views per second", format_number(run.last("images_s"), 3), ""))
     items = "".join(
-        f"<div><dt>{text(a)}</dt><dd>{text(b)}<small>{text(c)}</small></dd></div>"
+        f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>"
         for a, b, c in cards
     )
     reason = str((run.exit or {}).get("reason", ""))
-    told = f"<span>{text(reason)}</span>" if reason not in ("", "done") else ""
+    detail = f"<span>{escape(reason)}</span>" if reason not in ("", "done") else ""
     return (
-        f'<p class="outcome"><b class="badge {kind}">{text(words)}</b>{told}</p>'
+        f'<p class="outcome"><b class="badge {kind}">{escape(words)}</b>{detail}</p>'
         f'<dl class="cards">{items}</dl>'
     )
 
 
 def identity_section(run: Run, anchor: str) -> str:
-    """What was run."""
+    """Return settings, launches and problems."""
     if not run.settings:
-        body = paragraph("The folder has no readable config.yaml, so its settings are not known.")
-        return section("What was run", anchor, body, troubles(run))
+        body = paragraph("The folder has no readable config.yaml, so the settings are unknown.")
+        return section("Run", anchor, body, problem_list(run))
     return section(
-        "What was run",
+        "Run",
         anchor,
-        facts(described(run)),
-        started(run),
-        troubles(run),
-        details("All settings", f"<pre>{text(as_yaml(run))}</pre>"),
+        facts(key_settings(run)),
+        launch_table(run),
+        problem_list(run),
+        details("All settings", f"<pre>{escape(settings_yaml(run))}</pre>"),
     )
 
 
-def described(run: Run) -> list[tuple[str, object]]:
-    """The settings that say most."""
+def key_settings(run: Run) -> list[tuple[str, object]]:
+    """Return the main settings."""
     get = run.settings.get
-    images = f"{number(run.num_images)} images" if run.num_images else "number of images not known"
+    count = format_number(run.num_images) if run.num_images else "unknown number of"
     length = (
         f"{get('train.steps')} steps" if get("train.steps") else f"{get('train.epochs')} epochs"
     )
     backend = f"{get('backend.name')}, {get('backend.precision')}"
     patch = f", patches of {get('student.patch_size')}" if get("student.patch_size") else ""
-    masks = get("mask.masks_per_view", 1)
+    ratio, masks = format_percent(get("mask.ratio")), get("mask.masks_per_view", 1)
     pairs: list[tuple[str, object]] = [
         ("folder", run.dir),
         ("student", f"{get('student.arch')} at {get('views.image_size')} pixels{patch}"),
-        ("teacher", teacher(run)),
-        ("masks", f"{get('mask.sampler')}, {percent(get('mask.ratio'))} hidden, {masks} a view"),
+        ("teacher", teacher_setting(run)),
+        ("masks", f"{get('mask.sampler')}, {ratio} masked, {masks} per view"),
         ("decoder", f"{get('decoder.type')}, {get('decoder.depth')} blocks"),
-        ("data", f"{get('data.path')}: {images}"),
-        ("length", f"{length} of {number(get('train.global_batch_size'))} views"),
+        ("data", f"{get('data.path')}: {count} images"),
+        ("length", f"{length} of {format_number(get('train.global_batch_size'))} views"),
         ("backend", backend + (", compiled" if get("backend.compile") else "")),
         ("seed", get("run.seed")),
     ]
     return pairs
 
 
-def teacher(run: Run) -> str:
-    """Which teacher, in words."""
+def teacher_setting(run: Run) -> str:
+    """Name the teacher, its weights and mode."""
     get = run.settings.get
     unused = run.config is not None and not needs(run.config).teacher
     if unused or get("teacher.mode") == "none":
@@ -123,148 +123,152 @@ def teacher(run: Run) -> str:
     return f"{get('teacher.model')} of {get('teacher.library')} ({weights}), {get('teacher.mode')}"
 
 
-def started(run: Run) -> str:
-    """Recipe, overrides and versions of each start."""
-    if not run.starts:
-        return paragraph("Recipe, overrides and versions of its starts were not recorded.", "note")
+def launch_table(run: Run) -> str:
+    """Return recipe, overrides and versions of each launch."""
+    if not run.launches:
+        return paragraph("Recipe, overrides and versions were not recorded.", "note")
     rows = [
         (
-            start.get("time", "-"),
-            number(start.get("step")),
-            start.get("recipe", "-"),
-            "  ".join(map(str, start.get("overrides") or ["none"])),
-            f"{start.get('world_size', '-')} x {start.get('device', '-')}",
-            ", ".join(f"{a} {b}" for a, b in (start.get("versions") or {}).items()),
+            launch.get("time", "-"),
+            format_number(launch.get("step")),
+            launch.get("recipe", "-"),
+            "  ".join(map(str, launch.get("overrides") or ["none"])),
+            f"{launch.get('world_size', '-')} x {launch.get('device', '-')}",
+            ", ".join(f"{a} {b}" for a, b in (launch.get("versions") or {}).items()),
         )
-        for start in run.starts
+        for launch in run.launches
     ]
-    head = ("start (UTC)", "from step", "recipe", "overrides", "ranks", "versions")
+    head = ("launch (UTC)", "from step", "recipe", "overrides", "ranks", "versions")
     return table(head, rows)
 
 
-def as_yaml(run: Run) -> str:
-    """Settings as ``group.key: value`` lines."""
+def settings_yaml(run: Run) -> str:
+    """Return the settings as ``group.key: value`` lines."""
     return yaml.safe_dump(run.settings, sort_keys=False, default_flow_style=None, width=1000)
 
 
-def troubles(run: Run) -> str:
-    """What could not be read."""
-    return "".join(paragraph(one, "trouble") for one in run.troubles)
+def problem_list(run: Run) -> str:
+    """Return the files that could not be read."""
+    return "".join(paragraph(problem, "problem") for problem in run.problems)
 
 
-def charts(found: Sequence[Chart]) -> str:
-    """Charts side by side."""
-    return f'<div class="charts">{"".join(draw(one) for one in found)}</div>'
+def draw_charts(found: Sequence[Chart]) -> str:
+    """Draw charts side by side."""
+    return f'<div class="charts">{"".join(map(draw_chart, found))}</div>'
 
 
 def curves_section(run: Run, others: Sequence[Run], anchor: str) -> str:
-    """Curves, and where the expected range comes from."""
+    """Return curves, and the source of the expected range."""
     if not run.entries:
         return section("Curves", anchor, paragraph("The log has no entry yet."))
     if others:
-        names = ", ".join(f"{one.dir.name} (seed {one.settings.get('run.seed')})" for one in others)
-        said = f"Expected range: finished runs of the same settings, {names}."
-    else:
-        said = (
-            "No finished run of the same settings lies beside this one, so no range of results is "
-            "drawn; thin grey lines are what the schedules plan."
+        names = ", ".join(
+            f"{other.dir.name} (seed {other.settings.get('run.seed')})" for other in others
         )
-    return section("Curves", anchor, charts(training_charts(run, others)), paragraph(said, "note"))
+        note = f"Expected range: finished runs of the same settings, {names}."
+    else:
+        note = (
+            "No sibling folder holds a finished run of the same settings, so no range is drawn; "
+            "thin grey lines are schedules."
+        )
+    return section(
+        "Curves", anchor, draw_charts(training_charts(run, others)), paragraph(note, "note")
+    )
 
 
-def pictures_section(run: Run, anchor: str, most: int) -> str:
-    """Pictures over time, the newest first; the earlier ones folded."""
-    if not run.pictures:
+def figures_section(run: Run, anchor: str, most: int) -> str:
+    """Return figure sheets, the newest first, the earlier ones collapsed."""
+    if not run.figures:
         every = run.settings.get("log.images_every")
-        why = "log.images_every is off" if every is None else f"the first is due at step {every}"
-        return section("Pictures", anchor, paragraph(f"There are no pictures: {why}."))
-    count = min(most, len(run.pictures))
-    spread = (round(k * (len(run.pictures) - 1) / max(count - 1, 1)) for k in range(count))
-    places = [len(run.pictures) - 1] if count == 1 else sorted(set(spread), reverse=True)
+        reason = "log.images_every is off" if every is None else f"the first is due at step {every}"
+        return section("Figures", anchor, paragraph(f"There are no figures: {reason}."))
+    count = min(most, len(run.figures))
+    spread = (round(k * (len(run.figures) - 1) / max(count - 1, 1)) for k in range(count))
+    places = [len(run.figures) - 1] if count == 1 else sorted(set(spread), reverse=True)
     parts = [
         details(
-            f"Step {number(step)}",
+            f"Step {format_number(step)}",
             f'<div class="scroll sheet" tabindex="0"><img alt="views, attention, masks and '
-            f'features at step {step}" src="{inline(path.read_bytes())}"></div>',
+            f'features at step {step}" src="{inline_png(path.read_bytes())}"></div>',
             opened=place == places[0],
         )
         for place in places
-        for step, path in [run.pictures[place]]
+        for step, path in [run.figures[place]]
     ]
-    said = "The same images each time."
-    if len(places) < len(run.pictures):
-        said += f" {len(places)} of {len(run.pictures)}; all lie in {run.dir / 'pictures'}."
-    return section("Pictures over time", anchor, paragraph(said, "note"), *parts)
+    note = "The same images each time."
+    if len(places) < len(run.figures):
+        note += f" {len(places)} of {len(run.figures)}; all are in {run.dir / 'figures'}."
+    return section("Figures over time", anchor, paragraph(note, "note"), *parts)
 
 
-def inline(png: bytes) -> str:
-    """A picture inside the page."""
+def inline_png(png: bytes) -> str:
+    """Return a PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def time_section(run: Run, others: Sequence[Run], anchor: str) -> str:
-    """Throughput and where time went."""
+    """Return throughput and the use of time."""
     found = time_charts(run, others)
     if not found:
-        return section("Time", anchor, paragraph("Nothing was timed yet."))
-    return section("Time", anchor, spent(run), charts(found))
+        return section("Time", anchor, paragraph("No time was logged yet."))
+    return section("Time", anchor, time_bar(run), draw_charts(found))
 
 
 def incidents_section(run: Run, anchor: str) -> str:
-    """Restarts, bad files, and what the run itself noted."""
+    """Return restarts, bad files, and the incidents that the run recorded."""
     parts: list[str] = []
-    if len(run.starts) > 1:
-        steps = ", ".join(number(start.get("step")) for start in run.starts[1:])
-        parts.append(paragraph(f"Started again {len(run.starts) - 1} times, from step {steps}."))
+    if len(run.launches) > 1:
+        steps = ", ".join(format_number(launch.get("step")) for launch in run.launches[1:])
+        parts.append(paragraph(f"Relaunched {len(run.launches) - 1} times, from step {steps}."))
     if run.incidents:
         rows = [
-            (number(one["step"]), one["incident"], remarks(one, ("step", "incident")))
+            (format_number(one["step"]), one["incident"], entry_details(one, ("step", "incident")))
             for one in run.incidents[:SHOWN]
         ]
         parts.append(table(("step", "incident", "details"), rows))
-        parts.append(left_out(len(run.incidents)))
+        parts.append(hidden_rows_note(len(run.incidents)))
     if run.bad_files:
         count = len(run.bad_files)
         parts.append(
-            paragraph(f"{count} images could not be decoded and are left out of the loss:")
+            paragraph(f"{count} images could not be decoded and are excluded from the loss:")
         )
         rows = [
             (one.get("name", "-"), one.get("reason", "-"), one.get("path", "-"))
             for one in run.bad_files[:SHOWN]
         ]
-        parts += [table(("image", "reason", "file"), rows), left_out(count)]
+        parts += [table(("image", "reason", "file"), rows), hidden_rows_note(count)]
     if not parts:
-        parts = [paragraph("None: one start, no bad file, nothing noted.")]
+        parts = [paragraph("None: one launch, no bad file, no recorded incident.")]
     return section("Incidents", anchor, *parts)
 
 
-def remarks(entry: dict[str, object], without: Sequence[str]) -> str:
-    """The other values of an entry."""
+def entry_details(entry: dict[str, object], without: Sequence[str]) -> str:
+    """Return the other values of an entry."""
     return ", ".join(f"{key} {value}" for key, value in entry.items() if key not in without)
 
 
-def left_out(count: int) -> str:
-    """How many rows a table does not show."""
+def hidden_rows_note(count: int) -> str:
+    """Return the number of rows that a table does not show."""
     return paragraph(f"and {count - SHOWN} more", "note") if count > SHOWN else ""
 
 
 def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
-    """Accuracies during the run, and what ``evaluate.py`` found."""
+    """Return accuracies during the run, and the results of ``evaluate.py``."""
     parts: list[str] = []
     found = evaluation_charts(run, others)
     if found:
-        parts.append(charts(found))
+        parts.append(draw_charts(found))
         where = f"{run.settings.get('eval.train_path')} and {run.settings.get('eval.test_path')}"
         parts.append(paragraph(f"During the run, on {where}.", "note"))
     else:
-        parts.append(paragraph("The run was not evaluated while it went on (eval.every)."))
+        parts.append(paragraph("The run was not evaluated during training (eval.every)."))
     rows = [
         (
             one.get("weights", "-"),
             one.get("features", "-"),
             one.get("method", "-"),
-            percent(one.get("accuracy")),
-            " to ".join(percent(end) for end in one.get("interval_95") or ()),
+            format_percent(one.get("accuracy")),
+            " to ".join(format_percent(end) for end in one.get("interval_95") or ()),
             f"{one.get('correct', '-')}/{one.get('count', '-')}",
             name,
         )
@@ -275,8 +279,8 @@ def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
     if rows:
         head = ("weights", "features", "method", "accuracy", "95 % interval", "correct", "file")
         parts.append(table(head, rows))
-        said = {str(result["verdict"]) for _, result in run.results if result.get("verdict")}
-        parts += [paragraph(one, "note") for one in sorted(said)]
+        verdicts = {str(result["verdict"]) for _, result in run.results if result.get("verdict")}
+        parts += [paragraph(one, "note") for one in sorted(verdicts)]
     else:
-        parts.append(paragraph("No result of launchers/evaluate.py lies in the run's folder."))
+        parts.append(paragraph("The run's folder holds no result of launchers/evaluate.py."))
     return section("Evaluation", anchor, *parts)

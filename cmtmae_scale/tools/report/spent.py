@@ -1,70 +1,74 @@
-"""Where a run's time went, as far as the log tells."""
+"""Use of a run's time, from its log."""
 
 from typing import NamedTuple
 
-from cmtmae_scale.tools.report.markup import percent, text
+from cmtmae_scale.tools.report.markup import escape, format_percent
 from cmtmae_scale.tools.report.run import Run
 
 
-class Share(NamedTuple):
-    """A part of the time."""
+class TimeFraction(NamedTuple):
+    """A labelled fraction of the time."""
 
     label: str
-    share: float
+    fraction: float
 
 
-def shares(run: Run) -> list[Share]:
-    """Shares of the time, which sum to 1; empty where nothing was timed.
+def time_fractions(run: Run) -> list[TimeFraction]:
+    """Return fractions of the time, which sum to 1; empty where no time was logged.
 
-    Evaluations and pictures are logged as shares of the time since the last start. Waiting is a
-    share of what is left for steps, weighted with the length of each interval.
+    Evaluations and figures are logged as fractions of the time since the last launch. Waiting is a
+    fraction of the remaining time, weighted with the length of each interval.
     """
     aside = [
-        Share(label, min(max(run.last(name) or 0.0, 0.0), 1.0))
+        TimeFraction(label, min(max(run.last(name) or 0.0, 0.0), 1.0))
         for name, label in (
-            ("eval/time_share", "evaluations"),
-            ("pictures/time_share", "pictures"),
+            ("eval/time_fraction", "evaluations"),
+            ("figures/time_fraction", "figures"),
         )
     ]
-    took = intervals(run)
-    total = sum(seconds for seconds, _ in took)
+    intervals = log_intervals(run)
+    total = sum(seconds for seconds, _ in intervals)
     if not total:
         return []
-    steps = max(1 - sum(part.share for part in aside), 0.0)
-    waiting = steps * min(sum(seconds * wait for seconds, wait in took) / total, 1.0)
-    found = [Share("computing", steps - waiting), Share("waiting for data", waiting), *aside]
-    return [part for part in found if part.share > 0]
+    steps = max(1 - sum(part.fraction for part in aside), 0.0)
+    waiting = steps * min(sum(seconds * wait for seconds, wait in intervals) / total, 1.0)
+    found = [
+        TimeFraction("computing", steps - waiting),
+        TimeFraction("waiting for data", waiting),
+        *aside,
+    ]
+    return [part for part in found if part.fraction > 0]
 
 
-def intervals(run: Run) -> list[tuple[float, float]]:
-    """Relative length of each interval of the log, and its share of waiting."""
+def log_intervals(run: Run) -> list[tuple[float, float]]:
+    """Return the relative length of each interval of the log, and its fraction of waiting."""
     found: list[tuple[float, float]] = []
     before = 0.0
     for entry in run.entries:
         speed = entry.get("images_s", 0.0)
         if speed > 0:
-            found.append(((entry["step"] - before) / speed, entry.get("data_wait_share", 0.0)))
+            found.append(((entry["step"] - before) / speed, entry.get("data_wait_fraction", 0.0)))
             before = entry["step"]
     return found
 
 
-def spent(run: Run) -> str:
-    """The shares as one bar with a legend."""
-    found = shares(run)
+def time_bar(run: Run) -> str:
+    """Draw the fractions as one bar with a legend."""
+    found = time_fractions(run)
     if not found:
         return ""
     bar = "".join(
-        f'<i class="f{k}" style="flex-grow:{part.share:.4f}"></i>'
+        f'<i class="f{k}" style="flex-grow:{part.fraction:.4f}"></i>'
         for k, part in enumerate(found, 1)
     )
     keys = "".join(
-        f'<li><i class="f{k}"></i>{text(part.label)} <b>{percent(part.share)}</b></li>'
+        f'<li><i class="f{k}"></i>{escape(part.label)} <b>{format_percent(part.fraction)}</b></li>'
         for k, part in enumerate(found, 1)
     )
-    said = ", ".join(f"{part.label} {percent(part.share)}" for part in found)
+    summary = ", ".join(f"{part.label} {format_percent(part.fraction)}" for part in found)
     return (
-        '<figure class="spent"><figcaption>Where time went</figcaption>'
-        f'<div class="bar" role="img" aria-label="{text(said)}">{bar}</div>'
-        f'<ul class="legend">{keys}</ul><p class="note">Since the last start, on the first rank; '
+        '<figure class="spent"><figcaption>Use of time</figcaption>'
+        f'<div class="bar" role="img" aria-label="{escape(summary)}">{bar}</div>'
+        f'<ul class="legend">{keys}</ul><p class="note">Since the last launch, on rank 0; '
         "saving counts as computing.</p></figure>"
     )

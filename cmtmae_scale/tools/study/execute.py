@@ -1,4 +1,4 @@
-"""Run what is missing, some at a time, until it is done, time is up, or somebody says stop."""
+"""Run the missing commands of a study until all are done, time is up, or a signal arrives."""
 
 import json
 import logging
@@ -16,16 +16,16 @@ from pathlib import Path
 from types import FrameType
 
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED
-from cmtmae_scale.tools.study.work import Piece, Run
+from cmtmae_scale.tools.study.work import Job, Run
 
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.2
-OUTPUT, PIECES = "output.log", "pieces.jsonl"
+OUTPUT, JOBS = "output.log", "jobs.jsonl"
 
 
 class Outcome(Enum):
-    """How a run stands."""
+    """State of a run after execution."""
 
     DONE = "done"
     STOPPED = "stopped"
@@ -33,33 +33,33 @@ class Outcome(Enum):
 
 
 class Executor:
-    """Runs pieces as processes of their own.
+    """Runs jobs as subprocesses.
 
     Args:
-        jobs: runs at a time.
-        minutes: after these no piece begins, and those that go on where they were stopped are asked
-            to stop; ``None``: no end.
+        parallel: number of runs at a time.
+        minutes: time limit, after which no job starts, and resumable jobs are asked to stop;
+            ``None``: no limit.
     """
 
-    def __init__(self, jobs: int, minutes: float | None) -> None:
-        self._jobs = jobs
+    def __init__(self, parallel: int, minutes: float | None) -> None:
+        self._parallel = parallel
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._stop = threading.Event()
-        self._turns: dict[Path, threading.Lock] = {}
+        self._locks: dict[Path, threading.Lock] = {}
         self._environment = dict(os.environ)
-        if jobs > 1:  # threads of neighbours that fight for cores cost more than they bring
+        if parallel > 1:  # oversubscribed cores are slower
             cores = len(os.sched_getaffinity(0))
-            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel)))
 
     def run(self, runs: Sequence[Run]) -> list[Outcome]:
-        """Run what each run lacks, in order; a failure stops its own run only."""
-        self._turns = {piece.place: threading.Lock() for run in runs for piece in run.pieces}
-        with self._stopping(), ThreadPoolExecutor(self._jobs, "run") as pool:
+        """Run the missing jobs of each run, in order; a failure stops its own run only."""
+        self._locks = {job.output: threading.Lock() for run in runs for job in run.jobs}
+        with self._stopping(), ThreadPoolExecutor(self._parallel, "run") as pool:
             return list(pool.map(self._finish, runs))
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Let SIGTERM and an interrupt from the keyboard stop the pieces, then us."""
+        """Stop the jobs at SIGTERM and SIGINT, then this process."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             self._stop.set()
@@ -73,15 +73,15 @@ class Executor:
                 signal.signal(number, handler)
 
     def _finish(self, run: Run) -> Outcome:
-        """Run a run's missing pieces; in a thread."""
-        for piece in run.missing():
-            with self._turns[piece.place]:
-                if piece.done():  # another run brought it meanwhile
+        """Run a run's missing jobs; in a thread."""
+        for job in run.missing():
+            with self._locks[job.output]:
+                if job.done():  # another run has done it meanwhile
                     continue
                 if self._time_is_up():
                     return Outcome.STOPPED
-                code = self._run(run, piece)
-            if piece.done():
+                code = self._run(run, job)
+            if job.done():
                 continue
             if code == EXIT_STOPPED or self._time_is_up():
                 return Outcome.STOPPED
@@ -89,7 +89,7 @@ class Executor:
                 "%s, seed %d: %s ended with exit code %d; see %s",
                 run.row,
                 run.seed,
-                piece.kind,
+                job.kind,
                 code,
                 run.folder / OUTPUT,
             )
@@ -99,41 +99,41 @@ class Executor:
     def _time_is_up(self) -> bool:
         return self._stop.is_set() or (self._end is not None and time.monotonic() >= self._end)
 
-    def _run(self, run: Run, piece: Piece) -> int:
-        """Run one piece to its end or until time is up; returns its exit code."""
+    def _run(self, run: Run, job: Job) -> int:
+        """Run one job until it ends or time is up; returns its exit code."""
         run.folder.mkdir(parents=True, exist_ok=True)
-        logger.info("%s, seed %d: %s", run.row, run.seed, piece.command)
+        logger.info("%s, seed %d: %s", run.row, run.seed, job.command)
         began = time.monotonic()
         with (run.folder / OUTPUT).open("a") as output:
             process = subprocess.Popen(
-                [sys.executable, *piece.arguments],
+                [sys.executable, *job.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
-                start_new_session=True,  # an interrupt from the keyboard reaches us alone
+                start_new_session=True,  # a keyboard interrupt reaches this process alone
             )
-            asked = False
+            signalled = False
             while process.poll() is None:
                 time.sleep(PAUSE_S)
-                wanted = self._time_is_up() if piece.gentle else self._stop.is_set()
-                if wanted and not asked:
+                is_due = self._time_is_up() if job.resumable else self._stop.is_set()
+                if is_due and not signalled:
                     process.send_signal(signal.SIGTERM)
-                    asked = True
-        note(run.folder, piece, process.returncode, time.monotonic() - began)
+                    signalled = True
+        record_job(run.folder, job, process.returncode, time.monotonic() - began)
         return process.returncode
 
 
-def note(folder: Path, piece: Piece, code: int, seconds: float) -> None:
-    """Leave how long a piece took beside the run."""
-    entry = {"kind": piece.kind, "code": code, "seconds": round(seconds, 1)}
-    with (folder / PIECES).open("a") as opened:
-        opened.write(json.dumps(entry | {"command": piece.command}) + "\n")
+def record_job(folder: Path, job: Job, code: int, seconds: float) -> None:
+    """Append a job's exit code and duration to a file in the run's folder."""
+    entry = {"kind": job.kind, "code": code, "seconds": round(seconds, 1)}
+    with (folder / JOBS).open("a") as opened:
+        opened.write(json.dumps(entry | {"command": job.command}) + "\n")
 
 
-def minutes_of(run: Run) -> float | None:
-    """Wall time of a run's training over all its starts; ``None`` where it was not noted."""
-    file = run.folder / PIECES
+def training_minutes(run: Run) -> float | None:
+    """Return the wall time of a run's training over all launches; ``None``: not recorded."""
+    file = run.folder / JOBS
     if not file.exists():
         return None
     entries = [json.loads(line) for line in file.read_text().splitlines()]
@@ -141,8 +141,8 @@ def minutes_of(run: Run) -> float | None:
     return sum(seconds) / 60 if seconds else None
 
 
-def worst(outcomes: Sequence[Outcome]) -> int:
-    """Exit code of a study: 1 where a run failed, 75 where something is missing, else 0."""
+def study_exit_code(outcomes: Sequence[Outcome]) -> int:
+    """Return a study's exit code: 1 if a run failed, 75 if a job is missing, else 0."""
     if Outcome.FAILED in outcomes:
         return 1
     return EXIT_STOPPED if Outcome.STOPPED in outcomes else EXIT_DONE

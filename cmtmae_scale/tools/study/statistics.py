@@ -1,4 +1,4 @@
-"""Means, deviations and paired tests of few numbers, exact and without SciPy."""
+"""Means, standard deviations and paired tests of few numbers, exact and without SciPy."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,58 +8,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Test(NamedTuple):
+class PairedTest(NamedTuple):
     """A paired comparison of A with B."""
-
-    __test__ = False  # a name that pytest would collect
 
     method: str
     """``paired t over seeds`` or ``McNemar over images``."""
     difference: float
-    """Mean of A - B, as a share."""
+    """Mean of A - B, as a fraction."""
     interval_95: tuple[float, float]
-    """Where the difference lies: over seeds for t, over test images for McNemar."""
+    """Interval of the difference: over seeds for t, over test images for McNemar."""
     p: float
     """Two-sided."""
     pairs: int
     """Seeds, or test images."""
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the deviation of a sample (n - 1); ``None`` for one value."""
+def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean, and the standard deviation of a sample (n - 1); ``None`` for one value."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None
     return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1))
 
 
-def paired_t(a: Sequence[float], b: Sequence[float]) -> Test:
-    """Student's paired t-test over the same seeds, two at least.
+def paired_t(a: Sequence[float], b: Sequence[float]) -> PairedTest:
+    """Student's paired t-test over at least two common seeds.
 
-    It says what another seed would bring, for these test images.
+    The test generalises over seeds, for these test images.
     """
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    mean, deviation = mean_and_deviation(differences)
-    if deviation is None:
+    mean, std = mean_and_std(differences)
+    if std is None:
         raise ValueError("a paired t-test needs two seeds at least")
     free = len(differences) - 1
-    error = deviation / math.sqrt(len(differences))
-    # Equal differences leave no doubt: t is infinite, or 0 where they are all 0.
+    error = std / math.sqrt(len(differences))
+    # Equal differences: t is infinite, or 0 where all differences are 0.
     t = abs(mean) / error if error else (math.inf if mean else 0.0)
     p = 2 * t_tail(t, free)
     half = t_quantile(0.975, free) * error
     interval = (mean - half, mean + half)
-    return Test("paired t over seeds", mean, interval, p, len(differences))
+    return PairedTest("paired t over seeds", mean, interval, p, len(differences))
 
 
-def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Test:
+def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> PairedTest:
     """McNemar's exact test over the test images of two sets of weights.
 
-    It says whether these weights differ on such images, and nothing of other seeds. The interval is
-    Wald's for paired shares.
+    The test generalises over such images for these weights, not over seeds. The interval is Wald's
+    for paired proportions.
 
     Args:
-        a: which images A got right, bool ``[n]``.
+        a: images that A classifies correctly, bool ``[n]``.
         b: the same images for B.
 
     Source: Q. McNemar, Psychometrika 12 (1947); exact form: binomial with 1/2 on the discordant.
@@ -71,11 +69,11 @@ def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Test:
     half = 1.959963984540054 * math.sqrt(spread) / count
     interval = (difference - half, difference + half)
     p = binomial_p(min(only_a, only_b), only_a + only_b)
-    return Test("McNemar over images", difference, interval, p, count)
+    return PairedTest("McNemar over images", difference, interval, p, count)
 
 
 def binomial_p(smaller: int, total: int) -> float:
-    """Two-sided probability of a split at least as uneven, for a fair coin."""
+    """Return the two-sided probability of a split at least as uneven, for a fair coin."""
     ways = term = 1
     for k in range(1, smaller + 1):
         term = term * (total - k + 1) // k
@@ -84,7 +82,7 @@ def binomial_p(smaller: int, total: int) -> float:
 
 
 def t_tail(t: float, free: int) -> float:
-    """P(T > t) for t >= 0.
+    """Return P(T > t) for t >= 0.
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4: finite sums for whole degrees of freedom.
     """
@@ -101,19 +99,19 @@ def t_tail(t: float, free: int) -> float:
     return max(0.0, (1 - within) / 2)
 
 
-def t_quantile(share: float, free: int) -> float:
-    """The t below which a share of more than one half lies, by bisection."""
+def t_quantile(probability: float, free: int) -> float:
+    """Return the quantile of a probability above one half, by bisection."""
     low, high = 0.0, 1.0
-    while t_tail(high, free) > 1 - share:
+    while t_tail(high, free) > 1 - probability:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, free) > 1 - share else (low, middle)
+        low, high = (middle, high) if t_tail(middle, free) > 1 - probability else (low, middle)
     return (low + high) / 2
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Probabilities corrected for their number.
+def holm_correction(p: Mapping[str, float]) -> dict[str, float]:
+    """Correct p-values for their number.
 
     Source: S. Holm, Scandinavian Journal of Statistics 6 (1979).
     """

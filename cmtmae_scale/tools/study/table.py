@@ -1,99 +1,99 @@
-"""Results of a study as markdown and as JSON."""
+"""Results of a study as Markdown and as JSON."""
 
 from typing import Any
 
 from cmtmae_scale.tools.study.file import Study
-from cmtmae_scale.tools.study.results import Comparison, Found, Line, Results
-from cmtmae_scale.tools.study.statistics import mean_and_deviation
+from cmtmae_scale.tools.study.results import Comparison, Results, RunResult, StudyRow
+from cmtmae_scale.tools.study.statistics import mean_and_std
 
 SECOND = ("logistic", "k-NN k=10")
 
 
-def as_markdown(study: Study, results: Results, place: str) -> str:
-    """The table, the comparisons and the command of each row.
+def results_markdown(study: Study, results: Results, place: str) -> str:
+    """Return the table, the comparisons and the commands of each row.
 
     Args:
-        study: the file.
-        results: what was collected.
-        place: the file's path, for the commands.
+        study: the study file.
+        results: the collected results.
+        place: path of the study file, for the commands.
     """
     other = "cls" if study.evaluation.features == "patches" else "patches"
-    count = next((len(one.hits) for line in results.lines for one in line.found), 0)
+    count = next((len(one.hits) for row in results.rows for one in row.found), 0)
     parts = [
-        f"Primary measure, named beforehand: linear probe on the `{study.evaluation.features}` "
+        f"Primary measure, fixed beforehand: linear probe on the `{study.evaluation.features}` "
         f"features of the {study.evaluation.weights}, {count} test images "
         f"(`{study.evaluation.test}`), settings chosen on a held-out tenth of "
-        f"`{study.evaluation.train}`. In %, mean +- deviation over seeds; for one seed, and for "
-        "what was not trained here, the 95 % interval over test images.",
+        f"`{study.evaluation.train}`. In %, mean +- standard deviation over seeds; for one "
+        "seed and for references, the 95 % interval over test images.",
         "",
-        head(study.evaluation.features, other),
-        *(reference_text(one.name, one.accuracy, one.interval_95) for one in results.references),
-        *(line_text(line, study.evaluation.features, other) for line in results.lines),
+        table_head(study.evaluation.features, other),
+        *(reference_line(one.name, one.accuracy, one.interval_95) for one in results.references),
+        *(row_line(row, study.evaluation.features, other) for row in results.rows),
         "",
-        *comparisons_text(study, results),
+        *comparison_lines(study, results),
         "",
-        *commands_text(results, place),
+        *command_lines(results, place),
     ]
     return "\n".join(parts) + "\n"
 
 
-def head(features: str, other: str) -> str:
-    """Head of the table."""
-    names = ["row", "what", "seeds", f"**linear, {features}**", f"linear, {other}"]
+def table_head(features: str, other: str) -> str:
+    """Return the head of the table."""
+    names = ["row", "note", "seeds", f"**linear, {features}**", f"linear, {other}"]
     names += [f"{method}, {features}" for method in SECOND] + ["training, min"]
     return "| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|"
 
 
-def reference_text(name: str, accuracy: float, interval: tuple[float, float]) -> str:
-    """A line for something that was not trained here."""
-    return f"| *{name}* | reference | | {percent(accuracy)} {bounds(interval)} | | | | |"
+def reference_line(name: str, accuracy: float, interval: tuple[float, float]) -> str:
+    """Return the line of a reference."""
+    return f"| *{name}* | reference | | {in_percent(accuracy)} {interval_text(interval)} | | | | |"
 
 
-def line_text(line: Line, features: str, other: str) -> str:
-    """A line for a row of the study."""
-    seeds = f"{len(line.found)} of {line.wanted}"
-    cells = [f"`{line.name}`", line.note, seeds]
-    if not line.found:
+def row_line(row: StudyRow, features: str, other: str) -> str:
+    """Return the line of a row of the study."""
+    seeds = f"{len(row.found)} of {row.num_seeds}"
+    cells = [f"`{row.name}`", row.note, seeds]
+    if not row.found:
         return "| " + " | ".join([*cells, "missing", "", "", "", ""]) + " |"
-    first = spread(line.mean, line.deviation)
-    if line.deviation is None:
-        first += f" {bounds(line.found[0].interval_95)}"
+    first = mean_text(row.mean, row.std)
+    if row.std is None:
+        first += f" {interval_text(row.found[0].interval_95)}"
     keys = [f"linear {other}", *(f"{method} {features}" for method in SECOND)]
-    seconds = [other_cell(line, key) for key in keys]
-    minutes = [one.minutes for one in line.found if one.minutes is not None]
+    seconds = [other_cell(row, key) for key in keys]
+    minutes = [one.minutes for one in row.found if one.minutes is not None]
     took = f"{sum(minutes) / len(minutes):.1f}" if minutes else ""
     return "| " + " | ".join([*cells, f"**{first}**", *seconds, took]) + " |"
 
 
-def other_cell(line: Line, key: str) -> str:
-    """A secondary measure of a row; empty where its features are absent."""
-    values = [one.others[key] for one in line.found if key in one.others]
-    return spread(*mean_and_deviation(values)) if values else ""
+def other_cell(row: StudyRow, key: str) -> str:
+    """Return a secondary measure of a row; empty where its features are absent."""
+    values = [one.others[key] for one in row.found if key in one.others]
+    return mean_text(*mean_and_std(values)) if values else ""
 
 
-def comparisons_text(study: Study, results: Results) -> list[str]:
-    """The comparisons that were named beforehand, with what came of them."""
+def comparison_lines(study: Study, results: Results) -> list[str]:
+    """Return the table of comparisons."""
     if not results.comparisons:
-        return ["No comparison can be made yet."] if study.comparisons else []
+        return ["No comparison is available yet."] if study.comparisons else []
     lines = [
         "| expected better | than | difference | 95 % interval | test | p | p, Holm | |",
         "|---|---|---|---|---|---|---|---|",
-        *(comparison_text(one) for one in results.comparisons),
+        *(comparison_line(one) for one in results.comparisons),
     ]
-    absent = len(study.comparisons) - len(results.comparisons)
-    if absent:
-        lines += ["", f"{absent} comparisons lack a row."]
+    missing = len(study.comparisons) - len(results.comparisons)
+    if missing:
+        lines += ["", f"{missing} comparisons lack a row."]
     if any(one.test.method.startswith("McNemar") for one in results.comparisons):
         lines += [
             "",
-            "McNemar's test and its interval tell whether *these weights* differ on such images; "
-            "one seed says nothing of another.",
+            "McNemar's test and its interval are about *these weights* on such images, not "
+            "about other seeds.",
         ]
     return lines
 
 
-def comparison_text(one: Comparison) -> str:
-    """One comparison."""
+def comparison_line(one: Comparison) -> str:
+    """Return the line of a comparison."""
     low, high = (f"{100 * x:+.2f}" for x in one.test.interval_95)
     what = f"{one.test.method}, n = {one.test.pairs}"
     return (
@@ -102,45 +102,49 @@ def comparison_text(one: Comparison) -> str:
     )
 
 
-def commands_text(results: Results, place: str) -> list[str]:
-    """The command of each row that has a result, for its first seed."""
-    lines = [f"All of it: `python launchers/study.py {place}`. One row, first seed:", "", "```"]
-    for line in results.lines:
-        for one in line.found[:1]:
-            lines += [f"# {line.name}", *(piece.command for piece in one.run.pieces)]
+def command_lines(results: Results, place: str) -> list[str]:
+    """Return the commands of each row that has a result, for its first seed."""
+    lines = [
+        f"All rows: `python launchers/study.py {place}`. Single rows, first seed:",
+        "",
+        "```",
+    ]
+    for row in results.rows:
+        for one in row.found[:1]:
+            lines += [f"# {row.name}", *(job.command for job in one.run.jobs)]
     return [*lines, "```"]
 
 
-def spread(mean: float, deviation: float | None) -> str:
-    """Mean and deviation in %."""
-    return percent(mean) if deviation is None else f"{percent(mean)} +- {percent(deviation)}"
+def mean_text(mean: float, std: float | None) -> str:
+    """Format mean and standard deviation in %."""
+    return in_percent(mean) if std is None else f"{in_percent(mean)} +- {in_percent(std)}"
 
 
-def percent(share: float) -> str:
-    """A share in %."""
-    return f"{100 * share:.2f}"
+def in_percent(fraction: float) -> str:
+    """Format a fraction in %."""
+    return f"{100 * fraction:.2f}"
 
 
-def bounds(interval: tuple[float, float]) -> str:
-    """An interval in %."""
-    return f"[{percent(interval[0])}, {percent(interval[1])}]"
+def interval_text(interval: tuple[float, float]) -> str:
+    """Format an interval in %."""
+    return f"[{in_percent(interval[0])}, {in_percent(interval[1])}]"
 
 
-def as_json(study: Study, results: Results) -> dict[str, Any]:
-    """Everything of the table, and of each run its commands and all accuracies; shares."""
+def results_record(study: Study, results: Results) -> dict[str, Any]:
+    """Return the whole table, and commands and accuracies of each run; fractions."""
     return {
         "primary": f"linear {study.evaluation.features}, {study.evaluation.weights}",
         "test": study.evaluation.test,
         "references": [vars(one) for one in results.references],
         "rows": {
-            line.name: {
-                "note": line.note,
-                "seeds_wanted": line.wanted,
-                "mean": line.mean if line.found else None,
-                "deviation": line.deviation if line.found else None,
-                "runs": [run_as_json(one) for one in line.found],
+            row.name: {
+                "note": row.note,
+                "num_seeds": row.num_seeds,
+                "mean": row.mean if row.found else None,
+                "std": row.std if row.found else None,
+                "runs": [run_record(one) for one in row.found],
             }
-            for line in results.lines
+            for row in results.rows
         },
         "comparisons": [
             {"better": one.better, "than": one.other, **one.test._asdict()}
@@ -150,8 +154,8 @@ def as_json(study: Study, results: Results) -> dict[str, Any]:
     }
 
 
-def run_as_json(one: Found) -> dict[str, Any]:
-    """A run."""
+def run_record(one: RunResult) -> dict[str, Any]:
+    """Return a run's accuracies and commands."""
     return {
         "seed": one.run.seed,
         "primary": one.primary,
@@ -160,5 +164,5 @@ def run_as_json(one: Found) -> dict[str, Any]:
         "training_minutes": one.minutes,
         "weights_sha256": one.sha256,
         "images": one.images,
-        "commands": [piece.command for piece in one.run.pieces],
+        "commands": [job.command for job in one.run.jobs],
     }

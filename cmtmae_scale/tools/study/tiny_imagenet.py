@@ -1,9 +1,8 @@
-"""The first study's images out of Tiny-ImageNet: 100 classes, 64 x 64, as tars.
+"""Images of the first study from Tiny-ImageNet: 100 classes, 64 x 64, as tars.
 
 python -m cmtmae_scale.tools.study.tiny_imagenet datasets/tinyimagenet100-64 [--zip FILE]
 """
 
-import argparse
 import io
 import logging
 import shutil
@@ -23,26 +22,29 @@ ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 ROOT = "tiny-imagenet-200"
 TRAIN_TARS, TRAIN_A_TAR = 12, 25
 VAL_TARS, VAL_A_TAR = 5, 10
-"""Tars, and images of each class in one: any number of tars is balanced."""
+"""Number of tars, and images per class and tar: any subset of tars is balanced."""
 
 logger = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """One member pair of a tar."""
+    """One pair of tar members."""
 
     key: str
     jpeg: bytes
     label: int
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Fetch and write; returns the exit code."""
-    options = parse(arguments)
+def make_tiny_imagenet(arguments: Sequence[str] | None = None) -> int:
+    """Download the archive and write the tars; returns the exit code."""
+    parser = Parser(description="Write the images of the first study.", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="output folder")
+    parser.add_argument("--zip", type=Path, help=f"a copy of {ADDRESS}; default: downloaded to DIR")
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         options.folder.mkdir(parents=True, exist_ok=True)
-        archive = options.zip or fetch(options.folder / f"{ROOT}.zip")
+        archive = options.zip or download_archive(options.folder / f"{ROOT}.zip")
         write_subset(archive, options.folder)
     except DataError as error:
         logger.error("%s", error)
@@ -50,19 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``DIR [--zip FILE]``."""
-    parser = Parser(description="Make the first study's images.", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where the tars go")
-    parser.add_argument("--zip", type=Path, help=f"a copy of {ADDRESS}; default: fetched into DIR")
-    return parser.parse_args(arguments)
-
-
-def fetch(file: Path) -> Path:
-    """Download the archive (250 MB), unless it is there.
+def download_archive(file: Path) -> Path:
+    """Download the archive (250 MB), unless it exists.
 
     Raises:
-        DataError: if it does not come.
+        DataError: if the download fails.
     """
     if file.exists():
         return file
@@ -73,7 +67,7 @@ def fetch(file: Path) -> Path:
             shutil.copyfileobj(response, opened)
     except OSError as error:
         raise DataError(
-            f"{ADDRESS}: does not come ({error}); fetch it elsewhere and name the file with --zip"
+            f"{ADDRESS}: cannot be downloaded ({error}); name a copy with --zip"
         ) from error
     return draft.replace(file)
 
@@ -81,15 +75,15 @@ def fetch(file: Path) -> Path:
 def write_subset(archive: Path, folder: Path) -> None:
     """Write ``train-00.tar`` to ``train-11.tar`` and ``val-0.tar`` to ``val-4.tar``.
 
-    Every second class in the order of names, images 0 to 299 of each, 25 a tar; of the official
-    validation images all 50 of each of these classes, 10 a tar. Pictures keep their bytes.
+    Every second class in the order of names, images 0 to 299 of each, 25 per tar; of the official
+    validation images all 50 of each of these classes, 10 per tar. The JPEG bytes are kept.
 
     Args:
         archive: Tiny-ImageNet's zip.
-        folder: where the tars go; what is there under these names is replaced.
+        folder: output folder; existing tars are replaced.
 
     Raises:
-        DataError: if the archive is not what it should be.
+        DataError: if the archive is not Tiny-ImageNet's.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -97,11 +91,15 @@ def write_subset(archive: Path, folder: Path) -> None:
             labels = {name: label for label, name in enumerate(names[::2])}
             for tar in range(TRAIN_TARS):
                 numbers = range(tar * TRAIN_A_TAR, (tar + 1) * TRAIN_A_TAR)
-                write_tar(folder / f"train-{tar:02d}.tar", train_samples(opened, labels, numbers))
+                write_samples(
+                    folder / f"train-{tar:02d}.tar", train_samples(opened, labels, numbers)
+                )
             files = validation_files(opened, labels)
             for tar in range(VAL_TARS):
                 numbers = range(tar * VAL_A_TAR, (tar + 1) * VAL_A_TAR)
-                write_tar(folder / f"val-{tar}.tar", val_samples(opened, labels, files, numbers))
+                write_samples(
+                    folder / f"val-{tar}.tar", val_samples(opened, labels, files, numbers)
+                )
     except (OSError, LookupError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{archive}: is not Tiny-ImageNet's archive ({error}); delete it, or name another with "
@@ -112,7 +110,7 @@ def write_subset(archive: Path, folder: Path) -> None:
 def train_samples(
     archive: zipfile.ZipFile, labels: Mapping[str, int], numbers: range
 ) -> Iterator[Sample]:
-    """Training images of some numbers, all classes in turn."""
+    """Yield training images of some numbers, all classes in turn."""
     for number in numbers:
         for name, label in labels.items():
             file = f"{ROOT}/train/{name}/images/{name}_{number}.JPEG"
@@ -120,7 +118,7 @@ def train_samples(
 
 
 def validation_files(archive: zipfile.ZipFile, labels: Mapping[str, int]) -> dict[str, list[str]]:
-    """Names of the validation images of each class, in the order of the annotations."""
+    """Return the validation image names per class, in the order of the annotations."""
     files: dict[str, list[str]] = {name: [] for name in labels}
     for line in archive.read(f"{ROOT}/val/val_annotations.txt").decode().splitlines():
         file, name = line.split("\t")[:2]
@@ -135,14 +133,14 @@ def val_samples(
     files: Mapping[str, Sequence[str]],
     numbers: range,
 ) -> Iterator[Sample]:
-    """Validation images of some places within their class, all classes in turn."""
+    """Yield validation images of some indices within their class, all classes in turn."""
     for number in numbers:
         for name, label in labels.items():
             file = files[name][number]
             yield Sample(Path(file).stem, archive.read(f"{ROOT}/val/images/{file}"), label)
 
 
-def write_tar(file: Path, samples: Iterable[Sample]) -> None:
+def write_samples(file: Path, samples: Iterable[Sample]) -> None:
     """Write a WebDataset tar, whole or not at all; the same samples give the same bytes."""
     draft = file.with_suffix(".part")
     with tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -156,4 +154,4 @@ def write_tar(file: Path, samples: Iterable[Sample]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make_tiny_imagenet())

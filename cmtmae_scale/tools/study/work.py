@@ -1,4 +1,4 @@
-"""What a study file asks for: runs, the commands of each, and which of them are still missing."""
+"""Runs of a study, the jobs of each run, and the jobs that are still missing."""
 
 import hashlib
 import json
@@ -9,8 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.cache.build import missing_parts
-from cmtmae_scale.cache.format import MANIFEST, read_manifest
+from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.config.schema import Config
@@ -18,69 +17,64 @@ from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
 from cmtmae_scale.tools.study.file import Evaluation, Study
 
 SILENT = ("name", "dir", "allow_change")
-"""Keys of ``run`` that change nothing that a run computes."""
+"""Keys of ``run`` without an effect on results."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One command, and how to tell that it need not run again."""
+class Job:
+    """One command, and a test whether it is done."""
 
     kind: str
     """``cache``, ``train`` or ``evaluate``."""
     arguments: tuple[str, ...]
     """After ``python``."""
-    place: Path
-    """Folder or file that it fills; of several pieces with one place only one runs at a time."""
+    output: Path
+    """Folder or file that the command writes; jobs with one output run one at a time."""
     done: Callable[[], bool]
-    """Whether its result is there."""
-    gentle: bool
-    """Whether it goes on where it was stopped."""
+    """Return whether the result exists."""
+    resumable: bool
+    """Whether the command resumes after a stop."""
 
     @property
     def command(self) -> str:
-        """As a person would type it."""
+        """Shell command."""
         return shlex.join(["python", *self.arguments])
 
 
 @dataclass(frozen=True)
 class Run:
-    """One setting with one seed."""
+    """One row with one seed."""
 
     row: str
     seed: int
     folder: Path
-    """Named by the digest of the resolved settings, so that equal runs are one."""
+    """Named by the digest of the resolved settings, so that equal runs share it."""
     config: Config
-    pieces: tuple[Piece, ...]
+    jobs: tuple[Job, ...]
     """In order."""
     linear: Path
-    """Result of the linear probe."""
+    """Result file of the linear probe."""
     knn: Path
-    """Result of k-NN."""
+    """Result file of k-NN."""
     teacher: Path | None = None
-    """Result of the teacher's own probe, where this run is the one that carries it."""
+    """Result file of the teacher's probe, for the run that includes it."""
 
-    @property
-    def training(self) -> Piece:
-        """The training itself."""
-        return next(piece for piece in self.pieces if piece.kind == "train")
-
-    def missing(self) -> list[Piece]:
-        """Pieces to be run, in order; a run whose results are there needs nothing."""
-        if all(piece.done() for piece in self.pieces if piece.kind == "evaluate"):
+    def missing(self) -> list[Job]:
+        """Return the jobs to run, in order; none where all results exist."""
+        if all(job.done() for job in self.jobs if job.kind == "evaluate"):
             return []
-        return [piece for piece in self.pieces if not piece.done()]
+        return [job for job in self.jobs if not job.done()]
 
 
 def plan_runs(study: Study) -> list[Run]:
-    """All runs in the order in which they are worth doing.
+    """Return all runs, most important first.
 
-    Rows come in the order of the file; neighbours with the same seeds go seed by seed, so that a
-    study that is cut off has whole comparisons. The first run of the file carries raw pixels and
-    random weights in its evaluation, the first with a teacher the teacher's own probe.
+    Rows come in the order of the file; adjacent rows with the same seeds alternate seed by seed, so
+    that an interrupted study has whole comparisons. The first run also evaluates raw pixels and
+    random weights, the first run with a teacher also the teacher.
 
     Raises:
-        ConfigError: settings that are not a run.
+        ConfigError: settings that do not form a run.
     """
     runs: list[Run] = []
     for _, block in groupby(study.rows, key=study.seeds_of):
@@ -90,61 +84,58 @@ def plan_runs(study: Study) -> list[Run]:
                 runs.append(plan_run(study, name, seed, first=not runs))
     for number, run in enumerate(runs):
         if needs(run.config).teacher and run.config.teacher.mode != "none":
-            runs[number] = with_teacher(run, study.evaluation)
+            runs[number] = add_teacher_job(run, study.evaluation)
             break
     return runs
 
 
 def plan_run(study: Study, name: str, seed: int, first: bool) -> Run:
-    """One run; ``first`` adds the baselines to its evaluation."""
+    """Return one run; ``first`` adds the baselines to its evaluation."""
     overrides = [*study.settings_of(name), f"run.seed={seed}", f"run.name={name}-{seed}"]
     caches = Path(study.dir) / "caches"
     given = [*overrides, "run.output_dir=none", f"cache.dir={caches / 'none'}"]
     config = load_config(study.recipe, given)
-    folder = Path(study.dir) / "runs" / digest_of(settings_that_count(config))
+    folder = Path(study.dir) / "runs" / short_digest(effective_settings(config))
     overrides.append(f"run.output_dir={folder}")
     config.run.output_dir = str(folder)
-    pieces: list[Piece] = []
+    jobs: list[Job] = []
     if config.teacher.mode == "cached":
-        cache = caches / digest_of(settings_of_cache(config))
+        cache = caches / short_digest(cache_settings(config))
         overrides.append(f"cache.dir={cache}")
         config.cache.dir = str(cache)
         arguments = ("launchers/precompute_teacher.py", "--config", study.recipe, *overrides)
-        pieces.append(Piece("cache", arguments, cache, lambda: is_complete(cache), True))
+        jobs.append(Job("cache", arguments, cache, lambda: is_complete(cache), True))
     else:
         config.cache.dir = None
     arguments = ("launchers/pretrain.py", "--config", study.recipe, *overrides)
-    pieces.append(Piece("train", arguments, folder, lambda: is_trained(folder), True))
+    jobs.append(Job("train", arguments, folder, lambda: is_trained(folder), True))
     extra = [] if first else ["--no-baselines"]
     own = ["--weights", study.evaluation.weights]
-    linear = evaluation(study.evaluation, folder, "linear", [*own, *extra])
-    knn = evaluation(study.evaluation, folder, "knn", [*own, *extra])
-    pieces += [piece for piece, _ in (linear, knn)]
-    return Run(name, seed, folder, config, tuple(pieces), linear[1], knn[1])
+    linear = evaluation_job(study.evaluation, folder, "linear", [*own, *extra])
+    knn = evaluation_job(study.evaluation, folder, "knn", [*own, *extra])
+    return Run(name, seed, folder, config, (*jobs, linear, knn), linear.output, knn.output)
 
 
-def with_teacher(run: Run, settings: Evaluation) -> Run:
-    """The same run with a probe of its teacher at the end."""
+def add_teacher_job(run: Run, settings: Evaluation) -> Run:
+    """Return the run with a probe of its teacher at the end."""
     options = ["--weights", "teacher", "--no-baselines"]
-    piece, file = evaluation(settings, run.folder, "linear", options)
-    return replace(run, pieces=(*run.pieces, piece), teacher=file)
+    job = evaluation_job(settings, run.folder, "linear", options)
+    return replace(run, jobs=(*run.jobs, job), teacher=job.output)
 
 
-def evaluation(
-    settings: Evaluation, folder: Path, method: str, options: Sequence[str]
-) -> tuple[Piece, Path]:
-    """A probe of a run, and where its result lies: named by the digest of what is asked."""
+def evaluation_job(settings: Evaluation, folder: Path, method: str, options: Sequence[str]) -> Job:
+    """Return a probe of a run; the digest of its options names the result file."""
     asked = [method, *options, "--train", settings.train, "--test", settings.test]
     if method == "linear":
         asked += ["--epochs", str(settings.epochs)]
-    file = folder / "evaluation" / f"{method}-{digest_of(asked)}.json"
+    file = folder / "evaluation" / f"{method}-{short_digest(asked)}.json"
     places = ["--checkpoint", str(folder), "--out", str(file)]
     arguments = ("launchers/evaluate.py", *asked, *places)
-    return Piece("evaluate", arguments, file, file.exists, False), file
+    return Job("evaluate", arguments, file, file.exists, False)
 
 
-def settings_that_count(config: Config) -> dict[str, Any]:
-    """Resolved settings without those that only say where, how often or how loudly."""
+def effective_settings(config: Config) -> dict[str, Any]:
+    """Return the resolved settings that affect the results of a run."""
     tree = config_to_dict(config)
     for group in ("log", "checkpoint"):
         del tree[group]
@@ -154,8 +145,8 @@ def settings_that_count(config: Config) -> dict[str, Any]:
     return tree
 
 
-def settings_of_cache(config: Config) -> dict[str, Any]:
-    """What the rows of a teacher's cache depend on."""
+def cache_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that affect the rows of a teacher cache."""
     tree = config_to_dict(config)
     teacher = {key: value for key, value in tree["teacher"].items() if key != "mode"}
     data = {key: tree["data"][key] for key in ("path", "source", "max_pixels")}
@@ -175,13 +166,13 @@ def settings_of_cache(config: Config) -> dict[str, Any]:
     }
 
 
-def digest_of(value: Any) -> str:
-    """Twelve hexadecimal digits that stand for a value of JSON."""
+def short_digest(value: Any) -> str:
+    """Return twelve hexadecimal digits of the digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether a run has come to its end."""
+    """Return whether a run is complete."""
     try:
         return json.loads((folder / "exit.json").read_text())["code"] == EXIT_DONE
     except FileNotFoundError:
@@ -191,10 +182,10 @@ def is_trained(folder: Path) -> bool:
 
 
 def is_complete(cache: Path) -> bool:
-    """Whether a teacher's cache has all its parts."""
+    """Return whether a teacher cache has all its shards."""
     if not (cache / MANIFEST).exists():
         return False
     try:
-        return not missing_parts(cache, read_manifest(cache))
+        return not missing_shards(cache, read_manifest(cache))
     except CacheError as error:
         raise ConfigError(f"{error}") from error

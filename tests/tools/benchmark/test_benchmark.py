@@ -17,7 +17,7 @@ from cmtmae_scale.tools.benchmark.training import Protocol, make_variants, measu
 from tests.engine.run_case import make_photographs, write_recipe
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, 1, "alone")
+ALONE = World(0, 1, 0, 1, "none")
 PARTS = ("teacher", "momentum student", "student", "decoder and loss", "optimizer", "average")
 MAE = ["decoder.type=full", "mask.sampler=random", "loss.tokens=masked", "loss.include_cls=false"]
 MAE += ["loss.teacher=0", "loss.student=0", "loss.pixel=1", "teacher.mode=none"]

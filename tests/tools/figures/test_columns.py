@@ -8,7 +8,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.targets import TokenLayout, patchify, pixel_targets
-from cmtmae_scale.tools.figures.columns import on_grid, reconstruction
+from cmtmae_scale.tools.figures.columns import place_on_grid, reconstruct
 from cmtmae_scale.tools.figures.components import principal_colours
 
 SIDE, PATCH = 24, 8
@@ -36,7 +36,7 @@ def test_perfect_predictions_give_the_image_back(norm: str, num_visible: int) ->
     layout = TokenLayout(True, num_visible, 6)
     pixels = normalise_images(photographs, IMAGENET_MEAN, IMAGENET_STD)
     targets = layout.without_cls().gather(pixel_targets(patchify(pixels, PATCH), norm), choice)
-    column = reconstruction(config, targets, pixels, layout, choice)
+    column = reconstruct(config, targets, pixels, layout, choice)
     # float32: a unit in the last place of values up to 255
     torch.testing.assert_close(column.values, photographs.float() / 255, rtol=0, atol=1e-5)
     assert column.hidden is not None and not column.hidden.any()
@@ -47,7 +47,7 @@ def test_what_is_neither_seen_nor_predicted_is_greyed_out() -> None:
     layout = TokenLayout(False, 0, 3)  # one hidden patch is not predicted, two are thrown away
     pixels = normalise_images(photographs, IMAGENET_MEAN, IMAGENET_STD)
     predicted = torch.zeros(2, 3, 3 * PATCH**2)
-    column = reconstruction(Config(), predicted, pixels, layout, choice)
+    column = reconstruct(Config(), predicted, pixels, layout, choice)
     assert column.hidden is not None
     for row, hidden in enumerate(column.hidden.flatten(1)):
         grey = {*choice.ids_thrown[row].tolist(), int(choice.ids_hidden[row, 3])}
@@ -57,7 +57,7 @@ def test_what_is_neither_seen_nor_predicted_is_greyed_out() -> None:
 def test_values_land_at_their_patches_and_nowhere_else() -> None:
     choice, layout = choice_of(3, 2, 5), TokenLayout(True, 2, 4)
     values = torch.rand(3, 6, generator=torch.Generator().manual_seed(2))
-    placed = on_grid(values, layout, choice)
+    placed = place_on_grid(values, layout, choice)
     for row in range(3):
         ids = [*choice.ids_keep[row].tolist(), *choice.ids_hidden[row, :4].tolist()]
         assert [placed[row, i].item() for i in ids] == values[row].tolist()

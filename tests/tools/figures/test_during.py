@@ -1,4 +1,4 @@
-"""Pictures during a run: weights of every backend, and not a bit of the training changed."""
+"""Figures during a run: weights of every backend, and not a bit of the training changed."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -136,7 +136,7 @@ def run_without_images(recipe: Path, overrides: list[str], photographs: Path) ->
     from cmtmae_scale.tools.figures import during
     from tests.checkpoint.save_case import Lines
 
-    log, read = Lines(), during.read_images
+    log, read = Lines(), during.read_crops
 
     def gone(*arguments: Any) -> Any:
         for path in photographs.glob("*/*.jpg"):
@@ -147,7 +147,7 @@ def run_without_images(recipe: Path, overrides: list[str], photographs: Path) ->
             for path in photographs.glob("*/*.away"):
                 path.rename(path.with_suffix(".jpg"))
 
-    during.read_images = gone
+    during.read_crops = gone
     assert run(recipe, overrides) is None
     return log.lines
 

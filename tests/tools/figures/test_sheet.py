@@ -14,13 +14,13 @@ from cmtmae_scale.tools.figures.sheet import (
     SHADES,
     SIDE,
     TITLE,
+    apply_colour_map,
     draw_sheet,
-    shade,
-    tile,
+    draw_tile,
 )
 
 
-def test_a_sheet_has_a_row_an_image_and_a_column_a_kind() -> None:
+def test_a_sheet_has_a_row_per_image_and_a_column_per_kind() -> None:
     columns = [Column(name, torch.full((3, 2, 2), 0.25 * k)) for k, name in enumerate("abc")]
     sheet = draw_sheet(columns, "title")
     assert sheet.dtype == np.uint8
@@ -40,8 +40,8 @@ def test_long_titles_stay_within_the_sheet() -> None:
     assert (sheet[: MARGIN + TITLE] < np.array(INK) + 60).all(axis=-1).any()
 
 
-def test_shades_run_from_dark_to_bright_and_grey_stands_for_nothing() -> None:
-    found = shade(torch.tensor([[0.0, 0.5, 1.0, torch.nan]]))[0] * 255
+def test_shades_run_from_dark_to_bright_and_no_value_is_grey() -> None:
+    found = apply_colour_map(torch.tensor([[0.0, 0.5, 1.0, torch.nan]]))[0] * 255
     assert np.allclose(found[:3], [SHADES[0], SHADES[4], SHADES[8]])
     assert np.allclose(found[3], 255 * GREY)
 
@@ -49,7 +49,7 @@ def test_shades_run_from_dark_to_bright_and_grey_stands_for_nothing() -> None:
 def test_hidden_patches_are_grey_with_sharp_edges() -> None:
     hidden = torch.tensor([[[True, False], [False, False]]])
     column = Column("x", torch.ones(1, 20, 20, 3), hidden=hidden, smooth=True)
-    pixels = np.asarray(tile(column, 0))
+    pixels = np.asarray(draw_tile(column, 0))
     half = SIDE // 2
     assert (pixels[:half, :half] == round(255 * GREY)).all()
     pixels = pixels.copy()

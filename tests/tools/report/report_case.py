@@ -32,15 +32,15 @@ def entries(steps: int, seed: int = 0, every: int = 2) -> list[dict[str, float]]
             "momentum": 0.99 + 0.01 * share,
             "alpha_attention": 1.0 if share < 0.1 else 0.5,
             "alpha_target": 1 - 0.3 * share,
-            "salient_frac": 0.0,
+            "salient_fraction": 0.0,
             "images_s": 10.0,
-            "data_wait_share": 0.25,
+            "data_wait_fraction": 0.25,
             "memory_gib": 1.5,
         }
         found.append({"step": step, **entry})
         if step % 10 == 0:
             accuracies = {"eval/knn10": 0.3 + 0.2 * share, "eval/linear": 0.4 + 0.2 * share}
-            found.append({"step": step, **accuracies, "eval/time_share": 0.1})
+            found.append({"step": step, **accuracies, "eval/time_fraction": 0.1})
     return found
 
 
@@ -48,9 +48,9 @@ def write_lines(file: Path, lines: list[Any]) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_picture(run_dir: Path, step: int) -> None:
-    """A small picture of noise."""
-    folder = run_dir / "pictures"
+def write_figure(run_dir: Path, step: int) -> None:
+    """A small sheet of noise."""
+    folder = run_dir / "figures"
     folder.mkdir(exist_ok=True)
     noise = np.random.default_rng(step).integers(0, 256, (60, 200, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / f"step-{step:08d}.png")
@@ -74,7 +74,7 @@ def write_run(run_dir: Path, *overrides: str, steps: int = 60, seed: int = 0) ->
     }
     write_lines(run_dir / "starts.jsonl", [start])
     for step in (20, 40, 60):
-        write_picture(run_dir, step)
+        write_figure(run_dir, step)
     evaluation = run_dir / "evaluation"
     (evaluation / "train-index").mkdir(parents=True)
     labels = {"labels": ["a", "b", "c", "d"], "names": ["a/0.jpg"] * 8}

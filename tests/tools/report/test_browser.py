@@ -98,7 +98,7 @@ def test_the_dark_page_is_dark_and_the_printed_one_white(
     assert brightness("dark", "print") == 255
 
 
-def test_all_pictures_are_printed(page: Page, reports: dict[str, Path]) -> None:
+def test_all_figures_are_printed(page: Page, reports: dict[str, Path]) -> None:
     heights = "[...document.querySelectorAll('.sheet img')].map("
     heights += "i => i.getBoundingClientRect().height > 20 && i.checkVisibility("
     heights += "{contentVisibilityAuto: true}))"

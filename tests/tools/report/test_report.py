@@ -1,4 +1,4 @@
-"""The report says what a run's files say, and in words what they do not."""
+"""The report shows what a run's files hold, and names what is missing."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.commands.report import write_page, write_report
-from tests.tools.report.report_case import entries, write_lines, write_picture, write_run
+from tests.tools.report.report_case import entries, write_figure, write_lines, write_run
 
 VOID = {"meta", "link", "img", "path", "rect", "circle", "br"}
 
@@ -41,7 +41,7 @@ class Outline(HTMLParser):
             self.words.append(data)
 
 
-def read(file: Path) -> tuple[str, Outline]:
+def read_page(file: Path) -> tuple[str, Outline]:
     """Text of a page, one space between words, and its outline."""
     outline = Outline()
     outline.feed(file.read_text())
@@ -50,7 +50,7 @@ def read(file: Path) -> tuple[str, Outline]:
 
 
 def report(*runs: Path) -> str:
-    return read(write_page(runs))[0]
+    return read_page(write_page(runs))[0]
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("alone") / "run", "log.every=2")
 
 
-def test_a_finished_run_is_told_whole(finished: Path) -> None:
+def test_a_finished_run_is_reported_completely(finished: Path) -> None:
     words = report(finished)
-    for said in (
+    for phrase in (
         "done",
         "60 of 60",
         "configs/demo.yaml",
@@ -71,19 +71,19 @@ def test_a_finished_run_is_told_whole(finished: Path) -> None:
         "Attention that stays visible",
         "Learning rate",
         "Teacher's weight",
-        "No finished run of the same settings lies beside this one",
+        "No sibling folder holds a finished run of the same settings",
         "Step 60",
-        "None: one start, no bad file, nothing noted.",
+        "None: one launch, no bad file, no recorded incident.",
         "60/128",
         "SMOKE TEST: it ran",
         "chance 25.0 %",
     ):
-        assert said in words, said
+        assert phrase in words, phrase
 
 
 def test_the_page_fetches_nothing_and_its_links_lead_somewhere(finished: Path) -> None:
     page = write_page([finished])
-    text, (_, outline) = page.read_text(), read(page)
+    text, (_, outline) = page.read_text(), read_page(page)
     for address in outline.addresses:
         assert address.startswith(("data:", "#")), address
     assert {a[1:] for a in outline.addresses if a.startswith("#")} <= set(outline.anchors)
@@ -92,7 +92,7 @@ def test_the_page_fetches_nothing_and_its_links_lead_somewhere(finished: Path) -
     assert text.count("data:image/png") == 3
 
 
-def test_time_is_split_into_shares_that_sum_to_one(finished: Path) -> None:
+def test_time_is_split_into_fractions_that_sum_to_one(finished: Path) -> None:
     # of each second 0.1 are evaluations; a quarter of the rest is waiting
     words = report(finished)
     assert "computing 67.5 %" in words
@@ -115,21 +115,21 @@ def test_a_run_that_has_just_begun_says_what_is_not_there_yet(tmp_path: Path) ->
     run = write_run(tmp_path / "run")
     for name in ("log.jsonl", "exit.json", "starts.jsonl"):
         (run / name).unlink()
-    for folder in ("pictures", "evaluation"):
+    for folder in ("figures", "evaluation"):
         for path in sorted((run / folder).rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
     words = report(run)
-    for said in (
+    for phrase in (
         "not ended: still running, or killed",
         "0 of 60",
         "The log has no entry yet.",
-        "There are no pictures: the first is due at step 60.",
-        "Nothing was timed yet.",
-        "Recipe, overrides and versions of its starts were not recorded.",
-        "The run was not evaluated while it went on",
-        "No result of launchers/evaluate.py",
+        "There are no figures: the first is due at step 60.",
+        "No time was logged yet.",
+        "Recipe, overrides and versions were not recorded.",
+        "The run was not evaluated during training",
+        "holds no result of launchers/evaluate.py",
     ):
-        assert said in words, said
+        assert phrase in words, phrase
 
 
 def test_a_half_written_line_is_named_and_the_rest_used(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_half_written_line_is_named_and_the_rest_used(tmp_path: Path) -> None:
     assert "60 of 60" in words
 
 
-def test_files_of_the_wrong_kind_are_named_and_passed_over(tmp_path: Path) -> None:
+def test_files_of_the_wrong_kind_are_named_and_ignored(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "exit.json").write_text("[1, 2")
     (run / "evaluation" / "broken.json").write_text("{")
@@ -150,13 +150,13 @@ def test_files_of_the_wrong_kind_are_named_and_passed_over(tmp_path: Path) -> No
     (run / "config.yaml").write_text("run: {name: old, dir: x}\nvanished: {key: 1}\n")
     (run / "starts.jsonl").write_text('{"overrides": 3, "versions": [1], "step": "x"}\n')
     words = report(run)
-    for said in (
+    for phrase in (
         "exit.json cannot be read",
         "evaluation/broken.json cannot be read",
         "quarantine.jsonl: line 1 cannot be read",
         "config.yaml is not this version's",
     ):
-        assert said in words, said
+        assert phrase in words, phrase
 
 
 def test_numbers_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
@@ -182,14 +182,14 @@ def test_incidents_are_listed(tmp_path: Path) -> None:
     starts = json.loads((run / "starts.jsonl").read_text())
     write_lines(run / "starts.jsonl", [starts, starts | {"step": 31}])
     words = report(run)
-    for said in (
+    for phrase in (
         "33 skipped step loss nan",
-        "Started again 1 times, from step 31.",
+        "Relaunched 1 times, from step 31.",
         "25 images could not be decoded",
         "a/19.jpg truncated",
         "and 5 more",
     ):
-        assert said in words, said
+        assert phrase in words, phrase
     assert "a/20.jpg" not in words
 
 
@@ -201,13 +201,13 @@ def test_a_run_that_goes_on_after_its_last_end_is_not_called_done(tmp_path: Path
     assert "stopped; the same command continues SIGTERM" in report(run)
 
 
-def test_many_pictures_are_thinned_and_counted(tmp_path: Path) -> None:
+def test_many_figures_are_thinned_and_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for step in range(1, 20):
-        write_picture(run, step)
+        write_figure(run, step)
     page = write_page([run])
     assert page.read_text().count("data:image/png") == 4
-    words = read(page)[0]
+    words = read_page(page)[0]
     assert "4 of 22" in words
     assert re.search(r"Step 60 .*Step 1 ", words)
 
@@ -218,7 +218,7 @@ def test_only_finished_runs_of_the_same_settings_make_a_range(tmp_path: Path) ->
     crashed = write_run(tmp_path / "crashed", seed=2)
     (crashed / "exit.json").write_text(json.dumps({"code": 1, "step": 9, "reason": "crash"}))
     (tmp_path / "no-run").mkdir()
-    assert "No finished run of the same settings" in report(run)
+    assert "No sibling folder holds a finished run" in report(run)
     write_run(tmp_path / "seed-3", "log.every=5", "backend.name=deepspeed", seed=3)
     assert "one other run of these settings" in report(run)
     write_run(tmp_path / "seed-4", seed=4)
@@ -232,15 +232,15 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     two = write_run(tmp_path / "two", "run.name=two", "mask.ratio=0.5", seed=1)
     page = write_page([one, two])
     assert page == one / "comparison.html"
-    words, outline = read(page)
+    words, outline = read_page(page)
     assert "mask.ratio 0.75 0.5" in words
     assert "run.seed 0 1" in words
-    assert "Curves over each other" in words
+    assert "Overlaid curves" in words
     assert re.search(r"one done 60 .* two done 60", words)
-    assert {"r1-curves", "r2-curves", "figures"} <= set(outline.anchors)
+    assert {"r1-curves", "r2-curves", "final"} <= set(outline.anchors)
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_get_different_labels(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("one", "two")]
     words = report(*runs)
     assert all(f"demo ({run})" in words for run in runs)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import yaml
 
-from cmtmae_scale.evaluation.result import pack_hits, wilson
+from cmtmae_scale.evaluation.result import pack_hits, wilson_interval
 from cmtmae_scale.tools.study.work import Run
 from tests.engine.run_case import BASE
 
@@ -53,10 +53,10 @@ def hits_of(correct: int, shift: int = 0) -> np.ndarray:
 
 
 def put_results(run: Run, hits: np.ndarray, baselines: bool = False, digest: str = "d") -> None:
-    """Results of a run as the evaluation writes them."""
+    """Write a run's result files as evaluate.py does."""
     correct = int(hits.sum())
     own = {"weights": "student, step 4", "count": COUNT}
-    share = {"accuracy": correct / COUNT, "interval_95": wilson(correct, COUNT)}
+    share = {"accuracy": correct / COUNT, "interval_95": wilson_interval(correct, COUNT)}
     linear = (
         own | share | {"method": "linear, lr 1, decay 0", "hits": pack_hits(torch.tensor(hits))}
     )

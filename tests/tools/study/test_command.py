@@ -12,7 +12,7 @@ import pytest
 from cmtmae_scale.commands.study import run_study, write_results
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study.file import load_study
-from cmtmae_scale.tools.study.results import collect
+from cmtmae_scale.tools.study.results import collect_results
 from cmtmae_scale.tools.study.work import plan_runs
 from tests.engine.run_case import make_photographs
 from tests.evaluation.evaluation_case import labelled_photographs
@@ -71,7 +71,7 @@ def test_the_table_has_means_deviations_references_and_comparisons(tmp_path: Pat
         "| `half` | `cmt` | -30.00 |" in table and "McNemar over images, n = 40 | 0.0075" in table
     )
     assert "| 0.058 | not shown |" in table and "| 0.015 | the opposite shown |" in table
-    assert "one seed says nothing of another" in table
+    assert "not about other seeds" in table
     assert results["rows"]["mae"]["mean"] == pytest.approx(0.275)
     assert results["rows"]["cmt"]["runs"][1]["primary"] == 0.6
 
@@ -113,7 +113,7 @@ def test_what_is_missing_is_said_and_compared_over_what_both_have(tmp_path: Path
 
 def test_nothing_at_all_is_no_error(tmp_path: Path) -> None:
     table, _, figure = written(tmp_path, {})
-    assert "No comparison can be made yet." in table and not figure
+    assert "No comparison is available yet." in table and not figure
 
 
 def test_results_on_different_images_are_not_compared(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_results_on_different_images_are_not_compared(tmp_path: Path) -> None:
     runs = plan_runs(study)
     put_results(runs[0], hits_of(5), baselines=True)
     put_results(runs[1], hits_of(5), digest="other")
-    with pytest.raises(ConfigError, match="were judged on different images; delete the results"):
-        collect(study, runs)
+    with pytest.raises(ConfigError, match="were evaluated on different images; delete the results"):
+        collect_results(study, runs)
 
 
 def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
@@ -130,10 +130,10 @@ def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
 ) -> None:
     study = write_study(tmp_path, study_tree(tmp_path))
     assert run_study([str(study), "--dry-run", "--rows", "half", "mae"]) == 0
-    said = capsys.readouterr().out
-    assert "# half, seed 0: cache, train, evaluate, evaluate\npython launchers/precompute" in said
-    assert "# mae, seed 1: train, evaluate, evaluate\npython launchers/pretrain.py --conf" in said
-    assert "# cmt" not in said and said.endswith("3 of 3 runs are missing\n")
+    text = capsys.readouterr().out
+    assert "# half, seed 0: cache, train, evaluate, evaluate\npython launchers/precompute" in text
+    assert "# mae, seed 1: train, evaluate, evaluate\npython launchers/pretrain.py --conf" in text
+    assert "# cmt" not in text and text.endswith("3 of 3 runs are incomplete\n")
     assert not (tmp_path / "study").exists()
 
 
@@ -145,7 +145,7 @@ def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
         (["--jobs", "0"], "0 must be at least 1"),
     ],
 )
-def test_mistakes_leave_with_78(
+def test_mistakes_exit_with_code_78(
     tmp_path: Path,
     options: list[str],
     expected: str,
@@ -177,8 +177,8 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
         *("teacher test_vit (random)", "random weights", "raw pixels")
     }
     assert results["comparisons"][0]["pairs"] == 12
-    pieces = sorted((tmp_path / "study" / "runs").glob("*/pieces.jsonl"))
-    before = [file.read_text() for file in pieces]
+    records = sorted((tmp_path / "study" / "runs").glob("*/jobs.jsonl"))
+    before = [file.read_text() for file in records]
     assert len(before) == 2 and sum(text.count("\n") for text in before) == 8
     assert run_study([study]) == 0
-    assert [file.read_text() for file in pieces] == before
+    assert [file.read_text() for file in records] == before

@@ -1,4 +1,4 @@
-"""Pieces run as processes: in order, once, until time is up, and a failure stops its own run."""
+"""Jobs run as processes: in order, once, until time is up, and a failure stops its own run."""
 
 import json
 import os
@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.errors import EXIT_STOPPED
-from cmtmae_scale.tools.study.execute import PIECES, Executor, Outcome, minutes_of, worst
+from cmtmae_scale.tools.study.execute import (
+    JOBS,
+    Executor,
+    Outcome,
+    study_exit_code,
+    training_minutes,
+)
 from cmtmae_scale.tools.study.file import load_study
-from cmtmae_scale.tools.study.work import Piece, Run, plan_runs
+from cmtmae_scale.tools.study.work import Job, Run, plan_runs
 from tests.tools.study.study_case import study_tree, write_study
 
 WAITS = """
@@ -23,34 +29,34 @@ time.sleep(60)
 """
 
 
-def some_run(folder: Path, name: str, *pieces: Piece) -> Run:
-    """A run of other pieces than the study's; one of them judges it."""
-    assert any(piece.kind == "evaluate" for piece in pieces)
+def some_run(folder: Path, name: str, *jobs: Job) -> Run:
+    """A run of other jobs than the study's, one of which evaluates it."""
+    assert any(job.kind == "evaluate" for job in jobs)
     (run, *_) = plan_runs(load_study(write_study(folder, study_tree(folder))))
-    return Run(name, 0, folder / name, run.config, pieces, run.linear, run.knn)
+    return Run(name, 0, folder / name, run.config, jobs, run.linear, run.knn)
 
 
-def script(kind: str, text: str, result: Path, gentle: bool = True) -> Piece:
-    return Piece(kind, ("-c", text, str(result)), result, result.exists, gentle)
+def script(kind: str, text: str, result: Path, resumable: bool = True) -> Job:
+    return Job(kind, ("-c", text, str(result)), result, result.exists, resumable)
 
 
-def writes(kind: str, result: Path, also: str = "") -> Piece:
+def writes(kind: str, result: Path, also: str = "") -> Job:
     text = f"import sys; {also}; print('hello'); open(sys.argv[1], 'x').close()"
     return script(kind, text.replace("; ;", ";"), result)
 
 
-def test_pieces_run_in_order_and_only_those_that_are_missing(tmp_path: Path) -> None:
+def test_jobs_run_in_order_and_only_those_that_are_missing(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     second = writes("evaluate", b, f"assert __import__('os').path.exists({str(a)!r})")
     run = some_run(tmp_path, "one", writes("train", a), second)
     assert Executor(1, None).run([run]) == [Outcome.DONE]
     assert a.exists() and b.exists()
     assert (run.folder / "output.log").read_text() == "hello\n" * 2
-    entries = [json.loads(line) for line in (run.folder / PIECES).read_text().splitlines()]
+    entries = [json.loads(line) for line in (run.folder / JOBS).read_text().splitlines()]
     assert [(one["kind"], one["code"]) for one in entries] == [("train", 0), ("evaluate", 0)]
-    assert minutes_of(run) == entries[0]["seconds"] / 60
+    assert training_minutes(run) == entries[0]["seconds"] / 60
     assert Executor(1, None).run([run]) == [Outcome.DONE]  # open(.., 'x') would fail
-    assert len((run.folder / PIECES).read_text().splitlines()) == 2
+    assert len((run.folder / JOBS).read_text().splitlines()) == 2
 
 
 def test_what_two_runs_share_is_made_once(tmp_path: Path) -> None:
@@ -60,7 +66,7 @@ def test_what_two_runs_share_is_made_once(tmp_path: Path) -> None:
         some_run(tmp_path, n, shared, writes("evaluate", tmp_path / f"{n}.done")) for n in names
     ]
     assert Executor(2, None).run(runs) == [Outcome.DONE] * 2
-    made = [run for run in runs if "cache" in (run.folder / PIECES).read_text().split('"')]
+    made = [run for run in runs if "cache" in (run.folder / JOBS).read_text().split('"')]
     assert len(made) == 1
 
 
@@ -72,7 +78,7 @@ def test_a_failure_stops_its_own_run_and_is_named(
     runs = [some_run(tmp_path, "bad", bad, after)]
     runs.append(some_run(tmp_path, "good", writes("evaluate", tmp_path / "good.done")))
     outcomes = Executor(1, None).run(runs)
-    assert outcomes == [Outcome.FAILED, Outcome.DONE] and worst(outcomes) == 1
+    assert outcomes == [Outcome.FAILED, Outcome.DONE] and study_exit_code(outcomes) == 1
     assert not (tmp_path / "after").exists() and (tmp_path / "good.done").exists()
     expected = f"bad, seed 0: train ended with exit code 3; see {tmp_path / 'bad' / 'output.log'}"
     assert expected in caplog.text
@@ -90,20 +96,20 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_when_time_is_up_a_training_is_asked_to_stop_and_nothing_begins(
     tmp_path: Path, begun: Path
 ) -> None:
-    long = Piece("train", ("-c", WAITS, str(begun)), begun, lambda: False, True)
+    long = Job("train", ("-c", WAITS, str(begun)), begun, lambda: False, True)
     runs = [some_run(tmp_path, "long", long, writes("evaluate", tmp_path / "judged"))]
     runs.append(some_run(tmp_path, "next", writes("evaluate", tmp_path / "next.done")))
     outcomes = Executor(1, 10).run(runs)
-    assert outcomes == [Outcome.STOPPED] * 2 and worst(outcomes) == EXIT_STOPPED
+    assert outcomes == [Outcome.STOPPED] * 2 and study_exit_code(outcomes) == EXIT_STOPPED
     assert begun.exists() and not (tmp_path / "next.done").exists()
-    entry = json.loads((runs[0].folder / PIECES).read_text())
+    entry = json.loads((runs[0].folder / JOBS).read_text())
     assert entry["code"] == 75
 
 
 def test_when_time_is_up_an_evaluation_comes_to_its_end(tmp_path: Path, begun: Path) -> None:
     text = "import sys, time; open(sys.argv[1], 'x'); time.sleep(1); open(sys.argv[1] + '2', 'x')"
     end = Path(f"{begun}2")
-    slow = Piece("evaluate", ("-c", text, str(begun)), begun, end.exists, False)
+    slow = Job("evaluate", ("-c", text, str(begun)), begun, end.exists, False)
     run = some_run(tmp_path, "one", slow, writes("evaluate", tmp_path / "f"))
     assert Executor(1, 10).run([run]) == [Outcome.STOPPED]
     assert end.exists() and not (tmp_path / "f").exists()
@@ -114,7 +120,7 @@ def test_a_signal_stops_everything_and_leaves_handlers_as_they_were(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     begun = tmp_path / "begun"
-    long = Piece("evaluate", ("-c", WAITS, str(begun)), begun, lambda: False, False)
+    long = Job("evaluate", ("-c", WAITS, str(begun)), begun, lambda: False, False)
     before = signal.getsignal(number)
 
     def send() -> None:
@@ -129,7 +135,7 @@ def test_a_signal_stops_everything_and_leaves_handlers_as_they_were(
     assert signal.getsignal(number) is before
 
 
-def test_neighbours_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_runs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     text = "import os, sys; open(sys.argv[1], 'w').write(os.environ.get('OMP_NUM_THREADS', '-'))"
     cores = len(os.sched_getaffinity(0))

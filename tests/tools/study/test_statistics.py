@@ -5,9 +5,9 @@ import pytest
 
 from cmtmae_scale.tools.study.statistics import (
     binomial_p,
-    holm,
+    holm_correction,
     mcnemar,
-    mean_and_deviation,
+    mean_and_std,
     paired_t,
     t_quantile,
     t_tail,
@@ -16,7 +16,7 @@ from cmtmae_scale.tools.study.statistics import (
 stats = pytest.importorskip("scipy.stats", reason="SciPy comes with the extra demo")
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("count", [2, 3, 8])
 def test_the_paired_t_test_is_scipys(count: int) -> None:
     generator = np.random.default_rng(count)
     a = generator.normal(0.5, 0.02, count).tolist()
@@ -29,14 +29,13 @@ def test_the_paired_t_test_is_scipys(count: int) -> None:
     assert (found.difference, found.pairs) == (pytest.approx(np.mean(a) - np.mean(b)), count)
 
 
-@pytest.mark.parametrize("free", [1, 2, 3, 4, 7, 30])
-@pytest.mark.parametrize("t", [0.0, 0.3, 2.0, 12.0])
+@pytest.mark.parametrize(("t", "free"), [(0.0, 1), (0.3, 2), (2.0, 7), (12.0, 30)])
 def test_the_tail_of_t_is_scipys(t: float, free: int) -> None:
     assert t_tail(t, free) == pytest.approx(stats.t.sf(t, free), rel=1e-6, abs=1e-14)
     assert t_quantile(0.975, free) == pytest.approx(stats.t.ppf(0.975, free), rel=1e-9)
 
 
-def test_differences_without_any_spread_leave_no_doubt() -> None:
+def test_equal_differences_give_an_exact_answer() -> None:
     assert paired_t([0.75, 0.5], [0.5, 0.25]).p == 0
     assert paired_t([0.75, 0.5], [0.75, 0.5]).p == 1
     with pytest.raises(ValueError, match="two seeds"):
@@ -64,13 +63,13 @@ def test_what_never_differs_is_no_difference() -> None:
     assert 0 <= binomial_p(2400, 5000) < 0.01  # whole numbers: nothing overflows
 
 
-def test_the_deviation_is_that_of_a_sample() -> None:
-    assert mean_and_deviation([0.5]) == (0.5, None)
-    mean, deviation = mean_and_deviation([0.1, 0.4, 0.3])
-    assert (mean, deviation) == pytest.approx((0.8 / 3, np.std([0.1, 0.4, 0.3], ddof=1)))
+def test_the_standard_deviation_is_that_of_a_sample() -> None:
+    assert mean_and_std([0.5]) == (0.5, None)
+    mean, std = mean_and_std([0.1, 0.4, 0.3])
+    assert (mean, std) == pytest.approx((0.8 / 3, np.std([0.1, 0.4, 0.3], ddof=1)))
 
 
 def test_holm_corrects_the_smallest_most_and_keeps_the_order() -> None:
-    found = holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9})
+    found = holm_correction({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.9})
     assert found == pytest.approx({"a": 0.09, "b": 0.04, "c": 0.09, "d": 0.9})
-    assert holm({}) == {}
+    assert holm_correction({}) == {}

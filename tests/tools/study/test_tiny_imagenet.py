@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cmtmae_scale.tools.study import tiny_imagenet
-from cmtmae_scale.tools.study.tiny_imagenet import main
+from cmtmae_scale.tools.study.tiny_imagenet import make_tiny_imagenet
 from dataloading.index import build_index
 
 NAMES = ["n04", "n01", "n03", "n02"]  # sorted, every second: n01, n03
@@ -46,7 +46,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_tars_hold_every_second_class_and_are_balanced(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main([str(out), "--zip", str(archive)]) == 0
+    assert make_tiny_imagenet([str(out), "--zip", str(archive)]) == 0
     assert sorted(p.name for p in out.iterdir()) == [
         *("train-00.tar", "train-01.tar", "val-0.tar", "val-1.tar")
     ]
@@ -59,7 +59,7 @@ def test_tars_hold_every_second_class_and_are_balanced(archive: Path, tmp_path: 
         assert [source.read(k) for k in range(4)] == expected
         source.close()
     first = (out / "train-00.tar").read_bytes()
-    assert main([str(out), "--zip", str(archive)]) == 0
+    assert make_tiny_imagenet([str(out), "--zip", str(archive)]) == 0
     assert (out / "train-00.tar").read_bytes() == first
     source = build_index(out / "val-1.tar").open()  # the second of each class: val_5 and val_6
     assert [source.read(k) for k in range(2)] == [jpeg(105), jpeg(106)]
@@ -76,6 +76,6 @@ def test_what_is_not_the_archive_is_named(
             opened.writestr("readme", "hello")
     else:
         file.write_bytes(content)
-    assert main([str(tmp_path / "out"), "--zip", str(file)]) == 78
+    assert make_tiny_imagenet([str(tmp_path / "out"), "--zip", str(file)]) == 78
     assert re.search(r"other.zip: is not Tiny-ImageNet's archive .* --zip", caplog.text)
     assert not list((tmp_path / "out").glob("*.tar"))

@@ -20,7 +20,7 @@ def runs_of(folder: Path, **changes: Any) -> list[Run]:
 
 
 def kinds(run: Run) -> list[str]:
-    return [piece.kind for piece in run.missing()]
+    return [job.kind for job in run.missing()]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").iterdir()), ids=lambda p: p.stem)
@@ -32,9 +32,9 @@ def test_every_row_of_a_study_that_is_shipped_can_be_run(
     runs = plan_runs(study)
     assert {run.row for run in runs} == set(study.rows)
     for run in runs:
-        for piece in run.pieces:
-            if piece.kind in ("train", "cache"):
-                load_config(piece.arguments[2], piece.arguments[3:])
+        for job in run.jobs:
+            if job.kind in ("train", "cache"):
+                load_config(job.arguments[2], job.arguments[3:])
 
 
 def test_neighbours_with_the_same_seeds_go_seed_by_seed(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_the_first_run_carries_the_baselines_and_the_first_teacher_its_own_probe
     with_baselines = [
         run.row + str(run.seed)
         for run in runs
-        if any("--no-baselines" not in p.arguments for p in run.pieces if p.kind == "evaluate")
+        if any("--no-baselines" not in p.arguments for p in run.jobs if p.kind == "evaluate")
     ]
     assert with_baselines == ["mae0"]
     assert [run.row + str(run.seed) for run in runs if run.teacher] == ["cmt0"]
@@ -59,7 +59,7 @@ def test_the_first_run_carries_the_baselines_and_the_first_teacher_its_own_probe
 
 def test_a_command_trains_what_the_row_says(tmp_path: Path) -> None:
     half = runs_of(tmp_path)[-1]
-    words = next(piece for piece in half.pieces if piece.kind == "train").arguments
+    words = next(job for job in half.jobs if job.kind == "train").arguments
     assert words[:2] == ("launchers/pretrain.py", "--config")
     config = load_config(words[2], words[3:])
     assert config == half.config
@@ -69,7 +69,7 @@ def test_a_command_trains_what_the_row_says(tmp_path: Path) -> None:
 
 
 def test_runs_are_named_by_what_they_compute(tmp_path: Path) -> None:
-    """Loudness does not count, anything else does; equal settings are one run."""
+    """Logging settings do not count, others do; equal settings are one run."""
     before = runs_of(tmp_path)
     assert len({run.folder for run in before}) == len(before)
     quiet = runs_of(tmp_path, settings=["train.steps=4", "views.views_per_image=1", "log.every=3"])
@@ -87,7 +87,7 @@ def test_runs_share_the_cache_of_a_teacher_that_sees_the_same(tmp_path: Path) ->
     assert caches["cmt", 0] == caches["half", 0] != caches["cmt", 1]
 
 
-def test_other_images_ask_for_another_judgement_of_the_same_run(tmp_path: Path) -> None:
+def test_other_images_ask_for_another_evaluation_of_the_same_run(tmp_path: Path) -> None:
     evaluation = study_tree(tmp_path)["evaluation"] | {"test": "elsewhere"}
     for before, after in zip(
         runs_of(tmp_path), runs_of(tmp_path, evaluation=evaluation), strict=True
