@@ -57,7 +57,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for method in (knn, linear):
         add_weight_options(method)
         add_image_options(method)
-        add_launcher_options(method)
     knn.add_argument("--k", type=at_least_one, nargs="+", default=[10, 20])
     knn.add_argument(
         "--temperature",
@@ -92,6 +91,7 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="timm's name, for a .safetensors file without config.json")
     parser.add_argument("--file", help="weights for --timm")
     parser.add_argument("--size", type=at_least_one, help="side of the images for --timm, pixels")
+    add_launcher_options(parser)
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
