@@ -20,7 +20,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherView, view_sizes
-from cmtmae_scale.teachers.build import assemble, compute_dtype
+from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark import cache_speed, rounding, training
 from cmtmae_scale.tools.benchmark.cache_speed import Cached, Speed
@@ -107,7 +107,9 @@ def measure(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config = live_config(path, overrides, folder)
         index = load_or_build(config.data.path, folder / "index", source=config.data.source)
-        teacher = assemble(config, needs(config), load=True).to(device, compute_dtype(config))
+        teacher = assemble_teacher(config, needs(config), load=True).to(
+            device, compute_dtype(config)
+        )
         builder = Builder(config, index, teacher, device)
         stack.callback(builder.close)
         caches: list[Cached] = []
