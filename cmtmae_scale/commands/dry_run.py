@@ -1,4 +1,4 @@
-"""What a run would be, without running it: batch, parameters, operations, memory, resumption.
+"""``--dry-run``: batch, parameters, FLOPs, memory and resumption of a run, without running it.
 
 Counts come from meta tensors; nothing is allocated and no image is read.
 """
@@ -35,7 +35,7 @@ GIB = 2**30
 
 
 def render_dry_run(config: Config, world_size: int) -> str:
-    """Text of ``--dry-run``.
+    """Return the text of ``--dry-run``.
 
     Raises:
         ConfigError: settings that cannot work.
@@ -64,8 +64,8 @@ def render_dry_run(config: Config, world_size: int) -> str:
         origin += "" if builds_teacher(config) else " and not built"
         lines.append(f"teacher         {millions(teacher.model)} parameters, frozen{origin}")
     lines.append(
-        f"GFLOP a view    student {work.student / 1e9:.1f} (forward and backward), "
-        f"momentum {work.momentum / 1e9:.1f}, teacher {work.teacher / 1e9:.1f}; 2 a multiply-add"
+        f"GFLOP per view  student {work.student / 1e9:.1f} (forward and backward), "
+        f"momentum {work.momentum / 1e9:.1f}, teacher {work.teacher / 1e9:.1f}; 2 per multiply-add"
     )
     parts = memory_bytes(config, world_size, model, momentum, teacher)
     lines += memory_lines(parts, sum(parts.values()), count_shards(config, world_size).states)
@@ -74,7 +74,7 @@ def render_dry_run(config: Config, world_size: int) -> str:
 
 
 def count_images(config: Config) -> tuple[int | None, str]:
-    """Number of images from an existing index, or as the recipe expects."""
+    """Return the number of images, from an index or as the recipe expects, and its source."""
     folder = Path(config.data.index) if config.data.index else Path(config.run.output_dir) / "index"
     if folder.is_dir():
         try:
@@ -95,19 +95,19 @@ def count_images(config: Config) -> tuple[int | None, str]:
 
 
 def memory_lines(parts: dict[str, float], total: float, shards: int) -> list[str]:
-    """Bytes a GPU by part; a model, not a measurement."""
-    lines = [f"memory a GPU    {name:<17}{value / GIB:8.2f} GiB" for name, value in parts.items()]
+    """Return lines of the modelled memory per GPU, by component."""
+    lines = [f"memory per GPU  {name:<17}{value / GIB:8.2f} GiB" for name, value in parts.items()]
     lines.append(
-        f"memory a GPU    {'at the peak':<17}{total / GIB:8.2f} GiB (modelled, {shards} shards; "
+        f"memory per GPU  {'at the peak':<17}{total / GIB:8.2f} GiB (modelled, {shards} shards; "
         "states exact, activations of the eager student)"
     )
     return lines
 
 
 def resumable(config: Config) -> str:
-    """The checkpoint that the run would continue from, or why it would not.
+    """Return the checkpoint from which the run would resume, or why it would not.
 
-    Files are compared by size only here, and images are not compared.
+    Only the sizes of files are verified here, and the images are not compared.
     """
     for folder in checkpoints.list_checkpoints(Path(config.run.output_dir) / "checkpoints"):
         if checkpoints.find_damage(folder, (-1, 1)) is None:
@@ -128,5 +128,5 @@ def resumable(config: Config) -> str:
 
 
 def millions(module: nn.Module) -> str:
-    """Number of parameters, in millions."""
+    """Return the number of parameters, in millions."""
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"

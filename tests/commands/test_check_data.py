@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.commands import check_data as command
-from cmtmae_scale.commands.check_data import main, parse
+from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.runtime.progress_bar import Progress
 from dataloading.index import build_index
@@ -26,7 +25,7 @@ def test_a_whole_folder_may_go_on(photos: Path, tmp_path: Path, capsys) -> None:
     report = tmp_path / "new" / "report.json"
     sheet = tmp_path / "sheet.png"
     line = [str(photos), "--threads", "2", "--report", str(report), "--sheet", str(sheet)]
-    assert main(line) == EXIT_DONE
+    assert check_data(line) == EXIT_DONE
     text = capsys.readouterr().out
     for piece in (
         "photos: folder, 20 images",
@@ -51,7 +50,7 @@ def test_bad_images_are_counted_named_and_stop(photos: Path, tmp_path: Path, cap
     path = photos / "class2" / "002.jpg"
     path.write_bytes(path.read_bytes()[:-100])
     report = tmp_path / "report.json"
-    assert main([str(photos), "--report", str(report)]) == EXIT_CONFIG
+    assert check_data([str(photos), "--report", str(report)]) == EXIT_CONFIG
     text = capsys.readouterr().out
     assert "left out by their headers: 3" in text
     assert "  2: class1/text.jpg (not an image" in text
@@ -60,14 +59,14 @@ def test_bad_images_are_counted_named_and_stop(photos: Path, tmp_path: Path, cap
     assert "verdict: stop: 4 of 23 images are bad (17.39%, at most 0.10% may be)" in text
     record = json.loads(report.read_text())
     assert [fault["name"] for fault in record["undecodable"]] == ["class2/002.jpg"]
-    assert main([str(photos), "--max-bad-share", "0.2"]) == EXIT_DONE
+    assert check_data([str(photos), "--max-bad-share", "0.2"]) == EXIT_DONE
 
 
 def test_nothing_decodable_stops_whatever_the_share(tmp_path: Path, capsys) -> None:
     photos = make_photographs(tmp_path / "photos", 2)
     for path in photos.rglob("*.jpg"):
         path.write_bytes(path.read_bytes()[:-200])
-    assert main([str(photos), "--max-bad-share", "1"]) == EXIT_CONFIG
+    assert check_data([str(photos), "--max-bad-share", "1"]) == EXIT_CONFIG
     assert "verdict: stop: no image can be decoded" in capsys.readouterr().out
 
 
@@ -84,7 +83,7 @@ def write_tars(photos: Path, folder: Path) -> Path:
 
 def test_tars_are_told_sorted_or_shuffled(photos: Path, tmp_path: Path, capsys) -> None:
     tars = write_tars(photos, tmp_path / "tars")
-    assert main([str(tars)]) == EXIT_DONE
+    assert check_data([str(tars)]) == EXIT_DONE
     text = capsys.readouterr().out
     assert "tars: 2 tars, 20 images" in text
     assert "labels a tar: 2 to 2, median 2; 3.0 in a full shuffle" in text
@@ -96,7 +95,7 @@ def test_a_tar_cut_short_stops_whatever_the_share(photos, tmp_path, capsys, cut:
     path = write_tars(photos, tmp_path / "tars") / "1.tar"
     used = path.read_bytes().rstrip(b"\0")
     path.write_bytes(used[: len(used) - cut])
-    assert main([str(tmp_path / "tars"), "--max-bad-share", "1"]) == EXIT_CONFIG
+    assert check_data([str(tmp_path / "tars"), "--max-bad-share", "1"]) == EXIT_CONFIG
     text = capsys.readouterr().out
     assert "verdict: stop: 1 tars are damaged or cut short" in text and "of 1.tar" in text
 
@@ -106,12 +105,12 @@ def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) 
     path.write_bytes(path.read_bytes()[:-100])
     out = tmp_path / "out"
     line = [str(photos), "--pack", str(out), "--max-bad-share", "0.1", "--seed", "1"]
-    assert main(line) == EXIT_DONE
+    assert check_data(line) == EXIT_DONE
     text = capsys.readouterr().out
     assert "packed and read back: 19 images in 1 tars, 1 left out; shuffled: 4 neighbours" in text
     assert f"data.path={out} data.shuffle=window data.expected_images=19" in text
     require_mixed(build_index(out), on_sorted=False)
-    assert main(line) == EXIT_DONE  # finished: verified, not decoded again
+    assert check_data(line) == EXIT_DONE  # finished: verified, not decoded again
     captured = capsys.readouterr()
     assert "undecodable: 1\n  class2/002.jpg" in captured.out
     assert "all was decoded before" in captured.err and "decoding:" not in captured.err
@@ -119,13 +118,13 @@ def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) 
 
 def test_too_bad_data_are_not_packed(photos: Path, tmp_path: Path, capsys) -> None:
     (photos / "class0" / "empty.jpg").write_bytes(b"")
-    assert main([str(photos), "--pack", str(tmp_path / "out")]) == EXIT_CONFIG
+    assert check_data([str(photos), "--pack", str(tmp_path / "out")]) == EXIT_CONFIG
     assert not list((tmp_path / "out").glob("*.tar"))
     assert "packed" not in capsys.readouterr().out
 
 
 def test_a_pack_into_its_source_is_refused(photos: Path, capsys) -> None:
-    assert main([str(photos), "--pack", str(photos)]) == EXIT_CONFIG
+    assert check_data([str(photos), "--pack", str(photos)]) == EXIT_CONFIG
     assert "holds class0 and no pack.json; name an empty or a new folder" in capsys.readouterr().err
 
 
@@ -145,7 +144,7 @@ def test_bad_paths_give_one_line(photos, tmp_path, capsys, arguments, message) -
     places = {"PHOTOS": str(photos), "EMPTY": str(tmp_path / "empty")}
     for name, place in places.items():
         arguments = [text.replace(name, place) for text in arguments]
-    assert main(arguments) == EXIT_CONFIG
+    assert check_data(arguments) == EXIT_CONFIG
     errors = [line for line in capsys.readouterr().err.splitlines() if " ERROR " in line]
     assert len(errors) == 1 and message in errors[0]
 
@@ -162,7 +161,7 @@ def test_bad_paths_give_one_line(photos, tmp_path, capsys, arguments, message) -
 )
 def test_usage_errors_leave_with_78(capsys, arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(arguments)
+        parse_options(arguments)
     assert stop.value.code == EXIT_CONFIG
     assert message in capsys.readouterr().err
 
@@ -173,12 +172,12 @@ def test_an_interrupt_ends_cleanly(photos, tmp_path, capsys, monkeypatch, extra)
         def __call__(self, done: int) -> None:
             raise KeyboardInterrupt  # a job in the background may have inherited a deaf ear
 
-    monkeypatch.setattr(command, "Progress", Interrupting)
+    monkeypatch.setattr("cmtmae_scale.runtime.progress_bar.Progress", Interrupting)
     extra = [text.replace("OUT", str(tmp_path / "out")) for text in extra]
-    assert main([str(photos), *extra]) == EXIT_STOPPED
+    assert check_data([str(photos), *extra]) == EXIT_STOPPED
     assert "the same command may be repeated" in capsys.readouterr().err
     monkeypatch.undo()
-    assert main([str(photos), *extra]) == EXIT_DONE
+    assert check_data([str(photos), *extra]) == EXIT_DONE
 
 
 class Terminal(io.StringIO):
