@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.progress import Scalars
 from cmtmae_scale.evaluation.encoders import inference_autocast
 from cmtmae_scale.method.attention import normalise_map
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
@@ -18,7 +17,8 @@ from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import EPS, Predictions, TokenLayout, patchify
-from cmtmae_scale.pretraining.prepare import gather, mix
+from cmtmae_scale.pretraining.prepare import gather_targets, mix_attention
+from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.teachers.base import Teacher, TeacherView
 from cmtmae_scale.tools.figures.components import principal_colours
 
@@ -63,7 +63,7 @@ def compute_columns(
     networks: Networks,
     layout: TokenLayout,
     images: tuple[Tensor, ...],
-    scalars: Scalars,
+    scalars: PretrainingScalars,
 ) -> list[Column]:
     """Compute all columns with the present weights; mask 0 of positions 0, 1, 2 and so on.
 
@@ -89,14 +89,14 @@ def compute_columns(
             features, attention = momentum.to(device)(pixels)
             momentum.cpu()
         alpha = torch.full((), scalars.alpha_attention, device=device)
-        mixed = mix(config.attention, view.attention, attention, alpha)
+        mixed = mix_attention(config.attention, view.attention, attention, alpha)
         positions = torch.arange(len(views), device=device)
         choice = choose_masks(
             replace(config.mask, masks_per_view=1),
             mixed,
             positions,
             config.run.seed,
-            scalars.salient_frac,
+            scalars.salient_fraction,
             length=height * width,
             num_predicted=layout.num_hidden,
         )
@@ -115,8 +115,8 @@ def compute_columns(
     hidden = all_patches.scatter(1, choice.ids_keep, False).view(-1, height, width)
     columns.append(Column("visible", views, "patches", hidden=hidden, smooth=True))
     targets = Predictions(
-        gather(layout, view.features, config.target.teacher.norm, choice),
-        gather(layout, features, config.target.student.norm, choice),
+        gather_targets(layout, view.features, config.target.teacher.norm, choice),
+        gather_targets(layout, features, config.target.student.norm, choice),
         None,
     )
     for name in ("teacher", "student"):

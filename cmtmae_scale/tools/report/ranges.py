@@ -4,9 +4,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from cmtmae_scale.engine.progress import scalars_at
-from cmtmae_scale.engine.resume import FREE, listed
+from cmtmae_scale.engine.resume import FREE_KEYS, is_listed
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
+from cmtmae_scale.pretraining.scalars import scalars_at
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.tools.report.chart import Band, Line, Point
 from cmtmae_scale.tools.report.run import Run, read_run
 
@@ -17,11 +18,8 @@ PLANNED_POINTS = 120
 
 def recipe_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that runs of one recipe share: those with an effect, but the seed."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if key in KEPT or not (listed(key, FREE) or key == "run.seed")
-    }
+    free = ("run.seed", *FREE_KEYS, *Pretraining.free_keys)
+    return {k: v for k, v in settings.items() if k in KEPT or not is_listed(k, free)}
 
 
 def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
