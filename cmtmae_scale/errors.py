@@ -1,6 +1,6 @@
-"""The user's faults, told apart from ours: each carries a message that names the remedy.
+"""Errors that the user can fix; each message names the remedy.
 
-``cli.py`` turns them into one line and an exit code; anything else is a bug and keeps its
+Commands print them as one line and exit with ``exit_code``; any other error is a bug and keeps its
 traceback.
 """
 
@@ -12,7 +12,7 @@ EXIT_CONFIG = 78
 
 
 class CmtMaeError(Exception):
-    """Base of the errors that the person who started the run can mend."""
+    """Base of the errors that the user can fix."""
 
     exit_code = EXIT_CONFIG
 
@@ -26,32 +26,32 @@ class TeacherError(CmtMaeError):
 
 
 class CacheError(CmtMaeError):
-    """A teacher cache that is absent, damaged, or was computed from something else."""
+    """A teacher cache that is absent, damaged, or computed from something else."""
 
 
 class CheckpointError(CmtMaeError):
-    """A checkpoint that is broken, or that belongs to another run."""
+    """A checkpoint that is damaged, or that belongs to another run."""
 
 
 class SaveError(CheckpointError):
-    """The last state could not be saved; another start repeats the steps since the one before."""
+    """The last state could not be saved; the next launch resumes from the checkpoint before it."""
 
     exit_code = EXIT_CRASH
 
 
 class ReplicaError(CheckpointError):
-    """Ranks that hold the same tensors hold different bits; the checkpoint before stands."""
+    """Ranks that replicate tensors hold different bits; nothing is saved."""
 
     exit_code = EXIT_CRASH
 
 
 class NoProgressError(CmtMaeError):
-    """Starts that end without progress, again and again."""
+    """Consecutive launches that ended without progress."""
 
     exit_code = EXIT_NO_PROGRESS
 
 
 class NonFiniteError(CmtMaeError):
-    """The loss or the gradient stopped being finite; nothing was updated."""
+    """The loss or the gradient is not finite; nothing was updated."""
 
     exit_code = EXIT_CRASH

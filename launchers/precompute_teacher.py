@@ -1,8 +1,8 @@
-"""Compute a teacher's maps and features once, or check what was computed."""
+"""Compute a teacher's attention and features once, or verify what was computed."""
 
 import sys
 
-from cmtmae_scale.commands.precompute import main
+from cmtmae_scale.commands.precompute import precompute_teacher
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(precompute_teacher())

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from cmtmae_scale.cache.format import ENDLESS, PARTS, read_manifest
+from cmtmae_scale.cache.format import ENDLESS, SHARDS, read_manifest
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.runtime.progress_file import read_published_progress
 from tests.engine.run_case import BASE, make_photographs, same
@@ -135,8 +135,8 @@ def sidecar_main(run_dir: Path) -> None:
 
     torch.set_num_threads(1)
     redirect(run_dir / "sidecar.err")
-    arguments = ["--follow", str(run_dir), "--rows-a-part", "8", "--ahead", "6"]
-    os._exit(precompute.main(arguments))
+    arguments = ["--follow", str(run_dir), "--rows-per-shard", "8", "--ahead", "6"]
+    os._exit(precompute.precompute_teacher(arguments))
 
 
 def samples_of(run_dir: Path) -> dict[int, int]:
@@ -294,12 +294,12 @@ class Faults:
 
     def flip_bit(self) -> None:
         """Damage the newest of several checkpoints, and kill everybody before a newer one comes."""
-        folders = layout.candidates(self.job.run_dir / "checkpoints")
+        folders = layout.list_checkpoints(self.job.run_dir / "checkpoints")
         if len(folders) < 2:
             return
         self.job.end(signal.SIGKILL)
         self.job.wait()
-        newest = layout.candidates(self.job.run_dir / "checkpoints")[0]
+        newest = layout.list_checkpoints(self.job.run_dir / "checkpoints")[0]
         with (newest / "rank-00000.safetensors").open("r+b") as file:
             at = self.chance.randrange(os.fstat(file.fileno()).st_size)
             file.seek(at)
@@ -326,7 +326,7 @@ class Faults:
 
     def damage_part(self) -> None:
         cache = self.job.run_dir / "cache"
-        parts = sorted((cache / PARTS).glob("*.safetensors"))
+        parts = sorted((cache / SHARDS).glob("*.safetensors"))
         if not parts or read_manifest(cache).num_rows != ENDLESS:
             return
         try:

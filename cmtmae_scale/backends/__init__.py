@@ -1,1 +1,1 @@
-"""Ways to run the same step: plain (one process) and FSDP2."""
+"""Backends that run the same step: FSDP2, DeepSpeed ZeRO, and plain for one process."""

@@ -1,4 +1,4 @@
-"""AdamW with its parameter groups, and its state in place from the start."""
+"""AdamW with its parameter groups, and with its state before the first step."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.config.trained import AdamWSettings
+from cmtmae_scale.config.schema import AdamWSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 LrScale = Callable[[str], float]
-"""Factor of the learning rate of a parameter, by its name."""
+"""Maps a parameter's name to the factor of its learning rate."""
 
 
 def unscaled(name: str) -> float:
-    """One learning rate for all parameters."""
+    """Return 1: all parameters have the same learning rate."""
     return 1.0
 
 
@@ -24,9 +24,9 @@ def parameter_groups(
     weight_decay: float,
     lr_scale: LrScale = unscaled,
 ) -> list[dict[str, Any]]:
-    """Split named parameters by the factor of their learning rate, and by weight decay.
+    """Group named parameters by learning rate factor and weight decay.
 
-    No decay for vectors, class, register and mask tokens, and position tables (method.md 7.5).
+    Vectors, class, register and mask tokens and positional embeddings have no weight decay.
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
@@ -47,11 +47,10 @@ def make_adamw(
     settings: AdamWSettings,
     lr_scale: LrScale = unscaled,
 ) -> torch.optim.AdamW:
-    """AdamW over such groups, without state; ``start_state`` belongs to it.
+    """Return AdamW over ``parameter_groups``; ``start_state`` creates its state.
 
     Args:
-        parameters: those that are trained, by name; plain tensors, in the shape that counts for
-            weight decay.
+        parameters: trained parameters by name; the number of dimensions decides on weight decay.
         settings: the config's group.
         lr_scale: factor of the learning rate of each parameter.
     """
@@ -60,17 +59,17 @@ def make_adamw(
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
-    """Set the learning rate of every group of an optimizer made here, or of what wraps it."""
+    """Set the learning rate of every group of this AdamW, or of an optimizer that wraps it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def start_state(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-    """Give every tensor that is updated its state, so that saving and loading need no first step.
+    """Create the state of every updated tensor, so that saving and loading need no first step.
 
     Args:
         optimizer: AdamW.
-        tensors: what it updates: the parameters, or what stands for them.
+        tensors: the tensors that it updates.
     """
     optimizer.state.clear()
     for tensor in tensors:
@@ -88,5 +87,5 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """Parameters that are trained, by name."""
+    """Return the trained parameters by name."""
     return ((name, one) for name, one in model.named_parameters() if one.requires_grad)

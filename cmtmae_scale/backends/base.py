@@ -1,4 +1,4 @@
-"""What the loop asks of a backend, and the values that pass between them."""
+"""The protocol between the engine and a backend, and the values that they exchange."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 class Work(Protocol):
-    """What one forward and backward needs, all on the device."""
+    """Inputs of one forward and backward, on the device."""
 
     @property
     def inputs(self) -> tuple[Any, ...]:
-        """What the model is called with; first the images, ``[B, 3, S, S]`` float32."""
+        """Arguments of the model; first the images, ``[B, 3, S, S]`` float32."""
         ...
 
     @property
@@ -36,42 +36,42 @@ class Terms(Protocol):
 
 
 Objective = Callable[[Any, Any], Terms]
-"""From what the model says and the work to the losses."""
+"""Computes the losses from the model's output and the work."""
 
 
 class Fragment(NamedTuple):
-    """This rank's part of one state of one parameter: a range of its flattened values."""
+    """This rank's range of one flattened tensor: a parameter, a moment or EMA weights."""
 
     offset: int
     """First element."""
     shape: tuple[int, ...]
-    """Shape of the whole parameter."""
+    """Shape of the whole tensor."""
     local: Tensor
-    """The part itself: a 1-D float32 view of live memory."""
+    """The values: a 1-D float32 view of live memory."""
     owner: bool
-    """Whether this rank writes it (replicas do not)."""
+    """Whether this rank writes the values to a checkpoint; replicas do not."""
 
 
 class Outcome(NamedTuple):
-    """What came of an optimizer step."""
+    """Result of an optimizer step."""
 
     grad_norm: float
     """Global norm before clipping."""
     applied: bool
-    """False: something was not finite and nothing was changed."""
+    """False if the step was refused and changed nothing."""
     report: list[float]
-    """The caller's vector, summed over ranks."""
+    """The engine's vector, summed over ranks."""
 
 
 Accept = Callable[[list[float]], bool]
-"""Whether a step with such a report, summed over ranks, may be applied."""
+"""Decides, from the report summed over ranks, whether a step is applied."""
 
 
 class Blocked(Protocol):
-    """A model that names the blocks to be wrapped, gathered or compiled one by one."""
+    """A model whose blocks are wrapped, gathered or compiled one by one."""
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """Blocks in the order of the forward."""
+        """Return the blocks in the order of the forward."""
         ...
 
 
@@ -79,18 +79,17 @@ class Backend(Protocol):
     """One way to compute, reduce and apply a step."""
 
     def micro(self, batch: Work, last: bool) -> Terms:
-        """Forward and backward; ``last`` is the micro-step after which gradients are reduced."""
+        """Run forward and backward; gradients are reduced after the ``last`` micro-step."""
         ...
 
     def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        """Clip, test, update. The one host read of the step.
+        """Clip the gradients, test them, and update the weights; the step's only host read.
 
         Args:
-            lr: learning rate in force; a parameter's own is this times its ``lr_scale``.
-            report: 1-D float32 vector, summed over ranks and returned; a non-finite entry stops
-                the update just as a non-finite gradient does.
-            accept: asked, with the summed report, whether a finite step may be applied; must
-                answer alike on every rank. ``None``: always.
+            lr: learning rate; each parameter's is this times its ``lr_scale``.
+            report: 1-D float32 vector, summed over ranks and returned; a non-finite entry prevents
+                the update like a non-finite gradient.
+            accept: decides on finite steps; must decide alike on every rank. ``None`` accepts all.
         """
         ...
 
@@ -99,27 +98,27 @@ class Backend(Protocol):
         ...
 
     def momentum_update(self, momentum: float) -> None:
-        """Move the momentum student towards the fp32 weights: ``m * old + (1 - m) * new``."""
+        """Update the EMA weights from the fp32 weights: ``m * old + (1 - m) * new``."""
         ...
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Momentum student's features ``[B, N(+1), D]`` and attention ``[B, N]``; no gradient."""
+        """Return the momentum encoder's features ``[B, N(+1), D]`` and attention ``[B, N]``."""
         ...
 
     def fragments(self) -> dict[str, Fragment]:
-        """Weights, both moments and momentum weights by name, as views of live memory."""
+        """Return weights, both moments and EMA weights by name, as views of live memory."""
         ...
 
     def after_load(self, step: int) -> None:
-        """Bring everything derived in line after ``fragments()`` was written to.
+        """Renew derived values after ``fragments()`` was written to.
 
         Args:
-            step: applied optimizer steps so far (AdamW's counter).
+            step: number of applied optimizer steps (AdamW's counter).
         """
         ...
 
     def close(self) -> None:
-        """Release what is held."""
+        """Release resources."""
         ...
 
 
@@ -127,11 +126,11 @@ T = TypeVar("T", bound=Terms)
 
 
 def detached(terms: T) -> T:
-    """The same losses without their graph."""
+    """Return the losses without their graph."""
     return terms._replace(**{name: term.detach() for name, term in terms._asdict().items()})
 
 
 def acceptable(grad_norm: float, report: list[float], accept: Accept | None) -> bool:
-    """Whether a step may be applied: all is finite, and the caller agrees."""
+    """Return whether a step is applied: all values are finite, and ``accept`` agrees."""
     finite = all(abs(value) < float("inf") for value in [grad_norm, *report])
     return finite and (accept is None or accept(report))

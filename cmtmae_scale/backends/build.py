@@ -1,4 +1,4 @@
-"""The backend that a config names."""
+"""Build the backend that the config names."""
 
 import os
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from cmtmae_scale.backends.base import Backend, Objective
 from cmtmae_scale.backends.fsdp import Fsdp
 from cmtmae_scale.config.deepspeed import deepspeed_config
 from cmtmae_scale.config.derive import batch_plan
-from cmtmae_scale.config.trained import Trained
+from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.runtime.launch import World
@@ -27,20 +27,20 @@ def make_backend(
     rows: int,
     lr_scale: LrScale = unscaled,
 ) -> Backend:
-    """Hand what is trained, and a momentum student, to FSDP2 or ZeRO.
+    """Build FSDP2 or DeepSpeed ZeRO around a model and its momentum encoder.
 
     Args:
         config: checked settings.
-        world: this process's place.
+        world: this process's rank and world size.
         device: this rank's device.
         model: ``Blocked``, on the CPU, the same values on every rank.
-        momentum_encoder: started as a copy of ``model.encoder``, or ``None``.
+        momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
-        rows: constant number of rows of a step, over all ranks.
+        rows: constant number of rows per step, over all ranks.
         lr_scale: factor of the learning rate of each parameter.
 
     Raises:
-        ConfigError: if the backend is not installed or cannot be laid out over the ranks.
+        ConfigError: if the backend is not installed, or the ranks do not fit its sharding.
     """
     loss_scale = 1.0 / rows
     if config.backend.name == "fsdp":
@@ -57,12 +57,12 @@ def make_backend(
         )
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed, or "
-            "set backend.name=fsdp"
+            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed, "
+            "or set backend.name=fsdp"
         )
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for one and warn
-    from cmtmae_scale.backends.deepspeed import Zero  # takes seconds, and is not always there
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
+    from cmtmae_scale.backends.deepspeed import Zero  # an optional package, slow to import
 
     return Zero(
         model,

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO, stages 1 to 3, behind the same protocol as FSDP2.
 
-The trainer's own AdamW updates ZeRO's flat float32 tensors; ``zero_places.py`` knows where in them
-a parameter lies.
+The trainer's own AdamW updates ZeRO's flat float32 tensors; ``deepspeed_internals.py`` locates each
+parameter within them.
 """
 
 import io
@@ -37,19 +37,19 @@ from cmtmae_scale.backends.base import (
     acceptable,
     detached,
 )
-from cmtmae_scale.backends.deepspeed_fragments import (
-    find_places,
+from cmtmae_scale.backends.deepspeed_internals import (
     flat_tensors,
-    gradient_refused,
+    force_skipped_steps,
+    locate_shards,
     renew_compute_copies,
 )
-from cmtmae_scale.backends.gathered import GatheredAverage, Part
+from cmtmae_scale.backends.deepspeed_momentum import GatheredMomentum, Shard
+from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
-from cmtmae_scale.config.trained import AdamWSettings
 from cmtmae_scale.errors import ConfigError
 
 TESTED = "0.19"
-"""Minor version of DeepSpeed whose private names ``zero_places.py`` reads."""
+"""Minor version of DeepSpeed whose private names ``deepspeed_internals.py`` reads."""
 ENCODER = "encoder."
 
 
@@ -58,7 +58,7 @@ class Zero:
 
     Args:
         model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
-        momentum_encoder: started as a copy of ``model.encoder``, or ``None``.
+        momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: stage, precision, compilation.
@@ -68,7 +68,7 @@ class Zero:
         lr_scale: factor of the learning rate of each parameter.
 
     Raises:
-        ConfigError: if another version of DeepSpeed is installed than the one that was tested.
+        ConfigError: if the installed version of DeepSpeed is not the tested version.
     """
 
     def __init__(
@@ -84,11 +84,12 @@ class Zero:
         lr_scale: LrScale = unscaled,
     ) -> None:
         check_version()
-        be_quiet()
+        quiet_deepspeed()
         if device.type == "cpu":
-            # Else DeepSpeed compiles a shared-memory collective, for minutes, at every first start.
+            # Else the first launch compiles a shared-memory collective for minutes.
             cast(Any, deepspeed.ops).__compatible_ops__ = {}
-        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed asks nobody else
+        # DeepSpeed reads no other source.
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         self.stage = settings.zero_stage
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.objective = objective
@@ -102,7 +103,7 @@ class Zero:
                 block.compile()
         if self.stage == 3:
             gather_by_block(model)
-        with redirect_stdout(io.StringIO()):  # it prints its memory several times
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory several times
             self.engine, self.optimizer, *_ = cast(
                 tuple[Any, ...],
                 deepspeed.initialize(
@@ -114,34 +115,35 @@ class Zero:
             )
         self.adamw = cast(torch.optim.AdamW, self.engine.basic_optimizer)
         start_state(self.adamw, flat_tensors(self.optimizer, self.stage))
-        self.places = find_places(self.optimizer, self.stage, trainable(model), dist.get_rank())
-        # ZeRO took its float32 values from ones rounded to the compute type, and keeps none at all
-        # of what is not trained.
-        for name, place in self.places.items():
-            part = start[name].view(-1).narrow(0, place.offset, place.length)
-            place.view(place.flat).copy_(part)
-        self.frozen = {n: start[n].to(device) for n in start if n not in self.places}
+        self.shards = locate_shards(self.optimizer, self.stage, trainable(model), dist.get_rank())
+        # ZeRO rounded its float32 values to the compute dtype, and keeps no frozen parameters.
+        for name, shard in self.shards.items():
+            values = start[name].view(-1).narrow(0, shard.offset, shard.length)
+            shard.view(shard.flat).copy_(values)
+        self.frozen = {n: start[n].to(device) for n in start if n not in self.shards}
         renew_compute_copies(self.optimizer, self.stage)
-        self.average = None
+        self.momentum = None
         if momentum_encoder is not None:
-            self.make_average(momentum_encoder, device)
+            self.shard_momentum(momentum_encoder, device)
 
-    def make_average(self, momentum_encoder: nn.Module, device: torch.device) -> None:
-        """Keep the momentum student's float32 values in the layout of the student's."""
+    def shard_momentum(self, momentum_encoder: nn.Module, device: torch.device) -> None:
+        """Shard the EMA weights in float32 like the student's weights."""
         names = [name for name, _ in momentum_encoder.named_parameters()]
-        self.averaged = [n for n in names if ENCODER + n in self.places]
+        self.averaged = [n for n in names if ENCODER + n in self.shards]
         self.unaveraged = {
             name: self.frozen[ENCODER + name].clone()
             for name in names
             if ENCODER + name in self.frozen
         }
-        places = [self.places[ENCODER + name] for name in self.averaged]
-        parts = [
-            Part(name, place.offset, place.length)
-            for name, place in zip(self.averaged, places, strict=True)
+        ranges = [self.shards[ENCODER + name] for name in self.averaged]
+        shards = [
+            Shard(name, own.offset, own.length)
+            for name, own in zip(self.averaged, ranges, strict=True)
         ]
-        where = places[0].flat.device
-        self.average = GatheredAverage(momentum_encoder.to(device), parts, self.dtype, where)
+        ema_device = ranges[0].flat.device
+        self.momentum = GatheredMomentum(
+            momentum_encoder.to(device), shards, self.dtype, ema_device
+        )
 
     def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; stages 2 and 3 reduce gradients at every micro-step."""
@@ -153,7 +155,7 @@ class Zero:
         return detached(losses)
 
     def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        """See ``Backend.step``; ZeRO itself reads the norm once more than the protocol says."""
+        """See ``Backend.step``; ZeRO reads the norm once more than the protocol asks."""
         packed = report.clone()
         dist.all_reduce(packed)
         values = packed.tolist()
@@ -167,40 +169,40 @@ class Zero:
 
     def discard(self) -> None:
         """See ``Backend.discard``; only after the last micro-step of a step."""
-        with gradient_refused(self.optimizer, self.stage):
+        with force_skipped_steps(self.optimizer, self.stage):
             self.engine.step()
 
     def momentum_update(self, momentum: float) -> None:
-        """See ``Backend.momentum_update``; one exchange in the compute type."""
-        if self.average is not None:
-            places = (self.places[ENCODER + name] for name in self.averaged)
-            self.average.update([place.view(place.flat) for place in places], momentum)
+        """See ``Backend.momentum_update``; one all-gather in the compute dtype."""
+        if self.momentum is not None:
+            shards = (self.shards[ENCODER + name] for name in self.averaged)
+            self.momentum.update([shard.view(shard.flat) for shard in shards], momentum)
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """See ``Backend.momentum_forward``."""
-        return (None, None) if self.average is None else self.average.forward(images)
+        return (None, None) if self.momentum is None else self.momentum.forward(images)
 
     def fragments(self) -> dict[str, Fragment]:
         """See ``Backend.fragments``."""
         found: dict[str, Fragment] = {}
         for name, shape in self.shapes.items():
-            place = self.places.get(name)
-            if place is None:
+            shard = self.shards.get(name)
+            if shard is None:
                 found[f"model.{name}"] = self.replicated(self.frozen[name])
                 continue
-            state = self.adamw.state[place.flat]
-            tensors = {"model": place.flat} | {moment: state[moment] for moment in MOMENTS}
+            state = self.adamw.state[shard.flat]
+            tensors = {"model": shard.flat} | {moment: state[moment] for moment in MOMENTS}
             for kind, tensor in tensors.items():
-                found[f"{kind}.{name}"] = Fragment(place.offset, shape, place.view(tensor), True)
-        if self.average is not None:
-            for name, view in zip(self.averaged, self.average.views, strict=True):
+                found[f"{kind}.{name}"] = Fragment(shard.offset, shape, shard.view(tensor), True)
+        if self.momentum is not None:
+            for name, view in zip(self.averaged, self.momentum.views, strict=True):
                 found[f"momentum.{name}"] = found[f"model.{ENCODER}{name}"]._replace(local=view)
             for name, tensor in self.unaveraged.items():
                 found[f"momentum.{name}"] = self.replicated(tensor)
         return found
 
     def replicated(self, tensor: Tensor) -> Fragment:
-        """A tensor that every rank holds and the first one writes."""
+        """Return the fragment of a tensor that every rank holds and rank 0 writes."""
         return Fragment(0, tuple(tensor.shape), tensor.view(-1), dist.get_rank() == 0)
 
     def after_load(self, step: int) -> None:
@@ -209,20 +211,20 @@ class Zero:
         self.engine.global_steps = step
         renew_compute_copies(self.optimizer, self.stage)
         self.renew_frozen()
-        if self.average is not None:
-            self.average.renew()
+        if self.momentum is not None:
+            self.momentum.renew()
 
     @torch.no_grad()
     def renew_frozen(self) -> None:
-        """Copy what is not trained into the modules."""
+        """Copy the frozen parameters into the modules."""
         for name, parameter in self.model.named_parameters():
             if name in self.frozen:
                 shards = [parameter] if self.stage == 3 else []
                 with deepspeed.zero.GatheredParameters(shards, modifier_rank=0):
                     parameter.copy_(self.frozen[name])
-        if self.average is not None:
+        if self.momentum is not None:
             for name, tensor in self.unaveraged.items():
-                self.average.module.get_parameter(name).copy_(tensor)
+                self.momentum.module.get_parameter(name).copy_(tensor)
 
     def close(self) -> None:
         """See ``Backend.close``."""
@@ -230,28 +232,28 @@ class Zero:
 
 
 def check_version() -> None:
-    """Refuse a DeepSpeed whose inner names were not tested.
+    """Refuse a version of DeepSpeed whose private names were not tested.
 
     Raises:
-        ConfigError: names both versions.
+        ConfigError: with both versions.
     """
     found = deepspeed.__version__
     if not found.startswith(f"{TESTED}."):
         raise ConfigError(
-            f"backend.name=deepspeed: DeepSpeed {found} is installed, but weights are read from the "
-            f"inside of {TESTED}.*; install the extra deepspeed, or use backend.name=fsdp"
+            f"backend.name=deepspeed: DeepSpeed {found} is installed, but weights are read through "
+            f"private names of {TESTED}.*; install the extra deepspeed, or use backend.name=fsdp"
         )
 
 
-def be_quiet() -> None:
-    """Let DeepSpeed speak from warnings on."""
+def quiet_deepspeed() -> None:
+    """Silence DeepSpeed's log below warnings."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def gather_by_block(model: nn.Module) -> None:
-    """Stage 3: gather each block as a whole, and all the rest with the model, as FSDP2 does.
+    """Make stage 3 gather each block as a whole and the other parameters with the model.
 
-    Some parameters are used by another module's forward than their own, which ZeRO cannot see.
+    The forward of another module than their own uses some parameters, which ZeRO does not detect.
     """
     within: set[int] = set()
     for block in cast(Blocked, model).transformer_blocks():

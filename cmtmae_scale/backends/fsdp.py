@@ -1,7 +1,4 @@
-"""FSDP2: weights, moments and momentum weights as float32 shards, computed in bf16 or fp32.
-
-Built on PyTorch's ``fully_shard``.
-"""
+"""FSDP2: weights, moments and EMA weights as float32 shards, computed in bf16 or fp32."""
 
 from collections.abc import Iterator
 from typing import cast
@@ -34,8 +31,8 @@ from cmtmae_scale.backends.base import (
     acceptable,
     detached,
 )
+from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
-from cmtmae_scale.config.trained import AdamWSettings
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.momentum import update_momentum
 
@@ -45,7 +42,7 @@ class Fsdp:
 
     Args:
         model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
-        momentum_encoder: started as a copy of ``model.encoder``, or ``None``.
+        momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: precision, sharding, compilation, activation checkpointing.
@@ -76,13 +73,13 @@ class Fsdp:
         self.clip = optimizer.grad_clip
         # FSDP2 averages gradients over ranks; the loss is a sum over all of them.
         self.loss_scale = loss_scale * dist.get_world_size()
-        # The optimizer works on this rank's shards as plain tensors: as DTensors each of some
-        # hundred parameters would pay for a dispatch of its own while the device waits.
+        # The optimizer updates this rank's shards as plain tensors: with DTensors each of some
+        # hundred parameters would cost a dispatch of its own while the device waits.
         self.own = {
             name: nn.Parameter(cast(DTensor, one).to_local().detach())
             for name, one in trainable(self.model)
         }
-        # A mesh is slow to ask, and fragments() would ask for every state of every parameter.
+        # Mesh look-ups are slow, and fragments() would repeat them for every tensor.
         names = self.mesh.mesh_dim_names or ()
         self.num_shards = self.mesh["shard"].size()
         self.shard_rank = self.mesh.get_local_rank("shard")
@@ -128,14 +125,14 @@ class Fsdp:
     def momentum_update(self, momentum: float) -> None:
         """See ``Backend.momentum_update``; local shards only, no communication."""
         if self.momentum_encoder is not None:
-            # Gathered weights hide the shards, and nothing but a backward would drop them: without
-            # this the next forward would still use the old average.
-            self.forget_gathered()
+            # Only a backward would drop the gathered weights, which hide the shards: without this
+            # line the next forward would still use the old EMA weights.
+            self.reshard_momentum()
             encoder = self.model.get_submodule("encoder")
             update_momentum(list(shards(self.momentum_encoder)), list(shards(encoder)), momentum)
 
-    def forget_gathered(self) -> None:
-        """Make the next momentum forward gather anew: without a backward nothing else does."""
+    def reshard_momentum(self) -> None:
+        """Drop the momentum encoder's gathered weights, so that its next forward gathers anew."""
         if self.momentum_encoder is not None:
             for module in self.momentum_encoder.modules():
                 if isinstance(module, FSDPModule):
@@ -150,11 +147,11 @@ class Fsdp:
 
     def fragments(self) -> dict[str, Fragment]:
         """See ``Backend.fragments``; a fragment is a range of a parameter's first dimension."""
-        # After a forward without a backward the gathered weights would be listed.
+        # After a forward without a backward the parameters are still the gathered weights.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        self.forget_gathered()
+        self.reshard_momentum()
         found: dict[str, Fragment] = {}
         for name, parameter in self.model.named_parameters():
             found[f"model.{name}"] = self.fragment(parameter)
@@ -170,31 +167,31 @@ class Fsdp:
         """Locate this rank's shard within the flattened parameter."""
         if not isinstance(parameter, DTensor):
             raise TypeError("a parameter was not sharded; please report this")
-        rows_a_rank = -(-parameter.shape[0] // self.num_shards)
+        rows_per_rank = -(-parameter.shape[0] // self.num_shards)
         row_size = parameter.numel() // parameter.shape[0]
-        offset = min(self.shard_rank * rows_a_rank, parameter.shape[0]) * row_size
+        offset = min(self.shard_rank * rows_per_rank, parameter.shape[0]) * row_size
         local = parameter.to_local().detach().view(-1)
         return Fragment(offset, tuple(parameter.shape), local, self.writes)
 
     def after_load(self, step: int) -> None:
         """See ``Backend.after_load``."""
         set_step(self.optimizer, step)
-        self.forget_gathered()
+        self.reshard_momentum()
 
     def close(self) -> None:
         """See ``Backend.close``."""
 
 
 def shards(module: nn.Module) -> Iterator[Tensor]:
-    """This rank's part of every parameter."""
+    """Return this rank's shard of every parameter."""
     return (cast(DTensor, parameter).to_local() for parameter in module.parameters())
 
 
 def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> DeviceMesh:
-    """Lay the ranks out for ``backend.sharding``.
+    """Build the device mesh for ``backend.sharding``.
 
-    ``replicate``: every rank holds all; ``hybrid``: sharded within a node, replicated across nodes;
-    ``full``: sharded over all ranks.
+    ``replicate``: every rank holds all weights; ``hybrid``: sharded within a node, replicated
+    across nodes; ``full``: sharded over all ranks.
     """
     world_size = dist.get_world_size()
     if sharding == "full":
@@ -203,7 +200,7 @@ def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> Dev
     if world_size % inner:
         raise ConfigError(
             f"backend.sharding=hybrid: {world_size} ranks do not divide into nodes of {inner}; "
-            "start equally many on each node or use backend.sharding=full"
+            "launch equally many ranks on each node, or use backend.sharding=full"
         )
     return init_device_mesh(
         device.type, (world_size // inner, inner), mesh_dim_names=("replicate", "shard")
@@ -211,9 +208,9 @@ def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> Dev
 
 
 def wrap(module: nn.Module, mesh: DeviceMesh, settings: BackendSettings) -> nn.Module:
-    """Shard a module, each block on its own, then the rest.
+    """Shard each block of a module, then its other parameters.
 
-    Order: activation checkpointing is the model's own, then compilation, then sharding.
+    Compilation comes after activation checkpointing, which is the model's own, and before sharding.
     """
     compute = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(

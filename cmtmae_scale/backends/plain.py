@@ -1,4 +1,4 @@
-"""One process, no sharding, float32: the reference that the other backends are tested against."""
+"""One process, no sharding, float32: the reference of the other backends' tests."""
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,16 @@ from cmtmae_scale.backends.base import (
     acceptable,
     detached,
 )
-from cmtmae_scale.config.trained import AdamWSettings
+from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.method.momentum import update_momentum
 
 
 class Plain:
-    """Ordinary modules and AdamW.
+    """Runs ordinary modules and AdamW.
 
     Args:
         model: ``CollaborativeMAE`` or ``Classifier``, on its device.
-        momentum_encoder: started as a copy of ``model.encoder``, or ``None``.
+        momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         loss_scale: factor of the summed loss: one over the rows of a step.
@@ -99,12 +99,12 @@ class Plain:
         """See ``Backend.fragments``; every fragment is a whole parameter."""
         found: dict[str, Fragment] = {}
         for name, parameter in self.model.named_parameters():
-            found[f"model.{name}"] = whole(parameter)
+            found[f"model.{name}"] = whole_fragment(parameter)
             for moment in MOMENTS if parameter.requires_grad else ():
-                found[f"{moment}.{name}"] = whole(self.optimizer.state[parameter][moment])
+                found[f"{moment}.{name}"] = whole_fragment(self.optimizer.state[parameter][moment])
         if self.momentum_encoder is not None:
             for name, parameter in self.momentum_encoder.named_parameters():
-                found[f"momentum.{name}"] = whole(parameter)
+                found[f"momentum.{name}"] = whole_fragment(parameter)
         return found
 
     def after_load(self, step: int) -> None:
@@ -115,6 +115,6 @@ class Plain:
         """See ``Backend.close``."""
 
 
-def whole(tensor: Tensor) -> Fragment:
-    """A tensor as its own single fragment."""
+def whole_fragment(tensor: Tensor) -> Fragment:
+    """Return the fragment that holds a whole tensor."""
     return Fragment(0, tuple(tensor.shape), tensor.detach().view(-1), True)

@@ -1,27 +1,55 @@
-"""Computes the rows of a cache: the same views as training's, seen by the teacher, part by part."""
+"""Build a cache: forward the views of training through the teacher, shard by shard."""
 
 import errno
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor
 
-from cmtmae_scale.cache.calibration import begin, find, load_calibration
-from cmtmae_scale.cache.codecs import Calibration, Codec, calibrate, encode
-from cmtmae_scale.cache.format import ENDLESS, Manifest, read_manifest, read_seal
-from cmtmae_scale.cache.identity import Keyed, fingerprint, provenance
-from cmtmae_scale.cache.parts import write_part
+from cmtmae_scale.cache.claim import compute_once
+from cmtmae_scale.cache.codecs import (
+    Calibration,
+    Codec,
+    calibrate,
+    encode,
+    load_calibration,
+    save_calibration,
+)
+from cmtmae_scale.cache.fingerprint import (
+    Keyed,
+    cache_fingerprint,
+    check_fingerprint,
+    provenance,
+    warn_of_provenance,
+)
+from cmtmae_scale.cache.format import (
+    ENDLESS,
+    MANIFEST,
+    Manifest,
+    manifest_text,
+    missing_shards,
+    read_manifest,
+    read_seal,
+    write_shard,
+)
+from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.storage import sync
+from cmtmae_scale.teachers.build import assemble, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
-from dataloading.index import Index
+from dataloading.index import Index, load_or_build
 from dataloading.plan import Plan, Planner
 from dataloading.reading import Reader
 from dataloading.stream import LOOK_AHEAD, make_decoder
@@ -32,25 +60,25 @@ CALIBRATION_ROWS = 1024
 Rows = NDArray[np.int64]
 
 
-class Seen(NamedTuple):
-    """What the teacher made of some rows, on the teacher's device."""
+class TeacherRows(NamedTuple):
+    """Teacher outputs for some rows, on the teacher's device."""
 
     rows: Rows
     attention: Tensor | None
     features: Tensor | None
     valid: Tensor
-    """Whether the picture could be decoded and all numbers are finite, ``[B]`` bool."""
+    """Whether the image was decoded and all outputs are finite, ``[B]`` bool."""
 
 
 class Builder:
-    """Computes rows in any order.
+    """Computes the rows of a cache in any order.
 
     Args:
-        config: the run that the cache is for.
+        config: the run that reads the cache.
         index: the images.
-        teacher: on the device that computes.
-        device: that device.
-        keyed: what a row's number means.
+        teacher: on ``device``.
+        device: where the teacher computes.
+        keyed: meaning of a row's number.
 
     Raises:
         CacheError: if the run has no fixed number of views.
@@ -66,8 +94,8 @@ class Builder:
     ) -> None:
         if keyed == "views" and config.views.views_per_image is None:
             raise CacheError(
-                "views.views_per_image is not set: a cache holds a fixed number of views an image; set "
-                "views.views_per_image=4 or so here and in the run"
+                "views.views_per_image is not set: a cache holds a fixed number of views per "
+                "image; set views.views_per_image=4 or so here and in the run"
             )
         self.config = config
         self.index = index
@@ -94,132 +122,162 @@ class Builder:
         )
         self.calibration: Calibration | None = None
 
-    def describe(self, codec: Codec, rows_a_part: int) -> Manifest:
-        """What a cache of these rows would be, its calibration left out.
+    def make_manifest(self, codec: Codec, rows_per_shard: int) -> Manifest:
+        """Return the manifest of a cache of these rows, without its calibration.
 
         Raises:
-            CacheError: if the run uses nothing that the codec would store.
+            CacheError: if the run uses nothing that the codec stores.
         """
-        reading = self.teacher.reading
-        height, width = self.teacher.grid
-        stores_features = codec != "attention" and bool(reading.feature_layers)
-        if codec != "attention" and not stores_features:
+        patches, tokens, width = row_shape(self.teacher, codec != "attention")
+        if codec != "attention" and not tokens:
             raise CacheError(
                 f"cache.codec={codec} stores features, but no weight of the loss falls on the "
                 "teacher's; set cache.codec=attention"
             )
-        if not reading.attention_layers and not stores_features:
+        if not patches and not tokens:
             raise CacheError(
                 "cache.codec=attention, but the mask does not use the teacher's attention"
             )
-        patches = height * width
+        teacher = self.teacher.fingerprint()
         return Manifest(
-            fingerprint=fingerprint(
-                self.config, self.teacher.fingerprint(), self.index, self.keyed
-            ),
+            fingerprint=cache_fingerprint(self.config, teacher, self.index, self.keyed),
             recorded=provenance(self.config, self.device),
             codec=codec,
             num_rows=num_rows(self.config, self.index, self.keyed),
-            rows_a_part=rows_a_part,
-            patches=patches if reading.attention_layers else 0,
-            tokens=patches + self.teacher.has_cls if stores_features else 0,
-            width=self.teacher.width if stores_features else 0,
+            rows_per_shard=rows_per_shard,
+            patches=patches,
+            tokens=tokens,
+            width=width,
             calibration_sha256=None,
         )
 
-    def begin(self, folder: Path, codec: Codec, rows_a_part: int) -> Manifest:
-        """Begin a cache or join one; afterwards rows can be stored."""
-        manifest = begin(folder, self.describe(codec, rows_a_part), self.calibrate)
-        self.calibration = load_calibration(folder, manifest)
+    def begin_cache(self, folder: Path, codec: Codec, rows_per_shard: int) -> Manifest:
+        """Begin a cache, or join a cache that another process began.
+
+        The first process calibrates and publishes the manifest, the others wait for it.
+
+        Raises:
+            CacheError: if the folder holds another cache, or cannot be written.
+        """
+        wanted = self.make_manifest(codec, rows_per_shard)
+        try:
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            manifest = compute_once(
+                folder / ".calibrating",
+                lambda: find_manifest(folder, wanted),
+                lambda keep_alive: self.publish_manifest(folder, wanted, keep_alive),
+            )
+        except OSError as error:
+            raise CacheError(
+                f"cache.dir={folder}: cannot be written ({error.strerror}); name another folder"
+            ) from error
+        self.use_calibration(folder, manifest)
         return manifest
 
-    def join(self, folder: Path, codec: Codec) -> Manifest:
-        """Open a cache that was begun, to compare it with what is computed here."""
+    def join_cache(self, folder: Path, codec: Codec) -> Manifest:
+        """Open an existing cache, to compare it with rows that are computed again."""
         stored = read_manifest(folder)
-        manifest = find(folder, self.describe(codec, stored.rows_a_part)) or stored
-        self.calibration = load_calibration(folder, manifest)
+        manifest = find_manifest(folder, self.make_manifest(codec, stored.rows_per_shard)) or stored
+        self.use_calibration(folder, manifest)
         return manifest
 
-    def calibrate(self, live: Callable[[], None]) -> Calibration:
-        """Statistics of the first views that a run would see; ``live`` is called now and then."""
+    def use_calibration(self, folder: Path, manifest: Manifest) -> None:
+        """Encode with the calibration of a cache from now on."""
+        self.calibration = load_calibration(folder, manifest.calibration_sha256, manifest.width)
+
+    def publish_manifest(
+        self, folder: Path, wanted: Manifest, keep_alive: Callable[[], None]
+    ) -> Manifest:
+        """Calibrate and publish the manifest, unless another process was faster."""
+        sha256 = None
+        if wanted.codec == "int8" and wanted.tokens:
+            sha256 = save_calibration(folder, self.calibrate_channels(keep_alive))
+        draft = folder / f".{MANIFEST}.{os.getpid()}"
+        draft.write_text(manifest_text(replace(wanted, calibration_sha256=sha256)))
+        sync(draft)
+        try:
+            os.link(draft, folder / MANIFEST)
+        except FileExistsError:
+            logger.info("%s was published by another process", folder / MANIFEST)
+        finally:
+            draft.unlink()
+        sync(folder)
+        return read_manifest(folder)
+
+    def calibrate_channels(self, keep_alive: Callable[[], None]) -> Calibration:
+        """Compute channel statistics of the first views; calls ``keep_alive`` per micro-batch."""
         count = min(CALIBRATION_ROWS, num_rows(self.config, self.index, self.keyed))
 
         def features() -> Iterator[Tensor]:
             positions = np.arange(count, dtype=np.int64)
-            for seen in self.see(self.planner(rows) for rows in self.split(positions)):
-                live()
-                if seen.features is not None and bool(seen.valid.any()):
-                    yield seen.features[seen.valid]
+            for found in self.forward_plans(map(self.planner, self.split_rows(positions))):
+                keep_alive()
+                if found.features is not None and bool(found.valid.any()):
+                    yield found.features[found.valid]
 
         logger.info("calibrating with the first %d views", count)
         return calibrate(features())
 
-    def split(self, rows: Rows) -> list[Rows]:
-        """Cut rows into micro-batches."""
+    def split_rows(self, rows: Rows) -> list[Rows]:
+        """Split rows into micro-batches."""
         size = self.config.train.micro_batch_size
         return [rows[at : at + size] for at in range(0, len(rows), size)]
 
-    def plan(self, rows: Rows) -> Plan:
-        """What is to be read and cut for rows of this cache."""
+    def plan_rows(self, rows: Rows) -> Plan:
+        """Return the crop plan of some rows."""
         if self.keyed == "positions":
             return self.planner(rows)
         count = self.config.views.views_per_image or 1
         return self.planner.cut(rows, rows // count, rows % count)
 
-    def see(self, plans: Iterator[Plan]) -> Iterator[Seen]:
-        """Decode and look at plans, some of them ahead."""
+    def forward_plans(self, plans: Iterable[Plan]) -> Iterator[TeacherRows]:
+        """Decode the views of plans ahead, and forward them through the teacher."""
         pending: deque[Plan] = deque()
         for plan in plans:
-            self.decoder.submit(filled(plan, self.config.train.micro_batch_size))
+            self.decoder.submit(pad_plan(plan, self.config.train.micro_batch_size))
             pending.append(plan)
             if len(pending) > LOOK_AHEAD:
-                yield self.look(pending.popleft())
+                yield self.forward_next(pending.popleft())
         while pending:
-            yield self.look(pending.popleft())
+            yield self.forward_next(pending.popleft())
 
-    def look(self, plan: Plan) -> Seen:
-        """The teacher's view of the oldest plan that was submitted."""
+    def forward_next(self, plan: Plan) -> TeacherRows:
+        """Forward the oldest plan that was submitted to the decoder."""
         images, faults = self.decoder.collect()
         view = self.teacher(images[0].to(self.device, non_blocking=True))
         count = len(plan.positions)
         valid = torch.tensor([fault is None for fault in faults[:count]]).to(self.device)
-        parts = [None if one is None else one[:count] for one in (view.attention, view.features)]
-        for one in parts:
-            if one is not None:
-                valid &= one.flatten(1).isfinite().all(1)
-        return Seen(plan.positions, parts[0], parts[1], valid)
+        outputs = [None if one is None else one[:count] for one in (view.attention, view.features)]
+        for output in outputs:
+            if output is not None:
+                valid &= output.flatten(1).isfinite().all(1)
+        return TeacherRows(plan.positions, outputs[0], outputs[1], valid)
 
-    def store(self, manifest: Manifest, part: int) -> dict[str, Tensor]:
-        """Compute all rows of a part, as they are stored; on the CPU."""
-        rows = np.array(manifest.rows_of(part), dtype=np.int64)
-        found = {
-            name: torch.zeros((len(rows), *shape), dtype=dtype)
-            for name, (dtype, shape) in manifest.fields().items()
-            if name != "checksum"
-        }
+    def compute_shard(self, manifest: Manifest, shard: int) -> dict[str, Tensor]:
+        """Compute all rows of a shard as they are stored, without checksums, on the CPU."""
+        rows = np.array(manifest.shard_rows(shard), dtype=np.int64)
+        fields = manifest.empty_rows(len(rows))
+        del fields["checksum"]
         at = 0
-        for seen in self.see(self.plan(some) for some in self.split(rows)):
-            place = slice(at, at + len(seen.rows))
+        for found in self.forward_plans(map(self.plan_rows, self.split_rows(rows))):
+            place = slice(at, at + len(found.rows))
             at = place.stop
-            for name, values in self.encoded(manifest, seen).items():
-                found[name][place] = values.cpu()
-        return found
+            for name, values in self.encode_rows(manifest, found).items():
+                fields[name][place] = values.cpu()
+        return fields
 
-    def encoded(self, manifest: Manifest, seen: Seen) -> dict[str, Tensor]:
-        """Fields of some rows; those that are not valid hold zeros."""
-        fields = {"valid": seen.valid.to(torch.uint8)}
-        if manifest.patches and seen.attention is not None:
-            fields["attention"] = seen.attention.half()
-        if manifest.tokens and seen.features is not None:
-            clean = seen.features.masked_fill(~seen.valid[:, None, None], 0)
-            encoded = encode(clean, manifest.codec, self.calibration)
-            fields["features"] = encoded.values
-            if encoded.scales is not None:
-                fields["scales"] = encoded.scales
-        return {
-            name: values if name == "valid" else masked(values, seen.valid)
-            for name, values in fields.items()
-        }
+    def encode_rows(self, manifest: Manifest, found: TeacherRows) -> dict[str, Tensor]:
+        """Encode teacher outputs; rows that are not valid become zeros."""
+        fields: dict[str, Tensor] = {}
+        if manifest.patches and found.attention is not None:
+            fields["attention"] = zero_invalid(found.attention.half(), found.valid)
+        if manifest.tokens and found.features is not None:
+            clean = zero_invalid(found.features, found.valid)
+            values, scales = encode(clean, manifest.codec, self.calibration)
+            fields["features"] = zero_invalid(values, found.valid)
+            if scales is not None:
+                fields["scales"] = zero_invalid(scales, found.valid)
+        return fields | {"valid": found.valid.to(torch.uint8)}
 
     def close(self) -> None:
         """Stop the threads."""
@@ -227,86 +285,149 @@ class Builder:
         self.reader.close()
 
 
+def make_builder(
+    config: Config, index_folder: Path, device: torch.device, keyed: Keyed = "views"
+) -> Builder:
+    """Build index and teacher of a run; one process builds the index, the others wait.
+
+    Raises:
+        CacheError: if the folder of the index cannot be written.
+    """
+    needed = needs(config)
+    if config.cache.codec == "attention":
+        needed = needed._replace(teacher_features=False)
+    teacher = assemble(config, needed, load=True).to(device, compute_dtype(config))
+    return Builder(config, open_or_build_index(config, index_folder), teacher, device, keyed)
+
+
+def open_or_build_index(config: Config, folder: Path) -> Index:
+    """Read the index, or build it while other processes wait.
+
+    Raises:
+        CacheError: if the folder cannot be written.
+    """
+
+    def load() -> Index:
+        data = config.data
+        return load_or_build(data.path, folder, source=data.source, max_pixels=data.max_pixels)
+
+    def find() -> Index | None:
+        return load() if (folder / "index.json").exists() else None
+
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        return compute_once(folder / ".indexing", find, lambda keep_alive: load())
+    except OSError as error:
+        raise CacheError(
+            f"{folder}: cannot be written ({error.strerror}); correct cache.dir or data.index"
+        ) from error
+
+
+def row_shape(teacher: OnlineTeacher, features: bool = True) -> tuple[int, int, int]:
+    """Return patches N, tokens T and channels F of a row; 0: unused, or not stored."""
+    reading, patches = teacher.outputs, teacher.grid[0] * teacher.grid[1]
+    attention = patches if reading.attention_layers else 0
+    if not features or not reading.feature_layers:
+        return attention, 0, 0
+    return attention, patches + teacher.has_cls, teacher.width
+
+
 def num_rows(config: Config, index: Index, keyed: Keyed) -> int:
-    """Rows of a finished cache."""
+    """Return the number of rows of a complete cache."""
     return ENDLESS if keyed == "positions" else len(index) * (config.views.views_per_image or 1)
 
 
-def masked(values: Tensor, valid: Tensor) -> Tensor:
-    """Rows that are not valid, set to zero."""
+def zero_invalid(values: Tensor, valid: Tensor) -> Tensor:
+    """Set rows that are not valid to zero."""
     return values.masked_fill(~valid.view(-1, *[1] * (values.ndim - 1)), 0)
 
 
-def filled(plan: Plan, size: int) -> Plan:
-    """A plan of the size that decoders are made for: its last draw is repeated."""
+def pad_plan(plan: Plan, size: int) -> Plan:
+    """Repeat the last draw of a plan up to the batch size of the decoder."""
     chosen = np.minimum(np.arange(size), len(plan.positions) - 1)
-    positions, ids, views, boxes, flips = plan
-    return Plan(positions[chosen], ids[chosen], views[chosen], boxes[chosen], flips[chosen])
+    return Plan(*(values[chosen] for values in plan))
 
 
-def missing_parts(folder: Path, manifest: Manifest) -> list[int]:
-    """Parts that are not there yet."""
-    return [part for part in range(manifest.num_parts) if read_seal(folder, part) is None]
+def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
+    """Read the manifest of a cache that was begun; ``None``: there is none yet.
+
+    Raises:
+        CacheError: if the cache is not the wanted one.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    found = read_manifest(folder)
+    check_fingerprint(found, wanted.fingerprint, str(folder))
+    for field in ("codec", "num_rows", "rows_per_shard", "patches", "tokens", "width"):
+        before, after = getattr(found, field), getattr(wanted, field)
+        if before != after:
+            raise CacheError(
+                f"cache.dir={folder}: was begun with {field}={before}, now it is {after}; restore "
+                "it or name another folder"
+            )
+    warn_of_provenance(found, wanted.recorded, str(folder))
+    return found
 
 
-def build_parts(
+def stripe_of(share: tuple[int, int], world: World) -> tuple[int, int]:
+    """Return number and count of the processes of all jobs; ``share`` is job i of n jobs."""
+    job, jobs = share
+    return job * world.world_size + world.rank, jobs * world.world_size
+
+
+def build_shards(
     builder: Builder,
     folder: Path,
     manifest: Manifest,
-    parts: Iterable[int],
-    tell: Callable[[int], None],
+    shards: Iterable[int],
+    report_rows: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Compute and write parts, one being written while the next is computed.
+    """Compute and write shards; one shard is written while the next is computed.
 
-    The next part is asked for when the one before has been computed; it may still be in writing.
-
-    Args:
-        builder: computes; its calibration is the cache's.
-        folder: ``cache.dir``.
-        manifest: the cache's.
-        parts: which; those that are there already are left out.
-        tell: is told how many rows are done.
+    The next shard is requested when its predecessor is computed, which may still be being written.
+    Complete shards are skipped. ``report_rows`` is called with the number of finished rows.
 
     Raises:
-        CacheError: if the store refuses a part; says what is missing.
+        CacheError: if the store refuses a shard; names what is missing.
     """
     done = 0
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: Future[None] | None = None
-        for part in parts:
-            if read_seal(folder, part) is None:
-                fields = builder.store(manifest, part)
-                finish(writing, folder, manifest)
-                writing = pool.submit(write_part, folder, manifest, part, fields)
-            done += len(manifest.rows_of(part))
-            tell(done)
-        finish(writing, folder, manifest)
+        for shard in shards:
+            if read_seal(folder, shard) is None:
+                fields = builder.compute_shard(manifest, shard)
+                await_write(writing, folder, manifest)
+                writing = pool.submit(write_shard, folder, manifest, shard, fields)
+            done += len(manifest.shard_rows(shard))
+            report_rows(done)
+        await_write(writing, folder, manifest)
 
 
-def finish(writing: "Future[None] | None", folder: Path, manifest: Manifest) -> None:
-    """Wait for the part that is being written."""
+def await_write(writing: "Future[None] | None", folder: Path, manifest: Manifest) -> None:
+    """Wait for the shard that is being written.
+
+    Raises:
+        CacheError: if the store refuses it; names what is missing.
+    """
     if writing is None:
         return
     try:
         writing.result()
-    except Exception as error:
-        # safetensors has its own type for what the system refuses
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
+    except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CacheError(
             f"cache.dir={folder}: {'is full' if full else 'cannot be written'} ({error}); "
-            f"{lacking(folder, manifest)}make room and run the same command again"
+            f"{missing_text(folder, manifest)}make room and run the same command again"
         ) from error
 
 
-def lacking(folder: Path, manifest: Manifest) -> str:
-    """What is there and what is not, for messages."""
+def missing_text(folder: Path, manifest: Manifest) -> str:
+    """Return what a message says about missing shards; empty for an endless cache."""
     if manifest.num_rows == ENDLESS:
         return ""
-    missing = missing_parts(folder, manifest)
-    rows = sum(len(manifest.rows_of(part)) for part in missing)
+    missing = missing_shards(folder, manifest)
+    rows = sum(len(manifest.shard_rows(shard)) for shard in missing)
     return (
-        f"{manifest.num_parts - len(missing)} of {manifest.num_parts} parts are there, the others "
-        f"need {rows * manifest.row_bytes() / 1e9:.2f} GB; "
+        f"{manifest.num_shards - len(missing)} of {manifest.num_shards} shards are complete, the "
+        f"others need {rows * manifest.row_bytes() / 1e9:.2f} GB; "
     )

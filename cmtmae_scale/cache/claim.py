@@ -1,4 +1,4 @@
-"""One of many processes does a piece of work, the others wait for what it publishes."""
+"""One of many processes computes a result; the others wait until it is published."""
 
 import logging
 import os
@@ -11,50 +11,61 @@ from typing import TypeVar
 logger = logging.getLogger(__name__)
 
 STALE_S = 120.0
-"""How long a claim may stand without a sign of life before another process takes the work over."""
+"""Age of a heartbeat after which another process takes the work over."""
 
 Result = TypeVar("Result")
 
 
-def once(
+def compute_once(
     claim: Path,
     find: Callable[[], Result | None],
-    work: Callable[[Callable[[], None]], Result],
+    compute: Callable[[Callable[[], None]], Result],
     stale_s: float = STALE_S,
     pause_s: float = 0.2,
 ) -> Result:
-    """Find a result, or make it, or wait for the process that is making it.
+    """Find a published result, or compute it, or wait for the process that computes it.
 
-    Two processes may end up doing the work, when one stood still for long: publishing must be
-    atomic, and the same whoever comes first.
+    Two processes may compute the result if the first one stalls. Publishing must therefore be
+    atomic, and the result must not depend on who computes it.
 
     Args:
-        claim: a file that exists while somebody works; its time is the sign of life.
-        find: gives the published result, or ``None`` while there is none.
-        work: makes, publishes and returns it; calls its argument now and then as a sign of life.
-        stale_s: how long to trust a claim without a sign of life, seconds.
-        pause_s: between looks, seconds.
+        claim: file that exists while a process computes; its modification time is the heartbeat.
+        find: returns the published result, or ``None``.
+        compute: computes, publishes and returns the result; calls its argument as a heartbeat.
+        stale_s: see ``STALE_S``.
+        pause_s: seconds between polls.
     """
-    seen, since = -1, time.monotonic()
+    heartbeat, changed_at = 0, time.monotonic()
     while True:
         result = find()
         if result is not None:
             return result
-        if take(claim):
-            return work_and_release(claim, work)
-        sign = time_of(claim)
-        if sign != seen:
-            if seen < 0:
-                logger.info("waiting for %s", holder(claim))
-            seen, since = sign, time.monotonic()
-        elif time.monotonic() - since > stale_s:
-            logger.warning("%s shows no sign of life for %.0f s: taken over", claim, stale_s)
-            return work_and_release(claim, work)
+        if create_claim(claim):
+            break
+        latest = heartbeat_of(claim)
+        if latest != heartbeat:
+            if not heartbeat:
+                logger.info("waiting for %s", owner_of(claim))
+            heartbeat, changed_at = latest, time.monotonic()
+        elif time.monotonic() - changed_at > stale_s:
+            logger.warning("%s has had no heartbeat for %.0f s: taken over", claim, stale_s)
+            break
         time.sleep(pause_s)
 
+    def keep_alive() -> None:
+        try:
+            os.utime(claim)
+        except OSError:
+            logger.debug("%s is gone", claim)
 
-def take(claim: Path) -> bool:
-    """Try to be the one who works."""
+    try:
+        return compute(keep_alive)
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def create_claim(claim: Path) -> bool:
+    """Create the claim; return whether this process is the one that did."""
     try:
         handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
@@ -64,31 +75,16 @@ def take(claim: Path) -> bool:
     return True
 
 
-def work_and_release(claim: Path, work: Callable[[Callable[[], None]], Result]) -> Result:
-    """Do the work, and let go of the claim however it ends."""
-
-    def live() -> None:
-        try:
-            os.utime(claim)
-        except OSError:
-            logger.debug("%s is gone", claim)
-
-    try:
-        return work(live)
-    finally:
-        claim.unlink(missing_ok=True)
-
-
-def time_of(claim: Path) -> int:
-    """When a claim last showed a sign of life, by its file system's clock; 0 if it is gone."""
+def heartbeat_of(claim: Path) -> int:
+    """Return the time of the last heartbeat by the file system's clock; 0: the claim is gone."""
     try:
         return claim.stat().st_mtime_ns
     except OSError:
         return 0
 
 
-def holder(claim: Path) -> str:
-    """Who works."""
+def owner_of(claim: Path) -> str:
+    """Return host and process that hold the claim."""
     try:
         return claim.read_text()
     except OSError:

@@ -1,30 +1,43 @@
-"""How features are stored: as they are in bf16, or as int8 over standardised channels.
+"""Storage codecs of features, their calibration, and their fidelity.
 
-CLIP-like features have a few channels far from zero and far larger than the rest. One scale a token
-would give these all of the range; standardising channels first gives each its own. A raw cosine
-hides that damage, so fidelity is judged on standardised features.
+CLIP-like features have a few channels whose mean and range are far larger than those of the rest.
+One scale per token would spend the whole int8 range on these channels, so int8 stores standardised
+channels. The cosine of raw features hides the damage to small channels; fidelity is therefore
+judged on standardised features.
 """
 
+import os
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
+
+from cmtmae_scale.errors import CacheError
+from cmtmae_scale.runtime.storage import digest, sync
+from cmtmae_scale.teachers.base import TeacherView
 
 Codec = Literal["int8", "bf16", "attention"]
 
 LEVELS = 127
 _SMALLEST = 2.0**-14
-"""Smallest scale: below it float16 loses bits."""
+"""Smallest scale: float16 loses bits below it."""
 
 
 class Calibration(NamedTuple):
-    """What standardises channels, frozen when a cache is begun."""
+    """Statistics that standardise channels, frozen when a cache is begun."""
 
     mean: Tensor
-    """Of each channel, ``[F]`` float32."""
+    """Per channel, ``[F]`` float32."""
     std: Tensor
-    """Deviation of each channel, ``[F]`` float32, above 0."""
+    """Standard deviation per channel, ``[F]`` float32, above 0."""
+
+    def to(self, device: torch.device) -> "Calibration":
+        """Return a copy on a device."""
+        return Calibration(self.mean.to(device), self.std.to(device))
 
 
 class Encoded(NamedTuple):
@@ -33,14 +46,14 @@ class Encoded(NamedTuple):
     values: Tensor
     """``[B, T, F]`` int8, or bfloat16."""
     scales: Tensor | None
-    """One a token, ``[B, T]`` float16, for int8."""
+    """For int8, one scale per token, ``[B, T]`` float16."""
 
 
 def calibrate(batches: Iterable[Tensor]) -> Calibration:
-    """Mean and deviation of each channel over all tokens.
+    """Compute mean and standard deviation per channel over all tokens.
 
     Args:
-        batches: features ``[B, T, F]``; rows that are not finite are to be left out before.
+        batches: finite features ``[B, T, F]``.
 
     Raises:
         ValueError: if there is no token.
@@ -55,13 +68,54 @@ def calibrate(batches: Iterable[Tensor]) -> Calibration:
         raise ValueError("no token to calibrate with")
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
-    # A channel that never moves is stored exactly by its mean.
+    # The mean alone stores a constant channel exactly.
     std = torch.where(std > 1e-6 * std.max().clamp_min(1e-30), std, torch.ones_like(std))
     return Calibration(mean.float().cpu(), std.float().cpu())
 
 
+def calibration_path(folder: Path, sha256: str) -> Path:
+    """Return the calibration file, which is named by its digest."""
+    return folder / f"calibration-{sha256[:16]}.safetensors"
+
+
+def save_calibration(folder: Path, calibration: Calibration) -> str:
+    """Write a calibration; return its SHA-256."""
+    draft = folder / f".calibration.{os.getpid()}"
+    tensors: dict[str, Any] = calibration._asdict()
+    save_file(tensors, draft)
+    draft.chmod(0o644)  # safetensors creates files that only their owner may read
+    sync(draft)
+    sha256 = digest(draft)
+    draft.replace(calibration_path(folder, sha256))
+    return sha256
+
+
+def load_calibration(folder: Path, sha256: str | None, width: int) -> Calibration | None:
+    """Read the calibration of ``width`` channels that the manifest names by its digest, if any.
+
+    Raises:
+        CacheError: the file is absent, or it is not the file that the manifest names.
+    """
+    if sha256 is None:
+        return None
+    path = calibration_path(folder, sha256)
+    try:
+        if digest(path) != sha256:
+            raise ValueError("it differs from its digest")
+        tensors = load(path.read_bytes())
+        found = Calibration(tensors["mean"], tensors["std"])
+        if any(statistic.shape != (width,) for statistic in found):
+            raise ValueError("its shape is not that of the features")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CacheError(
+            f"cache.dir={folder}: {path.name} cannot be trusted ({error}); delete the folder and "
+            "build it again"
+        ) from error
+    return found
+
+
 def encode(features: Tensor, codec: Codec, calibration: Calibration | None) -> Encoded:
-    """Store features.
+    """Encode features for storage.
 
     Args:
         features: ``[B, T, F]``, finite.
@@ -72,7 +126,7 @@ def encode(features: Tensor, codec: Codec, calibration: Calibration | None) -> E
         return Encoded(features.to(torch.bfloat16), None)
     if codec != "int8" or calibration is None:
         raise ValueError(f"codec {codec} stores no features, or lacks its calibration")
-    mean, std = (one.to(features.device) for one in calibration)
+    mean, std = calibration.to(features.device)
     standard = (features.float() - mean) / std
     scales = (standard.abs().amax(-1) / LEVELS).clamp_min(_SMALLEST).half()
     values = (standard / scales.float().unsqueeze(-1)).round_().clamp_(-LEVELS, LEVELS)
@@ -80,7 +134,7 @@ def encode(features: Tensor, codec: Codec, calibration: Calibration | None) -> E
 
 
 def decode(encoded: Encoded, calibration: Calibration | None) -> Tensor:
-    """Features ``[B, T, F]``: float32 from int8, bfloat16 as stored. No host synchronisation.
+    """Decode features ``[B, T, F]``: float32 from int8, bfloat16 as stored. No host sync.
 
     Args:
         encoded: on any device.
@@ -94,32 +148,101 @@ def decode(encoded: Encoded, calibration: Calibration | None) -> Tensor:
     return torch.addcmul(calibration.mean, standard, calibration.std)
 
 
-def as_stored(features: Tensor, codec: Codec, calibration: Calibration | None) -> Tensor:
-    """Features as they come out of a cache.
-
-    Args:
-        features: ``[B, T, F]``.
-        codec: ``int8`` or ``bf16``.
-        calibration: for int8, on the same device.
-    """
+def round_features(features: Tensor, codec: Codec, calibration: Calibration | None) -> Tensor:
+    """Encode and decode features ``[B, T, F]``; arguments as for both."""
     return decode(encode(features, codec, calibration), calibration)
 
 
+def round_view(view: TeacherView, codec: Codec, calibration: Calibration | None) -> TeacherView:
+    """Round an online view as the cache would; int8 features without calibration stay as they are.
+
+    The calibration is on the view's device.
+    """
+    attention, features, _ = view
+    if features is not None and (codec == "bf16" or calibration is not None):
+        features = round_features(features, codec, calibration)
+    return TeacherView(None if attention is None else attention.half().float(), features)
+
+
 class Fidelity(NamedTuple):
-    """Cosines of stored against live features, a token each: mean, 1st percentile, minimum."""
+    """Cosine of stored and online features per token: mean, 1st percentile, minimum."""
 
     raw: tuple[float, float, float]
     standardised: tuple[float, float, float]
 
 
-def fidelity(live: Tensor, stored: Tensor, calibration: Calibration) -> Fidelity:
-    """Compare features ``[B, T, F]``; standardised ones tell the damage that raw ones hide."""
-    mean, std = (one.to(live.device) for one in calibration)
-    both = [one.float() for one in (live, stored)]
-    standard = [(one - mean) / std for one in both]
-    return Fidelity(_cosines(*both), _cosines(*standard))
+def measure_fidelity(online: Tensor, stored: Tensor, calibration: Calibration) -> Fidelity:
+    """Compare features ``[B, T, F]``, raw and standardised."""
+    mean, std = calibration.to(online.device)
+    online, stored = online.float(), stored.float()
+    return Fidelity(
+        summarise_cosines(online, stored),
+        summarise_cosines((online - mean) / std, (stored - mean) / std),
+    )
 
 
-def _cosines(one: Tensor, two: Tensor) -> tuple[float, float, float]:
-    found = torch.cosine_similarity(one.double(), two.double(), dim=-1).flatten().sort().values
+def summarise_cosines(online: Tensor, stored: Tensor) -> tuple[float, float, float]:
+    """Return mean, 1st percentile and minimum of the cosine per token."""
+    cosines = torch.cosine_similarity(online.double(), stored.double(), dim=-1)
+    found = cosines.flatten().sort().values
     return float(found.mean()), float(found[len(found) // 100]), float(found[0])
+
+
+class Bounds(NamedTuple):
+    """Differences that rounding explains."""
+
+    cosine: float
+    """Least mean cosine of standardised features."""
+    distance: float
+    """Largest mean total variation distance of attention maps, 0 to 1."""
+
+
+BOUNDS = {
+    torch.float32: Bounds(0.999, 0.001),
+    torch.bfloat16: Bounds(0.99, 0.05),
+}
+"""By the teacher's compute dtype. float32: rounding by the codec alone (int8: about 0.9999; float16
+attention: 0.0003). bfloat16: two forwards of one teacher in other batches or on another device
+differ by rounding of 1 part in 256 per operation. Another teacher, crop or image is far outside."""
+
+
+class Agreement(NamedTuple):
+    """Difference of online and stored views."""
+
+    cosine: float | None
+    """Mean over tokens, of standardised features; ``None``: no features."""
+    distance: float | None
+    """Mean total variation distance of attention maps; ``None``: no attention."""
+
+    def within(self, bounds: Bounds) -> bool:
+        """Return whether rounding explains the difference; it does not explain NaN."""
+        features = self.cosine is None or self.cosine >= bounds.cosine
+        return features and (self.distance is None or self.distance <= bounds.distance)
+
+    def __str__(self) -> str:
+        """Format for messages."""
+        numbers = [] if self.cosine is None else [f"standardised cosine {self.cosine:.5f}"]
+        if self.distance is not None:
+            numbers.append(f"distance of attention maps {self.distance:.5f}")
+        return ", ".join(numbers)
+
+
+def measure_agreement(
+    online: TeacherView, stored: TeacherView, rows: list[int], calibration: Calibration | None
+) -> Agreement:
+    """Compare some rows of two views of a batch. Synchronises with the host.
+
+    Args:
+        online: the teacher's.
+        stored: the cache's.
+        rows: indices in the batch, at least one.
+        calibration: standardises channels; ``None``: the online features' own statistics.
+    """
+    cosine = distance = None
+    if online.features is not None and stored.features is not None:
+        ours, kept = (features[rows].float() for features in (online.features, stored.features))
+        cosine = measure_fidelity(ours, kept, calibration or calibrate([ours])).standardised[0]
+    if online.attention is not None and stored.attention is not None:
+        difference = online.attention[rows].float() - stored.attention[rows].float()
+        distance = float(difference.abs().sum(-1).mean()) / 2
+    return Agreement(cosine, distance)

@@ -1,9 +1,9 @@
-"""A cache on storage: one manifest, and parts of a fixed number of rows.
+"""On-disk format of a teacher cache: one manifest, and shards of a fixed number of rows.
 
-``cache.dir/manifest.json`` names what the rows were computed from, and the calibration beside it;
-``parts/00000012.safetensors`` holds rows ``[12 * rows_a_part, ...)`` and counts only with
-``parts/00000012.json`` beside it, its size and SHA-256. A row vouches for itself: its checksum
-covers its bytes, its number and the cache it belongs to, and is compared at each read.
+``cache.dir/manifest.json`` records what the rows are computed from. The calibration file is beside
+it. ``parts/00000012.safetensors`` holds rows ``[12 * rows_per_shard, ...)`` and counts only with
+its seal ``parts/00000012.json``, which holds size and SHA-256. The checksum of a row covers its
+bytes, its number and the identity of the cache, and is verified at every read.
 """
 
 import hashlib
@@ -11,65 +11,88 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, Self, cast, get_args
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cmtmae_scale.cache.codecs import Codec
 from cmtmae_scale.errors import CacheError
+from cmtmae_scale.runtime.storage import digest, sync, write_atomic
 
 FORMAT = 1
 ENDLESS = 1 << 62
 """``num_rows`` of a cache whose rows are the positions of a run's stream."""
 MANIFEST = "manifest.json"
-PARTS = "parts"
+SHARDS = "parts"
+STORED_NAMES = {"rows_per_shard": "rows_a_part"}
+"""Fields whose name in ``manifest.json`` differs; format 1 keeps it."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds, and what it was computed from."""
+    """Content of a cache, and what it is computed from."""
 
     fingerprint: dict[str, Any]
-    """Teacher, views, data: a run must have the same (``cache/identity.py``)."""
+    """Teacher, views and data; a run must have the same (``cache/fingerprint.py``)."""
     recorded: dict[str, Any]
-    """Decoder and versions: a difference is worth a warning."""
+    """Provenance: decoder and versions; a difference causes a warning."""
     codec: Codec
     """How features are stored."""
     num_rows: int
-    """Rows of a finished cache; ``ENDLESS``: it is never finished."""
-    rows_a_part: int
-    """Rows of a part; the last one may have fewer."""
+    """Rows of a complete cache; ``ENDLESS``: the cache is never complete."""
+    rows_per_shard: int
+    """Rows of a shard; the last shard may have fewer."""
     patches: int
-    """N, values of a map; 0: no maps are stored."""
+    """N, values of an attention map; 0: no attention is stored."""
     tokens: int
     """T, tokens of the features; 0: no features are stored."""
     width: int
     """F, channels of the features."""
     calibration_sha256: str | None
-    """Digest of the calibration's file; ``None`` where the codec has none."""
+    """SHA-256 of the calibration file; ``None``: the codec has none."""
     format: int = FORMAT
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields under their stored names."""
+        return {STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Self:
+        """Build a manifest from stored names.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+        """
+        names = {stored: name for name, stored in STORED_NAMES.items()}
+        return cls(**{names.get(stored, stored): value for stored, value in tree.items()})
+
     @property
-    def num_parts(self) -> int:
-        """Parts of a finished cache."""
-        return -(-self.num_rows // self.rows_a_part)
+    def sha256(self) -> str:
+        """SHA-256 of the content."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     @property
     def identity(self) -> int:
-        """A number that the checksum of every row begins with."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        """Initial value of every row's checksum: the first four bytes of ``sha256``."""
+        return int(self.sha256[:8], 16)
 
-    def rows_of(self, part: int) -> range:
-        """Row numbers of a part."""
-        first = part * self.rows_a_part
-        return range(first, min(first + self.rows_a_part, self.num_rows))
+    @property
+    def num_shards(self) -> int:
+        """Shards of a complete cache."""
+        return -(-self.num_rows // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        """Return the row numbers of a shard."""
+        first = shard * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.num_rows))
 
     def fields(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Tensors of a part: type and shape of one row."""
+        """Return dtype and shape per row of each tensor of a shard."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if self.patches:
             found["attention"] = (torch.float16, (self.patches,))
@@ -83,59 +106,57 @@ class Manifest:
         return found
 
     def row_bytes(self) -> int:
-        """Bytes of a row on storage, headers apart."""
-        total = 0
-        for dtype, shape in self.fields().values():
-            total += dtype.itemsize * int(torch.Size(shape).numel())
-        return total
+        """Return the stored bytes per row, without headers."""
+        return sum(
+            dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.fields().values()
+        )
+
+    def empty_rows(self, count: int, pin_memory: bool = False) -> dict[str, Tensor]:
+        """Return uninitialised tensors for ``count`` rows, on the CPU."""
+        return {
+            name: torch.empty((count, *shape), dtype=dtype, pin_memory=pin_memory)
+            for name, (dtype, shape) in self.fields().items()
+        }
 
 
-def part_path(folder: Path, part: int) -> Path:
-    """File of a part."""
-    return folder / PARTS / f"{part:08d}.safetensors"
+def shard_path(folder: Path, shard: int) -> Path:
+    """Return the file of a shard."""
+    return folder / SHARDS / f"{shard:08d}.safetensors"
 
 
-def seal_path(folder: Path, part: int) -> Path:
-    """The file that says that a part is complete."""
-    return folder / PARTS / f"{part:08d}.json"
+def seal_path(folder: Path, shard: int) -> Path:
+    """Return the file that marks a shard as complete."""
+    return folder / SHARDS / f"{shard:08d}.json"
 
 
-def checksum(identity: int, row: int, fields: list[memoryview]) -> int:
-    """CRC-32 of a row's bytes, begun with the cache's identity and the row's number.
-
-    Args:
-        identity: ``Manifest.identity``.
-        row: number of the row.
-        fields: bytes of attention, features, scales and ``valid``, in the order of
-            ``Manifest.fields``.
-    """
+def row_checksum(identity: int, row: int, fields: list[memoryview]) -> int:
+    """Compute the CRC-32 of a row from its bytes in the order of ``Manifest.fields``."""
     value = zlib.crc32(row.to_bytes(8, "little"), identity)
     for field in fields:
         value = zlib.crc32(field, value)
     return value
 
 
-def row_bytes_of(field: Tensor, row: int) -> memoryview:
-    """Bytes of one row of a contiguous tensor on the CPU; live memory."""
+def row_memory(field: Tensor, row: int) -> memoryview:
+    """Return one row of a contiguous CPU tensor as writable bytes that share its memory."""
     array: Any = field[row : row + 1].view(torch.uint8).numpy()
     return memoryview(array).cast("B")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest.
+    """Read and check the manifest of a cache.
 
     Raises:
-        CacheError: an absent or damaged manifest, or a folder that others may write to.
+        CacheError: the manifest is absent or damaged, or everyone may write to the folder.
     """
-    refuse_open_folder(folder)
-    path = folder / MANIFEST
+    refuse_world_writable(folder)
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads((folder / MANIFEST).read_text())
         stored = tree.pop("sha256")
-        found = Manifest(**tree)
-        if stored != digest_of(found):
+        found = Manifest.from_dict(tree)
+        if stored != found.sha256:
             raise ValueError("it differs from its own digest")
-        check_types(found)
+        check_manifest(found)
         if found.format != FORMAT:
             raise ValueError(f"its format is {found.format}, this version reads {FORMAT}")
     except FileNotFoundError as error:
@@ -151,13 +172,13 @@ def read_manifest(folder: Path) -> Manifest:
     return found
 
 
-def check_types(manifest: Manifest) -> None:
-    """Refuse a manifest whose values nothing could work with.
+def check_manifest(manifest: Manifest) -> None:
+    """Refuse a manifest with illegal values.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: names the field.
     """
-    for name, lowest in (("num_rows", 1), ("rows_a_part", 1), ("patches", 0), ("tokens", 0)):
+    for name, lowest in (("num_rows", 1), ("rows_per_shard", 1), ("patches", 0), ("tokens", 0)):
         value = getattr(manifest, name)
         if type(value) is not int or value < lowest:
             raise ValueError(f"{name} is {value!r}")
@@ -167,29 +188,24 @@ def check_types(manifest: Manifest) -> None:
         raise ValueError(f"codec is {manifest.codec!r}")
     calibrated = manifest.codec == "int8" and manifest.tokens > 0
     sha256: object = manifest.calibration_sha256
-    named = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
-    if named != calibrated or (sha256 is None) == calibrated:
+    is_digest = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
+    if is_digest != calibrated or (sha256 is None) == calibrated:
         raise ValueError(f"calibration_sha256 is {sha256!r}")
     for name in ("fingerprint", "recorded"):
         if not isinstance(getattr(manifest, name), dict):
             raise ValueError(f"{name} is no group of values")
 
 
-def digest_of(manifest: Manifest) -> str:
-    """SHA-256 of a manifest's content."""
-    return hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode()).hexdigest()
-
-
 def manifest_text(manifest: Manifest) -> str:
-    """A manifest as it is written, with its own digest."""
-    return json.dumps({**asdict(manifest), "sha256": digest_of(manifest)}, indent=1)
+    """Return the text of ``manifest.json``, with the manifest's own digest."""
+    return json.dumps({**manifest.to_dict(), "sha256": manifest.sha256}, indent=1)
 
 
-def refuse_open_folder(folder: Path) -> None:
-    """Refuse a cache that anyone may write to: what it says would be anyone's word.
+def refuse_world_writable(folder: Path) -> None:
+    """Refuse a folder that everyone may write to, because anyone could have written its content.
 
     Raises:
-        CacheError: naming the folder and the remedy.
+        CacheError: names the folder and the remedy.
     """
     try:
         mode = os.stat(folder).st_mode
@@ -200,16 +216,52 @@ def refuse_open_folder(folder: Path) -> None:
 
 
 class Seal(NamedTuple):
-    """What makes a part count."""
+    """Size and digest of a complete shard."""
 
     size: int
     sha256: str
 
 
-def read_seal(folder: Path, part: int) -> Seal | None:
-    """The seal of a part, or ``None`` where the part is not complete."""
+def read_seal(folder: Path, shard: int) -> Seal | None:
+    """Return the seal of a shard; ``None``: the shard is not complete."""
     try:
-        tree = cast(dict[str, Any], json.loads(seal_path(folder, part).read_text()))
+        tree = cast(dict[str, Any], json.loads(seal_path(folder, shard).read_text()))
         return Seal(int(tree["size"]), str(tree["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+
+
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
+    """Return the shards that are not complete."""
+    return [shard for shard in range(manifest.num_shards) if read_seal(folder, shard) is None]
+
+
+def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[str, Tensor]) -> None:
+    """Write a shard, then its seal.
+
+    ``fields`` holds all tensors of the manifest on the CPU, without the checksums.
+
+    Raises:
+        OSError: if the store refuses; the shard does not count then.
+    """
+    path = shard_path(folder, shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [name for name in manifest.fields() if name != "checksum"]
+    identity = manifest.identity
+    sums = [
+        row_checksum(identity, row, [row_memory(fields[name], i) for name in names])
+        for i, row in enumerate(manifest.shard_rows(shard))
+    ]
+    tensors = {name: fields[name].contiguous() for name in names}
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors | {"checksum": torch.tensor(sums)}, draft)
+        draft.chmod(0o644)  # safetensors creates files that only their owner may read
+        sync(draft)
+        seal = {"size": draft.stat().st_size, "sha256": digest(draft)}
+        seal_path(folder, shard).unlink(missing_ok=True)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    write_atomic(seal_path(folder, shard), json.dumps(seal))
+    sync(path.parent)

@@ -1,52 +1,147 @@
-"""Rows of a cache, read ahead of the step by threads, at their place in the parts."""
+"""Read the rows of a cache ahead of the step, on threads, each verified by its checksum."""
 
+import json
 import logging
 import os
 import resource
 import threading
 import weakref
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cmtmae_scale.cache.format import Manifest, part_path
-from cmtmae_scale.cache.parts import INCOMPLETE, UNDECODED, PartFile
+from cmtmae_scale.cache.format import (
+    Manifest,
+    read_seal,
+    row_checksum,
+    row_memory,
+    shard_path,
+)
 from dataloading.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 THREADS = 4
-MOST_OPEN = 4096
-HARMLESS = (None, INCOMPLETE, UNDECODED)
-"""What is no damage."""
+MAX_OPEN = 4096
+HEADER_LIMIT = 1 << 20
+INCOMPLETE = "it is not complete"
+UNDECODED = "its image could not be decoded when it was built"
+UNDAMAGED = (None, INCOMPLETE, UNDECODED)
+"""Faults that are no damage."""
 
 
-class Rows(NamedTuple):
+class Field(NamedTuple):
+    """Place of a tensor in the file of a shard."""
+
+    offset: int
+    row_bytes: int
+
+
+class ShardFile:
+    """An open shard whose rows are read in place. Threads may share it.
+
+    Raises:
+        OSError: if the file is absent or cannot be read.
+        ValueError: if the shard is not complete, or its layout is not that of the manifest.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, shard: int) -> None:
+        self.manifest = manifest
+        self.rows = manifest.shard_rows(shard)
+        self.identity = manifest.identity
+        seal = read_seal(folder, shard)
+        if seal is None:
+            raise ValueError(INCOMPLETE)
+        path = shard_path(folder, shard)
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            size = os.fstat(self.descriptor).st_size
+            if size != seal.size:
+                raise ValueError(f"it has {size} bytes, its seal says {seal.size}")
+            self.fields = self.locate_fields(size)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def locate_fields(self, size: int) -> dict[str, Field]:
+        """Find every tensor from the file's header, which is not trusted."""
+        length = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
+        if not 0 < length <= min(HEADER_LIMIT, size - 8):
+            raise ValueError("its header is damaged")
+        try:
+            header: Any = json.loads(os.pread(self.descriptor, length, 8))
+            starts = {name: header[name]["data_offsets"][0] for name in self.manifest.fields()}
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            raise ValueError("its header is damaged") from None
+        found: dict[str, Field] = {}
+        for name, (dtype, shape) in self.manifest.fields().items():
+            row_bytes = dtype.itemsize * torch.Size(shape).numel()
+            start, room = starts[name], size - 8 - length - row_bytes * len(self.rows)
+            if not isinstance(start, int) or not 0 <= start <= room:
+                raise ValueError("its header is damaged")
+            found[name] = Field(8 + length + start, row_bytes)
+        return found
+
+    def read_row(self, row: int, into: Mapping[str, Tensor], at: int) -> str | None:
+        """Read one row into a batch and verify it.
+
+        Args:
+            row: its number in the cache.
+            into: tensors ``[B, ...]`` of ``Manifest.fields``, on the CPU.
+            at: index in the batch.
+
+        Returns:
+            ``None``, or why the row cannot be used.
+
+        Raises:
+            OSError: if the store fails.
+        """
+        number = row - self.rows.start
+        memory: list[memoryview] = []
+        for name, field in self.fields.items():
+            target = row_memory(into[name], at)
+            place = field.offset + number * field.row_bytes
+            if os.preadv(self.descriptor, [target], place) != field.row_bytes:
+                return "it is cut short"
+            memory.append(target)
+        if row_checksum(self.identity, row, memory[:-1]) != int(into["checksum"][at]):
+            return "it differs from its checksum"
+        if not into["valid"][at]:
+            return UNDECODED
+        return None
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.descriptor)
+
+
+class CachedRows(NamedTuple):
     """Rows of one micro-batch, B of them."""
 
     fields: dict[str, Tensor]
-    """Tensors ``[B, ...]`` of ``Manifest.fields`` on the CPU; see ``blank`` for faulty rows."""
+    """Tensors ``[B, ...]`` of ``Manifest.fields`` on the CPU; see ``blank_row`` for faulty rows."""
     numbers: list[int]
     """Numbers of the rows in the cache."""
     faults: list[str | None]
-    """For each row ``None``, or why it cannot be used."""
+    """Per row ``None``, or why it cannot be used."""
 
 
 class CacheReader:
-    """Reads the rows of plans, several micro-batches at a time.
+    """Reads the rows of crop plans, several micro-batches at a time.
 
-    A row's number is ``sample * count + view``, or the position where the cache is of a run's own
-    stream. A part is looked for whenever a row of it is wanted and it is not open, so one that
-    appears later is found then.
+    A row's number is ``sample * count + view``, or the position if the cache belongs to a run's
+    stream. A shard that is not open is searched again for every row, so a shard that is written
+    later is found.
 
     Args:
         folder: ``cache.dir``.
         manifest: the cache's.
-        count: views an image; ``None``: rows are positions, of which none is wanted twice.
+        count: views per image; ``None``: rows are positions, and none is read twice.
         pin: read into pinned memory.
     """
 
@@ -55,54 +150,54 @@ class CacheReader:
         self.manifest = manifest
         self.count = count
         self.pin = pin
-        self.limit = min(MOST_OPEN, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self.limit = min(MAX_OPEN, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
-        self._pending: deque[tuple[Plan, Rows, list[Future[str | None]]]] = deque()
+        self._pending: deque[tuple[Plan, CachedRows, list[Future[str | None]]]] = deque()
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, PartFile] = OrderedDict()
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._warned: set[int] = set()
 
     def submit(self, plan: Plan) -> None:
-        """Begin to read the rows of a micro-batch; returns at once."""
+        """Start to read the rows of a micro-batch; returns at once."""
         places = plan.positions if self.count is None else plan.ids * self.count + plan.views
         numbers: list[int] = places.tolist()
-        fields = {
-            name: torch.empty((len(numbers), *shape), dtype=dtype, pin_memory=self.pin)
-            for name, (dtype, shape) in self.manifest.fields().items()
-        }
-        futures = [self._pool.submit(self._fill, n, fields, k) for k, n in enumerate(numbers)]
-        self._pending.append((plan, Rows(fields, numbers, []), futures))
+        fields = self.manifest.empty_rows(len(numbers), pin_memory=self.pin)
+        futures = [self._pool.submit(self._fill_row, n, fields, k) for k, n in enumerate(numbers)]
+        self._pending.append((plan, CachedRows(fields, numbers, []), futures))
 
-    def collect(self, plan: Plan) -> Rows:
-        """Wait for the rows of a plan; forgets those of the plans that were submitted before it.
+    def collect(self, plan: Plan) -> CachedRows:
+        """Wait for the rows of a plan; drops the plans that were submitted before it.
 
         Raises:
-            RuntimeError: if it was not submitted, or was collected before.
+            RuntimeError: if the plan was not submitted, or was collected before.
         """
         while self._pending:
             submitted, rows, futures = self._pending.popleft()
             wait(futures)
             if submitted is plan:
                 rows = rows._replace(faults=[future.result() for future in futures])
-                return rows if self.count is not None else self._followed(rows)
-        raise RuntimeError("rows were collected that nobody asked for; please report this")
+                return rows if self.count is not None else self._retry_incomplete(rows)
+        raise RuntimeError("rows were collected that were never submitted; please report this")
 
-    def asked(self, plan: Plan) -> bool:
-        """Whether a plan was submitted and not collected."""
+    def is_submitted(self, plan: Plan) -> bool:
+        """Return whether a plan was submitted and not collected."""
         return any(submitted is plan for submitted, _, _ in self._pending)
 
-    def _followed(self, rows: Rows) -> Rows:
-        """Look again for rows whose part may have come since, and close the parts behind.
+    def _retry_incomplete(self, rows: CachedRows) -> CachedRows:
+        """Read rows again whose shard may be complete now, and close the shards behind.
 
-        A file that is deleted takes its space until it is closed.
+        A deleted file occupies its space until it is closed.
         """
         with self._lock:
-            for number in [n for n in self._open if n < self.part_of(rows.numbers[0])]:
+            for number in [n for n in self._open if n < self.shard_of(rows.numbers[0])]:
                 del self._open[number]
-        late = [k for k, fault in enumerate(rows.faults) if fault == INCOMPLETE]
-        again = [self._pool.submit(self._fill, rows.numbers[k], rows.fields, k) for k in late]
         faults = list(rows.faults)
-        for k, future in zip(late, again, strict=True):
+        again = {
+            k: self._pool.submit(self._fill_row, rows.numbers[k], rows.fields, k)
+            for k, fault in enumerate(faults)
+            if fault == INCOMPLETE
+        }
+        for k, future in again.items():
             faults[k] = future.result()
         return rows._replace(faults=faults)
 
@@ -112,28 +207,28 @@ class CacheReader:
         self._pending.clear()
         self._open.clear()
 
-    def part_of(self, row: int) -> int:
-        """Number of the part that holds a row."""
-        return row // self.manifest.rows_a_part
+    def shard_of(self, row: int) -> int:
+        """Return the shard that holds a row."""
+        return row // self.manifest.rows_per_shard
 
-    def _fill(self, row: int, fields: dict[str, Tensor], place: int) -> str | None:
-        """Read one row into its place; runs in a thread. Returns why it failed, if it did."""
-        fault = self._read(row, fields, place)
-        if fault not in HARMLESS:
-            # Once more from the file of now: it may have been built again since it was opened.
+    def _fill_row(self, row: int, fields: dict[str, Tensor], at: int) -> str | None:
+        """Read one row into a batch, on a thread. Returns why it cannot be used, if so."""
+        fault = self._try_row(row, fields, at)
+        if fault not in UNDAMAGED:
+            # The shard may have been repaired since it was opened: read the present file once.
             with self._lock:
-                self._open.pop(self.part_of(row), None)
-            fault = self._read(row, fields, place)
+                self._open.pop(self.shard_of(row), None)
+            fault = self._try_row(row, fields, at)
         if fault is not None:
-            blank(fields, place)
-        if fault not in HARMLESS:
-            self._warn(row, fault)
+            blank_row(fields, at)
+        if fault not in UNDAMAGED:
+            self._warn_once(row, fault)
         return fault
 
-    def _read(self, row: int, fields: dict[str, Tensor], place: int) -> str | None:
-        """Read one row; returns why it cannot be used, if it cannot."""
+    def _try_row(self, row: int, fields: dict[str, Tensor], at: int) -> str | None:
+        """Read one row; returns why it cannot be used, if so."""
         try:
-            return self._part(self.part_of(row)).read_row(row, fields, place)
+            return self._open_shard(self.shard_of(row)).read_row(row, fields, at)
         except FileNotFoundError:
             return INCOMPLETE
         except OSError as error:
@@ -141,8 +236,8 @@ class CacheReader:
         except ValueError as error:
             return str(error)
 
-    def _part(self, number: int) -> PartFile:
-        """Find a part among the open ones, or open it.
+    def _open_shard(self, number: int) -> ShardFile:
+        """Return an open shard.
 
         Raises:
             OSError: if it cannot be opened.
@@ -153,8 +248,8 @@ class CacheReader:
             if found is not None:
                 self._open.move_to_end(number)
                 return found
-        found = PartFile(self.folder, self.manifest, number)
-        # Closed once nobody holds it: another thread may still be reading when it is dropped.
+        found = ShardFile(self.folder, self.manifest, number)
+        # Another thread may still read a shard that is dropped: the last reference closes it.
         weakref.finalize(found, os.close, found.descriptor)
         with self._lock:
             self._open[number] = found
@@ -162,20 +257,20 @@ class CacheReader:
                 self._open.popitem(last=False)
         return found
 
-    def _warn(self, row: int, fault: str | None) -> None:
-        """Tell of a damaged part, once."""
-        number = self.part_of(row)
+    def _warn_once(self, row: int, fault: str | None) -> None:
+        """Log a damaged shard, once per shard."""
+        number = self.shard_of(row)
         with self._lock:
             new = number not in self._warned
             self._warned.add(number)
         if new:
-            path = part_path(self.folder, number)
-            logger.warning("%s, row %d: %s; build this part again", path, row, fault)
+            path = shard_path(self.folder, number)
+            logger.warning("%s, row %d: %s; build this shard again", path, row, fault)
 
 
-def blank(fields: dict[str, Tensor], place: int) -> None:
-    """Overwrite a row that cannot be used: an even map, and features of zero."""
+def blank_row(fields: dict[str, Tensor], at: int) -> None:
+    """Overwrite a row that cannot be used: uniform attention, and features of zero."""
     for field in fields.values():
-        field[place].zero_()
+        field[at].zero_()
     if "attention" in fields:
-        fields["attention"][place].fill_(1 / fields["attention"].shape[1])
+        fields["attention"][at].fill_(1 / fields["attention"].shape[1])

@@ -1,7 +1,8 @@
-"""The sidecar of a run: computes the parts that the trainer needs next, and deletes those behind.
+"""Sidecar of a run: computes the shards that the run needs next, and deletes those behind it.
 
-Nothing is told but through files: the trainer's position in ``RUN_DIR/progress.json``, parts with
-their seals in the cache. Parts are shared among sidecars by their number.
+Run and sidecar communicate through files only: the run publishes its position in
+``RUN_DIR/progress.json``, the sidecar publishes shards with their seals in the cache. Sidecars
+share the shards by number.
 """
 
 import logging
@@ -10,33 +11,33 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cmtmae_scale.cache.build import Builder, build_parts
-from cmtmae_scale.cache.format import PARTS, Manifest, read_seal
+import torch
+
+from cmtmae_scale.cache.build import Builder, build_shards, make_builder
+from cmtmae_scale.cache.format import SHARDS, Manifest, read_seal
+from cmtmae_scale.config.derive import cache_folder
+from cmtmae_scale.config.schema import Config
 from cmtmae_scale.runtime.progress_file import PublishedProgress, read_published_progress
 from dataloading.entries import PROGRESS_S
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S = 0.2
-PATIENCE_S = 3600.0
-"""How long a run may stand still before its sidecar leaves, seconds."""
-
-
+POLL_S = 0.2
 ABANDONED_S = 600.0
-"""Age of a draft that nobody finishes any more, seconds."""
+"""Age of a draft that no process will finish, seconds."""
 
 
-class Follower:
-    """Says which part is worth computing now.
+class Sidecar:
+    """Chooses the next shard to compute from the published progress of a run.
 
     Args:
         folder: ``cache.dir``.
         manifest: the cache's, keyed by position.
         run_dir: the run's folder.
-        stripe: this process's number, and how many share the parts.
-        ahead: parts ahead of the trainer.
-        between: parts that lie between two checkpoints.
-        patience_s: see ``PATIENCE_S``.
+        stripe: number of this process, and how many share the shards.
+        ahead: shards ahead of the run.
+        between: shards between two checkpoints.
+        patience_s: seconds without progress of the run after which the sidecar ends.
         clock: seconds.
         pause: waits so many seconds.
     """
@@ -49,135 +50,173 @@ class Follower:
         stripe: tuple[int, int],
         ahead: int,
         between: int,
-        patience_s: float = PATIENCE_S,
+        patience_s: float,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.run_dir = run_dir
-        self.number, self.of = stripe
+        self.number, self.count = stripe
         self.ahead = ahead
-        self.most = ahead + 2 * between + 1
-        """Parts on storage at any time: a save may take as long as the time between two."""
+        self.max_shards = ahead + 2 * between + 1
+        """Most shards on storage: a save may take as long as the time between two saves."""
         self.patience_s = patience_s
         self.clock = clock
         self.pause = pause
-        self.standing: PublishedProgress | None = None
+        self.progress: PublishedProgress | None = None
         self.moved_at = clock()
         self.rate = 0.0
-        """Views a second that the trainer takes, lately."""
+        """Recent views per second of the run."""
         self.stride = 0
-        """Views of its last move."""
-        self.part_s = 0.0
-        """Seconds that the last part took."""
+        """Views between the last two published positions."""
+        self.shard_s = 0.0
+        """Seconds that the last shard took."""
         self.ended = False
 
-    def parts(self) -> Iterator[int]:
-        """Parts to compute, each when it is time; ends with the run, or where it stands still."""
+    def shards(self) -> Iterator[int]:
+        """Yield shards to compute when they are due; ends with the run, or when the run stalls."""
         last = None
         while True:
             began = self.clock()
-            self.watch()
+            self.update_progress()
             if self.ended or self.clock() - self.moved_at > self.patience_s:
                 return
-            part = self.choose(last)
-            if part is None:
-                self.pause(PAUSE_S)
+            shard = self.choose_shard(last)
+            if shard is None:
+                self.pause(POLL_S)
                 continue
-            yield part
-            last, self.part_s = part, self.clock() - began
+            yield shard
+            last, self.shard_s = shard, self.clock() - began
 
-    def watch(self) -> None:
-        """See where the trainer is, how fast it goes, and delete what no restart will want."""
-        found = read_published_progress(self.run_dir)
-        if found is None or found == self.standing:
+    def update_progress(self) -> None:
+        """Read the run's progress, estimate its rate, and delete shards that no restart needs."""
+        found, before = read_published_progress(self.run_dir), self.progress
+        if found is None or found == before:
             return
         now = self.clock()
-        if self.standing is not None and found.position > self.standing.position:
-            self.stride = found.position - self.standing.position
+        if before is not None and found.position > before.position:
+            self.stride = found.position - before.position
             rate = self.stride / max(now - self.moved_at, 1e-3)
             self.rate = rate if not self.rate else 0.7 * self.rate + 0.3 * rate
-        moved = self.standing is None or found.saved != self.standing.saved
-        self.standing, self.moved_at = found, now
+        self.progress, self.moved_at = found, now
         self.ended = found.saved >= found.end
-        if moved:
+        if before is None or found.saved != before.saved:
             self.delete_behind()
 
     def delete_behind(self) -> None:
-        """Delete the parts that lie before the last saved position."""
-        if self.standing is not None:
-            delete_before(self.folder, self.standing.saved // self.manifest.rows_a_part)
+        """Delete the shards before the last saved position."""
+        if self.progress is not None:
+            delete_shards_before(self.folder, self.progress.saved // self.manifest.rows_per_shard)
 
-    def choose(self, last: int | None) -> int | None:
-        """The first part of ours that is missing and will be there before the trainer; or none.
+    def choose_shard(self, last: int | None) -> int | None:
+        """Return our first missing shard that can be complete before the run needs it.
 
         Args:
-            last: part that may still be in writing.
+            last: shard that may still be being written.
         """
-        if self.standing is None:
+        if self.progress is None:
             return None
-        size = self.manifest.rows_a_part
-        # A part can be read when it is computed and written, about twice the time of one of them.
+        size, position = self.manifest.rows_per_shard, self.progress.position
+        # A shard is readable once it is computed and written: about twice the time of one shard.
         since = max(self.clock() - self.moved_at, 1e-3)
-        needed = self.standing.position + min(self.rate, self.stride / since) * 2 * self.part_s
-        last_worth = min(
-            self.standing.position // size + self.ahead,
-            self.standing.saved // size + self.most - 1,
-            (self.standing.end - 1) // size,
+        reached = position + min(self.rate, self.stride / since) * 2 * self.shard_s
+        last_useful = min(
+            position // size + self.ahead,
+            self.progress.saved // size + self.max_shards - 1,
+            (self.progress.end - 1) // size,
         )
-        first = max(min(math.ceil(needed / size), last_worth), self.standing.position // size)
-        first += (self.number - first) % self.of
-        for part in range(first, last_worth + 1, self.of):
-            if part != last and read_seal(self.folder, part) is None:
-                return part
+        first = max(min(math.ceil(reached / size), last_useful), position // size)
+        first += (self.number - first) % self.count
+        for shard in range(first, last_useful + 1, self.count):
+            if shard != last and read_seal(self.folder, shard) is None:
+                return shard
         return None
 
 
-def follow(builder: Builder, follower: Follower) -> bool:
-    """Stay ahead of a run; returns whether it was followed to its end.
+def run_sidecar(
+    config: Config,
+    run_dir: Path,
+    index_folder: Path,
+    stripe: tuple[int, int],
+    device: torch.device,
+    ahead: int,
+    rows_per_shard: int,
+    patience_s: float,
+) -> bool:
+    """Compute the shards that a run needs next; return whether the run is complete.
+
+    Args:
+        config: the run's.
+        run_dir: the run's folder.
+        index_folder: folder of its index.
+        stripe: number of this process, and how many share the shards.
+        device: where the teacher computes.
+        ahead: shards ahead of the run.
+        rows_per_shard: of a cache that is begun here.
+        patience_s: see ``Sidecar``.
 
     Raises:
-        CacheError: if the store refuses a part.
+        CacheError: a folder that holds another cache, or a store that refuses a shard.
     """
-    began = told = time.monotonic()
+    folder = cache_folder(config)
+    builder = make_builder(config, index_folder, device, "positions")
+    try:
+        manifest = builder.begin_cache(folder, config.cache.codec, rows_per_shard)
+        views = config.checkpoint.every * config.train.global_batch_size
+        between = -(-views // manifest.rows_per_shard)
+        sidecar = Sidecar(folder, manifest, run_dir, stripe, ahead, between, patience_s)
+        shards = sidecar.max_shards
+        max_gb = shards * manifest.rows_per_shard * manifest.row_bytes() / 1e9
+        text = "sidecar of %s in %s: at most %d shards, %.2f GB"
+        logger.info(text, run_dir, folder, shards, max_gb)
+        build_ahead(builder, sidecar)
+    finally:
+        builder.close()
+    return sidecar.ended
 
-    def tell(rows: int) -> None:
-        nonlocal told
-        standing, now = follower.standing, time.monotonic()
-        if standing is not None and now - told >= PROGRESS_S:
-            told = now
-            logger.info(
-                "the run is at view %d of %d, saved at %d; %d views computed, %.0f a second",
-                *(standing.position, standing.end, standing.saved, rows, rows / (now - began)),
-            )
 
-    build_parts(builder, follower.folder, follower.manifest, follower.parts(), tell)
-    if follower.ended:
-        follower.delete_behind()  # what was in writing too
-        logger.info("%s is complete", follower.run_dir)
+def build_ahead(builder: Builder, sidecar: Sidecar) -> None:
+    """Build the shards that a sidecar chooses until the run ends or stalls.
+
+    Raises:
+        CacheError: if the store refuses a shard.
+    """
+    began = logged_at = time.monotonic()
+
+    def log_progress(rows: int) -> None:
+        nonlocal logged_at
+        progress, now = sidecar.progress, time.monotonic()
+        if progress is not None and now - logged_at >= PROGRESS_S:
+            logged_at = now
+            at = f"{progress.position} of {progress.end}, saved at {progress.saved}"
+            logger.info("run at view %s; %d views, %.0f views/s", at, rows, rows / (now - began))
+
+    build_shards(builder, sidecar.folder, sidecar.manifest, sidecar.shards(), log_progress)
+    if sidecar.ended:
+        sidecar.delete_behind()  # including the shard that was being written
+        logger.info("%s is complete", sidecar.run_dir)
     else:
         logger.warning(
-            "%s has not moved for %.0f s; run me again when it does",
-            follower.run_dir,
-            follower.patience_s,
+            "%s has made no progress for %.0f s; run the same command again when it does",
+            sidecar.run_dir,
+            sidecar.patience_s,
         )
-    return follower.ended
 
 
-def delete_before(folder: Path, first: int) -> None:
-    """Delete parts whose number is below ``first``, seals before files, and abandoned drafts."""
+def delete_shards_before(folder: Path, first: int) -> None:
+    """Delete shards below ``first``, seals before files, and abandoned drafts."""
     behind: list[Path] = []
-    for path in (folder / PARTS).glob("*"):
+    for path in (folder / SHARDS).glob("*"):
         number = path.name.lstrip(".").partition(".")[0]
-        if number.isdigit() and int(number) < first and not is_in_work(path):
+        if number.isdigit() and int(number) < first and not is_recent_draft(path):
             behind.append(path)
-    for path in sorted(behind, key=lambda one: one.suffix != ".json"):
+    for path in sorted(behind, key=lambda path: path.suffix != ".json"):
         path.unlink(missing_ok=True)
 
 
-def is_in_work(path: Path) -> bool:
-    """Whether a file is a draft that another process may be writing."""
+def is_recent_draft(path: Path) -> bool:
+    """Return whether a file is a draft that another process may be writing."""
     if not path.name.startswith(".") and path.suffix != ".tmp":
         return False
     try:

@@ -1,18 +1,31 @@
-"""A teacher that is read from a cache."""
+"""Teachers whose views are read from a cache: a complete cache, or the cache of a sidecar."""
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from cmtmae_scale.cache.build import num_rows
-from cmtmae_scale.cache.calibration import load_calibration
-from cmtmae_scale.cache.codecs import Calibration, Codec, Encoded, as_stored, decode
-from cmtmae_scale.cache.drift import BOUNDS, agreement
-from cmtmae_scale.cache.format import PARTS, Manifest, read_manifest, refuse_open_folder
-from cmtmae_scale.cache.identity import Keyed, check_identity, fingerprint
-from cmtmae_scale.cache.reader import CacheReader, Rows, blank
+from cmtmae_scale.cache.build import num_rows, row_shape
+from cmtmae_scale.cache.codecs import (
+    BOUNDS,
+    Calibration,
+    Encoded,
+    decode,
+    load_calibration,
+    measure_agreement,
+    round_view,
+)
+from cmtmae_scale.cache.fingerprint import Keyed, cache_fingerprint, check_fingerprint
+from cmtmae_scale.cache.format import (
+    MANIFEST,
+    SHARDS,
+    Manifest,
+    read_manifest,
+    refuse_world_writable,
+)
+from cmtmae_scale.cache.reader import CachedRows, CacheReader, blank_row
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
@@ -24,64 +37,60 @@ from dataloading.stream import Batch
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 1.0
+"""Seconds between two searches for a sidecar that has not begun."""
+
 
 def open_cache(
-    config: Config, described: OnlineTeacher, index: Index, keyed: Keyed = "views"
+    config: Config, skeleton: OnlineTeacher, index: Index, keyed: Keyed = "views"
 ) -> tuple[Manifest, Calibration | None]:
-    """Read what a cache says of itself, and check that a run may use it.
+    """Read manifest and calibration of a cache, and check that a run may use it.
 
     Args:
         config: the run.
-        described: the run's teacher in its compute type; its weights are not used.
+        skeleton: the run's teacher in its compute dtype; its weights are not used.
         index: the images.
-        keyed: what a row's number means to the run.
+        keyed: meaning of a row's number in the run.
 
     Raises:
-        CacheError: an absent, damaged or unsafe cache, or one of another teacher, views or data;
-            names the field, both values and the remedy.
+        CacheError: an absent, damaged or unsafe cache, or a cache of another teacher, other views
+            or other data; names the field, both values and the remedy.
     """
     folder = cache_folder(config)
     manifest = read_manifest(folder)
-    if (folder / PARTS).exists():
-        refuse_open_folder(folder / PARTS)
-    wanted = fingerprint(config, described.fingerprint(), index, keyed)
-    check_identity(manifest, wanted, str(folder))
-    rows, columns = described.grid
-    reading = described.reading
-    tokens = rows * columns + described.has_cls
-    expected = {
-        "num_rows": num_rows(config, index, keyed),
-        "patches": rows * columns if reading.attention_layers else 0,
-        "tokens": tokens if reading.feature_layers else 0,
-        "width": described.width if reading.feature_layers else manifest.width,
-    }
-    for name, value in expected.items():
+    if (folder / SHARDS).exists():
+        refuse_world_writable(folder / SHARDS)
+    wanted = cache_fingerprint(config, skeleton.fingerprint(), index, keyed)
+    check_fingerprint(manifest, wanted, str(folder))
+    expected = (num_rows(config, index, keyed), *row_shape(skeleton))
+    for name, value in zip(("num_rows", "patches", "tokens", "width"), expected, strict=True):
         found = getattr(manifest, name)
         if found != value:
             raise CacheError(
                 f"cache.dir={folder}: {name} is {found}, but this teacher, these views and images "
                 f"make it {value}; build another cache, or set teacher.mode=online"
             )
-    return manifest, load_calibration(folder, manifest)
+    return manifest, load_calibration(folder, manifest.calibration_sha256, manifest.width)
 
 
 class CachedTeacher:
-    """Views of plans that were submitted ahead, from a cache.
+    """Reads the views of crop plans that were submitted ahead from a cache.
 
-    A row that is missing or damaged, or whose picture could not be decoded when it was built, is a
-    miss, but for a view that is not valid in the run either. A micro-batch with a miss is given to
-    the live teacher whole, and rounded as rows are, so that a run does not depend on what was at
-    hand; or, without ``cache.on_miss=online``, it is reported as a failure.
+    A row is a miss if it is missing or damaged, or if its image could not be decoded when it was
+    built although the run decodes it. With ``cache.on_miss=online`` the online teacher forwards the
+    whole micro-batch of a miss, and its view is rounded as the cache rounds, so that a run does not
+    depend on which rows were there. Otherwise a miss is reported as a failure.
 
     Args:
         config: the run.
         manifest: the cache's.
         calibration: the cache's.
-        described: the run's teacher; its weights are not used.
-        live: runs on misses and spot checks; ``None``: on none.
-        device: where views are wanted.
-        fail: told why the present step must not be taken; the view handed out then is blank.
-        keyed: what a row's number means.
+        skeleton: the run's teacher; its weights are not used.
+        online: runs on misses and in spot checks; ``None``: never.
+        device: where views are needed.
+        fail: called with the reason why the present step must not be taken; the view that is
+            returned then is blank.
+        keyed: meaning of a row's number.
     """
 
     def __init__(
@@ -89,8 +98,8 @@ class CachedTeacher:
         config: Config,
         manifest: Manifest,
         calibration: Calibration | None,
-        described: OnlineTeacher,
-        live: Teacher | None,
+        skeleton: OnlineTeacher,
+        online: Teacher | None,
         device: torch.device,
         fail: Callable[[CacheError], None],
         keyed: Keyed = "views",
@@ -98,25 +107,23 @@ class CachedTeacher:
         self.settings = config.cache
         self.folder = cache_folder(config)
         self.manifest = manifest
-        self.calibration = (
-            None if calibration is None else Calibration(*(one.to(device) for one in calibration))
-        )
-        self.width, self.has_cls = described.width, described.has_cls
-        self.bounds = BOUNDS[described.dtype]
-        self.live = live
+        self.calibration = None if calibration is None else calibration.to(device)
+        self.width, self.has_cls = skeleton.width, skeleton.has_cls
+        self.bounds = BOUNDS[skeleton.dtype]
+        self.online = online
         self.device = device
         self.fail = fail
-        self.looks = self.checks = 0
+        self.batches = self.checks = 0
         count = int(config.views.views_per_image or 1) if keyed == "views" else None
         self.reader = CacheReader(self.folder, manifest, count, pin=device.type == "cuda")
 
     @property
     def image_size(self) -> int | None:
-        """The live teacher's; without one no picture is looked at."""
-        return None if self.live is None else self.live.image_size
+        """The online teacher's; ``None``: no image is needed."""
+        return None if self.online is None else self.online.image_size
 
     def submit(self, plan: Plan) -> None:
-        """Begin to read the rows of a plan."""
+        """Start to read the rows of a plan."""
         self.reader.submit(plan)
 
     def close(self) -> None:
@@ -124,25 +131,26 @@ class CachedTeacher:
         self.reader.close()
 
     def forward_batch(self, batch: Batch) -> TeacherView:
-        """See ``TeacherSource.look``; waits for the device in spot checks only."""
+        """See ``TeacherSource.forward_batch``; synchronises with the host in spot checks only."""
         if batch.plan is None:
             return self.blank_view(len(batch.position))
         rows = self.reader.collect(batch.plan)
-        self.looks += 1
+        self.batches += 1
         missed = [k for k, fault in enumerate(rows.faults) if fault and k not in batch.faulty]
-        if missed and self.settings.on_miss == "online" and self.live is not None:
-            return rounded(self.live.forward_batch(batch), self.manifest.codec, self.calibration)
+        if missed and self.settings.on_miss == "online" and self.online is not None:
+            view = self.online.forward_batch(batch)
+            return round_view(view, self.manifest.codec, self.calibration)
         if missed:
-            self.fail(self.miss(rows, missed[0]))
-        view = self.decode(rows.fields)
-        # Evenly spread, and at the same places on all ranks, so that none waits for another's.
-        due = self.checks < self.looks * self.settings.spot_check
-        if due and not missed and self.live is not None:
+            self.fail(self.miss_error(rows, missed[0]))
+        view = self.decode_rows(rows.fields)
+        # Evenly spread, and in the same micro-batches of all ranks, so that no rank waits twice.
+        due = self.checks < self.batches * self.settings.spot_check
+        if due and not missed and self.online is not None:
             self.checks += 1
-            self.compare(self.live.forward_batch(batch), view, rows, batch.faulty)
+            self.check_rows(self.online.forward_batch(batch), view, rows, batch.faulty)
         return view
 
-    def decode(self, fields: dict[str, Tensor]) -> TeacherView:
+    def decode_rows(self, fields: dict[str, Tensor]) -> TeacherView:
         """Move stored tensors to the device and decode them there."""
         moved = {
             name: fields[name].to(self.device, non_blocking=True)
@@ -155,54 +163,130 @@ class CachedTeacher:
         return TeacherView(None if attention is None else attention.float(), features, True)
 
     def blank_view(self, count: int) -> TeacherView:
-        """View of a batch that stands in for data that could not be read."""
-        fields = {
-            name: torch.empty((count, *shape), dtype=dtype)
-            for name, (dtype, shape) in self.manifest.fields().items()
-        }
+        """Return the view of a batch whose data could not be read."""
+        fields = self.manifest.empty_rows(count)
         for place in range(count):
-            blank(fields, place)
-        return self.decode(fields)
+            blank_row(fields, place)
+        return self.decode_rows(fields)
 
-    def miss(self, rows: Rows, place: int) -> CacheError:
-        """What stops a run that has no teacher."""
+    def miss_error(self, rows: CachedRows, place: int) -> CacheError:
+        """Return the error that stops a run that has no online teacher."""
         row = rows.numbers[place]
         sample, view = divmod(row, self.reader.count or 1)
         return CacheError(
-            f"cache.dir={self.folder}: row {row} (image {sample}, view {view}) of part "
-            f"{self.reader.part_of(row)}: {rows.faults[place]}; complete the cache with "
+            f"cache.dir={self.folder}: row {row} (image {sample}, view {view}) of shard "
+            f"{self.reader.shard_of(row)}: {rows.faults[place]}; complete the cache with "
             "launchers/precompute_teacher.py, or set cache.on_miss=online"
         )
 
-    def compare(
-        self, live: TeacherView, stored: TeacherView, rows: Rows, faulty: tuple[int, ...]
+    def check_rows(
+        self, online: TeacherView, stored: TeacherView, rows: CachedRows, faulty: tuple[int, ...]
     ) -> None:
-        """Spot check: log how live and stored agree; fail where rounding does not explain it."""
+        """Spot check: log the agreement, and fail if rounding does not explain the difference."""
         places = [k for k, fault in enumerate(rows.faults) if not fault and k not in faulty]
         if not places:
             return
-        found = agreement(live, stored, places, self.calibration)
+        found = measure_agreement(online, stored, places, self.calibration)
         logger.info("cache: spot check of %d rows: %s", len(places), found)
         if not found.within(self.bounds):
             self.fail(
                 CacheError(
                     f"cache.dir={self.folder}: spot check of row {rows.numbers[places[0]]} and "
-                    f"{len(places) - 1} more: the live teacher says otherwise: {found}; expected "
-                    f"a cosine of at least {self.bounds.cosine} and a distance of at most "
+                    f"{len(places) - 1} more: the online teacher differs: {found}; expected a "
+                    f"cosine of at least {self.bounds.cosine} and a distance of at most "
                     f"{self.bounds.distance}; build the cache again, or set teacher.mode=online"
                 )
             )
 
 
-def rounded(view: TeacherView, codec: Codec, calibration: Calibration | None) -> TeacherView:
-    """A live view as it would be read; int8 features that nothing is calibrated for stay.
+class SidecarTeacher:
+    """Reads views by position from a sidecar's cache, and runs the teacher where rows are missing.
+
+    The sidecar may start, end and start again while the run goes on.
 
     Args:
-        view: the live teacher's.
-        codec: the cache's.
-        calibration: the cache's, on the view's device.
+        config: the run.
+        skeleton: the run's teacher; its weights are not used.
+        online: runs where a row is missing.
+        index: the images.
+        device: where views are needed.
+        fail: called with the reason why the present step must not be taken.
+
+    Raises:
+        CacheError: if the folder holds the cache of another run.
     """
-    attention, features, _ = view
-    if features is not None and (codec == "bf16" or calibration is not None):
-        features = as_stored(features, codec, calibration)
-    return TeacherView(None if attention is None else attention.half().float(), features)
+
+    def __init__(
+        self,
+        config: Config,
+        skeleton: OnlineTeacher,
+        online: Teacher,
+        index: Index,
+        device: torch.device,
+        fail: Callable[[CacheError], None],
+    ) -> None:
+        self.config = config
+        self.skeleton = skeleton
+        self.online = online
+        self.index = index
+        self.device = device
+        self.fail = fail
+        self.folder = cache_folder(config)
+        self.width, self.has_cls = skeleton.width, skeleton.has_cls
+        self.cached: CachedTeacher | None = None
+        self.next_search = time.monotonic() + POLL_S
+        if (self.folder / MANIFEST).exists():
+            self.cached = self.open_cached()
+
+    @property
+    def image_size(self) -> int | None:
+        """The online teacher's."""
+        return self.online.image_size
+
+    def open_cached(self) -> CachedTeacher:
+        """Open the cache of the sidecar.
+
+        Raises:
+            CacheError: if it belongs to another run.
+        """
+        config, skeleton, keyed = self.config, self.skeleton, "positions"
+        manifest, calibration = open_cache(config, skeleton, self.index, keyed)
+        logger.info(
+            "teacher: sidecar cache in %s, %d rows per shard", self.folder, manifest.rows_per_shard
+        )
+        online, device, fail = self.online, self.device, self.fail
+        return CachedTeacher(config, manifest, calibration, skeleton, online, device, fail, keyed)
+
+    def search_cache(self) -> None:
+        """Open the cache if a sidecar has begun it; the cache of another run is ignored."""
+        if time.monotonic() < self.next_search:
+            return
+        self.next_search = time.monotonic() + POLL_S
+        if not (self.folder / MANIFEST).exists():
+            return
+        try:
+            self.cached = self.open_cached()
+        except CacheError as error:
+            logger.warning("%s; the teacher stays online until the next launch", error)
+            self.next_search = float("inf")
+
+    def submit(self, plan: Plan) -> None:
+        """Start to read the rows of a plan, if there is a cache."""
+        if self.cached is None:
+            self.search_cache()
+        if self.cached is not None:
+            self.cached.submit(plan)
+
+    def forward_batch(self, batch: Batch) -> TeacherView:
+        """See ``TeacherSource.forward_batch``."""
+        cached, plan = self.cached, batch.plan
+        if cached is not None and (plan is None or cached.reader.is_submitted(plan)):
+            return cached.forward_batch(batch)
+        codec = self.config.cache.codec if cached is None else cached.manifest.codec
+        calibration = None if cached is None else cached.calibration
+        return round_view(self.online.forward_batch(batch), codec, calibration)
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self.cached is not None:
+            self.cached.close()

@@ -1,7 +1,7 @@
-"""Flat fragments to safetensors files and back, at any number of ranks.
+"""Write flat fragments to safetensors files and read them back, at any number of ranks.
 
-A chunk is the range ``[offset, offset + length)`` of one state's flattened float32 values. In a
-file it is named ``key@offset``.
+A chunk is the range ``[offset, offset + length)`` of one tensor's flattened float32 values. A file
+names the chunk ``key@offset``.
 """
 
 import json
@@ -22,7 +22,7 @@ INDEX = "index.json"
 
 
 class HostChunk(NamedTuple):
-    """A fragment's copy in host memory, detached from training."""
+    """Copy of a fragment in host memory."""
 
     key: str
     offset: int
@@ -31,19 +31,19 @@ class HostChunk(NamedTuple):
 
 
 def copy_to_host(fragments: Mapping[str, Fragment]) -> list[HostChunk]:
-    """Copy what this rank writes; synchronises with the device."""
+    """Copy the fragments that this rank writes; synchronises with the device."""
     return [
-        HostChunk(key, part.offset, part.shape, part.local.detach().to("cpu", copy=True))
-        for key, part in fragments.items()
-        if part.owner and part.local.numel()
+        HostChunk(key, own.offset, own.shape, own.local.detach().to("cpu", copy=True))
+        for key, own in fragments.items()
+        if own.owner and own.local.numel()
     ]
 
 
 def write_chunks(chunks: Iterable[HostChunk], path: Path) -> dict[str, Any]:
-    """Write one rank's chunks as one safetensors file; shapes go to its metadata.
+    """Write one rank's chunks to one safetensors file, with the shapes in its metadata.
 
     Returns:
-        Its size and SHA-256.
+        The file's size and SHA-256.
     """
     entries: list[Entry] = []
     shapes: dict[str, tuple[int, ...]] = {}
@@ -54,11 +54,11 @@ def write_chunks(chunks: Iterable[HostChunk], path: Path) -> dict[str, Any]:
     return write_tensors(path, entries, {"shapes": json.dumps(shapes)})
 
 
-def build_index(folder: Path, files: Iterable[str]) -> dict[str, Any]:
-    """List which chunk lies where, from the files' headers.
+def index_chunks(folder: Path, files: Iterable[str]) -> dict[str, Any]:
+    """Map every tensor to its shape and its chunks, from the files' headers.
 
     Raises:
-        CheckpointError: if the chunks of a state leave a gap.
+        CheckpointError: if the chunks of a tensor leave a gap.
     """
     index: dict[str, Any] = {}
     for file in files:
@@ -84,17 +84,17 @@ def build_index(folder: Path, files: Iterable[str]) -> dict[str, Any]:
 
 
 class ChunkReader:
-    """Reads ranges of states from a checkpoint folder; ``with`` closes its files.
+    """Reads ranges of tensors from a checkpoint folder; ``with`` closes its files.
 
     Args:
-        folder: a folder with ``index.json`` and the files that it names.
+        folder: a folder with ``index.json`` and the files that the index names.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index: dict[str, Any] = json.loads((folder / INDEX).read_text())
         self.files: dict[str, Any] = {}
-        """Open files by name: their headers are read once."""
+        """Open files by name, so that each header is read once."""
 
     def __enter__(self) -> Self:
         return self
@@ -102,11 +102,11 @@ class ChunkReader:
     def __exit__(self, *failure: object) -> None:
         self.files.clear()
 
-    def read(self, key: str, offset: int, length: int) -> Tensor:
-        """Values ``[offset, offset + length)`` of a state, 1-D float32 on the CPU.
+    def read_values(self, key: str, offset: int, length: int) -> Tensor:
+        """Read values ``[offset, offset + length)`` of a tensor, 1-D float32 on the CPU.
 
         Raises:
-            CheckpointError: if a file is gone or is no safetensors file.
+            CheckpointError: if a file is absent or is no safetensors file.
         """
         values = torch.empty(length)
         for start, size, file in self.index[key]["chunks"]:
@@ -115,46 +115,41 @@ class ChunkReader:
                 try:
                     if file not in self.files:
                         self.files[file] = safe_open(self.folder / file, "pt")
-                    part = self.files[file].get_slice(f"{key}@{start}")[low - start : high - start]
+                    chunk = self.files[file].get_slice(f"{key}@{start}")
+                    found = chunk[low - start : high - start]
                 except (OSError, SafetensorError) as error:
                     raise CheckpointError(f"{self.folder / file}: {error}") from error
-                values[low - offset : high - offset] = part
+                values[low - offset : high - offset] = found
         return values
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a state's parameter."""
+        """Return a tensor's shape."""
         return tuple(self.index[key]["shape"])
 
-    def read_whole(self, key: str) -> Tensor:
-        """A state in its own shape."""
+    def read_tensor(self, key: str) -> Tensor:
+        """Read a whole tensor in its own shape."""
         shape = self.shape(key)
-        return self.read(key, 0, math.prod(shape)).reshape(shape)
+        return self.read_values(key, 0, math.prod(shape)).reshape(shape)
 
 
 def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
-    """Fill live fragments from a checkpoint, each with just the ranges that it needs.
+    """Fill live fragments from a checkpoint; read only the ranges that this rank needs.
 
     Raises:
-        CheckpointError: if names or shapes differ; nothing has been written then.
+        CheckpointError: if names or shapes differ; no fragment is changed then.
     """
     with ChunkReader(folder) as reader:
-        fill(reader, fragments)
-
-
-def fill(reader: ChunkReader, fragments: Mapping[str, Fragment]) -> None:
-    """Check names and shapes, then read; see ``load_fragments``."""
-    folder = reader.folder
-    found, wanted = set(reader.index), set(fragments)
-    if found != wanted:
-        absent = sorted(wanted - found)[:3]
-        extra = sorted(found - wanted)[:3]
-        raise CheckpointError(
-            f"{folder}: belongs to another model: absent {absent}, not expected {extra}"
-        )
-    for key, part in fragments.items():
-        shape = reader.shape(key)
-        if shape != part.shape:
-            raise CheckpointError(f"{folder}: {key} has shape {shape}, the model {part.shape}")
-    for key, part in fragments.items():
-        if part.local.numel():
-            part.local.copy_(reader.read(key, part.offset, part.local.numel()))
+        found, wanted = set(reader.index), set(fragments)
+        if found != wanted:
+            absent = sorted(wanted - found)[:3]
+            extra = sorted(found - wanted)[:3]
+            raise CheckpointError(
+                f"{folder}: belongs to another model: absent {absent}, not expected {extra}"
+            )
+        for key, own in fragments.items():
+            shape = reader.shape(key)
+            if shape != own.shape:
+                raise CheckpointError(f"{folder}: {key} has shape {shape}, the model {own.shape}")
+        for key, own in fragments.items():
+            if own.local.numel():
+                own.local.copy_(reader.read_values(key, own.offset, own.local.numel()))

@@ -1,19 +1,20 @@
-"""Which checkpoint a run continues from."""
+"""Find the checkpoint that a run or a command continues from."""
 
 import logging
 from pathlib import Path
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.runtime.collectives import agree_all, from_first
+from cmtmae_scale.runtime.collectives import all_ranks_agree, barrier, broadcast_int
+from cmtmae_scale.runtime.launch import World
 
 logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
-    """Newest checkpoint that every rank finds intact; broken ones are named and passed over.
+    """Return the newest checkpoint that every rank verifies; name and skip broken ones.
 
-    The ranks go through rank 0's list, and each reads its share of the digests.
+    All ranks check rank 0's list; each rank reads its share of the files.
 
     Args:
         root: ``RUN_DIR/checkpoints``.
@@ -21,34 +22,53 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
         world_size: number of ranks.
 
     Returns:
-        Its folder, or ``None`` if none was ever written.
+        The checkpoint's folder, or ``None`` if the run has never written one.
 
     Raises:
-        CheckpointError: if there are some, or were, but none is intact.
+        CheckpointError: if every checkpoint is broken, or all of them are gone.
     """
-    steps = [layout.step_of(folder) or 0 for folder in layout.candidates(root)]
-    count = from_first(len(steps))
+    steps = [layout.step_of(folder) or 0 for folder in layout.list_checkpoints(root)]
+    count = broadcast_int(len(steps))
     for number in range(count):
-        folder = layout.folder_of(root, from_first(steps[number] if rank == 0 else 0))
-        problem = layout.fault(folder, (rank, world_size))
-        if agree_all(problem is None):
+        folder = layout.folder_of(root, broadcast_int(steps[number] if rank == 0 else 0))
+        damage = layout.find_damage(folder, (rank, world_size))
+        if all_ranks_agree(damage is None):
             return folder
-        if problem:
-            logger.error("BROKEN CHECKPOINT %s: %s; trying the one before", folder, problem)
+        if damage:
+            logger.error("BROKEN CHECKPOINT %s: %s; trying the one before", folder, damage)
     if count:
         raise CheckpointError(
-            f"{root}: none of {count} checkpoints is intact; restore one, or use another run.output_dir"
+            f"{root}: none of {count} checkpoints is intact; restore one, or use another "
+            "run.output_dir"
         )
-    if not agree_all(not (root / layout.LATEST).exists()):
+    if not all_ranks_agree(not (root / layout.LATEST).exists()):
         raise CheckpointError(
-            f"{root}: the file {layout.LATEST} says that there were checkpoints, but there is "
-            f"none; restore one, or delete {root} to start anew"
+            f"{root}: the file {layout.LATEST} names a checkpoint, but there is none; restore one, "
+            f"or delete {root} to start anew"
         )
     return None
 
 
-def newest_intact(root: Path) -> Path:
-    """Newest intact checkpoint of a run that may be going on; for one process, changes nothing.
+def find_resume_checkpoint(run_dir: Path, world: World) -> Path | None:
+    """Remove what killed launches left behind, and find the newest checkpoint; a collective.
+
+    Args:
+        run_dir: the run's folder.
+        world: this process's rank and world size.
+
+    Raises:
+        CheckpointError: see ``find_checkpoint``.
+    """
+    root = run_dir / "checkpoints"
+    root.mkdir(exist_ok=True)
+    if world.rank == 0:
+        layout.sweep(root)
+    barrier()
+    return find_checkpoint(root, world.rank, world.world_size)
+
+
+def require_checkpoint(root: Path) -> Path:
+    """Return the newest intact checkpoint of a run that may be in progress; for one process.
 
     Raises:
         CheckpointError: if there is none.

@@ -1,9 +1,9 @@
-"""Weights of other programs as a student's start: their names to ours, every tensor accounted for.
+"""Initial weights of the student from files of other programs; every tensor is accounted for.
 
-Known are the names of timm's VisionTransformer, of MAE's public code (timm's, with ``mask_token``
-and ``decoder_*``) and of transformers' ViTMAE and ViT, in files and as modules.
+Supported are the names of timm's VisionTransformer, of MAE's public code (timm's, with
+``mask_token`` and ``decoder_*``) and of transformers' ViTMAE and ViT, in files and as modules.
 
-Runs once, on the CPU, before a new run's first step.
+Runs once, on the CPU, before the first step of a new run.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -46,92 +46,94 @@ RENAMES = (
     (r"^mask_token$", "decoder.mask_token"),
     (r"^(?!decoder\.|heads\.)", "encoder."),
 )
-"""Applied in this order; names of MAE and timm pass the first part unchanged."""
+"""Applied in this order; the first group leaves names of MAE and timm unchanged."""
 QKV = (r"\.(?:query|q_proj)\.", r"\.(?:key|k_proj)\.", r"\.(?:value|v_proj)\.")
-"""What is three matrices in transformers and one in timm, in timm's order."""
+"""Three matrices of transformers that are one in timm, in timm's order."""
 HEAD = re.compile(r"encoder\.(?:head|head_dist|classifier|pooler)\.")
-"""What other programs put on top of an encoder."""
+"""Heads of other programs on top of an encoder."""
 PATCHES = "encoder.patch_embed.proj.weight"
 POSITIONS = "encoder.pos_embed"
 DECODER_POSITIONS = "decoder.positions"
 POSITION_TOLERANCE = 5e-3
-"""Between a sine-cosine table and a file's, which may be bfloat16."""
+"""Between a sine-cosine embedding and that of a file, which may be bfloat16."""
 
 T = TypeVar("T")
 
 
 class Piece(NamedTuple):
-    """One tensor for one of ours."""
+    """The value for one tensor of the model."""
 
     value: Tensor
     names: list[str]
-    """Where it came from: names in the file."""
+    """Names in the file that it is made of."""
 
 
-class StartReport(NamedTuple):
-    """What became of the tensors of a file; the three parts together are all of them."""
+class InitReport(NamedTuple):
+    """Names of a file's tensors: each is loaded, resampled or skipped."""
 
     loaded: list[str]
     resampled: dict[str, str]
-    """Name, and from which grid to which."""
-    passed_over: dict[str, str]
+    """Name, and both grids."""
+    skipped: dict[str, str]
     """Name and reason."""
 
     def __str__(self) -> str:
-        """For the log; blocks are named as ``blocks.*``."""
+        """Return counts and reasons for the log; blocks are named ``blocks.*``."""
         reasons: dict[str, dict[str, None]] = {}
-        for name, reason in self.passed_over.items():
+        for name, reason in self.skipped.items():
             reasons.setdefault(reason, {})[re.sub(r"\.\d+\..*", ".*", name)] = None
-        passed = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        details = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
         grids = ", ".join(f"{name}: {grids}" for name, grids in self.resampled.items())
         return (
             f"{len(self.loaded)} tensors loaded, "
             f"{len(self.resampled)} resampled{f' ({grids})' if grids else ''}, "
-            f"{len(self.passed_over)} passed over{f' ({passed})' if passed else ''}"
+            f"{len(self.skipped)} skipped{f' ({details})' if details else ''}"
         )
 
 
 @torch.no_grad()
 def load_init_weights(
     model: CollaborativeMAE, state: Mapping[str, Tensor], file: str
-) -> StartReport:
-    """Overwrite the encoder's weights, and MAE's decoder where it is the configured one.
+) -> InitReport:
+    """Overwrite the encoder's weights, and those of MAE's decoder where it is configured.
 
-    A position table of another square grid is resampled. The decoder is taken whole or not at all:
-    names, shapes and its sine-cosine positions must fit. Numbers of heads and epsilons of norms
-    leave no trace in a file and are not compared.
+    A positional embedding of another square grid is resampled. The decoder is loaded as a whole or
+    not at all: names, shapes and its sine-cosine positions must fit. The number of heads and the
+    epsilon of norms are not in a file and cannot be compared.
 
     Args:
-        model: on the CPU, already initialised; unchanged where an error is raised.
+        model: on the CPU, already initialised; unchanged if an error is raised.
         state: the file's tensors under the names of timm, MAE or transformers.
         file: its name, for messages.
 
     Returns:
-        What was loaded, resampled and passed over, in the file's names.
+        The names of the file's tensors that were loaded, resampled and skipped.
 
     Raises:
-        ConfigError: unknown names; a tensor of the encoder that is missing, has another shape or
-            has no place; with file, tensor, both shapes and the remedy.
+        ConfigError: for unknown names, or a tensor of the encoder that is missing, unexpected or of
+            another shape; names file, tensor, both shapes and the remedy.
     """
     where = f"student.init_weights={file}"
-    pieces = translate(state)
+    pieces = rename_tensors(state)
     if PATCHES not in pieces:
         raise ConfigError(
-            f"{where}: these are no names of a VisionTransformer of timm, of MAE or of "
+            f"{where}: these are not names of a VisionTransformer of timm, of MAE or of "
             f"transformers' ViTMAE (first: {', '.join(list(state)[:3])}); take a file of one of "
             "them"
         )
     own: dict[str, Tensor] = model.state_dict()
-    grids = fit_positions(model, own, pieces)
-    found = misfits(part(own, "encoder."), part(pieces, "encoder."))
+    grids = resample_positions(model, own, pieces)
+    found = list_mismatches(select_component(own, "encoder."), select_component(pieces, "encoder."))
     if found:
-        raise ConfigError(f"{where} does not fit: {first_few(found)}; {remedy(own, pieces)}")
-    unfit = decoder_misfit(model, own, pieces)
-    report = StartReport([], {}, {})
+        raise ConfigError(
+            f"{where} does not fit: {summarise_texts(found)}; {suggest_fix(own, pieces)}"
+        )
+    unfit = decoder_mismatch(model, own, pieces)
+    report = InitReport([], {}, {})
     for name, piece in pieces.items():
-        reason = reason_to_pass(name, own, unfit)
+        reason = skip_reason(name, own, unfit)
         if reason:
-            report.passed_over.update(dict.fromkeys(piece.names, reason))
+            report.skipped.update(dict.fromkeys(piece.names, reason))
             continue
         own[name].copy_(piece.value)
         if grids and name == POSITIONS:
@@ -141,8 +143,8 @@ def load_init_weights(
     return report
 
 
-def translate(state: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """Bring a file's tensors under our names; queries, keys and values become one matrix."""
+def rename_tensors(state: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """Rename a file's tensors to those of the model; queries, keys and values become one matrix."""
     sources: dict[str, list[str]] = {}
     for name in sorted(state, key=number_in_qkv):
         ours = name
@@ -156,24 +158,24 @@ def translate(state: Mapping[str, Tensor]) -> dict[str, Piece]:
 
 
 def number_in_qkv(name: str) -> int:
-    """0 for queries and everything else, 1 for keys, 2 for values."""
-    return next((number for number, part in enumerate(QKV) if re.search(part, name)), 0)
+    """Return 0 for queries and all other tensors, 1 for keys, 2 for values."""
+    return next((number for number, key in enumerate(QKV) if re.search(key, name)), 0)
 
 
-def fit_positions(
+def resample_positions(
     model: CollaborativeMAE, own: Mapping[str, Tensor], pieces: dict[str, Piece]
 ) -> str:
-    """Resample the encoder's position table to the student's grid with timm's own function.
+    """Resample the encoder's positional embedding to the student's grid with timm's function.
 
     Returns:
-        From which grid to which; empty where the table fits or cannot be made to.
+        Both grids as text; empty where the embedding fits or cannot be resampled.
     """
     rows, columns = model.encoder.grid
     piece, here = pieces.get(POSITIONS), own[POSITIONS].shape
     if piece is None or piece.value.ndim != 3 or piece.value.shape[::2] != here[::2]:
         return ""
     prefix = here[1] - rows * columns
-    side = side_of(piece.value.shape[1] - prefix)
+    side = square_side(piece.value.shape[1] - prefix)
     if not side or (side, side) == (rows, columns):
         return ""
     table = resample_abs_pos_embed(
@@ -183,14 +185,14 @@ def fit_positions(
     return f"{side} x {side} to {rows} x {columns} patches"
 
 
-def side_of(count: int) -> int:
-    """Side of a square of ``count`` patches, or 0 if it is none."""
+def square_side(count: int) -> int:
+    """Return the side of a square of ``count`` patches, or 0 if there is none."""
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
 
 
-def part(tensors: Mapping[str, T], *prefixes: str) -> dict[str, T]:
-    """What belongs to a part of the model; heads of other programs belong to none."""
+def select_component(tensors: Mapping[str, T], *prefixes: str) -> dict[str, T]:
+    """Return the tensors of one component of the model, without heads of other programs."""
     return {
         name: value
         for name, value in tensors.items()
@@ -198,8 +200,8 @@ def part(tensors: Mapping[str, T], *prefixes: str) -> dict[str, T]:
     }
 
 
-def misfits(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> list[str]:
-    """Why pieces do not fill a part of the model, all of it and with all of them."""
+def list_mismatches(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> list[str]:
+    """Return why the pieces and a component of the model do not match one to one."""
     shapes = [
         f"{' + '.join(piece.names)} is {list(piece.value.shape)}, the configured {name} "
         f"{list(own[name].shape)}"
@@ -207,44 +209,44 @@ def misfits(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> list[str]
         if name in own and piece.value.shape != own[name].shape
     ]
     missing = [f"no tensor for {name} {list(own[name].shape)}" for name in own.keys() - pieces]
-    homeless = [f"{' + '.join(pieces[name].names)} has no place" for name in pieces.keys() - own]
-    return sorted(shapes) + sorted(missing) + sorted(homeless)
+    unexpected = [f"{' + '.join(pieces[name].names)} is unexpected" for name in pieces.keys() - own]
+    return sorted(shapes) + sorted(missing) + sorted(unexpected)
 
 
-def remedy(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> str:
-    """What to change when an encoder does not fit."""
+def suggest_fix(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> str:
+    """Return what to change when an encoder does not fit."""
     here, there = own[PATCHES].shape, pieces[PATCHES].value.shape
     if there[:2] == here[:2] and there != here:
         return f"set student.patch_size={there[-1]}, or take a file of patches of {here[-1]} pixels"
     return "set student.arch to the file's model, or take a whole file of the configured one"
 
 
-def decoder_misfit(
+def decoder_mismatch(
     model: CollaborativeMAE, own: Mapping[str, Tensor], pieces: Mapping[str, Piece]
 ) -> str:
-    """Why a file's decoder is not the configured one; empty if it is."""
+    """Return why a file's decoder is not the configured one; empty if it is."""
     if not isinstance(model.decoder, FullDecoder):
         return "the configured decoder is not MAE's"
     prefixes = ("decoder.", "heads.pixel.") if model.heads.pixel else ("decoder.",)
-    theirs = part(pieces, *prefixes)
+    theirs = select_component(pieces, *prefixes)
     positions = theirs.pop(DECODER_POSITIONS, None)
-    found = misfits(part(own, *prefixes), theirs)
+    found = list_mismatches(select_component(own, *prefixes), theirs)
     if not found and positions and not is_sincos(positions.value):
-        found = [f"{positions.names[0]} is not the sine-cosine table that this decoder adds"]
+        found = [f"{positions.names[0]} is not the sine-cosine embedding that this decoder adds"]
     return found[0] if found else ""
 
 
 def is_sincos(table: Tensor) -> bool:
-    """Whether ``[1, 1 + N, E]`` is MAE's table of a square grid."""
-    side = side_of(table.shape[1] - 1) if table.ndim == 3 else 0
+    """Return whether ``[1, 1 + N, E]`` is MAE's positional embedding of a square grid."""
+    side = square_side(table.shape[1] - 1) if table.ndim == 3 else 0
     if not side or table.shape[2] % 4:
         return False
     code = sincos_positions(table.shape[2], (side, side))
     return torch.allclose(table[0, 1:].float(), code, rtol=0, atol=POSITION_TOLERANCE)
 
 
-def reason_to_pass(name: str, own: Mapping[str, Tensor], unfit: str) -> str:
-    """Why a tensor is not taken; ``unfit`` says it of the whole decoder. Empty if it is taken."""
+def skip_reason(name: str, own: Mapping[str, Tensor], unfit: str) -> str:
+    """Return why a tensor is skipped, ``unfit`` for the whole decoder; empty if it is loaded."""
     if HEAD.match(name):
         return "a head on top of the encoder"
     if name.startswith("encoder."):
@@ -256,7 +258,7 @@ def reason_to_pass(name: str, own: Mapping[str, Tensor], unfit: str) -> str:
     return "" if name in own else "no pixels are predicted"
 
 
-def first_few(texts: Sequence[str], count: int = 3) -> str:
-    """Some of a list, and how many more."""
+def summarise_texts(texts: Sequence[str], count: int = 3) -> str:
+    """Return the first texts and the number of further ones."""
     rest = len(texts) - count
     return "; ".join(texts[:count]) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,9 +1,9 @@
-"""Folders of a run's checkpoints, and how one is verified before it is used.
+"""Folders of a run's checkpoints, and how a checkpoint is verified before it is used.
 
-``RUN_DIR/checkpoints/step-00000020/`` holds one safetensors file a writing rank, ``encoder``
-weights in timm's names, ``index.json``, ``state.json`` and, last of all, ``manifest.json`` with
-size and SHA-256 of every file and of its own content. A folder counts only if its manifest
-verifies; files that the manifest does not name are never opened.
+``RUN_DIR/checkpoints/step-00000020/`` holds one safetensors file per writing rank, the encoder's
+weights under timm's names, ``index.json``, ``state.json`` and ``manifest.json``. The manifest is
+written last and holds size and SHA-256 of every file and of its own content. A folder counts only
+if its manifest verifies; files that the manifest does not name are never opened.
 """
 
 import hashlib
@@ -15,41 +15,44 @@ from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.checkpoint.chunks import INDEX
+from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.storage import digest, sync
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ENCODER = "encoder.safetensors"
 LATEST = "latest"
+FORMAT = 2
+"""Format of the state file; 1, which had no number, used other config keys."""
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Folder of a step's checkpoint."""
+    """Return the folder of a step's checkpoint."""
     return root / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int | None:
-    """Step of a checkpoint's folder; ``None`` for any other name."""
+    """Return the step of a checkpoint's folder; ``None`` for any other name."""
     digits = re.fullmatch(r"step-(\d{8,})", folder.name)
     if digits is None or folder_of(folder.parent, int(digits[1])) != folder:
         return None
     return int(digits[1])
 
 
-def candidates(root: Path) -> list[Path]:
-    """Checkpoint folders, newest (highest step) first."""
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return checkpoint folders, highest step first."""
     found = [(step_of(path), path) for path in root.glob("step-*") if path.is_dir()]
     numbered = [(step, path) for step, path in found if step is not None]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def rank_file(rank: int) -> str:
-    """Name of a rank's chunks."""
+    """Return the name of a rank's shard."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def manifest_text(files: dict[str, Any]) -> str:
-    """The one spelling of a manifest; any other is damage.
+def format_manifest(files: dict[str, Any]) -> str:
+    """Return a manifest's text; a manifest with any other spelling is damaged.
 
     Args:
         files: size and SHA-256 by name.
@@ -58,15 +61,15 @@ def manifest_text(files: dict[str, Any]) -> str:
     return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
 
-def fault(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Say what is wrong with a checkpoint, or ``None``.
+def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Verify a checkpoint; return what is damaged, or ``None``.
 
     Args:
         folder: the checkpoint.
-        share: (i, n): read every n-th file's digest from the i-th on; sizes are always compared.
+        share: (i, n): hash every n-th file from the i-th on; all sizes are compared.
     """
     try:
-        files = read_manifest(folder)
+        files = load_manifest(folder)
         for number, (name, facts) in enumerate(sorted(files.items())):
             path = folder / name
             if path.stat().st_size != facts["size"]:
@@ -83,19 +86,19 @@ def fault(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     return None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Size and SHA-256 of every file of a checkpoint.
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """Return size and SHA-256 of every file of a checkpoint.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is damaged or is not a manifest.
+        OSError: if the manifest cannot be read.
+        ValueError: if the manifest is damaged.
     """
     text = (folder / MANIFEST).read_bytes()
     try:
         files = cast(dict[str, Any], json.loads(text)["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{MANIFEST} is not a manifest: {error}") from error
-    if manifest_text(files).encode() != text:
+    if format_manifest(files).encode() != text:
         raise ValueError(f"{MANIFEST} differs from its own SHA-256")
     if not files.keys() >= {INDEX, STATE, ENCODER} or any(Path(f).name != f for f in files):
         raise ValueError(f"{MANIFEST} does not name the files of a checkpoint")
@@ -103,15 +106,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Step, position, config and versions of a checkpoint."""
-    return cast(dict[str, Any], json.loads((folder / STATE).read_text()))
-
-
-def put_in_place(draft: Path, target: Path) -> None:
-    """Give a complete draft its name; what had it before is deleted only afterwards.
+    """Return step, position, config and versions of a verified checkpoint.
 
     Raises:
-        OSError: if the store refuses; what had the name has it again.
+        CheckpointError: if another version of the package wrote the checkpoint in another format.
+    """
+    state = cast(dict[str, Any], json.loads((folder / STATE).read_text()))
+    if state.get("format") != FORMAT:
+        version = state.get("versions", {}).get("cmtmae_scale", "of an unknown version")
+        raise CheckpointError(
+            f"{folder} was written by cmtmae_scale {version}, whose checkpoints this version does "
+            "not read; finish the run with that version, or export its encoder with that version "
+            "and start a new run with student.init_weights=FILE"
+        )
+    return state
+
+
+def replace_checkpoint(draft: Path, target: Path) -> None:
+    """Rename a complete draft to ``target``; a folder of that name is deleted only afterwards.
+
+    Raises:
+        OSError: if the store refuses; the earlier folder has its name again.
     """
     aside = target.with_name(f".replaced-{target.name}")
     if target.exists():
@@ -128,11 +143,11 @@ def put_in_place(draft: Path, target: Path) -> None:
 
 
 def prune(root: Path, keep: int, step: int) -> None:
-    """Delete checkpoints before ``step``'s so that ``keep`` up to it are left.
+    """Delete old checkpoints so that ``keep`` up to ``step`` are left.
 
-    Later ones are not counted: a run that fell back past broken folders writes before them.
+    Later checkpoints are not counted: a run that skipped broken folders writes before them.
     """
-    past = [path for path in candidates(root) if (step_of(path) or 0) <= step]
+    past = [path for path in list_checkpoints(root) if (step_of(path) or 0) <= step]
     for old in past[keep:]:
         doomed = old.with_name(f".old-{old.name}")
         old.rename(doomed)
@@ -140,7 +155,7 @@ def prune(root: Path, keep: int, step: int) -> None:
 
 
 def sweep(root: Path, spare: Path | None = None) -> None:
-    """Remove what interrupted saves and deletions left behind, and put back what they moved.
+    """Delete drafts and half-deleted folders of killed processes; restore what they moved aside.
 
     Args:
         root: folder of the checkpoints.
@@ -159,7 +174,7 @@ def sweep(root: Path, spare: Path | None = None) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder, a link or a file; ignore what the store refuses."""
+    """Delete a folder, a link or a file; ignore errors of the store."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""Tensors that several ranks hold must be the same bits on all of them, or none is worth saving."""
+"""Verify before a save that tensors held by several ranks have the same bits on all of them."""
 
 import zlib
 from collections import Counter, defaultdict
@@ -8,59 +8,62 @@ import torch
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.errors import ReplicaError
-from cmtmae_scale.runtime.collectives import ranks, texts_of_all
+from cmtmae_scale.runtime.collectives import gather_texts, ranks
 
 
-def refuse_differences(step: int, fragments: Mapping[str, Fragment]) -> None:
-    """Compare the fragments of ranks that hold the same ones; a collective.
+def verify_replicas(step: int, fragments: Mapping[str, Fragment]) -> None:
+    """Compare the fragments of ranks that hold the same ranges; a collective.
 
-    A rank's bits are summed as integers: one bit more or less always shows. With
-    ``backend.sharding=full`` and DeepSpeed ZeRO no two ranks hold the same, and nothing is compared.
+    Each rank sums its bit patterns as integers, so one flipped bit always changes the sum. With
+    ``backend.sharding=full`` and with DeepSpeed ZeRO no two ranks hold the same ranges, and nothing
+    is compared.
 
     Args:
         step: for the message.
-        fragments: this rank's part of every tensor.
+        fragments: this rank's fragment of every tensor.
 
     Raises:
-        ReplicaError: on every rank, naming the ranks that stand against the others.
+        ReplicaError: on every rank, with the ranks that differ from the others.
     """
     if ranks() == 1:
         return
     kinds = sorted({name.partition(".")[0] for name in fragments})
-    mine = " ".join(f"{kind}={checksum(fragments, kind)}" for kind in kinds)
+    mine = " ".join(f"{kind}={sum_bits(fragments, kind)}" for kind in kinds)
     holders: dict[str, dict[int, str]] = defaultdict(dict)
-    for rank, text in enumerate(texts_of_all(f"{place_of(fragments)} {mine}")):
-        place, _, sums = text.partition(" ")
-        holders[place][rank] = sums
-    told = [difference(by_rank) for by_rank in holders.values() if len(set(by_rank.values())) > 1]
-    if told:
+    for rank, text in enumerate(gather_texts(f"{hash_ranges(fragments)} {mine}")):
+        ranges, _, sums = text.partition(" ")
+        holders[ranges][rank] = sums
+    found = [
+        format_difference(by_rank) for by_rank in holders.values() if len(set(by_rank.values())) > 1
+    ]
+    if found:
         raise ReplicaError(
-            f"step {step} is not saved: {'; '.join(told)}; the optimizer keeps them equal to the "
-            "bit, so memory, a link or a library of a machine failed; look at these machines; the "
-            "next start continues from the checkpoint before"
+            f"step {step} is not saved: {'; '.join(found)}; the optimizer keeps replicas equal to "
+            "the bit, so memory, a link or a library of a machine failed; check these machines; "
+            "the next launch continues from the checkpoint before"
         )
 
 
-def place_of(fragments: Mapping[str, Fragment]) -> int:
-    """A number for the ranges of the tensors that a rank holds."""
-    held = [(name, part.offset, part.local.numel()) for name, part in sorted(fragments.items())]
+def hash_ranges(fragments: Mapping[str, Fragment]) -> int:
+    """Hash the ranges that a rank holds, so that ranks with the same ranges can be grouped."""
+    held = [(name, own.offset, own.local.numel()) for name, own in sorted(fragments.items())]
     return zlib.crc32(repr(held).encode())
 
 
-def checksum(fragments: Mapping[str, Fragment], kind: str) -> int:
-    """Sum of the bit patterns of one kind of tensors (``model``, ``momentum``, a moment)."""
+def sum_bits(fragments: Mapping[str, Fragment], kind: str) -> int:
+    """Sum the bit patterns of one kind of tensors (``model``, ``momentum``, a moment)."""
     bits = [
-        part.local.view(torch.int32).sum(dtype=torch.int64)
-        for name, part in fragments.items()
-        if name.partition(".")[0] == kind and part.local.numel()
+        own.local.view(torch.int32).sum(dtype=torch.int64)
+        for name, own in fragments.items()
+        if name.partition(".")[0] == kind and own.local.numel()
     ]
     return int(torch.stack(bits).sum()) if bits else 0
 
 
-def difference(by_rank: Mapping[int, str]) -> str:
-    """Say which of the ranks that hold the same tensors differ, and in what."""
+def format_difference(by_rank: Mapping[int, str]) -> str:
+    """Name the ranks whose sums differ from the majority, and the kinds of tensors."""
 
-    def named(some: Iterable[int]) -> str:
+    def join_ranks(some: Iterable[int]) -> str:
         return ", ".join(map(str, some))
 
     (usual, count), *_ = Counter(by_rank.values()).most_common()
@@ -71,7 +74,7 @@ def difference(by_rank: Mapping[int, str]) -> str:
     }
     text = f"differ in {', '.join(sorted(kinds))}"
     if 2 * count <= len(by_rank):
-        return f"replicas on ranks {named(by_rank)} {text}, and no majority tells which is right"
+        return f"replicas on ranks {join_ranks(by_rank)} {text}, and there is no majority"
     others = [rank for rank, sums in by_rank.items() if sums != usual]
     rest = [rank for rank in by_rank if rank not in others]
-    return f"replicas on ranks {named(others)} {text} from those on {named(rest)}"
+    return f"replicas on ranks {join_ranks(others)} {text} from those on {join_ranks(rest)}"

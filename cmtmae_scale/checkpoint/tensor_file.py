@@ -1,6 +1,6 @@
-"""safetensors files written as a stream: one tensor in memory at a time, hashed on the way.
+"""Write safetensors files as a stream: one tensor in memory at a time, hashed while written.
 
-Source: the format's description in the safetensors README; its library reads the files back.
+Source: the format's description in the safetensors README; the safetensors library reads the files.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ class Entry(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    """Gives the values, float32 on the CPU; called when it is the tensor's turn."""
+    load: Callable[[], Tensor]
+    """Returns the values, float32 on the CPU; called when the tensor is written."""
 
 
 def write_tensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> dict[str, Any]:
     """Write float32 tensors and force them to storage.
 
     Returns:
-        Size and SHA-256 of what was written, as a manifest has them.
+        The file's size and SHA-256, as in a manifest.
 
     Raises:
         OSError: if the store refuses; a partial file may be left.
-        ValueError: if a tensor has not the size of its shape.
+        ValueError: if the number of values does not match the shape.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     size = 0
@@ -45,19 +45,19 @@ def write_tensors(path: Path, entries: Sequence[Entry], metadata: dict[str, str]
         }
         size = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8 bytes
     sha256 = hashlib.sha256()
     with path.open("wb") as opened:
-        for part in (struct.pack("<Q", len(text)), text):
-            opened.write(part)
-            sha256.update(part)
+        for data in (struct.pack("<Q", len(text)), text):
+            opened.write(data)
+            sha256.update(data)
         for entry in entries:
-            values = entry.read()
+            values = entry.load()
             if values.numel() != math.prod(entry.shape):
                 raise ValueError(f"{entry.name} has {values.numel()} values, not {entry.shape}")
-            part = values.float().reshape(-1).numpy().data
-            opened.write(part)
-            sha256.update(part)
+            data = values.float().reshape(-1).numpy().data
+            opened.write(data)
+            sha256.update(data)
         opened.flush()
         os.fsync(opened.fileno())
     return {"size": 8 + len(text) + size, "sha256": sha256.hexdigest()}

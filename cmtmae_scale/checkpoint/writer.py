@@ -1,34 +1,44 @@
-"""Saves in the background, one in flight, and never at the cost of the run."""
+"""Save checkpoints in the background, one at a time; a save that fails does not end the run."""
 
 import logging
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import HostChunk, copy_to_host, write_chunks
-from cmtmae_scale.checkpoint.publish import await_parts, give_up_part, publish, seal_part
-from cmtmae_scale.checkpoint.replicas import refuse_differences
+from cmtmae_scale.checkpoint.replicas import verify_replicas
+from cmtmae_scale.checkpoint.shards import (
+    await_shards,
+    mark_shard_done,
+    mark_shard_failed,
+    publish_checkpoint,
+)
+from cmtmae_scale.config.schema import Checkpoint
 from cmtmae_scale.errors import CheckpointError, SaveError
-from cmtmae_scale.runtime.collectives import agree_all
+from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_int
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import write_atomic
 
 logger = logging.getLogger(__name__)
 
 
 class Writer:
-    """Writes this rank's part of each checkpoint; rank 0 publishes the whole.
+    """Writes this rank's shard of each checkpoint; rank 0 publishes the checkpoint.
 
     Args:
         root: ``RUN_DIR/checkpoints``.
         rank: this rank.
         world_size: number of ranks.
-        keep: newest checkpoints kept.
-        background: write while training goes on; the cost is one host copy of this rank's part.
-        token: a number shared by all ranks of this start; names the drafts.
+        keep: number of newest checkpoints that are kept.
+        background: write while training continues, from one host copy of this rank's fragments.
+        token: a random number shared by all ranks of this launch; names the drafts.
     """
 
     def __init__(
@@ -45,38 +55,38 @@ class Writer:
         self.pause_s = 5.0
         self.number = 0
         self.thread: threading.Thread | None = None
-        self.part_over = threading.Event()
-        self.part_over.set()
+        self.shard_done = threading.Event()
+        self.shard_done.set()
         self.abandoned = threading.Event()
         self.failed = False
         self.bug: Exception | None = None
         self.saved_step: int | None = None
 
     def save(self, step: int, fragments: Mapping[str, Fragment], state: dict[str, Any]) -> bool:
-        """Start a save, unless one is still in flight somewhere.
+        """Start a save, unless an earlier save is still in progress on some rank; a collective.
 
         Returns:
-            Whether it was started. All ranks get the same answer; synchronises them.
+            Whether the save was started, the same on all ranks.
 
         Raises:
             ReplicaError: if ranks that hold the same tensors differ.
         """
-        refuse_differences(step, fragments)
-        if not agree_all(not self.failed):
+        verify_replicas(step, fragments)
+        if not all_ranks_agree(not self.failed):
             self.abandoned.set()
-            if self.part_over.is_set():
+            if self.shard_done.is_set():
                 self.settle()
-        if not agree_all(self.thread is None or not self.thread.is_alive()):
+        if not all_ranks_agree(self.thread is None or not self.thread.is_alive()):
             if self.rank == 0:
                 logger.warning(
-                    "step %d: the save before is still being written; this one is left out", step
+                    "step %d: the save before is still being written; this save is skipped", step
                 )
             return False
         self.settle()
         self.number += 1
         self.failed = False
         self.abandoned.clear()
-        self.part_over.clear()
+        self.shard_done.clear()
         self.thread = threading.Thread(
             target=self.write,
             args=(step, copy_to_host(fragments), state),
@@ -89,7 +99,7 @@ class Writer:
         return True
 
     def write(self, step: int, chunks: list[HostChunk], state: dict[str, Any]) -> None:
-        """Write this rank's part; on rank 0 publish when all parts are there."""
+        """Write this rank's shard; on rank 0 publish the checkpoint when all shards are there."""
         draft = self.root / f".draft-{step:08d}-{self.token:016x}-{self.number}"
         target = layout.folder_of(self.root, step)
         try:
@@ -97,55 +107,55 @@ class Writer:
                 layout.sweep(self.root, spare=draft)
             draft.mkdir(parents=True, exist_ok=True)
             facts = write_chunks(chunks, draft / layout.rank_file(self.rank))
-            seal_part(draft, self.rank, facts)
-            self.part_over.set()
+            mark_shard_done(draft, self.rank, facts)
+            self.shard_done.set()
             if self.rank == 0:
-                parts = await_parts(draft, self.world_size, self.abandoned, self.timeout_s)
-                publish(draft, target, parts, state)
-                self.tidy(target)
+                shards = await_shards(draft, self.world_size, self.abandoned, self.timeout_s)
+                publish_checkpoint(draft, target, shards, state)
+                self.update_latest(target)
             self.saved_step = step
         except (OSError, CheckpointError) as error:
             self.failed = True
-            self.give_up(draft, target, error)
+            self.abandon(draft, target, error)
         except Exception as error:  # handed to the main thread
             self.failed = True
             self.bug = error
         finally:
-            self.part_over.set()
+            self.shard_done.set()
 
-    def give_up(self, draft: Path, target: Path, error: Exception) -> None:
-        """Free the space of a save that failed, and say so once."""
+    def abandon(self, draft: Path, target: Path, error: Exception) -> None:
+        """Free the space of a failed save, and warn once."""
         if self.rank == 0:
             layout.remove(draft)
             logger.warning(
-                "checkpoint %s could not be written (%s); training goes on and the older "
-                "checkpoints stand; check space, quota and permissions there; next try at the "
-                "next interval",
+                "checkpoint %s could not be written (%s); training continues and the older "
+                "checkpoints are unchanged; check space, quota and permissions there; the next "
+                "save is at the next interval",
                 target,
                 error,
             )
             return
         try:
-            give_up_part(draft, self.rank, str(error))
+            mark_shard_failed(draft, self.rank, str(error))
         except OSError:
-            if not isinstance(error, FileNotFoundError):  # else rank 0 gave up first and told why
+            if not isinstance(error, FileNotFoundError):  # else rank 0 failed first and warned
                 logger.warning("%s could not be written (%s)", draft, error)
 
-    def tidy(self, target: Path) -> None:
-        """Name the newest checkpoint in ``latest`` and keep only the newest ones."""
+    def update_latest(self, target: Path) -> None:
+        """Name the newest checkpoint in ``latest`` and delete old checkpoints."""
         try:
             write_atomic(self.root / layout.LATEST, target.name)
             layout.prune(self.root, self.keep, layout.step_of(target) or 0)
         except OSError as error:
             logger.warning(
-                "%s: the checkpoint is whole, but %s or older ones were not updated (%s)",
+                "%s: the checkpoint is complete, but %s or older checkpoints were not updated (%s)",
                 target,
                 layout.LATEST,
                 error,
             )
 
     def settle(self) -> None:
-        """Wait until this rank's save in flight is over; an error of ours is raised here."""
+        """Wait until this rank's save has ended; raise the background thread's internal error."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -154,17 +164,17 @@ class Writer:
             raise bug
 
     def wait(self) -> None:
-        """Wait until the save in flight is over on every rank; synchronises them."""
-        self.part_over.wait()
-        if not agree_all(not self.failed):
+        """Wait until the save has ended on every rank; a collective."""
+        self.shard_done.wait()
+        if not all_ranks_agree(not self.failed):
             self.abandoned.set()
         self.settle()
 
     def close(self, grace_s: float = 60.0) -> None:
-        """Let a save in flight finish; parts of ranks that may have died are not waited for long.
+        """Finish a save in progress, without waiting long for ranks that may have died.
 
         Args:
-            grace_s: seconds for the other ranks' parts to arrive.
+            grace_s: seconds for the other ranks' shards to arrive.
         """
         if self.thread is not None:
             self.thread.join(grace_s)
@@ -172,22 +182,48 @@ class Writer:
         self.settle()
 
     def finish(self, step: int, fragments: Mapping[str, Fragment], state: dict[str, Any]) -> None:
-        """Save the last step, wait until it is published, and try again if the store refuses.
+        """Save the last step, wait until the checkpoint is published, and retry if the save fails.
 
         Raises:
-            SaveError: if it could not be written.
+            SaveError: if every attempt failed.
             ReplicaError: see ``save``.
         """
         self.wait()
         for attempt in range(self.attempts):
-            if agree_all(self.saved_step == step):
+            if all_ranks_agree(self.saved_step == step):
                 return
             if attempt:
                 time.sleep(self.pause_s)
             self.save(step, fragments, state)
             self.wait()
-        if not agree_all(self.saved_step == step):
+        if not all_ranks_agree(self.saved_step == step):
             raise SaveError(
                 f"{self.root}: step {step} could not be saved in {self.attempts} attempts; free "
-                "space there and start again: the run continues from the newest checkpoint"
+                "space there and launch again: the run continues from the newest checkpoint"
             )
+
+
+def open_writer(
+    run_dir: Path, world: World, settings: Checkpoint, saved_step: int | None, stack: ExitStack
+) -> Writer:
+    """Open the writer of this rank's shards; a collective.
+
+    Args:
+        run_dir: the run's folder.
+        world: this process's rank and world size.
+        settings: how many checkpoints are kept, and whether they are written in the background.
+        saved_step: step whose checkpoint exists already, if it need not be saved again.
+        stack: closes the writer.
+    """
+    token = broadcast_int(int(torch.randint(2**62, (), dtype=torch.int64).item()))
+    writer = Writer(
+        run_dir / "checkpoints",
+        world.rank,
+        world.world_size,
+        settings.keep,
+        settings.background,
+        token,
+    )
+    writer.saved_step = saved_step
+    stack.callback(writer.close)
+    return writer

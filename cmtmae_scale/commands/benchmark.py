@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError
-from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.collectives import pick_device, process_group
+from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.tools.benchmark import against, cached, decoding, table, training
 from dataloading.errors import DataError

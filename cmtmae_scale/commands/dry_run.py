@@ -109,8 +109,8 @@ def resumed_checkpoint(config: Config) -> str:
 
     Files are compared by size only, and images are not compared.
     """
-    for folder in checkpoints.candidates(Path(config.run.output_dir) / "checkpoints"):
-        if checkpoints.fault(folder, (-1, 1)) is None:
+    for folder in checkpoints.list_checkpoints(Path(config.run.output_dir) / "checkpoints"):
+        if checkpoints.find_damage(folder, (-1, 1)) is None:
             state = checkpoints.read_state(folder)
             name = f"{folder} (step {state['progress']['step']})"
             try:

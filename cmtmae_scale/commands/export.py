@@ -20,7 +20,7 @@ from cmtmae_scale.export.origin import Origin, Weights, open_origin
 from cmtmae_scale.export.views import open_views
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.log import set_up_logging
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def export_folder(
             weights_digest(origin.encoder().state_dict()),
             views.num_images,
         )
-        write_text(draft / "README.md", model_card(origin, facts))
+        write_atomic(draft / "README.md", model_card(origin, facts))
     return (
         f"{output}: {kind.title}, {weights} at step {origin.step}, {checked}\nimages: {views.place}"
     )

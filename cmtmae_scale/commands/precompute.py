@@ -1,4 +1,4 @@
-"""``launchers/precompute_teacher.py``: its arguments, and what each form of it does."""
+"""``launchers/precompute_teacher.py``: build, verify, repair or price a teacher cache."""
 
 import argparse
 import logging
@@ -6,74 +6,73 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from cmtmae_scale.cache.beside import run_beside
-from cmtmae_scale.cache.build import Builder, build_parts, missing_parts
-from cmtmae_scale.cache.builder import find_index, make_builder, my_parts
-from cmtmae_scale.cache.codecs import Codec
-from cmtmae_scale.cache.format import Manifest, seal_path
-from cmtmae_scale.cache.verify import compare, damaged_parts
-from cmtmae_scale.commands.cache_plan import add_arguments, check_arguments, plan_text
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import (
-    EXIT_CONFIG,
-    EXIT_DONE,
-    EXIT_STOPPED,
-    CmtMaeError,
-    ConfigError,
-)
-from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
-from cmtmae_scale.runtime.launch import World, find_world
-from cmtmae_scale.runtime.collectives import pick_device
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError, ConfigError
+from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, share
 from cmtmae_scale.runtime.log import set_up_logging
-from cmtmae_scale.runtime.progress_bar import Progress
 from dataloading.errors import DataError
+
+if TYPE_CHECKING:
+    from cmtmae_scale.cache.build import Builder
+    from cmtmae_scale.cache.format import Manifest
+    from cmtmae_scale.runtime.launch import World
 
 logger = logging.getLogger(__name__)
 
+PLAN_OPTIONS = ("gpus", "images_s", "gpu_hour", "tb_month")
+POLL_S = 0.2
+PATIENCE_S = 3600.0
+"""Seconds without progress of a run after which its sidecar ends."""
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Build, verify or repair a cache, as one of any number of processes.
+
+def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
+    """Build, verify, repair or price a cache, as one of any number of processes.
 
     Returns:
-        Exit code: 0 done; 75 interrupted, run it again; 78 what cannot work as configured, a full
-        disk, or a cache that does not verify.
+        Exit code: 0 done; 75 interrupted, run the same command again; 78 settings that cannot work,
+        a full disk, or a cache that does not verify.
     """
+    options = parse_precompute_options(arguments)
+    set_up_logging(0, 1)
     try:
-        world = find_world()
-        set_up_logging(world.rank, world.world_size)
-        options = parse(arguments)
-        with stoppable():
+        with interrupt_at_sigterm():
             if options.follow is not None:
-                return run_beside(options.follow, options, world)
+                return follow_run(options)
             config = load_config(options.config, options.overrides)
-            return run(config, options, world)
+            if config.cache.dir is None:
+                raise ConfigError("cache.dir is not set; name the folder of the cache")
+            return run_options(config, options)
     except (CmtMaeError, DataError) as error:
         logger.error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:
-        logger.error("interrupted; the same command goes on")
+        logger.error("interrupted; the same command continues the work")
         return EXIT_STOPPED
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``--config FILE [--verify [SHARE] | --repair] ...`` or ``--follow RUN_DIR ...``."""
-    parser = Parser(description="Precompute the teacher.", allow_abbrev=False)
-    parser.add_argument("--config", help="the recipe of the runs that will read it")
+def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``--config FILE [--verify [SHARE] | --repair | --plan]`` or ``--follow RUN_DIR``."""
+    parser = Parser(
+        description="Compute a teacher's attention and features once.", allow_abbrev=False
+    )
+    parser.add_argument("--config", help="recipe of the runs that will read the cache")
     parser.add_argument(
         "--shard",
-        type=shard,
-        default=array_share(),
+        type=parse_share,
+        default=slurm_array_share(),
         metavar="i/n",
-        help="this job's share of the parts, i from 0; a SLURM array has its own, else all",
+        help="compute every n-th shard, i from 0; default: a SLURM array's share, else all",
     )
     parser.add_argument(
-        "--rows-a-part",
+        "--rows-per-shard",
         type=at_least_one,
         default=1024,
         help="views in one file; 1024 (some 200 MB)",
@@ -85,145 +84,245 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         const=0.01,
         metavar="SHARE",
-        help="read everything, and compute a random share (0.01) again",
+        help="verify every checksum, and compute a random share (0.01) of the rows again",
     )
-    what.add_argument("--repair", action="store_true", help="build damaged and missing parts again")
+    what.add_argument("--repair", action="store_true", help="build damaged and missing shards")
     what.add_argument(
         "--follow",
         type=Path,
         metavar="RUN_DIR",
-        help="stay ahead of a run with teacher.mode=sidecar; without --config its recipe is read",
+        help="sidecar: compute the rows that a run with teacher.mode=sidecar needs next; without "
+        "--config its own recipe is read",
     )
-    what.add_argument("--plan", action="store_true", help="say what it costs and whether it pays")
-    add_arguments(parser)
+    what.add_argument("--plan", action="store_true", help="print what a cache costs and saves")
     parser.add_argument(
         "--ahead",
         type=at_least_one,
         default=16,
-        metavar="PARTS",
-        help="with --follow: parts to be ahead of the run; 16",
+        metavar="SHARDS",
+        help="with --follow: shards to be ahead of the run; 16",
     )
-    # DeepSpeed's launcher adds it; ranks come from the environment.
+    pricing = parser.add_argument_group("with --plan")
+    pricing.add_argument(
+        "--gpus",
+        type=at_least_one,
+        metavar="N",
+        help="GPUs that build and train; default: the number of processes",
+    )
+    pricing.add_argument(
+        "--images-s",
+        type=above_zero,
+        metavar="RATE",
+        help="images per second that one GPU trains on without its teacher (benchmark.py train "
+        "with teacher.mode=cached, or a log); default: modelled from the teacher's rate",
+    )
+    pricing.add_argument("--gpu-hour", type=above_zero, metavar="PRICE", help="price of a GPU-hour")
+    pricing.add_argument(
+        "--tb-month", type=above_zero, metavar="PRICE", help="price of 10^12 bytes for a month"
+    )
+    # The deepspeed launcher adds it; ranks come from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and options.follow is None:
         parser.error("--config FILE is missing")
-    check_arguments(parser, options)
+    for name in PLAN_OPTIONS:
+        if getattr(options, name) is not None and not options.plan:
+            parser.error(f"--{name.replace('_', '-')} goes with --plan")
+    if (options.gpu_hour is None) != (options.tb_month is None):
+        parser.error("--gpu-hour and --tb-month go together")
     return options
 
 
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM end the work like an interrupt from the keyboard."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def shard(text: str) -> tuple[int, int]:
-    """Read ``i/n``."""
+def parse_share(text: str) -> tuple[int, int]:
+    """Parse ``i/n``."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not int(found[1]) < int(found[2]):
         raise argparse.ArgumentTypeError(f"{text}: expected i/n with 0 <= i < n, such as 0/8")
     return int(found[1]), int(found[2])
 
 
-def run(config: Config, options: argparse.Namespace, world: World) -> int:
-    """Do what the options say; returns the exit code."""
-    if config.cache.dir is None:
-        raise ConfigError("cache.dir is not set; name the folder of the cache")
-    folder = Path(config.cache.dir)
-    place = Path(config.data.index) if config.data.index else folder / "index"
+def slurm_array_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return number and count of a SLURM array task; 0 of 1 elsewhere."""
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return 0, 1
+    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+    count = int(environment["SLURM_ARRAY_TASK_COUNT"])
+    return int(environment["SLURM_ARRAY_TASK_ID"]) - first, count
+
+
+@contextmanager
+def interrupt_at_sigterm() -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` at SIGTERM too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def join_world() -> "World":
+    """Find this process's place among all, and log by its rank."""
+    # Imported here so that --help and config errors cost no torch.
+    from cmtmae_scale.runtime.launch import find_world
+
+    world = find_world()
+    set_up_logging(world.rank, world.world_size)
+    return world
+
+
+def run_options(config: Config, options: argparse.Namespace) -> int:
+    """Build, verify, repair or price the cache of a config; return the exit code."""
+    world = join_world()
+    from cmtmae_scale.cache.build import make_builder, stripe_of
+    from cmtmae_scale.cache.format import seal_path
+    from cmtmae_scale.cache.verify import damaged_shards
+    from cmtmae_scale.runtime.collectives import pick_device
+
+    folder = Path(str(config.cache.dir))
+    index_folder = Path(config.data.index) if config.data.index else folder / "index"
     if options.plan:
-        return plan(config, options, world, place)
-    builder = make_builder(config, place, pick_device(world))
+        if world.rank == 0:
+            print_cost_plan(config, options, world, index_folder)
+        return EXIT_DONE
+    builder = make_builder(config, index_folder, pick_device(world))
     try:
         if options.verify is not None:
-            return report(builder, folder, config.cache.codec, options)
-        manifest = builder.begin(folder, config.cache.codec, options.rows_a_part)
+            return verify_cache(builder, folder, options.verify)
+        manifest = builder.begin_cache(folder, config.cache.codec, options.rows_per_shard)
+        first, step = stripe_of(options.shard, world)
+        shards = range(first, manifest.num_shards, step)
         if options.repair:
-            unseal_damaged(folder, manifest, my_parts(manifest, options.shard, world))
-        build(builder, folder, manifest, my_parts(manifest, options.shard, world))
+            for shard, reason in damaged_shards(folder, manifest, shards):
+                logger.warning("shard %d: %s; it is built again", shard, reason)
+                seal_path(folder, shard).unlink(missing_ok=True)
+        build_assigned(builder, folder, manifest, shards)
     finally:
         builder.close()
     return EXIT_DONE
 
 
-def plan(config: Config, options: argparse.Namespace, world: World, place: Path) -> int:
-    """Print a plan from one process; returns the exit code."""
-    if world.rank:
-        return EXIT_DONE
-    index = None
-    try:
-        index = find_index(config, place)
-    except DataError as error:
-        if config.data.expected_images is None:
-            raise
-        logger.warning("%s; planning with data.expected_images", error)
-    sys.stdout.write(plan_text(config, options, world, index) + "\n")
-    return EXIT_DONE
+def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shards: range) -> None:
+    """Build the shards of this process that are missing, and log what is missing of the cache."""
+    from cmtmae_scale.cache.build import build_shards
+    from cmtmae_scale.cache.format import missing_shards
 
-
-def build(builder: Builder, folder: Path, manifest: Manifest, parts: range) -> None:
-    """Build what is missing of some parts, and say how the whole stands."""
-    rows = sum(len(manifest.rows_of(part)) for part in parts)
-    logger.info(
-        "%s: %d rows of %d bytes, %.2f GB in %d parts; this process has %d of them",
-        folder,
-        manifest.num_rows,
-        manifest.row_bytes(),
-        manifest.num_rows * manifest.row_bytes() / 1e9,
-        manifest.num_parts,
-        len(parts),
-    )
-    with Progress("computing", max(rows, 1)) as progress:
-        build_parts(builder, folder, manifest, parts, progress)
-    missing = missing_parts(folder, manifest)
+    rows = sum(len(manifest.shard_rows(shard)) for shard in shards)
+    size = f"{manifest.num_rows} rows, {manifest.num_rows * manifest.row_bytes() / 1e9:.2f} GB"
+    text = "%s: %s in %d shards; this process has %d of them"
+    logger.info(text, folder, size, manifest.num_shards, len(shards))
+    with progress_bar("computing", rows, "rows") as report_rows:
+        build_shards(builder, folder, manifest, shards, report_rows)
+    missing = missing_shards(folder, manifest)
     if missing:
-        logger.info("%d of %d parts are still missing", len(missing), manifest.num_parts)
+        logger.info("%d of %d shards are still missing", len(missing), manifest.num_shards)
     else:
         logger.info("%s is complete; check it with --verify", folder)
 
 
-def unseal_damaged(folder: Path, manifest: Manifest, parts: range) -> None:
-    """Take the seals of damaged parts away, so that they are built again."""
-    for part, reason in damaged_parts(folder, manifest, parts):
-        logger.warning("part %d: %s; it is built again", part, reason)
-        seal_path(folder, part).unlink(missing_ok=True)
+def verify_cache(builder: "Builder", folder: Path, fraction: float) -> int:
+    """Verify a cache and print the verdict; return the exit code."""
+    from cmtmae_scale.cache.verify import compare_rows, damaged_shards
 
-
-def report(builder: Builder, folder: Path, codec: Codec, options: argparse.Namespace) -> int:
-    """Verify a cache and print what was found; returns the exit code."""
-    manifest = builder.join(folder, codec)
-    parts = range(manifest.num_parts)
-    with Progress("reading", manifest.num_parts) as progress:
-        damaged = list(damaged_parts(folder, manifest, parts, progress))
-    for part, reason in damaged:
-        sys.stdout.write(f"part {part}: {reason}\n")
-    bad = {part for part, _ in damaged}
-    found = compare(builder, folder, manifest, [p for p in parts if p not in bad], options.verify)
+    manifest = builder.join_cache(folder, builder.config.cache.codec)
+    shards = range(manifest.num_shards)
+    with progress_bar("reading", manifest.num_shards, "shards") as report_shards:
+        damaged = dict(damaged_shards(folder, manifest, shards, report_shards))
+    for shard, reason in damaged.items():
+        sys.stdout.write(f"shard {shard}: {reason}\n")
+    intact = [shard for shard in shards if shard not in damaged]
+    found = compare_rows(builder, folder, manifest, intact, fraction)
     sys.stdout.write(f"{found}\n")
     if damaged:
         sys.stdout.write(
-            f"{len(damaged)} of {manifest.num_parts} parts are damaged or missing; --repair builds "
-            "them again\n"
+            f"{len(damaged)} of {manifest.num_shards} shards are damaged or missing; --repair "
+            "builds them again\n"
         )
     good = not damaged and found.good
     sys.stdout.write(f"verdict: {'good' if good else 'not good'}\n")
     return EXIT_DONE if good else EXIT_CONFIG
 
 
-def array_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """A SLURM array task's share of the parts; all of them elsewhere."""
-    if "SLURM_ARRAY_TASK_ID" not in environment:
-        return 0, 1
-    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-    count = int(environment["SLURM_ARRAY_TASK_COUNT"])
-    return int(environment["SLURM_ARRAY_TASK_ID"]) - first, count
+def print_cost_plan(
+    config: Config, options: argparse.Namespace, world: "World", index_folder: Path
+) -> None:
+    """Print what caches cost and save."""
+    from cmtmae_scale.cache.build import open_or_build_index
+    from cmtmae_scale.runtime.collectives import pick_device
+    from cmtmae_scale.tools.cache_plan import Prices, cost_plan
+
+    index = None
+    try:
+        index = open_or_build_index(config, index_folder)
+    except DataError as error:
+        if config.data.expected_images is None:
+            raise
+        logger.warning("%s; planning with data.expected_images", error)
+    prices = Prices(options.gpu_hour, options.tb_month) if options.gpu_hour else None
+    gpus = options.gpus or world.world_size
+    text = cost_plan(config, index, pick_device(world), gpus, options.images_s, prices)
+    sys.stdout.write(text + "\n")
+
+
+def follow_run(options: argparse.Namespace) -> int:
+    """Compute what a run needs next until the run is complete; return the exit code."""
+    run_dir: Path = options.follow
+    recipe = Path(options.config or run_dir / "config.yaml")
+    if not await_file(recipe, "the run has not started"):
+        return EXIT_STOPPED
+    config = load_config(recipe, [*options.overrides, f"run.output_dir={run_dir}"])
+    if config.teacher.mode != "sidecar":
+        raise ConfigError(
+            f"{run_dir}: the run has teacher.mode={config.teacher.mode}; --follow needs "
+            "teacher.mode=sidecar"
+        )
+    index_folder = Path(config.data.index) if config.data.index else run_dir / "index"
+    if not await_file(index_folder / "index.json", "the run has not indexed its images"):
+        return EXIT_STOPPED
+    world = join_world()
+    from cmtmae_scale.cache.build import stripe_of
+    from cmtmae_scale.cache.sidecar import run_sidecar
+    from cmtmae_scale.runtime.collectives import pick_device
+
+    sizes = options.ahead, options.rows_per_shard, PATIENCE_S
+    stripe = stripe_of(options.shard, world)
+    complete = run_sidecar(config, run_dir, index_folder, stripe, pick_device(world), *sizes)
+    return EXIT_DONE if complete else EXIT_STOPPED
+
+
+def await_file(path: Path, reason: str) -> bool:
+    """Wait for a file that a run writes; return whether it appeared."""
+    began = time.monotonic()
+    if not path.exists():
+        logger.info("waiting for %s: %s", path, reason)
+    while not path.exists():
+        if time.monotonic() - began > PATIENCE_S:
+            logger.error("%s did not appear within %.0f s: %s", path, PATIENCE_S, reason)
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+@contextmanager
+def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yield a callback for the number done: a bar on a terminal, else a log line per interval."""
+    from tqdm import tqdm
+
+    from dataloading.entries import PROGRESS_S
+
+    began = logged_at = time.monotonic()
+    with tqdm(total=total, desc=title, unit=unit, disable=not sys.stderr.isatty()) as bar:
+
+        def report(done: int) -> None:
+            nonlocal logged_at
+            bar.update(done - bar.n)
+            now = time.monotonic()
+            if bar.disable and (done == total or now - logged_at >= PROGRESS_S):
+                logged_at = now
+                logger.info("%s", tqdm.format_meter(done, total, now - began, 0, title, unit=unit))
+
+        yield report

@@ -57,6 +57,4 @@ def launch_pretraining(options: argparse.Namespace) -> int:
 
     device = pick_device(world)
     task = Pretraining(config, world, device)
-    return run_task(
-        task, config, world, device, options.config, options.overrides, open_figures
-    )
+    return run_task(task, config, world, device, options.config, options.overrides, open_figures)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.tools.report.page import render_page
 from cmtmae_scale.tools.report.run import Run, read_run
 
@@ -57,7 +57,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     text = render_page(runs)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, text)
+        write_atomic(file, text)
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be written ({error.strerror}); name another file with --out"

@@ -12,7 +12,7 @@ from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.tools.study.execute import Executor, study_exit_code
 from cmtmae_scale.tools.study.figure import draw_results
 from cmtmae_scale.tools.study.file import Study, load_study
@@ -102,10 +102,10 @@ def write_results(study: Study, runs: Sequence[Run], place: str) -> str:
     folder = Path(study.dir)
     folder.mkdir(parents=True, exist_ok=True)
     table = results_markdown(study, results, place)
-    write_text(folder / "table.md", table)
-    write_text(folder / "results.json", json.dumps(results_record(study, results), indent=1) + "\n")
+    write_atomic(folder / "table.md", table)
+    write_atomic(folder / "results.json", json.dumps(results_record(study, results), indent=1) + "\n")
     text = [table, f"written to {folder / 'table.md'} and {folder / 'results.json'}"]
     if any(row.found for row in results.rows):
-        write_text(folder / "figure.svg", draw_results(study, results))
+        write_atomic(folder / "figure.svg", draw_results(study, results))
         text.append(f"drawn in {folder / 'figure.svg'}")
     return "\n".join([*text, ""])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
 from cmtmae_scale.runtime.arguments import Parser
-from cmtmae_scale.runtime.exit_code import SUPERVISOR, common_code, told
+from cmtmae_scale.runtime.exit_code import SUPERVISOR, common_code, read_reports
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.processes import descendants
 
@@ -122,7 +122,7 @@ class Supervisor:
 
     def ranks_left(self) -> set[int]:
         """Processes of ranks that are alive."""
-        return told(self.folder).keys() & set(descendants(os.getpid()))
+        return read_reports(self.folder).keys() & set(descendants(os.getpid()))
 
     def note(self, number: int) -> None:
         """Take a signal; a second one of the same kind changes nothing."""
@@ -155,7 +155,7 @@ class Supervisor:
 
     def code(self) -> int:
         """The exit code of the whole."""
-        codes = list(told(self.folder).values())
+        codes = list(read_reports(self.folder).values())
         if codes:
             return common_code(codes)
         if self.received:

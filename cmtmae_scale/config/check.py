@@ -1,85 +1,26 @@
-"""Cross-field checks: combinations that can never work, each with its remedy."""
+"""Checks of a config: ranges of single fields, then combinations that can never work.
 
+Each problem is one sentence with the key, the value found and the remedy.
+"""
+
+import math
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
 
 from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_cache
-from cmtmae_scale.config.schema import Backend, Config, Schedule
+from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Train
 from cmtmae_scale.errors import ConfigError
 
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
-POSITIVE = (
-    "views.image_size",
-    "train.global_batch_size",
-    "train.micro_batch_size",
-    "data.workers",
-    "data.max_pixels",
-    "decoder.depth",
-    "decoder.width",
-    "decoder.heads",
-    "mask.masks_per_view",
-    "mask.temperature",
-    "mask.floor",
-    "attention.temperature",
-    "loss.beta",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "log.every",
-)
-UNIT = (
-    "data.max_bad_fraction",
-    "mask.throw_ratio",
-    "mask.hint_fraction",
-    "mask.hint_pool",
-    "mask.prob",
-    "momentum.start",
-    "momentum.end",
-    "attention.clip_quantile",
-    "cache.spot_check",
-)
-NOT_NEGATIVE = (
-    "optimizer.base_lr",
-    "optimizer.weight_decay",
-    "loss.visible_weight",
-    "loss.teacher",
-    "loss.student",
-    "loss.pixel",
-    "guard.skip_limit",
-    "guard.rollback_limit",
-)
-POSITIVE_OR_OFF = (
-    "views.views_per_image",
-    "student.patch_size",
-    "teacher.image_size",
-    "teacher.depth",
-    "optimizer.grad_clip",
-    "train.epochs",
-    "train.steps",
-    "train.stop_after",
-    "run.time_limit_s",
-    "guard.spike_factor",
-    "guard.hang_seconds",
-    "data.expected_images",
-    "log.images_every",
-    "eval.every",
-)
 
 
-def check_config(config: Config) -> None:
-    """Refuse what can never work.
-
-    Raises:
-        ConfigError: with the first problem: key, value found, what is allowed or what to change.
-    """
-    for problem in problems(config):
-        raise ConfigError(problem)
-
-
-def problems(config: Config) -> Iterator[str]:
-    """Yield every problem of a config, most basic first."""
+def find_problems(config: Config) -> Iterator[str]:
+    """Yield every problem of a pre-training config, most basic first."""
     yield from check_ranges(config)
-    yield from check_order(config)
-    yield from check_length(config)
+    yield from check_data(config)
+    yield from check_length(config.train)
     yield from check_schedules(config)
     yield from check_masks(config)
     yield from check_decoder(config)
@@ -87,56 +28,32 @@ def problems(config: Config) -> Iterator[str]:
     yield from check_teacher(config)
     yield from check_cache(config)
     yield from check_backend(config.backend)
-    yield from check_pictures(config)
-    yield from check_eval(config)
+    yield from check_figures(config)
+    yield from check_evaluation(config)
 
 
-def value_of(config: Config, key: str) -> float | None:
-    """Read ``group.key``."""
-    group, name = key.split(".")
-    return getattr(getattr(config, group), name)
-
-
-def check_ranges(config: Config) -> Iterator[str]:
-    """Numbers within their range."""
-    for key in POSITIVE + POSITIVE_OR_OFF:
-        value = value_of(config, key)
-        if value is None:
+def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
+    """Every field against the range in its metadata, whatever the config is for."""
+    for one in fields(group):
+        key, value = f"{prefix}{one.name}", getattr(group, one.name)
+        if is_dataclass(value):
+            yield from check_ranges(value, f"{key}.")
             continue
-        if not value > 0:
-            yield f"{key}={value} must be above 0"
-    for key in UNIT:
-        value = value_of(config, key)
-        if value is not None and not 0 <= value <= 1:
-            yield f"{key}={value} must lie in [0, 1]"
-    for key in NOT_NEGATIVE:
-        value = value_of(config, key)
-        if value is not None and not value >= 0:
-            yield f"{key}={value} must not be negative"
-    low, high = config.views.crop_scale
-    if not 0 < low <= high <= 1:
-        yield f"views.crop_scale={config.views.crop_scale} must satisfy 0 < low <= high <= 1"
-    low, high = config.views.aspect_ratio
-    if not 0 < low <= high:
-        yield f"views.aspect_ratio={config.views.aspect_ratio} must satisfy 0 < low <= high"
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        yield f"optimizer.betas={config.optimizer.betas} must lie in [0, 1)"
-    if not 0 <= config.optimizer.warmup_fraction < 1:
-        yield (
-            f"optimizer.warmup_fraction={config.optimizer.warmup_fraction} must lie in [0, 1): "
-            "it is a share of the run"
-        )
-    if not config.attention.layers:
-        yield "attention.layers is empty; give at least one block, such as [-1]"
-    for name in ("teacher", "student"):
-        if not getattr(config.target, name).layers:
-            yield f"target.{name}.layers is empty; give at least one block, such as [-1]"
-    if not config.run.output_dir:
-        yield "run.output_dir is empty; name a folder"
+        if "empty" in one.metadata and not value:
+            yield f"{key} is empty; {one.metadata['empty']}"
+        items = cast(list[Any], [*value] if isinstance(value, tuple | list) else [value])
+        numbers = [item for item in items if isinstance(item, int | float)]
+        legal: Range = one.metadata.get("range", Range())
+        if not all(math.isfinite(number) for number in numbers):
+            yield f"{key}={value} must be finite"
+        elif not all(legal.allows(number) for number in numbers):
+            yield f"{key}={value} {legal}"
+        elif legal.ascending and numbers != sorted(numbers):
+            yield f"{key}={value} must be in ascending order"
 
 
-def check_order(config: Config) -> Iterator[str]:
-    """Nothing forced that is not asked for."""
+def check_data(config: Config) -> Iterator[str]:
+    """Settings of decoding and order that exclude each other."""
     if config.data.resident and config.data.decode == "dali":
         yield (
             "data.resident=true decodes each image once, on the CPU; found data.decode=dali: set "
@@ -149,26 +66,21 @@ def check_order(config: Config) -> Iterator[str]:
         )
 
 
-def check_length(config: Config) -> Iterator[str]:
+def check_length(train: Train) -> Iterator[str]:
     """Exactly one length."""
-    epochs, steps = config.train.epochs, config.train.steps
+    epochs, steps = train.epochs, train.steps
     if (epochs is None) == (steps is None):
         found = "neither" if epochs is None else f"epochs={epochs} and steps={steps}"
         yield f"train: give epochs or steps, exactly one of them; found {found}"
 
 
 def check_schedules(config: Config) -> Iterator[str]:
-    """Schedules complete and within [0, 1]."""
-    for key in (
-        "mask.salient_fraction",
-        "collaboration.alpha_attention",
-        "collaboration.alpha_target",
+    """Each schedule has the fields of its kind."""
+    for key, schedule in (
+        ("mask.salient_fraction", config.mask.salient_fraction),
+        ("collaboration.alpha_attention", config.collaboration.alpha_attention),
+        ("collaboration.alpha_target", config.collaboration.alpha_target),
     ):
-        group, name = key.split(".")
-        schedule: Schedule | float = getattr(getattr(config, group), name)
-        low, high = extremes(schedule)
-        if low < 0 or high > 1:
-            yield f"{key}: its values {low} to {high} must lie in [0, 1]"
         if not isinstance(schedule, Schedule):
             continue
         if schedule.kind == "constant":
@@ -178,32 +90,27 @@ def check_schedules(config: Config) -> Iterator[str]:
             yield f"{key}.end must be given for a {schedule.kind} schedule"
         if (schedule.kind == "two_stage") != (schedule.switch is not None):
             yield (
-                f"{key}.switch belongs to two_stage schedules, and they need it; "
-                f"found {schedule.kind}"
+                f"{key}.switch belongs to two_stage schedules, which need it; found {schedule.kind}"
             )
-        if schedule.switch is not None and not 0 <= schedule.switch <= 1:
-            yield f"{key}.switch={schedule.switch} must lie in [0, 1]"
-        if not 0 <= schedule.u0 < schedule.u1 <= 1:
-            yield f"{key}: u0={schedule.u0}, u1={schedule.u1} must satisfy 0 <= u0 < u1 <= 1"
+        if not schedule.u0 < schedule.u1:
+            yield f"{key}.u0={schedule.u0} must be below {key}.u1={schedule.u1}"
 
 
 def check_masks(config: Config) -> Iterator[str]:
-    """Mask shares, samplers against masks a view, normalisations against the mixing schedule."""
+    """Mask shares, samplers against masks per view, normalisations against the mixing schedule."""
     mask = config.mask
-    if not 0 < mask.ratio < 1:
-        yield f"mask.ratio={mask.ratio} must lie in (0, 1)"
     if mask.ratio + mask.throw_ratio >= 1:
         total = mask.ratio + mask.throw_ratio
         yield f"mask.ratio + mask.throw_ratio = {total} leaves nothing visible"
     if mask.sampler == "random" and (mask.hint_fraction > 0 or mask.prob < 1):
         yield (
-            f"mask.hint_fraction={mask.hint_fraction} and mask.prob={mask.prob} steer by attention, "
+            f"mask.hint_fraction={mask.hint_fraction} and mask.prob={mask.prob} follow attention, "
             "mask.sampler=random does not; use 0 and 1, or another sampler"
         )
     if mask.hint_fraction > min(mask.hint_pool, 1 - mask.ratio - mask.throw_ratio):
         yield (
-            f"mask.hint_fraction={mask.hint_fraction} must not exceed mask.hint_pool={mask.hint_pool}, nor "
-            "the share that stays visible"
+            f"mask.hint_fraction={mask.hint_fraction} must not exceed "
+            f"mask.hint_pool={mask.hint_pool}, nor the share of patches that stays visible"
         )
     low, high = extremes(mask.salient_fraction)
     constant = mask.sampler in DETERMINISTIC_SAMPLERS or (
@@ -218,14 +125,14 @@ def check_masks(config: Config) -> Iterator[str]:
         settled = alpha_warmup(config.collaboration.alpha_attention)
         if settled < 0.05:
             yield (
-                f"attention.norm={config.attention.norm} amplifies the untrained momentum student; "
+                f"attention.norm={config.attention.norm} amplifies the untrained momentum encoder; "
                 "keep collaboration.alpha_attention at 1 for at least 0.05 of the run "
                 f"(found {settled:g}), or use attention.norm=prob"
             )
 
 
 def alpha_warmup(schedule: Schedule | float) -> float:
-    """Share of the run at whose beginning a schedule stays at 1."""
+    """Return the share of the run, from its beginning, during which a schedule stays at 1."""
     if not isinstance(schedule, Schedule):
         return float(schedule == 1)
     if schedule.start < 1:
@@ -241,20 +148,19 @@ def check_decoder(config: Config) -> Iterator[str]:
     if decoder.width % decoder.heads:
         yield f"decoder.width={decoder.width} is not a multiple of decoder.heads={decoder.heads}"
     if decoder.width % 4:
-        yield f"decoder.width={decoder.width} must be a multiple of 4 (sine-cosine positions)"
+        yield f"decoder.width={decoder.width} must be a multiple of 4 (sine-cosine embedding)"
     if decoder.type == "none" and loss.tokens != "visible":
         yield (
             "decoder.type=none sees visible patches only; set loss.tokens=visible, "
             f"not {loss.tokens}"
         )
     if decoder.type != "none" and loss.tokens == "visible":
-        yield "loss.tokens=visible predicts no hidden patch; set decoder.type=none"
+        yield "loss.tokens=visible predicts no masked patch; set decoder.type=none"
     if decoder.predict_ratio is not None:
         if decoder.type != "cross":
             yield (
-                "decoder.predict_ratio needs decoder.type=cross, whose hidden tokens are "
-                "independent; "
-                f"found {decoder.type}"
+                "decoder.predict_ratio needs decoder.type=cross, whose masked tokens are "
+                f"independent; found {decoder.type}"
             )
         if not 0 < decoder.predict_ratio <= config.mask.ratio:
             yield (
@@ -266,7 +172,7 @@ def check_decoder(config: Config) -> Iterator[str]:
 
 
 def check_losses(config: Config) -> Iterator[str]:
-    """Something to learn, on comparable scales."""
+    """At least one weighted target, on a comparable scale."""
     need, loss = needs(config), config.loss
     if not (need.teacher_features or need.student_features or need.pixels):
         yield "no target has a weight; raise loss.teacher, loss.student or loss.pixel"
@@ -287,8 +193,7 @@ def check_teacher(config: Config) -> Iterator[str]:
     if teacher.mode == "none":
         yield (
             "teacher.mode=none, but the mask or the loss uses the teacher; "
-            "set teacher.mode=online, or "
-            "mask.sampler=random and loss.teacher=0"
+            "set teacher.mode=online, or mask.sampler=random and loss.teacher=0"
         )
         return
     if not teacher.model or not teacher.weights:
@@ -303,7 +208,7 @@ def check_teacher(config: Config) -> Iterator[str]:
 
 
 def check_cache(config: Config) -> Iterator[str]:
-    """A cache has a place, a use, and a row for every view."""
+    """A cache has a folder, a use, and a row for every view."""
     mode = config.teacher.mode
     if mode in ("cached", "sidecar") and not needs(config).teacher:
         yield (
@@ -312,8 +217,8 @@ def check_cache(config: Config) -> Iterator[str]:
         )
     if mode == "sidecar" and config.cache.on_miss == "stop":
         yield (
-            "teacher.mode=sidecar runs the teacher where no row is there; set cache.on_miss=online, "
-            "or teacher.mode=cached for a run that stops"
+            "teacher.mode=sidecar runs the teacher where a row is missing; set "
+            "cache.on_miss=online, or teacher.mode=cached for a run that stops"
         )
     if mode != "cached":
         return
@@ -321,13 +226,13 @@ def check_cache(config: Config) -> Iterator[str]:
         yield "cache.dir must be given for teacher.mode=cached; name the folder of the cache"
     if config.views.views_per_image is None:
         yield (
-            "teacher.mode=cached reads a row for each of views.views_per_image views an image, but views.views_per_image"
-            " is not given; set it to what the cache was built with, or set teacher.mode=online"
+            "teacher.mode=cached reads one row per view, but views.views_per_image is not given; "
+            "set it to what the cache was built with, or set teacher.mode=online"
         )
 
 
 def check_backend(backend: Backend) -> Iterator[str]:
-    """Keys of DeepSpeed, and what ZeRO's stage 3 cannot do."""
+    """Keys of DeepSpeed, and combinations that ZeRO's stage 3 cannot run."""
     if backend.deepspeed is not None and backend.name != "deepspeed":
         yield f"backend.deepspeed belongs to backend.name=deepspeed; found {backend.name}"
     try:
@@ -342,20 +247,21 @@ def check_backend(backend: Backend) -> Iterator[str]:
         )
 
 
-def check_pictures(config: Config) -> Iterator[str]:
-    """Pictures have a teacher to ask where the run has one."""
+def check_figures(config: Config) -> Iterator[str]:
+    """Figures need the teacher itself, for images that no cache holds."""
     every = config.log.images_every
     if every is not None and reads_cache(config) and not builds_teacher(config):
         yield (
-            f"log.images_every={every} asks the teacher of images that no cache has, and the run "
-            "builds none; set cache.on_miss=online, or log.images_every=null"
+            f"log.images_every={every} runs the teacher on images that no cache holds, and the run "
+            "builds no teacher; set cache.on_miss=online, or log.images_every=null"
         )
 
 
-def check_eval(config: Config) -> Iterator[str]:
-    """An evaluation has images to learn from and to test on."""
-    for key in ("eval.train_path", "eval.test_path"):
-        if config.eval.every is not None and not value_of(config, key):
+def check_evaluation(config: Config) -> Iterator[str]:
+    """An evaluation needs images to learn from and to test on."""
+    for name in ("train_path", "test_path"):
+        if config.eval.every is not None and not getattr(config.eval, name):
             yield (
-                f"{key} must be given: eval.every={config.eval.every} evaluates on labelled images"
+                f"eval.{name} must be given: eval.every={config.eval.every} evaluates on labelled "
+                "images"
             )

@@ -1,11 +1,11 @@
-"""The DeepSpeed config of a run: the trainer's own keys, and whatever else the user gives."""
+"""The DeepSpeed config of a run: keys that follow from the recipe, and the user's own keys."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from cmtmae_scale.config.trained import Trained
+from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
 
 OWNED = {
@@ -33,18 +33,18 @@ OWNED = {
 """Keys that follow from the recipe -> what to set instead."""
 
 REFUSED = {
-    "zero_optimization.round_robin_gradients": "it moves weights away from where they are saved",
-    "zero_optimization.offload_param": "weights must stay where they can be read and saved",
-    "zero_optimization.mics_shard_size": "shards are those of all ranks",
-    "zero_optimization.zero_hpz_partition_size": "its second copies are not renewed after loading",
+    "zero_optimization.round_robin_gradients": "it partitions weights differently from checkpoints",
+    "zero_optimization.offload_param": "checkpoints and EMA read the weights on the device",
+    "zero_optimization.mics_shard_size": "weights are sharded over all ranks",
+    "zero_optimization.zero_hpz_partition_size": "its secondary copies are stale after a resume",
     "zero_optimization.elastic_checkpoint": "checkpoints are this project's own",
     "zero_optimization.load_from_fp32_weights": "checkpoints are this project's own",
     "tensor_parallel": "ranks share the data, not the layers",
     "sequence_parallel_size": "ranks share the data, not the tokens",
     "pipeline": "ranks share the data, not the layers",
-    "elasticity": "a run may be resumed on any number of ranks as it is",
-    "curriculum_learning": "the data follow from the seed and the position",
-    "data_efficiency": "the data follow from the seed and the position",
+    "elasticity": "a run resumes on any number of ranks without it",
+    "curriculum_learning": "the seed and the global sample index determine the data",
+    "data_efficiency": "the seed and the global sample index determine the data",
     "compression_training": "it changes the student",
     "quantize_training": "it changes the student",
     "progressive_layer_drop": "it changes the student",
@@ -61,7 +61,7 @@ def deepspeed_config(config: Trained, accumulation: int) -> dict[str, Any]:
         accumulation: micro-steps of an optimizer step.
 
     Returns:
-        A tree fit for ``deepspeed.initialize``. Compute as ``backend.precision`` says; float32
+        The config for ``deepspeed.initialize``: compute dtype as in ``backend.precision``; float32
         weights, accumulation and reduction.
 
     Raises:
@@ -79,8 +79,8 @@ def deepspeed_config(config: Trained, accumulation: int) -> dict[str, Any]:
     if low:
         own["data_types"] = {"grad_accum_dtype": "fp32"}
     defaults: dict[str, Any] = {
-        "steps_per_print": 2**31,  # the trainer speaks for itself
-        "zero_force_ds_cpu_optimizer": False,  # offloading keeps torch's AdamW too
+        "steps_per_print": 2**31,  # the engine logs progress
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, with offloading too
     }
     return overlay(overlay(defaults, extra_keys(config.backend.deepspeed)), own)
 
@@ -91,9 +91,9 @@ def extra_keys(given: Any) -> dict[str, Any]:
     Raises:
         ConfigError: names the key and what to set instead, or the file and what is wrong with it.
     """
-    tree = read_tree(given)
-    for key in dotted(tree):
-        for parent in parents(key):
+    tree = read_extra_keys(given)
+    for key in dotted_keys(tree):
+        for parent in parent_keys(key):
             if parent in OWNED:
                 raise ConfigError(
                     f"backend.deepspeed: {parent} follows from the recipe; set {OWNED[parent]}"
@@ -103,14 +103,14 @@ def extra_keys(given: Any) -> dict[str, Any]:
     offload = cast(dict[str, Any], tree.get("zero_optimization", {})).get("offload_optimizer")
     if offload and cast(dict[str, Any], offload).get("device", "none") not in ("none", "cpu"):
         raise ConfigError(
-            "backend.deepspeed: zero_optimization.offload_optimizer.device must be cpu: what lies "
-            "on disks cannot be averaged and saved"
+            "backend.deepspeed: zero_optimization.offload_optimizer.device must be cpu: "
+            "states on disk cannot be averaged and saved"
         )
     return tree
 
 
-def read_tree(given: Any) -> dict[str, Any]:
-    """A mapping as it is, a path's JSON, or nothing."""
+def read_extra_keys(given: Any) -> dict[str, Any]:
+    """Return a mapping as it is, the JSON of a path, or an empty mapping."""
     if given is None:
         return {}
     tree: Any = given
@@ -135,16 +135,16 @@ def read_tree(given: Any) -> dict[str, Any]:
     return tree
 
 
-def dotted(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every key of a tree, as ``a.b``."""
+def dotted_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield every key of a tree, as ``a.b``."""
     for key, value in tree.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from dotted(cast(dict[str, Any], value), f"{prefix}{key}.")
+            yield from dotted_keys(cast(dict[str, Any], value), f"{prefix}{key}.")
 
 
-def parents(key: str) -> Iterator[str]:
-    """The key itself and every group that it lies in."""
+def parent_keys(key: str) -> Iterator[str]:
+    """Yield every group that holds a key, and the key itself."""
     parts = key.split(".")
     return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 

@@ -1,16 +1,15 @@
-"""Numbers and needs that follow from a config; nothing here is stored as a second truth."""
+"""Numbers and needs that are derived from a config, and never stored."""
 
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-from cmtmae_scale.config.schema import Config, Schedule
-from cmtmae_scale.config.trained import Trained
+from cmtmae_scale.config.schema import Config, Schedule, Trained
 from cmtmae_scale.errors import ConfigError
 
 
 class Needs(NamedTuple):
-    """What a run's weights ask for; what nothing asks for is not built."""
+    """Attention maps and features that a run uses; nothing else is built."""
 
     teacher_attention: bool
     teacher_features: bool
@@ -25,12 +24,12 @@ class Needs(NamedTuple):
 
     @property
     def momentum(self) -> bool:
-        """Whether a momentum student is built."""
+        """Whether a momentum encoder is built."""
         return self.student_attention or self.student_features
 
 
 class BatchPlan(NamedTuple):
-    """How the global batch is split; ``global_batch_size = micro_batch x world_size x accumulation``."""
+    """How the global batch is split over ranks and micro-steps."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -46,7 +45,7 @@ class BatchPlan(NamedTuple):
 
 
 def extremes(schedule: Schedule | float) -> tuple[float, float]:
-    """Smallest and largest value that a schedule takes over a run."""
+    """Return the smallest and the largest value of a schedule over a run."""
     if not isinstance(schedule, Schedule):
         return float(schedule), float(schedule)
     values = [schedule.start] if schedule.end is None else [schedule.start, schedule.end]
@@ -54,10 +53,7 @@ def extremes(schedule: Schedule | float) -> tuple[float, float]:
 
 
 def needs(config: Config) -> Needs:
-    """Tell which maps and features a run uses at any time.
-
-    Source: method.md 4.12 ("build only what is needed").
-    """
+    """Return which attention maps and features a run uses at any time; see docs/method.md."""
     attention = config.mask.sampler != "random"
     attention_low, attention_high = extremes(config.collaboration.alpha_attention)
     target_low, target_high = extremes(config.collaboration.alpha_target)
@@ -71,24 +67,24 @@ def needs(config: Config) -> Needs:
 
 
 def reads_cache(config: Config) -> bool:
-    """Whether rows of a cache are looked for."""
+    """Whether the teacher's rows are read from a cache."""
     return config.teacher.mode in ("cached", "sidecar")
 
 
 def cache_folder(config: Config) -> Path:
-    """Folder of the cache: the run's own where none is given."""
+    """Return the folder of the cache; the default is the run's own."""
     return Path(config.cache.dir) if config.cache.dir else Path(config.run.output_dir) / "cache"
 
 
 def online_fraction(config: Config) -> float:
-    """Share of micro-batches in which the teacher is planned to run."""
+    """Return the expected share of micro-batches in which the teacher runs."""
     if not needs(config).teacher or config.teacher.mode == "none":
         return 0.0
     return config.cache.spot_check if reads_cache(config) else 1.0
 
 
 def builds_teacher(config: Config) -> bool:
-    """Whether a training process holds a teacher; misses of a cache may need one."""
+    """Whether a training process builds the teacher, which cache misses may need."""
     misses = reads_cache(config) and config.cache.on_miss == "online"
     return online_fraction(config) > 0 or (misses and needs(config).teacher)
 
@@ -97,7 +93,7 @@ def batch_plan(config: Trained, world_size: int) -> BatchPlan:
     """Split the global batch over ranks and micro-steps.
 
     Raises:
-        ConfigError: if it does not divide; names the nearest sizes that do.
+        ConfigError: if it is not divisible; names the nearest sizes that are.
     """
     total, micro = config.train.global_batch_size, config.train.micro_batch_size
     unit = micro * world_size
@@ -112,7 +108,7 @@ def batch_plan(config: Trained, world_size: int) -> BatchPlan:
 
 
 def total_steps(config: Trained, num_images: int) -> int:
-    """Optimizer steps of the whole run: given, or epochs * images / global batch, rounded up."""
+    """Return the steps of the whole run: as given, or epochs * images / batch, rounded up."""
     if config.train.steps is not None:
         return config.train.steps
     if config.train.epochs is None:
@@ -121,5 +117,5 @@ def total_steps(config: Trained, num_images: int) -> int:
 
 
 def peak_lr(config: Config) -> float:
-    """Learning rate after the warm-up: ``base_lr * global_batch_size / 256``."""
+    """Return the learning rate after warm-up: ``base_lr * global_batch_size / 256``."""
     return config.optimizer.base_lr * config.train.global_batch_size / 256

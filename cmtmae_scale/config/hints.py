@@ -1,5 +1,7 @@
 """Answers to keys and values that the schema does not have, but that users type."""
 
+from collections.abc import Collection
+
 RENAMED = {
     "run.dir": "run.output_dir",
     "run.max_seconds": "run.time_limit_s",
@@ -70,21 +72,21 @@ VALUE_REMEDIES = {
 """Values of other programs -> what to set instead."""
 
 
-def key_hint(key: str) -> str | None:
+def key_hint(key: str, keys: Collection[str] | None = None) -> str | None:
     """Return the present name of a renamed key, or of a key of another program.
 
     Args:
         key: full name, ``group.key``, or a bare name.
+        keys: keys that may be named; ``None``: all.
     """
-    if key in RENAMED:
-        return f"it is now {RENAMED[key]}"
-    if key in HABITS:
-        return f"did you mean {HABITS[key]}?"
+    for table, hint in ((RENAMED, "it is now {}"), (HABITS, "did you mean {}?")):
+        if key in table and (keys is None or table[key] in keys):
+            return hint.format(table[key])
     return None
 
 
 def value_hint(key: str, value: str) -> str | None:
-    """Return what to set in place of a value that a closed set no longer, or never, had."""
+    """Return what to set in place of a value that a closed set no longer has, or never had."""
     if (key, value) in RENAMED_VALUES:
         return f"it is now {RENAMED_VALUES[key, value]}"
     return VALUE_REMEDIES.get((key, value))

@@ -1,62 +1,65 @@
-"""YAML and ``key=value`` overrides to one checked ``Config``.
+"""From YAML and ``key=value`` overrides to one checked config.
 
 Precedence: default < YAML < override. A YAML file is read alone: no inheritance, no interpolation.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cmtmae_scale.config.check import check_config
+from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.hints import key_hint, value_hint
-from cmtmae_scale.config.schema import Config, Schedule
-from cmtmae_scale.config.trained import Trained
+from cmtmae_scale.config.schema import Config, Schedule, Trained, walk_fields
 from cmtmae_scale.errors import ConfigError
 
-SCHEDULES = (
-    "mask.salient_fraction",
-    "collaboration.alpha_attention",
-    "collaboration.alpha_target",
-)
+Recipe = TypeVar("Recipe")
+Check = Callable[[Recipe], Iterable[str]]
+"""Function that yields the problems of a config."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe of pre-training, apply overrides and check the whole; see ``load_recipe``."""
+    return load_recipe(Config, find_problems, path, overrides)
+
+
+def load_recipe(
+    schema: type[Recipe], check: Check[Recipe], path: str | Path, overrides: Sequence[str] = ()
+) -> Recipe:
     """Read a recipe, apply overrides and check the whole.
 
     Args:
-        path: a YAML file with the groups of ``schema.Config``.
+        schema: dataclass of the config.
+        check: yields the problems of a config.
+        path: a YAML file with the groups of ``schema``.
         overrides: ``group.key=value``, values in YAML's notation; ``null`` means off.
 
     Returns:
         Plain dataclasses, every field set.
 
     Raises:
-        ConfigError: names the file or override, the key, what was found and what would do.
+        ConfigError: names the file or override, the key, what was found and the remedy.
     """
-    tree = read_yaml(Path(path))
-    check_keys(tree, Config, str(path))
-    config = OmegaConf.structured(Config)
-    config = merge(config, tree, str(path))
+    keys = [key for key, _ in walk_fields(schema)]
+    config = merge(OmegaConf.structured(schema), read_yaml(Path(path)), schema, str(path))
     for override in overrides:
-        update = parse_override(override)
-        check_keys(update, Config, override)
-        config = merge(config, update, override)
+        update = parse_override(override, keys)
+        config = merge(config, update, schema, override)
         cleared = other_length(update)
         if cleared:
-            config = merge(config, {"train": {cleared: None}}, override)
-    return from_tree(config, str(path))
+            config = merge(config, {"train": {cleared: None}}, schema, override)
+    return build_config(config, schema, check, str(path))
 
 
 def config_from_dict(tree: dict[str, Any], place: str) -> Config:
     """Rebuild a config that ``config_to_dict`` wrote; for resuming and evaluation."""
-    check_keys(tree, Config, place)
-    return from_tree(merge(OmegaConf.structured(Config), tree, place), place)
+    config = merge(OmegaConf.structured(Config), tree, Config, place)
+    return build_config(config, Config, find_problems, place)
 
 
 def config_to_dict(config: Trained) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def config_to_dict(config: Trained) -> dict[str, Any]:
 
 
 def save_config(config: Trained, path: Path) -> None:
-    """Write a resolved config as YAML that ``load_config``, or its like, reads back."""
+    """Write a resolved config as YAML that ``load_recipe`` reads back."""
     path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
 
 
@@ -97,12 +100,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], tree)
 
 
-def parse_override(text: str) -> dict[str, Any]:
-    """Turn ``a.b=value`` into ``{"a": {"b": value}}``."""
+def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, Any]:
+    """Turn ``a.b=value`` into ``{"a": {"b": value}}``.
+
+    Args:
+        text: the override.
+        keys: the schema's keys, to which hints are limited; ``None``: all hints.
+    """
     key, sign, value = text.partition("=")
     if not sign or "." not in key:
-        hint = key_hint(key.strip())
-        raise ConfigError(f"{text}: is not an override; " + (hint or "expected group.key=value"))
+        hint = key_hint(key.strip(), keys) or "expected group.key=value"
+        raise ConfigError(f"{text}: is not an override; {hint}")
     if "${" in value:
         raise ConfigError(f"{text}: interpolation ${{...}} is not supported; write the value out")
     try:
@@ -125,27 +133,34 @@ def other_length(update: dict[str, Any]) -> str | None:
     return None
 
 
-def check_keys(tree: dict[str, Any], schema: type, place: str, prefix: str = "") -> None:
-    """Refuse keys that the schema lacks, with the nearest one that it has."""
-    hints = get_type_hints(schema)
+def check_keys(
+    tree: dict[str, Any], group: type, schema: type, place: str, prefix: str = ""
+) -> None:
+    """Refuse keys that a group of the schema lacks, with the nearest key that it has."""
+    hints = get_type_hints(group)
+    scheduled = schedule_keys(schema)
     for key, value in tree.items():
         full = f"{prefix}{key}"
         if key not in hints:
-            group = prefix.rstrip(".") or "the config"
             near = difflib.get_close_matches(str(key), hints, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(hints)}"
-            hint = key_hint(full) or hint
-            raise ConfigError(f"{place}: {full} is not a key of {group}; {hint}")
-        kind = hints[key]
-        if full in SCHEDULES:
+            hint = key_hint(full, [known for known, _ in walk_fields(schema)]) or hint
+            name = prefix.rstrip(".") or "the config"
+            raise ConfigError(f"{place}: {full} is not a key of {name}; {hint}")
+        kind = Schedule if full in scheduled else hints[key]
+        if dataclasses.is_dataclass(kind):
             if isinstance(value, dict):
-                check_keys(cast(dict[str, Any], value), Schedule, place, full + ".")
-        elif dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
+                inner = cast(dict[str, Any], value)
+                check_keys(inner, cast(type, kind), schema, place, full + ".")
+            elif full not in scheduled:
                 raise ConfigError(f"{place}: {full}={value!r} is a group; give {full}.KEY=value")
-            check_keys(cast(dict[str, Any], value), cast(type, kind), place, full + ".")
         elif get_origin(kind) is Literal:
             check_choice(place, full, value, get_args(kind))
+
+
+def schedule_keys(schema: type) -> list[str]:
+    """Return the keys of a schema whose values are numbers or schedules."""
+    return [key for key, one in walk_fields(schema) if one.metadata.get("schedule")]
 
 
 def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -160,9 +175,10 @@ def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> 
     raise ConfigError(f"{place}: {key}={value!r} is not one of {listed}{hint}")
 
 
-def merge(config: Any, tree: dict[str, Any], place: str) -> Any:
+def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> Any:
     """Lay a tree over a typed config; a schedule replaces the whole of the one before."""
-    for key in SCHEDULES:
+    check_keys(tree, schema, schema, place)
+    for key in schedule_keys(schema):
         group, name = key.split(".")
         value = cast(dict[str, Any], tree.get(group) or {}).get(name)
         partial = isinstance(value, dict) and "kind" not in value
@@ -176,25 +192,23 @@ def merge(config: Any, tree: dict[str, Any], place: str) -> Any:
         raise ConfigError(f"{place}: {key}: {first}") from error
 
 
-def from_tree(tree: Any, place: str) -> Config:
-    """Build the dataclasses, resolve schedules, refuse what is missing, run the checks."""
+def build_config(tree: Any, schema: type[Recipe], check: Check[Recipe], place: str) -> Recipe:
+    """Build the dataclasses, resolve schedules, refuse missing keys, run the checks."""
     absent = sorted(OmegaConf.missing_keys(tree))
     if absent:
         raise ConfigError(f"{place}: {', '.join(absent)} must be given")
-    config = cast(Config, OmegaConf.to_object(tree))
-    for key in SCHEDULES:
+    config = cast(Recipe, OmegaConf.to_object(tree))
+    for key in schedule_keys(schema):
         group, name = key.split(".")
         owner = getattr(config, group)
         setattr(owner, name, parse_schedule(getattr(owner, name), place, key))
-    try:
-        check_config(config)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from None
+    for problem in check(config):
+        raise ConfigError(f"{place}: {problem}")
     return config
 
 
 def parse_schedule(value: Any, place: str, key: str) -> Schedule | float:
-    """Read a number or the fields of a ``Schedule``."""
+    """Turn a number, or the fields of a ``Schedule``, into a number or a ``Schedule``."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, dict):

@@ -1,17 +1,96 @@
-"""Every setting of a run: one dataclass a group, one sentence under each field.
+"""Every setting of pre-training: one dataclass per group, a sentence under each field.
 
-``MISSING`` means that the recipe must give the value; ``None`` means off. Groups mirror a
-YAML file.
+``MISSING`` means that the recipe must give the value; ``None`` means off. Groups mirror a YAML
+file. A field's range stands in its default (``positive(8)``, ``fraction(0.0)``, ``bounded(...)``)
+and is checked from there; numbers must be finite. ``finetune.py`` uses the same notation.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_FACTORY
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 from omegaconf import MISSING
 
-from cmtmae_scale.config.evaluation import Eval
-from cmtmae_scale.config.guard import Guard
-from cmtmae_scale.config.teacher import Cache, Teacher
+
+class Range(NamedTuple):
+    """Legal values of a number; of a tuple, of each of its numbers."""
+
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    ascending: bool = False
+    """Whether the numbers of a tuple must not decrease."""
+
+    def allows(self, value: float) -> bool:
+        """Whether a number lies within the range."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """The requirement, as an error message states it."""
+        low, high = self.at_least, self.at_most
+        if high is None and self.below is None:
+            return "must not be negative" if low == 0 else f"must be above {self.above:g}"
+        left = f"({self.above:g}" if low is None else f"[{low:g}"
+        right = f"{self.below:g})" if high is None else f"{high:g}]"
+        return f"must lie in {left}, {right}"
+
+
+def bounded(
+    default: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    ascending: bool = False,
+) -> Any:
+    """Return a field whose value, unless it is ``None``, lies in a range."""
+    legal = Range(above, at_least, at_most, below, ascending)
+    return field(default=default, metadata={"range": legal})
+
+
+def positive(default: Any) -> Any:
+    """Return a field whose value is above 0."""
+    return bounded(default, above=0)
+
+
+def non_negative(default: Any) -> Any:
+    """Return a field whose value is at least 0."""
+    return bounded(default, at_least=0)
+
+
+def fraction(default: Any) -> Any:
+    """Return a field whose value lies in [0, 1]."""
+    return bounded(default, at_least=0, at_most=1)
+
+
+def blocks() -> Any:
+    """Return a field that lists transformer blocks, at least one; the last one by default."""
+    remedy = "give at least one block, such as [-1]"
+    return field(default_factory=lambda: [-1], metadata={"empty": remedy})
+
+
+def scheduled(**default: Any) -> Any:
+    """Return a field that is a number in [0, 1] or the fields of a ``Schedule``."""
+    legal = Range(at_least=0, at_most=1)
+    return field(default_factory=lambda: dict(default), metadata={"range": legal, "schedule": True})
+
+
+def walk_fields(schema: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any]"]]:
+    """Yield every key of a config, as ``group.key``, with its field."""
+    for one in fields(schema):
+        group = None if one.default_factory is NO_FACTORY else one.default_factory()
+        if is_dataclass(group):
+            yield from walk_fields(group, f"{prefix}{one.name}.")
+        else:
+            yield f"{prefix}{one.name}", one
 
 
 @dataclass
@@ -21,16 +100,16 @@ class Schedule:
     kind: Literal["constant", "two_stage", "linear", "cosine"] = "constant"
     """constant: ``start``; two_stage: ``start`` for u < ``switch``, then ``end``; linear and
     cosine: from ``start`` at ``u0`` to ``end`` at ``u1``, constant outside."""
-    start: float = MISSING
+    start: float = fraction(MISSING)
     """Value at the beginning (the value, for constant)."""
-    end: float | None = None
+    end: float | None = fraction(None)
     """Value at the end; not for constant."""
-    switch: float | None = None
-    """Progress at which two_stage changes, in [0, 1]."""
-    u0: float = 0.0
+    switch: float | None = fraction(None)
+    """Progress at which two_stage changes."""
+    u0: float = fraction(0.0)
     """Progress at which linear and cosine leave ``start``."""
-    u1: float = 1.0
-    """Progress at which linear and cosine reach ``end``."""
+    u1: float = fraction(1.0)
+    """Progress at which linear and cosine reach ``end``; above ``u0``."""
 
 
 @dataclass
@@ -39,64 +118,64 @@ class Run:
 
     name: str = "cmtmae"
     """Label in logs."""
-    output_dir: str = MISSING
+    output_dir: str = field(default=MISSING, metadata={"empty": "name a folder"})
     """Folder of checkpoints, logs and the resolved config; the same folder resumes."""
     seed: int = 0
     """Seed of weights, order, views and masks; never changes within a run."""
     allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""
-    time_limit_s: float | None = None
-    """Save and leave with exit code 75 this many seconds after the start; ``None``: no limit but
-    SLURM's, two minutes before which the run does so too."""
+    time_limit_s: float | None = positive(None)
+    """Save and exit with code 75 this many seconds after the launch. ``None``: no limit but
+    SLURM's, where the run stops in the same way two minutes before the job's end."""
 
 
 @dataclass
 class Data:
-    """Where the photographs are and how they are read."""
+    """Where the images are and how they are read."""
 
     source: Literal["auto", "folder", "webdataset"] = "auto"
-    """Layout under ``path``: a folder of images or WebDataset tars; auto looks."""
+    """Layout under ``path``: a folder of images or WebDataset tars; auto: detected."""
     path: str = MISSING
     """Folder of images (sub-folders are labels); or tars (``KEY.jpg``, ``KEY.cls``): a folder of
-    them, one of them, or a pattern such as ``train-{000..146}.tar``."""
+    tars, one tar, or a pattern such as ``train-{000..146}.tar``."""
     index: str | None = None
     """Folder of the index; ``None``: ``RUN_DIR/index``."""
-    expected_images: int | None = None
+    expected_images: int | None = positive(None)
     """Number of usable images; checked, and used by ``--dry-run`` when ``path`` is absent."""
     decode: Literal["auto", "dali", "torch"] = "auto"
     """dali: DALI, on the GPU where there is one; torch: the CPU, with nvImageCodec or torchvision;
     auto: DALI if it is installed and there is a GPU, else torch."""
     resident: bool = False
-    """Keep all images decoded on each rank's device and cut the views there: for sets of 32 or 64
-    pixels, at most 8 GiB. Same views; on a GPU a pixel may differ by two levels of 255."""
-    max_pixels: int = 100_000_000
-    """Images with more pixels (width x height) are left out of the index."""
-    max_bad_fraction: float = 0.001
-    """Share of undecodable draws above which the run stops, in [0, 1]."""
+    """Keep all decoded images on each rank's device and crop the views there: for images of 32 or
+    64 pixels, at most 8 GiB. Same views; on a GPU a pixel may differ by two levels of 255."""
+    max_pixels: int = positive(100_000_000)
+    """Images with more pixels (width x height) are excluded from the index."""
+    max_bad_fraction: float = fraction(0.001)
+    """Share of undecodable images, among those sampled, above which the run stops."""
     shuffle: Literal["full", "window", "none"] = "full"
-    """full: a fresh permutation each epoch; window: one that reads few places at a time, for tars
-    that were shuffled when written, on slow storage; none: index order."""
+    """full: a fresh permutation each epoch; window: a permutation that reads from few places at a
+    time, for tars that were shuffled when written, on slow storage; none: index order."""
     window_on_sorted: bool = False
-    """Let ``shuffle=window`` take images that are sorted by class, which it refuses: its batches
-    then have few classes."""
-    workers: int = 4
-    """Reader and decoder threads a rank, >= 1."""
+    """Let ``shuffle=window`` accept images that are sorted by class, which it refuses otherwise:
+    its batches then hold few classes."""
+    workers: int = positive(4)
+    """Reader and decoder threads per rank."""
 
 
 @dataclass
 class Views:
-    """What is cut from a photograph."""
+    """How an image is cropped."""
 
-    image_size: int = 224
-    """Side of the student's picture, pixels; a multiple of its patch."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Range of the crop's share of the area, within (0, 1]."""
-    aspect_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    image_size: int = positive(224)
+    """Side of the student's view, pixels; a multiple of its patch size."""
+    crop_scale: tuple[float, float] = bounded((0.2, 1.0), above=0, at_most=1, ascending=True)
+    """Range of the crop's share of the image's area."""
+    aspect_ratio: tuple[float, float] = bounded((0.75, 4 / 3), above=0, ascending=True)
     """Range of the crop's width / height."""
     hflip: bool = True
-    """Mirror half of the views."""
-    views_per_image: int | None = None
-    """Number of distinct views an image (view = epoch mod count); ``None``: new each epoch."""
+    """Flip half of the views horizontally."""
+    views_per_image: int | None = positive(None)
+    """Number of distinct views per image (view = epoch mod count); ``None``: new each epoch."""
 
 
 @dataclass
@@ -105,11 +184,11 @@ class Student:
 
     arch: str = "vit_base_patch16_224"
     """A timm VisionTransformer name."""
-    patch_size: int | None = None
+    patch_size: int | None = positive(None)
     """Patch side in pixels; ``None``: the architecture's own."""
     init_weights: str | None = None
-    """Path of a .safetensors or .pt file to start from: timm's, MAE's or transformers' names;
-    ``None``: random start values."""
+    """Path of a .safetensors or .pt file with the initial weights, under the names of timm, MAE or
+    transformers; ``None``: random initialisation."""
 
 
 @dataclass
@@ -118,51 +197,75 @@ class Decoder:
 
     type: Literal["prompt", "full", "cross", "none"] = "prompt"
     """prompt: MILAN's; full: MAE's; cross: CrossMAE's; none: heads on the encoder's tokens."""
-    depth: int = 8
-    """Blocks, >= 1."""
-    width: int = 512
+    depth: int = positive(8)
+    """Blocks."""
+    width: int = positive(512)
     """Channels; a multiple of ``heads`` and of 4."""
-    heads: int = 16
+    heads: int = positive(16)
     """Attention heads."""
-    predict_ratio: float | None = None
-    """Share of all patches that is predicted, at most ``mask.ratio`` (``cross`` only); ``None``:
-    all hidden ones."""
+    predict_ratio: float | None = fraction(None)
+    """Share of all patches that is predicted, above 0 and at most ``mask.ratio`` (``cross`` only);
+    ``None``: all masked patches."""
     prompt_norm_context: bool = False
     """Apply each block's first norm to the context too (``prompt`` only; MILAN does not)."""
 
 
 @dataclass
-class Momentum:
-    """Moving average of the student: m * old + (1 - m) * new once an applied step."""
+class Teacher:
+    """The frozen teacher."""
 
-    start: float = 0.996
-    """m at the beginning, in [0, 1]."""
-    end: float = 1.0
-    """m at the end, in [0, 1]."""
+    library: Literal["open_clip", "timm"] = "open_clip"
+    """Library that builds the teacher."""
+    model: str | None = None
+    """Model name, or for open_clip the path of a model's JSON description."""
+    weights: str | None = None
+    """Pretrained tag, path of a .safetensors or .pt file, or ``random`` (tests)."""
+    quick_gelu: bool | None = None
+    """Whether the weights were trained with QuickGELU; must be given for open_clip."""
+    image_size: int | None = positive(None)
+    """Side of the teacher's view, pixels; ``None``: chosen so that its grid is the student's."""
+    depth: int | None = positive(None)
+    """Keep only the first blocks; ``None``: all."""
+    feature: Literal["proj", "ln_post", "block"] = "proj"
+    """Token features: projected, after the last norm, or a block's output before that norm."""
+    mode: Literal["online", "cached", "sidecar", "none"] = "online"
+    """online: the teacher runs beside the student; cached: its attention maps and features are read
+    from ``cache.dir``; sidecar: rows that ``precompute_teacher.py --follow RUN_DIR`` computes ahead
+    of the run are read, and the teacher runs where a row is missing; none: no teacher (MAE)."""
+
+
+@dataclass
+class Momentum:
+    """EMA weights of the student: m * old + (1 - m) * new after each applied step."""
+
+    start: float = fraction(0.996)
+    """m at the beginning."""
+    end: float = fraction(1.0)
+    """m at the end."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine from start to end; constant: start."""
 
 
 @dataclass
 class Attention:
-    """How a model's attention becomes a map over patches."""
+    """How a model's attention becomes an attention map over patches."""
 
     source: Literal["cls", "pool", "mean_query"] = "cls"
-    """Teacher's map: class-token row, attention-pool query, or mean over patch queries. The
-    momentum student's is its class-token row, or mean_query where it has no class token."""
-    layers: list[int] = field(default_factory=lambda: [-1])
-    """Blocks whose normalised maps are averaged; negative counts from the end."""
+    """Teacher's attention map: class-token row, attention-pool query, or mean over patch queries.
+    The momentum encoder's is its class-token row, or mean_query if it has no class token."""
+    layers: list[int] = blocks()
+    """Blocks whose normalised attention maps are averaged; negative counts from the end."""
     norm: Literal["prob", "minmax", "rank", "zscore"] = "prob"
     """Normalisation before mixing."""
-    temperature: float = 1.0
-    """T in a ** (1 / T) before mixing, > 0."""
-    clip_quantile: float = 1.0
-    """Clamp values above this quantile of a map; 1 is off."""
+    temperature: float = positive(1.0)
+    """T in a ** (1 / T) before mixing."""
+    clip_quantile: float = fraction(1.0)
+    """Clamp values above this quantile of an attention map; 1 is off."""
 
 
 @dataclass
 class Mask:
-    """Which patches are hidden."""
+    """Which patches are masked."""
 
     sampler: Literal[
         "random",
@@ -172,41 +275,35 @@ class Mask:
         "reveal_salient",
         "reveal_salient_topk",
     ] = "reveal_salient"
-    """Rule from the mixed map to the hidden set (method.md 4.6)."""
-    ratio: float = 0.75
-    """Share of patches hidden, in (0, 1)."""
-    masks_per_view: int = 1
-    """Masks drawn for one view; they share the teacher's and the momentum student's passes."""
-    salient_fraction: Any = field(
-        default_factory=lambda: {"kind": "linear", "start": 0.0, "end": 0.5}
-    )
-    """Share of the hidden set that is most salient (``hide_salient_mix``): number or schedule."""
-    throw_ratio: float = 0.0
+    """Rule from the mixed attention map to the masked patches (docs/method.md)."""
+    ratio: float = bounded(0.75, above=0, below=1)
+    """Share of patches masked."""
+    masks_per_view: int = positive(1)
+    """Masks sampled per view; they share the forwards of teacher and momentum encoder."""
+    salient_fraction: Any = scheduled(kind="linear", start=0.0, end=0.5)
+    """Share of the masked patches that is most salient (``hide_salient_mix``)."""
+    throw_ratio: float = fraction(0.0)
     """Share of patches neither seen nor predicted."""
-    hint_fraction: float = 0.0
-    """Share of patches revealed at random among the most salient ones."""
-    hint_pool: float = 0.1
+    hint_fraction: float = fraction(0.0)
+    """Share of patches revealed at random among the most salient patches."""
+    hint_pool: float = fraction(0.1)
     """Share of patches that counts as most salient for hints."""
-    prob: float = 1.0
+    prob: float = fraction(1.0)
     """Share of views masked by ``sampler``; the others are masked at random."""
-    temperature: float = 1.0
-    """Temperature of the weighted samplers, > 0."""
-    floor: float = 1e-6
+    temperature: float = positive(1.0)
+    """Temperature of the weighted samplers."""
+    floor: float = positive(1e-6)
     """Smallest weight of a patch in the weighted samplers."""
 
 
 @dataclass
 class Collaboration:
-    """Weights of the teacher against the momentum student; 1 is teacher alone."""
+    """Weights of the teacher against the momentum encoder; 1 is teacher alone."""
 
-    alpha_attention: Any = field(
-        default_factory=lambda: {"kind": "two_stage", "start": 1.0, "end": 0.5, "switch": 0.1}
-    )
-    """Teacher's weight in the attention map, in [0, 1]: number or schedule."""
-    alpha_target: Any = field(
-        default_factory=lambda: {"kind": "linear", "start": 1.0, "end": 0.7, "u1": 0.25}
-    )
-    """Teacher's weight in the loss, in [0, 1]: number or schedule."""
+    alpha_attention: Any = scheduled(kind="two_stage", start=1.0, end=0.5, switch=0.1)
+    """Teacher's weight in the attention map."""
+    alpha_target: Any = scheduled(kind="linear", start=1.0, end=0.7, u1=0.25)
+    """Teacher's weight in the loss."""
 
 
 @dataclass
@@ -215,19 +312,19 @@ class TeacherTarget:
 
     norm: Literal["l2", "ln", "none"] = "l2"
     """Normalisation of each token."""
-    layers: list[int] = field(default_factory=lambda: [-1])
+    layers: list[int] = blocks()
     """Blocks whose outputs are averaged (``teacher.feature=block`` only)."""
 
 
 @dataclass
 class StudentTarget:
-    """The momentum student's features as a target."""
+    """The momentum encoder's features as a target."""
 
     norm: Literal["l2", "ln", "none"] = "ln"
     """Normalisation of each token."""
     feature: Literal["block", "norm"] = "block"
     """Output of ``layers`` before the final norm, or after it."""
-    layers: list[int] = field(default_factory=lambda: [-1])
+    layers: list[int] = blocks()
     """Blocks whose outputs are averaged (``feature=block`` only)."""
 
 
@@ -246,7 +343,7 @@ class Target:
     teacher: TeacherTarget = field(default_factory=TeacherTarget)
     """Teacher's features."""
     student: StudentTarget = field(default_factory=StudentTarget)
-    """Momentum student's features."""
+    """Momentum encoder's features."""
     pixel: PixelTarget = field(default_factory=PixelTarget)
     """Pixels."""
 
@@ -257,52 +354,53 @@ class Loss:
 
     type: Literal["cosine", "mse", "smooth_l1"] = "cosine"
     """Distance of features: 2 - 2 cos, mean square, or smooth L1. Pixels always use mean square."""
-    beta: float = 2.0
+    beta: float = positive(2.0)
     """Corner of smooth L1."""
     tokens: Literal["masked", "all", "visible", "weighted"] = "all"
-    """Tokens that count; weighted: hidden ones fully, visible ones with ``visible_weight``."""
+    """Tokens that count; weighted: masked tokens with weight 1, visible tokens with
+    ``visible_weight``."""
     include_cls: bool = True
     """Predict the class token of the feature targets too."""
-    visible_weight: float = 1.0
+    visible_weight: float = non_negative(1.0)
     """Weight of visible tokens under ``tokens=weighted``."""
-    teacher: float = 1.0
+    teacher: float = non_negative(1.0)
     """Weight of the teacher's term, times alpha_target."""
-    student: float = 1.0
-    """Weight of the momentum student's term, times 1 - alpha_target."""
-    pixel: float = 0.0
+    student: float = non_negative(1.0)
+    """Weight of the momentum encoder's term, times 1 - alpha_target."""
+    pixel: float = non_negative(0.0)
     """Weight of the pixel term."""
 
 
 @dataclass
 class Optimizer:
-    """AdamW, cosine to zero after a linear warm-up."""
+    """AdamW with linear warm-up, then a cosine to zero."""
 
-    base_lr: float = 1.5e-4
+    base_lr: float = non_negative(1.5e-4)
     """Learning rate for 256 views; lr = base_lr * global_batch_size / 256."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = bounded((0.9, 0.95), at_least=0, below=1)
     """AdamW's betas."""
-    weight_decay: float = 0.05
+    weight_decay: float = non_negative(0.05)
     """Decay of matrices; vectors and tokens have none."""
-    grad_clip: float | None = None
+    grad_clip: float | None = positive(None)
     """Largest gradient norm; ``None``: no clipping."""
-    warmup_fraction: float = 0.1
-    """Share of the run with rising learning rate, in [0, 1)."""
+    warmup_fraction: float = bounded(0.1, at_least=0, below=1)
+    """Share of the run with rising learning rate."""
 
 
 @dataclass
 class Train:
-    """Length and batch."""
+    """Length and batch size."""
 
-    global_batch_size: int = 4096
-    """Views an optimizer step."""
-    micro_batch_size: int = 64
-    """Views a rank and forward."""
-    epochs: float | None = None
+    global_batch_size: int = positive(4096)
+    """Views per optimizer step."""
+    micro_batch_size: int = positive(64)
+    """Views per rank and forward."""
+    epochs: float | None = positive(None)
     """Length in passes over the images; give this or ``steps``."""
-    steps: int | None = None
+    steps: int | None = positive(None)
     """Length in optimizer steps; give this or ``epochs``."""
-    stop_after: int | None = None
-    """Save and leave with exit code 75 after this many steps in all."""
+    stop_after: int | None = positive(None)
+    """Save and exit with code 75 after this many steps in all."""
 
 
 @dataclass
@@ -310,55 +408,107 @@ class Backend:
     """How the step is computed and sharded."""
 
     name: Literal["fsdp", "deepspeed"] = "fsdp"
-    """fsdp: FSDP2; zero: DeepSpeed ZeRO."""
+    """fsdp: FSDP2; deepspeed: DeepSpeed ZeRO."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute type; weights, moments and reductions are float32 always."""
+    """Compute dtype; weights, moments and reductions are float32 always."""
     sharding: Literal["replicate", "hybrid", "full"] = "hybrid"
-    """Replicate, shard within a node and replicate across, or shard over all ranks (``fsdp``)."""
+    """Replicate; shard within a node and replicate across nodes; or shard over all ranks
+    (``fsdp``)."""
     zero_stage: Literal[1, 2, 3] = 1
-    """What is sharded over all ranks (``zero``): 1 moments and float32 weights, 2 gradients too,
-    3 everything."""
+    """What is sharded over all ranks (``deepspeed``): 1 moments and float32 weights, 2 gradients
+    too, 3 everything."""
     compile: bool = False
     """Compile each transformer block."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     deepspeed: Any = None
-    """Further keys of a DeepSpeed config, or the path of a JSON file with them (``zero``); those
-    that follow from the recipe are refused. ``None``: DeepSpeed's defaults."""
+    """Further keys of a DeepSpeed config, or the path of a JSON file with such keys
+    (``deepspeed``); those that follow from the recipe are refused. ``None``: DeepSpeed's
+    defaults."""
 
 
 @dataclass
 class Checkpoint:
     """Saved states."""
 
-    every: int = 500
-    """Steps between saves; one more is made at the end."""
-    keep: int = 2
-    """Newest checkpoints kept, >= 1."""
+    every: int = positive(500)
+    """Steps between saves; the last step is saved too."""
+    keep: int = positive(2)
+    """Newest checkpoints kept."""
     background: bool = True
-    """Write from a host copy while training goes on."""
+    """Write from a host copy while training continues."""
 
 
 @dataclass
 class Log:
-    """What is told, and how often."""
+    """What is reported, and how often."""
 
-    every: int = 10
+    every: int = positive(10)
     """Steps between log entries."""
-    diagnostics_every: int | None = 100
-    """Steps between diagnostics of target tokens and gradients; ``None``: never."""
-    images_every: int | None = None
-    """Steps between pictures of a fixed set of images, also made at the end; ``None``: never."""
+    images_every: int | None = positive(None)
+    """Steps between figures of a fixed set of images, drawn at the end too; ``None``: never."""
+    diagnostics_every: int | None = positive(100)
+    """Steps between diagnostics of the target tokens and of the loss terms' gradients; ``None``:
+    never."""
+
+
+@dataclass
+class Guard:
+    """Skipped steps, and ranks that hang."""
+
+    skip_limit: int = non_negative(3)
+    """Consecutive steps skipped because the loss or the gradient is not finite, or the loss spikes,
+    after which the run rolls back to its newest checkpoint and continues with later data; 0: the
+    first such step ends the run."""
+    rollback_limit: int = non_negative(2)
+    """Number of times that the run rolls back to the same checkpoint before it ends."""
+    spike_factor: float | None = positive(None)
+    """A loss above median + factor x spread of the last 128 steps counts as a spike; the spread is
+    1.4826 x the median distance from the median, at least 1 % of the median. ``None``: only steps
+    that are not finite are skipped."""
+    hang_seconds: float | None = positive(300.0)
+    """Seconds without progress after which a run counts as hung and ends; five times that in the
+    first step, in saves and in evaluations. ``None``: only the collectives' own limit applies."""
+
+
+@dataclass
+class Cache:
+    """The teacher's attention maps and features, as ``cmtmae precompute`` computes them."""
+
+    dir: str | None = None
+    """Folder of the cache. ``teacher.mode=sidecar`` defaults to ``RUN_DIR/cache``;
+    ``teacher.mode=cached`` needs this key, and ``views.views_per_image``."""
+    codec: Literal["int8", "bf16", "attention"] = "int8"
+    """How features are stored when the cache is built: int8 over standardised channels, bf16, or
+    not at all (attention maps only)."""
+    on_miss: Literal["stop", "online"] = "online"
+    """What a missing or damaged row does: stop the run, or let the teacher run for its micro-batch.
+    With stop and no spot check no teacher is built, and its weights are not needed."""
+    spot_check: float = fraction(0.0)
+    """Share of micro-batches in which the teacher runs too and must agree."""
+
+
+@dataclass
+class Eval:
+    """k-NN and a small linear probe of the encoder during the run."""
+
+    every: int | None = positive(None)
+    """Steps between evaluations; ``None``: never."""
+    train_path: str | None = None
+    """Labelled images to learn from, as ``data.path``; also the default of
+    ``launchers/evaluate.py --train``."""
+    test_path: str | None = None
+    """Labelled images to test on; also the default of ``launchers/evaluate.py --test``."""
 
 
 @dataclass
 class Config:
-    """A whole run."""
+    """The settings of a pre-training."""
 
     run: Run = field(default_factory=Run)
     """Identity."""
     data: Data = field(default_factory=Data)
-    """Photographs."""
+    """Images."""
     views: Views = field(default_factory=Views)
     """Crops."""
     student: Student = field(default_factory=Student)
@@ -368,9 +518,9 @@ class Config:
     teacher: Teacher = field(default_factory=Teacher)
     """Frozen teacher."""
     momentum: Momentum = field(default_factory=Momentum)
-    """Moving average."""
+    """EMA weights."""
     attention: Attention = field(default_factory=Attention)
-    """Maps."""
+    """Attention maps."""
     mask: Mask = field(default_factory=Mask)
     """Masks."""
     collaboration: Collaboration = field(default_factory=Collaboration)
@@ -382,7 +532,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     """Optimizer."""
     train: Train = field(default_factory=Train)
-    """Length and batch."""
+    """Length and batch size."""
     backend: Backend = field(default_factory=Backend)
     """Sharding and precision."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -390,7 +540,7 @@ class Config:
     log: Log = field(default_factory=Log)
     """Logs."""
     guard: Guard = field(default_factory=Guard)
-    """Steps left out, ranks that hang."""
+    """Skipped steps, ranks that hang."""
     cache: Cache = field(default_factory=Cache)
     """Teacher cache."""
     eval: Eval = field(default_factory=Eval)
@@ -398,7 +548,7 @@ class Config:
 
 
 class AdamWSettings(Protocol):
-    """AdamW and the gradient."""
+    """AdamW's keys in the optimizer group of either task."""
 
     betas: tuple[float, float]
     weight_decay: float

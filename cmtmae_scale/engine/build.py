@@ -9,8 +9,8 @@ import torch
 
 from cmtmae_scale import __version__
 from cmtmae_scale.checkpoint.chunks import load_fragments
-from cmtmae_scale.checkpoint.find import newest_checkpoint, open_writer
 from cmtmae_scale.checkpoint.layout import read_state
+from cmtmae_scale.checkpoint.open import newest_checkpoint, open_writer
 from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained

@@ -148,15 +148,17 @@ def record_step(run: Run, step: Step, scalars: Scalars) -> None:
     if run.telemetry is None:
         return
     report = step.report
-    rows, micro_batches = max(report["valid_rows"], 1.0), run.plan.accumulation * run.plan.world_size
+    rows, micro_batches = (
+        max(report["valid_rows"], 1.0),
+        run.plan.accumulation * run.plan.world_size,
+    )
     values = {
         name: report[name] / (rows if name.startswith("loss/") else micro_batches)
         for name in run.task.logged
     }
     values |= {"grad_norm": report["grad_norm"], "valid_rows": report["valid_rows"]}
-    run.telemetry.record(
-        run.progress.step, values | vars(scalars), run.plan.global_batch_size, step.waited_s
-    )
+    values |= {name: value for name, value in vars(scalars).items() if value is not None}
+    run.telemetry.record(run.progress.step, values, run.plan.global_batch_size, step.waited_s)
 
 
 def report_stragglers(run: Run) -> None:

@@ -140,6 +140,4 @@ def find_progress(
     )
     for change in changes:
         logger.warning("allowed change: %s", change)
-    return resumed_progress(
-        saved["progress"], steps, config.train.global_batch_size, bool(changes)
-    )
+    return resumed_progress(saved["progress"], steps, config.train.global_batch_size, bool(changes))

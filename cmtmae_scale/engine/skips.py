@@ -4,7 +4,7 @@ import statistics
 from collections import deque
 from typing import Any
 
-from cmtmae_scale.config.guard import Guard
+from cmtmae_scale.config.schema import Guard
 
 WINDOW = 128
 """Losses from which the bound is computed."""

@@ -70,7 +70,9 @@ class Stragglers:
         everyone = [torch.empty_like(mine) for _ in range(ranks())]
         dist.all_gather(everyone, mine)
         self.own_s, self.laps, self.since = 0.0, [], time.monotonic()
-        return self.name_slowest([float(one[0]) for one in everyone], max(float(e[1]) for e in everyone))
+        return self.name_slowest(
+            [float(one[0]) for one in everyone], max(float(e[1]) for e in everyone)
+        )
 
     def name_slowest(self, own_s: list[float], whole_s: float) -> str | None:
         """Name the slowest rank if it has been slow for ``LONG`` intervals, once until it recovers.

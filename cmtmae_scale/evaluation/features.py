@@ -10,7 +10,7 @@ from torch import Tensor
 from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.images import ImageSet
-from cmtmae_scale.runtime.collectives import texts_of_all
+from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.one_pass import OnePass
@@ -89,7 +89,7 @@ def extract_features(
                         column.append(values[batch.valid])
         except ReadError as error:
             problem = str(error)
-    problems = list(filter(None, texts_of_all(problem)))
+    problems = list(filter(None, gather_texts(problem)))
     if problems:
         raise ReadError(problems[0])
     order = torch.cat(positions)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend, Fragment
-from cmtmae_scale.backends.whole import whole_tensors
-from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.backends.gather import gather_tensors
+from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import PATCHES, encoder_from_student
@@ -97,4 +97,4 @@ def gather_encoder(fragments: Mapping[str, Fragment]) -> dict[str, Tensor]:
     prefix = ENCODERS["momentum"]
     if not any(key.startswith(prefix) for key in fragments):
         prefix = ENCODERS["student"]
-    return dict(whole_tensors(fragments, prefix))
+    return dict(gather_tensors(fragments, prefix))

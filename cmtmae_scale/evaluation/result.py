@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.images import ImageSet
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.runtime.versions import library_versions
 
 TOP = 5
@@ -172,7 +172,7 @@ def write_result(file: Path, record: dict[str, Any]) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(record, indent=1) + "\n")
+        write_atomic(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be written ({error.strerror}); name another file with --out"

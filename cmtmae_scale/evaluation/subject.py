@@ -15,11 +15,11 @@ from torch import Tensor
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.find import find_checkpoint
-from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.config.teacher import Teacher as TeacherConfig
+from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
 from cmtmae_scale.evaluation.encoders import (
     Encoder,
@@ -133,7 +133,7 @@ def locate_checkpoint(place: Path, rank: int = 0, world_size: int = 1) -> Path:
             f"--checkpoint={place} is neither a run (it has no checkpoints/) nor a checkpoint (it "
             f"has no {layout.MANIFEST})"
         )
-    problem = layout.fault(place)
+    problem = layout.find_damage(place)
     if problem is not None:
         raise CheckpointError(f"{place} is broken: {problem}; name an older checkpoint or the run")
     return place.resolve()
@@ -148,7 +148,7 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     """Read a checkpoint's tensors under a prefix, without the prefix; float32 on the CPU."""
     with ChunkReader(folder) as reader:
         return {
-            key.removeprefix(prefix): reader.read_whole(key)
+            key.removeprefix(prefix): reader.read_tensor(key)
             for key in reader.index
             if key.startswith(prefix)
         }

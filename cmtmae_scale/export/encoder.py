@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from cmtmae_scale.checkpoint.publish import write_encoder
+from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.origin import Weights, open_origin

@@ -71,7 +71,7 @@ def write_full(draft: Path, origin: Origin) -> None:
     """
     with ChunkReader(origin.folder) as reader:
         entries = [
-            Entry(key.removeprefix(PREFIX), reader.shape(key), partial(reader.read_whole, key))
+            Entry(key.removeprefix(PREFIX), reader.shape(key), partial(reader.read_tensor, key))
             for key in reader.index
             if key.startswith(PREFIX)
         ]

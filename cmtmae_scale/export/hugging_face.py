@@ -21,14 +21,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.checkpoint.chunks import ChunkReader
-from cmtmae_scale.checkpoint.publish import ENCODERS
+from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.student import Student, build_student
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 
 WEIGHTS = "model.safetensors"
@@ -183,10 +183,10 @@ def renamed_entries(reader: ChunkReader, prefix: str) -> Iterator[Entry]:
             length = torch.Size(part).numel()
             for place, name in enumerate(QKV):
                 full = f"{layer}attention.attention.{name}.{kind}"
-                yield Entry(full, part, partial(reader.read, key, place * length, length))
+                yield Entry(full, part, partial(reader.read_values, key, place * length, length))
         else:
             full = f"{layer}{NAMES[module]}{f'.{kind}' if kind else ''}"
-            yield Entry(full, shape, partial(reader.read_whole, key))
+            yield Entry(full, shape, partial(reader.read_tensor, key))
 
 
 def write_hf(draft: Path, origin: Origin) -> None:
@@ -202,9 +202,9 @@ def write_hf(draft: Path, origin: Origin) -> None:
     with ChunkReader(origin.folder) as reader:
         entries = list(renamed_entries(reader, ENCODERS[origin.weights]))
         write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
-    write_text(draft / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomic(draft / "config.json", json.dumps(config, indent=2) + "\n")
     processor = processor_config(origin.config.views.image_size)
-    write_text(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    write_atomic(draft / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
 
 
 @torch.no_grad()

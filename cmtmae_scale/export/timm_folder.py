@@ -18,13 +18,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from cmtmae_scale.checkpoint.publish import write_encoder
+from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.encoder import timm_call, timm_options
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.runtime.storage import write_text
+from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 
 WEIGHTS = "model.safetensors"
@@ -62,7 +62,7 @@ def write_timm(draft: Path, origin: Origin) -> None:
             "classifier": "head",
         },
     }
-    write_text(draft / "config.json", json.dumps(tree, indent=2) + "\n")
+    write_atomic(draft / "config.json", json.dumps(tree, indent=2) + "\n")
 
 
 def load_timm(folder: Path, origin: Origin) -> VisionTransformer:

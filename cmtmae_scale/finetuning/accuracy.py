@@ -6,9 +6,9 @@ from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.whole import whole_tensors
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.evaluation.across import sum_over_ranks
-from cmtmae_scale.evaluation.encoders import computing, weights_digest
+from cmtmae_scale.evaluation.encoders import inference_autocast, weights_digest
 from cmtmae_scale.evaluation.images import ImageSet
-from cmtmae_scale.evaluation.result import Score, score
+from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.finetuning.classifier import Classifier
 from cmtmae_scale.finetuning.encoder import InitialEncoder
 from cmtmae_scale.method.images import normalise_images
@@ -66,11 +66,11 @@ class Accuracy:
         with self.batches() as batches:
             try:
                 for batch in batches:
-                    pictures = normalise_images(batch.images[0], self.encoder.mean, self.encoder.std)
-                    with computing(self.device):
-                        logits = model(pictures)
+                    images = normalise_images(batch.images[0], self.encoder.mean, self.encoder.std)
+                    with inference_autocast(self.device):
+                        logits = model(images)
                     place = batch.position[batch.valid]
-                    found = score(logits[batch.valid].float(), labels[place])
+                    found = score_predictions(logits[batch.valid].float(), labels[place])
                     counts += torch.tensor(found, device=self.device)
             except ReadError as error:
                 problem = str(error)

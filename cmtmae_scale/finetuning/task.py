@@ -1,11 +1,9 @@
 """Fine-tuning as a task of the engine."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,15 @@ from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.task import Run, Scalars, SideTask
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.images import Sets, open_pair
-from cmtmae_scale.evaluation.result import TOP, Row, Score, as_json, table
+from cmtmae_scale.evaluation.result import (
+    TOP,
+    Row,
+    Score,
+    format_rows,
+    image_set_record,
+    result_record,
+    write_result,
+)
 from cmtmae_scale.finetuning.accuracy import Accuracy
 from cmtmae_scale.finetuning.augment import Augmenter, Examples, cross_entropy
 from cmtmae_scale.finetuning.classifier import (
@@ -37,8 +43,6 @@ from cmtmae_scale.finetuning.encoder import (
     refuse_other_encoder,
 )
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.runtime.storage import write_atomic
-from cmtmae_scale.runtime.versions import library_versions
 from dataloading.index import Index
 from dataloading.stream import Batch, Stream
 
@@ -60,9 +64,9 @@ class Finetuning:
     """
 
     name = "fine-tuning"
-    terms = ("loss/total",)
-    logged = terms
-    free_keys = ("data.test_path",)
+    terms: tuple[str, ...] = ("loss/total",)
+    logged: tuple[str, ...] = terms
+    free_keys: tuple[str, ...] = ("data.test_path",)
     # train.micro_batch_size is not free: mixup pairs the views of a micro-batch.
 
     sets: Sets
@@ -189,8 +193,12 @@ class Finetuning:
         is_new_pass = progress.position // num_images > before // num_images
         return is_new_pass and progress.step < progress.end_step
 
-    def evaluate(self, run: Run) -> tuple[Score, str]:
-        """Measure and log the accuracy on the test images; also the weights' SHA-256."""
+    def evaluate(self, run: Run) -> None:
+        """Measure and log the accuracy on the test images. A collective."""
+        self.measure_accuracy(run)
+
+    def measure_accuracy(self, run: Run) -> tuple[Score, str]:
+        """Measure and log the accuracy; returns it with the SHA-256 of the weights."""
         began = time.monotonic()
         score, digest = self.accuracy(run.backend)
         values = {
@@ -207,13 +215,12 @@ class Finetuning:
     def conclude(self, run: Run) -> None:
         """See ``Task.conclude``: measure the last weights and write the result."""
         run.place.enter("evaluation", run.progress.step)
-        score, digest = self.evaluate(run)
+        score, digest = self.measure_accuracy(run)
         pool = {"mean": "patches", "cls": "cls"}[self.config.head.pool]
         row = Row(self.encoder.name, pool, "fine-tuned", score)
         file = run.run_dir / RESULT_FILE
         if self.world.rank == 0:
-            record = self.record_result(run.progress, row, digest)
-            write_atomic(file, json.dumps(record, indent=1) + "\n")
+            write_result(file, self.record_result(run.progress, row, digest))
         self.summary = self.summarise(run.progress, row, file)
 
     def summarise(self, progress: Progress, row: Row, file: Path) -> list[str]:
@@ -227,7 +234,7 @@ class Finetuning:
             f"test:  {row.score.total} images ({config.data.test_path})",
             *([f"excluded: {excluded} images that cannot be decoded"] if excluded else []),
             "",
-            table([row], len(sets.classes)),
+            format_rows([row], len(sets.classes)),
             "",
             "the interval takes the test images as independent of each other",
             f"written to {file}",
@@ -236,33 +243,22 @@ class Finetuning:
     def record_result(self, progress: Progress, row: Row, digest: str) -> dict[str, Any]:
         """Return the whole result as JSON values."""
         config, encoder, sets = self.config, self.encoder, self.sets
-        return {
-            "method": "finetune",
-            "subject": encoder.facts,
-            "size": encoder.size,
-            "weights_sha256": {encoder.name: encoder.facts["sha256"], "fine-tuned": digest},
-            "results": [as_json(row, len(sets.classes))],
-            "steps": progress.end_step,
-            "passes": progress.position / len(sets.train),
-            "images": {
-                "train": {
-                    "path": config.data.path,
-                    "images": len(sets.train),
-                    "digest": sets.train.index.digest,
-                },
-                "test": {
-                    "path": config.data.test_path,
-                    "images": len(sets.test),
-                    "used": row.score.total,
-                    "digest": sets.test.index.digest,
-                },
+        return result_record(
+            [row],
+            len(sets.classes),
+            method="finetune",
+            subject=encoder.facts,
+            size=encoder.size,
+            weights_sha256={encoder.name: encoder.facts["sha256"], "fine-tuned": digest},
+            steps=progress.end_step,
+            passes=progress.position / len(sets.train),
+            images={
+                "train": image_set_record(config.data.path, sets.train, len(sets.train)),
+                "test": image_set_record(config.data.test_path, sets.test, row.score.total),
             },
-            "classes": len(sets.classes),
-            "settings": config_to_dict(config),
-            "seed": config.run.seed,
-            "versions": library_versions(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+            settings=config_to_dict(config),
+            seed=config.run.seed,
+        )
 
 
 def check_warmup(config: Finetune, steps: int, num_images: int) -> None:

@@ -1,11 +1,12 @@
-"""The light networks that predict targets from the encoder's tokens, and the heads on top.
+"""Decoders that predict targets from the encoder's tokens, and the linear heads.
 
-All return ``[R, Q, E]`` in the order of a ``TokenLayout``: [class token][visible][hidden].
+All decoders return ``[R, Q, E]`` in the order of a ``TokenLayout``: [class token][visible][masked].
 
-Legend: R rows (masks), K visible, M hidden, P prefix tokens, Q predicted tokens, D student width,
+Legend: R rows (masks), K visible, M masked, P prefix tokens, Q predicted tokens, D student width,
 E decoder width, F teacher width, p patch side in pixels.
 
-Source: method.md 4.9; MAE (arXiv 2111.06377), MILAN (2208.06049), CrossMAE (2401.14391).
+Source: docs/method.md, section "Decoders"; MAE (arXiv 2111.06377), MILAN (2208.06049), CrossMAE
+(2401.14391).
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -32,7 +33,7 @@ MLP_RATIO = 4
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """From ``[R, T, E]`` to ``[R, H, T, E / H]``."""
+    """Reshape ``[R, T, E]`` to ``[R, H, T, E / H]``."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -43,7 +44,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
 
 
 class PromptAttention(nn.Module):
-    """MILAN's attention: hidden tokens attend to the context and to themselves.
+    """MILAN's attention: mask tokens attend to the context and to each other.
 
     Args:
         width: E.
@@ -57,7 +58,7 @@ class PromptAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """From hidden tokens ``[R, M, E]`` and context ``[R, P + K, E]`` to ``[R, M, E]``."""
+        """From mask tokens ``[R, M, E]`` and context ``[R, P + K, E]`` to ``[R, M, E]``."""
         width = x.shape[-1]
         # One matrix as in MAE's blocks, but the context needs no queries.
         (w_q, w_kv), (b_q, b_kv) = (p.split((width, 2 * width)) for p in self.qkv.parameters())
@@ -66,7 +67,7 @@ class PromptAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """CrossMAE's attention: hidden tokens attend to the context only.
+    """CrossMAE's attention: mask tokens attend to the context only.
 
     Args:
         width: E.
@@ -82,13 +83,13 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """From hidden tokens ``[R, M, E]`` and context ``[R, P + K, D]`` to ``[R, M, E]``."""
+        """From mask tokens ``[R, M, E]`` and context ``[R, P + K, D]`` to ``[R, M, E]``."""
         key, value = self.kv(context).chunk(2, dim=-1)
         return self.proj(attend(self.q(x), key, value, self.heads))
 
 
 class QueryBlock(nn.Module):
-    """A pre-norm block that updates hidden tokens and only reads the context.
+    """A pre-norm block that updates mask tokens and leaves the context unchanged.
 
     Args:
         attn: ``PromptAttention`` or ``CrossAttention``.
@@ -107,13 +108,13 @@ class QueryBlock(nn.Module):
         self.mlp = Mlp(width, MLP_RATIO * width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Update hidden tokens ``[R, M, E]`` from the context."""
+        """Update mask tokens ``[R, M, E]`` from the context."""
         x = x + self.attn(self.norm1(x), self.norm1(context) if self.norm_context else context)
         return x + self.mlp(self.norm2(x))
 
 
 class Decoder(nn.Module):
-    """What all decoders share: positions, mask token, blocks, final norm.
+    """Common part of all decoders: positional embeddings, mask token, blocks, final norm.
 
     Args:
         blocks: transformer blocks, in order.
@@ -122,7 +123,7 @@ class Decoder(nn.Module):
         grid: rows and columns of patches.
         num_prefix: P.
         layout: tokens to return; Q of them.
-        embed: whether the encoder's tokens are brought to the decoder's width.
+        embed: whether a linear layer maps the encoder's tokens to the decoder's width.
     """
 
     positions: Tensor
@@ -151,32 +152,34 @@ class Decoder(nn.Module):
         """Blocks in the order of the forward, for wrapping and compiling."""
         return list(self.blocks)
 
-    def context(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
-        """Encoder tokens ``[R, P + K, D]`` in the decoder's width, with positions."""
+    def embed_context(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
+        """Map encoder tokens ``[R, P + K, D]`` to ``[R, P + K, E]`` and add positions."""
         if self.embed is None:
             raise RuntimeError("this decoder was built without embedding; please report this")
         x = self.embed(tokens)
         prefix, visible = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        return torch.cat([prefix, visible + self.positions_of(choice.ids_keep, x.dtype)], dim=1)
+        return torch.cat([prefix, visible + self.gather_positions(choice.ids_keep, x.dtype)], dim=1)
 
-    def hidden(self, choice: PatchChoice, dtype: torch.dtype) -> Tensor:
-        """Mask tokens with the positions of the predicted hidden patches, ``[R, M, E]``."""
+    def mask_tokens(self, choice: PatchChoice, dtype: torch.dtype) -> Tensor:
+        """Return mask tokens with the positions of the predicted masked patches, ``[R, M, E]``."""
         ids = choice.ids_hidden[:, : self.layout.num_hidden]
-        return self.mask_token.to(dtype) + self.positions_of(ids, dtype)
+        return self.mask_token.to(dtype) + self.gather_positions(ids, dtype)
 
-    def positions_of(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Position codes, ``[R, ids, E]``."""
+    def gather_positions(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the positional embeddings of patches, ``[R, ids, E]``."""
         return F.embedding(ids, self.positions).to(dtype)
 
-    def outputs(self, context: Tensor | None, hidden: Tensor) -> Tensor:
-        """Final norm of the tokens that are predicted, ``[R, Q, E]``."""
+    def norm_predicted(self, context: Tensor | None, hidden: Tensor) -> Tensor:
+        """Apply the final norm to the predicted tokens, ``[R, Q, E]``."""
         if context is None:
             return self.norm(hidden)
-        return self.norm(torch.cat([*seen(context, self.num_prefix, self.layout), hidden], dim=1))
+        return self.norm(
+            torch.cat([*predicted_context(context, self.num_prefix, self.layout), hidden], dim=1)
+        )
 
 
-def seen(tokens: Tensor, num_prefix: int, layout: TokenLayout) -> list[Tensor]:
-    """The predicted ones among prefix and visible tokens, ``[R, P + K, ...]``."""
+def predicted_context(tokens: Tensor, num_prefix: int, layout: TokenLayout) -> list[Tensor]:
+    """Return the predicted tokens among prefix and visible ones, ``[R, P + K, ...]``."""
     parts = [tokens[:, :1]] if layout.cls else []
     if layout.num_visible:
         parts.append(tokens[:, num_prefix:])
@@ -184,58 +187,61 @@ def seen(tokens: Tensor, num_prefix: int, layout: TokenLayout) -> list[Tensor]:
 
 
 class FullDecoder(Decoder):
-    """MAE's: self-attention over context and mask tokens; positions make unshuffling needless.
+    """MAE's decoder: self-attention over context and mask tokens.
 
-    Where only hidden tokens are predicted, the last block is a ``QueryBlock`` of the same weights,
-    which leaves out what nothing reads: the last update of the visible ones.
+    Tokens are not unshuffled: positions are already added. Where only masked patches are predicted,
+    the last block is a ``QueryBlock`` of the same weights, which skips the unused update of the
+    visible tokens.
     """
 
     def forward(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
         """From encoder tokens ``[R, P + K, D]`` to ``[R, Q, E]``."""
-        context = self.context(tokens, choice)
+        context = self.embed_context(tokens, choice)
         length = context.shape[1]
-        x = torch.cat([context, self.hidden(choice, context.dtype)], dim=1)
+        x = torch.cat([context, self.mask_tokens(choice, context.dtype)], dim=1)
         for block in self.blocks:
             if isinstance(block, QueryBlock):
                 context, hidden = x[:, :length], x[:, length:]
                 x = run_block(block, hidden, context, recompute=self.grad_checkpointing)
-                return self.outputs(None, x)
+                return self.norm_predicted(None, x)
             x = run_block(block, x, recompute=self.grad_checkpointing)
-        return self.outputs(x[:, :length], x[:, length:])
+        return self.norm_predicted(x[:, :length], x[:, length:])
 
 
 class PromptDecoder(Decoder):
-    """MILAN's: mask tokens are prompted by a context that no block changes.
+    """MILAN's decoder: mask tokens are updated, prompted by a context that no block changes.
 
-    The prediction for a visible patch or the class token is its context token, normed: the encoder
-    is distilled directly.
+    The output for a visible patch or the class token is its normed context token, so these tokens
+    distil the encoder directly.
     """
 
     def forward(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
         """From encoder tokens ``[R, P + K, D]`` to ``[R, Q, E]``."""
-        context = self.context(tokens, choice)
-        x = self.hidden(choice, context.dtype)
+        context = self.embed_context(tokens, choice)
+        x = self.mask_tokens(choice, context.dtype)
         for block in self.blocks:
             x = run_block(block, x, context, recompute=self.grad_checkpointing)
-        return self.outputs(context, x)
+        return self.norm_predicted(context, x)
 
 
 class CrossDecoder(Decoder):
-    """CrossMAE's: independent mask tokens read the encoder's tokens in their own width.
+    """CrossMAE's decoder: independent mask tokens attend to the encoder's tokens of width D.
 
     Where visible tokens are predicted too, they are embedded and normed as in ``PromptDecoder``.
     """
 
     def forward(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
         """From encoder tokens ``[R, P + K, D]`` to ``[R, Q, E]``."""
-        x = self.hidden(choice, tokens.dtype)
+        x = self.mask_tokens(choice, tokens.dtype)
         for block in self.blocks:
             x = run_block(block, x, tokens, recompute=self.grad_checkpointing)
-        return self.outputs(None if self.embed is None else self.context(tokens, choice), x)
+        return self.norm_predicted(
+            None if self.embed is None else self.embed_context(tokens, choice), x
+        )
 
 
 class NoDecoder(nn.Module):
-    """Heads read the encoder's tokens themselves (MaskAlign, Unmasked Teacher); E = D.
+    """No decoder: heads on the encoder's tokens (MaskAlign, Unmasked Teacher); E = D.
 
     Args:
         num_prefix: P.
@@ -250,12 +256,12 @@ class NoDecoder(nn.Module):
         self.layout = layout
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """None."""
+        """Return no blocks."""
         return []
 
     def forward(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
-        """From encoder tokens ``[R, P + K, D]`` to ``[R, Q, D]``; ``choice`` is not read."""
-        return torch.cat(seen(tokens, self.num_prefix, self.layout), dim=1)
+        """From encoder tokens ``[R, P + K, D]`` to ``[R, Q, D]``; ``choice`` is unused."""
+        return torch.cat(predicted_context(tokens, self.num_prefix, self.layout), dim=1)
 
 
 def build_decoder(
@@ -275,8 +281,8 @@ def build_decoder(
         layout: tokens to return.
 
     Returns:
-        A module from (tokens ``[R, P + K, D]``, choice) to ``[R, Q, E]``; no parameter of it stays
-        without gradient. Weights are meant to be set by ``student.initialise``.
+        A module from (tokens ``[R, P + K, D]``, choice) to ``[R, Q, E]``, each of whose parameters
+        gets a gradient. ``initialise`` sets its weights.
 
     Raises:
         ValueError: for an unknown type.
@@ -308,7 +314,7 @@ def build_decoder(
 
 
 class Heads(nn.Module):
-    """One linear map a target.
+    """One linear layer per target.
 
     Args:
         width: E.
@@ -342,5 +348,5 @@ class Heads(nn.Module):
 
 
 def make_head(width: int, target_width: int | None) -> nn.Linear | None:
-    """Linear map, or nothing for a target that is not used."""
+    """Return a linear layer, or ``None`` for an unused target."""
     return None if target_width is None else nn.Linear(width, target_width)

@@ -1,4 +1,4 @@
-"""The module that a backend wraps: student, decoder and heads behind one forward.
+"""The trained module that a backend wraps: student, decoder and heads in one forward.
 
 Legend: B views in a micro-batch, R rows (masks), P prefix tokens, K visible, Q predicted tokens,
 D student width, E decoder width, F teacher width, p patch side in pixels.
@@ -16,18 +16,17 @@ from cmtmae_scale.method.targets import Predictions, TokenLayout
 
 
 class CollaborativeMAE(nn.Module):
-    """Everything that is trained; builds only what the config's weights need.
+    """Everything that is trained; only what the config's loss weights need is built.
 
     Args:
         config: checked settings.
         teacher_width: F; needed where the teacher's features are a target.
 
     Raises:
-        ConfigError: if the class token is to be predicted and the student has none.
+        ConfigError: if the class token is a prediction target and the student has none.
         ValueError: if the teacher's width is missing.
 
-    The encoder is one attribute and the rest its siblings, so that the prefix ``encoder.`` strips
-    to timm's keys.
+    All encoder keys have the prefix ``encoder.``; without it they are timm's.
     """
 
     encoder: Student
@@ -42,7 +41,7 @@ class CollaborativeMAE(nn.Module):
         counts = token_counts(rows * columns, config.mask.ratio, config.mask.throw_ratio)
         layout = TokenLayout.from_config(config, *counts)
         if not (need.teacher_features or need.student_features):
-            layout = layout.without_cls()  # pixels have no class token: it would go unused
+            layout = layout.without_cls()  # pixels have no class token
         if layout.cls and not self.encoder.has_class_token:
             raise ConfigError(
                 f"loss.include_cls=true, but student.arch={config.student.arch} has no class "

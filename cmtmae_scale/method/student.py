@@ -1,11 +1,11 @@
-"""The student and the momentum student: timm's VisionTransformer, with methods added only.
+"""Student and momentum encoder: timm's VisionTransformer with added methods.
 
-The state dicts are timm's own, so an exported encoder loads with ``timm.create_model``.
+The state dicts are timm's, so an exported encoder loads with ``timm.create_model``.
 
 Legend: B views in a micro-batch, R rows (masks_per_view masks of each view), N patches, K visible,
 P prefix tokens (class token, registers), D width, H heads, p patch side in pixels.
 
-Source: method.md 4.1, 4.8, 7.
+Source: docs/method.md, sections "Attention maps", "Student" and "Momentum encoder".
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -29,11 +29,11 @@ from cmtmae_scale.method.attention import mean_query_row, patch_map
 from cmtmae_scale.method.initialisation import TOKENS, fix_positions
 
 VIT_MODULES = {"vision_transformer", "deit"}
-"""timm's modules whose models may be a plain VisionTransformer."""
+"""Modules of timm whose models may be a plain VisionTransformer."""
 
 
 def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
-    """Call a block, keeping only its inputs for the backward pass if ``recompute``."""
+    """Call a block; with ``recompute`` only its inputs are kept for the backward."""
     if recompute and torch.is_grad_enabled():
         return cast(
             Tensor, checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -42,11 +42,11 @@ def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
 
 
 class Student(VisionTransformer):
-    """timm's VisionTransformer that embeds and processes the visible patches only."""
+    """timm's VisionTransformer, computing on the visible patches only."""
 
     @property
     def num_prefix(self) -> int:
-        """P: class token and registers."""
+        """P: number of class token and registers."""
         return self.num_prefix_tokens
 
     @property
@@ -57,7 +57,7 @@ class Student(VisionTransformer):
 
     @property
     def patch_side(self) -> int:
-        """Side of a patch, pixels."""
+        """Side of a patch in pixels."""
         return self.patch_embed.patch_size[0]
 
     def transformer_blocks(self) -> list[nn.Module]:
@@ -87,8 +87,8 @@ class Student(VisionTransformer):
         return self.norm(x)
 
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Input of the first block, ``[R, P + K, D]``; arguments as ``forward``."""
-        patches = self.cut(images)  # [B, N, 3 p p]
+        """Return the input of the first block, ``[R, P + K, D]``; arguments as in ``forward``."""
+        patches = self.unfold_patches(images)  # [B, N, 3 p p]
         if ids_keep is not None:
             patches = gather_rows(patches, ids_keep)  # [R, K, 3 p p]
         projection = cast(nn.Conv2d, self.patch_embed.proj)
@@ -108,8 +108,8 @@ class Student(VisionTransformer):
             x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return self.norm_pre(x)
 
-    def cut(self, images: Tensor) -> Tensor:
-        """Patches in row-major order, ``[B, N, 3 p p]``, each in the order of a conv's weight."""
+    def unfold_patches(self, images: Tensor) -> Tensor:
+        """Return patches ``[B, N, 3 p p]``, each in the order of a convolution's weight."""
         batch, channels, height, width = images.shape
         (rows, columns), side = self.grid, self.patch_side
         if (height, width) != (rows * side, columns * side):
@@ -122,7 +122,7 @@ class Student(VisionTransformer):
 
 
 def gather_rows(patches: Tensor, ids: Tensor) -> Tensor:
-    """Take ``ids`` ``[R, K]`` from ``patches`` ``[B, N, C]``; each view serves R / B rows."""
+    """Gather ``ids`` ``[R, K]`` from ``patches`` ``[B, N, C]``; each view has R / B rows."""
     (views, _, width), (rows, count) = patches.shape, ids.shape
     if rows % views:
         raise ValueError(f"{rows} masks are not a multiple of {views} views")
@@ -131,12 +131,12 @@ def gather_rows(patches: Tensor, ids: Tensor) -> Tensor:
 
 
 class RowAttention(Attention):
-    """timm's attention that also returns how much its queries attend to each token."""
+    """timm's attention that also returns the attention row over all tokens."""
 
     queries: slice
-    """Tokens whose attention is averaged: the class token, or the patches where there is none."""
+    """Tokens whose attention is averaged: the class token, else all patches."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - full pictures, no mask
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
         self, x: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Attend.
@@ -145,9 +145,9 @@ class RowAttention(Attention):
             x: ``[B, P + N, D]``.
 
         Returns:
-            timm's own output, and the row, float32 ``[B, P + N]``, mean over heads, no gradient.
+            timm's output, and the row, float32 ``[B, P + N]``, mean over heads, no gradient.
 
-        Source: method.md 4.1 and 7.3.
+        Source: docs/method.md, section "Attention maps".
         """
         batch, length, _ = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
@@ -160,32 +160,32 @@ class RowAttention(Attention):
 
 
 class RowBlock(Block):
-    """timm's block around ``RowAttention``: hands the row on instead of keeping it."""
+    """timm's block around ``RowAttention``, which also returns the attention row."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - full pictures, no mask
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
         self, x: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """From ``[B, P + N, D]`` to timm's own output and the row ``[B, P + N]``."""
+        """From ``[B, P + N, D]`` to timm's output and the row ``[B, P + N]``."""
         attended, row = self.attn(self.norm1(x))
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), row
 
 
 class MomentumEncoder(Student):
-    """The student's moving average: features and attention of whole pictures.
+    """EMA copy of the student: features and attention map of whole images.
 
-    Built by ``build_student``, which calls ``configure``; computes only what the config uses.
+    ``build_student`` builds it and calls ``configure``; only what the config uses is computed.
     """
 
     attention_layers: tuple[int, ...]
-    """Blocks whose maps are averaged; empty: no map."""
+    """Blocks whose attention maps are averaged; empty: no attention map."""
     feature_layers: tuple[int, ...]
-    """Blocks whose outputs are averaged; empty: no features, or those after the final norm."""
+    """Blocks whose outputs are averaged; empty: no features, or those of the final norm."""
     normed_features: bool
     """Features are taken after the final norm."""
 
     def configure(self, config: Config) -> None:
-        """Choose the blocks to read and prepare their attention.
+        """Choose the blocks that give attention maps and features.
 
         Raises:
             ConfigError: if a block is missing or is not timm's plain one.
@@ -195,9 +195,11 @@ class MomentumEncoder(Student):
         self.normed_features = need.student_features and target.feature == "norm"
         if need.student_attention:
             layers = config.attention.layers
-            self.attention_layers = count_layers(layers, depth, "attention.layers")
+            self.attention_layers = resolve_student_layers(layers, depth, "attention.layers")
         if need.student_features and target.feature == "block":
-            self.feature_layers = count_layers(target.layers, depth, "target.student.layers")
+            self.feature_layers = resolve_student_layers(
+                target.layers, depth, "target.student.layers"
+            )
         for i in self.attention_layers:
             block = self.blocks[i]
             if type(block) is not Block or type(block.attn) is not Attention:
@@ -215,15 +217,15 @@ class MomentumEncoder(Student):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another kind of output
         self, images: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Read whole pictures; meant for eval mode.
+        """Encode whole images, in eval mode.
 
         Args:
             images: normalised, ``[B, 3, S, S]``.
 
         Returns:
             Features ``[B, 1 + N, D]`` (``[B, N, D]`` without class token; registers are dropped)
-            and attention ``[B, N]``, float32, rows sum to 1; ``None`` where the config does not use
-            it.
+            and the attention map ``[B, N]``, float32, rows sum to 1; ``None`` for an output that
+            the config does not use.
         """
         depth = self.num_needed_blocks
         if not depth:
@@ -241,33 +243,33 @@ class MomentumEncoder(Student):
                 outputs.append(x)
         if self.normed_features:
             outputs.append(self.norm(x))
-        features = self.without_registers(mean(outputs)) if outputs else None
-        return features, mean(maps) if maps else None
+        features = self.drop_registers(average_layers(outputs)) if outputs else None
+        return features, average_layers(maps) if maps else None
 
     @property
     def num_needed_blocks(self) -> int:
-        """Blocks up to the last one that is read."""
+        """Number of blocks up to the last one whose output is used."""
         if self.normed_features:
             return len(self.blocks)
         return max((*self.attention_layers, *self.feature_layers), default=-1) + 1
 
-    def without_registers(self, x: Tensor) -> Tensor:
-        """Class token, if any, and patches."""
+    def drop_registers(self, x: Tensor) -> Tensor:
+        """Return class token, if any, and patches."""
         if not self.num_reg_tokens:
             return x
         patches = x[:, self.num_prefix :]
         return torch.cat([x[:, :1], patches], dim=1) if self.has_class_token else patches
 
 
-def mean(tensors: list[Tensor]) -> Tensor:
-    """Mean of equally shaped tensors, in float32 if there are several."""
+def average_layers(tensors: list[Tensor]) -> Tensor:
+    """Return the mean of equally shaped tensors, in float32 if there are several."""
     if len(tensors) == 1:
         return tensors[0]
     return torch.stack([tensor.float() for tensor in tensors]).mean(dim=0)
 
 
-def count_layers(layers: list[int], depth: int, key: str) -> tuple[int, ...]:
-    """Block numbers counted from 0.
+def resolve_student_layers(layers: list[int], depth: int, key: str) -> tuple[int, ...]:
+    """Return block numbers counted from 0.
 
     Raises:
         ConfigError: if a block does not exist or is named twice.
@@ -286,18 +288,18 @@ S = TypeVar("S", bound=Student)
 
 
 def build_student(config: Config, cls: type[S] = Student) -> S:
-    """Build ``student.arch`` for pictures of ``views.image_size``.
+    """Build ``student.arch`` for images of ``views.image_size``.
 
     Args:
         config: checked settings.
         cls: ``Student``, or ``MomentumEncoder``, which comes in eval mode and without gradients.
 
     Returns:
-        The model on the default device, with fixed positions. Its weights are meant to be set by
-        ``initialise`` or a state dict: tokens are zero, the rest is torch's default. Its keys are
-        those of ``timm.create_model(arch, num_classes=0, fc_norm=False, global_pool=...)`` with
-        ``token`` for models with class token and ``avg`` for the others, which are the defaults of
-        vit_base, vit_large and vit_huge.
+        The model on the default device, with fixed positional embeddings. ``initialise`` or a state
+        dict sets its weights: tokens are zero, the rest is torch's default. Its keys are those of
+        ``timm.create_model(arch, num_classes=0, fc_norm=False, global_pool=...)`` with ``token``
+        for models with class token and ``avg`` for the others, which are the defaults of vit_base,
+        vit_large and vit_huge.
 
     Raises:
         ConfigError: if timm has no such model, or it is not a plain VisionTransformer.
@@ -309,7 +311,7 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
             "timm.list_models('vit_*') lists them"
         )
     if not is_model_in_modules(arch, VIT_MODULES):
-        raise not_plain(arch, "another kind of model")
+        raise unsupported_arch(arch, "another kind of model")
     options: dict[str, Any] = {"num_classes": 0, "img_size": size, "weight_init": "skip"}
     if config.student.patch_size is not None:
         options["patch_size"] = config.student.patch_size
@@ -338,8 +340,8 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
     return cast(S, model)
 
 
-def not_plain(arch: str, found: str) -> ConfigError:
-    """Error for an architecture that is not supported."""
+def unsupported_arch(arch: str, found: str) -> ConfigError:
+    """Return the error for an unsupported architecture."""
     return ConfigError(
         f"student.arch={arch} is {found}; use a plain timm VisionTransformer such as "
         "vit_base_patch16_224"
@@ -347,21 +349,25 @@ def not_plain(arch: str, found: str) -> ConfigError:
 
 
 def check_plain(model: nn.Module, arch: str) -> VisionTransformer:
-    """Return a model of timm's plain class; refuse what the student's forward does not compute.
+    """Return a model that the student's forward supports.
 
     Raises:
-        ConfigError: naming what was found.
+        ConfigError: if it is not a plain VisionTransformer; names what was found.
     """
     if type(model) is not VisionTransformer:
-        raise not_plain(arch, f"a {type(model).__name__}")
+        raise unsupported_arch(arch, f"a {type(model).__name__}")
     if model.pos_embed is None:
-        raise not_plain(arch, "a model without position embedding")
+        raise unsupported_arch(arch, "a model without positional embedding")
     if model.embed_dim % 4:
-        raise not_plain(arch, f"{model.embed_dim} channels wide, which is not a multiple of 4")
+        raise unsupported_arch(
+            arch, f"{model.embed_dim} channels wide, which is not a multiple of 4"
+        )
     if not isinstance(model.patch_drop, nn.Identity):
-        raise not_plain(arch, "a model that drops patches")
+        raise unsupported_arch(arch, "a model that drops patches")
     if len(set(model.patch_embed.patch_size)) != 1:
-        raise not_plain(arch, f"a model with patches of {model.patch_embed.patch_size} pixels")
+        raise unsupported_arch(
+            arch, f"a model with patches of {model.patch_embed.patch_size} pixels"
+        )
     if any(getattr(module, "gate", None) is not None for module in model.modules()):
-        raise not_plain(arch, "a model with gated attention")
+        raise unsupported_arch(arch, "a model with gated attention")
     return model

@@ -39,8 +39,9 @@ class Pretraining:
     """
 
     name = "pre-training"
-    terms = LOSSES + OBSERVED
-    free_keys = (
+    terms: tuple[str, ...] = LOSSES + OBSERVED
+    logged: tuple[str, ...]
+    free_keys: tuple[str, ...] = (
         "cache.",
         "teacher.mode",
         "train.micro_batch_size",

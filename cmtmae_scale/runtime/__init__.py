@@ -1,1 +1,1 @@
-"""Process facts: ranks, collectives, logging."""
+"""Facilities of a running process: ranks, collectives, storage, locks, logging."""

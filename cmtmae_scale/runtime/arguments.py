@@ -1,23 +1,55 @@
-"""Command lines whose mistakes leave with the exit code of what can never work."""
+"""Command lines whose errors exit with the code of a config that can never work."""
 
 import argparse
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 from cmtmae_scale.errors import EXIT_CONFIG
 
+PROGRAM = "cmtmae"
+UNKNOWN = "unrecognized arguments: "
+"""How argparse begins the message about options that a parser lacks."""
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser that exits with 78 where argparse would with 2."""
+    """A parser that exits with 78 where argparse exits with 2.
+
+    Args:
+        hint: returns what to write in place of an option of another program, given its name;
+            ``None``: unknown options get no hint.
+        options: of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, *, hint: Callable[[str], str | None] | None = None, **options: Any) -> None:
+        options.setdefault("prog", command_name())
+        super().__init__(**options)
+        self.hint = hint
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and message, and leave."""
+        """Print usage and message, then exit."""
         self.print_usage(sys.stderr)
-        self.exit(EXIT_CONFIG, f"{self.prog}: {message}\n")
+        self.exit(EXIT_CONFIG, f"{self.prog}: {self.with_hint(message)}\n")
+
+    def with_hint(self, message: str) -> str:
+        """Return a message; about an unknown option, with the setting that was meant."""
+        if self.hint is None or not message.startswith(f"{UNKNOWN}--"):
+            return message
+        first = message.removeprefix(UNKNOWN).split()[0].partition("=")[0]
+        name = first.removeprefix("--").replace("-", "_")
+        remedy = self.hint(name) or ("drop the dashes" if "." in name else None)
+        return f"{first}: settings are key=value; {remedy}" if remedy else message
+
+
+def command_name() -> str:
+    """Return how this command was called: ``cmtmae pretrain``, or a launcher's file name."""
+    name = Path(sys.argv[0]).name
+    return f"{name} {sys.argv[1]}" if name == PROGRAM and sys.argv[1:] else name
 
 
 def at_least_one(text: str) -> int:
-    """Read a whole number of at least 1."""
+    """Return a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -25,19 +57,27 @@ def at_least_one(text: str) -> int:
 
 
 def above_zero(text: str) -> float:
-    """Read a finite number above 0."""
-    found = float(text)
-    if not 0 < found < float("inf"):
+    """Return a finite number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return found
+    return number
+
+
+def not_negative(text: str) -> float:
+    """Return a finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
+    return number
 
 
 def share(text: str) -> float:
-    """Read a number in [0, 1]."""
-    found = float(text)
-    if not 0 <= found <= 1:
+    """Return a number in [0, 1]."""
+    number = float(text)
+    if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} must lie in [0, 1]")
-    return found
+    return number
 
 
 def add_launcher_options(parser: argparse.ArgumentParser) -> None:

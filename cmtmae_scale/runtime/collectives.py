@@ -12,12 +12,12 @@ from cmtmae_scale.runtime.launch import World
 
 
 def pick_device(world: World) -> torch.device:
-    """Take this rank's GPU, or the CPU where there is none."""
+    """Return this rank's GPU, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if world.launcher == "srun" and count == 1:
-        return torch.device("cuda", 0)  # --gpus-per-task shows each task its own alone
+        return torch.device("cuda", 0)  # --gpus-per-task hides the other tasks' GPUs
     if world.local_world_size > count:
         raise ConfigError(
             f"{world.local_world_size} processes on this node, but {count} GPUs; "
@@ -28,18 +28,18 @@ def pick_device(world: World) -> torch.device:
 
 @contextmanager
 def process_group(world: World, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
-    """Hold the default process group open: gloo for the host, and NCCL for GPUs."""
+    """Open the default process group: gloo for the host, and NCCL for GPUs."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world.launcher == "alone":
+    if world.launcher == "none":
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(
             backend,
-            init_method=world.meeting,
+            init_method=world.init_method,
             rank=world.rank,
             world_size=world.world_size,
             timeout=timeout,
@@ -51,18 +51,18 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
 
 
 def ranks() -> int:
-    """Number of ranks; 1 without a process group."""
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for every rank."""
     if ranks() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
-def agree_all(mine: bool) -> bool:
-    """Tell whether a statement holds on every rank."""
+def all_ranks_agree(mine: bool) -> bool:
+    """Return whether a flag is true on every rank."""
     if ranks() == 1:
         return mine
     flag = torch.tensor([int(mine)])
@@ -70,7 +70,7 @@ def agree_all(mine: bool) -> bool:
     return bool(flag.item())
 
 
-def from_first(value: int) -> int:
+def broadcast_int(value: int) -> int:
     """Return rank 0's integer on every rank."""
     if ranks() == 1:
         return value
@@ -79,20 +79,20 @@ def from_first(value: int) -> int:
     return int(box.item())
 
 
-def texts_of_all(mine: str) -> list[str]:
-    """Return every rank's text, in the order of ranks."""
+def gather_texts(mine: str) -> list[str]:
+    """Return every rank's text, in rank order."""
     found = [mine] * ranks()
     if ranks() > 1:
         dist.all_gather_object(found, mine)
     return found
 
 
-def text_from_first(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """Return rank 0's text on every rank."""
     if ranks() == 1:
         return text
     data = text.encode()
-    size = from_first(len(data))
+    size = broadcast_int(len(data))
     if not size:
         return ""
     mine = data if dist.get_rank() == 0 else bytes(size)

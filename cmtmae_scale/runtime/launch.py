@@ -1,4 +1,4 @@
-"""Who am I: rank and device, from torchrun, deepspeed, srun, a Kubernetes job, or alone."""
+"""Find this process's rank and device, under any launcher or none."""
 
 import os
 import re
@@ -9,42 +9,42 @@ from cmtmae_scale.errors import ConfigError
 
 
 class World(NamedTuple):
-    """Place of this process among all."""
+    """Rank of this process, and how the ranks connect."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     launcher: str
-    meeting: str = "env://"
-    """Where the ranks meet, as ``torch.distributed`` names it."""
+    init_method: str = "env://"
+    """Rendezvous address, as ``torch.distributed`` takes it."""
 
 
 def find_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Read the place from the environment.
+    """Read rank and world size from the environment.
 
-    A launcher's variables come first, then those of an srun step, then those of a Kubernetes
-    Indexed Job, whose pods are on their own unless WORLD_SIZE and MASTER_ADDR are given.
+    A launcher's variables have precedence, then those of an srun step, then those of a Kubernetes
+    Indexed Job. A pod without WORLD_SIZE and MASTER_ADDR is a run of its own.
 
     Raises:
         ConfigError: if the variables are incomplete or contradict each other.
     """
     if "RANK" in environment:
-        world = launched(environment)
+        world = read_launcher(environment)
     elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        world = srun_task(environment)
+        world = read_srun(environment)
     elif "JOB_COMPLETION_INDEX" in environment and {"WORLD_SIZE", "MASTER_ADDR"} & {*environment}:
-        world = pod(environment)
+        world = read_pod(environment)
     else:
-        return World(0, 1, 0, 1, "alone")
+        return World(0, 1, 0, 1, "none")
     inside = 0 <= world.local_rank < world.local_world_size <= world.world_size
     if not inside or not 0 <= world.rank < world.world_size:
         raise ConfigError(f"the launcher's variables contradict each other: {world}")
     return world
 
 
-def launched(environment: Mapping[str, str]) -> World:
-    """A process of torchrun, of the deepspeed command, or of whoever sets the same variables."""
+def read_launcher(environment: Mapping[str, str]) -> World:
+    """Read the variables of torchrun, the deepspeed command, or a launcher that sets the same."""
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment"
     local_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE"))
     if "LOCAL_SIZE" in environment and "LOCAL_WORLD_SIZE" not in environment:
@@ -60,15 +60,15 @@ def launched(environment: Mapping[str, str]) -> World:
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"RANK={environment['RANK']} is set, but WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is "
-            "absent or no number; start with torchrun or unset RANK"
+            "absent or no number; launch with torchrun or unset RANK"
         ) from error
 
 
-def srun_task(environment: Mapping[str, str]) -> World:
-    """A task of ``srun python``; the ranks meet on the step's first node.
+def read_srun(environment: Mapping[str, str]) -> World:
+    """Read the variables of a task of ``srun python``; the rendezvous is on the step's first node.
 
-    The port follows from the numbers of job and step, unless MASTER_PORT is set; the first node may
-    be given as MASTER_ADDR.
+    MASTER_ADDR overrides the node. MASTER_PORT overrides the port, which otherwise is computed from
+    the numbers of job and step.
     """
     try:
         node = int(environment["SLURM_NODEID"])
@@ -86,15 +86,16 @@ def srun_task(environment: Mapping[str, str]) -> World:
         )
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(
-            f"SLURM's variables of this step are incomplete ({error}); start with srun, or with "
+            f"SLURM's variables of this step are incomplete ({error}); launch with srun, or with "
             "torchrun within it"
         ) from error
 
 
-def pod(environment: Mapping[str, str]) -> World:
-    """A pod of an Indexed Job that runs one process; the number of pods must be said in its spec.
+def read_pod(environment: Mapping[str, str]) -> World:
+    """Read the variables of a pod of an Indexed Job with one process per pod.
 
-    MASTER_ADDR is the first pod's name in the job's headless service, as ``NAME-0.SERVICE``.
+    The pod's spec must set WORLD_SIZE, the number of pods, and MASTER_ADDR, the first pod's name in
+    the job's headless service: ``NAME-0.SERVICE``.
     """
     try:
         return World(
@@ -108,22 +109,22 @@ def pod(environment: Mapping[str, str]) -> World:
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"JOB_COMPLETION_INDEX={environment['JOB_COMPLETION_INDEX']} is set, but {error}: give "
-            "WORLD_SIZE (the job's completions) and MASTER_ADDR in the pod's env, or start with "
+            "WORLD_SIZE (the job's completions) and MASTER_ADDR in the pod's env, or launch with "
             "torchrun"
         ) from error
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Read SLURM's short form: ``4(x2),3`` is ``[4, 4, 3]``."""
+    """Parse SLURM's short form: ``4(x2),3`` is ``[4, 4, 3]``."""
     counts: list[int] = []
-    for part in text.split(","):
-        count, _, times = part.partition("(x")
+    for item in text.split(","):
+        count, _, times = item.partition("(x")
         counts += [int(count)] * int(times.rstrip(")") or 1)
     return counts
 
 
 def first_host(text: str) -> str:
-    """The first name of SLURM's short form: ``gpu[007-012,020],big1`` gives ``gpu007``."""
+    """Return the first host of SLURM's short form: ``gpu007`` of ``gpu[007-012,020],big1``."""
     found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", text)
     if found is None:
         raise ValueError(f"SLURM_STEP_NODELIST={text!r}")

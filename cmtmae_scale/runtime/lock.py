@@ -1,12 +1,12 @@
-"""One run a folder: rank 0 holds ``RUN_DIR/lock`` for the life of the run.
+"""One run per folder: rank 0 holds ``RUN_DIR/lock`` for the lifetime of the run.
 
-The lock is the file with the highest number in that folder. A number is taken by exclusive
-creation, which every shared file system has (``flock`` may not reach across hosts), and only files
-below the highest are deleted. So of any number of starts exactly one gets the next number, and
-nobody removes a lock that somebody else has just taken.
+The lock is the file with the highest number in that folder. A process takes a number by exclusive
+creation, which every shared file system supports (``flock`` may not work across hosts), and deletes
+only files with lower numbers. So exactly one of concurrent launches gets the next number, and no
+process deletes a lock that another process has just taken.
 
-A holder on this host is alive if its process is. One on another host is alive if its file changes
-while we watch; no clocks are compared.
+A holder on this host is alive if its process is alive. A holder on another host is alive if its
+file changes while this process watches; no clocks are compared.
 """
 
 import json
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.collectives import text_from_first
-from cmtmae_scale.runtime.processes import started
+from cmtmae_scale.runtime.collectives import broadcast_text
+from cmtmae_scale.runtime.processes import start_ticks
 from cmtmae_scale.runtime.storage import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -38,16 +38,16 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def hold_run(
     run_dir: Path, rank: int, beat_s: float = BEAT_S, patience_s: float = PATIENCE_S
 ) -> Iterator[None]:
-    """Hold a run's folder; all ranks wait for rank 0, which takes it.
+    """Hold a run's folder; all ranks wait until rank 0 has taken the lock.
 
     Args:
-        run_dir: the folder; made if it is absent.
+        run_dir: the folder; created if it is absent.
         rank: this rank.
-        beat_s: seconds between signs of life.
-        patience_s: seconds without a sign after which a holder on another host counts as gone.
+        beat_s: seconds between heartbeats.
+        patience_s: seconds without a heartbeat after which a holder on another host counts as dead.
 
     Raises:
-        ConfigError: on every rank, if another run holds it or it cannot be written.
+        ConfigError: on every rank, if another run holds the folder or it cannot be written.
     """
     lock, problem = None, ""
     if rank == 0:
@@ -60,7 +60,7 @@ def hold_run(
                 f"run.output_dir={run_dir} cannot be written ({error.strerror}: {error.filename}); "
                 "correct it or choose another"
             )
-    problem = text_from_first(problem)
+    problem = broadcast_text(problem)
     if problem:
         raise ConfigError(problem)
     try:
@@ -71,80 +71,80 @@ def hold_run(
 
 
 class RunLock:
-    """A held lock; taken when it is built.
+    """A held lock; the constructor takes it.
 
     Raises:
-        ConfigError: names the holder.
+        ConfigError: if another process holds the lock.
         OSError: if the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path, beat_s: float, patience_s: float) -> None:
         self.folder = run_dir / "lock"
         self.beat_s = beat_s
-        self.holder = this_process()
+        self.holder = identify_process()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.number = 0
         while not self.number:
             newest = newest_number(self.folder)
             if newest:
-                wait_until_gone(run_dir, path_of(self.folder, newest), self.holder, patience_s)
-            if create(path_of(self.folder, newest + 1), self.holder):
+                await_holder(run_dir, lock_path(self.folder, newest), self.holder, patience_s)
+            if create_lock(lock_path(self.folder, newest + 1), self.holder):
                 if newest_number(self.folder) == newest + 1:
                     self.number = newest + 1
-                else:  # ours had been taken, held and deleted while we watched
-                    path_of(self.folder, newest + 1).unlink(missing_ok=True)
-        for old in numbers(self.folder):
+                else:  # another process took, held and deleted this number meanwhile
+                    lock_path(self.folder, newest + 1).unlink(missing_ok=True)
+        for old in list_numbers(self.folder):
             if old < self.number:
-                path_of(self.folder, old).unlink(missing_ok=True)
+                lock_path(self.folder, old).unlink(missing_ok=True)
         self.released = threading.Event()
         self.thread = threading.Thread(target=self.beat, name="lock", daemon=True)
         self.thread.start()
 
     def beat(self) -> None:
-        """Show every now and then that the holder lives."""
-        path = path_of(self.folder, self.number)
+        """Touch the lock file at intervals; stop the run if another process has taken over."""
+        path = lock_path(self.folder, self.number)
         while not self.released.wait(self.beat_s):
             try:
                 os.utime(path)
                 lost = newest_number(self.folder) > self.number
             except OSError:
-                continue  # a store that fails for a while; the next beat tells
+                continue  # the store failed; the next beat tries again
             if lost:
                 logger.error(
-                    "%s was taken over while this process stood still; stopping", self.folder
+                    "%s was taken over while this process was suspended; stopping", self.folder
                 )
                 signal.raise_signal(signal.SIGTERM)
                 return
 
     def release(self) -> None:
-        """Free the folder; the file stays as a record, and so that numbers only grow."""
+        """Release the folder; the file stays, so that numbers only grow."""
         self.released.set()
         self.thread.join()
-        path = path_of(self.folder, self.number)
+        path = lock_path(self.folder, self.number)
         try:
             if path.exists():
                 write_atomic(path, json.dumps(self.holder | {"released": True}))
-        except OSError as error:  # the next start finds a dead process
+        except OSError as error:  # the next launch finds a dead process
             logger.warning("%s could not be released (%s)", path, error)
 
 
-def path_of(folder: Path, number: int) -> Path:
-    """File of a number."""
+def lock_path(folder: Path, number: int) -> Path:
+    """Return the file of a number."""
     return folder / f"{number:08d}.json"
 
 
-def numbers(folder: Path) -> list[int]:
-    """All numbers in a lock's folder."""
+def list_numbers(folder: Path) -> list[int]:
+    """Return all numbers in a lock's folder."""
     return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
 
 
 def newest_number(folder: Path) -> int:
-    """Highest number, or 0."""
-    return max(numbers(folder), default=0)
+    """Return the highest number, or 0."""
+    return max(list_numbers(folder), default=0)
 
 
-def create(path: Path, holder: dict[str, Any]) -> bool:
-    """Write a file that must not exist; whether we did."""
+def create_lock(path: Path, holder: dict[str, Any]) -> bool:
+    """Create a lock file; return whether it did not exist."""
     try:
         with path.open("x") as opened:
             opened.write(json.dumps(holder))
@@ -156,72 +156,74 @@ def create(path: Path, holder: dict[str, Any]) -> bool:
     return True
 
 
-def this_process() -> dict[str, Any]:
-    """What a lock says about its holder."""
+def identify_process() -> dict[str, Any]:
+    """Return what identifies this process on any host."""
     pid = os.getpid()
     return {
         "host": socket.gethostname(),
         "pid": pid,
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "started": started(pid),
+        "started": start_ticks(pid),
         "pids": f"{BOOT_ID.read_text().strip()} {os.readlink(PID_NAMESPACE)}",
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
 
 
-def is_gone(holder: dict[str, Any], me: dict[str, Any]) -> bool | None:
-    """Whether a holder has ended; ``None`` if that cannot be seen from here."""
+def is_dead(holder: dict[str, Any], me: dict[str, Any]) -> bool | None:
+    """Return whether a holder has released or ended; ``None`` if this host cannot know."""
     if holder.get("released"):
         return True
     if holder["pids"] == me["pids"]:
-        return started(holder["pid"]) != holder["started"]
+        return start_ticks(holder["pid"]) != holder["started"]
     if me["job"] is not None and holder.get("job") == me["job"]:
         return True if holder.get("restart") != me["restart"] else None
     return None
 
 
-def wait_until_gone(run_dir: Path, path: Path, me: dict[str, Any], patience_s: float) -> None:
-    """Return when a lock's holder is gone.
+def await_holder(run_dir: Path, path: Path, me: dict[str, Any], patience_s: float) -> None:
+    """Wait until a lock's holder is known to be dead.
 
     Raises:
-        ConfigError: if it is alive.
+        ConfigError: if the holder is alive.
     """
-    began, first, told = time.monotonic(), None, False
+    began, first, warned = time.monotonic(), None, False
     while time.monotonic() - began < patience_s:
         try:
-            with path.open() as opened:  # opening fetches a network file's present state
+            with path.open() as opened:  # opening a network file fetches its current state
                 seen, text = os.fstat(opened.fileno()).st_mtime_ns, opened.read()
         except FileNotFoundError:
             return  # a later number has been taken
-        holder = parse(text)
-        gone = is_gone(holder, me) if holder else None
+        holder = parse_holder(text)
+        dead = is_dead(holder, me) if holder else None
         first = first or (seen if holder else None)
-        if gone:
+        if dead:
             if not (holder or {}).get("released"):
                 logger.warning(
-                    "taking over run.output_dir=%s from %s, which is gone", run_dir, name(holder)
+                    "taking over run.output_dir=%s from %s, which is dead",
+                    run_dir,
+                    format_holder(holder),
                 )
             return
-        if gone is False or (holder and seen != first):
+        if dead is False or (holder and seen != first):
             raise ConfigError(
-                f"run.output_dir={run_dir} is in use by {name(holder)}; stop that run or choose another "
-                "run.output_dir"
+                f"run.output_dir={run_dir} is in use by {format_holder(holder)}; stop that run or "
+                "choose another run.output_dir"
             )
-        if not told:
+        if not warned:
             logger.warning(
-                "run.output_dir=%s was held by %s; watching for %.0f s whether it still is",
+                "run.output_dir=%s was held by %s; watching for %.0f s whether it is alive",
                 run_dir,
-                name(holder),
+                format_holder(holder),
                 patience_s,
             )
-            told = True
+            warned = True
         time.sleep(min(0.5, patience_s / 20))
-    logger.warning("taking over run.output_dir=%s: no sign of life for %.0f s", run_dir, patience_s)
+    logger.warning("taking over run.output_dir=%s: no heartbeat for %.0f s", run_dir, patience_s)
 
 
-def parse(text: str) -> dict[str, Any] | None:
-    """Read a lock's text; ``None`` while it is being written, or if it is no lock's."""
+def parse_holder(text: str) -> dict[str, Any] | None:
+    """Parse a lock file; return ``None`` if it is incomplete or no lock file."""
     try:
         holder = json.loads(text)
     except ValueError:
@@ -232,8 +234,8 @@ def parse(text: str) -> dict[str, Any] | None:
     return cast(dict[str, Any], holder) if known else None
 
 
-def name(holder: dict[str, Any] | None) -> str:
-    """How a holder is named in messages."""
+def format_holder(holder: dict[str, Any] | None) -> str:
+    """Return a holder's name for messages."""
     if holder is None:
         return "an unknown process"
     job = f" (SLURM job {holder['job']})" if holder.get("job") else ""

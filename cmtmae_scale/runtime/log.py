@@ -1,11 +1,11 @@
-"""Log lines: rank 0 at INFO, the others from WARNING with their rank."""
+"""Logging: rank 0 from INFO on, other ranks from WARNING on with their rank."""
 
 import logging
 import sys
 
 
 def set_up_logging(rank: int, world_size: int) -> None:
-    """Send the packages' records to standard error, one format for all."""
+    """Send the packages' log records to standard error in one format."""
     mark = f"[rank {rank}] " if world_size > 1 and rank else ""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

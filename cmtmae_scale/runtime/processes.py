@@ -1,4 +1,4 @@
-"""Processes of this machine, as ``/proc`` shows them."""
+"""Processes of this machine, read from ``/proc``."""
 
 import os
 from collections.abc import Iterator
@@ -6,27 +6,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 LAUNCHERS = frozenset(
-    (
-        *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
-        *("deepspeed", "deepspeed.launcher.launch", "supervise.py"),
-    )
+    [
+        "torchrun",
+        "torch.distributed.run",
+        "torch.distributed.launch",
+        "deepspeed",
+        "deepspeed.launcher.launch",
+        "supervise.py",
+    ]
 )
-"""Programs that start ranks, by file or module."""
+"""Programs that launch ranks, by file or module."""
 
 
 class Status(NamedTuple):
-    """A line of ``/proc/PID/stat``, as far as it matters."""
+    """Fields of ``/proc/PID/stat``."""
 
     state: str
-    """``Z``: ended, not yet reaped."""
+    """``Z``: a zombie."""
     parent: int
     """Process id of the parent."""
     started: int
-    """When it started, in ticks since boot: tells two processes of one id apart."""
+    """Start time in ticks since boot; differs between two processes with the same id."""
 
 
-def status(pid: int) -> Status | None:
-    """State of a process of this pid namespace, or ``None`` if there is none."""
+def process_status(pid: int) -> Status | None:
+    """Return the status of a process of this pid namespace, or ``None`` if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -35,17 +39,17 @@ def status(pid: int) -> Status | None:
     return Status(fields[0], int(fields[1]), int(fields[19]))
 
 
-def started(pid: int) -> int | None:
-    """When a process started, in ticks since boot; ``None`` if it is dead."""
-    found = status(pid)
+def start_ticks(pid: int) -> int | None:
+    """Return the start time of a live process in ticks since boot, or ``None`` if it is dead."""
+    found = process_status(pid)
     return None if found is None or found.state in "ZX" else found.started
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Children of a process and theirs, those that have ended but for the reaping left out."""
+    """Yield all live descendants of a process, without zombies."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
-        found = status(int(entry.name)) if entry.name.isdigit() else None
+        found = process_status(int(entry.name)) if entry.name.isdigit() else None
         if found is not None and found.state not in "ZX":
             children.setdefault(found.parent, []).append(int(entry.name))
     waiting = [pid]
@@ -55,13 +59,13 @@ def descendants(pid: int) -> Iterator[int]:
             waiting.append(child)
 
 
-def launcher_chain() -> list[tuple[int, int]]:
-    """The launchers above this process, nearest first, as links (process, its parent)."""
+def find_launchers() -> list[tuple[int, int]]:
+    """Return the launchers above this process, nearest first, as links (process, its parent)."""
     links: list[tuple[int, int]] = []
     child, parent = os.getpid(), os.getppid()
     while parent > 1 and is_launcher(parent):
         links.append((child, parent))
-        found = status(parent)
+        found = process_status(parent)
         if found is None:
             break
         child, parent = parent, found.parent
@@ -69,7 +73,7 @@ def launcher_chain() -> list[tuple[int, int]]:
 
 
 def is_launcher(pid: int) -> bool:
-    """Whether a process is a program of ``LAUNCHERS``; a shell that names one is not."""
+    """Return whether a process runs a program of ``LAUNCHERS``; its shell does not count."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -80,10 +84,10 @@ def is_launcher(pid: int) -> bool:
     )
 
 
-def broken_link(links: list[tuple[int, int]]) -> int | None:
-    """The first launcher of a chain that is no longer its child's parent, or ``None``."""
+def find_dead_launcher(links: list[tuple[int, int]]) -> int | None:
+    """Return the first launcher that is no longer its child's parent, or ``None``."""
     for child, parent in links:
-        found = status(child)
+        found = process_status(child)
         if found is None or found.parent != parent:
             return parent
     return None

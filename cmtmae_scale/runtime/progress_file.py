@@ -31,21 +31,21 @@ class ProgressFile:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE
-        self.told: PublishedProgress | None = None
+        self.published: PublishedProgress | None = None
         self.since = float("-inf")
 
-    def tell(self, standing: PublishedProgress) -> None:
+    def publish(self, progress: PublishedProgress) -> None:
         """Write it if it is time to, or if it is the end; a store that refuses is no failure."""
         now = time.monotonic()
-        due = now - self.since >= PAUSE_S or standing.position >= standing.end
-        if standing == self.told or not due:
+        due = now - self.since >= PAUSE_S or progress.position >= progress.end
+        if progress == self.published or not due:
             return
         try:
-            write_atomic(self.path, json.dumps(standing._asdict()) + "\n", durable=False)
+            write_atomic(self.path, json.dumps(progress._asdict()) + "\n", durable=False)
         except OSError as error:
             logger.debug("%s could not be written (%s)", self.path, error)
             return
-        self.told, self.since = standing, now
+        self.published, self.since = progress, now
 
 
 def read_published_progress(run_dir: Path) -> PublishedProgress | None:

@@ -1,4 +1,4 @@
-"""Files that are on storage, whole, or not there at all."""
+"""Files on storage: atomic writes, digests, and dropping pages from memory."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ __all__ = ["atomic_path", "digest", "drop_from_memory", "sync", "write_atomic"]
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -37,11 +37,11 @@ write_text = write_atomic  # callers of the old name; goes with the last of them
 
 
 def drop_from_memory(path: Path) -> float | None:
-    """Ask the system to forget a file's pages, so that it is next read from storage.
+    """Drop a file's pages from the page cache, so that the next read comes from storage.
 
     Returns:
-        Share of 64 pages, evenly spread, that are in memory afterwards; ``None`` where the file
-        system does not tell.
+        Fraction of 64 evenly spaced pages that are in memory afterwards; ``None`` if the file
+        system cannot report it.
     """
     sync(path)
     handle = os.open(path, os.O_RDONLY)
@@ -50,7 +50,7 @@ def drop_from_memory(path: Path) -> float | None:
         length = os.fstat(handle).st_size
         places = sorted({length * k // 64 for k in range(64)})
         found = sum(is_in_memory(handle, place) for place in places) / len(places)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # looking may read ahead
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # the test may have read ahead
     except OSError:
         return None
     finally:
@@ -59,10 +59,10 @@ def drop_from_memory(path: Path) -> float | None:
 
 
 def is_in_memory(handle: int, place: int) -> bool:
-    """Whether a byte of a file can be had without waiting for storage.
+    """Return whether a byte of a file is in the page cache.
 
     Raises:
-        OSError: if the file system does not tell.
+        OSError: if the file system cannot report it.
     """
     try:
         return os.preadv(handle, [bytearray(1)], place, os.RWF_NOWAIT) > 0

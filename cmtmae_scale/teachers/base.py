@@ -1,6 +1,6 @@
-"""What a teacher is: the view it gives of a batch, and the tower of a library behind it.
+"""Protocols of a teacher, its output, and the abstract image tower of a library.
 
-Legend: B views in a micro-batch, S side of the teacher's picture, N patches, P prefix tokens (class
+Legend: B views in a micro-batch, S side of the teacher's images, N patches, P prefix tokens (class
 token first, then registers), T tokens = P + N, H heads, d head width, D tower width, F feature
 width.
 """
@@ -16,12 +16,12 @@ from dataloading.stream import Batch
 
 
 class TeacherView(NamedTuple):
-    """What the trainer sees of a teacher; a part that the run does not use is ``None``.
+    """Output of a teacher for a batch; an output that the run does not use is ``None``.
 
     Attributes:
-        attention: map over patches, ``[B, N]``, float32, rows sum to 1.
+        attention: attention map over patches, ``[B, N]``, float32, rows sum to 1.
         features: tokens ``[B, 1 + N, F]`` (class token first) or ``[B, N, F]``.
-        cached: whether they were read from a cache.
+        cached: whether it was read from a cache.
     """
 
     attention: Tensor | None
@@ -30,12 +30,12 @@ class TeacherView(NamedTuple):
 
 
 class TeacherSource(Protocol):
-    """Where the trainer gets its teacher's view from: a live model, or a cache.
+    """Source of teacher outputs: an online model or a cache.
 
     Attributes:
         width: F, channels of the features.
         has_cls: whether the features begin with a class token.
-        image_size: S, pixels; ``None``: it looks at no picture.
+        image_size: S in pixels; ``None``: it needs no images.
     """
 
     width: int
@@ -47,12 +47,12 @@ class TeacherSource(Protocol):
         ...
 
     def forward_batch(self, batch: Batch) -> TeacherView:
-        """View of a batch, whose last pictures are the teacher's; no gradient."""
+        """Return the teacher's output for a batch, whose last images are the teacher's."""
         ...
 
 
 def view_sizes(size: int, teacher: TeacherSource | None) -> tuple[int, ...]:
-    """Sides of the pictures in a batch: the student's, then the teacher's where it differs."""
+    """Return the image sizes of a batch: the student's, then the teacher's if it differs."""
     own = None if teacher is None else teacher.image_size
     return (size,) if own is None or own == size else (size, own)
 
@@ -64,10 +64,10 @@ class Teacher(TeacherSource, Protocol):
         model: the network (its parameters are counted).
         width: F, channels of the features.
         has_cls: whether the features begin with a class token.
-        image_size: S, pixels.
-        grid: rows and columns of the maps and features that are returned: the student's.
+        image_size: S in pixels.
+        grid: rows and columns of the attention maps and features: the student's.
         mean: mean of each channel that the network expects, of pixels in [0, 1].
-        std: deviation of each channel.
+        std: standard deviation of each channel.
     """
 
     model: nn.Module
@@ -81,11 +81,11 @@ class Teacher(TeacherSource, Protocol):
         ...
 
     def __call__(self, images: Tensor) -> TeacherView:
-        """Look at uint8 pictures ``[B, S, S, 3]``; no gradient, no host synchronisation."""
+        """Run uint8 images ``[B, S, S, 3]``; no gradient, no host synchronisation."""
         ...
 
     def fingerprint(self) -> dict[str, object]:
-        """Everything that its outputs depend on, as JSON values; reads the weights file once."""
+        """Return all that the outputs depend on, as JSON values; reads the weights file once."""
         ...
 
     def to(self, device: torch.device | str) -> "Teacher":
@@ -94,7 +94,7 @@ class Teacher(TeacherSource, Protocol):
 
 
 class QueryKey(NamedTuple):
-    """What an attention row is made of: query ``[B, H, Q, d]``, key ``[B, H, T, d]``, scale."""
+    """Inputs of an attention row: query ``[B, H, Q, d]``, key ``[B, H, T, d]``, scale."""
 
     query: Tensor
     key: Tensor
@@ -102,20 +102,20 @@ class QueryKey(NamedTuple):
 
 
 class Tower(ABC):
-    """A library's image transformer, seen as an embedding, blocks, a last norm and a projection.
+    """A library's image transformer as embedding, blocks, final norm and projection.
 
-    A new library is one subclass. Nothing here runs a block with attention weights switched on:
-    rows come from the queries and keys of a block's own input.
+    A new library is one subclass. Attention rows are computed from the queries and keys of a
+    block's input, so that the blocks keep their fused attention.
 
     Attributes:
         model: the network.
         blocks: its transformer blocks, called on tokens ``[B, T, D]``.
-        grid: rows and columns of its own patches.
+        grid: rows and columns of its patches.
         num_prefix: P.
         has_cls: whether token 0 is a class token.
         mean: mean of each channel.
-        std: deviation of each channel.
-        source: library's part of the fingerprint.
+        std: standard deviation of each channel.
+        source: the library's entries of the fingerprint.
     """
 
     model: nn.Module
@@ -129,34 +129,34 @@ class Tower(ABC):
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised pictures ``[B, 3, S, S]`` to the first block's input ``[B, T, D]``."""
+        """Map normalised images ``[B, 3, S, S]`` to the first block's input ``[B, T, D]``."""
 
     @abstractmethod
     def query_key(self, block: int, tokens: Tensor, queries: slice) -> QueryKey:
-        """Queries of some tokens and keys of all, from a block's input ``[B, T, D]``."""
+        """Return queries of some tokens and keys of all, from a block's input ``[B, T, D]``."""
 
     @abstractmethod
     def pool_query_key(self, tokens: Tensor) -> tuple[QueryKey, int]:
-        """Latent query and keys of the pooling head, and the prefix tokens among its keys.
+        """Return query and keys of the pooling head, and the number of prefix tokens in its keys.
 
-        ``tokens``: output of the last norm, ``[B, T, D]``.
+        ``tokens``: output of the final norm, ``[B, T, D]``.
         """
 
     @abstractmethod
     def norm(self, tokens: Tensor) -> Tensor:
-        """Last norm of every token, ``[B, T, D]``."""
+        """Apply the final norm to every token, ``[B, T, D]``."""
 
     @abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
-        """Projection of normed tokens into the model's joint space, ``[B, T, F]``."""
+        """Project normed tokens into the model's joint space, ``[B, T, F]``."""
 
     @abstractmethod
     def width(self, feature: str) -> int:
-        """Channels of ``proj``, ``ln_post`` or ``block`` features."""
+        """Return the channels of ``proj``, ``ln_post`` or ``block`` features."""
 
     @abstractmethod
     def check_feature(self, feature: str) -> None:
-        """Refuse features that the model does not have.
+        """Refuse features that the model lacks.
 
         Raises:
             TeacherError: naming ``teacher.feature``.
@@ -164,7 +164,7 @@ class Tower(ABC):
 
     @abstractmethod
     def check_source(self, source: str, layers: Sequence[int]) -> None:
-        """Refuse attention maps that the model does not have.
+        """Refuse attention maps that the model lacks.
 
         Args:
             source: ``cls``, ``pool`` or ``mean_query``.

@@ -1,4 +1,4 @@
-"""From the config to a teacher, or to none where the run does not use one."""
+"""Build the teacher of a config, or none for a run that does not use one."""
 
 import logging
 
@@ -10,7 +10,7 @@ from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.base import Teacher
-from cmtmae_scale.teachers.online import OnlineTeacher, Reading
+from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
 from cmtmae_scale.teachers.timm import TimmSource
 
 logger = logging.getLogger(__name__)
@@ -26,48 +26,48 @@ def build_teacher(
 
     Args:
         config: the run.
-        device: where it computes.
-        dtype: compute type, bfloat16 or float32.
-        needs: which of map and features are computed; ``None`` takes ``derive.needs(config)``.
+        device: device of the teacher.
+        dtype: compute dtype, bfloat16 or float32.
+        needs: which of attention map and features are computed; ``None``: ``derive.needs(config)``.
 
-    With ``teacher.mode=cached`` it is the teacher that the cache stands for.
+    With ``teacher.mode=cached`` it is the teacher whose outputs the cache holds.
 
     Returns:
-        The teacher, in eval mode and without gradients, or ``None`` where neither its map nor its
-        features are used, or with ``teacher.mode=none``. Its ``image_size`` is the student's grid
-        times its own patch unless the config gives another one.
+        The teacher, in eval mode and without gradients, or ``None`` if neither its attention map
+        nor its features are used, or with ``teacher.mode=none``. Its ``image_size`` is the
+        student's grid times its patch size unless the config sets another.
 
     Raises:
-        TeacherError: a model, weights or a size that cannot work; names key and remedy.
-        ConfigError: a student that does not fit ``views.image_size``.
+        TeacherError: for an unusable model, weights or size; names key and remedy.
+        ConfigError: for a student that does not fit ``views.image_size``.
 
-    Source: method.md 4.3, sections 6 and 7.
+    Source: docs/method.md, sections "Teacher" and "Grids".
     """
     if config.teacher.mode == "none":
         return None
     needs = derive.needs(config) if needs is None else needs
     if not needs.teacher:
         return None
-    return assemble(config, needs, load=True).to(device, dtype)
+    return assemble_teacher(config, needs, load=True).to(device, dtype)
 
 
 def build_teacher_skeleton(config: Config, needs: Needs | None = None) -> OnlineTeacher:
-    """Build the teacher without reading or fetching weights, to count on the meta device.
+    """Build the teacher without reading or downloading weights, for counting on the meta device.
 
     Raises:
-        TeacherError: as ``build_teacher``, but for the weights.
+        TeacherError: as ``build_teacher``, except for weights.
     """
-    return assemble(config, derive.needs(config) if needs is None else needs, load=False)
+    return assemble_teacher(config, derive.needs(config) if needs is None else needs, load=False)
 
 
-def assemble(config: Config, needs: Needs, *, load: bool) -> OnlineTeacher:
-    """Model, size, weights and what is read from them."""
+def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeacher:
+    """Choose library, size and outputs, and build the teacher."""
     settings = config.teacher
     for key in ("model", "weights"):
         if not getattr(settings, key):
             raise TeacherError(f"teacher.{key} must be given: mask or loss use the teacher")
     if settings.library == "open_clip":
-        # here, so that runs with other teachers do not load the library
+        # imported here, so that runs with other teachers do not load the library
         from cmtmae_scale.teachers.open_clip import OpenClipSource
 
         source = OpenClipSource(settings)
@@ -80,20 +80,20 @@ def assemble(config: Config, needs: Needs, *, load: bool) -> OnlineTeacher:
         nearest = f"{below} or {below + source.patch}" if below else f"{source.patch}"
         raise TeacherError(
             f"teacher.image_size={size} is not a multiple of the teacher's patch of {source.patch} "
-            f"pixels; use {nearest}, or leave it out"
+            f"pixels; use {nearest}, or remove it"
         )
     if settings.weights == "random" and load:
-        logger.warning("teacher.weights=random: the teacher knows nothing; for tests only")
+        logger.warning("teacher.weights=random: the teacher is untrained; for tests only")
     tower = source.build(size, config.run.seed, load=load)
-    reading = Reading.from_config(config, needs, len(tower.blocks))
-    return OnlineTeacher(tower, reading, size, grid)
+    outputs = TeacherOutputs.from_config(config, needs, len(tower.blocks))
+    return OnlineTeacher(tower, outputs, size, grid)
 
 
 def student_grid(config: Config) -> tuple[int, int]:
-    """Rows and columns of the student's patches: ``views.image_size`` over its patch side.
+    """Return rows and columns of the student's patches.
 
     Raises:
-        ConfigError: an unknown architecture, or a size that its patch does not divide.
+        ConfigError: for an unknown architecture, or a size that is not a multiple of its patch.
     """
     patch = config.student.patch_size
     if patch is None:
@@ -104,12 +104,12 @@ def student_grid(config: Config) -> tuple[int, int]:
         patch = int(student.patch_embed.patch_size[0])  # pyright: ignore
     if config.views.image_size % patch:
         raise ConfigError(
-            f"views.image_size={config.views.image_size} is not a multiple of the student's patch of {patch} "
-            "pixels"
+            f"views.image_size={config.views.image_size} is not a multiple of the student's patch "
+            f"of {patch} pixels"
         )
     return config.views.image_size // patch, config.views.image_size // patch
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """Type in which models compute."""
+    """Return the dtype in which models compute."""
     return torch.bfloat16 if config.backend.precision == "bf16" else torch.float32

@@ -1,6 +1,8 @@
-"""Image towers of open_clip: the transformers that OpenAI, LAION, DataComp, DFN and MetaCLIP use.
+"""Teachers from open_clip: ViTs of OpenAI, LAION, DataComp, DFN and MetaCLIP.
 
-Only the image tower is built. Source: method.md section 6.
+Only the image tower is built.
+
+Source: docs/method.md, sections "Attention maps" and "Teacher".
 """
 
 import difflib
@@ -18,12 +20,12 @@ import torch.nn.functional as F
 from open_clip import transformer
 from open_clip.model import (
     CLIPVisionCfg,
-    _build_vision_tower,  # pyright: ignore[reportPrivateUsage] # spares the text tower
+    _build_vision_tower,  # pyright: ignore[reportPrivateUsage] # avoids building the text tower
     resize_pos_embed,
 )
 from torch import Tensor, nn
 
-from cmtmae_scale.config.teacher import Teacher as TeacherConfig
+from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
 from cmtmae_scale.teachers.base import QueryKey, Tower
@@ -40,8 +42,8 @@ logger = logging.getLogger(__name__)
 POSITIONS = "positional_embedding"
 
 
-class Description(NamedTuple):
-    """A model's JSON: architecture, activation, pixels."""
+class ModelConfig(NamedTuple):
+    """Config of an open_clip model: architecture, activation, pixel normalisation."""
 
     name: str
     embed_dim: int
@@ -51,15 +53,15 @@ class Description(NamedTuple):
     std: tuple[float, ...]
 
 
-def describe(model: str) -> Description:
-    """Find a model by name or by the path of its JSON.
+def find_model_config(model: str) -> ModelConfig:
+    """Find a model's config by name or by the path of its JSON.
 
     Args:
         model: a name of ``open_clip.list_models()``, or a ``.json`` file: a bare model config, or
             an ``open_clip_config.json`` with ``model_cfg`` and ``preprocess_cfg`` (mean, std).
 
     Raises:
-        TeacherError: unknown name, missing or unfit file.
+        TeacherError: for an unknown name, or a file that is missing or not a model config.
     """
     pixels: dict[str, Any] = {}
     if model.endswith(".json"):
@@ -74,7 +76,7 @@ def describe(model: str) -> Description:
             content, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
         if not isinstance(content, dict) or not {"embed_dim", "vision_cfg"} <= set(content):
             raise TeacherError(
-                f"teacher.model={model}: no open_clip model description; it needs embed_dim and "
+                f"teacher.model={model}: not an open_clip model config; it needs embed_dim and "
                 "vision_cfg"
             )
         name = path.stem
@@ -85,7 +87,7 @@ def describe(model: str) -> Description:
             close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models()"
             raise TeacherError(f"teacher.model={model} is not a model of open_clip; {hint}")
-    return Description(
+    return ModelConfig(
         name,
         content["embed_dim"],
         content["vision_cfg"],
@@ -96,10 +98,10 @@ def describe(model: str) -> Description:
 
 
 def check_vision(model: str, vision: dict[str, Any]) -> None:
-    """Refuse towers that are no plain vision transformer.
+    """Refuse towers that are not plain vision transformers.
 
     Raises:
-        TeacherError: with what to use instead.
+        TeacherError: naming what to use instead.
     """
     trunk = vision.get("timm_model_name")
     if trunk:
@@ -125,25 +127,25 @@ def check_vision(model: str, vision: dict[str, Any]) -> None:
     for key, found in special.items():
         if found:
             raise TeacherError(
-                f"teacher.model={model}: {key}={vision[key]} is another way to the features than "
-                "the class token's; choose a plain ViT, or this model with teacher.library=timm"
+                f"teacher.model={model}: {key}={vision[key]} is not supported; "
+                "choose a plain ViT, or this model with teacher.library=timm"
             )
 
 
-def check_quick_gelu(config: TeacherConfig, description: Description) -> bool:
-    """Settle the activation, which a weights file does not tell and open_clip does not check.
+def check_quick_gelu(config: TeacherConfig, model: ModelConfig) -> bool:
+    """Return the activation that the config sets; weights files do not contain it.
 
     Raises:
         TeacherError: naming ``teacher.quick_gelu``.
 
-    Source: method.md 6.3.
+    Source: docs/method.md, section "Teacher".
     """
     if config.quick_gelu is None:
         raise TeacherError(
             "teacher.quick_gelu must be given for open_clip: true for OpenAI, DFN and MetaCLIP "
             "weights, false for LAION and DataComp"
         )
-    if description.quick_gelu and not config.quick_gelu:
+    if model.quick_gelu and not config.quick_gelu:
         raise TeacherError(
             f"teacher.quick_gelu=false, but teacher.model={config.model} is built with QuickGELU; "
             "set teacher.quick_gelu=true or choose the model without -quickgelu"
@@ -152,10 +154,10 @@ def check_quick_gelu(config: TeacherConfig, description: Description) -> bool:
 
 
 def tag_config(config: TeacherConfig, name: str, quick_gelu: bool) -> dict[str, Any]:
-    """open_clip's entry of a pretrained tag.
+    """Return open_clip's entry of a pretrained tag.
 
     Raises:
-        TeacherError: unknown tag, or one trained with the other activation.
+        TeacherError: for an unknown tag, or one trained with the other activation.
     """
     tag = str(config.weights)
     base = name.removesuffix("-quickgelu")
@@ -175,30 +177,32 @@ def tag_config(config: TeacherConfig, name: str, quick_gelu: bool) -> dict[str, 
     return entry
 
 
-def download(entry: dict[str, Any], tag: str) -> str:
-    """Fetch a tag's file, or find it in the cache.
+def download_tag(entry: dict[str, Any], tag: str) -> str:
+    """Download a tag's file, or find it in the library's cache.
 
     Raises:
-        TeacherError: not reachable; names the remedy.
+        TeacherError: if it is not reachable; names the remedy.
     """
     try:
         path = open_clip.download_pretrained(entry)
-    except Exception as error:  # every transport has its own; all end the run with the remedy
+    except Exception as error:  # each transport has its own errors; all end the run with the remedy
         first = str(error).strip().split("\n")[0]
         raise TeacherError(
             f"teacher.weights={tag} cannot be downloaded ({type(error).__name__}: {first}); "
             "fetch the file elsewhere and set teacher.weights=FILE"
         ) from error
     if not path:
-        raise TeacherError(f"teacher.weights={tag} has no file to fetch; use teacher.weights=FILE")
+        raise TeacherError(
+            f"teacher.weights={tag} has no file to download; use teacher.weights=FILE"
+        )
     return path
 
 
-def fit_positions(state: dict[str, Tensor], visual: nn.Module, path: str) -> None:
-    """Resample the position table to the tower's grid, in place, with open_clip's own function.
+def resize_positions(state: dict[str, Tensor], visual: nn.Module, path: str) -> None:
+    """Resample the positional embedding to the tower's grid in place, with open_clip's function.
 
     Raises:
-        TeacherError: a table that is not square.
+        TeacherError: if the file's grid is not square.
     """
     table = state.get(POSITIONS)
     if table is None or table.ndim != 2:
@@ -220,8 +224,8 @@ class OpenClipTower(Tower):
     Args:
         visual: the tower.
         mean: mean of each channel.
-        std: deviation of each channel.
-        source: its part of the fingerprint.
+        std: standard deviation of each channel.
+        source: entries of the fingerprint.
     """
 
     num_prefix = 1
@@ -244,11 +248,11 @@ class OpenClipTower(Tower):
         self.source = source
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patches, class token, positions and the norm before the blocks."""
+        """Embed patches, add class token and positions, apply the norm before the blocks."""
         return self.visual._embeds(images)
 
     def query_key(self, block: int, tokens: Tensor, queries: slice) -> QueryKey:
-        """From ``in_proj_weight`` of the block's ``nn.MultiheadAttention``, rows q, k, v."""
+        """Compute them from ``in_proj_weight`` of ``nn.MultiheadAttention``, rows q, k, v."""
         layer: Any = self.blocks[block]
         attention: nn.MultiheadAttention = layer.attn
         normed = layer.ln_1(tokens)
@@ -265,29 +269,29 @@ class OpenClipTower(Tower):
         )
 
     def pool_query_key(self, tokens: Tensor) -> tuple[QueryKey, int]:
-        """Towers with a pooling head are refused when they are built."""
+        """Raise: towers with a pooling head are refused when they are built."""
         raise TeacherError("attention.source=pool: plain open_clip towers have no pooling head")
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """``ln_post``."""
+        """Apply ``ln_post``."""
         return self.visual.ln_post(tokens)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """``@ proj``."""
+        """Multiply by ``proj``."""
         projection = self.visual.proj
         if projection is None:
             raise TeacherError("teacher.feature=proj: the tower has no projection; use ln_post")
         return tokens @ projection
 
     def width(self, feature: str) -> int:
-        """Joint space for ``proj``, else the tower's own."""
+        """Return the width of the joint space for ``proj``, else the tower's."""
         return self.visual.output_dim if feature == "proj" else self.visual.transformer.width
 
     def check_feature(self, feature: str) -> None:
-        """All three kinds exist."""
+        """Accept all: the tower has the three kinds of features."""
 
     def check_source(self, source: str, layers: Sequence[int]) -> None:
-        """No pooling head here."""
+        """Refuse ``pool``: the tower has no pooling head."""
         if source == "pool":
             raise TeacherError(
                 "attention.source=pool: plain open_clip towers have no pooling head; use cls or "
@@ -296,42 +300,42 @@ class OpenClipTower(Tower):
 
 
 class OpenClipSource:
-    """Finds and builds a tower.
+    """Find and build a tower.
 
     Args:
         config: the teacher's settings.
 
     Raises:
-        TeacherError: unknown or unfit model, or an activation that is not settled.
+        TeacherError: for an unknown or unsupported model, or an activation that is not given.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
         self.config = config
-        self.description = describe(str(config.model))
-        check_vision(str(config.model), self.description.vision)
-        self.quick_gelu = check_quick_gelu(config, self.description)
-        self.patch: int = self.description.vision.get("patch_size", 16)
+        self.model = find_model_config(str(config.model))
+        check_vision(str(config.model), self.model.vision)
+        self.quick_gelu = check_quick_gelu(config, self.model)
+        self.patch: int = self.model.vision.get("patch_size", 16)
 
     def build(self, image_size: int, seed: int, *, load: bool = True) -> OpenClipTower:
         """Build the tower at one size, with its weights.
 
         Args:
             image_size: S, a multiple of the patch.
-            seed: of random weights.
-            load: False leaves the weights as initialised and fetches nothing (dry run).
+            seed: seed of random weights.
+            load: False keeps the initialised weights and downloads nothing (dry run).
 
         Raises:
-            TeacherError: weights that are missing, unreachable or unfit.
+            TeacherError: for weights that are missing, not reachable or do not fit.
         """
-        config, description = self.config, self.description
+        config, model = self.config, self.model
         weights = str(config.weights)
-        mean, std, path = description.mean, description.std, None
+        mean, std, path = model.mean, model.std, None
         if weights != "random" and is_file_name(weights):
             path = weights
         elif weights != "random":
-            entry = tag_config(config, description.name, self.quick_gelu)
+            entry = tag_config(config, model.name, self.quick_gelu)
             mean, std = tuple(entry["mean"]), tuple(entry["std"])
-            path = download(entry, weights) if load else None
+            path = download_tag(entry, weights) if load else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             visual = self.skeleton(image_size)
@@ -347,23 +351,21 @@ class OpenClipSource:
         source: dict[str, object] = {
             "library": "open_clip",
             "library_version": open_clip.__version__,
-            "model": description.name,
-            "architecture": description.vision | {"embed_dim": description.embed_dim},
+            "model": model.name,
+            "architecture": model.vision | {"embed_dim": model.embed_dim},
             "weights": Path(weights).name if is_file_name(weights) else weights,
             "weights_file": path,
             "seed": seed if weights == "random" else None,
             "quick_gelu": self.quick_gelu,
         }
-        logger.info("teacher: %s, pixels with mean %s and std %s", description.name, mean, std)
+        logger.info("teacher: %s, pixels with mean %s and std %s", model.name, mean, std)
         return OpenClipTower(visual, mean, std, source)
 
     def skeleton(self, image_size: int) -> transformer.VisionTransformer:
-        """Build the tower without pretrained weights, and check that it is what was asked for."""
-        description = self.description
-        vision = CLIPVisionCfg(
-            **(description.vision | {"image_size": image_size, "patch_dropout": 0.0})
-        )
-        visual = _build_vision_tower(description.embed_dim, vision, self.quick_gelu)
+        """Build the tower without pretrained weights and check its class and activation."""
+        model = self.model
+        vision = CLIPVisionCfg(**(model.vision | {"image_size": image_size, "patch_dropout": 0.0}))
+        visual = _build_vision_tower(model.embed_dim, vision, self.quick_gelu)
         plain = type(visual) is transformer.VisionTransformer and all(
             isinstance(block, transformer.ResidualAttentionBlock)
             for block in visual.transformer.resblocks
@@ -383,15 +385,15 @@ class OpenClipSource:
         return visual
 
     def load(self, visual: transformer.VisionTransformer, path: str, full_depth: int) -> None:
-        """Fill the tower from a file, strictly."""
+        """Load a file strictly."""
         state = image_state(read_weights(path), path)
         if len(visual.transformer.resblocks) < full_depth:
             state = keep_blocks(state, "transformer.resblocks", len(visual.transformer.resblocks))
-        fit_positions(state, visual, path)
+        resize_positions(state, visual, path)
         load_strictly(
             visual,
             state,
             path,
             str(self.config.model),
-            "give the file of this very model, or the teacher.model and teacher.depth of the file",
+            "give the file of this model, or the teacher.model and teacher.depth of the file",
         )

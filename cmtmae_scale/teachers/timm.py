@@ -1,6 +1,6 @@
-"""Vision transformers of timm: DINOv2, DeiT, SigLIP, CLIP's image towers and others.
+"""Teachers from timm: DINOv2, DeiT, SigLIP, CLIP's image towers and other ViTs.
 
-Source: method.md 4.1 and section 7.
+Source: docs/method.md, sections "Attention maps" and "Teacher".
 """
 
 import difflib
@@ -23,7 +23,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from cmtmae_scale.config.teacher import Teacher as TeacherConfig
+from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.teachers.base import QueryKey, Tower
 from cmtmae_scale.teachers.weights import (
@@ -45,7 +45,7 @@ class TimmTower(Tower):
     Args:
         vit: the model, without classifier.
         name: its name, for messages.
-        source: its part of the fingerprint.
+        source: entries of the fingerprint.
     """
 
     def __init__(self, vit: VisionTransformer, name: str, source: dict[str, object]) -> None:
@@ -63,11 +63,11 @@ class TimmTower(Tower):
         self.source = source
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patches, prefix tokens, positions and the norm before the blocks."""
+        """Embed patches, add prefix tokens and positions, apply the norm before the blocks."""
         return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(images)))
 
     def query_key(self, block: int, tokens: Tensor, queries: slice) -> QueryKey:
-        """From the block's ``qkv``, with the norms of q and k where it has them."""
+        """Compute them from the block's ``qkv``, with q_norm and k_norm if it has them."""
         layer: Any = self.blocks[block]
         attention: Attention = layer.attn
         normed = layer.norm1(tokens)
@@ -83,7 +83,7 @@ class TimmTower(Tower):
         return QueryKey(query, attention.k_norm(heads_of(1, normed)), float(attention.scale))
 
     def pool_query_key(self, tokens: Tensor) -> tuple[QueryKey, int]:
-        """Query from the pooling head's latent, keys from its ``kv``."""
+        """Compute the query from the pooling head's latent and the keys from its ``kv``."""
         pool: Any = self.vit.attn_pool
         prefix = self.num_prefix if getattr(self.vit, "pool_include_prefix", False) else 0
         tokens = tokens[:, self.num_prefix - prefix :]
@@ -99,19 +99,19 @@ class TimmTower(Tower):
         return QueryKey(pool.q_norm(query), pool.k_norm(key), float(pool.scale)), prefix
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """``norm``."""
+        """Apply ``norm``."""
         return self.vit.norm(tokens)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """There is no projection; refused when the teacher is built."""
+        """Raise: timm models have no projection; the builder refuses it earlier."""
         raise TeacherError("teacher.feature=proj: timm models have no projection; use ln_post")
 
     def width(self, feature: str) -> int:
-        """The tower's own width."""
+        """Return the tower's width."""
         return self.vit.embed_dim
 
     def check_feature(self, feature: str) -> None:
-        """No projection; and no ``ln_post`` where the model norms only the pooled vector."""
+        """Refuse ``proj``, and ``ln_post`` where the model norms only the pooled vector."""
         if feature == "proj":
             raise TeacherError(
                 f"teacher.feature=proj: teacher.model={self.name} of timm has no projection; set "
@@ -124,7 +124,7 @@ class TimmTower(Tower):
             )
 
     def check_source(self, source: str, layers: Sequence[int]) -> None:
-        """Class token, pooling head, or blocks whose rows can be read."""
+        """Refuse a missing class token or pooling head, and blocks of another kind."""
         if source == "pool":
             if not isinstance(self.vit.attn_pool, AttentionPoolLatent):
                 raise TeacherError(
@@ -144,18 +144,18 @@ class TimmTower(Tower):
                 inner = type(getattr(block, "attn", None)).__name__
                 raise TeacherError(
                     f"attention.source={source}: the attention of teacher.model={self.name} "
-                    f"({type(block).__name__}, {inner}) cannot be read; choose a plain ViT"
+                    f"({type(block).__name__}, {inner}) is not supported; choose a plain ViT"
                 )
 
 
 class TimmSource:
-    """Finds and builds a model.
+    """Find and build a model.
 
     Args:
         config: the teacher's settings.
 
     Raises:
-        TeacherError: unknown model or tag, or one that is no vision transformer.
+        TeacherError: for an unknown model or tag, or a model that is not a VisionTransformer.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
@@ -179,7 +179,7 @@ class TimmSource:
                     f"teacher.weights={wanted} is neither a file nor a tag of {self.name}; its "
                     f"tags: {', '.join(known) or 'none'}"
                 )
-        # the tag also tells mean and deviation of the pixels
+        # the tag also determines mean and standard deviation of the pixels
         self.full_name = ".".join(filter(None, (self.name, self.tag or tag)))
         with torch.device("meta"):
             probe = self.create(pretrained=False)
@@ -187,10 +187,10 @@ class TimmSource:
         self.quick_gelu = self.check_activation(probe, self.tag or tag)
 
     def create(self, *, pretrained: bool) -> VisionTransformer:
-        """Build the model at its own size, without classifier.
+        """Build the model at its default size, without classifier.
 
         Raises:
-            TeacherError: if it is no ``VisionTransformer``.
+            TeacherError: if it is not a ``VisionTransformer``.
         """
         model = timm.create_model(self.full_name, pretrained=pretrained, num_classes=0)
         if not isinstance(model, VisionTransformer):
@@ -201,7 +201,7 @@ class TimmSource:
         return model
 
     def check_activation(self, probe: VisionTransformer, tag: str) -> bool:
-        """Tell whether the model has QuickGELU; refuse weights that were trained otherwise.
+        """Return whether the model has QuickGELU; refuse weights trained with another activation.
 
         Raises:
             TeacherError: naming ``teacher.quick_gelu``.
@@ -228,11 +228,11 @@ class TimmSource:
 
         Args:
             image_size: S, a multiple of the patch.
-            seed: of random weights.
-            load: False leaves the weights as initialised and fetches nothing (dry run).
+            seed: seed of random weights.
+            load: False keeps the initialised weights and downloads nothing (dry run).
 
         Raises:
-            TeacherError: weights that are missing, unreachable or unfit.
+            TeacherError: for weights that are missing, not reachable or do not fit.
         """
         config = self.config
         with torch.random.fork_rng(devices=[]):
@@ -264,16 +264,18 @@ class TimmSource:
         return tower
 
     def download(self) -> VisionTransformer:
-        """Fetch a tag's weights, or find them in the cache.
+        """Download a tag's weights, or find them in the library's cache.
 
         Raises:
-            TeacherError: not reachable; names the remedy.
+            TeacherError: if they are not reachable; names the remedy.
         """
         try:
             return self.create(pretrained=True)
         except TeacherError:
             raise
-        except Exception as error:  # every transport has its own; all end the run with the remedy
+        except (
+            Exception
+        ) as error:  # each transport has its own errors; all end the run with the remedy
             first = str(error).strip().split("\n")[0]
             raise TeacherError(
                 f"teacher.weights={self.tag} cannot be downloaded ({type(error).__name__}: "
@@ -281,16 +283,16 @@ class TimmSource:
             ) from error
 
     def load(self, vit: VisionTransformer, path: str, full_depth: int) -> None:
-        """Fill the model from a file, strictly, its position table resampled to the grid."""
+        """Load a file strictly, its positional embedding resampled to the grid."""
         state = read_weights(path)
         own = vit.patch_embed.proj.weight.shape
         for key in ("patch_embed.proj.weight", "visual.conv1.weight"):
             if key in state and state[key].ndim == 4 and state[key].shape != own:
-                # timm would resample another patch side silently
+                # timm resamples another patch size silently
                 raise TeacherError(
                     f"teacher.weights={path} does not fit teacher.model={self.config.model}: {key} "
-                    f"is {list(state[key].shape)} instead of {list(own)}; give the "
-                    "teacher.model of the file"
+                    f"is {list(state[key].shape)} instead of {list(own)}; set "
+                    "teacher.model to that of the file"
                 )
         if "pos_embed" in state:
             state["pos_embed"] = state["pos_embed"].float()
@@ -303,5 +305,5 @@ class TimmSource:
             state,
             path,
             str(self.config.model),
-            "give the file of this very model, or the teacher.model and teacher.depth of the file",
+            "give the file of this model, or the teacher.model and teacher.depth of the file",
         )

@@ -1,4 +1,4 @@
-"""Local weight files: read without running their code, and loaded whole or not at all."""
+"""Local weight files: read without executing code, loaded completely or refused."""
 
 import hashlib
 import pickle
@@ -20,7 +20,7 @@ TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks
 
 
 def is_file_name(weights: str) -> bool:
-    """Whether ``teacher.weights`` means a file and not a tag."""
+    """Return whether ``teacher.weights`` names a file and not a tag."""
     return Path(weights).suffix in (".safetensors", *PICKLED) or Path(weights).is_file()
 
 
@@ -34,7 +34,7 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
         key: the config's key that names the file, for messages.
 
     Raises:
-        TeacherError: no such file, not readable, a TorchScript archive, or no tensors in it.
+        TeacherError: for a missing or unreadable file, a TorchScript archive, or no tensors in it.
     """
     path = Path(path)
     where = f"{key}={path}"
@@ -45,17 +45,17 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
             state: object = load_file(path)
         except (SafetensorError, OSError) as error:
             raise TeacherError(
-                f"{where}: not a whole safetensors file ({error}); copy it again"
+                f"{where}: not a complete safetensors file ({error}); copy it again"
             ) from error
     elif path.suffix in PICKLED:
         state = read_pickled(path, key)
     else:
-        raise TeacherError(f"{where}: unknown kind of file; expected .safetensors or .pt")
+        raise TeacherError(f"{where}: unknown file type; expected .safetensors or .pt")
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state:
-        raise TeacherError(f"{where}: holds no state dict; save model.state_dict()")
+        raise TeacherError(f"{where}: contains no state dict; save model.state_dict()")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise TeacherError(
@@ -66,7 +66,7 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
 
 
 def read_pickled(path: Path, key: str) -> object:
-    """Read a torch file whose pickle holds tensors and plain containers only."""
+    """Read a torch file whose pickle contains tensors and plain containers only."""
     where = f"{key}={path}"
     if is_torchscript(path):
         raise TeacherError(
@@ -85,7 +85,7 @@ def read_pickled(path: Path, key: str) -> object:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is an archive of ``torch.jit.save`` (code beside the weights)."""
+    """Return whether a file is an archive of ``torch.jit.save``, which contains code."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -93,7 +93,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop what wrappers of a model put before every name."""
+    """Drop prefixes that model wrappers add to every name."""
     for prefix in PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
             state = {name[len(prefix) :]: value for name, value in state.items()}
@@ -101,7 +101,7 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def keep_blocks(state: dict[str, Tensor], prefix: str, depth: int) -> dict[str, Tensor]:
-    """Drop the blocks from number ``depth`` on, names ``PREFIX.NUMBER.REST``."""
+    """Keep the first ``depth`` blocks, whose names are ``PREFIX.NUMBER.REST``."""
 
     def kept(name: str) -> bool:
         number = name.removeprefix(prefix + ".").split(".")[0]
@@ -113,10 +113,10 @@ def keep_blocks(state: dict[str, Tensor], prefix: str, depth: int) -> dict[str, 
 def load_strictly(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, name: str, remedy: str
 ) -> None:
-    """Load a state dict that must fit in every name and shape.
+    """Load a state dict that must match in every name and shape.
 
     Raises:
-        TeacherError: with the file, the first names that do not fit, and the remedy.
+        TeacherError: naming the file, the first mismatches and the remedy.
     """
     own = model.state_dict()
     problems = {
@@ -128,7 +128,9 @@ def load_strictly(
             if key in state and state[key].shape != own[key].shape
         ],
     }
-    found = [f"{len(keys)} {kind} ({first_few(keys)})" for kind, keys in problems.items() if keys]
+    found = [
+        f"{len(keys)} {kind} ({summarise_names(keys)})" for kind, keys in problems.items() if keys
+    ]
     if found:
         raise TeacherError(
             f"teacher.weights={path} does not fit teacher.model={name}: {', '.join(found)}; "
@@ -137,22 +139,22 @@ def load_strictly(
     model.load_state_dict(dict(state), strict=True)
 
 
-def first_few(names: Sequence[str], count: int = 3) -> str:
-    """Some names of a list, for a message."""
+def summarise_names(names: Sequence[str], count: int = 3) -> str:
+    """Return the first names of a list, for a message."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def sha256(path: str | Path) -> str:
-    """Digest of a file."""
+    """Return the SHA-256 digest of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def image_state(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Image tower's part of a whole CLIP's or an image tower's weights, without ``visual.``.
+    """Return the image tower's weights from those of a CLIP model or of an image tower.
 
     Raises:
-        TeacherError: another library's weights, or a text tower alone.
+        TeacherError: for weights of another library or of a text tower only.
     """
     where = f"teacher.weights={path}"
     if any(name.startswith("visual.trunk.") for name in state):
@@ -169,11 +171,11 @@ def image_state(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
         raise TeacherError(f"{where}: these are timm's names; set teacher.library=timm")
     if any(name.startswith("vision_model.") for name in state):
         raise TeacherError(
-            f"{where}: these are names of the transformers library; take the open_clip file of the "
+            f"{where}: these are names of the transformers library; use the open_clip file of the "
             "same model"
         )
-    kind = "a text tower alone" if any(key in state for key in TEXT_KEYS) else "no image tower"
+    kind = "only a text tower" if any(key in state for key in TEXT_KEYS) else "no image tower"
     raise TeacherError(
-        f"{where}: holds {kind} (first names: {', '.join(list(state)[:3])}); give the file of a "
-        "whole CLIP or of its image tower"
+        f"{where}: contains {kind} (first names: {', '.join(list(state)[:3])}); give the file of a "
+        "complete CLIP model or of its image tower"
     )

@@ -81,7 +81,7 @@ def make_backend(config: Config, kind: str) -> Any:
     if kind.startswith("zero"):
         return make_zero(config, model, momentum, compute, scale, kind)
     local = int(kind.removeprefix("node")) if kind.startswith("node") else 1
-    config.backend.sharding = "node" if kind.startswith("node") else kind  # pyright: ignore
+    config.backend.sharding = "hybrid" if kind.startswith("node") else kind  # pyright: ignore
     cpu = torch.device("cpu")
     return Fsdp(model, momentum, compute, config.optimizer, config.backend, scale, cpu, local)
 
@@ -93,15 +93,21 @@ def make_zero(
     from cmtmae_scale.backends.deepspeed import Zero
     from cmtmae_scale.config.deepspeed import deepspeed_config
 
-    config.backend.name, config.backend.zero_stage = "zero", int(kind[4])  # pyright: ignore
+    config.backend.name, config.backend.zero_stage = "deepspeed", int(kind[4])  # pyright: ignore
     if kind.endswith("gathered"):
         config.backend.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     if kind.endswith("offloaded"):
         config.backend.deepspeed = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     tree = deepspeed_config(config, 2)
     return Zero(
-        *(model, momentum, compute, config.optimizer, config.backend),
-        *(tree, scale, torch.device("cpu")),
+        model,
+        momentum,
+        compute,
+        config.optimizer,
+        config.backend,
+        tree,
+        scale,
+        torch.device("cpu"),
     )
 
 
@@ -271,8 +277,8 @@ def live_weights(backend: Any) -> dict[str, Any]:
                 found[name] = parameter.detach().float().numpy().copy()
         else:
             found[name] = parameter.detach().float().numpy().copy()
-    average = getattr(backend, "average", None)
-    module = backend.momentum_encoder if average is None else average.module
+    momentum = getattr(backend, "momentum", None)
+    module = backend.momentum_encoder if momentum is None else momentum.module
     for name, parameter in module.named_parameters():
         found[f"momentum.{name}"] = parameter.detach().float().numpy().copy()
     return found

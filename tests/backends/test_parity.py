@@ -74,7 +74,7 @@ def test_plain_does_not_depend_on_the_micro_batch(plain: Any) -> None:
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("world_size", "kind", "micro"),
-    [(1, "none", 4), (2, "full", 2), (2, "none", 4), (4, "node2", 1), (4, "full", 2)],
+    [(1, "replicate", 4), (2, "full", 2), (2, "replicate", 4), (4, "node2", 1), (4, "full", 2)],
 )
 def test_fsdp_equals_plain(plain: Any, world_size: int, kind: str, micro: int) -> None:
     results = run_ranks(world_size, case.run_case, kind, micro, STEPS, {})
@@ -99,7 +99,7 @@ def test_compilation_changes_nothing(plain: Any) -> None:
 
 @pytest.mark.gloo
 def test_bf16_stays_near_fp32(plain: Any) -> None:
-    results = run_ranks(2, case.run_case, "none", 2, STEPS, {"backend__precision": "bf16"})
+    results = run_ranks(2, case.run_case, "replicate", 2, STEPS, {"backend__precision": "bf16"})
     loss, norm = np.array(results[0][0])[:, :2].T
     expected_loss, expected_norm = np.array(plain[0])[:, :2].T
     # 8 bits of mantissa; a mask that differs in a patch shifts the loss a little.

@@ -1,4 +1,4 @@
-"""A small cache of generated photographs and a small random teacher."""
+"""A small cache of generated images and a small random teacher."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from cmtmae_scale.cache.build import Builder, build_parts
+from cmtmae_scale.cache.build import Builder, build_shards
 from cmtmae_scale.cache.format import Manifest
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
@@ -16,11 +16,11 @@ from cmtmae_scale.teachers.build import assemble
 from dataloading.index import build_index
 from tests.engine.run_case import BASE, make_photographs
 
-PHOTOGRAPHS, VIEWS, ROWS_A_PART = 10, 2, 6
+PHOTOGRAPHS, VIEWS, ROWS_PER_SHARD = 10, 2, 6
 
 
 def write_cache_recipe(folder: Path) -> Path:
-    """A recipe whose views are fixed, and its photographs."""
+    """A recipe with fixed views, and its images."""
     photographs = make_photographs(folder / "photos", PHOTOGRAPHS)
     tree = BASE | {
         "run": {"output_dir": str(folder / "run")},
@@ -46,46 +46,46 @@ def make_builder(recipe: Path, overrides: list[str] | None = None) -> Builder:
 def build_cache(
     recipe: Path, folder: Path, overrides: list[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> Manifest:
-    """Build a share of the parts."""
+    """Build a share of the shards."""
     builder = make_builder(recipe, overrides)
     try:
-        manifest = builder.begin(folder, builder.config.cache.codec, ROWS_A_PART)
-        parts = range(share[0], manifest.num_parts, share[1])
-        build_parts(builder, folder, manifest, parts, lambda done: None)
+        manifest = builder.begin_cache(folder, builder.config.cache.codec, ROWS_PER_SHARD)
+        shards = range(share[0], manifest.num_shards, share[1])
+        build_shards(builder, folder, manifest, shards)
     finally:
         builder.close()
     return manifest
 
 
 def build_until_killed(recipe: Path, folder: Path) -> None:
-    """Build, and end without a word when the second part has been computed."""
+    """Build, and kill this process when the second shard has been computed."""
     builder = make_builder(recipe)
-    manifest = builder.begin(folder, "int8", ROWS_A_PART)
+    manifest = builder.begin_cache(folder, "int8", ROWS_PER_SHARD)
 
-    def tell(done: int) -> None:
-        if done >= 2 * ROWS_A_PART:
+    def kill(rows: int) -> None:
+        if rows >= 2 * ROWS_PER_SHARD:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    build_parts(builder, folder, manifest, range(manifest.num_parts), tell)
+    build_shards(builder, folder, manifest, range(manifest.num_shards), kill)
 
 
 def begin_and_count(recipe: Path, folder: Path) -> int:
-    """Begin a cache; returns how often this process calibrated."""
+    """Begin a cache; return how often this process calibrated."""
     builder = make_builder(recipe)
     calls = []
-    calibrate = builder.calibrate
+    calibrate = builder.calibrate_channels
 
-    def counted(live: Any) -> Any:
+    def counted(keep_alive: Any) -> Any:
         calls.append(1)
-        return calibrate(live)
+        return calibrate(keep_alive)
 
-    builder.calibrate = counted  # pyright: ignore
-    builder.begin(folder, "int8", ROWS_A_PART)
+    builder.calibrate_channels = counted  # pyright: ignore
+    builder.begin_cache(folder, "int8", ROWS_PER_SHARD)
     builder.close()
     return len(calls)
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file that counts."""
+    """Every file except drafts."""
     names = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in names}

@@ -1,18 +1,20 @@
-"""A cache is built by any number of processes, killed at will, and trusted where it is whole."""
+"""Any number of processes build a cache and may be killed; only intact shards are trusted."""
 
 import errno
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cmtmae_scale.cache import build
-from cmtmae_scale.cache.claim import once
-from cmtmae_scale.cache.format import part_path, read_manifest, seal_path
-from cmtmae_scale.cache.parts import PartFile
-from cmtmae_scale.cache.verify import damaged_parts, empty_rows
+from cmtmae_scale.cache.claim import compute_once
+from cmtmae_scale.cache.codecs import Encoded, decode
+from cmtmae_scale.cache.format import missing_shards, read_manifest, seal_path, shard_path
+from cmtmae_scale.cache.reader import ShardFile
+from cmtmae_scale.cache.verify import damaged_shards
 from cmtmae_scale.commands import precompute
 from cmtmae_scale.errors import CacheError
 from tests.cache import cache_case as case
@@ -35,31 +37,27 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "cache"))
 
 
-def test_rows_are_what_the_teacher_sees(recipe: Path, whole: Path) -> None:
-    """Row by row, from views that are cut and seen one at a time."""
-    import numpy as np
-
-    from cmtmae_scale.cache.calibration import load_calibration
-    from cmtmae_scale.cache.codecs import Encoded, decode
-
-    manifest = read_manifest(whole)
-    calibration = load_calibration(whole, manifest)
+def test_rows_are_the_teachers_outputs(recipe: Path, whole: Path) -> None:
+    """Row by row, from views that are cut and forwarded one at a time."""
     builder = case.make_builder(recipe)
+    manifest = builder.join_cache(whole, "int8")
+    calibration = builder.calibration
+    assert calibration is not None
     assert manifest.num_rows == case.PHOTOGRAPHS * case.VIEWS
     for row in range(manifest.num_rows):
         plan = builder.planner.cut(
             np.array([0]), np.array([row // case.VIEWS]), np.array([row % case.VIEWS])
         )
-        (seen,) = builder.see(iter([plan]))
-        into = empty_rows(manifest, 1)
-        part = PartFile(whole, manifest, row // case.ROWS_A_PART)
-        assert part.read_row(row, into, 0) is None
-        part.close()
-        assert torch.equal(into["attention"], seen.attention.half())
+        (online,) = builder.forward_plans([plan])
+        into = manifest.empty_rows(1)
+        shard = ShardFile(whole, manifest, row // case.ROWS_PER_SHARD)
+        assert shard.read_row(row, into, 0) is None
+        shard.close()
+        assert torch.equal(into["attention"], online.attention.half())
         features = decode(Encoded(into["features"], into["scales"]), calibration)
         # half a level of int8, of the largest of the token's standardised channels
         bound = 0.6 * into["scales"].float().unsqueeze(-1) * calibration.std + 1e-5
-        assert bool(((features - seen.features).abs() <= bound).all())
+        assert bool(((features - online.features).abs() <= bound).all())
     builder.close()
 
 
@@ -72,7 +70,7 @@ def test_killed_and_finished_by_two_the_bytes_are_the_same(
     child.start()
     child.join(timeout=120)
     assert child.exitcode == -9
-    assert len(build.missing_parts(folder, read_manifest(folder))) in (2, 3)
+    assert len(missing_shards(folder, read_manifest(folder))) in (2, 3)
     for share in ((0, 2), (1, 2)):
         case.build_cache(recipe, folder, share=share)
     assert case.content(folder) == case.content(whole)
@@ -87,7 +85,7 @@ def test_processes_that_begin_together_calibrate_once(recipe: Path, tmp_path: Pa
 def test_work_of_a_process_that_died_is_taken_over(tmp_path: Path) -> None:
     claim = tmp_path / "claim"
     claim.write_text("somebody")
-    assert once(claim, lambda: None, lambda live: 7, stale_s=0.2, pause_s=0.01) == 7
+    assert compute_once(claim, lambda: None, lambda keep_alive: 7, stale_s=0.2, pause_s=0.01) == 7
     assert not claim.exists()
 
 
@@ -95,12 +93,14 @@ def test_a_result_that_appears_ends_the_waiting(tmp_path: Path) -> None:
     claim = tmp_path / "claim"
     claim.write_text("somebody")
     answers = iter([None, None, 3])
-    assert once(claim, lambda: next(answers), lambda live: 7, pause_s=0.01) == 3
+    assert compute_once(claim, lambda: next(answers), lambda keep_alive: 7, pause_s=0.01) == 3
 
 
 def run(recipe: Path, folder: Path, *arguments: str) -> int:
-    size = f"--rows-a-part={case.ROWS_A_PART}"
-    return precompute.main(["--config", str(recipe), size, f"cache.dir={folder}", *arguments])
+    size = f"--rows-per-shard={case.ROWS_PER_SHARD}"
+    return precompute.precompute_teacher(
+        ["--config", str(recipe), size, f"cache.dir={folder}", *arguments]
+    )
 
 
 def test_a_flipped_bit_is_found_named_and_repaired(
@@ -109,13 +109,13 @@ def test_a_flipped_bit_is_found_named_and_repaired(
     folder = copy(whole, tmp_path)
     assert run(recipe, folder, "--verify", "1") == 0
     assert "verdict: good" in capsys.readouterr().out
-    path = part_path(folder, 1)
+    path = shard_path(folder, 1)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     assert run(recipe, folder, "--verify") == 78
     out = capsys.readouterr().out
-    assert re.search(r"part 1: it differs from its SHA-256, at rows \d+", out)
+    assert re.search(r"shard 1: it differs from its SHA-256, at rows \d+", out)
     assert "verdict: not good" in out
     assert run(recipe, folder, "--repair") == 0
     assert case.content(folder) == case.content(whole) | {
@@ -123,13 +123,13 @@ def test_a_flipped_bit_is_found_named_and_repaired(
     }
 
 
-def test_missing_and_foreign_parts_are_named(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def test_missing_and_foreign_shards_are_named(recipe: Path, whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
     manifest = read_manifest(folder)
     seal_path(folder, 0).unlink()
-    for path in (part_path, seal_path):
+    for path in (shard_path, seal_path):
         shutil.copy(path(folder, 1), path(folder, 2))
-    found = dict(damaged_parts(folder, manifest, range(manifest.num_parts)))
+    found = dict(damaged_shards(folder, manifest, range(manifest.num_shards)))
     assert found[0] == "it is missing"
     assert found[2].startswith("rows 12, 13, 14, 15, 16, ... differ")
     assert set(found) == {0, 2}
@@ -159,7 +159,7 @@ def test_other_images_are_refused(recipe: Path, whole: Path, tmp_path: Path) -> 
         case.build_cache(recipe, whole, [f"data.path={photos}"])
 
 
-def test_another_codec_or_size_of_part_is_refused(recipe: Path, whole: Path) -> None:
+def test_another_codec_is_refused(recipe: Path, whole: Path) -> None:
     with pytest.raises(CacheError, match="was begun with codec=int8, now it is bf16"):
         case.build_cache(recipe, whole, ["cache.codec=bf16"])
 
@@ -181,38 +181,38 @@ def test_a_full_disk_says_what_is_missing_and_the_rest_follows(
     recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "cache"
-    real = build.write_part
+    real = build.write_shard
 
-    def full(folder: Path, manifest, part: int, fields) -> None:
-        if part == 2:
+    def full(folder: Path, manifest, shard: int, fields) -> None:
+        if shard == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(folder, manifest, part, fields)
+        real(folder, manifest, shard, fields)
 
-    monkeypatch.setattr(build, "write_part", full)
-    with pytest.raises(CacheError, match=r"is full .* 2 of 4 parts are there, the others need 0"):
+    monkeypatch.setattr(build, "write_shard", full)
+    with pytest.raises(
+        CacheError, match=r"is full .* 2 of 4 shards are complete, the others need 0"
+    ):
         case.build_cache(recipe, folder)
     monkeypatch.undo()
     case.build_cache(recipe, folder)
     assert case.content(folder) == case.content(whole)
 
 
-def test_a_picture_that_cannot_be_decoded_is_a_row_that_is_not_valid(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_an_image_that_cannot_be_decoded_is_an_invalid_row(recipe: Path, tmp_path: Path) -> None:
     photos = case.make_photographs(tmp_path / "photos", case.PHOTOGRAPHS)
     victim = sorted(photos.rglob("*.jpg"))[3]
     victim.write_bytes(victim.read_bytes()[:-300])
     manifest = case.build_cache(recipe, tmp_path / "cache", [f"data.path={photos}"])
     rows = 3 * case.VIEWS + torch.arange(case.VIEWS)
-    into = empty_rows(manifest, 1)
+    into = manifest.empty_rows(1)
     for row in rows.tolist():
-        part = PartFile(tmp_path / "cache", manifest, row // case.ROWS_A_PART)
-        assert "could not be decoded" in (part.read_row(row, into, 0) or "")
-        part.close()
+        shard = ShardFile(tmp_path / "cache", manifest, row // case.ROWS_PER_SHARD)
+        assert "could not be decoded" in (shard.read_row(row, into, 0) or "")
+        shard.close()
 
 
 def test_a_cache_needs_fixed_views(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"views\.count is not set"):
+    with pytest.raises(CacheError, match=r"views\.views_per_image is not set"):
         case.make_builder(recipe, ["views.views_per_image=null"])
 
 
@@ -228,13 +228,16 @@ def test_a_folder_that_everyone_may_write_is_refused(
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["--shard", text] for text in ("8/8", "1", "-1/4", "a/b")),
-        *(["--rows-a-part", "0"], ["--verify", "2"], ["--verify", "--repair"]),
+        ["--shard", "8/8"],
+        ["--shard", "a/b"],
+        ["--rows-per-shard", "0"],
+        ["--verify", "2"],
+        ["--verify", "--repair"],
     ],
 )
-def test_arguments_that_cannot_work_leave_with_78(arguments: list[str]) -> None:
+def test_illegal_arguments_exit_with_78(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        precompute.parse(["--config", "x", *arguments])
+        precompute.parse_precompute_options(["--config", "x", *arguments])
     assert stop.value.code == 78
 
 
@@ -251,5 +254,5 @@ def test_a_slurm_array_task_has_its_share() -> None:
         "SLURM_ARRAY_TASK_MIN": "2",
         "SLURM_ARRAY_TASK_COUNT": "4",
     }
-    assert precompute.array_share(given) == (3, 4)
-    assert precompute.array_share({}) == (0, 1)
+    assert precompute.slurm_array_share(given) == (3, 4)
+    assert precompute.slurm_array_share({}) == (0, 1)

@@ -1,4 +1,4 @@
-"""Which caches a run accepts, and what it makes of rows outside the loop."""
+"""Which caches a run accepts, and which views it reads from them."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cmtmae_scale.cache.format import MANIFEST, PARTS, manifest_text, part_path
-from cmtmae_scale.cache.identity import provenance
+from cmtmae_scale.cache.fingerprint import provenance
+from cmtmae_scale.cache.format import MANIFEST, SHARDS, manifest_text, shard_path
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.commands.dry_run import describe as dry_run
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.pretraining.build import open_teacher
-from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.collectives import process_group
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.training import count
 from dataloading.index import build_index
 from tests.engine.run_case import make_photographs, write_recipe
@@ -28,8 +28,8 @@ from tests.pretraining.cached_run_case import (
     COUNT,
     VIEWS,
     cached,
-    describe,
     make_cache,
+    make_skeleton,
     open_outside,
     write_manifest,
 )
@@ -54,7 +54,7 @@ def stack() -> Iterator[ExitStack]:
 
 def check(recipe: Path, folder: Path, *overrides: str) -> None:
     config = load_config(recipe, cached(folder, *overrides))
-    open_cache(config, describe(config), build_index(config.data.path))
+    open_cache(config, make_skeleton(config), build_index(config.data.path))
 
 
 @pytest.mark.parametrize(
@@ -115,27 +115,27 @@ def test_other_weights_of_the_same_name_are_refused_and_absent_ones_are_compared
         check(recipe, tmp_path / "cache", f"teacher.weights={tmp_path / 'named.safetensors'}")
 
 
-@pytest.mark.parametrize("part", ["", PARTS])
+@pytest.mark.parametrize("inner", ["", SHARDS])
 def test_a_folder_that_everyone_may_write_to_is_refused(
-    recipe: Path, good: Path, tmp_path: Path, part: str
+    recipe: Path, good: Path, tmp_path: Path, inner: str
 ) -> None:
     folder = shutil.copytree(good, tmp_path / "cache")
-    (folder / part).chmod(0o777)
-    with pytest.raises(CacheError, match=f"run chmod o-w {folder / part}"):
+    (folder / inner).chmod(0o777)
+    with pytest.raises(CacheError, match=f"run chmod o-w {folder / inner}"):
         check(recipe, folder)
 
 
-def test_a_symlink_in_place_of_a_part_is_not_followed(
+def test_a_symlink_in_place_of_a_shard_is_refused(
     recipe: Path, good: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     folder = shutil.copytree(good, tmp_path / "cache")
-    path = part_path(folder, 1)
+    path = shard_path(folder, 1)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     opened = open_outside(recipe, cached(folder, "cache.on_miss=stop"), stack)
     while len(opened.failures) < 2:  # the first is the row that was invalid when built
         opened.teacher.forward_batch(next(opened.stream))
-    assert "part 1: it cannot be read (" in str(opened.failures[1])
+    assert "shard 1: it cannot be read (" in str(opened.failures[1])
 
 
 def test_a_row_that_was_invalid_when_built_is_a_miss_unless_the_view_is_invalid_too(
@@ -149,13 +149,13 @@ def test_a_row_that_was_invalid_when_built_is_a_miss_unless_the_view_is_invalid_
     again = open_outside(recipe, cached(good, "cache.on_miss=stop"), stack)
     again.teacher.forward_batch(next(again.stream))
     (failure,) = again.failures
-    assert "row 0 (image 0, view 0) of part 0: its picture could not be decoded" in str(failure)
-    live = open_outside(recipe, cached(good), stack)
-    assert not live.teacher.forward_batch(next(live.stream)).cached
-    assert live.teacher.forward_batch(next(live.stream)).cached and not live.failures
+    assert "row 0 (image 0, view 0) of shard 0: its image could not be decoded" in str(failure)
+    online = open_outside(recipe, cached(good), stack)
+    assert not online.teacher.forward_batch(next(online.stream)).cached
+    assert online.teacher.forward_batch(next(online.stream)).cached and not online.failures
 
 
-def test_without_misses_and_checks_no_picture_is_made_for_the_teacher(
+def test_without_misses_and_checks_no_image_is_decoded_for_the_teacher(
     recipe: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     config = load_config(recipe, [VIEWS, "teacher.image_size=96"])
@@ -166,7 +166,7 @@ def test_without_misses_and_checks_no_picture_is_made_for_the_teacher(
         assert [image.shape[1] for image in batch.images] == sides
 
 
-def test_spot_checks_of_a_good_cache_pass_and_come_at_the_share_asked_for(
+def test_spot_checks_of_a_good_cache_pass_at_the_fraction_asked_for(
     recipe: Path, good: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -207,33 +207,34 @@ def test_settings_that_can_never_work_are_refused(
         load_config(recipe, overrides)
 
 
-def test_a_dry_run_counts_the_teacher_only_where_it_runs(recipe: Path) -> None:
-    def told(*overrides: str) -> tuple[str, float, float]:
+def test_a_dry_run_counts_the_teacher_only_if_it_runs(recipe: Path) -> None:
+    def totals(*overrides: str) -> tuple[str, float, float]:
         config = load_config(recipe, list(overrides))
         text = dry_run(config, 1)
         work, memory_gib = count(config, 1)
         return text.split("parameters, frozen")[1].split("\n")[0], work.teacher, memory_gib
 
-    live = told()
-    assert live[0] == "" and live[1] > 0
-    assert told(*cached(Path("x"))) == (", read from x", 0, live[2])
-    checked = told(*cached(Path("x"), "cache.on_miss=stop", "cache.spot_check=0.25"))
-    assert checked == (", read from x", live[1] / 4, live[2])
-    bare = told(*cached(Path("x"), "cache.on_miss=stop"))
-    assert bare[:2] == (", read from x and not built", 0) and bare[2] < live[2]
+    online = totals()
+    assert online[0] == "" and online[1] > 0
+    assert totals(*cached(Path("x"))) == (", read from x", 0, online[2])
+    checked = totals(*cached(Path("x"), "cache.on_miss=stop", "cache.spot_check=0.25"))
+    assert checked == (", read from x", online[1] / 4, online[2])
+    bare = totals(*cached(Path("x"), "cache.on_miss=stop"))
+    assert bare[:2] == (", read from x and not built", 0) and bare[2] < online[2]
 
 
-def test_rows_of_every_view_are_where_the_trainer_looks_for_them(
+def test_rows_of_every_view_are_where_the_run_reads_them(
     recipe: Path, good: Path, stack: ExitStack
 ) -> None:
     opened = open_outside(recipe, cached(good, "cache.on_miss=online"), stack)
-    assert opened.teacher.live is not None
+    assert opened.teacher.online is not None
     for _ in range(20 * COUNT // 2):
         batch = next(opened.stream)
-        view, live = opened.teacher.forward_batch(batch), opened.teacher.live.forward_batch(batch)
-        assert view.attention is not None and live.attention is not None
+        view = opened.teacher.forward_batch(batch)
+        online = opened.teacher.online.forward_batch(batch)
+        assert view.attention is not None and online.attention is not None
         # float16 keeps 11 bits.
-        assert torch.allclose(view.attention, live.attention, rtol=2**-11, atol=2**-24)
+        assert torch.allclose(view.attention, online.attention, rtol=2**-11, atol=2**-24)
 
 
 def test_a_cache_of_another_decoder_or_version_is_used_with_a_warning_of_rank_0(

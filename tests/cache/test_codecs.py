@@ -1,9 +1,9 @@
-"""Stored features keep their direction, also where a few channels dwarf the others."""
+"""Stored features keep their direction, even if a few channels are far larger than the others."""
 
 import pytest
 import torch
 
-from cmtmae_scale.cache.codecs import Calibration, calibrate, decode, encode, fidelity
+from cmtmae_scale.cache.codecs import Calibration, calibrate, decode, encode, measure_fidelity
 
 
 def clip_like(seed: int, count: int = 64) -> torch.Tensor:
@@ -17,7 +17,7 @@ def clip_like(seed: int, count: int = 64) -> torch.Tensor:
     return tokens
 
 
-def test_calibration_is_mean_and_deviation() -> None:
+def test_calibration_is_mean_and_standard_deviation() -> None:
     tokens = clip_like(0)
     found = calibrate(tokens.split(10))
     flat = tokens.double().flatten(0, 1)
@@ -28,16 +28,17 @@ def test_calibration_is_mean_and_deviation() -> None:
 def test_int8_keeps_the_direction_of_standardised_features() -> None:
     calibration = calibrate([clip_like(0)])
     tokens = clip_like(1)
-    found = fidelity(tokens, decode(encode(tokens, "int8", calibration), calibration), calibration)
+    stored = decode(encode(tokens, "int8", calibration), calibration)
+    found = measure_fidelity(tokens, stored, calibration)
     assert found.standardised[1] >= 0.9995 and found.raw[1] >= 0.9995
 
 
 def test_without_standardising_the_raw_cosine_would_hide_the_damage() -> None:
-    """One scale a token alone: why channels are standardised, and standardised cosines judge."""
+    """One scale per token alone: why channels are standardised, and standardised cosines judge."""
     none = Calibration(torch.zeros(96), torch.ones(96))
     tokens = clip_like(1)
     stored = decode(encode(tokens, "int8", none), none)
-    found = fidelity(tokens, stored, calibrate([clip_like(0)]))
+    found = measure_fidelity(tokens, stored, calibrate([clip_like(0)]))
     assert found.raw[1] > 0.999 and found.standardised[1] < 0.99
 
 

@@ -1,4 +1,4 @@
-"""Rows from parts that are absent, damaged, foreign or many: none is trusted, none ends the run."""
+"""Absent, damaged or foreign shards: no row of them is trusted, and none ends the run."""
 
 import json
 import os
@@ -17,19 +17,18 @@ from cmtmae_scale.cache.codecs import Calibration
 from cmtmae_scale.cache.format import (
     MANIFEST,
     Manifest,
-    digest_of,
-    part_path,
     read_manifest,
     seal_path,
+    shard_path,
 )
-from cmtmae_scale.cache.reader import CacheReader, Rows
+from cmtmae_scale.cache.reader import CachedRows, CacheReader
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError
 from dataloading.index import build_index
 from dataloading.plan import Plan
 from tests.engine.run_case import write_recipe
-from tests.pretraining.cached_run_case import cached, describe, write_manifest, write_rows
+from tests.pretraining.cached_run_case import cached, make_skeleton, write_manifest, write_rows
 
 ROWS = 40
 FORGED = [0, -1, 1, 3, 10**30, 1e9, True, None, "x", "bf16", [], {}, {"teacher": {}}]
@@ -41,7 +40,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fill(recipe: Path, folder: Path, seed: int, *overrides: str) -> dict[str, torch.Tensor]:
-    """A whole cache of random int8 rows; returns them as they are to be read."""
+    """Write a whole cache of random int8 rows; return them as they must be read."""
     config = load_config(recipe, cached(folder, *overrides))
     manifest = write_manifest(config, build_index(config.data.path), folder, codec="int8")
     generator = torch.Generator().manual_seed(seed)
@@ -62,11 +61,13 @@ def plan_of(rows: Any) -> Plan:
 
 
 @contextmanager
-def reading(folder: Path, manifest: Manifest, limit: int = 9) -> Iterator[Callable[[Any], Rows]]:
+def reading(
+    folder: Path, manifest: Manifest, limit: int = 9
+) -> Iterator[Callable[[Any], CachedRows]]:
     reader = CacheReader(folder, manifest, 2, pin=False)
     reader.limit = limit
 
-    def read(rows: Any) -> Rows:
+    def read(rows: Any) -> CachedRows:
         plan = plan_of(rows)
         reader.submit(plan)
         return reader.collect(plan)
@@ -77,7 +78,7 @@ def reading(folder: Path, manifest: Manifest, limit: int = 9) -> Iterator[Callab
         reader.close()
 
 
-CALIBRATION = "the calibration, whose name tells its content"
+CALIBRATION = "the calibration, whose name is its digest"
 
 
 def file_of(folder: Path, name: str) -> Path:
@@ -85,10 +86,10 @@ def file_of(folder: Path, name: str) -> Path:
 
 
 def mutate(random: random.Random, folder: Path, good: Path, other: Path) -> Path:
-    """Spoil one file of a cache; returns which."""
+    """Damage one file of a cache; return which."""
     names = [MANIFEST, MANIFEST, CALIBRATION]
-    for part in range(6):
-        names += [str(find(Path(), part)) for find in (part_path, seal_path)]
+    for shard in range(6):
+        names += [str(find(Path(), shard)) for find in (shard_path, seal_path)]
     name = random.choice(names)
     path, data = folder / file_of(good, name).name, file_of(good, name).read_bytes()
     if name not in (MANIFEST, CALIBRATION):
@@ -127,18 +128,18 @@ def forge(random: random.Random, tree: dict[str, Any], sealed: bool) -> str:
     tree[random.choice(sorted(tree))] = random.choice(FORGED)
     if sealed and tree.keys() >= {"sha256"}:
         tree.pop("sha256")
-        tree["sha256"] = digest_of(Manifest(**tree))
+        tree["sha256"] = Manifest.from_dict(tree).sha256
     return json.dumps(tree)
 
 
-def test_of_a_thousand_spoilt_caches_none_is_trusted_and_none_crashes(
+def test_of_a_thousand_damaged_caches_none_is_trusted_and_none_crashes(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good, other, folder = (tmp_path / name for name in ("good", "other", "spoilt"))
+    good, other, folder = (tmp_path / name for name in ("good", "other", "damaged"))
     truth = fill(recipe, good, 1)
     fill(recipe, other, 2, "views.hflip=false")
     config = load_config(recipe, cached(folder))
-    told, index = describe(config), build_index(config.data.path)
+    skeleton, index = make_skeleton(config), build_index(config.data.path)
     shutil.copytree(good, folder)
     chance = random.Random(0)
     refused = missed = served = 0
@@ -146,7 +147,7 @@ def test_of_a_thousand_spoilt_caches_none_is_trusted_and_none_crashes(
     for _ in range(1000):
         path = mutate(chance, folder, good, other)
         try:
-            manifest, calibration = open_cache(config, told, index)
+            manifest, calibration = open_cache(config, skeleton, index)
         except CacheError as error:
             assert str(folder) in str(error)
             refused += 1
@@ -172,33 +173,33 @@ def restore(path: Path, good: Path) -> None:
     os.link(good, path)
 
 
-def test_a_part_that_appears_later_is_found_and_one_warning_tells_of_a_damaged_one(
+def test_a_shard_that_appears_later_is_found_and_a_damaged_one_is_logged_once(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     truth = fill(recipe, tmp_path, 3)
     seal = seal_path(tmp_path, 1)
     seal.rename(tmp_path / "later")
-    path = part_path(tmp_path, 2)
+    path = shard_path(tmp_path, 2)
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the checksum of the last row
     with reading(tmp_path, read_manifest(tmp_path)) as read:
         assert read([7, 20]).faults == ["it is not complete", "it differs from its checksum"]
-        spoilt = read([20, 19])
-        assert spoilt.faults == ["it differs from its checksum", None]
-        assert spoilt.fields["attention"][0].unique().tolist() == [1 / 16]
-        assert not spoilt.fields["features"][0].any()
+        damaged = read([20, 19])
+        assert damaged.faults == ["it differs from its checksum", None]
+        assert damaged.fields["attention"][0].unique().tolist() == [1 / 16]
+        assert not damaged.fields["features"][0].any()
         (line,) = caplog.messages
-        assert line == f"{path}, row 20: it differs from its checksum; build this part again"
+        assert line == f"{path}, row 20: it differs from its checksum; build this shard again"
         (tmp_path / "later").rename(seal)
         draft = tmp_path / "draft"
         draft.write_bytes(data)
         draft.replace(path)
-        mended = read([7, 20])
-        assert mended.faults == [None, None]
-        assert torch.equal(mended.fields["features"], truth["features"][[7, 20]])
+        repaired = read([7, 20])
+        assert repaired.faults == [None, None]
+        assert torch.equal(repaired.fields["features"], truth["features"][[7, 20]])
 
 
-def test_few_parts_are_open_at_a_time_and_none_after_the_end(recipe: Path, tmp_path: Path) -> None:
+def test_few_shards_are_open_at_a_time_and_none_after_the_end(recipe: Path, tmp_path: Path) -> None:
     truth = fill(recipe, tmp_path, 4)
     order = np.random.default_rng(0).permutation(np.tile(np.arange(ROWS), 5))
     with reading(tmp_path, read_manifest(tmp_path), limit=2) as read:
@@ -215,7 +216,7 @@ def num_open(folder: Path) -> int:
     return sum(file.startswith(str(folder)) for file in files)
 
 
-def test_plans_are_matched_with_their_rows_even_where_batches_are_lost(
+def test_plans_are_matched_with_their_rows_even_if_batches_are_lost(
     recipe: Path, tmp_path: Path
 ) -> None:
     fill(recipe, tmp_path, 5)

@@ -1,4 +1,4 @@
-"""The life of a cache of the demo's photographs and teacher, by its commands."""
+"""Build, kill, verify, repair and refuse a cache of the demo's images and teacher, by command."""
 
 import shutil
 import signal
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cmtmae_scale.cache.builder import make_builder
-from cmtmae_scale.cache.format import PARTS, part_path
-from cmtmae_scale.commands.precompute import main
+from cmtmae_scale.cache.build import make_builder
+from cmtmae_scale.cache.format import SHARDS, shard_path
+from cmtmae_scale.commands.precompute import precompute_teacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError
@@ -45,45 +45,45 @@ def run(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     )
 
 
-def tell(capsys: pytest.CaptureFixture[str], text: str) -> None:
+def show(capsys: pytest.CaptureFixture[str], text: str) -> None:
     with capsys.disabled():
         sys.stdout.write(text + "\n")
 
 
-def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
+def test_built_by_one_killed_finished_by_two_verified_repaired_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     folder, index = tmp_path / "cache", tmp_path / "index"
     own = [f"cache.dir={folder}", f"data.index={index}", f"data.path={PHOTOGRAPHS}"]
     own += ["views.views_per_image=4"]
-    one = subprocess.Popen(command(*own, "--rows-a-part", "64"), cwd=ROOT)
-    while len(list(folder.glob(f"{PARTS}/*.json"))) < 3:
+    one = subprocess.Popen(command(*own, "--rows-per-shard", "64"), cwd=ROOT)
+    while len(list(folder.glob(f"{SHARDS}/*.json"))) < 3:
         assert one.poll() is None
         time.sleep(0.05)
     one.send_signal(signal.SIGKILL)
     assert one.wait() == -9
-    half = len(list(folder.glob(f"{PARTS}/*.json")))
-    finished = run(*own, "--rows-a-part", "64", ranks=2)
+    half = len(list(folder.glob(f"{SHARDS}/*.json")))
+    finished = run(*own, "--rows-per-shard", "64", ranks=2)
     assert finished.returncode == 0, finished.stderr
-    found = len(list(folder.glob(f"{PARTS}/*.json")))
+    found = len(list(folder.glob(f"{SHARDS}/*.json")))
     images = len(load_or_build(PHOTOGRAPHS, index))
     assert 3 <= half < found == -(-4 * images // 64)
 
     verified = run(*own, "--verify", "0.05")
-    tell(capsys, verified.stdout)
+    show(capsys, verified.stdout)
     assert verified.returncode == 0 and "verdict: good" in verified.stdout
 
-    with part_path(folder, 2).open("r+b") as file:
+    with shard_path(folder, 2).open("r+b") as file:
         file.seek(300_000)
         byte = file.read(1)
         file.seek(300_000)
         file.write(bytes([byte[0] ^ 16]))
     damaged = run(*own, "--verify", "0")
-    tell(capsys, damaged.stdout)
+    show(capsys, damaged.stdout)
     assert damaged.returncode == 78
-    assert "part 2: it differs from its SHA-256, at rows " in damaged.stdout
-    assert run(*own, "--rows-a-part", "64", "--repair").returncode == 0
+    assert "shard 2: it differs from its SHA-256, at rows " in damaged.stdout
+    assert run(*own, "--rows-per-shard", "64", "--repair").returncode == 0
     assert run(*own, "--verify", "0").returncode == 0
 
     capsys.readouterr()
@@ -97,16 +97,18 @@ def test_built_by_one_killed_finished_by_two_verified_mended_and_refused(
         (["views.crop_scale=[0.3, 1.0]"], "views.crop_scale"),
         ([f"data.path={less}", f"data.index={tmp_path / 'other'}"], "data.digest"),
     ):
-        assert main(["--config", RECIPE, *own, *change, "--rows-a-part", "64"]) == 78
-        told = capsys.readouterr().err
-        tell(capsys, told)
-        assert f"{reason}: the cache was built with " in told
+        assert (
+            precompute_teacher(["--config", RECIPE, *own, *change, "--rows-per-shard", "64"]) == 78
+        )
+        message = capsys.readouterr().err
+        show(capsys, message)
+        assert f"{reason}: the cache was built with " in message
     config = load_config(RECIPE, own)
     teacher = teachers.assemble(config, needs(config), load=True)
     teacher.mean = (0.5, 0.5, 0.5)
-    monkeypatch.setattr("cmtmae_scale.cache.builder.assemble", lambda *_, **__: teacher)
+    monkeypatch.setattr("cmtmae_scale.cache.build.assemble", lambda *_, **__: teacher)
     builder = make_builder(config, index, next(teacher.model.parameters()).device)
     with pytest.raises(CacheError, match=r"teacher\.mean: the cache was built with") as refused:
-        builder.begin(folder, "int8", 64)
+        builder.begin_cache(folder, "int8", 64)
     builder.close()
-    tell(capsys, str(refused.value))
+    show(capsys, str(refused.value))

@@ -1,4 +1,4 @@
-"""Codecs on what ``make demo`` brings: a real ViT-S/14 and real photographs."""
+"""Codecs on the data of ``make demo``: a real ViT-S/14 and real images."""
 
 import shutil
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_rounding_hardly_turns_the_gradient() -> None:
 
 
 @pytest.mark.gloo
-def test_fifty_steps_on_a_cache_have_the_losses_of_the_live_teacher(tmp_path: Path) -> None:
+def test_fifty_steps_on_a_cache_have_the_losses_of_the_online_teacher(tmp_path: Path) -> None:
     for number, path in enumerate(sorted((DEMO / "photos").rglob("*.jpg"))[::6]):
         (tmp_path / "photos" / "all").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "photos" / "all" / f"{number}.jpg")
@@ -64,21 +64,21 @@ def test_fifty_steps_on_a_cache_have_the_losses_of_the_live_teacher(tmp_path: Pa
     caches = {codec: tmp_path / codec for codec in ("int8", "bf16")}
     for codec, folder in caches.items():
         line = ["--config", str(RECIPE), *own, f"cache.codec={codec}", f"cache.dir={folder}"]
-        assert precompute.main(line) == 0
-    ways = [(tmp_path / "run-live", own, "")]
+        assert precompute.precompute_teacher(line) == 0
+    ways = [(tmp_path / "run-online", own, "")]
     for codec, folder in caches.items():
         read = ["teacher.mode=cached", f"cache.dir={folder}", "cache.on_miss=stop"]
         ways.append((tmp_path / f"run-{codec}", [*own, *read], "alone"))
-    ((live, *others),) = run_ranks(1, observe_each, RECIPE, ways, timeout_s=900)
+    ((online, *others),) = run_ranks(1, observe_each, RECIPE, ways, timeout_s=900)
     for codec, seen in zip(caches, others, strict=True):
-        assert (seen.error, len(seen.log), len(live.log)) == ("", 50, 50)
+        assert (seen.error, len(seen.log), len(online.log)) == ("", 50, 50)
         worst = {
             name: max(
                 abs(a[name] - b[name]) / abs(b[name])
-                for a, b in zip(seen.log, live.log, strict=True)
+                for a, b in zip(seen.log, online.log, strict=True)
             )
             for name in ("loss/total", "loss/teacher", "grad_norm")
         }
-        same = "the same masks" if seen.masks == live.masks else "other masks"
+        same = "the same masks" if seen.masks == online.masks else "other masks"
         print(f"\n{codec}, {same}: " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
         assert worst["loss/total"] < 5e-4 and worst["grad_norm"] < 2e-3

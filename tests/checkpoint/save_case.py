@@ -53,7 +53,7 @@ def save(root: Path, step: int = 3, keep: int = 9, version: int = 0, ranks: int 
 
 def version_of(folder: Path) -> int:
     """Which version a checkpoint holds; all of it."""
-    assert layout.fault(folder) is None
+    assert layout.find_damage(folder) is None
     blank = fragments(fill=False)
     load_fragments(folder, blank)
     for version in (0, 1):
@@ -235,7 +235,7 @@ def refuse_everywhere(folder: Path, scenario: str, code: int, stays: bool) -> in
         layout.sweep(root)
         newest = find_checkpoint(root, 0, 1)
         assert newest is not None, place
-        told = [line for line in log.lines if "training goes on" in line]
+        told = [line for line in log.lines if "training continues" in line]
         assert len(told) <= 1, f"{place}: {told}"
         if version_of(newest) == 0:
             assert told and str(root) in told[0] and "check space" in told[0], place
@@ -257,7 +257,7 @@ def save_with_a_failing_rank(
 
     rank, log = dist.get_rank(), Lines()
     writer = Writer(root, rank, 2, 9, background, token=7)
-    write, give_up = writer_module.write_chunks, writer_module.give_up_part
+    write, give_up = writer_module.write_chunks, writer_module.mark_shard_failed
 
     def refuse(*_: Any) -> Any:
         raise OSError("no space")
@@ -265,11 +265,11 @@ def save_with_a_failing_rank(
     if rank == 1:
         writer_module.write_chunks = refuse
         if not marked:
-            writer_module.give_up_part = refuse
+            writer_module.mark_shard_failed = refuse
     started = [writer.save(1, fragments(2, rank), STATE)]
-    writer.part_over.wait()
+    writer.shard_done.wait()
     dist.barrier()
-    writer_module.write_chunks, writer_module.give_up_part = write, give_up
+    writer_module.write_chunks, writer_module.mark_shard_failed = write, give_up
     started.append(writer.save(2, fragments(2, rank), STATE))
     writer.wait()
     started.append(writer.save(3, fragments(2, rank), STATE))

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from cmtmae_scale.checkpoint.chunks import ChunkReader, load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.errors import EXIT_CONFIG, CheckpointError
 from cmtmae_scale.runtime.storage import digest
 from tests.checkpoint.save_case import STATE, fragments, save, values
 
@@ -55,7 +56,7 @@ def test_another_model_is_refused_before_anything_is_written(tmp_path: Path) -> 
 def test_only_the_newest_are_kept_and_latest_names_one(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path / "c", step, keep=2)
-    names = [folder.name for folder in layout.candidates(tmp_path / "c")]
+    names = [folder.name for folder in layout.list_checkpoints(tmp_path / "c")]
     assert names == ["step-00000003", "step-00000002"]
     assert (tmp_path / "c" / layout.LATEST).read_text() == "step-00000003"
 
@@ -68,15 +69,37 @@ def test_a_gap_between_chunks_is_refused(tmp_path: Path) -> None:
     tmp_path.joinpath("c").mkdir()
     writer = Writer(tmp_path / "c", 0, 1, 9, False, token=7)
     writer.save(1, fragments(2, 1), STATE)  # the second half alone
-    assert not layout.candidates(tmp_path / "c")
+    assert not layout.list_checkpoints(tmp_path / "c")
 
 
 def test_state_and_whole_tensors_read_back(tmp_path: Path) -> None:
     save(tmp_path / "c")
     folder = layout.folder_of(tmp_path / "c", 3)
-    assert layout.read_state(folder) == STATE
+    assert layout.read_state(folder) == STATE | {"format": layout.FORMAT}
     assert json.loads((folder / "index.json").read_text())["momentum.w"]["shape"] == [5, 3]
-    assert ChunkReader(folder).read_whole("momentum.w").shape == (5, 3)
+    assert ChunkReader(folder).read_tensor("momentum.w").shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("state", "version"),
+    [
+        ({"versions": {"cmtmae_scale": "0.1.0"}}, "0.1.0"),
+        ({"format": 3, "versions": {"cmtmae_scale": "9.0"}}, "9.0"),
+        ({}, "of an unknown version"),
+    ],
+)
+def test_another_format_is_refused_with_the_version_that_wrote_it(
+    tmp_path: Path, state: dict[str, Any], version: str
+) -> None:
+    (tmp_path / layout.STATE).write_text(json.dumps(state))
+    with pytest.raises(CheckpointError) as raised:
+        layout.read_state(tmp_path)
+    assert str(raised.value) == (
+        f"{tmp_path} was written by cmtmae_scale {version}, whose checkpoints this version does "
+        "not read; finish the run with that version, or export its encoder with that version and "
+        "start a new run with student.init_weights=FILE"
+    )
+    assert raised.value.exit_code == EXIT_CONFIG
 
 
 def test_folders_are_ordered_by_step_and_other_names_do_not_count(tmp_path: Path) -> None:
@@ -84,7 +107,7 @@ def test_folders_are_ordered_by_step_and_other_names_do_not_count(tmp_path: Path
     for name in [*names, "step-2", "step-00000003.bak", "step-000000004", "best"]:
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000009").write_text("a file")
-    found = [folder.name for folder in layout.candidates(tmp_path)]
+    found = [folder.name for folder in layout.list_checkpoints(tmp_path)]
     assert found == ["step-100000000", "step-99999999", "step-00000002"]
 
 
@@ -102,7 +125,7 @@ def test_only_drafts_are_a_fresh_start_but_lost_checkpoints_are_not(tmp_path: Pa
     assert find_checkpoint(tmp_path, 0, 1) is None
     folder = save(tmp_path, 1)
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="latest says that there were checkpoints"):
+    with pytest.raises(CheckpointError, match="latest names a checkpoint, but there is none"):
         find_checkpoint(tmp_path, 0, 1)
 
 
@@ -115,7 +138,7 @@ def test_a_linked_run_folder_and_a_linked_checkpoint_work(tmp_path: Path) -> Non
     layout.folder_of(root, 1).symlink_to(tmp_path / "store")
     assert find_checkpoint(root, 0, 1) == layout.folder_of(root, 1)
     save(root, 2, keep=1)
-    assert layout.candidates(root) == [layout.folder_of(root, 2)]
+    assert layout.list_checkpoints(root) == [layout.folder_of(root, 2)]
     assert (tmp_path / "store" / layout.MANIFEST).exists()
 
 

@@ -25,7 +25,7 @@ PART = layout.rank_file(0)
 
 def test_each_of_a_thousand_flipped_bits_is_found(tmp_path: Path) -> None:
     folder = save(tmp_path / "c", ranks=2)
-    assert layout.fault(folder) is None
+    assert layout.find_damage(folder) is None
     files = sorted(folder.iterdir())
     generator = np.random.default_rng(0)
     missed = []
@@ -36,12 +36,12 @@ def test_each_of_a_thousand_flipped_bits_is_found(tmp_path: Path) -> None:
         place, bit = int(generator.integers(len(changed))), int(generator.integers(8))
         changed[place] ^= 1 << bit
         path.write_bytes(changed)
-        if layout.fault(folder) is None:
+        if layout.find_damage(folder) is None:
             missed.append((path.name, place, bit))
         path.write_bytes(original)
     print(f"{FLIPS - len(missed)} of {FLIPS} flipped bits found in {len(files)} files")
     assert not missed
-    assert layout.fault(folder) is None
+    assert layout.find_damage(folder) is None
 
 
 def other_manifest(folder: Path) -> None:
@@ -78,17 +78,17 @@ def empty(folder: Path) -> None:
 
 def unnamed(folder: Path) -> None:
     """A manifest with a right digest that leaves out the state."""
-    files = layout.read_manifest(folder)
+    files = layout.load_manifest(folder)
     del files[layout.STATE]
-    (folder / layout.MANIFEST).write_text(layout.manifest_text(files))
+    (folder / layout.MANIFEST).write_text(layout.format_manifest(files))
 
 
 def outside(folder: Path) -> None:
     """A manifest with a right digest that points out of the folder."""
-    files = layout.read_manifest(folder)
+    files = layout.load_manifest(folder)
     files["../x"] = files[PART]
     shutil.copy(folder / PART, folder.parent / "x")
-    (folder / layout.MANIFEST).write_text(layout.manifest_text(files))
+    (folder / layout.MANIFEST).write_text(layout.format_manifest(files))
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -153,7 +153,7 @@ def test_a_planted_pickle_never_runs(tmp_path: Path, name: str, rehashed: bool) 
     if rehashed and name != layout.MANIFEST:
         files = json.loads((folder / layout.MANIFEST).read_text())["files"]
         facts = {"size": (folder / name).stat().st_size, "sha256": digest(folder / name)}
-        (folder / layout.MANIFEST).write_text(layout.manifest_text(files | {name: facts}))
+        (folder / layout.MANIFEST).write_text(layout.format_manifest(files | {name: facts}))
     try:
         found = find_checkpoint(root, 0, 1)
         assert found == folder

@@ -1,4 +1,4 @@
-"""Weights of timm, MAE and transformers as a start: outputs, counts, errors, runs."""
+"""Initial weights from timm, MAE and transformers: outputs, counts, errors, runs."""
 
 import logging
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from cmtmae_scale.checkpoint.init_weights import StartReport, load_init_weights
+from cmtmae_scale.checkpoint.init_weights import InitReport, load_init_weights
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.method.initialisation import initialise
@@ -36,7 +36,7 @@ def make_config(decoder: Any = "full", size: int = 64, **student: Any) -> Config
     config.decoder.type = decoder
     config.decoder.depth, config.decoder.width, config.decoder.heads = 2, 32, 4
     config.loss.teacher, config.loss.student, config.loss.pixel = 0.0, 0.0, 1.0
-    config.loss.tokens, config.mask.sampler = "hidden", "random"
+    config.loss.tokens, config.mask.sampler = "masked", "random"
     config.collaboration.alpha_attention = config.collaboration.alpha_target = 1.0
     config.mask.salient_fraction = 0.0
     return config
@@ -82,10 +82,10 @@ def names(state: State, *prefixes: str) -> set[str]:
     return {name for name in state if name.startswith(prefixes)}
 
 
-def check_accounts(report: StartReport, state: State) -> None:
+def check_accounts(report: InitReport, state: State) -> None:
     """Every tensor of the file is in exactly one part."""
-    told = [*report.loaded, *report.resampled, *report.passed_over]
-    assert sorted(told) == sorted(state)
+    listed = [*report.loaded, *report.resampled, *report.skipped]
+    assert sorted(listed) == sorted(state)
 
 
 def make_choice(length: int = 16) -> PatchChoice:
@@ -102,7 +102,7 @@ def test_timms_classifier_gives_the_encoder_and_leaves_its_head() -> None:
     decoder = {n: p.clone() for n, p in model.state_dict().items() if n.startswith("decoder.")}
     report = load_init_weights(model, state, "w.pt")
     check_accounts(report, state)
-    assert set(report.passed_over) == {"head.weight", "head.bias"} and not report.resampled
+    assert set(report.skipped) == {"head.weight", "head.bias"} and not report.resampled
     theirs = timm.create_model("test_vit", img_size=64, num_classes=10)
     theirs.load_state_dict(state)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_maes_release_gives_encoder_and_decoder(tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "mae_pretrain.pth")
     report = load_init_weights(model, read_weights(tmp_path / "mae_pretrain.pth"), "w")
     check_accounts(report, state)
-    assert report.passed_over == {"decoder_pos_embed": "the decoder computes its positions"}
+    assert report.skipped == {"decoder_pos_embed": "the decoder computes its positions"}
     own = model.state_dict()
     assert len(report.loaded) == len(own) == len(state) - 1
     assert torch.equal(own["decoder.mask_token"], state["mask_token"])
@@ -144,7 +144,7 @@ def test_the_whole_of_transformers_vit_mae_gives_the_same_predictions(
     model, choice = make_model(), make_choice()
     report = load_init_weights(model, state, "w")
     check_accounts(report, state)
-    assert list(report.passed_over) == ["decoder.decoder_pos_embed"] and not report.resampled
+    assert list(report.skipped) == ["decoder.decoder_pos_embed"] and not report.resampled
     # The noise that makes theirs keep and hide the same patches: each patch's place in our order.
     noise = torch.cat([choice.ids_keep, choice.ids_hidden], 1).argsort(1).float()
     with torch.no_grad():
@@ -163,26 +163,29 @@ def test_the_whole_of_transformers_vit_mae_gives_the_same_predictions(
         ("full", 48, r"is \[48\], the configured decoder.blocks.0.attn.proj.bias \[32\]"),
     ],
 )
-def test_another_decoder_is_passed_over_whole(decoder: str, width: int, said: str) -> None:
+def test_another_decoder_is_skipped_as_a_whole(decoder: str, width: int, said: str) -> None:
     state, model = mae_state(width), make_model(make_config(decoder))
     before = {n: p.clone() for n, p in model.state_dict().items() if not n.startswith("encoder.")}
     report = load_init_weights(model, state, "w")
     check_accounts(report, state)
-    assert set(report.passed_over) == names(state, "decoder_", "mask_token")
-    (reason,) = set(report.passed_over.values())
+    assert set(report.skipped) == names(state, "decoder_", "mask_token")
+    (reason,) = set(report.skipped.values())
     assert said.replace("\\", "") in reason
     assert all(torch.equal(model.state_dict()[n], p) for n, p in before.items())
 
 
-def test_a_decoder_with_other_positions_or_without_a_block_is_passed_over() -> None:
+def test_a_decoder_with_other_positions_or_without_a_block_is_skipped() -> None:
     learnt, short = mae_state(), mae_state()
     learnt["decoder_pos_embed"] += 0.1
     short = {n: p for n, p in short.items() if not n.startswith("decoder_blocks.1.")}
-    for state, said in ((learnt, "not the sine-cosine table"), (short, "no tensor for decoder.")):
+    for state, said in (
+        (learnt, "not the sine-cosine embedding"),
+        (short, "no tensor for decoder."),
+    ):
         report = load_init_weights(make_model(), state, "w")
         check_accounts(report, state)
-        assert set(report.passed_over) == names(state, "decoder_", "mask_token")
-        assert said in report.passed_over["mask_token"]
+        assert set(report.skipped) == names(state, "decoder_", "mask_token")
+        assert said in report.skipped["mask_token"]
 
 
 def test_a_decoder_without_pixels_leaves_maes_pixel_head() -> None:
@@ -192,7 +195,7 @@ def test_a_decoder_without_pixels_leaves_maes_pixel_head() -> None:
     report = load_init_weights(model, state, "w")
     check_accounts(report, state)
     passed = {"decoder_pos_embed", "decoder_pred.weight", "decoder_pred.bias"}
-    assert set(report.passed_over) == passed
+    assert set(report.skipped) == passed
     assert torch.equal(model.state_dict()["decoder.mask_token"], state["mask_token"])
 
 
@@ -211,14 +214,14 @@ def test_positions_of_another_grid_are_resampled_and_counted() -> None:
 def test_bf16_files_give_float32_weights() -> None:
     state = {name: value.bfloat16() for name, value in mae_state().items()}
     model = make_model()
-    assert len(load_init_weights(model, state, "w").passed_over) == 1  # positions still fit
+    assert len(load_init_weights(model, state, "w").skipped) == 1  # positions still fit
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 
 def test_the_report_names_counts_and_reasons() -> None:
     text = str(load_init_weights(make_model(make_config("prompt", 96)), mae_state(), "w"))
     assert text.startswith("77 tensors loaded, 1 resampled (pos_embed: 4 x 4 to 6 x 6 patches), ")
-    assert "32 passed over (" in text and "decoder_blocks.*" in text
+    assert "32 skipped (" in text and "decoder_blocks.*" in text
     assert text.endswith(": the configured decoder is not MAE's)")
     assert text.count("decoder_blocks") == 1
 
@@ -242,7 +245,7 @@ CASES = {
     ),
     "depth": (
         lambda: timm_state(depth=7),
-        ["blocks.6.attn.proj.bias has no place", "and 9 more", "set student.arch"],
+        ["blocks.6.attn.proj.bias is unexpected", "and 9 more", "set student.arch"],
     ),
     "patch": (
         lambda: timm_state(patch_size=8),
@@ -254,7 +257,7 @@ CASES = {
     ),
     "names": (
         lambda: {"visual.conv1.weight": torch.zeros(2)},
-        ["no names of a VisionTransformer", "first: visual.conv1.weight", "take a file of"],
+        ["not names of a VisionTransformer", "first: visual.conv1.weight", "take a file of"],
     ),
     "trio": (
         lambda: without(as_transformers(), "vit.encoder.layer.0.attention.attention.key.weight"),
@@ -284,14 +287,14 @@ def test_an_encoder_that_does_not_fit_is_refused_and_nothing_is_changed(case: st
 
 
 def start_config(file: Path) -> Config:
-    """Losses of both models, so that a momentum student is built."""
-    config = make_config("prompt", weights=str(file))
+    """Losses of both models, so that a momentum encoder is built."""
+    config = make_config("prompt", init_weights=str(file))
     config.loss.student, config.loss.tokens = 1.0, "all"
     config.collaboration.alpha_target = 0.5
     return config
 
 
-def test_the_momentum_student_starts_from_the_file_too(
+def test_the_momentum_encoder_gets_the_initial_weights_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = timm_state()
@@ -303,7 +306,7 @@ def test_the_momentum_student_starts_from_the_file_too(
         assert torch.equal(value, state[name])
         assert torch.equal(value, model.encoder.state_dict()[name])
     (line,) = [line for line in caplog.messages if "student.init_weights" in line]
-    assert f"{tmp_path / 'w.safetensors'}: 78 tensors loaded, 0 resampled, 2 passed over" in line
+    assert f"{tmp_path / 'w.safetensors'}: 78 tensors loaded, 0 resampled, 2 skipped" in line
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but such files exist
@@ -332,8 +335,8 @@ def test_files_that_cannot_be_read_are_named_with_a_remedy(tmp_path: Path) -> No
         assert remedy in str(caught.value)
 
 
-def start_and_resume(recipe: Path, file: Path, still: list[str]) -> str:
-    """A step, then on without the file; returns the error of a start without the key."""
+def train_and_resume(recipe: Path, file: Path, still: list[str]) -> str:
+    """Train a step, resume without the file; return the error of a resume without the key."""
     start = f"student.init_weights={file}"
     run(recipe, [*still, start, "train.stop_after=1"])
     file.unlink()
@@ -348,7 +351,7 @@ def test_a_resumed_run_needs_the_key_but_not_the_file(tmp_path: Path) -> None:
     state, file = timm_state(), tmp_path / "w.safetensors"
     save_file(state, file)
     still = [f"run.output_dir={tmp_path / 'run'}", "optimizer.base_lr=0", "train.steps=2"]
-    (error,) = run_ranks(1, start_and_resume, write_recipe(tmp_path), file, still)
+    (error,) = run_ranks(1, train_and_resume, write_recipe(tmp_path), file, still)
     assert error.startswith(
         f"student.init_weights: the checkpoint has {file}, the config None; restore"
     )

@@ -20,7 +20,7 @@ CASES = {
     ),
     "two in two places": (
         {0: "model.decoder.b", 2: "momentum.w"},
-        "replicas on ranks 0, 1, 2 differ in model, momentum, and no majority tells which is right",
+        "replicas on ranks 0, 1, 2 differ in model, momentum, and there is no majority",
     ),
 }
 
@@ -32,17 +32,17 @@ def test_one_flipped_bit_is_named_on_every_rank_and_not_saved(tmp_path: Path) ->
     for number, (told, (_, expected)) in enumerate(zip(ranks[0], CASES.values(), strict=True), 1):
         assert bool(told) == bool(expected) and expected in told, told
         assert not told or told.startswith(f"step {number} is not saved: ")
-    assert [layout.step_of(folder) for folder in layout.candidates(tmp_path)] == [1]
+    assert [layout.step_of(folder) for folder in layout.list_checkpoints(tmp_path)] == [1]
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("shard", ["none", "full"])
-def test_a_run_whose_replicas_part_ends_at_the_next_save(tmp_path: Path, shard: str) -> None:
+@pytest.mark.parametrize("sharding", ["replicate", "full"])
+def test_a_run_whose_replicas_diverge_ends_at_the_next_save(tmp_path: Path, sharding: str) -> None:
     recipe = write_recipe(tmp_path)
-    overrides = [f"backend.sharding={shard}", "checkpoint.every=2"]
+    overrides = [f"backend.sharding={sharding}", "checkpoint.every=2"]
     errors = run_ranks(2, run_with_a_flipped_bit, recipe, overrides, 3)
-    steps = [layout.step_of(f) for f in layout.candidates(tmp_path / "run" / "checkpoints")]
-    if shard == "full":  # nobody else holds that value: there is nothing to compare it with
+    steps = [layout.step_of(f) for f in layout.list_checkpoints(tmp_path / "run" / "checkpoints")]
+    if sharding == "full":  # nobody else holds that value: there is nothing to compare it with
         assert errors == ["", ""]
         return
     assert errors[0] == errors[1]

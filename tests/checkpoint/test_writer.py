@@ -1,4 +1,4 @@
-"""Slow, full and failing stores: training goes on, and the next save works."""
+"""Slow, full and failing stores: training continues, and the next save works."""
 
 import subprocess
 import threading
@@ -19,7 +19,7 @@ from tests.engine.run_case import STEPS, run_on_a_slow_store, write_recipe
 from tests.processes import run_ranks
 
 
-def test_one_save_is_in_flight_and_the_backlog_is_left_out(
+def test_one_save_is_in_flight_and_the_backlog_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate, begun = threading.Event(), threading.Event()
@@ -45,8 +45,8 @@ def test_one_save_is_in_flight_and_the_backlog_is_left_out(
         part.local.fill_(-1.0)  # training goes on in the same memory
     assert len(copies) == 1
     assert begun.wait(30)
-    assert [line for line in caplog.messages if "this one is left out" in line] == [
-        f"step {step}: the save before is still being written; this one is left out"
+    assert [line for line in caplog.messages if "this save is skipped" in line] == [
+        f"step {step}: the save before is still being written; this save is skipped"
         for step in (2, 3)
     ]
     gate.set()
@@ -54,16 +54,16 @@ def test_one_save_is_in_flight_and_the_backlog_is_left_out(
     assert version_of(layout.folder_of(tmp_path, 1)) == 0
     assert slow.save(4, fragments(), STATE)
     slow.settle()
-    assert [layout.step_of(folder) for folder in layout.candidates(tmp_path)] == [4, 1]
+    assert [layout.step_of(folder) for folder in layout.list_checkpoints(tmp_path)] == [4, 1]
 
 
 @pytest.mark.gloo
 def test_a_store_that_stands_still_holds_up_no_step(tmp_path: Path) -> None:
     """The store moves again only when the last step is done: a step that waited never would."""
     (lines,) = run_ranks(1, run_on_a_slow_store, write_recipe(tmp_path))
-    left_out = [line for line in lines if "left out" in line]
-    assert len(left_out) == STEPS - 1
-    steps = [layout.step_of(f) for f in layout.candidates(tmp_path / "run" / "checkpoints")]
+    skipped = [line for line in lines if "is skipped" in line]
+    assert len(skipped) == STEPS - 1
+    steps = [layout.step_of(f) for f in layout.list_checkpoints(tmp_path / "run" / "checkpoints")]
     assert steps == [STEPS, 1]
 
 
@@ -80,7 +80,7 @@ def test_a_rank_that_fails_is_known_before_the_next_save(
     reason = "rank-00001.safetensors: no space" if marked else "did not arrive: its rank failed"
     assert reason in first[0]
     assert len(second) == (0 if marked else 1)
-    assert [layout.step_of(folder) for folder in layout.candidates(tmp_path)] == [3, 2]
+    assert [layout.step_of(folder) for folder in layout.list_checkpoints(tmp_path)] == [3, 2]
     assert not list(tmp_path.glob(".*"))
 
 

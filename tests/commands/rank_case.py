@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from cmtmae_scale.runtime.exit_code import reported
+from cmtmae_scale.runtime.exit_code import report_exit
 
 FILE = Path(sys.argv[1])
 BEHAVIOUR = sys.argv[2]
@@ -32,7 +32,7 @@ def main() -> int:
         return 3
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, stop)
-    with reported() as report:
+    with report_exit() as report:
         note("here")
         if BEHAVIOUR == "crash":
             os._exit(9)

@@ -75,17 +75,14 @@ def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None
         ("mask.ratio", "expected group.key=value"),
         ("mask.ratio={a: 1}", "mask.ratio"),
         ("run.name=${oc.env:HOME}", "interpolation"),
-        ("loss.teacher=-1", "loss.teacher=-1.0 must not be negative"),
         ("train.steps=null", "give epochs or steps"),
         ("collaboration.alpha_target={kind: lin, start: 1}", "did you mean linear?"),
         ("collaboration.alpha_target={kind: linear}", "start must be given"),
         ("collaboration.alpha_target={kind: linear, start: 1}", "end must be given"),
         ("collaboration.alpha_target=soon", "neither a number nor a schedule"),
-        ("collaboration.alpha_attention=1.5", "must lie in [0, 1]"),
-        ("mask.ratio=1", "mask.ratio=1.0 must lie in (0, 1)"),
+        ("collaboration.alpha_target={kind: linear, start: 1, end: 0, u0: 1}", "must be below"),
         ("mask.throw_ratio=0.3", "leaves nothing visible"),
         ("mask.hint_fraction=0.2", "must not exceed mask.hint_pool=0.1"),
-        ("views.crop_scale=[0.9, 0.2]", "views.crop_scale"),
         ("views.crop_scale=[0.9]", "views.crop_scale"),
         ("decoder.heads=7", "not a multiple of decoder.heads=7"),
         ("decoder.type=none", "set loss.tokens=visible"),
@@ -96,9 +93,6 @@ def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None
         ("teacher.mode=none", "the mask or the loss uses the teacher"),
         ("teacher.weights=null", "teacher.model and teacher.weights must be given"),
         ("teacher.library=open_clip", "teacher.quick_gelu must be given"),
-        ("optimizer.warmup_fraction=1", "share of the run"),
-        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
-        ("log.every=0", "log.every=0 must be above 0"),
         ("run.output_dir=null", "run.output_dir"),
     ],
 )
@@ -110,7 +104,7 @@ def test_attention_norms_are_allowed_after_a_warm_up(recipe: Path) -> None:
     default = "collaboration.alpha_attention={kind: two_stage, start: 1.0, end: 0.5, switch: 0.1}"
     assert load_config(recipe, ["attention.norm=rank", default]).attention.norm == "rank"
     early = message(recipe, "attention.norm=rank", "collaboration.alpha_attention=0.5")
-    assert "amplifies the untrained momentum student" in early
+    assert "amplifies the untrained momentum encoder" in early
 
 
 @pytest.mark.parametrize("sampler", ["hide_salient", "reveal_salient_topk"])

@@ -10,8 +10,8 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import scalars_at
 from cmtmae_scale.pretraining.build import build_models, fetch_teacher
 from cmtmae_scale.pretraining.prepare import prepare
-from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.collectives import process_group
+from cmtmae_scale.runtime.launch import World
 from dataloading.stream import Batch
 
 pytestmark = [

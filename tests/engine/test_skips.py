@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.config.guard import Guard
+from cmtmae_scale.config.schema import Guard
 from cmtmae_scale.engine.progress import Scalars
 from cmtmae_scale.engine.skips import FEWEST, Skips
 from tests.engine.fault_case import incidents, log, run_each

@@ -35,7 +35,7 @@ def table_of(rows: np.ndarray, labels: np.ndarray) -> FeatureTable:
 
 def world() -> World:
     if not dist.is_initialized():
-        return World(0, 1, 0, 1, "alone")
+        return World(0, 1, 0, 1, "none")
     rank, size = dist.get_rank(), dist.get_world_size()
     return World(rank, size, rank, size, "test")
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from cmtmae_scale.checkpoint.chunks import INDEX, HostChunk, build_index, write_chunks
+from cmtmae_scale.checkpoint.chunks import INDEX, HostChunk, index_chunks, write_chunks
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.export.hugging_face import check_hf, vit_config, write_hf
@@ -41,7 +41,7 @@ def saved(folder: Path, arch: str, size: int, patch: int) -> Origin:
         for name, value in model.state_dict().items()
     ]
     write_chunks(chunks, folder / "rank.safetensors")
-    (folder / INDEX).write_text(json.dumps(build_index(folder, ["rank.safetensors"])))
+    (folder / INDEX).write_text(json.dumps(index_chunks(folder, ["rank.safetensors"])))
     return Origin(folder, {}, config, "student")
 
 

@@ -45,7 +45,7 @@ def test_timms_model_computes_what_our_encoder_computes(
     ours = build_student(config_from_dict(layout.read_state(folder)["config"], "x")).eval()
     reader = ChunkReader(folder)
     states = {
-        k.removeprefix(prefix): reader.read_whole(k) for k in reader.index if k.startswith(prefix)
+        k.removeprefix(prefix): reader.read_tensor(k) for k in reader.index if k.startswith(prefix)
     }
     ours.load_state_dict(states, strict=True)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def test_timms_model_computes_what_our_encoder_computes(
 
 
 def test_it_stands_beside_every_kept_checkpoint(run_dir: Path, tmp_path: Path) -> None:
-    folders = layout.candidates(run_dir / "checkpoints")
+    folders = layout.list_checkpoints(run_dir / "checkpoints")
     assert [layout.step_of(folder) for folder in folders] == [STEPS, STEPS - 2]
     for folder in folders:
         done = export_encoder(folder, tmp_path / f"{folder.name}.safetensors", "student")

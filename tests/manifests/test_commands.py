@@ -17,7 +17,10 @@ from cmtmae_scale.commands.pretrain import parse_pretrain
 from cmtmae_scale.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = {"pretrain.py": parse_pretrain, "precompute_teacher.py": precompute.parse}
+PROGRAMS = {
+    "pretrain.py": parse_pretrain,
+    "precompute_teacher.py": precompute.parse_precompute_options,
+}
 IN_THE_BASE = {"torch", "torchvision"}
 
 

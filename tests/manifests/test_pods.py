@@ -19,6 +19,7 @@ from tests.engine.run_case import same, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
+TEACHER = "teacher.weights=datasets/teachers/ViT-L-14-openai.safetensors"
 OVERRIDES = [f"train.steps={STEPS}", "checkpoint.every=5"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.gloo]
@@ -37,7 +38,7 @@ def command(node: int, recipe: Path, run_dir: Path) -> list[str]:
         "--master-addr=cmtmae-0.cmtmae": "--master-addr=127.0.0.1",
         "--master-port=29500": "--master-port=29517",
         "--config=configs/vit_large.yaml": f"--config={recipe}",
-        "teacher.weights=datasets/teachers/ViT-L-14-openai.safetensors": f"run.output_dir={run_dir}",
+        TEACHER: f"run.output_dir={run_dir}",
     }
     assert changes.keys() <= set(container["command"])
     return [changes.get(part, part) for part in container["command"]] + OVERRIDES
@@ -89,7 +90,7 @@ def test_pods_are_stopped_and_lost_and_come_to_the_same_end(tmp_path: Path) -> N
         both[1].send_signal(signal.SIGTERM)
         assert [one.wait(60) for one in both] == [75, 75]
     stopped = json.loads((run_dir / "exit.json").read_text())["step"]
-    assert layout.step_of(layout.candidates(run_dir / "checkpoints")[0]) == stopped
+    assert layout.step_of(layout.list_checkpoints(run_dir / "checkpoints")[0]) == stopped
     with pods(recipe, run_dir) as both:  # one pod is lost: the other leaves, and is tried again
         wait_for_step(run_dir, stopped + 8)
         for pid in [both[0].pid, *descendants(both[0].pid)]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.checkpoint.init_weights import load_init_weights, translate
+from cmtmae_scale.checkpoint.init_weights import load_init_weights, rename_tensors
 from cmtmae_scale.config.schema import Config, Mask
 from cmtmae_scale.config.schema import Decoder as DecoderSettings
 from cmtmae_scale.method.decoder import build_decoder
@@ -42,7 +42,7 @@ def make_config(**changes: Any) -> Config:
 
 
 def mae_config(**changes: Any) -> Config:
-    settings = {"decoder__type": "full", "mask__sampler": "random", "loss__tokens": "hidden"}
+    settings = {"decoder__type": "full", "mask__sampler": "random", "loss__tokens": "masked"}
     settings |= {"loss__teacher": 0.0, "loss__student": 0.0, "loss__pixel": 1.0}
     return make_config(**settings | changes)
 
@@ -84,9 +84,10 @@ def test_mae_equals_transformers_in_loss_and_every_gradient(norm: str) -> None:
     outcome.loss.backward()
     loss = pixel_losses(ours, config, images, choice).total / 3
     loss.backward()
-    assert torch.equal(outcome.mask.bool(), choice.mask(64))
+    hidden = torch.zeros(3, 64, dtype=torch.bool).scatter(1, choice.ids_hidden, True)
+    assert torch.equal(outcome.mask.bool(), hidden)
     assert abs(float(loss.detach()) - float(outcome.loss.detach())) < 1e-6
-    expected = {n: p.value for n, p in translate(named_gradients(theirs)).items()}
+    expected = {n: p.value for n, p in rename_tensors(named_gradients(theirs)).items()}
     found = named_gradients(ours)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():

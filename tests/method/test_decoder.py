@@ -159,7 +159,7 @@ def test_prompt_decoder_returns_normed_context_for_what_the_encoder_saw() -> Non
 @pytest.mark.parametrize(
     "layout",
     [ALL, TokenLayout(False, KEEP, HIDDEN), TokenLayout(False, 0, HIDDEN)],
-    ids=["all", "patches", "hidden"],
+    ids=["all", "patches", "masked"],
 )
 def test_a_smaller_layout_takes_the_same_tokens(kind: str, layout: TokenLayout) -> None:
     tokens, choice = make_tokens(), make_choice()

@@ -85,7 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     "prompt": {},
     "prompt, two masks": {"mask__masks_per_view": 2},
     "prompt, normed context": {"decoder__prompt_norm_context": True},
-    "prompt, hidden only": {"loss__tokens": "hidden"},
+    "prompt, hidden only": {"loss__tokens": "masked"},
     "prompt, thrown": {"mask__throw_ratio": 0.1},
     "weighted": {"loss__tokens": "weighted", "loss__visible_weight": 0.3},
     "full": {"decoder__type": "full"},
@@ -94,12 +94,12 @@ CASES: dict[str, dict[str, Any]] = {
     "cross, part": {
         "decoder__type": "cross",
         "decoder__predict_ratio": 0.5,
-        "loss__tokens": "hidden",
+        "loss__tokens": "masked",
     },
     "none": {"decoder__type": "none", "loss__tokens": "visible"},
     "MAE": {
         "decoder__type": "full",
-        "loss__tokens": "hidden",
+        "loss__tokens": "masked",
         "loss__teacher": 0.0,
         "loss__student": 0.0,
         "loss__pixel": 1.0,
@@ -211,7 +211,7 @@ def test_state_splits_into_encoder_decoder_and_heads() -> None:
 def test_default_decoder_and_heads_have_the_known_size() -> None:
     config = make_config(
         student__arch="vit_base_patch16_224",
-        views__size=224,
+        views__image_size=224,
         decoder__depth=8,
         decoder__width=512,
         decoder__heads=16,

@@ -189,7 +189,7 @@ def reference_momentum(
 
 
 @pytest.mark.parametrize("layers", [[-1], [0, -1], [1]])
-def test_momentum_student_reads_whole_pictures(variant: str, layers: list[int]) -> None:
+def test_momentum_encoder_reads_whole_images(variant: str, layers: list[int]) -> None:
     images = make_images()
     with torch.no_grad():
         outputs, maps = reference_momentum(make_vit(variant), images)
@@ -213,7 +213,7 @@ def test_momentum_features_after_the_final_norm() -> None:
     assert attention is not None
 
 
-def test_momentum_student_computes_only_what_is_used() -> None:
+def test_momentum_encoder_computes_only_what_is_used() -> None:
     images = make_images()
     features, attention = make_momentum("plain", mask__sampler="random")(images)
     assert features is not None and attention is None
@@ -225,7 +225,7 @@ def test_momentum_student_computes_only_what_is_used() -> None:
     assert nothing(images) == (None, None)
 
 
-def test_momentum_student_keeps_no_row() -> None:
+def test_momentum_encoder_keeps_no_row() -> None:
     model = make_momentum("plain")
     model(make_images())
     known = {id(t) for t in (*model.parameters(), *model.buffers())}
@@ -233,7 +233,7 @@ def test_momentum_student_keeps_no_row() -> None:
     assert all(id(tensor) in known for tensor in left)
 
 
-def test_momentum_student_takes_the_students_state() -> None:
+def test_momentum_encoder_takes_the_students_state() -> None:
     config = make_config()
     student, momentum = build_student(config), build_student(config, MomentumEncoder)
     initialise(student, 0)
@@ -252,7 +252,7 @@ def test_momentum_student_takes_the_students_state() -> None:
 )
 def test_keys_and_shapes_are_timms(arch: str, millions: float) -> None:
     with torch.device("meta"):
-        mine = build_student(make_config(student__arch=arch, views__size=224))
+        mine = build_student(make_config(student__arch=arch, views__image_size=224))
         theirs = timm.create_model(arch, num_classes=0)
     shapes = {key: value.shape for key, value in mine.state_dict().items()}
     assert shapes == {key: value.shape for key, value in theirs.state_dict().items()}
@@ -290,7 +290,7 @@ def test_timms_models_are_built_initialised_and_equal_timm(arch: str) -> None:
             "student.arch=resnet18 is another kind of model; use a plain",
         ),
         ({"student__arch": "eva02_tiny_patch14_224"}, "student.arch=eva02.* use a plain timm"),
-        ({"views__size": 70}, "views.image_size=70 is not a multiple .* 16; use 64 or 80"),
+        ({"views__image_size": 70}, "views.image_size=70 is not a multiple .* 16; use 64 or 80"),
         ({"attention__layers": [6]}, r"attention.layers=\[6\]: the student has blocks 0 to 5"),
         ({"target__student__layers": [0, -6]}, "target.student.layers=.* names a block twice"),
     ],

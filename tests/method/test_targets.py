@@ -1,4 +1,4 @@
-"""Targets and losses against plain references and oracles O7, O8, O16."""
+"""Targets and losses against plain references."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def approx(values, tolerance=1e-6):
     return pytest.approx(values, abs=tolerance)
 
 
-def test_o7_norms():
+def test_norms():
     assert normalise(RAMP, "ln").tolist() == approx([-1.341640, -0.447213, 0.447213, 1.341640])
     assert normalise(RAMP, "l2").tolist() == approx([0.182574, 0.365148, 0.547723, 0.730297])
     unbiased = [-1.161895, -0.387298, 0.387298, 1.161895]
@@ -52,7 +52,7 @@ def test_norms_match_loops_and_are_detached_float32():
             function(x, kind)
 
 
-def test_o8_losses():
+def test_losses():
     assert float(token_loss(BACK, RAMP, "cosine")) == approx(0.666667)
     assert float(token_loss(BACK, RAMP, "mse")) == approx(5.0)
     unit = float(token_loss(normalise(BACK, "l2"), normalise(RAMP, "l2"), "mse"))
@@ -77,7 +77,7 @@ def test_losses_match_loops(kind):
         assert token_loss(p, t, kind).tolist() == approx(expected, 1e-5)
 
 
-def test_o8_start_values_on_layer_normed_targets():
+def test_initial_losses_on_layer_normed_targets():
     t = normalise(torch.randn(400, 256, generator=torch.manual_seed(2)), "ln")
     zero = torch.zeros_like(t)
     assert float(token_loss(zero, t, "mse").mean()) == approx(1.0, 1e-4)
@@ -125,7 +125,7 @@ def layout_for(tokens, include_cls=True, visible_weight=0.3, predict_ratio=None,
     [
         ("all", True, [1.0] * 9),
         ("all", False, [1.0] * 8),
-        ("hidden", True, [1.0] * 6),
+        ("masked", True, [1.0] * 6),
         ("visible", True, [1.0] * 3),
         ("visible", False, [1.0] * 2),
         ("weighted", True, [1.0, 0.3, 0.3] + [1.0] * 6),
@@ -137,12 +137,12 @@ def test_layout_weights(tokens, include_cls, weights):
     assert layout.num_tokens == len(weights)
     assert layout.weight_sum == approx(sum(weights))
     pixels = layout.without_cls()
-    assert pixels.num_tokens == len(weights) - (include_cls and tokens != "hidden")
+    assert pixels.num_tokens == len(weights) - (include_cls and tokens != "masked")
 
 
 def test_layout_predicts_a_share_of_all_patches():
-    assert layout_for("hidden", predict_ratio=0.5).num_hidden == 4
-    assert layout_for("hidden", predict_ratio=0.5, thrown=3).num_hidden == 3
+    assert layout_for("masked", predict_ratio=0.5).num_hidden == 4
+    assert layout_for("masked", predict_ratio=0.5, thrown=3).num_hidden == 3
     assert layout_for("all", predict_ratio=0.01).num_hidden == 1
 
 
@@ -175,13 +175,13 @@ def test_layout_gathers_class_visible_then_hidden_tokens():
         TokenLayout(cls=True, num_visible=3, num_hidden=3).gather(features, choice)
 
 
-def test_o8_reduction_over_tokens():
+def test_reduction_over_tokens():
     """Losses 1, 2, 3, 4 and 10, 20, 30, 40 with labels 1010 and 0110: hidden 13.5, all 13.75."""
     losses = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]])
     choice = PatchChoice(
         torch.tensor([[1, 3], [0, 3]]), torch.tensor([[0, 2], [1, 2]]), torch.zeros(2, 0).long()
     )
-    for tokens, expected in (("hidden", 13.5), ("all", 13.75)):
+    for tokens, expected in (("masked", 13.5), ("all", 13.75)):
         config = Config(loss=Loss(tokens=tokens, include_cls=False, type="mse"))
         layout = TokenLayout.from_config(config, 2, 2)
         p = layout.gather(losses.sqrt()[..., None], choice)
@@ -221,7 +221,7 @@ def test_objective_matches_loops(kind):
         assert all(x.shape == () and x.dtype == torch.float32 for x in found)
 
 
-def test_o8_alpha_weighs_the_teacher():
+def test_alpha_weighs_the_teacher():
     layout, loss = TokenLayout(False, 0, 1), Loss(type="mse")
     zero = torch.zeros(1, 1, 1)
     predictions = Predictions(
@@ -269,7 +269,7 @@ def test_targets_receive_no_gradient():
     assert target.grad is None and leaf.grad is not None
 
 
-def test_o16_the_sum_over_ranks_is_the_sum_over_the_batch():
+def test_the_sum_over_ranks_is_the_sum_over_the_batch():
     predictions, targets, layout, loss = case(rows=8)
     valid = torch.tensor([True] * 5 + [False, True, True])
     whole = objective(predictions, targets, valid, layout, loss, 0.7)

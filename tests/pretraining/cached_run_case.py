@@ -10,11 +10,15 @@ from unittest import mock
 
 import torch
 
-from cmtmae_scale.cache.calibration import calibration_path, save_calibration
-from cmtmae_scale.cache.codecs import Calibration, calibrate, encode
-from cmtmae_scale.cache.format import MANIFEST, Manifest, manifest_text
-from cmtmae_scale.cache.identity import fingerprint
-from cmtmae_scale.cache.parts import write_part
+from cmtmae_scale.cache.codecs import (
+    Calibration,
+    calibrate,
+    calibration_path,
+    encode,
+    save_calibration,
+)
+from cmtmae_scale.cache.fingerprint import cache_fingerprint
+from cmtmae_scale.cache.format import MANIFEST, Manifest, manifest_text, write_shard
 from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
@@ -28,7 +32,7 @@ from tests.engine.run_case import run
 
 COUNT = 2
 VIEWS = f"views.views_per_image={COUNT}"
-LIVE = OnlineTeacher.look
+FORWARD = OnlineTeacher.forward_batch
 
 
 def cached(folder: Path, *more: str) -> list[str]:
@@ -37,14 +41,14 @@ def cached(folder: Path, *more: str) -> list[str]:
 
 
 def rounded(teacher: OnlineTeacher, batch: Any) -> TeacherView:
-    """A live view as a bf16 cache keeps it."""
-    attention, features, _ = LIVE(teacher, batch)
+    """Forward the online teacher, and round its view as a bf16 cache does."""
+    attention, features, _ = FORWARD(teacher, batch)
     assert attention is not None and features is not None
     return TeacherView(attention.half().float(), features.bfloat16())
 
 
 def open_views(config: Config, index: Index, teacher: Any, **options: Any) -> Stream:
-    """Views of the run, two a batch as in the run."""
+    """Views of the run, two per batch as in the run."""
     views = config.views
     sizes = view_sizes(views.image_size, teacher)
     options = {"micro_batch": 2, "sizes": sizes, "shuffle": "none"} | options
@@ -57,31 +61,31 @@ def open_views(config: Config, index: Index, teacher: Any, **options: Any) -> St
     return Stream(index, seed=config.run.seed, **plan, **options)
 
 
-def describe(config: Config) -> OnlineTeacher:
+def make_skeleton(config: Config) -> OnlineTeacher:
     with torch.device("meta"):
         return build_teacher_skeleton(config).to("meta", torch.float32)
 
 
 def write_manifest(
-    config: Config, index: Index, folder: Path, rows_a_part: int = 7, codec: Any = "bf16"
+    config: Config, index: Index, folder: Path, rows_per_shard: int = 7, codec: Any = "bf16"
 ) -> Manifest:
     """A cache that holds no rows yet; int8 has a calibration of zeros and ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = describe(config)
-    patches = told.grid[0] * told.grid[1]
+    skeleton = make_skeleton(config)
+    patches = skeleton.grid[0] * skeleton.grid[1]
     file = None
     if codec == "int8":
-        ones = torch.ones(told.width)
+        ones = torch.ones(skeleton.width)
         file = save_calibration(folder, Calibration(0 * ones, ones))
     manifest = Manifest(
-        fingerprint=fingerprint(config, told.fingerprint(), index, "views"),
+        fingerprint=cache_fingerprint(config, skeleton.fingerprint(), index, "views"),
         recorded={},
         codec=codec,
         num_rows=len(index) * COUNT,
-        rows_a_part=rows_a_part,
+        rows_per_shard=rows_per_shard,
         patches=patches,
-        tokens=patches + told.has_cls,
-        width=told.width,
+        tokens=patches + skeleton.has_cls,
+        width=skeleton.width,
         calibration_sha256=file,
     )
     (folder / MANIFEST).write_text(manifest_text(manifest))
@@ -92,20 +96,22 @@ def make_cache(
     recipe: Path,
     folder: Path,
     codec: Any = "bf16",
-    rows_a_part: int = 7,
+    rows_per_shard: int = 7,
     rows_of: tuple[str, ...] = (),
     invalid: tuple[int, ...] = (),
 ) -> Manifest:
-    """A whole cache; ``rows_of``: overrides of the teacher that the rows, not the manifest, are of.
+    """Write a whole cache.
 
-    Rows in ``invalid`` are those of pictures that could not be decoded.
+    Args:
+        rows_of: overrides of the teacher that computes the rows; the manifest ignores them.
+        invalid: rows whose images could not be decoded.
     """
     config = load_config(recipe, [VIEWS])
     index = build_index(config.data.path)
     teacher = build_teacher(load_config(recipe, [VIEWS, *rows_of]), "cpu", torch.float32)
     assert teacher is not None
     num_rows = len(index) * COUNT
-    maps, tokens = {}, {}
+    attention_rows, feature_rows = {}, {}
     with open_views(config, index, teacher) as stream:
         for _ in range(num_rows // 2):
             batch = next(stream)
@@ -113,10 +119,11 @@ def make_cache(
             assert view.attention is not None and view.features is not None
             for k, (sample, number) in enumerate(zip(batch.sample_id, batch.view, strict=True)):
                 row = int(sample) * COUNT + int(number)
-                maps[row], tokens[row] = view.attention[k].half(), view.features[k]
-    attention = torch.stack([maps[row] for row in range(num_rows)])
-    features = torch.stack([tokens[row] for row in range(num_rows)])
-    manifest = write_manifest(config, index, folder, rows_a_part, codec)
+                attention_rows[row] = view.attention[k].half()
+                feature_rows[row] = view.features[k]
+    attention = torch.stack([attention_rows[row] for row in range(num_rows)])
+    features = torch.stack([feature_rows[row] for row in range(num_rows)])
+    manifest = write_manifest(config, index, folder, rows_per_shard, codec)
     calibration = None
     if codec == "int8":
         calibration = calibrate([features])
@@ -141,10 +148,10 @@ def write_rows(
     fields["valid"][list(invalid)] = 0
     if stored.scales is not None:
         fields["scales"] = stored.scales
-    for part in range(manifest.num_parts):
-        rows = manifest.rows_of(part)
+    for shard in range(manifest.num_shards):
+        rows = manifest.shard_rows(shard)
         cut = {name: one[rows.start : rows.stop] for name, one in fields.items()}
-        write_part(folder, manifest, part, cut)
+        write_shard(folder, manifest, shard, cut)
 
 
 class Opened(NamedTuple):
@@ -159,21 +166,21 @@ def open_outside(recipe: Path, overrides: list[str], stack: ExitStack) -> Opened
     """Open the cache of a run, and its views in index order."""
     config = load_config(recipe, overrides)
     index = build_index(config.data.path)
-    told = describe(config)
-    live = None
-    if config.cache.on_miss == "live" or config.cache.spot_check:
-        live = build_teacher(config, "cpu", torch.float32)
+    skeleton = make_skeleton(config)
+    online = None
+    if config.cache.on_miss == "online" or config.cache.spot_check:
+        online = build_teacher(config, "cpu", torch.float32)
     failures: list[CacheError] = []
     device = torch.device("cpu")
-    opened = open_cache(config, told, index)
-    teacher = CachedTeacher(config, *opened, told, live, device, failures.append)
+    opened = open_cache(config, skeleton, index)
+    teacher = CachedTeacher(config, *opened, skeleton, online, device, failures.append)
     stack.callback(teacher.close)
     stream = stack.enter_context(open_views(config, index, teacher, watch=teacher.submit))
     return Opened(teacher, stream, failures)
 
 
 class Seen(NamedTuple):
-    """What a run left behind."""
+    """Outcome and log of a run."""
 
     reason: str | None
     error: str
@@ -183,7 +190,7 @@ class Seen(NamedTuple):
 
 
 def observe(recipe: Path, run_dir: Path, overrides: list[str], how: str = "") -> Seen:
-    """Run; ``how``: "rounded" live views as a bf16 cache keeps them, "alone" without a teacher."""
+    """Run; ``how``: "rounded" as by a bf16 cache, "alone" without an online teacher."""
     from cmtmae_scale.engine import loop
 
     digest, prepare = hashlib.sha256(), loop.prepare
@@ -197,7 +204,7 @@ def observe(recipe: Path, run_dir: Path, overrides: list[str], how: str = "") ->
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(loop, "prepare", note))
         if how == "rounded":
-            stack.enter_context(mock.patch.object(OnlineTeacher, "look", rounded))
+            stack.enter_context(mock.patch.object(OnlineTeacher, "forward_batch", rounded))
         if how == "alone":
             none = mock.Mock(side_effect=AssertionError("a teacher is built"))
             stack.enter_context(mock.patch("cmtmae_scale.pretraining.build.build_teacher", none))

@@ -1,4 +1,4 @@
-"""A tiny run and its sidecar, each in a process of its own, either of which may be killed."""
+"""A tiny run and its sidecar, each in its own process; either may be killed."""
 
 import os
 import signal
@@ -13,24 +13,24 @@ from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.load import load_config
 from tests.pretraining.cached_run_case import observe
 
-ROWS_A_PART = 4
+ROWS_PER_SHARD = 4
 """One micro-batch: the sidecar's batches are then the trainer's own, bit by bit."""
 
 
 def train_beside(
     recipe: Path, run_dir: Path, overrides: list[str], warm_at: int, die_at: int | None
 ) -> list[float]:
-    """Train; returns ``cache/hit`` of each step.
+    """Train; return ``cache/hit`` of each step.
 
-    From step ``warm_at`` on the part of the step after is waited for, so that hits do not depend on
-    how fast this machine is today.
+    From step ``warm_at`` on each step waits for the shard of the next step, so that hits do not
+    depend on the speed of this machine.
     """
-    from cmtmae_scale.cache import followed
+    from cmtmae_scale.cache import teacher
     from cmtmae_scale.engine import loop
-    from cmtmae_scale.runtime import progress_file as standing
+    from cmtmae_scale.runtime import progress_file
 
     config = load_config(recipe, [f"run.output_dir={run_dir}", *overrides])
-    assert config.train.global_batch_size == ROWS_A_PART and config.train.steps is not None
+    assert config.train.global_batch_size == ROWS_PER_SHARD and config.train.steps is not None
     folder, step, last = cache_folder(config), loop.step, config.train.steps - 1
 
     def paced(parts: Any, scalars: Any) -> Any:
@@ -38,7 +38,7 @@ def train_beside(
         if progress.step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         limit = time.monotonic() + 20
-        wanted = progress.position // ROWS_A_PART + 1
+        wanted = progress.position // ROWS_PER_SHARD + 1
         while warm_at <= progress.step < last and read_seal(folder, wanted) is None:
             time.sleep(0.01)
             if time.monotonic() > limit:
@@ -47,33 +47,34 @@ def train_beside(
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(loop, "step", paced))
-        for module in (standing, followed):  # every step is told, and the cache found at once
-            stack.enter_context(mock.patch.object(module, "PAUSE_S", 0.0))
+        # Every step publishes its progress, and finds the cache at once.
+        stack.enter_context(mock.patch.object(progress_file, "PAUSE_S", 0.0))
+        stack.enter_context(mock.patch.object(teacher, "POLL_S", 0.0))
         seen = observe(recipe, run_dir, overrides)
     assert not seen.error, seen.error
     return [entry["cache/hit"] for entry in seen.log]
 
 
-def follow(run_dir: Path, shard: str, ahead: int, die_at: int | None = None) -> int:
-    """Follow a run; returns the exit code. ``die_at``: killed when this part has been written."""
+def follow_run(run_dir: Path, share: str, ahead: int, die_at: int | None = None) -> int:
+    """Follow a run; return the exit code. ``die_at``: killed when this shard has been written."""
     import torch
 
     from cmtmae_scale.cache import build
     from cmtmae_scale.commands import precompute
 
     torch.set_num_threads(1)
-    write = build.write_part
+    write = build.write_shard
 
-    def mortal(folder: Path, manifest: Any, part: int, fields: Any) -> None:
-        write(folder, manifest, part, fields)
-        if die_at is not None and part >= die_at:
+    def mortal(folder: Path, manifest: Any, shard: int, fields: Any) -> None:
+        write(folder, manifest, shard, fields)
+        if die_at is not None and shard >= die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    arguments = ["--follow", str(run_dir), "--shard", shard, "--ahead", str(ahead)]
-    with mock.patch.object(build, "write_part", mortal):
-        return precompute.main([*arguments, "--rows-a-part", str(ROWS_A_PART)])
+    arguments = ["--follow", str(run_dir), "--shard", share, "--ahead", str(ahead)]
+    with mock.patch.object(build, "write_shard", mortal):
+        return precompute.precompute_teacher([*arguments, "--rows-per-shard", str(ROWS_PER_SHARD)])
 
 
-def parts_on_storage(folder: Path) -> int:
-    """Number of parts, whole or not."""
+def shards_on_storage(folder: Path) -> int:
+    """Return the number of shards, complete or not."""
     return len(list(folder.glob("parts/*.safetensors")))

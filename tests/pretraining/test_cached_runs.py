@@ -1,11 +1,11 @@
-"""Runs that read the teacher from a cache: the same masks and losses, and what a miss does."""
+"""Runs that read the teacher from a cache: equal masks and losses, and misses."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cmtmae_scale.cache.format import part_path
+from cmtmae_scale.cache.format import shard_path
 from cmtmae_scale.checkpoint import layout
 from dataloading.order import sample_ids
 from tests.engine.run_case import STEPS, same, write_recipe
@@ -14,7 +14,7 @@ from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
 SAMPLES = 20
-# The teacher alone chooses: then masks depend on the stored maps only, not on rounded features.
+# Masks depend on the stored attention only, not on rounded features.
 ALONE = "collaboration.alpha_attention=1"
 
 
@@ -36,16 +36,16 @@ def rows_of(step: int) -> np.ndarray:
     return (ids * COUNT + epochs % COUNT).reshape(4, 2)
 
 
-def test_a_cached_run_is_the_live_one_whose_teacher_is_rounded_alike(
+def test_a_cached_run_equals_the_online_run_whose_teacher_is_rounded_alike(
     recipe: Path, exact: Path, tmp_path: Path
 ) -> None:
-    live, bare = tmp_path / "live", tmp_path / "cached"
+    online, bare = tmp_path / "online", tmp_path / "cached"
     stop = cached(exact, "cache.on_miss=stop")
     ((one, two),) = run_ranks(
-        1, observe_each, recipe, [(live, [VIEWS], "rounded"), (bare, stop, "alone")]
+        1, observe_each, recipe, [(online, [VIEWS], "rounded"), (bare, stop, "alone")]
     )
     assert (one.error, two.error) == ("", "") and one.masks == two.masks
-    same(live, bare)
+    same(online, bare)
     losses = [[entry["loss/total"] for entry in seen.log] for seen in (one, two)]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
     assert all("cache/hit" not in entry for entry in one.log)
@@ -58,52 +58,54 @@ def test_int8_features_keep_the_masks_and_the_losses_of_fifty_steps(
     make_cache(recipe, tmp_path / "cache", "int8")
     long = ["train.steps=50", "train.global_batch_size=4", ALONE, "checkpoint.every=50"]
     ways = [
-        (tmp_path / "live", [VIEWS, *long], "rounded"),
+        (tmp_path / "online", [VIEWS, *long], "rounded"),
         (tmp_path / "cached", cached(tmp_path / "cache", "cache.on_miss=stop", *long), "alone"),
     ]
     ((one, two),) = run_ranks(1, observe_each, recipe, ways)
     assert one.masks == two.masks and len(two.log) == 50
-    for live, read in zip(one.log, two.log, strict=True):
-        # A cosine of 0.9999 a token changes 2 - 2 cos by at most 0.03, evenly both ways.
-        assert read["loss/teacher"] == pytest.approx(live["loss/teacher"], rel=2e-3)
-        assert read["loss/total"] == pytest.approx(live["loss/total"], rel=2e-3)
-        assert read["mask/visible_mass"] == live["mask/visible_mass"]
+    for online, read in zip(one.log, two.log, strict=True):
+        # A cosine of 0.9999 per token changes 2 - 2 cos by at most 0.03, evenly both ways.
+        assert read["loss/teacher"] == pytest.approx(online["loss/teacher"], rel=2e-3)
+        assert read["loss/total"] == pytest.approx(online["loss/total"], rel=2e-3)
+        assert read["mask/visible_mass"] == online["mask/visible_mass"]
 
 
-def test_a_missing_part_makes_its_micro_batches_live(recipe: Path, tmp_path: Path) -> None:
+def test_the_micro_batches_of_a_missing_shard_are_forwarded_online(
+    recipe: Path, tmp_path: Path
+) -> None:
     manifest = make_cache(recipe, tmp_path / "cache")
-    part_path(tmp_path / "cache", 2).unlink()
+    shard_path(tmp_path / "cache", 2).unlink()
     ways = [
-        (tmp_path / "live", [VIEWS], "rounded"),
+        (tmp_path / "online", [VIEWS], "rounded"),
         (tmp_path / "cached", cached(tmp_path / "cache"), "rounded"),
     ]
     ((_, seen),) = run_ranks(1, observe_each, recipe, ways)
     assert seen.error == ""
     missed = [
-        sum(any(row in manifest.rows_of(2) for row in rows) for rows in rows_of(step))
+        sum(any(row in manifest.shard_rows(2) for row in rows) for rows in rows_of(step))
         for step in range(STEPS)
     ]
     assert 0 < sum(missed) < 4 * STEPS
     assert [entry["cache/hit"] for entry in seen.log] == [1 - n / 4 for n in missed]
-    same(tmp_path / "live", tmp_path / "cached")
+    same(tmp_path / "online", tmp_path / "cached")
 
 
-def test_a_row_that_one_rank_misses_stops_all_of_them_and_a_live_teacher_goes_on(
+def test_a_row_that_one_rank_misses_stops_all_of_them_and_an_online_teacher_continues(
     recipe: Path, tmp_path: Path
 ) -> None:
-    make_cache(recipe, tmp_path / "cache", rows_a_part=1)
+    make_cache(recipe, tmp_path / "cache", rows_per_shard=1)
     row = int(rows_of(1)[2, 0])  # the second micro-batch of rank 0 in the second step
-    away = part_path(tmp_path / "cache", row).rename(tmp_path / "away")
+    away = shard_path(tmp_path / "cache", row).rename(tmp_path / "away")
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     stop = (run_dir, cached(tmp_path / "cache", "cache.on_miss=stop"), "alone")
     for (seen,) in run_ranks(2, observe_each, recipe, [stop]):
         assert seen.error == (
             f"78 step 2 was not taken: the teacher cache failed on ranks 0: cache.dir="
-            f"{tmp_path / 'cache'}: row {row} (image {row // 2}, view {row % 2}) of part {row}: "
+            f"{tmp_path / 'cache'}: row {row} (image {row // 2}, view {row % 2}) of shard {row}: "
             "it is not complete; complete the cache with launchers/precompute_teacher.py, or set "
             "cache.on_miss=online"
         )
-    assert layout.candidates(run_dir / "checkpoints")[0].name == "step-00000001"
+    assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == "step-00000001"
     ways = [
         (run_dir, cached(tmp_path / "cache"), "rounded"),
         (whole, [VIEWS], "rounded"),
@@ -121,5 +123,5 @@ def test_a_cache_that_another_teacher_filled_stops_the_run_at_a_spot_check(
     way = (tmp_path / "run", cached(tmp_path / "cache", "cache.spot_check=0.5"), "")
     ((seen,),) = run_ranks(1, observe_each, recipe, [way])
     assert seen.error.startswith("78 step 1 was not taken: the teacher cache failed on ranks 0: ")
-    assert "the live teacher says otherwise: standardised cosine " in seen.error
+    assert "the online teacher differs: standardised cosine " in seen.error
     assert seen.log == []

@@ -15,7 +15,7 @@ from dataloading.errors import DataError
 from dataloading.order import window_ids
 from tests.engine.run_case import write_recipe
 
-ALONE = World(0, 1, 0, 1, "alone")
+ALONE = World(0, 1, 0, 1, "none")
 WINDOW = ["data.shuffle=window"]
 FORCED = [*WINDOW, "data.window_on_sorted=true"]
 

@@ -25,7 +25,7 @@ POD = {"JOB_COMPLETION_INDEX": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "train-0.t
 
 
 def test_nothing_set_is_one_process() -> None:
-    assert find_world({})[:5] == (0, 1, 0, 1, "alone")
+    assert find_world({})[:5] == (0, 1, 0, 1, "none")
 
 
 def test_torchrun() -> None:
@@ -40,7 +40,7 @@ def test_deepspeed_names_the_local_size_differently() -> None:
 @pytest.mark.parametrize("absent", ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
 def test_an_incomplete_environment_is_named(absent: str) -> None:
     given = {key: value for key, value in TORCHRUN.items() if key != absent}
-    with pytest.raises(ConfigError, match="start with torchrun or unset RANK"):
+    with pytest.raises(ConfigError, match="launch with torchrun or unset RANK"):
         find_world(given)
 
 
@@ -53,9 +53,9 @@ def test_srun() -> None:
     assert find_world(SRUN) == (4, 5, 0, 1, "srun", "tcp://gpu07:21236")
 
 
-def test_a_meeting_place_that_is_given_is_used() -> None:
+def test_a_given_rendezvous_is_used() -> None:
     given = SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert find_world(given).meeting == "tcp://10.0.0.1:29500"
+    assert find_world(given).init_method == "tcp://10.0.0.1:29500"
 
 
 def test_a_launcher_within_srun_comes_first() -> None:
@@ -64,8 +64,8 @@ def test_a_launcher_within_srun_comes_first() -> None:
 
 def test_a_batch_script_and_a_single_task_are_one_process() -> None:
     batch = {key: value for key, value in SRUN.items() if "STEP" not in key}
-    assert find_world(batch).launcher == "alone"
-    assert find_world(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}).launcher == "alone"
+    assert find_world(batch).launcher == "none"
+    assert find_world(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}).launcher == "none"
 
 
 def test_an_incomplete_step_is_named() -> None:
@@ -86,7 +86,7 @@ def test_short_forms_of_slurm() -> None:
 
 def test_a_pod_of_an_indexed_job() -> None:
     assert find_world(POD) == (2, 4, 0, 1, "kubernetes", "tcp://train-0.train:29500")
-    assert find_world(POD | {"MASTER_PORT": "4000"}).meeting == "tcp://train-0.train:4000"
+    assert find_world(POD | {"MASTER_PORT": "4000"}).init_method == "tcp://train-0.train:4000"
 
 
 def test_torchrun_in_a_pod_comes_first() -> None:
@@ -101,7 +101,7 @@ def test_an_incomplete_pod_is_named(absent: str) -> None:
 
 
 def test_pods_that_share_no_run_are_on_their_own() -> None:
-    assert find_world({"JOB_COMPLETION_INDEX": "2"}).launcher == "alone"
+    assert find_world({"JOB_COMPLETION_INDEX": "2"}).launcher == "none"
 
 
 def test_a_pod_outside_its_job_is_refused() -> None:

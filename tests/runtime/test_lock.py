@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
-from cmtmae_scale.runtime.lock import RunLock, hold_run, newest_number, path_of
+from cmtmae_scale.runtime.lock import RunLock, hold_run, lock_path, newest_number
 from tests.engine.run_case import write_recipe
 from tests.processes import CONTEXT, run_ranks
 from tests.runtime.lock_case import hold_and_die, hold_for, hold_together, race, start
@@ -21,7 +21,7 @@ ROUNDS = 6
 
 def change(run_dir: Path, **facts: Any) -> None:
     """Let the newest lock say something else, as another host or job would."""
-    path = path_of(run_dir / "lock", newest_number(run_dir / "lock"))
+    path = lock_path(run_dir / "lock", newest_number(run_dir / "lock"))
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 
@@ -55,7 +55,7 @@ def test_the_second_run_leaves_with_78_and_names_the_holder(tmp_path: Path, hold
     assert str(raised.value).startswith(f"run.output_dir={tmp_path / 'run'} is in use")
 
 
-def test_a_holder_elsewhere_is_known_by_its_signs_of_life(tmp_path: Path, holder: Any) -> None:
+def test_a_holder_elsewhere_is_known_by_its_heartbeats(tmp_path: Path, holder: Any) -> None:
     change(tmp_path / "run", pids="another host", host="far")
     with (
         pytest.raises(ConfigError, match=f"in use by pid {holder.pid} on far since"),
@@ -64,18 +64,18 @@ def test_a_holder_elsewhere_is_known_by_its_signs_of_life(tmp_path: Path, holder
         pass
 
 
-def test_a_holder_elsewhere_without_signs_of_life_is_taken_over(
+def test_a_holder_elsewhere_without_heartbeats_is_taken_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     left = RunLock(tmp_path, 1000, 1)
     change(tmp_path, pids="another host", host="far")
-    os.utime(path_of(tmp_path / "lock", 1), (4e9, 4e9))  # its clock is years ahead
+    os.utime(lock_path(tmp_path / "lock", 1), (4e9, 4e9))  # its clock is years ahead
     with hold_run(tmp_path, 0, patience_s=0.3):
         assert newest_number(tmp_path / "lock") == 2
     assert "was held by pid" in caplog.messages[0] and "on far" in caplog.messages[0]
-    assert "no sign of life" in caplog.messages[1]
+    assert "no heartbeat" in caplog.messages[1]
     left.release()  # comes back too late: frees nothing of the new holder's
-    assert not path_of(tmp_path / "lock", 1).exists()
+    assert not lock_path(tmp_path / "lock", 1).exists()
 
 
 @pytest.mark.gloo
@@ -111,7 +111,7 @@ def test_a_requeued_job_takes_its_own_lock_over(
         with hold_run(tmp_path, 0, patience_s=1000):
             pass
     else:  # two steps of one job: the other one is alive
-        touch = threading.Timer(0.2, os.utime, [path_of(tmp_path / "lock", 1)])
+        touch = threading.Timer(0.2, os.utime, [lock_path(tmp_path / "lock", 1)])
         touch.start()
         with pytest.raises(ConfigError, match="SLURM job 7"), hold_run(tmp_path, 0, patience_s=10):
             pass
@@ -122,7 +122,7 @@ def test_a_requeued_job_takes_its_own_lock_over(
 @pytest.mark.parametrize("text", ["", "[]", "{", "{}"])
 def test_a_lock_of_nobody_is_taken_over_in_the_end(tmp_path: Path, text: str) -> None:
     (tmp_path / "lock").mkdir()
-    path_of(tmp_path / "lock", 4).write_text(text)
+    lock_path(tmp_path / "lock", 4).write_text(text)
     with hold_run(tmp_path, 0, patience_s=0.2):
         assert newest_number(tmp_path / "lock") == 5
 
@@ -144,12 +144,12 @@ def test_a_holder_that_was_taken_over_stops(
     before = signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
     try:
         slow = RunLock(tmp_path, 0.05, 1)
-        path_of(tmp_path / "lock", 2).write_text("{}")
+        lock_path(tmp_path / "lock", 2).write_text("{}")
         slow.thread.join(30)
         assert stopped.wait(30)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert "was taken over while this process stood still" in caplog.text
+    assert "was taken over while this process was suspended" in caplog.text
 
 
 @pytest.mark.gloo

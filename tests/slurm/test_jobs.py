@@ -80,9 +80,9 @@ def test_before_its_time_is_up_a_job_saves_and_is_queued_again(desk: Desk) -> No
     wait_for(lambda: held(desk.cluster.job(job)), 120, "the job in the queue again")
     desk.cluster.call("scancel", job)
     assert stopped(run_dir), desk.log(job)
-    newest = layout.candidates(run_dir / "checkpoints")[0]
+    newest = layout.list_checkpoints(run_dir / "checkpoints")[0]
     assert layout.step_of(newest) == outcome(run_dir)["step"]
-    assert layout.fault(newest) is None
+    assert layout.find_damage(newest) is None
 
 
 def test_after_the_loss_of_its_first_node_a_job_is_queued_again_by_slurm(
@@ -101,7 +101,7 @@ def test_after_the_loss_of_its_first_node_a_job_is_queued_again_by_slurm(
 
 
 def test_an_array_computes_a_cache(desk: Desk) -> None:
-    settings = ["views.views_per_image=2", "--rows-a-part=8"]
+    settings = ["views.views_per_image=2", "--rows-per-shard=8"]
     cache = desk.folder / "cache"
     options = ["--array=0-1", "--cpus-per-task=1"]
     job = desk.submit("cache.sbatch", options, desk.recipe, cache, *settings)
@@ -131,7 +131,7 @@ def test_a_sidecar_follows_a_run_as_a_job_beside_it(desk: Desk) -> None:
     run_dir = desk.folder / "followed"
     train = desk.train("followed", STEPS_KEY, EVERY, "teacher.mode=sidecar")
     options = [f"--dependency=after:{train}", "--cpus-per-task=1"]
-    sidecar = desk.submit("follow.sbatch", options, run_dir, "--rows-a-part=16")
+    sidecar = desk.submit("follow.sbatch", options, run_dir, "--rows-per-shard=16")
     assert desk.cluster.wait(train) == ("COMPLETED", 0), desk.log(train)
     assert desk.cluster.wait(sidecar) == ("COMPLETED", 0), desk.log(sidecar)
     assert "following" in desk.log(sidecar)
@@ -156,8 +156,8 @@ def test_a_signal_to_srun_saves_on_both_nodes(desk: Desk, attempt: int) -> None:
         child.send_signal(signal.SIGUSR1)
         assert child.wait(60) == 75
     assert stopped(run_dir)
-    newest = layout.candidates(run_dir / "checkpoints")[0]
-    assert layout.step_of(newest) == outcome(run_dir)["step"] and layout.fault(newest) is None
+    newest = layout.list_checkpoints(run_dir / "checkpoints")[0]
+    assert layout.step_of(newest) == outcome(run_dir)["step"] and layout.find_damage(newest) is None
     wait_for(lambda: not users_of(run_dir), 10, "no process left")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
-from cmtmae_scale.teachers.online import OnlineTeacher, Reading
+from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
 from cmtmae_scale.teachers.timm import TimmTower
 from tests.teachers.cases import BOTH, pictures, real_teacher, timm_config
 
@@ -83,8 +83,8 @@ def small(**options: Any) -> Any:
 
 def teacher_of(model: Any, source: str, feature: str = "ln_post") -> OnlineTeacher:
     depth = len(model.blocks)
-    reading = Reading(source, (depth - 1,), feature, (depth - 1,))
-    return OnlineTeacher(TimmTower(model, "small", {"library": "timm"}), reading, 32, (4, 4))
+    outputs = TeacherOutputs(source, (depth - 1,), feature, (depth - 1,))
+    return OnlineTeacher(TimmTower(model, "small", {"library": "timm"}), outputs, 32, (4, 4))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_mean_query_is_the_column_mean_over_patches() -> None:
             {"block_fn": timm.models.vision_transformer.ParallelScalingBlock},
             "cls",
             "ln_post",
-            "attention.source=cls: .*cannot be read",
+            "attention.source=cls: .*is not supported",
         ),
     ],
 )
@@ -229,7 +229,7 @@ def test_files_and_names_that_do_not_fit_are_named(tmp_path: Path) -> None:
     both = timm_config("vit_small_patch16_224.dino", weights="augreg_in1k")
     assert "drop one" in refusal(both)
     config = timm_config("vit_tiny_patch16_224", 30, 8)
-    with pytest.raises(ConfigError, match=r"views\.size=30"):
+    with pytest.raises(ConfigError, match=r"views\.image_size=30"):
         build_teacher(config, "cpu", torch.float32, BOTH)
     config = timm_config("vit_tiny_patch16_224", 64, 16)
     config.attention.source, config.attention.layers = "pool", [-2]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmtmae_scale.cache.build import Builder
 from cmtmae_scale.cache.codecs import Codec
-from cmtmae_scale.cache.format import Manifest, part_path
+from cmtmae_scale.cache.format import Manifest, shard_path
 from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.storage import drop_from_memory
@@ -58,8 +58,8 @@ class Cached(NamedTuple):
 
     def drop(self) -> list[float | None]:
         """Forget its pages; see ``drop_from_memory``."""
-        parts = range(self.manifest.num_parts)
-        return [drop_from_memory(part_path(self.folder, part)) for part in parts]
+        shards = range(self.manifest.num_shards)
+        return [drop_from_memory(shard_path(self.folder, shard)) for shard in shards]
 
 
 def measure(
@@ -74,7 +74,7 @@ def measure(
         rounds: rounds that count.
 
     Returns:
-        The speeds, live last, and the largest share of a part that could not be dropped.
+        The speeds, live last, and the largest share of a shard that could not be dropped.
     """
     device, side = builder.device, builder.teacher.image_size
     size = builder.config.train.micro_batch_size
@@ -87,7 +87,7 @@ def measure(
     for _ in range(WARM_UP + rounds):
         for cache in caches:
             chosen = generator.permutation(cache.manifest.num_rows)[:rows]
-            plans = [builder.plan(some) for some in builder.split(chosen)]
+            plans = [builder.plan_rows(some) for some in builder.split_rows(chosen)]
             kept += cache.drop()
             for place in ("storage", "memory"):
                 name = f"read {cache.codec} from {place}"
@@ -147,7 +147,7 @@ def read(cache: Cached, plans: Sequence[Plan]) -> list[dict[str, Tensor]]:
 def decode(cache: Cached, fields: Sequence[dict[str, Tensor]]) -> None:
     """Move rows to the device and make features of them."""
     for one in fields:
-        cache.teacher.decode(one)
+        cache.teacher.decode_rows(one)
 
 
 def look(teacher: OnlineTeacher, pictures: Tensor, batches: int) -> None:
@@ -181,6 +181,6 @@ def describe(speeds: Sequence[Speed], in_memory: float | None) -> str:
         told = "This file system does not tell whether pages were dropped before reading."
     else:
         told = (
-            f"Pages in memory when reading from storage began: at most {in_memory:.0%} of a part."
+            f"Pages in memory when reading from storage began: at most {in_memory:.0%} of a shard."
         )
     return f"{markdown(header, rows)}\n\n{told}"

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from cmtmae_scale.cache.build import Builder, build_parts
+from cmtmae_scale.cache.build import Builder, build_shards
 from cmtmae_scale.cache.codecs import Calibration, Codec
 from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.config.derive import needs
@@ -33,7 +33,7 @@ from dataloading.stream import Batch, Stream
 logger = logging.getLogger(__name__)
 
 CODECS: tuple[Codec, ...] = ("int8", "bf16")
-ROWS_A_PART = 1024
+ROWS_PER_SHARD = 1024
 ELSEWHERE = 1 << 30
 """Position of views whose crops calibrated nothing."""
 
@@ -44,7 +44,7 @@ class Report:
 
     speeds: list[Speed]
     in_memory: float | None
-    """Largest share of a part that was still in memory when it was to be read from storage."""
+    """Largest share of a shard that was still in memory when it was to be read from storage."""
     steps: list[training.Result]
     of_synthetic: dict[str, Spread]
     """Steps a second, divided by those with a synthetic teacher in the same window."""
@@ -67,7 +67,7 @@ class Synthetic:
         patches = like.grid[0] * like.grid[1]
         shape = (count, patches + self.has_cls, self.width)
         attention = None
-        if like.reading.attention_layers:
+        if like.outputs.attention_layers:
             attention = torch.rand(count, patches, device=device).softmax(-1)
         self.view = TeacherView(attention, torch.randn(shape, device=device), True)
 
@@ -144,7 +144,7 @@ def cached_config(config: Config, folder: Path, codec: Codec) -> Config:
     """The same run, reading a cache and holding no teacher."""
     return replace(
         config,
-        teacher=replace(config.teacher, mode="cache"),
+        teacher=replace(config.teacher, mode="cached"),
         cache=replace(config.cache, dir=str(folder), codec=codec, on_miss="stop"),
     )
 
@@ -155,10 +155,10 @@ def build(builder: Builder, folder: Path, codec: Codec) -> Cached:
     def fail(error: CacheError) -> NoReturn:
         raise error
 
-    manifest = builder.begin(folder, codec, ROWS_A_PART)
+    manifest = builder.begin_cache(folder, codec, ROWS_PER_SHARD)
     size = manifest.num_rows * manifest.row_bytes() / 1e9
     logger.info("building %d views, %s, %.2f GB in %s", manifest.num_rows, codec, size, folder)
-    build_parts(builder, folder, manifest, range(manifest.num_parts), lambda done: None)
+    build_shards(builder, folder, manifest, range(manifest.num_shards))
     config = cached_config(builder.config, folder, codec)
     described, device = builder.teacher, builder.device
     teacher = CachedTeacher(config, manifest, builder.calibration, described, None, device, fail)

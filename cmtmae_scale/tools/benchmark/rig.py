@@ -15,10 +15,12 @@ from cmtmae_scale.backends.base import Accept, Backend, Outcome, Terms, Work
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import batch_plan, reads_cache
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.loop import step
-from cmtmae_scale.engine.progress import Progress, scalars_at
+from cmtmae_scale.engine.loop import take_step
+from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
-from cmtmae_scale.engine.task import Parts
+from cmtmae_scale.engine.stragglers import Stragglers
+from cmtmae_scale.engine.task import Run
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.build import (
     build_models,
@@ -28,9 +30,11 @@ from cmtmae_scale.pretraining.build import (
     open_teacher,
 )
 from cmtmae_scale.pretraining.prepare import Models
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
 from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, seconds
+from dataloading.index import Index
 from dataloading.stream import Batch
 
 SDPA = {
@@ -209,29 +213,37 @@ class Rig:
         )
         if index is not None:
             stream = stack.enter_context(
-                open_stream(config, index, world, device, teacher, progress)
+                open_stream(config, index, world, device, teacher, progress.position)
             )
         else:
             stream = Synthetic(config, view_sizes(config.views.image_size, teacher), device)
-        self.parts = Parts(
+        config.log.diagnostics_every = None
+        task = Pretraining(config, world, device)
+        task.view_sizes = view_sizes(config.views.image_size, teacher)
+        task.models = Models(
+            None if teacher is None else TimedTeacher(teacher, self.watch),
+            cast(Backend, TimedBackend(models.backend, self.watch)),
+            models.layout,
+            models.length,
+            models.patch,
+        )
+        self.run = Run(
             config=config,
+            task=task,
             plan=plan,
             device=device,
+            run_dir=folder,
+            index=cast(Index, index),
             stream=stream,
-            models=Models(
-                None if teacher is None else TimedTeacher(teacher, self.watch),
-                cast(Backend, TimedBackend(models.backend, self.watch)),
-                models.layout,
-                models.length,
-                models.patch,
-            ),
+            backend=task.models.backend,
             progress=progress,
             writer=Writer(folder, world.rank, world.world_size, 1, False, 0),
             stop=stop,
             telemetry=None,
-            standing=None,
+            progress_file=None,
+            skips=Skips(config.guard),
+            stragglers=Stragglers(device, HORIZON),
             saved_facts={},
-            run_dir=folder,
         )
 
     def kernel(self) -> AbstractContextManager[object]:
@@ -243,8 +255,8 @@ class Rig:
         waited_s = 0.0
         with self.kernel():
             for _ in range(steps):
-                scalars = scalars_at(self.config, self.parts.progress.share)
-                waited_s += step(self.parts, scalars).waited_s
+                scalars = self.run.task.scalars(self.run.progress)
+                waited_s += take_step(self.run, scalars).waited_s
         return waited_s
 
     def window(self, steps: int) -> Window:

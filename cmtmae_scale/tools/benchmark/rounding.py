@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmtmae_scale.cache.codecs import Calibration, as_stored
+from cmtmae_scale.cache.codecs import Calibration, round_features
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.initialisation import initialise
@@ -84,9 +84,9 @@ def measure(
     calibration = Calibration(*(one.to(device) for one in calibration))
     bare = Calibration(torch.zeros_like(calibration.mean), torch.ones_like(calibration.std))
     stores: dict[str, Callable[[Tensor], Tensor]] = {
-        "int8": lambda features: as_stored(features, "int8", calibration),
-        "bf16": lambda features: as_stored(features, "bf16", None),
-        "int8, channels as they are": lambda features: as_stored(features, "int8", bare),
+        "int8": lambda features: round_features(features, "int8", calibration),
+        "bf16": lambda features: round_features(features, "bf16", None),
+        "int8, channels as they are": lambda features: round_features(features, "int8", bare),
     }
     pulls: dict[str, list[Pull]] = {name: [] for name in ("live", *stores)}
     for batch in batches:

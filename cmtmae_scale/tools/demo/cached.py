@@ -1,4 +1,4 @@
-"""The demo's second act: the teacher computed once, verified, and a run that reads it."""
+"""Second part of the demo: build and verify a teacher cache, then train from it."""
 
 import json
 import shutil
@@ -8,20 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 STEPS = 20
-ROWS_A_PART = 64
+ROWS_PER_SHARD = 64
 
 
 def train_from_cache(
-    recipe: str, overrides: Sequence[str], run_dir: Path, steps: int, tell: Callable[[str], None]
+    recipe: str, overrides: Sequence[str], run_dir: Path, steps: int, show: Callable[[str], None]
 ) -> int:
-    """Build a cache of one view an image, verify it, and train a few steps from it.
+    """Build a cache of one view per image, verify it, and train a few steps from it.
 
     Args:
         recipe: the demo's.
-        overrides: as its run had them.
-        run_dir: the demo's run; cache and run are made beside it.
-        steps: of that run.
-        tell: says something to the person at the terminal.
+        overrides: of the demo's run.
+        run_dir: the demo's run; the new cache and run are created beside it.
+        steps: of the demo's run.
+        show: prints a line on the terminal.
 
     Returns:
         0, or the exit code of the command that failed.
@@ -37,21 +37,21 @@ def train_from_cache(
         f"run.output_dir={cached}",
     ]
     build = ["launchers/precompute_teacher.py", "--config", recipe]
-    build += ["--rows-a-part", str(ROWS_A_PART)]
-    reading = ["teacher.mode=cached", "cache.on_miss=stop", f"train.steps={steps}", "log.every=1"]
-    reading += ["log.images_every=null"]  # nobody is there to say where the teacher looks
-    tell("the same with the teacher computed once: build a cache, verify it, train from it ...")
+    build += ["--rows-per-shard", str(ROWS_PER_SHARD)]
+    cache = ["teacher.mode=cached", "cache.on_miss=stop", f"train.steps={steps}", "log.every=1"]
+    cache += ["log.images_every=null"]  # no teacher is in memory that could draw its attention
+    show("the same with a precomputed teacher: build a cache, verify it, train from it ...")
     for command in (
         [*build, *own],
         [*build, "--verify", "0.05", *own],
-        ["launchers/pretrain.py", "--config", recipe, *own, *reading],
+        ["launchers/pretrain.py", "--config", recipe, *own, *cache],
     ):
         code = subprocess.run([sys.executable, *command], stdin=subprocess.DEVNULL).returncode
         if code:
-            tell(f"{' '.join(command)}: ended with exit code {code}")
+            show(f"{' '.join(command)}: ended with exit code {code}")
             return code
     last = json.loads((cached / "log.jsonl").read_text().splitlines()[-1])
-    tell(
+    show(
         f"{steps} steps without a teacher in memory: {last['cache/hit']:.0%} of the micro-batches "
         f"came from the cache; loss {last['loss/total']:.4g}"
     )

@@ -8,9 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale.backends.whole import whole_tensors
-from cmtmae_scale.cache.followed import SidecarTeacher
-from cmtmae_scale.cache.teacher import CachedTeacher
+from cmtmae_scale.backends.gather import gather_tensors
+from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
@@ -84,7 +83,7 @@ class RunFigures:
         """
         fragments = models.backend.fragments()
         for prefix in PREFIXES:
-            gathered = whole_tensors(fragments, prefix)
+            gathered = gather_tensors(fragments, prefix)
             state = {name: value.cpu() for name, value in gathered if self.draws}
             if self.networks is not None and state:
                 self.networks.trained(prefix).load_state_dict(state, strict=True)
@@ -125,7 +124,7 @@ def open_figures(run: Run) -> list[SideTask]:
 def online_teacher(source: TeacherSource | None) -> Teacher | None:
     """Return the teacher model itself: no cache holds the drawn views."""
     if isinstance(source, CachedTeacher | SidecarTeacher):
-        return source.live
+        return source.online
     return source if isinstance(source, OnlineTeacher) else None
 
 

@@ -9,8 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.cache.build import missing_parts
-from cmtmae_scale.cache.format import MANIFEST, read_manifest
+from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.config.schema import Config
@@ -183,10 +182,10 @@ def is_trained(folder: Path) -> bool:
 
 
 def is_complete(cache: Path) -> bool:
-    """Return whether a teacher cache has all its parts."""
+    """Return whether a teacher cache has all its shards."""
     if not (cache / MANIFEST).exists():
         return False
     try:
-        return not missing_parts(cache, read_manifest(cache))
+        return not missing_shards(cache, read_manifest(cache))
     except CacheError as error:
         raise ConfigError(f"{error}") from error

@@ -9,15 +9,15 @@ import torch
 from cmtmae_scale.commands.benchmark import main, parse
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
-from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.collectives import process_group
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark import against, decoding, table
 from cmtmae_scale.tools.benchmark.clock import Stopwatch, spread
 from cmtmae_scale.tools.benchmark.training import Protocol, make_variants, measure
 from tests.engine.run_case import make_photographs, write_recipe
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, 1, "alone")
+ALONE = World(0, 1, 0, 1, "none")
 PARTS = ("teacher", "momentum student", "student", "decoder and loss", "optimizer", "average")
 MAE = ["decoder.type=full", "mask.sampler=random", "loss.tokens=masked", "loss.include_cls=false"]
 MAE += ["loss.teacher=0", "loss.student=0", "loss.pixel=1", "teacher.mode=none"]

@@ -61,7 +61,7 @@ def test_the_command_builds_reads_and_trains_and_leaves_nothing(
 
 
 def test_what_cannot_be_measured_is_named(recipe: Path) -> None:
-    two, alone = World(0, 2, 0, 2, "torchrun"), World(0, 1, 0, 1, "alone")
+    two, alone = World(0, 2, 0, 2, "torchrun"), World(0, 1, 0, 1, "none")
     short = Protocol(0, 1, 1)
     with pytest.raises(ConfigError, match="by one process; start it without torchrun"):
         cached.measure(str(recipe), [], 4, 1, short, two, CPU)

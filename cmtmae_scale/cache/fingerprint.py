@@ -1,4 +1,4 @@
-"""What the rows of a cache were computed from, and whether a run asks for the same."""
+"""Fingerprint of a cache: what its rows are computed from, and whether a run asks for the same."""
 
 import json
 import logging
@@ -17,20 +17,25 @@ from dataloading.stream import choose_decoder
 logger = logging.getLogger(__name__)
 
 Keyed = Literal["views", "positions"]
-"""A row is one of K views of a sample, or a position of the run's own stream."""
+"""Meaning of a row's number: one of K views of a sample, or a position of the run's stream."""
 WEIGHTS = "teacher.weights_sha256"
+CONFIG_KEYS = {
+    "views.seed": "run.seed",
+    "views.scale": "views.crop_scale",
+    "views.ratio": "views.aspect_ratio",
+    "views.flip": "views.hflip",
+    "views.count": "views.views_per_image",
+    "views.shuffle": "data.shuffle",
+}
+"""Config key of a stored field, where the names differ."""
 
 
-def fingerprint(
+def cache_fingerprint(
     config: Config, teacher: dict[str, object], index: Index, keyed: Keyed
 ) -> dict[str, Any]:
-    """Everything that a row depends on, but for the codec.
+    """Return everything that a row depends on, except the codec.
 
-    Args:
-        config: the run's, or the builder's.
-        teacher: ``Teacher.fingerprint()``.
-        index: the images.
-        keyed: what a row's number means.
+    ``teacher`` is ``Teacher.fingerprint()``.
     """
     views: dict[str, Any] = {
         "seed": config.run.seed,
@@ -44,24 +49,19 @@ def fingerprint(
     own = {key: value for key, value in teacher.items() if key != "library_version"}
     data = {"digest": index.digest, "images": len(index)}
     found = {"keyed": keyed, "teacher": own, "views": views, "data": data}
-    return cast(dict[str, Any], json.loads(json.dumps(found)))  # as a manifest gives it back
+    return cast(dict[str, Any], json.loads(json.dumps(found)))  # same types as from a manifest
 
 
-def check_identity(manifest: Manifest, wanted: dict[str, Any], place: str) -> None:
-    """Refuse a cache that was computed from something else.
-
-    Args:
-        manifest: the cache's.
-        wanted: ``fingerprint`` of the run.
-        place: ``cache.dir``, for messages.
+def check_fingerprint(manifest: Manifest, wanted: dict[str, Any], folder: str) -> None:
+    """Refuse a cache that is computed from something else than the run's fingerprint ``wanted``.
 
     Raises:
         CacheError: names the first field that differs, both values and the remedy.
     """
-    built, asked = dict(flatten(manifest.fingerprint)), dict(flatten(wanted))
+    built, asked = dict(flatten_groups(manifest.fingerprint)), dict(flatten_groups(wanted))
     if asked.get(WEIGHTS) is None or built.get(WEIGHTS) is None:
         logger.warning(
-            "cache.dir=%s: weights not checked: their file is not at hand; compared by name", place
+            "cache.dir=%s: weights not checked: their file is not at hand; compared by name", folder
         )
         built.pop(WEIGHTS, None)
         asked.pop(WEIGHTS, None)
@@ -69,13 +69,14 @@ def check_identity(manifest: Manifest, wanted: dict[str, Any], place: str) -> No
         before, after = built.get(key), asked.get(key)
         if before != after:
             raise CacheError(
-                f"cache.dir={place}: {key}: the cache was built with {before}, the run has "
-                f"{after}; change the run, build another cache, or set teacher.mode=online"
+                f"cache.dir={folder}: {CONFIG_KEYS.get(key, key)}: the cache was built with "
+                f"{before}, the run has {after}; change the run, build another cache, or set "
+                "teacher.mode=online"
             )
 
 
 def provenance(config: Config, device: torch.device) -> dict[str, Any]:
-    """What rows may depend on a little: versions, and who decodes."""
+    """Return what rows depend on slightly: versions and decoder."""
     return {
         "cmtmae_scale": __version__,
         "torch": torch.__version__,
@@ -83,24 +84,18 @@ def provenance(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-def warn_of_provenance(manifest: Manifest, here: dict[str, Any], place: str) -> None:
-    """Tell where a cache was built in other provenance.
-
-    Args:
-        manifest: the cache's.
-        here: ``provenance`` of this process.
-        place: ``cache.dir``, for messages.
-    """
+def warn_of_provenance(manifest: Manifest, here: dict[str, Any], folder: str) -> None:
+    """Log where the provenance of a cache differs from the provenance ``here``."""
     for key in sorted(manifest.recorded.keys() & here.keys()):
         before, after = manifest.recorded[key], here[key]
         if before != after:
-            logger.warning("cache.dir=%s: built with %s %s, here is %s", place, key, before, after)
+            logger.warning("cache.dir=%s: built with %s %s, here is %s", folder, key, before, after)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested groups by dotted name."""
+def flatten_groups(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested groups by dotted name."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from flatten(cast(dict[str, Any], value), f"{prefix}{key}.")
+            yield from flatten_groups(cast(dict[str, Any], value), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,4 +1,4 @@
-"""A plan is honest: hours, bytes and money follow from rates, and no cache pays that cannot."""
+"""Hours, bytes and money follow from rates, and no cache pays that cannot."""
 
 import math
 import random
@@ -7,15 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.commands import cache_plan as precompute_plan
 from cmtmae_scale.commands import precompute
-from cmtmae_scale.commands.cache_plan import choose_rates, operations, shape, usable_codecs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.runtime.storage import drop_from_memory
 from cmtmae_scale.teachers.build import build_teacher_skeleton
-from cmtmae_scale.tools.cache_plan.cost import Job, Prices, Rates, outlook
-from cmtmae_scale.tools.cache_plan.rates import Measured, Store
-from cmtmae_scale.tools.cache_plan.text import hours, size, table
+from cmtmae_scale.tools import cache_rates
+from cmtmae_scale.tools.cache_plan import (
+    Job,
+    Prices,
+    Rates,
+    choose_rates,
+    flops_ratio,
+    format_bytes,
+    format_hours,
+    outlook_table,
+    plan_manifest,
+    usable_codecs,
+    weigh_cache,
+)
+from cmtmae_scale.tools.cache_rates import Measured
 from tests.cache import cache_case as case
 
 JOB = Job(images=1000, draws=100_000, gpus=2)
@@ -23,17 +33,17 @@ RATES = Rates(teacher=50, train=25, decode=math.inf, write=math.inf, read=math.i
 
 
 def weigh(job: Job = JOB, rates: Rates = RATES, views: int = 4, row: int = 100, **more: Prices):
-    return outlook(job, rates, "int8", views, row, more.get("prices"))
+    return weigh_cache(job, rates, "int8", views, row, more.get("prices"))
 
 
 def test_hours_and_bytes_are_those_of_a_hand_calculation() -> None:
     found = weigh()
     assert found.disk_bytes == 4 * 1000 * 100
     assert found.read_gpu == 25 * 100  # bytes a second
-    assert found.live_h == pytest.approx(100_000 * (0.04 + 0.02) / 2 / 3600)
+    assert found.online_h == pytest.approx(100_000 * (0.04 + 0.02) / 2 / 3600)
     assert found.run_h == pytest.approx(100_000 * 0.04 / 2 / 3600)
     assert found.build_h == pytest.approx(4000 / 100 / 3600)
-    # 3,000 s live against 40 s + 2,000 s.
+    # 3,000 s online against 40 s + 2,000 s.
     assert found.from_run == 1 and found.verdict == "yes, 32% less"
 
 
@@ -45,7 +55,7 @@ def test_hours_and_bytes_are_those_of_a_hand_calculation() -> None:
         ({"read": 2000.0}, 40, 100_000 / 20 / 2),  # and gives twenty to each
     ],
 )
-def test_the_slowest_part_rules(change: dict[str, float], build_s: float, run_s: float) -> None:
+def test_the_slowest_stage_decides(change: dict[str, float], build_s: float, run_s: float) -> None:
     found = weigh(rates=replace(RATES, **change))
     assert found.build_h * 3600 == pytest.approx(build_s)
     assert found.run_h * 3600 == pytest.approx(run_s)
@@ -57,7 +67,7 @@ def test_a_store_slower_than_the_teacher_never_pays() -> None:
     assert found.from_run is None and found.verdict == "never (reading)"
 
 
-def test_spot_checks_cost_what_they_look_at() -> None:
+def test_spot_checks_cost_their_forwards() -> None:
     assert weigh(replace(JOB, spot_check=0.5)).run_h * 3600 == pytest.approx(2500)
     assert weigh(replace(JOB, spot_check=1.0)).from_run is None
 
@@ -71,7 +81,7 @@ def test_no_run_that_sees_each_view_once_pays_whatever_the_rates() -> None:
         job = replace(job, draws=epochs * job.images)
         found = weigh(job, rates, epochs + draw.randint(0, 5), prices=Prices(3.0, 20.0))
         assert found.from_run is None or found.from_run >= 2, (job, rates)
-        assert found.saved is not None and found.saved < 1e-9 * found.live_h * job.gpus
+        assert found.saved is not None and found.saved < 1e-9 * found.online_h * job.gpus
     job = Job(images=1000, draws=10_000, gpus=1)
     assert weigh(job, views=10).verdict == "no#; from run 2"
     assert weigh(job, views=9).from_run == 1
@@ -94,15 +104,16 @@ def test_the_table_fits_a_hundred_columns_at_any_size() -> None:
     small = Rates(teacher=0.01, train=0.001, decode=0.01, write=1e5, read=1e3)
     large = Job(images=10**9, draws=3 * 10**11, gpus=4096)
     outlooks = [
-        outlook(large, rates, codec, views, 302_993, Prices(30.0, 200.0))
+        weigh_cache(large, rates, codec, views, 302_993, Prices(30.0, 200.0))
         for rates in (RATES, small)
         for codec in ("int8", "attention")
         for views in (1, 16, 300)
     ]
-    lines = table(outlooks, 8).splitlines()
+    lines = outlook_table(outlooks, 8).splitlines()
     assert len(lines) == 13 and max(map(len, lines)) <= 100
-    assert size(151_312) == "151 kB" and size(1.55e12) == "1.55 TB" and size(999.6) == "1 kB"
-    assert (size(2.5e18), hours(0.0123), hours(12345.6)) == ("2,500 PB", "0.0123", "12,346")
+    sizes = [format_bytes(size) for size in (151_312, 1.55e12, 999.6, 2.5e18)]
+    assert sizes == ["151 kB", "1.55 TB", "1 kB", "2,500 PB"]
+    assert (format_hours(0.0123), format_hours(12345.6)) == ("0.0123", "12,346")
 
 
 @pytest.fixture(scope="module")
@@ -112,30 +123,31 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precompute_plan, "MEASURE_S", 0.02)
+    monkeypatch.setattr(cache_rates, "MEASURE_S", 0.02)
 
 
 ATTENTION = ["loss.teacher=0", "cache.codec=attention"]
 
 
-def test_bytes_of_a_row_are_those_that_the_builder_stores(recipe: Path) -> None:
+def test_row_bytes_are_those_that_the_builder_stores(recipe: Path) -> None:
     for overrides in (["cache.codec=int8"], ["cache.codec=bf16"], ATTENTION):
         builder = case.make_builder(recipe, overrides)
         codec = builder.config.cache.codec
         assert codec in usable_codecs(builder.config)
-        told = shape(build_teacher_skeleton(builder.config), codec)
-        assert told.row_bytes() == builder.describe(codec, 4).row_bytes()
+        planned = plan_manifest(build_teacher_skeleton(builder.config), codec)
+        assert planned.row_bytes() == builder.make_manifest(codec, 4).row_bytes()
         builder.close()
 
 
-def plan(recipe: Path, folder: Path, *arguments: str) -> int:
-    return precompute.main(["--config", str(recipe), "--plan", f"cache.dir={folder}", *arguments])
+def run_plan(recipe: Path, folder: Path, *arguments: str) -> int:
+    line = ["--config", str(recipe), "--plan", f"cache.dir={folder}", *arguments]
+    return precompute.precompute_teacher(line)
 
 
 def test_the_command_measures_and_leaves_nothing_but_the_index(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan(recipe, tmp_path / "cache", "--gpus", "16", "views.views_per_image=3") == 0
+    assert run_plan(recipe, tmp_path / "cache", "--gpus", "16", "views.views_per_image=3") == 0
     out = capsys.readouterr().out
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["index"]
     assert max(map(len, out.splitlines())) <= 100 + len(str(recipe))
@@ -155,18 +167,24 @@ def test_a_plan_needs_no_images_where_their_number_is_known(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     away = [f"data.path={tmp_path / 'away'}", "--gpu-hour", "2", "--tb-month", "20"]
-    assert plan(recipe, tmp_path / "cache", *away) == 78
+    assert run_plan(recipe, tmp_path / "cache", *away) == 78
     assert "does not exist" in capsys.readouterr().err
     known = [*away, "data.expected_images=24", "--images-s", "7", *ATTENTION]
-    assert plan(recipe, tmp_path / "cache", *known) == 0
+    assert run_plan(recipe, tmp_path / "cache", *known) == 0
     out = capsys.readouterr().out
-    for text in ("not measured", "24: data.expected_images", "7 images/s a GPU", "given", "saved"):
+    for text in (
+        "not measured",
+        "24: data.expected_images",
+        "7 images/s per GPU",
+        "given",
+        "saved",
+    ):
         assert text in out
     assert "int8" not in out and out.count("\nattention ") == 4
 
 
-def test_a_given_rate_on_a_cpu_tells_the_teachers_too() -> None:
-    found = Measured(10.0, 4, 300.0, Store(1e8, 2e8, 0.0))
+def test_on_a_cpu_a_given_rate_implies_the_teachers() -> None:
+    found = Measured(10.0, 4, 300.0, 1e8, 2e8, 0.0)
     rates = choose_rates(found, 0.5, None, False)
     assert (rates.teacher, rates.train, rates.decode) == (10, 5, 300)
     given = choose_rates(found, 0.5, 1000.0, False)
@@ -175,12 +193,12 @@ def test_a_given_rate_on_a_cpu_tells_the_teachers_too() -> None:
     assert (on_gpu.teacher, on_gpu.train) == (10, 1000)
 
 
-def test_operations_are_the_teachers_whatever_the_mode(recipe: Path) -> None:
-    live = operations(load_config(recipe, []))
-    cached = operations(load_config(recipe, ["teacher.mode=cached", "cache.on_miss=stop"]))
-    assert live == cached > 0
-    more = operations(load_config(recipe, ["mask.masks_per_view=2"]))
-    assert live / 2 < more < live
+def test_flops_do_not_depend_on_the_teachers_mode(recipe: Path) -> None:
+    online = flops_ratio(load_config(recipe, []))
+    cached = flops_ratio(load_config(recipe, ["teacher.mode=cached", "cache.on_miss=stop"]))
+    assert online == cached > 0
+    more = flops_ratio(load_config(recipe, ["mask.masks_per_view=2"]))
+    assert online / 2 < more < online
 
 
 @pytest.mark.parametrize(
@@ -188,16 +206,15 @@ def test_operations_are_the_teachers_whatever_the_mode(recipe: Path) -> None:
     [
         (["--gpus", "2"], "--gpus goes with --plan"),
         (["--plan", "--gpu-hour", "2"], "go together"),
-        (["--plan", "--images-s", "0"], "must be above 0"),
         (["--plan", "--images-s", "inf"], "must be above 0"),
         (["--plan", "--verify"], "not allowed with"),
     ],
 )
-def test_arguments_without_effect_leave_with_78(
+def test_arguments_without_effect_exit_with_78(
     arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        precompute.parse(["--config", "x", *arguments])
+        precompute.parse_precompute_options(["--config", "x", *arguments])
     assert stop.value.code == 78 and text in capsys.readouterr().err
 
 
@@ -205,15 +222,15 @@ def test_a_run_without_teacher_or_a_store_that_refuses_is_named(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     none = ["mask.sampler=random", "loss.teacher=0"]
-    assert plan(recipe, tmp_path / "cache", *none) == 78
+    assert run_plan(recipe, tmp_path / "cache", *none) == 78
     assert "there is nothing to cache" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     index = f"data.index={tmp_path / 'index'}"
-    assert plan(recipe, tmp_path / "file", index) == 78
+    assert run_plan(recipe, tmp_path / "file", index) == 78
     assert f"cache.dir={tmp_path / 'file'}: cannot be written (" in capsys.readouterr().err
 
 
-def test_dropped_pages_are_told_from_those_in_memory(tmp_path: Path) -> None:
+def test_the_share_of_pages_in_memory_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
     share = drop_from_memory(path)

@@ -1,5 +1,0 @@
-"""Interim."""
-
-from cmtmae_scale.config.schema import AdamWSettings, Trained
-
-__all__ = ["AdamWSettings", "Trained"]

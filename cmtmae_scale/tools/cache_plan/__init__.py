@@ -1,1 +1,0 @@
-"""What a teacher cache would cost against the online teacher."""
