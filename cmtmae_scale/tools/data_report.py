@@ -106,7 +106,9 @@ class DataReport:
         }
 
 
-def summarise_data(index: Index, undecodable: Sequence[Fault], max_bad_fraction: float) -> DataReport:
+def summarise_data(
+    index: Index, undecodable: Sequence[Fault], max_bad_fraction: float
+) -> DataReport:
     """Summarise the index and the faults that the decoder found."""
     rows = index.entries
     labels: NDArray[np.int32] = rows["label"]
@@ -125,7 +127,9 @@ def summarise_data(index: Index, undecodable: Sequence[Fault], max_bad_fraction:
         undecodable,
         max_bad_fraction,
         {name: measure_range(values) for name, values in {**sizes, "bytes": rows["size"]}.items()},
-        (int(per_label.min()), int(np.median(per_label)), int(per_label.max())) if len(per_label) else None,
+        (int(per_label.min()), int(np.median(per_label)), int(per_label.max()))
+        if len(per_label)
+        else None,
         int((~known).sum()),
         per_tar,
         expected,
