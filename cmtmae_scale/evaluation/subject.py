@@ -32,7 +32,7 @@ from cmtmae_scale.method.student import Student, build_student
 from cmtmae_scale.runtime.collectives import barrier
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import Tower
-from cmtmae_scale.teachers.build import assemble
+from cmtmae_scale.teachers.build import assemble_teacher
 from cmtmae_scale.teachers.timm import TimmSource
 from cmtmae_scale.teachers.weights import read_weights
 
@@ -164,7 +164,7 @@ def subject_from_teacher(
     """
     if not needs(config).teacher or config.teacher.mode == "none":
         raise CheckpointError(f"{facts['checkpoint']}: the run has no teacher")
-    teacher = assemble(config, needs(config), load=True)
+    teacher = assemble_teacher(config, needs(config), load=True)
     name = f"teacher {config.teacher.model}"
     if config.teacher.weights == "random":
         name += " (random)"

@@ -155,7 +155,9 @@ def count_saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         if storage_key(tensor) not in known:
-            kept[storage_key(tensor)] = tensor.untyped_storage()  # keeps the storage alive, so that keys stay unique
+            kept[storage_key(tensor)] = (
+                tensor.untyped_storage()
+            )  # keeps the storage alive, so that keys stay unique
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

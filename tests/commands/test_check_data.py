@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cmtmae_scale.commands import check_data as command
 from cmtmae_scale.commands.check_data import main, parse
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.runtime import log
