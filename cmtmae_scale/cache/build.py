@@ -30,7 +30,7 @@ from cmtmae_scale.cache.fingerprint import (
     cache_fingerprint,
     check_fingerprint,
     provenance,
-    warn_of_provenance,
+    warn_about_provenance,
 )
 from cmtmae_scale.cache.format import (
     ENDLESS,
@@ -47,7 +47,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import sync
-from cmtmae_scale.teachers.build import assemble, compute_dtype
+from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.index import Index, load_or_build
 from dataloading.plan import Plan, Planner
@@ -296,7 +296,7 @@ def make_builder(
     needed = needs(config)
     if config.cache.codec == "attention":
         needed = needed._replace(teacher_features=False)
-    teacher = assemble(config, needed, load=True).to(device, compute_dtype(config))
+    teacher = assemble_teacher(config, needed, load=True).to(device, compute_dtype(config))
     return Builder(config, open_or_build_index(config, index_folder), teacher, device, keyed)
 
 
@@ -365,7 +365,7 @@ def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
                 f"cache.dir={folder}: was begun with {field}={before}, now it is {after}; restore "
                 "it or name another folder"
             )
-    warn_of_provenance(found, wanted.recorded, str(folder))
+    warn_about_provenance(found, wanted.recorded, str(folder))
     return found
 
 

@@ -84,7 +84,7 @@ def provenance(config: Config, device: torch.device) -> dict[str, Any]:
     }
 
 
-def warn_of_provenance(manifest: Manifest, here: dict[str, Any], folder: str) -> None:
+def warn_about_provenance(manifest: Manifest, here: dict[str, Any], folder: str) -> None:
     """Log where the provenance of a cache differs from the provenance ``here``."""
     for key in sorted(manifest.recorded.keys() & here.keys()):
         before, after = manifest.recorded[key], here[key]

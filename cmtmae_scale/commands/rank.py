@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from cmtmae_scale.engine.stop import LaunchInterrupted, interrupt_launch
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
-from cmtmae_scale.runtime.exit_code import reported
+from cmtmae_scale.runtime.exit_code import report_exit
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def run_as_rank(launch: Callable[[], int]) -> int:
         torchrun, which treats every other code as a crash.
     """
     interrupt_launch()
-    with reported() as report:
+    with report_exit() as report:
         try:
             code = launch()
         except LaunchInterrupted as stopped:

@@ -103,7 +103,9 @@ def write_results(study: Study, runs: Sequence[Run], place: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     table = results_markdown(study, results, place)
     write_atomic(folder / "table.md", table)
-    write_atomic(folder / "results.json", json.dumps(results_record(study, results), indent=1) + "\n")
+    write_atomic(
+        folder / "results.json", json.dumps(results_record(study, results), indent=1) + "\n"
+    )
     text = [table, f"written to {folder / 'table.md'} and {folder / 'results.json'}"]
     if any(row.found for row in results.rows):
         write_atomic(folder / "figure.svg", draw_results(study, results))

@@ -9,8 +9,9 @@ import torch
 
 from cmtmae_scale import __version__
 from cmtmae_scale.checkpoint.chunks import load_fragments
+from cmtmae_scale.checkpoint.find import find_resume_checkpoint
 from cmtmae_scale.checkpoint.layout import read_state
-from cmtmae_scale.checkpoint.open import newest_checkpoint, open_writer
+from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
@@ -51,7 +52,7 @@ def build_run(
     stop = StopRequest(run_dir, config.run.time_limit_s)
     plan = batch_plan(config, world.world_size)
     index = task.open_index(run_dir)
-    folder = newest_checkpoint(run_dir, world)
+    folder = find_resume_checkpoint(run_dir, world)
     saved = None if folder is None else read_state(folder)
     progress = find_progress(config, task, index, saved)
     backend = task.build(saved, stop, stack)

@@ -15,7 +15,7 @@ from cmtmae_scale.errors import (
     EXIT_STOPPED,
     CmtMaeError,
 )
-from cmtmae_scale.runtime.exit_code import forget_exit, write_exit
+from cmtmae_scale.runtime.exit_code import delete_exit, write_exit
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Ending:
 
     def __enter__(self) -> Self:
         if self.rank == 0:
-            forget_exit(self.run_dir)
+            delete_exit(self.run_dir)
         return self
 
     def __exit__(

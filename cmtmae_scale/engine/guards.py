@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cmtmae_scale.engine.task import Run
 from cmtmae_scale.errors import CacheError, ConfigError
-from cmtmae_scale.runtime.collectives import agree_all, ranks, texts_of_all
+from cmtmae_scale.runtime.collectives import all_ranks_agree, gather_texts, ranks
 from dataloading.errors import ReadError
 from dataloading.reading import GREY
 from dataloading.stream import Batch
@@ -46,10 +46,10 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
         CacheError: on every rank, if it is the failure of one: another launch would not help.
         ReadError: on every rank otherwise. The message is the same everywhere. A collective.
     """
-    final = not agree_all(not isinstance(failure, CacheError))
+    final = not all_ranks_agree(not isinstance(failure, CacheError))
     kind = CacheError if final else ReadError
     what = "the teacher cache failed" if final else "data could not be read"
-    everyone = texts_of_all(str(failure) if isinstance(failure, kind) else "")
+    everyone = gather_texts(str(failure) if isinstance(failure, kind) else "")
     failed = [str(rank) for rank, text in enumerate(everyone) if text]
     raise kind(
         f"step {step} was not taken: {what} on ranks {', '.join(failed)}: "

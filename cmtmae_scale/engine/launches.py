@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from cmtmae_scale import __version__
-from cmtmae_scale.checkpoint.layout import candidates, step_of
+from cmtmae_scale.checkpoint.layout import list_checkpoints, step_of
 from cmtmae_scale.errors import NoProgressError
-from cmtmae_scale.runtime.collectives import text_from_first
+from cmtmae_scale.runtime.collectives import broadcast_text
 from cmtmae_scale.runtime.storage import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,14 @@ def count_launch(run_dir: Path, rank: int) -> None:
         NoProgressError: on every rank, if ``LIMIT`` consecutive launches crashed or were killed
             before they wrote a newer checkpoint.
     """
-    problem = text_from_first(increment_count(run_dir) if rank == 0 else "")
+    problem = broadcast_text(increment_count(run_dir) if rank == 0 else "")
     if problem:
         raise NoProgressError(problem)
 
 
 def increment_count(run_dir: Path) -> str:
     """Write the number of this launch; returns the problem if there were too many, else ``""``."""
-    newest = next(iter(candidates(run_dir / "checkpoints")), None)
+    newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
     step = 0 if newest is None else step_of(newest) or 0
     count = 1 + launches_from(run_dir, step)
     if count > LIMIT:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.processes import broken_link, launcher_chain
+from cmtmae_scale.runtime.processes import find_dead_launcher, find_launchers
 from dataloading.errors import ReadError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class StopRequest:
         self.file = run_dir / STOP_FILE
         self.reason: str | None = None
         self.failure: ReadError | CacheError | None = None
-        self.launchers = launcher_chain()
+        self.launchers = find_launchers()
         self.limits = find_time_limits(time_limit_s, environment)
 
     def install(self) -> None:
@@ -80,7 +80,7 @@ class StopRequest:
         """Return a request that arrives without a signal, or ``None``."""
         if self.file.exists():
             return f"file {STOP_FILE}"
-        gone = broken_link(self.launchers)
+        gone = find_dead_launcher(self.launchers)
         if gone is not None:
             return f"the launcher, process {gone}, is gone"
         now = time.monotonic()

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.runtime.collectives import barrier, texts_of_all
-from cmtmae_scale.runtime.lock import this_process
-from cmtmae_scale.runtime.processes import started
+from cmtmae_scale.runtime.collectives import barrier, gather_texts
+from cmtmae_scale.runtime.lock import identify_process
+from cmtmae_scale.runtime.processes import start_ticks
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Watchdog(threading.Thread):
         rank: this rank.
         place: where this rank is.
         hang_s: seconds without progress that count as a hang; ``None``: no limit.
-        ranks: every rank's process, as ``this_process`` describes it.
+        ranks: every rank's process, as ``identify_process`` describes it.
         last_words: called with the reason before the process is ended.
     """
 
@@ -126,7 +126,7 @@ class Watchdog(threading.Thread):
     def dead(self) -> list[int]:
         """Ranks of this machine whose process is gone."""
         neighbours = self.neighbours.items()
-        return [number for number, one in neighbours if started(one["pid"]) != one["started"]]
+        return [number for number, one in neighbours if start_ticks(one["pid"]) != one["started"]]
 
     def beat(self) -> None:
         """Tell where this rank is, if it is time to; a store that refuses is no failure."""
@@ -211,7 +211,7 @@ def watched(
         hang_s: seconds without progress that count as a hang; ``None``: no limit.
         last_words: called with the reason before the process is ended.
     """
-    ranks = [json.loads(text) for text in texts_of_all(json.dumps(this_process()))]
+    ranks = [json.loads(text) for text in gather_texts(json.dumps(identify_process()))]
     place.since = time.monotonic()
     dog = Watchdog(run_dir, rank, place, hang_s, ranks, last_words)
     dog.start()

@@ -3,7 +3,7 @@
 import torch
 
 from cmtmae_scale.backends.base import Backend
-from cmtmae_scale.backends.whole import whole_tensors
+from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import inference_autocast, weights_digest
@@ -12,7 +12,7 @@ from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.finetuning.classifier import Classifier
 from cmtmae_scale.finetuning.encoder import InitialEncoder
 from cmtmae_scale.method.images import normalise_images
-from cmtmae_scale.runtime.collectives import texts_of_all
+from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.one_pass import OnePass
@@ -56,7 +56,7 @@ class Accuracy:
             ReadError: on every rank, if storage did not give one of them an image.
             DataError: if no image could be decoded.
         """
-        state = dict(whole_tensors(backend.fragments(), "model.encoder."))
+        state = dict(gather_tensors(backend.fragments(), "model.encoder."))
         digest = weights_digest(state)
         model = self.classifier.encoder.to(self.device)
         model.load_state_dict(state, strict=True)
@@ -75,7 +75,7 @@ class Accuracy:
             except ReadError as error:
                 problem = str(error)
         model.cpu()
-        problems = list(filter(None, texts_of_all(problem)))
+        problems = list(filter(None, gather_texts(problem)))
         if problems:
             raise ReadError(problems[0])
         total = Score(*sum_over_ranks(counts).tolist())

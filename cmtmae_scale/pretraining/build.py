@@ -12,9 +12,8 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Objective
 from cmtmae_scale.backends.build import make_backend
-from cmtmae_scale.cache.followed import SidecarTeacher
-from cmtmae_scale.cache.identity import provenance, warn_of_provenance
-from cmtmae_scale.cache.teacher import CachedTeacher, open_cache
+from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
+from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.config.derive import (
     builds_teacher,
@@ -31,7 +30,7 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
-from cmtmae_scale.runtime.collectives import barrier, texts_of_all
+from cmtmae_scale.runtime.collectives import barrier, gather_texts
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
@@ -137,12 +136,12 @@ def open_teacher(
             opened = open_cache(config, skeleton, index)
             if world.rank == 0:
                 here = provenance(config, device)
-                warn_of_provenance(opened[0], here, str(config.cache.dir))
+                warn_about_provenance(opened[0], here, str(config.cache.dir))
             teacher = CachedTeacher(config, *opened, skeleton, online, device, stop.record_failure)
         stack.callback(teacher.close)
     except CacheError as error:
         problem = str(error)
-    problems = list(filter(None, texts_of_all(problem)))
+    problems = list(filter(None, gather_texts(problem)))
     if problems:
         raise CacheError(problems[0])
     logger.info(

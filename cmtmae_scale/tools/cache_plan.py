@@ -23,7 +23,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
-from cmtmae_scale.teachers.build import assemble, build_teacher_skeleton, compute_dtype
+from cmtmae_scale.teachers.build import assemble_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.cache_rates import MEASURE_S, Measured, measure_rates
 from cmtmae_scale.tools.estimate import count_operations
@@ -39,7 +39,7 @@ VIEWS_PER_IMAGE = (1, 4, 16)
 NODE_GPUS = 8
 COLUMNS = 100
 DROPPED = 0.01
-"""Share of pages in memory that is not reported."""
+"""Share of pages in memory that is not report_exit."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def cost_plan(
         CacheError: a store that refuses.
     """
     codecs = usable_codecs(config)
-    teacher = assemble(config, needs(config), load=False).to(device, compute_dtype(config))
+    teacher = assemble_teacher(config, needs(config), load=False).to(device, compute_dtype(config))
     images = len(index) if index is not None else int(config.data.expected_images or 0)
     manifests = {codec: plan_manifest(teacher, codec) for codec in codecs}
     chosen = config.cache.codec if config.cache.codec in manifests else codecs[0]

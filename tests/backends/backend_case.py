@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cmtmae_scale.backends.base import MicroBatch
 from cmtmae_scale.backends.fsdp import Fsdp
 from cmtmae_scale.backends.plain import Plain
 from cmtmae_scale.checkpoint import layout
@@ -20,6 +19,7 @@ from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
+from cmtmae_scale.pretraining.prepare import MicroBatch
 
 GLOBAL, LENGTH, TEACHER_WIDTH, ALPHA = 8, 16, 7, 0.6
 

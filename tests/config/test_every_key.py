@@ -125,7 +125,7 @@ EXCEPTIONS = {
     "eval.test_path": "acts with eval.every: test_during",
     "cache.dir": "acts with teacher.mode=cached: test_cached_runs",
 }
-TIMES = ("images_s", "data_wait_share", "memory_gib")
+TIMES = ("images_s", "data_wait_fraction", "memory_gib")
 SHORT = ["train.steps=3", "train.micro_batch_size=8", "checkpoint.every=3"]
 
 

@@ -16,17 +16,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from cmtmae_scale.commands.pretrain import launch
-from cmtmae_scale.config.load import load_config
-from cmtmae_scale.runtime.launch import World
+from tests.engine.run_case import build, is_finetuning, this_world
 
 Change = Callable[[int, Any], Any]
 """From the step that is being taken and a micro-batch's losses to other losses."""
-
-
-def here() -> World:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return World(rank, size, rank, size, "test")
 
 
 def scaled(by_step: dict[int, float], rank: int | None = None) -> Change:
@@ -50,35 +43,32 @@ def run_changed(
     """
     from cmtmae_scale.engine.loop import train
     from cmtmae_scale.errors import CmtMaeError
-    from cmtmae_scale.pretraining.build import build_parts
 
-    torch.set_num_threads(1)
-    config = load_config(recipe, overrides)
     change = scaled(by_step, rank)
     seen: dict[str, Any] = {"error": "", "states": {}}
     with ExitStack() as stack:
-        parts = build_parts(config, here(), torch.device("cpu"), stack)
-        backend = parts.models.backend
+        built = build(recipe, overrides, stack)
+        backend = built.backend
         micro, update = backend.micro, backend.step
 
         def changed_micro(batch: Any, last: bool) -> Any:
             losses = micro(batch, last)
-            number = parts.progress.position // config.train.global_batch_size + 1
+            number = built.progress.position // built.plan.global_batch_size + 1
             return change(number, losses)
 
         def noting_step(*arguments: Any) -> Any:
             before = digest(backend)
             outcome = update(*arguments)
-            number = parts.progress.position // config.train.global_batch_size + 1
+            number = built.progress.position // built.plan.global_batch_size + 1
             seen["states"][number] = (outcome.applied, before == digest(backend))
             return outcome
 
         backend.micro, backend.step = changed_micro, noting_step  # type: ignore[method-assign]
         try:
-            train(parts)
+            train(built)
         except CmtMaeError as error:
             seen["error"] = str(error)
-        seen["progress"] = dataclasses.asdict(parts.progress)
+        seen["progress"] = dataclasses.asdict(built.progress)
     return seen
 
 
@@ -93,24 +83,21 @@ def run_with_a_flipped_bit(recipe: Path, overrides: list[str], step: int) -> str
     """Run, with a bit of rank 1's weights flipped after a step; returns the error."""
     from cmtmae_scale.engine.loop import train
     from cmtmae_scale.errors import CmtMaeError
-    from cmtmae_scale.pretraining.build import build_parts
 
-    torch.set_num_threads(1)
     with ExitStack() as stack:
-        config = load_config(recipe, overrides)
-        parts = build_parts(config, here(), torch.device("cpu"), stack)
-        backend = parts.models.backend
+        built = build(recipe, overrides, stack)
+        backend = built.backend
         update = backend.momentum_update
 
         def flipping(momentum: float) -> None:
             update(momentum)
-            if dist.get_rank() == 1 and parts.progress.step + 1 == step:
+            if dist.get_rank() == 1 and built.progress.step + 1 == step:
                 held = (part.local for part in backend.fragments().values())
                 next(part for part in held if part.numel()).view(torch.int32)[0] ^= 1
 
         backend.momentum_update = flipping  # type: ignore[method-assign]
         try:
-            train(parts)
+            train(built)
         except CmtMaeError as error:
             return str(error)
     return ""
@@ -143,32 +130,33 @@ def command_on_ranks(recipe: Path, overrides: list[str], fault: str = "", victim
     Returns:
         The exit code.
     """
+    from cmtmae_scale.commands.finetune import finetune
+    from cmtmae_scale.commands.pretrain import pretrain
+    from tests.finetuning.finetune_case import arguments
+
     torch.set_num_threads(1)
-    rank = dist.get_rank()
+    name, command = ("finetune", finetune) if is_finetuning(recipe) else ("pretrain", pretrain)
+    line = ["--config", str(recipe), *overrides]
     with ExitStack() as stack:
-        for name, stand_in in (
-            ("find_world", here),
-            ("process_group", ready_group),
-            ("set_up_logging", lambda *_: None),
+        for place, stand_in in (
+            (f"commands.{name}.find_world", this_world),
+            (f"commands.{name}.set_up_logging", lambda *_: None),
+            ("engine.run.process_group", ready_group),
         ):
-            stack.enter_context(mock.patch(f"cmtmae_scale.commands.pretrain.{name}", stand_in))
-        if fault and rank == victim:
-            run_dir = load_config(recipe, overrides).run.output_dir
-            befall(fault, Path(run_dir))
-        return launch(["--config", str(recipe), *overrides])
+            stack.enter_context(mock.patch(f"cmtmae_scale.{place}", stand_in))
+        if fault and dist.get_rank() == victim:
+            befall(fault, run_dir_of(recipe, overrides))
+        return command(arguments(recipe, *overrides) if name == "finetune" else line)
 
 
-def commands_on_ranks(recipe: Path, starts: list[list[str]]) -> list[int]:
-    """Start after start in the same processes; their exit codes."""
-    from cmtmae_scale.errors import CmtMaeError
+def run_dir_of(recipe: Path, overrides: list[str]) -> Path:
+    given = [text for text in overrides if text.startswith("run.output_dir=")]
+    return Path(given[-1].partition("=")[2]) if given else recipe.parent / "run"
 
-    codes = []
-    for overrides in starts:
-        try:
-            codes.append(command_on_ranks(recipe, overrides))
-        except CmtMaeError as error:
-            codes.append(error.exit_code)
-    return codes
+
+def commands_on_ranks(recipe: Path, launches: list[list[str]]) -> list[int]:
+    """Launch after launch in the same processes; their exit codes."""
+    return [command_on_ranks(recipe, overrides) for overrides in launches]
 
 
 def befall(fault: str, run_dir: Path) -> None:
@@ -179,11 +167,11 @@ def befall(fault: str, run_dir: Path) -> None:
 
         usual, taken = loop.next_batch, [0]
 
-        def slow(stream: Any, *arguments: Any) -> Any:
+        def slow(run: Any) -> Any:
             taken[0] += 1
             if taken[0] > 2:  # from the second step on
                 time.sleep(1000)
-            return usual(stream, *arguments)
+            return usual(run)
 
         loop.next_batch = slow
         return

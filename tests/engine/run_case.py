@@ -1,4 +1,4 @@
-"""A whole tiny run on generated photographs, through the real loop."""
+"""Whole tiny runs of both tasks on generated images, through the real loop."""
 
 import shutil
 import threading
@@ -68,40 +68,62 @@ def run(recipe: Path, overrides: list[str]) -> str | None:
     import torch.distributed as dist
 
     from cmtmae_scale.engine.loop import train
-    from cmtmae_scale.evaluation.periodic import open_evaluation
-    from cmtmae_scale.pretraining.build import build_parts
-    from cmtmae_scale.tools.figures.during import open_pictures
+    from cmtmae_scale.tools.figures.during import open_figures
+
+    with ExitStack() as stack:
+        built = build(recipe, overrides, stack)
+        if dist.get_rank() == 0:
+            save_config(built.task.config, built.run_dir / "config.yaml")
+        built.task.side_tasks += open_figures(built)
+        return train(built)
+
+
+TASKS = ("pre-training", "fine-tuning")
+
+
+def write_task_recipe(task: str, folder: Path) -> Path:
+    """A recipe of a task with its images under a folder; its run is ``folder/run``."""
+    from tests.finetuning import finetune_case
+
+    return write_recipe(folder) if task == "pre-training" else finetune_case.write_recipe(folder)
+
+
+def is_finetuning(recipe: Path) -> bool:
+    return "test_path" in yaml.safe_load(recipe.read_text())["data"]
+
+
+def this_world() -> World:
+    """The rank of an open process group."""
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, rank, size, "test")
+
+
+def build(recipe: Path, overrides: list[str], stack: ExitStack) -> Any:
+    """Build a run of the recipe's task on every rank of an open process group."""
+    from cmtmae_scale.engine.build import build_run
+    from cmtmae_scale.pretraining.task import Pretraining
+    from tests.finetuning import finetune_case
 
     torch.set_num_threads(1)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    config = load_config(recipe, overrides)
-    world = World(rank, size, rank, size, "test")
-    with ExitStack() as stack:
-        parts = build_parts(config, world, torch.device("cpu"), stack)
-        if rank == 0:
-            save_config(config, Path(config.run.output_dir) / "config.yaml")
-        parts.evaluate = open_evaluation(config, world, torch.device("cpu"))
-        parts.draw = open_pictures(parts, world)
-        return train(parts)
+    world, device = this_world(), torch.device("cpu")
+    if is_finetuning(recipe):
+        task: Any = finetune_case.make_task(recipe, overrides, world, device)
+    else:
+        task = Pretraining(load_config(recipe, overrides), world, device)
+    return build_run(task, task.config, world, device, stack)
 
 
 def run_noting(recipe: Path, overrides: list[str]) -> list[int]:
     """As ``run``; returns the sample ids that this rank drew, in order."""
-    import torch.distributed as dist
-
     from cmtmae_scale.engine.loop import train
-    from cmtmae_scale.pretraining.build import build_parts
 
-    torch.set_num_threads(1)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    config = load_config(recipe, overrides)
     drawn: list[int] = []
     with ExitStack() as stack:
-        parts = build_parts(
-            config, World(rank, size, rank, size, "test"), torch.device("cpu"), stack
-        )
-        parts.stream = noting(parts.stream, drawn)
-        train(parts)
+        built = build(recipe, overrides, stack)
+        built.stream = noting(built.stream, drawn)
+        train(built)
     return drawn
 
 
@@ -140,7 +162,7 @@ def resume_each(
             run(recipe, [f"run.output_dir={place}", *way])
         except CmtMaeError as refused:
             error = f"{refused.exit_code} {refused}"
-        newest = layout.candidates(place / "checkpoints")[0]
+        newest = layout.list_checkpoints(place / "checkpoints")[0]
         lines = [line for line in log.lines if not line.startswith("teacher.weights=random")]
         found.append((error, layout.read_state(newest), lines))
     return found
@@ -170,7 +192,7 @@ def run_on_a_slow_store(recipe: Path) -> list[str]:
 def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything that a checkpoint holds, whole."""
     folder = layout.folder_of(run_dir / "checkpoints", step)
-    assert layout.fault(folder) is None
+    assert layout.find_damage(folder) is None
     reader = ChunkReader(folder)
     return {key: reader.read_whole(key) for key in reader.index}
 

@@ -1,15 +1,15 @@
 """Micro-steps of ViT-L/16 on a GPU wait for nothing: torch raises at any host synchronisation.
 
-python -m pytest -m gpu tests/training/test_gpu.py
+python -m pytest -m gpu tests/engine/test_gpu.py
 """
 
 import pytest
 import torch
 
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.progress import scalars_at
 from cmtmae_scale.pretraining.build import build_models, fetch_teacher
 from cmtmae_scale.pretraining.prepare import prepare
+from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
 from dataloading.stream import Batch

@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 
 from cmtmae_scale.engine import watchdog
-from cmtmae_scale.engine.watchdog import LONG, Place, Watchdog
+from cmtmae_scale.engine.watchdog import SLOW_STAGE_FACTOR, Place, Watchdog
 from cmtmae_scale.runtime.lock import this_process
 from cmtmae_scale.runtime.processes import status
 from tests.engine.fault_case import command_on_ranks, incidents
-from tests.engine.run_case import write_recipe
+from tests.engine.run_case import TASKS, write_task_recipe
 from tests.processes import run_ranks, started
 
 ENDLESS = "train.steps=100000"
@@ -34,16 +34,18 @@ def left(recipe: Path, fault: str, *overrides: str) -> tuple[list[int | None], P
 
 
 @pytest.mark.gloo
-def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
-    codes, run_dir = left(write_recipe(tmp_path), "kill")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, task: str) -> None:
+    codes, run_dir = left(write_task_recipe(task, tmp_path), "kill")
     assert codes == [1, -9]
     record = json.loads((run_dir / "exit.json").read_text())
     assert record["code"] == 1 and record["step"] >= 1 and record["reason"]
 
 
 @pytest.mark.gloo
-def test_a_rank_that_stands_still_is_named_and_ends_the_others(tmp_path: Path) -> None:
-    codes, run_dir = left(write_recipe(tmp_path), "freeze", "guard.hang_seconds=4")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_rank_that_stands_still_is_named_and_ends_the_others(tmp_path: Path, task: str) -> None:
+    codes, run_dir = left(write_task_recipe(task, tmp_path), "freeze", "guard.hang_seconds=4")
     assert codes == [1, None]
     (line,) = incidents(run_dir)
     assert line["incident"] == "ended"
@@ -54,8 +56,11 @@ def test_a_rank_that_stands_still_is_named_and_ends_the_others(tmp_path: Path) -
 
 @pytest.mark.gloo
 @pytest.mark.slow
-def test_a_rank_that_waits_for_something_is_named_and_its_stack_shows_it(tmp_path: Path) -> None:
-    codes, run_dir = left(write_recipe(tmp_path), "sleep", "guard.hang_seconds=4")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_rank_that_waits_for_something_is_named_and_its_stack_shows_it(
+    tmp_path: Path, task: str
+) -> None:
+    codes, run_dir = left(write_task_recipe(task, tmp_path), "sleep", "guard.hang_seconds=4")
     assert codes == [1, 1]
     (line,) = incidents(run_dir)
     assert "rank 1 is behind, at step 2, micro-step 0, data" in line["why"]
@@ -132,12 +137,19 @@ def test_the_first_step_saves_and_evaluations_may_take_longer() -> None:
     for stage, step in [("data", 1), ("update", 1), ("save", 1), ("data", 2), ("evaluation", 2)]:
         place.enter(stage, step)
         limits.append(place.limit_s(10.0))
-    assert limits == [10 * LONG, 10 * LONG, 10 * LONG, 10.0, 10 * LONG]
+    assert limits == [
+        10 * SLOW_STAGE_FACTOR,
+        10 * SLOW_STAGE_FACTOR,
+        10 * SLOW_STAGE_FACTOR,
+        10.0,
+        10 * SLOW_STAGE_FACTOR,
+    ]
 
 
 @pytest.mark.gloo
-def test_a_run_that_ends_well_is_not_disturbed(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_that_ends_well_is_not_disturbed(tmp_path: Path, task: str) -> None:
+    recipe = write_task_recipe(task, tmp_path)
     assert run_ranks(2, command_on_ranks, recipe, ["guard.hang_seconds=60"]) == [0, 0]
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0
     assert not (tmp_path / "run" / "stacks").exists()

@@ -20,7 +20,7 @@ needs_deepspeed = pytest.mark.skipif(
 )
 ZERO_MARKS = (needs_deepspeed, pytest.mark.deepspeed)
 FSDP, HSDP, REPLICATED = (
-    ["backend.name=fsdp", f"backend.sharding={s}"] for s in ("full", "node", "none")
+    ["backend.name=fsdp", f"backend.sharding={s}"] for s in ("full", "hybrid", "replicate")
 )
 ZERO1, ZERO2, ZERO3 = (["backend.name=deepspeed", f"backend.zero_stage={s}"] for s in (1, 2, 3))
 GATHER_ANEW = "backend.deepspeed.zero_optimization.stage3_param_persistence_threshold=0"

@@ -8,8 +8,9 @@ import pytest
 
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.engine.progress import resumed_progress
-from cmtmae_scale.engine.resume import compare, flatten
+from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs, flatten
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
+from cmtmae_scale.pretraining.task import Pretraining
 from tests.engine.run_case import STEPS, resume_each, write_recipe
 from tests.processes import run_ranks
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 TREE = config_to_dict(load_config(ROOT / "configs" / "vit_base.yaml"))
 KEYS = sorted(flatten(TREE))
 SAME = ("digest", "digest")
+ALL_FREE = FREE_KEYS + Pretraining.free_keys
 
 # docs/checkpoints.md has the same list in words.
 FREE = {
@@ -50,7 +52,7 @@ def changed(key: str, value: Any = "another") -> dict[str, Any]:
 
 def test_every_key_named_here_exists() -> None:
     assert set(KEYS) >= FREE | NEVER
-    assert compare(TREE, copy.deepcopy(TREE), [], SAME) == []
+    assert compare_configs(TREE, copy.deepcopy(TREE), [], SAME, ALL_FREE) == []
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -58,17 +60,19 @@ def test_a_changed_key_is_free_or_needs_permission_or_is_refused(key: str) -> No
     tree = changed(key)
     before = flatten(TREE)[key]
     if key in FREE:
-        assert compare(TREE, tree, [], SAME) == []
+        assert compare_configs(TREE, tree, [], SAME, ALL_FREE) == []
         return
     with pytest.raises(ConfigError) as raised:
-        compare(TREE, tree, [], SAME)
+        compare_configs(TREE, tree, [], SAME, ALL_FREE)
     assert str(raised.value).startswith(f"{key}: the checkpoint has {before}, the config another; ")
     assert raised.value.exit_code == EXIT_CONFIG
     if key in NEVER:
-        with pytest.raises(ConfigError, match=r"never changes within a run: use another run\.dir"):
-            compare(TREE, tree, [key], SAME)
+        with pytest.raises(
+            ConfigError, match=r"never changes within a run: use another run\.output_dir"
+        ):
+            compare_configs(TREE, tree, [key], SAME, ALL_FREE)
         return
-    (line,) = compare(TREE, tree, [key], SAME)
+    (line,) = compare_configs(TREE, tree, [key], SAME, ALL_FREE)
     assert (
         line
         == f"{key}: the checkpoint has {before}, the config another; from here on another counts"
@@ -77,7 +81,7 @@ def test_a_changed_key_is_free_or_needs_permission_or_is_refused(key: str) -> No
 
 def test_other_images_are_refused_whatever_is_allowed() -> None:
     with pytest.raises(ConfigError, match="the images differ from the checkpoint's"):
-        compare(TREE, TREE, KEYS, ("a" * 64, "b" * 64))
+        compare_configs(TREE, TREE, KEYS, ("a" * 64, "b" * 64), ALL_FREE)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_other_images_are_refused_whatever_is_allowed() -> None:
 )
 def test_a_permission_that_would_have_no_effect_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
-        compare(TREE, TREE, [name], SAME)
+        compare_configs(TREE, TREE, [name], SAME, ALL_FREE)
 
 
 def test_positions_count_anew_from_an_allowed_change() -> None:

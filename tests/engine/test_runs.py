@@ -75,7 +75,7 @@ def test_the_log_holds_every_term(undisturbed: dict[int, Path]) -> None:
         assert entry["valid_rows"] == 8
     assert entries[0]["lr"] == 0.0
     assert entries[0]["momentum"] == 0.9
-    assert {"grad_norm", "images_s", "data_wait_share", "memory_gib"} <= entries[0].keys()
+    assert {"grad_norm", "images_s", "data_wait_fraction", "memory_gib"} <= entries[0].keys()
     assert list((undisturbed[1] / "tensorboard").glob("events*"))
 
 
@@ -114,7 +114,7 @@ def test_changed_keys_are_refused_unless_allowed(
         run_ranks(1, run, recipe, [where, "run.seed=1", "run.allow_change=[run.seed]"])
     allowed = ["train.steps=4", "run.allow_change=[train.steps]"]
     assert run_ranks(1, run, recipe, [where, *allowed]) == [None]
-    assert layout.candidates(tmp_path / "run" / "checkpoints")[0].name == "step-00000004"
+    assert layout.list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step-00000004"
 
 
 def test_a_batch_that_does_not_divide_is_refused(recipe: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_sigterm_saves_and_leaves_with_75(recipe: Path, tmp_path: Path) -> None:
     assert child.wait(60) == 75
     record = json.loads((run_dir / "exit.json").read_text())
     assert record["code"] == 75 and record["reason"] == "SIGTERM"
-    assert layout.candidates(run_dir / "checkpoints")[0].name == f"step-{record['step']:08d}"
+    assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == f"step-{record['step']:08d}"
 
 
 def test_a_misspelt_key_leaves_with_78_and_one_line(recipe: Path) -> None:

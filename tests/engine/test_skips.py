@@ -9,10 +9,9 @@ import pytest
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.config.schema import Guard
-from cmtmae_scale.engine.progress import Scalars
 from cmtmae_scale.engine.skips import FEWEST, Skips
 from tests.engine.fault_case import incidents, log, run_each
-from tests.engine.run_case import STEPS, write_recipe
+from tests.engine.run_case import STEPS, TASKS, write_task_recipe
 from tests.processes import run_ranks
 
 NAN = float("nan")
@@ -31,11 +30,13 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Any]]]:
+@pytest.fixture(scope="module", params=TASKS)
+def seen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, list[Any]]]:
     """All cases on two ranks, with rank 1's losses changed; by name folder and ranks' views."""
     folder = tmp_path_factory.mktemp("skips")
-    recipe = write_recipe(folder)
+    recipe = write_task_recipe(request.param, folder)
     cases = [
         ([f"run.output_dir={folder / name}", *overrides], change)
         for name, (overrides, change) in CASES.items()
@@ -55,7 +56,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(seen: Any, name: 
         assert all(view["states"][n] == (True, False) for n in (2, 4, 5, 6))
         assert (view["progress"]["step"], view["progress"]["applied"]) == (STEPS, STEPS - 1)
     (line,) = incidents(folder)
-    assert (line["step"], line["incident"], line["in_a_row"]) == (3, "step left out", 1)
+    assert (line["step"], line["incident"], line["in_succession"]) == (3, "step skipped", 1)
     assert line["why"].startswith("step 3: not finite on ranks 1: loss/total")
     assert [entry["step"] for entry in log(folder) if "incident" not in entry] == [1, 2, 4, 5, 6]
 
@@ -71,7 +72,7 @@ def test_after_too_many_in_a_row_the_run_goes_back_and_on_with_later_data(seen: 
             "position": (STEPS + 2) * 8, "end_step": STEPS, "horizon": (STEPS + 2) * 8,
         }  # fmt: skip
     kinds = [line["incident"] for line in incidents(folder)]
-    assert kinds == ["step left out", "step left out", "gone back to a checkpoint"]
+    assert kinds == ["step skipped", "step skipped", "rolled back"]
     assert (incidents(folder)[2]["to_step"], incidents(folder)[2]["position"]) == (2, 32)
     losses = [entry for entry in log(folder) if "incident" not in entry]
     assert [entry["step"] for entry in losses] == list(range(1, STEPS + 1))
@@ -93,10 +94,11 @@ def test_a_run_that_fails_on_all_data_is_given_up(seen: Any) -> None:
     folder, ranks = seen("hopeless")
     for view in ranks:
         assert (
-            "given up: the run went back to step 2 1 times (guard.rollback_limit)" in view["error"]
+            "given up: the run rolled back to step 2 1 times (guard.rollback_limit)"
+            in view["error"]
         )
         assert sorted(view["states"]) == list(range(1, 7))
-    assert layout.fault(layout.folder_of(folder / "checkpoints", 2)) is None
+    assert layout.find_damage(layout.folder_of(folder / "checkpoints", 2)) is None
 
 
 @pytest.mark.gloo
@@ -110,7 +112,7 @@ def test_the_first_one_ends_a_run_that_allows_none(seen: Any) -> None:
 @pytest.mark.gloo
 def test_without_a_checkpoint_there_is_no_going_back(seen: Any) -> None:
     _, ranks = seen("no checkpoint")
-    assert all("there is no checkpoint yet to go back to" in view["error"] for view in ranks)
+    assert all("there is no checkpoint yet to roll back to" in view["error"] for view in ranks)
 
 
 @pytest.mark.gloo
@@ -124,42 +126,38 @@ def test_a_spike_is_left_out_where_a_bound_is_set(seen: Any) -> None:
     assert incidents(folder) == []
 
 
-def schedule(alpha: float) -> Scalars:
-    return Scalars(1e-3, 0.9, alpha, 0.5, 0.5)
-
-
 def test_the_bound_is_the_median_and_a_robust_spread() -> None:
     skips = Skips(Guard(spike_factor=4.0))
     for loss in [2.0, 1.0, 3.0] * 6 + [1000.0]:
-        skips.taken(loss)
+        skips.record_applied(loss)
     assert skips.bound() == pytest.approx(2.0 + 4.0 * 1.4826)
-    assert skips.spike(7.9) is None and skips.spike(math.nan) is None
-    assert skips.spike(8.0) is not None
+    assert skips.find_spike(7.9) is None and skips.find_spike(math.nan) is None
+    assert skips.find_spike(8.0) is not None
 
 
 def test_a_steady_loss_still_has_a_spread() -> None:
     skips = Skips(Guard(spike_factor=5.0))
     for _ in range(FEWEST):
         assert skips.bound() == math.inf
-        skips.taken(2.0)
+        skips.record_applied(2.0)
     assert skips.bound() == pytest.approx(2.1)
 
 
 def test_a_jump_of_a_schedule_begins_a_new_bound() -> None:
     skips = Skips(Guard(spike_factor=5.0))
     for number in range(40):
-        skips.expect(schedule(0.5 + 0.001 * number))
-        skips.taken(2.0)
+        skips.expect([0.5 + 0.001 * number, 0.5])
+        skips.record_applied(2.0)
     assert len(skips.losses) == 40
-    skips.expect(schedule(1.0))
+    skips.expect([1.0, 0.5])
     assert skips.bound() == math.inf
 
 
 def test_what_is_saved_continues_the_count() -> None:
     one, other = Skips(Guard(spike_factor=5.0)), Skips(Guard(spike_factor=5.0))
     for number in range(200):
-        one.expect(schedule(0.5))
-        one.taken(1 / (number + 1))
-    one.left_out()
+        one.expect([0.5, 0.5])
+        one.record_applied(1 / (number + 1))
+    one.record_skip()
     other.restore(one.to_dict())
     assert other.to_dict() == one.to_dict() and other.bound() == one.bound()

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.engine.stop import END_MARGIN_S, StopRequest, time_limits
+from cmtmae_scale.engine.stop import END_MARGIN_S, StopRequest, find_time_limits
 from tests.engine.fault_case import command_on_ranks
-from tests.engine.run_case import write_recipe
+from tests.engine.run_case import TASKS, write_recipe, write_task_recipe
 from tests.processes import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -27,19 +27,20 @@ def check_stopped(run_dir: Path, reason: str) -> None:
     """The outcome is written, and the step that it names is saved whole."""
     record = json.loads((run_dir / "exit.json").read_text())
     assert record["code"] == 75 and reason in record["reason"]
-    newest = layout.candidates(run_dir / "checkpoints")[0]
-    assert layout.step_of(newest) == record["step"] and layout.fault(newest) is None
+    newest = layout.list_checkpoints(run_dir / "checkpoints")[0]
+    assert layout.step_of(newest) == record["step"] and layout.find_damage(newest) is None
 
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     "times", [pytest.param(2), pytest.param(50, marks=pytest.mark.slow)], ids=["2", "50"]
 )
+@pytest.mark.parametrize("task", TASKS)
 def test_a_signal_on_any_rank_at_any_moment_stops_all_at_the_same_step(
-    tmp_path: Path, times: int
+    tmp_path: Path, task: str, times: int
 ) -> None:
     """The run goes on from stop to stop."""
-    recipe = write_recipe(tmp_path)
+    recipe = write_task_recipe(task, tmp_path)
     steps = [0]
     for number in range(times):
         codes = run_ranks(2, command_on_ranks, recipe, ENDLESS, "stop", number % 2)
@@ -51,15 +52,18 @@ def test_a_signal_on_any_rank_at_any_moment_stops_all_at_the_same_step(
 
 
 @pytest.mark.gloo
-def test_a_time_limit_stops_all_ranks(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    assert run_ranks(2, command_on_ranks, recipe, [*ENDLESS, "run.time_limit_s=0.5"]) == [75, 75]
-    check_stopped(tmp_path / "run", "run.time_limit_s=0.5")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_time_limit_stops_all_ranks_and_may_change_at_a_resume(tmp_path: Path, task: str) -> None:
+    recipe = write_task_recipe(task, tmp_path)
+    for limit in ("0.5", "0.4"):
+        line = [*ENDLESS, f"run.time_limit_s={limit}"]
+        assert run_ranks(2, command_on_ranks, recipe, line) == [75, 75]
+        check_stopped(tmp_path / "run", f"run.time_limit_s={limit}")
 
 
 def test_slurms_time_limit_leaves_time_for_a_save() -> None:
     end = int(time.time() + END_MARGIN_S + 3600)
-    ((name, limit),) = time_limits(None, {"SLURM_JOB_END_TIME": str(end)}).items()
+    ((name, limit),) = find_time_limits(None, {"SLURM_JOB_END_TIME": str(end)}).items()
     assert "SLURM's time limit" in name
     assert limit == pytest.approx(time.monotonic() + 3600, abs=30)
 
@@ -67,7 +71,7 @@ def test_slurms_time_limit_leaves_time_for_a_save() -> None:
 @pytest.mark.parametrize("off_s", [0, -7200])
 def test_a_clock_that_is_wrong_ends_no_run(off_s: int, caplog: pytest.LogCaptureFixture) -> None:
     """By a skewed clock the job would be over before it begins; SLURM's signal ends it then."""
-    assert time_limits(None, {"SLURM_JOB_END_TIME": str(int(time.time() + off_s))}) == {}
+    assert find_time_limits(None, {"SLURM_JOB_END_TIME": str(int(time.time() + off_s))}) == {}
     assert "waiting for SLURM's signal" in caplog.text
 
 
@@ -78,7 +82,7 @@ from cmtmae_scale.engine.stop import StopRequest
 
 request = StopRequest(Path(sys.argv[1]))
 print("ready", flush=True)
-while not request.wanted():
+while not request.is_requested():
     time.sleep(0.02)
 Path(sys.argv[1], "reason").write_text(request.reason)
 """
@@ -135,7 +139,7 @@ def test_the_first_reason_counts_and_a_second_signal_changes_nothing(tmp_path: P
     request = StopRequest(tmp_path, 1e-9)
     request.handle(signal.SIGUSR1, None)
     request.handle(signal.SIGTERM, None)
-    assert request.wanted() and request.reason == "SIGUSR1"
+    assert request.is_requested() and request.reason == "SIGUSR1"
 
 
 BINARIES = Path(sys.executable).parent

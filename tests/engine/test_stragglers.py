@@ -14,7 +14,7 @@ from tests.processes import run_ranks
 
 def judged(own_s: list[list[float]], whole_s: float = 1.0) -> list[str | None]:
     stragglers = Stragglers(torch.device("cpu"), 1)
-    return [stragglers.judge(one, whole_s) for one in own_s]
+    return [stragglers.name_slowest(one, whole_s) for one in own_s]
 
 
 def test_a_rank_that_is_slow_for_long_is_named_once() -> None:
@@ -45,10 +45,10 @@ def slow_on_the_last(intervals: int) -> list[str | None]:
     stragglers = Stragglers(torch.device("cpu"), 2)
     found = []
     for step in range(1, 2 * intervals + 1):
-        with stragglers.alone():
+        with stragglers.own_time():
             time.sleep(0.05 if dist.get_rank() == dist.get_world_size() - 1 else 0.001)
         dist.barrier()
-        found.append(stragglers.look(step))
+        found.append(stragglers.compare_ranks(step))
     return found
 
 

@@ -14,19 +14,18 @@ import numpy as np
 import pytest
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.config.load import load_config
-from cmtmae_scale.runtime.launch import World
 from dataloading.order import sample_ids
-from tests.engine.run_case import STEPS, run, same, write_recipe
+from dataloading.stream import Stream
+from tests.engine.run_case import STEPS, TASKS, build, run, same, write_task_recipe
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
 SAMPLES = 20
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("case"))
+@pytest.fixture(scope="module", params=TASKS)
+def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task_recipe(request.param, tmp_path_factory.mktemp("case"))
 
 
 @pytest.fixture(scope="module")
@@ -52,29 +51,24 @@ def run_without(recipe: Path, overrides: list[str], position: int) -> tuple[str 
 
     The index is complete: the file goes once it is built, before anything is read.
     """
-    import torch
     import torch.distributed as dist
 
     from cmtmae_scale.engine.loop import train
-    from cmtmae_scale.pretraining.build import Stream, build_parts
 
-    torch.set_num_threads(1)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    config = load_config(recipe, overrides)
-    impatient = functools.partial(Stream, patience_s=0.2)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch("cmtmae_scale.pretraining.build.Stream", impatient))
-        world = World(rank, size, rank, size, "test")
-        parts = build_parts(config, world, torch.device("cpu"), stack)
-        names = json.loads((parts.run_dir / "index" / "index.json").read_text())["names"]
-        (sample,), _ = sample_ids(SAMPLES, config.run.seed, np.array([position]))
+        for place in ("pretraining.build", "finetuning.task"):
+            impatient = functools.partial(Stream, patience_s=0.2)
+            stack.enter_context(mock.patch(f"cmtmae_scale.{place}.Stream", impatient))
+        built = build(recipe, overrides, stack)
+        (sample,), _ = sample_ids(SAMPLES, built.config.run.seed, np.array([position]))
         dist.barrier()
-        if rank == 0:
-            stack.enter_context(moved_away(Path(config.data.path) / names[sample]))
+        if dist.get_rank() == 0:
+            name = built.index.names[int(sample)]
+            stack.enter_context(moved_away(Path(built.config.data.path) / name))
         dist.barrier()
-        reason = train(parts)
+        reason = train(built)
         dist.barrier()
-        return reason, parts.progress.step, parts.stop.failure is not None
+        return reason, built.progress.step, built.stop.failure is not None
 
 
 # A step is 8 positions in blocks of 2, which the two ranks take in turns.
@@ -93,7 +87,7 @@ def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
     )
     assert "No such file or directory" in reason and reason.endswith("then start again")
     assert [was_without for *_, was_without in outcomes] == [k == rank for k in range(2)]
-    assert layout.candidates(run_dir / "checkpoints")[0].name == f"step-{step:08d}"
+    assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == f"step-{step:08d}"
     assert not (run_dir / "quarantine.jsonl").exists()
     assert run_ranks(2, run, recipe, [f"run.output_dir={run_dir}"]) == [None, None]
     same(run_dir, undisturbed)
@@ -137,4 +131,4 @@ def test_the_program_leaves_with_75_and_says_why(recipe: Path, tmp_path: Path) -
     assert record["code"] == 75
     name = json.loads((run_dir / "index" / "index.json").read_text())["names"][7]
     assert f"/{name}: Input/output error" in record["reason"]
-    assert layout.candidates(run_dir / "checkpoints")[0].name == f"step-{record['step']:08d}"
+    assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == f"step-{record['step']:08d}"

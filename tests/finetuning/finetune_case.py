@@ -1,11 +1,15 @@
 """A tiny fine-tuning on labelled generated photographs, through the real command's functions."""
 
+import io
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
 
+from cmtmae_scale.runtime.launch import World
 from tests.evaluation.evaluation_case import labelled_photographs, world
 
 STEPS = 6
@@ -49,20 +53,49 @@ def write_encoder(file: Path, seed: int) -> None:
 
 
 def arguments(recipe: Path, *overrides: str, encoder: str = "encoder.safetensors") -> list[str]:
-    """Command line, from the method on."""
-    start = ["--checkpoint", str(recipe.parent / encoder), "--arch", "test_vit"]
-    return ["finetune", "--config", str(recipe), *start, *overrides]
+    """Command line of ``cmtmae finetune``."""
+    given = ["--checkpoint", str(recipe.parent / encoder), "--arch", "test_vit"]
+    return ["--config", str(recipe), *given, *overrides]
+
+
+def make_task(recipe: Path, overrides: list[str], world: World, device: torch.device) -> Any:
+    """The fine-tuning that the command line names."""
+    from cmtmae_scale.commands.finetune import parse_options
+    from cmtmae_scale.config.finetune import load_finetune
+    from cmtmae_scale.evaluation.subject import open_subject
+    from cmtmae_scale.finetuning.encoder import take_encoder, weight_options
+    from cmtmae_scale.finetuning.task import Finetuning
+
+    options = parse_options(arguments(recipe, *overrides))
+    config = load_finetune(options.config, options.overrides)
+    options.seed, given = config.run.seed, weight_options(options)
+
+    def open_encoder() -> Any:
+        return take_encoder(open_subject(options, world, device), given)
+
+    return Finetuning(config, given, open_encoder, world, device)
 
 
 def tune(recipe: Path, *overrides: str, encoder: str = "encoder.safetensors") -> tuple[str, int]:
-    """Fine-tune on every rank of an open process group; what is said, and the exit code."""
-    from cmtmae_scale.commands.evaluate import parse
+    """The command on every rank of an open process group: its output and log, and its exit code."""
+    from cmtmae_scale.commands import finetune
+    from tests.checkpoint.save_case import Lines
+    from tests.engine.fault_case import ready_group
 
     torch.set_num_threads(1)
-    options = parse(arguments(recipe, *overrides, encoder=encoder))
-    return options.run(options, world(), torch.device("cpu"))
+    printed, log = io.StringIO(), Lines()
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(printed))
+        for place, stand_in in (
+            ("commands.finetune.find_world", world),
+            ("commands.finetune.set_up_logging", lambda *_: None),
+            ("engine.run.process_group", ready_group),
+        ):
+            stack.enter_context(mock.patch(f"cmtmae_scale.{place}", stand_in))
+        code = finetune.finetune(arguments(recipe, *overrides, encoder=encoder))
+    return "\n".join([printed.getvalue(), *log.lines]), code
 
 
-def tune_each(recipe: Path, *starts: list[str]) -> list[tuple[str, int]]:
-    """Several starts one after the other in the same processes."""
-    return [tune(recipe, *overrides) for overrides in starts]
+def tune_each(recipe: Path, *launches: list[str]) -> list[tuple[str, int]]:
+    """Several launches one after the other in the same processes."""
+    return [tune(recipe, *overrides) for overrides in launches]

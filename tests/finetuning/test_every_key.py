@@ -65,7 +65,7 @@ EXCEPTIONS = {
     "backend.activation_checkpointing": "memory only; gradients are the same: test_classifier",
     "checkpoint.background": "speed only: test_checkpoint",
 }
-TIMES = ("images_s", "data_wait_share", "memory_gib")
+TIMES = ("images_s", "data_wait_fraction", "memory_gib")
 SHORT = ["train.steps=3", "checkpoint.every=3"]
 
 

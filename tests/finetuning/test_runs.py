@@ -132,7 +132,7 @@ def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
     ((first, second),) = run_ranks(1, tune_until_told, recipe, tmp_path)
     assert first[1] == 75 and "SIGTERM" in first[0]
     assert second[1] == 0
-    steps = [layout.step_of(one) for one in layout.candidates(tmp_path / "checkpoints")]
+    steps = [layout.step_of(one) for one in layout.list_checkpoints(tmp_path / "checkpoints")]
     assert steps[0] == 16 and 0 < steps[1] < 16
     assert json.loads((tmp_path / "exit.json").read_text())["reason"] == "done"
 
@@ -193,7 +193,7 @@ def test_a_picture_that_cannot_be_decoded_is_left_out(recipe: Path, tmp_path: Pa
     rows = curve(tmp_path / "run", "valid_rows")
     # the pair of each of its two or three draws is not learnt from
     assert 8 * STEPS - sum(rows) in (4.0, 6.0)
-    with pytest.raises(AssertionError, match=r"draws .* could not be decoded, more than data.max"):
+    with pytest.raises(AssertionError, match=r"views .* could not be decoded, more than data.max"):
         bad = [*overrides[1:3], f"run.output_dir={tmp_path / 'other'}", "data.max_bad_fraction=0"]
         run_ranks(1, tune, recipe, *bad)
 

@@ -38,7 +38,7 @@ def test_more_than_the_share_stops_with_counts_and_the_list(tmp_path: Path) -> N
     with pytest.raises(AssertionError) as caught:
         run_ranks(1, run, recipe, ["data.max_bad_fraction=0.1"])
     expected = (
-        "ConfigError: step 2: 2 of 16 draws (12.50%) could not be decoded, more than "
+        "ConfigError: step 2: 2 of 16 views (12.50%) could not be decoded, more than "
         "data.max_bad_fraction=0.1; replace the files that "
         f"{tmp_path / 'run' / 'quarantine.jsonl'} names, or raise that key"
     )

@@ -2,7 +2,7 @@
 
 On a GPU with ViT-L/16, its photographs decoded there; prints seconds from signal to exit:
 
-    python -m pytest -m 'gpu and slow' -s tests/training/test_curve.py
+    python -m pytest -m 'gpu and slow' -s tests/pretraining/test_curve.py
 """
 
 import json

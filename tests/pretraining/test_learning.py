@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from cmtmae_scale.backends.base import MicroBatch
 from cmtmae_scale.backends.plain import Plain
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.attention import collaborative_attention
@@ -11,6 +10,7 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_im
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, normalise
 from cmtmae_scale.pretraining.build import build_model, make_objective
+from cmtmae_scale.pretraining.prepare import MicroBatch
 from cmtmae_scale.teachers.build import build_teacher
 from dataloading.index import build_index
 from dataloading.stream import Stream

@@ -7,15 +7,17 @@ import torch
 
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.resume import compare
+from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.pretraining.build import open_index, open_stream, where_to_start
+from cmtmae_scale.pretraining.build import open_index, open_stream
+from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError
 from dataloading.order import window_ids
 from tests.engine.run_case import write_recipe
 
 ALONE = World(0, 1, 0, 1, "none")
+ALL_FREE = FREE_KEYS + Pretraining.free_keys
 WINDOW = ["data.shuffle=window"]
 FORCED = [*WINDOW, "data.window_on_sorted=true"]
 
@@ -32,8 +34,7 @@ def test_class_folders_are_refused_before_anything_is_built(tmp_path: Path) -> N
 def test_a_forced_run_draws_in_windows(tmp_path: Path) -> None:
     config = config_of(tmp_path, FORCED)
     index = open_index(config, tmp_path, ALONE)
-    start = where_to_start(config, None, index.digest, 6)
-    with open_stream(config, index, ALONE, torch.device("cpu"), None, start) as stream:
+    with open_stream(config, index, ALONE, torch.device("cpu"), None, 0) as stream:
         drawn = [draw for _ in range(20) for draw in next(stream).sample_id.tolist()]
     assert drawn == window_ids(20, config.run.seed, range(40))[0].tolist()
 
@@ -48,5 +49,5 @@ def test_the_order_never_changes_silently_within_a_run(tmp_path: Path) -> None:
         config_to_dict(config_of(tmp_path, overrides)) for overrides in ([], WINDOW, FORCED)
     )
     with pytest.raises(ConfigError, match=r"data\.shuffle: the checkpoint has full"):
-        compare(full, window, [], ("d", "d"))
-    assert compare(window, forced, [], ("d", "d")) == []  # the same draws
+        compare_configs(full, window, [], ("d", "d"), ALL_FREE)
+    assert compare_configs(window, forced, [], ("d", "d"), ALL_FREE) == []  # the same draws
