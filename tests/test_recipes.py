@@ -81,5 +81,5 @@ def test_a_dry_run_needs_no_data(
     text = describe(config, 2)
     if config.data.expected_images is not None:
         assert f"{config.data.expected_images} (data.expected_images; not counted)" in text
-    for part in ("encoder", "GFLOP a view", "at the peak", "would resume    nothing"):
+    for part in ("encoder", "GFLOPs per view", "at the peak", "would resume    nothing"):
         assert part in text

@@ -65,7 +65,7 @@ def render_dry_run(config: Config, world_size: int) -> str:
         lines.append(f"teacher         {format_millions(teacher.model)} parameters, frozen{origin}")
     lines.append(
         f"GFLOPs per view student {flops.student / 1e9:.1f} (forward and backward), "
-        f"momentum {flops.momentum / 1e9:.1f}, teacher {flops.teacher / 1e9:.1f}; 2 per multiply-add"
+        f"momentum {flops.momentum / 1e9:.1f}, teacher {flops.teacher / 1e9:.1f} (2 per MAC)"
     )
     parts = memory_bytes(config, world_size, model, momentum, teacher)
     lines += memory_lines(parts, sum(parts.values()), count_shards(config, world_size).states)
