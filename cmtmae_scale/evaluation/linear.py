@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.across import gather_rows, sum_over_ranks
+from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.features import Column, FeatureTable
 from cmtmae_scale.evaluation.images import stratified_sample
 from cmtmae_scale.evaluation.probe import Standardiser, fit_standardiser
@@ -121,7 +121,7 @@ def number_training_rows(train: FeatureTable, share: float, seed: int) -> tuple[
     Raises:
         ConfigError: if nothing is held out.
     """
-    places, labels = (gather_rows(one) for one in (train.positions, train.labels))
+    places, labels = (gather_from_ranks(one) for one in (train.positions, train.labels))
     order = places.argsort()
     places, labels = places[order], labels[order]
     chosen = torch.as_tensor(stratified_sample(labels.cpu().numpy(), share, seed)).to(places.device)
@@ -210,8 +210,8 @@ def correct_images(head: Tensor, rows: Rows, positions: Tensor) -> Tensor:
     for features, labels in zip(rows.features.split(ROWS), rows.labels.split(ROWS), strict=True):
         logits = with_ones(features) @ head
         places.append((rank_of_truth(logits, labels) < 1) & logits.isfinite().all(-1))
-    order = gather_rows(positions).argsort()
-    return gather_rows(torch.cat(places).byte())[order].bool().cpu()
+    order = gather_from_ranks(positions).argsort()
+    return gather_from_ranks(torch.cat(places).byte())[order].bool().cpu()
 
 
 def with_ones(features: Tensor) -> Tensor:

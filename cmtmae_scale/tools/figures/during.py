@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
@@ -66,7 +67,7 @@ class RunFigures:
         return progress.step % self.every == 0 or progress.step == progress.end_step
 
     def run(self, run: Run) -> None:
-        """Draw and record a sheet; a failure on rank 0, for which no other rank waits, is logged."""
+        """Draw and record a sheet; log a failure on rank 0, for which no other rank waits."""
         began = time.monotonic()
         try:
             sheet = self.draw(run.progress)
@@ -87,7 +88,7 @@ class RunFigures:
         """
         fragments = self.models.backend.fragments()
         for prefix in PREFIXES:
-            gathered = whole_tensors(fragments, prefix)
+            gathered = gather_tensors(fragments, prefix)
             state = {name: value.cpu() for name, value in gathered if self.draws}
             if self.networks is not None and state:
                 self.networks.trained(prefix).load_state_dict(state, strict=True)
