@@ -1,4 +1,4 @@
-"""``launchers/check_data.py PATH [--pack OUT]``."""
+"""``cmtmae check-data PATH [--pack OUT]``: decode, report and pack a data set."""
 
 import argparse
 import json
@@ -8,33 +8,33 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING
 
 from cmtmae_scale.config.schema import Data, Views
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
 from cmtmae_scale.runtime.log import progress_bar, set_up_logging
 from cmtmae_scale.runtime.storage import write_atomic
-from cmtmae_scale.tools.data_report import render_data_report, summarise_data
-from dataloading.check import Fault, find_undecodable
 from dataloading.errors import DataError
-from dataloading.index import Index, SourceName, build_index
-from dataloading.mixing import class_mixing
-from dataloading.pack import Pack
-from dataloading.sheet import draw_sheet
+
+if TYPE_CHECKING:
+    from dataloading.check import Fault
+    from dataloading.index import Index
 
 logger = logging.getLogger(__name__)
+
+SOURCES = ("auto", "folder", "webdataset")
 
 _EXITS = """exit code: 0 usable; 78 unusable: too many bad images, a damaged tar, or no image;
 75 stopped by Ctrl-C, the same command restarts and a pack resumes"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def check_data(arguments: Sequence[str] | None = None) -> int:
     """Decode a data set and report whether it is usable; returns the exit code."""
-    options = parse(arguments)
+    options = parse_options(arguments)
     set_up_logging(0, 1)
     try:
-        return check(options)
+        return check_images(options)
     except DataError as error:
         logger.error("%s", error)
         return error.exit_code
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; a usage error exits with 78."""
     parser = Parser(
         description="Decode every image of a data set, report faults, and pack it.",
@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("path", help="as data.path: folder of images, or tars")
-    parser.add_argument("--source", choices=get_args(SourceName), default="auto", help="its layout")
+    parser.add_argument("--source", choices=SOURCES, default="auto", help="its layout")
     parser.add_argument(
         "--max-pixels", type=at_least_one, default=Data.max_pixels, help="as data.max_pixels"
     )
@@ -81,12 +81,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check(options: argparse.Namespace) -> int:
+def check_images(options: argparse.Namespace) -> int:
     """Index, draw, decode, report and pack; returns the exit code.
 
     Raises:
         DataError: no usable image, or a file that cannot be read or written.
     """
+    from dataloading.index import build_index
+    from dataloading.sheet import draw_sheet
+
     index = build_index(options.path, options.source, options.max_pixels)
     if options.sheet is not None:
         views = Views()
@@ -106,18 +109,24 @@ def check(options: argparse.Namespace) -> int:
     return pack_images(index, options)
 
 
-def decode_all(index: Index, threads: int) -> list[Fault]:
+def decode_all(index: "Index", threads: int) -> "list[Fault]":
     """Return the images that cannot be decoded; shows progress."""
+    from dataloading.check import find_undecodable
+
     with progress_bar("decoding", len(index), "images") as progress:
         return find_undecodable(index, threads, progress)
 
 
-def report_data(index: Index, undecodable: Sequence[Fault], options: argparse.Namespace) -> bool:
+def report_data(
+    index: "Index", undecodable: "Sequence[Fault]", options: argparse.Namespace
+) -> bool:
     """Print and write the report; returns whether the data set is usable.
 
     Raises:
         DataError: if the report cannot be written.
     """
+    from cmtmae_scale.tools.data_report import render_data_report, summarise_data
+
     found = summarise_data(index, undecodable, options.max_bad_fraction)
     sys.stdout.write(render_data_report(found) + "\n")
     sys.stdout.flush()
@@ -132,8 +141,11 @@ def report_data(index: Index, undecodable: Sequence[Fault], options: argparse.Na
     return found.is_usable
 
 
-def pack_images(index: Index, options: argparse.Namespace) -> int:
+def pack_images(index: "Index", options: argparse.Namespace) -> int:
     """Report, and pack the decodable images; returns the exit code."""
+    from dataloading.mixing import class_mixing
+    from dataloading.pack import Pack
+
     job = Pack(index, options.pack, seed=options.seed, shard_bytes=options.shard_mb * 1_000_000)
     with ExitStack() as stack:
         stack.enter_context(job.held())

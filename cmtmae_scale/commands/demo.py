@@ -1,4 +1,4 @@
-"""The demo's command: prepare, train ``configs/demo.yaml`` in a process of its own, show."""
+"""``cmtmae demo``: prepare, train ``configs/demo.yaml`` in a process of its own, show."""
 
 import argparse
 import json
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmtmae_scale.commands.report import write_report
+from cmtmae_scale.commands.clone import find_clone
+from cmtmae_scale.commands.report import write_page
+from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
-from cmtmae_scale.tools.demo.cached import train_from_cache
-from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
-from cmtmae_scale.tools.demo.teacher import prepare_teacher
+from cmtmae_scale.runtime.arguments import Parser
 from dataloading.errors import DataError
 
 RECIPE = "configs/demo.yaml"
@@ -25,21 +25,24 @@ ROWS = 8
 COLUMNS = ("loss/total", "loss/teacher", "loss/student", "images_s")
 
 
-def main(root: Path, arguments: Sequence[str] | None = None) -> int:
-    """Run the demo.
+def run_demo(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo, in the folder of the clone.
 
     Args:
-        root: the clone, whose ``configs`` and ``launchers`` are used; becomes the working folder.
         arguments: command line without the program's name; ``None``: the process's own.
 
     Returns:
         Exit code: 0, or that of the training.
     """
-    options = parse(arguments)
+    options = parse_options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    os.chdir(root)
     try:
-        config = load_config(RECIPE)
+        os.chdir(find_clone())
+        config = load_config(RECIPE, options.overrides)
+        from cmtmae_scale.tools.demo.cached import train_from_cache
+        from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
+        from cmtmae_scale.tools.demo.teacher import prepare_teacher
+
         print_line("images and teacher ...")
         images = prepare_photos(Path(config.data.path))
         prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
@@ -64,7 +67,7 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
     if code:
         return code
     print_line(loss_table(read_losses(run_dir / "log.jsonl"), label))
-    print_line(next_steps(run_dir, write_report([run_dir]), command))
+    print_line(next_steps(run_dir, write_page([run_dir]), command))
     return 0
 
 
@@ -74,9 +77,9 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``[--steps N] [--fresh] [key=value ...]``."""
-    parser = argparse.ArgumentParser(description="Show CMT-MAE at work.", allow_abbrev=False)
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``[--steps N] [--fresh] [key=value ...]``; a usage error exits with 78."""
+    parser = Parser(description="Show CMT-MAE at work.", allow_abbrev=False, hint=key_hint)
     parser.add_argument("--steps", type=int, help="a shorter or longer run, in its own folder")
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")

@@ -64,7 +64,7 @@ def render_dry_run(config: Config, world_size: int) -> str:
         origin += "" if builds_teacher(config) else " and not built"
         lines.append(f"teacher         {format_millions(teacher.model)} parameters, frozen{origin}")
     lines.append(
-        f"GFLOPs per view student {flops.student / 1e9:.1f} (forward and backward), "
+        f"GFLOP per view  student {flops.student / 1e9:.1f} (forward and backward), "
         f"momentum {flops.momentum / 1e9:.1f}, teacher {flops.teacher / 1e9:.1f} (2 per MAC)"
     )
     parts = memory_bytes(config, world_size, model, momentum, teacher)

@@ -1,4 +1,4 @@
-"""The parent of a launcher: passes signals to the ranks, waits, reaps, returns their exit code.
+"""``cmtmae supervise``: the parent of a launcher, which returns the exit code of its ranks.
 
 For containers, as process 1, and for batch scripts. ``deepspeed`` forwards no signals, torchrun
 turns every code into 1, and both leave processes behind when they are killed.
@@ -30,7 +30,7 @@ SUBREAPER = 36
 """``PR_SET_CHILD_SUBREAPER`` of prctl(2)."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def supervise(arguments: Sequence[str] | None = None) -> int:
     """Run ``[--grace SECONDS] -- COMMAND ...``.
 
     Returns:

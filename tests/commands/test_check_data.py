@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cmtmae_scale.commands import check_data as command
-from cmtmae_scale.commands.check_data import main, parse
+from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.runtime import log
 from dataloading.index import build_index
@@ -28,7 +27,7 @@ def test_a_whole_folder_is_usable(photos: Path, tmp_path: Path, capsys) -> None:
     report = tmp_path / "new" / "report.json"
     sheet = tmp_path / "sheet.png"
     line = [str(photos), "--threads", "2", "--report", str(report), "--sheet", str(sheet)]
-    assert main(line) == EXIT_DONE
+    assert check_data(line) == EXIT_DONE
     text = capsys.readouterr().out
     for piece in (
         "photos: folder, 20 images",
@@ -53,7 +52,7 @@ def test_bad_images_are_counted_and_named(photos: Path, tmp_path: Path, capsys) 
     path = photos / "class2" / "002.jpg"
     path.write_bytes(path.read_bytes()[:-100])
     report = tmp_path / "report.json"
-    assert main([str(photos), "--report", str(report)]) == EXIT_CONFIG
+    assert check_data([str(photos), "--report", str(report)]) == EXIT_CONFIG
     text = capsys.readouterr().out
     assert "excluded by their headers: 3" in text
     assert "  2: class1/text.jpg (not an image" in text
@@ -62,14 +61,14 @@ def test_bad_images_are_counted_and_named(photos: Path, tmp_path: Path, capsys) 
     assert "verdict: unusable: 4 of 23 images are bad (17.39%, at most 0.10% may be)" in text
     record = json.loads(report.read_text())
     assert [fault["name"] for fault in record["undecodable"]] == ["class2/002.jpg"]
-    assert main([str(photos), "--max-bad-fraction", "0.2"]) == EXIT_DONE
+    assert check_data([str(photos), "--max-bad-fraction", "0.2"]) == EXIT_DONE
 
 
 def test_no_decodable_image_is_unusable_at_any_fraction(tmp_path: Path, capsys) -> None:
     photos = make_photographs(tmp_path / "photos", 2)
     for path in photos.rglob("*.jpg"):
         path.write_bytes(path.read_bytes()[:-200])
-    assert main([str(photos), "--max-bad-fraction", "1"]) == EXIT_CONFIG
+    assert check_data([str(photos), "--max-bad-fraction", "1"]) == EXIT_CONFIG
     assert "verdict: unusable: no image can be decoded" in capsys.readouterr().out
 
 
@@ -86,7 +85,7 @@ def write_tars(photos: Path, folder: Path) -> Path:
 
 def test_tars_are_reported_as_sorted_or_shuffled(photos: Path, tmp_path: Path, capsys) -> None:
     tars = write_tars(photos, tmp_path / "tars")
-    assert main([str(tars)]) == EXIT_DONE
+    assert check_data([str(tars)]) == EXIT_DONE
     text = capsys.readouterr().out
     assert "tars: 2 tars, 20 images" in text
     assert "labels per tar: 2 to 2, median 2; 3.0 in a full shuffle" in text
@@ -98,7 +97,7 @@ def test_a_tar_cut_short_is_unusable_at_any_fraction(photos, tmp_path, capsys, c
     path = write_tars(photos, tmp_path / "tars") / "1.tar"
     used = path.read_bytes().rstrip(b"\0")
     path.write_bytes(used[: len(used) - cut])
-    assert main([str(tmp_path / "tars"), "--max-bad-fraction", "1"]) == EXIT_CONFIG
+    assert check_data([str(tmp_path / "tars"), "--max-bad-fraction", "1"]) == EXIT_CONFIG
     text = capsys.readouterr().out
     assert "verdict: unusable: 1 tars are damaged or cut short" in text and "of 1.tar" in text
 
@@ -108,12 +107,12 @@ def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) 
     path.write_bytes(path.read_bytes()[:-100])
     out = tmp_path / "out"
     line = [str(photos), "--pack", str(out), "--max-bad-fraction", "0.1", "--seed", "1"]
-    assert main(line) == EXIT_DONE
+    assert check_data(line) == EXIT_DONE
     text = capsys.readouterr().out
     assert "packed and read back: 19 images in 1 tars, 1 excluded; shuffled: 4 neighbours" in text
     assert f"data.path={out} data.shuffle=window data.expected_images=19" in text
     require_mixed(build_index(out), on_sorted=False)
-    assert main(line) == EXIT_DONE  # finished: verified, not decoded again
+    assert check_data(line) == EXIT_DONE  # finished: verified, not decoded again
     captured = capsys.readouterr()
     assert "undecodable: 1\n  class2/002.jpg" in captured.out
     assert "all images were decoded before" in captured.err and "decoding:" not in captured.err
@@ -121,13 +120,13 @@ def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) 
 
 def test_too_bad_data_are_not_packed(photos: Path, tmp_path: Path, capsys) -> None:
     (photos / "class0" / "empty.jpg").write_bytes(b"")
-    assert main([str(photos), "--pack", str(tmp_path / "out")]) == EXIT_CONFIG
+    assert check_data([str(photos), "--pack", str(tmp_path / "out")]) == EXIT_CONFIG
     assert not list((tmp_path / "out").glob("*.tar"))
     assert "packed" not in capsys.readouterr().out
 
 
 def test_a_pack_into_its_source_is_refused(photos: Path, capsys) -> None:
-    assert main([str(photos), "--pack", str(photos)]) == EXIT_CONFIG
+    assert check_data([str(photos), "--pack", str(photos)]) == EXIT_CONFIG
     assert "holds class0 and no pack.json; name an empty or a new folder" in capsys.readouterr().err
 
 
@@ -147,7 +146,7 @@ def test_bad_paths_give_one_line(photos, tmp_path, capsys, arguments, message) -
     places = {"PHOTOS": str(photos), "EMPTY": str(tmp_path / "empty")}
     for name, place in places.items():
         arguments = [text.replace(name, place) for text in arguments]
-    assert main(arguments) == EXIT_CONFIG
+    assert check_data(arguments) == EXIT_CONFIG
     errors = [line for line in capsys.readouterr().err.splitlines() if " ERROR " in line]
     assert len(errors) == 1 and message in errors[0]
 
@@ -164,7 +163,7 @@ def test_bad_paths_give_one_line(photos, tmp_path, capsys, arguments, message) -
 )
 def test_usage_errors_exit_with_code_78(capsys, arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(arguments)
+        parse_options(arguments)
     assert stop.value.code == EXIT_CONFIG
     assert message in capsys.readouterr().err
 
@@ -174,12 +173,14 @@ def test_an_interrupt_ends_cleanly(photos, tmp_path, capsys, monkeypatch, extra)
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt  # a background job may have inherited an ignored SIGINT
 
-    monkeypatch.setattr(command, "progress_bar", lambda *_: nullcontext(interrupt))
+    monkeypatch.setattr(
+        "cmtmae_scale.commands.check_data.progress_bar", lambda *_: nullcontext(interrupt)
+    )
     extra = [text.replace("OUT", str(tmp_path / "out")) for text in extra]
-    assert main([str(photos), *extra]) == EXIT_STOPPED
+    assert check_data([str(photos), *extra]) == EXIT_STOPPED
     assert "the same command may be repeated" in capsys.readouterr().err
     monkeypatch.undo()
-    assert main([str(photos), *extra]) == EXIT_DONE
+    assert check_data([str(photos), *extra]) == EXIT_DONE
 
 
 class Terminal(io.StringIO):

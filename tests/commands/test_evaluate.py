@@ -11,7 +11,7 @@ import timm
 import torch
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.commands.evaluate import main
+from cmtmae_scale.commands.evaluate import evaluate as evaluate_command
 from cmtmae_scale.evaluation.result import (
     Row,
     Score,
@@ -167,7 +167,7 @@ def test_mistakes_exit_with_code_78(
     known = {"RUN": place / "run", "NOTHING": place, "FILE": folder / layout.ENCODER}
     known |= {"TRAIN": place / "train", "TEST": place / "test"}
     words = [str(known.get(word, word)) for word in line.split()]
-    assert main(["knn", "--checkpoint", *words]) == 78
+    assert evaluate_command(["knn", "--checkpoint", *words]) == 78
     assert re.search(MISTAKES[line], caplog.text)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmtmae_scale.commands.benchmark import main, parse
+from cmtmae_scale.commands.benchmark import parse_options, run_benchmark
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.runtime.collectives import process_group
@@ -87,7 +87,7 @@ def test_the_command_writes_json_and_markdown(
 ) -> None:
     output = tmp_path / "out" / "table"
     line = ["train", "--config", str(recipe), "--windows", "1", "--output", str(output)]
-    assert main(line) == 0
+    assert run_benchmark(line) == 0
     record = json.loads(output.with_suffix(".json").read_text())
     assert record["results"][0]["label"] == "as given" and record["versions"]["torch"]
     assert "CPU-s per step" in capsys.readouterr().out
@@ -105,12 +105,12 @@ def test_the_command_writes_json_and_markdown(
 def test_wrong_requests_exit_with_code_78(
     recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main(["train", "--config", str(recipe), *arguments]) == EXIT_CONFIG
+    assert run_benchmark(["train", "--config", str(recipe), *arguments]) == EXIT_CONFIG
     assert message in capsys.readouterr().err
 
 
 def test_arguments_have_the_defaults_of_the_protocol() -> None:
-    options = parse(["train", "--config", "a.yaml"])
+    options = parse_options(["train", "--config", "a.yaml"])
     assert (options.windows, options.steps, options.warm_up) == (5, None, None)
 
 

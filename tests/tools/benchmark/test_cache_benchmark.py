@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmtmae_scale.cache.codecs import calibrate
-from cmtmae_scale.commands.benchmark import main
+from cmtmae_scale.commands.benchmark import run_benchmark
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.launch import World
@@ -37,7 +37,7 @@ def test_the_command_builds_reads_and_trains_and_leaves_nothing(
     (tmp_path / "store").mkdir()
     output = tmp_path / "out" / "cache"
     line = ["cache", "--config", str(recipe), "--rows", "6", "--rounds", "2", "--windows", "2"]
-    assert main([*line, "--output", str(output), "cache.dir=unused"]) == 0
+    assert run_benchmark([*line, "--output", str(output), "cache.dir=unused"]) == 0
     found = json.loads(output.with_suffix(".json").read_text())["results"]
     ways = [
         *("read int8 from storage", "read int8 from memory", "decode int8"),
