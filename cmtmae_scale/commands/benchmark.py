@@ -48,7 +48,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     step = commands.add_parser("train", help="the training step, by stage", allow_abbrev=False)
     step.add_argument("--config", required=True, help="a recipe")
     step.add_argument("--data", choices=("synthetic", "real"), default="synthetic")
-    step.add_argument("--accumulation", type=int, default=1, help="micro-steps a step")
+    step.add_argument("--accumulation", type=int, default=1, help="micro-steps per step")
     step.add_argument(
         "--sweep",
         action="append",
@@ -133,7 +133,7 @@ def measure_cache(options: argparse.Namespace, world: World) -> None:
     device = pick_device(world)
     protocol = protocol_of(options, device.type == "cuda")
     with process_group(world, device):
-        found = cached.measure_cache(
+        found = cached.compare_cache(
             options.config,
             options.overrides,
             options.rows,
@@ -159,7 +159,7 @@ def measure_decoders(options: argparse.Namespace, world: World) -> None:
     from cmtmae_scale.tools.benchmark import decoding, table
 
     device = pick_device(world)
-    found = decoding.measure_decoders(
+    found = decoding.compare_decoders(
         options.path, options.size, options.images, options.rounds, options.threads, device
     )
     facts = table.provenance(command_line(), device, 1)
@@ -180,7 +180,7 @@ def command_line() -> str:
 
 
 def show(output: Path | None, facts: dict[str, object], results: object, text: str) -> None:
-    """Print the provenance and the tables, and write them where asked."""
+    """Print the provenance and the tables, and write them to ``output`` if given."""
     lines = [f"{name}: {value}" for name, value in facts.items()]
     sys.stdout.write("\n".join(lines) + "\n\n" + text + "\n")
     if output is not None:

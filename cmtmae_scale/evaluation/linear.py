@@ -99,15 +99,15 @@ def linear_probe(
     """
     numbers, count = number_training_rows(train, 1 - held_out, seed)
     standard = fit_standardiser(train.columns[column][numbers >= 0])
-    known = standardise(train, column, standard, numbers)
-    heads = train_heads(known.where(numbers >= 0), count, num_classes, epochs, seed)
-    hits, losses = score_heads(heads, known.where(numbers < 0))
+    train_rows = standardise(train, column, standard, numbers)
+    heads = train_heads(train_rows.where(numbers >= 0), count, num_classes, epochs, seed)
+    hits, losses = score_heads(heads, train_rows.where(numbers < 0))
     best = max(range(len(SETTINGS)), key=lambda s: (hits[s].correct, -losses[s]))
-    asked = standardise(test, column, standard, torch.full_like(test.labels, -1))
-    tested, _ = score_heads(heads[best : best + 1], asked)
+    test_rows = standardise(test, column, standard, torch.full_like(test.labels, -1))
+    tested, _ = score_heads(heads[best : best + 1], test_rows)
     share = hits[best].correct / hits[best].total
     return ProbeResult(
-        tested[0], SETTINGS[best], share, correct_images(heads[best], asked, test.positions)
+        tested[0], SETTINGS[best], share, correct_images(heads[best], test_rows, test.positions)
     )
 
 

@@ -76,7 +76,7 @@ class SyntheticTeacher:
         return self.view
 
 
-def measure_cache(
+def compare_cache(
     path: str,
     overrides: Sequence[str],
     rows: int,

@@ -59,7 +59,7 @@ class ViewSource(Protocol):
         ...
 
 
-def measure_decoders(
+def compare_decoders(
     path: str, size: int, images: int, rounds: int, threads: int, device: torch.device
 ) -> list[DecoderRate]:
     """Measure all decoders in alternating rounds.

@@ -89,13 +89,13 @@ def prepare_photos(folder: Path, strip: Strip = TRAINING) -> int:
     record_file = folder.with_name(folder.name + ".json")
     if record_file.is_file() and folder.is_dir():
         record = json.loads(record_file.read_text())
-        if record["recipe"] == RECIPE and record["images"] == count_images(folder):
+        if record["recipe"] == RECIPE and record["images"] == count_jpegs(folder):
             return record["images"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder, durable=False) as draft:
         for photograph in PHOTOGRAPHS:
             write_crops(photograph, strip, draft / photograph.name)
-        images = count_images(draft)
+        images = count_jpegs(draft)
         record_file.unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
@@ -103,7 +103,7 @@ def prepare_photos(folder: Path, strip: Strip = TRAINING) -> int:
     return images
 
 
-def count_images(folder: Path) -> int:
+def count_jpegs(folder: Path) -> int:
     """Count the JPEGs one level down."""
     return sum(1 for _ in folder.glob("*/*.jpg"))
 

@@ -75,7 +75,7 @@ def test_another_method_is_not_compared_with_mae(recipe: Path) -> None:
 
 def test_decoders_alternate_over_the_same_views(tmp_path: Path) -> None:
     photographs = make_photographs(tmp_path / "photos")
-    results = decoding.measure_decoders(str(photographs), 32, 32, 2, 1, CPU)
+    results = decoding.compare_decoders(str(photographs), 32, 32, 2, 1, CPU)
     assert [one.name for one in results][:3] == ["PIL", "torchvision", "ours, torch"]
     assert results[0].of_pil == (1.0, 1.0, 1.0)
     assert all(one.per_core_s.low > 0 and one.per_s.low > 0 for one in results)

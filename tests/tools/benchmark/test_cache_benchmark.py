@@ -64,11 +64,11 @@ def test_what_cannot_be_measured_is_named(recipe: Path) -> None:
     two, alone = World(0, 2, 0, 2, "torchrun"), World(0, 1, 0, 1, "none")
     short = Protocol(0, 1, 1)
     with pytest.raises(ConfigError, match="by one process; start it without torchrun"):
-        cached.measure_cache(str(recipe), [], 4, 1, short, two, CPU)
+        cached.compare_cache(str(recipe), [], 4, 1, short, two, CPU)
     with pytest.raises(ConfigError, match="--rows, --rounds, --windows and --steps must be at"):
-        cached.measure_cache(str(recipe), [], 0, 1, short, alone, CPU)
+        cached.compare_cache(str(recipe), [], 0, 1, short, alone, CPU)
     with pytest.raises(ConfigError, match=r"the loss does not use the teacher's features"):
-        cached.measure_cache(str(recipe), ["loss.teacher=0"], 4, 1, short, alone, CPU)
+        cached.compare_cache(str(recipe), ["loss.teacher=0"], 4, 1, short, alone, CPU)
 
 
 @pytest.fixture(scope="module")
