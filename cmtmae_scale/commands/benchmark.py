@@ -48,7 +48,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     step = commands.add_parser("train", help="the training step, by stage", allow_abbrev=False)
     step.add_argument("--config", required=True, help="a recipe")
     step.add_argument("--data", choices=("synthetic", "real"), default="synthetic")
-    step.add_argument("--accumulation", type=int, default=1, help="micro-steps a step")
+    step.add_argument("--accumulation", type=int, default=1, help="micro-steps per step")
     step.add_argument(
         "--sweep",
         action="append",
@@ -61,14 +61,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     decode = commands.add_parser("data", help="decoders against PIL", allow_abbrev=False)
     decode.add_argument("path", help="folder of images or of tars")
     decode.add_argument("--size", type=int, default=224, help="side of the views, pixels")
-    decode.add_argument("--images", type=int, default=256, help="images a round")
+    decode.add_argument("--images", type=int, default=256, help="images per round")
     decode.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
     decode.add_argument("--threads", type=int, default=1, help="decoder threads")
     store = commands.add_parser(
         "cache", help="a teacher's cache against the teacher online", allow_abbrev=False
     )
     store.add_argument("--config", default="configs/demo.yaml", help="a recipe; the demo's")
-    store.add_argument("--rows", type=int, default=128, help="views a round")
+    store.add_argument("--rows", type=int, default=128, help="views per round")
     store.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
     store.add_argument("overrides", nargs="*", metavar="key=value")
     for one in (step, store):
@@ -99,15 +99,17 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
     )
     with process_group(world, device):
         if options.against is not None:
-            outcome = against.compare(variants[0].config, protocol, device)
-            text, results = against.describe(outcome, on_gpu), outcome.to_dict()
+            outcome = against.compare_with_transformers(variants[0].config, protocol, device)
+            text, results = against.render_mae_comparison(outcome, on_gpu), outcome.to_dict()
         else:
-            found = training.measure(variants, protocol, options.data == "real", world, device)
+            found = training.measure_variants(
+                variants, protocol, options.data == "real", world, device
+            )
             text = table.training_tables(found, on_gpu)
             results = [one.to_dict() for one in found]
     if world.rank == 0:
         facts = table.provenance(command_line(), device, world.world_size)
-        facts |= {"windows": protocol.windows, "steps a window": protocol.steps}
+        facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
         show(options.output, facts, results, text)
 
 
@@ -131,7 +133,7 @@ def measure_cache(options: argparse.Namespace, world: World) -> None:
     device = pick_device(world)
     protocol = protocol_of(options, device.type == "cuda")
     with process_group(world, device):
-        found = cached.measure(
+        found = cached.compare_cache(
             options.config,
             options.overrides,
             options.rows,
@@ -141,9 +143,14 @@ def measure_cache(options: argparse.Namespace, world: World) -> None:
             device,
         )
     facts = table.provenance(command_line(), device, 1)
-    facts |= {"rounds": options.rounds, "views a round": options.rows}
-    facts |= {"windows": protocol.windows, "steps a window": protocol.steps}
-    show(options.output, facts, found.to_dict(), cached.describe(found, device.type == "cuda"))
+    facts |= {"rounds": options.rounds, "views per round": options.rows}
+    facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
+    show(
+        options.output,
+        facts,
+        found.to_dict(),
+        cached.render_cache_report(found, device.type == "cuda"),
+    )
 
 
 def measure_decoders(options: argparse.Namespace, world: World) -> None:
@@ -152,12 +159,12 @@ def measure_decoders(options: argparse.Namespace, world: World) -> None:
     from cmtmae_scale.tools.benchmark import decoding, table
 
     device = pick_device(world)
-    found = decoding.measure(
+    found = decoding.compare_decoders(
         options.path, options.size, options.images, options.rounds, options.threads, device
     )
     facts = table.provenance(command_line(), device, 1)
-    facts |= {"rounds": options.rounds, "images a round": options.images}
-    show(options.output, facts, [one.to_dict() for one in found], decoding.describe(found))
+    facts |= {"rounds": options.rounds, "images per round": options.images}
+    show(options.output, facts, [one.to_dict() for one in found], decoding.decoders_table(found))
 
 
 def measure_startup(options: argparse.Namespace, world: World) -> None:
@@ -173,10 +180,10 @@ def command_line() -> str:
 
 
 def show(output: Path | None, facts: dict[str, object], results: object, text: str) -> None:
-    """Print the provenance and the tables, and write them where asked."""
+    """Print the provenance and the tables, and write them to ``output`` if given."""
     lines = [f"{name}: {value}" for name, value in facts.items()]
     sys.stdout.write("\n".join(lines) + "\n\n" + text + "\n")
     if output is not None:
         from cmtmae_scale.tools.benchmark import table
 
-        table.save(output, facts, results, text)
+        table.save_tables(output, facts, results, text)

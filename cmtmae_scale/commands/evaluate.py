@@ -142,6 +142,6 @@ def check_image_options(options: argparse.Namespace) -> None:
     for name in ("split", "held_out"):
         fraction = getattr(options, name, None)
         if fraction is not None and not 0 < fraction < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}={fraction} must lie between 0 and 1")
+            raise ConfigError(f"--{name.replace('_', '-')}={fraction} must be between 0 and 1")
     if options.split is not None and options.test is not None:
         raise ConfigError("--split makes the test set out of --train; drop --split or --test")

@@ -21,7 +21,7 @@ from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.pretraining.build import open_teacher
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.tools.benchmark.training import count
+from cmtmae_scale.tools.benchmark.training import count_variant
 from dataloading.index import build_index
 from tests.engine.run_case import make_photographs, write_recipe
 from tests.pretraining.cached_run_case import (
@@ -211,7 +211,7 @@ def test_a_dry_run_counts_the_teacher_only_if_it_runs(recipe: Path) -> None:
     def totals(*overrides: str) -> tuple[str, float, float]:
         config = load_config(recipe, list(overrides))
         text = dry_run(config, 1)
-        work, memory_gib = count(config, 1)
+        work, memory_gib = count_variant(config, 1)
         return text.split("parameters, frozen")[1].split("\n")[0], work.teacher, memory_gib
 
     online = totals()

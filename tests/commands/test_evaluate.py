@@ -146,7 +146,7 @@ def test_a_model_of_timm_and_the_runs_teacher_are_read_as_timm_does(
 MISTAKES = {
     "RUN --weights teacher --file x": "--file belongs to --timm",
     "RUN --test TEST --split 0.5": "--split makes the test set out of --train",
-    "RUN --split 1.5": "--split=1.5 must lie between 0 and 1",
+    "RUN --split 1.5": "--split=1.5 must be between 0 and 1",
     "RUN --arch test_vit": "--arch belongs to a .safetensors file",
     "NOTHING": "is neither a run .* nor a checkpoint",
     "FILE --train TRAIN --test TEST": "the architecture is not known, .* give --arch NAME",
