@@ -17,7 +17,7 @@ from cmtmae_scale.method.masking import (
     select_patches,
     token_counts,
 )
-from cmtmae_scale.tools.figures.sheet import INK, PALE, PAPER, shade, write
+from cmtmae_scale.tools.figures.sheet import INK, PALE, PAPER, apply_colour_map, draw_text
 
 GRID, RATIO, SALIENT_FRACTION = 14, 0.75, 0.5
 DRAWS, SHOWN = 200, 3
@@ -73,7 +73,7 @@ def draw_samplers() -> Image.Image:
     pen = ImageDraw.Draw(figure)
     titles = ["attention map", *(f"mask {number}" for number in range(1, SHOWN + 1))]
     for place, title in enumerate([*titles, f"mean of {DRAWS}"]):
-        write(pen, (tile_left(place), MARGIN), title, 12, PALE, TILE)
+        draw_text(pen, (tile_left(place), MARGIN), title, 12, PALE, TILE)
     for row, sampler in enumerate(SAMPLERS):
         choice = sample_choice(sampler, attention)
         visible = torch.zeros(DRAWS, GRID * GRID).scatter(1, choice.ids_keep, 1.0)
@@ -81,13 +81,13 @@ def draw_samplers() -> Image.Image:
         top = MARGIN + HEAD + row * (TILE + GAP)
         mass = float(visible_mass(attention, choice.ids_keep))
         lines = [*SENTENCES[sampler], f"{mass:.0%} of the attention stays visible"]
-        write(pen, (MARGIN, top + 6), sampler, 13, INK, LABEL - GAP)
+        draw_text(pen, (MARGIN, top + 6), sampler, 13, INK, LABEL - GAP)
         for number, line in enumerate(lines):
-            write(pen, (MARGIN, top + 26 + 16 * number), line, 12, PALE, LABEL - GAP)
+            draw_text(pen, (MARGIN, top + 26 + 16 * number), line, 12, PALE, LABEL - GAP)
         masks = [torch.where(mask > 0, tone, torch.nan) for mask in visible[:SHOWN]]
         for place, values in enumerate([tone, *masks, visible.mean(dim=0)]):
             figure.paste(enlarge(values), (tile_left(place), top))
-    write(pen, (MARGIN, foot + 2), LEGEND, 12, PALE, width - 2 * MARGIN)
+    draw_text(pen, (MARGIN, foot + 2), LEGEND, 12, PALE, width - 2 * MARGIN)
     return figure
 
 
@@ -98,7 +98,7 @@ def tile_left(place: int) -> int:
 
 def enlarge(values: Tensor) -> Image.Image:
     """Return values in [0, 1] ``[GRID, GRID]`` as a tile; NaN is a masked patch."""
-    colours = torch.from_numpy(255 * shade(values)).round().to(torch.uint8)
+    colours = torch.from_numpy(255 * apply_colour_map(values)).round().to(torch.uint8)
     pixels = torch.where(values.isnan()[..., None], MASKED, colours).to(torch.uint8)
     return Image.fromarray(pixels.numpy()).resize((TILE, TILE), Image.Resampling.NEAREST)
 
