@@ -56,19 +56,19 @@ class Report:
     @property
     def bad(self) -> int:
         """Images that no run will see: left out of the index, or undecodable."""
-        return len(self.index.left_out) + len(self.undecodable)
+        return len(self.index.excluded) + len(self.undecodable)
 
     @property
     def bad_share(self) -> float:
         """Share of them among all that look like images."""
-        return self.bad / (len(self.index) + len(self.index.left_out))
+        return self.bad / (len(self.index) + len(self.index.excluded))
 
     @property
     def lost(self) -> list[str]:
         """Damaged tars, as far as the index says."""
         return [
             f"{name}: {reason}"
-            for name, reason in self.index.left_out
+            for name, reason in self.index.excluded
             if any(text in reason for text in _LOST)
         ]
 
@@ -90,7 +90,7 @@ class Report:
             "digest": self.index.digest,
             "images": len(self.index),
             "tars": len(self.index.shards),
-            "left_out": [{"name": name, "reason": why} for name, why in self.index.left_out],
+            "left_out": [{"name": name, "reason": why} for name, why in self.index.excluded],
             "undecodable": [fault._asdict() for fault in self.undecodable],
             "bad_share": self.bad_share,
             "max_bad_fraction": self.max_bad_fraction,
@@ -170,9 +170,9 @@ def describe(report: Report) -> str:
 
 def _bad_lines(report: Report) -> list[str]:
     index = report.index
-    lines = [f"left out by their headers: {len(index.left_out)}"]
+    lines = [f"left out by their headers: {len(index.excluded)}"]
     groups: dict[str, list[str]] = {}
-    for name, reason in index.left_out:
+    for name, reason in index.excluded:
         groups.setdefault(re.sub(r"\d+", "N", reason), []).append(f"{name} ({reason})")
     for group in sorted(groups.values(), key=len, reverse=True):
         more = f" and {len(group) - _NAMED} more" if len(group) > _NAMED else ""
@@ -191,7 +191,7 @@ def _window(report: Report) -> str:
 
 
 def _verdict(report: Report) -> str:
-    share = f"{report.bad} of {len(report.index) + len(report.index.left_out)} images are bad"
+    share = f"{report.bad} of {len(report.index) + len(report.index.excluded)} images are bad"
     share += f" ({report.bad_share:.2%}, at most {report.max_bad_fraction:.2%} may be)"
     if report.lost:
         return f"stop: {len(report.lost)} tars are damaged or cut short; {share}"
