@@ -44,7 +44,8 @@ DECODERS = [
     pytest.param(
         "gpu",
         marks=[
-            *(pytest.mark.dali, pytest.mark.gpu),
+            pytest.mark.dali,
+            pytest.mark.gpu,
             pytest.mark.skipif(
                 NO_DALI or not torch.cuda.is_available(), reason="needs DALI and a GPU"
             ),
