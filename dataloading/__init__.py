@@ -1,1 +1,1 @@
-"""Images, bytes and order: position-addressed views of a set of photographs."""
+"""Views of a set of images, addressed by their position in an endless stream."""

@@ -13,8 +13,8 @@ from dataloading.index import Index
 from dataloading.reading import Reader, UndecodableError, start_threads
 from dataloading.torch_decode import find_codec, make_decode
 
-Told = Callable[[int], None]
-"""Is told how many samples are done."""
+ReportDone = Callable[[int], None]
+"""Called with the number of samples that are done."""
 
 _CHUNK = 16
 _AHEAD = 4  # chunks in work or waiting, for each thread
@@ -32,18 +32,18 @@ class Fault(NamedTuple):
 
 
 def find_undecodable(
-    index: Index, threads: int, tell: Told, patience_s: float = 10.0
+    index: Index, threads: int, report_done: ReportDone, patience_s: float = 10.0
 ) -> list[Fault]:
     """Decode everything, in index order.
 
     Args:
         index: the samples.
         threads: threads, each of which uses one core.
-        tell: called after every few samples.
-        patience_s: how long a read that fails is tried again, seconds.
+        report_done: called after every few samples.
+        patience_s: seconds for which a failed read is retried.
 
     Returns:
-        The samples that a run would see as grey views or stop for, with the reason, in index order.
+        The samples that a run would see as grey views or stop for, with reasons, in index order.
     """
     reader = Reader(index, patience_s)
     decode = make_decode(find_codec())
@@ -73,22 +73,22 @@ def find_undecodable(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            for number, faults in enumerate(in_order(pool, threads, work, chunks), start=1):
+            for number, faults in enumerate(map_in_order(pool, threads, work, chunks), start=1):
                 found += faults
-                tell(min(number * _CHUNK, n))
+                report_done(min(number * _CHUNK, n))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         reader.close()
     return found
 
 
-def in_order(
+def map_in_order(
     pool: ThreadPoolExecutor,
     threads: int,
     work: Callable[[Piece], Result],
     pieces: Iterable[Piece],
 ) -> Iterator[Result]:
-    """Do pieces of work in threads, a bounded number ahead of what has been taken.
+    """Process pieces in threads, a bounded number ahead of the consumer.
 
     Args:
         pool: the threads.

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a value is a hash of what it is for, no generator has a state."""
+"""Counter-based random numbers: each value is a hash of its purpose; no generator has a state."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,18 +29,18 @@ def mix64(values: UInts) -> UInts:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def fold(*parts: ArrayLike) -> UInts:
+def fold(*values: ArrayLike) -> UInts:
     """Hash a sequence of integers, one at a time; arrays broadcast.
 
     Args:
-        parts: Python integers (taken modulo 2**64) or integer arrays.
+        values: Python integers (taken modulo 2**64) or integer arrays.
 
     Returns:
         uint64 hashes, of the broadcast shape and at least one dimension.
     """
     state = np.full(1, _START)
-    for part in parts:
-        bits = part & _ALL_BITS if isinstance(part, int) else part
+    for value in values:
+        bits = value & _ALL_BITS if isinstance(value, int) else value
         state = mix64(state ^ mix64(np.atleast_1d(np.asarray(bits).astype(np.uint64))))
     return state
 

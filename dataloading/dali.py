@@ -42,10 +42,10 @@ _AHEAD = 2  # micro-batches in the graph
 _STOCK_BOX = (0, 0, 16, 16)
 
 
-def encode(picture: Image.Image, form: str) -> Bytes:
-    """Encoded bytes of a picture, ``[n]``."""
+def encode(image: Image.Image, form: str) -> Bytes:
+    """Encoded bytes of an image, ``[n]``."""
     buffer = io.BytesIO()
-    picture.save(buffer, form)
+    image.save(buffer, form)
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
 
 
@@ -81,7 +81,7 @@ class DaliDecoder:
 
     Args:
         reader: where bytes come from; closed with this object.
-        sizes: sides of the pictures.
+        sizes: sides of the images.
         micro_batch: views in every plan.
         threads: reading threads, and as many of DALI's own.
         device: a GPU, which then decodes and holds the views, or the CPU.
@@ -127,7 +127,7 @@ class DaliDecoder:
         stream = torch.cuda.current_stream(self._device) if on_gpu else None
         while True:
             try:
-                *pictures, facts = self._graph.run(stream)
+                *outputs, facts = self._graph.run(stream)
                 break
             except RuntimeError as error:
                 self._recover(error)
@@ -140,9 +140,9 @@ class DaliDecoder:
             if view.failure is not None:
                 raise view.failure
         if self._resize:
-            images = tuple(torch.from_dlpack(one.as_tensor()) for one in pictures)
+            images = tuple(torch.from_dlpack(one.as_tensor()) for one in outputs)
         else:
-            images = self._resize_crops(*pictures)
+            images = self._resize_crops(*outputs)
         return Views(images, [view.fault for view in views])
 
     def _resize_crops(self, crops: Any, flip: Any) -> tuple[Tensor, ...]:
@@ -175,7 +175,7 @@ class DaliDecoder:
         self._reader.close()
 
     def _fetch(self, sample: int, box: list[int]) -> _Encoded:
-        """Read one picture and make it fit for DALI; runs in a thread."""
+        """Read one image and make it fit for DALI; runs in a thread."""
         if sample in self._bad:
             return self._grey(self._bad[sample])
         try:
@@ -222,7 +222,7 @@ class DaliDecoder:
                 ],
                 ndim=[1, 1, 1, 0, 1],
             )
-            picture = fn.decoders.image(
+            image = fn.decoders.image(
                 data,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
@@ -232,7 +232,7 @@ class DaliDecoder:
             # Slicing an image that was decoded whole: whether a file is bad does not depend on the
             # box, and region decoding with nvImageCodec 0.9 is reported to crash on GPUs.
             crop = fn.slice(
-                picture,
+                image,
                 anchor,
                 shape,
                 axes=[0, 1],
@@ -267,7 +267,7 @@ class DaliDecoder:
         """Replace what the oldest micro-batch could not decode, and start a new graph with it.
 
         Raises:
-            RuntimeError: the error itself, if every picture of the batch can be decoded.
+            RuntimeError: the error itself, if every image of the batch can be decoded.
         """
         work = self._works[0]
         ids: list[int] = work.plan.ids.tolist()
@@ -294,7 +294,9 @@ class DaliDecoder:
             if sample in found and view.fault is not None:
                 self._bad[sample] = view.fault
         logger.warning(
-            "DALI could not decode %d of %d pictures of a micro-batch: replaced; it starts anew",
-            *(len(found), len(ids)),
+            "DALI could not decode %d of %d images of a micro-batch; they are replaced, and the "
+            "graph is built again",
+            len(found),
+            len(ids),
         )
         self._graph = self._build()

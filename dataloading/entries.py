@@ -1,4 +1,4 @@
-"""A row of the index, and what makes an image fit for one."""
+"""Rows of the index, and the rules for images that get a row."""
 
 import logging
 import time
@@ -23,14 +23,27 @@ ENTRY = np.dtype(
         ("width", "<u2"),
         ("height", "<u2"),
         ("label", "<i4"),  # row of Index.labels; -1: none
-        ("flags", "u1"),  # 0; unusable files are left out
+        ("flags", "u1"),  # 0; unusable files are excluded
     ]
 )
 EXTENSIONS = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib"),
-        *(".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"),
-    )
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".jp2",
+        ".avif",
+        ".ppm",
+        ".pgm",
+    }
 )
 MAX_PIXELS = 100_000_000
 PROGRESS_S = 10.0
@@ -42,10 +55,10 @@ Result = TypeVar("Result")
 
 
 class File(NamedTuple):
-    """A file as it is listed; ``name`` is relative, with ``/``.
+    """A listed file; ``name`` is relative, with ``/``.
 
-    ``fault`` says why it cannot be used whatever it holds: a link to nothing, a pipe, a folder that
-    is named as an image.
+    ``fault`` is why the file cannot be used whatever its content: a dangling link, a pipe, a folder
+    with an image's extension.
     """
 
     name: str
@@ -55,30 +68,30 @@ class File(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What the examination of a data set found; the fields are those of ``Index``."""
+    """Result of examining a data set; the fields are those of ``Index``."""
 
     entries: NDArray[np.void]
     names: Sequence[str]
     labels: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
+    excluded: tuple[tuple[str, str], ...]
     digest: str
 
 
 class Examined(NamedTuple):
-    """Pixels of an image, or why it cannot be used."""
+    """Width and height of an image, or the reason why it is excluded."""
 
     width: int
     height: int
     fault: str | None
 
 
-def name_bytes(name: str) -> bytes:
-    """Return a name as the bytes that digests are taken of; any file name has them."""
+def encode_name(name: str) -> bytes:
+    """Encode any file name for a digest."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def examine(size: int, measure: Callable[[], tuple[int, int]], max_pixels: int) -> Examined:
-    """Decide whether an image can be a row of the index.
+    """Decide whether an image gets a row of the index.
 
     Args:
         size: bytes.
@@ -106,29 +119,29 @@ def examine(size: int, measure: Callable[[], tuple[int, int]], max_pixels: int) 
     return Examined(width, height, None)
 
 
-def in_threads(
+def map_in_threads(
     work: Callable[[Piece], Result],
     pieces: Sequence[Piece],
     progress: Callable[[Sequence[Result]], str],
 ) -> list[Result]:
-    """Examine pieces of a data set in threads, and tell the log now and then how far it is.
+    """Examine pieces of a data set in threads, and log progress at intervals.
 
     Args:
         work: examines one piece.
         pieces: all pieces.
-        progress: makes a message of the results so far.
+        progress: formats a message from the results so far.
 
     Returns:
         The results, in the order of ``pieces``.
     """
     Image.init()
     results: list[Result] = []
-    told = time.monotonic()
+    logged = time.monotonic()
     with warnings.catch_warnings(), ThreadPoolExecutor(_READERS) as pool:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
         for result in pool.map(work, pieces):
             results.append(result)
-            if time.monotonic() - told >= PROGRESS_S:
-                told = time.monotonic()
+            if time.monotonic() - logged >= PROGRESS_S:
+                logged = time.monotonic()
                 logger.info("%s", progress(results))
     return results

@@ -2,19 +2,19 @@
 
 
 class DataError(Exception):
-    """The data are missing, unusable or not what the caller says; the message names the remedy.
+    """The data are missing, unusable or not as configured; the message names the remedy.
 
-    ``exit_code`` is the status that a program which stops for it should return: 78
-    (``EX_CONFIG`` of sysexits.h), so that a supervisor does not try the same again.
+    ``exit_code`` is the exit code of a program that stops for this error: 78 (``EX_CONFIG`` of
+    sysexits.h), so that a supervisor does not retry.
     """
 
     exit_code = 78
 
 
 class ReadError(DataError):
-    """Storage did not give a file in time; the same program may go on when it does.
+    """Storage did not deliver a file in time.
 
-    ``exit_code`` is 75 (``EX_TEMPFAIL``): a supervisor should start it again.
+    ``exit_code`` is 75 (``EX_TEMPFAIL``): a supervisor should launch the program again.
     """
 
     exit_code = 75

@@ -16,9 +16,9 @@ from dataloading.entries import (
     Examined,
     File,
     Findings,
+    encode_name,
     examine,
-    in_threads,
-    name_bytes,
+    map_in_threads,
 )
 from dataloading.errors import DataError
 from dataloading.headers import size_of_file
@@ -34,7 +34,7 @@ def list_folder(root: Path) -> list[File]:
 
     Raises:
         DataError: if it is missing, cannot be listed or holds no image files.
-        ReadError: if storage fails for longer than reads are tried again.
+        ReadError: if storage fails for longer than reads are retried.
     """
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "does not exist"
@@ -54,7 +54,7 @@ def list_folder(root: Path) -> list[File]:
                 "make the whole of data.path readable"
             ) from error
 
-    files = Patience(PATIENCE_S).read(listed, str(root))
+    files = Patience(PATIENCE_S).retry(listed, str(root))
     if all(file.fault is not None for file in files):
         raise DataError(
             f"{root}: no image files (.jpg, .png, .webp ...) found{_first_of(files)}; "
@@ -66,7 +66,7 @@ def list_folder(root: Path) -> list[File]:
 def walk(
     folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[File]:
-    """Yield the image files under a folder; hidden ones are passed over.
+    """Yield the image files under a folder; hidden ones are skipped.
 
     Links are followed wherever they lead, since many copies of a data set are made of links into
     one store; but not back to a folder above, and a link to nothing is yielded with its fault.
@@ -100,7 +100,7 @@ def walk(
                     yield File(name, -1, 0, "a link to a folder above it")
                     continue
                 if is_image:
-                    yield File(name, -1, 0, "a folder; what is in it is looked at")
+                    yield File(name, -1, 0, "a folder; the files in it are listed")
                 yield from walk(Path(item.path), f"{name}/", above)
             elif is_image and stat.S_ISREG(status.st_mode):
                 yield File(name, status.st_size, status.st_mtime_ns)
@@ -114,14 +114,14 @@ def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findin
     Args:
         root: the folder.
         files: what ``list_folder`` found.
-        max_pixels: images with more pixels are left out.
+        max_pixels: images with more pixels are excluded.
 
     Returns:
         Rows in the order of ``files``; labels are the folders directly under the root.
 
     Raises:
         DataError: if no file is usable.
-        ReadError: if storage fails for longer than reads are tried again.
+        ReadError: if storage fails for longer than reads are retried.
     """
     patience = Patience(PATIENCE_S)
     chunks = [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)]
@@ -132,18 +132,22 @@ def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findin
     def progress(done: Sequence[list[Examined]]) -> str:
         return f"{root}: {sum(map(len, done))} of {len(files)} files examined"
 
-    examined = [result for results in in_threads(work, chunks, progress) for result in results]
-    left_out = tuple(
+    examined = [result for results in map_in_threads(work, chunks, progress) for result in results]
+    excluded = tuple(
         (file.name, result.fault)
         for file, result in zip(files, examined, strict=True)
         if result.fault is not None
     )
     usable = [(f, r) for f, r in zip(files, examined, strict=True) if r.fault is None]
-    if left_out:
-        name, reason = left_out[0]
+    if excluded:
+        name, reason = excluded[0]
         logger.warning(
-            "%s: %d of %d files are left out; first: %s (%s)",
-            *(root, len(left_out), len(files), name, reason),
+            "%s: %d of %d files are excluded; first: %s (%s)",
+            root,
+            len(excluded),
+            len(files),
+            name,
+            reason,
         )
         if not usable:
             raise DataError(
@@ -158,7 +162,7 @@ def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findin
     entries["width"] = [result.width for _, result in usable]
     entries["height"] = [result.height for _, result in usable]
     entries["label"] = [number[n.partition("/")[0]] if "/" in n else -1 for n in names]
-    return Findings(entries, names, labels, left_out, folder_digest(names, entries))
+    return Findings(entries, names, labels, excluded, folder_digest(names, entries))
 
 
 def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
@@ -172,7 +176,7 @@ def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
         strict=True,
     )
     for name, size, width, height in rows:
-        total.update(name_bytes(name) + b"\0%d %d %d\n" % (size, width, height))
+        total.update(encode_name(name) + b"\0%d %d %d\n" % (size, width, height))
     return total.hexdigest()
 
 
@@ -193,4 +197,4 @@ def _examine(root: Path, file: File, max_pixels: int, patience: Patience) -> Exa
                 raise
             return Examined(0, 0, f"cannot be read: {error.strerror}")
 
-    return patience.read(examined, str(path))
+    return patience.retry(examined, str(path))

@@ -1,4 +1,4 @@
-"""Width and height of an encoded picture without decoding it."""
+"""Width and height of an encoded image without decoding it."""
 
 import io
 import os
@@ -10,10 +10,8 @@ from PIL import Image, TiffImagePlugin
 
 from dataloading.files import open_regular
 
-_FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF"),
-)
-"""What Pillow may take a file for. It knows more: documents, of which some start a program."""
+_FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF"]
+"""Formats that Pillow may try. Its other formats include documents, some of which run a program."""
 PIL_ERRORS = (
     OSError,  # also UnidentifiedImageError and truncated files
     SyntaxError,  # damaged PNG chunks
@@ -34,11 +32,11 @@ PIL_ERRORS = (
 _SOI = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}
-_PREFIXES = (2048, 65536, -1)  # bytes; the size of most JPEGs stands in the first 2 kB
+_PREFIXES = (2048, 65536, -1)  # bytes; most JPEGs have their size in the first 2 kB
 
 
 class HeaderError(ValueError):
-    """No width and height can be read; the message is a short reason without a path."""
+    """Width and height cannot be read; the message is a short reason without a path."""
 
 
 class _Short(HeaderError):
@@ -63,10 +61,10 @@ def size_of_file(path: Path) -> tuple[int, int]:
 
 
 def size_of_bytes(data: bytes) -> tuple[int, int]:
-    """Read width and height of an encoded picture in memory.
+    """Read width and height of an encoded image in memory.
 
     Args:
-        data: the whole encoded picture.
+        data: the whole encoded image.
 
     Returns:
         (width, height) as in ``size_of_file``.
@@ -78,12 +76,12 @@ def size_of_bytes(data: bytes) -> tuple[int, int]:
 
 
 def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
-    """Read width and height of a picture that lies within a file.
+    """Read width and height of an image that lies within a file.
 
     Args:
         descriptor: open file, read at given places only: its own position does not move.
-        offset: first byte of the picture.
-        size: bytes of the picture.
+        offset: first byte of the image.
+        size: bytes of the image.
 
     Returns:
         (width, height) as in ``size_of_file``.
@@ -97,7 +95,7 @@ def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
 
 
 def open_image(file: BinaryIO | io.BufferedReader) -> Image.Image:
-    """Open a picture with Pillow; nothing is decoded yet.
+    """Open an image with Pillow; nothing is decoded yet.
 
     Raises:
         PIL_ERRORS: if it is not a readable image of a known format.

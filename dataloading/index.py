@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, name_bytes
+from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, encode_name
 from dataloading.errors import DataError
 from dataloading.files import atomic_path
 from dataloading.folders import examine_folder, list_folder
-from dataloading.shards import Shard, TarNames, is_tars, list_shards
+from dataloading.shards import Shard, TarNames, is_tar_path, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
 from dataloading.webdataset import examine_shards
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SourceName = Literal["auto", "folder", "webdataset"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +35,13 @@ class Index:
     Attributes:
         root: the data set as the caller named it: folder, tar or pattern.
         source: layout under it.
-        entries: structured array of ``ENTRY``, one row a sample, ordered by path in a folder, by
+        entries: structured array of ``ENTRY``, one row per sample, ordered by path in a folder, by
             shard and offset in tars.
         names: name of each row. Folder: path relative to the root, with ``/``. Tars: the place,
             "byte 1536 of train-000.tar", made when asked for.
         labels: names of the labels, sorted. Folder: the folders directly under the root. Tars: the
             texts of ``.cls`` members.
-        left_out: (name, reason) of what looks like an image and cannot be used.
+        excluded: (name, reason) of files and members that look like images and cannot be used.
         digest: sha256 over keys and sizes (bytes, width, height) of all rows, hexadecimal; the
             same wherever the data set lies.
         shards: the tars, in order; none for a folder.
@@ -52,7 +52,7 @@ class Index:
     entries: NDArray[np.void]
     names: Sequence[str]
     labels: tuple[str, ...]
-    left_out: tuple[tuple[str, str], ...]
+    excluded: tuple[tuple[str, str], ...]
     digest: str
     shards: tuple[Path, ...] = ()
 
@@ -90,22 +90,22 @@ def build_index(
 ) -> Index:
     """List the images of a folder or of WebDataset tars; headers are read, nothing is decoded.
 
-    Files are taken by their extension, links are followed, hidden files are passed over. Empty,
-    unreadable and oversized images are left out and reported in ``Index.left_out``, as are damaged
+    Files are taken by their extension, links are followed, hidden files are skipped. Empty,
+    unreadable and oversized images are excluded and reported in ``Index.excluded``, as are damaged
     parts of tars.
 
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
             holds them directly, one of them, or a pattern such as ``train-{000..146}.tar``.
         source: "folder", "webdataset", or "auto", which looks.
-        max_pixels: images with more pixels (width x height) are left out.
+        max_pixels: images with more pixels (width x height) are excluded.
 
     Returns:
         The index.
 
     Raises:
         DataError: if the data are missing, not what ``source`` says, or hold no usable image.
-        ReadError: if storage fails for longer than reads are tried again.
+        ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """
     return _examine(_list(Path(path), source), max_pixels)
@@ -157,7 +157,7 @@ def load_or_build(
 def _list(root: Path, source: str) -> _Listing:
     if source not in get_args(SourceName):
         raise ValueError(f"source is {source!r}; expected one of {get_args(SourceName)}")
-    if source == "webdataset" or (source == "auto" and is_tars(root)):
+    if source == "webdataset" or (source == "auto" and is_tar_path(root)):
         return _Listing(root, [], list_shards(root))
     return _Listing(root, list_folder(root), [])
 
@@ -180,7 +180,7 @@ def _make(listing: _Listing, findings: Findings) -> Index:
 def _listing_digest(listing: _Listing, max_pixels: int) -> str:
     total = hashlib.sha256(b"listing %d %d\n" % (_FORMAT, max_pixels))
     for file in listing.files or [shard.file for shard in listing.shards]:
-        total.update(name_bytes(file.name) + b"\0%d %d\n" % (file.size, file.mtime_ns))
+        total.update(encode_name(file.name) + b"\0%d %d\n" % (file.size, file.mtime_ns))
     return total.hexdigest()
 
 
@@ -204,7 +204,7 @@ def _load(listing: _Listing, folder: Path, digest: str) -> Index | None:
             entries=entries,
             names=TarNames(shards, entries) if shards else facts["names"],
             labels=tuple(facts["labels"]),
-            left_out=tuple((name, reason) for name, reason in facts["left_out"]),
+            excluded=tuple((name, reason) for name, reason in facts["excluded"]),
             digest=facts["digest"],
         )
         return _make(listing, findings)
@@ -225,7 +225,7 @@ def _save(index: Index, folder: Path, listing: str) -> None:
         "listing": listing,
         "npy_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "labels": index.labels,
-        "left_out": index.left_out,
+        "excluded": index.excluded,
         "names": [] if index.source == "webdataset" else index.names,  # made from the entries
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether neighbours in a data set are of many classes or of few: shuffled, or sorted."""
+"""Test whether a stored data set is shuffled or sorted by class."""
 
 import logging
 import math
@@ -19,12 +19,12 @@ _LEAST_EXPECTED = 0.1
 
 
 class Mixing(NamedTuple):
-    """How many classes stand side by side.
+    """Number of classes among neighbours.
 
     Attributes:
-        block: neighbours that are looked at together.
-        found: different labels among so many neighbours, mean over the data set.
-        expected: what a shuffled data set would have.
+        block: number of consecutive samples.
+        found: different labels per block, mean over the data set.
+        expected: the same of a shuffled data set.
     """
 
     block: int
@@ -33,7 +33,7 @@ class Mixing(NamedTuple):
 
     @property
     def is_sorted(self) -> bool:
-        """Whether it is nearer to one class a block than to shuffled."""
+        """Whether the data are closer to sorted than to shuffled."""
         return self.found - 1 < _LEAST_MIXED * (self.expected - 1)
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ def class_mixing(labels: NDArray[np.int32]) -> Mixing | None:
     """Count the labels of neighbours.
 
     Args:
-        labels: label of every sample in index order, ``[n]``; -1, none, is passed over.
+        labels: label of every sample in index order, ``[n]``; -1, none, is skipped.
 
     Returns:
         The counts, over blocks of 64 samples (of the root of n where that is less); ``None`` where
@@ -103,7 +103,7 @@ def require_mixed(index: Index, on_sorted: bool) -> None:
     elif not mixing.is_sorted:
         logger.info("%s: %s", index.root, mixing)
     elif on_sorted:
-        logger.warning("%s: %s; data.window_on_sorted lets it pass", index.root, mixing)
+        logger.warning("%s: %s; data.window_on_sorted=true allows it", index.root, mixing)
     else:
         raise DataError(
             f"{index.root}: {mixing}; with data.shuffle=window batches would have few classes. "

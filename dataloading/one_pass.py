@@ -1,4 +1,4 @@
-"""Every sample of a list once, from its centre: what evaluation looks at."""
+"""Centre crops of listed samples, each once: the images of evaluation."""
 
 import logging
 from collections import deque
@@ -22,7 +22,7 @@ from dataloading.views import centre_boxes
 logger = logging.getLogger(__name__)
 
 CENTRE = 224 / 256
-"""Side of the cut by the shorter side of the photograph."""
+"""Side of the centre crop as a fraction of the shorter side."""
 
 
 class OnePass:
@@ -35,15 +35,15 @@ class OnePass:
 
     Args:
         index: the samples.
-        ids: rows of the index to look at, int64 ``[n]``, n >= 1.
-        micro_batch: views a batch, B.
-        size: side of the pictures.
+        ids: rows of the index, int64 ``[n]``, n >= 1.
+        micro_batch: views per batch, B.
+        size: side of the images.
         rank: this process's place among ``world_size``.
         world_size: number of processes that share the list.
         threads: reader and decoder threads, >= 1.
         decode: as ``Stream``'s.
         device: where batches are put; ``None``: the CPU.
-        patience_s: how long a read that fails is tried again, seconds.
+        patience_s: seconds for which a failed read is retried.
 
     Raises:
         DataError: if DALI is asked for and not installed.
@@ -75,7 +75,7 @@ class OnePass:
         self._decoder: Decoder | None = make_decoder(
             decode, Reader(index, patience_s), (size,), micro_batch, threads, self._device
         )
-        # DALI asks for batches ahead of the one that it gives, beyond the last one too.
+        # DALI asks for batches ahead of the one that it returns, also beyond the last.
         more = 0 if isinstance(self._decoder, TorchDecoder) else LOOK_AHEAD
         self._plans = (self._plan(number) for number in range(self._number + more))
         self._pending: deque[Plan] = deque()
@@ -118,7 +118,7 @@ class OnePass:
             decoder.close()
 
     def _plan(self, number: int) -> Plan:
-        """Plan this rank's batch of a number, the last ones filled up."""
+        """Plan this rank's batch of a number; the last batches are padded."""
         block = number * self._world_size + self._rank
         positions = block * self._micro_batch + np.arange(self._micro_batch, dtype=np.int64)
         ids = self._ids[np.minimum(positions, len(self._ids) - 1)]
@@ -128,12 +128,12 @@ class OnePass:
         return Plan(positions, ids, zeros, boxes, zeros.astype(np.bool_))
 
     def _hand_out(self, plan: Plan, images: Tensor, faults: list[str | None]) -> Batch:
-        """Name what cannot be decoded, put the batch on the device."""
+        """Log undecodable samples and move the batch to the device."""
         listed: list[bool] = (plan.positions < len(self._ids)).tolist()
         faulty = [k for k, fault in enumerate(faults) if fault is not None and listed[k]]
         for place in faulty:
             name = self._index.names[int(plan.ids[place])]
-            logger.warning("%s is left out: %s", name, faults[place])
+            logger.warning("%s is excluded: %s", name, faults[place])
         valid = [one and fault is None for one, fault in zip(listed, faults, strict=True)]
         return Batch(
             (to_device(images, self._device),),

@@ -77,8 +77,8 @@ def window_ids(n: int, seed: int, positions: ArrayLike) -> tuple[Ids, Ids]:
     start = window * WINDOW
     inside = (offset - start).astype(np.uint64)
     keys = _round_keys(_SALT_INSIDE, seed, epoch, window)
-    for part, size in ((window < last, WINDOW), (window == last, n - last * WINDOW)):
-        inside[part] = _permute(inside[part], size, keys[:, part])
+    for chosen, size in ((window < last, WINDOW), (window == last, n - last * WINDOW)):
+        inside[chosen] = _permute(inside[chosen], size, keys[:, chosen])
     block, within = np.divmod(start + inside.astype(np.int64), BLOCK)
     blocks = n // BLOCK
     whole = block < blocks  # the others fill no block and stay where they are
@@ -111,9 +111,9 @@ def sequential_ids(n: int, positions: ArrayLike) -> tuple[Ids, Ids]:
     return where - epochs * n, epochs
 
 
-def _round_keys(salt: int, seed: int, *parts: Ids) -> UInts:
-    """Keys ``[rounds, B]`` of permutations that ``parts``, ``[B]`` each, name."""
-    return fold(salt, seed, *parts, np.arange(_ROUNDS)[:, None])
+def _round_keys(salt: int, seed: int, *names: Ids) -> UInts:
+    """Return keys ``[rounds, B]`` of the permutations that ``names``, ``[B]`` each, select."""
+    return fold(salt, seed, *names, np.arange(_ROUNDS)[:, None])
 
 
 def _permute(values: UInts, n: int, keys: UInts) -> UInts:

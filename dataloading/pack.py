@@ -1,8 +1,8 @@
-"""Write a data set as shuffled tars: the same bytes in a random order, proved by reading them back.
+"""Write a data set as shuffled tars: the same bytes in a random order, verified by reading back.
 
-What a tar holds is a pure function of the plan, so that a pack which was stopped anywhere goes on
-with the next tar and ends as it would have undisturbed. A tar counts when ``pack.json`` names it:
-it was written under another name, synced, read back and only then given its own.
+The content of a tar is a pure function of ``pack.json``, so that an interrupted pack continues with
+the next tar and ends with the same files. A tar counts when ``pack.json`` names it: each tar is
+written to a draft, synced, read back and only then renamed.
 """
 
 import fcntl
@@ -18,32 +18,32 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dataloading.check import Fault, Told, in_order
+from dataloading.check import Fault, ReportDone, map_in_order
 from dataloading.errors import DataError
 from dataloading.files import atomic_path, sync
 from dataloading.index import Index, build_index
 from dataloading.order import sample_ids
-from dataloading.packed_tar import Sample, fault_of, write_samples
+from dataloading.packed_tar import Sample, find_difference, write_samples
 from dataloading.patience import PATIENCE_S
 from dataloading.reading import Reader, UndecodableError, start_threads
 
 logger = logging.getLogger(__name__)
 
-PLAN = "pack.json"
+RECORD = "pack.json"
 _LOCK = ".pack.lock"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
-class Plan:
-    """What ``pack.json`` holds; all but ``done`` decide what is written.
+class PackRecord:
+    """Content of ``pack.json``; all fields but ``done`` decide what is written.
 
     Attributes:
         index: digest of the samples' index.
         labels: digest of their labels, which the index's does not cover.
         seed: of the order.
         shards: number of tars.
-        left_out: samples that are not packed.
+        excluded: samples that are not packed.
         done: for each finished tar the digest of its samples.
     """
 
@@ -51,7 +51,7 @@ class Plan:
     labels: str
     seed: int
     shards: int
-    left_out: list[Fault]
+    excluded: list[Fault]
     done: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -62,8 +62,8 @@ class Pack:
         index: the samples.
         out: the folder; made if it does not exist.
         seed: of the order.
-        shard_bytes: bytes of pictures a tar, about.
-        patience_s: how long a read that fails is tried again, seconds.
+        shard_bytes: approximate image bytes per tar.
+        patience_s: seconds for which a failed read is retried.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class Pack:
         self._shards = -(-self._bytes // shard_bytes)
 
     @contextmanager
-    def held(self) -> Generator[None, None, None]:
-        """Keep every other pack out of the folder.
+    def locked(self) -> Generator[None, None, None]:
+        """Lock the folder against other packs.
 
         Raises:
-            DataError: if another one is at work, or the folder cannot be written.
+            DataError: if another pack is in progress, or the folder cannot be written.
         """
         try:
             self._out.mkdir(parents=True, exist_ok=True)
@@ -109,20 +109,20 @@ class Pack:
         finally:
             os.close(lock)
 
-    def begun(self) -> Plan | None:
-        """Return the plan that an earlier start left; ``None`` if the folder is empty.
+    def load_record(self) -> PackRecord | None:
+        """Return the record of an interrupted pack; ``None`` if the folder is empty.
 
         Raises:
-            DataError: if the plan is another one, or something else is in the folder.
+            DataError: if the record does not fit, or the folder holds something else.
         """
-        path = self._out / PLAN
+        path = self._out / RECORD
         try:
             text = path.read_text(encoding="ascii")
         except FileNotFoundError:
             others = [name for name in sorted(os.listdir(self._out)) if not name.startswith(".")]
             if others:
                 raise DataError(
-                    f"{self._out}: holds {others[0]} and no {PLAN}; name an empty or a new folder"
+                    f"{self._out}: holds {others[0]} and no {RECORD}; name an empty or a new folder"
                 ) from None
             return None
         except OSError as error:
@@ -131,33 +131,33 @@ class Pack:
             facts: dict[str, Any] = json.loads(text)
             if facts.pop("format") != _FORMAT:
                 raise ValueError("another format")
-            facts["left_out"] = [Fault(*fault) for fault in facts["left_out"]]
+            facts["excluded"] = [Fault(*fault) for fault in facts["excluded"]]
             facts["done"] = dict(facts["done"])
-            plan = Plan(**facts)
+            record = PackRecord(**facts)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: cannot be understood ({error}); name an empty or a new folder"
             ) from error
-        wanted = self._plan(plan.left_out)
+        wanted = self._make_record(record.excluded)
         for name, what in (
             ("index", "other images (index digest)"),
             ("labels", "other labels (digest)"),
             ("seed", "another seed"),
             ("shards", "another number of tars"),
         ):
-            there, here = getattr(plan, name), getattr(wanted, name)
+            there, here = getattr(record, name), getattr(wanted, name)
             if there != here:
                 raise DataError(
                     f"{path}: was begun with {what}: {there}, now {here}; "
                     "use the same arguments and data, or name an empty or a new folder"
                 )
-        return plan
+        return record
 
-    def begin(self, left_out: Sequence[Fault]) -> Plan:
-        """Decide what is written.
+    def create_record(self, excluded: Sequence[Fault]) -> PackRecord:
+        """Write the record of a new pack.
 
         Args:
-            left_out: samples that are not packed.
+            excluded: samples that are not packed.
 
         Raises:
             DataError: if a label cannot be packed, nothing is left, or the folder cannot be
@@ -169,20 +169,22 @@ class Pack:
                     f"{self._index.root}: the label {label!r} begins or ends with a space, which "
                     ".cls members cannot keep; rename the folder"
                 )
-        if len(left_out) == len(self._index):
+        if len(excluded) == len(self._index):
             raise DataError(f"{self._index.root}: no image can be decoded; nothing is packed")
-        plan = self._plan(left_out)
-        self._save(plan)
-        return plan
+        record = self._make_record(excluded)
+        self._save(record)
+        return record
 
-    def write(self, plan: Plan, *, threads: int, max_pixels: int, tell: Told) -> None:
-        """Write and verify what is missing; verify what is there.
+    def write(
+        self, record: PackRecord, *, threads: int, max_pixels: int, report_done: ReportDone
+    ) -> None:
+        """Write and verify missing tars; verify finished tars.
 
         Args:
-            plan: from ``begun`` or ``begin``.
+            record: from ``load_record`` or ``create_record``.
             threads: reading threads.
             max_pixels: as for the index.
-            tell: called after every few samples.
+            report_done: called after every few samples with the number of packed samples.
 
         Raises:
             DataError: if the source does not give a sample, or the folder does not take or give
@@ -190,55 +192,59 @@ class Pack:
         """
         for draft in self._out.glob(".*.tmp"):  # of a pack that was killed
             draft.unlink()
-        bad = [fault.sample for fault in plan.left_out]
+        bad = [fault.sample for fault in record.excluded]
         rows = np.delete(np.arange(len(self._index), dtype=np.int64), bad)
         reader = Reader(self._index, self._patience_s)
         pool = start_threads(threads)
         try:
-            for shard in range(plan.shards):
-                first, last = (len(rows) * k // plan.shards for k in (shard, shard + 1))
+            for shard in range(record.shards):
+                first, last = (len(rows) * k // record.shards for k in (shard, shard + 1))
                 name = f"train-{shard:06d}.tar"
-                done = plan.done.get(name)
+                done = record.done.get(name)
                 fault = "it is not finished"
                 if done is not None:
-                    fault = fault_of(self._out / name, done, last - first, max_pixels)
+                    fault = find_difference(self._out / name, done, last - first, max_pixels)
                     if fault is not None:
                         logger.warning("%s: %s; it is written again", self._out / name, fault)
                 if fault is not None:
-                    ids, _ = sample_ids(len(rows), plan.seed, np.arange(first, last))
+                    ids, _ = sample_ids(len(rows), record.seed, np.arange(first, last))
                     chosen = zip(range(first, last), rows[ids].tolist(), strict=True)
-                    samples = in_order(pool, threads, self._reading(reader), chosen)
-                    plan.done[name] = self._write(name, samples, first, last, max_pixels, tell)
-                    self._save(plan)
-                tell(last)
+                    samples = map_in_order(pool, threads, self._reading(reader), chosen)
+                    record.done[name] = self._write(
+                        name, samples, first, last, max_pixels, report_done
+                    )
+                    self._save(record)
+                report_done(last)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             reader.close()
 
-    def read_back(self, plan: Plan, max_pixels: int) -> Index:
+    def verify_index(self, record: PackRecord, max_pixels: int) -> Index:
         """Index the folder as a run would.
 
         Raises:
-            DataError: if it does not hold what was packed and nothing else.
+            DataError: if the folder does not hold exactly the packed samples.
         """
         packed = build_index(self._out, "webdataset", max_pixels)
-        expected = len(self._index) - len(plan.left_out)
-        if len(packed) != expected or len(packed.shards) != plan.shards:
+        expected = len(self._index) - len(record.excluded)
+        if len(packed) != expected or len(packed.shards) != record.shards:
             raise DataError(
                 f"{self._out}: holds {len(packed)} images in {len(packed.shards)} tars, {expected} "
-                f"in {plan.shards} were packed; take away what is not of this pack"
+                f"in {record.shards} were packed; remove what this pack did not write"
             )
         return packed
 
-    def _plan(self, left_out: Sequence[Fault]) -> Plan:
+    def _make_record(self, excluded: Sequence[Fault]) -> PackRecord:
         labels = hashlib.sha256(json.dumps(self._index.labels).encode("ascii"))
         labels.update(self._index.entries["label"].tobytes())
-        shards = min(self._shards, len(self._index) - len(left_out))
-        return Plan(self._index.digest, labels.hexdigest(), self._seed, shards, list(left_out))
+        shards = min(self._shards, len(self._index) - len(excluded))
+        return PackRecord(
+            self._index.digest, labels.hexdigest(), self._seed, shards, list(excluded)
+        )
 
-    def _save(self, plan: Plan) -> None:
-        text = json.dumps({"format": _FORMAT, **asdict(plan)}, indent=1)
-        self._publish(PLAN, lambda file: file.write(text.encode("ascii")))
+    def _save(self, record: PackRecord) -> None:
+        text = json.dumps({"format": _FORMAT, **asdict(record)}, indent=1)
+        self._publish(RECORD, lambda file: file.write(text.encode("ascii")))
 
     def _publish(
         self,
@@ -246,7 +252,7 @@ class Pack:
         fill: Callable[[BinaryIO], object],
         approve: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write a file under another name, sync it, and rename it once it is approved."""
+        """Write a file to a draft, sync it, and rename it after ``approve``."""
         try:
             with atomic_path(self._out / name) as draft:
                 with draft.open("wb") as file:
@@ -269,7 +275,7 @@ class Pack:
             except UndecodableError as error:
                 raise DataError(
                     f"{self._index.root}: {self._index.names[sample]} is not what was "
-                    f"indexed any more ({error}); restore it and start again"
+                    f"indexed any more ({error}); restore it and launch again"
                 ) from error
             label = int(self._index.entries["label"][sample])
             return Sample(f"{position:09d}", labels[label] if label >= 0 else b"", data)
@@ -283,21 +289,21 @@ class Pack:
         first: int,
         last: int,
         max_pixels: int,
-        tell: Told,
+        report_done: ReportDone,
     ) -> str:
-        """Write one tar; returns the digest of its samples, as the source gave them."""
+        """Write one tar; return the digest of the source's samples."""
         total = hashlib.sha256()
 
-        def told() -> Iterator[Sample]:
+        def count_samples() -> Iterator[Sample]:
             for done, sample in enumerate(samples, start=first):
-                tell(done)
+                report_done(done)
                 yield sample
 
         def fill(file: BinaryIO) -> None:
-            write_samples(file, told(), total)
+            write_samples(file, count_samples(), total)
 
         def approve(draft: Path) -> None:
-            fault = fault_of(draft, total.hexdigest(), last - first, max_pixels)
+            fault = find_difference(draft, total.hexdigest(), last - first, max_pixels)
             if fault is not None:
                 raise DataError(
                     f"{self._out / name}: what was written does not read back ({fault}); do not "
@@ -313,5 +319,5 @@ class Pack:
         return DataError(
             f"{self._out}: cannot be written ({error.strerror}); {done} of {self._shards} tars are "
             f"there, the others need about {more:.0f} MB. Make room, or make it writable, and "
-            "start the same command again"
+            "launch the same command again"
         )

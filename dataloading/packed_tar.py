@@ -1,4 +1,4 @@
-"""One tar of a pack: the same bytes from the same samples, and how it is read back."""
+"""Write one tar of a pack, and verify it by reading it back."""
 
 import hashlib
 import io
@@ -29,12 +29,12 @@ class Sample(NamedTuple):
 
 
 def write_samples(file: BinaryIO, samples: Iterable[Sample], total: Any) -> None:
-    """Write a tar, ``KEY.jpg`` (or as the picture's format is called) and ``KEY.cls``.
+    """Write a tar, ``KEY.jpg`` (or as the image's format is called) and ``KEY.cls``.
 
     Args:
         file: open for writing.
         samples: in the order of the tar.
-        total: a hash that is fed with the samples, as ``digest_of`` feeds its own.
+        total: a hash that is updated with the samples, as in ``hash_samples``.
 
     Raises:
         OSError: if the file cannot be written.
@@ -47,8 +47,8 @@ def write_samples(file: BinaryIO, samples: Iterable[Sample], total: Any) -> None
                 _add(tar, f"{key}.cls", label)
 
 
-def fault_of(tar: Path, digest: str, number: int, max_pixels: int) -> str | None:
-    """Read a tar back and say in what it differs from what was written.
+def find_difference(tar: Path, digest: str, number: int, max_pixels: int) -> str | None:
+    """Read a tar back and return how it differs from what was written.
 
     Args:
         tar: the file.
@@ -60,7 +60,7 @@ def fault_of(tar: Path, digest: str, number: int, max_pixels: int) -> str | None
         ``None`` if label and bytes of every sample are the same.
     """
     try:
-        same = digest_of(tar, number, max_pixels) == digest
+        same = hash_samples(tar, number, max_pixels) == digest
     except DataError as error:
         return str(error)
     except OSError as error:
@@ -68,7 +68,7 @@ def fault_of(tar: Path, digest: str, number: int, max_pixels: int) -> str | None
     return None if same else "its samples are not those that were written"
 
 
-def digest_of(tar: Path, number: int, max_pixels: int) -> str:
+def hash_samples(tar: Path, number: int, max_pixels: int) -> str:
     """Hash label and bytes of all samples of a tar, as the ordinary index finds them.
 
     Args:
@@ -82,7 +82,7 @@ def digest_of(tar: Path, number: int, max_pixels: int) -> str:
     """
     shards = list_shards(tar)
     found = examine_shards(tar, shards, max_pixels)
-    if len(found.entries) != number or found.left_out:
+    if len(found.entries) != number or found.excluded:
         raise DataError(f"{tar}: {len(found.entries)} samples, {number} were written")
     labels = [label.encode("utf-8", "surrogateescape") for label in found.labels]
     source = TarSource([shard.path for shard in shards], found.entries)
@@ -103,15 +103,15 @@ def _feed(total: Any, label: bytes, data: bytes) -> None:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Write a member whose header says nothing of when and by whom."""
+    """Write a member without time and owner in its header."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
 def extension(data: bytes) -> str:
-    """Name the format of an encoded picture; ``jpg`` where none is known: readers look inside."""
+    """Name the format of an encoded image; ``jpg`` where none is known: readers look inside."""
     if data.startswith(b"\xff\xd8"):
         return "jpg"
-    with Image.open(io.BytesIO(data)) as picture:
-        return _EXTENSIONS.get(picture.format or "", "jpg")
+    with Image.open(io.BytesIO(data)) as image:
+        return _EXTENSIONS.get(image.format or "", "jpg")

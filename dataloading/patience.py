@@ -1,4 +1,4 @@
-"""Reads that fail are tried again for a while: network storage has bad moments."""
+"""Retry failed reads for a limited time: network storage fails temporarily."""
 
 import errno
 import logging
@@ -12,11 +12,11 @@ from dataloading.errors import ReadError
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
-"""How long a read is tried again, seconds."""
+"""Seconds for which a read is retried."""
 LASTING = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
 )
-"""What, met while a data set is listed, is a state of it and no bad moment of the storage."""
+"""Errors that are a property of the data set, not a temporary failure of storage."""
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
@@ -25,13 +25,13 @@ Result = TypeVar("Result")
 
 
 class Patience:
-    """The time that the reads of one data set have; safe in threads.
+    """Retries the reads of one data set; safe in threads.
 
-    The first read that is given up ends the waiting of all: storage that is gone is waited for
-    once, not once a file.
+    The first read that is given up ends the retries of all reads, so that lost storage is waited
+    for once, not once per file.
 
     Args:
-        limit_s: how long one read is tried again, seconds.
+        limit_s: seconds for which one read is retried.
     """
 
     def __init__(self, limit_s: float = PATIENCE_S) -> None:
@@ -39,10 +39,10 @@ class Patience:
         self._over = threading.Event()
 
     def end(self) -> None:
-        """Let no read wait any more."""
+        """End all retries."""
         self._over.set()
 
-    def read(self, read: Callable[[], Result], what: str) -> Result:
+    def retry(self, read: Callable[[], Result], what: str) -> Result:
         """Call ``read`` until it raises no ``OSError``, with pauses.
 
         Args:
@@ -50,7 +50,7 @@ class Patience:
             what: what is read, for the message.
 
         Raises:
-            ReadError: if it still fails when the time is over.
+            ReadError: if the read still fails when the time is over.
         """
         began, pause_s = time.monotonic(), _FIRST_PAUSE_S
         while True:
@@ -63,7 +63,7 @@ class Patience:
                     self._over.set()
                     raise ReadError(
                         f"{what}: {reason}, tried for {time.monotonic() - began:.1f} s; make it "
-                        "readable as it was when it was indexed, then start again"
+                        "readable as it was when it was indexed, then launch again"
                     ) from error
                 if pause_s == _FIRST_PAUSE_S:
                     logger.warning("%s: %s; tried again for %.1f s", what, reason, left_s)

@@ -1,4 +1,4 @@
-"""What the draws of a micro-batch are: samples, views, crops; a pure function of positions."""
+"""Samples, views and crops of a micro-batch: a pure function of positions."""
 
 from typing import NamedTuple, get_args
 
@@ -14,11 +14,11 @@ class Plan(NamedTuple):
     """Draws of one micro-batch, B of them.
 
     Attributes:
-        positions: places in the global stream, int64 ``[B]``.
+        positions: global sample indices, int64 ``[B]``.
         ids: rows of the index, int64 ``[B]``.
         views: number of the view of each sample, int64 ``[B]``.
         boxes: x, y, w, h in stored pixels, int32 ``[B, 4]``.
-        flips: mirrored or not, bool ``[B]``.
+        flips: flipped or not, bool ``[B]``.
     """
 
     positions: NDArray[np.int64]
@@ -33,12 +33,12 @@ class Planner:
 
     Args:
         index: the samples.
-        seed: of order, crops and mirroring.
+        seed: of order, crops and flips.
         scale: range of the crop's share of the area, within ``(0, 1]``.
         ratio: range of the crop's width / height.
-        flip: mirror half of the views.
-        count: number of distinct views a sample (view = epoch mod count); ``None``: view = epoch.
-        shuffle: "full", a fresh permutation each epoch; "window", one that reads few places at a
+        flip: flip half of the views horizontally.
+        count: number of distinct views per sample (view = epoch mod count); ``None``: view = epoch.
+        shuffle: "full", a fresh permutation each epoch; "window", one that reads few blocks at a
             time; or "none", index order.
 
     Raises:
@@ -63,7 +63,7 @@ class Planner:
         self._scale, self._ratio, self._flip = scale, ratio, flip
         self._count = count
         self._shuffle = shuffle
-        crop_boxes(seed, [0], [0], [1], [1], scale, ratio)  # complain here, not at the first batch
+        crop_boxes(seed, [0], [0], [1], [1], scale, ratio)  # raise here, not at the first batch
 
     def __call__(self, positions: NDArray[np.int64]) -> Plan:
         """Plan the draws at ``positions`` ``[B]``."""
@@ -79,7 +79,7 @@ class Planner:
     def cut(
         self, positions: NDArray[np.int64], ids: NDArray[np.int64], views: NDArray[np.int64]
     ) -> Plan:
-        """Plan given views of given samples, ``[B]`` each, whatever the order says."""
+        """Plan given views of given samples, ``[B]`` each, independent of the order."""
         rows = self._index.entries[ids]
         boxes, flips = crop_boxes(
             self._seed, ids, views, rows["width"], rows["height"], self._scale, self._ratio

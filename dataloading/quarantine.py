@@ -1,4 +1,4 @@
-"""The list of samples that could not be decoded."""
+"""List of samples that could not be decoded."""
 
 import fcntl
 import json
@@ -16,10 +16,10 @@ _LOCK_PAUSE_S = 0.01
 
 
 class Quarantine:
-    """Append failed samples to a JSON-lines file, each once over all ranks and starts.
+    """Appends failed samples to a JSON-lines file, each once over all ranks and launches.
 
     A line is ``{"sample_id": 7, "name": "a/b.jpg", "path": "photos/a/b.jpg", "offset": null,
-    "reason": "..."}``; in a tar ``path`` is the tar's and ``offset`` the first byte of the picture.
+    "reason": "..."}``; in a tar ``path`` is the tar's and ``offset`` the first byte of the image.
     The list is a report: the order of draws does not depend on it, and a run does not end because
     it cannot be written.
 
@@ -63,7 +63,7 @@ class Quarantine:
                 logger.warning("%s: cannot be written: %s", self._path, error.strerror)
         self._names.add(name)
         if is_new:
-            logger.warning("sample %d (%s) is left out of the loss: %s", sample_id, name, reason)
+            logger.warning("sample %d (%s) is excluded from the loss: %s", sample_id, name, reason)
         return is_new
 
     def _append(self, path: Path, name: str, line: str) -> bool:
@@ -83,7 +83,7 @@ class Quarantine:
         return True
 
     def _learn(self, data: bytes) -> None:
-        """Take the names in whole lines that were added since the last look."""
+        """Take the names from complete lines that were added since the last call."""
         whole = data[: data.rfind(b"\n") + 1]
         self._read += len(whole)
         for line in whole.decode("ascii", "replace").splitlines():
@@ -91,7 +91,7 @@ class Quarantine:
                 self._names.add(json.loads(line)["name"])
             except (ValueError, KeyError, TypeError):
                 logger.warning(
-                    "%s: a line is not readable and is passed over: %r", self._path, line[:80]
+                    "%s: a line is not readable and is skipped: %r", self._path, line[:80]
                 )
 
 

@@ -1,4 +1,4 @@
-"""Bytes of samples, read by threads, tried again, and checked against the index."""
+"""Read the bytes of samples in threads, with retries, and check them against the index."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +13,11 @@ from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
 
 GREY = 128
-"""Every pixel of a view that could not be made."""
+"""Value of every pixel of an undecodable view."""
 
 
 class UndecodableError(ValueError):
-    """A picture cannot be used; the message is a short reason without a path."""
+    """An image cannot be used; the message is a short reason without a path."""
 
 
 class Views(NamedTuple):
@@ -33,7 +33,7 @@ class Views(NamedTuple):
 
 
 class Decoder(Protocol):
-    """From plans to views, several micro-batches at a time, in the order of their submission."""
+    """Turns plans into views, several micro-batches at a time, in the order of submission."""
 
     def submit(self, plan: Plan) -> None:
         """Begin to read and decode; returns at once."""
@@ -43,7 +43,7 @@ class Decoder(Protocol):
         """Wait for the oldest micro-batch that was submitted and not collected.
 
         Raises:
-            ReadError: storage did not give one of its pictures; the next call has the next one.
+            ReadError: storage did not give one of its images; the next call has the next one.
         """
         ...
 
@@ -53,14 +53,14 @@ class Decoder(Protocol):
 
 
 class Reader:
-    """Reads encoded pictures; safe in threads.
+    """Reads encoded images; safe in threads.
 
-    What is wrong with bytes is told apart from bytes that do not come: the first is a property of
-    the sample and the same at every start, the second is not and must not decide what a run sees.
+    Wrong bytes are a property of the sample and the same at every launch. Missing bytes are
+    temporary and must not change what a run sees; hence the two errors.
 
     Args:
         index: the samples.
-        patience_s: how long a failing read is tried again, seconds.
+        patience_s: seconds for which a failed read is retried.
     """
 
     def __init__(self, index: Index, patience_s: float = PATIENCE_S) -> None:
@@ -78,7 +78,7 @@ class Reader:
         row = self._index.entries[sample]
         path, offset = self._index.where(sample)
         what = str(path) if offset is None else f"{path}, byte {offset}"
-        data = self._patience.read(lambda: self._source.read(sample), what)
+        data = self._patience.retry(lambda: self._source.read(sample), what)
         if len(data) != row["size"]:
             found = f"{len(data)}" if len(data) < row["size"] else "more"
             raise UndecodableError(f"{found} bytes, the index says {row['size']}")
@@ -93,7 +93,7 @@ class Reader:
         return data
 
     def hurry(self) -> None:
-        """Let no read wait for storage any more: nobody wants the result."""
+        """End all retries: the results are no longer needed."""
         self._patience.end()
 
     def close(self) -> None:

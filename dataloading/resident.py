@@ -1,13 +1,13 @@
-"""Small pictures that stay decoded on the device, and are cut there.
+"""Small images that stay decoded on the device, and are cut there.
 
 For sets of 32 or 64 pixels reading and decoding cost more than the cutting, and a whole set fits
-into memory. Order, boxes and mirroring are the plan's, as with every decoder. A CPU resizes with
+into memory. Order, boxes and flips are the plan's, as with every decoder. A CPU resizes with
 ``crop_and_resize``: the same pixels as ``TorchDecoder``. A GPU resizes a batch by two matrix
 products, along rows and then along columns, with the weights of Pillow's bicubic filter and its
 rounding to eight bits after each. torch rounds these weights to fixed point, so that there a pixel
 in some hundreds differs, by one level, rarely two.
 
-Legend: B views, S their side, L the longest side of a picture of the set.
+Legend: B views, S their side, L the longest side of an image of the set.
 """
 
 import logging
@@ -28,18 +28,18 @@ from dataloading.views import Boxes, Flips
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 8 << 30
-"""Most that is kept, in bytes a process."""
+"""Most that is kept, in bytes per process."""
 
 
 class ResidentDecoder:
-    """Decodes every picture once, at the first batch, and keeps it on the device.
+    """Decodes every image once, at the first batch, and keeps it on the device.
 
     Args:
         index: the samples; all are kept, in squares of the longest side.
         reader: where bytes come from; closed with this object.
         sizes: sides of the views.
         threads: threads that decode.
-        device: where pictures stay and views are cut.
+        device: where images stay and views are cut.
 
     Raises:
         DataError: if the set is too large to be kept.
@@ -57,7 +57,7 @@ class ResidentDecoder:
         needed = (3 * len(index) + 4 * sum(sizes)) * self._side**2
         if needed > MOST_BYTES:
             raise DataError(
-                f"data.resident=true would keep {needed / 2**30:.1f} GiB a process "
+                f"data.resident=true would keep {needed / 2**30:.1f} GiB per process "
                 f"({len(index)} images in squares of {self._side}), more than "
                 f"{MOST_BYTES >> 30}; set data.resident=false"
             )
@@ -68,7 +68,7 @@ class ResidentDecoder:
         self._sizes = sizes
         on_cpu = device.type == "cpu"
         self._weights = [] if on_cpu else [filter_weights(s, self._side).to(device) for s in sizes]
-        self._pictures: Tensor | None = None
+        self._images: Tensor | None = None
         self._faults: dict[int, str] = {}
         self._pending: deque[Plan] = deque()
 
@@ -79,85 +79,85 @@ class ResidentDecoder:
     def collect(self) -> Views:
         """See ``Decoder.collect``."""
         plan = self._pending.popleft()
-        if self._pictures is None:
-            self._pictures = self._load()
+        if self._images is None:
+            self._images = self._load()
         faults = [self._faults.get(sample) for sample in plan.ids.tolist()]
-        pictures = self._pictures[torch.as_tensor(plan.ids, device=self._device)]
+        chosen = self._images[torch.as_tensor(plan.ids, device=self._device)]
         if self._device.type == "cpu":
-            return Views(cut_each(pictures, plan.boxes, plan.flips, self._sizes), faults)
-        images = tuple(cut(pictures, plan.boxes, plan.flips, one) for one in self._weights)
+            return Views(cut_each(chosen, plan.boxes, plan.flips, self._sizes), faults)
+        images = tuple(cut(chosen, plan.boxes, plan.flips, one) for one in self._weights)
         return Views(images, faults)
 
     def close(self) -> None:
         """See ``Decoder.close``."""
         self._pending.clear()
-        self._pictures = None
+        self._images = None
         self._reader.hurry()
         self._reader.close()
 
     def _load(self) -> Tensor:
-        """Read and decode all pictures, uint8 ``[n, 3, L, L]`` on the device.
+        """Read and decode all images, uint8 ``[n, 3, L, L]`` on the device.
 
         Raises:
             ReadError: storage did not give one of them; nothing is kept.
         """
         shape = (self._count, 3, self._side, self._side)
-        pictures = torch.full(shape, GREY, dtype=torch.uint8)
+        images = torch.full(shape, GREY, dtype=torch.uint8)
         decode = make_decode(find_codec())
         self._faults.clear()
 
         def fill(samples: range) -> None:
             for sample in samples:
                 try:
-                    picture = decode(self._reader.read(sample))
+                    image = decode(self._reader.read(sample))
                 except UndecodableError as error:
                     self._faults[sample] = str(error)
                     continue
-                pictures[sample, :, : picture.shape[1], : picture.shape[2]] = picture
+                images[sample, :, : image.shape[1], : image.shape[2]] = image
 
         with start_threads(self._threads) as pool:
-            parts = [range(k, self._count, self._threads) for k in range(self._threads)]
-            filled = [pool.submit(fill, part) for part in parts]
+            shares = [range(k, self._count, self._threads) for k in range(self._threads)]
+            filled = [pool.submit(fill, share) for share in shares]
             wait(filled)
             for one in filled:
                 one.result()
-        size = pictures.numel() / 2**20
-        logger.info("%d pictures stay decoded on %s, %.0f MiB", self._count, self._device, size)
-        return pictures.to(self._device)
+        size = images.numel() / 2**20
+        logger.info("%d images stay decoded on %s, %.0f MiB", self._count, self._device, size)
+        return images.to(self._device)
 
 
 def cut_each(
-    pictures: Tensor, boxes: Boxes, flips: Flips, sizes: tuple[int, ...]
+    images: Tensor, boxes: Boxes, flips: Flips, sizes: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
     """As ``cut``, one view after another, on the CPU and to several sizes."""
-    rows = zip(pictures, boxes.tolist(), flips.tolist(), strict=True)
-    views = [crop_and_resize(picture, box, sizes, flip) for picture, box, flip in rows]
+    rows = zip(images, boxes.tolist(), flips.tolist(), strict=True)
+    views = [crop_and_resize(image, box, sizes, flip) for image, box, flip in rows]
     return tuple(torch.as_tensor(np.stack(one)) for one in zip(*views, strict=True))
 
 
-def cut(pictures: Tensor, boxes: Boxes, flips: Flips, weights: Tensor) -> Tensor:
+def cut(images: Tensor, boxes: Boxes, flips: Flips, weights: Tensor) -> Tensor:
     """Cut boxes and resize them to squares: bicubic with antialiasing, borders those of the box.
 
     Args:
-        pictures: uint8 ``[B, 3, L, L]``.
-        boxes: x, y, w, h in pixels, within the pictures, ``[B, 4]``.
-        flips: mirror left and right, bool ``[B]``.
-        weights: ``filter_weights`` of the size, on the device of the pictures.
+        images: uint8 ``[B, 3, L, L]``.
+        boxes: x, y, w, h in pixels, within the images, ``[B, 4]``.
+        flips: flip horizontally, bool ``[B]``.
+        weights: ``filter_weights`` of the size, on the device of the images.
 
     Returns:
         uint8 ``[B, S, S, 3]``, on that device.
     """
-    device = pictures.device
+    device = images.device
     x, y, w, h = torch.as_tensor(boxes.T.astype(np.int64)).to(device, non_blocking=True)
     mirrored = torch.as_tensor(flips).to(device, non_blocking=True)
-    side = torch.arange(pictures.shape[-1], device=device)
+    side = torch.arange(images.shape[-1], device=device)
     column, row = side - x[:, None], side - y[:, None]  # within the box, [B, L]
     column = torch.where(mirrored[:, None], w[:, None] - 1 - column, column)
     across, down = (
         weights[length - 1, torch.where((place >= 0) & (place < length), place, len(side))]
         for place, length in ((column, w[:, None]), (row, h[:, None]))
     )  # [B, L, S]
-    wide = to_levels(pictures.float() @ across[:, None])  # [B, 3, L, S]
+    wide = to_levels(images.float() @ across[:, None])  # [B, 3, L, S]
     return to_levels(down.mT[:, None] @ wide).byte().permute(0, 2, 3, 1).contiguous()
 
 

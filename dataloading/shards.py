@@ -30,8 +30,8 @@ class Shard(NamedTuple):
     file: File
 
 
-def is_tars(path: Path) -> bool:
-    """Look whether a path means tars: a tar file, a pattern of them, or a folder that holds some.
+def is_tar_path(path: Path) -> bool:
+    """Return whether a path means tars: a tar file, a pattern of tars, or a folder that holds tars.
 
     Raises:
         DataError: if a folder holds both tars and images.

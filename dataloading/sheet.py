@@ -27,15 +27,15 @@ def draw_sheet(
 
     Args:
         index: the samples.
-        path: picture to write; its extension says how.
+        path: image to write; its extension says how.
         seed: the run's.
         scale: range of the crop's share of the area.
         ratio: range of the crop's width / height.
-        flip: mirror half of the views.
+        flip: flip half of the views horizontally.
         threads: reader and decoder threads.
 
     Raises:
-        DataError: if the picture cannot be written.
+        DataError: if the image cannot be written.
     """
     number = min(_COLUMNS * _ROWS, len(index))
     with Stream(

@@ -1,4 +1,4 @@
-"""Where the bytes of a sample come from."""
+"""Sources of the bytes of a sample: files and tars."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ class Source(Protocol):
     """Bytes of samples by row of the index; safe to call from several threads."""
 
     def read(self, i: int) -> bytes:
-        """Return the encoded picture of row ``i``.
+        """Return the encoded image of row ``i``.
 
         What has changed since it was indexed gives other bytes: fewer where it ends early, one
         more where it goes on; never more than that, whatever lies there now.
@@ -31,12 +31,12 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back open files; no read may be under way. May be repeated."""
+        """Close open files; no read may be in progress. May be repeated."""
         ...
 
 
 class FolderSource:
-    """One file a sample under one folder.
+    """One file per sample under one folder.
 
     Args:
         root: the folder.
@@ -98,7 +98,7 @@ class TarSource:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Close the tars; no read may be under way. A later read opens its tar again."""
+        """Close the tars; no read may be in progress. A later read opens its tar again."""
         with self._opening:
             _close_all(self._descriptors)
 

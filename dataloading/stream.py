@@ -1,4 +1,4 @@
-"""The endless sequence of views that a rank sees, read and decoded ahead of it."""
+"""A rank's endless sequence of views, read and decoded ahead of training."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 DecoderName = Literal["auto", "dali", "torch"]
 LOOK_AHEAD = 3
-"""Micro-batches in work beside the one that is handed out."""
+"""Micro-batches in preparation beside the returned one."""
 
 
 class Batch(NamedTuple):
@@ -34,10 +34,10 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 RGB ``[B, S, S, 3]``, one for each size, all from the same crops.
-        position: place in the global stream, int64 ``[B]``.
+        position: global sample index, int64 ``[B]``.
         sample_id: row of the index, int64 ``[B]``.
         view: number of the view of that sample, int64 ``[B]``.
-        valid: whether the picture could be decoded, bool ``[B]``; the others are grey.
+        valid: whether the image could be decoded, bool ``[B]``; the others are grey.
         plan: the draws, on the host; ``None`` where no stream made the batch.
         faulty: places in the batch of the views that are not valid, on the host.
     """
@@ -56,38 +56,38 @@ class Stream:
 
     The j-th batch holds positions ``start_position + (j*world_size + rank)*micro_batch`` and the
     ``micro_batch - 1`` that follow. A sample that cannot be decoded, or is not what was indexed,
-    keeps its place, with ``valid`` false and a grey picture; nothing else changes. One that cannot
-    be read says nothing about itself: ``next`` raises ``ReadError`` in place of its batch.
+    keeps its place, with ``valid`` false and a grey image; nothing else changes. For a
+    sample that cannot be read ``next`` raises ``ReadError`` in place of the batch.
 
     Args:
         index: the samples.
-        seed: of order, crops and mirroring.
-        micro_batch: views a batch, B.
-        rank: this process's place among ``world_size``.
+        seed: of order, crops and flips.
+        micro_batch: views per batch, B.
+        rank: this process's rank.
         world_size: number of processes that share the stream.
-        sizes: sides of the pictures.
+        sizes: sides of the images.
         scale: range of the crop's share of the area, within ``(0, 1]``.
         ratio: range of the crop's width / height.
-        flip: mirror half of the views.
-        count: number of distinct views a sample (view = epoch mod count); ``None``: view = epoch.
-        shuffle: "full", a fresh permutation each epoch; "window", one that reads few places at a
+        flip: flip half of the views horizontally.
+        count: number of distinct views per sample (view = epoch mod count); ``None``: view = epoch.
+        shuffle: "full", a fresh permutation each epoch; "window", one that reads few blocks at a
             time; or "none", index order.
         threads: reader and decoder threads, >= 1; each uses one core.
         start_position: position of the first draw of rank 0.
         decode: "dali", DALI on the device; "torch", the CPU with nvImageCodec or torchvision;
             "auto", DALI where it is installed and the device is a GPU, else "torch", which is the
-            faster one on a CPU. Draws, crops and mirroring do not depend on it.
-        resident: keep all pictures decoded on the device and cut views there, for small sets;
+            faster one on a CPU. Draws, crops and flips do not depend on it.
+        resident: keep all images decoded on the device and cut views there, for small sets;
             "dali" is refused beside it. On a GPU a pixel may differ from that of "torch" by two
             levels of 255.
         device: where batches are put; ``None``: the CPU. Copies to a GPU are asynchronous, on the
             current stream, from pinned memory.
         quarantine: JSON-lines file of failed samples; ``None``: the log alone names them.
-        patience_s: how long a read that fails is tried again, seconds.
-        watch: called with each plan as its pictures begin to be read, ahead of its batch.
+        patience_s: seconds for which a failed read is retried.
+        watch: called with each plan as its images begin to be read, ahead of its batch.
 
     Attributes:
-        draws: views handed out by this object so far.
+        draws: views returned so far.
         bad: how many of them were not valid.
 
     Raises:
@@ -188,7 +188,7 @@ class Stream:
     def _hand_out(
         self, plan: Plan, images: tuple[Tensor, ...], faults: Sequence[str | None]
     ) -> Batch:
-        """Count and report a batch's failures, put it on the device."""
+        """Count and report a batch's failures, and move the batch to the device."""
         ids: list[int] = plan.ids.tolist()
         for sample, fault in zip(ids, faults, strict=True):
             if fault is not None:
@@ -207,7 +207,7 @@ class Stream:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Put a tensor on a device; to a GPU asynchronously, from pinned memory."""
+    """Move a tensor to a device; to a GPU asynchronously, from pinned memory."""
     if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
@@ -221,7 +221,7 @@ def _at_least_one(**values: int) -> None:
 
 
 def choose_decoder(name: DecoderName, device: torch.device) -> Literal["dali", "torch"]:
-    """What ``auto`` means on a device; see ``Stream``."""
+    """Resolve ``auto`` for a device; see ``Stream``."""
     if name != "auto":
         return name
     return "dali" if device.type == "cuda" and has_dali() else "torch"
@@ -258,7 +258,7 @@ def make_decoder(
     if name == "auto" and on_gpu and chosen == "torch":
         logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
     if chosen == "dali":
-        from dataloading.dali import DaliDecoder  # takes seconds, and is not always there
+        from dataloading.dali import DaliDecoder  # an optional package, slow to import
 
         return DaliDecoder(reader, sizes, micro_batch, threads, device)
     return TorchDecoder(reader, sizes, threads, pin=on_gpu)

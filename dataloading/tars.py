@@ -1,7 +1,7 @@
 """Members of a tar file, found by reading its headers only.
 
-Several times faster than the standard library's ``tarfile``, and a damaged archive is described
-rather than raised: what stands before the damage can be used.
+Several times faster than the standard library's ``tarfile``. Damage is returned, not raised, so
+that the members before the damage can be used.
 """
 
 import os
@@ -24,7 +24,7 @@ _COMPRESSED = {
 
 
 class Member(NamedTuple):
-    """A regular file in a tar, or what is wrong at a place of it.
+    """A regular file in a tar, or a damaged place.
 
     Attributes:
         name: as stored, never used as a path; empty where a fault concerns no member.
@@ -43,8 +43,8 @@ class _DamageError(Exception):
     """A header cannot be trusted; the message says why."""
 
 
-def why_no_tar(descriptor: int, size: int) -> str | None:
-    """Say what is wrong with the start of a file that should be a tar.
+def find_tar_problem(descriptor: int, size: int) -> str | None:
+    """Return what is wrong with the start of a file that should be a tar.
 
     Args:
         descriptor: open file.
@@ -70,10 +70,10 @@ def why_no_tar(descriptor: int, size: int) -> str | None:
     return None
 
 
-def members(descriptor: int, size: int) -> Iterator[Member]:
+def list_members(descriptor: int, size: int) -> Iterator[Member]:
     """Walk the headers of a tar: ustar, GNU, pax and the old format without a magic.
 
-    Folders, links and devices are passed over. At damage a last ``Member`` with a fault is yielded;
+    Folders, links and devices are skipped. At damage a last ``Member`` with a fault is yielded;
     no data are read but those of extended headers.
 
     Args:
@@ -89,7 +89,7 @@ def members(descriptor: int, size: int) -> Iterator[Member]:
         block = os.pread(descriptor, BLOCK, at)
         if block == _ZEROS:
             if os.pread(descriptor, 21 * BLOCK, at).strip(b"\0"):  # padding ends before that
-                yield Member(b"", at, 0, "more follows the end of the archive and is left out")
+                yield Member(b"", at, 0, "more follows the end of the archive and is excluded")
             return
         start = at + BLOCK
         try:
@@ -102,7 +102,7 @@ def members(descriptor: int, size: int) -> Iterator[Member]:
                 continue
             name, length, is_sparse = extensions.apply(block, length)
         except _DamageError as damage:
-            yield Member(b"", at, 0, f"{damage}; the rest of this tar is left out")
+            yield Member(b"", at, 0, f"{damage}; the rest of this tar is excluded")
             return
         if kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith(b"/")):
             at = start
@@ -154,7 +154,7 @@ class _Extensions:
 
 
 def _end_of_map(descriptor: int, block: bytes, start: int) -> int:
-    """Pass over the blocks that continue the header of a sparse member."""
+    """Skip the blocks that continue the header of a sparse member."""
     more = block[482:483]
     while more not in (b"", b"\0"):
         more = os.pread(descriptor, BLOCK, start)[504:505]

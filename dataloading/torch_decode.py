@@ -55,7 +55,7 @@ class TorchDecoder:
 
     Args:
         reader: where bytes come from; closed with this object.
-        sizes: sides of the pictures.
+        sizes: sides of the images.
         threads: threads, each of which uses one core.
         pin: put the batches into pinned memory.
     """
@@ -97,12 +97,12 @@ class TorchDecoder:
     def _fill(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
         """Put one view into its place; runs in a thread. Returns why it failed, if it did."""
         try:
-            picture = self._decode(self._reader.read(sample))
+            image = self._decode(self._reader.read(sample))
         except UndecodableError as error:
             for place in out:
                 place[...] = GREY
             return str(error)
-        for place, view in zip(out, crop_and_resize(picture, box, self._sizes, flip), strict=True):
+        for place, view in zip(out, crop_and_resize(image, box, self._sizes, flip), strict=True):
             place[...] = view
         return None
 
@@ -134,12 +134,12 @@ def make_decode(codec: ModuleType | None) -> Decode:
     fast = make_fast(codec)
 
     def decode(data: bytes) -> Tensor:
-        picture = fast(data)
-        if picture is None:
-            picture = with_pillow(data)
-            if not _is_as_announced(picture, data):
+        image = fast(data)
+        if image is None:
+            image = with_pillow(data)
+            if not _is_as_announced(image, data):
                 raise UndecodableError("it is not as large as its header says")
-        return picture
+        return image
 
     return decode
 
@@ -149,37 +149,37 @@ def make_fast(codec: ModuleType | None) -> Fast:
     decoder: Fast = with_torchvision if codec is None else NvImageCodec(codec)
 
     def decode(data: bytes) -> Tensor | None:
-        picture = decoder(data) if is_common(data) else None
-        return picture if picture is not None and _is_as_announced(picture, data) else None
+        image = decoder(data) if is_common(data) else None
+        return image if image is not None and _is_as_announced(image, data) else None
 
     return decode
 
 
-def _is_as_announced(picture: Tensor, data: bytes) -> bool:
-    """Whether a picture is as large as its header says: crops were planned by that."""
+def _is_as_announced(image: Tensor, data: bytes) -> bool:
+    """Whether an image is as large as its header says: crops were planned by that."""
     try:
-        return (picture.shape[2], picture.shape[1]) == size_of_bytes(data)
+        return (image.shape[2], image.shape[1]) == size_of_bytes(data)
     except HeaderError:
         return False
 
 
 def crop_and_resize(
-    picture: Tensor, box: Sequence[int], sizes: Sequence[int], flip: bool
+    image: Tensor, box: Sequence[int], sizes: Sequence[int], flip: bool
 ) -> list[Pixels]:
     """Cut a box and resize it to squares, every one from the same crop.
 
     Args:
-        picture: uint8 RGB ``[3, height, width]``.
-        box: x, y, w, h in pixels, within the picture.
+        image: uint8 RGB ``[3, height, width]``.
+        box: x, y, w, h in pixels, within the image.
         sizes: sides of the results.
-        flip: mirror left and right.
+        flip: flip horizontally.
 
     Returns:
         For each size a uint8 array ``[size, size, 3]``: bicubic with antialiasing, borders as in
         Pillow's ``crop`` then ``resize``.
     """
     x, y, w, h = box
-    crop = picture[None, :, y : y + h, x : x + w]
+    crop = image[None, :, y : y + h, x : x + w]
     # Channels last is what decoders give and batches hold, and torch resizes it without copies.
     crop = (crop.flip(3) if flip else crop).contiguous(memory_format=torch.channels_last)
     views: list[Pixels] = []
@@ -194,12 +194,12 @@ def with_torchvision(data: bytes) -> Tensor | None:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         # The operator behind torchvision.io.decode_image, which since 0.29 warns at every call.
-        picture: Tensor = torch.ops.image.decode_image(encoded, ImageReadMode.RGB.value, False)
+        image: Tensor = torch.ops.image.decode_image(encoded, ImageReadMode.RGB.value, False)
     except RuntimeError:  # torchvision's only word for refusal
         return None
-    if picture.dtype == torch.uint16:
-        return ((picture.to(torch.int32) * 255 + 32767) // 65535).to(torch.uint8)
-    return picture if picture.ndim == 3 else picture[0]
+    if image.dtype == torch.uint16:
+        return ((image.to(torch.int32) * 255 + 32767) // 65535).to(torch.uint8)
+    return image if image.ndim == 3 else image[0]
 
 
 def with_pillow(data: bytes) -> Tensor:
@@ -209,14 +209,14 @@ def with_pillow(data: bytes) -> Tensor:
     try:
         with open_image(io.BytesIO(data)) as image:
             turned = image.tag_v2.get(_ORIENTATION) if isinstance(image, TiffImageFile) else None
-            picture = _to_rgb(image)
+            decoded = _to_rgb(image)
     except Image.UnidentifiedImageError as error:
         raise UndecodableError("not an image of a known format") from error
     except PIL_ERRORS as error:
         raise UndecodableError(f"cannot be decoded: {error}") from error
     if turned in _UNDO:
-        picture = picture.transpose(_UNDO[turned])
-    return torch.as_tensor(np.array(picture)).permute(2, 0, 1)
+        decoded = decoded.transpose(_UNDO[turned])
+    return torch.as_tensor(np.array(decoded)).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -230,7 +230,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class NvImageCodec:
-    """nvImageCodec on the CPU, one decoder a thread.
+    """nvImageCodec on the CPU, one decoder per thread.
 
     Without a GPU it works only if both the device and the backend say CPU.
     """
@@ -264,7 +264,7 @@ class NvImageCodec:
 
 @lru_cache(maxsize=1)
 def find_codec() -> ModuleType | None:
-    """Return nvImageCodec if it is installed and decodes a test picture."""
+    """Return nvImageCodec if it is installed and decodes a test image."""
     try:
         codec = importlib.import_module("nvidia.nvimgcodec")
     except ImportError:
@@ -278,7 +278,7 @@ def find_codec() -> ModuleType | None:
     except (AttributeError, TypeError, RuntimeError) as error:
         got, reason = None, str(error)
     else:
-        reason = "it decodes a test picture wrongly"
+        reason = "it decodes a test image wrongly"
     if got is None or not torch.equal(got, expected):
         logger.warning("nvImageCodec does not work here (%s); torchvision decodes", reason)
         return None

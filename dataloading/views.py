@@ -1,4 +1,4 @@
-"""What a view cuts from a photograph: torchvision's law, as a pure function of who asks.
+"""What a view cuts from an image: torchvision's law, as a pure function.
 
 Only additions, products, quotients, square roots and roundings happen at run time: IEEE 754 fixes
 their results everywhere. ``exp`` and ``log`` are not among them, so aspect ratios come from a table
@@ -51,7 +51,7 @@ def crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[Boxes, Flips]:
-    """Choose crop box and mirroring of views.
+    """Choose crop box and flip of views.
 
     Ten tries at a box whose share of the area is uniform in ``scale`` and whose aspect ratio is
     log-uniform in ``ratio``; the first that fits is put at a uniform place. Failing all, the
@@ -61,8 +61,8 @@ def crop_boxes(
         seed: any integer.
         sample_ids: int64 ``[B]``.
         view_numbers: int64 ``[B]`` or a scalar: which view of that sample.
-        widths: widths of the photographs, pixels, ``[B]``.
-        heights: heights of the photographs, pixels, ``[B]``.
+        widths: widths of the images, pixels, ``[B]``.
+        heights: heights of the images, pixels, ``[B]``.
         scale: range of the share of the area, within ``(0, 1]``.
         ratio: range of width / height, > 0.
 
@@ -71,7 +71,7 @@ def crop_boxes(
         true). A row depends on its own arguments only.
 
     Raises:
-        ValueError: if a range is not as above, or a photograph has no pixels.
+        ValueError: if a range is not as above, or an image has no pixels.
 
     Source: torchvision ``RandomResizedCrop.get_params``.
     """
@@ -82,7 +82,7 @@ def crop_boxes(
     width = np.asarray(widths).astype(np.int64)  # [B]
     height = np.asarray(heights).astype(np.int64)
     if width.size and min(int(width.min()), int(height.min())) < 1:
-        raise ValueError("a photograph has no pixels: widths and heights must be >= 1")
+        raise ValueError("an image has no pixels: widths and heights must be >= 1")
 
     base = np.broadcast_to(fold(_SALT, seed, sample_ids, view_numbers), width.shape)
     draws = uniforms(base, 4 * _TRIES + 1)
@@ -109,15 +109,15 @@ def centre_boxes(widths: ArrayLike, heights: ArrayLike, share: float) -> Boxes:
     """Cut the square in the middle: what is left after resizing the shorter side and cropping.
 
     Args:
-        widths: widths of the photographs, pixels, ``[B]``.
-        heights: heights of the photographs, pixels, ``[B]``.
+        widths: widths of the images, pixels, ``[B]``.
+        heights: heights of the images, pixels, ``[B]``.
         share: the square's side by the shorter side, in ``(0, 1]``; 224 / 256 is the field's usual.
 
     Returns:
         Boxes ``[B, 4]`` int32 as x, y, w, h in stored pixels.
 
     Raises:
-        ValueError: if the share is not as above, or a photograph has no pixels.
+        ValueError: if the share is not as above, or an image has no pixels.
     """
     if not 0.0 < share <= 1.0:
         raise ValueError(f"share is {share}; expected 0 < share <= 1")
@@ -125,7 +125,7 @@ def centre_boxes(widths: ArrayLike, heights: ArrayLike, share: float) -> Boxes:
     height = np.asarray(heights).astype(np.int64)
     shorter = np.minimum(width, height)
     if shorter.size and int(shorter.min()) < 1:
-        raise ValueError("a photograph has no pixels: widths and heights must be >= 1")
+        raise ValueError("an image has no pixels: widths and heights must be >= 1")
     side = np.maximum(np.rint(shorter * share).astype(np.int64), 1)
     return np.stack([(width - side) // 2, (height - side) // 2, side, side], 1).astype(np.int32)
 

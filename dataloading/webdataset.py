@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.entries import ENTRY, EXTENSIONS, Findings, examine, in_threads, name_bytes
+from dataloading.entries import ENTRY, EXTENSIONS, Findings, encode_name, examine, map_in_threads
 from dataloading.errors import DataError
 from dataloading.headers import size_of_range
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, TarNames, open_shard, place
-from dataloading.tars import members, why_no_tar
+from dataloading.tars import find_tar_problem, list_members
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class _Samples(NamedTuple):
 
     entries: NDArray[np.void]
     classes: tuple[str, ...]
-    left_out: list[tuple[str, str]]
+    excluded: list[tuple[str, str]]
 
 
 def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Findings:
@@ -43,7 +43,7 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
     Args:
         path: what the user calls the data set.
         shards: the tars in order.
-        max_pixels: images with more pixels are left out.
+        max_pixels: images with more pixels are excluded.
 
     Returns:
         Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members,
@@ -51,29 +51,33 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
 
     Raises:
         DataError: if a file is not a tar or cannot be read, or no image is usable.
-        ReadError: if storage fails for longer than reads are tried again.
+        ReadError: if storage fails for longer than reads are retried.
     """
     patience = Patience(PATIENCE_S)
 
     def work(number: int) -> _Samples:
         shard = shards[number]
-        return patience.read(lambda: _examine_shard(number, shard, max_pixels), str(shard.path))
+        return patience.retry(lambda: _examine_shard(number, shard, max_pixels), str(shard.path))
 
     def progress(done: Sequence[_Samples]) -> str:
         images = sum(len(samples.entries) for samples in done)
         return f"{path}: {len(done)} of {len(shards)} tars examined, {images} images so far"
 
-    found = in_threads(work, range(len(shards)), progress)
-    left_out = tuple(fault for samples in found for fault in samples.left_out)
+    found = map_in_threads(work, range(len(shards)), progress)
+    excluded = tuple(fault for samples in found for fault in samples.excluded)
     entries = np.concatenate([samples.entries for samples in found])
-    if left_out:
-        name, reason = left_out[0]
+    if excluded:
+        name, reason = excluded[0]
         logger.warning(
-            "%s: %d images, %d members left out or damaged; first: %s (%s)",
-            *(path, len(entries), len(left_out), name, reason),
+            "%s: %d images, %d members excluded or damaged; first: %s (%s)",
+            path,
+            len(entries),
+            len(excluded),
+            name,
+            reason,
         )
     if not len(entries):
-        first = f"; first problem: {left_out[0][0]} ({left_out[0][1]})" if left_out else ""
+        first = f"; first problem: {excluded[0][0]} ({excluded[0][1]})" if excluded else ""
         raise DataError(
             f"{path}: no usable image in {len(shards)} tar files{first}; "
             "set data.path to WebDataset tars with members such as KEY.jpg and KEY.cls"
@@ -88,7 +92,7 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
     )
     names = [shard.file.name for shard in shards]
     digest = shards_digest(names, [shard.file.size for shard in shards], entries)
-    return Findings(entries, TarNames(names, entries), labels, left_out, digest)
+    return Findings(entries, TarNames(names, entries), labels, excluded, digest)
 
 
 def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[np.void]) -> str:
@@ -104,7 +108,7 @@ def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[n
     """
     total = hashlib.sha256(b"dataloading index of tars 1\n")
     for name, size in zip(names, sizes, strict=True):
-        total.update(name_bytes(name) + b"\0%d\n" % size)
+        total.update(encode_name(name) + b"\0%d\n" % size)
     rows = entries.copy()
     rows["label"], rows["flags"] = 0, 0
     total.update(rows.tobytes())
@@ -121,7 +125,7 @@ def _examine_shard(number: int, shard: Shard, max_pixels: int) -> _Samples:
     descriptor = open_shard(shard.path)
     try:
         size = os.fstat(descriptor).st_size
-        fault = why_no_tar(descriptor, size)
+        fault = find_tar_problem(descriptor, size)
         if fault is not None:
             raise DataError(
                 f"{shard.path}: {fault}; data.source=webdataset expects plain .tar files"
@@ -136,26 +140,26 @@ def _read_samples(descriptor: int, size: int, number: int, shard: str, max_pixel
     keys: list[bytes] = []  # of the rows
     images: set[bytes] = set()
     classes: dict[bytes, str] = {}
-    left_out: list[tuple[str, str]] = []
+    excluded: list[tuple[str, str]] = []
 
-    def leave_out(offset: int, name: bytes, reason: str) -> None:
+    def exclude(offset: int, name: bytes, reason: str) -> None:
         text = name.decode("utf-8", "surrogateescape")
-        left_out.append((place(shard, offset) + (f" ({text})" if text else ""), reason))
+        excluded.append((place(shard, offset) + (f" ({text})" if text else ""), reason))
 
-    for name, offset, length, fault in members(descriptor, size):
+    for name, offset, length, fault in list_members(descriptor, size):
         if not name:
-            leave_out(offset, name, fault or "a member without a name")
+            exclude(offset, name, fault or "a member without a name")
             continue
         base = name.rfind(b"/") + 1
         dot = name.find(b".", base)
         key, extension = name[:dot], name[dot:].lower()
         if fault is not None:
-            leave_out(offset, name, fault)
+            exclude(offset, name, fault)
         elif dot <= base:  # no extension, or a hidden file
             continue
         elif extension in _IMAGES:
             if key in images:
-                leave_out(offset, name, "a second image of its sample; the first is used")
+                exclude(offset, name, "a second image of its sample; the first is used")
                 continue
             images.add(key)
             width, height, unfit = examine(
@@ -165,18 +169,18 @@ def _read_samples(descriptor: int, size: int, number: int, shard: str, max_pixel
                 keys.append(key)
                 rows.append((number, offset, length, width, height, -1, 0))
             else:
-                leave_out(offset, name, unfit)
+                exclude(offset, name, unfit)
         elif extension == _CLASS:
             if key in classes:
-                leave_out(offset, name, "a second class of its sample; the first is used")
+                exclude(offset, name, "a second class of its sample; the first is used")
             elif 0 < length <= _MAX_CLASS:
                 text = os.pread(descriptor, length, offset)
                 classes[key] = text.decode("utf-8", "surrogateescape").strip()
             else:
-                leave_out(offset, name, f"a class of {length} bytes; its image has no label")
+                exclude(offset, name, f"a class of {length} bytes; its image has no label")
 
     texts = [classes.get(key, "") for key in keys]
     labels = {text: i for i, text in enumerate(dict.fromkeys(filter(None, texts)))}
     entries = np.array(rows, dtype=ENTRY)
     entries["label"] = [labels.get(text, -1) for text in texts]
-    return _Samples(entries, tuple(labels), left_out)
+    return _Samples(entries, tuple(labels), excluded)

@@ -14,9 +14,15 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
-    *("torch", "torch.distributed", "torch.distributed.fsdp", "timm"),
-    *("cmtmae_scale.backends.fsdp", "cmtmae_scale.pretraining.build", "cmtmae_scale.engine.loop"),
-    *("cmtmae_scale.commands.evaluate", "cmtmae_scale.evaluation.periodic"),
+    "torch",
+    "torch.distributed",
+    "torch.distributed.fsdp",
+    "timm",
+    "cmtmae_scale.backends.fsdp",
+    "cmtmae_scale.pretraining.build",
+    "cmtmae_scale.engine.loop",
+    "cmtmae_scale.commands.evaluate",
+    "cmtmae_scale.evaluation.periodic",
 ]
 if find_spec("deepspeed") is not None:
     PRELOAD += ["cmtmae_scale.backends.deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
@@ -58,7 +64,7 @@ def entry(
 def started(
     world_size: int, function: Callable[..., Any], *arguments: Any
 ) -> Iterator[tuple[list[Any], Any]]:
-    """Ranks at work on ``function(*arguments)``: their processes and the queue of results."""
+    """Run ``function(*arguments)`` on ranks; yield their processes and the queue of results."""
     results = CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         children = [

@@ -1,10 +1,10 @@
-"""Ten minutes of faults drawn at random, beside a run that meets none: the ends must be equal.
+"""Ten minutes of random faults, beside a run without faults: both must end with equal weights.
 
     python tests/soak.py --minutes 10 [--seed 1]
 
-Two ranks through the whole command, a sidecar beside them. Every few seconds something is killed,
-stopped, damaged or taken away; whatever ended is started again by the same command. At the end
-weights, moments and drawn samples must be those of the clean run, bit for bit.
+Two ranks run the whole command, with a sidecar. Every few seconds a process is killed or stopped,
+or a file is damaged or moved away; the same command launches again what has ended. At the end
+weights, moments and sampled views must equal those of the run without faults, bit for bit.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from tests.engine.run_case import BASE, make_photographs, same
 from tests.processes import CONTEXT
 
 RANKS = 2
-STEPS_A_MINUTE = 320
+STEPS_PER_MINUTE = 320
 PAUSE_S = (8.0, 20.0)
 SPOILT = 3
-"""A photograph that is damaged from the beginning, in both runs."""
+"""An image that is damaged from the beginning, in both runs."""
 NOT_FINITE = (320, 800)
-"""Position at which a loss is not finite, and how often that comes back, in both runs."""
+"""First position at which the loss is not finite, and the period, in both runs."""
 
 
 def main() -> int:
@@ -44,44 +44,44 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    steps = max(20, round(options.minutes * STEPS_A_MINUTE))
+    steps = max(20, round(options.minutes * STEPS_PER_MINUTE))
     with tempfile.TemporaryDirectory(prefix="soak-") as place:
         folder = Path(place)
         recipe = write_recipe(folder, steps)
-        tell(f"{steps} steps without faults ...")
+        print_line(f"{steps} steps without faults ...")
         clean = Job(recipe, folder / "clean", sidecar=False)
         clean.start()
         if clean.wait() != [0] * RANKS:
-            tell("the clean run failed")
+            print_line("the clean run failed")
             return 1
-        tell(f"the same with faults, for {options.minutes:g} minutes ...")
+        print_line(f"the same with faults, for {options.minutes:g} minutes ...")
         job = Job(recipe, folder / "soak", sidecar=True)
         faults = Faults(job, random.Random(options.seed))
-        faults.go_on(60 * options.minutes)
+        faults.inject(60 * options.minutes)
         same(folder / "clean", folder / "soak", steps)
         drawn = [samples_of(folder / name) for name in ("clean", "soak")]
         assert drawn[0] == drawn[1] and len(drawn[0]) == steps * 8
-        left_out = [steps_left_out(folder / name) for name in ("clean", "soak")]
-        assert left_out[0] == left_out[1] and left_out[0]
-    tell(
-        f"{faults.report()}; {len(left_out[0])} steps left out in both runs; weights, moments and "
+        skipped = [skipped_steps(folder / name) for name in ("clean", "soak")]
+        assert skipped[0] == skipped[1] and skipped[0]
+    print_line(
+        f"{faults.report()}; {len(skipped[0])} steps skipped in both runs; weights, moments and "
         f"{len(drawn[0])} drawn samples are equal"
     )
     return 0
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def write_recipe(folder: Path, steps: int) -> Path:
-    """A tiny run with a sidecar, of which one photograph is damaged."""
-    photographs = make_photographs(folder / "photos", 20)
-    spoilt = sorted(photographs.rglob("*.jpg"))[SPOILT]
+    """A tiny run with a sidecar and one damaged image."""
+    images = make_photographs(folder / "photos", 20)
+    spoilt = sorted(images.rglob("*.jpg"))[SPOILT]
     spoilt.write_bytes(spoilt.read_bytes()[:700])
     tree = BASE | {
-        "data": BASE["data"] | {"path": str(photographs), "max_bad_fraction": 0.5},
+        "data": BASE["data"] | {"path": str(images), "max_bad_fraction": 0.5},
         "teacher": BASE["teacher"] | {"mode": "sidecar"},
         "cache": {"codec": "bf16"},
         "train": {"global_batch_size": 8, "micro_batch_size": 4, "steps": steps},
@@ -93,10 +93,10 @@ def write_recipe(folder: Path, steps: int) -> Path:
 
 
 def rank_main(rank: int, port: int, recipe: Path, run_dir: Path) -> None:
-    """One rank: the whole command, noting which samples it draws."""
+    """Run the whole command as one rank, and record the samples that it draws."""
     import torch
 
-    from cmtmae_scale import cli
+    from cmtmae_scale.commands.pretrain import pretrain
     from cmtmae_scale.engine import loop
 
     torch.set_num_threads(1)
@@ -106,7 +106,7 @@ def rank_main(rank: int, port: int, recipe: Path, run_dir: Path) -> None:
     redirect(run_dir / f"rank{rank}.err")
     prepare = loop.prepare
 
-    def noting(config: Any, models: Any, batch: Any, scalars: Any) -> Any:
+    def record_samples(config: Any, models: Any, batch: Any, scalars: Any) -> Any:
         with (run_dir / f"drawn{rank}.jsonl").open("a") as file:
             pairs = zip(batch.position.tolist(), batch.sample_id.tolist(), strict=True)
             file.write(json.dumps(list(pairs)) + "\n")
@@ -116,19 +116,19 @@ def rank_main(rank: int, port: int, recipe: Path, run_dir: Path) -> None:
             work = work._replace(alpha_target=torch.full_like(work.alpha_target, float("nan")))
         return work, observed
 
-    loop.prepare = noting
-    code = cli.pretrain(["--config", str(recipe), f"run.output_dir={run_dir}"])
+    loop.prepare = record_samples
+    code = pretrain(["--config", str(recipe), f"run.output_dir={run_dir}"])
     os._exit(code)
 
 
 def redirect(file: Path) -> None:
-    """Let standard error, that of native libraries too, go to a file."""
+    """Redirect standard error to a file, also that of native libraries."""
     with file.open("a") as opened:
         os.dup2(opened.fileno(), sys.stderr.fileno())
 
 
 def sidecar_main(run_dir: Path) -> None:
-    """The sidecar: the whole command."""
+    """Run the whole command of the sidecar."""
     import torch
 
     from cmtmae_scale.commands import precompute
@@ -140,7 +140,7 @@ def sidecar_main(run_dir: Path) -> None:
 
 
 def samples_of(run_dir: Path) -> dict[int, int]:
-    """Sample drawn at each position; a position that was drawn again must draw the same."""
+    """Sample drawn at each position; every draw of a position must give the same sample."""
     found: dict[int, int] = {}
     for file in run_dir.glob("drawn*.jsonl"):
         for line in file.read_text().splitlines():
@@ -153,10 +153,12 @@ def samples_of(run_dir: Path) -> dict[int, int]:
     return found
 
 
-def steps_left_out(run_dir: Path) -> set[int]:
-    """Steps of which the log says that they changed nothing."""
+def skipped_steps(run_dir: Path) -> set[int]:
+    """Steps that the log reports as skipped."""
     entries = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
-    return {one["step"] for one in entries if one.get("incident") == "step left out"}
+    return {
+        one["step"] for one in entries if one.get("incident") in ("step left out", "step skipped")
+    }
 
 
 class Job:
@@ -170,7 +172,7 @@ class Job:
         run_dir.mkdir()
 
     def start(self) -> None:
-        """Start what is not there."""
+        """Start processes that are not running."""
         if not any(one.is_alive() for one in self.ranks):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
@@ -184,14 +186,10 @@ class Job:
             self.sidecar.start()
 
     def wait(self, limit_s: float = 1800) -> list[int | None]:
-        """Exit codes of the ranks, once all have ended."""
+        """Wait for the ranks; return their exit codes."""
         for one in self.ranks:
             one.join(limit_s)
         return [one.exitcode for one in self.ranks]
-
-    def alive(self) -> bool:
-        """Whether all ranks are at work."""
-        return all(one.is_alive() for one in self.ranks)
 
     def end(self, number: int) -> None:
         """Send a signal to every rank."""
@@ -201,27 +199,27 @@ class Job:
 
 
 class Faults:
-    """Draws faults, starts again what ended, and counts."""
+    """Injects random faults, starts ended processes again, and counts."""
 
     def __init__(self, job: Job, chance: random.Random) -> None:
         self.job, self.chance = job, chance
-        self.met: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.kinds: dict[str, Callable[[], None]] = {
             "a rank is killed": self.kill_one,
             "all ranks are killed": lambda: self.job.end(signal.SIGKILL),
             "SIGTERM to all": lambda: self.job.end(signal.SIGTERM),
             "SIGUSR1 to one rank": self.signal_one,
             "the file STOP": self.stop_file,
-            "a rank stands still": self.stand_still,
+            "a rank is suspended": self.suspend_one,
             "the newest checkpoint is damaged": self.flip_bit,
             "checkpoints cannot be written": self.refuse_saves,
-            "photographs are away": self.hide_photographs,
+            "the images are moved away": self.hide_images,
             "a part of the cache is damaged": self.damage_part,
             "the sidecar is killed": self.kill_sidecar,
         }
 
-    def go_on(self, seconds: float) -> None:
-        """Let faults happen for so long, then let the run come to its end."""
+    def inject(self, seconds: float) -> None:
+        """Inject faults for a time, then wait for the end of the run."""
         limit = time.monotonic() + seconds
         deck: list[str] = []
         self.job.start()
@@ -232,42 +230,42 @@ class Faults:
             if time.monotonic() < limit:
                 deck = deck or self.chance.sample(sorted(self.kinds), len(self.kinds))
                 kind = deck.pop()
-                self.met[kind] += 1
-                standing = read_published_progress(self.job.run_dir)
-                tell(f"  step {standing.position // 8 if standing else 0}: {kind}")
+                self.counts[kind] += 1
+                progress = read_published_progress(self.job.run_dir)
+                print_line(f"  step {progress.position // 8 if progress else 0}: {kind}")
                 self.kinds[kind]()
         if self.job.sidecar is not None:
             self.job.sidecar.join(30)
             assert self.job.sidecar.exitcode == 0, self.job.sidecar.exitcode
 
     def done(self) -> bool:
-        """Whether the run is complete."""
+        """Return whether the run is complete."""
         codes = [one.exitcode for one in self.job.ranks]
         return codes == [0] * RANKS
 
     def rest(self, seconds: float) -> None:
-        """Wait, and start again what has ended."""
+        """Wait, and start ended processes again."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.done():
             codes = [one.exitcode for one in self.job.ranks]
             assert 78 not in codes and 70 not in codes, self.errors()
             if any(code is not None for code in codes):
-                self.job.wait(60)  # the others must leave by themselves
+                self.job.wait(60)  # the others must exit by themselves
                 assert not any(one.is_alive() for one in self.job.ranks), self.errors()
             if not self.done():
                 self.job.start()
             time.sleep(0.2)
 
     def errors(self) -> str:
-        """What the ranks said last."""
+        """Return the ranks' last log lines."""
         return "\n".join(
             "".join(file.read_text()[-2000:]) for file in self.job.run_dir.glob("rank*.err")
         )
 
     def report(self) -> str:
-        """How many faults of which kind."""
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.met.items()))
-        return f"{sum(self.met.values())} faults: {kinds}"
+        """Return the number of faults of each kind."""
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.counts.items()))
+        return f"{sum(self.counts.values())} faults: {kinds}"
 
     def kill_one(self) -> None:
         one = self.chance.choice(self.job.ranks)
@@ -285,7 +283,7 @@ class Faults:
         self.job.wait(60)
         file.unlink()
 
-    def stand_still(self) -> None:
+    def suspend_one(self) -> None:
         one = self.chance.choice(self.job.ranks)
         if one.is_alive():
             os.kill(one.pid, signal.SIGSTOP)
@@ -293,7 +291,7 @@ class Faults:
             os.kill(one.pid, signal.SIGCONT)
 
     def flip_bit(self) -> None:
-        """Damage the newest of several checkpoints, and kill everybody before a newer one comes."""
+        """Damage the newest of several checkpoints after killing all ranks."""
         folders = layout.list_checkpoints(self.job.run_dir / "checkpoints")
         if len(folders) < 2:
             return
@@ -308,7 +306,7 @@ class Faults:
             file.write(bytes([byte ^ 1 << self.chance.randrange(8)]))
 
     def refuse_saves(self) -> None:
-        """Put a file where drafts of checkpoints go, as a store that takes nothing."""
+        """Replace the folder of checkpoints by a file, like a store that refuses writes."""
         root = self.job.run_dir / "checkpoints"
         away = root.with_name("checkpoints-away")
         if root.is_dir():
@@ -318,7 +316,7 @@ class Faults:
             root.unlink()
             away.rename(root)
 
-    def hide_photographs(self) -> None:
+    def hide_images(self) -> None:
         place = self.job.recipe.parent / "photos"
         place.rename(place.with_name("photos-away"))
         time.sleep(3)

@@ -148,20 +148,22 @@ def pack_images(index: "Index", options: argparse.Namespace) -> int:
 
     job = Pack(index, options.pack, seed=options.seed, shard_bytes=options.shard_mb * 1_000_000)
     with ExitStack() as stack:
-        stack.enter_context(job.held())
-        plan = job.begun()
-        if plan is None:
+        stack.enter_context(job.locked())
+        record = job.load_record()
+        if record is None:
             undecodable = decode_all(index, options.threads)
         else:
-            undecodable = plan.left_out
+            undecodable = record.excluded
             logger.info("%s: all images were decoded before; the pack resumes", options.pack)
         if not report_data(index, undecodable, options):
             return EXIT_CONFIG
-        plan = plan or job.begin(undecodable)
+        record = record or job.create_record(undecodable)
         count = len(index) - len(undecodable)
         progress = stack.enter_context(progress_bar("packing", count, "images"))
-        job.write(plan, threads=options.threads, max_pixels=options.max_pixels, tell=progress)
-    packed = job.read_back(plan, options.max_pixels)
+        job.write(
+            record, threads=options.threads, max_pixels=options.max_pixels, report_done=progress
+        )
+    packed = job.verify_index(record, options.max_pixels)
     mixing = class_mixing(packed.entries["label"])
     sys.stdout.write(
         f"\npacked and read back: {len(packed)} images in {len(packed.shards)} tars, "

@@ -56,19 +56,19 @@ class DataReport:
     @property
     def bad(self) -> int:
         """Images that no run uses: excluded from the index, or undecodable."""
-        return len(self.index.left_out) + len(self.undecodable)
+        return len(self.index.excluded) + len(self.undecodable)
 
     @property
     def bad_fraction(self) -> float:
         """Fraction of bad images among all image files."""
-        return self.bad / (len(self.index) + len(self.index.left_out))
+        return self.bad / (len(self.index) + len(self.index.excluded))
 
     @property
     def lost(self) -> list[str]:
         """Damaged tars, according to the index."""
         return [
             f"{name}: {reason}"
-            for name, reason in self.index.left_out
+            for name, reason in self.index.excluded
             if any(text in reason for text in _LOST)
         ]
 
@@ -90,7 +90,7 @@ class DataReport:
             "digest": self.index.digest,
             "images": len(self.index),
             "tars": len(self.index.shards),
-            "excluded": [{"name": name, "reason": why} for name, why in self.index.left_out],
+            "excluded": [{"name": name, "reason": why} for name, why in self.index.excluded],
             "undecodable": [fault._asdict() for fault in self.undecodable],
             "bad_fraction": self.bad_fraction,
             "max_bad_fraction": self.max_bad_fraction,
@@ -174,9 +174,9 @@ def render_data_report(report: DataReport) -> str:
 
 def _fault_lines(report: DataReport) -> list[str]:
     index = report.index
-    lines = [f"excluded by their headers: {len(index.left_out)}"]
+    lines = [f"excluded by their headers: {len(index.excluded)}"]
     groups: dict[str, list[str]] = {}
-    for name, reason in index.left_out:
+    for name, reason in index.excluded:
         groups.setdefault(re.sub(r"\d+", "N", reason), []).append(f"{name} ({reason})")
     for group in sorted(groups.values(), key=len, reverse=True):
         more = f" and {len(group) - _NAMED} more" if len(group) > _NAMED else ""
@@ -195,7 +195,7 @@ def _window_shuffle(report: DataReport) -> str:
 
 
 def _verdict(report: DataReport) -> str:
-    bad = f"{report.bad} of {len(report.index) + len(report.index.left_out)} images are bad"
+    bad = f"{report.bad} of {len(report.index) + len(report.index.excluded)} images are bad"
     bad += f" ({report.bad_fraction:.2%}, at most {report.max_bad_fraction:.2%} may be)"
     if report.lost:
         return f"unusable: {len(report.lost)} tars are damaged or cut short; {bad}"

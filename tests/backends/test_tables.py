@@ -17,7 +17,9 @@ from tests.backends import backend_case as case
 from tests.processes import run_ranks
 
 pytestmark = [
-    *(pytest.mark.slow, pytest.mark.gloo, pytest.mark.deepspeed),
+    pytest.mark.slow,
+    pytest.mark.gloo,
+    pytest.mark.deepspeed,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 STEPS = 10

@@ -56,8 +56,11 @@ def test_two_ranks_equal_plain(plain: Any, kind: str) -> None:
 @pytest.mark.parametrize(
     ("world_size", "kind", "micro"),
     [
-        *((1, "zero3", 2), (4, "zero1", 1), (4, "zero3gathered", 1)),
-        *(slow(1, "zero1", 4), slow(4, "zero2", 2)),
+        (1, "zero3", 2),
+        (4, "zero1", 1),
+        (4, "zero3gathered", 1),
+        slow(1, "zero1", 4),
+        slow(4, "zero2", 2),
     ],
 )
 def test_one_and_four_ranks_equal_plain(plain: Any, world_size: int, kind: str, micro: int) -> None:

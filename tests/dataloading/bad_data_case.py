@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-LEFT_OUT = "left out"
+LEFT_OUT = "excluded"
 RIGHT = "right"
-SOME = "some picture"
+SOME = "some image"
 GREY = "grey"
 STOPS = "stops, 75"
 REFUSED = "refused, 78"
-PASSED = "passed over"
+PASSED = "skipped"
 
 Pixels = NDArray[np.uint8]
 Change = Callable[[Path], None]
@@ -109,7 +109,7 @@ class Case(NamedTuple):
     make: Change
     outcome: str
     detail: str = ""
-    """Part of the reason of what is left out or grey; else a remark."""
+    """Part of the reason of what is excluded or grey; else a remark."""
     expected: Pixels | None = None
     """RGB pixels of what is right, from before it was encoded."""
     tolerance: float = 0.6
@@ -131,7 +131,7 @@ def good(name: str, data: bytes, expected: Any, remark: str = "", tolerance: flo
     return Case(name, write(data), RIGHT, remark, np.asarray(expected), tolerance)
 
 
-def left_out(name: str, data: bytes, reason: str) -> Case:
+def excluded(name: str, data: bytes, reason: str) -> Case:
     return Case(name, write(data), LEFT_OUT, reason)
 
 
@@ -148,20 +148,20 @@ def changed(name: str, change: Change, reason: str, outcome: str = GREY) -> Case
 
 
 FILES = [
-    left_out("empty.jpg", b"", "empty file"),
-    left_out("text.jpg", b"<html>404 Not Found</html>", "not an image of a known format"),
-    left_out("random.jpg", RNG.bytes(3000), "not an image of a known format"),
-    left_out("eps.jpg", EPS, "not an image of a known format"),
-    left_out("junk-before.jpg", b"junk" + JPEG, "not an image of a known format"),
+    excluded("empty.jpg", b"", "empty file"),
+    excluded("text.jpg", b"<html>404 Not Found</html>", "not an image of a known format"),
+    excluded("random.jpg", RNG.bytes(3000), "not an image of a known format"),
+    excluded("eps.jpg", EPS, "not an image of a known format"),
+    excluded("junk-before.jpg", b"junk" + JPEG, "not an image of a known format"),
     good("junk-after.jpg", JPEG + RNG.bytes(500), COLOUR, "", 3),
-    left_out("cut-in-header.jpg", JPEG[:30], "JPEG ends before its frame header"),
+    excluded("cut-in-header.jpg", JPEG[:30], "JPEG ends before its frame header"),
     grey("cut-after-header.jpg", JPEG[: JPEG.index(b"\xff\xda") + 20]),
     grey("cut-half.jpg", JPEG[: len(JPEG) // 2]),
     grey("cut-last-percent.jpg", JPEG[: len(JPEG) * 99 // 100]),
     grey("cut-two-bytes.jpg", JPEG[:-2]),
-    left_out("cut-in-header.png", PNG[:20], "header cannot be read"),
+    excluded("cut-in-header.png", PNG[:20], "header cannot be read"),
     grey("cut-half.png", PNG[: len(PNG) // 2]),
-    left_out("cut-half.webp", WEBP[: len(WEBP) // 2], "header cannot be read"),
+    excluded("cut-half.webp", WEBP[: len(WEBP) // 2], "header cannot be read"),
     damaged("random-middle.jpg", JPEG[:MIDDLE] + RNG.bytes(40) + JPEG[MIDDLE + 40 :]),
     damaged("zero-middle.jpg", JPEG[:MIDDLE] + bytes(40) + JPEG[MIDDLE + 40 :]),
     grey("random-middle.png", PNG[: len(PNG) // 2] + RNG.bytes(40) + PNG[len(PNG) // 2 + 40 :]),
@@ -208,9 +208,9 @@ FILES = [
     good("png-named.jpg", PNG, COLOUR),
     good("one-pixel.png", encode(COLOUR[:1, :1], "PNG"), COLOUR[:1, :1]),
     good("wide.png", black(20_000, 30), np.zeros((30, 20_000, 3), np.uint8)),
-    left_out("bomb.png", black(14_000, 14_000), "too many pixels for Pillow"),
-    left_out("header-65535.jpg", with_size(JPEG, 65535, 65535), "65535 x 65535 has more than"),
-    left_out("header-0.jpg", with_size(JPEG, 80, 0), "header says 80 x 0 pixels"),
+    excluded("bomb.png", black(14_000, 14_000), "too many pixels for Pillow"),
+    excluded("header-65535.jpg", with_size(JPEG, 65535, 65535), "65535 x 65535 has more than"),
+    excluded("header-0.jpg", with_size(JPEG, 80, 0), "header says 80 x 0 pixels"),
 ]
 
 
@@ -239,7 +239,7 @@ def unreadable(path: Path) -> None:
 
 
 PLACES = [
-    Case("folder.jpg", folder_with_picture, LEFT_OUT, "a folder; what is in it is looked at"),
+    Case("folder.jpg", folder_with_picture, LEFT_OUT, "a folder; the files in it are listed"),
     Case("dangling.jpg", lambda path: path.symlink_to("nowhere.jpg"), LEFT_OUT, "No such file"),
     Case("dangling-folder", lambda path: path.symlink_to("nowhere"), LEFT_OUT, "No such file"),
     Case(
@@ -290,10 +290,10 @@ CHANGES = [
         change=write(PNG[: len(PNG) // 2] + bytes(40) + PNG[len(PNG) // 2 + 40 :]),
     ),
     Case(
-        "turned-to-another-picture.png",
+        "turned-to-another-image.png",
         write(png(80, 64, 8, 2, b"".join(b"\0" + row.tobytes() for row in COLOUR)).ljust(30_000)),
         RIGHT,
-        "the new picture",
+        "the new image",
         OTHER,
         change=write(
             png(80, 64, 8, 2, b"".join(b"\0" + row.tobytes() for row in OTHER)).ljust(30_000)

@@ -1,4 +1,4 @@
-"""The corpus of tars that misbehave; see ``bad_data_case``. Every tar has one good picture too."""
+"""The corpus of tars that misbehave; see ``bad_data_case``. Every tar has one good image too."""
 
 import gzip
 from pathlib import Path
@@ -21,13 +21,13 @@ from tests.dataloading.bad_data_case import (
 )
 from tests.dataloading.tar_case import reference, write_tar
 
-SAMPLE = PNG.ljust(8000, b"\0")  # a size that other pictures can have, too
+SAMPLE = PNG.ljust(8000, b"\0")  # a size that other images can have, too
 GOOD = ("good.png", SAMPLE)
 
 
-def tar(*members: tuple[str, bytes]) -> Change:
+def tar(*list_members: tuple[str, bytes]) -> Change:
     def make(path: Path) -> None:
-        write_tar(path, [GOOD, *members])
+        write_tar(path, [GOOD, *list_members])
 
     return make
 
@@ -102,10 +102,10 @@ TARS = [
         change=overwrite(0, bytes(8000)),
     ),
     Case(
-        "turned-to-other-pictures.tar",
+        "turned-to-other-images.tar",
         TWO,
         RIGHT,
-        "the new picture",
+        "the new image",
         OTHER,
         change=pictures_of(OTHER),
     ),

@@ -1,4 +1,4 @@
-"""Generated photographs."""
+"""Generated images."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -44,7 +44,8 @@ DECODERS = [
     pytest.param(
         "gpu",
         marks=[
-            *(pytest.mark.dali, pytest.mark.gpu),
+            pytest.mark.dali,
+            pytest.mark.gpu,
             pytest.mark.skipif(
                 NO_DALI or not torch.cuda.is_available(), reason="needs DALI and a GPU"
             ),
@@ -94,7 +95,7 @@ def settings(decode: str) -> dict[str, Any]:
 
 
 def views(index: Index, decode: str, quarantine: Path) -> list[View]:
-    """Whole pictures, not mirrored, of all samples."""
+    """Whole images, not mirrored, of all samples."""
     count = 8
     with Stream(
         index,
@@ -172,11 +173,11 @@ def test_a_file_becomes_what_the_table_says(folder: Seen, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", those(FOLDER, LEFT_OUT, PASSED))
-def test_a_file_is_left_out_as_the_table_says(folder: Seen, case: Case) -> None:
+def test_a_file_is_excluded_as_the_table_says(folder: Seen, case: Case) -> None:
     assert case.name not in folder.index.names
-    left_out = dict(folder.index.left_out)
-    assert (case.name in left_out) == (case.outcome == LEFT_OUT)
-    assert case.detail in left_out.get(case.name, "")
+    excluded = dict(folder.index.excluded)
+    assert (case.name in excluded) == (case.outcome == LEFT_OUT)
+    assert case.detail in excluded.get(case.name, "")
 
 
 def test_what_is_in_a_folder_named_as_a_picture_is_used(folder: Seen) -> None:
@@ -187,7 +188,7 @@ def test_what_is_in_a_folder_named_as_a_picture_is_used(folder: Seen) -> None:
 def test_a_tar_becomes_what_the_table_says(tars: Seen, case: Case) -> None:
     index = tars.index
     rows = [i for i in range(len(index)) if index.where(i)[0].name == case.name]
-    reasons = [reason for name, reason in index.left_out if case.name in name]
+    reasons = [reason for name, reason in index.excluded if case.name in name]
     if case.outcome == PASSED:
         assert not rows and not reasons
         return
@@ -241,7 +242,7 @@ def test_what_cannot_be_read_stops_and_decides_nothing(
         pytest.raises(ReadError, match=re.escape(str(root / case.name))) as caught,
     ):
         next(stream)
-    assert case.detail in str(caught.value) and "then start again" in str(caught.value)
+    assert case.detail in str(caught.value) and "then launch again" in str(caught.value)
     assert caught.value.exit_code == 75 and not quarantine.exists()
 
 
@@ -255,7 +256,7 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path, case: Case) -> None:
 
 def test_indexing_decodes_nothing(tmp_path: Path, monkeypatch) -> None:
     def decoded(*_):
-        raise MemoryError("a picture was decoded")
+        raise MemoryError("an image was decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
     for case in cases.FILES:
@@ -320,7 +321,7 @@ def test_any_damage_ends_in_a_picture_or_a_reason(tmp_path: Path, decode: str) -
                 broken = broken[: generator.integers(1, len(data))]
             (root / f"{number:02d}-{name}").write_bytes(broken)
     index = build_index(root, max_pixels=1_000_000)
-    assert len(index) + len(index.left_out) == 12 * len(cases.FORMATS)
+    assert len(index) + len(index.excluded) == 12 * len(cases.FORMATS)
     first, second = (views(index, decode, tmp_path / "quarantine.jsonl") for _ in range(2))
     assert same(Seen(index, first, second))
     assert all(view.valid == (view.line is None) for view in first)
@@ -350,14 +351,14 @@ def test_links_to_one_folder_from_two_places_are_two_classes_and_no_loop(tmp_pat
     index = build_index(root)
     assert list(index.names) == ["one/a.png", "two/a.png"]
     loop = "a link to a folder above it"
-    assert index.left_out == (("one/back", loop), ("two/back", loop))
+    assert index.excluded == (("one/back", loop), ("two/back", loop))
 
 
 def test_keys_of_two_tars_do_not_concern_each_other(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         write_tar(tmp_path / name, [("0.png", PNG)])
     index = build_index(tmp_path)
-    assert len(index) == 2 and not index.left_out
+    assert len(index) == 2 and not index.excluded
 
 
 def test_the_documented_table_is_this_corpus() -> None:

@@ -34,8 +34,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     each = COUNT // SHARDS
     for shard in range(SHARDS):
         numbers = range(shard * each, (shard + 1) * each)
-        members = [(f"{number:06d}.jpg", jpeg(number)) for number in numbers]
-        write_tar(folder / f"train-{shard}.tar", members)
+        list_members = [(f"{number:06d}.jpg", jpeg(number)) for number in numbers]
+        write_tar(folder / f"train-{shard}.tar", list_members)
     return build_index(folder)
 
 

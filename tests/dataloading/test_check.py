@@ -40,8 +40,8 @@ def test_broken_files_are_named_with_their_reason(photographs: Path) -> None:
 
 def test_broken_members_are_named_by_tar_and_offset(photographs: Path, tmp_path: Path) -> None:
     whole = (photographs / "class0" / "00.jpg").read_bytes()
-    members = [("a.jpg", whole), ("b.jpg", whole[: len(whole) // 2]), ("c.jpg", whole)]
-    tar = write_tar(tmp_path / "tars" / "x.tar", members, "ustar")
+    list_members = [("a.jpg", whole), ("b.jpg", whole[: len(whole) // 2]), ("c.jpg", whole)]
+    tar = write_tar(tmp_path / "tars" / "x.tar", list_members, "ustar")
     (fault,) = find_undecodable(build_index(tar), 1, lambda done: None)
     offset = 512 + -(-len(whole) // 512) * 512 + 512
     assert (fault.sample, fault.name) == (1, f"byte {offset} of x.tar")

@@ -50,17 +50,17 @@ def test_digest_is_stable_and_follows_keys_and_sizes(photographs, tmp_path):
     assert build_index(moved).digest not in (digest, renamed)
 
 
-def test_unusable_files_are_left_out_with_reasons(photographs, picture):
+def test_unusable_files_are_excluded_with_reasons(photographs, picture):
     good = build_index(photographs)
     (photographs / "empty.jpg").touch()
-    (photographs / "text.jpg").write_text("this is not a picture")
+    (photographs / "text.jpg").write_text("this is not an image")
     (photographs / "header.jpg").write_bytes((photographs / good.names[0]).read_bytes()[:30])
     (photographs / "gone.jpg").symlink_to("nowhere.jpg")
     picture(0, 300, 200).save(photographs / "large.png")
-    (photographs / "notes.txt").write_text("passed over")
-    (photographs / ".hidden.jpg").write_text("passed over")
+    (photographs / "notes.txt").write_text("skipped")
+    (photographs / ".hidden.jpg").write_text("skipped")
     index = build_index(photographs, max_pixels=59_999)
-    assert dict(index.left_out) == {
+    assert dict(index.excluded) == {
         "empty.jpg": "empty file",
         "gone.jpg": "cannot be read: No such file or directory",
         "header.jpg": "JPEG ends before its frame header",
@@ -111,7 +111,7 @@ def test_kept_index_is_used_while_the_files_are_the_same(photographs, tmp_path, 
     loaded = load_or_build(photographs, tmp_path / "kept")
     assert loaded.digest == built.digest == build_digest(loaded)
     assert loaded.names == built.names and loaded.labels == built.labels
-    assert loaded.left_out == built.left_out
+    assert loaded.excluded == built.excluded
     assert np.array_equal(loaded.entries, built.entries)
 
 
@@ -155,8 +155,7 @@ def test_index_folder_that_cannot_be_made_is_the_users_error(photographs, tmp_pa
         load_or_build(photographs, tmp_path / "file" / "kept")
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(("mode", "progressive"), [("RGB", True), ("L", False), ("CMYK", False)])
 def test_jpeg_size_is_found_behind_long_metadata(tmp_path, picture, mode, progressive):
     for length in (0, 1000, 5000, 60000):
         path = tmp_path / f"{length}.jpg"

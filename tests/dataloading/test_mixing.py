@@ -58,11 +58,11 @@ def test_labels_that_cannot_tell_say_nothing(labels: list[int]) -> None:
 def write_shards(folder: Path, picture, labels: list[str]) -> Path:
     picture(0, 16, 16).save(folder / "one.jpg")
     data = (folder / "one.jpg").read_bytes()
-    members: list[tuple[str, bytes]] = []
+    list_members: list[tuple[str, bytes]] = []
     for number, label in enumerate(labels):
-        members.append((f"{number:03d}.jpg", data))
-        members += [(f"{number:03d}.cls", label.encode())] * bool(label)
-    write_tar(folder / "tars" / "train-0.tar", members)
+        list_members.append((f"{number:03d}.jpg", data))
+        list_members += [(f"{number:03d}.cls", label.encode())] * bool(label)
+    write_tar(folder / "tars" / "train-0.tar", list_members)
     return folder / "tars"
 
 
@@ -75,7 +75,7 @@ def test_sorted_shards_are_refused_unless_forced(tmp_path: Path, picture, caplog
     for remedy in ("check_data.py", "--pack", "data.shuffle=full", "data.window_on_sorted=true"):
         assert remedy in message
     require_mixed(index, on_sorted=True)
-    assert "data.window_on_sorted lets it pass" in caplog.text
+    assert "data.window_on_sorted=true allows it" in caplog.text
 
 
 def test_sorted_folders_are_refused_likewise(photographs: Path) -> None:

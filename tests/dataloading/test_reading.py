@@ -91,14 +91,14 @@ def test_storage_that_is_gone_is_waited_for_once():
         raise OSError(errno.EIO, "Input/output error")
 
     with pytest.raises(ReadError, match=r"a.jpg: Input/output error"):
-        patience.read(fail, "a.jpg")
+        patience.retry(fail, "a.jpg")
     first = len(calls)
     assert first > 1
     for _ in range(5):
         with pytest.raises(ReadError):
-            patience.read(fail, "b.jpg")
+            patience.retry(fail, "b.jpg")
     assert len(calls) == first + 5
-    assert patience.read(lambda: 7, "c.jpg") == 7
+    assert patience.retry(lambda: 7, "c.jpg") == 7
 
 
 def test_what_is_no_read_error_is_not_tried_again():
@@ -106,7 +106,7 @@ def test_what_is_no_read_error_is_not_tried_again():
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError):
-        Patience(60).read(bug, "a.jpg")
+        Patience(60).retry(bug, "a.jpg")
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
@@ -132,7 +132,7 @@ def test_failing_storage_within_a_header_is_no_fault_of_the_picture(tmp_path, pi
 
     monkeypatch.setattr(os, "pread", falter)
     index = build_index(tmp_path)
-    assert failed and len(index) == 1 and not index.left_out
+    assert failed and len(index) == 1 and not index.excluded
 
 
 def test_a_tar_is_opened_anew_when_its_handle_goes_stale(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_an_index_that_cannot_be_read_is_not_made(photographs, tmp_path, monkeyp
     assert caught.value.exit_code == 75 and not (tmp_path / "kept").exists()
 
 
-def test_a_folder_that_may_not_be_listed_is_refused_not_left_out(photographs, monkeypatch):
+def test_a_folder_that_may_not_be_listed_is_refused_not_excluded(photographs, monkeypatch):
     real = os.scandir
 
     def refuse(path):

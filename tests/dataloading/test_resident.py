@@ -48,7 +48,7 @@ def test_matrix_products_cut_as_the_resampler_does(photographs, size):
     )(np.arange(96))
     reader, decode = Reader(index), make_decode(None)
     side = max(index.entries["width"].max(), index.entries["height"].max())
-    # What lies outside a picture is never looked at: noise there changes nothing.
+    # What lies outside an image is never looked at: noise there changes nothing.
     whole = torch.randint(0, 256, (96, 3, side, side), dtype=torch.uint8)
     expected = []
     for place, sample in enumerate(plan.ids):
@@ -73,7 +73,7 @@ def test_weights_of_every_length_have_sum_one_and_stay_within_the_line():
 
 def test_a_set_that_is_too_large_is_refused(photographs, monkeypatch):
     monkeypatch.setattr(resident, "MOST_BYTES", 1 << 10)
-    message = r"would keep 0.0 GiB a process \(12 images in squares of 167\).* set data.resident=fa"
+    message = r"would keep 0.0 GiB per process \(12 images in squares of 167\).* set data.res"
     with pytest.raises(DataError, match=message):
         Stream(build_index(photographs), resident=True, **OPTIONS)
 
@@ -84,7 +84,7 @@ def test_dali_is_refused_beside_it(photographs):
 
 
 def test_storage_that_fails_says_so_and_the_next_call_tries_again(photographs, caplog):
-    """As every decoder: an error in place of the batch, no grey picture, no record of a fault."""
+    """As every decoder: an error in place of the batch, no grey image, no record of a fault."""
     index = build_index(photographs)
     away = photographs / "class0" / "03.jpg"
     kept = away.rename(away.with_suffix(".away"))
@@ -95,4 +95,4 @@ def test_storage_that_fails_says_so_and_the_next_call_tries_again(photographs, c
         with caplog.at_level(logging.INFO, "dataloading"):
             batch = next(stream)
         assert batch.position.tolist() == list(range(8, 16)) and batch.valid.all()
-        assert "12 pictures stay decoded on cpu, 1 MiB" in caplog.text
+        assert "12 images stay decoded on cpu, 1 MiB" in caplog.text

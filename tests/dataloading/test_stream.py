@@ -18,7 +18,7 @@ SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 
 
 def take(index, number, **options):
-    """The first views as a list of (position, sample, view, valid, first picture)."""
+    """The first views as a list of (position, sample, view, valid, first image)."""
     options = {"seed": 5, "micro_batch": 4, "sizes": (32,), "threads": 2} | options
     views = []
     with Stream(index, **options) as stream:
@@ -60,8 +60,7 @@ def test_batch_is_the_planned_one(photographs):
         assert (stream.draws, stream.bad) == (24, 0)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("micro_batch", [2, 4])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 4), (3, 2)])
 def test_draws_do_not_depend_on_ranks_and_micro_batches(photographs, world_size, micro_batch):
     index = build_index(photographs)
     alone = take(index, 36)
@@ -78,8 +77,7 @@ def test_draws_do_not_depend_on_ranks_and_micro_batches(photographs, world_size,
     assert same(shared, expected)
 
 
-@pytest.mark.parametrize("start", [0, 4, 7, 12, 25])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("start", "threads"), [(4, 1), (7, 3), (12, 1), (25, 3)])
 def test_stream_starts_anywhere(photographs, start, threads):
     index = build_index(photographs)
     whole = take(index, 40)

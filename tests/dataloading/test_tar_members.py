@@ -4,14 +4,14 @@ import tarfile
 
 import pytest
 
-from dataloading.tars import members
+from dataloading.tars import list_members
 from tests.dataloading.tar_case import FORMATS, reference, write_tar
 
 
 def walked(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return list(members(descriptor, path.stat().st_size))
+        return list(list_members(descriptor, path.stat().st_size))
     finally:
         os.close(descriptor)
 

@@ -23,7 +23,7 @@ from tests.dataloading.tar_case import FORMATS, reference, write_tar
 
 @pytest.fixture
 def jpegs(picture):
-    """Encoded photographs of different sizes."""
+    """Encoded images of different sizes."""
 
     def encode(i):
         file = io.BytesIO()
@@ -56,7 +56,7 @@ def test_samples_have_sizes_labels_and_bytes(tars, jpegs):
     assert index.labels == ("0", "6", "12", "18", "24")
     assert index.entries["label"].tolist() == [i % 5 for i in range(12)]
     assert index.entries["shard"].tolist() == [i // 4 for i in range(12)]
-    assert index.entries.dtype == ENTRY and not index.left_out
+    assert index.entries.dtype == ENTRY and not index.excluded
     source = index.open()
     for i, row in enumerate(index.entries):
         assert source.read(i) == jpegs[i] and row["size"] == len(jpegs[i])
@@ -148,11 +148,11 @@ def test_key_is_the_name_up_to_the_first_dot_of_the_file(tmp_path, jpegs):
     ]
     index = build_index(write_tar(tmp_path / "a.tar", content))
     assert index.entries["label"].tolist() == [0, -1, -1, 1]
-    assert not index.left_out
+    assert not index.excluded
     assert [index.open().read(i) for i in range(4)] == jpegs[:4]
 
 
-def test_bad_members_are_left_out_with_reasons(tmp_path, jpegs, picture):
+def test_bad_members_are_excluded_with_reasons(tmp_path, jpegs, picture):
     large = io.BytesIO()
     picture(0, 300, 200).save(large, "PNG")
     content = [
@@ -160,7 +160,7 @@ def test_bad_members_are_left_out_with_reasons(tmp_path, jpegs, picture):
         ("a.jpg", jpegs[1]),
         ("a.png", large.getvalue()),
         ("empty.jpg", b""),
-        ("text.jpg", b"this is not a picture"),
+        ("text.jpg", b"this is not an image"),
         ("header.jpg", jpegs[0][:30]),
         ("large.png", large.getvalue()),
         ("a.cls", b"1"),
@@ -172,7 +172,7 @@ def test_bad_members_are_left_out_with_reasons(tmp_path, jpegs, picture):
     index = build_index(path, max_pixels=59_999)
     offsets = [offset for _, offset, _ in reference(path)]
     second = "a second image of its sample; the first is used"
-    assert index.left_out == (
+    assert index.excluded == (
         (f"byte {offsets[1]} of a.tar (a.jpg)", second),
         (f"byte {offsets[2]} of a.tar (a.png)", second),
         (f"byte {offsets[3]} of a.tar (empty.jpg)", "empty file"),
@@ -198,15 +198,15 @@ def test_cut_tar_gives_what_stands_before_the_cut(tars):
     path.write_bytes(data[: offset + size - 10])
     index = build_index(tars)
     name = f"byte {offset} of train-001.tar (006.jpg)"
-    assert index.left_out == ((name, "the tar is cut short: 10 bytes are missing"),)
+    assert index.excluded == ((name, "the tar is cut short: 10 bytes are missing"),)
     assert index.entries["shard"].tolist() == [0] * 4 + [1] * 2 + [2] * 4
     path.write_bytes(data[: offset - 100])
     name = f"byte {offset - 512} of train-001.tar"
-    reason = "the tar is cut short within a header; the rest of this tar is left out"
-    assert build_index(tars).left_out == ((name, reason),)
+    reason = "the tar is cut short within a header; the rest of this tar is excluded"
+    assert build_index(tars).excluded == ((name, reason),)
     path.write_bytes(data[: offset - 512])
     reason = "no end-of-archive mark: the tar may be cut short"
-    assert build_index(tars).left_out == ((name, reason),)
+    assert build_index(tars).excluded == ((name, reason),)
 
 
 def test_damaged_header_leaves_out_the_rest_of_its_tar_once(tars):
@@ -216,8 +216,8 @@ def test_damaged_header_leaves_out_the_rest_of_its_tar_once(tars):
     data[at + 3] ^= 0x40
     path.write_bytes(data)
     index = build_index(tars)
-    reason = "damaged header: its checksum is wrong; the rest of this tar is left out"
-    assert index.left_out == ((f"byte {at} of train-001.tar", reason),)
+    reason = "damaged header: its checksum is wrong; the rest of this tar is excluded"
+    assert index.excluded == ((f"byte {at} of train-001.tar", reason),)
     assert index.entries["shard"].tolist() == [0] * 4 + [1] * 2 + [2] * 4
     assert index.entries["label"].tolist()[5] == -1 == index.labels.index("0") - 1
 
@@ -227,7 +227,7 @@ def test_archive_behind_the_end_of_another_is_reported(tmp_path, jpegs):
     path.write_bytes(path.read_bytes() * 2)
     index = build_index(path)
     assert len(index) == 1
-    assert "more follows the end of the archive" in index.left_out[0][1]
+    assert "more follows the end of the archive" in index.excluded[0][1]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -314,14 +314,14 @@ def test_kept_index_is_small_mapped_and_used_while_the_tars_are_the_same(
     assert (kept / "index.npy").stat().st_size == header + 25 * len(built)
     assert json.loads((kept / "index.json").read_text())["names"] == []
     with monkeypatch.context() as patch:
-        patch.delattr(dataloading.webdataset, "members")  # walking a tar would fail
+        patch.delattr(dataloading.webdataset, "list_members")  # walking a tar would fail
         loaded = load_or_build(tars, kept)
         elsewhere = load_or_build(tars / "train-{000..003}.tar", kept)
     assert isinstance(loaded.entries.base, np.memmap) and not loaded.entries.flags.writeable
     assert np.array_equal(loaded.entries, built.entries)
     for index in (loaded, elsewhere):
         assert index.digest == built.digest and list(index.names) == list(built.names)
-        assert index.labels == built.labels and index.left_out == built.left_out
+        assert index.labels == built.labels and index.excluded == built.excluded
         assert [index.open().read(i) for i in range(12)] == jpegs
     os.utime(tars / "train-001.tar", (5, 5))
     write_tar(tars / "train-003.tar", [("a.jpg", jpegs[0])])
@@ -378,9 +378,9 @@ def test_real_photographs_in_tars():
     default = Path(__file__).parents[2].parent / "shared" / "data"
     folder = Path(os.environ.get("CMTMAE_TEST_DATA", default)) / "imagenet-samples"
     if not folder.is_dir():
-        pytest.skip(f"no real photographs: {folder} is absent (set CMTMAE_TEST_DATA)")
+        pytest.skip(f"no real images: {folder} is absent (set CMTMAE_TEST_DATA)")
     index = build_index(folder)
-    assert len(index) == 329 and len(index.labels) == 329 and not index.left_out
+    assert len(index) == 329 and len(index.labels) == 329 and not index.excluded
     assert sorted(index.entries["label"].tolist()) == list(range(329))
     expected = [row for tar in sorted(folder.glob("*.tar")) for row in reference(tar)]
     images = [(offset, size) for name, offset, size in expected if name.endswith(".jpg")]

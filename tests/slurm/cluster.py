@@ -60,7 +60,8 @@ class Cluster:
         places = ("socket", "key", "log", "pid", "seed")
         self.spawn(
             "munged",
-            *("--foreground", "--force"),
+            "--foreground",
+            "--force",
             *(f"--{o}={munge / p}" for o, p in zip(options, places, strict=True)),
         )
         wait_for(lambda: (munge / "socket").exists(), 10, "munged's socket")
