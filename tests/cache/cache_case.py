@@ -12,7 +12,7 @@ from cmtmae_scale.cache.build import Builder, build_shards
 from cmtmae_scale.cache.format import Manifest
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.teachers.build import assemble
+from cmtmae_scale.teachers.build import assemble_teacher
 from dataloading.index import build_index
 from tests.engine.run_case import BASE, make_photographs
 
@@ -39,7 +39,7 @@ def make_builder(recipe: Path, overrides: list[str] | None = None) -> Builder:
     need = needs(config)
     if config.cache.codec == "attention":
         need = need._replace(teacher_features=False)
-    teacher = assemble(config, need, load=True)
+    teacher = assemble_teacher(config, need, load=True)
     return Builder(config, build_index(config.data.path), teacher, torch.device("cpu"))
 
 
