@@ -1,12 +1,13 @@
-"""Measure the training step, the decoders, or a teacher's cache.
+"""Measure the training step, the decoders, a teacher cache, or the start-up of commands.
 
 python launchers/benchmark.py train --config configs/vit_large.yaml [--sweep KEY=A,B]
 python launchers/benchmark.py train --config configs/mae_base.yaml --against hf_mae
 python launchers/benchmark.py data datasets/imagenet-1k/train
 python launchers/benchmark.py cache [--config configs/demo.yaml]
+python launchers/benchmark.py startup
 """
 
-from cmtmae_scale.commands.benchmark import main
+from cmtmae_scale.commands.benchmark import run_benchmark
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_benchmark())

@@ -1,11 +1,9 @@
-"""Prepare photographs and a teacher, train a small student, show what it does.
+"""Prepare images and a teacher, train a small student, show the results.
 
 python launchers/demo.py [--steps N] [--fresh] [key=value ...]
 """
 
-from pathlib import Path
-
-from cmtmae_scale.commands.demo import main
+from cmtmae_scale.commands.demo import run_demo
 
 if __name__ == "__main__":
-    raise SystemExit(main(Path(__file__).resolve().parents[1]))
+    raise SystemExit(run_demo())

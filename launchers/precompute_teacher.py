@@ -1,8 +1,10 @@
-"""Compute a teacher's attention and features once, or verify what was computed."""
+"""Compute a teacher's attention maps and features once, or verify what was computed.
 
-import sys
+python launchers/precompute_teacher.py --config RECIPE [--verify | --repair | --plan]
+python launchers/precompute_teacher.py --follow RUN_DIR
+"""
 
 from cmtmae_scale.commands.precompute import precompute_teacher
 
 if __name__ == "__main__":
-    sys.exit(precompute_teacher())
+    raise SystemExit(precompute_teacher())

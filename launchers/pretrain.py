@@ -1,4 +1,4 @@
-"""Pre-train a student: plain python, torchrun, or deepspeed's launcher.
+"""Pre-train a student: plain python, torchrun, srun, or deepspeed's launcher.
 
 python launchers/pretrain.py --config configs/demo.yaml [--dry-run] [key=value ...]
 """

@@ -1,9 +1,9 @@
-"""What runs did, as one page that needs no network: settings, curves, pictures, time, accuracy.
+"""Write one page about runs, readable offline: settings, curves, figures, time, accuracy.
 
 python launchers/report.py RUN_DIR [RUN_DIR ...] [--out FILE]
 """
 
-from cmtmae_scale.commands.report import main
+from cmtmae_scale.commands.report import write_report
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(write_report())

@@ -4,9 +4,7 @@ python launchers/study.py configs/studies/smoke.yaml [--minutes M] [--jobs N] [-
 python launchers/study.py configs/studies/first.yaml --dry-run
 """
 
-from pathlib import Path
-
-from cmtmae_scale.commands.study import main
+from cmtmae_scale.commands.study import run_study
 
 if __name__ == "__main__":
-    raise SystemExit(main(Path(__file__).resolve().parents[1]))
+    raise SystemExit(run_study())

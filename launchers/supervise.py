@@ -3,7 +3,7 @@
 python launchers/supervise.py [--grace SECONDS] -- torchrun ... launchers/pretrain.py --config ...
 """
 
-from cmtmae_scale.commands.supervise import main
+from cmtmae_scale.commands.supervise import supervise
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(supervise())

@@ -1,13 +1,14 @@
-"""Every recipe says what it is, loads, and tells what it would do with no data present."""
+"""Every recipe has a header, loads, and has a dry run without data."""
 
 import shlex
 from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.commands.dry_run import describe
-from cmtmae_scale.commands.evaluate import parse
+from cmtmae_scale.commands.dry_run import render_dry_run
+from cmtmae_scale.commands.finetune import parse_options
 from cmtmae_scale.config.finetune import load_finetune
+from cmtmae_scale.config.hints import RENAMED
 from cmtmae_scale.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,11 +63,11 @@ def test_the_commands_of_a_tunings_header_load(
 ) -> None:
     monkeypatch.chdir(ROOT)
     text = header(recipe).split("# Command:")[1].replace("#", " ")
-    lines = text.split("launchers/evaluate.py")[1:]
+    lines = text.split("launchers/finetune.py")[1:]
     assert len(lines) == 2
     for line in lines:
-        options = parse(shlex.split(line.split("torchrun")[0]))
-        assert options.method == "finetune" and options.config == f"configs/{recipe.name}"
+        options = parse_options(shlex.split(line.split("torchrun")[0]))
+        assert options.config == f"configs/{recipe.name}"
         assert load_finetune(options.config, options.overrides) is not None
 
 
@@ -78,8 +79,14 @@ def test_a_dry_run_needs_no_data(
     monkeypatch.chdir(tmp_path)
     if config.teacher.weights and config.teacher.weights.endswith(".safetensors"):
         config.teacher.weights = "random"  # the demo makes its teacher's file first
-    text = describe(config, 2)
+    text = render_dry_run(config, 2)
     if config.data.expected_images is not None:
         assert f"{config.data.expected_images} (data.expected_images; not counted)" in text
-    for part in ("encoder", "GFLOP a view", "at the peak", "would resume    nothing"):
+    for part in ("encoder", "GFLOP per view", "at the peak", "would resume    nothing"):
         assert part in text
+
+
+def test_no_comment_of_a_recipe_names_an_old_key() -> None:
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        found = [key for key in RENAMED if f"{key}=" in path.read_text()]
+        assert not found, (path, found)

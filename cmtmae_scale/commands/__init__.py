@@ -1,1 +1,1 @@
-"""One module per command: parse, check, then run."""
+"""One module per command: parse the line and check the config, then import and run."""

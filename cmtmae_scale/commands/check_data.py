@@ -1,4 +1,4 @@
-"""``launchers/check_data.py PATH [--pack OUT]``."""
+"""``cmtmae check-data PATH [--pack OUT]``: decode, report and pack a data set."""
 
 import argparse
 import json
@@ -8,85 +8,88 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING
 
 from cmtmae_scale.config.schema import Data, Views
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
-from cmtmae_scale.runtime.log import set_up_logging
-from cmtmae_scale.runtime.progress_bar import Progress
-from cmtmae_scale.tools.data_report import describe, survey
-from dataloading.check import Fault, find_undecodable
+from cmtmae_scale.runtime.log import progress_bar, set_up_logging
+from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.errors import DataError
-from dataloading.index import Index, SourceName, build_index
-from dataloading.mixing import class_mixing
-from dataloading.pack import Pack
-from dataloading.sheet import draw_sheet
+
+if TYPE_CHECKING:
+    from dataloading.check import Fault
+    from dataloading.index import Index
 
 logger = logging.getLogger(__name__)
 
-_EXITS = """exit code: 0 go on; 78 do not: too many bad images, a damaged tar, or nothing usable;
-75 stopped by Ctrl-C, the same command starts again and a pack goes on"""
+SOURCES = ("auto", "folder", "webdataset")
+
+_EXITS = """exit code: 0 usable; 78 unusable: too many bad images, a damaged tar, or no image;
+75 stopped by Ctrl-C, the same command restarts and a pack resumes"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Look through a data set and say whether to go on; returns the exit code."""
-    options = parse(arguments)
+def check_data(arguments: Sequence[str] | None = None) -> int:
+    """Decode a data set and report whether it is usable; returns the exit code."""
+    options = parse_options(arguments)
     set_up_logging(0, 1)
     try:
-        return check(options)
+        return check_images(options)
     except DataError as error:
         logger.error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:
-        logger.warning("stopped; nothing half-written counts, and the same command may be repeated")
+        logger.warning("stopped; no partial file is used, and the same command may be repeated")
         return EXIT_STOPPED
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; a usage error exits with 78."""
     parser = Parser(
-        description="Decode every image of a data set, say what is wrong and where, and pack it.",
+        description="Decode every image of a data set, report faults, and pack it.",
         epilog=_EXITS,
         allow_abbrev=False,
     )
     parser.add_argument("path", help="as data.path: folder of images, or tars")
-    parser.add_argument("--source", choices=get_args(SourceName), default="auto", help="its layout")
+    parser.add_argument("--source", choices=SOURCES, default="auto", help="its layout")
     parser.add_argument(
         "--max-pixels", type=at_least_one, default=Data.max_pixels, help="as data.max_pixels"
     )
     parser.add_argument(
-        "--max-bad-share",
+        "--max-bad-fraction",
         type=share,
         default=Data.max_bad_fraction,
-        help="share of bad images above which the exit code is 78",
+        help="fraction of bad images above which the exit code is 78",
     )
     parser.add_argument(
         "--threads",
         type=at_least_one,
         default=len(os.sched_getaffinity(0)),
-        help="reader and decoder threads; one for each core",
+        help="reader and decoder threads; one per core",
     )
     parser.add_argument(
-        "--sheet", type=_picture, metavar="FILE", help="random views in a grid, .jpg or .png"
+        "--sheet", type=image_path, metavar="FILE", help="random views in a grid, .jpg or .png"
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="also write all as JSON")
     parser.add_argument(
-        "--pack", type=Path, metavar="OUT", help="then write it as shuffled tars into this folder"
+        "--pack", type=Path, metavar="OUT", help="then write shuffled tars into this folder"
     )
     parser.add_argument(
-        "--shard-mb", type=at_least_one, default=1000, help="size of a packed tar, about; 1000"
+        "--shard-mb", type=at_least_one, default=1000, help="approximate size of a packed tar; 1000"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the packed order and the views")
     return parser.parse_args(arguments)
 
 
-def check(options: argparse.Namespace) -> int:
-    """Index, draw, decode, report, pack; returns the exit code.
+def check_images(options: argparse.Namespace) -> int:
+    """Index, draw, decode, report and pack; returns the exit code.
 
     Raises:
-        DataError: nothing usable, or something that cannot be read or written.
+        DataError: no usable image, or a file that cannot be read or written.
     """
+    from dataloading.index import build_index
+    from dataloading.sheet import draw_sheet
+
     index = build_index(options.path, options.source, options.max_pixels)
     if options.sheet is not None:
         views = Views()
@@ -101,39 +104,48 @@ def check(options: argparse.Namespace) -> int:
         )
         logger.info("%s: views as a run with run.seed=%d cuts them", options.sheet, options.seed)
     if options.pack is None:
-        go_on = report(index, decode_all(index, options.threads), options)
-        return EXIT_DONE if go_on else EXIT_CONFIG
-    return pack(index, options)
+        usable = report_data(index, decode_all(index, options.threads), options)
+        return EXIT_DONE if usable else EXIT_CONFIG
+    return pack_images(index, options)
 
 
-def decode_all(index: Index, threads: int) -> list[Fault]:
-    """Decode everything, with progress."""
-    with Progress("decoding", len(index)) as progress:
+def decode_all(index: "Index", threads: int) -> "list[Fault]":
+    """Return the images that cannot be decoded; shows progress."""
+    from dataloading.check import find_undecodable
+
+    with progress_bar("decoding", len(index), "images") as progress:
         return find_undecodable(index, threads, progress)
 
 
-def report(index: Index, undecodable: Sequence[Fault], options: argparse.Namespace) -> bool:
-    """Print and write the report; returns whether to go on.
+def report_data(
+    index: "Index", undecodable: "Sequence[Fault]", options: argparse.Namespace
+) -> bool:
+    """Print and write the report; returns whether the data set is usable.
 
     Raises:
         DataError: if the report cannot be written.
     """
-    found = survey(index, undecodable, options.max_bad_fraction)
-    sys.stdout.write(describe(found) + "\n")
+    from cmtmae_scale.tools.data_report import render_data_report, summarise_data
+
+    found = summarise_data(index, undecodable, options.max_bad_fraction)
+    sys.stdout.write(render_data_report(found) + "\n")
     sys.stdout.flush()
     if options.report is not None:
         try:
             options.report.parent.mkdir(parents=True, exist_ok=True)
-            options.report.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+            write_atomic(options.report, json.dumps(found.to_dict(), indent=1) + "\n")
         except OSError as error:
             raise DataError(
                 f"{options.report}: cannot be written ({error.strerror}); name another file"
             ) from error
-    return found.go_on
+    return found.is_usable
 
 
-def pack(index: Index, options: argparse.Namespace) -> int:
-    """Report, and pack what can be decoded; returns the exit code."""
+def pack_images(index: "Index", options: argparse.Namespace) -> int:
+    """Report, and pack the decodable images; returns the exit code."""
+    from dataloading.mixing import class_mixing
+    from dataloading.pack import Pack
+
     job = Pack(index, options.pack, seed=options.seed, shard_bytes=options.shard_mb * 1_000_000)
     with ExitStack() as stack:
         stack.enter_context(job.held())
@@ -142,23 +154,25 @@ def pack(index: Index, options: argparse.Namespace) -> int:
             undecodable = decode_all(index, options.threads)
         else:
             undecodable = plan.left_out
-            logger.info("%s: all was decoded before this pack began; it goes on", options.pack)
-        if not report(index, undecodable, options):
+            logger.info("%s: all images were decoded before; the pack resumes", options.pack)
+        if not report_data(index, undecodable, options):
             return EXIT_CONFIG
         plan = plan or job.begin(undecodable)
-        progress = stack.enter_context(Progress("packing", len(index) - len(undecodable)))
+        count = len(index) - len(undecodable)
+        progress = stack.enter_context(progress_bar("packing", count, "images"))
         job.write(plan, threads=options.threads, max_pixels=options.max_pixels, tell=progress)
     packed = job.read_back(plan, options.max_pixels)
     mixing = class_mixing(packed.entries["label"])
     sys.stdout.write(
         f"\npacked and read back: {len(packed)} images in {len(packed.shards)} tars, "
-        f"{len(undecodable)} left out; {mixing or 'no labels'}\n"
+        f"{len(undecodable)} excluded; {mixing or 'no labels'}\n"
         f"data.path={options.pack} data.shuffle=window data.expected_images={len(packed)}\n"
     )
     return EXIT_DONE
 
 
-def _picture(text: str) -> Path:
+def image_path(text: str) -> Path:
+    """Parse the path of a .jpg or .png file."""
     path = Path(text)
     if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise argparse.ArgumentTypeError(f"{text} must end in .jpg or .png")

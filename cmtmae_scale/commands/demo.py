@@ -1,4 +1,4 @@
-"""The demo's command: prepare, train ``configs/demo.yaml`` in a process of its own, show."""
+"""``cmtmae demo``: prepare, train ``configs/demo.yaml`` in a process of its own, show."""
 
 import argparse
 import json
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmtmae_scale.commands.report import write_report
+from cmtmae_scale.commands.clone import find_clone
+from cmtmae_scale.commands.report import write_page
+from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
-from cmtmae_scale.tools.demo.cached import train_from_cache
-from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
-from cmtmae_scale.tools.demo.teacher import prepare_teacher
+from cmtmae_scale.runtime.arguments import Parser
 from dataloading.errors import DataError
 
 RECIPE = "configs/demo.yaml"
@@ -25,66 +25,69 @@ ROWS = 8
 COLUMNS = ("loss/total", "loss/teacher", "loss/student", "images_s")
 
 
-def main(root: Path, arguments: Sequence[str] | None = None) -> int:
-    """Run the demo.
+def run_demo(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo, in the folder of the clone.
 
     Args:
-        root: the clone, whose ``configs`` and ``launchers`` are used; becomes the working folder.
         arguments: command line without the program's name; ``None``: the process's own.
 
     Returns:
         Exit code: 0, or that of the training.
     """
-    options = parse(arguments)
+    options = parse_options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    os.chdir(root)
     try:
-        config = load_config(RECIPE)
-        tell("photographs and teacher ...")
+        os.chdir(find_clone())
+        config = load_config(RECIPE, options.overrides)
+        from cmtmae_scale.tools.demo.cached import train_from_cache
+        from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
+        from cmtmae_scale.tools.demo.teacher import prepare_teacher
+
+        print_line("images and teacher ...")
         images = prepare_photos(Path(config.data.path))
         prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
         teacher = prepare_teacher(Path(str(config.teacher.weights)))
         overrides = derive_overrides(config, teacher is None, options)
         config = load_config(RECIPE, overrides)
     except (CmtMaeError, DataError) as error:
-        tell(str(error))
+        print_line(str(error))
         return error.exit_code
     run_dir = Path(config.run.output_dir)
     if options.fresh:
-        forget(run_dir)
+        delete_run(run_dir)
     label = RANDOM if teacher is None else f"teacher {config.teacher.model}"
-    tell(f"{images} photographs in {config.data.path}; {label}; training in {run_dir}")
+    print_line(f"{images} images in {config.data.path}; {label}; training in {run_dir}")
     command = [sys.executable, "launchers/pretrain.py", "--config", RECIPE, *overrides]
     code = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
     if code:
         hint = "; --fresh starts it anew" if code == EXIT_CONFIG else ""
-        tell(f"the training ended with exit code {code}{hint}")
+        print_line(f"the run ended with exit code {code}{hint}")
         return code
-    code = train_from_cache(RECIPE, overrides, run_dir, int(config.train.steps or 0), tell)
+    code = train_from_cache(RECIPE, overrides, run_dir, int(config.train.steps or 0), print_line)
     if code:
         return code
-    tell(loss_table(read_log(run_dir / "log.jsonl"), label))
-    tell(closing(run_dir, write_report([run_dir]), command))
+    print_line(loss_table(read_losses(run_dir / "log.jsonl"), label))
+    print_line(next_steps(run_dir, write_page([run_dir]), command))
     return 0
 
 
-def tell(text: str) -> None:
-    """Say something to the person at the terminal."""
+def print_line(text: str) -> None:
+    """Print a line at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``[--steps N] [--fresh] [key=value ...]``."""
-    parser = argparse.ArgumentParser(description="Show CMT-MAE at work.", allow_abbrev=False)
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``[--steps N] [--fresh] [key=value ...]``; a usage error exits with 78."""
+    parser = Parser(description="Show CMT-MAE at work.", allow_abbrev=False, hint=key_hint)
     parser.add_argument("--steps", type=int, help="a shorter or longer run, in its own folder")
-    parser.add_argument("--fresh", action="store_true", help="forget an earlier run of the demo")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser.parse_intermixed_args(arguments)
 
 
 def derive_overrides(config: Config, is_random: bool, options: argparse.Namespace) -> list[str]:
-    """Overrides of the recipe; another length or a random teacher is another run and folder."""
+    """Return overrides of the recipe; another length or a random teacher gets its own folder."""
     overrides: list[str] = []
     folder = config.run.output_dir
     if options.steps is not None:
@@ -97,20 +100,20 @@ def derive_overrides(config: Config, is_random: bool, options: argparse.Namespac
     return [*overrides, f"run.output_dir={folder}", *options.overrides]
 
 
-def forget(run_dir: Path) -> None:
-    """Delete a run's folder, if it is one."""
+def delete_run(run_dir: Path) -> None:
+    """Delete a folder if it is a run's."""
     if (run_dir / "config.yaml").is_file() or (run_dir / "exit.json").is_file():
         shutil.rmtree(run_dir)
 
 
-def read_log(file: Path) -> list[dict[str, float]]:
-    """Entries of ``log.jsonl`` that hold a loss."""
+def read_losses(file: Path) -> list[dict[str, float]]:
+    """Return the entries of ``log.jsonl`` with a loss."""
     entries = [json.loads(line) for line in file.read_text().splitlines()]
     return [entry for entry in entries if "loss/total" in entry]
 
 
 def loss_table(entries: Sequence[dict[str, float]], label: str) -> str:
-    """Some entries from the first to the last, and how the loss changed."""
+    """Return a table of entries from the first to the last, and the change of the loss."""
     if not entries:
         return "no log entry was written"
     count = min(ROWS, len(entries))
@@ -127,27 +130,27 @@ def loss_table(entries: Sequence[dict[str, float]], label: str) -> str:
     return "\n".join(lines)
 
 
-def closing(run_dir: Path, report: Path, command: Sequence[str]) -> str:
-    """Where the results are and what to try next."""
+def next_steps(run_dir: Path, report: Path, command: Sequence[str]) -> str:
+    """Return the places of the results, and commands to try next."""
     binaries = Path(sys.executable).parent
     tensorboard = shutil.which("tensorboard", path=str(binaries)) or "tensorboard"
     torchrun = shutil.which("torchrun", path=str(binaries)) or "torchrun"
     pretrain = f"launchers/pretrain.py --config {RECIPE}"
     hiding = "run.output_dir=runs/demo-hide mask.sampler=hide_salient mask.masks_per_view=1"
     return f"""
-report       {report}  (curves, pictures, time, accuracy: one page for any browser)
-pictures     {run_dir / "pictures"}  (attention of teacher, student and both, masks, features)
-curves       {short(tensorboard)} --logdir {run_dir}
+report       {report}  (curves, figures, time, accuracy: one page for any browser)
+figures      {run_dir / "figures"}  (attention of teacher, student and both, masks, features)
+curves       {relative_path(tensorboard)} --logdir {run_dir}
 checkpoints  {run_dir / "checkpoints"}
 
 try next
-  {short(command[0])} launchers/evaluate.py knn --checkpoint {run_dir}
-  {short(command[0])} {pretrain} --dry-run
-  {short(command[0])} {pretrain} {hiding}
-  {short(command[0])} launchers/report.py {run_dir} runs/demo-hide
-  {short(torchrun)} --nproc-per-node=2 {pretrain} run.output_dir=runs/demo-2"""
+  {relative_path(command[0])} launchers/evaluate.py knn --checkpoint {run_dir}
+  {relative_path(command[0])} {pretrain} --dry-run
+  {relative_path(command[0])} {pretrain} {hiding}
+  {relative_path(command[0])} launchers/report.py {run_dir} runs/demo-hide
+  {relative_path(torchrun)} --nproc-per-node=2 {pretrain} run.output_dir=runs/demo-2"""
 
 
-def short(path: str) -> str:
-    """Path from the working folder, where it lies below."""
+def relative_path(path: str) -> str:
+    """Return a path relative to the working folder, where it is below."""
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path

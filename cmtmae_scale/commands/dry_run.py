@@ -1,6 +1,6 @@
-"""What a run would be, without running it: batch, parameters, operations, memory, resumption.
+"""``--dry-run``: batch, parameters, FLOPs, memory and resumption of a run, without running it.
 
-Counts come from meta tensors; nothing is allocated and no image is read.
+Counts come from meta tensors; no memory is allocated and no image is read.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.teachers.build import build_teacher_skeleton
-from cmtmae_scale.tools.estimate import count_operations, count_shards, memory_bytes
+from cmtmae_scale.tools.estimate import count_flops, count_shards, memory_bytes
 from dataloading.errors import DataError
 from dataloading.index import load_or_build
 
@@ -35,7 +35,7 @@ GIB = 2**30
 
 
 def render_dry_run(config: Config, world_size: int) -> str:
-    """Text of ``--dry-run``.
+    """Return the text of ``--dry-run``.
 
     Raises:
         ConfigError: settings that cannot work.
@@ -46,7 +46,7 @@ def render_dry_run(config: Config, world_size: int) -> str:
         teacher = build_teacher_skeleton(config) if needs(config).teacher else None
         model = CollaborativeMAE(config, teacher.width if teacher else None)
         momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
-    work = count_operations(config, model, momentum, teacher)
+    flops = count_flops(config, model, momentum, teacher)
     lines = [yaml.safe_dump(config_to_dict(config), sort_keys=False)]
     lines.append(f"images          {images if images is not None else 'unknown'} ({origin})")
     if images is not None or config.train.steps is not None:
@@ -56,25 +56,25 @@ def render_dry_run(config: Config, world_size: int) -> str:
         f"learning rate   {peak_lr(config):.3g} = {config.optimizer.base_lr:g} base x "
         f"{config.train.global_batch_size} views / 256"
     )
-    lines.append(f"encoder         {millions(model.encoder)} parameters")
-    lines.append(f"decoder         {millions(model.decoder)} parameters")
-    lines.append(f"heads           {millions(model.heads)} parameters")
+    lines.append(f"encoder         {format_millions(model.encoder)} parameters")
+    lines.append(f"decoder         {format_millions(model.decoder)} parameters")
+    lines.append(f"heads           {format_millions(model.heads)} parameters")
     if teacher is not None:
         origin = f", read from {cache_folder(config)}" if reads_cache(config) else ""
         origin += "" if builds_teacher(config) else " and not built"
-        lines.append(f"teacher         {millions(teacher.model)} parameters, frozen{origin}")
+        lines.append(f"teacher         {format_millions(teacher.model)} parameters, frozen{origin}")
     lines.append(
-        f"GFLOP a view    student {work.student / 1e9:.1f} (forward and backward), "
-        f"momentum {work.momentum / 1e9:.1f}, teacher {work.teacher / 1e9:.1f}; 2 a multiply-add"
+        f"GFLOP per view  student {flops.student / 1e9:.1f} (forward and backward), "
+        f"momentum {flops.momentum / 1e9:.1f}, teacher {flops.teacher / 1e9:.1f} (2 per MAC)"
     )
     parts = memory_bytes(config, world_size, model, momentum, teacher)
     lines += memory_lines(parts, sum(parts.values()), count_shards(config, world_size).states)
-    lines.append(f"would resume    {resumable(config)}")
+    lines.append(f"would resume    {resumed_checkpoint(config)}")
     return "\n".join(lines)
 
 
 def count_images(config: Config) -> tuple[int | None, str]:
-    """Number of images from an existing index, or as the recipe expects."""
+    """Return the number of images from an existing index or from the recipe, and its source."""
     folder = Path(config.data.index) if config.data.index else Path(config.run.output_dir) / "index"
     if folder.is_dir():
         try:
@@ -95,19 +95,19 @@ def count_images(config: Config) -> tuple[int | None, str]:
 
 
 def memory_lines(parts: dict[str, float], total: float, shards: int) -> list[str]:
-    """Bytes a GPU by part; a model, not a measurement."""
-    lines = [f"memory a GPU    {name:<17}{value / GIB:8.2f} GiB" for name, value in parts.items()]
+    """Return the modelled memory per GPU, one line per kind."""
+    lines = [f"memory per GPU  {name:<17}{value / GIB:8.2f} GiB" for name, value in parts.items()]
     lines.append(
-        f"memory a GPU    {'at the peak':<17}{total / GIB:8.2f} GiB (modelled, {shards} shards; "
+        f"memory per GPU  {'at the peak':<17}{total / GIB:8.2f} GiB (modelled, {shards} shards; "
         "states exact, activations of the eager student)"
     )
     return lines
 
 
-def resumable(config: Config) -> str:
-    """The checkpoint that the run would continue from, or why it would not.
+def resumed_checkpoint(config: Config) -> str:
+    """Name the checkpoint that the run would resume, or the reason for a new run.
 
-    Files are compared by size only here, and images are not compared.
+    Files are compared by size only, and images are not compared.
     """
     for folder in checkpoints.list_checkpoints(Path(config.run.output_dir) / "checkpoints"):
         if checkpoints.find_damage(folder, (-1, 1)) is None:
@@ -127,6 +127,6 @@ def resumable(config: Config) -> str:
     return "nothing: a new run"
 
 
-def millions(module: nn.Module) -> str:
-    """Number of parameters, in millions."""
+def format_millions(module: nn.Module) -> str:
+    """Format the number of parameters, in millions."""
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"

@@ -1,4 +1,4 @@
-"""``launchers/evaluate.py METHOD``: accuracy of frozen features or of fine-tuned weights."""
+"""``cmtmae evaluate METHOD``: accuracy of frozen features or of fine-tuned weights."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cmtmae_scale.commands.rank import run_as_rank
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
-from cmtmae_scale.runtime.arguments import Parser, at_least_one
+from cmtmae_scale.runtime.arguments import Parser, add_launcher_options, at_least_one, not_negative
 from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
 
@@ -15,7 +15,7 @@ WEIGHTS = ("student", "momentum", "teacher")
 DECODERS = ("auto", "dali", "torch")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def evaluate(arguments: Sequence[str] | None = None) -> int:
     """Run one rank of an evaluation; ``finetune`` as the first word runs the fine-tuning command.
 
     Returns:
@@ -76,14 +76,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def not_negative(text: str) -> float:
-    """Parse a finite number of at least 0."""
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
-    return number
-
-
 def add_weight_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the evaluated weights."""
     which = parser.add_mutually_exclusive_group(required=True)
@@ -99,8 +91,7 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="timm's name, for a .safetensors file without config.json")
     parser.add_argument("--file", help="weights for --timm")
     parser.add_argument("--size", type=at_least_one, help="side of the images for --timm, pixels")
-    # DeepSpeed's launcher adds this option; ranks come from the environment.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    add_launcher_options(parser)
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +142,6 @@ def check_image_options(options: argparse.Namespace) -> None:
     for name in ("split", "held_out"):
         fraction = getattr(options, name, None)
         if fraction is not None and not 0 < fraction < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}={fraction} must lie between 0 and 1")
+            raise ConfigError(f"--{name.replace('_', '-')}={fraction} must be between 0 and 1")
     if options.split is not None and options.test is not None:
         raise ConfigError("--split makes the test set out of --train; drop --split or --test")

@@ -1,72 +1,20 @@
-"""``launchers/export.py KIND``: weights for other libraries, verified before publication."""
+"""``cmtmae export KIND``: weights for other libraries, verified before publication."""
 
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from torch import Tensor
 
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError
-from cmtmae_scale.evaluation.encoders import weights_digest
-from cmtmae_scale.export import full, hugging_face, timm_folder
-from cmtmae_scale.export.card import CardFacts, model_card
-from cmtmae_scale.export.compare import TOLERANCE, Agreement
-from cmtmae_scale.export.encoder import export_encoder
-from cmtmae_scale.export.folder import publish_folder
-from cmtmae_scale.export.origin import Origin, Weights, open_origin
-from cmtmae_scale.export.views import open_views
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.log import set_up_logging
-from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 
-class Format(NamedTuple):
-    """A format of exported folders."""
-
-    library: Callable[[], str]
-    """Return the loading library with its version; raises ``ConfigError`` where it is missing."""
-    hub_name: str
-    title: str
-    write: Callable[[Path, Origin], None]
-    check: Callable[[Path, Origin, Tensor], Agreement]
-    snippet: Callable[[Origin], str]
-
-
-FORMATS = {
-    "timm": Format(
-        timm_folder.timm_version,
-        "timm",
-        "an encoder for timm",
-        timm_folder.write_timm,
-        timm_folder.check_timm,
-        timm_folder.timm_snippet,
-    ),
-    "hf": Format(
-        lambda: f"transformers {hugging_face.require_transformers().__version__}",
-        "transformers",
-        "an encoder for transformers",
-        hugging_face.write_hf,
-        hugging_face.check_hf,
-        lambda origin: hugging_face.hf_snippet(),
-    ),
-    "full": Format(
-        lambda: "CollaborativeMAE",
-        "cmtmae_scale",
-        "encoder, decoder and prediction heads",
-        full.write_full,
-        full.check_full,
-        lambda origin: full.full_snippet(),
-    ),
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def export_weights(arguments: Sequence[str] | None = None) -> int:
     """Export weights and print where they are; returns the exit code."""
     options = parse_options(arguments)
     set_up_logging(0, 1)
@@ -115,6 +63,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run_encoder(options: argparse.Namespace) -> str:
     """Export one file; returns the text to print."""
+    from cmtmae_scale.export.encoder import export_encoder
+
     done = export_encoder(options.checkpoint, options.output, options.weights)
     return (
         f"{done.file}: {options.weights} encoder at step {done.step}, {done.num_tensors} tensors, "
@@ -124,54 +74,7 @@ def run_encoder(options: argparse.Namespace) -> str:
 
 def run_folder(options: argparse.Namespace) -> str:
     """Export a folder; returns the text to print."""
-    weights: Weights = "student" if options.what == "full" else options.weights
+    from cmtmae_scale.export.formats import export_folder
+
+    weights = "student" if options.what == "full" else options.weights
     return export_folder(options.what, options.checkpoint, options.output, weights, options.images)
-
-
-def export_folder(
-    what: str, place: Path, output: Path | None, weights: Weights, images: Path | None
-) -> str:
-    """Write a folder, load it back, compare its outputs on images, then publish it.
-
-    Args:
-        what: one of ``FORMATS``.
-        place: a checkpoint's folder, or a run's for its newest intact checkpoint.
-        output: folder to write; ``None``: named after weights, format and step, in the working
-            folder.
-        weights: student or momentum encoder.
-        images: images to verify on; ``None``: the run's own.
-
-    Returns:
-        Location and verification of the export.
-
-    Raises:
-        CheckpointError: no checkpoint, a broken one, one without these weights, or an export that
-            computes something else.
-        ConfigError: an output that exists or cannot be written, no images, a missing library, or
-            an architecture that the library does not know.
-        DataError: unusable images.
-    """
-    kind = FORMATS[what]
-    library = kind.library()
-    origin = open_origin(place, weights)
-    output = output or Path(f"{weights}-{what}-{origin.folder.name}")
-    with publish_folder(output) as draft:
-        kind.write(draft, origin)
-        views = open_views(images, origin)
-        found = kind.check(draft, origin, views.images)
-        checked = (
-            f"loaded back by {library}; largest difference on {len(views.images)} images "
-            f"{found} (allowed: {TOLERANCE:g} of that)"
-        )
-        facts = CardFacts(
-            kind.hub_name,
-            kind.title,
-            kind.snippet(origin),
-            f"Checked when exported: {checked}.",
-            weights_digest(origin.encoder().state_dict()),
-            views.num_images,
-        )
-        write_atomic(draft / "README.md", model_card(origin, facts))
-    return (
-        f"{output}: {kind.title}, {weights} at step {origin.step}, {checked}\nimages: {views.place}"
-    )

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, share
 from cmtmae_scale.runtime.launch import World, find_world
-from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.log import progress_bar, set_up_logging
 from dataloading.errors import DataError
 
 if TYPE_CHECKING:
@@ -295,24 +295,3 @@ def await_file(path: Path, reason: str) -> bool:
             return False
         time.sleep(POLL_S)
     return True
-
-
-@contextmanager
-def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield a callback for the number done: a bar on a terminal, else a log line per interval."""
-    from tqdm import tqdm
-
-    from dataloading.entries import PROGRESS_S
-
-    began = logged_at = time.monotonic()
-    with tqdm(total=total, desc=title, unit=unit, disable=not sys.stderr.isatty()) as bar:
-
-        def report(done: int) -> None:
-            nonlocal logged_at
-            bar.update(done - bar.n)
-            now = time.monotonic()
-            if bar.disable and (done == total or now - logged_at >= PROGRESS_S):
-                logged_at = now
-                logger.info("%s", tqdm.format_meter(done, total, now - began, 0, title, unit=unit))
-
-        yield report

@@ -1,22 +1,24 @@
-"""``launchers/report.py RUN_DIR``: write a report of runs as one HTML page."""
+"""``cmtmae report RUN_DIR``: write a report of runs as one HTML page."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.storage import write_atomic
-from cmtmae_scale.tools.report.page import render_page
-from cmtmae_scale.tools.report.run import Run, read_run
+
+if TYPE_CHECKING:
+    from cmtmae_scale.tools.report.run import Run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def write_report(arguments: Sequence[str] | None = None) -> int:
     """Write a report; returns the exit code."""
     options = parse_options(arguments)
     try:
-        file = write_report(options.runs, options.out)
+        file = write_page(options.runs, options.out)
     except CmtMaeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -37,7 +39,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Read runs and write their page, whole or not at all.
 
     Args:
@@ -51,6 +53,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         ConfigError: if a folder is not a run's, or the file cannot be written.
     """
+    from cmtmae_scale.tools.report.page import render_page
+    from cmtmae_scale.tools.report.run import read_run
+
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     make_labels_unique(runs)
     file = out or runs[0].dir / ("report.html" if len(runs) == 1 else "comparison.html")
@@ -65,7 +70,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     return file
 
 
-def make_labels_unique(runs: Sequence[Run]) -> None:
+def make_labels_unique(runs: "Sequence[Run]") -> None:
     """Append the folder to the labels of runs with the same name."""
     for label in {run.label for run in runs}:
         alike = [run for run in runs if run.label == label]

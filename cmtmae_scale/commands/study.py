@@ -1,4 +1,4 @@
-"""``launchers/study.py STUDY.yaml``: run the missing jobs of a study, write its table."""
+"""``cmtmae study STUDY.yaml``: run the missing jobs of a study, write its table."""
 
 import argparse
 import json
@@ -7,28 +7,26 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cmtmae_scale.commands.clone import find_clone
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one
-from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.storage import write_atomic
-from cmtmae_scale.tools.study.execute import Executor, study_exit_code
-from cmtmae_scale.tools.study.figure import draw_results
 from cmtmae_scale.tools.study.file import Study, load_study
-from cmtmae_scale.tools.study.results import collect_results
-from cmtmae_scale.tools.study.table import results_markdown, results_record
-from cmtmae_scale.tools.study.work import Run, plan_runs
 from dataloading.errors import DataError
+
+if TYPE_CHECKING:
+    from cmtmae_scale.tools.study.work import Run
 
 logger = logging.getLogger(__name__)
 
 
-def main(root: Path, arguments: Sequence[str] | None = None) -> int:
-    """Run a study, or as many of its jobs as the time limit allows.
+def run_study(arguments: Sequence[str] | None = None) -> int:
+    """Run a study, in the folder of the clone, or as many of its jobs as the time limit allows.
 
     Args:
-        root: the clone, whose ``configs`` and ``launchers`` are used; becomes the working folder.
         arguments: command line without the program's name; ``None``: the process's own.
 
     Returns:
@@ -39,9 +37,14 @@ def main(root: Path, arguments: Sequence[str] | None = None) -> int:
     set_up_logging(0, 1)
     try:
         file = options.study.resolve()
+        root = find_clone()
         os.chdir(root)
         place = os.path.relpath(file) if file.is_relative_to(root) else str(file)
         study = load_study(place)
+        from cmtmae_scale.runtime.lock import hold_run
+        from cmtmae_scale.tools.study.execute import Executor, study_exit_code
+        from cmtmae_scale.tools.study.work import plan_runs
+
         runs = plan_runs(study)
         selected = select_runs(study, runs, options.rows)
         if options.dry_run:
@@ -71,7 +74,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def select_runs(study: Study, runs: Sequence[Run], rows: Sequence[str] | None) -> list[Run]:
+def select_runs(study: Study, runs: "Sequence[Run]", rows: Sequence[str] | None) -> "list[Run]":
     """Return the runs of some rows; ``None``: of all.
 
     Raises:
@@ -83,7 +86,7 @@ def select_runs(study: Study, runs: Sequence[Run], rows: Sequence[str] | None) -
     return [run for run in runs if rows is None or run.row in rows]
 
 
-def list_missing(runs: Sequence[Run]) -> str:
+def list_missing(runs: "Sequence[Run]") -> str:
     """List the missing commands, in the order of execution."""
     lines: list[str] = []
     incomplete = 0
@@ -96,16 +99,19 @@ def list_missing(runs: Sequence[Run]) -> str:
     return "\n".join([*lines, f"{incomplete} of {len(runs)} runs are incomplete", ""])
 
 
-def write_results(study: Study, runs: Sequence[Run], place: str) -> str:
+def write_results(study: Study, runs: "Sequence[Run]", place: str) -> str:
     """Write table and figure of all available results; returns the text to print."""
+    from cmtmae_scale.tools.study.figure import draw_results
+    from cmtmae_scale.tools.study.results import collect_results
+    from cmtmae_scale.tools.study.table import results_markdown, results_record
+
     results = collect_results(study, runs)
     folder = Path(study.dir)
     folder.mkdir(parents=True, exist_ok=True)
     table = results_markdown(study, results, place)
     write_atomic(folder / "table.md", table)
-    write_atomic(
-        folder / "results.json", json.dumps(results_record(study, results), indent=1) + "\n"
-    )
+    record = json.dumps(results_record(study, results), indent=1)
+    write_atomic(folder / "results.json", f"{record}\n")
     text = [table, f"written to {folder / 'table.md'} and {folder / 'results.json'}"]
     if any(row.found for row in results.rows):
         write_atomic(folder / "figure.svg", draw_results(study, results))

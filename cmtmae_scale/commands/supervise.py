@@ -1,4 +1,4 @@
-"""The parent of a launcher: passes signals to the ranks, waits, reaps, returns their exit code.
+"""``cmtmae supervise``: the parent of a launcher, which returns the exit code of its ranks.
 
 For containers, as process 1, and for batch scripts. ``deepspeed`` forwards no signals, torchrun
 turns every code into 1, and both leave processes behind when they are killed.
@@ -22,20 +22,20 @@ from cmtmae_scale.runtime.processes import descendants
 
 logger = logging.getLogger(__name__)
 
-PASSED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_S = 120.0
-"""Seconds from a signal until what is left is killed."""
+"""Seconds from a signal until the remaining processes are killed."""
 PAUSE_S = 0.2
 SUBREAPER = 36
 """``PR_SET_CHILD_SUBREAPER`` of prctl(2)."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def supervise(arguments: Sequence[str] | None = None) -> int:
     """Run ``[--grace SECONDS] -- COMMAND ...``.
 
     Returns:
-        The code that the ranks left with, 75 if the start was stopped before there were any, 1
-        for ranks that ended without a code, and without ranks the command's own code.
+        The exit code of the ranks; 75 if the launch was stopped before any rank started; 1 for
+        ranks that ended without a code; without ranks the command's own code.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=float,
         default=GRACE_S,
         metavar="SECONDS",
-        help="from a signal until what is left is killed; longer than a save takes",
+        help="from a signal until the remaining processes are killed; longer than a save takes",
     )
     options = parser.parse_args(arguments[:split])
     if not command:
@@ -65,15 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Supervisor:
-    """One start of a command.
+    """One launch of a command.
 
-    Signals stay blocked and are fetched, so that none is lost, whatever this process is doing; as
-    process 1 of a container the kernel would otherwise drop those that have no handler.
+    Signals stay blocked and are fetched, so none is lost. For process 1 of a container the kernel
+    would otherwise drop signals without a handler.
 
     Args:
         command: launcher with its arguments.
-        folder: an empty folder, in which the ranks leave their process ids and codes.
-        grace_s: seconds from a signal until what is left is killed.
+        folder: an empty folder, to which the ranks write their process ids and codes.
+        grace_s: seconds from a signal until the remaining processes are killed.
 
     Raises:
         OSError: if the command cannot be started.
@@ -84,8 +84,8 @@ class Supervisor:
         self.grace_s = grace_s
         self.received: list[int] = []
         self.deadline = float("inf")
-        self.passed: set[tuple[int, int]] = set()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED, signal.SIGCHLD})
+        self.forwarded: set[tuple[int, int]] = set()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
         adopt_orphans()
         self.status: int | None = None
         self.child = os.posix_spawnp(
@@ -97,64 +97,66 @@ class Supervisor:
         )
 
     def run(self) -> int:
-        """Wait until the command and all ranks are gone; returns the exit code."""
+        """Wait until the command and all ranks have ended; returns the exit code."""
         while self.is_working():
-            received = signal.sigtimedwait({*PASSED, signal.SIGCHLD}, PAUSE_S)
-            if received is not None and received.si_signo in PASSED:
-                self.note(received.si_signo)
+            received = signal.sigtimedwait({*FORWARDED, signal.SIGCHLD}, PAUSE_S)
+            if received is not None and received.si_signo in FORWARDED:
+                self.record_signal(received.si_signo)
             self.reap()
-            self.pass_on()
+            self.forward_signals()
             if time.monotonic() > self.deadline:
-                logger.warning("not gone %.0f s after the signal; killing", self.grace_s)
+                logger.warning(
+                    "processes remain %.0f s after the signal; killing them", self.grace_s
+                )
                 break
-        self.clear()
-        return self.code()
+        self.kill_remaining()
+        return self.exit_code()
 
     def is_working(self) -> bool:
-        """Whether the command runs; or, when it has ended, ranks that it left behind."""
+        """Return whether the command runs, or ranks that it left behind."""
         if self.status is None:
             return True
-        left = self.ranks_left()
-        if left and self.deadline == float("inf"):
-            logger.warning("the launcher is gone, but not ranks %s; waiting", sorted(left))
+        alive = self.living_ranks()
+        if alive and self.deadline == float("inf"):
+            logger.warning("the launcher has ended, ranks %s have not; waiting", sorted(alive))
             self.deadline = time.monotonic() + self.grace_s
-        return bool(left)
+        return bool(alive)
 
-    def ranks_left(self) -> set[int]:
-        """Processes of ranks that are alive."""
+    def living_ranks(self) -> set[int]:
+        """Return the process ids of living ranks."""
         return read_reports(self.folder).keys() & set(descendants(os.getpid()))
 
-    def note(self, number: int) -> None:
-        """Take a signal; a second one of the same kind changes nothing."""
+    def record_signal(self, number: int) -> None:
+        """Record a signal; a second signal of the same kind changes nothing."""
         if number not in self.received:
-            logger.info("%s: passing it to the ranks", signal.Signals(number).name)
+            logger.info("%s: forwarding it to the ranks", signal.Signals(number).name)
             self.received.append(number)
             self.deadline = min(self.deadline, time.monotonic() + self.grace_s)
 
-    def pass_on(self) -> None:
-        """Send what was received to the ranks, each once, those that come later too."""
-        for pid in self.ranks_left() if self.received else ():
+    def forward_signals(self) -> None:
+        """Send every received signal to each rank once, also to ranks that start later."""
+        for pid in self.living_ranks() if self.received else ():
             for number in self.received:
-                if (pid, number) not in self.passed:
-                    self.passed.add((pid, number))
-                    send(pid, number)
+                if (pid, number) not in self.forwarded:
+                    self.forwarded.add((pid, number))
+                    send_signal(pid, number)
 
     def reap(self) -> None:
-        """Take the exit status of every process that has ended."""
+        """Reap every ended process."""
         for pid, status in ended_children():
             if pid == self.child:
                 self.status = os.waitstatus_to_exitcode(status)
 
-    def clear(self) -> None:
-        """Kill what is left and wait until it is gone."""
-        while left := list(descendants(os.getpid())):
-            for pid in left:
-                send(pid, signal.SIGKILL)
+    def kill_remaining(self) -> None:
+        """Kill the remaining processes and wait until they are gone."""
+        while remaining := list(descendants(os.getpid())):
+            for pid in remaining:
+                send_signal(pid, signal.SIGKILL)
             signal.sigtimedwait({signal.SIGCHLD}, PAUSE_S)
         self.reap()
 
-    def code(self) -> int:
-        """The exit code of the whole."""
+    def exit_code(self) -> int:
+        """Return the exit code of the launch."""
         codes = list(read_reports(self.folder).values())
         if codes:
             return common_code(codes)
@@ -164,10 +166,10 @@ class Supervisor:
 
 
 def torchrun_settings(grace_s: float) -> dict[str, str]:
-    """Defaults for torchrun, which by itself dies of SIGUSR1 and kills ranks after 30 s.
+    """Return environment defaults for torchrun, which dies of SIGUSR1 and kills ranks after 30 s.
 
-    They are read from the environment by every supported version; options of the command line
-    come first. Versions without such a time limit ignore it.
+    Every supported version reads them; options of the command line win. Versions without such a
+    time limit ignore it.
     """
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
     return {
@@ -177,12 +179,12 @@ def torchrun_settings(grace_s: float) -> dict[str, str]:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent dies, as process 1 is anyway."""
+    """Become the parent of orphaned descendants, as process 1 is anyway."""
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
 
 
 def ended_children() -> Iterator[tuple[int, int]]:
-    """Process id and wait status of children that have ended."""
+    """Yield process id and wait status of ended children."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -193,8 +195,8 @@ def ended_children() -> Iterator[tuple[int, int]]:
         yield pid, status
 
 
-def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may be gone."""
+def send_signal(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

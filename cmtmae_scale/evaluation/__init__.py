@@ -1,1 +1,1 @@
-"""What weights are worth: k-NN and linear probes on labelled images."""
+"""Evaluation of weights: k-NN and linear probes on labelled images."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from cmtmae_scale.runtime.collectives import ranks
 
 
-def gather_rows(mine: Tensor) -> Tensor:
+def gather_from_ranks(mine: Tensor) -> Tensor:
     """Concatenate every rank's rows in the order of ranks; counts may differ. A collective.
 
     Args:

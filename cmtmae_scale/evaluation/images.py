@@ -70,18 +70,19 @@ def open_pair(train: str, test: str, kept: Path | None = None) -> Sets:
     Raises:
         DataError: images without labels, or a label of the test set that the training set lacks.
     """
-    learnt = open_shared_index(train, kept and kept / "train-index")
-    known = label_images(learnt, train, np.arange(len(learnt.labels)))
-    asked = open_shared_index(test, kept and kept / "test-index")
-    strange = sorted(set(asked.labels) - set(learnt.labels))
-    if strange:
+    train_index = open_shared_index(train, kept and kept / "train-index")
+    train_set = label_images(train_index, train, np.arange(len(train_index.labels)))
+    test_index = open_shared_index(test, kept and kept / "test-index")
+    classes = train_index.labels
+    unknown = sorted(set(test_index.labels) - set(classes))
+    if unknown:
         raise DataError(
-            f"{test}: the label {strange[0]} is not among the {len(learnt.labels)} of {train}; "
-            "use two sets of the same classes"
+            f"{test}: the label {unknown[0]} is not among the {len(classes)} of {train}; use two "
+            "sets of the same classes"
         )
-    number = {name: i for i, name in enumerate(learnt.labels)}
-    as_learnt = np.array([number[name] for name in asked.labels], dtype=np.int64)
-    return Sets(known, label_images(asked, test, as_learnt), tuple(learnt.labels), "")
+    number = {name: i for i, name in enumerate(classes)}
+    numbers = np.array([number[name] for name in test_index.labels], dtype=np.int64)
+    return Sets(train_set, label_images(test_index, test, numbers), tuple(classes), "")
 
 
 def open_split(path: str, fraction: float, seed: int) -> Sets:
@@ -97,11 +98,11 @@ def open_split(path: str, fraction: float, seed: int) -> Sets:
     """
     index = open_shared_index(path, None)
     whole = label_images(index, path, np.arange(len(index.labels)))
-    learnt = stratified_sample(whole.labels, fraction, seed)
-    if learnt.all():
+    in_train = stratified_sample(whole.labels, fraction, seed)
+    if in_train.all():
         raise DataError(f"{path}: no class has two images; nothing is left to test on")
     train, test = (
-        ImageSet(index, whole.ids[chosen], whole.labels[chosen]) for chosen in (learnt, ~learnt)
+        ImageSet(index, whole.ids[chosen], whole.labels[chosen]) for chosen in (in_train, ~in_train)
     )
     text = f"a split of images, not of sources: {fraction:.0%} of each class to train, seed {seed}"
     return Sets(train, test, tuple(index.labels), text)

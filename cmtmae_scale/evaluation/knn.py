@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.across import gather_rows, sum_over_ranks
+from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.features import Column, FeatureTable
 from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.runtime.collectives import ranks
@@ -64,8 +64,8 @@ def knn_scores(
             f"k={max(neighbours)}, but there are {found} training images; take a smaller k or more "
             "images"
         )
-    num_classes = 1 + int(gather_rows(torch.cat([train.labels, test.labels])).max())
-    queries, truth = (gather_rows(rows) for rows in (test.columns[column], test.labels))
+    num_classes = 1 + int(gather_from_ranks(torch.cat([train.labels, test.labels])).max())
+    queries, truth = (gather_from_ranks(rows) for rows in (test.columns[column], test.labels))
     totals = {k: Score(0, 0, 0) for k in neighbours}
     for start in range(0, len(queries), QUERIES):
         part = slice(start, start + QUERIES)
@@ -92,7 +92,7 @@ def find_neighbours(queries: Tensor, train: FeatureTable, column: Column, k: int
     if ranks() == 1:
         return found
     # [Q, k] of every rank, concatenated along the first dimension
-    gathered = [gather_rows(field).split(len(queries)) for field in found]
+    gathered = [gather_from_ranks(field).split(len(queries)) for field in found]
     return merge_neighbours([Neighbours(*parts) for parts in zip(*gathered, strict=True)], k)
 
 

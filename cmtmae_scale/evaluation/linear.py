@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.across import gather_rows, sum_over_ranks
+from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.features import Column, FeatureTable
 from cmtmae_scale.evaluation.images import stratified_sample
 from cmtmae_scale.evaluation.probe import Standardiser, fit_standardiser
@@ -99,15 +99,15 @@ def linear_probe(
     """
     numbers, count = number_training_rows(train, 1 - held_out, seed)
     standard = fit_standardiser(train.columns[column][numbers >= 0])
-    known = standardise(train, column, standard, numbers)
-    heads = train_heads(known.where(numbers >= 0), count, num_classes, epochs, seed)
-    hits, losses = score_heads(heads, known.where(numbers < 0))
+    train_rows = standardise(train, column, standard, numbers)
+    heads = train_heads(train_rows.where(numbers >= 0), count, num_classes, epochs, seed)
+    hits, losses = score_heads(heads, train_rows.where(numbers < 0))
     best = max(range(len(SETTINGS)), key=lambda s: (hits[s].correct, -losses[s]))
-    asked = standardise(test, column, standard, torch.full_like(test.labels, -1))
-    tested, _ = score_heads(heads[best : best + 1], asked)
+    test_rows = standardise(test, column, standard, torch.full_like(test.labels, -1))
+    tested, _ = score_heads(heads[best : best + 1], test_rows)
     share = hits[best].correct / hits[best].total
     return ProbeResult(
-        tested[0], SETTINGS[best], share, correct_images(heads[best], asked, test.positions)
+        tested[0], SETTINGS[best], share, correct_images(heads[best], test_rows, test.positions)
     )
 
 
@@ -121,7 +121,7 @@ def number_training_rows(train: FeatureTable, share: float, seed: int) -> tuple[
     Raises:
         ConfigError: if nothing is held out.
     """
-    places, labels = (gather_rows(one) for one in (train.positions, train.labels))
+    places, labels = (gather_from_ranks(one) for one in (train.positions, train.labels))
     order = places.argsort()
     places, labels = places[order], labels[order]
     chosen = torch.as_tensor(stratified_sample(labels.cpu().numpy(), share, seed)).to(places.device)
@@ -210,8 +210,8 @@ def correct_images(head: Tensor, rows: Rows, positions: Tensor) -> Tensor:
     for features, labels in zip(rows.features.split(ROWS), rows.labels.split(ROWS), strict=True):
         logits = with_ones(features) @ head
         places.append((rank_of_truth(logits, labels) < 1) & logits.isfinite().all(-1))
-    order = gather_rows(positions).argsort()
-    return gather_rows(torch.cat(places).byte())[order].bool().cpu()
+    order = gather_from_ranks(positions).argsort()
+    return gather_from_ranks(torch.cat(places).byte())[order].bool().cpu()
 
 
 def with_ones(features: Tensor) -> Tensor:

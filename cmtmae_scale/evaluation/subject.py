@@ -97,7 +97,7 @@ def subject_from_checkpoint(
     folder = locate_checkpoint(place, world.rank, world.world_size)
     run_dir = run_of_checkpoint(folder)
     state = layout.read_state(folder)
-    if "start" in state:
+    if state.get("task") == "fine-tuning":
         raise CheckpointError(
             f"{folder} is of a fine-tuning run; its accuracy is in the run's result.json"
         )

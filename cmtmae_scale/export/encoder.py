@@ -12,6 +12,7 @@ from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.origin import Weights, open_origin
+from cmtmae_scale.runtime.storage import atomic_path
 
 
 class Exported(NamedTuple):
@@ -45,16 +46,13 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
     output = output or Path(f"{weights}-encoder-{origin.folder.name}.safetensors")
     if output.exists():
         raise ConfigError(f"--output={output} exists; delete it or name another file")
-    draft = output.with_name(f"{output.name}.tmp")
     try:
-        write_encoder(origin.folder, draft, weights)
-        model, call = build_timm(origin.config)
-        tensors = load_strictly(model, draft)
-        draft.rename(output)
+        with atomic_path(output) as draft:
+            write_encoder(origin.folder, draft, weights)
+            model, call = build_timm(origin.config)
+            tensors = load_strictly(model, draft)
     except OSError as error:
         raise ConfigError(f"--output={output} cannot be written ({error})") from error
-    finally:
-        draft.unlink(missing_ok=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Exported(output, origin.step, call, tensors, parameters)
 

@@ -1,13 +1,11 @@
 """A folder that is published whole or not at all."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.storage import sync
+from cmtmae_scale.runtime.storage import atomic_path, sync
 
 
 @contextmanager
@@ -25,14 +23,10 @@ def publish_folder(output: Path) -> Iterator[Path]:
     """
     if output.exists() or output.is_symlink():
         raise ConfigError(f"--output={output} exists; delete it or name another folder")
-    draft = output.with_name(f".{output.name}.draft-{os.getpid()}")
     try:
-        draft.mkdir()
-        yield draft
-        sync(draft)
-        draft.rename(output)
+        with atomic_path(output) as draft:
+            draft.mkdir()
+            yield draft
         sync(output.parent)
     except OSError as error:
         raise ConfigError(f"--output={output} cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

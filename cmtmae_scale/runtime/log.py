@@ -2,6 +2,14 @@
 
 import logging
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PROGRESS_S = 10.0
+"""Seconds between progress lines where there is no terminal."""
+
+logger = logging.getLogger(__name__)
 
 
 def set_up_logging(rank: int, world_size: int) -> None:
@@ -16,3 +24,22 @@ def set_up_logging(rank: int, world_size: int) -> None:
         logger.handlers[:] = [handler]
         logger.propagate = False
         logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yield a callback for the number done: a bar on a terminal, else a log line per interval."""
+    from tqdm import tqdm
+
+    began = logged_at = time.monotonic()
+    with tqdm(total=total, desc=title, unit=unit, disable=not sys.stderr.isatty()) as bar:
+
+        def report(done: int) -> None:
+            nonlocal logged_at
+            bar.update(done - bar.n)
+            now = time.monotonic()
+            if bar.disable and (done == total or now - logged_at >= PROGRESS_S):
+                logged_at = now
+                logger.info("%s", tqdm.format_meter(done, total, now - began, 0, title, unit=unit))
+
+        yield report

@@ -26,7 +26,7 @@ from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.teachers.build import assemble_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.cache_rates import MEASURE_S, Measured, measure_rates
-from cmtmae_scale.tools.estimate import count_operations
+from cmtmae_scale.tools.estimate import count_flops
 from dataloading.index import Index
 
 logger = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ def flops_ratio(config: Config) -> float:
         teacher = build_teacher_skeleton(online)
         model = CollaborativeMAE(online, teacher.width)
         momentum = build_student(online, MomentumEncoder) if needs(online).momentum else None
-    work = count_operations(online, model, momentum, teacher)
+    work = count_flops(online, model, momentum, teacher)
     return work.teacher / (work.student + work.momentum)
 
 

@@ -1,4 +1,4 @@
-"""What was found out about a data set, as text and as JSON."""
+"""Report on a data set, as text and as JSON."""
 
 import re
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from dataloading.mixing import Mixing, class_mixing, expected_labels
 _NAMED = 3  # files named for each reason
 _LISTED = 20  # undecodable images listed
 _LOST = ("cut short", "rest of this tar", "end of the archive")
-"""Reasons for which an unknown number of images behind the place is lost."""
+"""Reasons with which an unknown number of further images is lost."""
 
 
-class Spread(NamedTuple):
-    """Extent of a quantity."""
+class Range(NamedTuple):
+    """Distribution of a quantity."""
 
     min: int
     median: int
@@ -28,44 +28,44 @@ class Spread(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
-    """A data set, looked through.
+class DataReport:
+    """Properties and faults of a data set.
 
     Attributes:
-        index: what its headers say.
+        index: the images, from their headers.
         undecodable: rows of the index that cannot be decoded.
-        max_bad_fraction: share of bad images up to which a run may start.
-        sizes: spread of width, height, pixels and bytes.
-        images_a_label: min, median, max; ``None`` without labels.
+        max_bad_fraction: fraction of bad images up to which a run may start.
+        sizes: distribution of width, height, pixels and bytes.
+        images_per_label: min, median, max; ``None`` without labels.
         unlabelled: images without a label.
-        labels_a_tar: min, median, max; ``None`` without tars or labels.
-        labels_expected: labels of a tar of mean size in a full shuffle.
-        mixing: whether neighbours are of many labels; ``None``: cannot be said.
+        labels_per_tar: min, median, max; ``None`` without tars or labels.
+        labels_expected: labels per tar of mean size in a full shuffle.
+        mixing: whether neighbours have many labels; ``None``: unknown.
     """
 
     index: Index
     undecodable: Sequence[Fault]
     max_bad_fraction: float
-    sizes: dict[str, Spread]
-    images_a_label: tuple[int, int, int] | None
+    sizes: dict[str, Range]
+    images_per_label: tuple[int, int, int] | None
     unlabelled: int
-    labels_a_tar: tuple[int, int, int] | None
+    labels_per_tar: tuple[int, int, int] | None
     labels_expected: float | None
     mixing: Mixing | None
 
     @property
     def bad(self) -> int:
-        """Images that no run will see: left out of the index, or undecodable."""
+        """Images that no run uses: excluded from the index, or undecodable."""
         return len(self.index.left_out) + len(self.undecodable)
 
     @property
-    def bad_share(self) -> float:
-        """Share of them among all that look like images."""
+    def bad_fraction(self) -> float:
+        """Fraction of bad images among all image files."""
         return self.bad / (len(self.index) + len(self.index.left_out))
 
     @property
     def lost(self) -> list[str]:
-        """Damaged tars, as far as the index says."""
+        """Damaged tars, according to the index."""
         return [
             f"{name}: {reason}"
             for name, reason in self.index.left_out
@@ -73,16 +73,16 @@ class Report:
         ]
 
     @property
-    def go_on(self) -> bool:
+    def is_usable(self) -> bool:
         """Whether a run may start."""
         return (
-            self.bad_share <= self.max_bad_fraction
+            self.bad_fraction <= self.max_bad_fraction
             and len(self.undecodable) < len(self.index)
             and not self.lost
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON; every bad image is listed."""
+        """Return everything for JSON; every bad image is listed."""
         mixing = self.mixing
         return {
             "path": str(self.index.root),
@@ -90,87 +90,91 @@ class Report:
             "digest": self.index.digest,
             "images": len(self.index),
             "tars": len(self.index.shards),
-            "left_out": [{"name": name, "reason": why} for name, why in self.index.left_out],
+            "excluded": [{"name": name, "reason": why} for name, why in self.index.left_out],
             "undecodable": [fault._asdict() for fault in self.undecodable],
-            "bad_share": self.bad_share,
+            "bad_fraction": self.bad_fraction,
             "max_bad_fraction": self.max_bad_fraction,
             "damaged_tars": self.lost,
-            "sizes": {name: spread._asdict() for name, spread in self.sizes.items()},
+            "sizes": {name: extent._asdict() for name, extent in self.sizes.items()},
             "labels": len(self.index.labels),
-            "images_a_label": self.images_a_label,
+            "images_per_label": self.images_per_label,
             "unlabelled": self.unlabelled,
-            "labels_a_tar": self.labels_a_tar,
-            "labels_a_tar_in_a_full_shuffle": self.labels_expected,
+            "labels_per_tar": self.labels_per_tar,
+            "labels_per_tar_in_a_full_shuffle": self.labels_expected,
             "mixing": mixing and {**mixing._asdict(), "is_sorted": mixing.is_sorted},
-            "go_on": self.go_on,
+            "is_usable": self.is_usable,
         }
 
 
-def survey(index: Index, undecodable: Sequence[Fault], max_bad_fraction: float) -> Report:
-    """Count and measure what the index and the decoder found."""
+def summarise_data(
+    index: Index, undecodable: Sequence[Fault], max_bad_fraction: float
+) -> DataReport:
+    """Summarise the index and the faults that the decoder found."""
     rows = index.entries
     labels: NDArray[np.int32] = rows["label"]
     known = labels >= 0
-    a_label = np.bincount(labels[known], minlength=len(index.labels))
-    a_tar, expected = None, None
+    per_label = np.bincount(labels[known], minlength=len(index.labels))
+    per_tar, expected = None, None
     if len(index.shards) > 1 and len(index.labels) > 1:
         pairs = np.unique(np.stack([rows["shard"][known], labels[known]]).astype(np.int64), axis=1)
         counts = np.bincount(pairs[0], minlength=len(index.shards))
-        a_tar = (int(counts.min()), int(np.median(counts)), int(counts.max()))
-        expected = expected_labels(a_label, max(1, int(known.sum()) // len(index.shards)))
+        per_tar = (int(counts.min()), int(np.median(counts)), int(counts.max()))
+        expected = expected_labels(per_label, max(1, int(known.sum()) // len(index.shards)))
     pixels = rows["width"].astype(np.int64) * rows["height"]
     sizes = {"width": rows["width"], "height": rows["height"], "pixels": pixels}
-    return Report(
+    return DataReport(
         index,
         undecodable,
         max_bad_fraction,
-        {name: spread_of(values) for name, values in {**sizes, "bytes": rows["size"]}.items()},
-        (int(a_label.min()), int(np.median(a_label)), int(a_label.max())) if len(a_label) else None,
+        {name: measure_range(values) for name, values in {**sizes, "bytes": rows["size"]}.items()},
+        (int(per_label.min()), int(np.median(per_label)), int(per_label.max()))
+        if len(per_label)
+        else None,
         int((~known).sum()),
-        a_tar,
+        per_tar,
         expected,
         class_mixing(labels),
     )
 
 
-def spread_of(values: NDArray[Any]) -> Spread:
-    """Smallest, middle, 95 % and largest of some integers."""
-    return Spread(*np.quantile(values, (0, 0.5, 0.95, 1), method="nearest").astype(int).tolist())
+def measure_range(values: NDArray[Any]) -> Range:
+    """Return minimum, median, 95th percentile and maximum of integers."""
+    return Range(*np.quantile(values, (0, 0.5, 0.95, 1), method="nearest").astype(int).tolist())
 
 
-def describe(report: Report) -> str:
-    """Write the report for people."""
+def render_data_report(report: DataReport) -> str:
+    """Return the report as text."""
     index = report.index
     kind = f"{len(index.shards)} tars" if index.shards else "folder"
     lines = [f"{index.root}: {kind}, {len(index)} images, index digest {index.digest[:12]}", ""]
-    lines += _bad_lines(report)
+    lines += _fault_lines(report)
     lines += ["", f"{'':8}{'min':>12}{'median':>12}{'95 %':>12}{'max':>12}"]
-    for name, spread in report.sizes.items():
-        lines.append(f"{name:8}" + "".join(f"{value:12,}" for value in spread))
+    for name, extent in report.sizes.items():
+        lines.append(f"{name:8}" + "".join(f"{value:12,}" for value in extent))
     lines.append("")
-    if report.images_a_label is None:
+    if report.images_per_label is None:
         lines.append("labels: none")
     else:
-        low, middle, high = report.images_a_label
+        low, middle, high = report.images_per_label
         lines.append(
-            f"labels: {len(index.labels)}; images a label: {low} to {high}, median {middle}; "
+            f"labels: {len(index.labels)}; images per label: {low} to {high}, median {middle}; "
             f"without a label: {report.unlabelled}"
         )
-    if report.labels_a_tar is not None:
-        low, middle, high = report.labels_a_tar
+    if report.labels_per_tar is not None:
+        low, middle, high = report.labels_per_tar
         lines.append(
-            f"labels a tar: {low} to {high}, median {middle}; {report.labels_expected:.1f} in a "
+            f"labels per tar: {low} to {high}, median {middle}; {report.labels_expected:.1f} in a "
             "full shuffle"
         )
-    lines.append(f"order: {report.mixing or 'cannot be told from labels'}")
-    lines.append(f"data.shuffle=window: {_window(report)}")
+    lines.append(f"order: {report.mixing or 'unknown without labels'}")
+    lines.append(f"data.shuffle=window: {_window_shuffle(report)}")
     lines += ["", f"verdict: {_verdict(report)}"]
     return "\n".join(lines)
 
 
-def _bad_lines(report: Report) -> list[str]:
+def _fault_lines(report: DataReport) -> list[str]:
     index = report.index
-    lines = [f"left out by their headers: {len(index.left_out)}"]
+    lines = [f"excluded by their headers: {len(index.left_out)}"]
     groups: dict[str, list[str]] = {}
     for name, reason in index.left_out:
         groups.setdefault(re.sub(r"\d+", "N", reason), []).append(f"{name} ({reason})")
@@ -184,17 +188,17 @@ def _bad_lines(report: Report) -> list[str]:
     return lines
 
 
-def _window(report: Report) -> str:
+def _window_shuffle(report: DataReport) -> str:
     if report.mixing is None:
         return "safe only if the images were shuffled when they were stored"
     return "refused, pack the images first" if report.mixing.is_sorted else "safe"
 
 
-def _verdict(report: Report) -> str:
-    share = f"{report.bad} of {len(report.index) + len(report.index.left_out)} images are bad"
-    share += f" ({report.bad_share:.2%}, at most {report.max_bad_fraction:.2%} may be)"
+def _verdict(report: DataReport) -> str:
+    bad = f"{report.bad} of {len(report.index) + len(report.index.left_out)} images are bad"
+    bad += f" ({report.bad_fraction:.2%}, at most {report.max_bad_fraction:.2%} may be)"
     if report.lost:
-        return f"stop: {len(report.lost)} tars are damaged or cut short; {share}"
+        return f"unusable: {len(report.lost)} tars are damaged or cut short; {bad}"
     if len(report.undecodable) == len(report.index):
-        return "stop: no image can be decoded"
-    return f"{'go on' if report.go_on else 'stop'}: {share}"
+        return "unusable: no image can be decoded"
+    return f"{'usable' if report.is_usable else 'unusable'}: {bad}"

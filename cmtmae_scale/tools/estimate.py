@@ -1,7 +1,7 @@
-"""Operations and memory of a run, counted on tensors that hold nothing.
+"""FLOPs and memory of a run, counted on meta tensors and fake tensors.
 
-Source: matrix products and attention by torch's counter, 2 operations a multiply-add; activations
-by what autograd would save.
+Source: matrix products and attention by torch's counter, 2 FLOPs per multiply-add; activations are
+the tensors that autograd saves.
 """
 
 from collections.abc import Callable
@@ -21,57 +21,57 @@ from cmtmae_scale.teachers.build import compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 
 
-class Work(NamedTuple):
-    """Operations for one view."""
+class ViewFlops(NamedTuple):
+    """FLOPs per view."""
 
     student: float
     momentum: float
     teacher: float
-    """With a cache, those of spot checks."""
+    """With a cache: FLOPs of spot checks."""
 
 
-def count_operations(
+def count_flops(
     config: Config,
     model: CollaborativeMAE,
     momentum: nn.Module | None,
     teacher: OnlineTeacher | None,
-) -> Work:
-    """Count with torch's counter on meta tensors, one view; the backward is twice the forward."""
+) -> ViewFlops:
+    """Count FLOPs per view on meta tensors; the backward is twice the forward."""
     size = config.views.image_size
     height, width = model.encoder.grid
     counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
     rows = config.mask.masks_per_view
     choice = PatchChoice(*(torch.zeros(rows, n, dtype=torch.int64, device="meta") for n in counts))
     images = torch.empty(1, 3, size, size, device="meta")
-    student = 3.0 * flops(lambda: model(images, choice))
-    average = flops(lambda: momentum(images)) if momentum is not None else 0.0
-    frozen = 0.0
+    student = 3.0 * forward_flops(lambda: model(images, choice))
+    momentum_flops = forward_flops(lambda: momentum(images)) if momentum is not None else 0.0
+    teacher_flops = 0.0
     if teacher is not None:
         side = teacher.image_size
         pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8, device="meta")
-        frozen = online_fraction(config) * flops(lambda: teacher(pixels))
-    return Work(student, average, frozen)
+        teacher_flops = online_fraction(config) * forward_flops(lambda: teacher(pixels))
+    return ViewFlops(student, momentum_flops, teacher_flops)
 
 
-def flops(call: Callable[[], object]) -> float:
-    """Operations of a call."""
+def forward_flops(call: Callable[[], object]) -> float:
+    """Count the FLOPs of a call."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
 
 
 class Shards(NamedTuple):
-    """Ranks that share one copy of each kind of state."""
+    """Number of ranks that share one copy of each kind of state."""
 
     states: int
-    """Float32 weights, moments, momentum weights."""
+    """Float32 weights, moments, EMA weights."""
     gradients: int
     gathered: int
-    """Copies in the compute type."""
+    """Copies in the compute dtype."""
 
 
 def count_shards(config: Config, world_size: int) -> Shards:
-    """What the backend shards; a node is taken to have 8 ranks."""
+    """Return the backend's sharding, for 8 ranks per node."""
     if config.backend.name == "deepspeed":
         stage = config.backend.zero_stage
         return Shards(world_size, world_size if stage >= 2 else 1, world_size if stage >= 3 else 1)
@@ -88,14 +88,14 @@ def memory_bytes(
     momentum: nn.Module | None,
     teacher: OnlineTeacher | None,
 ) -> dict[str, float]:
-    """Bytes a GPU by part, all of them held at the peak, the end of a forward.
+    """Return bytes per GPU by kind at the peak, the end of a forward.
 
     Args:
         config: checked settings.
         world_size: number of ranks.
-        model: on the meta device, as the two that follow.
-        momentum: the momentum student, if any.
-        teacher: the teacher, if any; with a cache it may not be held.
+        model: the model, on the meta device, as the next two.
+        momentum: the momentum encoder, if any.
+        teacher: the teacher, if any; a run with a cache may not hold it.
     """
     shards = count_shards(config, world_size)
     compute = compute_dtype(config).itemsize
@@ -105,7 +105,7 @@ def memory_bytes(
     if teacher is not None and builds_teacher(config):
         frozen = sum(p.numel() for p in teacher.model.parameters())
     copied = compute < 4 or shards.states > 1
-    # ZeRO's momentum student is whole on every rank, at every stage.
+    # ZeRO keeps the whole momentum encoder on every rank, at every stage.
     averages = 1 if config.backend.name == "deepspeed" else shards.gathered
     return {
         "weights, moments": trained * 12 / shards.states,
@@ -118,25 +118,25 @@ def memory_bytes(
 
 
 def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -> float:
-    """What autograd keeps of the student's forward and loss, bytes a view.
+    """Return the bytes per view that autograd keeps of the student's forward and loss.
 
     Args:
         config: checked settings.
-        teacher: for its width and class token.
-        views: number of views that is counted and divided by.
+        teacher: gives width and class token of the targets.
+        views: number of views in the counted forward.
     """
     with torch.device("meta"):
         model = CollaborativeMAE(config, teacher.width if teacher else None)
     model.to(compute_dtype(config))
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
-    # On fake CPU tensors attention takes the fused kernel's path, which meta tensors do not.
+    # Fake CPU tensors take the fused attention kernel, meta tensors do not.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        return count_saved(model, lambda: forward(config, model, views)) / views
+        return count_saved_bytes(model, lambda: forward_with_loss(config, model, views)) / views
 
 
-def forward(config: Config, model: CollaborativeMAE, views: int) -> Tensor:
-    """A forward and its loss over made-up views and targets."""
+def forward_with_loss(config: Config, model: CollaborativeMAE, views: int) -> Tensor:
+    """Compute a forward and its loss over synthetic views and targets."""
     size, (height, width) = config.views.image_size, model.encoder.grid
     counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
     rows = views * config.mask.masks_per_view
@@ -148,14 +148,16 @@ def forward(config: Config, model: CollaborativeMAE, views: int) -> Tensor:
     return objective(predictions, targets, valid, layout, config.loss, torch.tensor(0.5)).total
 
 
-def count_saved(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of all storages that autograd saves in a forward, parameters and repeats left out."""
+def count_saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Count the bytes of storages that autograd saves, each once and without parameters."""
     known = {storage_key(p) for p in model.parameters()}
     kept: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if storage_key(tensor) not in known:
-            kept[storage_key(tensor)] = tensor.untyped_storage()  # held, so that keys stay unique
+            kept[storage_key(tensor)] = (
+                tensor.untyped_storage()
+            )  # keeps the storage alive, so that keys stay unique
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -164,5 +166,5 @@ def count_saved(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Identity of a tensor's memory, fake or real."""
+    """Return the identity of a tensor's storage, fake or real."""
     return tensor.untyped_storage()._cdata

@@ -39,14 +39,14 @@ def test_rounding_hardly_turns_the_gradient() -> None:
     with Stream(index, seed=0, micro_batch=16, sizes=sizes, threads=1) as stream:
         views = [next(stream) for _ in range(16)]
     calibration = calibrate(teacher.forward_batch(one).features for one in views[:8])  # pyright: ignore
-    found = rounding.measure(
+    found = rounding.measure_codecs(
         config,
         views[8:],
         teacher,  # pyright: ignore
         calibration,
         torch.device("cpu"),
     )
-    print(f"\n{rounding.describe(found, 128)}")
+    print(f"\n{rounding.rounding_table(found, 128)}")
     int8, bf16, bare = found
     assert int8.at_start < 0.01 and int8.near < 0.015 and int8.weights < 0.002
     assert bf16.at_start < 0.003 and bf16.near < 0.005 and bf16.weights < 0.001

@@ -1,16 +1,17 @@
-"""The command says what is wrong and where, and its exit code whether to go on."""
+"""The command names faults, and its exit code says whether the data set is usable."""
 
 import io
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cmtmae_scale.commands import check_data as command
-from cmtmae_scale.commands.check_data import main, parse
+from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
-from cmtmae_scale.runtime.progress_bar import Progress
+from cmtmae_scale.runtime import log
 from dataloading.index import build_index
 from dataloading.mixing import require_mixed
 from tests.dataloading.tar_case import write_tar
@@ -22,53 +23,53 @@ def photos(tmp_path: Path) -> Path:
     return make_photographs(tmp_path / "photos")
 
 
-def test_a_whole_folder_may_go_on(photos: Path, tmp_path: Path, capsys) -> None:
+def test_a_whole_folder_is_usable(photos: Path, tmp_path: Path, capsys) -> None:
     report = tmp_path / "new" / "report.json"
     sheet = tmp_path / "sheet.png"
     line = [str(photos), "--threads", "2", "--report", str(report), "--sheet", str(sheet)]
-    assert main(line) == EXIT_DONE
+    assert check_data(line) == EXIT_DONE
     text = capsys.readouterr().out
     for piece in (
         "photos: folder, 20 images",
         "undecodable: 0",
-        "labels: 3; images a label: 6 to 7, median 7; without a label: 0",
+        "labels: 3; images per label: 6 to 7, median 7; without a label: 0",
         "order: sorted by class: 4 neighbours have",
         "data.shuffle=window: refused, pack the images first",
-        "verdict: go on: 0 of 20 images are bad (0.00%, at most 0.10% may be)",
+        "verdict: usable: 0 of 20 images are bad (0.00%, at most 0.10% may be)",
     ):
         assert piece in text
     assert ["width", "80", "120", "152", "156"] in [line.split() for line in text.splitlines()]
     record = json.loads(report.read_text())
-    assert record["go_on"] and record["images"] == 20 and record["mixing"]["is_sorted"]
+    assert record["is_usable"] and record["images"] == 20 and record["mixing"]["is_sorted"]
     assert record["sizes"]["height"] == {"min": 72, "median": 92, "p95": 108, "max": 110}
     assert sheet.stat().st_size > 1000
 
 
-def test_bad_images_are_counted_named_and_stop(photos: Path, tmp_path: Path, capsys) -> None:
+def test_bad_images_are_counted_and_named(photos: Path, tmp_path: Path, capsys) -> None:
     (photos / "class0" / "empty.jpg").write_bytes(b"")
     for name in ("text.jpg", "text.png"):
         (photos / "class1" / name).write_bytes(b"not an image")
     path = photos / "class2" / "002.jpg"
     path.write_bytes(path.read_bytes()[:-100])
     report = tmp_path / "report.json"
-    assert main([str(photos), "--report", str(report)]) == EXIT_CONFIG
+    assert check_data([str(photos), "--report", str(report)]) == EXIT_CONFIG
     text = capsys.readouterr().out
-    assert "left out by their headers: 3" in text
+    assert "excluded by their headers: 3" in text
     assert "  2: class1/text.jpg (not an image" in text
     assert "  1: class0/empty.jpg (empty file)" in text
     assert "undecodable: 1\n  class2/002.jpg: cannot be decoded" in text
-    assert "verdict: stop: 4 of 23 images are bad (17.39%, at most 0.10% may be)" in text
+    assert "verdict: unusable: 4 of 23 images are bad (17.39%, at most 0.10% may be)" in text
     record = json.loads(report.read_text())
     assert [fault["name"] for fault in record["undecodable"]] == ["class2/002.jpg"]
-    assert main([str(photos), "--max-bad-share", "0.2"]) == EXIT_DONE
+    assert check_data([str(photos), "--max-bad-fraction", "0.2"]) == EXIT_DONE
 
 
-def test_nothing_decodable_stops_whatever_the_share(tmp_path: Path, capsys) -> None:
+def test_no_decodable_image_is_unusable_at_any_fraction(tmp_path: Path, capsys) -> None:
     photos = make_photographs(tmp_path / "photos", 2)
     for path in photos.rglob("*.jpg"):
         path.write_bytes(path.read_bytes()[:-200])
-    assert main([str(photos), "--max-bad-share", "1"]) == EXIT_CONFIG
-    assert "verdict: stop: no image can be decoded" in capsys.readouterr().out
+    assert check_data([str(photos), "--max-bad-fraction", "1"]) == EXIT_CONFIG
+    assert "verdict: unusable: no image can be decoded" in capsys.readouterr().out
 
 
 def write_tars(photos: Path, folder: Path) -> Path:
@@ -82,50 +83,50 @@ def write_tars(photos: Path, folder: Path) -> Path:
     return folder
 
 
-def test_tars_are_told_sorted_or_shuffled(photos: Path, tmp_path: Path, capsys) -> None:
+def test_tars_are_reported_as_sorted_or_shuffled(photos: Path, tmp_path: Path, capsys) -> None:
     tars = write_tars(photos, tmp_path / "tars")
-    assert main([str(tars)]) == EXIT_DONE
+    assert check_data([str(tars)]) == EXIT_DONE
     text = capsys.readouterr().out
     assert "tars: 2 tars, 20 images" in text
-    assert "labels a tar: 2 to 2, median 2; 3.0 in a full shuffle" in text
+    assert "labels per tar: 2 to 2, median 2; 3.0 in a full shuffle" in text
     assert "order: sorted by class" in text
 
 
 @pytest.mark.parametrize("cut", [0, 100, 511, 512, 7000])
-def test_a_tar_cut_short_stops_whatever_the_share(photos, tmp_path, capsys, cut: int) -> None:
+def test_a_tar_cut_short_is_unusable_at_any_fraction(photos, tmp_path, capsys, cut: int) -> None:
     path = write_tars(photos, tmp_path / "tars") / "1.tar"
     used = path.read_bytes().rstrip(b"\0")
     path.write_bytes(used[: len(used) - cut])
-    assert main([str(tmp_path / "tars"), "--max-bad-share", "1"]) == EXIT_CONFIG
+    assert check_data([str(tmp_path / "tars"), "--max-bad-fraction", "1"]) == EXIT_CONFIG
     text = capsys.readouterr().out
-    assert "verdict: stop: 1 tars are damaged or cut short" in text and "of 1.tar" in text
+    assert "verdict: unusable: 1 tars are damaged or cut short" in text and "of 1.tar" in text
 
 
 def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) -> None:
     path = photos / "class2" / "002.jpg"
     path.write_bytes(path.read_bytes()[:-100])
     out = tmp_path / "out"
-    line = [str(photos), "--pack", str(out), "--max-bad-share", "0.1", "--seed", "1"]
-    assert main(line) == EXIT_DONE
+    line = [str(photos), "--pack", str(out), "--max-bad-fraction", "0.1", "--seed", "1"]
+    assert check_data(line) == EXIT_DONE
     text = capsys.readouterr().out
-    assert "packed and read back: 19 images in 1 tars, 1 left out; shuffled: 4 neighbours" in text
+    assert "packed and read back: 19 images in 1 tars, 1 excluded; shuffled: 4 neighbours" in text
     assert f"data.path={out} data.shuffle=window data.expected_images=19" in text
     require_mixed(build_index(out), on_sorted=False)
-    assert main(line) == EXIT_DONE  # finished: verified, not decoded again
+    assert check_data(line) == EXIT_DONE  # finished: verified, not decoded again
     captured = capsys.readouterr()
     assert "undecodable: 1\n  class2/002.jpg" in captured.out
-    assert "all was decoded before" in captured.err and "decoding:" not in captured.err
+    assert "all images were decoded before" in captured.err and "decoding:" not in captured.err
 
 
 def test_too_bad_data_are_not_packed(photos: Path, tmp_path: Path, capsys) -> None:
     (photos / "class0" / "empty.jpg").write_bytes(b"")
-    assert main([str(photos), "--pack", str(tmp_path / "out")]) == EXIT_CONFIG
+    assert check_data([str(photos), "--pack", str(tmp_path / "out")]) == EXIT_CONFIG
     assert not list((tmp_path / "out").glob("*.tar"))
     assert "packed" not in capsys.readouterr().out
 
 
 def test_a_pack_into_its_source_is_refused(photos: Path, capsys) -> None:
-    assert main([str(photos), "--pack", str(photos)]) == EXIT_CONFIG
+    assert check_data([str(photos), "--pack", str(photos)]) == EXIT_CONFIG
     assert "holds class0 and no pack.json; name an empty or a new folder" in capsys.readouterr().err
 
 
@@ -145,7 +146,7 @@ def test_bad_paths_give_one_line(photos, tmp_path, capsys, arguments, message) -
     places = {"PHOTOS": str(photos), "EMPTY": str(tmp_path / "empty")}
     for name, place in places.items():
         arguments = [text.replace(name, place) for text in arguments]
-    assert main(arguments) == EXIT_CONFIG
+    assert check_data(arguments) == EXIT_CONFIG
     errors = [line for line in capsys.readouterr().err.splitlines() if " ERROR " in line]
     assert len(errors) == 1 and message in errors[0]
 
@@ -155,30 +156,31 @@ def test_bad_paths_give_one_line(photos, tmp_path, capsys, arguments, message) -
     [
         ([], "required: path"),
         (["x", "--threads", "0"], "0 must be at least 1"),
-        (["x", "--max-bad-share", "2"], "2 must lie in [0, 1]"),
+        (["x", "--max-bad-fraction", "2"], "2 must lie in [0, 1]"),
         (["x", "--sheet", "x.tiff"], "x.tiff must end in .jpg or .png"),
         (["x", "--source", "zip"], "invalid choice"),
     ],
 )
-def test_usage_errors_leave_with_78(capsys, arguments: list[str], message: str) -> None:
+def test_usage_errors_exit_with_code_78(capsys, arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(arguments)
+        parse_options(arguments)
     assert stop.value.code == EXIT_CONFIG
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("extra", [[], ["--pack", "OUT"]])
 def test_an_interrupt_ends_cleanly(photos, tmp_path, capsys, monkeypatch, extra) -> None:
-    class Interrupting(Progress):
-        def __call__(self, done: int) -> None:
-            raise KeyboardInterrupt  # a job in the background may have inherited a deaf ear
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt  # a background job may have inherited an ignored SIGINT
 
-    monkeypatch.setattr(command, "Progress", Interrupting)
+    monkeypatch.setattr(
+        "cmtmae_scale.commands.check_data.progress_bar", lambda *_: nullcontext(interrupt)
+    )
     extra = [text.replace("OUT", str(tmp_path / "out")) for text in extra]
-    assert main([str(photos), *extra]) == EXIT_STOPPED
+    assert check_data([str(photos), *extra]) == EXIT_STOPPED
     assert "the same command may be repeated" in capsys.readouterr().err
     monkeypatch.undo()
-    assert main([str(photos), *extra]) == EXIT_DONE
+    assert check_data([str(photos), *extra]) == EXIT_DONE
 
 
 class Terminal(io.StringIO):
@@ -186,28 +188,21 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_lines_at_intervals_on_a_plain_stream(caplog) -> None:
+def test_progress_is_lines_at_intervals_on_a_plain_stream(caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO)
     now = iter([0.0, 1.0, 9.9, 10.0, 12.0, 40.0])
-    stream = io.StringIO()
-    with Progress("decoding", 4000, stream, lambda: next(now)) as progress:
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with log.progress_bar("decoding", 4000, "images") as progress:
         for done in (100, 990, 1000, 1200, 4000):
             progress(done)
-    assert [record.getMessage() for record in caplog.records] == [
-        "decoding: 1000 of 4000 images, 100 images/s, 0:00:30 left",
-        "decoding: 4000 of 4000 images, 100 images/s, 0:00:00 left",
-    ]
-    assert stream.getvalue() == ""
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first.startswith("decoding:  25%") and "1000/4000 [00:10<00:30, 100.00images/s]" in first
+    assert last.startswith("decoding: 100%") and "4000/4000 [00:40<00:00" in last
 
 
-def test_progress_is_one_line_on_a_terminal(caplog) -> None:
-    now = iter([0.0, 0.1, 1.0, 7200.0])
+def test_progress_is_a_bar_on_a_terminal(caplog, monkeypatch) -> None:
     stream = Terminal()
-    with Progress("packing", 72_000, stream, lambda: next(now)) as progress:
-        for done in (1, 10, 36_000):
-            progress(done)
-    assert stream.getvalue() == (
-        "\rpacking: 10 of 72000 images, 10 images/s, 1:59:59 left\x1b[K"
-        "\rpacking: 36000 of 72000 images, 5 images/s, 2:00:00 left\x1b[K\n"
-    )
-    assert not caplog.records
+    monkeypatch.setattr("sys.stderr", stream)
+    with log.progress_bar("packing", 72_000, "images") as progress:
+        progress(36_000)
+    assert "\rpacking:  50%" in stream.getvalue() and not caplog.records

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.commands.evaluate import main
+from cmtmae_scale.commands.evaluate import evaluate as evaluate_command
 from cmtmae_scale.evaluation.result import (
     Row,
     Score,
@@ -146,7 +146,7 @@ def test_a_model_of_timm_and_the_runs_teacher_are_read_as_timm_does(
 MISTAKES = {
     "RUN --weights teacher --file x": "--file belongs to --timm",
     "RUN --test TEST --split 0.5": "--split makes the test set out of --train",
-    "RUN --split 1.5": "--split=1.5 must lie between 0 and 1",
+    "RUN --split 1.5": "--split=1.5 must be between 0 and 1",
     "RUN --arch test_vit": "--arch belongs to a .safetensors file",
     "NOTHING": "is neither a run .* nor a checkpoint",
     "FILE --train TRAIN --test TEST": "the architecture is not known, .* give --arch NAME",
@@ -167,7 +167,7 @@ def test_mistakes_exit_with_code_78(
     known = {"RUN": place / "run", "NOTHING": place, "FILE": folder / layout.ENCODER}
     known |= {"TRAIN": place / "train", "TEST": place / "test"}
     words = [str(known.get(word, word)) for word in line.split()]
-    assert main(["knn", "--checkpoint", *words]) == 78
+    assert evaluate_command(["knn", "--checkpoint", *words]) == 78
     assert re.search(MISTAKES[line], caplog.text)
 
 

@@ -15,7 +15,7 @@ from cmtmae_scale.runtime.exit_code import common_code
 
 ROOT = Path(__file__).parents[2]
 RANK = str(ROOT / "tests" / "commands" / "rank_case.py")
-# Launchers: starts what it is told, in sessions of their own as torchrun does, and waits.
+# Launchers: starts ranks in sessions of their own as torchrun does, and waits.
 LAUNCH = (
     "import subprocess, sys; n = int(sys.argv[1]); "
     "ranks = [subprocess.Popen(sys.argv[2:], start_new_session=True) for _ in range(n)]; "
@@ -81,11 +81,11 @@ def test_a_signal_reaches_every_rank_once_and_their_code_is_returned(
     assert not any(map(alive, pids(file)))
 
 
-@pytest.mark.parametrize(("told", "expected"), [("78", 78), ("70", 70), ("0", 0), ("crash", 1)])
+@pytest.mark.parametrize(("reported", "expected"), [("78", 78), ("70", 70), ("0", 0), ("crash", 1)])
 def test_the_ranks_code_comes_through_whatever_the_launcher_makes_of_it(
-    tmp_path: Path, told: str, expected: int
+    tmp_path: Path, reported: str, expected: int
 ) -> None:
-    with supervised(*launcher(2, tmp_path / "file", told)) as child:
+    with supervised(*launcher(2, tmp_path / "file", reported)) as child:
         assert child.wait(20) == expected
 
 
@@ -98,7 +98,7 @@ def test_ranks_that_ignore_the_signal_are_killed_after_the_grace(tmp_path: Path)
     assert not any(map(alive, pids(file)))
 
 
-def test_a_launcher_that_dies_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_a_launcher_that_dies_leaves_no_process(tmp_path: Path) -> None:
     """Its ranks become the supervisor's, which waits for them, and passes signals on."""
     file = tmp_path / "file"
     with supervised("sh", "-c", f"{sys.executable} {RANK} {file} stop & sleep 1") as child:
@@ -118,7 +118,7 @@ def test_ranks_left_behind_are_killed_after_the_grace(tmp_path: Path) -> None:
     assert lines(file) and not any(map(alive, pids(file)))
 
 
-def test_a_signal_before_there_are_ranks_means_run_again(tmp_path: Path) -> None:
+def test_a_signal_before_the_ranks_start_means_run_again(tmp_path: Path) -> None:
     with supervised("sleep", "60", grace=0.3) as child:
         children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
         until(lambda: bool(children.read_text()))

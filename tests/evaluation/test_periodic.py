@@ -129,7 +129,7 @@ def test_images_that_cannot_be_read_skip_the_evaluation(recipe: Path, tmp_path: 
     train = labelled_photographs(tmp_path / "train", 41, 0, 6)
     overrides = [*asking(recipe, tmp_path / "run", "eval.every=6"), f"eval.train_path={train}"]
     for lines in run_ranks(2, run_without_images, recipe, overrides, train):
-        warnings = [line for line in lines if line.startswith(f"step {STEPS} is not evaluated: ")]
+        warnings = [line for line in lines if line.startswith(f"step {STEPS}: no evaluation: ")]
         assert len(warnings) == 1 and ".jpg" in warnings[0]
     assert evaluations(tmp_path / "run") == []
 
@@ -155,13 +155,13 @@ def test_evaluation_that_takes_much_time_is_reported_once(
     telemetry = Telemetry(tmp_path, 0, 10, 1)
     telemetry.began -= 100.0  # seconds of training so far
     with caplog.at_level(logging.WARNING):
-        telemetry.record_evaluation(1, {"eval/knn10": 0.5}, 4.0)
+        telemetry.record_side_task("eval", 1, {"eval/knn10": 0.5}, 4.0)
         assert not caplog.messages
-        telemetry.record_evaluation(2, {"eval/knn10": 0.5}, 4.0)
-        telemetry.record_evaluation(3, {"eval/knn10": 0.5}, 4.0)
+        telemetry.record_side_task("eval", 2, {"eval/knn10": 0.5}, 4.0)
+        telemetry.record_side_task("eval", 3, {"eval/knn10": 0.5}, 4.0)
     telemetry.close()
     (line,) = caplog.messages
-    assert line.startswith("evaluation has taken 8 % of the time since the start, 4.0 s for this")
+    assert line.startswith("evaluation has taken 8 % of the time since the launch, 4.0 s for this")
     assert "raise eval.every, or name fewer images in eval.train_path" in line
     shares = [
         json.loads(line)["eval/time_fraction"]
@@ -173,7 +173,7 @@ def test_evaluation_that_takes_much_time_is_reported_once(
 def test_the_time_of_an_evaluation_is_not_in_the_rates(tmp_path: Path) -> None:
     telemetry = Telemetry(tmp_path, 0, 10, 1)
     telemetry.since -= 10.0
-    telemetry.record_evaluation(0, {}, 9.0)
+    telemetry.record_side_task("eval", 0, {}, 9.0)
     telemetry.record(1, {}, 100, 0.0)
     telemetry.close()
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])

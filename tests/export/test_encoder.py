@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
-from cmtmae_scale.commands.export import main
+from cmtmae_scale.commands.export import export_weights
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.encoder import export_encoder, load_strictly
@@ -32,7 +32,7 @@ def test_timms_model_computes_what_our_encoder_computes(
 ) -> None:
     output = tmp_path / "encoder.safetensors"
     options = ["--checkpoint", str(run_dir), "--weights", weights, "--output", str(output)]
-    assert main(["encoder", *options]) == 0
+    assert export_weights(["encoder", *options]) == 0
     text, call = capsys.readouterr().out.splitlines()
     theirs = eval(call, {"timm": timm}).eval()
     tensors = load_file(output)
@@ -100,7 +100,7 @@ def test_wrong_places_and_outputs_are_clear_errors(run_dir: Path, tmp_path: Path
     assert (tmp_path / "x").read_text() == "precious"
     with pytest.raises(ConfigError, match="cannot be written"):
         export_encoder(run_dir, tmp_path / "nowhere" / "x", "student")
-    assert main(["encoder", "--checkpoint", str(tmp_path)]) == 78
+    assert export_weights(["encoder", "--checkpoint", str(tmp_path)]) == 78
 
 
 def test_weights_that_do_not_fit_timm_leave_no_file(

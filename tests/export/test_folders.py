@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cmtmae_scale.commands.export import export_folder, main
+from cmtmae_scale.commands.export import export_weights
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export import full, hugging_face, timm_folder
 from cmtmae_scale.export.compare import require_agreement
+from cmtmae_scale.export.formats import export_folder
 from cmtmae_scale.export.full import load_full
 from cmtmae_scale.export.origin import Weights, open_origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
@@ -43,7 +44,7 @@ def test_timm_takes_the_folder(
 ) -> None:
     output = tmp_path / "mine"
     options = ["--checkpoint", str(run_dir), "--weights", "momentum", "--output", str(output)]
-    assert main(["timm", *options]) == 0
+    assert export_weights(["timm", *options]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{output}: an encoder for timm, momentum at step {STEPS}, loaded back")
     assert "on 10 images" in text and str(run_dir.parent / "photos") in text
@@ -147,7 +148,7 @@ def test_without_transformers_nothing_is_written(
     options = ["--checkpoint", str(run_dir), "--output", str(tmp_path / "x")]
     with pytest.raises(ConfigError, match=r"pip install 'cmtmae-scale\[hf\]'"):
         export_folder("hf", run_dir, tmp_path / "x", "student", None)
-    assert main(["hf", *options]) == 78
+    assert export_weights(["hf", *options]) == 78
     assert not list(tmp_path.iterdir())
 
 

@@ -1,129 +1,86 @@
-"""Changing any key of a fine-tuning changes its weights, its output or an error."""
+"""Changing any key of fine-tuning changes its weights, its output or an error."""
 
-import dataclasses
-import hashlib
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cmtmae_scale.config.finetune import Finetune
-from cmtmae_scale.errors import CmtMaeError
-from dataloading.errors import DataError
-from tests.engine.run_case import tensors
+from cmtmae_scale.config.finetune import Finetune, load_finetune
+from cmtmae_scale.config.schema import walk_fields
+from tests.config.key_case import missing_tests, observe_changes
+from tests.evaluation.evaluation_case import labelled_photographs
 from tests.finetuning.finetune_case import tune, write_recipe
 from tests.processes import run_ranks
 
-# One override a key; a second one in the same string makes the key matter.
-CHANGES = {
-    "run.output_dir": "run.output_dir=elsewhere",
-    "run.time_limit_s": "run.time_limit_s=0.001",
-    "run.seed": "run.seed=1",
-    "run.allow_change": "run.allow_change=[train.epochs] train.stop_after=1",
-    "data.path": "data.path=nowhere",
-    "data.test_path": "data.test_path=nowhere",
-    "data.max_bad_fraction": "data.max_bad_fraction=2",
-    "data.workers": "data.workers=0",
-    "head.pool": "head.pool=cls",
-    "head.drop_path": "head.drop_path=0.6",
-    "augment.crop_scale": "augment.crop_scale=[0.5,1.0]",
-    "augment.aspect_ratio": "augment.aspect_ratio=[1.0,1.0]",
-    "augment.hflip": "augment.hflip=false",
-    "augment.magnitude": "augment.magnitude=null",
-    "augment.magnitude_std": "augment.magnitude_std=2",
-    "augment.erase": "augment.erase=1",
-    "augment.mixup": "augment.mixup=0",
-    "augment.cutmix": "augment.cutmix=0",
-    "augment.smoothing": "augment.smoothing=0.3",
-    "optimizer.base_lr": "optimizer.base_lr=0.01",
-    "optimizer.layer_decay": "optimizer.layer_decay=1.0",
-    "optimizer.betas": "optimizer.betas=[0.5,0.6]",
-    "optimizer.weight_decay": "optimizer.weight_decay=0.5",
-    "optimizer.grad_clip": "optimizer.grad_clip=0.01",
-    "optimizer.warmup_epochs": "optimizer.warmup_epochs=0",
-    "optimizer.min_lr": "optimizer.min_lr=0.001",
-    "train.global_batch_size": "train.global_batch_size=16",
-    "train.micro_batch_size": "train.micro_batch_size=4",
-    "train.epochs": "train.epochs=2",
-    "train.steps": "train.steps=4",
-    "train.stop_after": "train.stop_after=1",
-    "backend.name": "backend.name=zeros",
-    "backend.precision": "backend.precision=bf16",
-    "backend.sharding": "backend.sharding=some",
-    "backend.zero_stage": "backend.zero_stage=0",
-    "backend.deepspeed": "backend.deepspeed=absent.json backend.name=deepspeed",
-    "checkpoint.every": "checkpoint.every=1",
-    "checkpoint.keep": "checkpoint.keep=1 checkpoint.every=1",
-    "log.every": "log.every=2",
+# Key -> a legal change, and overrides without which the key would not matter.
+CHANGES: dict[str, tuple[str, ...]] = {
+    "run.time_limit_s": ("run.time_limit_s=0.001",),
+    "run.seed": ("run.seed=1",),
+    "data.path": ("data.path=others",),
+    "data.test_path": ("data.test_path=others",),
+    "head.pool": ("head.pool=cls",),
+    "head.drop_path": ("head.drop_path=0.6",),
+    "augment.crop_scale": ("augment.crop_scale=[0.5,1.0]",),
+    "augment.aspect_ratio": ("augment.aspect_ratio=[1.0,1.0]",),
+    "augment.hflip": ("augment.hflip=false",),
+    "augment.magnitude": ("augment.magnitude=null",),
+    "augment.magnitude_std": ("augment.magnitude_std=2",),
+    "augment.erase": ("augment.erase=1",),
+    "augment.mixup": ("augment.mixup=0",),
+    "augment.cutmix": ("augment.cutmix=0",),
+    "augment.smoothing": ("augment.smoothing=0.3",),
+    "optimizer.base_lr": ("optimizer.base_lr=0.01",),
+    "optimizer.layer_decay": ("optimizer.layer_decay=1.0",),
+    "optimizer.betas": ("optimizer.betas=[0.5,0.6]",),
+    "optimizer.weight_decay": ("optimizer.weight_decay=0.5",),
+    "optimizer.grad_clip": ("optimizer.grad_clip=0.01",),
+    "optimizer.warmup_epochs": ("optimizer.warmup_epochs=0",),
+    "optimizer.min_lr": ("optimizer.min_lr=0.001",),
+    "train.global_batch_size": ("train.global_batch_size=16",),
+    "train.micro_batch_size": ("train.micro_batch_size=4",),
+    "train.epochs": ("train.epochs=2",),
+    "train.steps": ("train.steps=4",),
+    "train.stop_after": ("train.stop_after=1",),
+    "backend.precision": ("backend.precision=bf16",),
+    "checkpoint.every": ("checkpoint.every=1",),
+    "checkpoint.keep": ("checkpoint.keep=1", "checkpoint.every=1"),
+    "log.every": ("log.every=2",),
 }
 EXCEPTIONS = {
-    "run.name": "a label in the first log line",
-    "data.decode": "speed only on a CPU; pixels are the same: test_dali",
-    "backend.compile": "speed only: test_runs",
-    "backend.activation_checkpointing": "memory only; gradients are the same: test_classifier",
-    "checkpoint.background": "speed only: test_checkpoint",
+    "run.output_dir": "the folder itself, in every case here: finetuning/test_every_key.py",
+    "run.name": "a label in the log: tools/report/test_report.py",
+    "run.allow_change": "at a resume: engine/test_resume_rules.py",
+    "data.decode": "speed; pixels are the same on a CPU: dataloading/test_dali.py",
+    "data.max_bad_fraction": "with undecodable images: pretraining/test_bad_share.py",
+    "data.workers": "speed; the order is the same: dataloading/test_stream.py",
+    "backend.name": "numbers agree: backends/test_parity.py",
+    "backend.sharding": "memory; numbers agree: backends/test_parity.py",
+    "backend.zero_stage": "memory; numbers agree: backends/test_parity.py",
+    "backend.deepspeed": "with DeepSpeed: backends/test_zero.py",
+    "backend.compile": "speed; numbers agree: finetuning/test_runs.py",
+    "backend.activation_checkpointing": "memory; numbers agree: finetuning/test_classifier.py",
+    "checkpoint.background": "speed: checkpoint/test_writer.py",
+    "guard.skip_limit": "at non-finite steps: engine/test_skips.py",
+    "guard.rollback_limit": "at non-finite steps: engine/test_skips.py",
+    "guard.spike_factor": "at spikes: engine/test_skips.py",
+    "guard.hang_seconds": "when a rank hangs: engine/test_hangs.py",
 }
-TIMES = ("images_s", "data_wait_fraction", "memory_gib")
 SHORT = ["train.steps=3", "checkpoint.every=3"]
 
 
-def leaves(owner: Any, prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for field in dataclasses.fields(owner):
-        factory = field.default_factory
-        inner = factory() if factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(inner):
-            found += leaves(inner, f"{prefix}{field.name}.")
-        else:
-            found.append(prefix + field.name)
-    return found
-
-
-def observe(recipe: Path, run_dir: Path, overrides: list[str]) -> str:
-    """Digest of everything that a run leaves behind, or its error."""
-    try:
-        tune(recipe, f"run.output_dir={run_dir}", *SHORT, *overrides)
-    except (CmtMaeError, DataError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    digest = hashlib.sha256()
-    folders = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
-    digest.update(repr(folders).encode())
-    for key, value in tensors(run_dir, int(folders[-1].removeprefix("step-"))).items():
-        digest.update(key.encode() + value.numpy().tobytes())
-    for line in (run_dir / "log.jsonl").read_text().splitlines():
-        entry = {key: value for key, value in json.loads(line).items() if key not in TIMES}
-        digest.update(json.dumps(entry).encode())
-    return digest.hexdigest()
-
-
 def observe_all(recipe: Path, folder: Path) -> dict[str, tuple[str, str]]:
-    os.chdir(folder)
-    found = {}
-    base = observe(recipe, folder / "base", [])
-    again = observe(recipe, folder / "again", [])
-    assert base == again and "Error" not in base, (base, again)
-    for number, (key, text) in enumerate(CHANGES.items()):
-        change, *context = text.split(" ")
-        if key == "run.output_dir":
-            tune(recipe, *SHORT, change)
-            found[key] = (base, str(Path("elsewhere/checkpoints").is_dir()))
-            continue
-        before = base
-        if context:
-            before = observe(recipe, folder / f"b{number}", context)
-        place = folder / f"b{number}" if key == "run.allow_change" else folder / f"a{number}"
-        if key == "run.allow_change":  # another length, which a run that goes on else refuses
-            refused = observe(recipe, place, ["train.epochs=2"])
-            assert "run.allow_change" in refused, refused
-            change, context = "run.allow_change=[train.epochs,train.steps]", ["train.epochs=2"]
-        found[key] = (before, observe(recipe, place, [change, *context]))
-    return found
+    labelled_photographs(folder / "others", 17, 2, 3)
+    return observe_changes(
+        lambda overrides: tune(recipe, *SHORT, *overrides),
+        lambda overrides: load_finetune(recipe, [*SHORT, *overrides]),
+        folder,
+        CHANGES,
+    )
 
 
 def test_every_key_is_listed() -> None:
-    assert sorted(leaves(Finetune)) == sorted([*CHANGES, *EXCEPTIONS])
+    keys = sorted(key for key, _ in walk_fields(Finetune))
+    assert keys == sorted([*CHANGES, *EXCEPTIONS])
+    assert not missing_tests(EXCEPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -138,5 +95,5 @@ def observations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[st
 @pytest.mark.parametrize("key", CHANGES)
 def test_the_key_changes_the_run(observations: dict[str, tuple[str, str]], key: str) -> None:
     before, after = observations[key]
-    assert "Error" not in before
     assert before != after
+    assert "Error" not in before or "Error" not in after

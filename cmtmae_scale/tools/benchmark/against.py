@@ -1,4 +1,4 @@
-"""MAE's forward and backward here and in transformers: same weights, same noise, taking turns."""
+"""MAE's forward and backward here and in transformers: same weights and noise, alternating."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from cmtmae_scale.method.targets import (
     patchify,
     pixel_targets,
 )
-from cmtmae_scale.tools.benchmark.clock import Spread, Stopwatch, seconds, spread
+from cmtmae_scale.tools.benchmark.clock import Spread, Stopwatch, elapsed_s
 from cmtmae_scale.tools.benchmark.training import Protocol
 
 TOLERANCE = 1e-5
-"""Between the two losses, which differ by the order of float32 sums alone."""
+"""Relative difference of the two losses, which differ only by the order of float32 sums."""
 
 
 @dataclass
-class Comparison:
-    """Time of one forward and backward; the rounds took turns."""
+class MaeComparison:
+    """Time of one forward and backward in alternating rounds."""
 
     images: int
     ours_s: Spread
@@ -40,35 +40,37 @@ class Comparison:
     their_loss: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        named = {name: getattr(self, name)._asdict() for name in ("ours_s", "theirs_s", "ratio")}
-        return {**vars(self), **named}
+        """Return the fields for JSON."""
+        spreads = {name: getattr(self, name)._asdict() for name in ("ours_s", "theirs_s", "ratio")}
+        return {**vars(self), **spreads}
 
 
-def compare(config: Config, protocol: Protocol, device: torch.device) -> Comparison:
-    """Time both, after their losses were found equal.
+def compare_with_transformers(
+    config: Config, protocol: Protocol, device: torch.device
+) -> MaeComparison:
+    """Time both implementations after a check that their losses agree.
 
     Args:
-        config: a recipe of MAE: full decoder, random masks, pixels alone, hidden tokens.
+        config: a recipe of MAE: full decoder, random masks, pixel targets, masked tokens.
         protocol: ``windows`` rounds of ``steps`` each.
-        device: where.
+        device: device of both models.
 
     Raises:
-        ConfigError: a recipe that is not MAE's, transformers is missing, or the losses differ.
+        ConfigError: a recipe other than MAE's, missing transformers, or different losses.
     """
     refuse_other_methods(config)
     generator = torch.Generator(device).manual_seed(config.run.seed)
     size, count = config.views.image_size, config.train.micro_batch_size
     images = torch.randn(count, 3, size, size, device=device, generator=generator)
-    theirs = build_theirs(config).to(device)
+    theirs = build_transformers_mae(config).to(device)
     ours = CollaborativeMAE(config)
     initialise(ours, config.run.seed)
     load_init_weights(ours, theirs.state_dict(), "transformers")
     ours.to(device)
     length = ours.encoder.grid[0] * ours.encoder.grid[1]
     noise = hash_uniform(config.run.seed, 0, torch.arange(count, device=device), length)
-    # MAE shows the patches of the smallest noise, we those of the largest key.
-    calls = (our_loss(config, ours, images, noise), lambda: theirs(images, noise=1 - noise).loss)
+    # MAE keeps the patches of the smallest noise, we those of the largest key.
+    calls = (make_loss(config, ours, images, noise), lambda: theirs(images, noise=1 - noise).loss)
     losses = [call().item() for call in calls]
     if abs(losses[0] - losses[1]) > TOLERANCE * abs(losses[1]):
         raise ConfigError(f"the losses differ: ours {losses[0]}, theirs {losses[1]}; please report")
@@ -76,17 +78,19 @@ def compare(config: Config, protocol: Protocol, device: torch.device) -> Compari
     rounds: list[list[float]] = [[], []]
     for number in range(protocol.warm_up + protocol.windows):
         for model, call, seen in zip(models, calls, rounds, strict=True):
-            taken = time_round(model, call, protocol.steps, device)
+            round_s = time_forward_backward(model, call, protocol.steps, device)
             if number >= protocol.warm_up:
-                seen.append(taken)
+                seen.append(round_s)
     ratios = [a / b for a, b in zip(*rounds, strict=True)]
-    return Comparison(count, spread(rounds[0]), spread(rounds[1]), spread(ratios), *losses)
+    return MaeComparison(
+        count, Spread.of(rounds[0]), Spread.of(rounds[1]), Spread.of(ratios), *losses
+    )
 
 
-def time_round(
+def time_forward_backward(
     model: nn.Module, call: Callable[[], Tensor], steps: int, device: torch.device
 ) -> float:
-    """Seconds of one forward and backward, mean of some in a row."""
+    """Return the seconds of one forward and backward, the mean of several."""
     watch = Stopwatch(device)
     start = watch.mark()
     for _ in range(steps):
@@ -94,13 +98,13 @@ def time_round(
         call().backward()
     end = watch.mark()
     watch.collect()
-    return seconds(start, end) / steps
+    return elapsed_s(start, end) / steps
 
 
-def our_loss(
+def make_loss(
     config: Config, model: CollaborativeMAE, images: Tensor, noise: Tensor
 ) -> Callable[[], Tensor]:
-    """Masks, pixel targets, forward and mean loss, as the training loop composes them."""
+    """Return masks, targets, forward and mean loss of the training loop as one function."""
     count, length = noise.shape
     counts = token_counts(length, config.mask.ratio)
     layout = TokenLayout.from_config(config, *counts)
@@ -118,8 +122,8 @@ def our_loss(
     return call
 
 
-def build_theirs(config: Config) -> Any:
-    """Transformers' ViTMAE of the same shape, with weights of its own."""
+def build_transformers_mae(config: Config) -> Any:
+    """Build transformers' ViTMAE of the same shape, with its own initialisation."""
     try:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
     except ImportError as error:
@@ -147,14 +151,14 @@ def build_theirs(config: Config) -> Any:
             norm_pix_loss=config.target.pixel.norm == "patch",
         )
     )
-    with torch.no_grad():  # some versions leave the tables to the loading of a file
+    with torch.no_grad():  # some versions fill the tables only when a file is loaded
         for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
             table[0, 1:] = sincos_positions(table.shape[2], encoder.grid)
     return model
 
 
 def refuse_other_methods(config: Config) -> None:
-    """Allow what transformers' ViTMAE computes and nothing else."""
+    """Refuse settings that transformers' ViTMAE does not compute."""
     expected = {
         "decoder.type": (config.decoder.type, "full"),
         "mask.sampler": (config.mask.sampler, "random"),
@@ -170,8 +174,8 @@ def refuse_other_methods(config: Config) -> None:
             )
 
 
-def describe(outcome: Comparison, on_gpu: bool) -> str:
-    """A few lines of Markdown."""
+def render_mae_comparison(outcome: MaeComparison, on_gpu: bool) -> str:
+    """Return Markdown."""
     unit = "s" if on_gpu else "CPU-s"
     return (
         f"MAE, {outcome.images} images, forward and backward, float32, losses "

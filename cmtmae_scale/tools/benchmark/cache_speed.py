@@ -1,4 +1,4 @@
-"""Rows of a cache, read and decoded, against the live teacher: all take turns."""
+"""Reading and decoding of cache rows against the online teacher, in alternating rounds."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,38 +18,38 @@ from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.runtime.storage import drop_from_memory
 from cmtmae_scale.teachers.online import OnlineTeacher
-from cmtmae_scale.tools.benchmark.clock import Spread, spread
-from cmtmae_scale.tools.benchmark.table import markdown
+from cmtmae_scale.tools.benchmark.clock import Spread
+from cmtmae_scale.tools.benchmark.table import markdown_table
 from dataloading.plan import Plan
 from dataloading.stream import LOOK_AHEAD
 
 T = TypeVar("T")
-LIVE = "live teacher"
+ONLINE = "online teacher"
 WARM_UP = 1
-"""Rounds that do not count."""
+"""Rounds before the measurement."""
 CLOCK_S = 1e-6
-"""The least CPU time that is told from none."""
+"""Resolution of the CPU clock."""
 
 
 @dataclass
-class Speed:
-    """Of one way to a teacher's view."""
+class ViewRate:
+    """Rate of one source of teacher views."""
 
     name: str
     row_bytes: int
-    """Read from storage for a view."""
+    """Bytes read from storage per view."""
     per_s: Spread
-    """Views a second."""
+    """Views per second."""
     per_core_s: Spread
-    """Views a CPU-second of this process."""
-    of_live: Spread
-    """Views a second, divided by the live teacher's in the same round."""
-    of_live_core: Spread
-    """The same of CPU-seconds."""
+    """Views per CPU-second of this process."""
+    of_online: Spread
+    """Views per second, relative to the online teacher in the same round."""
+    of_online_core: Spread
+    """Views per CPU-second, relative to the online teacher."""
 
 
-class Cached(NamedTuple):
-    """A cache that was built."""
+class BuiltCache(NamedTuple):
+    """A cache and its open teacher."""
 
     codec: Codec
     folder: Path
@@ -57,33 +57,34 @@ class Cached(NamedTuple):
     teacher: CachedTeacher
 
     def drop(self) -> list[float | None]:
-        """Forget its pages; see ``drop_from_memory``."""
+        """Drop its pages from memory; see ``drop_from_memory``."""
         shards = range(self.manifest.num_shards)
         return [drop_from_memory(shard_path(self.folder, shard)) for shard in shards]
 
 
-def measure(
-    builder: Builder, caches: Sequence[Cached], rows: int, rounds: int
-) -> tuple[list[Speed], float | None]:
-    """Read from storage, read from memory, decode and look live, one after the other, repeatedly.
+def measure_views(
+    builder: Builder, caches: Sequence[BuiltCache], rows: int, rounds: int
+) -> tuple[list[ViewRate], float | None]:
+    """Measure reads from storage and memory, decoding, and teacher forwards, in turn.
 
     Args:
-        builder: of the caches; its teacher is the live one.
-        caches: whole ones.
-        rows: views a round, at random; no more than there are.
-        rounds: rounds that count.
+        builder: of the caches; has the online teacher.
+        caches: complete caches.
+        rows: random views per round; at most the number of rows.
+        rounds: measured rounds.
 
     Returns:
-        The speeds, live last, and the largest share of a shard that could not be dropped.
+        The rates, the online teacher last, and the largest fraction of a shard still in memory.
     """
     device, side = builder.device, builder.teacher.image_size
     size = builder.config.train.micro_batch_size
-    pictures = torch.zeros((size, side, side, 3), dtype=torch.uint8, device=device)
+    images = torch.zeros((size, side, side, 3), dtype=torch.uint8, device=device)
     batches = -(-rows // size)
     generator = np.random.default_rng(0)
-    taken: dict[str, list[Taken]] = {}
+    rates: dict[str, list[Rate]] = {}
     row_bytes: dict[str, int] = {}
     kept: list[float | None] = []
+    forward = partial(run_teacher, builder.teacher, images, batches)
     for _ in range(WARM_UP + rounds):
         for cache in caches:
             chosen = generator.permutation(cache.manifest.num_rows)[:rows]
@@ -92,43 +93,43 @@ def measure(
             for place in ("storage", "memory"):
                 name = f"read {cache.codec} from {place}"
                 row_bytes[name] = cache.manifest.row_bytes()
-                fields, used = timed(partial(read, cache, plans), len(chosen), device)
-                taken.setdefault(name, []).append(used)
-            _, used = timed(partial(decode, cache, fields), len(chosen), device)
-            taken.setdefault(f"decode {cache.codec}", []).append(used)
-        _, used = timed(partial(look, builder.teacher, pictures, batches), batches * size, device)
-        taken.setdefault(LIVE, []).append(used)
-    counted = {name: seen[WARM_UP:] for name, seen in taken.items()}
-    told = [share for share in kept if share is not None]
+                fields, rate = time_views(partial(read_rows, cache, plans), len(chosen), device)
+                rates.setdefault(name, []).append(rate)
+            _, rate = time_views(partial(decode_rows, cache, fields), len(chosen), device)
+            rates.setdefault(f"decode {cache.codec}", []).append(rate)
+        _, rate = time_views(forward, batches * size, device)
+        rates.setdefault(ONLINE, []).append(rate)
+    counted = {name: seen[WARM_UP:] for name, seen in rates.items()}
+    known = [fraction for fraction in kept if fraction is not None]
     speeds = [
-        summarise(name, row_bytes.get(name, 0), seen, counted[LIVE])
+        summarise_views(name, row_bytes.get(name, 0), seen, counted[ONLINE])
         for name, seen in counted.items()
     ]
-    return speeds, max(told, default=None)
+    return speeds, max(known, default=None)
 
 
-class Taken(NamedTuple):
-    """Views a second and views a CPU-second."""
+class Rate(NamedTuple):
+    """Views per second and per CPU-second."""
 
     per_s: float
     per_core_s: float
 
 
-def timed(work: Callable[[], T], count: int, device: torch.device) -> tuple[T, Taken]:
-    """Time some work on so many views; it has ended on the device, and no thread goes on."""
+def time_views(work: Callable[[], T], count: int, device: torch.device) -> tuple[T, Rate]:
+    """Time work on ``count`` views, until the device has finished."""
     wall, core = time.perf_counter(), time.process_time()
     result = work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     wall, core = time.perf_counter() - wall, time.process_time() - core
-    return result, Taken(count / wall, count / max(core, CLOCK_S))
+    return result, Rate(count / wall, count / max(core, CLOCK_S))
 
 
-def read(cache: Cached, plans: Sequence[Plan]) -> list[dict[str, Tensor]]:
-    """Rows of plans as the trainer reads them, some ahead.
+def read_rows(cache: BuiltCache, plans: Sequence[Plan]) -> list[dict[str, Tensor]]:
+    """Read rows as the trainer does, some micro-batches ahead.
 
     Raises:
-        CacheError: if one cannot be used.
+        CacheError: if a row cannot be used.
     """
     reader, found = cache.teacher.reader, list[dict[str, Tensor]]()
     for at in range(-LOOK_AHEAD, len(plans)):
@@ -144,43 +145,45 @@ def read(cache: Cached, plans: Sequence[Plan]) -> list[dict[str, Tensor]]:
     return found
 
 
-def decode(cache: Cached, fields: Sequence[dict[str, Tensor]]) -> None:
-    """Move rows to the device and make features of them."""
+def decode_rows(cache: BuiltCache, fields: Sequence[dict[str, Tensor]]) -> None:
+    """Move rows to the device and decode them to features."""
     for one in fields:
         cache.teacher.decode_rows(one)
 
 
-def look(teacher: OnlineTeacher, pictures: Tensor, batches: int) -> None:
-    """Let the teacher look."""
+def run_teacher(teacher: OnlineTeacher, images: Tensor, batches: int) -> None:
+    """Run teacher forwards."""
     for _ in range(batches):
-        teacher(pictures)
+        teacher(images)
 
 
-def summarise(name: str, row_bytes: int, seen: list[Taken], live: list[Taken]) -> Speed:
-    """Medians over rounds."""
-    return Speed(
+def summarise_views(name: str, row_bytes: int, seen: list[Rate], online: list[Rate]) -> ViewRate:
+    """Return medians over rounds."""
+    return ViewRate(
         name,
         row_bytes,
-        spread([one.per_s for one in seen]),
-        spread([one.per_core_s for one in seen]),
-        spread([one.per_s / other.per_s for one, other in zip(seen, live, strict=True)]),
-        spread([one.per_core_s / other.per_core_s for one, other in zip(seen, live, strict=True)]),
+        Spread.of([one.per_s for one in seen]),
+        Spread.of([one.per_core_s for one in seen]),
+        Spread.of([one.per_s / other.per_s for one, other in zip(seen, online, strict=True)]),
+        Spread.of(
+            [one.per_core_s / other.per_core_s for one, other in zip(seen, online, strict=True)]
+        ),
     )
 
 
-def describe(speeds: Sequence[Speed], in_memory: float | None) -> str:
-    """Markdown table, and whether reading from storage was that."""
-    header = ["way", "bytes a view", "views/s", "views a CPU-s", "of live, views/s"]
-    header += ["of live, views a CPU-s"]
+def views_table(speeds: Sequence[ViewRate], in_memory: float | None) -> str:
+    """Return a Markdown table, and whether pages were dropped before reads from storage."""
+    header = ["source", "bytes per view", "views/s", "views per CPU-s", "of online, views/s"]
+    header += ["of online, views per CPU-s"]
     rows = [
         [one.name, f"{one.row_bytes:,}" if one.row_bytes else "-"]
-        + [str(each) for each in (one.per_s, one.per_core_s, one.of_live, one.of_live_core)]
+        + [str(each) for each in (one.per_s, one.per_core_s, one.of_online, one.of_online_core)]
         for one in speeds
     ]
     if in_memory is None:
-        told = "This file system does not tell whether pages were dropped before reading."
+        note = "This file system does not report whether pages were dropped before reading."
     else:
-        told = (
+        note = (
             f"Pages in memory when reading from storage began: at most {in_memory:.0%} of a shard."
         )
-    return f"{markdown(header, rows)}\n\n{told}"
+    return f"{markdown_table(header, rows)}\n\n{note}"

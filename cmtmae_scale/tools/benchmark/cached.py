@@ -1,4 +1,4 @@
-"""A teacher's cache against the live teacher: reading, decoding and the step, taking turns."""
+"""A teacher cache against the online teacher: reading, decoding and the training step."""
 
 import logging
 import tempfile
@@ -23,9 +23,9 @@ from cmtmae_scale.teachers.base import TeacherView, view_sizes
 from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark import cache_speed, rounding, training
-from cmtmae_scale.tools.benchmark.cache_speed import Cached, Speed
-from cmtmae_scale.tools.benchmark.clock import Spread, spread
-from cmtmae_scale.tools.benchmark.table import markdown, training_tables
+from cmtmae_scale.tools.benchmark.cache_speed import BuiltCache, ViewRate
+from cmtmae_scale.tools.benchmark.clock import Spread
+from cmtmae_scale.tools.benchmark.table import markdown_table, training_tables
 from cmtmae_scale.tools.benchmark.training import Protocol, Variant
 from dataloading.index import Index, load_or_build
 from dataloading.stream import Batch, Stream
@@ -34,31 +34,31 @@ logger = logging.getLogger(__name__)
 
 CODECS: tuple[Codec, ...] = ("int8", "bf16")
 ROWS_PER_SHARD = 1024
-ELSEWHERE = 1 << 30
-"""Position of views whose crops calibrated nothing."""
+UNCALIBRATED = 1 << 30
+"""Position of views outside the calibration."""
 
 
 @dataclass
-class Report:
-    """What the command tells."""
+class CacheReport:
+    """Results of the command."""
 
-    speeds: list[Speed]
+    speeds: list[ViewRate]
     in_memory: float | None
-    """Largest share of a shard that was still in memory when it was to be read from storage."""
-    steps: list[training.Result]
+    """Largest fraction of a shard still in memory before a read from storage."""
+    steps: list[training.StepResult]
     of_synthetic: dict[str, Spread]
-    """Steps a second, divided by those with a synthetic teacher in the same window."""
+    """Steps per second, relative to a synthetic teacher in the same window."""
     rounding: list[rounding.Rounding]
     views: int
-    """Views that ``rounding`` is of."""
+    """Number of views behind ``rounding``."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
-class Synthetic:
-    """A teacher that always shows the same random view, on the device."""
+class SyntheticTeacher:
+    """A teacher that always returns the same random view, on the device."""
 
     image_size = None
 
@@ -72,11 +72,11 @@ class Synthetic:
         self.view = TeacherView(attention, torch.randn(shape, device=device), True)
 
     def forward_batch(self, batch: Batch) -> TeacherView:
-        """See ``TeacherSource.look``."""
+        """See ``TeacherSource.forward_batch``."""
         return self.view
 
 
-def measure(
+def compare_cache(
     path: str,
     overrides: Sequence[str],
     rows: int,
@@ -84,20 +84,20 @@ def measure(
     protocol: Protocol,
     world: World,
     device: torch.device,
-) -> Report:
-    """Build a cache by each codec in a temporary folder, and measure; the process group is open.
+) -> CacheReport:
+    """Build a cache per codec in a temporary folder, and measure it; the process group is open.
 
     Args:
         path: recipe.
-        overrides: of the recipe; all views of ``data.path`` are built, ``views.views_per_image`` or one each.
-        rows: views a round.
-        rounds: rounds of which the median counts.
+        overrides: of the recipe; the caches hold ``views.views_per_image`` or one view per image.
+        rows: views per round.
+        rounds: measured rounds; the median is reported.
         protocol: of the training steps.
-        world: this process's place: alone.
-        device: where teacher and student compute.
+        world: a world of one process.
+        device: device of teacher and student.
 
     Raises:
-        ConfigError: several processes, numbers below 1, or a run that has no use for features.
+        ConfigError: several processes, numbers below 1, or a run without teacher features.
     """
     if world.world_size > 1:
         raise ConfigError("the cache is measured by one process; start it without torchrun")
@@ -105,37 +105,37 @@ def measure(
         raise ConfigError("--rows, --rounds, --windows and --steps must be at least 1")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        config = live_config(path, overrides, folder)
+        config = online_config(path, overrides, folder)
         index = load_or_build(config.data.path, folder / "index", source=config.data.source)
         teacher = assemble_teacher(config, needs(config), load=True).to(
             device, compute_dtype(config)
         )
         builder = Builder(config, index, teacher, device)
         stack.callback(builder.close)
-        caches: list[Cached] = []
+        caches: list[BuiltCache] = []
         calibration = None
         for codec in CODECS:
-            caches.append(build(builder, folder / codec, codec))
+            caches.append(build_cache(builder, folder / codec, codec))
             stack.callback(caches[-1].teacher.close)
             calibration = calibration or builder.calibration
         if calibration is None:
             raise RuntimeError("int8 was not calibrated; please report this")
-        speeds, in_memory = cache_speed.measure(builder, caches, rows, rounds)
-        results, ratios = steps_of(config, caches, teacher, protocol, world, device)
-        rounded = rounding_of(config, index, teacher, calibration, rows, device)
-        return Report(speeds, in_memory, results, ratios, rounded, rows)
+        speeds, in_memory = cache_speed.measure_views(builder, caches, rows, rounds)
+        results, ratios = measure_steps(config, caches, teacher, protocol, world, device)
+        rounded = measure_rounding(config, index, teacher, calibration, rows, device)
+        return CacheReport(speeds, in_memory, results, ratios, rounded, rows)
 
 
-def live_config(path: str, overrides: Sequence[str], folder: Path) -> Config:
-    """The recipe with the live teacher, a fixed number of views and one micro-batch a step.
+def online_config(path: str, overrides: Sequence[str], folder: Path) -> Config:
+    """Return the recipe with the online teacher, fixed views and one micro-batch per step.
 
     Raises:
-        ConfigError: if its loss does not use the teacher's features.
+        ConfigError: if the loss does not use the teacher's features.
     """
     own = ["teacher.mode=online", f"cache.dir={folder}", f"data.index={folder / 'index'}"]
     config = load_config(path, [*overrides, *own])
     if not needs(config).teacher_features:
-        raise ConfigError(f"{path}: the loss does not use the teacher's features: nothing to read")
+        raise ConfigError(f"{path}: the loss does not use the teacher's features")
     config.views.views_per_image = config.views.views_per_image or 1
     config.train.global_batch_size = config.train.micro_batch_size
     config.cache.spot_check = 0.0
@@ -143,7 +143,7 @@ def live_config(path: str, overrides: Sequence[str], folder: Path) -> Config:
 
 
 def cached_config(config: Config, folder: Path, codec: Codec) -> Config:
-    """The same run, reading a cache and holding no teacher."""
+    """Return the run with a cache and without a teacher."""
     return replace(
         config,
         teacher=replace(config.teacher, mode="cached"),
@@ -151,7 +151,7 @@ def cached_config(config: Config, folder: Path, codec: Codec) -> Config:
     )
 
 
-def build(builder: Builder, folder: Path, codec: Codec) -> Cached:
+def build_cache(builder: Builder, folder: Path, codec: Codec) -> BuiltCache:
     """Build a cache and open it."""
 
     def fail(error: CacheError) -> NoReturn:
@@ -162,37 +162,37 @@ def build(builder: Builder, folder: Path, codec: Codec) -> Cached:
     logger.info("building %d views, %s, %.2f GB in %s", manifest.num_rows, codec, size, folder)
     build_shards(builder, folder, manifest, range(manifest.num_shards))
     config = cached_config(builder.config, folder, codec)
-    described, device = builder.teacher, builder.device
-    teacher = CachedTeacher(config, manifest, builder.calibration, described, None, device, fail)
-    return Cached(codec, folder, manifest, teacher)
+    skeleton, device = builder.teacher, builder.device
+    teacher = CachedTeacher(config, manifest, builder.calibration, skeleton, None, device, fail)
+    return BuiltCache(codec, folder, manifest, teacher)
 
 
-def steps_of(
+def measure_steps(
     config: Config,
-    caches: Sequence[Cached],
+    caches: Sequence[BuiltCache],
     teacher: OnlineTeacher,
     protocol: Protocol,
     world: World,
     device: torch.device,
-) -> tuple[list[training.Result], dict[str, Spread]]:
-    """The training step with a synthetic teacher, each cache and the live teacher."""
+) -> tuple[list[training.StepResult], dict[str, Spread]]:
+    """Time the training step with a synthetic teacher, each cache and the online teacher."""
     configs = [cached_config(config, one.folder, one.codec) for one in caches]
-    synthetic = Synthetic(teacher, config.train.micro_batch_size, device)
+    synthetic = SyntheticTeacher(teacher, config.train.micro_batch_size, device)
     variants = [Variant("synthetic teacher", configs[0], "auto", synthetic)]
     for own, cache in zip(configs, caches, strict=True):
         variants.append(Variant(f"cache, {cache.codec}", own, "auto", before=cache.drop))
-    variants.append(Variant("live teacher", config, "auto"))
-    results = training.measure(variants, protocol, True, world, device)
+    variants.append(Variant("online teacher", config, "auto"))
+    results = training.measure_variants(variants, protocol, True, world, device)
     first = results[0].windows_s
     ratios = {
-        one.label: spread([a / b for a, b in zip(first, one.windows_s, strict=True)])
+        one.label: Spread.of([a / b for a, b in zip(first, one.windows_s, strict=True)])
         for one in results[1:]
         if first and one.windows_s
     }
     return results, ratios
 
 
-def rounding_of(
+def measure_rounding(
     config: Config,
     index: Index,
     teacher: OnlineTeacher,
@@ -200,7 +200,7 @@ def rounding_of(
     views: int,
     device: torch.device,
 ) -> list[rounding.Rounding]:
-    """What rounding does to gradients, on views that calibrated nothing."""
+    """Measure the effect of rounding on gradients, on views outside the calibration."""
     with Stream(
         index,
         seed=config.run.seed,
@@ -210,24 +210,24 @@ def rounding_of(
         ratio=config.views.aspect_ratio,
         flip=config.views.hflip,
         threads=config.data.workers,
-        start_position=ELSEWHERE,
+        start_position=UNCALIBRATED,
         decode=config.data.decode,
         device=device,
     ) as stream:
         batches = islice(stream, -(-views // config.train.micro_batch_size))
-        return rounding.measure(config, batches, teacher, calibration, device)
+        return rounding.measure_codecs(config, batches, teacher, calibration, device)
 
 
-def describe(report: Report, on_gpu: bool) -> str:
-    """Markdown tables."""
+def render_cache_report(report: CacheReport, on_gpu: bool) -> str:
+    """Return Markdown tables."""
     unit = "s" if on_gpu else "CPU-s"
-    header = [f"steps/{unit}", "of those with a synthetic teacher, by window"]
+    header = [f"steps/{unit}", "relative to a synthetic teacher, by window"]
     ratios = [[name, str(ratio)] for name, ratio in report.of_synthetic.items()]
     return "\n\n".join(
         [
-            cache_speed.describe(report.speeds, report.in_memory),
+            cache_speed.views_table(report.speeds, report.in_memory),
             training_tables(report.steps, on_gpu),
-            markdown(header, ratios),
-            rounding.describe(report.rounding, report.views),
+            markdown_table(header, ratios),
+            rounding.rounding_table(report.rounding, report.views),
         ]
     )

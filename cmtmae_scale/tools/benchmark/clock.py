@@ -1,7 +1,7 @@
-"""Time on the device's own clock, split by parts, and the statistics of windows.
+"""Time on the device's own clock, split by stage, and statistics over windows.
 
-On a GPU the clock is a CUDA event, read after a window. On a CPU it is the CPU time of this
-process over all its threads: on a shared machine wall time says little.
+On a GPU the clock is a CUDA event, read after a window. On a CPU it is the CPU time of all threads
+of this process, because wall time on a shared machine depends on other processes.
 """
 
 import statistics
@@ -16,10 +16,10 @@ Mark = float | torch.cuda.Event
 
 
 class Stopwatch:
-    """Sums the time of named parts between two calls of ``collect``.
+    """Sums the time of named stages between two calls of ``collect``.
 
     Args:
-        device: whose clock is used.
+        device: device whose clock is used.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class Stopwatch:
         self.spans: list[tuple[str, Mark, Mark]] = []
 
     def mark(self) -> Mark:
-        """Point in time; does not synchronise."""
+        """Return a point in time without host synchronisation."""
         if not self.on_gpu:
             return time.process_time()
         event = torch.cuda.Event(enable_timing=True)
@@ -35,46 +35,46 @@ class Stopwatch:
         return event
 
     def add(self, name: str, start: Mark, end: Mark) -> None:
-        """Count the time between two marks to a part."""
+        """Add the time between two marks to a stage."""
         self.spans.append((name, start, end))
 
     def timed(self, name: str, call: Callable[[], T]) -> T:
-        """Call, and count its time to a part."""
+        """Call a function and add its time to a stage."""
         start = self.mark()
         result = call()
         self.add(name, start, self.mark())
         return result
 
     def collect(self) -> dict[str, float]:
-        """Seconds by part since the last call, in order of first use; waits for the device."""
+        """Return seconds by stage since the last call, by first use; waits for the device."""
         if self.on_gpu:
             torch.cuda.synchronize()
         sums: dict[str, float] = {}
         for name, start, end in self.spans:
-            sums[name] = sums.get(name, 0.0) + seconds(start, end)
+            sums[name] = sums.get(name, 0.0) + elapsed_s(start, end)
         self.spans.clear()
         return sums
 
 
-def seconds(start: Mark, end: Mark) -> float:
-    """Seconds between two marks of one clock."""
+def elapsed_s(start: Mark, end: Mark) -> float:
+    """Return the seconds between two marks of one clock."""
     if isinstance(start, torch.cuda.Event):
         return start.elapsed_time(cast(torch.cuda.Event, end)) / 1e3
     return cast(float, end) - start
 
 
 class Spread(NamedTuple):
-    """What windows of one quantity gave."""
+    """Median and range of a quantity over windows."""
 
     median: float
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        """Return median, minimum and maximum of values."""
+        return cls(statistics.median(values), min(values), max(values))
+
     def __str__(self) -> str:
-        """Median with the range."""
+        """Format median and range."""
         return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
-
-
-def spread(values: list[float]) -> Spread:
-    """Median, smallest and largest."""
-    return Spread(statistics.median(values), min(values), max(values))

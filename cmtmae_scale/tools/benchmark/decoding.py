@@ -1,4 +1,4 @@
-"""Decoders against PIL and torchvision: same files, same boxes, same sizes, taking turns."""
+"""Decoders against PIL and torchvision: same files, crops and sizes, in alternating rounds."""
 
 import io
 import time
@@ -15,8 +15,8 @@ from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStu
 from torchvision.transforms.v2 import functional as tv  # pyright: ignore[reportMissingTypeStubs]
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.tools.benchmark.clock import Spread, spread
-from cmtmae_scale.tools.benchmark.table import markdown
+from cmtmae_scale.tools.benchmark.clock import Spread
+from cmtmae_scale.tools.benchmark.table import markdown_table
 from dataloading.index import Index, build_index
 from dataloading.order import sample_ids
 from dataloading.sources import Source
@@ -25,56 +25,56 @@ from dataloading.views import crop_boxes
 
 SEED, SCALE, RATIO, BATCH = 0, (0.2, 1.0), (3 / 4, 4 / 3), 64
 WARM_UP = 2
-"""Rounds in which allocators settle."""
+"""Rounds before the measurement."""
 SETTLED_S = 0.05
-"""Threads that used no CPU time for so long are idle."""
+"""Time without CPU use after which threads count as idle."""
 
 
 @dataclass
-class Result:
+class DecoderRate:
     """Rate of one decoder, from bytes to uint8 views."""
 
     name: str
     per_core_s: Spread
-    """Images a CPU-second of this process."""
+    """Images per CPU-second of this process."""
     per_s: Spread
-    """Images a second."""
+    """Images per second."""
     of_pil: Spread
-    """Images a CPU-second, divided by PIL's in the same round."""
+    """Images per CPU-second, relative to PIL in the same round."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        named = ("per_core_s", "per_s", "of_pil")
-        return asdict(self) | {name: getattr(self, name)._asdict() for name in named}
+        """Return the fields for JSON."""
+        spreads = ("per_core_s", "per_s", "of_pil")
+        return asdict(self) | {name: getattr(self, name)._asdict() for name in spreads}
 
 
-class Contender(Protocol):
-    """Makes the views of a sequence, some batches at a call."""
+class ViewSource(Protocol):
+    """Makes the views of a sequence, some batches per call."""
 
     ahead: int
-    """Batches that it may have finished before they are asked for."""
+    """Batches that may be finished before they are requested."""
 
     def __call__(self, batches: int) -> None:
         """Make the next batches."""
         ...
 
 
-def measure(
+def compare_decoders(
     path: str, size: int, images: int, rounds: int, threads: int, device: torch.device
-) -> list[Result]:
-    """Run all decoders in turn, after two rounds that do not count.
+) -> list[DecoderRate]:
+    """Measure all decoders in alternating rounds.
 
     Args:
         path: folder of images or of tars.
         size: side of the views, pixels.
-        images: views a round.
-        rounds: rounds of which the median counts.
+        images: views per round.
+        rounds: measured rounds; the median is reported.
         threads: decoder threads of our own decoders; PIL and torchvision use one.
-        device: where our decoders put the views; a GPU decodes itself with DALI.
+        device: device of our decoders' views; DALI decodes on a GPU.
 
     Raises:
         ConfigError: numbers below 1.
-        DataError: no images there.
+        DataError: no images at the path.
     """
     if min(size, images, rounds, threads) < 1:
         raise ConfigError("--size, --images, --rounds and --threads must be at least 1")
@@ -84,11 +84,11 @@ def measure(
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         stack.callback(torch.set_num_threads, before)
-        contenders: dict[str, Contender] = {
-            "PIL": Plain(index, partial(with_pil, size=size)),
-            "torchvision": Plain(index, partial(with_torchvision, size=size)),
+        sources: dict[str, ViewSource] = {
+            "PIL": SequentialViews(index, partial(pil_view, size=size)),
+            "torchvision": SequentialViews(index, partial(torchvision_view, size=size)),
         }
-        for label, name in decoders(device).items():
+        for label, name in our_decoders(device).items():
             stream = Stream(
                 index,
                 seed=SEED,
@@ -100,26 +100,26 @@ def measure(
                 decode=name,
                 device=device,
             )
-            contenders[label] = Drawn(stack.enter_context(stream), device)
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+            sources[label] = StreamViews(stack.enter_context(stream), device)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sources}
         for number in range(rounds + WARM_UP):
-            for name, contender in contenders.items():
-                used = time_round(contender, batches)
+            for name, source in sources.items():
+                batch_times = time_batches(source, batches)
                 if number >= WARM_UP:
-                    taken[name].append(used)
-    return [summarise(name, seen, taken["PIL"]) for name, seen in taken.items()]
+                    times[name].append(batch_times)
+    return [summarise_decoder(name, seen, times["PIL"]) for name, seen in times.items()]
 
 
-def decoders(device: torch.device) -> dict[str, DecoderName]:
-    """Our decoders that are installed, by label."""
+def our_decoders(device: torch.device) -> dict[str, DecoderName]:
+    """Return our installed decoders by label."""
     found: dict[str, DecoderName] = {"ours, torch": "torch"}
     if has_dali():
         found[f"ours, DALI on {device.type}"] = "dali"
     return found
 
 
-class Plain:
-    """One view after the other by a function, as a data set without our code would."""
+class SequentialViews:
+    """Makes one view after the other by a function, as a plain data set does."""
 
     ahead = 0
 
@@ -140,8 +140,8 @@ class Plain:
             self.make(self.source.read(sample), box, flip)
 
 
-class Drawn:
-    """Batches of a stream."""
+class StreamViews:
+    """Takes batches of a stream."""
 
     ahead = 1 + LOOK_AHEAD
 
@@ -150,14 +150,14 @@ class Drawn:
         self.device = device
 
     def __call__(self, batches: int) -> None:
-        """Draw the next batches."""
+        """Take the next batches."""
         for _ in range(batches):
             next(self.stream)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def with_pil(data: bytes, box: list[int], flip: bool, *, size: int) -> object:
+def pil_view(data: bytes, box: list[int], flip: bool, *, size: int) -> object:
     """Decode, crop, resize and mirror with Pillow."""
     x, y, w, h = box
     with Image.open(io.BytesIO(data)) as image:
@@ -166,29 +166,29 @@ def with_pil(data: bytes, box: list[int], flip: bool, *, size: int) -> object:
     return np.array(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view)
 
 
-def with_torchvision(data: bytes, box: list[int], flip: bool, *, size: int) -> object:
+def torchvision_view(data: bytes, box: list[int], flip: bool, *, size: int) -> object:
     """Decode with torchvision.io, then its transforms on the tensor."""
     x, y, w, h = box
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    picture = torch.ops.image.decode_image(encoded, ImageReadMode.RGB.value, False)
-    view = tv.resized_crop(picture, y, x, h, w, [size, size], tv.InterpolationMode.BICUBIC, True)
+    image = torch.ops.image.decode_image(encoded, ImageReadMode.RGB.value, False)
+    view = tv.resized_crop(image, y, x, h, w, [size, size], tv.InterpolationMode.BICUBIC, True)
     return tv.horizontal_flip(view) if flip else view
 
 
-def time_round(contender: Contender, batches: int) -> tuple[float, float]:
-    """CPU-seconds and seconds of a batch; what was made ahead of the clock is not counted."""
-    settle()
+def time_batches(source: ViewSource, batches: int) -> tuple[float, float]:
+    """Return CPU-seconds and seconds per batch, without batches finished ahead of the clock."""
+    wait_until_idle()
     used = time.process_time()
-    contender(contender.ahead)
+    source(source.ahead)
     wall = time.perf_counter()
-    contender(batches)
+    source(batches)
     wall = time.perf_counter() - wall
-    settle()
-    return (time.process_time() - used) / (batches + contender.ahead), wall / batches
+    wait_until_idle()
+    return (time.process_time() - used) / (batches + source.ahead), wall / batches
 
 
-def settle() -> None:
-    """Wait until no thread of this process works."""
+def wait_until_idle() -> None:
+    """Wait until all threads of this process are idle."""
     while True:
         before = time.process_time()
         time.sleep(SETTLED_S)
@@ -196,22 +196,22 @@ def settle() -> None:
             return
 
 
-def summarise(
+def summarise_decoder(
     name: str,
     seen: Sequence[tuple[float, float]],
     pil: Sequence[tuple[float, float]],
-) -> Result:
-    """Rates from times of a batch."""
-    return Result(
+) -> DecoderRate:
+    """Return rates from times per batch."""
+    return DecoderRate(
         name,
-        spread([BATCH / used for used, _ in seen]),
-        spread([BATCH / wall for _, wall in seen]),
-        spread([other / used for (used, _), (other, _) in zip(seen, pil, strict=True)]),
+        Spread.of([BATCH / used for used, _ in seen]),
+        Spread.of([BATCH / wall for _, wall in seen]),
+        Spread.of([other / used for (used, _), (other, _) in zip(seen, pil, strict=True)]),
     )
 
 
-def describe(results: Sequence[Result]) -> str:
-    """Markdown table."""
-    header = ["decoder", "images a CPU-second", "of PIL's", "images a second"]
+def decoders_table(results: Sequence[DecoderRate]) -> str:
+    """Return a Markdown table."""
+    header = ["decoder", "images per CPU-second", "of PIL's", "images per second"]
     rows = [[r.name, str(r.per_core_s), str(r.of_pil), str(r.per_s)] for r in results]
-    return markdown(header, rows)
+    return markdown_table(header, rows)

@@ -1,4 +1,4 @@
-"""One configuration, built to be timed: the real step of the loop on parts that watch the clock."""
+"""One timed configuration: the loop's own step with timed backend and teacher."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
-from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, seconds
+from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, elapsed_s
 from dataloading.index import Index
 from dataloading.stream import Batch
 
@@ -49,24 +49,24 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 
 class Window(NamedTuple):
-    """Some steps in a row; everything a step."""
+    """Times per step, over several consecutive steps."""
 
     step_s: float
     parts_s: dict[str, float]
     waited_s: float
 
 
-class Traffic(NamedTuple):
-    """What a profile of one step shows."""
+class StepProfile(NamedTuple):
+    """Profile of one step."""
 
     communication_s: float
-    """Busy time of collectives; part of it runs beside other work."""
+    """Busy time of collectives, in part overlapped with other work."""
     calls: int
     """Kernel launches on a GPU, operators on a CPU."""
 
 
 class TimedBackend:
-    """A backend whose calls are counted to parts; student and decoder are told apart by hooks."""
+    """A backend with timed calls; hooks separate student and decoder."""
 
     def __init__(self, inner: Backend, watch: Stopwatch) -> None:
         self.inner = inner
@@ -74,15 +74,15 @@ class TimedBackend:
         self.encoded: Mark | None = None
         self.decoded: Mark | None = None
         encoder = cast(nn.Module, cast(Any, inner).model).get_submodule("encoder")
-        encoder.register_forward_hook(self.note_encoded)
+        encoder.register_forward_hook(self.mark_encoded)
 
-    def note_encoded(self, module: nn.Module, inputs: object, tokens: Tensor) -> None:
-        """The encoder is through; its output's gradient will say when the decoder's backward is."""
+    def mark_encoded(self, module: nn.Module, inputs: object, tokens: Tensor) -> None:
+        """Mark the end of the encoder; the gradient of its output ends the decoder's backward."""
         self.encoded = self.watch.mark()
-        tokens.register_hook(self.note_decoded)
+        tokens.register_hook(self.mark_decoded)
 
-    def note_decoded(self, gradient: Tensor) -> None:
-        """The decoder's backward is through."""
+    def mark_decoded(self, gradient: Tensor) -> None:
+        """Mark the end of the decoder's backward."""
         self.decoded = self.watch.mark()
 
     def micro(self, batch: Work, last: bool) -> Terms:
@@ -103,15 +103,15 @@ class TimedBackend:
 
     def momentum_update(self, momentum: float) -> None:
         """See ``Backend.momentum_update``."""
-        self.watch.timed("average", lambda: self.inner.momentum_update(momentum))
+        self.watch.timed("EMA update", lambda: self.inner.momentum_update(momentum))
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """See ``Backend.momentum_forward``."""
-        return self.watch.timed("momentum student", lambda: self.inner.momentum_forward(images))
+        return self.watch.timed("momentum encoder", lambda: self.inner.momentum_forward(images))
 
 
 class TimedTeacher:
-    """A teacher whose views are counted."""
+    """A teacher with timed views."""
 
     def __init__(self, inner: TeacherSource, watch: Stopwatch) -> None:
         self.inner = inner
@@ -124,12 +124,12 @@ class TimedTeacher:
         return self.inner.image_size
 
     def forward_batch(self, batch: Batch) -> TeacherView:
-        """See ``TeacherSource.look``."""
+        """See ``TeacherSource.forward_batch``."""
         return self.watch.timed("teacher", lambda: self.inner.forward_batch(batch))
 
 
-class Synthetic:
-    """Endless batches of the same random pictures, resident on the device, at new positions."""
+class SyntheticStream:
+    """Endless batches of the same random images on the device, at new positions."""
 
     def __init__(self, config: Config, sizes: tuple[int, ...], device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(config.run.seed)
@@ -157,16 +157,16 @@ class Synthetic:
 
 
 class Rig:
-    """A built configuration.
+    """A configuration built for timing.
 
     Args:
         config: checked settings; ``run.output_dir`` is not used.
         sdpa: kernel of ``scaled_dot_product_attention``, a key of ``SDPA``.
-        real: photographs of ``data.path`` instead of synthetic ones.
-        world: this process's place; the process group is open.
+        real: whether to read images of ``data.path`` instead of synthetic ones.
+        world: this process's rank and world size; the process group is open.
         device: this rank's device.
-        stack: closes what was opened.
-        teacher: in place of the run's own.
+        stack: closes all resources.
+        teacher: replaces the run's own.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Rig:
             teacher = open_teacher(config, world, device, index, stop, stack)
         elif reads_cache(config):
             raise ConfigError(
-                f"teacher.mode={config.teacher.mode} reads the rows of real photographs; add "
+                f"teacher.mode={config.teacher.mode} reads the rows of real images; add "
                 "--data real, or set teacher.mode=online"
             )
         else:
@@ -216,7 +216,7 @@ class Rig:
                 open_stream(config, index, world, device, teacher, progress.position)
             )
         else:
-            stream = Synthetic(config, view_sizes(config.views.image_size, teacher), device)
+            stream = SyntheticStream(config, view_sizes(config.views.image_size, teacher), device)
         config.log.diagnostics_every = None
         task = Pretraining(config, world, device)
         task.view_sizes = view_sizes(config.views.image_size, teacher)
@@ -247,11 +247,11 @@ class Rig:
         )
 
     def kernel(self) -> AbstractContextManager[object]:
-        """Holds the chosen attention kernel."""
+        """Return a context with the chosen attention kernel."""
         return nullcontext() if self.backend is None else sdpa_kernel(self.backend)
 
-    def take(self, steps: int) -> float:
-        """Take optimizer steps; returns the seconds spent waiting for data."""
+    def take_steps(self, steps: int) -> float:
+        """Take optimizer steps; returns the seconds of data wait."""
         waited_s = 0.0
         with self.kernel():
             for _ in range(steps):
@@ -259,29 +259,29 @@ class Rig:
                 waited_s += take_step(self.run, scalars).waited_s
         return waited_s
 
-    def window(self, steps: int) -> Window:
-        """Time some steps, with one synchronisation at the end."""
+    def time_steps(self, steps: int) -> Window:
+        """Time steps, with one synchronisation at the end."""
         self.watch.collect()
         start = self.watch.mark()
-        waited_s = self.take(steps)
+        waited_s = self.take_steps(steps)
         end = self.watch.mark()
         parts_s = {name: value / steps for name, value in self.watch.collect().items()}
-        step_s = seconds(start, end) / steps
+        step_s = elapsed_s(start, end) / steps
         parts_s["masks, targets, rest"] = max(step_s - sum(parts_s.values()), 0.0)
         return Window(step_s, parts_s, waited_s / steps)
 
-    def traffic(self) -> Traffic:
+    def profile_step(self) -> StepProfile:
         """Profile one step."""
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with profile(activities=activities, acc_events=True) as record:
-            self.take(1)
+            self.take_steps(1)
         self.watch.collect()
         return read_profile(record.key_averages(), self.device.type == "cuda")
 
 
-def read_profile(averages: Any, on_gpu: bool) -> Traffic:
+def read_profile(averages: Any, on_gpu: bool) -> StepProfile:
     """Sum collectives and count launches."""
     busy_us, calls = 0.0, 0
     is_call: Callable[[str], bool] = (
@@ -293,4 +293,4 @@ def read_profile(averages: Any, on_gpu: bool) -> Traffic:
         elif not on_gpu and entry.key.startswith("gloo:"):
             busy_us += entry.self_cpu_time_total
         calls += entry.count if is_call(entry.key) else 0
-    return Traffic(busy_us / 1e6, calls)
+    return StepProfile(busy_us / 1e6, calls)

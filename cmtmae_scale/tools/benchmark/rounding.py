@@ -1,4 +1,4 @@
-"""What a codec's rounding does to the loss and to its gradient, on the run's own views."""
+"""Effect of a codec's rounding on the loss and its gradient, on the run's own views."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -15,29 +15,29 @@ from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
 from cmtmae_scale.teachers.online import OnlineTeacher
-from cmtmae_scale.tools.benchmark.table import markdown
+from cmtmae_scale.tools.benchmark.table import markdown_table
 from dataloading.stream import Batch
 
 COSINE = 0.8
-"""Of a well-trained prediction with its target."""
+"""Cosine of a well-trained prediction with its target."""
 
 
 @dataclass
 class Rounding:
-    """Relative to the features as the teacher gives them, over all views."""
+    """Errors relative to the unrounded features, over all views."""
 
     codec: str
     loss: float
-    """Change of the loss at the start weights."""
+    """Relative change of the loss at initialisation."""
     at_start: float
-    """Error of the gradient with respect to the predictions, at the start weights."""
+    """Error of the gradient with respect to the predictions, at initialisation."""
     near: float
     """The same for predictions at a cosine of 0.8 with their targets."""
     weights: float
-    """Error of the gradient with respect to the student's and decoder's start weights."""
+    """Error of the gradient with respect to the weights, at initialisation."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
@@ -49,8 +49,8 @@ class Case(NamedTuple):
     features: Tensor
 
 
-class Pull(NamedTuple):
-    """The teacher's term and its gradients."""
+class TeacherGradients(NamedTuple):
+    """The teacher's loss term and its gradients."""
 
     loss: float
     at_start: Tensor
@@ -58,21 +58,21 @@ class Pull(NamedTuple):
     weights: Tensor
 
 
-def measure(
+def measure_codecs(
     config: Config,
     batches: Iterable[Batch],
     teacher: OnlineTeacher,
     calibration: Calibration,
     device: torch.device,
 ) -> list[Rounding]:
-    """Compare int8, bf16 and, as a contrast, int8 without standardised channels.
+    """Compare int8, bf16 and, for contrast, int8 without standardised channels.
 
     Args:
-        config: a run whose loss has the teacher's features.
+        config: a run whose loss uses the teacher's features.
         batches: views of the student's and the teacher's size.
-        teacher: on the device.
+        teacher: the teacher, on the device.
         calibration: of the int8 codec.
-        device: that device.
+        device: device of the models.
     """
     model = CollaborativeMAE(config, teacher.width)
     initialise(model, config.run.seed)
@@ -86,20 +86,24 @@ def measure(
     stores: dict[str, Callable[[Tensor], Tensor]] = {
         "int8": lambda features: round_features(features, "int8", calibration),
         "bf16": lambda features: round_features(features, "bf16", None),
-        "int8, channels as they are": lambda features: round_features(features, "int8", bare),
+        "int8, channels not standardised": lambda features: round_features(features, "int8", bare),
     }
-    pulls: dict[str, list[Pull]] = {name: [] for name in ("live", *stores)}
+    gradients: dict[str, list[TeacherGradients]] = {name: [] for name in ("exact", *stores)}
     for batch in batches:
         case = make_case(config, batch, teacher, length)
-        pulls["live"].append(pull(config, model, layout, case, case.features, case.features))
+        gradients["exact"].append(
+            teacher_gradients(config, model, layout, case, case.features, case.features)
+        )
         for name, store in stores.items():
             stored = store(case.features)
-            pulls[name].append(pull(config, model, layout, case, stored, case.features))
-    return [compare(name, pulls[name], pulls["live"]) for name in stores]
+            gradients[name].append(
+                teacher_gradients(config, model, layout, case, stored, case.features)
+            )
+    return [relative_errors(name, gradients[name], gradients["exact"]) for name in stores]
 
 
 def make_case(config: Config, batch: Batch, teacher: OnlineTeacher, length: int) -> Case:
-    """Masks from the teacher's map alone, and its features."""
+    """Return masks from the teacher's attention map alone, and its features."""
     view = teacher(batch.images[-1])
     if view.features is None:
         raise ValueError("the loss does not use the teacher's features")
@@ -110,23 +114,23 @@ def make_case(config: Config, batch: Batch, teacher: OnlineTeacher, length: int)
     return Case(images, choice, view.features)
 
 
-def pull(
+def teacher_gradients(
     config: Config,
     model: CollaborativeMAE,
     layout: TokenLayout,
     case: Case,
     features: Tensor,
     exact: Tensor,
-) -> Pull:
-    """The teacher's term against some features.
+) -> TeacherGradients:
+    """Compute the teacher's term and its gradients.
 
     Args:
         config: the run.
-        model: at its start weights.
+        model: at initialisation.
         layout: of the predictions.
         case: the micro-batch.
         features: targets, ``[B, T, F]``.
-        exact: what predictions at a cosine of 0.8 are made from, ``[B, T, F]``.
+        exact: unrounded features, for predictions at a cosine of 0.8, ``[B, T, F]``.
     """
     targets, origin = (
         layout.gather(normalise(one, config.target.teacher.norm), case.choice)
@@ -142,14 +146,14 @@ def pull(
     loss = term(prediction)
     weights = [p for p in model.parameters() if p.requires_grad]
     first, *rest = torch.autograd.grad(loss, [prediction, *weights], allow_unused=True)
-    close = beside(origin, config.run.seed).requires_grad_()
+    close = predictions_near(origin, config.run.seed).requires_grad_()
     (near,) = torch.autograd.grad(term(close), [close])
     flat = torch.cat([one.flatten() for one in rest if one is not None])
-    return Pull(loss.item(), first, near, flat)
+    return TeacherGradients(loss.item(), first, near, flat)
 
 
-def beside(targets: Tensor, seed: int) -> Tensor:
-    """Predictions at a cosine of 0.8 with their targets, of the same length."""
+def predictions_near(targets: Tensor, seed: int) -> Tensor:
+    """Return predictions at a cosine of 0.8 with their targets, of the same norm."""
     generator = torch.Generator(targets.device).manual_seed(seed)
     noise = torch.randn(targets.shape, device=targets.device, generator=generator)
     unit = torch.nn.functional.normalize(targets, dim=-1)
@@ -159,32 +163,34 @@ def beside(targets: Tensor, seed: int) -> Tensor:
     return mixed * targets.norm(dim=-1, keepdim=True)
 
 
-def compare(name: str, pulls: list[Pull], live: list[Pull]) -> Rounding:
-    """Relative errors over all micro-batches; weights' gradients are added up first."""
-    change = sum(one.loss for one in pulls) / sum(one.loss for one in live) - 1
-    together = [torch.stack([one.weights for one in some]).sum(0) for some in (pulls, live)]
+def relative_errors(
+    name: str, rounded: list[TeacherGradients], exact: list[TeacherGradients]
+) -> Rounding:
+    """Return relative errors over all micro-batches; gradients of weights are summed first."""
+    change = sum(one.loss for one in rounded) / sum(one.loss for one in exact) - 1
+    together = [torch.stack([one.weights for one in some]).sum(0) for some in (rounded, exact)]
     return Rounding(
         name,
         change,
-        error([one.at_start for one in pulls], [one.at_start for one in live]),
-        error([one.near for one in pulls], [one.near for one in live]),
-        error(together[:1], together[1:]),
+        relative_error([one.at_start for one in rounded], [one.at_start for one in exact]),
+        relative_error([one.near for one in rounded], [one.near for one in exact]),
+        relative_error(together[:1], together[1:]),
     )
 
 
-def error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Length of the difference divided by the length of the exact ones."""
+def relative_error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Return the norm of the difference divided by the norm of the exact tensors."""
     apart = sum(float((a - b).double().square().sum()) for a, b in zip(found, exact, strict=True))
     return (apart / sum(float(b.double().square().sum()) for b in exact)) ** 0.5
 
 
-def describe(results: list[Rounding], views: int) -> str:
-    """Markdown table with its caption."""
+def rounding_table(results: list[Rounding], views: int) -> str:
+    """Return a Markdown table with a caption."""
     header = ["stored as", "loss", "gradient of predictions", f"at a cosine of {COSINE}"]
     header += ["gradient of weights"]
     rows = [
         [one.codec, *(f"{x:.1e}" for x in (one.loss, one.at_start, one.near, one.weights))]
         for one in results
     ]
-    caption = f"Relative errors against the teacher's features as they are, {views} views"
-    return f"{caption}\n\n{markdown(header, rows)}"
+    caption = f"Relative errors against the unrounded teacher features, {views} views"
+    return f"{caption}\n\n{markdown_table(header, rows)}"

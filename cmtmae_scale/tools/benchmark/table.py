@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from cmtmae_scale.tools.benchmark.training import Result
+from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.tools.benchmark.training import StepResult
 
 PACKAGES = (
     "torch",
@@ -22,14 +23,14 @@ PACKAGES = (
 )
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def provenance(command: str, device: torch.device, ranks: int) -> dict[str, Any]:
-    """What a figure is worth nothing without."""
+    """Return command, device and versions, to be recorded with every measurement."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions: dict[str, str] = {}
     for package in PACKAGES:
@@ -46,14 +47,14 @@ def provenance(command: str, device: torch.device, ranks: int) -> dict[str, Any]
     }
 
 
-def training_tables(results: Sequence[Result], on_gpu: bool) -> str:
-    """Two tables: rates, and where the time of a step goes."""
+def training_tables(results: Sequence[StepResult], on_gpu: bool) -> str:
+    """Return two tables: rates, and time per stage of a step."""
     unit = "s" if on_gpu else "CPU-s"
     first = next((r for r in results if r.step_s), None)
     if first is None or first.step_s is None:
         return "\n".join(f"{result.label}: {result.fault}" for result in results)
     peak_names = list(first.mfu)
-    header = ["variant", f"{unit} a step", "of the first", f"images/{unit}", f"masked/{unit}"]
+    header = ["variant", f"{unit} per step", "of the first", f"images/{unit}", f"masked/{unit}"]
     header += [f"MFU ({name})" for name in peak_names]
     header += [f"student MFU ({name})" for name in peak_names]
     header += ["peak GiB", "modelled", "data wait", "launches" if on_gpu else "operators"]
@@ -67,12 +68,12 @@ def training_tables(results: Sequence[Result], on_gpu: bool) -> str:
         row += [f"{one.mfu.get(name, 0):.1%}" for name in peak_names]
         row += [f"{one.student_mfu.get(name, 0):.1%}" for name in peak_names]
         row += ["-" if one.peak_gib is None else f"{one.peak_gib:.2f}", f"{one.estimate_gib:.2f}"]
-        rows.append([*row, f"{one.waited_share:.1%}", str(one.calls)])
-    return markdown(header, rows) + "\n\n" + parts_table(results, unit)
+        rows.append([*row, f"{one.data_wait_fraction:.1%}", str(one.calls)])
+    return markdown_table(header, rows) + "\n\n" + stage_table(results, unit)
 
 
-def parts_table(results: Sequence[Result], unit: str) -> str:
-    """Share and time of each part; columns in the order of a step."""
+def stage_table(results: Sequence[StepResult], unit: str) -> str:
+    """Return time and fraction per stage; columns in the order of a step."""
     done = [one for one in results if one.step_s is not None]
     names = list(dict.fromkeys(name for one in done for name in one.parts_s))
     rows: list[list[str]] = []
@@ -83,14 +84,14 @@ def parts_table(results: Sequence[Result], unit: str) -> str:
             value = one.parts_s.get(name)
             row.append("-" if value is None else f"{1e3 * value:.2f} ({value / total:.0%})")
         rows.append([*row, f"{1e3 * one.communication_s:.2f}"])
-    header = [f"variant, {unit} x 1e-3 a step", *names, "collectives, busy"]
-    return markdown(header, rows)
+    header = [f"variant, {unit} x 1e-3 per step", *names, "collectives, busy"]
+    return markdown_table(header, rows)
 
 
-def save(path: Path, facts: dict[str, Any], results: Any, text: str) -> None:
-    """Write ``path`` with the endings ``.json`` and ``.md``."""
+def save_tables(path: Path, facts: dict[str, Any], results: Any, text: str) -> None:
+    """Write JSON and Markdown to ``path`` with the suffixes ``.json`` and ``.md``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = json.dumps({**facts, "results": results}, indent=1)
-    path.with_suffix(".json").write_text(whole + "\n")
+    write_atomic(path.with_suffix(".json"), whole + "\n")
     lines = [f"- {name}: {value}" for name, value in facts.items()]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n\n" + text + "\n")
+    write_atomic(path.with_suffix(".md"), "\n".join(lines) + "\n\n" + text + "\n")

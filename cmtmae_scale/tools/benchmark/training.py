@@ -1,4 +1,4 @@
-"""The training step, timed: variants of one recipe side by side."""
+"""Timing of the training step: variants of one recipe side by side."""
 
 import copy
 import gc
@@ -18,28 +18,28 @@ from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource
 from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
-from cmtmae_scale.tools.benchmark.clock import Spread, spread
-from cmtmae_scale.tools.benchmark.peak import peaks
-from cmtmae_scale.tools.benchmark.rig import SDPA, Rig, Traffic, Window
-from cmtmae_scale.tools.estimate import Work, count_operations, memory_bytes
+from cmtmae_scale.tools.benchmark.clock import Spread
+from cmtmae_scale.tools.benchmark.peak import peak_flops
+from cmtmae_scale.tools.benchmark.rig import SDPA, Rig, StepProfile, Window
+from cmtmae_scale.tools.estimate import ViewFlops, count_flops, memory_bytes
 
 GIB = 2**30
 
 
 class Variant(NamedTuple):
-    """A configuration and what tells it from the first one."""
+    """A configuration and its difference from the first one."""
 
     label: str
     config: Config
     sdpa: str
     teacher: TeacherSource | None = None
-    """In place of the run's own."""
+    """Replaces the run's own."""
     before: Callable[[], object] | None = None
     """Called before each window, outside the clock."""
 
 
 class Protocol(NamedTuple):
-    """How long is measured."""
+    """Number of warm-up steps, windows and steps per window."""
 
     warm_up: int
     windows: int
@@ -47,49 +47,49 @@ class Protocol(NamedTuple):
 
 
 @dataclass
-class Result:
-    """What was measured of a variant; rates are those of all ranks together."""
+class StepResult:
+    """Measurements of a variant; rates over all ranks."""
 
     label: str
     fault: str | None = None
     step_s: Spread | None = None
     windows_s: list[float] = field(default_factory=list)
-    """Time of a step in each window."""
+    """Time per step in each window."""
     parts_s: dict[str, float] = field(default_factory=dict)
-    waited_share: float = 0.0
+    data_wait_fraction: float = 0.0
     images_s: float = 0.0
     masked_samples_s: float = 0.0
     mfu: dict[str, float] = field(default_factory=dict)
-    """Share of each peak that the student, momentum student and teacher use."""
+    """Fraction of each peak that student, momentum encoder and teacher use."""
     student_mfu: dict[str, float] = field(default_factory=dict)
-    """Share that the student's forward and backward use."""
+    """Fraction of each peak that the student's forward and backward use."""
     communication_s: float = 0.0
     calls: int = 0
     peak_gib: float | None = None
     estimate_gib: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self) | {"step_s": self.step_s._asdict() if self.step_s else None}
 
 
 def make_variants(
     path: str, overrides: Sequence[str], sweeps: Sequence[str], accumulation: int, world_size: int
 ) -> list[Variant]:
-    """The recipe as given, then each value of each sweep in its place.
+    """Return the recipe as given, then one variant per value of each sweep.
 
     Args:
         path: recipe.
         overrides: ``key=value`` for all variants.
         sweeps: ``key=value,value,...``; the key ``sdpa`` chooses attention's kernel.
-        accumulation: micro-steps a step; the global batch follows.
+        accumulation: micro-steps per step; determines the global batch size.
         world_size: number of ranks.
 
     Raises:
-        ConfigError: a sweep that is none, or a setting that cannot work.
+        ConfigError: a malformed sweep, or a setting that cannot work.
     """
     if not any(text.startswith("teacher.weights=") for text in overrides):
-        overrides = ["teacher.weights=random", *overrides]  # weights do not change the time
+        overrides = ["teacher.weights=random", *overrides]  # weights do not affect the time
 
     def variant(label: str, extra: list[str], sdpa: str) -> Variant:
         config = load_config(path, [*overrides, *extra])
@@ -113,27 +113,26 @@ def make_variants(
     return found
 
 
-def measure(
+def measure_variants(
     variants: Sequence[Variant],
     protocol: Protocol,
     real: bool,
     world: World,
     device: torch.device,
-) -> list[Result]:
+) -> list[StepResult]:
     """Time all variants; the process group is open.
 
-    On a CPU all are built first and their windows take turns, so that other users of the machine
-    slow all of them alike. On a GPU, which is nobody else's, they come one after another and each
-    has the memory to itself.
+    On a CPU all variants are built first and their windows alternate, so that other processes slow
+    all variants alike. On a GPU they run one after another, each with the whole memory.
     """
     on_gpu = device.type == "cuda"
     groups = [[v] for v in variants] if on_gpu else [list(variants)]
     limits: dict[torch.dtype, dict[str, float]] = {}
-    results: list[Result] = []
+    results: list[StepResult] = []
     for group in groups:
         for variant in group:
             dtype = compute_dtype(variant.config)
-            limits.setdefault(dtype, peaks(device, dtype))
+            limits.setdefault(dtype, peak_flops(device, dtype))
         results += measure_group(group, protocol, real, world, device, limits)
         gc.collect()
         torch.compiler.reset()
@@ -149,8 +148,8 @@ def measure_group(
     world: World,
     device: torch.device,
     limits: dict[torch.dtype, dict[str, float]],
-) -> list[Result]:
-    """Time variants whose windows take turns."""
+) -> list[StepResult]:
+    """Time variants with alternating windows."""
     with ExitStack() as stack:
         try:
             rigs = [
@@ -158,7 +157,7 @@ def measure_group(
                 for v in group
             ]
             for rig in rigs:
-                rig.take(protocol.warm_up)
+                rig.take_steps(protocol.warm_up)
             windows: list[list[Window]] = [[] for _ in group]
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -166,54 +165,54 @@ def measure_group(
                 for variant, rig, seen in zip(group, rigs, windows, strict=True):
                     if variant.before is not None:
                         variant.before()
-                    seen.append(rig.window(protocol.steps))
+                    seen.append(rig.time_steps(protocol.steps))
             peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
-            traffic = [rig.traffic() for rig in rigs]
+            profiles = [rig.profile_step() for rig in rigs]
         except torch.OutOfMemoryError:
-            return [Result(v.label, fault="out of memory") for v in group]
+            return [StepResult(v.label, fault="out of memory") for v in group]
     return [
-        summarise(v, seen, one, peak, world, limits[compute_dtype(v.config)])
-        for v, seen, one in zip(group, windows, traffic, strict=True)
+        summarise_variant(v, seen, one, peak, world, limits[compute_dtype(v.config)])
+        for v, seen, one in zip(group, windows, profiles, strict=True)
     ]
 
 
-def summarise(
+def summarise_variant(
     variant: Variant,
     windows: Sequence[Window],
-    traffic: Traffic,
+    profile: StepProfile,
     peak_gib: float | None,
     world: World,
     limits: dict[str, float],
-) -> Result:
-    """Medians over windows, and what follows from them."""
+) -> StepResult:
+    """Return medians over windows, and derived rates."""
     config = variant.config
-    work, memory = count(config, world.world_size)
-    step_s = spread([window.step_s for window in windows])
+    flops, memory = count_variant(config, world.world_size)
+    step_s = Spread.of([window.step_s for window in windows])
     images_s = config.train.global_batch_size / step_s.median
     names = windows[0].parts_s
     per_rank_s = images_s / world.world_size
-    return Result(
+    return StepResult(
         variant.label,
         step_s=step_s,
         windows_s=[window.step_s for window in windows],
-        parts_s={name: spread([w.parts_s[name] for w in windows]).median for name in names},
-        waited_share=spread([w.waited_s for w in windows]).median / step_s.median,
+        parts_s={name: Spread.of([w.parts_s[name] for w in windows]).median for name in names},
+        data_wait_fraction=Spread.of([w.waited_s for w in windows]).median / step_s.median,
         images_s=images_s,
         masked_samples_s=images_s * config.mask.masks_per_view,
-        mfu={name: sum(work) * per_rank_s / limit for name, limit in limits.items()},
-        student_mfu={name: work.student * per_rank_s / limit for name, limit in limits.items()},
-        communication_s=traffic.communication_s,
-        calls=traffic.calls,
+        mfu={name: sum(flops) * per_rank_s / limit for name, limit in limits.items()},
+        student_mfu={name: flops.student * per_rank_s / limit for name, limit in limits.items()},
+        communication_s=profile.communication_s,
+        calls=profile.calls,
         peak_gib=peak_gib,
         estimate_gib=memory / GIB,
     )
 
 
-def count(config: Config, world_size: int) -> tuple[Work, float]:
-    """Operations a view, and the modelled peak of memory, as ``--dry-run`` gives them."""
+def count_variant(config: Config, world_size: int) -> tuple[ViewFlops, float]:
+    """Return FLOPs per view and the modelled peak memory, as ``--dry-run`` does."""
     with torch.device("meta"):
         teacher = build_teacher_skeleton(config) if needs(config).teacher else None
         model = CollaborativeMAE(config, teacher.width if teacher else None)
         momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
-    work = count_operations(config, model, momentum, teacher)
-    return work, sum(memory_bytes(config, world_size, model, momentum, teacher).values())
+    flops = count_flops(config, model, momentum, teacher)
+    return flops, sum(memory_bytes(config, world_size, model, momentum, teacher).values())

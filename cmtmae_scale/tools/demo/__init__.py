@@ -1,1 +1,1 @@
-"""The demo: real photographs and a real teacher from the package index, then a short training."""
+"""The demo: images from installed packages, a teacher from the package index, a short run."""

@@ -1,1 +1,1 @@
-"""Pictures of what a run does, for a fixed set of images, while it goes on."""
+"""Figures of attention, masks and features during a run, for a fixed set of images."""

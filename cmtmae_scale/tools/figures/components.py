@@ -11,7 +11,7 @@ def principal_colours(features: Tensor, reference: Tensor) -> Tensor:
     """Return three principal components as red, green and blue.
 
     Order and sign of the components are arbitrary and change during training. The components are
-    whitened and rotated together to lie as close as possible to a constant reference, so the
+    whitened and rotated together as close as possible to a constant reference, so the
     colours do not depend on the basis of the decomposition.
 
     Args:

@@ -17,10 +17,8 @@ from cmtmae_scale.engine.task import Run, SideTask
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import MomentumEncoder, build_student
-from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.pretraining.task import Pretraining
-from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.figures.columns import Networks, compute_columns
@@ -37,42 +35,49 @@ PREFIXES = ("model.", "momentum.")
 
 
 class RunFigures:
-    """Draws figure sheets during a run.
+    """Draws figure sheets every ``log.images_every`` steps and at the end.
 
     All ranks gather the weights; rank 0 keeps them on the host and draws with networks of its own,
     so nothing of the training changes.
 
     Args:
-        config: checked settings, with ``log.images_every``.
+        task: the pre-training, with ``log.images_every``.
         index: the run's images; centre crops of some, evenly spread over the index, are drawn.
-        teacher: the run's source of teacher views.
-        world: this process's rank and world size.
-        device: device of the networks.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        index: Index,
-        teacher: TeacherSource | None,
-        world: World,
-        device: torch.device,
-    ) -> None:
-        self.config = config
+    def __init__(self, task: Pretraining, index: Index) -> None:
+        self.config, self.device, self.models = task.config, task.device, task.models
         self.index = index
-        self.device = device
-        self.draws = world.rank == 0
+        self.every = task.config.log.images_every
+        self.draws = task.world.rank == 0
         self.images: tuple[Tensor, ...] | None = None
         self.networks: Networks | None = None
         if self.draws:
+            teacher, momentum = task.models.teacher, None
             with torch.random.fork_rng(devices=[]):
-                model = CollaborativeMAE(config, teacher.width if teacher else None)
-                momentum = (
-                    build_student(config, MomentumEncoder) if needs(config).momentum else None
-                )
+                model = CollaborativeMAE(self.config, teacher.width if teacher else None)
+                if needs(self.config).momentum:
+                    momentum = build_student(self.config, MomentumEncoder)
             self.networks = Networks(online_teacher(teacher), model.eval(), momentum)
 
-    def __call__(self, models: Models, progress: Progress) -> NDArray[np.uint8] | None:
+    def is_due(self, progress: Progress) -> bool:
+        """See ``SideTask``."""
+        if self.every is None:
+            return False
+        return progress.step % self.every == 0 or progress.step == progress.end_step
+
+    def run(self, run: Run) -> None:
+        """Draw and record a sheet; log a failure on rank 0, for which no other rank waits."""
+        began = time.monotonic()
+        try:
+            sheet = self.draw(run.progress)
+            if run.telemetry is not None and sheet is not None:
+                took_s = time.monotonic() - began
+                run.telemetry.record_figures(run.progress.step, sheet, took_s)
+        except (DataError, OSError) as error:
+            logger.warning("step %d: no figures: %s", run.progress.step, error)
+
+    def draw(self, progress: Progress) -> NDArray[np.uint8] | None:
         """Draw the present weights. A collective.
 
         Returns:
@@ -81,7 +86,7 @@ class RunFigures:
         Raises:
             DataError: on rank 0, if the images cannot be read.
         """
-        fragments = models.backend.fragments()
+        fragments = self.models.backend.fragments()
         for prefix in PREFIXES:
             gathered = gather_tensors(fragments, prefix)
             state = {name: value.cpu() for name, value in gathered if self.draws}
@@ -93,32 +98,18 @@ class RunFigures:
             sizes = view_sizes(self.config.views.image_size, self.networks.teacher)
             self.images = read_crops(self.index, sizes, self.config.data.workers, self.device)
         scalars = scalars_at(self.config, progress.fraction)
-        columns = compute_columns(self.config, self.networks, models.layout, self.images, scalars)
+        layout = self.models.layout
+        columns = compute_columns(self.config, self.networks, layout, self.images, scalars)
         return draw_sheet(columns, sheet_title(self.config, progress))
 
 
 def open_figures(run: Run) -> list[SideTask]:
-    """Return the side task that draws a pre-training; none where the run asks for no figures."""
+    """Return the side task that draws a pre-training; none where ``log.images_every`` is off."""
     task = run.task
     if not isinstance(task, Pretraining) or task.config.log.images_every is None:
         return []
-    every, models = task.config.log.images_every, task.models
-    draw_figures = RunFigures(task.config, run.index, models.teacher, task.world, run.device)
-
-    def is_due(progress: Progress) -> bool:
-        return progress.step % every == 0 or progress.step == progress.end_step
-
-    def draw(run: Run) -> None:
-        began = time.monotonic()
-        try:
-            sheet = draw_figures(models, run.progress)
-            if run.telemetry is not None and sheet is not None:
-                took_s = time.monotonic() - began
-                run.telemetry.record_figures(run.progress.step, sheet, took_s)
-        except (DataError, OSError) as error:  # on rank 0 alone; no other rank waits for it
-            logger.warning("step %d: no figures: %s", run.progress.step, error)
-
-    return [SideTask("figures", is_due, draw)]
+    figures = RunFigures(task, run.index)
+    return [SideTask("figures", figures.is_due, figures.run)]
 
 
 def online_teacher(source: TeacherSource | None) -> Teacher | None:

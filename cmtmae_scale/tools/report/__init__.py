@@ -1,1 +1,1 @@
-"""One page that says what a run did, from the files of its folder."""
+"""Report of runs as one HTML page, from the files of their folders."""

@@ -54,7 +54,7 @@ def draw_chart(chart: Chart) -> str:
     marks = [frame.grid()]
     marks += [frame.band(band) for band in chart.bands]
     marks += [frame.level(value, meaning) for value, meaning in chart.levels]
-    # schedules first, so that measured lines lie above
+    # schedules first, so that measured lines are on top
     order = sorted(pairs, key=lambda pair: not pair[0].planned)
     marks += [frame.line(line, colour) for line, colour in order]
     summary = "; ".join(summarise_line(line) for line in shown if not line.planned)

@@ -18,12 +18,8 @@ PLANNED_POINTS = 120
 
 def recipe_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that runs of one recipe share: those with an effect, but the seed."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if key in KEPT
-        or not (is_listed(key, FREE_KEYS + Pretraining.free_keys) or key == "run.seed")
-    }
+    free = ("run.seed", *FREE_KEYS, *Pretraining.free_keys)
+    return {k: v for k, v in settings.items() if k in KEPT or not is_listed(k, free)}
 
 
 def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:

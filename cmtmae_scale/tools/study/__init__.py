@@ -1,1 +1,1 @@
-"""Tables of runs: method x setting x seed, what is missing of them, and what came of them."""
+"""Studies: tables of runs over methods, settings and seeds, with their results."""

@@ -37,7 +37,7 @@ class Executor:
 
     Args:
         parallel: number of runs at a time.
-        minutes: time limit, after which no job starts, and resumable jobs are asked to stop;
+        minutes: time limit, after which no job starts, and resumable jobs are stopped;
             ``None``: no limit.
     """
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from cmtmae_scale.errors import EXIT_DONE
 from cmtmae_scale.runtime.arguments import Parser
+from cmtmae_scale.runtime.storage import atomic_path
 from dataloading.errors import DataError
 
 ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -61,15 +62,18 @@ def download_archive(file: Path) -> Path:
     if file.exists():
         return file
     logger.info("fetching %s (250 MB) ...", ADDRESS)
-    draft = file.with_suffix(".part")
     try:
-        with urllib.request.urlopen(ADDRESS) as response, draft.open("wb") as opened:
+        with (
+            urllib.request.urlopen(ADDRESS) as response,
+            atomic_path(file) as draft,
+            draft.open("wb") as opened,
+        ):
             shutil.copyfileobj(response, opened)
     except OSError as error:
         raise DataError(
             f"{ADDRESS}: cannot be downloaded ({error}); name a copy with --zip"
         ) from error
-    return draft.replace(file)
+    return file
 
 
 def write_subset(archive: Path, folder: Path) -> None:
@@ -142,14 +146,15 @@ def val_samples(
 
 def write_samples(file: Path, samples: Iterable[Sample]) -> None:
     """Write a WebDataset tar, whole or not at all; the same samples give the same bytes."""
-    draft = file.with_suffix(".part")
-    with tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        atomic_path(file) as draft,
+        tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for sample in samples:
             for suffix, data in (("jpg", sample.jpeg), ("cls", str(sample.label).encode())):
                 member = tarfile.TarInfo(f"{sample.key}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    draft.replace(file)
     logger.info("%s", file)
 
 

@@ -125,12 +125,12 @@ def add_teacher_job(run: Run, settings: Evaluation) -> Run:
 
 def evaluation_job(settings: Evaluation, folder: Path, method: str, options: Sequence[str]) -> Job:
     """Return a probe of a run; the digest of its options names the result file."""
-    asked = [method, *options, "--train", settings.train, "--test", settings.test]
+    words = [method, *options, "--train", settings.train, "--test", settings.test]
     if method == "linear":
-        asked += ["--epochs", str(settings.epochs)]
-    file = folder / "evaluation" / f"{method}-{short_digest(asked)}.json"
+        words += ["--epochs", str(settings.epochs)]
+    file = folder / "evaluation" / f"{method}-{short_digest(words)}.json"
     places = ["--checkpoint", str(folder), "--out", str(file)]
-    arguments = ("launchers/evaluate.py", *asked, *places)
+    arguments = ("launchers/evaluate.py", *words, *places)
     return Job("evaluate", arguments, file, file.exists, False)
 
 

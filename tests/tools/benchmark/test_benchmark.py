@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmtmae_scale.commands.benchmark import main, parse
+from cmtmae_scale.commands.benchmark import parse_options, run_benchmark
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark import against, decoding, table
-from cmtmae_scale.tools.benchmark.clock import Stopwatch, spread
-from cmtmae_scale.tools.benchmark.training import Protocol, make_variants, measure
+from cmtmae_scale.tools.benchmark.clock import Spread, Stopwatch
+from cmtmae_scale.tools.benchmark.training import Protocol, make_variants, measure_variants
 from tests.engine.run_case import make_photographs, write_recipe
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, "none")
-PARTS = ("teacher", "momentum student", "student", "decoder and loss", "optimizer", "average")
+PARTS = ("teacher", "momentum encoder", "student", "decoder and loss", "optimizer", "EMA update")
 MAE = ["decoder.type=full", "mask.sampler=random", "loss.tokens=masked", "loss.include_cls=false"]
 MAE += ["loss.teacher=0", "loss.student=0", "loss.pixel=1", "teacher.mode=none"]
 
@@ -35,7 +35,7 @@ def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
         4
     }  # 2 micro x 2 accumulation
     with process_group(ALONE, CPU):
-        results = measure(variants, Protocol(1, 2, 1), False, ALONE, CPU)
+        results = measure_variants(variants, Protocol(1, 2, 1), False, ALONE, CPU)
     for one in results:
         assert one.fault is None and one.step_s is not None
         assert set(one.parts_s) == {*PARTS, "masks, targets, rest"}
@@ -52,34 +52,34 @@ def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
     assert all(part in text for part in (*PARTS, "student MFU", "CPU-s"))
 
 
-def test_real_pictures_can_be_measured(recipe: Path) -> None:
+def test_real_images_can_be_measured(recipe: Path) -> None:
     variants = make_variants(str(recipe), [], [], 1, 1)
     with process_group(ALONE, CPU):
-        (result,) = measure(variants, Protocol(0, 1, 1), True, ALONE, CPU)
-    assert result.step_s is not None and result.waited_share >= 0
+        (result,) = measure_variants(variants, Protocol(0, 1, 1), True, ALONE, CPU)
+    assert result.step_s is not None and result.data_wait_fraction >= 0
 
 
 def test_our_mae_and_transformers_do_the_same_work(recipe: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     config = load_config(recipe, MAE)
-    outcome = against.compare(config, Protocol(0, 2, 1), CPU)
+    outcome = against.compare_with_transformers(config, Protocol(0, 2, 1), CPU)
     assert outcome.our_loss == pytest.approx(outcome.their_loss, rel=1e-5)
     assert outcome.ratio.low <= outcome.ratio.median <= outcome.ratio.high
-    assert "ours / transformers" in against.describe(outcome, False)
+    assert "ours / transformers" in against.render_mae_comparison(outcome, False)
 
 
 def test_another_method_is_not_compared_with_mae(recipe: Path) -> None:
     with pytest.raises(ConfigError, match=r"decoder\.type=prompt, but MAE has full"):
-        against.compare(load_config(recipe), Protocol(0, 1, 1), CPU)
+        against.compare_with_transformers(load_config(recipe), Protocol(0, 1, 1), CPU)
 
 
-def test_decoders_take_turns_over_the_same_views(tmp_path: Path) -> None:
+def test_decoders_alternate_over_the_same_views(tmp_path: Path) -> None:
     photographs = make_photographs(tmp_path / "photos")
-    results = decoding.measure(str(photographs), 32, 32, 2, 1, CPU)
+    results = decoding.compare_decoders(str(photographs), 32, 32, 2, 1, CPU)
     assert [one.name for one in results][:3] == ["PIL", "torchvision", "ours, torch"]
     assert results[0].of_pil == (1.0, 1.0, 1.0)
     assert all(one.per_core_s.low > 0 and one.per_s.low > 0 for one in results)
-    assert "of PIL's" in decoding.describe(results)
+    assert "of PIL's" in decoding.decoders_table(results)
 
 
 def test_the_command_writes_json_and_markdown(
@@ -87,11 +87,11 @@ def test_the_command_writes_json_and_markdown(
 ) -> None:
     output = tmp_path / "out" / "table"
     line = ["train", "--config", str(recipe), "--windows", "1", "--output", str(output)]
-    assert main(line) == 0
+    assert run_benchmark(line) == 0
     record = json.loads(output.with_suffix(".json").read_text())
     assert record["results"][0]["label"] == "as given" and record["versions"]["torch"]
-    assert "CPU-s a step" in capsys.readouterr().out
-    assert "CPU-s a step" in output.with_suffix(".md").read_text()
+    assert "CPU-s per step" in capsys.readouterr().out
+    assert "CPU-s per step" in output.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -102,15 +102,15 @@ def test_the_command_writes_json_and_markdown(
         (["mask.samplr=random"], "did you mean sampler?"),
     ],
 )
-def test_wrong_requests_leave_with_78(
+def test_wrong_requests_exit_with_code_78(
     recipe: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main(["train", "--config", str(recipe), *arguments]) == EXIT_CONFIG
+    assert run_benchmark(["train", "--config", str(recipe), *arguments]) == EXIT_CONFIG
     assert message in capsys.readouterr().err
 
 
 def test_arguments_have_the_defaults_of_the_protocol() -> None:
-    options = parse(["train", "--config", "a.yaml"])
+    options = parse_options(["train", "--config", "a.yaml"])
     assert (options.windows, options.steps, options.warm_up) == (5, None, None)
 
 
@@ -120,4 +120,4 @@ def test_a_stopwatch_sums_parts_and_forgets_them() -> None:
     watch.timed("one", lambda: sum(range(100_000)))
     assert watch.collect()["one"] > 0
     assert watch.collect() == {}
-    assert spread([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert Spread.of([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)

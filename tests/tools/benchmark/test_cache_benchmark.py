@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmtmae_scale.cache.codecs import calibrate
-from cmtmae_scale.commands.benchmark import main
+from cmtmae_scale.commands.benchmark import run_benchmark
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.launch import World
@@ -37,17 +37,17 @@ def test_the_command_builds_reads_and_trains_and_leaves_nothing(
     (tmp_path / "store").mkdir()
     output = tmp_path / "out" / "cache"
     line = ["cache", "--config", str(recipe), "--rows", "6", "--rounds", "2", "--windows", "2"]
-    assert main([*line, "--output", str(output), "cache.dir=unused"]) == 0
+    assert run_benchmark([*line, "--output", str(output), "cache.dir=unused"]) == 0
     found = json.loads(output.with_suffix(".json").read_text())["results"]
     ways = [
         *("read int8 from storage", "read int8 from memory", "decode int8"),
-        *("read bf16 from storage", "read bf16 from memory", "decode bf16", "live teacher"),
+        *("read bf16 from storage", "read bf16 from memory", "decode bf16", "online teacher"),
     ]
     assert [one["name"] for one in found["speeds"]] == ways
-    assert found["speeds"][-1]["of_live"] == [1, 1, 1]
+    assert found["speeds"][-1]["of_online"] == [1, 1, 1]
     assert all(one["per_s"][1] > 0 and one["per_core_s"][1] > 0 for one in found["speeds"])
     assert 0 < found["speeds"][0]["row_bytes"] < found["speeds"][3]["row_bytes"]
-    labels = ["synthetic teacher", "cache, int8", "cache, bf16", "live teacher"]
+    labels = ["synthetic teacher", "cache, int8", "cache, bf16", "online teacher"]
     assert [one["label"] for one in found["steps"]] == labels
     assert list(found["of_synthetic"]) == labels[1:]
     synthetic, *others = (one["windows_s"] for one in found["steps"])
@@ -56,7 +56,7 @@ def test_the_command_builds_reads_and_trains_and_leaves_nothing(
         assert found["of_synthetic"][name][1:] == pytest.approx(ratios)
     assert not list((tmp_path / "store").iterdir()) and not Path("unused").exists()
     out = capsys.readouterr().out
-    for text in ("of live, views/s", "of those with a synthetic teacher", "gradient of weights"):
+    for text in ("of online, views/s", "relative to a synthetic teacher", "gradient of weights"):
         assert text in out
 
 
@@ -64,11 +64,11 @@ def test_what_cannot_be_measured_is_named(recipe: Path) -> None:
     two, alone = World(0, 2, 0, 2, "torchrun"), World(0, 1, 0, 1, "none")
     short = Protocol(0, 1, 1)
     with pytest.raises(ConfigError, match="by one process; start it without torchrun"):
-        cached.measure(str(recipe), [], 4, 1, short, two, CPU)
+        cached.compare_cache(str(recipe), [], 4, 1, short, two, CPU)
     with pytest.raises(ConfigError, match="--rows, --rounds, --windows and --steps must be at"):
-        cached.measure(str(recipe), [], 0, 1, short, alone, CPU)
+        cached.compare_cache(str(recipe), [], 0, 1, short, alone, CPU)
     with pytest.raises(ConfigError, match=r"the loss does not use the teacher's features"):
-        cached.measure(str(recipe), ["loss.teacher=0"], 4, 1, short, alone, CPU)
+        cached.compare_cache(str(recipe), ["loss.teacher=0"], 4, 1, short, alone, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +80,14 @@ def found(recipe: Path) -> list[rounding.Rounding]:
     with Stream(index, seed=0, micro_batch=4, sizes=(64,), threads=1) as stream:
         views = [next(stream) for _ in range(6)]
     calibration = calibrate(teacher.forward_batch(one).features for one in views[:3])  # pyright: ignore
-    return rounding.measure(config, views[3:], teacher, calibration, CPU)  # pyright: ignore
+    return rounding.measure_codecs(config, views[3:], teacher, calibration, CPU)  # pyright: ignore
 
 
 def test_rounding_moves_gradients_by_what_it_moves_directions(
     found: list[rounding.Rounding],
 ) -> None:
     int8, bf16, bare = found
-    assert [one.codec for one in found] == ["int8", "bf16", "int8, channels as they are"]
+    assert [one.codec for one in found] == ["int8", "bf16", "int8, channels not standardised"]
     # bf16 keeps 8 bits: 2^-9 of a value at most, evenly spread: 2^-9 / sqrt(3) = 0.0011 and up.
     assert 0.0005 < bf16.at_start < 0.004
     # 127 levels up to some 3.5 deviations: 3.5 / 127 / sqrt(12) = 0.008.
@@ -101,13 +101,13 @@ def test_rounding_moves_gradients_by_what_it_moves_directions(
 def test_a_gradient_error_is_the_relative_length_of_the_difference() -> None:
     exact = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])]
     moved = [torch.tensor([3.0, 0.3]), torch.tensor([0.4, 4.0])]
-    assert rounding.error(moved, exact) == pytest.approx(0.5 / 5)
-    assert rounding.error(exact, exact) == 0
+    assert rounding.relative_error(moved, exact) == pytest.approx(0.5 / 5)
+    assert rounding.relative_error(exact, exact) == 0
 
 
-def test_predictions_near_their_targets_have_the_cosine_that_is_told() -> None:
+def test_predictions_near_their_targets_have_the_cosine_that_is_stated() -> None:
     targets = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1))
-    near = rounding.beside(targets, 0)
+    near = rounding.predictions_near(targets, 0)
     cosine = torch.cosine_similarity(near, targets, dim=-1)
     torch.testing.assert_close(cosine, torch.full((3, 5), 0.8))
     torch.testing.assert_close(near.norm(dim=-1), targets.norm(dim=-1))

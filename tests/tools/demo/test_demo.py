@@ -37,8 +37,8 @@ def test_photographs_are_the_same_every_time(tmp_path: Path) -> None:
     with Image.open(first / "coins" / "000.jpg") as grey:
         assert grey.mode == "L"
     for path in first.glob("*/*.jpg"):
-        with Image.open(path) as picture:
-            assert 160 <= max(picture.size) <= 256
+        with Image.open(path) as image:
+            assert 160 <= max(image.size) <= 256
 
 
 @pytest.mark.usefixtures("few")
@@ -54,7 +54,7 @@ def test_second_preparation_writes_nothing_and_a_lost_file_is_made_again(tmp_pat
 
 
 @pytest.mark.usefixtures("few")
-def test_photograph_that_a_package_lacks_is_left_out(
+def test_photograph_that_a_package_lacks_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lost = photos.Photograph("lost", photos.SKIMAGE, "lost.png", 5)
@@ -101,10 +101,10 @@ def test_conversion_gives_back_timms_weights() -> None:
         model.norm.weight.fill_(1)
         model.norm.bias.zero_()
     expected = model.state_dict()
-    found = teacher.convert(as_in_the_file(expected))
+    found = teacher.convert_weights(as_in_the_file(expected))
     assert list(found) and set(found) == set(expected)
     for name in expected:
-        # the table is resampled even from 16 x 16 to 16 x 16
+        # the embedding is resampled even from 16 x 16 to 16 x 16
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
 
 
@@ -119,12 +119,12 @@ def test_numbered_matrices_get_their_layers_name_and_orientation() -> None:
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 3])],
         [onnx.numpy_helper.from_array(matrix.numpy(), "onnx::MatMul_7")],
     )
-    found = teacher.read_onnx(onnx.helper.make_model(graph).SerializeToString())
+    found = teacher.read_onnx_weights(onnx.helper.make_model(graph).SerializeToString())
     assert list(found) == ["a.layer.0.fc1.weight"]
     torch.testing.assert_close(found["a.layer.0.fc1.weight"], matrix.T)
 
 
-def test_unreachable_index_is_told_loudly_and_leaves_nothing(
+def test_unreachable_index_causes_a_warning_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -152,17 +152,17 @@ def test_table_says_whether_the_loss_fell(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     entries = [{"step": s, "loss/total": 2.0 - 0.01 * s, "images_s": 10.0} for s in range(5, 61, 5)]
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    table = command.loss_table(command.read_log(log), command.RANDOM)
+    table = command.loss_table(command.read_losses(log), command.RANDOM)
     assert "loss (random teacher)" in table
     assert "loss/total fell: 1.95 -> 1.4" in table
     assert "loss/total did NOT fall" in command.loss_table(entries[::-1], "x")
 
 
-def test_forget_touches_runs_only(tmp_path: Path) -> None:
+def test_only_folders_of_runs_are_deleted(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    command.forget(other)
+    command.delete_run(other)
     assert other.is_dir()
     (other / "config.yaml").touch()
-    command.forget(other)
+    command.delete_run(other)
     assert not other.exists()

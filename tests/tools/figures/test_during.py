@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import ConfigError
-from tests.engine.run_case import STEPS, run, same, tensors, write_recipe
+from tests.engine.run_case import STEPS, build, run, same, tensors, write_recipe
 from tests.processes import run_ranks
 
 MAE = [
@@ -24,37 +23,31 @@ ASKED = "log.images_every=4"
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("pictures"))
+    return write_recipe(tmp_path_factory.mktemp("figures"))
 
 
-def pictures(run_dir: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((run_dir / "pictures").iterdir())}
+def figures(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run_dir / "figures").iterdir())}
 
 
-def run_and_look(recipe: Path, overrides: list[str]) -> dict[str, NDArray[np.float32]] | None:
-    """As ``run``; returns the weights that rank 0 drew from last."""
-    import torch.distributed as dist
-
+def run_and_collect(recipe: Path, overrides: list[str]) -> dict[str, NDArray[np.float32]] | None:
+    """As ``run``; returns the weights of the last sheet on rank 0."""
     from cmtmae_scale.engine.loop import train
-    from cmtmae_scale.pretraining.build import build_parts
-    from cmtmae_scale.runtime.launch import World
-    from cmtmae_scale.tools.figures.during import PREFIXES, open_pictures
+    from cmtmae_scale.tools.figures.during import PREFIXES, open_figures
 
-    torch.set_num_threads(1)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    world = World(rank, size, rank, size, "test")
     with ExitStack() as stack:
-        parts = build_parts(load_config(recipe, overrides), world, torch.device("cpu"), stack)
-        parts.draw = draw = open_pictures(parts, world)
-        assert train(parts) is None
-        assert draw is not None
-        if draw.networks is None:
+        built = build(recipe, overrides, stack)
+        (side_task,) = open_figures(built)
+        built.task.side_tasks.append(side_task)
+        assert train(built) is None
+        networks = side_task.run.__self__.networks
+        if networks is None:
             return None
         return {
             prefix + name: value.numpy().copy()
             for prefix in PREFIXES
-            if prefix == "model." or draw.networks.momentum is not None
-            for name, value in draw.networks.trained(prefix).state_dict().items()
+            if prefix == "model." or networks.momentum is not None
+            for name, value in networks.trained(prefix).state_dict().items()
         }
 
 
@@ -83,12 +76,12 @@ def test_training_is_the_same_bit_for_bit_and_the_weights_are_the_checkpoints(
     quiet, asked = tmp_path / "quiet", tmp_path / "asked"
     assert run_ranks(ranks, run, recipe, [f"run.output_dir={quiet}", *more]) == [None] * ranks
     drawn, *others = run_ranks(
-        ranks, run_and_look, recipe, [f"run.output_dir={asked}", ASKED, *more]
+        ranks, run_and_collect, recipe, [f"run.output_dir={asked}", ASKED, *more]
     )
     assert others == [None] * (ranks - 1)
     same(quiet, asked)
-    assert not (quiet / "pictures").exists()
-    assert list(pictures(asked)) == ["step-00000004.png", f"step-{STEPS:08d}.png"]
+    assert not (quiet / "figures").exists()
+    assert list(figures(asked)) == ["step-00000004.png", f"step-{STEPS:08d}.png"]
     saved = tensors(asked, STEPS)
     assert {key for key in saved if key.startswith(("model.", "momentum."))} == set(drawn)
     assert all(np.array_equal(drawn[key], saved[key].numpy()) for key in drawn)
@@ -104,24 +97,22 @@ def test_a_resumed_run_draws_as_an_undisturbed_one_and_drops_what_lies_ahead(
     run_ranks(1, run, recipe, [f"run.output_dir={whole}", "log.images_every=2"])
     stopped = [f"run.output_dir={parts}", "log.images_every=2", "train.stop_after=2"]
     run_ranks(1, run, recipe, stopped)
-    ahead = parts / "pictures" / "step-00000005.png"
+    ahead = parts / "figures" / "step-00000005.png"
     ahead.write_bytes(b"of a start that was not saved")
     run_ranks(1, run, recipe, [f"run.output_dir={parts}", "log.images_every=2"])
-    assert pictures(parts) == pictures(whole)
+    assert figures(parts) == figures(whole)
     assert not ahead.exists()
     board = EventAccumulator(str(whole / "tensorboard"))
     board.Reload()
-    assert [image.step for image in board.Images("pictures")] == [2, 4, 6]
+    assert [image.step for image in board.Images("figures")] == [2, 4, 6]
 
 
 @pytest.mark.gloo
-def test_pictures_change_with_the_weights_but_not_their_images(
-    recipe: Path, tmp_path: Path
-) -> None:
+def test_figures_change_with_the_weights_but_not_their_images(recipe: Path, tmp_path: Path) -> None:
     from cmtmae_scale.tools.figures.sheet import HEAD, MARGIN, SIDE, TITLE
 
     run_ranks(1, run, recipe, [f"run.output_dir={tmp_path}", "log.images_every=1"])
-    sheets = [np.asarray(Image.open(tmp_path / "pictures" / name)) for name in pictures(tmp_path)]
+    sheets = [np.asarray(Image.open(tmp_path / "figures" / name)) for name in figures(tmp_path)]
     assert len(sheets) == STEPS
     below = MARGIN + TITLE + HEAD
     views = [sheet[below:-MARGIN, MARGIN : MARGIN + SIDE] for sheet in sheets]
@@ -153,17 +144,17 @@ def run_without_images(recipe: Path, overrides: list[str], photographs: Path) ->
 
 
 @pytest.mark.gloo
-def test_images_that_cannot_be_read_leave_the_pictures_out(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_skip_the_figures(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     overrides = [f"run.output_dir={tmp_path / 'run'}", "log.images_every=6", "data.workers=1"]
     (lines,) = run_ranks(1, run_without_images, recipe, overrides, tmp_path / "photos")
-    (told,) = [line for line in lines if "is not drawn" in line]
-    assert told.startswith(f"step {STEPS} is not drawn: ") and ".jpg" in told
-    assert not (tmp_path / "run" / "pictures").exists()
+    (line,) = [line for line in lines if ": no figures: " in line]
+    assert line.startswith(f"step {STEPS}: no figures: ") and ".jpg" in line
+    assert not (tmp_path / "run" / "figures").exists()
 
 
 def full_disk(recipe: Path, overrides: list[str]) -> list[str]:
-    """A run that cannot write its pictures; its warnings."""
+    """A run that cannot write its figures; its warnings."""
     from cmtmae_scale.engine import telemetry
     from tests.checkpoint.save_case import Lines
 
@@ -177,10 +168,10 @@ def full_disk(recipe: Path, overrides: list[str]) -> list[str]:
 
 
 @pytest.mark.gloo
-def test_a_full_disk_leaves_the_pictures_out(recipe: Path, tmp_path: Path) -> None:
+def test_a_full_disk_skips_the_figures(recipe: Path, tmp_path: Path) -> None:
     (lines,) = run_ranks(1, full_disk, recipe, [f"run.output_dir={tmp_path}", "log.images_every=6"])
-    (told,) = [line for line in lines if "is not drawn" in line]
-    assert "No space left on device" in told
+    (line,) = [line for line in lines if ": no figures: " in line]
+    assert "No space left on device" in line
 
 
 @pytest.mark.parametrize(
@@ -200,7 +191,7 @@ def test_a_full_disk_leaves_the_pictures_out(recipe: Path, tmp_path: Path) -> No
         ),
     ],
 )
-def test_pictures_that_cannot_be_drawn_are_refused(
+def test_figures_that_cannot_be_drawn_are_refused(
     recipe: Path, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmtmae_scale.commands.report import write_report
+from cmtmae_scale.commands.report import write_page
 from tests.tools.report.browser import Page, browser, find_browser
 from tests.tools.report.report_case import write_run
 
@@ -59,9 +59,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     begun = write_run(folder / "begun")
     (begun / "log.jsonl").unlink()
     return {
-        "one": write_report([one]),
-        "several": write_report([one, two]),
-        "begun": write_report([begun]),
+        "one": write_page([one]),
+        "several": write_page([one, two]),
+        "begun": write_page([begun]),
     }
 
 

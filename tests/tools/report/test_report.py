@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.commands.report import main, write_report
+from cmtmae_scale.commands.report import write_page, write_report
 from tests.tools.report.report_case import entries, write_figure, write_lines, write_run
 
 VOID = {"meta", "link", "img", "path", "rect", "circle", "br"}
@@ -50,7 +50,7 @@ def read_page(file: Path) -> tuple[str, Outline]:
 
 
 def report(*runs: Path) -> str:
-    return read_page(write_report(runs))[0]
+    return read_page(write_page(runs))[0]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_finished_run_is_reported_completely(finished: Path) -> None:
 
 
 def test_the_page_fetches_nothing_and_its_links_lead_somewhere(finished: Path) -> None:
-    page = write_report([finished])
+    page = write_page([finished])
     text, (_, outline) = page.read_text(), read_page(page)
     for address in outline.addresses:
         assert address.startswith(("data:", "#")), address
@@ -106,7 +106,7 @@ def test_what_users_and_files_say_is_text_never_markup(tmp_path: Path) -> None:
     bad = {"sample_id": 1, "name": f"{name}.jpg", "path": "p", "offset": None, "reason": name}
     write_lines(run / "quarantine.jsonl", [bad])
     (run / "exit.json").write_text(json.dumps({"code": 1, "step": 60, "reason": name}))
-    page = write_report([run]).read_text()
+    page = write_page([run]).read_text()
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 4
 
@@ -165,7 +165,7 @@ def test_numbers_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
     log[5]["loss/total"] = float("nan")
     log[7]["grad_norm"] = float("inf")
     write_lines(run / "log.jsonl", list(log))
-    page = re.sub('base64,[^"]+', "", write_report([run]).read_text().split("<body>")[1])
+    page = re.sub('base64,[^"]+', "", write_page([run]).read_text().split("<body>")[1])
     assert "nan" not in page.lower().replace("dominant", "")
     assert "inf," not in page and "inf " not in page
 
@@ -205,7 +205,7 @@ def test_many_figures_are_thinned_and_counted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     for step in range(1, 20):
         write_figure(run, step)
-    page = write_report([run])
+    page = write_page([run])
     assert page.read_text().count("data:image/png") == 4
     words = read_page(page)[0]
     assert "4 of 22" in words
@@ -230,7 +230,7 @@ def test_only_finished_runs_of_the_same_settings_make_a_range(tmp_path: Path) ->
 def test_runs_are_compared(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", "run.name=one")
     two = write_run(tmp_path / "two", "run.name=two", "mask.ratio=0.5", seed=1)
-    page = write_report([one, two])
+    page = write_page([one, two])
     assert page == one / "comparison.html"
     words, outline = read_page(page)
     assert "mask.ratio 0.75 0.5" in words
@@ -259,7 +259,7 @@ def test_a_folder_that_is_no_run_is_refused(
     folder = tmp_path / "x"
     if make:
         folder.mkdir()
-    assert main([str(folder)]) == 78
+    assert write_report([str(folder)]) == 78
     assert message in capsys.readouterr().err
     assert list(tmp_path.rglob("*.html")) == []
 
@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_written_is_refused(
     tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    assert main([str(finished), "--out", str(tmp_path / "file" / "x.html")]) == 78
+    assert write_report([str(finished), "--out", str(tmp_path / "file" / "x.html")]) == 78
     assert "name another file with --out" in capsys.readouterr().err
-    assert main([str(finished), "--out", str(tmp_path / "new" / "x.html")]) == 0
+    assert write_report([str(finished), "--out", str(tmp_path / "new" / "x.html")]) == 0
     assert (tmp_path / "new" / "x.html").is_file()

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from cmtmae_scale.commands.study import main, write_results
+from cmtmae_scale.commands.study import run_study, write_results
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study.file import load_study
 from cmtmae_scale.tools.study.results import collect_results
@@ -129,7 +129,7 @@ def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = write_study(tmp_path, study_tree(tmp_path))
-    assert main(ROOT, [str(study), "--dry-run", "--rows", "half", "mae"]) == 0
+    assert run_study([str(study), "--dry-run", "--rows", "half", "mae"]) == 0
     text = capsys.readouterr().out
     assert "# half, seed 0: cache, train, evaluate, evaluate\npython launchers/precompute" in text
     assert "# mae, seed 1: train, evaluate, evaluate\npython launchers/pretrain.py --conf" in text
@@ -154,7 +154,7 @@ def test_mistakes_exit_with_code_78(
 ) -> None:
     study = write_study(tmp_path, study_tree(tmp_path))
     try:
-        code = main(ROOT, [str(study), *options])
+        code = run_study([str(study), *options])
     except SystemExit as left:
         code = left.code
     assert code == 78
@@ -170,7 +170,7 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
     labelled_photographs(Path(tree["evaluation"]["test"]), 12, 1)
     tree["rows"] = {"mae": {"settings": NO_TEACHER}, "cmt": {"settings": ["teacher.mode=cached"]}}
     study = str(write_study(tmp_path, tree))
-    assert main(ROOT, [study, "--jobs", "2"]) == 0
+    assert run_study([study, "--jobs", "2"]) == 0
     results = json.loads((tmp_path / "study" / "results.json").read_text())
     assert [len(row["runs"]) for row in results["rows"].values()] == [1, 1]
     assert {one["name"] for one in results["references"]} == {
@@ -180,5 +180,5 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
     records = sorted((tmp_path / "study" / "runs").glob("*/jobs.jsonl"))
     before = [file.read_text() for file in records]
     assert len(before) == 2 and sum(text.count("\n") for text in before) == 8
-    assert main(ROOT, [study]) == 0
+    assert run_study([study]) == 0
     assert [file.read_text() for file in records] == before

@@ -1,0 +1,121 @@
+"""Help, version, errors of a config and ``import cmtmae_scale`` load no heavy package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmtmae_scale.commands.main import COMMANDS
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
+from cmtmae_scale.tools.benchmark.startup import measure_commands, startup_table
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = (
+    *("torch", "torchvision", "timm", "numpy", "PIL", "nvidia", "deepspeed", "open_clip"),
+    *("transformers", "matplotlib", "sklearn", "scipy", "tensorboard"),
+)
+RUN = "from cmtmae_scale.commands.main import run_command; code = run_command(arguments)"
+WRONG = "mask.rato=0.5"
+# Commands that read a recipe, with the rest of a line that has a wrong key.
+RECIPES = {
+    "pretrain": ["--config", "configs/demo.yaml", WRONG],
+    "precompute": ["--config", "configs/demo.yaml", WRONG],
+    "finetune": ["--config", "configs/finetune_base.yaml", "--checkpoint", "runs/x", WRONG],
+    "study": ["STUDY"],
+    "benchmark": ["train", "--config", "configs/demo.yaml", WRONG],
+    "demo": [WRONG],
+}
+
+
+def outcome(code: str, *arguments: str) -> tuple[int, list[str], str]:
+    """Exit code of a fresh process, the heavy packages that it loaded, and its output."""
+    text = f"""
+import json, sys
+arguments, code = sys.argv[1:], 0
+sys.argv[1:] = []
+try:
+    {code}
+except SystemExit as left:
+    code = left.code
+loaded = [name for name in {HEAVY} if name in sys.modules]
+print(json.dumps([code, loaded]), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", text, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stderr.splitlines()
+    exit_code, loaded = json.loads(last)
+    return exit_code, loaded, done.stdout + "\n".join(said)
+
+
+def test_the_package_is_light_and_has_a_python_interface() -> None:
+    assert outcome("import cmtmae_scale; dir(cmtmae_scale); cmtmae_scale.load_config") == (
+        0,
+        [],
+        "",
+    )
+    code, loaded, _ = outcome("import cmtmae_scale; cmtmae_scale.select_patches")
+    assert code == 0 and "torch" in loaded
+
+
+def test_every_name_of_the_python_interface_exists() -> None:
+    import cmtmae_scale
+
+    assert all(callable(getattr(cmtmae_scale, name)) for name in cmtmae_scale.API)
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        _ = cmtmae_scale.absent
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"]], ids=str)
+def test_the_overview_is_light(arguments: list[str]) -> None:
+    code, loaded, text = outcome(RUN, *arguments)
+    assert (code, loaded) == (EXIT_DONE, [])
+    expected = (
+        ["cmtmae 0."] if arguments == ["--version"] else [f"\n  {name} " for name in COMMANDS]
+    )
+    assert all(one in text for one in expected)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_is_light(name: str) -> None:
+    code, loaded, text = outcome(RUN, name, "--help")
+    assert (code, loaded) == (EXIT_DONE, [])
+    assert "usage:" in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded(name: str, tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("mask.rato: 0.5\n")
+    line = [str(study) if word == "STUDY" else word for word in RECIPES[name]]
+    code, loaded, text = outcome(RUN, name, *line)
+    assert (code, loaded) == (EXIT_CONFIG, []), text
+    assert "rato is not a key of" in text or "mask is not a key of" in text, text
+
+
+def test_an_unknown_command_is_answered() -> None:
+    code, loaded, text = outcome(RUN, "pretain")
+    assert (code, loaded) == (EXIT_CONFIG, [])
+    assert text == "cmtmae: pretain is not a command; did you mean pretrain?"
+    assert outcome(RUN, "check_data", "--help")[0] == EXIT_DONE
+
+
+def test_every_launcher_calls_the_command_of_its_name() -> None:
+    launchers = {path.stem: path.read_text() for path in (ROOT / "launchers").glob("*.py")}
+    names = {"precompute_teacher": "precompute", "check_data": "check-data"}
+    assert {names.get(stem, stem) for stem in launchers} == {*COMMANDS}
+    for stem, text in launchers.items():
+        command = COMMANDS[names.get(stem, stem)]
+        line = f"from cmtmae_scale.commands.{command.module} import {command.function}\n"
+        assert line in text and f"SystemExit({command.function}())" in text, stem
+
+
+@pytest.mark.slow
+def test_the_measurement_runs() -> None:
+    found = measure_commands(str(ROOT / "configs/mae_base.yaml"), 1)
+    assert len(startup_table(found).splitlines()) == len(found) + 1
+    *light, heavy = found
+    assert max(one.peak_bytes for one in light) < 100e6 < heavy.peak_bytes
