@@ -192,7 +192,7 @@ class Builder:
         sha256 = None
         if wanted.codec == "int8" and wanted.tokens:
             sha256 = save_calibration(folder, self.calibrate_channels(keep_alive))
-        draft = folder / f".{MANIFEST}.{os.getpid()}"
+        draft = folder / f".{MANIFEST}.{os.urandom(4).hex()}"
         draft.write_text(manifest_text(replace(wanted, calibration_sha256=sha256)))
         sync(draft)
         try:

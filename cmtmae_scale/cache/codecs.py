@@ -6,18 +6,18 @@ channels. The cosine of raw features hides the damage to small channels; fidelit
 judged on standardised features.
 """
 
-import os
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.storage import digest, sync
+from cmtmae_scale.runtime.storage import digest, write_atomic
 from cmtmae_scale.teachers.base import TeacherView
 
 Codec = Literal["int8", "bf16", "attention"]
@@ -80,13 +80,9 @@ def calibration_path(folder: Path, sha256: str) -> Path:
 
 def save_calibration(folder: Path, calibration: Calibration) -> str:
     """Write a calibration; return its SHA-256."""
-    draft = folder / f".calibration.{os.getpid()}"
-    tensors: dict[str, Any] = calibration._asdict()
-    save_file(tensors, draft)
-    draft.chmod(0o644)  # safetensors creates files that only their owner may read
-    sync(draft)
-    sha256 = digest(draft)
-    draft.replace(calibration_path(folder, sha256))
+    data = save(calibration._asdict())
+    sha256 = hashlib.sha256(data).hexdigest()
+    write_atomic(calibration_path(folder, sha256), data)
     return sha256
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cmtmae_scale.cache.codecs import Codec
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.storage import digest, sync, write_atomic
+from cmtmae_scale.runtime.storage import atomic_path, digest, sync, write_atomic
 
 FORMAT = 1
 ENDLESS = 1 << 62
@@ -253,15 +253,10 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[st
         for i, row in enumerate(manifest.shard_rows(shard))
     ]
     tensors = {name: fields[name].contiguous() for name in names}
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic_path(path) as draft:
         save_file(tensors | {"checksum": torch.tensor(sums)}, draft)
         draft.chmod(0o644)  # safetensors creates files that only their owner may read
-        sync(draft)
         seal = {"size": draft.stat().st_size, "sha256": digest(draft)}
         seal_path(folder, shard).unlink(missing_ok=True)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
     write_atomic(seal_path(folder, shard), json.dumps(seal))
     sync(path.parent)

@@ -79,7 +79,7 @@ class CachedTeacher:
     A row is a miss if it is missing or damaged, or if its image could not be decoded when it was
     built although the run decodes it. With ``cache.on_miss=online`` the online teacher forwards the
     whole micro-batch of a miss, and its view is rounded as the cache rounds, so that a run does not
-    depend on which rows were there. Otherwise a miss is report_exit as a failure.
+    depend on which rows were there. Otherwise a miss is a failure.
 
     Args:
         config: the run.

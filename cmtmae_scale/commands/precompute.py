@@ -17,13 +17,13 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, share
+from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import progress_bar, set_up_logging
 from dataloading.errors import DataError
 
 if TYPE_CHECKING:
     from cmtmae_scale.cache.build import Builder
     from cmtmae_scale.cache.format import Manifest
-    from cmtmae_scale.runtime.launch import World
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +40,17 @@ def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done; 75 interrupted, run the same command again; 78 settings that cannot work,
         a full disk, or a cache that does not verify.
     """
-    options = parse_precompute_options(arguments)
-    set_up_logging(0, 1)
     try:
+        world = find_world()
+        set_up_logging(world.rank, world.world_size)
+        options = parse_precompute_options(arguments)
         with interrupt_at_sigterm():
             if options.follow is not None:
-                return follow_run(options)
+                return follow_run(options, world)
             config = load_config(options.config, options.overrides)
             if config.cache.dir is None:
                 raise ConfigError("cache.dir is not set; name the folder of the cache")
-            return run_options(config, options)
+            return run_options(config, options, world)
     except (CmtMaeError, DataError) as error:
         logger.error("%s", error)
         return error.exit_code
@@ -165,19 +166,9 @@ def interrupt_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def join_world() -> "World":
-    """Find this process's place among all, and log by its rank."""
-    # Imported here so that --help and config errors cost no torch.
-    from cmtmae_scale.runtime.launch import find_world
-
-    world = find_world()
-    set_up_logging(world.rank, world.world_size)
-    return world
-
-
-def run_options(config: Config, options: argparse.Namespace) -> int:
+def run_options(config: Config, options: argparse.Namespace, world: World) -> int:
     """Build, verify, repair or price the cache of a config; return the exit code."""
-    world = join_world()
+    # Imported here so that --help and config errors cost no torch.
     from cmtmae_scale.cache.build import make_builder, stripe_of
     from cmtmae_scale.cache.format import seal_path
     from cmtmae_scale.cache.verify import damaged_shards
@@ -248,7 +239,7 @@ def verify_cache(builder: "Builder", folder: Path, fraction: float) -> int:
 
 
 def print_cost_plan(
-    config: Config, options: argparse.Namespace, world: "World", index_folder: Path
+    config: Config, options: argparse.Namespace, world: World, index_folder: Path
 ) -> None:
     """Print what caches cost and save."""
     from cmtmae_scale.cache.build import open_or_build_index
@@ -268,7 +259,7 @@ def print_cost_plan(
     sys.stdout.write(text + "\n")
 
 
-def follow_run(options: argparse.Namespace) -> int:
+def follow_run(options: argparse.Namespace, world: World) -> int:
     """Compute what a run needs next until the run is complete; return the exit code."""
     run_dir: Path = options.follow
     recipe = Path(options.config or run_dir / "config.yaml")
@@ -283,7 +274,6 @@ def follow_run(options: argparse.Namespace) -> int:
     index_folder = Path(config.data.index) if config.data.index else run_dir / "index"
     if not await_file(index_folder / "index.json", "the run has not indexed its images"):
         return EXIT_STOPPED
-    world = join_world()
     from cmtmae_scale.cache.build import stripe_of
     from cmtmae_scale.cache.sidecar import run_sidecar
     from cmtmae_scale.runtime.collectives import pick_device

@@ -39,7 +39,7 @@ VIEWS_PER_IMAGE = (1, 4, 16)
 NODE_GPUS = 8
 COLUMNS = 100
 DROPPED = 0.01
-"""Share of pages in memory that is not report_exit."""
+"""Share of pages in memory below which the plan does not mention it."""
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,9 @@ def test_built_by_one_killed_finished_by_two_verified_repaired_and_refused(
         show(capsys, message)
         assert f"{reason}: the cache was built with " in message
     config = load_config(RECIPE, own)
-    teacher = teachers.assemble(config, needs(config), load=True)
+    teacher = teachers.assemble_teacher(config, needs(config), load=True)
     teacher.mean = (0.5, 0.5, 0.5)
-    monkeypatch.setattr("cmtmae_scale.cache.build.assemble", lambda *_, **__: teacher)
+    monkeypatch.setattr("cmtmae_scale.cache.build.assemble_teacher", lambda *_, **__: teacher)
     builder = make_builder(config, index, next(teacher.model.parameters()).device)
     with pytest.raises(CacheError, match=r"teacher\.mean: the cache was built with") as refused:
         builder.begin_cache(folder, "int8", 64)

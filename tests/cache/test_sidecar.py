@@ -44,7 +44,7 @@ def make(folder: Path, clock: Clock, **options: Any) -> Sidecar:
 
 
 def publish(folder: Path, position: int, saved: int = 0, end: int = 1000) -> None:
-    ProgressFile(folder).tell(PublishedProgress(position, saved, end))
+    ProgressFile(folder).publish(PublishedProgress(position, saved, end))
 
 
 def seal(folder: Path, *shards: int) -> None:

@@ -191,18 +191,18 @@ class Seen(NamedTuple):
 
 def observe(recipe: Path, run_dir: Path, overrides: list[str], how: str = "") -> Seen:
     """Run; ``how``: "rounded" as by a bf16 cache, "alone" without an online teacher."""
-    from cmtmae_scale.engine import loop
+    from cmtmae_scale.pretraining import task
 
-    digest, prepare = hashlib.sha256(), loop.prepare
+    digest, prepare = hashlib.sha256(), task.prepare
 
-    def note(*arguments: Any) -> Any:
+    def add_masks(*arguments: Any) -> Any:
         micro_batch, observed = prepare(*arguments)
         digest.update(micro_batch.choice.ids_keep.numpy().tobytes())
         return micro_batch, observed
 
     reason, error = None, ""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(loop, "prepare", note))
+        stack.enter_context(mock.patch.object(task, "prepare", add_masks))
         if how == "rounded":
             stack.enter_context(mock.patch.object(OnlineTeacher, "forward_batch", rounded))
         if how == "alone":

@@ -31,10 +31,10 @@ def train_beside(
 
     config = load_config(recipe, [f"run.output_dir={run_dir}", *overrides])
     assert config.train.global_batch_size == ROWS_PER_SHARD and config.train.steps is not None
-    folder, step, last = cache_folder(config), loop.step, config.train.steps - 1
+    folder, step, last = cache_folder(config), loop.take_step, config.train.steps - 1
 
-    def paced(parts: Any, scalars: Any) -> Any:
-        progress = parts.progress
+    def paced(run: Any, scalars: Any) -> Any:
+        progress = run.progress
         if progress.step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         limit = time.monotonic() + 20
@@ -43,10 +43,10 @@ def train_beside(
             time.sleep(0.01)
             if time.monotonic() > limit:
                 break
-        return step(parts, scalars)
+        return step(run, scalars)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(loop, "step", paced))
+        stack.enter_context(mock.patch.object(loop, "take_step", paced))
         # Every step publishes its progress, and finds the cache at once.
         stack.enter_context(mock.patch.object(progress_file, "PAUSE_S", 0.0))
         stack.enter_context(mock.patch.object(teacher, "POLL_S", 0.0))
