@@ -75,7 +75,7 @@ def gradient_shares(terms: Mapping[str, Tensor], tokens: Tensor) -> dict[str, Te
     """Return the share of the gradient norm that each loss term causes at some tokens.
 
     Args:
-        terms: weighted loss terms, 0-dim: what is summed to the total.
+        terms: weighted loss terms, 0-dim (``targets.weighted_terms``).
         tokens: a tensor that all terms are computed from: the decoder's output ``[R, Q, E]``, where
             a term costs the backward of one linear head only.
 
