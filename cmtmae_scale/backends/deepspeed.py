@@ -160,8 +160,7 @@ class Zero:
         dist.all_reduce(packed)
         values = packed.tolist()
         if not acceptable(0.0, values, accept):
-            self.discard()
-            return Outcome(float("inf"), False, values)
+            return Outcome(self.drop_gradients(), False, values)
         set_lr(self.optimizer, lr)
         self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm())
@@ -169,8 +168,13 @@ class Zero:
 
     def discard(self) -> None:
         """See ``Backend.discard``; only after the last micro-step of a step."""
-        with force_skipped_steps(self.optimizer, self.stage):
+        self.drop_gradients()
+
+    def drop_gradients(self) -> float:
+        """Let DeepSpeed skip a step; returns the norm of the dropped gradients."""
+        with force_skipped_steps(self.optimizer, self.stage) as norms:
             self.engine.step()
+        return float(norms[0]) if norms else float("inf")
 
     def momentum_update(self, momentum: float) -> None:
         """See ``Backend.momentum_update``; one all-gather in the compute dtype."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -88,17 +89,34 @@ def renew_compute_copies(optimizer: Any, stage: int) -> None:
 
 
 @contextmanager
-def force_skipped_steps(optimizer: Any, stage: int) -> Iterator[None]:
-    """Make steps within the block see an infinite gradient norm, and so drop all gradients."""
+def force_skipped_steps(optimizer: Any, stage: int) -> Iterator[list[Tensor]]:
+    """Make steps within the block see an infinite gradient norm, and so drop all gradients.
+
+    Yields:
+        A list that receives the true norm of each dropped gradient, 0-dim.
+    """
     infinite = torch.tensor(float("inf"), device=flat_tensors(optimizer, stage)[0].device)
+    norms: list[Tensor] = []
     if stage == 3:
         name, value = "_get_norm_groups", [infinite]
     elif hasattr(optimizer, "get_grads_for_norm"):  # stage 1 with bf16
         name, value = "get_grads_for_norm", ([infinite], {})
     else:
         name, value = "scaled_global_norm", infinite
-    setattr(optimizer, name, lambda *_, **__: value)
+    original = getattr(optimizer, name)
+
+    def replace_norm(*arguments: Any, **options: Any) -> Any:
+        found = original(*arguments, **options)
+        if name == "get_grads_for_norm":
+            square = torch.stack([g.float().square().sum() for g in found[0]]).sum()
+            dist.all_reduce(square)
+            norms.append(square.sqrt())
+        else:
+            norms.append(torch.linalg.vector_norm(torch.stack([*found]) if stage == 3 else found))
+        return value
+
+    setattr(optimizer, name, replace_norm)
     try:
-        yield
+        yield norms
     finally:
         delattr(optimizer, name)

@@ -52,7 +52,8 @@ def token_diagnostics(tokens: Tensor) -> TokenDiagnostics:
     x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # the decomposition refuses anything else
     singular = cast(Tensor, torch.linalg.svdvals(x))  # pyright: ignore[reportUnknownMemberType]
     share = singular / singular.sum().clamp_min(EPS)
-    rank = torch.special.entr(share).sum().exp()
+    entropy = cast(Tensor, torch.special.entr(share))  # pyright: ignore[reportUnknownMemberType]
+    rank = entropy.sum().exp()
     unit = F.normalize(x, dim=-1, eps=EPS)
     cosine = (unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1))
     return TokenDiagnostics(*(torch.where(finite, value, torch.nan) for value in (rank, cosine)))

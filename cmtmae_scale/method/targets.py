@@ -290,15 +290,23 @@ def objective(
             raise ValueError(f"the {name} term has no {absent}")
         return sum_rows(token_loss(prediction, target, kind, loss.beta), valid, layout)
 
-    teacher = term("teacher", layout, loss.type)
-    student = term("student", layout, loss.type)
-    pixel = term("pixel", layout.without_cls(), "mse")
-    total = (
-        alpha_target * loss.teacher * teacher
-        + (1.0 - alpha_target) * loss.student * student
-        + loss.pixel * pixel
+    losses = Losses(
+        total=zero,
+        teacher=term("teacher", layout, loss.type),
+        student=term("student", layout, loss.type),
+        pixel=term("pixel", layout.without_cls(), "mse"),
     )
-    return Losses(total.float(), teacher, student, pixel)
+    teacher, student, pixel = weighted_terms(losses, loss, alpha_target).values()
+    return losses._replace(total=(teacher + student + pixel).float())
+
+
+def weighted_terms(losses: Losses, loss: Loss, alpha_target: float | Tensor) -> dict[str, Tensor]:
+    """Return the terms that sum to the total; arguments as in ``objective``."""
+    return {
+        "teacher": alpha_target * loss.teacher * losses.teacher,
+        "student": (1.0 - alpha_target) * loss.student * losses.student,
+        "pixel": loss.pixel * losses.pixel,
+    }
 
 
 def sum_rows(per_token: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:

@@ -28,7 +28,13 @@ from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
-from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
+from cmtmae_scale.method.targets import (
+    Losses,
+    Predictions,
+    TokenLayout,
+    objective,
+    weighted_terms,
+)
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
 from cmtmae_scale.runtime.collectives import barrier, gather_texts
 from cmtmae_scale.runtime.launch import World
@@ -215,16 +221,9 @@ def make_objective(config: Config, layout: TokenLayout) -> Objective:
 
 def isolate_term(losses: Losses, batch: MicroBatch, loss: Loss) -> Losses:
     """Let one weighted term alone be differentiated; every network still takes part."""
-    alpha = batch.alpha_target
-    weights = {
-        "teacher": alpha * loss.teacher,
-        "student": (1.0 - alpha) * loss.student,
-        "pixel": loss.pixel,
-    }
-    total = sum(
-        (weight if name == batch.only_term else 0.0) * getattr(losses, name)
-        for name, weight in weights.items()
-    )
+    terms = weighted_terms(losses, loss, batch.alpha_target)
+    factors = [float(name == batch.only_term) for name in terms]
+    total = sum(factor * term for factor, term in zip(factors, terms.values(), strict=True))
     return losses._replace(total=cast(Tensor, total))
 
 

@@ -40,17 +40,13 @@ class TeacherOutputs(NamedTuple):
                 f"attention.layers={list(layers)}: attention.source=pool reads the pooling head, "
                 "not a block; set attention.layers=[-1]"
             )
-        attention = (
-            resolve_teacher_layers(layers, depth, "attention.layers")
-            if needs.teacher_attention
-            else ()
-        )
-        key = "target.teacher.layers"
-        features = (
-            resolve_teacher_layers(config.target.teacher.layers, depth, key)
-            if needs.teacher_features
-            else ()
-        )
+        attention: tuple[int, ...] = ()
+        features: tuple[int, ...] = ()
+        if needs.teacher_attention:
+            attention = resolve_teacher_layers(layers, depth, "attention.layers")
+        if needs.teacher_features:
+            key, layers = "target.teacher.layers", config.target.teacher.layers
+            features = resolve_teacher_layers(layers, depth, key)
         return cls(source, attention, config.teacher.feature, features)
 
 
@@ -156,7 +152,7 @@ class OnlineTeacher:
         for number, block in enumerate(self.tower.blocks):
             if self.outputs.source != "pool" and number in self.outputs.attention_layers:
                 maps.append(self.block_attention(number, tokens))
-            if self.is_last_block(number):
+            if self.can_stop_before(number):
                 break
             tokens = block(tokens)
             if number in self.outputs.feature_layers:
@@ -166,7 +162,7 @@ class OnlineTeacher:
             maps.append(patch_map(mean_query_row(query, key, scale), prefix))
         return TeacherView(self.finish_attention(maps), self.finish_features(features))
 
-    def is_last_block(self, number: int) -> bool:
+    def can_stop_before(self, number: int) -> bool:
         """Return whether no output depends on block ``number`` or a later one."""
         outputs = self.outputs
         if outputs.source == "pool" and outputs.attention_layers:

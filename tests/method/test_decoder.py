@@ -61,7 +61,7 @@ def make_mae_block() -> Block:
 
 @pytest.mark.parametrize("kind", ["prompt", "full", "cross"])
 def test_a_block_has_the_known_number_of_parameters(kind: Any) -> None:
-    """O12; cross-attention to an encoder of the same width has as many."""
+    """Cross-attention to an encoder of the same width has as many."""
     with torch.device("meta"):
         decoder = build_decoder(DecoderSettings(type=kind), 512, (14, 14), 1, ALL)
     counts = [sum(p.numel() for p in block.parameters()) for block in decoder.transformer_blocks()]
@@ -124,17 +124,17 @@ def test_cross_decoder_predicts_each_hidden_token_alone() -> None:
 
 
 def test_full_decoder_equals_mae_with_unshuffling() -> None:
-    """MAE's own order: mask tokens scattered back to the picture, positions added after."""
+    """MAE's own order: mask tokens scattered back to the image, positions added after."""
     decoder, tokens, choice = make_decoder(type="full", depth=2), make_tokens(), make_choice()
     choice = PatchChoice(choice.ids_keep, torch.cat(choice[1:], 1), choice.ids_thrown[:, :0])
     layout = TokenLayout(True, KEEP, HIDDEN + THROWN)
     decoder.layout = layout
     found = decoder(tokens, choice)
     for row in range(ROWS):
-        picture = decoder.mask_token[0].expand(16, -1).clone()
-        picture[choice.ids_keep[row]] = decoder.embed(tokens[row, 1:])
-        picture = picture + sincos_positions(WIDTH, GRID)
-        x = torch.cat([decoder.embed(tokens[row, :1]), picture])[None]
+        image = decoder.mask_token[0].expand(16, -1).clone()
+        image[choice.ids_keep[row]] = decoder.embed(tokens[row, 1:])
+        image = image + sincos_positions(WIDTH, GRID)
+        x = torch.cat([decoder.embed(tokens[row, :1]), image])[None]
         for block in decoder.blocks:
             x = block(x)
         x = decoder.norm(x)[0]
@@ -185,7 +185,7 @@ def test_every_parameter_and_the_encoder_get_a_gradient(kind: str, hidden_only: 
 
 
 def test_gradient_reaches_the_encoder_through_keys_and_values_alone() -> None:
-    """O18: the prompting context is not detached."""
+    """The prompting context is not detached."""
     decoder, tokens = make_decoder(depth=2), make_tokens().requires_grad_()
     decoder(tokens, make_choice())[:, 1 + KEEP :].square().sum().backward()
     assert tokens.grad is not None and (tokens.grad.abs().sum(-1) > 0).all()

@@ -1,4 +1,4 @@
-"""Normalisation of pictures against arithmetic in float64 (oracle O14)."""
+"""Normalisation of images against arithmetic in float64."""
 
 import pytest
 import torch
@@ -30,14 +30,14 @@ def test_matches_the_definition_pixel_by_pixel(mean, std):
         ((0.5,) * 3, (0.5,) * 3, (0.458, 0.448, 0.45), (-0.03, -0.088, -0.188)),
     ],
 )
-def test_o14_other_normalisations_are_an_affine_map_of_imagenets(mean, std, a, b):
+def test_other_normalisations_are_an_affine_map_of_imagenets(mean, std, a, b):
     imagenet = normalise_images(PIXELS, IMAGENET_MEAN, IMAGENET_STD)
     scale, shift = torch.tensor(a).view(3, 1, 1), torch.tensor(b).view(3, 1, 1)
     # the constants are printed with six digits; values reach 2.7
     assert torch.allclose(scale * imagenet + shift, normalise_images(PIXELS, mean, std), atol=4e-6)
 
 
-def test_o14_round_trip():
+def test_round_trip():
     out = normalise_images(PIXELS, CLIP_MEAN, CLIP_STD)
     for c in range(3):
         back = out[:, c] * CLIP_STD[c] + CLIP_MEAN[c]

@@ -116,7 +116,7 @@ def config(request: pytest.FixtureRequest) -> Config:
 
 
 def test_every_trained_parameter_and_nothing_else_gets_a_gradient(config: Config) -> None:
-    """O18."""
+    """Frozen models and fixed positions get none."""
     model = make_model(config)
     momentum = None
     if needs(config).student_features:
@@ -152,7 +152,7 @@ def test_predictions_follow_the_layout(config: Config) -> None:
 
 
 def test_only_visible_pixels_reach_the_predictions(config: Config) -> None:
-    """O17."""
+    """Noise in the masked and thrown patches changes no prediction."""
     model, choice, images = make_model(config), make_choice(config), make_images()
     masks = config.mask.masks_per_view
     seen = torch.zeros(2, LENGTH).scatter(1, choice.ids_keep.reshape(2, -1), 1.0)
@@ -237,8 +237,10 @@ def test_missing_teacher_width_is_told() -> None:
     CollaborativeMAE(make_config(loss__teacher=0.0))
 
 
-def test_forward_and_backward_run_on_fake_tensors(config: Config) -> None:
+@pytest.mark.parametrize("name", ["prompt", "full, pixels too", "cross, part", "none"])
+def test_forward_and_backward_run_on_fake_tensors(name: str) -> None:
     """Nothing reads a value on the host."""
+    config = make_config(**CASES[name])
     model, choice = make_model(config), make_choice(config)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = PatchChoice(*(mode.from_tensor(ids) for ids in choice))

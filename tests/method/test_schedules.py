@@ -1,4 +1,4 @@
-"""Schedules against the numbers of oracles O10 and O11."""
+"""Schedules against numbers computed by hand."""
 
 import math
 
@@ -12,12 +12,12 @@ from cmtmae_scale.method.schedules import (
 )
 
 
-def test_o11_two_stage_switches_at_its_point():
+def test_two_stage_switches_at_its_point():
     schedule = Schedule("two_stage", 1.0, 0.5, switch=0.1)
     assert [evaluate(schedule, u) for u in (0.0, 0.0999, 0.1, 1.0)] == [1.0, 1.0, 0.5, 0.5]
 
 
-def test_o11_linear_is_constant_outside_its_range():
+def test_linear_is_constant_outside_its_range():
     schedule = Schedule("linear", 1.0, 0.5, u0=0.1, u1=0.5)
     values = [evaluate(schedule, u) for u in (0.0, 0.1, 0.3, 0.5, 1.0, 1.5)]
     assert values == pytest.approx([1.0, 1.0, 0.75, 0.5, 0.5, 0.5])
@@ -47,7 +47,7 @@ def test_incomplete_schedules_are_refused(schedule, message):
         evaluate(schedule, 0.5)
 
 
-def test_o11_learning_rate():
+def test_learning_rate():
     peak = 2.4e-3
     expected = {0: 0, 20: 1.2e-3, 40: 2.4e-3, 130: 2.04853e-3, 220: 1.2e-3, 310: 3.5147e-4, 400: 0}
     for epoch, rate in expected.items():
@@ -58,14 +58,14 @@ def test_o11_learning_rate():
         learning_rate(0.5, peak, 1.0)
 
 
-def test_o10_momentum():
+def test_momentum():
     expected = [0.996, 0.9965858, 0.998, 0.9994142, 1.0]
     found = [momentum_at(Momentum(), u) for u in (0, 0.25, 0.5, 0.75, 1)]
     assert found == pytest.approx(expected, abs=1e-7)
     assert momentum_at(Momentum(schedule="constant"), 0.5) == 0.996
 
 
-def test_o10_average_and_half_lives():
+def test_average_and_half_lives():
     average = 0.0
     for _ in range(3):
         average = 0.9 * average + 0.1

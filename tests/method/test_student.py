@@ -131,7 +131,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def test_hidden_pixels_do_not_reach_the_encoder() -> None:
-    """O17: not even in the last bit."""
+    """Not even in the last bit."""
     model, images, ids = make_vit("plain"), make_images(), make_ids(2)[:, :5]
     hidden = torch.ones(2, 16).scatter(1, ids, 0.0).reshape(2, 1, 4, 4)
     noise = torch.randn(2, 3, 32, 32) * hidden.repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -327,7 +327,6 @@ def test_unusual_vision_transformers_are_refused(
 
 
 def test_sincos_positions_known_values() -> None:
-    """O9."""
     expected = torch.tensor(
         [
             [0, 0, 1, 1, 0, 0, 1, 1],

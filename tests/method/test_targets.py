@@ -15,6 +15,7 @@ from cmtmae_scale.method.targets import (
     patchify,
     pixel_targets,
     token_loss,
+    weighted_terms,
 )
 from tests.references import targets as reference
 
@@ -219,6 +220,7 @@ def test_objective_matches_loops(kind):
         found = objective(predictions, targets, valid, layout, loss, alpha)
         assert [float(x) for x in found] == approx([total, *terms], 1e-4)
         assert all(x.shape == () and x.dtype == torch.float32 for x in found)
+        assert float(sum(weighted_terms(found, loss, alpha).values())) == approx(total, 1e-4)
 
 
 def test_alpha_weighs_the_teacher():

@@ -49,13 +49,14 @@ def test_diagnostics_change_no_bit_and_are_logged(tmp_path: Path, backend: list[
 def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Gradient shares of a micro-batch as the run measures them, and by ``autograd.grad``."""
     from cmtmae_scale.method.targets import objective
+    from cmtmae_scale.pretraining.build import build_model
 
     with ExitStack() as stack:
         built = build(recipe, ["loss.pixel=0.5", "backend.sharding=replicate"], stack)
         task, config = built.task, built.task.config
         micro_batch, _ = task.prepare(next(built.stream), task.scalars(built.progress))
         measured = task.diagnostics.measure_gradients(built, micro_batch)
-        model = built.backend.model
+        model, _ = build_model(config, task.models.teacher)
         losses = objective(
             model(*micro_batch.inputs),
             micro_batch.targets,

@@ -1,4 +1,4 @@
-"""The learning signal: each weighted term falls, each unweighted one stays (oracle O19)."""
+"""The learning signal: each weighted term falls, each unweighted one stays."""
 
 import pytest
 import torch

@@ -39,8 +39,8 @@ def timm_config(model: str, size: int = 32, patch: int = 8, **teacher: Any) -> C
     return make_config(size, patch, **(settings | teacher))
 
 
-def pictures(batch: int, size: int) -> Tensor:
-    """Random uint8 pictures ``[B, S, S, 3]``."""
+def random_images(batch: int, size: int) -> Tensor:
+    """Random uint8 images ``[B, S, S, 3]``."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
 

@@ -18,7 +18,7 @@ from tests.teachers.cases import (
     BOTH,
     TINY,
     make_config,
-    pictures,
+    random_images,
     real_teacher,
     to_open_clip,
     write_json,
@@ -82,7 +82,7 @@ def test_equals_the_librarys_own_forward(
     teacher = build(make_config(size, student_patch, model=model, quick_gelu=quick_gelu))
     assert teacher.image_size == expected_size
     assert teacher.grid == (14, 14)
-    images = pictures(1, expected_size)
+    images = random_images(1, expected_size)
     view = teacher(images)
     visual: Any = teacher.model
     pixels = normalised(images)
@@ -101,7 +101,7 @@ def test_layers_are_averaged_and_features_come_as_asked(tiny: str) -> None:
     config.attention.layers = [-1, 0]
     config.target.teacher.layers = [-1, -2]
     teacher = build(config)
-    images = pictures(2, 32)
+    images = random_images(2, 32)
     outputs, weights = reference(teacher.model, normalised(images))
     view = teacher(images)
     assert view.attention is not None and view.features is not None
@@ -119,7 +119,7 @@ def test_mean_query_is_the_column_mean_over_patches(tiny: str) -> None:
     config = make_config(model=tiny)
     config.attention.source = "mean_query"
     teacher = build(config)
-    images = pictures(2, 32)
+    images = random_images(2, 32)
     _, weights = reference(teacher.model, normalised(images))
     attention = teacher(images).attention
     assert attention is not None
@@ -137,11 +137,11 @@ def test_what_is_not_needed_is_not_computed(tiny: str) -> None:
 
     maps = build(make_config(model=tiny), Needs(True, False, False, False, False))
     count(maps)
-    view = maps(pictures(1, 32))
+    view = maps(random_images(1, 32))
     assert view.features is None and view.attention is not None
     assert len(calls) == 2  # the last block's input is enough
     features = build(make_config(model=tiny), Needs(False, True, False, False, False))
-    view = features(pictures(1, 32))
+    view = features(random_images(1, 32))
     assert view.attention is None and view.features is not None
 
 
@@ -152,7 +152,7 @@ def test_no_teacher_where_nothing_uses_it(tiny: str) -> None:
 
 
 def test_bf16_computes_in_bf16_and_maps_stay_float32(tiny: str) -> None:
-    images = pictures(2, 32)
+    images = random_images(2, 32)
     exact = build(make_config(model=tiny))(images)
     view = build(make_config(model=tiny), dtype=torch.bfloat16)(images)
     assert view.attention is not None and exact.attention is not None
@@ -183,12 +183,12 @@ def test_another_grid_is_resized_with_a_warning(
 ) -> None:
     teacher = build(make_config(model=tiny, image_size=48))
     assert "6x6" in caplog.text and "4x4" in caplog.text
-    view = teacher(pictures(2, 48))
+    view = teacher(random_images(2, 48))
     assert view.attention is not None and view.attention.shape == (2, 16)
     torch.testing.assert_close(view.attention.sum(-1), torch.ones(2))
     assert view.features is not None and view.features.shape == (2, 17, 24)
     with pytest.raises(ValueError, match=r"expected \[B, 48, 48, 3\]"):
-        teacher(pictures(2, 32))
+        teacher(random_images(2, 32))
 
 
 @pytest.mark.parametrize("form", ["whole", "visual", "wrapped", "module", "safetensors"])
@@ -208,10 +208,10 @@ def test_every_form_of_a_local_file_gives_the_same_tower(
     else:
         torch.save(state, path)
     teacher = build(make_config(model=tiny, weights=str(path)))
-    features = teacher(pictures(2, 32)).features
+    features = teacher(random_images(2, 32)).features
     assert features is not None
     with torch.no_grad():
-        expected = clip.visual(normalised(pictures(2, 32)))
+        expected = clip.visual(normalised(random_images(2, 32)))
     torch.testing.assert_close(features[:, 0], expected, atol=1e-5, rtol=1e-5)
     finger = teacher.fingerprint()
     assert finger["weights"] == path.name
@@ -229,10 +229,10 @@ def test_positions_are_resized_as_open_clip_does(
     state = dict(clip.state_dict())
     resize_pos_embed(state, larger)
     larger.load_state_dict(state)
-    features = teacher(pictures(1, 48)).features
+    features = teacher(random_images(1, 48)).features
     assert features is not None and features.shape[1] == 37
     with torch.no_grad():
-        expected = larger.visual(normalised(pictures(1, 48)))
+        expected = larger.visual(normalised(random_images(1, 48)))
     torch.testing.assert_close(features[:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -240,8 +240,8 @@ def test_depth_keeps_the_first_blocks(tiny: str, clip: open_clip.CLIP, tmp_path:
     torch.save(clip.state_dict(), tmp_path / "w.pt")
     settings = {"model": tiny, "weights": str(tmp_path / "w.pt"), "feature": "block"}
     teacher = build(make_config(**settings, depth=2))
-    outputs, _ = reference(clip.visual, normalised(pictures(1, 32)))
-    features = teacher(pictures(1, 32)).features
+    outputs, _ = reference(clip.visual, normalised(random_images(1, 32)))
+    features = teacher(random_images(1, 32)).features
     assert features is not None
     torch.testing.assert_close(features, outputs[1], atol=1e-5, rtol=1e-5)
     assert "teacher.depth=9" in refusal(make_config(**settings, depth=9))
@@ -411,7 +411,7 @@ def test_the_real_teacher_agrees_across_libraries(tmp_path: Path) -> None:
         )
     )
     assert ours.image_size == other.image_size == 112
-    images = pictures(2, 14).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    images = random_images(2, 14).repeat_interleave(8, 1).repeat_interleave(8, 2)
     first, second = ours(images), other(images)
     assert first.features is not None and second.features is not None
     assert first.attention is not None and second.attention is not None

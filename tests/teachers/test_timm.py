@@ -14,7 +14,7 @@ from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
 from cmtmae_scale.teachers.timm import TimmTower
-from tests.teachers.cases import BOTH, pictures, real_teacher, timm_config
+from tests.teachers.cases import BOTH, random_images, real_teacher, timm_config
 
 
 def build(config: Any, needs: Needs = BOTH) -> OnlineTeacher:
@@ -100,7 +100,7 @@ def teacher_of(model: Any, source: str, feature: str = "ln_post") -> OnlineTeach
 def test_equals_the_models_own_forward(options: dict[str, Any]) -> None:
     model = small(**options)
     teacher = teacher_of(model, "cls")
-    images = pictures(2, 32)
+    images = random_images(2, 32)
     pixels = normalised(images, teacher)
     view = teacher(images)
     assert view.attention is not None and view.features is not None
@@ -116,7 +116,7 @@ def test_equals_the_models_own_forward(options: dict[str, Any]) -> None:
 def test_pool_map_is_the_pooling_heads_own_attention() -> None:
     model = small(class_token=False, global_pool="map", reg_tokens=1)
     teacher = teacher_of(model, "pool")
-    images = pictures(2, 32)
+    images = random_images(2, 32)
     view = teacher(images)
     assert view.attention is not None and view.features is not None
     assert not teacher.has_cls and view.features.shape == (2, 16, 32)
@@ -136,7 +136,7 @@ def test_pool_map_is_the_pooling_heads_own_attention() -> None:
 def test_mean_query_is_the_column_mean_over_patches() -> None:
     model = small(class_token=False, global_pool="avg", fc_norm=False)
     teacher = teacher_of(model, "mean_query")
-    images = pictures(2, 32)
+    images = random_images(2, 32)
     attention = teacher(images).attention
     matrix = last_attention(model, normalised(images, teacher))
     assert attention is not None
@@ -183,7 +183,7 @@ def test_size_and_pixels_come_from_student_and_model() -> None:
 def test_proj_default_does_not_matter_without_features() -> None:
     config = timm_config("vit_tiny_patch16_224", 64, 16, depth=1, feature="proj")
     teacher = build(config, Needs(True, False, False, False, False))
-    assert teacher(pictures(1, 64)).features is None
+    assert teacher(random_images(1, 64)).features is None
     assert "teacher.feature=proj" in refusal(config)
 
 
@@ -276,7 +276,7 @@ def test_the_real_teacher_equals_timms_own_forward(tmp_path: Path) -> None:
     ).eval()
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [8, 8], num_prefix_tokens=1)
     model.load_state_dict(state)
-    images = pictures(2, 112)
+    images = random_images(2, 112)
     view = teacher(images)
     assert view.features is not None and view.attention is not None
     pixels = normalised(images, teacher)
