@@ -1,4 +1,8 @@
-"""CPU time and peak memory of commands that end before they train."""
+"""CPU time and peak memory of commands that end before they train.
+
+The system counts the memory of the measuring process in a child's peak, so that the measuring
+process must be small: this module imports no torch.
+"""
 
 import os
 import statistics
