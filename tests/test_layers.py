@@ -8,27 +8,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Height of every part; a part may import itself and what lies strictly below.
-HEIGHT = {
-    "cmtmae_scale.errors": 0,
-    "dataloading": 0,
-    "cmtmae_scale": 0,
-    "cmtmae_scale.config": 1,
-    "cmtmae_scale.runtime": 1,
-    "cmtmae_scale.method": 2,
-    "cmtmae_scale.teachers": 3,
-    "cmtmae_scale.cache": 4,
-    "cmtmae_scale.backends": 5,
-    "cmtmae_scale.checkpoint": 6,
-    "cmtmae_scale.engine": 7,
-    "cmtmae_scale.evaluation": 8,
-    "cmtmae_scale.pretraining": 9,
-    "cmtmae_scale.finetuning": 9,
-    "cmtmae_scale.export": 10,
-    "cmtmae_scale.tools": 10,
-    "cmtmae_scale.commands": 11,
-    "launchers": 12,
-}
+# From low to high; a package may import itself and packages of lower layers.
+LAYERS = [
+    ["cmtmae_scale", "cmtmae_scale.errors", "dataloading"],
+    ["cmtmae_scale.config", "cmtmae_scale.runtime"],
+    ["cmtmae_scale.method"],
+    ["cmtmae_scale.teachers"],
+    ["cmtmae_scale.cache"],
+    ["cmtmae_scale.backends"],
+    ["cmtmae_scale.checkpoint"],
+    ["cmtmae_scale.engine"],
+    ["cmtmae_scale.evaluation"],
+    ["cmtmae_scale.pretraining", "cmtmae_scale.finetuning"],
+    ["cmtmae_scale.export", "cmtmae_scale.tools"],
+    ["cmtmae_scale.commands"],
+    ["launchers"],
+]
+LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 
 # Package -> the only modules that may import it.
 ONLY_IN = {
@@ -40,79 +36,68 @@ ONLY_IN = {
     "open_clip": {"cmtmae_scale.teachers.open_clip"},
 }
 
-TOPS = ("cmtmae_scale", "dataloading", "launchers")
-FILES = sorted(path for top in TOPS for path in (ROOT / top).rglob("*.py"))
+
+def module_name(path: Path) -> str:
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
 
 
-def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_of(path): path for path in FILES}
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Modules that a file imports, wherever in the file; the finest name that is a module."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def find_imports(text: str) -> Iterator[str]:
+    """Yield what a module imports, at any depth, as dotted names."""
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, "relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and is_dynamic(node):
+        elif isinstance(node, ast.Call) and is_dynamic_import(node):
             yield from (str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
-def is_dynamic(call: ast.Call) -> bool:
+def is_dynamic_import(call: ast.Call) -> bool:
     return ast.unparse(call.func).split(".")[-1] in ("import_module", "__import__")
 
 
-def part_of(module: str) -> str | None:
-    """The part of HEIGHT that a module belongs to: the longest that fits."""
+MODULES = {
+    module_name(path): list(find_imports(path.read_text()))
+    for top in ("cmtmae_scale", "dataloading", "launchers")
+    for path in (ROOT / top).rglob("*.py")
+}
+
+
+def package_of(module: str) -> str | None:
+    """The package of ``LAYERS`` that holds a module: the longest name that fits."""
     names = module.split(".")
-    fitting = (".".join(names[:n]) for n in range(len(names), 0, -1))
-    return next((name for name in fitting if name in HEIGHT), None)
+    prefixes = (".".join(names[:length]) for length in range(len(names), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in LAYER), None)
 
 
-def is_below(package: str, name: str) -> bool:
+def is_within(package: str, name: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def test_every_module_has_a_layer() -> None:
-    homeless = [
-        module
-        for module in MODULES
-        if part_of(module) == "cmtmae_scale" and module != "cmtmae_scale"
-    ]
-    assert not homeless, f"give these a height in HEIGHT: {homeless}"
+def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
+    packages = {module: package_of(module) for module in MODULES}
+    assert [m for m, p in packages.items() if p == "cmtmae_scale" != m] == []
+    assert set(packages.values()) == set(LAYER)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_only_down(module: str) -> None:
-    own = part_of(module)
-    assert own is not None
-    for name in imports(MODULES[module]):
-        part = part_of(name)
-        if part is None or part == own:
-            continue
-        assert HEIGHT[part] < HEIGHT[own], f"{module} imports {name}: not below {own}"
-    if own == "launchers":
-        return
-    assert not any(is_below("launchers", name) for name in imports(MODULES[module]))
+def test_imports_go_only_down() -> None:
+    wrong = []
+    for module, imports in MODULES.items():
+        own = package_of(module)
+        assert own is not None
+        for name in imports:
+            package = package_of(name)
+            if package not in (None, own) and LAYER[package] >= LAYER[own]:
+                wrong.append(f"{module} imports {name}")
+    assert wrong == []
 
 
-def test_dataloading_imports_nothing_of_cmtmae_scale() -> None:
-    for module, path in MODULES.items():
-        if is_below("dataloading", module):
-            found = [name for name in imports(path) if is_below("cmtmae_scale", name)]
-            assert not found, f"{module} imports {found}"
-
-
-@pytest.mark.parametrize("package", ONLY_IN)
-def test_heavy_packages_are_imported_in_one_place(package: str) -> None:
-    users = {m for m, path in MODULES.items() if any(is_below(package, n) for n in imports(path))}
-    assert users <= ONLY_IN[package]
+def test_heavy_packages_are_imported_in_one_place() -> None:
+    for package, allowed in ONLY_IN.items():
+        users = {m for m, names in MODULES.items() if any(is_within(package, n) for n in names)}
+        assert users <= allowed, package
 
 
 @pytest.mark.parametrize(
@@ -123,7 +108,5 @@ def test_heavy_packages_are_imported_in_one_place(package: str) -> None:
         ("importlib.import_module('nvidia.dali')", ["nvidia.dali"]),
     ],
 )
-def test_hidden_imports_are_found(text: str, expected: list[str], tmp_path: Path) -> None:
-    file = tmp_path / "case.py"
-    file.write_text(text)
-    assert list(imports(file)) == expected
+def test_hidden_imports_are_found(text: str, expected: list[str]) -> None:
+    assert list(find_imports(text)) == expected

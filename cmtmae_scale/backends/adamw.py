@@ -26,7 +26,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group named parameters by learning rate factor and weight decay.
 
-    Vectors, class, register and mask tokens and positional embeddings have no weight decay.
+    Vectors, class, register and mask tokens and positional embeddings have no weight decay
+    (docs/method.md, section "Optimizer").
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:

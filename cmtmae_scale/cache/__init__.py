@@ -1,1 +1,1 @@
-"""The teacher's maps and features, computed once and read back."""
+"""Teacher cache: attention and features, computed once and read back."""

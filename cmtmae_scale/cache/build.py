@@ -345,7 +345,8 @@ def zero_invalid(values: Tensor, valid: Tensor) -> Tensor:
 def pad_plan(plan: Plan, size: int) -> Plan:
     """Repeat the last draw of a plan up to the batch size of the decoder."""
     chosen = np.minimum(np.arange(size), len(plan.positions) - 1)
-    return Plan(*(values[chosen] for values in plan))
+    positions, ids, views, boxes, flips = plan
+    return Plan(positions[chosen], ids[chosen], views[chosen], boxes[chosen], flips[chosen])
 
 
 def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
@@ -422,7 +423,7 @@ def await_write(writing: "Future[None] | None", folder: Path, manifest: Manifest
 
 
 def missing_text(folder: Path, manifest: Manifest) -> str:
-    """Return what a message says about missing shards; empty for an endless cache."""
+    """Count missing shards for a message; empty for an endless cache."""
     if manifest.num_rows == ENDLESS:
         return ""
     missing = missing_shards(folder, manifest)

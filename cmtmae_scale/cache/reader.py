@@ -62,7 +62,7 @@ class ShardFile:
         try:
             size = os.fstat(self.descriptor).st_size
             if size != seal.size:
-                raise ValueError(f"it has {size} bytes, its seal says {seal.size}")
+                raise ValueError(f"it has {size} bytes, its seal expects {seal.size}")
             self.fields = self.locate_fields(size)
         except BaseException:
             os.close(self.descriptor)

@@ -202,7 +202,7 @@ class CachedTeacher:
 class SidecarTeacher:
     """Reads views by position from a sidecar's cache, and runs the teacher where rows are missing.
 
-    The sidecar may start, end and start again while the run goes on.
+    The sidecar may start, end and start again during the run.
 
     Args:
         config: the run.

@@ -128,7 +128,7 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
         parser.error("--config FILE is missing")
     for name in PLAN_OPTIONS:
         if getattr(options, name) is not None and not options.plan:
-            parser.error(f"--{name.replace('_', '-')} goes with --plan")
+            parser.error(f"--{name.replace('_', '-')} needs --plan")
     if (options.gpu_hour is None) != (options.tb_month is None):
         parser.error("--gpu-hour and --tb-month go together")
     return options

@@ -53,7 +53,10 @@ def extremes(schedule: Schedule | float) -> tuple[float, float]:
 
 
 def needs(config: Config) -> Needs:
-    """Return which attention maps and features a run uses at any time; see docs/method.md."""
+    """Return which attention maps and features a run uses at any time.
+
+    Source: docs/method.md, section "Build only what is needed".
+    """
     attention = config.mask.sampler != "random"
     attention_low, attention_high = extremes(config.collaboration.alpha_attention)
     target_low, target_high = extremes(config.collaboration.alpha_target)

@@ -1,13 +1,11 @@
-"""Diagnostics of training: collapse of the momentum encoder, and the balance of the loss terms.
+"""Diagnostics of target tokens: whether they collapse.
 
-Legend: B views in a micro-batch, N patches, D channels, R rows (masks), Q predicted tokens, E
-decoder width.
+Legend: B views in a micro-batch, N patches, D channels.
 
 Source: docs/method.md, section "Diagnostics".
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +50,7 @@ def token_diagnostics(tokens: Tensor) -> TokenDiagnostics:
         raise ValueError(f"tokens {tuple(tokens.shape)}: at least two tokens are needed")
     finite = x.isfinite().all()
     x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # the decomposition refuses anything else
-    singular = torch.linalg.svdvals(x)
+    singular = cast(Tensor, torch.linalg.svdvals(x))  # pyright: ignore[reportUnknownMemberType]
     share = singular / singular.sum().clamp_min(EPS)
     rank = torch.special.entr(share).sum().exp()
     unit = F.normalize(x, dim=-1, eps=EPS)
@@ -69,30 +67,3 @@ def spread_tokens(tokens: Tensor) -> Tensor:
     patch = torch.arange(per_image, device=tokens.device) * length // per_image
     patch = (patch + number * PATCH_STRIDE) % length  # [images, per_image]
     return tokens[number * batch // images, patch].flatten(0, 1)
-
-
-def gradient_shares(terms: Mapping[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    """Return the share of the gradient norm that each loss term causes at some tokens.
-
-    Args:
-        terms: weighted loss terms, 0-dim: what is summed to the total.
-        tokens: a tensor that all terms are computed from: the decoder's output ``[R, Q, E]``, where
-            a term costs the backward of one linear head only.
-
-    Returns:
-        For each term the norm of its gradient over the sum of these norms, 0-dim float32; 0 for a
-        term that does not depend on ``tokens``, and for all if no term does. The graph is kept and
-        no ``.grad`` is written. No host synchronisation.
-
-    Source: docs/method.md, section "Diagnostics".
-    """
-    norms: dict[str, Tensor] = {}
-    for name, term in terms.items():
-        gradient = None
-        if term.requires_grad:
-            (gradient,) = torch.autograd.grad(term, tokens, retain_graph=True, allow_unused=True)
-        norms[name] = (
-            torch.zeros((), device=tokens.device) if gradient is None else gradient.float().norm()
-        )
-    total = torch.stack(list(norms.values())).sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return {name: norm / total for name, norm in norms.items()}

@@ -194,7 +194,7 @@ def cost_plan(
     codecs = usable_codecs(config)
     teacher = assemble_teacher(config, needs(config), load=False).to(device, compute_dtype(config))
     images = len(index) if index is not None else int(config.data.expected_images or 0)
-    manifests = {codec: plan_manifest(teacher, codec) for codec in codecs}
+    manifests: dict[Codec, Manifest] = {codec: plan_manifest(teacher, codec) for codec in codecs}
     chosen = config.cache.codec if config.cache.codec in manifests else codecs[0]
     logger.info("measuring for about %.0f s", 4 * MEASURE_S)
     measured = measure_rates(config, teacher, index, manifests[chosen], device)

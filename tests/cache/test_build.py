@@ -135,22 +135,11 @@ def test_missing_and_foreign_shards_are_named(recipe: Path, whole: Path, tmp_pat
     assert set(found) == {0, 2}
 
 
-@pytest.mark.parametrize(
-    ("override", "field"),
-    [
-        ("views.crop_scale=[0.3, 1.0]", "views.crop_scale"),
-        ("views.views_per_image=3", "views.views_per_image"),
-        ("run.seed=1", "teacher.seed"),
-        ("teacher.feature=ln_post", "teacher.feature"),
-        ("teacher.depth=3", "teacher.attention_layers"),
-        ("teacher.image_size=80", "teacher.image_size"),
-    ],
-)
-def test_another_run_is_refused_with_the_field(
-    recipe: Path, whole: Path, override: str, field: str
-) -> None:
-    with pytest.raises(CacheError, match=re.escape(field) + ".*the cache was built with"):
-        case.build_cache(recipe, whole, [override])
+def test_another_run_is_refused_with_the_field(recipe: Path, whole: Path) -> None:
+    with pytest.raises(
+        CacheError, match=r"views\.crop_scale: the cache was built with \[0.2, 1.0\]"
+    ):
+        case.build_cache(recipe, whole, ["views.crop_scale=[0.3, 1.0]"])
 
 
 def test_other_images_are_refused(recipe: Path, whole: Path, tmp_path: Path) -> None:

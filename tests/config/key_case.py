@@ -9,7 +9,7 @@ from pathlib import Path
 from cmtmae_scale.errors import CmtMaeError
 from dataloading.errors import DataError
 
-TIMES = ("images_s", "data_wait_share", "memory_gib")
+TIMES = ("images_s", "data_wait_fraction", "memory_gib")
 Run = Callable[..., object]
 
 
@@ -26,7 +26,7 @@ def observe_run(run: Run, load: Run, run_dir: Path, overrides: list[str]) -> str
     load(overrides)
     try:
         run(overrides)
-    except (CmtMaeError, DataError, ValueError) as error:
+    except (CmtMaeError, DataError, RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     from tests.engine.run_case import tensors
 
@@ -36,7 +36,11 @@ def observe_run(run: Run, load: Run, run_dir: Path, overrides: list[str]) -> str
     for key, value in tensors(run_dir, int(folders[-1].removeprefix("step-"))).items():
         digest.update(key.encode() + value.numpy().tobytes())
     for line in (run_dir / "log.jsonl").read_text().splitlines():
-        entry = {key: value for key, value in json.loads(line).items() if key not in TIMES}
+        entry = {
+            key: value
+            for key, value in json.loads(line).items()
+            if key not in TIMES and not key.endswith("time_fraction")
+        }
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 

@@ -194,7 +194,7 @@ def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     folder = layout.folder_of(run_dir / "checkpoints", step)
     assert layout.find_damage(folder) is None
     reader = ChunkReader(folder)
-    return {key: reader.read_whole(key) for key in reader.index}
+    return {key: reader.read_tensor(key) for key in reader.index}
 
 
 def same(a: Path, b: Path, step: int = STEPS) -> None:

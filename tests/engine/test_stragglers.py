@@ -20,7 +20,7 @@ def judged(own_s: list[list[float]], whole_s: float = 1.0) -> list[str | None]:
 def test_a_rank_that_is_slow_for_long_is_named_once() -> None:
     found = judged([[0.2, 0.2, 0.5, 0.2]] * 5)
     assert [text is not None for text in found] == [False, False, True, False, False]
-    assert found[2] is not None and found[2].startswith("rank 2 takes 0.5 s a step")
+    assert found[2] is not None and found[2].startswith("rank 2 takes 0.5 s per step")
 
 
 def test_a_rank_that_recovers_and_falls_back_is_named_again() -> None:

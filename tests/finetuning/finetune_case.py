@@ -1,12 +1,14 @@
 """A tiny fine-tuning on labelled generated photographs, through the real command's functions."""
 
 import io
+import json
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from cmtmae_scale.runtime.launch import World
@@ -77,10 +79,10 @@ def make_task(recipe: Path, overrides: list[str], world: World, device: torch.de
 
 
 def tune(recipe: Path, *overrides: str, encoder: str = "encoder.safetensors") -> tuple[str, int]:
-    """The command on every rank of an open process group: its output and log, and its exit code."""
+    """The command on every rank of an open process group: output with reason, and exit code."""
     from cmtmae_scale.commands import finetune
     from tests.checkpoint.save_case import Lines
-    from tests.engine.fault_case import ready_group
+    from tests.engine.fault_case import ready_group, run_dir_of
 
     torch.set_num_threads(1)
     printed, log = io.StringIO(), Lines()
@@ -93,7 +95,11 @@ def tune(recipe: Path, *overrides: str, encoder: str = "encoder.safetensors") ->
         ):
             stack.enter_context(mock.patch(f"cmtmae_scale.{place}", stand_in))
         code = finetune.finetune(arguments(recipe, *overrides, encoder=encoder))
-    return "\n".join([printed.getvalue(), *log.lines]), code
+    if code not in (0, 75):
+        raise RuntimeError("\n".join(log.lines))
+    dist.barrier()  # rank 0 writes the outcome
+    reason = json.loads((run_dir_of(recipe, [*overrides]) / "exit.json").read_text())["reason"]
+    return f"{printed.getvalue()}\n{reason}", code
 
 
 def tune_each(recipe: Path, *launches: list[str]) -> list[tuple[str, int]]:

@@ -1,8 +1,8 @@
-"""Look through what starts the project on a cluster, without one; run by ``make lint-manifests``.
+"""Check manifests, Dockerfile and scripts without a cluster; run by ``make lint-manifests``.
 
-Kubernetes' own kinds against the published schemas of the oldest and the newest promised version,
-strictly; Kubeflow's against its models; then rules of our own. The Dockerfile by hadolint, scripts
-by shellcheck.
+Kubernetes' kinds are validated strictly against the published schemas of the oldest and the newest
+supported version, Kubeflow's kinds against its models, then both against the project's own rules.
+hadolint checks the Dockerfile, shellcheck the scripts.
 """
 
 import json
@@ -19,7 +19,7 @@ from kubeflow_trainer_api import models
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("1.29", "1.37")
-"""Oldest and newest version of Kubernetes that the manifests are promised for."""
+"""Oldest and newest supported version of Kubernetes."""
 KUBEFLOW = {
     "TrainJob": models.TrainerV1alpha1TrainJob,
     "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
@@ -35,32 +35,38 @@ def main() -> int:
     scripts = [*sorted((ROOT / "launchers/slurm").glob("*.s*")), ROOT / ".ci/run"]
     dockerfile = ROOT / "launchers/docker/Dockerfile"
     found = [
-        *(f"{path.name}: {one}" for path in manifests for one in of_manifest(path.read_text())),
-        *(f"{dockerfile.name}: {one}" for one in of_dockerfile(dockerfile.read_text())),
-        *(one for path in scripts for one in of_script(path)),
+        *(
+            f"{path.name}: {one}"
+            for path in manifests
+            for one in find_manifest_problems(path.read_text())
+        ),
+        *(f"{dockerfile.name}: {one}" for one in find_dockerfile_problems(dockerfile.read_text())),
+        *(one for path in scripts for one in find_script_problems(path)),
     ]
-    told = f"{len(manifests)} manifests, a Dockerfile and {len(scripts)} scripts"
-    print("\n".join([*found, f"{told}: {len(found)} problems"]))
+    checked = f"{len(manifests)} manifests, a Dockerfile and {len(scripts)} scripts"
+    print("\n".join([*found, f"{checked}: {len(found)} problems"]))
     return int(bool(found))
 
 
-def of_manifest(text: str) -> Iterator[str]:
-    """What is wrong with the documents of a file."""
+def find_manifest_problems(text: str) -> Iterator[str]:
+    """Yield the problems of a file's documents."""
     documents = list(yaml.safe_load_all(text))
     for document in documents:
         where = f"{document['kind']} {document['metadata']['name']}"
-        unfit = list(against_schemas(document))
+        unfit = list(validate_schemas(document))
         yield from (f"{where}: {one}" for one in unfit)
         for job in () if unfit else jobs_of(document):  # the rules rely on the schemas
             pod = job["template"]["spec"]
-            yield from (f"{where}: {one}" for one in (*of_job(job), *of_pod(pod)))
+            yield from (
+                f"{where}: {one}" for one in (*find_job_problems(job), *find_pod_problems(pod))
+            )
             labels = job["template"]["metadata"]["labels"]
             if not any(guards(policy, labels) for policy in documents):
                 yield f"{where}: no NetworkPolicy of this file is for its pods"
 
 
-def against_schemas(document: Node) -> Iterator[str]:
-    """What the published schemas find."""
+def validate_schemas(document: Node) -> Iterator[str]:
+    """Yield what violates the published schemas."""
     model = KUBEFLOW.get(document["kind"])
     if model is not None:
         try:
@@ -68,8 +74,8 @@ def against_schemas(document: Node) -> Iterator[str]:
         except ValueError as error:
             yield str(error)
             return
-        yield from (f"{key}: unknown" for key in lost(document, back))
-        # Its own models of pods leave unknown keys out in silence.
+        yield from (f"{key}: unknown" for key in list_unknown_keys(document, back))
+        # Kubeflow's models of pods drop unknown keys silently.
         for job in jobs_of(document):
             whole = {
                 "apiVersion": "batch/v1",
@@ -77,7 +83,7 @@ def against_schemas(document: Node) -> Iterator[str]:
                 "metadata": {"name": "x"},
                 "spec": job,
             }
-            yield from against_schemas(whole)
+            yield from validate_schemas(whole)
         return
     for version in VERSIONS:
         try:
@@ -87,21 +93,21 @@ def against_schemas(document: Node) -> Iterator[str]:
             yield f"Kubernetes {version}: {path}: {error.message.splitlines()[0][:300]}"
 
 
-def lost(given: Any, back: Any, path: str = "") -> Iterator[str]:
-    """Keys that a model did not take."""
+def list_unknown_keys(given: Any, back: Any, path: str = "") -> Iterator[str]:
+    """Yield keys that a model dropped."""
     if isinstance(given, dict) and isinstance(back, dict):
         for key, value in given.items():
             if key in back:
-                yield from lost(value, back[key], f"{path}.{key}".lstrip("."))
+                yield from list_unknown_keys(value, back[key], f"{path}.{key}".lstrip("."))
             else:
                 yield f"{path}.{key}".lstrip(".")
     elif isinstance(given, list) and isinstance(back, list):
         for number, (one, other) in enumerate(zip(given, back, strict=True)):
-            yield from lost(one, other, f"{path}[{number}]")
+            yield from list_unknown_keys(one, other, f"{path}[{number}]")
 
 
 def jobs_of(document: Node) -> Iterator[Node]:
-    """Specs of the jobs that a document makes."""
+    """Yield the specs of the jobs that a document creates."""
     if document["kind"] == "Job":
         yield document["spec"]
     elif document["kind"] == "TrainingRuntime":
@@ -110,7 +116,7 @@ def jobs_of(document: Node) -> Iterator[Node]:
 
 
 def guards(policy: Node, labels: Node) -> bool:
-    """Whether a document is a network policy for pods with such labels, both ways."""
+    """Return whether a document is a network policy for pods with such labels, both ways."""
     if policy["kind"] != "NetworkPolicy":
         return False
     chosen = policy["spec"]["podSelector"].get("matchLabels", {})
@@ -118,8 +124,8 @@ def guards(policy: Node, labels: Node) -> bool:
     return both and chosen.items() <= labels.items()
 
 
-def of_job(job: Node) -> Iterator[str]:
-    """What becomes of a pod that ended."""
+def find_job_problems(job: Node) -> Iterator[str]:
+    """Yield violations of the rules for ended pods."""
     pod = job["template"]["spec"]
     if pod.get("restartPolicy") != "Never":
         yield "restartPolicy is not Never, which podFailurePolicy needs"
@@ -143,8 +149,8 @@ def of_job(job: Node) -> Iterator[str]:
         yield "podFailurePolicy: DisruptionTarget must be Ignore"
 
 
-def of_pod(pod: Node) -> Iterator[str]:
-    """Rules for a pod: what it may do, how it ends, what it can write to."""
+def find_pod_problems(pod: Node) -> Iterator[str]:
+    """Yield violations of the rules for a pod: rights, grace period, volumes."""
     security = pod.get("securityContext", {})
     if not security.get("runAsNonRoot") or security.get("runAsUser", 0) < 10000:
         yield "securityContext: runAsNonRoot with a runAsUser of 10000 or more is missing"
@@ -156,9 +162,12 @@ def of_pod(pod: Node) -> Iterator[str]:
     volumes = {one["name"]: one for one in pod.get("volumes", ())}
     yield from (f"volume {name}: hostPath" for name, one in volumes.items() if "hostPath" in one)
     for container in (*pod.get("initContainers", ()), *pod["containers"]):
-        for problem in (*of_container(container), *of_mounts(container, volumes)):
+        for problem in (
+            *find_container_problems(container),
+            *find_mount_problems(container, volumes),
+        ):
             yield f"container {container['name']}: {problem}"
-        grace_s = grace_of(container.get("command", ()))
+        grace_s = grace_seconds(container.get("command", ()))
         allowed_s = pod.get("terminationGracePeriodSeconds", 30)
         if allowed_s <= grace_s:
             yield (
@@ -167,16 +176,16 @@ def of_pod(pod: Node) -> Iterator[str]:
             )
 
 
-def grace_of(command: list[str]) -> float:
-    """Seconds that a command needs to end: the supervisor's grace, else what saves nothing."""
+def grace_seconds(command: list[str]) -> float:
+    """Return the seconds that a command needs to stop; 30 without the supervisor."""
     if "launchers/supervise.py" not in command:
         return 30.0
     given = [part.partition("=")[2] for part in command if part.startswith("--grace=")]
     return float(given[0]) if given else 120.0
 
 
-def of_container(container: Node) -> Iterator[str]:
-    """Rights, image and command."""
+def find_container_problems(container: Node) -> Iterator[str]:
+    """Yield violations of the rules for rights, image and command."""
     security = container.get("securityContext", {})
     if security.get("privileged"):
         yield "privileged"
@@ -194,8 +203,8 @@ def of_container(container: Node) -> Iterator[str]:
         yield "command: a shell or nothing is process 1, and signals are lost"
 
 
-def of_mounts(container: Node, volumes: dict[str, Node]) -> Iterator[str]:
-    """A read-only root needs places to write; shared memory is 64 MB unless it is given."""
+def find_mount_problems(container: Node, volumes: dict[str, Node]) -> Iterator[str]:
+    """Yield missing volumes: a read-only root needs /tmp, and /dev/shm defaults to 64 MB."""
     mounted = {one["mountPath"]: volumes.get(one["name"]) for one in container["volumeMounts"]}
     yield from (f"{path}: no such volume" for path, volume in mounted.items() if volume is None)
     shared = (mounted.get("/dev/shm") or {}).get("emptyDir", {})
@@ -206,13 +215,13 @@ def of_mounts(container: Node, volumes: dict[str, Node]) -> Iterator[str]:
 
 
 def pinned(image: str) -> bool:
-    """Whether an image has a digest, or a tag that is not ``latest``."""
+    """Return whether an image has a digest, or a tag that is not ``latest``."""
     name, _, tag = image.rpartition(":")
     return "@sha256:" in image or (bool(name) and "/" not in tag and tag != "latest")
 
 
-def of_dockerfile(text: str) -> Iterator[str]:
-    """What hadolint finds, and our own rules."""
+def find_dockerfile_problems(text: str) -> Iterator[str]:
+    """Yield hadolint's findings, then violations of the project's own rules."""
     answer = run_tool("hadolint", "--format=json", "-", text=text)
     for one in json.loads(answer or "[]"):
         yield f"line {one['line']}: {one['code']} {one['message']}"
@@ -230,13 +239,13 @@ def of_dockerfile(text: str) -> Iterator[str]:
         yield "ENTRYPOINT is not launchers/supervise.py"
 
 
-def of_script(path: Path) -> Iterator[str]:
-    """What shellcheck finds."""
+def find_script_problems(path: Path) -> Iterator[str]:
+    """Yield shellcheck's findings."""
     yield from run_tool("shellcheck", "--external-sources", "--format=gcc", str(path)).splitlines()
 
 
 def run_tool(name: str, *arguments: str, text: str = "") -> str:
-    """What a program beside this Python prints."""
+    """Return the output of a program beside this Python."""
     program = Path(sys.executable).parent / name
     result = subprocess.run(
         [str(program), *arguments], input=text, capture_output=True, text=True, cwd=ROOT

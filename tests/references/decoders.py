@@ -1,6 +1,8 @@
-"""Plain, slow decoders: loops over pictures, heads and queries, written from method.md 4.9.
+"""Plain, slow decoders: loops over images, heads and queries, written from docs/method.md.
 
-Each follows the order of its paper's public code: the whole picture is laid out row by row, and
+Source: docs/method.md, section "Decoders".
+
+Each follows the order of its paper's public code: the whole image is laid out row by row, and
 tokens stay at their places. ``weights`` are named as in a state dict; autograd gives gradients.
 """
 
@@ -69,17 +71,17 @@ def milan(
     depth: int,
     norm_context: bool = False,
 ) -> Tensor:
-    """One picture: encoder tokens [1 + K, D], class token first -> [1 + N, E] in picture order."""
+    """One image: encoder tokens [1 + K, D], class token first -> [1 + N, E] in image order."""
     embedded = linear(tokens, weights, "embed")
     width, length = embedded.shape[1], grid[0] * grid[1]
-    picture = [weights["mask_token"][0, 0]] * length
+    image = [weights["mask_token"][0, 0]] * length
     for place, token in zip(ids_keep, embedded[1:], strict=True):
-        picture[place] = token
+        image[place] = token
     table = sincos_table(width, grid)
-    picture = [token + code for token, code in zip(picture, table, strict=True)]
+    image = [token + code for token, code in zip(image, table, strict=True)]
     hidden_ids = [i for i in range(length) if i not in ids_keep]
-    context = torch.stack([embedded[0]] + [picture[i] for i in ids_keep])
-    hidden = torch.stack([picture[i] for i in hidden_ids])
+    context = torch.stack([embedded[0]] + [image[i] for i in ids_keep])
+    hidden = torch.stack([image[i] for i in hidden_ids])
     for number in range(depth):
         name = f"blocks.{number}"
         own = {}
@@ -96,8 +98,8 @@ def milan(
         hidden = hidden + linear(attended, weights, f"{name}.attn.proj")
         hidden = hidden + mlp(layer_norm(hidden, weights, f"{name}.norm2"), weights, f"{name}.mlp")
     for place, token in zip(hidden_ids, hidden, strict=True):
-        picture[place] = token
-    return layer_norm(torch.stack([embedded[0], *picture]), weights, "norm")
+        image[place] = token
+    return layer_norm(torch.stack([embedded[0], *image]), weights, "norm")
 
 
 def crossmae(
@@ -108,7 +110,7 @@ def crossmae(
     heads: int,
     depth: int,
 ) -> Tensor:
-    """One picture: encoder tokens [1 + K, D] -> [M, E], each hidden token computed alone."""
+    """One image: encoder tokens [1 + K, D] -> [M, E], each hidden token computed alone."""
     width = weights["mask_token"].shape[-1]
     table = sincos_table(width, grid)
     outputs = []

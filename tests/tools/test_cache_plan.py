@@ -204,7 +204,7 @@ def test_flops_do_not_depend_on_the_teachers_mode(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--gpus", "2"], "--gpus goes with --plan"),
+        (["--gpus", "2"], "--gpus needs --plan"),
         (["--plan", "--gpu-hour", "2"], "go together"),
         (["--plan", "--images-s", "inf"], "must be above 0"),
         (["--plan", "--verify"], "not allowed with"),
