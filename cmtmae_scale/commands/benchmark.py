@@ -100,13 +100,11 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
     with process_group(world, device):
         if options.against is not None:
             outcome = against.compare_with_transformers(variants[0].config, protocol, device)
-            text, results = against.render_mae_comparison(outcome, on_gpu), outcome.to_dict()
+            text, results = against.render_mae_comparison(outcome, on_gpu), outcome
         else:
-            found = training.measure_variants(
-                variants, protocol, options.data == "real", world, device
-            )
-            text = table.training_tables(found, on_gpu)
-            results = [one.to_dict() for one in found]
+            real = options.data == "real"
+            results = training.measure_variants(variants, protocol, real, world, device)
+            text = table.training_tables(results, on_gpu)
     if world.rank == 0:
         facts = table.provenance(command_line(), device, world.world_size)
         facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
@@ -145,12 +143,8 @@ def measure_cache(options: argparse.Namespace, world: World) -> None:
     facts = table.provenance(command_line(), device, 1)
     facts |= {"rounds": options.rounds, "views per round": options.rows}
     facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
-    show(
-        options.output,
-        facts,
-        found.to_dict(),
-        cached.render_cache_report(found, device.type == "cuda"),
-    )
+    text = cached.render_cache_report(found, device.type == "cuda")
+    show(options.output, facts, found, text)
 
 
 def measure_decoders(options: argparse.Namespace, world: World) -> None:
@@ -164,7 +158,7 @@ def measure_decoders(options: argparse.Namespace, world: World) -> None:
     )
     facts = table.provenance(command_line(), device, 1)
     facts |= {"rounds": options.rounds, "images per round": options.images}
-    show(options.output, facts, [one.to_dict() for one in found], decoding.decoders_table(found))
+    show(options.output, facts, found, decoding.decoders_table(found))
 
 
 def measure_startup(options: argparse.Namespace, world: World) -> None:

@@ -39,11 +39,6 @@ class MaeComparison:
     our_loss: float
     their_loss: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        spreads = {name: getattr(self, name)._asdict() for name in ("ours_s", "theirs_s", "ratio")}
-        return {**vars(self), **spreads}
-
 
 def compare_with_transformers(
     config: Config, protocol: Protocol, device: torch.device

@@ -4,10 +4,10 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -51,10 +51,6 @@ class CacheReport:
     rounding: list[rounding.Rounding]
     views: int
     """Number of views behind ``rounding``."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self)
 
 
 class SyntheticTeacher:

@@ -7,7 +7,8 @@ of this process, because wall time on a shared machine depends on other processe
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar, cast
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 
@@ -63,7 +64,8 @@ def elapsed_s(start: Mark, end: Mark) -> float:
     return cast(float, end) - start
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True)
+class Spread:
     """Median and range of a quantity over windows."""
 
     median: float

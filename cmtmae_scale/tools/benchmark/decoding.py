@@ -4,9 +4,9 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,11 +41,6 @@ class DecoderRate:
     """Images per second."""
     of_pil: Spread
     """Images per CPU-second, relative to PIL in the same round."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        spreads = ("per_core_s", "per_s", "of_pil")
-        return asdict(self) | {name: getattr(self, name)._asdict() for name in spreads}
 
 
 class ViewSource(Protocol):

@@ -1,8 +1,8 @@
 """Effect of a codec's rounding on the loss and its gradient, on the run's own views."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +35,6 @@ class Rounding:
     """The same for predictions at a cosine of 0.8 with their targets."""
     weights: float
     """Error of the gradient with respect to the weights, at initialisation."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self)
 
 
 class Case(NamedTuple):

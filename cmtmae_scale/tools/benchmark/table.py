@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,16 @@ def stage_table(results: Sequence[StepResult], unit: str) -> str:
 
 
 def save_tables(path: Path, facts: dict[str, Any], results: Any, text: str) -> None:
-    """Write JSON and Markdown to ``path`` with the suffixes ``.json`` and ``.md``."""
+    """Write JSON and Markdown to ``path`` with the suffixes ``.json`` and ``.md``.
+
+    Args:
+        path: the path without a suffix.
+        facts: provenance.
+        results: a dataclass of results, or several.
+        text: the tables.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = json.dumps({**facts, "results": results}, indent=1)
+    whole = json.dumps({**facts, "results": results}, indent=1, default=asdict)
     write_atomic(path.with_suffix(".json"), whole + "\n")
     lines = [f"- {name}: {value}" for name, value in facts.items()]
     write_atomic(path.with_suffix(".md"), "\n".join(lines) + "\n\n" + text + "\n")

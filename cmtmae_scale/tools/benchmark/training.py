@@ -4,8 +4,8 @@ import copy
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -67,10 +67,6 @@ class StepResult:
     calls: int = 0
     peak_gib: float | None = None
     estimate_gib: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self) | {"step_s": self.step_s._asdict() if self.step_s else None}
 
 
 def make_variants(

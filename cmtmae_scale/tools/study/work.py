@@ -16,7 +16,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
 from cmtmae_scale.tools.study.file import Evaluation, Study
 
-SILENT = ("name", "dir", "allow_change")
+SILENT = ("name", "output_dir", "allow_change")
 """Keys of ``run`` without an effect on results."""
 
 

@@ -77,7 +77,7 @@ def test_decoders_alternate_over_the_same_views(tmp_path: Path) -> None:
     photographs = make_photographs(tmp_path / "photos")
     results = decoding.compare_decoders(str(photographs), 32, 32, 2, 1, CPU)
     assert [one.name for one in results][:3] == ["PIL", "torchvision", "ours, torch"]
-    assert results[0].of_pil == (1.0, 1.0, 1.0)
+    assert results[0].of_pil == Spread(1.0, 1.0, 1.0)
     assert all(one.per_core_s.low > 0 and one.per_s.low > 0 for one in results)
     assert "of PIL's" in decoding.decoders_table(results)
 
@@ -120,4 +120,4 @@ def test_a_stopwatch_sums_parts_and_forgets_them() -> None:
     watch.timed("one", lambda: sum(range(100_000)))
     assert watch.collect()["one"] > 0
     assert watch.collect() == {}
-    assert Spread.of([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)

@@ -186,8 +186,8 @@ def test_a_full_disk_skips_the_figures(recipe: Path, tmp_path: Path) -> None:
                 "cache.on_miss=stop",
                 "views.views_per_image=1",
             ],
-            "log.images_every=4 asks the teacher of images that no cache has, and the run builds "
-            "none; set cache.on_miss=online, or log.images_every=null",
+            "log.images_every=4 runs the teacher on images that no cache holds, and the run builds "
+            "no teacher; set cache.on_miss=online, or log.images_every=null",
         ),
     ],
 )
