@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
+def atomic_path(path: Path, durable: bool = True) -> Generator[Path, None, None]:
     """Yield a draft path, and rename the draft to ``path`` when the block succeeds.
 
     The draft is beside ``path`` as ``.NAME.<random>.tmp``, so concurrent writers of one file do
