@@ -83,10 +83,7 @@ def find_undecodable(
 
 
 def map_in_order(
-    pool: ThreadPoolExecutor,
-    threads: int,
-    work: Callable[[Piece], Result],
-    pieces: Iterable[Piece],
+    pool: ThreadPoolExecutor, threads: int, work: Callable[[Piece], Result], pieces: Iterable[Piece]
 ) -> Iterator[Result]:
     """Process pieces in threads, a bounded number ahead of the consumer.
 

@@ -25,12 +25,7 @@ from dataloading.errors import ReadError
 from dataloading.headers import is_common
 from dataloading.plan import Plan
 from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
-from dataloading.torch_decode import (
-    crop_and_resize,
-    find_codec,
-    make_decode,
-    make_fast,
-)
+from dataloading.torch_decode import crop_and_resize, find_codec, make_decode, make_fast
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +110,10 @@ class DaliDecoder:
         self._graph: Any = self._build()
 
     def submit(self, plan: Plan) -> None:
-        """See ``Decoder.submit``."""
         rows = zip(plan.ids.tolist(), plan.boxes.tolist(), strict=True)
         self._works.append(_Work(plan, [self._pool.submit(self._fetch, *row) for row in rows]))
 
     def collect(self) -> Views:
-        """See ``Decoder.collect``."""
         # On a GPU the hand-over is ordered on torch's stream: the views are ready for what is
         # launched there next, and their memory is not used again before that is done.
         on_gpu = self._device.type == "cuda"
@@ -167,7 +160,6 @@ class DaliDecoder:
         return images
 
     def close(self) -> None:
-        """See ``Decoder.close``."""
         self._reader.hurry()
         self._graph = None
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -213,13 +205,7 @@ class DaliDecoder:
             data, anchor, shape, flip, facts = fn.external_source(
                 source=self._next,
                 num_outputs=5,
-                dtype=[
-                    types.UINT8,
-                    types.INT32,
-                    types.INT32,
-                    types.INT32,
-                    types.INT64,
-                ],
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64],
                 ndim=[1, 1, 1, 0, 1],
             )
             image = fn.decoders.image(
@@ -232,12 +218,7 @@ class DaliDecoder:
             # Slicing an image that was decoded whole: whether a file is bad does not depend on the
             # box, and region decoding with nvImageCodec 0.9 is reported to crash on GPUs.
             crop = fn.slice(
-                image,
-                anchor,
-                shape,
-                axes=[0, 1],
-                normalized_anchor=False,
-                normalized_shape=False,
+                image, anchor, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False
             )
             if not self._resize:
                 return crop, flip, facts

@@ -97,7 +97,6 @@ class Reader:
         self._patience.end()
 
     def close(self) -> None:
-        """Release open files."""
         self._source.close()
 
 

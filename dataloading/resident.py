@@ -73,11 +73,9 @@ class ResidentDecoder:
         self._pending: deque[Plan] = deque()
 
     def submit(self, plan: Plan) -> None:
-        """See ``Decoder.submit``."""
         self._pending.append(plan)
 
     def collect(self) -> Views:
-        """See ``Decoder.collect``."""
         plan = self._pending.popleft()
         if self._images is None:
             self._images = self._load()
@@ -89,7 +87,6 @@ class ResidentDecoder:
         return Views(images, faults)
 
     def close(self) -> None:
-        """See ``Decoder.close``."""
         self._pending.clear()
         self._images = None
         self._reader.hurry()

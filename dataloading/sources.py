@@ -52,7 +52,6 @@ class FolderSource:
         self._entries = entries
 
     def read(self, i: int) -> bytes:
-        """See ``Source.read``."""
         descriptor = open_regular(self._root / self._names[i])
         try:
             return read_range(descriptor, 0, int(self._entries[i]["size"]) + 1)
@@ -82,7 +81,6 @@ class TarSource:
         weakref.finalize(self, _close_all, self._descriptors)
 
     def read(self, i: int) -> bytes:
-        """See ``Source.read``."""
         row = self._entries[i]
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         descriptor = self._descriptors.get(shard)

@@ -70,7 +70,6 @@ class TorchDecoder:
         self._buffers: list[Pixels] = []
 
     def submit(self, plan: Plan) -> None:
-        """See ``Decoder.submit``."""
         images = tuple(self._blank((len(plan.ids), size, size, 3)) for size in self._sizes)
         arrays: list[Pixels] = [image.numpy() for image in images]
         rows = zip(plan.ids.tolist(), plan.boxes.tolist(), plan.flips.tolist(), strict=True)
@@ -107,13 +106,11 @@ class TorchDecoder:
         return None
 
     def collect(self) -> Views:
-        """See ``Decoder.collect``."""
         images, faults = self._pending.popleft()
         wait(faults)  # wakes this thread once, not at every view
         return Views(images, [fault.result() for fault in faults])
 
     def close(self) -> None:
-        """See ``Decoder.close``."""
         self._reader.hurry()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()

@@ -183,11 +183,9 @@ class Zero:
             self.momentum.update([shard.view(shard.flat) for shard in shards], momentum)
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """See ``Backend.momentum_forward``."""
         return (None, None) if self.momentum is None else self.momentum.forward(images)
 
     def fragments(self) -> dict[str, Fragment]:
-        """See ``Backend.fragments``."""
         found: dict[str, Fragment] = {}
         for name, shape in self.shapes.items():
             shard = self.shards.get(name)
@@ -210,7 +208,6 @@ class Zero:
         return Fragment(0, tuple(tensor.shape), tensor.view(-1), dist.get_rank() == 0)
 
     def after_load(self, step: int) -> None:
-        """See ``Backend.after_load``."""
         set_step(self.adamw, step)
         self.engine.global_steps = step
         renew_compute_copies(self.optimizer, self.stage)
@@ -231,7 +228,6 @@ class Zero:
                 self.momentum.module.get_parameter(name).copy_(tensor)
 
     def close(self) -> None:
-        """See ``Backend.close``."""
         self.engine.destroy()
 
 

@@ -31,11 +31,7 @@ class GatheredMomentum:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        shards: list[Shard],
-        dtype: torch.dtype,
-        ema_device: torch.device,
+        self, module: nn.Module, shards: list[Shard], dtype: torch.dtype, ema_device: torch.device
     ) -> None:
         weights = dict(module.named_parameters())
         values = [
@@ -88,5 +84,4 @@ class GatheredMomentum:
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the whole encoder's features and attention."""
         return self.module(images.to(self.dtype))

@@ -98,7 +98,6 @@ class Fsdp:
         return detached(losses)
 
     def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        """See ``Backend.step``."""
         for name, parameter in trainable(self.model):
             gradient = cast(DTensor | None, parameter.grad)
             self.own[name].grad = None if gradient is None else gradient.to_local()
@@ -118,7 +117,6 @@ class Fsdp:
         return Outcome(grad_norm, applied, values)
 
     def discard(self) -> None:
-        """See ``Backend.discard``."""
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
 
@@ -139,7 +137,6 @@ class Fsdp:
                     module.reshard()
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """See ``Backend.momentum_forward``."""
         if self.momentum_encoder is None:
             return None, None
         with torch.no_grad():
@@ -174,12 +171,11 @@ class Fsdp:
         return Fragment(offset, tuple(parameter.shape), local, self.writes)
 
     def after_load(self, step: int) -> None:
-        """See ``Backend.after_load``."""
         set_step(self.optimizer, step)
         self.reshard_momentum()
 
     def close(self) -> None:
-        """See ``Backend.close``."""
+        pass
 
 
 def shards(module: nn.Module) -> Iterator[Tensor]:

@@ -63,7 +63,6 @@ class Plain:
         return detached(losses)
 
     def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        """See ``Backend.step``."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         *values, grad_norm = torch.cat([report, norm.reshape(1)]).tolist()
@@ -77,11 +76,9 @@ class Plain:
         return Outcome(grad_norm, applied, values)
 
     def discard(self) -> None:
-        """See ``Backend.discard``."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def momentum_update(self, momentum: float) -> None:
-        """See ``Backend.momentum_update``."""
         if self.momentum_encoder is not None:
             encoder = self.model.get_submodule("encoder")
             update_momentum(
@@ -89,7 +86,6 @@ class Plain:
             )
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """See ``Backend.momentum_forward``."""
         if self.momentum_encoder is None:
             return None, None
         with torch.no_grad():
@@ -108,11 +104,10 @@ class Plain:
         return found
 
     def after_load(self, step: int) -> None:
-        """See ``Backend.after_load``."""
         set_step(self.optimizer, step)
 
     def close(self) -> None:
-        """See ``Backend.close``."""
+        pass
 
 
 def whole_fragment(tensor: Tensor) -> Fragment:

@@ -193,10 +193,7 @@ class Bounds(NamedTuple):
     """Largest mean total variation distance of attention maps, 0 to 1."""
 
 
-BOUNDS = {
-    torch.float32: Bounds(0.999, 0.001),
-    torch.bfloat16: Bounds(0.99, 0.05),
-}
+BOUNDS = {torch.float32: Bounds(0.999, 0.001), torch.bfloat16: Bounds(0.99, 0.05)}
 """By the teacher's compute dtype. float32: rounding by the codec alone (int8: about 0.9999; float16
 attention: 0.0003). bfloat16: two forwards of one teacher in other batches or on another device
 differ by rounding of 1 part in 256 per operation. Another teacher, crop or image is far outside."""

@@ -58,7 +58,6 @@ class Manifest:
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields under their stored names."""
         return {STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod

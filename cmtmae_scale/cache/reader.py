@@ -15,13 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmtmae_scale.cache.format import (
-    Manifest,
-    read_seal,
-    row_checksum,
-    row_memory,
-    shard_path,
-)
+from cmtmae_scale.cache.format import Manifest, read_seal, row_checksum, row_memory, shard_path
 from dataloading.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -116,7 +110,6 @@ class ShardFile:
         return None
 
     def close(self) -> None:
-        """Close the file."""
         os.close(self.descriptor)
 
 

@@ -127,7 +127,6 @@ class CachedTeacher:
         self.reader.submit(plan)
 
     def close(self) -> None:
-        """Stop reading."""
         self.reader.close()
 
     def forward_batch(self, batch: Batch) -> TeacherView:
@@ -278,7 +277,6 @@ class SidecarTeacher:
             self.cached.submit(plan)
 
     def forward_batch(self, batch: Batch) -> TeacherView:
-        """See ``TeacherSource.forward_batch``."""
         cached, plan = self.cached, batch.plan
         if cached is not None and (plan is None or cached.reader.is_submitted(plan)):
             return cached.forward_batch(batch)

@@ -132,13 +132,7 @@ def measure_cache(options: argparse.Namespace, world: World) -> None:
     protocol = protocol_of(options, device.type == "cuda")
     with process_group(world, device):
         found = cached.compare_cache(
-            options.config,
-            options.overrides,
-            options.rows,
-            options.rounds,
-            protocol,
-            world,
-            device,
+            options.config, options.overrides, options.rows, options.rounds, protocol, world, device
         )
     facts = table.provenance(command_line(), device, 1)
     facts |= {"rounds": options.rounds, "views per round": options.rows}

@@ -63,11 +63,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``STUDY.yaml [--minutes M] [--jobs N] [--rows NAME ...] [--dry-run]``."""
     parser = Parser(description="Run the missing jobs of a study.", allow_abbrev=False)
     parser.add_argument("study", type=Path, help="such as configs/studies/smoke.yaml")
-    parser.add_argument(
-        "--minutes",
-        type=above_zero,
-        help="time limit; the same command continues",
-    )
+    parser.add_argument("--minutes", type=above_zero, help="time limit; the same command continues")
     parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time; 1")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--dry-run", action="store_true", help="list the missing commands")

@@ -67,7 +67,7 @@ HABITS = {
 VALUE_REMEDIES = {
     ("backend.zero_stage", "0"): (
         "it shards nothing: set backend.name=fsdp backend.sharding=replicate"
-    ),
+    )
 }
 """Values of other programs -> what to set instead."""
 

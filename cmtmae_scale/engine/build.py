@@ -75,11 +75,7 @@ def build_run(
         stack.callback(telemetry.close)
     writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
     logger.info(
-        "%s: batch %s; steps %d to %d",
-        config.run.name,
-        plan,
-        progress.step + 1,
-        progress.end_step,
+        "%s: batch %s; steps %d to %d", config.run.name, plan, progress.step + 1, progress.end_step
     )
     return Run(
         config=config,

@@ -8,13 +8,7 @@ from typing import Self
 from cmtmae_scale.engine.launches import reset_launch_count
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import LaunchInterrupted
-from cmtmae_scale.errors import (
-    EXIT_CRASH,
-    EXIT_DONE,
-    EXIT_NO_PROGRESS,
-    EXIT_STOPPED,
-    CmtMaeError,
-)
+from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED, CmtMaeError
 from cmtmae_scale.runtime.exit_code import delete_exit, write_exit
 from dataloading.errors import DataError
 

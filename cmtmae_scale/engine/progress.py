@@ -58,7 +58,6 @@ class Progress:
         return Progress(**{field.name: int(saved[field.name]) for field in fields(Progress)})
 
     def to_dict(self) -> dict[str, int]:
-        """Return the fields as saved."""
         return asdict(self)
 
 

@@ -46,7 +46,7 @@ class Skips:
         self.scheduled = scheduled
 
     def bound(self) -> float:
-        """Return the largest loss that is no spike: median + factor x max(1.4826 MAD, 1 % of the median)."""
+        """Return the bound of a spike: median + factor x max(1.4826 MAD, 1 % of the median)."""
         factor = self.settings.spike_factor
         if factor is None or len(self.losses) < FEWEST:
             return float("inf")

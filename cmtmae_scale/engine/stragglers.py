@@ -91,7 +91,7 @@ class Stragglers:
             return None
         slowest = max(named, key=own_s.__getitem__)
         return (
-            f"rank {slowest} takes {own_s[slowest] / self.every:.3g} s per step for its data and the "
-            f"teacher, the median rank {median / self.every:.3g} s, of {whole_s / self.every:.3g} "
-            "s in all"
+            f"rank {slowest} takes {own_s[slowest] / self.every:.3g} s per step for its data and "
+            f"preparation, the median rank {median / self.every:.3g} s, of "
+            f"{whole_s / self.every:.3g} s in all"
         )

@@ -196,11 +196,7 @@ class Watchdog(threading.Thread):
 
 @contextmanager
 def watched(
-    run_dir: Path,
-    rank: int,
-    place: Place,
-    hang_s: float | None,
-    last_words: Callable[[str], None],
+    run_dir: Path, rank: int, place: Place, hang_s: float | None, last_words: Callable[[str], None]
 ) -> Iterator[None]:
     """Have this rank watched; a collective at both ends.
 

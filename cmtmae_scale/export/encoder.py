@@ -64,10 +64,7 @@ def timm_options(config: Config) -> dict[str, Any]:
         options["patch_size"] = config.student.patch_size
     with torch.device("meta"):
         probe = cast(VisionTransformer, timm.create_model(config.student.arch, **options))
-    return options | {
-        "global_pool": "token" if probe.has_class_token else "avg",
-        "fc_norm": False,
-    }
+    return options | {"global_pool": "token" if probe.has_class_token else "avg", "fc_norm": False}
 
 
 def build_timm(config: Config) -> tuple[VisionTransformer, str]:

@@ -46,7 +46,6 @@ class Examples(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None]:
-        """See ``Work``."""
         return self.images, self.keep
 
 

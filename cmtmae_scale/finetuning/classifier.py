@@ -71,7 +71,6 @@ class Classifier(nn.Module):
         self.encoder = encoder
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """See ``ClassifyingStudent.forward``."""
         return self.encoder(images, keep)
 
     def transformer_blocks(self) -> list[nn.Module]:
@@ -80,13 +79,7 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    arch: str,
-    patch_size: int,
-    size: int,
-    *,
-    classes: int,
-    pool: Literal["mean", "cls"],
-    seed: int,
+    arch: str, patch_size: int, size: int, *, classes: int, pool: Literal["mean", "cls"], seed: int
 ) -> Classifier:
     """Put a fresh head on an architecture; the encoder's own weights are to be loaded.
 

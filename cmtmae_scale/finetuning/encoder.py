@@ -38,7 +38,6 @@ class InitialEncoder:
     """Provenance for the result file; includes ``sha256`` of the weights."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as saved."""
         return asdict(self)
 
 

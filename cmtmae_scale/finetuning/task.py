@@ -37,11 +37,7 @@ from cmtmae_scale.finetuning.classifier import (
     layer_scale,
     load_encoder,
 )
-from cmtmae_scale.finetuning.encoder import (
-    InitialEncoder,
-    encoder_from_dict,
-    refuse_other_encoder,
-)
+from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, refuse_other_encoder
 from cmtmae_scale.runtime.launch import World
 from dataloading.index import Index
 from dataloading.stream import Batch, Stream
@@ -98,7 +94,6 @@ class Finetuning:
         return self.sets.train.index
 
     def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:
-        """See ``Task.build``."""
         config = self.config
         if saved is None:
             self.encoder, weights = self.open_encoder()
@@ -149,7 +144,6 @@ class Finetuning:
         )
 
     def open_stream(self, position: int) -> Stream:
-        """See ``Task.open_stream``."""
         config = self.config
         return Stream(
             self.sets.train.index,
@@ -183,7 +177,6 @@ class Finetuning:
         return self.augment(batch, self.labels[batch.sample_id]), ()
 
     def saved_state(self) -> dict[str, Any]:
-        """See ``Task.saved_state``."""
         return {"encoder": self.encoder.to_dict()}
 
     def is_pass_complete(self, progress: Progress) -> bool:

@@ -260,7 +260,6 @@ class NoDecoder(nn.Module):
         return []
 
     def forward(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
-        """From encoder tokens ``[R, P + K, D]`` to ``[R, Q, D]``; ``choice`` is unused."""
         return torch.cat(predicted_context(tokens, self.num_prefix, self.layout), dim=1)
 
 

@@ -15,12 +15,7 @@ from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
-from cmtmae_scale.config.derive import (
-    builds_teacher,
-    cache_folder,
-    needs,
-    reads_cache,
-)
+from cmtmae_scale.config.derive import builds_teacher, cache_folder, needs, reads_cache
 from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
@@ -28,13 +23,7 @@ from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
-from cmtmae_scale.method.targets import (
-    Losses,
-    Predictions,
-    TokenLayout,
-    objective,
-    weighted_terms,
-)
+from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
 from cmtmae_scale.runtime.collectives import barrier, gather_texts
 from cmtmae_scale.runtime.launch import World

@@ -59,7 +59,6 @@ class Diagnostics:
             self.kept = micro_batch
 
     def is_due(self, progress: Progress) -> bool:
-        """See ``SideTask``."""
         return self.kept is not None
 
     def run(self, run: Run) -> None:

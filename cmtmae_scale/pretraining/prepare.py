@@ -55,7 +55,6 @@ class MicroBatch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor, PatchChoice]:
-        """See ``Work``."""
         return self.images, self.choice
 
 
@@ -93,6 +92,7 @@ def prepare(
             config.run.seed,
             scalars.salient_fraction,
             length=models.length,
+            num_predicted=models.layout.num_hidden,
         )
         targets = Predictions(
             gather_targets(models.layout, view.features, config.target.teacher.norm, choice),

@@ -68,12 +68,10 @@ class Pretraining:
         self.logged = (*LOSSES, *found)
 
     def open_index(self, run_dir: Path) -> Index:
-        """See ``Task.open_index``."""
         self.index = open_index(self.config, run_dir, self.world)
         return self.index
 
     def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:
-        """See ``Task.build``."""
         config, world, device = self.config, self.world, self.device
         teacher = open_teacher(config, world, device, self.index, stop, stack)
         self.view_sizes = view_sizes(config.views.image_size, teacher)
@@ -94,31 +92,27 @@ class Pretraining:
         return self.models.backend
 
     def open_stream(self, position: int) -> Stream:
-        """See ``Task.open_stream``."""
         models = self.models
         return open_stream(
             self.config, self.index, self.world, self.device, models.teacher, position
         )
 
     def scalars(self, progress: Progress) -> PretrainingScalars:
-        """See ``Task.scalars``."""
         self.diagnostics.expect(progress.step + 1)
         return scalars_at(self.config, progress.fraction)
 
     def prepare(
         self, batch: Batch, scalars: PretrainingScalars
     ) -> tuple[MicroBatch, Sequence[Tensor]]:
-        """See ``Task.prepare``."""
         micro_batch, observed = prepare(self.config, self.models, batch, scalars)
         self.diagnostics.keep(micro_batch)
         return micro_batch, observed
 
     def saved_state(self) -> dict[str, Any]:
-        """See ``Task.saved_state``."""
         return {}
 
     def conclude(self, run: Run) -> None:
-        """See ``Task.conclude``."""
+        pass
 
 
 def is_every(steps: int | None) -> Any:

@@ -42,9 +42,7 @@ class TeacherSource(Protocol):
     has_cls: bool
 
     @property
-    def image_size(self) -> int | None:
-        """See above."""
-        ...
+    def image_size(self) -> int | None: ...
 
     def forward_batch(self, batch: Batch) -> TeacherView:
         """Return the teacher's output for a batch, whose last images are the teacher's."""
@@ -76,9 +74,7 @@ class Teacher(TeacherSource, Protocol):
     std: tuple[float, ...]
 
     @property
-    def image_size(self) -> int:
-        """See above."""
-        ...
+    def image_size(self) -> int: ...
 
     def __call__(self, images: Tensor) -> TeacherView:
         """Run uint8 images ``[B, S, S, 3]``; no gradient, no host synchronisation."""

@@ -17,10 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_teacher(
-    config: Config,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    needs: Needs | None = None,
+    config: Config, device: torch.device | str, dtype: torch.dtype, needs: Needs | None = None
 ) -> Teacher | None:
     """Build the frozen teacher of a run.
 

@@ -284,7 +284,6 @@ class OpenClipTower(Tower):
         return tokens @ projection
 
     def width(self, feature: str) -> int:
-        """Return the width of the joint space for ``proj``, else the tower's."""
         return self.visual.output_dim if feature == "proj" else self.visual.transformer.width
 
     def check_feature(self, feature: str) -> None:

@@ -16,22 +16,13 @@ from timm.layers import QuickGELU
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models import get_arch_pretrained_cfgs
-from timm.models.vision_transformer import (
-    Block,
-    VisionTransformer,
-    checkpoint_filter_fn,
-)
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.teachers.base import QueryKey, Tower
-from cmtmae_scale.teachers.weights import (
-    is_file_name,
-    keep_blocks,
-    load_strictly,
-    read_weights,
-)
+from cmtmae_scale.teachers.weights import is_file_name, keep_blocks, load_strictly, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +98,6 @@ class TimmTower(Tower):
         raise TeacherError("teacher.feature=proj: timm models have no projection; use ln_post")
 
     def width(self, feature: str) -> int:
-        """Return the tower's width."""
         return self.vit.embed_dim
 
     def check_feature(self, feature: str) -> None:

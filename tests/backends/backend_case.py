@@ -100,14 +100,7 @@ def make_zero(
         config.backend.deepspeed = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     tree = deepspeed_config(config, 2)
     return Zero(
-        model,
-        momentum,
-        compute,
-        config.optimizer,
-        config.backend,
-        tree,
-        scale,
-        torch.device("cpu"),
+        model, momentum, compute, config.optimizer, config.backend, tree, scale, torch.device("cpu")
     )
 
 

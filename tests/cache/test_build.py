@@ -238,10 +238,6 @@ def test_a_place_that_cannot_be_written_is_named(
 
 
 def test_a_slurm_array_task_has_its_share() -> None:
-    given = {
-        "SLURM_ARRAY_TASK_ID": "5",
-        "SLURM_ARRAY_TASK_MIN": "2",
-        "SLURM_ARRAY_TASK_COUNT": "4",
-    }
+    given = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
     assert precompute.slurm_array_share(given) == (3, 4)
     assert precompute.slurm_array_share({}) == (0, 1)

@@ -14,13 +14,7 @@ import pytest
 import torch
 
 from cmtmae_scale.cache.codecs import Calibration
-from cmtmae_scale.cache.format import (
-    MANIFEST,
-    Manifest,
-    read_manifest,
-    seal_path,
-    shard_path,
-)
+from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, seal_path, shard_path
 from cmtmae_scale.cache.reader import CachedRows, CacheReader
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.config.load import load_config

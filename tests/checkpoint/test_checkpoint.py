@@ -146,10 +146,7 @@ def test_the_stream_writes_what_the_library_would(tmp_path: Path) -> None:
     tensors = {"a": torch.rand(3, 2), "b": torch.rand(5), "scalar": torch.tensor(1.5)}
     entries = [Entry(name, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
     facts = write_tensors(tmp_path / "x", entries, {"format": "pt"})
-    assert facts == {
-        "size": (tmp_path / "x").stat().st_size,
-        "sha256": digest(tmp_path / "x"),
-    }
+    assert facts == {"size": (tmp_path / "x").stat().st_size, "sha256": digest(tmp_path / "x")}
     back = load_file(tmp_path / "x")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())

@@ -47,8 +47,7 @@ def test_epochs_and_steps_clear_each_other(recipe: Path) -> None:
 
 def test_schedules_are_numbers_or_groups(recipe: Path) -> None:
     config = load_config(
-        recipe,
-        ["collaboration.alpha_attention=1", "collaboration.alpha_target.end=0.25"],
+        recipe, ["collaboration.alpha_attention=1", "collaboration.alpha_target.end=0.25"]
     )
     assert config.collaboration.alpha_attention == 1.0
     assert config.collaboration.alpha_target == Schedule("linear", 1.0, 0.25, None, 0.0, 0.25)

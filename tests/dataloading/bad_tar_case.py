@@ -102,12 +102,7 @@ TARS = [
         change=overwrite(0, bytes(8000)),
     ),
     Case(
-        "turned-to-other-images.tar",
-        TWO,
-        RIGHT,
-        "the new image",
-        OTHER,
-        change=pictures_of(OTHER),
+        "turned-to-other-images.tar", TWO, RIGHT, "the new image", OTHER, change=pictures_of(OTHER)
     ),
     Case("vanished.tar", TWO, STOPS, "No such file or directory", change=Path.unlink),
     Case(

@@ -34,13 +34,7 @@ def source(tmp_path: Path, picture) -> Index:
 
 
 def pack(
-    index: Index,
-    out: Path,
-    excluded=(),
-    seed=3,
-    size=SHARD,
-    tell=lambda done: None,
-    patience_s=1.0,
+    index: Index, out: Path, excluded=(), seed=3, size=SHARD, tell=lambda done: None, patience_s=1.0
 ) -> PackRecord:
     job = Pack(index, out, seed=seed, shard_bytes=size, patience_s=patience_s)
     with job.locked():
@@ -182,10 +176,7 @@ def test_a_finished_tar_that_is_damaged_is_written_again(source, tmp_path, damag
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ({"seed": 4}, "another seed: 3, now 4"),
-        ({"size": 3 * SHARD}, "another number of tars"),
-    ],
+    [({"seed": 4}, "another seed: 3, now 4"), ({"size": 3 * SHARD}, "another number of tars")],
 )
 def test_another_plan_in_the_same_folder_is_refused(source, tmp_path, change, message) -> None:
     pack(source, tmp_path / "out")

@@ -182,10 +182,7 @@ def test_bad_members_are_excluded_with_reasons(tmp_path, jpegs, picture):
             f"byte {offsets[6]} of a.tar (large.png)",
             "300 x 200 has more than 59999 pixels (max_pixels)",
         ),
-        (
-            f"byte {offsets[8]} of a.tar (a.cls)",
-            "a second class of its sample; the first is used",
-        ),
+        (f"byte {offsets[8]} of a.tar (a.cls)", "a second class of its sample; the first is used"),
         (f"byte {offsets[9]} of a.tar (b.cls)", "a class of 300 bytes; its image has no label"),
     )
     assert index.entries["offset"].tolist() == [offsets[0], offsets[10]]

@@ -21,12 +21,7 @@ BASE: dict[str, Any] = {
     "views": {"image_size": 64},
     "student": {"arch": "test_vit"},
     "decoder": {"depth": 1, "width": 32, "heads": 2},
-    "teacher": {
-        "library": "timm",
-        "model": "test_vit",
-        "weights": "random",
-        "feature": "block",
-    },
+    "teacher": {"library": "timm", "model": "test_vit", "weights": "random", "feature": "block"},
     "collaboration": {"alpha_attention": 0.5, "alpha_target": 0.7},
     "optimizer": {"base_lr": 0.03, "warmup_fraction": 0.2, "grad_clip": 1.0},
     "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": STEPS},

@@ -24,11 +24,7 @@ pytestmark = pytest.mark.gloo
     ("weights", "prefix"), [("student", "model.encoder."), ("momentum", "momentum.")]
 )
 def test_timms_model_computes_what_our_encoder_computes(
-    run_dir: Path,
-    tmp_path: Path,
-    weights: str,
-    prefix: str,
-    capsys: pytest.CaptureFixture[str],
+    run_dir: Path, tmp_path: Path, weights: str, prefix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "encoder.safetensors"
     options = ["--checkpoint", str(run_dir), "--weights", weights, "--output", str(output)]

@@ -23,10 +23,7 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from dataloading.errors import DataError
 from tests.engine.run_case import STEPS
 
-pytestmark = [
-    pytest.mark.gloo,
-    pytest.mark.filterwarnings("ignore:Using a slow image processor"),
-]
+pytestmark = [pytest.mark.gloo, pytest.mark.filterwarnings("ignore:Using a slow image processor")]
 SIZE = 64
 
 

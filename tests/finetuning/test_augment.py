@@ -10,14 +10,7 @@ from PIL import Image
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 
 from cmtmae_scale.config.finetune import Augment
-from cmtmae_scale.finetuning.augment import (
-    AREA,
-    ASPECT,
-    Augmenter,
-    cross_entropy,
-    erase,
-    rectangle,
-)
+from cmtmae_scale.finetuning.augment import AREA, ASPECT, Augmenter, cross_entropy, erase, rectangle
 from cmtmae_scale.finetuning.draws import per_view
 from cmtmae_scale.finetuning.randaugment import OPERATIONS_BY_NAME, randaugment
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD

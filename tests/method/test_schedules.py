@@ -5,11 +5,7 @@ import math
 import pytest
 
 from cmtmae_scale.config.schema import Momentum, Schedule
-from cmtmae_scale.method.schedules import (
-    evaluate,
-    learning_rate,
-    momentum_at,
-)
+from cmtmae_scale.method.schedules import evaluate, learning_rate, momentum_at
 
 
 def test_two_stage_switches_at_its_point():

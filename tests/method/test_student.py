@@ -13,12 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.initialisation import fix_positions, initialise, sincos_positions
-from cmtmae_scale.method.student import (
-    MomentumEncoder,
-    RowAttention,
-    Student,
-    build_student,
-)
+from cmtmae_scale.method.student import MomentumEncoder, RowAttention, Student, build_student
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -106,10 +106,7 @@ def test_a_row_that_one_rank_misses_stops_all_of_them_and_an_online_teacher_cont
             "cache.on_miss=online"
         )
     assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == "step-00000001"
-    ways = [
-        (run_dir, cached(tmp_path / "cache"), "rounded"),
-        (whole, [VIEWS], "rounded"),
-    ]
+    ways = [(run_dir, cached(tmp_path / "cache"), "rounded"), (whole, [VIEWS], "rounded")]
     for seen, _ in run_ranks(2, observe_each, recipe, ways):
         assert (seen.reason, seen.error) == (None, "")
     same(run_dir, whole)

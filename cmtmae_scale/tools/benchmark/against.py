@@ -13,13 +13,7 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.initialisation import initialise, sincos_positions
 from cmtmae_scale.method.masking import hash_uniform, select_patches, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.targets import (
-    Predictions,
-    TokenLayout,
-    objective,
-    patchify,
-    pixel_targets,
-)
+from cmtmae_scale.method.targets import Predictions, TokenLayout, objective, patchify, pixel_targets
 from cmtmae_scale.tools.benchmark.clock import Spread, Stopwatch, elapsed_s
 from cmtmae_scale.tools.benchmark.training import Protocol
 

@@ -68,7 +68,6 @@ class SyntheticTeacher:
         self.view = TeacherView(attention, torch.randn(shape, device=device), True)
 
     def forward_batch(self, batch: Batch) -> TeacherView:
-        """See ``TeacherSource.forward_batch``."""
         return self.view
 
 

@@ -78,5 +78,4 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
-        """Format median and range."""
         return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"

@@ -192,9 +192,7 @@ def wait_until_idle() -> None:
 
 
 def summarise_decoder(
-    name: str,
-    seen: Sequence[tuple[float, float]],
-    pil: Sequence[tuple[float, float]],
+    name: str, seen: Sequence[tuple[float, float]], pil: Sequence[tuple[float, float]]
 ) -> DecoderRate:
     """Return rates from times per batch."""
     return DecoderRate(

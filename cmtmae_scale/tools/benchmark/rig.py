@@ -86,7 +86,6 @@ class TimedBackend:
         self.decoded = self.watch.mark()
 
     def micro(self, batch: Work, last: bool) -> Terms:
-        """See ``Backend.micro``."""
         start = self.watch.mark()
         losses = self.inner.micro(batch, last)
         end = self.watch.mark()
@@ -98,15 +97,12 @@ class TimedBackend:
         return losses
 
     def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        """See ``Backend.step``."""
         return self.watch.timed("optimizer", lambda: self.inner.step(lr, report, accept))
 
     def momentum_update(self, momentum: float) -> None:
-        """See ``Backend.momentum_update``."""
         self.watch.timed("EMA update", lambda: self.inner.momentum_update(momentum))
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """See ``Backend.momentum_forward``."""
         return self.watch.timed("momentum encoder", lambda: self.inner.momentum_forward(images))
 
 
@@ -120,11 +116,9 @@ class TimedTeacher:
 
     @property
     def image_size(self) -> int | None:
-        """See ``TeacherSource``."""
         return self.inner.image_size
 
     def forward_batch(self, batch: Batch) -> TeacherView:
-        """See ``TeacherSource.forward_batch``."""
         return self.watch.timed("teacher", lambda: self.inner.forward_batch(batch))
 
 

@@ -91,9 +91,7 @@ def make_variants(
         config = load_config(path, [*overrides, *extra])
         batch = config.train.micro_batch_size * world_size * accumulation
         return Variant(
-            label,
-            load_config(path, [*overrides, *extra, f"train.global_batch_size={batch}"]),
-            sdpa,
+            label, load_config(path, [*overrides, *extra, f"train.global_batch_size={batch}"]), sdpa
         )
 
     found = [variant("as given", [], "auto")]
@@ -110,11 +108,7 @@ def make_variants(
 
 
 def measure_variants(
-    variants: Sequence[Variant],
-    protocol: Protocol,
-    real: bool,
-    world: World,
-    device: torch.device,
+    variants: Sequence[Variant], protocol: Protocol, real: bool, world: World, device: torch.device
 ) -> list[StepResult]:
     """Time all variants; the process group is open.
 

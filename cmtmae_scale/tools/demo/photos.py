@@ -117,9 +117,7 @@ def write_crops(photograph: Photograph, strip: Strip, folder: Path) -> None:
     source = Path(spec.origin).parent / inside / photograph.file
     if not source.is_file():
         logger.warning(
-            "%s is not inside the installed %s; the demo skips it",
-            photograph.file,
-            package,
+            "%s is not inside the installed %s; the demo skips it", photograph.file, package
         )
         return
     with Image.open(source) as opened:

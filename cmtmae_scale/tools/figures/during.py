@@ -61,7 +61,6 @@ class RunFigures:
             self.networks = Networks(online_teacher(teacher), model.eval(), momentum)
 
     def is_due(self, progress: Progress) -> bool:
-        """See ``SideTask``."""
         if self.every is None:
             return False
         return progress.step % self.every == 0 or progress.step == progress.end_step

@@ -107,10 +107,7 @@ class Frame:
 
     @classmethod
     def around(
-        cls,
-        lines: Sequence[Line],
-        bands: Sequence[Band],
-        levels: Sequence[tuple[float, str]],
+        cls, lines: Sequence[Line], bands: Sequence[Band], levels: Sequence[tuple[float, str]]
     ) -> "Frame":
         """Return a frame that holds everything, with padding above and below."""
         xs = [x for line in lines for x, _ in line.points]

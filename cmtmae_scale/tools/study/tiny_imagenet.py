@@ -146,10 +146,7 @@ def val_samples(
 
 def write_samples(file: Path, samples: Iterable[Sample]) -> None:
     """Write a WebDataset tar, whole or not at all; the same samples give the same bytes."""
-    with (
-        atomic_path(file) as draft,
-        tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
+    with atomic_path(file) as draft, tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             for suffix, data in (("jpg", sample.jpeg), ("cls", str(sample.label).encode())):
                 member = tarfile.TarInfo(f"{sample.key}.{suffix}")

@@ -51,8 +51,7 @@ def coordinates(svg: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(
-    "values",
-    [[1.0], [2.0, 2.0], [0.0, 0.0], [-5.0, 1e9], [1e-12, 3e-12], [1.0, 2.0, 0.5, -3.0]],
+    "values", [[1.0], [2.0, 2.0], [0.0, 0.0], [-5.0, 1e9], [1e-12, 3e-12], [1.0, 2.0, 0.5, -3.0]]
 )
 def test_everything_lies_within_the_frame(values: list[float]) -> None:
     points = [(10.0 * k, value) for k, value in enumerate(values, 1)]
