@@ -21,7 +21,9 @@ PRELOAD = [
     "cmtmae_scale.backends.fsdp",
     "cmtmae_scale.pretraining.build",
     "cmtmae_scale.engine.loop",
-    "cmtmae_scale.commands.evaluate",
+    "cmtmae_scale.evaluation.frozen",
+    "cmtmae_scale.pretraining.task",
+    "cmtmae_scale.finetuning.task",
     "cmtmae_scale.evaluation.periodic",
 ]
 if find_spec("deepspeed") is not None:

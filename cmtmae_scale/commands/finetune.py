@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cmtmae_scale.commands.evaluate import add_weight_options, check_weight_options
 from cmtmae_scale.commands.rank import run_as_rank
+from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import find_world
@@ -19,7 +20,9 @@ def finetune(arguments: Sequence[str] | None = None) -> int:
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``--config FILE --checkpoint RUN_DIR [key=value ...]``; a usage error exits with 78."""
-    parser = Parser(description="Fine-tune an encoder on labelled images.", allow_abbrev=False)
+    parser = Parser(
+        description="Fine-tune an encoder on labelled images.", allow_abbrev=False, hint=key_hint
+    )
     parser.add_argument("--config", required=True, help="such as configs/finetune_base.yaml")
     add_weight_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError, ConfigError
@@ -62,7 +63,9 @@ def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
 def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``--config FILE [--verify [SHARE] | --repair | --plan]`` or ``--follow RUN_DIR``."""
     parser = Parser(
-        description="Compute a teacher's attention and features once.", allow_abbrev=False
+        description="Compute a teacher's attention and features once.",
+        allow_abbrev=False,
+        hint=key_hint,
     )
     parser.add_argument("--config", help="recipe of the runs that will read the cache")
     parser.add_argument(

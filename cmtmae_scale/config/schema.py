@@ -275,8 +275,7 @@ class Mask:
         "reveal_salient",
         "reveal_salient_topk",
     ] = "reveal_salient"
-    """Rule from the mixed attention map to the masked patches; docs/method.md, section
-    "Samplers"."""
+    """Rule from the mixed attention map to the masked patches; see "Samplers" in docs/method.md."""
     ratio: float = bounded(0.75, above=0, below=1)
     """Share of patches masked."""
     masks_per_view: int = positive(1)
