@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from cmtmae_scale.commands.evaluate import add_weight_options, check_weight_options
 from cmtmae_scale.commands.rank import run_as_rank
-from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.finetune import load_finetune
+from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
