@@ -1,10 +1,10 @@
-"""Ranks that hang or die: seen by the others, named, and ended with everybody's stacks on disk.
+"""A watchdog against ranks that hang or die: it names them, writes all stacks, and ends the run.
 
-Collectives notice a peer that is gone only where a connection breaks, and one that hangs only at
-their own time limit, without a name. Here a thread on every rank looks after its own progress,
-tells of it in ``RUN_DIR/heartbeats/RANK``, and watches the processes of the ranks on its machine.
-Nothing compares the clocks of two machines: a file that does not change while this rank counts
-seconds is a rank that stands still.
+Collectives detect a dead peer only where a connection breaks, and a stalled peer only at their own
+time limit, without a name. Here a thread on every rank checks the progress of its rank, publishes
+it in ``RUN_DIR/heartbeats/RANK``, and checks the processes of the ranks on its machine. The clocks
+of two machines are never compared: a heartbeat that does not change while this rank counts seconds
+belongs to a stalled rank.
 """
 
 import faulthandler
@@ -36,28 +36,28 @@ LONGEST_BEAT_S = 10.0
 
 @dataclass
 class Place:
-    """Where in the loop a rank is; the loop writes, the watchdog reads."""
+    """Place of a rank in the loop; the loop writes it, the watchdog reads it."""
 
     step: int = 0
-    """Step that is being taken."""
+    """Step in progress."""
     micro_step: int = 0
     """Micro-step within it."""
     stage: str = "start"
     """One of ``STAGES``; ``start`` before the first."""
     warm: bool = False
-    """Whether a step has been finished since the start."""
+    """Whether a step has finished since the launch."""
     since: float = field(default_factory=time.monotonic)
-    """When it came here, ``time.monotonic()``."""
+    """When the stage began, ``time.monotonic()``."""
 
     def enter(self, stage: str, step: int, micro_step: int = 0) -> None:
-        """Note that a stage begins."""
+        """Record that a stage begins."""
         if step != self.step and self.stage != "start":
             self.warm = True
         self.step, self.micro_step, self.stage = step, micro_step, stage
         self.since = time.monotonic()
 
     def limit_s(self, hang_s: float) -> float:
-        """Seconds that the present stage may last."""
+        """Return the seconds that the present stage may last."""
         usual = self.warm and self.stage in ("data", "compute", "update")
         return hang_s if usual else SLOW_STAGE_FACTOR * hang_s
 
@@ -66,15 +66,15 @@ class Place:
 
 
 class Watchdog(threading.Thread):
-    """Watches this rank and its neighbours; ends the process when the run cannot go on.
+    """Watches this rank and its neighbours; ends the process when the run cannot continue.
 
     Args:
         run_dir: the run's folder.
         rank: this rank.
-        place: where this rank is.
+        place: place of this rank.
         hang_s: seconds without progress that count as a hang; ``None``: no limit.
-        ranks: every rank's process, as ``identify_process`` describes it.
-        last_words: called with the reason before the process is ended.
+        ranks: process of every rank, as ``identify_process`` returns it.
+        report: called with the reason before the process ends.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Watchdog(threading.Thread):
         place: Place,
         hang_s: float | None,
         ranks: list[dict[str, Any]],
-        last_words: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.beats = run_dir / HEARTBEATS
@@ -100,39 +100,39 @@ class Watchdog(threading.Thread):
             if one["pids"] == me["pids"] and number != rank
         }
         self.world_size = len(ranks)
-        self.last_words = last_words
+        self.report = report
         self.over = threading.Event()
         self.count = 0
-        self.told = float("-inf")
+        self.published_at = float("-inf")
 
     def run(self) -> None:
-        """Look around until the run is over."""
+        """Check until the run is over."""
         suspected: list[int] = []
         while not self.over.wait(min(TICK_S, self.hang_s / 4)):
             self.beat()
-            dead = self.dead()
+            dead = self.find_dead()
             if dead and dead == suspected:
                 self.end(f"rank {', '.join(map(str, dead))} died on this machine")
                 return
             suspected = dead
-            stood_s = time.monotonic() - self.place.since
-            if stood_s > self.place.limit_s(self.hang_s):
-                late = self.late()
+            stalled_s = time.monotonic() - self.place.since
+            if stalled_s > self.place.limit_s(self.hang_s):
+                late = self.name_late()
                 if self.over.is_set():
                     return
-                self.end(f"no progress for {stood_s:.1f} s ({self.place}); {late}")
+                self.end(f"no progress for {stalled_s:.1f} s ({self.place}); {late}")
                 return
 
-    def dead(self) -> list[int]:
-        """Ranks of this machine whose process is gone."""
+    def find_dead(self) -> list[int]:
+        """Return the ranks of this machine whose process is gone."""
         neighbours = self.neighbours.items()
         return [number for number, one in neighbours if start_ticks(one["pid"]) != one["started"]]
 
     def beat(self) -> None:
-        """Tell where this rank is, if it is time to; a store that refuses is no failure."""
-        if time.monotonic() - self.told < self.beat_s:
+        """Publish the place of this rank when due; a store that refuses is no failure."""
+        if time.monotonic() - self.published_at < self.beat_s:
             return
-        self.told = time.monotonic()
+        self.published_at = time.monotonic()
         self.count += 1
         place = self.place
         stage = STAGES.index(place.stage) if place.stage in STAGES else -1
@@ -143,13 +143,13 @@ class Watchdog(threading.Thread):
         except OSError as error:
             logger.debug("%s could not be written (%s)", self.beats, error)
 
-    def late(self) -> str:
-        """Name the ranks that stand still, or those that are behind the others."""
-        first = self.read()
+    def name_late(self) -> str:
+        """Return the stalled ranks, or those behind the others, as text."""
+        first = self.read_heartbeats()
         limit = time.monotonic() + 2.5 * self.beat_s
         while time.monotonic() < limit and not self.over.wait(self.beat_s / 4):
             self.beat()
-        second = self.read()
+        second = self.read_heartbeats()
         silent = [n for n in range(self.world_size) if second.get(n) == first.get(n)]
         if silent:
             return f"no sign of life from rank {', '.join(map(str, silent))}"
@@ -165,8 +165,8 @@ class Watchdog(threading.Thread):
             f"micro-step {where[1]}, {stage}"
         )
 
-    def read(self) -> dict[int, dict[str, Any]]:
-        """Every rank's heartbeat; one that cannot be read is left out."""
+    def read_heartbeats(self) -> dict[int, dict[str, Any]]:
+        """Return the heartbeats that can be read, by rank."""
         found: dict[int, dict[str, Any]] = {}
         for number in range(self.world_size):
             try:
@@ -176,7 +176,7 @@ class Watchdog(threading.Thread):
         return found
 
     def end(self, why: str) -> None:
-        """Write every thread's stack, and end the process unless it ends by itself meanwhile."""
+        """Write the stacks of all threads, and end the process unless it ends by itself."""
         try:
             self.stacks.parent.mkdir(exist_ok=True)
             with self.stacks.open("w") as file:
@@ -187,32 +187,32 @@ class Watchdog(threading.Thread):
             logger.warning("%s could not be written (%s)", self.stacks, error)
         if self.over.wait(TICK_S):
             return
-        logger.error("%s; stacks are in %s; leaving", why, self.stacks)
-        self.last_words(why)
-        # The others come to the same end by themselves, and write their stacks, within this time.
+        logger.error("%s; stacks are in %s; exiting", why, self.stacks)
+        self.report(why)
+        # The other ranks find the same, and write their stacks, within this time.
         self.over.wait(2 * TICK_S)
         os._exit(1)
 
 
 @contextmanager
 def watched(
-    run_dir: Path, rank: int, place: Place, hang_s: float | None, last_words: Callable[[str], None]
+    run_dir: Path, rank: int, place: Place, hang_s: float | None, report: Callable[[str], None]
 ) -> Iterator[None]:
-    """Have this rank watched; a collective at both ends.
+    """Watch this rank in the block; a collective at both ends.
 
     Args:
         run_dir: the run's folder.
         rank: this rank.
-        place: where this rank is.
+        place: place of this rank.
         hang_s: seconds without progress that count as a hang; ``None``: no limit.
-        last_words: called with the reason before the process is ended.
+        report: called with the reason before the process ends.
     """
     ranks = [json.loads(text) for text in gather_texts(json.dumps(identify_process()))]
     place.since = time.monotonic()
-    dog = Watchdog(run_dir, rank, place, hang_s, ranks, last_words)
+    dog = Watchdog(run_dir, rank, place, hang_s, ranks, report)
     dog.start()
     try:
         yield
     finally:
         dog.over.set()
-    barrier()  # nobody leaves while another rank still watches it
+    barrier()  # no rank exits while another rank still watches it

@@ -78,7 +78,9 @@ def test_a_fine_tuning_and_a_pre_training_are_not_taken_for_each_other(
     run_ranks(1, tune_named, recipe, words, [f"run.output_dir={tmp_path}", *SHORT])
     with pytest.raises(AssertionError, match=r"is of a fine-tuning; its accuracy stands in"):
         run_ranks(1, tune_named, recipe, ["--checkpoint", str(tmp_path)], SHORT)
-    with pytest.raises(AssertionError, match=r"is of a pre-training; use another run.output_dir"):
+    with pytest.raises(
+        AssertionError, match=r"holds checkpoints of pre-training, and this command"
+    ):
         run_ranks(1, tune_named, recipe, words, [f"run.output_dir={pretrained}", *SHORT])
 
 

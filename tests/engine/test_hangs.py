@@ -128,7 +128,7 @@ def test_late_ranks_are_named_by_what_they_tell(
     watching.beat_s = 0.05
     watching.beat()
     with mock.patch.object(watching.over, "wait", others):
-        assert watching.late() == expected
+        assert watching.name_late() == expected
 
 
 def test_the_first_step_saves_and_evaluations_may_take_longer() -> None:

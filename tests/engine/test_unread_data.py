@@ -16,7 +16,8 @@ import pytest
 from cmtmae_scale.checkpoint import layout
 from dataloading.order import sample_ids
 from dataloading.stream import Stream
-from tests.engine.run_case import STEPS, TASKS, build, run, same, write_task_recipe
+from tests.engine.run_case import STEPS, TASKS, build, is_finetuning, run, same, write_task_recipe
+from tests.finetuning.finetune_case import arguments
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -98,29 +99,33 @@ def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
 
 FALTERING = """
 import functools, sys
-import cmtmae_scale.pretraining.build as build
-from cmtmae_scale.commands.pretrain import pretrain
+import cmtmae_scale.finetuning.task as finetuning
+import cmtmae_scale.pretraining.build as pretraining
+from cmtmae_scale.commands.main import run_command
 from dataloading.sources import FolderSource
 
 read = FolderSource.read
 
 def falter(source, i):
-    if i == 7:
+    if i == 7 and "test" not in str(source.root):
         raise OSError(5, "Input/output error")
     return read(source, i)
 
 FolderSource.read = falter
-build.Stream = functools.partial(build.Stream, patience_s=0.2)
-sys.exit(pretrain(sys.argv[1:]))
+for module in (pretraining, finetuning):
+    module.Stream = functools.partial(module.Stream, patience_s=0.2)
+sys.exit(run_command(sys.argv[1:]))
 """
 
 
-def test_the_program_leaves_with_75_and_says_why(recipe: Path, tmp_path: Path) -> None:
+def test_the_program_exits_with_75_and_names_the_file(recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    arguments = ["--config", str(recipe), f"run.output_dir={run_dir}"]
+    line = ["pretrain", "--config", str(recipe)]
+    if is_finetuning(recipe):
+        line = ["finetune", *arguments(recipe)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", FALTERING, *arguments],
+        [sys.executable, "-c", FALTERING, *line, f"run.output_dir={run_dir}"],
         env=environment,
         capture_output=True,
         text=True,
@@ -129,6 +134,5 @@ def test_the_program_leaves_with_75_and_says_why(recipe: Path, tmp_path: Path) -
     assert done.returncode == 75 and "Traceback" not in done.stderr
     record = json.loads((run_dir / "exit.json").read_text())
     assert record["code"] == 75
-    name = json.loads((run_dir / "index" / "index.json").read_text())["names"][7]
-    assert f"/{name}: Input/output error" in record["reason"]
+    assert ".jpg: Input/output error" in record["reason"]
     assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == f"step-{record['step']:08d}"
