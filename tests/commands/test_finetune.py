@@ -79,7 +79,7 @@ def test_a_fine_tuning_and_a_pre_training_are_not_taken_for_each_other(
     with pytest.raises(AssertionError, match=r"is of a fine-tuning; its accuracy stands in"):
         run_ranks(1, tune_named, recipe, ["--checkpoint", str(tmp_path)], SHORT)
     with pytest.raises(
-        AssertionError, match=r"holds checkpoints of pre-training, and this command"
+        AssertionError, match=r"holds checkpoints of pre-training"
     ):
         run_ranks(1, tune_named, recipe, words, [f"run.output_dir={pretrained}", *SHORT])
 

@@ -107,7 +107,7 @@ from dataloading.sources import FolderSource
 read = FolderSource.read
 
 def falter(source, i):
-    if i == 7 and "test" not in str(source.root):
+    if i == 7 and "test" not in str(source._root):
         raise OSError(5, "Input/output error")
     return read(source, i)
 
