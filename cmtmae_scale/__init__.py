@@ -6,7 +6,7 @@ The names of ``API`` are imported at their first use; ``import cmtmae_scale`` co
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 API = {
     "load_config": "cmtmae_scale.config.load",

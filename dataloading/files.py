@@ -54,10 +54,10 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: Path, durable: bool = True) -> Generator[Path]:
+def atomic_path(path: Path, durable: bool = True) -> Generator[Path, None, None]:
     """Yield a draft path, and rename the draft to ``path`` when the block succeeds.
 
-    The draft lies beside ``path`` as ``.NAME.<random>.tmp``, so concurrent writers of one file do
+    The draft is beside ``path`` as ``.NAME.<random>.tmp``, so concurrent writers of one file do
     not share a draft. If the block fails, the draft is deleted. A killed process leaves the old
     file and perhaps its draft, which no reader opens.
 

@@ -66,13 +66,13 @@ def list_folder(root: Path) -> list[File]:
 def walk(
     folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[File]:
-    """Yield the image files under a folder; hidden ones are skipped.
+    """Yield the image files under a folder; hidden files are skipped.
 
     Links are followed wherever they lead, since many copies of a data set are made of links into
     one store; but not back to a folder above, and a link to nothing is yielded with its fault.
 
     Args:
-        folder: where to look.
+        folder: the folder to walk.
         prefix: put before every name.
         above: device and inode of the folders above.
 

@@ -76,7 +76,7 @@ def size_of_bytes(data: bytes) -> tuple[int, int]:
 
 
 def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
-    """Read width and height of an image that lies within a file.
+    """Read width and height of an image within a file.
 
     Args:
         descriptor: open file, read at given places only: its own position does not move.

@@ -43,7 +43,7 @@ class Index:
             texts of ``.cls`` members.
         excluded: (name, reason) of files and members that look like images and cannot be used.
         digest: sha256 over keys and sizes (bytes, width, height) of all rows, hexadecimal; the
-            same wherever the data set lies.
+            same for every copy of the data set.
         shards: the tars, in order; none for a folder.
     """
 
@@ -97,7 +97,7 @@ def build_index(
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
             holds them directly, one of them, or a pattern such as ``train-{000..146}.tar``.
-        source: "folder", "webdataset", or "auto", which looks.
+        source: "folder", "webdataset", or "auto", which detects it.
         max_pixels: images with more pixels (width x height) are excluded.
 
     Returns:

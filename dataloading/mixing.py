@@ -52,7 +52,7 @@ def class_mixing(labels: NDArray[np.int32]) -> Mixing | None:
 
     Returns:
         The counts, over blocks of 64 samples (of the root of n where that is less); ``None`` where
-        labels cannot tell: fewer than two, almost all samples of one, or about one sample each.
+        labels cannot decide: fewer than two, almost all samples of one, or about one sample each.
     """
     known = labels[labels >= 0]
     sizes = np.bincount(known)
@@ -96,7 +96,7 @@ def require_mixed(index: Index, on_sorted: bool) -> None:
     mixing = class_mixing(index.entries["label"])
     if mixing is None:
         logger.info(
-            "%s: no labels that could tell whether it was shuffled when it was stored; "
+            "%s: no labels that show whether the stored data are shuffled; "
             "data.shuffle=window mixes it well only if it was",
             index.root,
         )

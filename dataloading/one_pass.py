@@ -29,7 +29,7 @@ class OnePass:
     """Iterator of ``Batch``: each listed sample once over all ranks, resized from its centre.
 
     Block b of ``micro_batch`` samples is rank ``b mod world_size``'s. All ranks get equally many
-    batches of one size; what fills the last ones repeats the last sample, is not valid, and has a
+    batches of one size; padding repeats the last sample, is not valid, and has a
     ``position`` at or beyond the end of the list. A sample that cannot be decoded is named in the
     log and not valid either.
 

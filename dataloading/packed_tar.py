@@ -110,7 +110,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def extension(data: bytes) -> str:
-    """Name the format of an encoded image; ``jpg`` where none is known: readers look inside."""
+    """Return the extension of an encoded image; ``jpg`` for unknown formats."""
     if data.startswith(b"\xff\xd8"):
         return "jpg"
     with Image.open(io.BytesIO(data)) as image:

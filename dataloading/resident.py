@@ -175,7 +175,7 @@ def filter_weights(size: int, side: int) -> Tensor:
 
     Returns:
         float32 ``[L, L + 1, S]``: ``[k, :, s]`` has sum 1 over the k + 1 pixels of the line; what
-        lies outside of it has weight 0, the last place for every k.
+        is outside of it has weight 0, the last place for every k.
 
     Source: Pillow ``Resample.c``: Keys' cubic with a = -0.5, stretched where it shrinks.
     """

@@ -23,7 +23,7 @@ class Source(Protocol):
         """Return the encoded image of row ``i``.
 
         What has changed since it was indexed gives other bytes: fewer where it ends early, one
-        more where it goes on; never more than that, whatever lies there now.
+        more where it continues; never more than that, whatever the file holds now.
 
         Raises:
             OSError: if it cannot be read.
@@ -89,7 +89,7 @@ class TarSource:
         if descriptor is None:
             descriptor = self._open(shard)
         if descriptor is not None:
-            with contextlib.suppress(OSError):  # a handle goes stale when its server starts anew
+            with contextlib.suppress(OSError):  # a file server was restarted
                 return read_range(descriptor, offset, size)
         descriptor = open_regular(self._shards[shard])
         try:

@@ -122,7 +122,7 @@ def list_members(descriptor: int, size: int) -> Iterator[Member]:
 
 
 class _Extensions:
-    """Long names and pax records, which stand before the header that they belong to."""
+    """Long names and pax records, which precede the header that they extend."""
 
     def __init__(self) -> None:
         self._shared: dict[bytes, bytes] = {}  # for all members that follow

@@ -285,9 +285,9 @@ def live_weights(backend: Any) -> dict[str, Any]:
 
 
 def read_bucket_size() -> int:
-    """What DeepSpeed made of a key given under ``backend.deepspeed``."""
+    """Return the bucket size that DeepSpeed read from ``backend.deepspeed``."""
     config = make_config()
-    config.backend.name = "zero"
+    config.backend.name = "deepspeed"
     config.backend.deepspeed = {"zero_optimization": {"reduce_bucket_size": 12345}}
     backend = make_zero(config, *make_models(config), None, 1.0, "zero2")
     return backend.engine.zero_reduce_bucket_size()

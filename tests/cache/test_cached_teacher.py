@@ -246,9 +246,9 @@ def test_a_cache_of_another_decoder_or_version_is_used_with_a_warning_of_rank_0(
     manifest = write_manifest(config, index, folder)
     built = {**provenance(config, cpu), "torch": "2.0.1", "decode": "dali"}
     (folder / MANIFEST).write_text(manifest_text(replace(manifest, recorded=built)))
-    alone = World(0, 1, 0, 1, "alone")
-    stack.enter_context(process_group(alone, cpu))
-    for world in (alone, alone._replace(rank=1)):
+    single = World(0, 1, 0, 1, "none")
+    stack.enter_context(process_group(single, cpu))
+    for world in (single, single._replace(rank=1)):
         open_teacher(config, world, cpu, index, StopRequest(tmp_path), stack)
     assert [line for line in caplog.messages if "built with" in line] == [
         f"cache.dir={folder}: built with decode dali, here is torch",

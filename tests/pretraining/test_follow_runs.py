@@ -85,7 +85,9 @@ def test_the_cache_of_another_run_is_refused_at_launch(recipe: Path, tmp_path: P
 def test_a_run_that_cannot_be_followed_is_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"teacher.mode=sidecar runs the teacher where no row is"):
+    with pytest.raises(
+        ConfigError, match=r"teacher.mode=sidecar runs the teacher where a row is missing"
+    ):
         load_config(recipe, ["teacher.mode=sidecar", "cache.on_miss=stop"])
     with pytest.raises(ConfigError, match=r"teacher.mode=sidecar, but neither the mask nor"):
         load_config(recipe, ["teacher.mode=sidecar", "mask.sampler=random", "loss.teacher=0"])

@@ -130,7 +130,7 @@ def read_settings(run: Run) -> None:
 
 
 def json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON lines file; other lines are report_exit as a problem."""
+    """Yield the objects of a JSON lines file; other lines are reported as a problem."""
     path = run.dir / name
     try:
         text = path.read_text(errors="replace") if path.exists() else ""
