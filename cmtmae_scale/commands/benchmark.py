@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,13 +27,7 @@ def run_benchmark(arguments: Sequence[str] | None = None) -> int:
     try:
         world = find_world()
         set_up_logging(world.rank, world.world_size)
-        run = {
-            "train": measure_training,
-            "data": measure_decoders,
-            "cache": measure_cache,
-            "startup": measure_startup,
-        }
-        run[options.what](options, world)
+        options.run(options, world)
     except (CmtMaeError, DataError) as error:
         logger.error("%s", error)
         return error.exit_code
@@ -44,7 +37,7 @@ def run_benchmark(arguments: Sequence[str] | None = None) -> int:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; a usage error exits with 78."""
     parser = Parser(description="Measure speed and memory.", allow_abbrev=False, hint=key_hint)
-    commands = parser.add_subparsers(dest="what", required=True)
+    commands = parser.add_subparsers(required=True)
     step = commands.add_parser("train", help="the training step, by stage", allow_abbrev=False)
     step.add_argument("--config", required=True, help="a recipe")
     step.add_argument("--data", choices=("synthetic", "real"), default="synthetic")
@@ -80,6 +73,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     startup.add_argument("--config", default="configs/mae_base.yaml", help="for --dry-run")
     startup.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts")
+    step.set_defaults(run=measure_training)
+    decode.set_defaults(run=measure_decoders)
+    store.set_defaults(run=measure_cache)
+    startup.set_defaults(run=measure_startup)
     for one in (step, decode, store):
         one.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
     return parser.parse_args(arguments)
@@ -106,7 +103,7 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
             results = training.measure_variants(variants, protocol, real, world, device)
             text = table.training_tables(results, on_gpu)
     if world.rank == 0:
-        facts = table.provenance(command_line(), device, world.world_size)
+        facts = table.provenance(device, world.world_size)
         facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
         show(options.output, facts, results, text)
 
@@ -134,7 +131,7 @@ def measure_cache(options: argparse.Namespace, world: World) -> None:
         found = cached.compare_cache(
             options.config, options.overrides, options.rows, options.rounds, protocol, world, device
         )
-    facts = table.provenance(command_line(), device, 1)
+    facts = table.provenance(device, 1)
     facts |= {"rounds": options.rounds, "views per round": options.rows}
     facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
     text = cached.render_cache_report(found, device.type == "cuda")
@@ -150,7 +147,7 @@ def measure_decoders(options: argparse.Namespace, world: World) -> None:
     found = decoding.compare_decoders(
         options.path, options.size, options.images, options.rounds, options.threads, device
     )
-    facts = table.provenance(command_line(), device, 1)
+    facts = table.provenance(device, 1)
     facts |= {"rounds": options.rounds, "images per round": options.images}
     show(options.output, facts, found, decoding.decoders_table(found))
 
@@ -160,11 +157,6 @@ def measure_startup(options: argparse.Namespace, world: World) -> None:
     from cmtmae_scale.tools.benchmark.startup import measure_commands, startup_table
 
     sys.stdout.write(startup_table(measure_commands(options.config, options.rounds)) + "\n")
-
-
-def command_line() -> str:
-    """Return the command as it was given."""
-    return shlex.join(["python", *sys.argv])
 
 
 def show(output: Path | None, facts: dict[str, object], results: object, text: str) -> None:

@@ -55,18 +55,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-pixels", type=at_least_one, default=Data.max_pixels, help="as data.max_pixels"
     )
+    bad_help = "fraction of bad images above which the exit code is 78"
     parser.add_argument(
-        "--max-bad-fraction",
-        type=share,
-        default=Data.max_bad_fraction,
-        help="fraction of bad images above which the exit code is 78",
+        "--max-bad-fraction", type=share, default=Data.max_bad_fraction, help=bad_help
     )
-    parser.add_argument(
-        "--threads",
-        type=at_least_one,
-        default=len(os.sched_getaffinity(0)),
-        help="reader and decoder threads; one per core",
-    )
+    cores = len(os.sched_getaffinity(0))
+    threads_help = "reader and decoder threads; one per core"
+    parser.add_argument("--threads", type=at_least_one, default=cores, help=threads_help)
     parser.add_argument(
         "--sheet", type=image_path, metavar="FILE", help="random views in a grid, .jpg or .png"
     )

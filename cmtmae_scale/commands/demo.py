@@ -26,14 +26,7 @@ COLUMNS = ("loss/total", "loss/teacher", "loss/student", "images_s")
 
 
 def run_demo(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo, in the folder of the clone.
-
-    Args:
-        arguments: command line without the program's name; ``None``: the process's own.
-
-    Returns:
-        Exit code: 0, or that of the training.
-    """
+    """Run the demo, in the folder of the clone; returns 0, or the exit code of the training."""
     options = parse_options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

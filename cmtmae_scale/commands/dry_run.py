@@ -5,7 +5,6 @@ Counts come from meta tensors; no memory is allocated and no image is read.
 
 from pathlib import Path
 
-import torch
 import yaml
 from torch import nn
 
@@ -14,7 +13,6 @@ from cmtmae_scale.config.derive import (
     batch_plan,
     builds_teacher,
     cache_folder,
-    needs,
     peak_lr,
     reads_cache,
     total_steps,
@@ -23,11 +21,8 @@ from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.pretraining.task import Pretraining
-from cmtmae_scale.teachers.build import build_teacher_skeleton
-from cmtmae_scale.tools.estimate import count_flops, count_shards, memory_bytes
+from cmtmae_scale.tools.estimate import build_meta_networks, count_flops, count_shards, memory_bytes
 from dataloading.errors import DataError
 from dataloading.index import load_or_build
 
@@ -42,11 +37,9 @@ def render_dry_run(config: Config, world_size: int) -> str:
     """
     plan = batch_plan(config, world_size)
     images, origin = count_images(config)
-    with torch.device("meta"):
-        teacher = build_teacher_skeleton(config) if needs(config).teacher else None
-        model = CollaborativeMAE(config, teacher.width if teacher else None)
-        momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
-    flops = count_flops(config, model, momentum, teacher)
+    networks = build_meta_networks(config)
+    model, _, teacher = networks
+    flops = count_flops(config, networks)
     lines = [yaml.safe_dump(config_to_dict(config), sort_keys=False)]
     lines.append(f"images          {images if images is not None else 'unknown'} ({origin})")
     if images is not None or config.train.steps is not None:
@@ -67,8 +60,13 @@ def render_dry_run(config: Config, world_size: int) -> str:
         f"GFLOP per view  student {flops.student / 1e9:.1f} (forward and backward), "
         f"momentum {flops.momentum / 1e9:.1f}, teacher {flops.teacher / 1e9:.1f} (2 per MAC)"
     )
-    parts = memory_bytes(config, world_size, model, momentum, teacher)
-    lines += memory_lines(parts, sum(parts.values()), count_shards(config, world_size).states)
+    memory = memory_bytes(config, world_size, networks)
+    lines += [f"memory per GPU  {name:<17}{size / GIB:8.2f} GiB" for name, size in memory.items()]
+    shards = count_shards(config, world_size).states
+    lines.append(
+        f"memory per GPU  {'at the peak':<17}{sum(memory.values()) / GIB:8.2f} GiB (modelled, "
+        f"{shards} shards; states exact, activations of the eager student)"
+    )
     lines.append(f"would resume    {resumed_checkpoint(config)}")
     return "\n".join(lines)
 
@@ -78,12 +76,8 @@ def count_images(config: Config) -> tuple[int | None, str]:
     folder = Path(config.data.index) if config.data.index else Path(config.run.output_dir) / "index"
     if folder.is_dir():
         try:
-            index = load_or_build(
-                config.data.path,
-                folder,
-                source=config.data.source,
-                max_pixels=config.data.max_pixels,
-            )
+            data = config.data
+            index = load_or_build(data.path, folder, data.source, data.max_pixels)
         except DataError as error:
             if config.data.expected_images is None:
                 return None, str(error)
@@ -92,16 +86,6 @@ def count_images(config: Config) -> tuple[int | None, str]:
     if config.data.expected_images is not None:
         return config.data.expected_images, "data.expected_images; not counted"
     return None, f"{config.data.path} has no index yet and data.expected_images is not given"
-
-
-def memory_lines(parts: dict[str, float], total: float, shards: int) -> list[str]:
-    """Return the modelled memory per GPU, one line per kind."""
-    lines = [f"memory per GPU  {name:<17}{value / GIB:8.2f} GiB" for name, value in parts.items()]
-    lines.append(
-        f"memory per GPU  {'at the peak':<17}{total / GIB:8.2f} GiB (modelled, {shards} shards; "
-        "states exact, activations of the eager student)"
-    )
-    return lines
 
 
 def resumed_checkpoint(config: Config) -> str:
@@ -113,14 +97,9 @@ def resumed_checkpoint(config: Config) -> str:
         if checkpoints.find_damage(folder, (-1, 1)) is None:
             state = checkpoints.read_state(folder)
             name = f"{folder} (step {state['progress']['step']})"
+            free, allowed = FREE_KEYS + Pretraining.free_keys, config.run.allow_change
             try:
-                compare_configs(
-                    state["config"],
-                    config_to_dict(config),
-                    config.run.allow_change,
-                    ("", ""),
-                    FREE_KEYS + Pretraining.free_keys,
-                )
+                compare_configs(state["config"], config_to_dict(config), allowed, ("", ""), free)
             except ConfigError as error:
                 return f"nothing: {name} would be refused: {error}"
             return name

@@ -16,11 +16,7 @@ DECODERS = ("auto", "dali", "torch")
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
-    """Run one rank of an evaluation; ``finetune`` as the first word runs the fine-tuning command.
-
-    Returns:
-        The exit code.
-    """
+    """Run one rank of an evaluation, or of ``finetune ...``; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["finetune"]:
         from cmtmae_scale.commands.finetune import finetune

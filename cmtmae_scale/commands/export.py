@@ -39,24 +39,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     }
     for what, text in helps.items():
         command = commands.add_parser(what, help=text, allow_abbrev=False)
-        command.add_argument(
-            "--checkpoint",
-            type=Path,
-            required=True,
-            help="a checkpoint, or a run: its newest intact",
-        )
-        default = (
-            "WEIGHTS-encoder-STEP.safetensors" if what == "encoder" else f"WEIGHTS-{what}-STEP"
-        )
+        place = "a checkpoint, or a run: its newest intact"
+        command.add_argument("--checkpoint", type=Path, required=True, help=place)
+        default = f"WEIGHTS-{what}-STEP" + (".safetensors" if what == "encoder" else "")
         command.add_argument("--output", type=Path, help=f"what to write; default: {default} here")
         if what != "full":
             command.add_argument("--weights", choices=("student", "momentum"), default="student")
         if what != "encoder":
-            command.add_argument(
-                "--images",
-                type=Path,
-                help="images to verify on, folder or tars; default: the run's",
-            )
+            images = "images to verify on, folder or tars; default: the run's"
+            command.add_argument("--images", type=Path, help=images)
         command.set_defaults(run=run_encoder if what == "encoder" else run_folder)
     return parser.parse_args(arguments)
 

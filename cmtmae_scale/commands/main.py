@@ -34,11 +34,7 @@ COMMANDS = {
 
 
 def run_command(arguments: Sequence[str] | None = None) -> int:
-    """Run ``COMMAND ...``; returns its exit code.
-
-    Args:
-        arguments: command line without the program's name; ``None``: the process's own.
-    """
+    """Run ``COMMAND ...`` of the arguments, or of the process's own; returns its exit code."""
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h"):
         sys.stdout.write(overview())
@@ -58,19 +54,14 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """Return the text of ``cmtmae --help``."""
-    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: cmtmae COMMAND ...",
-            "",
-            "Distributed CMT-MAE pre-training.",
-            "",
-            *lines,
-            "",
-            "cmtmae COMMAND --help describes a command; cmtmae --version prints the version.",
-            "",
-        ]
-    )
+    lines = [f"  {name:<12}{command.summary}\n" for name, command in COMMANDS.items()]
+    return f"""usage: cmtmae COMMAND ...
+
+Distributed CMT-MAE pre-training.
+
+{"".join(lines)}
+cmtmae COMMAND --help describes a command; cmtmae --version prints the version.
+"""
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.config.hints import key_hint
@@ -75,12 +74,8 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
         metavar="i/n",
         help="compute every n-th shard, i from 0; default: a SLURM array's share, else all",
     )
-    parser.add_argument(
-        "--rows-per-shard",
-        type=at_least_one,
-        default=1024,
-        help="views in one file; 1024 (some 200 MB)",
-    )
+    rows_help = "views in one file; 1024 (some 200 MB)"
+    parser.add_argument("--rows-per-shard", type=at_least_one, default=1024, help=rows_help)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--verify",
@@ -158,11 +153,7 @@ def slurm_array_share(environment: Mapping[str, str] = os.environ) -> tuple[int,
 @contextmanager
 def interrupt_at_sigterm() -> Iterator[None]:
     """Raise ``KeyboardInterrupt`` at SIGTERM too."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
@@ -207,8 +198,8 @@ def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shard
 
     rows = sum(len(manifest.shard_rows(shard)) for shard in shards)
     size = f"{manifest.num_rows} rows, {manifest.num_rows * manifest.row_bytes() / 1e9:.2f} GB"
-    text = "%s: %s in %d shards; this process has %d of them"
-    logger.info(text, folder, size, manifest.num_shards, len(shards))
+    count = f"{manifest.num_shards} shards; this process has {len(shards)} of them"
+    logger.info("%s: %s in %s", folder, size, count)
     with progress_bar("computing", rows, "rows") as report_rows:
         build_shards(builder, folder, manifest, shards, report_rows)
     missing = missing_shards(folder, manifest)
@@ -232,10 +223,8 @@ def verify_cache(builder: "Builder", folder: Path, fraction: float) -> int:
     found = compare_rows(builder, folder, manifest, intact, fraction)
     sys.stdout.write(f"{found}\n")
     if damaged:
-        sys.stdout.write(
-            f"{len(damaged)} of {manifest.num_shards} shards are damaged or missing; --repair "
-            "builds them again\n"
-        )
+        counts = f"{len(damaged)} of {manifest.num_shards} shards"
+        sys.stdout.write(f"{counts} are damaged or missing; --repair builds them again\n")
     good = not damaged and found.good
     sys.stdout.write(f"verdict: {'good' if good else 'not good'}\n")
     return EXIT_DONE if good else EXIT_CONFIG

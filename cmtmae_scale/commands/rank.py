@@ -13,14 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def run_as_rank(launch: Callable[[], int]) -> int:
-    """Run one launch as a rank, and turn every outcome into an exit code.
+    """Run one launch as a rank, and turn every outcome into the exit code of this process.
 
-    Args:
-        launch: from the command line to the end; returns the exit code of the launch.
-
-    Returns:
-        The exit code of this process: that of the launch, but 0 for a requested stop under
-        torchrun, which treats every other code as a crash.
+    It is the code that ``launch`` returns, but 0 for a requested stop under torchrun, which treats
+    every other code as a crash.
     """
     interrupt_launch()
     with report_exit() as report:

@@ -40,15 +40,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Read runs and write their page, whole or not at all.
+    """Read runs and write their page, whole or not at all; returns the file.
 
-    Args:
-        folders: the runs' folders.
-        out: the file to write; ``None``: ``report.html`` in the run's folder, or, of several runs,
-            ``comparison.html`` in the first one's.
-
-    Returns:
-        The file.
+    Without ``out`` it is ``report.html`` in the run's folder, or, of several runs,
+    ``comparison.html`` in the first one's.
 
     Raises:
         ConfigError: if a folder is not a run's, or the file cannot be written.

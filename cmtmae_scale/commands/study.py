@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 def run_study(arguments: Sequence[str] | None = None) -> int:
     """Run a study, in the folder of the clone, or as many of its jobs as the time limit allows.
 
-    Args:
-        arguments: command line without the program's name; ``None``: the process's own.
-
     Returns:
         Exit code: 0 complete; 75 jobs are missing, the same command continues; 1 a run failed; 78
         will never work as configured.

@@ -11,7 +11,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
@@ -86,7 +87,8 @@ class Supervisor:
         self.deadline = float("inf")
         self.forwarded: set[tuple[int, int]] = set()
         signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
-        adopt_orphans()
+        # Become the parent of orphaned descendants, as process 1 is anyway.
+        ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
         self.status: int | None = None
         self.child = os.posix_spawnp(
             command[0],
@@ -105,9 +107,8 @@ class Supervisor:
             self.reap()
             self.forward_signals()
             if time.monotonic() > self.deadline:
-                logger.warning(
-                    "processes remain %.0f s after the signal; killing them", self.grace_s
-                )
+                text = "processes remain %.0f s after the signal; killing them"
+                logger.warning(text, self.grace_s)
                 break
         self.kill_remaining()
         return self.exit_code()
@@ -143,9 +144,10 @@ class Supervisor:
 
     def reap(self) -> None:
         """Reap every ended process."""
-        for pid, status in ended_children():
-            if pid == self.child:
-                self.status = os.waitstatus_to_exitcode(status)
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == self.child:
+                    self.status = os.waitstatus_to_exitcode(ended[1])
 
     def kill_remaining(self) -> None:
         """Kill the remaining processes and wait until they are gone."""
@@ -178,26 +180,7 @@ def torchrun_settings(grace_s: float) -> dict[str, str]:
     }
 
 
-def adopt_orphans() -> None:
-    """Become the parent of orphaned descendants, as process 1 is anyway."""
-    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
-
-
-def ended_children() -> Iterator[tuple[int, int]]:
-    """Yield process id and wait status of ended children."""
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not pid:
-            return
-        yield pid, status
-
-
 def send_signal(pid: int, number: int) -> None:
     """Send a signal to a process that may have ended."""
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return

@@ -1,4 +1,7 @@
-"""Features of all images of a set; each rank holds its own rows."""
+"""Features of all images of a set, and their standardisation; each rank holds its own rows.
+
+Legend: n rows of this rank, D width.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +18,9 @@ from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.one_pass import OnePass
 from dataloading.stream import DecoderName
+
+EPSILON = 1e-6
+"""Added to the variance, as MAE's probe does in its batch norm."""
 
 
 class Column(NamedTuple):
@@ -44,6 +50,29 @@ class ReadOptions(NamedTuple):
     decode: DecoderName
 
 
+class Standardiser(NamedTuple):
+    """Mean and standard deviation per channel over the training rows, float64 ``[D]``.
+
+    MAE's probe uses a batch norm without affine parameters; here the statistics are those of all
+    training rows in place of a batch's: ``(x - mean) / sqrt(var + 1e-6)``, var biased.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Standardise rows ``[n, D]``; float64."""
+        return (rows.double() - self.mean) / self.std
+
+
+def fit_standardiser(rows: Tensor) -> Standardiser:
+    """Compute the statistics of the rows ``[n, D]`` of all ranks. A collective."""
+    count = sum_over_ranks(torch.tensor(float(len(rows)), device=rows.device).double())
+    mean = sum_over_ranks(rows.double().sum(0)) / count
+    variance = sum_over_ranks((rows.double() - mean).square().sum(0)) / count
+    return Standardiser(mean, (variance + EPSILON).sqrt())
+
+
 @torch.no_grad()
 def extract_features(
     images: ImageSet,
@@ -54,12 +83,8 @@ def extract_features(
 ) -> FeatureTable:
     """Encode every image once with every encoder. A collective.
 
-    Args:
-        images: the set; images that cannot be decoded are logged and have no row.
-        encoders: encoders of one image size.
-        reading: batch, threads and decoder.
-        world: this process's rank and world size.
-        device: device of the encoders and of the rows.
+    The encoders have one image size, and are on the device, as the returned rows. Images that
+    cannot be decoded are logged and have no row.
 
     Raises:
         ReadError: on every rank, if storage did not return an image to one of them.

@@ -33,10 +33,7 @@ SETTINGS = ("k", "temperature", "epochs", "held_out", "split", "batch", "decode"
 def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.device) -> str:
     """Extract features, probe them and write the result file. A collective.
 
-    Args:
-        options: as ``commands/evaluate.py`` parses and checks them.
-        world: this process's rank and world size.
-        device: device of the encoders and of the probes.
+    The options are as ``commands/evaluate.py`` parses and checks them.
 
     Returns:
         The report for people.
@@ -50,10 +47,8 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
     reading = ReadOptions(options.batch, options.threads, options.decode)
     train = extract_features(sets.train, encoders, reading, world, device)
     test = extract_features(sets.test, encoders, reading, world, device)
-    counts = [
-        int(sum_over_ranks(torch.tensor(len(table.positions), device=device)))
-        for table in (train, test)
-    ]
+    lengths = torch.tensor([len(train.positions), len(test.positions)], device=device)
+    counts = sum_over_ranks(lengths).tolist()
     rows = list(PROBES[options.method](options, train, test, len(sets.classes)))
     verdict = judge_rows(rows, subject.encoder.name)
     test_path = options.test or options.train

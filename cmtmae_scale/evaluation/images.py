@@ -44,9 +44,7 @@ class Sets(NamedTuple):
 def open_shared_index(path: str, kept: Path | None) -> Index:
     """Build an index on rank 0 and broadcast it. A collective.
 
-    Args:
-        path: folder of images, or tars.
-        kept: folder that keeps the index between launches; ``None``: not kept.
+    The folder ``kept`` keeps the index between launches; ``None``: it is not kept.
 
     Raises:
         DataError: on every rank, if there is no usable image.
@@ -86,12 +84,7 @@ def open_pair(train: str, test: str, kept: Path | None = None) -> Sets:
 
 
 def open_split(path: str, fraction: float, seed: int) -> Sets:
-    """Split one set of images by class, the same way at every launch. A collective.
-
-    Args:
-        path: folder of images, or tars.
-        fraction: of each class to train on, in (0, 1).
-        seed: of the split.
+    """Split one set of images, a fraction in (0, 1) of each class to train on. A collective.
 
     Raises:
         DataError: images without labels, or no class of two images.
@@ -127,15 +120,9 @@ def label_images(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSe
 
 
 def stratified_sample(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Choose a fraction of each class: at least one image, and not all where there are two.
+    """Choose a fraction in (0, 1) of each class, as bool ``[n]``; labels are ``[n]``.
 
-    Args:
-        labels: class of each image, ``[n]``.
-        fraction: in (0, 1).
-        seed: of the choice.
-
-    Returns:
-        Whether an image is chosen, ``[n]``.
+    Of each class at least one image is chosen, and not all where there are two.
     """
     chosen = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):

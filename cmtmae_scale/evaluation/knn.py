@@ -44,12 +44,7 @@ def knn_scores(
 ) -> Iterator[tuple[int, Score]]:
     """Classify every test image by its neighbours among all ranks' training images. A collective.
 
-    Args:
-        train: labelled rows.
-        test: rows to classify.
-        column: features to compare.
-        neighbours: the values of k.
-        temperature: T of the weights; 0: every neighbour has one vote.
+    ``neighbours`` are the values of k; with a temperature of 0 every neighbour has one vote.
 
     Yields:
         Each k with its score, the same on every rank. Of classes with equal votes the first wins,

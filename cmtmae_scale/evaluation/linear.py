@@ -16,9 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
-from cmtmae_scale.evaluation.features import Column, FeatureTable
+from cmtmae_scale.evaluation.features import Column, FeatureTable, Standardiser, fit_standardiser
 from cmtmae_scale.evaluation.images import stratified_sample
-from cmtmae_scale.evaluation.probe import Standardiser, fit_standardiser
 from cmtmae_scale.evaluation.result import TOP, Score, rank_of_truth
 from cmtmae_scale.method.schedules import learning_rate
 from dataloading.order import sample_ids
@@ -81,14 +80,8 @@ def linear_probe(
 ) -> ProbeResult:
     """Train all heads on a part of train, choose one on the rest, test it. A collective.
 
-    Args:
-        train: rows to train and to choose on.
-        test: rows that the chosen head classifies once.
-        column: features.
-        num_classes: C.
-        epochs: epochs over the training rows.
-        held_out: fraction of each class to choose on, in (0, 1).
-        seed: of the order and of the held-out part.
+    ``held_out`` is the fraction of each class to choose on, in (0, 1); the seed is of the order and
+    of the held-out part.
 
     Returns:
         The chosen head's result, the same on every rank, and, up to the order of sums, at any
@@ -146,12 +139,7 @@ def standardise(
 def train_heads(rows: Rows, count: int, num_classes: int, epochs: int, seed: int) -> Tensor:
     """Train one head per setting, all on the same batches, from zero weights. A collective.
 
-    Args:
-        rows: this rank's part of the training rows.
-        count: number of training rows over all ranks.
-        num_classes: C.
-        epochs: epochs over the training rows.
-        seed: of the order.
+    ``rows`` are this rank's part of ``count`` training rows; the seed is of their order.
 
     Returns:
         Heads ``[S, D + 1, C]``, the last row the bias.

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cmtmae_scale.evaluation.across import sum_over_ranks
-from cmtmae_scale.evaluation.features import Column, FeatureTable
-from cmtmae_scale.evaluation.probe import fit_standardiser
+from cmtmae_scale.evaluation.features import Column, FeatureTable, fit_standardiser
 from cmtmae_scale.evaluation.result import Score, score_predictions
 
 STRENGTH = 1.0

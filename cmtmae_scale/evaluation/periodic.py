@@ -26,11 +26,6 @@ class RunEvaluation:
     The weights are gathered from all ranks' fragments, so the accuracies equal those of
     ``launchers/evaluate.py`` for the checkpoint of the same step, with every backend.
 
-    Args:
-        config: checked settings, with ``eval.every``.
-        world: this process's rank and world size.
-        device: device of the encoder.
-
     Raises:
         DataError: unusable images, on every rank. A collective.
         ConfigError: fewer training images than neighbours.
@@ -86,13 +81,10 @@ def open_evaluation(config: Config, world: World, device: torch.device) -> RunEv
 
 
 def gather_encoder(fragments: Mapping[str, Fragment]) -> dict[str, Tensor]:
-    """Gather float32 weights of the momentum encoder, else of the student, on every rank.
-
-    Args:
-        fragments: as ``Backend.fragments`` returns them. A collective.
+    """Gather float32 weights of the momentum encoder, else of the student. A collective.
 
     Returns:
-        Tensors under timm's names, on the fragments' device.
+        Tensors under timm's names, on every rank, on the device of ``Backend.fragments``.
     """
     prefix = ENCODERS["momentum"]
     if not any(key.startswith(prefix) for key in fragments):

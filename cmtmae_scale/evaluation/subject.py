@@ -56,11 +56,8 @@ class Subject:
 def open_subject(options: argparse.Namespace, world: World, device: torch.device) -> Subject:
     """Open the weights that the options name. A collective.
 
-    Args:
-        options: ``checkpoint``, ``weights``, ``arch``, ``timm``, ``file``, ``size`` and ``seed``
-            of the random baseline of a timm model; see ``commands/evaluate.py``.
-        world: this process's rank and world size.
-        device: device of the networks.
+    The options are ``checkpoint``, ``weights``, ``arch``, ``timm``, ``file``, ``size`` and ``seed``
+    of the random baseline of a timm model; see ``commands/evaluate.py``.
 
     Raises:
         CheckpointError: no checkpoint, a broken checkpoint, or one without these weights.
@@ -85,11 +82,7 @@ def subject_from_checkpoint(
 ) -> Subject:
     """Open an encoder of a run's newest intact checkpoint, or of a named checkpoint.
 
-    Args:
-        place: a run's folder or a checkpoint's.
-        weights: ``student``, ``momentum`` or ``teacher``; ``None``: momentum where the run has it.
-        world: this process's rank and world size.
-        device: device of the networks.
+    ``weights``: ``student``, ``momentum`` or ``teacher``; ``None``: momentum where the run has it.
 
     Raises:
         CheckpointError: no checkpoint, a broken checkpoint, or one without these weights.
@@ -176,10 +169,7 @@ def subject_from_teacher(
 def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Subject:
     """Open an encoder that ``launchers/export.py`` wrote; sizes follow from the tensors.
 
-    Args:
-        file: the ``.safetensors`` file.
-        arch: timm's name; ``None``: as ``config.json`` beside the file names it.
-        device: device of the networks.
+    ``arch`` is timm's name; ``None``: as ``config.json`` beside the file names it.
 
     Raises:
         CheckpointError: no such file, or not an encoder of this architecture.
@@ -257,13 +247,8 @@ def subject_from_timm(
 ) -> Subject:
     """Open a vision transformer of timm, with weights of a tag or of a file.
 
-    Args:
-        name: ``MODEL.TAG``, or ``MODEL`` with ``file``.
-        file: local weights.
-        size: side of the images; ``None``: the model's own.
-        seed: of the random weights of the baseline.
-        world: this process's rank and world size.
-        device: device of the networks.
+    ``name`` is ``MODEL.TAG``, or ``MODEL`` with a local file; ``size`` is the side of the images,
+    ``None``: the model's own; the seed is of the random weights of the baseline.
 
     Raises:
         ConfigError: no such model, tag or file, or one that cannot be read. A collective.
@@ -273,7 +258,8 @@ def subject_from_timm(
         raise ConfigError(f"--timm={name} names no weights; give {name}.TAG, or --file FILE")
     try:
         source = TimmSource(TeacherConfig("timm", name, file or tag))
-        side = size or pretrained_size(source.full_name)
+        settings = timm.get_pretrained_cfg(source.full_name)
+        side = size or (224 if settings is None else int(settings.input_size[-1]))
         if side % source.patch:
             raise ConfigError(f"--size={side} is not a multiple of the patch, {source.patch}")
         if world.local_rank == 0:
@@ -296,9 +282,3 @@ def wrap_network(name: str, model: Student | Tower, size: int, device: torch.dev
     else:
         encoder, state = encoder_from_tower(name, model, size, device), model.model.state_dict()
     return encoder._replace(digest=weights_digest(state), network=model)
-
-
-def pretrained_size(name: str) -> int:
-    """Return the image side on which a model of timm was trained."""
-    settings = timm.get_pretrained_cfg(name)
-    return 224 if settings is None else int(settings.input_size[-1])

@@ -37,6 +37,8 @@ def model_card(origin: Origin, card: CardFacts) -> str:
     name = " ".join(config.run.name.split())
     random = need.teacher and config.teacher.weights == "random"
     hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
+    side = config.student.patch_size
+    patches = "" if side is None else f" with patches of {side}"
     return "\n".join(
         [
             "---",
@@ -49,7 +51,7 @@ def model_card(origin: Origin, card: CardFacts) -> str:
             "",
             f"# {name}: {card.title}",
             "",
-            f"{config.student.arch}{patch_size_text(config)} at {config.views.image_size} pixels, "
+            f"{config.student.arch}{patches} at {config.views.image_size} pixels, "
             f"trained by {title}{hint}; "
             f"step {origin.step} of {origin.state['progress']['end_step']}.",
             "",
@@ -82,12 +84,6 @@ def method_name(need: Needs) -> tuple[str, str]:
     if need.momentum:
         return "masked self-distillation from its own momentum encoder", "self-distillation"
     return "masked autoencoding of pixels (MAE, arXiv 2111.06377)", "mae"
-
-
-def patch_size_text(config: Config) -> str:
-    """Return the patch size, where it is not the architecture's own."""
-    side = config.student.patch_size
-    return "" if side is None else f" with patches of {side}"
 
 
 def teacher_text(config: Config, need: Needs) -> str:

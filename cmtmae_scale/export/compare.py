@@ -26,10 +26,7 @@ class Agreement(NamedTuple):
 def require_agreement(ours: Tensor, theirs: Tensor, library: str) -> Agreement:
     """Compare two outputs, and refuse where they come from different networks.
 
-    Args:
-        ours: reference output, float32, any shape.
-        theirs: output of the other library.
-        library: the other library's name and version, for messages.
+    Both are float32, of any one shape; ``library`` is the other library's name and version.
 
     Raises:
         CheckpointError: if shapes differ, a value is NaN, or the largest difference is

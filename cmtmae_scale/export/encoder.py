@@ -35,9 +35,6 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
         output: file to write; ``None``: named after weights and step, in the working folder.
         weights: student or momentum encoder.
 
-    Returns:
-        The file and what it holds.
-
     Raises:
         CheckpointError: no checkpoint, a broken one, or one without these weights.
         ConfigError: an output that exists or cannot be written.
@@ -75,12 +72,7 @@ def build_timm(config: Config) -> tuple[VisionTransformer, str]:
 
 
 def timm_call(config: Config, **more: str) -> str:
-    """Return the Python call that builds timm's model of a config's student.
-
-    Args:
-        config: settings of the run.
-        more: further arguments of ``timm.create_model``.
-    """
+    """Return the Python call that builds timm's model of a config's student, with ``more``."""
     options = timm_options(config) | more
     shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
     return f"timm.create_model({config.student.arch!r}, {shown})"

@@ -1,19 +1,20 @@
 """The formats of exported folders, and how a folder is verified before publication."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import weights_digest
 from cmtmae_scale.export import full, hugging_face, timm_folder
 from cmtmae_scale.export.card import CardFacts, model_card
 from cmtmae_scale.export.compare import TOLERANCE, Agreement
-from cmtmae_scale.export.folder import publish_folder
 from cmtmae_scale.export.origin import Origin, Weights, open_origin
 from cmtmae_scale.export.views import open_views
-from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.storage import atomic_path, sync, write_atomic
 
 
 class Format(NamedTuple):
@@ -43,7 +44,7 @@ FORMATS = {
         "an encoder for transformers",
         hugging_face.write_hf,
         hugging_face.check_hf,
-        lambda origin: hugging_face.hf_snippet(),
+        lambda _: hugging_face.SNIPPET,
     ),
     "full": Format(
         lambda: "CollaborativeMAE",
@@ -51,7 +52,7 @@ FORMATS = {
         "encoder, decoder and prediction heads",
         full.write_full,
         full.check_full,
-        lambda origin: full.full_snippet(),
+        lambda _: full.SNIPPET,
     ),
 }
 
@@ -64,8 +65,7 @@ def export_folder(
     Args:
         what: one of ``FORMATS``.
         place: a checkpoint's folder, or a run's for its newest intact checkpoint.
-        output: folder to write; ``None``: named after weights, format and step, in the working
-            folder.
+        output: ``None``: named after weights, format and step, in the working folder.
         weights: student or momentum encoder.
         images: images to verify on; ``None``: the run's own.
 
@@ -103,3 +103,21 @@ def export_folder(
     return (
         f"{output}: {kind.title}, {weights} at step {origin.step}, {checked}\nimages: {views.place}"
     )
+
+
+@contextmanager
+def publish_folder(output: Path) -> Iterator[Path]:
+    """Yield a draft folder; rename it when the block ends, remove it when the block fails.
+
+    Raises:
+        ConfigError: if the output exists or cannot be written.
+    """
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"--output={output} exists; delete it or name another folder")
+    try:
+        with atomic_path(output) as draft:
+            draft.mkdir()
+            yield draft
+        sync(output.parent)
+    except OSError as error:
+        raise ConfigError(f"--output={output} cannot be written ({error})") from error

@@ -28,16 +28,14 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 PREFIX = "model."
 TEACHER_HEAD = "heads.teacher.weight"
+SNIPPET = """from cmtmae_scale.export.full import load_full
+model = load_full("FOLDER").eval()
+tokens = model.encoder(images)  # normalised [B, 3, S, S] to [B, P + N, D]
+"""
 
 
 def load_full(folder: str | Path) -> CollaborativeMAE:
-    """Load a folder that ``export.py full`` wrote.
-
-    Args:
-        folder: the export.
-
-    Returns:
-        The model on the CPU, float32, in training mode.
+    """Load a folder that ``export.py full`` wrote: on the CPU, float32, in training mode.
 
     Raises:
         CheckpointError: if weights and config do not fit each other.
@@ -85,10 +83,7 @@ def write_full(draft: Path, origin: Origin) -> None:
 def check_full(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     """Load a folder and compare all predictions with those of the checkpoint's weights.
 
-    Args:
-        folder: the export.
-        origin: source of the export.
-        images: uint8, ``[B, S, S, 3]``.
+    Images are uint8, ``[B, S, S, 3]``.
 
     Raises:
         CheckpointError: if the folder does not load or predicts something else.
@@ -109,12 +104,3 @@ def random_masks(config: Config, model: CollaborativeMAE, count: int) -> PatchCh
     mask = replace(config.mask, sampler="random", hint_fraction=0.0, prob=1.0)
     positions = torch.arange(count)
     return choose_masks(mask, None, positions, config.run.seed, 0.0, length=rows * columns)
-
-
-def full_snippet() -> str:
-    """Return Python code that loads the folder."""
-    return (
-        "from cmtmae_scale.export.full import load_full\n"
-        'model = load_full("FOLDER").eval()\n'
-        "tokens = model.encoder(images)  # normalised [B, 3, S, S] to [B, P + N, D]\n"
-    )

@@ -45,6 +45,10 @@ NAMES = {
 }
 QKV = ("query", "key", "value")
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
+SNIPPET = """from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+"""
 
 
 def require_transformers() -> ModuleType:
@@ -211,10 +215,7 @@ def write_hf(draft: Path, origin: Origin) -> None:
 def check_hf(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     """Load a folder with transformers alone and compare all tokens with the run's network.
 
-    Args:
-        folder: the export.
-        origin: source of the export.
-        images: uint8, ``[B, S, S, 3]``.
+    Images are uint8, ``[B, S, S, 3]``.
 
     Raises:
         CheckpointError: if transformers misses a tensor, preprocesses images differently, or
@@ -239,12 +240,3 @@ def check_hf(folder: Path, origin: Origin, images: Tensor) -> Agreement:
         raise CheckpointError(f"{library} crops to {list(whole.shape)} in place of {size} pixels")
     tokens = model.eval()(pixel_values=pixels).last_hidden_state
     return require_agreement(origin.encoder()(pixels), tokens, library)
-
-
-def hf_snippet() -> str:
-    """Return Python code that loads the folder."""
-    return (
-        "from transformers import AutoImageProcessor, AutoModel\n"
-        'model = AutoModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()\n'
-        'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
-    )

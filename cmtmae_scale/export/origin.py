@@ -34,7 +34,7 @@ class Origin(NamedTuple):
 
     @property
     def run_dir(self) -> Path | None:
-        """Folder of the run, where the checkpoint is still in it."""
+        """Folder of the run; ``None``: the checkpoint was moved out of it."""
         return run_of_checkpoint(self.folder)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -49,11 +49,7 @@ class Origin(NamedTuple):
 
 
 def open_origin(place: Path, weights: Weights) -> Origin:
-    """Open a checkpoint.
-
-    Args:
-        place: a checkpoint's folder, or a run's for its newest intact checkpoint.
-        weights: student or momentum encoder.
+    """Open a checkpoint, or the newest intact one of a run's folder.
 
     Raises:
         CheckpointError: no checkpoint, a broken one, or one without these weights.

@@ -90,10 +90,7 @@ def timm_version() -> str:
 def check_timm(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     """Load a folder with timm alone and compare tokens and pooled features with the run's network.
 
-    Args:
-        folder: the export.
-        origin: source of the export.
-        images: uint8, ``[B, S, S, 3]``.
+    Images are uint8, ``[B, S, S, 3]``.
 
     Raises:
         CheckpointError: if timm reads other settings or computes something else.

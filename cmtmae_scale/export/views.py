@@ -29,9 +29,7 @@ class Views(NamedTuple):
 def open_views(images: Path | None, origin: Origin) -> Views:
     """Decode the same few images, spread evenly over a data set.
 
-    Args:
-        images: folder of images, or tars; ``None``: the run's own.
-        origin: the checkpoint, whose config gives size and data.
+    ``images`` is a folder of images, or tars; ``None``: the run's own.
 
     Raises:
         ConfigError: if the run's images cannot be read.

@@ -21,12 +21,10 @@ from cmtmae_scale.cache.format import Manifest
 from cmtmae_scale.config.derive import needs, total_steps
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
-from cmtmae_scale.teachers.build import assemble_teacher, build_teacher_skeleton, compute_dtype
+from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.cache_rates import MEASURE_S, Measured, measure_rates
-from cmtmae_scale.tools.estimate import count_flops
+from cmtmae_scale.tools.estimate import build_meta_networks, count_flops
 from dataloading.index import Index
 
 logger = logging.getLogger(__name__)
@@ -128,16 +126,7 @@ class Outlook(NamedTuple):
 def weigh_cache(
     job: Job, rates: Rates, codec: Codec, count: int, row_bytes: int, prices: Prices | None
 ) -> Outlook:
-    """Weigh a cache against the online teacher.
-
-    Args:
-        job: the run.
-        rates: of GPU and store.
-        codec: how features are stored.
-        count: views per image.
-        row_bytes: bytes per view.
-        prices: of GPUs and storage, if known.
-    """
+    """Weigh a cache, ``count`` views of ``row_bytes`` per image, against the online teacher."""
     rows = job.images * count
     online_h = job.draws * (1 / rates.train + 1 / rates.teacher) / job.gpus / HOUR_S
     computed = 1 / rates.train + job.spot_check / rates.teacher
@@ -250,23 +239,15 @@ def plan_manifest(teacher: OnlineTeacher, codec: Codec) -> Manifest:
 def flops_ratio(config: Config) -> float:
     """Return FLOPs of the teacher's forward of a view, divided by those of training on it."""
     online = replace(config, teacher=replace(config.teacher, mode="online"))
-    with torch.device("meta"):
-        teacher = build_teacher_skeleton(online)
-        model = CollaborativeMAE(online, teacher.width)
-        momentum = build_student(online, MomentumEncoder) if needs(online).momentum else None
-    work = count_flops(online, model, momentum, teacher)
+    work = count_flops(online, build_meta_networks(online))
     return work.teacher / (work.student + work.momentum)
 
 
 def choose_rates(found: Measured, ratio: float, given: float | None, on_gpu: bool) -> Rates:
     """Return the rates of a GPU: measured on a GPU, else modelled from FLOPs.
 
-    Args:
-        found: rates of this machine.
-        ratio: ``flops_ratio``.
-        given: images per second that a GPU trains on without a teacher.
-        on_gpu: whether the teacher was measured on a GPU. If not, a given rate is another device's,
-            and the teacher's rate follows from it.
+    ``given`` images per second are those that a GPU trains on without a teacher. If the teacher was
+    not measured on a GPU, they are another device's, and the teacher's rate follows by the ratio.
     """
     teacher = found.teacher if on_gpu or given is None else given / ratio
     decode = math.inf if found.decode is None else found.decode
@@ -275,12 +256,7 @@ def choose_rates(found: Measured, ratio: float, given: float | None, on_gpu: boo
 
 
 def outlook_table(outlooks: list[Outlook], node: int) -> str:
-    """Align outlooks as text of at most 100 columns.
-
-    Args:
-        outlooks: at least one.
-        node: GPUs per node.
-    """
+    """Align at least one outlook as text of at most 100 columns; ``node`` is GPUs per node."""
     header = ["codec", "views", "disk", "per GPU", f"node of {node}", "build h", "run h"]
     lines = [[*header, *(["saved"] if outlooks[0].saved is not None else []), "pays in time"]]
     for one in outlooks:

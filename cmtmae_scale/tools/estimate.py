@@ -12,13 +12,32 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmtmae_scale.config.derive import builds_teacher, online_fraction
+from cmtmae_scale.config.derive import builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Predictions, TokenLayout, objective
-from cmtmae_scale.teachers.build import compute_dtype
+from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
+
+
+class MetaNetworks(NamedTuple):
+    """MetaNetworks of a run, on the meta device."""
+
+    model: CollaborativeMAE
+    momentum: MomentumEncoder | None
+    teacher: OnlineTeacher | None
+    """A run with a cache may not hold it."""
+
+
+def build_meta_networks(config: Config) -> MetaNetworks:
+    """Build the networks that a run uses, without memory."""
+    with torch.device("meta"):
+        teacher = build_teacher_skeleton(config) if needs(config).teacher else None
+        model = CollaborativeMAE(config, teacher.width if teacher else None)
+        momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
+    return MetaNetworks(model, momentum, teacher)
 
 
 class ViewFlops(NamedTuple):
@@ -30,13 +49,9 @@ class ViewFlops(NamedTuple):
     """With a cache: FLOPs of spot checks."""
 
 
-def count_flops(
-    config: Config,
-    model: CollaborativeMAE,
-    momentum: nn.Module | None,
-    teacher: OnlineTeacher | None,
-) -> ViewFlops:
+def count_flops(config: Config, networks: MetaNetworks) -> ViewFlops:
     """Count FLOPs per view on meta tensors; the backward is twice the forward."""
+    model, momentum, teacher = networks
     size = config.views.image_size
     height, width = model.encoder.grid
     counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
@@ -75,28 +90,14 @@ def count_shards(config: Config, world_size: int) -> Shards:
     if config.backend.name == "deepspeed":
         stage = config.backend.zero_stage
         return Shards(world_size, world_size if stage >= 2 else 1, world_size if stage >= 3 else 1)
-    count = {"replicate": 1, "hybrid": min(8, world_size), "full": world_size}[
-        config.backend.sharding
-    ]
+    counts = {"replicate": 1, "hybrid": min(8, world_size), "full": world_size}
+    count = counts[config.backend.sharding]
     return Shards(count, count, count if config.backend.sharding == "full" else 1)
 
 
-def memory_bytes(
-    config: Config,
-    world_size: int,
-    model: CollaborativeMAE,
-    momentum: nn.Module | None,
-    teacher: OnlineTeacher | None,
-) -> dict[str, float]:
-    """Return bytes per GPU by kind at the peak, the end of a forward.
-
-    Args:
-        config: checked settings.
-        world_size: number of ranks.
-        model: the model, on the meta device, as the next two.
-        momentum: the momentum encoder, if any.
-        teacher: the teacher, if any; a run with a cache may not hold it.
-    """
+def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dict[str, float]:
+    """Return bytes per GPU by kind at the peak, the end of a forward."""
+    model, momentum, teacher = networks
     shards = count_shards(config, world_size)
     compute = compute_dtype(config).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -118,13 +119,7 @@ def memory_bytes(
 
 
 def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -> float:
-    """Return the bytes per view that autograd keeps of the student's forward and loss.
-
-    Args:
-        config: checked settings.
-        teacher: gives width and class token of the targets.
-        views: number of views in the counted forward.
-    """
+    """Return the bytes per view that autograd keeps of the student's forward and loss."""
     with torch.device("meta"):
         model = CollaborativeMAE(config, teacher.width if teacher else None)
     model.to(compute_dtype(config))
@@ -155,9 +150,8 @@ def count_saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         if storage_key(tensor) not in known:
-            kept[storage_key(tensor)] = (
-                tensor.untyped_storage()
-            )  # keeps the storage alive, so that keys stay unique
+            # A storage that is kept stays alive, so that keys stay unique.
+            kept[storage_key(tensor)] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

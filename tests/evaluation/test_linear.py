@@ -8,10 +8,10 @@ import torch
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation import linear
+from cmtmae_scale.evaluation.features import fit_standardiser
 from cmtmae_scale.evaluation.images import stratified_sample
 from cmtmae_scale.evaluation.linear import SETTINGS, linear_probe
 from cmtmae_scale.evaluation.logistic import fit_logistic, logistic_score
-from cmtmae_scale.evaluation.probe import fit_standardiser
 from dataloading.order import sample_ids
 from tests.evaluation.evaluation_case import CLASSES, COLUMN, clusters, table_of
 from tests.processes import run_ranks

@@ -39,10 +39,8 @@ def compare_with_transformers(
 ) -> MaeComparison:
     """Time both implementations after a check that their losses agree.
 
-    Args:
-        config: a recipe of MAE: full decoder, random masks, pixel targets, masked tokens.
-        protocol: ``windows`` rounds of ``steps`` each.
-        device: device of both models.
+    The recipe is MAE's: full decoder, random masks, pixel targets, masked tokens. The protocol is
+    ``windows`` rounds of ``steps`` each.
 
     Raises:
         ConfigError: a recipe other than MAE's, missing transformers, or different losses.

@@ -67,11 +67,7 @@ def measure_views(
 ) -> tuple[list[ViewRate], float | None]:
     """Measure reads from storage and memory, decoding, and teacher forwards, in turn.
 
-    Args:
-        builder: of the caches; has the online teacher.
-        caches: complete caches.
-        rows: random views per round; at most the number of rows.
-        rounds: measured rounds.
+    A round takes ``rows`` random views of each complete cache, at most the number of its rows.
 
     Returns:
         The rates, the online teacher last, and the largest fraction of a shard still in memory.

@@ -82,14 +82,8 @@ def compare_cache(
 ) -> CacheReport:
     """Build a cache per codec in a temporary folder, and measure it; the process group is open.
 
-    Args:
-        path: recipe.
-        overrides: of the recipe; the caches hold ``views.views_per_image`` or one view per image.
-        rows: views per round.
-        rounds: measured rounds; the median is reported.
-        protocol: of the training steps.
-        world: a world of one process.
-        device: device of teacher and student.
+    The caches hold ``views.views_per_image`` or one view per image; a round reads ``rows`` of them.
+    The protocol is of the training steps.
 
     Raises:
         ConfigError: several processes, numbers below 1, or a run without teacher features.

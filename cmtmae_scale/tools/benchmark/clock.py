@@ -17,11 +17,7 @@ Mark = float | torch.cuda.Event
 
 
 class Stopwatch:
-    """Sums the time of named stages between two calls of ``collect``.
-
-    Args:
-        device: device whose clock is used.
-    """
+    """Sums the time of named stages between two calls of ``collect``, by the device's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"

@@ -57,15 +57,9 @@ class ViewSource(Protocol):
 def compare_decoders(
     path: str, size: int, images: int, rounds: int, threads: int, device: torch.device
 ) -> list[DecoderRate]:
-    """Measure all decoders in alternating rounds.
+    """Measure all decoders in alternating rounds of ``images`` views, ``size`` pixels wide.
 
-    Args:
-        path: folder of images or of tars.
-        size: side of the views, pixels.
-        images: views per round.
-        rounds: measured rounds; the median is reported.
-        threads: decoder threads of our own decoders; PIL and torchvision use one.
-        device: device of our decoders' views; DALI decodes on a GPU.
+    The threads and the device are those of our own decoders; PIL and torchvision use one thread.
 
     Raises:
         ConfigError: numbers below 1.
@@ -83,7 +77,10 @@ def compare_decoders(
             "PIL": SequentialViews(index, partial(pil_view, size=size)),
             "torchvision": SequentialViews(index, partial(torchvision_view, size=size)),
         }
-        for label, name in our_decoders(device).items():
+        ours: dict[str, DecoderName] = {"ours, torch": "torch"}
+        if has_dali():
+            ours[f"ours, DALI on {device.type}"] = "dali"
+        for label, name in ours.items():
             stream = Stream(
                 index,
                 seed=SEED,
@@ -103,14 +100,6 @@ def compare_decoders(
                 if number >= WARM_UP:
                     times[name].append(batch_times)
     return [summarise_decoder(name, seen, times["PIL"]) for name, seen in times.items()]
-
-
-def our_decoders(device: torch.device) -> dict[str, DecoderName]:
-    """Return our installed decoders by label."""
-    found: dict[str, DecoderName] = {"ours, torch": "torch"}
-    if has_dali():
-        found[f"ours, DALI on {device.type}"] = "dali"
-    return found
 
 
 class SequentialViews:

@@ -11,17 +11,11 @@ DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return FLOP/s by name of the denominator.
 
-    Args:
-        device: measured device.
-        dtype: dtype of the matrix product.
-
-    Returns:
-        The measured rate of a large matrix product (per CPU-second on a CPU), and, for bf16 on a
-        known GPU, the datasheet's.
+    These are the measured rate of a large matrix product of the dtype (per CPU-second on a CPU),
+    and, for bf16 on a known GPU, the datasheet's.
     """
-    found = {
-        f"{str(dtype).removeprefix('torch.')} matrix product here": matmul_flops(device, dtype)
-    }
+    name = str(dtype).removeprefix("torch.")
+    found = {f"{name} matrix product here": matmul_flops(device, dtype)}
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         found |= {f"datasheet {word}": rate for word, rate in DATASHEET.items() if word in name}

@@ -128,17 +128,9 @@ class SyntheticStream:
     def __init__(self, config: Config, sizes: tuple[int, ...], device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(config.run.seed)
         self.count = config.train.micro_batch_size
-        self.images = tuple(
-            torch.randint(
-                0,
-                256,
-                (self.count, size, size, 3),
-                dtype=torch.uint8,
-                device=device,
-                generator=generator,
-            )
-            for size in sizes
-        )
+        shapes = [(self.count, size, size, 3) for size in sizes]
+        images = [torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes]
+        self.images = tuple(image.random_(0, 256, generator=generator) for image in images)
         self.position = torch.arange(self.count, device=device)
         self.valid = torch.ones(self.count, dtype=torch.bool, device=device)
 
@@ -195,16 +187,8 @@ class Rig:
             teacher = fetch_teacher(config, world, device)
         models = build_models(config, world, device, teacher)
         stack.callback(models.backend.close)
-        half = HORIZON // 2
-        progress = Progress(
-            half,
-            half * plan.global_batch_size,
-            0,
-            0,
-            half,
-            HORIZON,
-            HORIZON * plan.global_batch_size,
-        )
+        half, views = HORIZON // 2, plan.global_batch_size
+        progress = Progress(half, half * views, 0, 0, half, HORIZON, HORIZON * views)
         if index is not None:
             stream = stack.enter_context(
                 open_stream(config, index, world, device, teacher, progress.position)

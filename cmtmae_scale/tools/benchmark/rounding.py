@@ -63,12 +63,8 @@ def measure_codecs(
 ) -> list[Rounding]:
     """Compare int8, bf16 and, for contrast, int8 without standardised channels.
 
-    Args:
-        config: a run whose loss uses the teacher's features.
-        batches: views of the student's and the teacher's size.
-        teacher: the teacher, on the device.
-        calibration: of the int8 codec.
-        device: device of the models.
+    The run's loss uses the teacher's features; batches have the student's and the teacher's size;
+    the calibration is of the int8 codec.
     """
     model = CollaborativeMAE(config, teacher.width)
     initialise(model, config.run.seed)
@@ -87,14 +83,10 @@ def measure_codecs(
     gradients: dict[str, list[TeacherGradients]] = {name: [] for name in ("exact", *stores)}
     for batch in batches:
         case = make_case(config, batch, teacher, length)
-        gradients["exact"].append(
-            teacher_gradients(config, model, layout, case, case.features, case.features)
-        )
-        for name, store in stores.items():
-            stored = store(case.features)
-            gradients[name].append(
-                teacher_gradients(config, model, layout, case, stored, case.features)
-            )
+        targets = {"exact": case.features}
+        targets |= {name: store(case.features) for name, store in stores.items()}
+        for name, features in targets.items():
+            gradients[name].append(teacher_gradients(config, model, layout, case, features))
     return [relative_errors(name, gradients[name], gradients["exact"]) for name in stores]
 
 
@@ -111,26 +103,16 @@ def make_case(config: Config, batch: Batch, teacher: OnlineTeacher, length: int)
 
 
 def teacher_gradients(
-    config: Config,
-    model: CollaborativeMAE,
-    layout: TokenLayout,
-    case: Case,
-    features: Tensor,
-    exact: Tensor,
+    config: Config, model: CollaborativeMAE, layout: TokenLayout, case: Case, features: Tensor
 ) -> TeacherGradients:
     """Compute the teacher's term and its gradients.
 
-    Args:
-        config: the run.
-        model: at initialisation.
-        layout: of the predictions.
-        case: the micro-batch.
-        features: targets, ``[B, T, F]``.
-        exact: unrounded features, for predictions at a cosine of 0.8, ``[B, T, F]``.
+    The targets are ``features``, ``[B, T, F]``; the case has the unrounded ones, for predictions at
+    a cosine of 0.8. The model is at initialisation.
     """
     targets, origin = (
         layout.gather(normalise(one, config.target.teacher.norm), case.choice)
-        for one in (features, exact)
+        for one in (features, case.features)
     )
     valid = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
 

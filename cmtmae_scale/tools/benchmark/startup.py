@@ -27,9 +27,7 @@ class Usage(NamedTuple):
 def measure_commands(recipe: str, rounds: int) -> list[Usage]:
     """Measure import, ``--help``, a wrong key and ``--dry-run``.
 
-    Args:
-        recipe: a recipe whose dry run works on this machine.
-        rounds: measurements of each command, of which the median counts.
+    The recipe's dry run works on this machine; the median of the rounds counts.
 
     Raises:
         ConfigError: if a command does not end with the expected exit code.

@@ -2,6 +2,8 @@
 
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +32,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def provenance(command: str, device: torch.device, ranks: int) -> dict[str, Any]:
+def provenance(device: torch.device, ranks: int) -> dict[str, Any]:
     """Return command, device and versions, to be recorded with every measurement."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions: dict[str, str] = {}
@@ -40,7 +42,7 @@ def provenance(command: str, device: torch.device, ranks: int) -> dict[str, Any]
         except PackageNotFoundError:
             continue
     return {
-        "command": command,
+        "command": shlex.join(["python", *sys.argv]),
         "device": f"{ranks} x {name}",
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
@@ -90,14 +92,7 @@ def stage_table(results: Sequence[StepResult], unit: str) -> str:
 
 
 def save_tables(path: Path, facts: dict[str, Any], results: Any, text: str) -> None:
-    """Write JSON and Markdown to ``path`` with the suffixes ``.json`` and ``.md``.
-
-    Args:
-        path: the path without a suffix.
-        facts: provenance.
-        results: a dataclass of results, or several.
-        text: the tables.
-    """
+    """Write facts and results (dataclasses) to ``path`` with ``.json``, tables with ``.md``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = json.dumps({**facts, "results": results}, indent=1, default=asdict)
     write_atomic(path.with_suffix(".json"), whole + "\n")

@@ -9,19 +9,16 @@ from typing import NamedTuple
 
 import torch
 
-from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource
-from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
+from cmtmae_scale.teachers.build import compute_dtype
 from cmtmae_scale.tools.benchmark.clock import Spread
 from cmtmae_scale.tools.benchmark.peak import peak_flops
 from cmtmae_scale.tools.benchmark.rig import SDPA, Rig, StepProfile, Window
-from cmtmae_scale.tools.estimate import ViewFlops, count_flops, memory_bytes
+from cmtmae_scale.tools.estimate import ViewFlops, build_meta_networks, count_flops, memory_bytes
 
 GIB = 2**30
 
@@ -90,9 +87,8 @@ def make_variants(
     def variant(label: str, extra: list[str], sdpa: str) -> Variant:
         config = load_config(path, [*overrides, *extra])
         batch = config.train.micro_batch_size * world_size * accumulation
-        return Variant(
-            label, load_config(path, [*overrides, *extra, f"train.global_batch_size={batch}"]), sdpa
-        )
+        extra = [*extra, f"train.global_batch_size={batch}"]
+        return Variant(label, load_config(path, [*overrides, *extra]), sdpa)
 
     found = [variant("as given", [], "auto")]
     for sweep in sweeps:
@@ -200,9 +196,6 @@ def summarise_variant(
 
 def count_variant(config: Config, world_size: int) -> tuple[ViewFlops, float]:
     """Return FLOPs per view and the modelled peak memory, as ``--dry-run`` does."""
-    with torch.device("meta"):
-        teacher = build_teacher_skeleton(config) if needs(config).teacher else None
-        model = CollaborativeMAE(config, teacher.width if teacher else None)
-        momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
-    flops = count_flops(config, model, momentum, teacher)
-    return flops, sum(memory_bytes(config, world_size, model, momentum, teacher).values())
+    networks = build_meta_networks(config)
+    memory = memory_bytes(config, world_size, networks)
+    return count_flops(config, networks), sum(memory.values())

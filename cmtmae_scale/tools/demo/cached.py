@@ -16,12 +16,8 @@ def train_from_cache(
 ) -> int:
     """Build a cache of one view per image, verify it, and train a few steps from it.
 
-    Args:
-        recipe: the demo's.
-        overrides: of the demo's run.
-        run_dir: the demo's run; the new cache and run are created beside it.
-        steps: of the demo's run.
-        show: prints a line on the terminal.
+    Recipe, overrides and steps are those of the demo's run; ``show`` prints a line. The new cache
+    and run are created beside the run's folder.
 
     Returns:
         0, or the exit code of the command that failed.
@@ -30,12 +26,8 @@ def train_from_cache(
     if (cached / "cache").is_dir():
         shutil.rmtree(cached)
     steps = min(steps, STEPS)
-    own = [
-        *overrides,
-        "views.views_per_image=1",
-        f"cache.dir={cached / 'cache'}",
-        f"run.output_dir={cached}",
-    ]
+    own = [*overrides, "views.views_per_image=1"]
+    own += [f"cache.dir={cached / 'cache'}", f"run.output_dir={cached}"]
     build = ["launchers/precompute_teacher.py", "--config", recipe]
     build += ["--rows-per-shard", str(ROWS_PER_SHARD)]
     cache = ["teacher.mode=cached", "cache.on_miss=stop", f"train.steps={steps}", "log.every=1"]

@@ -73,11 +73,9 @@ PHOTOGRAPHS = (
 
 
 def prepare_photos(folder: Path, strip: Strip = TRAINING) -> int:
-    """Write ``FOLDER/NAME/NNN.jpg``, unless they exist.
+    """Write ``FOLDER/NAME/NNN.jpg``, unless they exist, whole or not at all.
 
-    Args:
-        folder: written whole or not at all; ``FOLDER.json`` beside it records version and count.
-        strip: strip of the photographs.
+    ``FOLDER.json`` beside the folder records version and count.
 
     Returns:
         Number of JPEGs. A photograph that the installed package lacks is skipped with a warning;

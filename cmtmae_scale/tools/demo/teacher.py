@@ -166,10 +166,7 @@ def read_onnx_weights(data: bytes) -> dict[str, Tensor]:
 
 
 def convert_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to timm's names, and keep the first ten blocks.
-
-    Args:
-        weights: as ``read_onnx_weights`` returns them.
+    """Rename the result of ``read_onnx_weights`` to timm's names, and keep the first ten blocks.
 
     Returns:
         State dict of timm's ``vit_small_patch14_dinov2`` with ``img_size=224, depth=10,

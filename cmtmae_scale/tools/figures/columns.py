@@ -20,11 +20,12 @@ from cmtmae_scale.method.targets import EPS, Predictions, TokenLayout, patchify
 from cmtmae_scale.pretraining.prepare import gather_targets, mix_attention
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.teachers.base import Teacher, TeacherView
-from cmtmae_scale.tools.figures.components import principal_colours
 
 ATTENTION = "Attention: dark to bright, each map over its own range."
 COSINE = "Cosine: 0 or below dark, 1 bright, grey not predicted."
 COMPONENTS = "PCA: turned towards the patches' own colours."
+SPREAD = 2.0
+"""Standard deviations of a component from its mean to black or to full colour."""
 
 
 @dataclass
@@ -67,12 +68,8 @@ def compute_columns(
 ) -> list[Column]:
     """Compute all columns with the present weights; mask 0 of positions 0, 1, 2 and so on.
 
-    Args:
-        config: the run.
-        networks: run on the images' device and return to the CPU.
-        layout: of the feature targets.
-        images: uint8 ``[n, S, S, 3]``, the student's, then the teacher's if they differ.
-        scalars: scheduled numbers of the present step.
+    Images are uint8 ``[n, S, S, 3]``: the student's, then the teacher's if they differ. Networks
+    move to the images' device and back to the CPU.
 
     Returns:
         Columns of the signals that the run uses, on the CPU.
@@ -154,12 +151,7 @@ def reconstruct(
 ) -> Column:
     """Replace the masked patches by predicted pixels, denormalised to each patch's own range.
 
-    Args:
-        config: the run.
-        predicted: ``[R, Q', 3 P P]``.
-        pixels: normalised images ``[R, 3, S, S]``.
-        layout: of the feature targets.
-        choice: the masks.
+    Predictions are ``[R, Q', 3 P P]``, normalised images ``[R, 3, S, S]``.
     """
     side = round((predicted.shape[-1] / 3) ** 0.5)
     patches = patchify(pixels, side)
@@ -182,6 +174,33 @@ def reconstruct(
         hidden=thrown.view(len(filled), rows, -1),
         smooth=True,
     )
+
+
+def principal_colours(features: Tensor, reference: Tensor) -> Tensor:
+    """Return three principal components as red, green and blue.
+
+    Order and sign of the components are arbitrary and change during training. The components are
+    whitened and rotated together as close as possible to a constant reference, so the
+    colours do not depend on the basis of the decomposition.
+
+    Args:
+        features: ``[n, N, D]``, D >= 3.
+        reference: ``[n, N, 3]``, such as the patches' mean colours.
+
+    Returns:
+        ``[n, N, 3]`` in [0, 1]; grey where the features do not vary.
+
+    Source: orthogonal Procrustes, P. H. Schonemann, Psychometrika 31 (1966).
+    """
+    rows = features.double().flatten(0, 1).cpu()
+    rows = rows - rows.mean(0)
+    axes = torch.linalg.svd(rows, full_matrices=False)
+    left = axes.U[:, :3] * (axes.S[:3] > 1e-9 * axes.S[0].clamp_min(1e-300))
+    target = reference.double().flatten(0, 1).cpu()
+    turn = torch.linalg.svd(left.T @ (target - target.mean(0)))
+    whitened = left @ (turn.U @ turn.Vh) * len(rows) ** 0.5
+    colours = (0.5 + whitened / (2 * SPREAD)).clamp(0, 1)
+    return colours.float().view(*features.shape[:2], 3)
 
 
 def average_patch_colours(views: Tensor, rows: int) -> Tensor:

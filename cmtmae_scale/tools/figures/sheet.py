@@ -16,17 +16,8 @@ SMALLEST = 8
 """Smallest legible type size."""
 INK, PALE, PAPER = (28, 28, 30), (104, 104, 110), (255, 255, 255)
 GREY = 0.55
-SHADES = (
-    (0, 0, 4),
-    (28, 16, 68),
-    (79, 18, 123),
-    (129, 37, 129),
-    (181, 54, 122),
-    (229, 80, 100),
-    (251, 135, 97),
-    (254, 194, 135),
-    (252, 253, 191),
-)
+MAGMA = bytes.fromhex("000004 1c1044 4f127b 812581 b5367a e55064 fb8761 fec287 fcfdbf")
+SHADES = np.frombuffer(MAGMA, np.uint8).reshape(-1, 3)
 """From 0 to 1; the colour map magma by S. van der Walt and N. Smith (CC0)."""
 NEAREST, LANCZOS = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
 
@@ -91,8 +82,7 @@ def resize_to_tile(pixels: NDArray[np.floating], how: Image.Resampling) -> Image
 def apply_colour_map(values: Tensor) -> NDArray[np.float64]:
     """Map values in [0, 1] ``[h, w]`` to colours; NaN is grey."""
     numbers = values.double().numpy()
-    knots = np.linspace(0, 1, len(SHADES))
-    shades = np.array(SHADES) / 255
+    shades, knots = SHADES / 255, np.linspace(0, 1, len(SHADES))
     filled = np.nan_to_num(numbers)
     colours = np.stack([np.interp(filled, knots, shades[:, c]) for c in range(3)], axis=-1)
     return np.where(np.isnan(numbers)[..., None], GREY, colours)

@@ -1,6 +1,7 @@
 """Charts of a run: which logged values share a chart, with notes and reference levels."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.tools.report.chart import Chart, Line
@@ -14,36 +15,23 @@ EVALUATIONS = {"knn10": "k-NN, k = 10", "knn20": "k-NN, k = 20", "linear": "line
 
 def training_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
     """Return charts of losses, attention, gradient norm and schedules."""
+    measured = partial(measured_chart, run, others)
+    agreement = {"attention/agreement": "teacher and momentum student"}
+    correlation = "Rank correlation of their maps: 1 the same, 0 unrelated."
+    mass = {"mask/visible_mass": "fraction of the map"}
+    has_momentum = run.config is None or needs(run.config).momentum
     charts = [
-        measured_chart(run, others, "Loss", loss_names(run), loss_note(run), loss_levels(run)),
-        measured_chart(
-            run,
-            others,
-            "Agreement of the two attentions",
-            {"attention/agreement": "teacher and momentum student"},
-            "Rank correlation of their maps: 1 the same, 0 unrelated.",
-        ),
-        measured_chart(
-            run,
-            others,
-            "Attention that stays visible",
-            {"mask/visible_mass": "fraction of the map"},
-            "",
-            mass_levels(run),
-        ),
-        measured_chart(
-            run, others, "Gradient norm", {"grad_norm": "before clipping"}, "", clip_levels(run)
-        ),
+        measured("Loss", loss_names(run), loss_note(run), loss_levels(run)),
+        measured("Agreement of the two attentions", agreement, correlation),
+        measured("Attention that stays visible", mass, "", mass_levels(run)),
+        measured("Gradient norm", {"grad_norm": "before clipping"}, "", clip_levels(run)),
         scheduled_chart(run, "Learning rate", {"lr": "learning rate"}),
-        scheduled_chart(run, "Momentum", {"momentum": "EMA momentum"} if has_momentum(run) else {}),
+        scheduled_chart(run, "Momentum", {"momentum": "EMA momentum"} if has_momentum else {}),
         scheduled_chart(run, "Teacher's weight", alphas(run)),
     ]
     if run.settings.get("mask.sampler") == "hide_salient_mix":
-        charts.append(
-            scheduled_chart(
-                run, "Salient fraction of the masked patches", {"salient_fraction": "fraction"}
-            )
-        )
+        title = "Salient fraction of the masked patches"
+        charts.append(scheduled_chart(run, title, {"salient_fraction": "fraction"}))
     return [chart for chart in charts if any(not line.planned for line in chart.lines)]
 
 
@@ -62,17 +50,10 @@ def time_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
 def evaluation_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
     """Return charts of accuracies during a run."""
     levels = [(1 / run.num_classes, "chance")] if run.num_classes else []
-    charts = [
-        measured_chart(
-            run,
-            others,
-            f"Accuracy, {features}",
-            {prefix + name: label for name, label in EVALUATIONS.items()},
-            "",
-            levels,
-        )
-        for prefix, features in (("eval/", "mean of patches"), ("eval/cls/", "class token"))
-    ]
+    charts: list[Chart] = []
+    for prefix, features in (("eval/", "mean of patches"), ("eval/cls/", "class token")):
+        names = {prefix + name: label for name, label in EVALUATIONS.items()}
+        charts.append(measured_chart(run, others, f"Accuracy, {features}", names, "", levels))
     return [chart for chart in charts if chart.lines]
 
 
@@ -101,10 +82,8 @@ def scheduled_chart(run: Run, title: str, names: Mapping[str, str]) -> Chart:
     for name, label in names.items():
         points = run.series(name)
         if points:
-            chart.lines += [
-                Line("schedule", scheduled_values(run, name), True),
-                Line(label, points),
-            ]
+            schedule = Line("schedule", scheduled_values(run, name), True)
+            chart.lines += [schedule, Line(label, points)]
     return chart
 
 
@@ -161,8 +140,3 @@ def alphas(run: Run) -> dict[str, str]:
     if need.teacher_features and need.student_features:
         found["alpha_target"] = "in the loss"
     return found
-
-
-def has_momentum(run: Run) -> bool:
-    """Return whether the run has a momentum encoder."""
-    return run.config is None or needs(run.config).momentum

@@ -15,11 +15,8 @@ def format_number(value: object, digits: int = 4) -> str:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     if value == int(value) and abs(value) < 1e7:
-        return (
-            f"{int(value):,}".replace(",", "\N{THIN SPACE}")
-            if abs(value) >= 1e4
-            else f"{value:.0f}"
-        )
+        grouped = f"{int(value):,}".replace(",", "\N{THIN SPACE}")
+        return grouped if abs(value) >= 1e4 else f"{value:.0f}"
     mantissa, mark, exponent = f"{value:.{digits}g}".partition("e")
     return mantissa + (f"e{int(exponent)}" if mark else "")
 
@@ -31,21 +28,15 @@ def format_percent(value: object) -> str:
 
 def paragraph(sentence: str, kind: str = "") -> str:
     """Return a paragraph of plain text."""
-    return f"<p{class_attribute(kind)}>{escape(sentence)}</p>"
-
-
-def class_attribute(kind: str) -> str:
-    """Return a class attribute; empty without a class."""
-    return f' class="{kind}"' if kind else ""
+    attribute = f' class="{kind}"' if kind else ""
+    return f"<p{attribute}>{escape(sentence)}</p>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int | None = None) -> str:
     """Return a table that scrolls where it is too wide.
 
-    Args:
-        head: titles of the columns.
-        rows: cells; the first of a row is its title.
-        numbers: first column that is aligned as numbers; ``None``: no column.
+    The first cell of a row is its title. Columns from ``numbers`` on are aligned as numbers;
+    ``None``: no column.
     """
 
     def cell(column: int, value: object, kind: str = "td") -> str:

@@ -36,17 +36,17 @@ def render_page(runs: Sequence[Run]) -> str:
     """Return the page of one run, or of several runs and their comparison."""
     if len(runs) == 1:
         title = runs[0].label
-        body = (
-            headline(runs[0]) + section_links("") + run_sections(runs[0], runs, "", FIGURES_ALONE)
-        )
+        body = headline(runs[0]) + section_links("")
+        body += run_sections(runs[0], runs, "", FIGURES_ALONE)
     else:
         title = " and ".join(run.label for run in runs)
-        body = comparison_links(runs) + comparison_sections(runs)
+        places = {"final": "Final values", "differences": "Differences", "overlaid": "Curves"}
+        places |= {f"r{place}": run.label for place, run in enumerate(runs, 1)}
+        body = navigation_bar(places) + comparison_sections(runs)
         for place, run in enumerate(runs, 1):
             body += f'<h1 class="run" id="r{place}">{escape(run.label)}</h1>{headline(run)}'
-            body += section_links(f"r{place}-") + run_sections(
-                run, runs, f"r{place}-", FIGURES_COMPARED
-            )
+            prefix = f"r{place}-"
+            body += section_links(prefix) + run_sections(run, runs, prefix, FIGURES_COMPARED)
     return html_document(title, body)
 
 
@@ -66,12 +66,6 @@ def run_sections(run: Run, runs: Sequence[Run], prefix: str, most: int) -> str:
 def section_links(prefix: str) -> str:
     """Return links to the sections of a run."""
     return navigation_bar({prefix + anchor: title for anchor, title in SECTIONS.items()})
-
-
-def comparison_links(runs: Sequence[Run]) -> str:
-    """Return links to the comparison and to each run."""
-    places = {"final": "Final values", "differences": "Differences", "overlaid": "Curves"}
-    return navigation_bar(places | {f"r{k}": run.label for k, run in enumerate(runs, 1)})
 
 
 def navigation_bar(places: dict[str, str]) -> str:

@@ -57,9 +57,8 @@ def expected_range(runs: Sequence[Run], name: str) -> tuple[list[Line], list[Ban
     steps = sorted({step for curve in curves for step, _ in curve})
     points: list[tuple[float, float, float]] = []
     for step in steps:
-        values = [
-            value for curve in curves if (value := interpolate_curve(curve, step)) is not None
-        ]
+        known = (interpolate_curve(curve, step) for curve in curves)
+        values = [value for value in known if value is not None]
         points.append((step, min(values), max(values)))
     return [], [Band(f"range of {len(curves)} other runs of these settings", points)]
 

@@ -79,13 +79,14 @@ def identity_section(run: Run, anchor: str) -> str:
     if not run.settings:
         body = paragraph("The folder has no readable config.yaml, so the settings are unknown.")
         return section("Run", anchor, body, problem_list(run))
+    settings = yaml.safe_dump(run.settings, sort_keys=False, default_flow_style=None, width=1000)
     return section(
         "Run",
         anchor,
         facts(key_settings(run)),
         launch_table(run),
         problem_list(run),
-        details("All settings", f"<pre>{escape(settings_yaml(run))}</pre>"),
+        details("All settings", f"<pre>{escape(settings)}</pre>"),
     )
 
 
@@ -93,13 +94,12 @@ def key_settings(run: Run) -> list[tuple[str, object]]:
     """Return the main settings."""
     get = run.settings.get
     count = format_number(run.num_images) if run.num_images else "unknown number of"
-    length = (
-        f"{get('train.steps')} steps" if get("train.steps") else f"{get('train.epochs')} epochs"
-    )
+    unit = "steps" if get("train.steps") else "epochs"
+    length = f"{get(f'train.{unit}')} {unit}"
     backend = f"{get('backend.name')}, {get('backend.precision')}"
     patch = f", patches of {get('student.patch_size')}" if get("student.patch_size") else ""
     ratio, masks = format_percent(get("mask.ratio")), get("mask.masks_per_view", 1)
-    pairs: list[tuple[str, object]] = [
+    return [
         ("folder", run.dir),
         ("student", f"{get('student.arch')} at {get('views.image_size')} pixels{patch}"),
         ("teacher", teacher_setting(run)),
@@ -110,7 +110,6 @@ def key_settings(run: Run) -> list[tuple[str, object]]:
         ("backend", backend + (", compiled" if get("backend.compile") else "")),
         ("seed", get("run.seed")),
     ]
-    return pairs
 
 
 def teacher_setting(run: Run) -> str:
@@ -140,11 +139,6 @@ def launch_table(run: Run) -> str:
     ]
     head = ("launch (UTC)", "from step", "recipe", "overrides", "ranks", "versions")
     return table(head, rows)
-
-
-def settings_yaml(run: Run) -> str:
-    """Return the settings as ``group.key: value`` lines."""
-    return yaml.safe_dump(run.settings, sort_keys=False, default_flow_style=None, width=1000)
 
 
 def problem_list(run: Run) -> str:

@@ -1,43 +1,25 @@
 """Use of a run's time, from its log."""
 
-from typing import NamedTuple
-
 from cmtmae_scale.tools.report.markup import escape, format_percent
 from cmtmae_scale.tools.report.run import Run
 
 
-class TimeFraction(NamedTuple):
-    """A labelled fraction of the time."""
-
-    label: str
-    fraction: float
-
-
-def time_fractions(run: Run) -> list[TimeFraction]:
-    """Return fractions of the time, which sum to 1; empty where no time was logged.
+def time_fractions(run: Run) -> dict[str, float]:
+    """Return fractions of the time by use, which sum to 1; empty where no time was logged.
 
     Evaluations and figures are logged as fractions of the time since the last launch. Waiting is a
     fraction of the remaining time, weighted with the length of each interval.
     """
-    aside = [
-        TimeFraction(label, min(max(run.last(name) or 0.0, 0.0), 1.0))
-        for name, label in (
-            ("eval/time_fraction", "evaluations"),
-            ("figures/time_fraction", "figures"),
-        )
-    ]
+    logged = {"evaluations": "eval/time_fraction", "figures": "figures/time_fraction"}
+    aside = {use: min(max(run.last(name) or 0.0, 0.0), 1.0) for use, name in logged.items()}
     intervals = log_intervals(run)
     total = sum(seconds for seconds, _ in intervals)
     if not total:
-        return []
-    steps = max(1 - sum(part.fraction for part in aside), 0.0)
+        return {}
+    steps = max(1 - sum(aside.values()), 0.0)
     waiting = steps * min(sum(seconds * wait for seconds, wait in intervals) / total, 1.0)
-    found = [
-        TimeFraction("computing", steps - waiting),
-        TimeFraction("waiting for data", waiting),
-        *aside,
-    ]
-    return [part for part in found if part.fraction > 0]
+    found = {"computing": steps - waiting, "waiting for data": waiting, **aside}
+    return {use: fraction for use, fraction in found.items() if fraction > 0}
 
 
 def log_intervals(run: Run) -> list[tuple[float, float]]:
@@ -58,14 +40,14 @@ def time_bar(run: Run) -> str:
     if not found:
         return ""
     bar = "".join(
-        f'<i class="f{k}" style="flex-grow:{part.fraction:.4f}"></i>'
-        for k, part in enumerate(found, 1)
+        f'<i class="f{k}" style="flex-grow:{fraction:.4f}"></i>'
+        for k, fraction in enumerate(found.values(), 1)
     )
     keys = "".join(
-        f'<li><i class="f{k}"></i>{escape(part.label)} <b>{format_percent(part.fraction)}</b></li>'
-        for k, part in enumerate(found, 1)
+        f'<li><i class="f{k}"></i>{escape(use)} <b>{format_percent(fraction)}</b></li>'
+        for k, (use, fraction) in enumerate(found.items(), 1)
     )
-    summary = ", ".join(f"{part.label} {format_percent(part.fraction)}" for part in found)
+    summary = ", ".join(f"{use} {format_percent(fraction)}" for use, fraction in found.items())
     return (
         '<figure class="spent"><figcaption>Use of time</figcaption>'
         f'<div class="bar" role="img" aria-label="{escape(summary)}">{bar}</div>'

@@ -85,14 +85,8 @@ class Executor:
                 continue
             if code == EXIT_STOPPED or self._time_is_up():
                 return Outcome.STOPPED
-            logger.error(
-                "%s, seed %d: %s ended with exit code %d; see %s",
-                run.row,
-                run.seed,
-                job.kind,
-                code,
-                run.folder / OUTPUT,
-            )
+            text = "%s, seed %d: %s ended with exit code %d; see %s"
+            logger.error(text, run.row, run.seed, job.kind, code, run.folder / OUTPUT)
             return Outcome.FAILED
         return Outcome.DONE
 

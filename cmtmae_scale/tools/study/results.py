@@ -109,7 +109,8 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
         ConfigError: a result that cannot be read, or results on different images.
     """
     features = study.evaluation.features
-    found = [read_run_result(run, features) for run in runs if is_evaluated(run)]
+    done = [run for run in runs if run.linear.exists() and run.knn.exists()]
+    found = [read_run_result(run, features) for run in done]
     by_images = {one.images: one for one in found}
     if len(by_images) > 1:
         places = " and ".join(str(one.run.linear) for one in by_images.values())
@@ -131,11 +132,6 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
         Comparison(*pair, test, corrected["/".join(pair)]) for pair, test in tests.items()
     ]
     return Results(rows, list(read_references(runs, features)), comparisons)
-
-
-def is_evaluated(run: Run) -> bool:
-    """Return whether both of a run's result files exist."""
-    return run.linear.exists() and run.knn.exists()
 
 
 def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult]) -> PairedTest | None:

@@ -10,13 +10,7 @@ SECOND = ("logistic", "k-NN k=10")
 
 
 def results_markdown(study: Study, results: Results, place: str) -> str:
-    """Return the table, the comparisons and the commands of each row.
-
-    Args:
-        study: the study file.
-        results: the collected results.
-        place: path of the study file, for the commands.
-    """
+    """Return the table, the comparisons and the commands of each row; ``place`` is the file."""
     other = "cls" if study.evaluation.features == "patches" else "patches"
     count = next((len(one.hits) for row in results.rows for one in row.found), 0)
     parts = [

@@ -10,9 +10,8 @@ import sys
 import tarfile
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from cmtmae_scale.errors import EXIT_DONE
 from cmtmae_scale.runtime.arguments import Parser
@@ -26,14 +25,6 @@ VAL_TARS, VAL_A_TAR = 5, 10
 """Number of tars, and images per class and tar: any subset of tars is balanced."""
 
 logger = logging.getLogger(__name__)
-
-
-class Sample(NamedTuple):
-    """One pair of tar members."""
-
-    key: str
-    jpeg: bytes
-    label: int
 
 
 def make_tiny_imagenet(arguments: Sequence[str] | None = None) -> int:
@@ -82,9 +73,7 @@ def write_subset(archive: Path, folder: Path) -> None:
     Every second class in the order of names, images 0 to 299 of each, 25 per tar; of the official
     validation images all 50 of each of these classes, 10 per tar. The JPEG bytes are kept.
 
-    Args:
-        archive: Tiny-ImageNet's zip.
-        folder: output folder; existing tars are replaced.
+    Existing tars are replaced.
 
     Raises:
         DataError: if the archive is not Tiny-ImageNet's.
@@ -94,31 +83,25 @@ def write_subset(archive: Path, folder: Path) -> None:
             names = sorted(opened.read(f"{ROOT}/wnids.txt").decode().split())
             labels = {name: label for label, name in enumerate(names[::2])}
             for tar in range(TRAIN_TARS):
-                numbers = range(tar * TRAIN_A_TAR, (tar + 1) * TRAIN_A_TAR)
-                write_samples(
-                    folder / f"train-{tar:02d}.tar", train_samples(opened, labels, numbers)
-                )
+                images = [
+                    (f"{ROOT}/train/{name}/images/{name}_{number}.JPEG", label)
+                    for number in range(tar * TRAIN_A_TAR, (tar + 1) * TRAIN_A_TAR)
+                    for name, label in labels.items()
+                ]
+                write_images(folder / f"train-{tar:02d}.tar", opened, images)
             files = validation_files(opened, labels)
             for tar in range(VAL_TARS):
-                numbers = range(tar * VAL_A_TAR, (tar + 1) * VAL_A_TAR)
-                write_samples(
-                    folder / f"val-{tar}.tar", val_samples(opened, labels, files, numbers)
-                )
+                images = [
+                    (f"{ROOT}/val/images/{files[name][number]}", label)
+                    for number in range(tar * VAL_A_TAR, (tar + 1) * VAL_A_TAR)
+                    for name, label in labels.items()
+                ]
+                write_images(folder / f"val-{tar}.tar", opened, images)
     except (OSError, LookupError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{archive}: is not Tiny-ImageNet's archive ({error}); delete it, or name another with "
             "--zip"
         ) from error
-
-
-def train_samples(
-    archive: zipfile.ZipFile, labels: Mapping[str, int], numbers: range
-) -> Iterator[Sample]:
-    """Yield training images of some numbers, all classes in turn."""
-    for number in numbers:
-        for name, label in labels.items():
-            file = f"{ROOT}/train/{name}/images/{name}_{number}.JPEG"
-            yield Sample(f"{name}_{number}", archive.read(file), label)
 
 
 def validation_files(archive: zipfile.ZipFile, labels: Mapping[str, int]) -> dict[str, list[str]]:
@@ -131,25 +114,12 @@ def validation_files(archive: zipfile.ZipFile, labels: Mapping[str, int]) -> dic
     return files
 
 
-def val_samples(
-    archive: zipfile.ZipFile,
-    labels: Mapping[str, int],
-    files: Mapping[str, Sequence[str]],
-    numbers: range,
-) -> Iterator[Sample]:
-    """Yield validation images of some indices within their class, all classes in turn."""
-    for number in numbers:
-        for name, label in labels.items():
-            file = files[name][number]
-            yield Sample(Path(file).stem, archive.read(f"{ROOT}/val/images/{file}"), label)
-
-
-def write_samples(file: Path, samples: Iterable[Sample]) -> None:
-    """Write a WebDataset tar, whole or not at all; the same samples give the same bytes."""
+def write_images(file: Path, archive: zipfile.ZipFile, images: Iterable[tuple[str, int]]) -> None:
+    """Write images and their labels as a WebDataset tar, whole or not at all, always the same."""
     with atomic_path(file) as draft, tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            for suffix, data in (("jpg", sample.jpeg), ("cls", str(sample.label).encode())):
-                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+        for path, label in images:
+            for suffix, data in (("jpg", archive.read(path)), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{Path(path).stem}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     logger.info("%s", file)

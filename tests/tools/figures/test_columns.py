@@ -8,8 +8,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.targets import TokenLayout, patchify, pixel_targets
-from cmtmae_scale.tools.figures.columns import place_on_grid, reconstruct
-from cmtmae_scale.tools.figures.components import principal_colours
+from cmtmae_scale.tools.figures.columns import place_on_grid, principal_colours, reconstruct
 
 SIDE, PATCH = 24, 8
 LENGTH = (SIDE // PATCH) ** 2

@@ -29,7 +29,7 @@ def test_a_sheet_has_a_row_per_image_and_a_column_per_kind() -> None:
         for column in range(3):
             top = MARGIN + TITLE + HEAD + row * (SIDE + GAP) + SIDE // 2
             left = MARGIN + column * (SIDE + GAP) + SIDE // 2
-            assert tuple(sheet[top, left]) == SHADES[2 * column]
+            assert tuple(sheet[top, left]) == tuple(SHADES[2 * column])
 
 
 def test_long_titles_stay_within_the_sheet() -> None:
