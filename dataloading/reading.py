@@ -37,6 +37,7 @@ class Decoder(Protocol):
 
     def submit(self, plan: Plan) -> None:
         """Begin to read and decode; returns at once."""
+        ...
 
     def collect(self) -> Views:
         """Wait for the oldest micro-batch that was submitted and not collected.
@@ -44,9 +45,11 @@ class Decoder(Protocol):
         Raises:
             ReadError: storage did not give one of its images; the next call has the next one.
         """
+        ...
 
     def close(self) -> None:
         """Stop all threads; nothing can be submitted or collected any more."""
+        ...
 
 
 class Reader:

@@ -28,9 +28,11 @@ class Source(Protocol):
         Raises:
             OSError: if it cannot be read.
         """
+        ...
 
     def close(self) -> None:
         """Close open files; no read may be in progress. May be repeated."""
+        ...
 
 
 class FolderSource:
