@@ -34,13 +34,7 @@ class Fault(NamedTuple):
 def find_undecodable(
     index: Index, threads: int, report_done: ReportDone, patience_s: float = 10.0
 ) -> list[Fault]:
-    """Decode everything, in index order.
-
-    Args:
-        index: the samples.
-        threads: threads, each of which uses one core.
-        report_done: called after every few samples.
-        patience_s: seconds for which a failed read is retried.
+    """Decode everything, in index order; each thread uses one core.
 
     Returns:
         The samples that a run would see as grey views or stop for, with reasons, in index order.
@@ -85,17 +79,7 @@ def find_undecodable(
 def map_in_order(
     pool: ThreadPoolExecutor, threads: int, work: Callable[[Piece], Result], pieces: Iterable[Piece]
 ) -> Iterator[Result]:
-    """Process pieces in threads, a bounded number ahead of the consumer.
-
-    Args:
-        pool: the threads.
-        threads: their number.
-        work: what is done with a piece.
-        pieces: taken one at a time.
-
-    Yields:
-        The results, in the order of the pieces.
-    """
+    """Process pieces in ``threads`` threads, a bounded number ahead of the consumer, in order."""
     waiting: deque[Future[Result]] = deque()
     for piece in pieces:
         waiting.append(pool.submit(work, piece))

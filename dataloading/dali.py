@@ -62,7 +62,6 @@ class _Work:
     views: list[Future[_Encoded]]
 
     def encoded(self) -> list[_Encoded]:
-        """Wait for all reads."""
         return [view.result() for view in self.views]
 
     def facts(self) -> NDArray[np.int64]:
@@ -274,10 +273,9 @@ class DaliDecoder:
         for sample, view in zip(ids, work.encoded(), strict=True):
             if sample in found and view.fault is not None:
                 self._bad[sample] = view.fault
-        logger.warning(
+        text = (
             "DALI could not decode %d of %d images of a micro-batch; they are replaced, and the "
-            "graph is built again",
-            len(found),
-            len(ids),
+            "graph is built again"
         )
+        logger.warning(text, len(found), len(ids))
         self._graph = self._build()

@@ -27,23 +27,8 @@ ENTRY = np.dtype(
     ]
 )
 EXTENSIONS = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".jp2",
-        ".avif",
-        ".ppm",
-        ".pgm",
-    }
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib"}
+    | {".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 100_000_000
 PROGRESS_S = 10.0
@@ -124,15 +109,9 @@ def map_in_threads(
     pieces: Sequence[Piece],
     progress: Callable[[Sequence[Result]], str],
 ) -> list[Result]:
-    """Examine pieces of a data set in threads, and log progress at intervals.
+    """Examine pieces of a data set in threads; return the results in the order of the pieces.
 
-    Args:
-        work: examines one piece.
-        pieces: all pieces.
-        progress: formats a message from the results so far.
-
-    Returns:
-        The results, in the order of ``pieces``.
+    ``progress`` formats a message from the results so far, which is logged at intervals.
     """
     Image.init()
     results: list[Result] = []

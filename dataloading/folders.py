@@ -56,8 +56,9 @@ def list_folder(root: Path) -> list[File]:
 
     files = Patience(PATIENCE_S).retry(listed, str(root))
     if all(file.fault is not None for file in files):
+        first = f" (but {files[0].name}: {files[0].fault})" if files else ""
         raise DataError(
-            f"{root}: no image files (.jpg, .png, .webp ...) found{_first_of(files)}; "
+            f"{root}: no image files (.jpg, .png, .webp ...) found{first}; "
             "set data.path to a folder of images, sub-folders are labels"
         )
     return files
@@ -72,7 +73,7 @@ def walk(
     one store; but not back to a folder above, and a link to nothing is yielded with its fault.
 
     Args:
-        folder: the folder to walk.
+        folder: the folder.
         prefix: put before every name.
         above: device and inode of the folders above.
 
@@ -109,12 +110,7 @@ def walk(
 
 
 def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findings:
-    """Read the headers of listed files.
-
-    Args:
-        root: the folder.
-        files: what ``list_folder`` found.
-        max_pixels: images with more pixels are excluded.
+    """Read the headers of listed files; images with more than ``max_pixels`` are excluded.
 
     Returns:
         Rows in the order of ``files``; labels are the folders directly under the root.
@@ -141,14 +137,8 @@ def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findin
     usable = [(f, r) for f, r in zip(files, examined, strict=True) if r.fault is None]
     if excluded:
         name, reason = excluded[0]
-        logger.warning(
-            "%s: %d of %d files are excluded; first: %s (%s)",
-            root,
-            len(excluded),
-            len(files),
-            name,
-            reason,
-        )
+        text = "%s: %d of %d files are excluded; first: %s (%s)"
+        logger.warning(text, root, len(excluded), len(files), name, reason)
         if not usable:
             raise DataError(
                 f"{root}: none of {len(files)} image files is usable; first: {name} ({reason}); "
@@ -168,20 +158,10 @@ def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findin
 def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
     """Hash keys and sizes (bytes, width, height) of all rows, sha256, hexadecimal."""
     total = hashlib.sha256(b"dataloading index 1\n")
-    rows = zip(
-        names,
-        entries["size"].tolist(),
-        entries["width"].tolist(),
-        entries["height"].tolist(),
-        strict=True,
-    )
-    for name, size, width, height in rows:
+    columns = (entries[column].tolist() for column in ("size", "width", "height"))
+    for name, size, width, height in zip(names, *columns, strict=True):
         total.update(encode_name(name) + b"\0%d %d %d\n" % (size, width, height))
     return total.hexdigest()
-
-
-def _first_of(files: Sequence[File]) -> str:
-    return f" (but {files[0].name}: {files[0].fault})" if files else ""
 
 
 def _examine(root: Path, file: File, max_pixels: int, patience: Patience) -> Examined:

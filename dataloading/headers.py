@@ -46,9 +46,6 @@ class _Short(HeaderError):
 def size_of_file(path: Path) -> tuple[int, int]:
     """Read width and height of an image file.
 
-    Args:
-        path: the file.
-
     Returns:
         (width, height) as stored, in pixels, both >= 1; EXIF orientation is not applied.
 
@@ -61,13 +58,7 @@ def size_of_file(path: Path) -> tuple[int, int]:
 
 
 def size_of_bytes(data: bytes) -> tuple[int, int]:
-    """Read width and height of an encoded image in memory.
-
-    Args:
-        data: the whole encoded image.
-
-    Returns:
-        (width, height) as in ``size_of_file``.
+    """Read (width, height), as in ``size_of_file``, of a whole encoded image in memory.
 
     Raises:
         HeaderError: if it is not a readable image.
@@ -76,15 +67,9 @@ def size_of_bytes(data: bytes) -> tuple[int, int]:
 
 
 def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
-    """Read width and height of an image within a file.
+    """Read (width, height), as in ``size_of_file``, of ``size`` bytes within an open file.
 
-    Args:
-        descriptor: open file, read at given places only: its own position does not move.
-        offset: first byte of the image.
-        size: bytes of the image.
-
-    Returns:
-        (width, height) as in ``size_of_file``.
+    Reads at given places only: the file's own position does not move.
 
     Raises:
         HeaderError: if it is not a readable image.

@@ -60,7 +60,6 @@ class Index:
         return len(self.entries)
 
     def open(self) -> Source:
-        """Return a reader of the samples' bytes."""
         if self.source == "webdataset":
             return TarSource(self.shards, self.entries)
         return FolderSource(self.root, self.names, self.entries)
@@ -100,9 +99,6 @@ def build_index(
         source: "folder", "webdataset", or "auto", which detects it.
         max_pixels: images with more pixels (width x height) are excluded.
 
-    Returns:
-        The index.
-
     Raises:
         DataError: if the data are missing, not what ``source`` says, or hold no usable image.
         ReadError: if storage fails for longer than reads are retried.
@@ -123,14 +119,7 @@ def load_or_build(
     names, sizes and modification times of all files (images or tars) and ``max_pixels`` are as they
     were. The entries of a kept index are mapped, so that processes share their memory.
 
-    Args:
-        path: as in ``build_index``.
-        directory: where the index is kept; made if it does not exist.
-        source: as in ``build_index``.
-        max_pixels: as in ``build_index``.
-
-    Returns:
-        The index.
+    ``directory`` is made if it does not exist; the other arguments are those of ``build_index``.
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.

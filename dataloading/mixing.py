@@ -72,9 +72,7 @@ def class_mixing(labels: NDArray[np.int32]) -> Mixing | None:
 def expected_labels(sizes: NDArray[np.int64], draws: int) -> float:
     """Mean number of different labels among draws without replacement.
 
-    Args:
-        sizes: samples of each label.
-        draws: at most their sum.
+    ``sizes`` counts the samples of each label; ``draws`` is at most their sum.
     """
     total = int(sizes.sum())
     absent = np.ones(len(sizes))  # probability that a label is not drawn
@@ -86,9 +84,7 @@ def expected_labels(sizes: NDArray[np.int64], draws: int) -> float:
 def require_mixed(index: Index, on_sorted: bool) -> None:
     """Refuse a data set whose neighbours are of one class, for ``data.shuffle=window``.
 
-    Args:
-        index: the samples.
-        on_sorted: warn only.
+    With ``on_sorted`` warn only.
 
     Raises:
         DataError: names the data set, the figures and what to do.

@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 from itertools import islice
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -103,12 +102,7 @@ class OnePass:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -156,9 +156,6 @@ class Pack:
     def create_record(self, excluded: Sequence[Fault]) -> PackRecord:
         """Write the record of a new pack.
 
-        Args:
-            excluded: samples that are not packed.
-
         Raises:
             DataError: if a label cannot be packed, nothing is left, or the folder cannot be
                 written.
@@ -180,11 +177,7 @@ class Pack:
     ) -> None:
         """Write and verify missing tars; verify finished tars.
 
-        Args:
-            record: from ``load_record`` or ``create_record``.
-            threads: reading threads.
-            max_pixels: as for the index.
-            report_done: called after every few samples with the number of packed samples.
+        ``report_done`` is called after every few samples with the number of packed samples.
 
         Raises:
             DataError: if the source does not give a sample, or the folder does not take or give
@@ -299,9 +292,6 @@ class Pack:
                 report_done(done)
                 yield sample
 
-        def fill(file: BinaryIO) -> None:
-            write_samples(file, count_samples(), total)
-
         def approve(draft: Path) -> None:
             fault = find_difference(draft, total.hexdigest(), last - first, max_pixels)
             if fault is not None:
@@ -310,7 +300,7 @@ class Pack:
                     "trust this storage, and name a folder on another"
                 )
 
-        self._publish(name, fill, approve)
+        self._publish(name, lambda file: write_samples(file, count_samples(), total), approve)
         return total.hexdigest()
 
     def _unwritable(self, error: OSError) -> DataError:

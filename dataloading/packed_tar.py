@@ -31,10 +31,7 @@ class Sample(NamedTuple):
 def write_samples(file: BinaryIO, samples: Iterable[Sample], total: Any) -> None:
     """Write a tar, ``KEY.jpg`` (or as the image's format is called) and ``KEY.cls``.
 
-    Args:
-        file: open for writing.
-        samples: in the order of the tar.
-        total: a hash that is updated with the samples, as in ``hash_samples``.
+    ``total`` is a hash that is updated with the samples, as in ``hash_samples``.
 
     Raises:
         OSError: if the file cannot be written.
@@ -50,14 +47,7 @@ def write_samples(file: BinaryIO, samples: Iterable[Sample], total: Any) -> None
 def find_difference(tar: Path, digest: str, number: int, max_pixels: int) -> str | None:
     """Read a tar back and return how it differs from what was written.
 
-    Args:
-        tar: the file.
-        digest: of the samples that were written.
-        number: of them.
-        max_pixels: as for the index.
-
-    Returns:
-        ``None`` if label and bytes of every sample are the same.
+    Returns ``None`` if label and bytes of all ``number`` samples have the given digest.
     """
     try:
         same = hash_samples(tar, number, max_pixels) == digest

@@ -39,15 +39,10 @@ class Patience:
         self._over = threading.Event()
 
     def end(self) -> None:
-        """End all retries."""
         self._over.set()
 
     def retry(self, read: Callable[[], Result], what: str) -> Result:
-        """Call ``read`` until it raises no ``OSError``, with pauses.
-
-        Args:
-            read: any read.
-            what: what is read, for the message.
+        """Call ``read`` until it raises no ``OSError``, with pauses; messages name ``what``.
 
         Raises:
             ReadError: if the read still fails when the time is over.

@@ -29,17 +29,7 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """Plans any positions, in any order.
-
-    Args:
-        index: the samples.
-        seed: of order, crops and flips.
-        scale: range of the crop's share of the area, within ``(0, 1]``.
-        ratio: range of the crop's width / height.
-        flip: flip half of the views horizontally.
-        count: number of distinct views per sample (view = epoch mod count); ``None``: view = epoch.
-        shuffle: "full", a fresh permutation each epoch; "window", one that reads few blocks at a
-            time; or "none", index order.
+    """Plans any positions, in any order; arguments as in ``Stream``.
 
     Raises:
         ValueError: for arguments out of range.
@@ -58,11 +48,8 @@ class Planner:
     ) -> None:
         if shuffle not in get_args(Shuffle):
             raise ValueError(f"shuffle is {shuffle!r}; expected one of {get_args(Shuffle)}")
-        self._index = index
-        self._seed = seed
+        self._index, self._seed, self._count, self._shuffle = index, seed, count, shuffle
         self._scale, self._ratio, self._flip = scale, ratio, flip
-        self._count = count
-        self._shuffle = shuffle
         crop_boxes(seed, [0], [0], [1], [1], scale, ratio)  # raise here, not at the first batch
 
     def __call__(self, positions: NDArray[np.int64]) -> Plan:

@@ -35,30 +35,16 @@ class Quarantine:
         self._read = 0  # bytes of the file that are known
 
     def add(self, sample_id: int, reason: str) -> bool:
-        """Record one failure and warn about it, unless it is recorded already.
-
-        Args:
-            sample_id: row of the index.
-            reason: what went wrong.
-
-        Returns:
-            Whether the sample was new.
-        """
+        """Record one failure and warn about it; return whether the sample was new."""
         name = self._index.names[sample_id]
         if name in self._names:
             return False
         file, offset = self._index.where(sample_id)
-        record = {
-            "sample_id": sample_id,
-            "name": name,
-            "path": str(file),
-            "offset": offset,
-            "reason": reason,
-        }
+        record = {"sample_id": sample_id, "name": name, "path": str(file), "offset": offset}
         is_new = True
         if self._path is not None:
             try:
-                is_new = self._append(self._path, name, json.dumps(record))
+                is_new = self._append(self._path, name, json.dumps(record | {"reason": reason}))
             except OSError as error:
                 logger.warning("%s: cannot be written: %s", self._path, error.strerror)
         self._names.add(name)
@@ -90,9 +76,8 @@ class Quarantine:
             try:
                 self._names.add(json.loads(line)["name"])
             except (ValueError, KeyError, TypeError):
-                logger.warning(
-                    "%s: a line is not readable and is skipped: %r", self._path, line[:80]
-                )
+                text = "%s: a line is not readable and is skipped: %r"
+                logger.warning(text, self._path, line[:80])
 
 
 def _lock(descriptor: int) -> None:

@@ -1,6 +1,7 @@
 """Which tar files are the shards of a data set, and what their samples are called."""
 
 import itertools
+import math
 import os
 import re
 import stat
@@ -119,10 +120,6 @@ class TarNames(Sequence[str]):
     """Names of samples in tars, made when they are asked for.
 
     ``tar -tvRf SHARD`` lists the member with its block: byte / 512 - 1 is that of its header.
-
-    Args:
-        shards: names of the tars.
-        entries: rows of the index.
     """
 
     def __init__(self, shards: Sequence[str], entries: NDArray[np.void]) -> None:
@@ -174,9 +171,7 @@ def _expand(path: Path) -> Iterator[str]:
     """Yield the file names that a pattern means."""
     pieces = _BRACES.split(str(path))  # texts at even places, insides of braces at odd ones
     choices = [_choices(path, piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
-    number = 1
-    for choice in choices:
-        number *= len(choice)
+    number = math.prod(map(len, choices))
     if number > _MAX_SHARDS:
         raise DataError(f"{path}: means {number} files; expected at most {_MAX_SHARDS}")
     for texts in itertools.product(*choices):

@@ -25,14 +25,7 @@ def draw_sheet(
 ) -> None:
     """Write the first 80 views of a run with these settings, fewer of a smaller data set.
 
-    Args:
-        index: the samples.
-        path: image to write; its extension says how.
-        seed: the run's.
-        scale: range of the crop's share of the area.
-        ratio: range of the crop's width / height.
-        flip: flip half of the views horizontally.
-        threads: reader and decoder threads.
+    The extension of ``path`` sets the format; the other arguments are those of ``Stream``.
 
     Raises:
         DataError: if the image cannot be written.

@@ -36,13 +36,7 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """One file per sample under one folder.
-
-    Args:
-        root: the folder.
-        names: paths relative to it, with ``/``, in index order.
-        entries: rows of the index.
-    """
+    """One file per sample under one folder; ``names`` are relative to it, in index order."""
 
     def __init__(
         self, root: str | os.PathLike[str], names: Sequence[str], entries: NDArray[np.void]
@@ -67,10 +61,6 @@ class TarSource:
 
     A tar is opened at the first read from it and stays open, for all threads, until ``close`` or
     the end of this object; reads beyond the first 512 tars open theirs for the moment.
-
-    Args:
-        shards: the tars.
-        entries: rows of the index.
     """
 
     def __init__(self, shards: Sequence[Path], entries: NDArray[np.void]) -> None:

@@ -44,14 +44,7 @@ class _DamageError(Exception):
 
 
 def find_tar_problem(descriptor: int, size: int) -> str | None:
-    """Return what is wrong with the start of a file that should be a tar.
-
-    Args:
-        descriptor: open file.
-        size: bytes of it.
-
-    Returns:
-        ``None`` for a tar, else what was found.
+    """Return what is wrong with the start of an open file of ``size`` bytes; ``None`` for a tar.
 
     Raises:
         OSError: if the file cannot be read.
@@ -74,11 +67,7 @@ def list_members(descriptor: int, size: int) -> Iterator[Member]:
     """Walk the headers of a tar: ustar, GNU, pax and the old format without a magic.
 
     Folders, links and devices are skipped. At damage a last ``Member`` with a fault is yielded;
-    no data are read but those of extended headers.
-
-    Args:
-        descriptor: open file, read at given places only.
-        size: bytes of it.
+    no data are read but those of extended headers. ``size`` is that of the open file, in bytes.
 
     Raises:
         OSError: if the file cannot be read.
@@ -147,9 +136,7 @@ class _Extensions:
             is_sparse = any(key.startswith(b"GNU.sparse.") for key in pax)
             if b"size" in pax:
                 length = _pax_size(pax[b"size"])
-        if self._own:
-            self._own = {}
-        self._long_name = b""
+        self._own, self._long_name = {}, b""
         return name, length, is_sparse
 
 

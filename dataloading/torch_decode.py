@@ -51,12 +51,12 @@ _UNUSED = 3  # references to a buffer: the list's, the loop's and that of the co
 
 
 class TorchDecoder:
-    """A thread a view: read, decode, crop and resize straight into the batch.
+    """A thread per view: read, decode, crop and resize straight into the batch.
 
     Args:
-        reader: where bytes come from; closed with this object.
+        reader: closed with this object.
         sizes: sides of the images.
-        threads: threads, each of which uses one core.
+        threads: each uses one core.
         pin: put the batches into pinned memory.
     """
 

@@ -109,8 +109,8 @@ def centre_boxes(widths: ArrayLike, heights: ArrayLike, share: float) -> Boxes:
     """Cut the square in the middle: what is left after resizing the shorter side and cropping.
 
     Args:
-        widths: widths of the images, pixels, ``[B]``.
-        heights: heights of the images, pixels, ``[B]``.
+        widths: pixels, ``[B]``.
+        heights: pixels, ``[B]``.
         share: the square's side by the shorter side, in ``(0, 1]``; 224 / 256 is the field's usual.
 
     Returns:

@@ -39,11 +39,7 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
 
     The key of a member is its name up to the first dot behind the last slash; the image of a sample
     is its first member whose extension is one of an image, its label the text of ``KEY.cls``.
-
-    Args:
-        path: what the user calls the data set.
-        shards: the tars in order.
-        max_pixels: images with more pixels are excluded.
+    Images with more than ``max_pixels`` are excluded; messages name ``path``.
 
     Returns:
         Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members,
@@ -67,15 +63,8 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
     excluded = tuple(fault for samples in found for fault in samples.excluded)
     entries = np.concatenate([samples.entries for samples in found])
     if excluded:
-        name, reason = excluded[0]
-        logger.warning(
-            "%s: %d images, %d members excluded or damaged; first: %s (%s)",
-            path,
-            len(entries),
-            len(excluded),
-            name,
-            reason,
-        )
+        text = "%s: %d images, %d members excluded or damaged; first: %s (%s)"
+        logger.warning(text, path, len(entries), len(excluded), *excluded[0])
     if not len(entries):
         first = f"; first problem: {excluded[0][0]} ({excluded[0][1]})" if excluded else ""
         raise DataError(
@@ -98,13 +87,7 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
 def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[np.void]) -> str:
     """Hash names and sizes of shards and, of all rows, place, bytes, width and height.
 
-    Args:
-        names: of the shards.
-        sizes: of the shards, bytes.
-        entries: rows of the index.
-
-    Returns:
-        sha256, hexadecimal.
+    Returns the sha256, hexadecimal.
     """
     total = hashlib.sha256(b"dataloading index of tars 1\n")
     for name, size in zip(names, sizes, strict=True):

@@ -84,7 +84,7 @@ class Zero:
         lr_scale: LrScale = unscaled,
     ) -> None:
         check_version()
-        quiet_deepspeed()
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if device.type == "cpu":
             # Else the first launch compiles a shared-memory collective for minutes.
             cast(Any, deepspeed.ops).__compatible_ops__ = {}
@@ -130,20 +130,13 @@ class Zero:
         """Shard the EMA weights in float32 like the student's weights."""
         names = [name for name, _ in momentum_encoder.named_parameters()]
         self.averaged = [n for n in names if ENCODER + n in self.shards]
-        self.unaveraged = {
-            name: self.frozen[ENCODER + name].clone()
-            for name in names
-            if ENCODER + name in self.frozen
-        }
-        ranges = [self.shards[ENCODER + name] for name in self.averaged]
-        shards = [
-            Shard(name, own.offset, own.length)
-            for name, own in zip(self.averaged, ranges, strict=True)
-        ]
-        ema_device = ranges[0].flat.device
-        self.momentum = GatheredMomentum(
-            momentum_encoder.to(device), shards, self.dtype, ema_device
-        )
+        frozen = [n for n in names if ENCODER + n in self.frozen]
+        self.unaveraged = {n: self.frozen[ENCODER + n].clone() for n in frozen}
+        ranges = {n: self.shards[ENCODER + n] for n in self.averaged}
+        shards = [Shard(n, own.offset, own.length) for n, own in ranges.items()]
+        ema_device = ranges[self.averaged[0]].flat.device
+        module = momentum_encoder.to(device)
+        self.momentum = GatheredMomentum(module, shards, self.dtype, ema_device)
 
     def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; stages 2 and 3 reduce gradients at every micro-step."""
@@ -243,11 +236,6 @@ def check_version() -> None:
             f"backend.name=deepspeed: DeepSpeed {found} is installed, but weights are read through "
             f"private names of {TESTED}.*; install the extra deepspeed, or use backend.name=fsdp"
         )
-
-
-def quiet_deepspeed() -> None:
-    """Silence DeepSpeed's log below warnings."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 def gather_by_block(model: nn.Module) -> None:

@@ -219,12 +219,10 @@ class Builder:
         return calibrate(features())
 
     def split_rows(self, rows: Rows) -> list[Rows]:
-        """Split rows into micro-batches."""
         size = self.config.train.micro_batch_size
         return [rows[at : at + size] for at in range(0, len(rows), size)]
 
     def plan_rows(self, rows: Rows) -> Plan:
-        """Return the crop plan of some rows."""
         if self.keyed == "positions":
             return self.planner(rows)
         count = self.config.views.views_per_image or 1
@@ -280,7 +278,6 @@ class Builder:
         return fields | {"valid": found.valid.to(torch.uint8)}
 
     def close(self) -> None:
-        """Stop the threads."""
         self.decoder.close()
         self.reader.close()
 

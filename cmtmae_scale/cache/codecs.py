@@ -36,7 +36,6 @@ class Calibration(NamedTuple):
     """Standard deviation per channel, ``[F]`` float32, above 0."""
 
     def to(self, device: torch.device) -> "Calibration":
-        """Return a copy on a device."""
         return Calibration(self.mean.to(device), self.std.to(device))
 
 
@@ -213,7 +212,6 @@ class Agreement(NamedTuple):
         return features and (self.distance is None or self.distance <= bounds.distance)
 
     def __str__(self) -> str:
-        """Format for messages."""
         numbers = [] if self.cosine is None else [f"standardised cosine {self.cosine:.5f}"]
         if self.distance is not None:
             numbers.append(f"distance of attention maps {self.distance:.5f}")

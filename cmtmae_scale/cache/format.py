@@ -72,7 +72,6 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the content."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     @property
@@ -86,7 +85,6 @@ class Manifest:
         return -(-self.num_rows // self.rows_per_shard)
 
     def shard_rows(self, shard: int) -> range:
-        """Return the row numbers of a shard."""
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.num_rows))
 

@@ -201,7 +201,6 @@ class CacheReader:
         self._open.clear()
 
     def shard_of(self, row: int) -> int:
-        """Return the shard that holds a row."""
         return row // self.manifest.rows_per_shard
 
     def _fill_row(self, row: int, fields: dict[str, Tensor], at: int) -> str | None:

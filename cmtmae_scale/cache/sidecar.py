@@ -146,15 +146,7 @@ def run_sidecar(
 ) -> bool:
     """Compute the shards that a run needs next; return whether the run is complete.
 
-    Args:
-        config: the run's.
-        run_dir: the run's folder.
-        index_folder: folder of its index.
-        stripe: number of this process, and how many share the shards.
-        device: where the teacher computes.
-        ahead: shards ahead of the run.
-        rows_per_shard: of a cache that is begun here.
-        patience_s: see ``Sidecar``.
+    ``rows_per_shard`` holds for a cache that is begun here; see ``Sidecar`` for the others.
 
     Raises:
         CacheError: a folder that holds another cache, or a store that refuses a shard.
@@ -197,11 +189,8 @@ def build_ahead(builder: Builder, sidecar: Sidecar) -> None:
         sidecar.delete_behind()  # including the shard that was being written
         logger.info("%s is complete", sidecar.run_dir)
     else:
-        logger.warning(
-            "%s has made no progress for %.0f s; run the same command again when it does",
-            sidecar.run_dir,
-            sidecar.patience_s,
-        )
+        text = "%s has made no progress for %.0f s; run the same command again when it does"
+        logger.warning(text, sidecar.run_dir, sidecar.patience_s)
 
 
 def delete_shards_before(folder: Path, first: int) -> None:

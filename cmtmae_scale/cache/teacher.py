@@ -123,7 +123,6 @@ class CachedTeacher:
         return None if self.online is None else self.online.image_size
 
     def submit(self, plan: Plan) -> None:
-        """Start to read the rows of a plan."""
         self.reader.submit(plan)
 
     def close(self) -> None:
@@ -239,7 +238,6 @@ class SidecarTeacher:
 
     @property
     def image_size(self) -> int | None:
-        """The online teacher's."""
         return self.online.image_size
 
     def open_cached(self) -> CachedTeacher:
@@ -285,6 +283,5 @@ class SidecarTeacher:
         return round_view(self.online.forward_batch(batch), codec, calibration)
 
     def close(self) -> None:
-        """Stop reading."""
         if self.cached is not None:
             self.cached.close()

@@ -84,7 +84,6 @@ class Comparison:
         )
 
     def __str__(self) -> str:
-        """Format for the command's output."""
         lines = [f"computed again: {self.rows} rows"]
         if self.features is not None:
             for name, values in zip(("raw", "standardised"), self.features, strict=True):

@@ -123,11 +123,9 @@ class ChunkReader:
         return values
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape."""
         return tuple(self.index[key]["shape"])
 
     def read_tensor(self, key: str) -> Tensor:
-        """Read a whole tensor in its own shape."""
         shape = self.shape(key)
         return self.read_values(key, 0, math.prod(shape)).reshape(shape)
 

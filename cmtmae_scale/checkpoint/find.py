@@ -14,12 +14,8 @@ logger = logging.getLogger(__name__)
 def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
     """Return the newest checkpoint that every rank verifies; name and skip broken ones.
 
-    All ranks check rank 0's list; each rank reads its share of the files.
-
-    Args:
-        root: ``RUN_DIR/checkpoints``.
-        rank: this rank.
-        world_size: number of ranks.
+    All ranks check rank 0's list; each rank reads its share of the files. ``root`` is
+    ``RUN_DIR/checkpoints``.
 
     Returns:
         The checkpoint's folder, or ``None`` if the run has never written one.
@@ -52,10 +48,6 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
 def find_resume_checkpoint(run_dir: Path, world: World) -> Path | None:
     """Remove what killed launches left behind, and find the newest checkpoint; a collective.
 
-    Args:
-        run_dir: the run's folder.
-        world: this process's rank and world size.
-
     Raises:
         CheckpointError: see ``find_checkpoint``.
     """
@@ -65,15 +57,3 @@ def find_resume_checkpoint(run_dir: Path, world: World) -> Path | None:
         layout.sweep(root)
     barrier()
     return find_checkpoint(root, world.rank, world.world_size)
-
-
-def require_checkpoint(root: Path) -> Path:
-    """Return the newest intact checkpoint of a run that may be in progress; for one process.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    folder = find_checkpoint(root, 0, 1)
-    if folder is None:
-        raise CheckpointError(f"{root}: no checkpoint yet; train first")
-    return folder

@@ -6,9 +6,6 @@ Supported are the names of timm's VisionTransformer, of MAE's public code (timm'
 Runs once, on the CPU, before the first step of a new run.
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-# timm and parts of torch are only partly typed.
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -52,11 +52,7 @@ def rank_file(rank: int) -> str:
 
 
 def format_manifest(files: dict[str, Any]) -> str:
-    """Return a manifest's text; a manifest with any other spelling is damaged.
-
-    Args:
-        files: size and SHA-256 by name.
-    """
+    """Return a manifest's text from size and SHA-256 by name; any other spelling is damaged."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
@@ -157,9 +153,7 @@ def prune(root: Path, keep: int, step: int) -> None:
 def sweep(root: Path, spare: Path | None = None) -> None:
     """Delete drafts and half-deleted folders of killed processes; restore what they moved aside.
 
-    Args:
-        root: folder of the checkpoints.
-        spare: a draft that is being written.
+    ``spare`` is a draft that is being written.
     """
     for aside in root.glob(".replaced-*"):
         target = aside.with_name(aside.name.removeprefix(".replaced-"))

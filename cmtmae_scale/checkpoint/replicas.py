@@ -18,10 +18,6 @@ def verify_replicas(step: int, fragments: Mapping[str, Fragment]) -> None:
     ``backend.sharding=full`` and with DeepSpeed ZeRO no two ranks hold the same ranges, and nothing
     is compared.
 
-    Args:
-        step: for the message.
-        fragments: this rank's fragment of every tensor.
-
     Raises:
         ReplicaError: on every rank, with the ranks that differ from the others.
     """

@@ -34,12 +34,12 @@ ENCODERS = {"student": "model.encoder.", "momentum": "momentum."}
 def publish_checkpoint(
     draft: Path, target: Path, shards: dict[str, Any], state: dict[str, Any]
 ) -> None:
-    """Add index, state, encoder and manifest to the shards, and rename the folder.
+    """Add index, state, encoder and manifest to the shards, and rename ``draft`` to ``target``.
 
     Args:
         draft: folder with every rank's shard.
         target: the checkpoint's folder.
-        shards: size and SHA-256 of every shard, from ``await_shards``.
+        shards: from ``await_shards``.
         state: what is saved beside tensors; ``format`` is added.
 
     Raises:

@@ -87,12 +87,8 @@ class Writer:
         self.failed = False
         self.abandoned.clear()
         self.shard_done.clear()
-        self.thread = threading.Thread(
-            target=self.write,
-            args=(step, copy_to_host(fragments), state),
-            name="checkpoint",
-            daemon=True,
-        )
+        work = (step, copy_to_host(fragments), state)
+        self.thread = threading.Thread(target=self.write, args=work, name="checkpoint", daemon=True)
         self.thread.start()
         if not self.background:
             self.wait()
@@ -127,13 +123,12 @@ class Writer:
         """Free the space of a failed save, and warn once."""
         if self.rank == 0:
             layout.remove(draft)
-            logger.warning(
+            text = (
                 "checkpoint %s could not be written (%s); training continues and the older "
                 "checkpoints are unchanged; check space, quota and permissions there; the next "
-                "save is at the next interval",
-                target,
-                error,
+                "save is at the next interval"
             )
+            logger.warning(text, target, error)
             return
         try:
             mark_shard_failed(draft, self.rank, str(error))
@@ -171,11 +166,7 @@ class Writer:
         self.settle()
 
     def close(self, grace_s: float = 60.0) -> None:
-        """Finish a save in progress, without waiting long for ranks that may have died.
-
-        Args:
-            grace_s: seconds for the other ranks' shards to arrive.
-        """
+        """Finish a save in progress, but wait at most ``grace_s`` for ranks that may have died."""
         if self.thread is not None:
             self.thread.join(grace_s)
             self.abandoned.set()
@@ -211,19 +202,13 @@ def open_writer(
     Args:
         run_dir: the run's folder.
         world: this process's rank and world size.
-        settings: how many checkpoints are kept, and whether they are written in the background.
+        settings: the config's group.
         saved_step: step whose checkpoint exists already, if it need not be saved again.
         stack: closes the writer.
     """
     token = broadcast_int(int(torch.randint(2**62, (), dtype=torch.int64).item()))
-    writer = Writer(
-        run_dir / "checkpoints",
-        world.rank,
-        world.world_size,
-        settings.keep,
-        settings.background,
-        token,
-    )
+    root, keep, background = run_dir / "checkpoints", settings.keep, settings.background
+    writer = Writer(root, world.rank, world.world_size, keep, background, token)
     writer.saved_step = saved_step
     stack.callback(writer.close)
     return writer

@@ -37,7 +37,6 @@ class BatchPlan(NamedTuple):
     accumulation: int
 
     def __str__(self) -> str:
-        """The derivation, as it is logged."""
         return (
             f"{self.global_batch_size} = {self.micro_batch_size} micro x {self.world_size} ranks "
             f"x {self.accumulation} accumulation"

@@ -101,11 +101,6 @@ class LayeredOptimizer:
     """Learning rate of the head at the end, before the layers' factors."""
 
 
-def mae_batch_size() -> Train:
-    """Return the batch size of MAE's recipe."""
-    return Train(global_batch_size=1024, micro_batch_size=128)
-
-
 @dataclass
 class TuningLog:
     """How often progress is reported."""
@@ -128,7 +123,9 @@ class Finetune:
     """Views."""
     optimizer: LayeredOptimizer = field(default_factory=LayeredOptimizer)
     """Optimizer."""
-    train: Train = field(default_factory=mae_batch_size)
+    train: Train = field(
+        default_factory=lambda: Train(global_batch_size=1024, micro_batch_size=128)
+    )
     """Length and batch size."""
     backend: Backend = field(default_factory=Backend)
     """Sharding and precision."""

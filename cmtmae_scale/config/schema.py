@@ -24,7 +24,6 @@ class Range(NamedTuple):
     """Whether the numbers of a tuple must not decrease."""
 
     def allows(self, value: float) -> bool:
-        """Whether a number lies within the range."""
         return (
             (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
@@ -33,7 +32,6 @@ class Range(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """The requirement, as an error message states it."""
         low, high = self.at_least, self.at_most
         if high is None and self.below is None:
             return "must not be negative" if low == 0 else f"must be above {self.above:g}"
@@ -565,16 +563,10 @@ class Trained(Protocol):
     guard: Guard
 
     @property
-    def data(self) -> Any:
-        """Images."""
-        ...
+    def data(self) -> Any: ...
 
     @property
-    def log(self) -> Any:
-        """Logs."""
-        ...
+    def log(self) -> Any: ...
 
     @property
-    def optimizer(self) -> AdamWSettings:
-        """AdamW."""
-        ...
+    def optimizer(self) -> AdamWSettings: ...

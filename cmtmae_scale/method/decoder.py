@@ -149,7 +149,6 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=EPS)
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """Blocks in the order of the forward, for wrapping and compiling."""
         return list(self.blocks)
 
     def embed_context(self, tokens: Tensor, choice: PatchChoice) -> Tensor:
@@ -256,7 +255,6 @@ class NoDecoder(nn.Module):
         self.layout = layout
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """Return no blocks."""
         return []
 
     def forward(self, tokens: Tensor, choice: PatchChoice) -> Tensor:

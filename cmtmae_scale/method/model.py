@@ -75,7 +75,6 @@ class CollaborativeMAE(nn.Module):
         return self.heads(self.decoder(tokens, choice))
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """Blocks of encoder and decoder in the order of the forward, for wrapping and compiling."""
         return self.encoder.transformer_blocks() + self.decoder.transformer_blocks()
 
     def set_activation_checkpointing(self, enabled: bool) -> None:

@@ -61,7 +61,6 @@ class Student(VisionTransformer):
         return self.patch_embed.patch_size[0]
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """Blocks in the order of the forward, for wrapping and compiling."""
         return list(self.blocks)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - masks, not attn_mask

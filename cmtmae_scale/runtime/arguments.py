@@ -28,7 +28,6 @@ class Parser(argparse.ArgumentParser):
         self.hint = hint
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and message, then exit."""
         self.print_usage(sys.stderr)
         self.exit(EXIT_CONFIG, f"{self.prog}: {self.with_hint(message)}\n")
 

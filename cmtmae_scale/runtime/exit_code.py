@@ -42,12 +42,10 @@ class ExitReport:
         self.write("")
 
     def write(self, text: str) -> None:
-        """Replace the report."""
         if self.file is not None:
             write_atomic(self.file, text, durable=False)
 
     def leave(self, code: int) -> None:
-        """Report the exit code."""
         self.write(str(code))
 
 

@@ -41,7 +41,7 @@ def hold_run(
     """Hold a run's folder; all ranks wait until rank 0 has taken the lock.
 
     Args:
-        run_dir: the folder; created if it is absent.
+        run_dir: created if it is absent.
         rank: this rank.
         beat_s: seconds between heartbeats.
         patience_s: seconds without a heartbeat after which a holder on another host counts as dead.
@@ -199,11 +199,8 @@ def await_holder(run_dir: Path, path: Path, me: dict[str, Any], patience_s: floa
         first = first or (seen if holder else None)
         if dead:
             if not (holder or {}).get("released"):
-                logger.warning(
-                    "taking over run.output_dir=%s from %s, which is dead",
-                    run_dir,
-                    format_holder(holder),
-                )
+                text = "taking over run.output_dir=%s from %s, which is dead"
+                logger.warning(text, run_dir, format_holder(holder))
             return
         if dead is False or (holder and seen != first):
             raise ConfigError(
@@ -211,12 +208,8 @@ def await_holder(run_dir: Path, path: Path, me: dict[str, Any], patience_s: floa
                 "choose another run.output_dir"
             )
         if not warned:
-            logger.warning(
-                "run.output_dir=%s was held by %s; watching for %.0f s whether it is alive",
-                run_dir,
-                format_holder(holder),
-                patience_s,
-            )
+            text = "run.output_dir=%s was held by %s; watching for %.0f s whether it is alive"
+            logger.warning(text, run_dir, format_holder(holder), patience_s)
             warned = True
         time.sleep(min(0.5, patience_s / 20))
     logger.warning("taking over run.output_dir=%s: no heartbeat for %.0f s", run_dir, patience_s)

@@ -6,14 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 LAUNCHERS = frozenset(
-    [
-        "torchrun",
-        "torch.distributed.run",
-        "torch.distributed.launch",
-        "deepspeed",
-        "deepspeed.launcher.launch",
-        "supervise.py",
-    ]
+    {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
+    | {"deepspeed", "deepspeed.launcher.launch", "supervise.py"}
 )
 """Programs that launch ranks, by file or module."""
 

@@ -33,9 +33,6 @@ def write_atomic(path: Path, data: str | bytes, durable: bool = True) -> dict[st
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-write_text = write_atomic  # callers of the old name; goes with the last of them
-
-
 def drop_from_memory(path: Path) -> float | None:
     """Drop a file's pages from the page cache, so that the next read comes from storage.
 

@@ -60,9 +60,6 @@ class Teacher(TeacherSource, Protocol):
 
     Attributes:
         model: the network (its parameters are counted).
-        width: F, channels of the features.
-        has_cls: whether the features begin with a class token.
-        image_size: S in pixels.
         grid: rows and columns of the attention maps and features: the student's.
         mean: mean of each channel that the network expects, of pixels in [0, 1].
         std: standard deviation of each channel.

@@ -40,8 +40,7 @@ class TeacherOutputs(NamedTuple):
                 f"attention.layers={list(layers)}: attention.source=pool reads the pooling head, "
                 "not a block; set attention.layers=[-1]"
             )
-        attention: tuple[int, ...] = ()
-        features: tuple[int, ...] = ()
+        attention = features = ()
         if needs.teacher_attention:
             attention = resolve_teacher_layers(layers, depth, "attention.layers")
         if needs.teacher_features:
@@ -93,18 +92,15 @@ class OnlineTeacher:
         self.model = tower.model.eval().requires_grad_(False)
         self.image_size = image_size
         self.grid = grid
-        self.mean = tower.mean
-        self.std = tower.std
-        self.has_cls = tower.has_cls
+        self.mean, self.std, self.has_cls = tower.mean, tower.std, tower.has_cls
         self.width = tower.width(outputs.feature if outputs.feature_layers else "block")
         if tower.grid != grid:
-            logger.warning(
+            theirs, ours = ("x".join(map(str, each)) for each in (tower.grid, grid))
+            text = (
                 "teacher.image_size=%d gives a grid of %s, the student has %s: attention maps and "
-                "features are resized; remove teacher.image_size to make the grids equal",
-                image_size,
-                "x".join(map(str, tower.grid)),
-                "x".join(map(str, grid)),
+                "features are resized; remove teacher.image_size to make the grids equal"
             )
+            logger.warning(text, image_size, theirs, ours)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -219,14 +219,7 @@ def resize_positions(state: dict[str, Tensor], visual: nn.Module, path: str) -> 
 
 
 class OpenClipTower(Tower):
-    """open_clip's plain ``VisionTransformer``.
-
-    Args:
-        visual: the tower.
-        mean: mean of each channel.
-        std: standard deviation of each channel.
-        source: entries of the fingerprint.
-    """
+    """open_clip's plain ``VisionTransformer``; see ``Tower`` for the attributes."""
 
     num_prefix = 1
     has_cls = True
@@ -238,14 +231,11 @@ class OpenClipTower(Tower):
         std: tuple[float, ...],
         source: dict[str, object],
     ) -> None:
-        self.model = visual
-        self.visual = visual
+        self.model = self.visual = visual
         self.blocks = list(visual.transformer.resblocks)
         rows, columns = visual.grid_size
         self.grid = (rows, columns)
-        self.mean = mean
-        self.std = std
-        self.source = source
+        self.mean, self.std, self.source = mean, std, source
 
     def embed(self, images: Tensor) -> Tensor:
         """Embed patches, add class token and positions, apply the norm before the blocks."""
@@ -273,11 +263,9 @@ class OpenClipTower(Tower):
         raise TeacherError("attention.source=pool: plain open_clip towers have no pooling head")
 
     def norm(self, tokens: Tensor) -> Tensor:
-        """Apply ``ln_post``."""
         return self.visual.ln_post(tokens)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Multiply by ``proj``."""
         projection = self.visual.proj
         if projection is None:
             raise TeacherError("teacher.feature=proj: the tower has no projection; use ln_post")
@@ -300,9 +288,6 @@ class OpenClipTower(Tower):
 
 class OpenClipSource:
     """Find and build a tower.
-
-    Args:
-        config: the teacher's settings.
 
     Raises:
         TeacherError: for an unknown or unsupported model, or an activation that is not given.

@@ -31,17 +31,10 @@ CLASSIFIER = ("head.", "head_dist.")
 
 
 class TimmTower(Tower):
-    """timm's ``VisionTransformer``.
-
-    Args:
-        vit: the model, without classifier.
-        name: its name, for messages.
-        source: entries of the fingerprint.
-    """
+    """timm's ``VisionTransformer``, without classifier; see ``Tower`` for the attributes."""
 
     def __init__(self, vit: VisionTransformer, name: str, source: dict[str, object]) -> None:
-        self.model = vit
-        self.vit = vit
+        self.model = self.vit = vit
         self.name = name
         self.blocks = list(vit.blocks)
         rows, columns = vit.patch_embed.grid_size
@@ -140,9 +133,6 @@ class TimmTower(Tower):
 
 class TimmSource:
     """Find and build a model.
-
-    Args:
-        config: the teacher's settings.
 
     Raises:
         TeacherError: for an unknown model or tag, or a model that is not a VisionTransformer.
@@ -263,9 +253,7 @@ class TimmSource:
             return self.create(pretrained=True)
         except TeacherError:
             raise
-        except (
-            Exception
-        ) as error:  # each transport has its own errors; all end the run with the remedy
+        except Exception as error:  # each transport has its own; all end the run with the remedy
             first = str(error).strip().split("\n")[0]
             raise TeacherError(
                 f"teacher.weights={self.tag} cannot be downloaded ({type(error).__name__}: "

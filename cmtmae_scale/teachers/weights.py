@@ -16,6 +16,7 @@ from cmtmae_scale.errors import TeacherError
 PICKLED = (".pt", ".pth", ".bin")
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
+"""What model wrappers add to every name."""
 TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks.0.ln_1.weight")
 
 
@@ -62,7 +63,11 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
                 f"{where}: {name!r} is a {type(value).__name__}, not a tensor; "
                 "save model.state_dict() alone"
             )
-    return strip_prefixes(dict(state))
+    tensors = dict(state)
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
 
 
 def read_pickled(path: Path, key: str) -> object:
@@ -90,14 +95,6 @@ def is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(Path(name).name == "constants.pkl" for name in archive.namelist())
-
-
-def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop prefixes that model wrappers add to every name."""
-    for prefix in PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name[len(prefix) :]: value for name, value in state.items()}
-    return state
 
 
 def keep_blocks(state: dict[str, Tensor], prefix: str, depth: int) -> dict[str, Tensor]:

@@ -90,4 +90,4 @@ def test_shuffled_and_unlabelled_shards_are_accepted(tmp_path: Path, picture, ca
     assert "shuffled: 6 neighbours have 2.0 labels" in caplog.text
     (tmp_path / "two").mkdir()
     require_mixed(build_index(write_shards(tmp_path / "two", picture, [""] * 20)), False)
-    assert "no labels that could tell" in caplog.text
+    assert "no labels that show" in caplog.text
