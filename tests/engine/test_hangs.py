@@ -13,8 +13,8 @@ import pytest
 
 from cmtmae_scale.engine import watchdog
 from cmtmae_scale.engine.watchdog import SLOW_STAGE_FACTOR, Place, Watchdog
-from cmtmae_scale.runtime.lock import this_process
-from cmtmae_scale.runtime.processes import status
+from cmtmae_scale.runtime.lock import identify_process
+from cmtmae_scale.runtime.processes import process_status
 from tests.engine.fault_case import command_on_ranks, incidents
 from tests.engine.run_case import TASKS, write_task_recipe
 from tests.processes import run_ranks, started
@@ -82,7 +82,7 @@ def test_a_neighbour_that_dies_is_seen_without_any_collective(
     ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
     neighbour = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    me, started_at = this_process(), status(neighbour.pid)
+    me, started_at = identify_process(), process_status(neighbour.pid)
     assert started_at is not None
     other = me | {"pid": neighbour.pid, "started": started_at.started}
     elsewhere = me | {"pids": "another machine", "pid": 1, "started": 0}
@@ -113,7 +113,7 @@ def test_late_ranks_are_named_by_what_they_tell(
 ) -> None:
     """No clock of another machine is read: a heartbeat that changes is one."""
     (tmp_path / "heartbeats").mkdir()
-    me = this_process()
+    me = identify_process()
     watching, _ = dog(tmp_path, [me | {"pids": str(n)} for n in range(3)], 1.0, Place())
     watching.place.enter("compute", 7, 1)
     counts = iter(range(1, 1000))

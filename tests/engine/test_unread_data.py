@@ -86,7 +86,7 @@ def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
     assert reason.startswith(
         f"step {step + 1} was not taken: data could not be read on ranks {rank}: "
     )
-    assert "No such file or directory" in reason and reason.endswith("then start again")
+    assert "No such file or directory" in reason and reason.endswith("then launch again")
     assert [was_without for *_, was_without in outcomes] == [k == rank for k in range(2)]
     assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == f"step-{step:08d}"
     assert not (run_dir / "quarantine.jsonl").exists()

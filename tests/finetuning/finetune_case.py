@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,12 @@ def write_encoder(file: Path, seed: int) -> None:
     save_file(student.state_dict(), file)
 
 
-def arguments(recipe: Path, *overrides: str, encoder: str = "encoder.safetensors") -> list[str]:
-    """Command line of ``cmtmae finetune``."""
+def arguments(
+    recipe: Path, *overrides: str, encoder: str = "encoder.safetensors", words: Sequence[str] = ()
+) -> list[str]:
+    """Command line of ``cmtmae finetune``; ``words`` name the encoder in place of a file."""
     given = ["--checkpoint", str(recipe.parent / encoder), "--arch", "test_vit"]
-    return ["--config", str(recipe), *given, *overrides]
+    return ["--config", str(recipe), *(words or given), *overrides]
 
 
 def make_task(recipe: Path, overrides: list[str], world: World, device: torch.device) -> Any:
@@ -78,7 +81,9 @@ def make_task(recipe: Path, overrides: list[str], world: World, device: torch.de
     return Finetuning(config, given, open_encoder, world, device)
 
 
-def tune(recipe: Path, *overrides: str, encoder: str = "encoder.safetensors") -> tuple[str, int]:
+def tune(
+    recipe: Path, *overrides: str, encoder: str = "encoder.safetensors", words: Sequence[str] = ()
+) -> tuple[str, int]:
     """The command on every rank of an open process group: output with reason, and exit code."""
     from cmtmae_scale.commands import finetune
     from tests.checkpoint.save_case import Lines
@@ -94,7 +99,7 @@ def tune(recipe: Path, *overrides: str, encoder: str = "encoder.safetensors") ->
             ("engine.run.process_group", ready_group),
         ):
             stack.enter_context(mock.patch(f"cmtmae_scale.{place}", stand_in))
-        code = finetune.finetune(arguments(recipe, *overrides, encoder=encoder))
+        code = finetune.finetune(arguments(recipe, *overrides, encoder=encoder, words=words))
     if code not in (0, 75):
         raise RuntimeError("\n".join(log.lines))
     dist.barrier()  # rank 0 writes the outcome

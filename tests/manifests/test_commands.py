@@ -13,12 +13,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from cmtmae_scale.commands import precompute
-from cmtmae_scale.commands.pretrain import parse_pretrain
+from cmtmae_scale.commands.pretrain import parse_options
 from cmtmae_scale.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {
-    "pretrain.py": parse_pretrain,
+    "pretrain.py": parse_options,
     "precompute_teacher.py": precompute.parse_precompute_options,
 }
 IN_THE_BASE = {"torch", "torchvision"}
