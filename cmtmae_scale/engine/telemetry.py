@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 FIGURES = "figures"
-EVALUATION_FRACTION = 0.05
-"""Fraction of a run's time above which evaluation causes a warning."""
 SHOWN = ("loss/total", "loss/teacher", "loss/student", "loss/pixel", "lr", "grad_norm", "images_s")
 
 
@@ -50,7 +48,6 @@ class Telemetry:
         self.waited_s = 0.0
         self.since = self.began = time.monotonic()
         self.side_task_s: dict[str, float] = {}
-        self.warned = False
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=end, initial=start, unit="step", disable=not terminal)
 
@@ -91,8 +88,8 @@ class Telemetry:
 
     def record_side_task(
         self, stage: str, step: int, values: dict[str, float], took_s: float
-    ) -> None:
-        """Write the results of a side task, and the fraction of the time that its kind takes.
+    ) -> float:
+        """Write the results of a side task; returns the fraction of the time that its kind takes.
 
         Args:
             stage: kind of the side task; names the fraction.
@@ -108,14 +105,7 @@ class Telemetry:
         if values:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             logger.info("step %d/%d  %s", step, self.end, shown)
-        if stage == "eval" and fraction > EVALUATION_FRACTION and not self.warned:
-            self.warned = True
-            logger.warning(
-                "evaluation has taken %.0f %% of the time since the launch, %.1f s for this one; "
-                "raise eval.every, or name fewer images in eval.train_path and eval.test_path",
-                100 * fraction,
-                took_s,
-            )
+        return fraction
 
     def record_figures(self, step: int, sheet: NDArray[np.uint8], took_s: float) -> None:
         """Write a sheet of figures as PNG and to TensorBoard.

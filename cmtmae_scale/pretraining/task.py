@@ -1,5 +1,6 @@
 """Pre-training as a task of the engine."""
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -25,7 +26,11 @@ from cmtmae_scale.teachers.base import view_sizes
 from dataloading.index import Index
 from dataloading.stream import Batch, Stream
 
+logger = logging.getLogger(__name__)
+
 LOSSES = ("loss/total", "loss/teacher", "loss/student", "loss/pixel")
+EVALUATION_FRACTION = 0.05
+"""Fraction of a run's time above which evaluation causes a warning."""
 OBSERVED = ("mask/visible_mass", "attention/agreement", "cache/hit")
 
 
@@ -59,6 +64,7 @@ class Pretraining:
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
         self.side_tasks: list[SideTask] = []
+        self.has_warned = False
         self.diagnostics = Diagnostics(config)
         needed = needs(config)
         maps = (needed.teacher_attention, needed.student_attention)
@@ -84,12 +90,26 @@ class Pretraining:
                 values = evaluation(run.backend)
                 if run.telemetry is not None:
                     took_s = time.monotonic() - began
-                    run.telemetry.record_side_task("eval", run.progress.step, values, took_s)
+                    fraction = run.telemetry.record_side_task(
+                        "eval", run.progress.step, values, took_s
+                    )
+                    self.warn_of_cost(fraction, took_s)
 
             self.side_tasks.append(SideTask("evaluation", is_every(config.eval.every), evaluate))
         diagnostics = self.diagnostics
         self.side_tasks.append(SideTask("diagnostics", diagnostics.is_due, diagnostics.run))
         return self.models.backend
+
+    def warn_of_cost(self, fraction: float, took_s: float) -> None:
+        """Warn once if evaluation takes more than ``EVALUATION_FRACTION`` of the time."""
+        if fraction > EVALUATION_FRACTION and not self.has_warned:
+            self.has_warned = True
+            logger.warning(
+                "evaluation has taken %.0f %% of the time since the launch, %.1f s for this one; "
+                "raise eval.every, or name fewer images in eval.train_path and eval.test_path",
+                100 * fraction,
+                took_s,
+            )
 
     def open_stream(self, position: int) -> Stream:
         models = self.models

@@ -92,7 +92,8 @@ def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
     assert not (run_dir / "quarantine.jsonl").exists()
     assert run_ranks(2, run, recipe, [f"run.output_dir={run_dir}"]) == [None, None]
     same(run_dir, undisturbed)
-    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    entries = [entry for entry in lines if "loss/total" in entry]
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
     assert all(entry["valid_rows"] == 8 for entry in entries)
 
@@ -107,7 +108,7 @@ from dataloading.sources import FolderSource
 read = FolderSource.read
 
 def falter(source, i):
-    if i == 7 and "test" not in str(source._root):
+    if i == 7 and source._root.name != "test":
         raise OSError(5, "Input/output error")
     return read(source, i)
 

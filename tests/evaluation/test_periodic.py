@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.telemetry import Telemetry
+from cmtmae_scale.pretraining.task import Pretraining
+from cmtmae_scale.runtime.launch import World
 from tests.engine.run_case import STEPS, run, same, write_recipe
 from tests.evaluation.evaluation_case import command, labelled_photographs
 from tests.processes import run_ranks
@@ -154,11 +158,12 @@ def test_evaluation_that_takes_much_time_is_reported_once(
 ) -> None:
     telemetry = Telemetry(tmp_path, 0, 10, 1)
     telemetry.began -= 100.0  # seconds of training so far
+    task = Pretraining(Config(), World(0, 1, 0, 1, "none"), torch.device("cpu"))
     with caplog.at_level(logging.WARNING):
-        telemetry.record_side_task("eval", 1, {"eval/knn10": 0.5}, 4.0)
-        assert not caplog.messages
-        telemetry.record_side_task("eval", 2, {"eval/knn10": 0.5}, 4.0)
-        telemetry.record_side_task("eval", 3, {"eval/knn10": 0.5}, 4.0)
+        for step in (1, 2, 3):
+            fraction = telemetry.record_side_task("eval", step, {"eval/knn10": 0.5}, 4.0)
+            task.warn_of_cost(fraction, 4.0)
+            assert step > 1 or not caplog.messages
     telemetry.close()
     (line,) = caplog.messages
     assert line.startswith("evaluation has taken 8 % of the time since the launch, 4.0 s for this")
