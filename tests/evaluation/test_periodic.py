@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.telemetry import Telemetry
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
@@ -154,11 +154,11 @@ def test_evaluations_that_cannot_work_are_refused_before_the_first_step(
 
 
 def test_evaluation_that_takes_much_time_is_reported_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     telemetry = Telemetry(tmp_path, 0, 10, 1)
     telemetry.began -= 100.0  # seconds of training so far
-    task = Pretraining(Config(), World(0, 1, 0, 1, "none"), torch.device("cpu"))
+    task = Pretraining(load_config(recipe), World(0, 1, 0, 1, "none"), torch.device("cpu"))
     with caplog.at_level(logging.WARNING):
         for step in (1, 2, 3):
             fraction = telemetry.record_side_task("eval", step, {"eval/knn10": 0.5}, 4.0)
