@@ -19,8 +19,9 @@ from tests.finetuning import finetune_case
 from tests.processes import run_ranks
 
 STORED = Path(__file__).with_name("golden_losses.json")
-TOLERANCE = 2e-4
-"""Relative; kernels differ between versions of torch."""
+TOLERANCE = dict.fromkeys(("cmt_mae", "cmt_mae_hide", "mae"), 2e-4) | {"fine-tuning": 5e-3}
+"""Relative. Kernels differ between versions of torch; in fine-tuning AdamW amplifies the rounding of
+the small gradients behind a head that starts near zero (2e-3 between torch 2.11 and 2.15)."""
 MAE = {
     "mask": {"sampler": "random"},
     "teacher": {"mode": "none"},
@@ -32,6 +33,8 @@ HIDE = {
     "decoder": BASE["decoder"] | {"type": "cross", "predict_ratio": 0.25},
     "loss": {"type": "smooth_l1", "tokens": "masked", "include_cls": False},
 }
+# RandAugment's kernels round differently between versions of torchvision.
+TUNE = finetune_case.BASE | {"augment": {"magnitude": None, "erase": 0.0}}
 RECIPES = {"cmt_mae": {}, "cmt_mae_hide": HIDE, "mae": MAE, "fine-tuning": None}
 
 
@@ -54,7 +57,7 @@ def first_losses(name: str, folder: Path) -> list[float]:
     if changes is None:
         finetune_case.write_encoder(folder / "encoder.safetensors", 0)
         data["test_path"] = write_images(folder / "test", 1)
-    tree = (finetune_case.BASE if changes is None else BASE | changes) | {
+    tree = (TUNE if changes is None else BASE | changes) | {
         "run": {"output_dir": str(folder / "run")},
         "data": data,
         "train": {"global_batch_size": 8, "micro_batch_size": 4, "steps": 20},
@@ -71,7 +74,7 @@ def first_losses(name: str, folder: Path) -> list[float]:
 def test_losses_equal_the_stored_losses(name: str, tmp_path: Path) -> None:
     found = first_losses(name, tmp_path)
     assert len(found) == 20
-    assert found == pytest.approx(json.loads(STORED.read_text())[name], rel=TOLERANCE)
+    assert found == pytest.approx(json.loads(STORED.read_text())[name], rel=TOLERANCE[name])
 
 
 if __name__ == "__main__":
