@@ -20,7 +20,7 @@ from tests.processes import run_ranks
 
 STORED = Path(__file__).with_name("golden_losses.json")
 TOLERANCE = dict.fromkeys(("cmt_mae", "cmt_mae_hide", "mae"), 2e-4) | {"fine-tuning": 5e-3}
-"""Relative. Kernels differ between versions of torch; in fine-tuning AdamW amplifies the rounding of
+"""Relative. Kernels differ between versions of torch; in fine-tuning AdamW amplifies rounding of
 the small gradients behind a head that starts near zero (2e-3 between torch 2.11 and 2.15)."""
 MAE = {
     "mask": {"sampler": "random"},
