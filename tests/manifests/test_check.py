@@ -31,7 +31,7 @@ PLANTED = {
         "readOnlyRootFilesystem: false",
         "readOnlyRootFilesystem",
     ),
-    "an image without a tag": (":0.1.0", "", "neither tag nor digest"),
+    "an image without a tag": (":0.2.0", "", "neither tag nor digest"),
     "an exit code unknown": ("values: [75]", "values: [76]", "exit code 75 must be Ignore"),
     "a drained pod counted": ("type: DisruptionTarget", "type: PodReady", "DisruptionTarget"),
     "little shared memory": ("medium: Memory, ", "", "/dev/shm"),
