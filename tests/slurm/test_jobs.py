@@ -134,7 +134,7 @@ def test_a_sidecar_follows_a_run_as_a_job_beside_it(desk: Desk) -> None:
     sidecar = desk.submit("follow.sbatch", options, run_dir, "--rows-per-shard=16")
     assert desk.cluster.wait(train) == ("COMPLETED", 0), desk.log(train)
     assert desk.cluster.wait(sidecar) == ("COMPLETED", 0), desk.log(sidecar)
-    assert "following" in desk.log(sidecar)
+    assert f"{run_dir} is complete" in desk.log(sidecar)
 
 
 def test_a_run_is_evaluated(desk: Desk, unbroken: Path) -> None:
