@@ -92,7 +92,7 @@ def find_neighbours(queries: Tensor, train: FeatureTable, column: Column, k: int
 
 
 def empty_neighbours(queries: int, k: int, device: torch.device) -> Neighbours:
-    """Return placeholders that are farther than any row."""
+    """Return k neighbours per query that are farther than any row, to merge real ones into."""
     shape = (queries, k)
     zeros = torch.zeros(shape, dtype=torch.int64, device=device)
     last = torch.full_like(zeros, torch.iinfo(torch.int64).max)

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,8 @@ class Pretraining:
         teacher = open_teacher(config, world, device, self.index, stop, stack)
         self.view_sizes = view_sizes(config.views.image_size, teacher)
         self.models = build_models(config, world, device, teacher, resumed=saved is not None)
-        evaluation = open_evaluation(config, world, device)
-        if evaluation is not None:
+        evaluation, every = open_evaluation(config, world, device), config.eval.every
+        if evaluation is not None and every is not None:
 
             def evaluate(run: Run) -> None:
                 began = time.monotonic()
@@ -95,7 +95,7 @@ class Pretraining:
                     )
                     self.warn_of_cost(fraction, took_s)
 
-            self.side_tasks.append(SideTask("evaluation", is_every(config.eval.every), evaluate))
+            self.side_tasks.append(SideTask("evaluation", is_every(every), evaluate))
         diagnostics = self.diagnostics
         self.side_tasks.append(SideTask("diagnostics", diagnostics.is_due, diagnostics.run))
         return self.models.backend
@@ -135,6 +135,6 @@ class Pretraining:
         pass
 
 
-def is_every(steps: int | None) -> Any:
-    """Return whether progress stands at a multiple of ``steps``, as a function."""
-    return lambda progress: steps is not None and progress.step % steps == 0
+def is_every(steps: int) -> Callable[[Progress], bool]:
+    """Return a function that tells whether progress stands at a multiple of ``steps``."""
+    return lambda progress: progress.step % steps == 0
