@@ -76,7 +76,8 @@ def test_both_ranks_leave_when_the_link_between_them_goes_down(tmp_path: Path) -
     finally:
         for one in ranks:
             one.kill()
-    (line,) = incidents(run_dir)
+    # The endless run may report its tiny encoder's collapsing tokens before.
+    (line,) = [one for one in incidents(run_dir) if one["incident"] != "target tokens collapse"]
     assert line["incident"] == "ended" and "no progress for" in line["why"]
     assert "all ranks are at the same place" in line["why"]
     assert json.loads((run_dir / "exit.json").read_text())["reason"] == line["why"]
