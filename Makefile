@@ -22,7 +22,7 @@ $(VENV)/.stamp: pyproject.toml
 	@set -eu; $(FIND_UV); \
 	[ -x "$(PYTHON)" ] || "$$UV" venv --quiet "$(VENV)"; \
 	echo "installing into $(VENV) (some GB at the first time)"; \
-	"$$UV" pip install --quiet --python "$(PYTHON)" -e '.[$(EXTRAS)]'
+	"$$UV" pip install --quiet --compile-bytecode --python "$(PYTHON)" -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: setup
@@ -42,7 +42,7 @@ test-all: setup
 $(OLDEST)/.stamp: pyproject.toml
 	@set -eu; $(FIND_UV); \
 	[ -x "$(OLDEST)/bin/python" ] || "$$UV" venv --quiet --python 3.11 "$(OLDEST)"; \
-	"$$UV" pip install --quiet --python "$(OLDEST)/bin/python" --resolution lowest-direct \
+	"$$UV" pip install --quiet --compile-bytecode --python "$(OLDEST)/bin/python" --resolution lowest-direct \
 		-e '.[deepspeed,demo,dev,hf]'
 	@touch $@
 
@@ -61,7 +61,7 @@ soak: setup
 $(MANIFESTS)/.stamp: pyproject.toml
 	@set -eu; $(FIND_UV); \
 	[ -x "$(MANIFESTS)/bin/python" ] || "$$UV" venv --quiet "$(MANIFESTS)"; \
-	"$$UV" pip install --quiet --python "$(MANIFESTS)/bin/python" --group manifests
+	"$$UV" pip install --quiet --compile-bytecode --python "$(MANIFESTS)/bin/python" --group manifests
 	@touch $@
 
 lint-manifests: $(MANIFESTS)/.stamp

@@ -25,6 +25,9 @@ PRELOAD = [
     "cmtmae_scale.pretraining.task",
     "cmtmae_scale.finetuning.task",
     "cmtmae_scale.evaluation.periodic",
+    "cmtmae_scale.engine.build",
+    "cmtmae_scale.tools.figures.during",
+    "tests.pillow",
 ]
 if find_spec("deepspeed") is not None:
     PRELOAD += ["cmtmae_scale.backends.deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]

@@ -20,6 +20,8 @@ NAMES = {
     *("vit_base", "vit_large", "vit_huge", "vit_base_hide", "vit_large_hide", "vit_huge_hide"),
     *("vit_base_literal", "mae_base", "mae_large", "milan_base", "demo", "tiny_imagenet"),
 }
+OFTEN = ("demo", "vit_huge", "mae_base")
+"""Recipes whose dry run every ``make test`` tries."""
 every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 every_tuning = pytest.mark.parametrize("recipe", TUNINGS, ids=lambda path: path.stem)
 
@@ -71,7 +73,13 @@ def test_the_commands_of_a_tunings_header_load(
         assert load_finetune(options.config, options.overrides) is not None
 
 
-@every_recipe
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(one, id=one.stem, marks=() if one.stem in OFTEN else pytest.mark.slow)
+        for one in RECIPES
+    ],
+)
 def test_a_dry_run_needs_no_data(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,19 +46,21 @@ def load_recipe(
         ConfigError: names the file or override, the key, what was found and the remedy.
     """
     keys = [key for key, _ in walk_fields(schema)]
-    config = merge(OmegaConf.structured(schema), read_yaml(Path(path)), schema, str(path))
+    config = OmegaConf.structured(schema)
+    merge(config, read_yaml(Path(path)), schema, str(path))
     for override in overrides:
         update = parse_override(override, keys)
-        config = merge(config, update, schema, override)
+        merge(config, update, schema, override)
         cleared = other_length(update)
         if cleared:
-            config = merge(config, {"train": {cleared: None}}, schema, override)
+            merge(config, {"train": {cleared: None}}, schema, override)
     return build_config(config, schema, check, str(path))
 
 
 def config_from_dict(tree: dict[str, Any], place: str) -> Config:
     """Rebuild a config that ``config_to_dict`` wrote; for resuming and evaluation."""
-    config = merge(OmegaConf.structured(Config), tree, Config, place)
+    config = OmegaConf.structured(Config)
+    merge(config, tree, Config, place)
     return build_config(config, Config, find_problems, place)
 
 
@@ -175,8 +177,8 @@ def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> 
     raise ConfigError(f"{place}: {key}={value!r} is not one of {listed}{hint}")
 
 
-def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> Any:
-    """Lay a tree over a typed config; a schedule replaces the whole of the one before."""
+def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
+    """Lay a tree over a typed config, in place; a schedule replaces the whole of the one before."""
     check_keys(tree, schema, schema, place)
     for key in schedule_keys(schema):
         group, name = key.split(".")
@@ -185,7 +187,7 @@ def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> Any:
         if value is not None and not partial:
             config[group][name] = None
     try:
-        return OmegaConf.merge(config, OmegaConf.create(tree))
+        config.merge_with(OmegaConf.create(tree))
     except OmegaConfBaseException as error:
         first = str(error.msg if error.msg else error).splitlines()[0]
         key = getattr(error, "full_key", None) or "a value"

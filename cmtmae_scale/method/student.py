@@ -303,29 +303,11 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
     Raises:
         ConfigError: if timm has no such model, or it is not a plain VisionTransformer.
     """
-    arch, size = config.student.arch, config.views.image_size
-    if not timm.is_model(arch):
-        raise ConfigError(
-            f"student.arch={arch} is not a model of timm {timm.__version__}; "
-            "timm.list_models('vit_*') lists them"
-        )
-    if not is_model_in_modules(arch, VIT_MODULES):
-        raise unsupported_arch(arch, "another kind of model")
-    options: dict[str, Any] = {"num_classes": 0, "img_size": size, "weight_init": "skip"}
-    if config.student.patch_size is not None:
-        options["patch_size"] = config.student.patch_size
-    with torch.device("meta"):
-        probe = check_plain(timm.create_model(arch, **options), arch)
-    side = probe.patch_embed.patch_size[0]
-    if size % side:
-        below = size // side * side
-        raise ConfigError(
-            f"views.image_size={size} is not a multiple of the student's patch side {side}; "
-            f"use {f'{below} or ' if below else ''}{below + side}"
-        )
+    probe = probe_student(config)
     pool = "token" if probe.has_class_token else "avg"
     model = cast(
-        VisionTransformer, timm.create_model(arch, **options, global_pool=pool, fc_norm=False)
+        VisionTransformer,
+        timm.create_model(config.student.arch, **options(config), global_pool=pool, fc_norm=False),
     )
     model.__class__ = cls
     with torch.no_grad():
@@ -337,6 +319,44 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
         model.configure(config)
         model.requires_grad_(False).eval()
     return cast(S, model)
+
+
+def options(config: Config) -> dict[str, Any]:
+    """Return timm's options of the student; its weights are set afterwards."""
+    chosen: dict[str, Any] = {
+        "num_classes": 0,
+        "img_size": config.views.image_size,
+        "weight_init": "skip",
+    }
+    if config.student.patch_size is not None:
+        chosen["patch_size"] = config.student.patch_size
+    return chosen
+
+
+def probe_student(config: Config) -> VisionTransformer:
+    """Build ``student.arch`` on the meta device, for its shapes alone.
+
+    Raises:
+        ConfigError: as ``build_student``.
+    """
+    arch, size = config.student.arch, config.views.image_size
+    if not timm.is_model(arch):
+        raise ConfigError(
+            f"student.arch={arch} is not a model of timm {timm.__version__}; "
+            "timm.list_models('vit_*') lists them"
+        )
+    if not is_model_in_modules(arch, VIT_MODULES):
+        raise unsupported_arch(arch, "another kind of model")
+    with torch.device("meta"):
+        probe = check_plain(timm.create_model(arch, **options(config)), arch)
+    side = probe.patch_embed.patch_size[0]
+    if size % side:
+        below = size // side * side
+        raise ConfigError(
+            f"views.image_size={size} is not a multiple of the student's patch side {side}; "
+            f"use {f'{below} or ' if below else ''}{below + side}"
+        )
+    return probe
 
 
 def unsupported_arch(arch: str, found: str) -> ConfigError:

@@ -2,13 +2,13 @@
 
 import logging
 
-import timm
 import torch
 
 from cmtmae_scale.config import derive
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import ConfigError, TeacherError
+from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.method.student import probe_student
 from cmtmae_scale.teachers.base import Teacher
 from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
 from cmtmae_scale.teachers.timm import TimmSource
@@ -70,7 +70,8 @@ def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeach
         source = OpenClipSource(settings)
     else:
         source = TimmSource(settings)
-    grid = student_grid(config)
+    rows, columns = probe_student(config).patch_embed.grid_size
+    grid = int(rows), int(columns)
     size = settings.image_size or grid[0] * source.patch
     if size % source.patch:
         below = size // source.patch * source.patch
@@ -84,27 +85,6 @@ def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeach
     tower = source.build(size, config.run.seed, load=load)
     outputs = TeacherOutputs.from_config(config, needs, len(tower.blocks))
     return OnlineTeacher(tower, outputs, size, grid)
-
-
-def student_grid(config: Config) -> tuple[int, int]:
-    """Return rows and columns of the student's patches.
-
-    Raises:
-        ConfigError: for an unknown architecture, or a size that is not a multiple of its patch.
-    """
-    patch = config.student.patch_size
-    if patch is None:
-        if not timm.is_model(config.student.arch):
-            raise ConfigError(f"student.arch={config.student.arch} is not a model of timm")
-        with torch.device("meta"):
-            student = timm.create_model(config.student.arch, pretrained=False)
-        patch = int(student.patch_embed.patch_size[0])  # pyright: ignore
-    if config.views.image_size % patch:
-        raise ConfigError(
-            f"views.image_size={config.views.image_size} is not a multiple of the student's patch "
-            f"of {patch} pixels"
-        )
-    return config.views.image_size // patch, config.views.image_size // patch
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from timm.layers import QuickGELU
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.models import get_arch_pretrained_cfgs
+from timm.models import get_arch_pretrained_cfgs, is_model_in_modules
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.method.student import VIT_MODULES
 from cmtmae_scale.teachers.base import QueryKey, Tower
 from cmtmae_scale.teachers.weights import is_file_name, keep_blocks, load_strictly, read_weights
 
@@ -162,17 +163,24 @@ class TimmSource:
         # the tag also determines mean and standard deviation of the pixels
         self.full_name = ".".join(filter(None, (self.name, self.tag or tag)))
         with torch.device("meta"):
-            probe = self.create(pretrained=False)
+            probe = self.create(pretrained=False, initialised=False)
         self.patch = int(probe.patch_embed.patch_size[0])
         self.quick_gelu = self.check_activation(probe, self.tag or tag)
 
-    def create(self, *, pretrained: bool) -> VisionTransformer:
+    def create(self, *, pretrained: bool, initialised: bool = True) -> VisionTransformer:
         """Build the model at its default size, without classifier.
+
+        Args:
+            pretrained: download its weights.
+            initialised: draw timm's initial weights; else torch's remain, until others are loaded.
 
         Raises:
             TeacherError: if it is not a ``VisionTransformer``.
         """
-        model = timm.create_model(self.full_name, pretrained=pretrained, num_classes=0)
+        options: dict[str, Any] = {"num_classes": 0}
+        if not initialised and is_model_in_modules(self.name, VIT_MODULES):
+            options["weight_init"] = "skip"
+        model = timm.create_model(self.full_name, pretrained=pretrained, **options)
         if not isinstance(model, VisionTransformer):
             raise TeacherError(
                 f"teacher.model={self.config.model} is a {type(model).__name__}, not timm's "
@@ -217,7 +225,11 @@ class TimmSource:
         config = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            vit = self.download() if self.tag and load else self.create(pretrained=False)
+            vit = (
+                self.download()
+                if self.tag and load
+                else self.create(pretrained=False, initialised=not (self.local and load))
+            )
         full = len(vit.blocks)
         if config.depth is not None:
             if config.depth > full:

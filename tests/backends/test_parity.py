@@ -74,13 +74,20 @@ def test_plain_does_not_depend_on_the_micro_batch(plain: Any) -> None:
 @pytest.mark.gloo
 @pytest.mark.parametrize(
     ("world_size", "kind", "micro"),
-    [(1, "replicate", 4), (2, "full", 2), (2, "replicate", 4), (4, "node2", 1), (4, "full", 2)],
+    [
+        (1, "replicate", 4),
+        (2, "full", 2),
+        (2, "replicate", 4),
+        (4, "node2", 1),
+        pytest.param(4, "full", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_fsdp_equals_plain(plain: Any, world_size: int, kind: str, micro: int) -> None:
     results = run_ranks(world_size, case.run_case, kind, micro, STEPS, {})
     close(plain, (results[0][0], case.assemble([part for _, part in results])))
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_activation_checkpointing_changes_nothing(plain: Any) -> None:
     changes = {"backend__activation_checkpointing": True}

@@ -207,6 +207,7 @@ def test_settings_that_can_never_work_are_refused(
         load_config(recipe, overrides)
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_the_teacher_only_if_it_runs(recipe: Path) -> None:
     def totals(*overrides: str) -> tuple[str, float, float]:
         config = load_config(recipe, list(overrides))

@@ -126,8 +126,9 @@ def forge(random: random.Random, tree: dict[str, Any], sealed: bool) -> str:
     return json.dumps(tree)
 
 
-def test_of_a_thousand_damaged_caches_none_is_trusted_and_none_crashes(
-    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_of_many_damaged_caches_none_is_trusted_and_none_crashes(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int
 ) -> None:
     good, other, folder = (tmp_path / name for name in ("good", "other", "damaged"))
     truth = fill(recipe, good, 1)
@@ -138,7 +139,7 @@ def test_of_a_thousand_damaged_caches_none_is_trusted_and_none_crashes(
     chance = random.Random(0)
     refused = missed = served = 0
     caplog.set_level("CRITICAL")
-    for _ in range(1000):
+    for _ in range(count):
         path = mutate(chance, folder, good, other)
         try:
             manifest, calibration = open_cache(config, skeleton, index)
@@ -156,7 +157,7 @@ def test_of_a_thousand_damaged_caches_none_is_trusted_and_none_crashes(
                 for name in truth if fault is None else ():
                     assert torch.equal(found.fields[name][k], truth[name][row])
         restore(path, good / path.relative_to(folder))
-    assert min(refused, missed, served) > 150
+    assert min(refused, missed, served) > count / 8
 
 
 def restore(path: Path, good: Path) -> None:

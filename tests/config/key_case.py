@@ -1,11 +1,13 @@
-"""What a change of one key does to a tiny run."""
+"""What a change of one key does to a tiny run, and whether any code reads it."""
 
+import ast
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cmtmae_scale.config.schema import walk_fields
 from cmtmae_scale.errors import CmtMaeError
 from dataloading.errors import DataError
 
@@ -60,6 +62,21 @@ def observe_changes(
             before = observe_run(run, load, folder / f"before{number}", context)
         found[key] = (before, observe_run(run, load, folder / f"after{number}", [change, *context]))
     return found
+
+
+def unread_keys(schema: type) -> list[str]:
+    """Keys whose name no code outside ``config/`` takes from an object, or derives from."""
+    root = Path(__file__).resolve().parents[2]
+    checks = [root / "cmtmae_scale" / "config" / name for name in ("check.py", "schema.py")]
+    read = {
+        node.attr
+        for package in ("cmtmae_scale", "dataloading")
+        for path in (root / package).rglob("*.py")
+        if path not in checks
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    return [key for key, _ in walk_fields(schema) if key.rpartition(".")[2] not in read]
 
 
 def missing_tests(exceptions: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config, walk_fields
-from tests.config.key_case import missing_tests, observe_changes
+from tests.config.key_case import missing_tests, observe_changes, unread_keys
 from tests.engine.run_case import make_photographs, run, write_recipe
 from tests.processes import run_ranks
 
@@ -145,8 +145,10 @@ def test_every_key_is_listed() -> None:
     keys = sorted(key for key, _ in walk_fields(Config))
     assert keys == sorted([*CHANGES, *EXCEPTIONS])
     assert not missing_tests(EXCEPTIONS)
+    assert set(unread_keys(Config)) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 @pytest.mark.parametrize("key", CHANGES)
 def test_the_key_changes_the_run(observations: dict[str, tuple[str, str]], key: str) -> None:

@@ -43,7 +43,7 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, task: str) -> Non
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
 def test_a_rank_that_stands_still_is_named_and_ends_the_others(tmp_path: Path, task: str) -> None:
     codes, run_dir = left(write_task_recipe(task, tmp_path), "freeze", "guard.hang_seconds=4")
     assert codes == [1, None]
@@ -147,6 +147,7 @@ def test_the_first_step_saves_and_evaluations_may_take_longer() -> None:
 
 
 @pytest.mark.gloo
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_that_ends_well_is_not_disturbed(tmp_path: Path, task: str) -> None:
     recipe = write_task_recipe(task, tmp_path)

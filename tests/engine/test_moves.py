@@ -44,6 +44,7 @@ def draws(ranks: list[list[int]], micro: int) -> list[int]:
 
 @needs_deepspeed
 @pytest.mark.deepspeed
+@pytest.mark.slow
 def test_a_run_moves_between_backends_and_world_sizes(recipe: Path, tmp_path: Path) -> None:
     whole = ["train.steps=20", "checkpoint.every=100"]
     rank_draws = run_ranks(
@@ -75,7 +76,7 @@ def test_a_run_moves_between_backends_and_world_sizes(recipe: Path, tmp_path: Pa
     [
         pytest.param(ZERO1, marks=ZERO_MARKS),
         pytest.param(ZERO2, marks=(*ZERO_MARKS, pytest.mark.slow)),
-        pytest.param([*ZERO3, GATHER_ANEW], marks=ZERO_MARKS),
+        pytest.param([*ZERO3, GATHER_ANEW], marks=(*ZERO_MARKS, pytest.mark.slow)),
     ],
     ids=["zero1", "zero2", "zero3"],
 )
@@ -120,6 +121,7 @@ def kill_and_finish(
 KILLED = [FSDP, pytest.param(ZERO1, marks=ZERO_MARKS), pytest.param(ZERO3, marks=ZERO_MARKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", KILLED, ids=["fsdp", "zero1", "zero3"])
 def test_killed_and_started_again_is_bit_identical(
     recipe: Path, tmp_path: Path, undisturbed: dict[str, tuple[Path, float]], backend: list[str]

@@ -1,5 +1,6 @@
 """Steps that are left out, going back, and giving up."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,24 +31,34 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=TASKS)
+# The engine is the same for both tasks: most cases of fine-tuning are rare.
+either = pytest.mark.parametrize("seen", TASKS, indirect=True)
+mostly = pytest.mark.parametrize(
+    "seen", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)], indirect=True
+)
+
+
+@pytest.fixture(scope="module")
 def seen(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, list[Any]]]:
-    """All cases on two ranks, with rank 1's losses changed; by name folder and ranks' views."""
+    """A case on two ranks, with rank 1's losses changed: its folder and the ranks' views."""
     folder = tmp_path_factory.mktemp("skips")
     recipe = write_task_recipe(request.param, folder)
-    cases = [
-        ([f"run.output_dir={folder / name}", *overrides], change)
-        for name, (overrides, change) in CASES.items()
-    ]
-    ranks = run_ranks(2, run_each, recipe, cases, 1)
-    names = list(CASES)
-    return lambda name: (folder / name, [rank[names.index(name)] for rank in ranks])
+
+    @functools.cache
+    def run_case(name: str) -> tuple[Path, list[Any]]:
+        overrides, change = CASES[name]
+        cases = [([f"run.output_dir={folder / name}", *overrides], change)]
+        ranks = run_ranks(2, run_each, recipe, cases, 1)
+        return folder / name, [rank[0] for rank in ranks]
+
+    return run_case
 
 
+@mostly
 @pytest.mark.gloo
-@pytest.mark.parametrize("name", ["one", "infinite"])
+@pytest.mark.parametrize("name", ["one", pytest.param("infinite", marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(seen: Any, name: str) -> None:
     folder, ranks = seen(name)
     for view in ranks:
@@ -61,6 +72,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(seen: Any, name: 
     assert [entry["step"] for entry in log(folder) if "loss/total" in entry] == [1, 2, 4, 5, 6]
 
 
+@either
 @pytest.mark.gloo
 def test_after_too_many_in_a_row_the_run_goes_back_and_on_with_later_data(seen: Any) -> None:
     folder, ranks = seen("stretch")
@@ -81,6 +93,8 @@ def test_after_too_many_in_a_row_the_run_goes_back_and_on_with_later_data(seen: 
     assert saved["progress"]["position"] == 32 and saved["progress"]["step"] == 2
 
 
+@pytest.mark.slow
+@either
 @pytest.mark.gloo
 def test_nothing_is_saved_between_steps_that_are_left_out(seen: Any) -> None:
     """A checkpoint of step 4 would hold what led there."""
@@ -89,6 +103,7 @@ def test_nothing_is_saved_between_steps_that_are_left_out(seen: Any) -> None:
     assert incidents(folder)[-1]["to_step"] == 2
 
 
+@mostly
 @pytest.mark.gloo
 def test_a_run_that_fails_on_all_data_is_given_up(seen: Any) -> None:
     folder, ranks = seen("hopeless")
@@ -101,6 +116,7 @@ def test_a_run_that_fails_on_all_data_is_given_up(seen: Any) -> None:
     assert layout.find_damage(layout.folder_of(folder / "checkpoints", 2)) is None
 
 
+@mostly
 @pytest.mark.gloo
 def test_the_first_one_ends_a_run_that_allows_none(seen: Any) -> None:
     _, ranks = seen("none allowed")
@@ -109,18 +125,26 @@ def test_the_first_one_ends_a_run_that_allows_none(seen: Any) -> None:
         assert view["progress"]["step"] == 2
 
 
+@mostly
 @pytest.mark.gloo
 def test_without_a_checkpoint_there_is_no_going_back(seen: Any) -> None:
     _, ranks = seen("no checkpoint")
     assert all("there is no checkpoint yet to roll back to" in view["error"] for view in ranks)
 
 
+@mostly
 @pytest.mark.gloo
 def test_a_spike_is_left_out_where_a_bound_is_set(seen: Any) -> None:
     folder, ranks = seen("spike")
     assert [view["states"][18] for view in ranks] == [(False, True)] * 2
     (line,) = incidents(folder)
     assert "guard.spike_factor=10" in line["why"] and line["step"] == 18
+
+
+@pytest.mark.slow
+@either
+@pytest.mark.gloo
+def test_a_spike_is_taken_where_no_bound_is_set(seen: Any) -> None:
     folder, ranks = seen("spike without a bound")
     assert [view["states"][18] for view in ranks] == [(True, False)] * 2
     assert incidents(folder) == []

@@ -52,7 +52,7 @@ def test_a_signal_on_any_rank_at_any_moment_stops_all_at_the_same_step(
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
 def test_a_time_limit_stops_all_ranks_and_may_change_at_a_resume(tmp_path: Path, task: str) -> None:
     recipe = write_task_recipe(task, tmp_path)
     for limit in ("0.5", "0.4"):

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gloo
 SAMPLES = 20
 
 
-@pytest.fixture(scope="module", params=TASKS)
+@pytest.fixture(scope="module")
 def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_task_recipe(request.param, tmp_path_factory.mktemp("case"))
 
@@ -73,7 +73,16 @@ def run_without(recipe: Path, overrides: list[str], position: int) -> tuple[str 
 
 
 # A step is 8 positions in blocks of 2, which the two ranks take in turns.
-@pytest.mark.parametrize("position", [2, 12], ids=["first block of rank 1", "second of rank 0"])
+@pytest.mark.parametrize(
+    ("recipe", "position"),
+    [
+        pytest.param(TASKS[0], 2, id="pre-training, first block of rank 1"),
+        pytest.param(TASKS[0], 12, id="pre-training, second of rank 0", marks=pytest.mark.slow),
+        pytest.param(TASKS[1], 2, id="fine-tuning, first of rank 1", marks=pytest.mark.slow),
+        pytest.param(TASKS[1], 12, id="fine-tuning, second of rank 0", marks=pytest.mark.slow),
+    ],
+    indirect=["recipe"],
+)
 def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
     recipe: Path, undisturbed: Path, tmp_path: Path, position: int
 ) -> None:
@@ -119,6 +128,8 @@ sys.exit(run_command(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", TASKS, indirect=True)
 def test_the_program_exits_with_75_and_names_the_file(recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     line = ["pretrain", "--config", str(recipe)]

@@ -68,7 +68,7 @@ def accuracies_of_the_command(run_dir: Path) -> dict[str, float]:
     [
         pytest.param(1, [], marks=pytest.mark.slow),
         (2, ["backend.sharding=full"]),
-        (2, ["backend.sharding=replicate", *MAE]),
+        pytest.param(2, ["backend.sharding=replicate", *MAE], marks=pytest.mark.slow),
         pytest.param(
             *(2, ["backend.name=deepspeed", "backend.zero_stage=1"]),
             marks=[pytest.mark.deepspeed, pytest.mark.slow],
@@ -96,6 +96,7 @@ def test_training_is_the_same_bit_for_bit_and_the_numbers_are_the_commands(
     assert not (quiet / "evaluation").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_evaluates_as_an_undisturbed_one(recipe: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ranks(1, run, recipe, asking(recipe, whole))

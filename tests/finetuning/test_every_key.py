@@ -6,7 +6,7 @@ import pytest
 
 from cmtmae_scale.config.finetune import Finetune, load_finetune
 from cmtmae_scale.config.schema import walk_fields
-from tests.config.key_case import missing_tests, observe_changes
+from tests.config.key_case import missing_tests, observe_changes, unread_keys
 from tests.evaluation.evaluation_case import labelled_photographs
 from tests.finetuning.finetune_case import tune, write_recipe
 from tests.processes import run_ranks
@@ -81,6 +81,7 @@ def test_every_key_is_listed() -> None:
     keys = sorted(key for key, _ in walk_fields(Finetune))
     assert keys == sorted([*CHANGES, *EXCEPTIONS])
     assert not missing_tests(EXCEPTIONS)
+    assert set(unread_keys(Finetune)) == set()
 
 
 @pytest.fixture(scope="module")

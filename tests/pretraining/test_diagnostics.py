@@ -20,8 +20,12 @@ ZERO = [
 ]
 BACKENDS = [
     pytest.param(["backend.sharding=full"], id="fsdp"),
-    pytest.param(["backend.name=deepspeed"], id="zero1", marks=ZERO),
-    pytest.param(["backend.name=deepspeed", "backend.zero_stage=3"], id="zero3", marks=ZERO),
+    pytest.param(["backend.name=deepspeed"], id="zero1", marks=[*ZERO, pytest.mark.slow]),
+    pytest.param(
+        ["backend.name=deepspeed", "backend.zero_stage=3"],
+        id="zero3",
+        marks=[*ZERO, pytest.mark.slow],
+    ),
 ]
 
 

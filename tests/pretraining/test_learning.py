@@ -16,7 +16,7 @@ from dataloading.index import build_index
 from dataloading.stream import Stream
 from tests.engine.run_case import make_photographs
 
-STEPS, VIEWS, LENGTH = 300, 16, 64
+STEPS, VIEWS, LENGTH = 120, 16, 64
 
 
 def learn(tmp_path, sampler: str, alpha_target: float) -> tuple[list[float], list[float]]:

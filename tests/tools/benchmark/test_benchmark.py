@@ -52,6 +52,7 @@ def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
     assert all(part in text for part in (*PARTS, "student MFU", "CPU-s"))
 
 
+@pytest.mark.slow
 def test_real_images_can_be_measured(recipe: Path) -> None:
     variants = make_variants(str(recipe), [], [], 1, 1)
     with process_group(ALONE, CPU):

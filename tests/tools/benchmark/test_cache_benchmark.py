@@ -27,6 +27,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return case.write_cache_recipe(tmp_path_factory.mktemp("case"))
 
 
+@pytest.mark.slow
 def test_the_command_builds_reads_and_trains_and_leaves_nothing(
     recipe: Path,
     tmp_path: Path,

@@ -55,9 +55,9 @@ def run_and_collect(recipe: Path, overrides: list[str]) -> dict[str, NDArray[np.
 @pytest.mark.parametrize(
     ("ranks", "more"),
     [
-        (1, []),
+        pytest.param(1, [], marks=pytest.mark.slow),
         (2, ["backend.sharding=full"]),
-        (2, ["backend.sharding=replicate", *MAE]),
+        pytest.param(2, ["backend.sharding=replicate", *MAE], marks=pytest.mark.slow),
         pytest.param(
             *(2, ["backend.name=deepspeed", "backend.zero_stage=1"]),
             marks=[pytest.mark.deepspeed, pytest.mark.slow],
@@ -87,6 +87,7 @@ def test_training_is_the_same_bit_for_bit_and_the_weights_are_the_checkpoints(
     assert all(np.array_equal(drawn[key], saved[key].numpy()) for key in drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_resumed_run_draws_as_an_undisturbed_one_and_drops_what_lies_ahead(
     recipe: Path, tmp_path: Path

@@ -31,9 +31,10 @@ def test_every_row_of_a_study_that_is_shipped_can_be_run(
     study = load_study(path)
     runs = plan_runs(study)
     assert {run.row for run in runs} == set(study.rows)
-    for run in runs:
+    first_seeds = {run.row: run for run in reversed(runs)}
+    for run in first_seeds.values():
         for job in run.jobs:
-            if job.kind in ("train", "cache"):
+            if job.kind == "train":
                 load_config(job.arguments[2], job.arguments[3:])
 
 
