@@ -6,7 +6,7 @@ names the chunk ``key@offset``.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.runtime.collectives import gather_texts
+from cmtmae_scale.teachers.weights import find_non_finite
 
 INDEX = "index.json"
 
@@ -39,12 +41,19 @@ def copy_to_host(fragments: Mapping[str, Fragment]) -> list[HostChunk]:
     ]
 
 
-def write_chunks(chunks: Iterable[HostChunk], path: Path) -> dict[str, Any]:
+def write_chunks(chunks: Sequence[HostChunk], path: Path) -> dict[str, Any]:
     """Write one rank's chunks to one safetensors file, with the shapes in its metadata.
 
     Returns:
         The file's size and SHA-256.
+
+    Raises:
+        CheckpointError: for values that are not finite: such a checkpoint would replace a sound
+            one, and no launch could resume it.
     """
+    found = find_non_finite({chunk.key: chunk.values for chunk in chunks})
+    if found:
+        raise CheckpointError(found)
     entries: list[Entry] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for chunk in chunks:
@@ -126,16 +135,29 @@ class ChunkReader:
         return tuple(self.index[key]["shape"])
 
     def read_tensor(self, key: str) -> Tensor:
+        """Read a whole tensor, float32 on the CPU.
+
+        Raises:
+            CheckpointError: as ``read_values``, and for values that are not finite.
+        """
         shape = self.shape(key)
-        return self.read_values(key, 0, math.prod(shape)).reshape(shape)
+        values = self.read_values(key, 0, math.prod(shape)).reshape(shape)
+        found = find_non_finite({key: values})
+        if found:
+            raise CheckpointError(f"{self.folder}: {found}; name an older checkpoint")
+        return values
 
 
 def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
     """Fill live fragments from a checkpoint; read only the ranges that this rank needs.
 
+    A collective.
+
     Raises:
-        CheckpointError: if names or shapes differ; no fragment is changed then.
+        CheckpointError: if names or shapes differ; no fragment is changed then. On every rank, if
+            one of them reads values that are not finite.
     """
+    found_bad = ""
     with ChunkReader(folder) as reader:
         found, wanted = set(reader.index), set(fragments)
         if found != wanted:
@@ -150,4 +172,12 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
                 raise CheckpointError(f"{folder}: {key} has shape {shape}, the model {own.shape}")
         for key, own in fragments.items():
             if own.local.numel():
-                own.local.copy_(reader.read_values(key, own.offset, own.local.numel()))
+                values = reader.read_values(key, own.offset, own.local.numel())
+                found_bad = found_bad or find_non_finite({key: values})
+                own.local.copy_(values)
+    everyone = list(filter(None, gather_texts(found_bad)))
+    if everyone:
+        raise CheckpointError(
+            f"{folder}: {everyone[0]}; move this folder away, and the run continues from the "
+            "checkpoint before"
+        )

@@ -19,6 +19,7 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.decoder import FullDecoder
 from cmtmae_scale.method.initialisation import sincos_positions
 from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.teachers.weights import find_non_finite
 
 RENAMES = (
     # transformers' names to MAE's
@@ -108,9 +109,13 @@ def load_init_weights(
 
     Raises:
         ConfigError: for unknown names, or a tensor of the encoder that is missing, unexpected or of
-            another shape; names file, tensor, both shapes and the remedy.
+            another shape; names file, tensor, both shapes and the remedy. Also for values that are
+            not finite.
     """
     where = f"student.init_weights={file}"
+    bad = find_non_finite(state)
+    if bad:
+        raise ConfigError(f"{where}: {bad}; take a sound copy of the file, or other weights")
     pieces = rename_tensors(state)
     if PATCHES not in pieces:
         raise ConfigError(

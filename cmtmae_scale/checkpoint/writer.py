@@ -60,6 +60,7 @@ class Writer:
         self.abandoned = threading.Event()
         self.failed = False
         self.bug: Exception | None = None
+        self.reason = ""
         self.saved_step: int | None = None
 
     def save(self, step: int, fragments: Mapping[str, Fragment], state: dict[str, Any]) -> bool:
@@ -121,6 +122,7 @@ class Writer:
 
     def abandon(self, draft: Path, target: Path, error: Exception) -> None:
         """Free the space of a failed save, and warn once."""
+        self.reason = str(error)
         if self.rank == 0:
             layout.remove(draft)
             text = (
@@ -189,8 +191,9 @@ class Writer:
             self.wait()
         if not all_ranks_agree(self.saved_step == step):
             raise SaveError(
-                f"{self.root}: step {step} could not be saved in {self.attempts} attempts; free "
-                "space there and launch again: the run continues from the newest checkpoint"
+                f"{self.root}: step {step} could not be saved in {self.attempts} attempts "
+                f"({self.reason or 'another rank failed'}); free space there if it is full, and "
+                "launch again: the run continues from the newest checkpoint"
             )
 
 

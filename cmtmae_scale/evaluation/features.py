@@ -3,14 +3,14 @@
 Legend: n rows of this rank, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cmtmae_scale.evaluation.across import sum_over_ranks
+from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.runtime.collectives import gather_texts
@@ -40,6 +40,32 @@ class FeatureTable:
     """Class of each row, int64 ``[n]``."""
     columns: dict[Column, Tensor]
     """float32 ``[n, D]``."""
+
+
+def refuse_non_finite(tables: Mapping[str, FeatureTable], column: Column) -> None:
+    """Refuse features that are not finite, before any scorer sees them. A collective.
+
+    Args:
+        tables: this rank's rows of each set, by the set's name for the message.
+        column: the features to check.
+
+    Raises:
+        DataError: on every rank; names the weights and counts the rows of each set.
+    """
+    found: list[str] = []
+    for name, table in tables.items():
+        bad = ~table.columns[column].isfinite().all(1)
+        counts = torch.tensor([int(bad.sum()), len(bad)], device=bad.device)
+        num_bad, total = sum_over_ranks(counts).tolist()
+        first = gather_from_ranks(table.positions[bad])
+        if num_bad:
+            found.append(f"{num_bad} of {total} {name} images (first: image {int(first.min())})")
+    if found:
+        raise DataError(
+            f"the features of {column.encoder} ({column.kind}) are not finite for "
+            f"{' and '.join(found)}: no accuracy is computed from them; evaluate other weights, or "
+            "remove these images if it is always the same ones"
+        )
 
 
 class ReadOptions(NamedTuple):

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
-from cmtmae_scale.evaluation.features import Column, FeatureTable
+from cmtmae_scale.evaluation.features import Column, FeatureTable, refuse_non_finite
 from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.runtime.collectives import ranks
 
@@ -22,6 +22,8 @@ NEIGHBOURS = (10, 20)
 TEMPERATURE = 0.07
 QUERIES, ROWS = 1024, 8192
 """Size of the blocks in which similarities are computed."""
+LARGEST_EXPONENT = 690.0
+"""Of votes in float64; exp(709.8) is infinite and exp(-745.2) is 0."""
 
 
 class Neighbours(NamedTuple):
@@ -52,7 +54,9 @@ def knn_scores(
 
     Raises:
         ConfigError: if there are fewer training images than neighbours.
+        DataError: if features are not finite.
     """
+    refuse_non_finite({"training": train, "test": test}, column)
     found = int(sum_over_ranks(torch.tensor(len(train.positions), device=train.positions.device)))
     if found < max(neighbours):
         raise ConfigError(
@@ -127,7 +131,11 @@ def merge_neighbours(groups: Sequence[Neighbours], k: int) -> Neighbours:
 def count_votes(near: Neighbours, k: int, num_classes: int, temperature: float) -> Tensor:
     """Sum the votes of the k nearest per class, float64 ``[Q, C]``; ``-inf``: no vote."""
     similarity, labels = near.similarity[:, :k].double(), near.labels[:, :k]
-    weights = torch.exp(similarity / temperature) if temperature else torch.ones_like(similarity)
+    exponents = similarity / temperature if temperature else torch.zeros_like(similarity)
+    if temperature and 1 / temperature > LARGEST_EXPONENT:
+        # relative to the nearest neighbour: neither infinity nor 0, which is no vote
+        exponents = (exponents - exponents[:, :1]).clamp_min(-LARGEST_EXPONENT)
+    weights = torch.exp(exponents)
     votes = weights.new_zeros(len(labels), num_classes)
     for j in range(k):  # one addend per row and call: the order of sums is fixed on a GPU too
         votes.scatter_add_(1, labels[:, j : j + 1], weights[:, j : j + 1])

@@ -7,6 +7,7 @@ rates in one run as in DINOv2 (arXiv 2304.07193). SGD with momentum in place of 
 is for batches of 16,384.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,13 @@ from torch.nn.functional import cross_entropy
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
-from cmtmae_scale.evaluation.features import Column, FeatureTable, Standardiser, fit_standardiser
+from cmtmae_scale.evaluation.features import (
+    Column,
+    FeatureTable,
+    Standardiser,
+    fit_standardiser,
+    refuse_non_finite,
+)
 from cmtmae_scale.evaluation.images import stratified_sample
 from cmtmae_scale.evaluation.result import TOP, Score, rank_of_truth
 from cmtmae_scale.method.schedules import learning_rate
@@ -89,12 +96,16 @@ def linear_probe(
 
     Raises:
         ConfigError: if no class has an image to spare for the choice.
+        DataError: if features are not finite.
     """
+    refuse_non_finite({"training": train, "test": test}, column)
     numbers, count = number_training_rows(train, 1 - held_out, seed)
     standard = fit_standardiser(train.columns[column][numbers >= 0])
     train_rows = standardise(train, column, standard, numbers)
     heads = train_heads(train_rows.where(numbers >= 0), count, num_classes, epochs, seed)
     hits, losses = score_heads(heads, train_rows.where(numbers < 0))
+    # A loss of NaN compares as neither larger nor smaller, and would win every tie.
+    losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
     best = max(range(len(SETTINGS)), key=lambda s: (hits[s].correct, -losses[s]))
     test_rows = standardise(test, column, standard, torch.full_like(test.labels, -1))
     tested, _ = score_heads(heads[best : best + 1], test_rows)

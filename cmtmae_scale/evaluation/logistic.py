@@ -10,7 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cmtmae_scale.evaluation.across import sum_over_ranks
-from cmtmae_scale.evaluation.features import Column, FeatureTable, fit_standardiser
+from cmtmae_scale.evaluation.features import (
+    Column,
+    FeatureTable,
+    fit_standardiser,
+    refuse_non_finite,
+)
 from cmtmae_scale.evaluation.result import Score, score_predictions
 
 STRENGTH = 1.0
@@ -40,7 +45,11 @@ def logistic_score(
 
     Channels are standardised with the statistics of the training rows. The penalty is
     scikit-learn's default, C = 1.
+
+    Raises:
+        DataError: if features are not finite.
     """
+    refuse_non_finite({"training": train, "test": test}, column)
     standard = fit_standardiser(train.columns[column])
     classifier = fit_logistic(standard(train.columns[column]), train.labels, num_classes)
     own = Score(0, 0, 0)

@@ -9,6 +9,7 @@ from torch import Tensor
 from cmtmae_scale.backends.base import Backend, Fragment
 from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.checkpoint.shards import ENCODERS
+from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import PATCHES, encoder_from_student
@@ -44,6 +45,7 @@ class RunEvaluation:
         self.reading = ReadOptions(
             config.train.micro_batch_size, config.data.workers, config.data.decode
         )
+        self.name = "momentum encoder" if needs(config).momentum else "student"
         self.size = config.views.image_size
         self.world = world
         self.device = device
@@ -57,9 +59,10 @@ class RunEvaluation:
 
         Raises:
             ReadError: on every rank, if storage did not return an image to one of them.
+            DataError: on every rank, if features are not finite.
         """
         self.student.load_state_dict(gather_encoder(backend.fragments()), strict=True)
-        encoder = encoder_from_student("encoder", self.student, self.size, self.device)
+        encoder = encoder_from_student(self.name, self.student, self.size, self.device)
         train, test = (
             extract_features(images, [encoder], self.reading, self.world, self.device)
             for images in (self.sets.train, self.sets.test)

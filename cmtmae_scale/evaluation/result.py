@@ -48,7 +48,8 @@ def score_predictions(values: Tensor, truth: Tensor) -> Score:
     """Count correct predictions; of classes with equal values the first counts as larger.
 
     Args:
-        values: votes or logits ``[Q, C]``; a class of value ``-inf`` never counts.
+        values: votes or logits ``[Q, C]``; a class of value ``-inf`` never counts, and a row that
+            holds NaN or infinity is no hit.
         truth: classes, int64 ``[Q]``.
     """
     rank = rank_of_truth(values, truth)
@@ -56,11 +57,16 @@ def score_predictions(values: Tensor, truth: Tensor) -> Score:
 
 
 def rank_of_truth(values: Tensor, truth: Tensor) -> Tensor:
-    """Number of classes before the true class, int64 ``[Q]``; values ``[..., Q, C]``."""
+    """Number of classes before the true class, int64 ``[Q]``; values ``[..., Q, C]``.
+
+    Where the true class is not finite, or any class is NaN or infinity, it is at least ``TOP``:
+    every comparison with NaN is false, so that a count alone would be 0, a hit.
+    """
     own = values.gather(-1, truth.expand(values.shape[:-1])[..., None])
     classes = torch.arange(values.shape[-1], device=values.device)
     before = (values > own) | ((values == own) & (classes < truth[:, None]))
-    return before.sum(-1).masked_fill(own[..., 0] == -torch.inf, values.shape[-1])
+    missed = ~own[..., 0].isfinite() | (values.isnan() | values.isposinf()).any(-1)
+    return before.sum(-1).masked_fill(missed, max(values.shape[-1], TOP))
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.teachers.weights import find_non_finite
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
@@ -38,11 +39,16 @@ def load_full(folder: str | Path) -> CollaborativeMAE:
     """Load a folder that ``export.py full`` wrote: on the CPU, float32, in training mode.
 
     Raises:
-        CheckpointError: if weights and config do not fit each other.
+        CheckpointError: if weights and config do not fit each other, or for values that are not
+            finite.
         ConfigError: if the config is absent or not this version's.
     """
-    config = load_config(Path(folder) / CONFIG)
-    return build_full(config, load_file(Path(folder) / WEIGHTS), str(folder))
+    config, file = load_config(Path(folder) / CONFIG), Path(folder) / WEIGHTS
+    tensors = load_file(file)
+    found = find_non_finite(tensors)
+    if found:
+        raise CheckpointError(f"{file}: {found}; export it again from a sound checkpoint")
+    return build_full(config, tensors, str(folder))
 
 
 def build_full(config: Config, tensors: dict[str, Tensor], place: str) -> CollaborativeMAE:

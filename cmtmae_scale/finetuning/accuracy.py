@@ -54,14 +54,14 @@ class Accuracy:
 
         Raises:
             ReadError: on every rank, if storage did not give one of them an image.
-            DataError: if no image could be decoded.
+            DataError: if no image could be decoded, or if logits are not finite.
         """
         state = dict(gather_tensors(backend.fragments(), "model.encoder."))
         digest = weights_digest(state)
         model = self.classifier.encoder.to(self.device)
         model.load_state_dict(state, strict=True)
         labels = torch.as_tensor(self.images.labels, device=self.device)
-        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        counts = torch.zeros(4, dtype=torch.int64, device=self.device)
         problem = ""
         with self.batches() as batches:
             try:
@@ -70,18 +70,27 @@ class Accuracy:
                     with inference_autocast(self.device):
                         logits = model(images)
                     place = batch.position[batch.valid]
-                    found = score_predictions(logits[batch.valid].float(), labels[place])
-                    counts += torch.tensor(found, device=self.device)
+                    logits = logits[batch.valid].float()
+                    found = score_predictions(logits, labels[place])
+                    unusable = int((~logits.isfinite().all(1)).sum())
+                    counts += torch.tensor([*found, unusable], device=self.device)
             except ReadError as error:
                 problem = str(error)
         model.cpu()
         problems = list(filter(None, gather_texts(problem)))
         if problems:
             raise ReadError(problems[0])
-        total = Score(*sum_over_ranks(counts).tolist())
+        *found, unusable = sum_over_ranks(counts).tolist()
+        total = Score(*found)
         if not total.total:
             raise DataError(
                 f"{self.images.index.root}: none of {len(self.images)} images could be decoded"
+            )
+        if unusable:
+            raise DataError(
+                f"{self.images.index.root}: the logits of the fine-tuned weights ({digest[:12]}) "
+                f"are not finite for {unusable} of {total.total} images: no accuracy is computed "
+                "from them; fine-tune again with a lower optimizer.base_lr"
             )
         return total, digest
 

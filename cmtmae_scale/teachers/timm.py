@@ -23,7 +23,13 @@ from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.student import VIT_MODULES
 from cmtmae_scale.teachers.base import QueryKey, Tower
-from cmtmae_scale.teachers.weights import is_file_name, keep_blocks, load_strictly, read_weights
+from cmtmae_scale.teachers.weights import (
+    find_non_finite,
+    is_file_name,
+    keep_blocks,
+    load_strictly,
+    read_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +236,9 @@ class TimmSource:
                 if self.tag and load
                 else self.create(pretrained=False, initialised=not (self.local and load))
             )
+        found = find_non_finite(vit.state_dict()) if self.tag and load else ""
+        if found:
+            raise TeacherError(f"teacher.weights={self.tag}: {found}; choose another tag")
         full = len(vit.blocks)
         if config.depth is not None:
             if config.depth > full:

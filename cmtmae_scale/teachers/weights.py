@@ -35,7 +35,8 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
         key: the config's key that names the file, for messages.
 
     Raises:
-        TeacherError: for a missing or unreadable file, a TorchScript archive, or no tensors in it.
+        TeacherError: for a missing or unreadable file, a TorchScript archive, no tensors in it, or
+            values that are not finite.
     """
     path = Path(path)
     where = f"{key}={path}"
@@ -67,7 +68,30 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    found = find_non_finite(tensors)
+    if found:
+        raise TeacherError(f"{where}: {found}; take a sound copy of the file, or other weights")
     return tensors
+
+
+def find_non_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Return which tensors hold values that are not finite in float32; empty: none does.
+
+    Additive attention masks, named ``attn_mask``, hold ``-inf`` by design; no model loads them.
+    """
+    found = [
+        (name, value)
+        for name, value in tensors.items()
+        if value.is_floating_point()
+        and not name.endswith("attn_mask")
+        and not bool(value.float().isfinite().all())
+    ]
+    if not found:
+        return ""
+    name, value = found[0]
+    count = int((~value.float().isfinite()).sum())
+    more = f", and so do {len(found) - 1} more tensors" if found[1:] else ""
+    return f"{name} holds {count} values of {value.numel()} that are not finite{more}"
 
 
 def read_pickled(path: Path, key: str) -> object:
