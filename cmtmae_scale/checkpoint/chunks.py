@@ -53,7 +53,7 @@ def write_chunks(chunks: Sequence[HostChunk], path: Path) -> dict[str, Any]:
     """
     found = find_non_finite({chunk.key: chunk.values for chunk in chunks})
     if found:
-        raise CheckpointError(found)
+        raise CheckpointError(f"{found}: lower optimizer.base_lr, or set optimizer.grad_clip")
     entries: list[Entry] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for chunk in chunks:
