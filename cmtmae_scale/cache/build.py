@@ -44,7 +44,7 @@ from cmtmae_scale.cache.format import (
 )
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import CacheError
+from cmtmae_scale.errors import CacheError, TeacherError
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import sync
 from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
@@ -67,7 +67,7 @@ class TeacherRows(NamedTuple):
     attention: Tensor | None
     features: Tensor | None
     valid: Tensor
-    """Whether the image was decoded and all outputs are finite, ``[B]`` bool."""
+    """Whether the image was decoded, ``[B]`` bool."""
 
 
 class Builder:
@@ -240,15 +240,29 @@ class Builder:
             yield self.forward_next(pending.popleft())
 
     def forward_next(self, plan: Plan) -> TeacherRows:
-        """Forward the oldest plan that was submitted to the decoder."""
+        """Forward the oldest plan that was submitted to the decoder.
+
+        Raises:
+            TeacherError: if the output for an image that was decoded is not finite.
+        """
         images, faults = self.decoder.collect()
         view = self.teacher(images[0].to(self.device, non_blocking=True))
         count = len(plan.positions)
         valid = torch.tensor([fault is None for fault in faults[:count]]).to(self.device)
         outputs = [None if one is None else one[:count] for one in (view.attention, view.features)]
+        finite = torch.ones_like(valid)
         for output in outputs:
             if output is not None:
-                valid &= output.flatten(1).isfinite().all(1)
+                finite &= output.flatten(1).isfinite().all(1)
+        failed = (valid & ~finite).cpu().numpy()
+        if failed.any():
+            sample, view = int(plan.ids[failed][0]), int(plan.views[failed][0])
+            raise TeacherError(
+                f"the output of teacher.model={self.config.teacher.model} is not finite for "
+                f"{failed.sum()} of {count} views, first: view {view} of image {sample} "
+                f"({self.index.names[sample]}), which was decoded; set backend.precision=fp32, or "
+                "use other teacher.weights"
+            )
         return TeacherRows(plan.positions, outputs[0], outputs[1], valid)
 
     def compute_shard(self, manifest: Manifest, shard: int) -> dict[str, Tensor]:

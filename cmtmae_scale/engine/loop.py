@@ -16,7 +16,7 @@ from cmtmae_scale.engine.guards import (
 )
 from cmtmae_scale.engine.rollback import roll_back
 from cmtmae_scale.engine.task import Run, Scalars
-from cmtmae_scale.errors import CacheError
+from cmtmae_scale.errors import CacheError, NonFiniteError, TeacherError
 from cmtmae_scale.runtime.progress_file import PublishedProgress
 from dataloading.errors import DataError, ReadError
 
@@ -44,12 +44,14 @@ def train(run: Run) -> str | None:
         The reason of the stop, or ``None`` when the run is complete.
 
     Raises:
-        NonFiniteError: too many steps were skipped; the last checkpoint stands.
+        NonFiniteError: too many steps were skipped, or all of them; the last checkpoint stands.
         ConfigError: more images than allowed could not be decoded.
         CacheError: the teacher cache failed; the state before that step is saved.
+        TeacherError: the teacher's output is not finite; the state before that step is saved.
     """
     progress = run.progress
     reason = stop_reason(run, requested=False)
+    refusal: str | None = None
     publish_progress(run)
     while progress.step < progress.end_step and reason is None:
         scalars = run.task.scalars(progress)
@@ -58,14 +60,15 @@ def train(run: Run) -> str | None:
         except ReadError as error:
             reason = str(error)
             break
-        except CacheError:
+        except (CacheError, TeacherError):
             save_last(run)
             raise
         refuse_bad_fraction(run, step.report["valid_views"])
         if step.refusal is None:
             record_step(run, step, scalars)
         else:
-            skip_step(run, step.refusal)
+            refusal = step.refusal
+            skip_step(run, refusal)
         report_stragglers(run)
         publish_progress(run)
         requested = step.report["stop"] > 0
@@ -74,6 +77,12 @@ def train(run: Run) -> str | None:
             save_if_due(run)
         if not requested:
             run_side_tasks(run)
+    if progress.step >= progress.end_step and not progress.applied:
+        raise NonFiniteError(
+            f"nothing was trained: all {progress.step} steps were skipped"
+            f"{f', the last because of {refusal}' if refusal else ''}; nothing is saved, and the "
+            f"incidents in {run.run_dir / 'log.jsonl'} name every reason"
+        )
     save_last(run)
     return reason if progress.step < progress.end_step else None
 
@@ -84,6 +93,7 @@ def take_step(run: Run, scalars: Scalars) -> Step:
     Raises:
         ReadError: on every rank, if storage failed on one of them; nothing was updated.
         CacheError: on every rank, if the teacher cache failed on one; nothing was updated.
+        TeacherError: on every rank, if the teacher's output is not finite on one.
     """
     task, backend, skips, place = run.task, run.backend, run.skips, run.place
     skips.expect(scalars.mixing)
@@ -113,9 +123,10 @@ def take_step(run: Run, scalars: Scalars) -> Step:
         raise_failure(number, run.stop.failure)
     loss = mean_loss(names, outcome.report)
     if not outcome.applied:
+        task.check_inputs(number)
         refusal = skips.find_spike(loss) or describe_non_finite(names, total, ids)
         return Step(report, waited_s, f"step {number}: {refusal}")
-    skips.record_applied(loss)
+    skips.record_applied(loss if report["valid_rows"] else None)
     if scalars.momentum is not None:
         backend.momentum_update(scalars.momentum)
     run.progress.advance(run.plan.global_batch_size, applied=True)
@@ -144,7 +155,10 @@ def skip_step(run: Run, refusal: str) -> None:
 
 
 def record_step(run: Run, step: Step, scalars: Scalars) -> None:
-    """Log an applied step: losses per valid row, observations per micro-batch."""
+    """Log an applied step: losses per valid row, observations per micro-batch.
+
+    A step without a valid row has neither: a 0 would look like a measurement.
+    """
     if run.telemetry is None:
         return
     report = step.report
@@ -155,6 +169,7 @@ def record_step(run: Run, step: Step, scalars: Scalars) -> None:
     values = {
         name: report[name] / (rows if name.startswith("loss/") else micro_batches)
         for name in run.task.logged
+        if report["valid_rows"]
     }
     values |= {"grad_norm": report["grad_norm"], "valid_rows": report["valid_rows"]}
     values |= {name: value for name, value in vars(scalars).items() if value is not None}

@@ -64,10 +64,10 @@ class Skips:
             f"at guard.spike_factor={self.settings.spike_factor:g}"
         )
 
-    def record_applied(self, loss: float) -> None:
-        """Add the loss of an applied step."""
+    def record_applied(self, loss: float | None) -> None:
+        """Add the loss of an applied step; ``None``: the step had no valid row."""
         self.in_succession = 0
-        if self.settings.spike_factor is not None:
+        if self.settings.spike_factor is not None and loss is not None:
             self.losses.append(loss)
 
     def record_skip(self) -> bool:

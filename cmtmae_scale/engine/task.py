@@ -97,6 +97,14 @@ class Task(Protocol):
         """Turn views into inputs and targets, and 0-dim observations for the report."""
         ...
 
+    def check_inputs(self, step: int) -> None:
+        """Look for inputs that are not finite after a step was refused. A collective.
+
+        Raises:
+            TeacherError: on every rank, if skipping the step would not help; names the samples.
+        """
+        ...
+
     def saved_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds for this task alone."""
         ...

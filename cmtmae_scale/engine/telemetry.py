@@ -43,7 +43,7 @@ class Telemetry:
         self.every = every
         self.end = end
         self.sums: dict[str, float] = {}
-        self.steps = 0
+        self.counts: dict[str, int] = {}
         self.views = 0
         self.waited_s = 0.0
         self.since = self.began = time.monotonic()
@@ -56,13 +56,13 @@ class Telemetry:
 
         Args:
             step: number of the finished step, from 1.
-            values: scalars; their mean over the interval is written.
+            values: scalars; their mean over the steps of the interval that have them is written.
             views: views of the step, over all ranks.
             waited_s: seconds in which this rank waited for data.
         """
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.views += views
         self.waited_s += waited_s
         self.bar.update(1)
@@ -72,7 +72,7 @@ class Telemetry:
     def write(self, step: int) -> None:
         """Write the interval's means, its rates and the memory in use."""
         elapsed_s = max(time.monotonic() - self.since, 1e-9)
-        entry = {name: total / self.steps for name, total in self.sums.items()}
+        entry = {name: total / self.counts[name] for name, total in self.sums.items()}
         entry["images_s"] = self.views / elapsed_s
         entry["data_wait_fraction"] = self.waited_s / elapsed_s
         entry["memory_gib"] = memory_gib()
@@ -83,7 +83,7 @@ class Telemetry:
             logger.info("step %d/%d  %s", step, self.end, line)
         else:
             self.bar.set_postfix_str(line)
-        self.sums, self.steps, self.views, self.waited_s = {}, 0, 0, 0.0
+        self.sums, self.counts, self.views, self.waited_s = {}, {}, 0, 0.0
         self.since = time.monotonic()
 
     def record_side_task(
@@ -152,7 +152,7 @@ class Telemetry:
         self.board.close()
         self.board = SummaryWriter(str(self.file.parent / "tensorboard"), purge_step=step + 1)
         self.bar.update(step - self.bar.n)
-        self.sums, self.steps, self.views, self.waited_s = {}, 0, 0, 0.0
+        self.sums, self.counts, self.views, self.waited_s = {}, {}, 0, 0.0
         self.since = time.monotonic()
 
     def close(self) -> None:

@@ -176,6 +176,9 @@ class Finetuning:
         """See ``Task.prepare``: augmented views with the targets of their labels."""
         return self.augment(batch, self.labels[batch.sample_id]), ()
 
+    def check_inputs(self, step: int) -> None:
+        """See ``Task.check_inputs``; images and labels are always finite."""
+
     def saved_state(self) -> dict[str, Any]:
         return {"encoder": self.encoder.to_dict()}
 

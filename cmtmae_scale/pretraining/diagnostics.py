@@ -67,11 +67,15 @@ class Diagnostics:
         if micro_batch is None:
             return
         values = self.measure_tokens(run, micro_batch) | self.measure_gradients(run, micro_batch)
+        dropped = [name for name, value in values.items() if not math.isfinite(value)]
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         if run.telemetry is not None:
             took_s = time.monotonic() - began
             run.telemetry.record_side_task("diagnostics", run.progress.step, values, took_s)
             self.warn_of_collapse(run, values)
+            if dropped:
+                text = "step %d: diagnostics that are not finite are not logged: %s"
+                logger.warning(text, run.progress.step, ", ".join(dropped))
 
     def measure_tokens(self, run: Run, micro_batch: MicroBatch) -> dict[str, float]:
         """Measure the momentum encoder's target tokens of this rank's micro-batch."""

@@ -52,6 +52,8 @@ class MicroBatch(NamedTuple):
     """Weight of the teacher in the loss, 0-dim float32."""
     only_term: str | None = None
     """Loss term that alone is differentiated, for diagnostics; ``None``: the weighted sum."""
+    unsound: Tensor | None = None
+    """Views that could be decoded and whose teacher output is not finite, bool ``[B]``."""
 
     @property
     def inputs(self) -> tuple[Tensor, PatchChoice]:
@@ -67,6 +69,8 @@ class Observed(NamedTuple):
     """Agreement of the teacher's and the momentum encoder's attention maps."""
     cache_hit: Tensor
     """1 if the teacher's view was read from a cache, else 0."""
+    unsound: Tensor
+    """Infinity, which refuses the step, if a valid view's teacher output is not finite; else 0."""
 
 
 def prepare(
@@ -106,7 +110,24 @@ def prepare(
         if view.attention is not None and attention is not None:
             agreement = map_agreement(view.attention, attention)
         hit = torch.full((), float(view.cached), device=images.device)
-    return MicroBatch(images, choice, targets, valid, weight), Observed(mass, agreement, hit)
+        unsound = find_unsound(view, batch.valid.to(images.device))
+        refusal = torch.where(unsound.any(), torch.inf, zero)
+    return (
+        MicroBatch(images, choice, targets, valid, weight, unsound=unsound),
+        Observed(mass, agreement, hit, refusal),
+    )
+
+
+def find_unsound(view: TeacherView, valid: Tensor) -> Tensor:
+    """Return the valid views whose teacher output is not finite, bool ``[B]``.
+
+    An attention map of NaN would count as 0 in the masks, and the loss could stay finite.
+    """
+    unsound = torch.zeros_like(valid)
+    for output in (view.attention, view.features):
+        if output is not None:
+            unsound = unsound | ~output.isfinite().flatten(1).all(1)
+    return unsound & valid
 
 
 def mix_attention(

@@ -16,11 +16,13 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.task import Run, SideTask
+from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.evaluation.periodic import open_evaluation
 from cmtmae_scale.pretraining.build import build_models, open_index, open_stream, open_teacher
 from cmtmae_scale.pretraining.diagnostics import Diagnostics
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
 from cmtmae_scale.pretraining.scalars import PretrainingScalars, scalars_at
+from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import view_sizes
 from dataloading.index import Index
@@ -29,9 +31,11 @@ from dataloading.stream import Batch, Stream
 logger = logging.getLogger(__name__)
 
 LOSSES = ("loss/total", "loss/teacher", "loss/student", "loss/pixel")
+SHOWN_SAMPLES = 4
+"""Samples that an error names per rank."""
 EVALUATION_FRACTION = 0.05
 """Fraction of a run's time above which evaluation causes a warning."""
-OBSERVED = ("mask/visible_mass", "attention/agreement", "cache/hit")
+OBSERVED = ("mask/visible_mass", "attention/agreement", "cache/hit", "teacher/not_finite")
 
 
 class Pretraining:
@@ -66,10 +70,12 @@ class Pretraining:
         self.side_tasks: list[SideTask] = []
         self.has_warned = False
         self.diagnostics = Diagnostics(config)
+        self.drawn: list[tuple[Tensor, Tensor | None]] = []
+        """Sample ids of the step's micro-batches, and which of them the teacher fails on."""
         needed = needs(config)
         maps = (needed.teacher_attention, needed.student_attention)
         # A term that the run does not have is not logged: a zero would look like a measurement.
-        present = (any(maps), all(maps), reads_cache(config))
+        present = (any(maps), all(maps), reads_cache(config), False)
         found = [name for name, is_present in zip(OBSERVED, present, strict=True) if is_present]
         self.logged = (*LOSSES, *found)
 
@@ -119,6 +125,7 @@ class Pretraining:
 
     def scalars(self, progress: Progress) -> PretrainingScalars:
         self.diagnostics.expect(progress.step + 1)
+        self.drawn.clear()
         return scalars_at(self.config, progress.fraction)
 
     def prepare(
@@ -126,7 +133,29 @@ class Pretraining:
     ) -> tuple[MicroBatch, Sequence[Tensor]]:
         micro_batch, observed = prepare(self.config, self.models, batch, scalars)
         self.diagnostics.keep(micro_batch)
+        self.drawn.append((batch.sample_id, micro_batch.unsound))
         return micro_batch, observed
+
+    def check_inputs(self, step: int) -> None:
+        """See ``Task.check_inputs``: refuse views on which the frozen teacher fails."""
+        ids = [int(i) for each, bad in self.drawn if bad is not None for i in each[bad.cpu()].cpu()]
+        names = ", ".join(f"{i} ({self.index.names[i]})" for i in ids[:SHOWN_SAMPLES])
+        more = f" and {len(ids) - SHOWN_SAMPLES} more" if len(ids) > SHOWN_SAMPLES else ""
+        everyone = gather_texts(names + more)
+        failed = {str(rank): text for rank, text in enumerate(everyone) if text}
+        if not failed:
+            return
+        config = self.config
+        remedy = "set backend.precision=fp32, or use other teacher.weights in another run"
+        source = f"teacher.model={config.teacher.model}"
+        if reads_cache(config):
+            source += f" or its cache.dir={config.cache.dir}"
+            remedy += ", or build the cache again"
+        raise TeacherError(
+            f"step {step} was not taken: the output of {source} is not finite on ranks "
+            f"{', '.join(failed)}, for samples {'; '.join(failed.values())}, which could be "
+            f"decoded; nothing was updated; {remedy}"
+        )
 
     def saved_state(self) -> dict[str, Any]:
         return {}
