@@ -80,7 +80,7 @@ def train(run: Run) -> str | None:
     if progress.step >= progress.end_step and not progress.applied:
         raise NonFiniteError(
             f"nothing was trained: all {progress.step} steps were skipped"
-            f"{f', the last because of {refusal}' if refusal else ''}; nothing is saved, and the "
+            f"{f'; the last: {refusal}' if refusal else ''}; no checkpoint is written, and the "
             f"incidents in {run.run_dir / 'log.jsonl'} name every reason"
         )
     save_last(run)

@@ -16,7 +16,8 @@ from cmtmae_scale.cache.format import missing_shards, read_manifest, seal_path, 
 from cmtmae_scale.cache.reader import ShardFile
 from cmtmae_scale.cache.verify import damaged_shards
 from cmtmae_scale.commands import precompute
-from cmtmae_scale.errors import CacheError
+from cmtmae_scale.errors import CacheError, TeacherError
+from cmtmae_scale.teachers.base import TeacherView
 from tests.cache import cache_case as case
 from tests.processes import CONTEXT, run_ranks
 
@@ -241,3 +242,27 @@ def test_a_slurm_array_task_has_its_share() -> None:
     given = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
     assert precompute.slurm_array_share(given) == (3, 4)
     assert precompute.slurm_array_share({}) == (0, 1)
+
+
+def test_an_output_that_is_not_finite_ends_the_build_and_names_the_image(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """A row that is stored as undecodable would blame the image, and nobody would count it."""
+    builder = case.make_builder(recipe)
+    manifest = builder.begin_cache(tmp_path / "cache", "int8", case.ROWS_PER_SHARD)
+    teacher = builder.teacher
+
+    def failing(images: torch.Tensor) -> TeacherView:
+        view = teacher(images)
+        assert view.features is not None
+        view.features[1, 2, 3] = float("nan")
+        return view
+
+    builder.teacher = failing  # pyright: ignore
+    expected = (
+        r"^the output of teacher.model=test_vit is not finite for 1 of 4 views, first: view 1 of "
+        r"image 0 \(class0/000.jpg\), which was decoded; set backend.precision=fp32"
+    )
+    with pytest.raises(TeacherError, match=expected):
+        builder.compute_shard(manifest, 0)
+    builder.close()
