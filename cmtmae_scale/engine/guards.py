@@ -1,15 +1,19 @@
 """Steps that cannot be taken: data that cannot be read, values that are not finite."""
 
+import logging
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cmtmae_scale.engine.task import Run
-from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.errors import CacheError, ConfigError, NonFiniteError
 from cmtmae_scale.runtime.collectives import all_ranks_agree, gather_texts, ranks
 from dataloading.errors import ReadError
 from dataloading.reading import GREY
 from dataloading.stream import Batch
+
+logger = logging.getLogger(__name__)
 
 
 def next_batch(run: Run) -> Batch:
@@ -78,6 +82,38 @@ def refuse_bad_fraction(run: Run, valid_views: float) -> None:
             f"({run.undecodable / run.drawn:.2%}) could not be decoded, more than "
             f"data.max_bad_fraction={limit}; replace the files that "
             f"{run.run_dir / 'quarantine.jsonl'} names, or raise that key"
+        )
+
+
+def refuse_empty_run(run: Run, refusal: str | None) -> None:
+    """Refuse to end a run as complete that trained nothing; count the skipped steps of another.
+
+    Args:
+        run: a run after its last step, before it is saved.
+        refusal: why the last skipped step of this launch was skipped.
+
+    Raises:
+        NonFiniteError: if every step was skipped.
+        ConfigError: if no view of any step could be decoded.
+    """
+    progress = run.progress
+    if not progress.applied:
+        raise NonFiniteError(
+            f"nothing was trained: all {progress.step} steps were skipped"
+            f"{f'; the last: {refusal}' if refusal else ''}; no checkpoint is written, and the "
+            f"incidents in {run.run_dir / 'log.jsonl'} name every reason"
+        )
+    if run.undecodable >= run.drawn == progress.position:
+        raise ConfigError(
+            f"nothing was trained: none of {run.drawn:.0f} views could be decoded; replace the "
+            f"files that {run.run_dir / 'quarantine.jsonl'} names"
+        )
+    if progress.applied < progress.step:
+        logger.warning(
+            "%d of %d steps were skipped; the incidents in %s name every reason",
+            progress.step - progress.applied,
+            progress.step,
+            run.run_dir / "log.jsonl",
         )
 
 

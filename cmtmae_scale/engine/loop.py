@@ -13,10 +13,11 @@ from cmtmae_scale.engine.guards import (
     next_batch,
     raise_failure,
     refuse_bad_fraction,
+    refuse_empty_run,
 )
 from cmtmae_scale.engine.rollback import roll_back
 from cmtmae_scale.engine.task import Run, Scalars
-from cmtmae_scale.errors import CacheError, NonFiniteError, TeacherError
+from cmtmae_scale.errors import CacheError, TeacherError
 from cmtmae_scale.runtime.progress_file import PublishedProgress
 from dataloading.errors import DataError, ReadError
 
@@ -45,7 +46,7 @@ def train(run: Run) -> str | None:
 
     Raises:
         NonFiniteError: too many steps were skipped, or all of them; the last checkpoint stands.
-        ConfigError: more images than allowed could not be decoded.
+        ConfigError: more images than allowed could not be decoded, or all of them.
         CacheError: the teacher cache failed; the state before that step is saved.
         TeacherError: the teacher's output is not finite; the state before that step is saved.
     """
@@ -77,12 +78,8 @@ def train(run: Run) -> str | None:
             save_if_due(run)
         if not requested:
             run_side_tasks(run)
-    if progress.step >= progress.end_step and not progress.applied:
-        raise NonFiniteError(
-            f"nothing was trained: all {progress.step} steps were skipped"
-            f"{f'; the last: {refusal}' if refusal else ''}; no checkpoint is written, and the "
-            f"incidents in {run.run_dir / 'log.jsonl'} name every reason"
-        )
+    if progress.step >= progress.end_step:
+        refuse_empty_run(run, refusal)
     save_last(run)
     return reason if progress.step < progress.end_step else None
 

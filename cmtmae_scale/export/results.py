@@ -1,6 +1,7 @@
 """Evaluation results in ``RUN_DIR/evaluation/*.json`` for the model card."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +49,8 @@ def lookup(tree: Any, key: str) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether a JSON value is a finite number; Python reads and writes NaN too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def subject_text(subject: Any) -> str:

@@ -60,7 +60,7 @@ def run_cases(recipe: Path, cases: dict[str, Any]) -> dict[str, Any]:
             built = build(recipe, [f"run.output_dir={recipe.parent / name}", *overrides], stack)
             if name.startswith("teacher"):
                 built.task.models.teacher = FailingTeacher(built.task.models.teacher, *fault)
-            elif name == "undecodable":
+            elif "undecodable" in name:
                 built.stream = undecodable(built.stream, fault)
             else:
                 micro = built.backend.micro
@@ -82,6 +82,7 @@ CASES = {
     "teacher attention": ([], ("attention", math.nan)),
     "teacher features": ([], ("features", math.inf)),
     "skipped": (["train.steps=2"], None),
+    "all undecodable": (["data.max_bad_fraction=1.0", "train.steps=1"], (0, 8)),
     "undecodable": (["data.max_bad_fraction=1.0", "log.every=2", "train.steps=5"], (2, 8)),
 }
 
@@ -119,6 +120,15 @@ def test_a_run_whose_steps_were_all_skipped_is_not_done(seen: Any) -> None:
     assert "not finite on ranks 0, 1: loss/total" in error
     assert layout.list_checkpoints(folder / "skipped" / "checkpoints") == []
     assert len(incidents(folder / "skipped")) == 2
+
+
+def test_a_run_that_decoded_nothing_is_not_done(seen: Any) -> None:
+    folder, ranks = seen
+    code, error, *_ = ranks[0]["all undecodable"]
+    assert ranks[1]["all undecodable"] == ranks[0]["all undecodable"]
+    assert code == EXIT_CONFIG
+    assert error.startswith("nothing was trained: none of 8 views could be decoded; replace the ")
+    assert layout.list_checkpoints(folder / "all undecodable" / "checkpoints") == []
 
 
 def test_a_step_without_a_valid_row_logs_no_loss(seen: Any) -> None:

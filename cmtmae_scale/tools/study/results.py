@@ -204,9 +204,18 @@ def read_result(file: Path) -> dict[str, Any]:
     """Read a result file.
 
     Raises:
-        ConfigError: if it is damaged.
+        ConfigError: if it is damaged, or has a number that is not finite.
     """
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(), parse_constant=refuse_constant)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run again") from error
+
+
+def refuse_constant(name: str) -> float:
+    """Refuse NaN and infinities, which Python's JSON reads as numbers.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{name} is not a result")
