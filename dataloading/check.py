@@ -47,11 +47,10 @@ def find_undecodable(
         for sample in chunk:
             try:
                 _, height, width = decode(reader.read(sample)).shape
-                row = index.entries[sample]
-                if (width, height) != (row["width"], row["height"]):
+                wide, high = reader.stored_size(sample)
+                if (width, height) != (wide, high):
                     raise UndecodableError(
-                        f"decodes to {width} x {height} pixels, its header says "
-                        f"{row['width']} x {row['height']}"
+                        f"decodes to {width} x {height} pixels, its header says {wide} x {high}"
                     )
             except UndecodableError as error:
                 faults.append(Fault(sample, index.names[sample], str(error)))

@@ -59,6 +59,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-bad-fraction", type=share, default=Data.max_bad_fraction, help=bad_help
     )
+    parser.add_argument(
+        "--exif-orientation",
+        action=argparse.BooleanOptionalAction,
+        default=Data.exif_orientation,
+        help="as data.exif_orientation",
+    )
     cores = len(os.sched_getaffinity(0))
     threads_help = "reader and decoder threads; one per core"
     parser.add_argument("--threads", type=at_least_one, default=cores, help=threads_help)
@@ -85,7 +91,7 @@ def check_images(options: argparse.Namespace) -> int:
     from dataloading.index import build_index
     from dataloading.sheet import draw_sheet
 
-    index = build_index(options.path, options.source, options.max_pixels)
+    index = build_index(options.path, options.source, options.max_pixels, options.exif_orientation)
     if options.sheet is not None:
         views = Views()
         draw_sheet(

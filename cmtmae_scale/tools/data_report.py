@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.check import Fault
+from dataloading.entries import count_turned
 from dataloading.index import Index
 from dataloading.mixing import Mixing, class_mixing, expected_labels
 
@@ -64,6 +65,11 @@ class DataReport:
         return self.bad / (len(self.index) + len(self.index.excluded))
 
     @property
+    def turned(self) -> tuple[int, int]:
+        """Images that are turned upright, and images whose EXIF orientation is not applied."""
+        return count_turned(self.index.entries["flags"])
+
+    @property
     def lost(self) -> list[str]:
         """Damaged tars, according to the index."""
         return [
@@ -92,6 +98,8 @@ class DataReport:
             "tars": len(self.index.shards),
             "excluded": [{"name": name, "reason": why} for name, why in self.index.excluded],
             "undecodable": [fault._asdict() for fault in self.undecodable],
+            "turned": self.turned[0],
+            "orientation_not_applied": self.turned[1],
             "bad_fraction": self.bad_fraction,
             "max_bad_fraction": self.max_bad_fraction,
             "damaged_tars": self.lost,
@@ -151,7 +159,11 @@ def render_data_report(report: DataReport) -> str:
     lines += ["", f"{'':8}{'min':>12}{'median':>12}{'95 %':>12}{'max':>12}"]
     for name, extent in report.sizes.items():
         lines.append(f"{name:8}" + "".join(f"{value:12,}" for value in extent))
-    lines.append("")
+    turned, as_stored = report.turned
+    text = f"orientation: {turned} of {len(index)} images are turned upright (EXIF)"
+    if as_stored:
+        text += f"; {as_stored} have an EXIF orientation that is not applied"
+    lines += ["", text]
     if report.images_per_label is None:
         lines.append("labels: none")
     else:

@@ -91,6 +91,7 @@ JPEG = encode(COLOUR, "JPEG", quality=95, subsampling=0)
 PNG = encode(COLOUR, "PNG")
 WEBP = encode(COLOUR, "WEBP", lossless=True)
 MIDDLE = len(JPEG) * 3 // 5
+UPRIGHT = np.rot90(COLOUR, -1).copy()
 OTHER = COLOUR[::-1, ::-1].copy()
 AVIF = base64.b64decode(
     "AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUIAAADrbWV0YQAAAAAAAAAhaGRscgAAAAAAAAAAcGljdAAA"
@@ -168,10 +169,21 @@ FILES = [
     good("cmyk.jpg", encode(Image.fromarray(CMYK, "CMYK"), "JPEG", quality=95), CMYK_RGB, "", 3),
     good("grey.jpg", encode(COLOUR[..., 0], "JPEG", quality=95), grey_of(COLOUR), "", 3),
     good("progressive.jpg", encode(COLOUR, "JPEG", quality=95, progressive=True), COLOUR, "", 3),
-    good("turned.jpg", encode(COLOUR, "JPEG", quality=95, exif=turned()), COLOUR, "as stored", 3),
-    good("turned.png", encode(COLOUR, "PNG", exif=turned()), COLOUR, "as stored"),
-    good("turned.webp", encode(COLOUR, "WEBP", lossless=True, exif=turned()), COLOUR, "as stored"),
-    good("turned.tiff", encode(COLOUR, "TIFF", exif=turned()), COLOUR, "as stored"),
+    good(
+        "turned.jpg",
+        encode(COLOUR, "JPEG", quality=95, exif=turned()),
+        UPRIGHT,
+        "turned upright",
+        3,
+    ),
+    good("turned.png", encode(COLOUR, "PNG", exif=turned()), UPRIGHT, "turned upright"),
+    good(
+        "turned.webp",
+        encode(COLOUR, "WEBP", lossless=True, exif=turned()),
+        UPRIGHT,
+        "turned upright",
+    ),
+    good("turned.tiff", encode(COLOUR, "TIFF", exif=turned()), UPRIGHT, "turned upright"),
     good("palette.png", encode(PALETTE, "PNG"), PALETTE_RGB),
     good(
         "palette-alpha.png",
