@@ -38,7 +38,10 @@ Pixels = NDArray[np.uint8]
 Decode = Callable[[bytes], Tensor]
 Fast = Callable[[bytes], Tensor | None]
 
-_ORIENTATION = 274  # a tag of TIFF
+_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF
+_NO_RANGE = (
+    "have no range that the file defines; convert the image to unsigned integers of 8 or 16 bits"
+)
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -221,10 +224,26 @@ def with_pillow(data: bytes) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decode to eight bits: alpha is dropped, sixteen bits are scaled."""
+    """Decode to eight bits: alpha is dropped, unsigned integers of 12 or 16 bits are scaled.
+
+    Raises:
+        UndecodableError: for values whose range the format does not define.
+    """
+    if image.mode == "F":
+        raise UndecodableError(f"floating-point values {_NO_RANGE}")
     if image.mode.startswith("I"):  # Pillow would cut off what is above 255
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        top, is_inverted = 65535, False
+        if isinstance(image, TiffImageFile):
+            bits, kind = (image.tag_v2.get(tag, (1,))[0] for tag in (_BITS, _SAMPLE_FORMAT))
+            if kind != 1 or bits > 16:
+                raise UndecodableError(
+                    f"{'un' if kind == 1 else ''}signed integers of {bits} bits {_NO_RANGE}"
+                )
+            top = (1 << bits) - 1
+            is_inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # Pillow inverts eight bits only
+        levels = np.asarray(image).astype(np.int64).clip(0, top)
+        levels = top - levels if is_inverted else levels
+        return Image.fromarray(((levels * 255 + top // 2) // top).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns of the direct way
     return image.convert("RGB")
