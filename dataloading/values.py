@@ -50,7 +50,8 @@ def find_suspect_values(image: Tensor) -> str | None:
     if spread <= _NEAR:
         lowest, highest = image.amin((1, 2)), image.amax((1, 2))
         if lowest.equal(highest):
-            return "constant: every pixel is ({}, {}, {})".format(*lowest.tolist())
+            red, green, blue = (int(value) for value in lowest)
+            return f"constant: every pixel is ({red}, {green}, {blue})"
         return f"near-constant: 99 % of the pixels lie within {spread} levels of 255"
     saturated = counts[:, [0, 255]].sum() / counts.sum()
     if saturated >= _SATURATED:
@@ -83,5 +84,6 @@ def find_duplicates(rows: Sequence[int], digests: Digests) -> list[tuple[int, ..
     order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable
     ordered = digests[order]
     starts = np.flatnonzero(np.r_[True, (ordered[1:] != ordered[:-1]).any(1)])
-    groups = np.split(order, starts[1:]) if len(starts) < len(order) else []
-    return sorted(tuple(rows[i] for i in group) for group in groups if len(group) > 1)
+    ends = np.r_[starts[1:], len(order)]
+    repeated = [(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if b > a + 1]
+    return sorted(tuple(rows[int(i)] for i in order[a:b]) for a, b in repeated)

@@ -19,6 +19,9 @@ from tests.dataloading.decoder_case import DECODERS, NO_DALI
 from tests.dataloading.tar_case import write_tar
 
 FORMS = {"JPEG": {"quality": 90}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+Image.init()
+if "AVIF" in Image.SAVE:  # Pillow 11.3 or later
+    FORMS["AVIF"] = {"speed": 10}
 KINDS = [(form, orientation) for orientation in range(1, 9) for form in FORMS]
 
 
@@ -40,7 +43,7 @@ def turned(tmp_path, picture):
 
 
 def draw(index, decode="torch", **options):
-    settings = {"seed": 3, "micro_batch": 16, "sizes": (24, 16), "threads": 2, "decode": decode}
+    settings = {"seed": 3, "micro_batch": 20, "sizes": (24, 16), "threads": 2, "decode": decode}
     with Stream(index, **settings, **options) as stream:
         batches = [next(stream) for _ in range(5)]
     assert all(bool(batch.valid.all()) for batch in batches)
