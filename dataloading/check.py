@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.reading import Reader, UndecodableError, start_threads
 from dataloading.torch_decode import find_codec, make_decode
+from dataloading.values import (
+    Digests,
+    Survey,
+    digest_bytes,
+    find_duplicates,
+    find_suspect_values,
+    is_scaled,
+)
 
 ReportDone = Callable[[int], None]
 """Called with the number of samples that are done."""
@@ -31,49 +40,78 @@ class Fault(NamedTuple):
     reason: str
 
 
-def find_undecodable(
+class _Found(NamedTuple):
+    """Result of a few samples; digests are those of the samples ``read``."""
+
+    faults: list[Fault]
+    suspect: list[tuple[int, str]]
+    read: list[int]
+    digests: list[Digests]
+    scaled: int
+
+
+def check_samples(
     index: Index, threads: int, report_done: ReportDone, patience_s: float = 10.0
-) -> list[Fault]:
+) -> tuple[list[Fault], Survey]:
     """Decode everything, in index order; each thread uses one core.
 
     Returns:
-        The samples that a run would see as grey views or stop for, with reasons, in index order.
+        The samples that a run would see as grey views or stop for, with reasons, in index order;
+        and what is remarkable about the others.
     """
     reader = Reader(index, patience_s)
     decode = make_decode(find_codec())
 
-    def work(chunk: range) -> list[Fault]:
+    def work(chunk: range) -> _Found:
         faults: list[Fault] = []
+        suspect: list[tuple[int, str]] = []
+        read: list[int] = []
+        digests: list[Digests] = []
+        scaled = 0
         for sample in chunk:
             try:
-                _, height, width = decode(reader.read(sample)).shape
-                row = index.entries[sample]
-                if (width, height) != (row["width"], row["height"]):
+                data = reader.read(sample)
+                read.append(sample)
+                digests.append(digest_bytes(data))
+                image = decode(data)
+                _, height, width = image.shape
+                wide, high = reader.stored_size(sample)
+                if (width, height) != (wide, high):
                     raise UndecodableError(
-                        f"decodes to {width} x {height} pixels, its header says "
-                        f"{row['width']} x {row['height']}"
+                        f"decodes to {width} x {height} pixels, its header says {wide} x {high}"
                     )
+                scaled += is_scaled(data)
+                doubt = find_suspect_values(image)
+                if doubt is not None:
+                    suspect.append((sample, doubt))
             except UndecodableError as error:
                 faults.append(Fault(sample, index.names[sample], str(error)))
             except ReadError as error:
                 reason = getattr(error.__cause__, "strerror", None) or "no answer"
                 faults.append(Fault(sample, index.names[sample], f"cannot be read: {reason}"))
-        return faults
+        return _Found(faults, suspect, read, digests, scaled)
 
     n = len(index)
     chunks = (range(at, min(at + _CHUNK, n)) for at in range(0, n, _CHUNK))
-    found: list[Fault] = []
+    done: list[_Found] = []
     pool = start_threads(threads)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            for number, faults in enumerate(map_in_order(pool, threads, work, chunks), start=1):
-                found += faults
+            for number, found in enumerate(map_in_order(pool, threads, work, chunks), start=1):
+                done.append(found)
                 report_done(min(number * _CHUNK, n))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         reader.close()
-    return found
+    read = [sample for found in done for sample in found.read]
+    digests = [digest for found in done for digest in found.digests]
+    survey = Survey(
+        [doubt for found in done for doubt in found.suspect],
+        find_duplicates(read, np.array(digests, dtype=np.uint64).reshape(-1, 2)),
+        sum(found.scaled for found in done),
+    )
+    return [fault for found in done for fault in found.faults], survey
 
 
 def map_in_order(

@@ -1,7 +1,8 @@
 """From bytes to views with DALI: decoded, cut and resized by the GPU, or by the CPU without one.
 
 The graph: full decode, slice, bicubic resize with antialiasing, flip, uint8. On a CPU it ends with
-the slice and torch resizes, ten times faster than DALI does there. What was drawn travels through
+the slice and torch resizes, ten times faster than DALI does there. Pixels leave it as stored; torch
+turns them upright where the index records an orientation. What was drawn travels through
 the graph beside the pixels, so that the two cannot get out of step. A decode error ends a graph;
 the culprits are then found one by one, replaced, and a new graph takes up the same micro-batch.
 """
@@ -10,6 +11,7 @@ import io
 import logging
 import re
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ from dataloading.headers import is_common
 from dataloading.plan import Plan
 from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
 from dataloading.torch_decode import crop_and_resize, find_codec, make_decode, make_fast
+from dataloading.turns import Box, turn_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,8 @@ class _Encoded:
     """One view on its way into the graph, which asks ahead and must never see an error."""
 
     data: Bytes
-    box: tuple[int, int, int, int]
+    box: Box
+    orientation: int = 1
     fault: str | None = None
     failure: ReadError | None = None
 
@@ -68,6 +72,21 @@ class _Work:
         """Position, sample and box of each view, ``[B, 6]``."""
         plan = self.plan
         return np.column_stack([plan.positions, plan.ids, plan.boxes]).astype(np.int64)
+
+
+def turn_views(
+    images: tuple[Tensor, ...], views: Sequence[_Encoded], flips: NDArray[np.bool_]
+) -> None:
+    """Turn and flip, in place, the views of images that are stored turned.
+
+    ``images`` are ``[B, S, S, 3]``, one for each size.
+    """
+    for place, view in enumerate(views):
+        if view.orientation > 1:
+            for image in images:
+                turned = turn_pixels(image[place].permute(2, 0, 1), view.orientation)
+                turned = turned.flip(2) if flips[place] else turned
+                image[place] = turned.permute(1, 2, 0).clone()
 
 
 class DaliDecoder:
@@ -133,11 +152,12 @@ class DaliDecoder:
                 raise view.failure
         if self._resize:
             images = tuple(torch.from_dlpack(one.as_tensor()) for one in outputs)
+            turn_views(images, views, work.plan.flips)
         else:
-            images = self._resize_crops(*outputs)
+            images = self._resize_crops(views, *outputs)
         return Views(images, [view.fault for view in views])
 
-    def _resize_crops(self, crops: Any, flip: Any) -> tuple[Tensor, ...]:
+    def _resize_crops(self, views: list[_Encoded], crops: Any, flip: Any) -> tuple[Tensor, ...]:
         """Resize what the graph has cut, in threads."""
         flips: list[int] = np.asarray(flip.as_tensor()).tolist()
         images = tuple(
@@ -148,9 +168,8 @@ class DaliDecoder:
         def fill(k: int) -> None:
             crop = torch.as_tensor(np.asarray(crops[k])).permute(2, 0, 1)
             box = (0, 0, crop.shape[2], crop.shape[1])
-            for array, view in zip(
-                arrays, crop_and_resize(crop, box, self._sizes, bool(flips[k])), strict=True
-            ):
+            cut = crop_and_resize(crop, box, self._sizes, bool(flips[k]), views[k].orientation)
+            for array, view in zip(arrays, cut, strict=True):
                 array[k] = view
 
         wait(done := [self._pool.submit(fill, k) for k in range(len(flips))])
@@ -180,11 +199,10 @@ class DaliDecoder:
             return self._grey(str(error))
         except ReadError as error:
             return _Encoded(self._stock, _STOCK_BOX, failure=error)
-        x, y, w, h = box
-        return _Encoded(encoded, (x, y, w, h))
+        return _Encoded(encoded, *self._reader.stored_box(sample, box))
 
     def _grey(self, reason: str) -> _Encoded:
-        return _Encoded(self._stock, _STOCK_BOX, reason)
+        return _Encoded(self._stock, _STOCK_BOX, fault=reason)
 
     def _build(self) -> Any:
         """Make a new graph, which asks ``_next`` for its inputs."""
@@ -241,6 +259,8 @@ class DaliDecoder:
         anchors = np.array([(y, x) for x, y, _, _ in (v.box for v in views)], dtype=np.int32)
         shapes = np.array([(h, w) for _, _, w, h in (v.box for v in views)], dtype=np.int32)
         flips = work.plan.flips.astype(np.int32)
+        if self._resize:  # what is turned afterwards is flipped after that
+            flips *= np.array([view.orientation == 1 for view in views], dtype=np.int32)
         return [view.data for view in views], anchors, shapes, flips, work.facts()
 
     def _recover(self, error: RuntimeError) -> None:

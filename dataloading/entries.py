@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dataloading.headers import HeaderError
+from dataloading.headers import Header, HeaderError
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ ENTRY = np.dtype(
         ("width", "<u2"),
         ("height", "<u2"),
         ("label", "<i4"),  # row of Index.labels; -1: none
-        ("flags", "u1"),  # 0; unusable files are excluded
+        ("flags", "u1"),  # bits 0 to 2: EXIF orientation - 1; bit 3: pixels are turned by it
     ]
 )
 EXTENSIONS = frozenset(
@@ -31,9 +31,12 @@ EXTENSIONS = frozenset(
     | {".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 100_000_000
+SIDEWAYS = 5
+"""First of the EXIF orientations that exchange width and height."""
 PROGRESS_S = 10.0
 
 _READERS = 8
+_ORIENTATION, _TURNED = 7, 8  # of the flags
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -63,11 +66,12 @@ class Findings(NamedTuple):
 
 
 class Examined(NamedTuple):
-    """Width and height of an image, or the reason why it is excluded."""
+    """Width, height and flags of an image's row, or the reason why it is excluded."""
 
     width: int
     height: int
     fault: str | None
+    flags: int = 0
 
 
 def encode_name(name: str) -> bytes:
@@ -75,16 +79,36 @@ def encode_name(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
-def examine(size: int, measure: Callable[[], tuple[int, int]], max_pixels: int) -> Examined:
+def orientations(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the EXIF orientations by which pixels are turned, 1 to 8; 1: left as stored."""
+    return np.where(flags & _TURNED, (flags & _ORIENTATION) + 1, 1).astype(np.uint8)
+
+
+def turns_bytes(entries: NDArray[np.void]) -> bytes:
+    """Return what a digest gets of the turns of all rows: nothing where no image is turned."""
+    turns = orientations(entries["flags"])
+    return b"turned\n" + turns.tobytes() if (turns > 1).any() else b""
+
+
+def count_turned(flags: NDArray[np.uint8]) -> tuple[int, int]:
+    """Count images that are turned, and images whose orientation is recorded and not applied."""
+    turned = int(np.count_nonzero(flags & _TURNED))
+    return turned, int(np.count_nonzero(flags & _ORIENTATION)) - turned
+
+
+def examine(
+    size: int, measure: Callable[[], Header], max_pixels: int, exif_orientation: bool
+) -> Examined:
     """Decide whether an image gets a row of the index.
 
     Args:
         size: bytes.
-        measure: returns (width, height) or raises ``HeaderError``.
+        measure: returns the header or raises ``HeaderError``.
         max_pixels: largest allowed width x height.
+        exif_orientation: whether the image is turned as its EXIF orientation says.
 
     Returns:
-        Width and height, or zeros and a short reason without a path.
+        Width and height as the image is used, or zeros and a short reason without a path.
 
     Raises:
         OSError: if ``measure`` does.
@@ -94,14 +118,18 @@ def examine(size: int, measure: Callable[[], tuple[int, int]], max_pixels: int) 
     if size >= 1 << 32:
         return Examined(0, 0, f"{size} bytes are 4 GiB or more")
     try:
-        width, height = measure()
+        width, height, orientation = measure()
     except HeaderError as error:
         return Examined(0, 0, str(error))
     if max(width, height) >= 1 << 16:
         return Examined(0, 0, f"{width} x {height}: a side is 65536 pixels or more")
     if width * height > max_pixels:
         return Examined(0, 0, f"{width} x {height} has more than {max_pixels} pixels (max_pixels)")
-    return Examined(width, height, None)
+    flags = orientation - 1
+    if flags and exif_orientation:
+        flags |= _TURNED
+        width, height = (height, width) if orientation >= SIDEWAYS else (width, height)
+    return Examined(width, height, None, flags)
 
 
 def map_in_threads(

@@ -19,9 +19,10 @@ from dataloading.entries import (
     encode_name,
     examine,
     map_in_threads,
+    turns_bytes,
 )
 from dataloading.errors import DataError
-from dataloading.headers import size_of_file
+from dataloading.headers import header_of_file
 from dataloading.patience import LASTING, PATIENCE_S, Patience
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,9 @@ def walk(
                 yield File(name, -1, 0, "not a regular file")
 
 
-def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findings:
+def examine_folder(
+    root: Path, files: Sequence[File], max_pixels: int, exif_orientation: bool = True
+) -> Findings:
     """Read the headers of listed files; images with more than ``max_pixels`` are excluded.
 
     Returns:
@@ -123,7 +126,7 @@ def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findin
     chunks = [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)]
 
     def work(chunk: Sequence[File]) -> list[Examined]:
-        return [_examine(root, file, max_pixels, patience) for file in chunk]
+        return [_examine(root, file, max_pixels, exif_orientation, patience) for file in chunk]
 
     def progress(done: Sequence[list[Examined]]) -> str:
         return f"{root}: {sum(map(len, done))} of {len(files)} files examined"
@@ -151,27 +154,31 @@ def examine_folder(root: Path, files: Sequence[File], max_pixels: int) -> Findin
     entries["size"] = [file.size for file, _ in usable]
     entries["width"] = [result.width for _, result in usable]
     entries["height"] = [result.height for _, result in usable]
+    entries["flags"] = [result.flags for _, result in usable]
     entries["label"] = [number[n.partition("/")[0]] if "/" in n else -1 for n in names]
     return Findings(entries, names, labels, excluded, folder_digest(names, entries))
 
 
 def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
-    """Hash keys and sizes (bytes, width, height) of all rows, sha256, hexadecimal."""
+    """Hash keys, sizes (bytes, width, height) and turns of all rows, sha256, hexadecimal."""
     total = hashlib.sha256(b"dataloading index 1\n")
     columns = (entries[column].tolist() for column in ("size", "width", "height"))
     for name, size, width, height in zip(names, *columns, strict=True):
         total.update(encode_name(name) + b"\0%d %d %d\n" % (size, width, height))
+    total.update(turns_bytes(entries))
     return total.hexdigest()
 
 
-def _examine(root: Path, file: File, max_pixels: int, patience: Patience) -> Examined:
+def _examine(
+    root: Path, file: File, max_pixels: int, exif_orientation: bool, patience: Patience
+) -> Examined:
     if file.fault is not None:
         return Examined(0, 0, file.fault)
     path = root / file.name
 
     def examined() -> Examined:
         try:
-            return examine(file.size, lambda: size_of_file(path), max_pixels)
+            return examine(file.size, lambda: header_of_file(path), max_pixels, exif_orientation)
         except OSError as error:
             if error.errno not in LASTING:
                 raise

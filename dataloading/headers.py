@@ -1,10 +1,10 @@
-"""Width and height of an encoded image without decoding it."""
+"""Width, height and orientation of an encoded image without decoding it."""
 
 import io
 import os
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, TiffImagePlugin
 
@@ -31,8 +31,19 @@ PIL_ERRORS = (
 
 _SOI = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_APP1 = 0xE1
 _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}
+_EXIF = b"Exif\0\0"
+_ORIENTATION = 274  # a tag of TIFF, and so of EXIF
 _PREFIXES = (2048, 65536, -1)  # bytes; most JPEGs have their size in the first 2 kB
+
+
+class Header(NamedTuple):
+    """Width and height as stored, in pixels, both >= 1, and the EXIF orientation, 1 to 8."""
+
+    width: int
+    height: int
+    orientation: int = 1
 
 
 class HeaderError(ValueError):
@@ -41,6 +52,17 @@ class HeaderError(ValueError):
 
 class _Short(HeaderError):
     """The bytes end before the frame header."""
+
+
+def header_of_file(path: Path) -> Header:
+    """Read the header of an image file.
+
+    Raises:
+        HeaderError: if it is not a readable image.
+        OSError: if the file cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        return _header(file)
 
 
 def size_of_file(path: Path) -> tuple[int, int]:
@@ -53,8 +75,7 @@ def size_of_file(path: Path) -> tuple[int, int]:
         HeaderError: if it is not a readable image.
         OSError: if the file cannot be read.
     """
-    with open(open_regular(path), "rb") as file:
-        return _size(file)
+    return header_of_file(path)[:2]
 
 
 def size_of_bytes(data: bytes) -> tuple[int, int]:
@@ -63,11 +84,11 @@ def size_of_bytes(data: bytes) -> tuple[int, int]:
     Raises:
         HeaderError: if it is not a readable image.
     """
-    return _size(io.BytesIO(data))
+    return _header(io.BytesIO(data))[:2]
 
 
-def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
-    """Read (width, height), as in ``size_of_file``, of ``size`` bytes within an open file.
+def header_of_range(descriptor: int, offset: int, size: int) -> Header:
+    """Read the header of an image of ``size`` bytes within an open file.
 
     Reads at given places only: the file's own position does not move.
 
@@ -76,7 +97,12 @@ def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
         OSError: if the file cannot be read.
     """
     with io.BufferedReader(_Range(descriptor, offset, size), _PREFIXES[0]) as file:
-        return _size(file)
+        return _header(file)
+
+
+def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+    """Read (width, height), as in ``size_of_file``, of an image within an open file."""
+    return header_of_range(descriptor, offset, size)[:2]
 
 
 def open_image(file: BinaryIO | io.BufferedReader) -> Image.Image:
@@ -125,27 +151,30 @@ class _Range(io.RawIOBase):
         return self._at
 
 
-def _size(file: BinaryIO | io.BufferedReader) -> tuple[int, int]:
+def _header(file: BinaryIO | io.BufferedReader) -> Header:
     data = b""
     for prefix in _PREFIXES:
         data += file.read(prefix - len(data) if prefix > 0 else -1)
         if not data.startswith(_SOI):
             file.seek(0)
-            return _pil_size(file)
+            return _pil_header(file)
         try:
-            return _jpeg_size(data)
+            return _jpeg_header(data)
         except _Short:
             if len(data) < prefix:
                 raise
     raise _Short("JPEG ends before its frame header")
 
 
-def _pil_size(file: BinaryIO | io.BufferedReader) -> tuple[int, int]:
+def _pil_header(file: BinaryIO | io.BufferedReader) -> Header:
     try:
         with open_image(file) as image:
             width, height = image.size
+            exif = image.info.get("exif")
+            orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
             if isinstance(image, TiffImagePlugin.TiffImageFile):  # turned by Pillow as its tag says
                 width, height = image.tag_v2[256], image.tag_v2[257]
+                orientation = _legal_orientation(image.tag_v2.get(_ORIENTATION))
     except Image.DecompressionBombError as error:
         raise HeaderError(f"too many pixels for Pillow: {error}") from error
     except Image.UnidentifiedImageError as error:
@@ -154,12 +183,13 @@ def _pil_size(file: BinaryIO | io.BufferedReader) -> tuple[int, int]:
         if isinstance(error, OSError) and error.errno is not None:  # storage's, not Pillow's
             raise
         raise HeaderError(f"header cannot be read: {error}") from error
-    return _checked(width, height)
+    return _checked(width, height, orientation)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_header(data: bytes) -> Header:
     """Walk the markers up to the frame header (ITU-T T.81, annex B)."""
     at = len(_SOI)
+    exif: bytes | None = None
     while True:
         if at + 2 > len(data):
             raise _Short("JPEG ends before its frame header")
@@ -174,16 +204,46 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             if at + 9 > len(data):
                 raise _Short("JPEG ends before its frame header")
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return _checked(width, height)
+            return _checked(width, height, 1 if exif is None else exif_orientation(exif))
         elif marker in (0xD9, 0xDA):
             raise HeaderError("JPEG has no frame header")
         else:
             if at + 4 > len(data):
                 raise _Short("JPEG ends before its frame header")
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+            end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
+            if marker == _APP1 and exif is None and data.startswith(_EXIF, at + 4):
+                exif = data[at + 4 : end]
+            at = end
 
 
-def _checked(width: int, height: int) -> tuple[int, int]:
+def exif_orientation(exif: bytes) -> int:
+    """Return the orientation of an EXIF block, 1 to 8; 1 where it has none or is damaged.
+
+    Source: TIFF 6.0, section 2; only the first directory counts, the second is the thumbnail's.
+    """
+    tiff = exif.removeprefix(_EXIF)
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (at,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (entries,) = struct.unpack_from(f"{order}H", tiff, at)
+        for entry in range(at + 2, at + 2 + 12 * entries, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
+            if tag == _ORIENTATION:
+                form = {1: "B", 3: "H", 4: "I"}.get(kind)  # a byte, a short, a long
+                value = form and struct.unpack_from(f"{order}{form}", tiff, entry + 8)[0]
+                return _legal_orientation(value)
+    except struct.error:  # it ends before what it announces
+        pass
+    return 1
+
+
+def _legal_orientation(value: Any) -> int:
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _checked(width: int, height: int, orientation: int) -> Header:
     if width < 1 or height < 1:
         raise HeaderError(f"header says {width} x {height} pixels")
-    return width, height
+    return Header(width, height, orientation)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, encode_name
+from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, count_turned, encode_name
 from dataloading.errors import DataError
 from dataloading.files import atomic_path
 from dataloading.folders import examine_folder, list_folder
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SourceName = Literal["auto", "folder", "webdataset"]
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class Index:
         labels: names of the labels, sorted. Folder: the folders directly under the root. Tars: the
             texts of ``.cls`` members.
         excluded: (name, reason) of files and members that look like images and cannot be used.
-        digest: sha256 over keys and sizes (bytes, width, height) of all rows, hexadecimal; the
-            same for every copy of the data set.
+        digest: sha256 over keys and sizes (bytes, width, height) of all rows, and their turns if
+            there are any, hexadecimal; the same for every copy of the data set.
         shards: the tars, in order; none for a folder.
     """
 
@@ -85,7 +85,10 @@ class _Listing(NamedTuple):
 
 
 def build_index(
-    path: str | os.PathLike[str], source: SourceName = "auto", max_pixels: int = MAX_PIXELS
+    path: str | os.PathLike[str],
+    source: SourceName = "auto",
+    max_pixels: int = MAX_PIXELS,
+    exif_orientation: bool = True,
 ) -> Index:
     """List the images of a folder or of WebDataset tars; headers are read, nothing is decoded.
 
@@ -98,13 +101,15 @@ def build_index(
             holds them directly, one of them, or a pattern such as ``train-{000..146}.tar``.
         source: "folder", "webdataset", or "auto", which detects it.
         max_pixels: images with more pixels (width x height) are excluded.
+        exif_orientation: turn images upright as their EXIF orientation says; rows then have width
+            and height of the upright image. The orientation is recorded in any case.
 
     Raises:
         DataError: if the data are missing, not what ``source`` says, or hold no usable image.
         ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """
-    return _examine(_list(Path(path), source), max_pixels)
+    return _examine(_list(Path(path), source), max_pixels, exif_orientation)
 
 
 def load_or_build(
@@ -112,12 +117,14 @@ def load_or_build(
     directory: str | os.PathLike[str],
     source: SourceName = "auto",
     max_pixels: int = MAX_PIXELS,
+    exif_orientation: bool = True,
 ) -> Index:
     """Load the index kept in a directory, or build it there.
 
     It is kept as ``index.npy`` and ``index.json``, both replaced atomically, and used again while
-    names, sizes and modification times of all files (images or tars) and ``max_pixels`` are as they
-    were. The entries of a kept index are mapped, so that processes share their memory.
+    names, sizes and modification times of all files (images or tars), ``max_pixels`` and
+    ``exif_orientation`` are as they were. The entries of a kept index are mapped, so that
+    processes share their memory.
 
     ``directory`` is made if it does not exist; the other arguments are those of ``build_index``.
 
@@ -128,11 +135,11 @@ def load_or_build(
     """
     folder = Path(directory)
     listing = _list(Path(path), source)
-    digest = _listing_digest(listing, max_pixels)
+    digest = _listing_digest(listing, max_pixels, exif_orientation)
     kept = _load(listing, folder, digest)
     if kept is not None:
         return kept
-    index = _examine(listing, max_pixels)
+    index = _examine(listing, max_pixels, exif_orientation)
     try:
         _save(index, folder, digest)
     except OSError as error:
@@ -151,13 +158,17 @@ def _list(root: Path, source: str) -> _Listing:
     return _Listing(root, list_folder(root), [])
 
 
-def _examine(listing: _Listing, max_pixels: int) -> Index:
+def _examine(listing: _Listing, max_pixels: int, exif_orientation: bool) -> Index:
     root, files, shards = listing
     if shards:
-        findings = examine_shards(root, shards, max_pixels)
+        findings = examine_shards(root, shards, max_pixels, exif_orientation)
     else:
-        findings = examine_folder(root, files, max_pixels)
+        findings = examine_folder(root, files, max_pixels, exif_orientation)
     logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
+    turned, as_stored = count_turned(findings.entries["flags"])
+    if turned or as_stored:
+        text = "%s: %d images are turned by their EXIF orientation, of %d it is not applied"
+        logger.info(text, root, turned, as_stored)
     return _make(listing, findings)
 
 
@@ -166,8 +177,8 @@ def _make(listing: _Listing, findings: Findings) -> Index:
     return Index(listing.root, listing.source, *findings, shards=paths)
 
 
-def _listing_digest(listing: _Listing, max_pixels: int) -> str:
-    total = hashlib.sha256(b"listing %d %d\n" % (_FORMAT, max_pixels))
+def _listing_digest(listing: _Listing, max_pixels: int, exif_orientation: bool) -> str:
+    total = hashlib.sha256(b"listing %d %d %d\n" % (_FORMAT, max_pixels, exif_orientation))
     for file in listing.files or [shard.file for shard in listing.shards]:
         total.update(encode_name(file.name) + b"\0%d %d\n" % (file.size, file.mtime_ns))
     return total.hexdigest()

@@ -17,7 +17,7 @@ class Plan(NamedTuple):
         positions: global sample indices, int64 ``[B]``.
         ids: rows of the index, int64 ``[B]``.
         views: number of the view of each sample, int64 ``[B]``.
-        boxes: x, y, w, h in stored pixels, int32 ``[B, 4]``.
+        boxes: x, y, w, h in pixels of the upright image, int32 ``[B, 4]``.
         flips: flipped or not, bool ``[B]``.
     """
 

@@ -1,16 +1,19 @@
 """Read the bytes of samples in threads, with retries, and check them against the index."""
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from dataloading.entries import SIDEWAYS, orientations
 from dataloading.headers import HeaderError, size_of_bytes
 from dataloading.index import Index
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
+from dataloading.turns import Box, turn_box
 
 GREY = 128
 """Value of every pixel of an undecodable view."""
@@ -69,7 +72,7 @@ class Reader:
         self._patience = Patience(patience_s)
 
     def read(self, sample: int) -> bytes:
-        """Read a sample whose length, width and height are those of the index.
+        """Read a sample whose length, width and height, as stored, are those of the index.
 
         Raises:
             UndecodableError: if they are not.
@@ -86,11 +89,27 @@ class Reader:
             size = size_of_bytes(data)
         except HeaderError as error:
             raise UndecodableError(str(error)) from error
-        if size != (row["width"], row["height"]):
+        width, height = self.stored_size(sample)
+        if size != (width, height):
             raise UndecodableError(
-                f"{size[0]} x {size[1]} pixels, the index says {row['width']} x {row['height']}"
+                f"{size[0]} x {size[1]} pixels, the index says {width} x {height}"
             )
         return data
+
+    def orientation(self, sample: int) -> int:
+        """Return the EXIF orientation by which a sample is turned, 1 to 8; 1: as stored."""
+        return int(orientations(self._index.entries["flags"][sample]))
+
+    def stored_size(self, sample: int) -> tuple[int, int]:
+        """Return (width, height) of a sample as stored, before it is turned upright."""
+        row = self._index.entries[sample]
+        width, height = int(row["width"]), int(row["height"])
+        return (height, width) if self.orientation(sample) >= SIDEWAYS else (width, height)
+
+    def stored_box(self, sample: int, box: Sequence[int]) -> tuple[Box, int]:
+        """Return where a box of the upright image lies in the stored one, and the orientation."""
+        orientation = self.orientation(sample)
+        return turn_box(box, *self.stored_size(sample), orientation), orientation
 
     def hurry(self) -> None:
         """End all retries: the results are no longer needed."""

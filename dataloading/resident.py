@@ -23,6 +23,7 @@ from dataloading.index import Index
 from dataloading.plan import Plan
 from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
 from dataloading.torch_decode import crop_and_resize, find_codec, make_decode
+from dataloading.turns import turn_pixels
 from dataloading.views import Boxes, Flips
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class ResidentDecoder:
                 except UndecodableError as error:
                     self._faults[sample] = str(error)
                     continue
+                image = turn_pixels(image, self._reader.orientation(sample))
                 images[sample, :, : image.shape[1], : image.shape[2]] = image
 
         with start_threads(self._threads) as pool:

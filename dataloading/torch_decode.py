@@ -2,8 +2,8 @@
 
 The fastest decoder that works is nvImageCodec, then torchvision, for JPEG, PNG, WebP and BMP; what
 they refuse, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG files all three
-give the same pixels. Orientation is never applied, so boxes are in stored coordinates; alpha is
-dropped; 16 bits are scaled to 8.
+give the same pixels. Every decoder gives pixels as stored; crops are turned upright afterwards,
+as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
 """
 
 import importlib
@@ -30,6 +30,7 @@ from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStu
 from dataloading.headers import PIL_ERRORS, HeaderError, is_common, open_image, size_of_bytes
 from dataloading.plan import Plan
 from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
+from dataloading.turns import turn_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,10 @@ Pixels = NDArray[np.uint8]
 Decode = Callable[[bytes], Tensor]
 Fast = Callable[[bytes], Tensor | None]
 
-_ORIENTATION = 274  # a tag of TIFF
+_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF
+_NO_RANGE = (
+    "have no range that the file defines; convert the image to unsigned integers of 8 or 16 bits"
+)
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -101,7 +105,9 @@ class TorchDecoder:
             for place in out:
                 place[...] = GREY
             return str(error)
-        for place, view in zip(out, crop_and_resize(image, box, self._sizes, flip), strict=True):
+        stored, orientation = self._reader.stored_box(sample, box)
+        views = crop_and_resize(image, stored, self._sizes, flip, orientation)
+        for place, view in zip(out, views, strict=True):
             place[...] = view
         return None
 
@@ -161,22 +167,23 @@ def _is_as_announced(image: Tensor, data: bytes) -> bool:
 
 
 def crop_and_resize(
-    image: Tensor, box: Sequence[int], sizes: Sequence[int], flip: bool
+    image: Tensor, box: Sequence[int], sizes: Sequence[int], flip: bool, orientation: int = 1
 ) -> list[Pixels]:
     """Cut a box and resize it to squares, every one from the same crop.
 
     Args:
-        image: uint8 RGB ``[3, height, width]``.
+        image: uint8 RGB ``[3, height, width]``, as stored.
         box: x, y, w, h in pixels, within the image.
         sizes: sides of the results.
-        flip: flip horizontally.
+        flip: flip horizontally, once upright.
+        orientation: EXIF orientation by which the crop is turned upright; 1: it is upright.
 
     Returns:
         For each size a uint8 array ``[size, size, 3]``: bicubic with antialiasing, borders as in
         Pillow's ``crop`` then ``resize``.
     """
     x, y, w, h = box
-    crop = image[None, :, y : y + h, x : x + w]
+    crop = turn_pixels(image[None, :, y : y + h, x : x + w], orientation)
     # Channels last is what decoders give and batches hold, and torch resizes it without copies.
     crop = (crop.flip(3) if flip else crop).contiguous(memory_format=torch.channels_last)
     views: list[Pixels] = []
@@ -217,10 +224,26 @@ def with_pillow(data: bytes) -> Tensor:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decode to eight bits: alpha is dropped, sixteen bits are scaled."""
+    """Decode to eight bits: alpha is dropped, unsigned integers of 12 or 16 bits are scaled.
+
+    Raises:
+        UndecodableError: for values whose range the format does not define.
+    """
+    if image.mode == "F":
+        raise UndecodableError(f"floating-point values {_NO_RANGE}")
     if image.mode.startswith("I"):  # Pillow would cut off what is above 255
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        top, is_inverted = 65535, False
+        if isinstance(image, TiffImageFile):
+            bits, kind = (image.tag_v2.get(tag, (1,))[0] for tag in (_BITS, _SAMPLE_FORMAT))
+            if kind != 1 or bits > 16:
+                raise UndecodableError(
+                    f"{'un' if kind == 1 else ''}signed integers of {bits} bits {_NO_RANGE}"
+                )
+            top = (1 << bits) - 1
+            is_inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # Pillow inverts eight bits only
+        levels = np.asarray(image).astype(np.int64).clip(0, top)
+        levels = top - levels if is_inverted else levels
+        return Image.fromarray(((levels * 255 + top // 2) // top).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns of the direct way
     return image.convert("RGB")

@@ -67,8 +67,8 @@ def crop_boxes(
         ratio: range of width / height, > 0.
 
     Returns:
-        (boxes ``[B, 4]`` int32 as x, y, w, h in stored pixels; flips ``[B]`` bool, half of them
-        true). A row depends on its own arguments only.
+        (boxes ``[B, 4]`` int32 as x, y, w, h in pixels of that size; flips ``[B]`` bool, half of
+        them true). A row depends on its own arguments only.
 
     Raises:
         ValueError: if a range is not as above, or an image has no pixels.
@@ -114,7 +114,7 @@ def centre_boxes(widths: ArrayLike, heights: ArrayLike, share: float) -> Boxes:
         share: the square's side by the shorter side, in ``(0, 1]``; 224 / 256 is the field's usual.
 
     Returns:
-        Boxes ``[B, 4]`` int32 as x, y, w, h in stored pixels.
+        Boxes ``[B, 4]`` int32 as x, y, w, h in pixels of that size.
 
     Raises:
         ValueError: if the share is not as above, or an image has no pixels.

@@ -11,9 +11,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.entries import ENTRY, EXTENSIONS, Findings, encode_name, examine, map_in_threads
+from dataloading.entries import (
+    ENTRY,
+    EXTENSIONS,
+    Findings,
+    encode_name,
+    examine,
+    map_in_threads,
+    turns_bytes,
+)
 from dataloading.errors import DataError
-from dataloading.headers import size_of_range
+from dataloading.headers import header_of_range
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, TarNames, open_shard, place
 from dataloading.tars import find_tar_problem, list_members
@@ -34,7 +42,9 @@ class _Samples(NamedTuple):
     excluded: list[tuple[str, str]]
 
 
-def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Findings:
+def examine_shards(
+    path: Path, shards: Sequence[Shard], max_pixels: int, exif_orientation: bool = True
+) -> Findings:
     """Walk tars and read the headers of their images.
 
     The key of a member is its name up to the first dot behind the last slash; the image of a sample
@@ -53,7 +63,9 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
 
     def work(number: int) -> _Samples:
         shard = shards[number]
-        return patience.retry(lambda: _examine_shard(number, shard, max_pixels), str(shard.path))
+        return patience.retry(
+            lambda: _examine_shard(number, shard, max_pixels, exif_orientation), str(shard.path)
+        )
 
     def progress(done: Sequence[_Samples]) -> str:
         images = sum(len(samples.entries) for samples in done)
@@ -85,7 +97,7 @@ def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Find
 
 
 def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[np.void]) -> str:
-    """Hash names and sizes of shards and, of all rows, place, bytes, width and height.
+    """Hash names and sizes of shards and, of all rows, place, bytes, width, height and turn.
 
     Returns the sha256, hexadecimal.
     """
@@ -95,6 +107,7 @@ def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[n
     rows = entries.copy()
     rows["label"], rows["flags"] = 0, 0
     total.update(rows.tobytes())
+    total.update(turns_bytes(entries))
     return total.hexdigest()
 
 
@@ -104,7 +117,7 @@ def _in_order(texts: set[str]) -> tuple[str, ...]:
     return tuple(sorted(texts))
 
 
-def _examine_shard(number: int, shard: Shard, max_pixels: int) -> _Samples:
+def _examine_shard(number: int, shard: Shard, max_pixels: int, exif_orientation: bool) -> _Samples:
     descriptor = open_shard(shard.path)
     try:
         size = os.fstat(descriptor).st_size
@@ -113,12 +126,16 @@ def _examine_shard(number: int, shard: Shard, max_pixels: int) -> _Samples:
             raise DataError(
                 f"{shard.path}: {fault}; data.source=webdataset expects plain .tar files"
             )
-        return _read_samples(descriptor, size, number, shard.file.name, max_pixels)
+        return _read_samples(
+            descriptor, size, number, shard.file.name, max_pixels, exif_orientation
+        )
     finally:
         os.close(descriptor)
 
 
-def _read_samples(descriptor: int, size: int, number: int, shard: str, max_pixels: int) -> _Samples:
+def _read_samples(
+    descriptor: int, size: int, number: int, shard: str, max_pixels: int, exif_orientation: bool
+) -> _Samples:
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     keys: list[bytes] = []  # of the rows
     images: set[bytes] = set()
@@ -145,12 +162,15 @@ def _read_samples(descriptor: int, size: int, number: int, shard: str, max_pixel
                 exclude(offset, name, "a second image of its sample; the first is used")
                 continue
             images.add(key)
-            width, height, unfit = examine(
-                length, lambda o=offset, n=length: size_of_range(descriptor, o, n), max_pixels
+            width, height, unfit, flags = examine(
+                length,
+                lambda o=offset, n=length: header_of_range(descriptor, o, n),
+                max_pixels,
+                exif_orientation,
             )
             if unfit is None:
                 keys.append(key)
-                rows.append((number, offset, length, width, height, -1, 0))
+                rows.append((number, offset, length, width, height, -1, flags))
             else:
                 exclude(offset, name, unfit)
         elif extension == _CLASS:

@@ -320,7 +320,7 @@ def open_or_build_index(config: Config, folder: Path) -> Index:
 
     def load() -> Index:
         data = config.data
-        return load_or_build(data.path, folder, source=data.source, max_pixels=data.max_pixels)
+        return load_or_build(data.path, folder, data.source, data.max_pixels, data.exif_orientation)
 
     def find() -> Index | None:
         return load() if (folder / "index.json").exists() else None

@@ -20,6 +20,7 @@ from dataloading.errors import DataError
 if TYPE_CHECKING:
     from dataloading.check import Fault
     from dataloading.index import Index
+    from dataloading.values import Survey
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-bad-fraction", type=share, default=Data.max_bad_fraction, help=bad_help
     )
+    parser.add_argument(
+        "--exif-orientation",
+        action=argparse.BooleanOptionalAction,
+        default=Data.exif_orientation,
+        help="as data.exif_orientation",
+    )
     cores = len(os.sched_getaffinity(0))
     threads_help = "reader and decoder threads; one per core"
     parser.add_argument("--threads", type=at_least_one, default=cores, help=threads_help)
@@ -85,7 +92,7 @@ def check_images(options: argparse.Namespace) -> int:
     from dataloading.index import build_index
     from dataloading.sheet import draw_sheet
 
-    index = build_index(options.path, options.source, options.max_pixels)
+    index = build_index(options.path, options.source, options.max_pixels, options.exif_orientation)
     if options.sheet is not None:
         views = Views()
         draw_sheet(
@@ -99,21 +106,24 @@ def check_images(options: argparse.Namespace) -> int:
         )
         logger.info("%s: views as a run with run.seed=%d cuts them", options.sheet, options.seed)
     if options.pack is None:
-        usable = report_data(index, decode_all(index, options.threads), options)
+        usable = report_data(index, *decode_all(index, options.threads), options)
         return EXIT_DONE if usable else EXIT_CONFIG
     return pack_images(index, options)
 
 
-def decode_all(index: "Index", threads: int) -> "list[Fault]":
-    """Return the images that cannot be decoded; shows progress."""
-    from dataloading.check import find_undecodable
+def decode_all(index: "Index", threads: int) -> "tuple[list[Fault], Survey]":
+    """Return the images that cannot be decoded, and remarks on the others; shows progress."""
+    from dataloading.check import check_samples
 
     with progress_bar("decoding", len(index), "images") as progress:
-        return find_undecodable(index, threads, progress)
+        return check_samples(index, threads, progress)
 
 
 def report_data(
-    index: "Index", undecodable: "Sequence[Fault]", options: argparse.Namespace
+    index: "Index",
+    undecodable: "Sequence[Fault]",
+    survey: "Survey | None",
+    options: argparse.Namespace,
 ) -> bool:
     """Print and write the report; returns whether the data set is usable.
 
@@ -122,7 +132,7 @@ def report_data(
     """
     from cmtmae_scale.tools.data_report import render_data_report, summarise_data
 
-    found = summarise_data(index, undecodable, options.max_bad_fraction)
+    found = summarise_data(index, undecodable, options.max_bad_fraction, survey)
     sys.stdout.write(render_data_report(found) + "\n")
     sys.stdout.flush()
     if options.report is not None:
@@ -146,11 +156,11 @@ def pack_images(index: "Index", options: argparse.Namespace) -> int:
         stack.enter_context(job.locked())
         record = job.load_record()
         if record is None:
-            undecodable = decode_all(index, options.threads)
+            undecodable, survey = decode_all(index, options.threads)
         else:
-            undecodable = record.excluded
+            undecodable, survey = record.excluded, None
             logger.info("%s: all images were decoded before; the pack resumes", options.pack)
-        if not report_data(index, undecodable, options):
+        if not report_data(index, undecodable, survey, options):
             return EXIT_CONFIG
         record = record or job.create_record(undecodable)
         count = len(index) - len(undecodable)

@@ -77,7 +77,9 @@ def count_images(config: Config) -> tuple[int | None, str]:
     if folder.is_dir():
         try:
             data = config.data
-            index = load_or_build(data.path, folder, data.source, data.max_pixels)
+            index = load_or_build(
+                data.path, folder, data.source, data.max_pixels, data.exif_orientation
+            )
         except DataError as error:
             if config.data.expected_images is None:
                 return None, str(error)

@@ -37,6 +37,8 @@ class LabelledData:
     """Test images, of the same labels."""
     decode: Literal["auto", "dali", "torch"] = "auto"
     """As ``data.decode`` of pre-training."""
+    exif_orientation: bool = True
+    """As ``data.exif_orientation`` of pre-training; for the test images too."""
     max_bad_fraction: float = fraction(0.001)
     """As ``data.max_bad_fraction`` of pre-training."""
     workers: int = positive(4)

@@ -148,6 +148,9 @@ class Data:
     64 pixels, at most 8 GiB. Same views; on a GPU a pixel may differ by two levels of 255."""
     max_pixels: int = positive(100_000_000)
     """Images with more pixels (width x height) are excluded from the index."""
+    exif_orientation: bool = True
+    """Turn images upright as their EXIF orientation (in a TIFF: its tag) says; false: use the
+    pixels as stored, as most published recipes do."""
     max_bad_fraction: float = fraction(0.001)
     """Share of undecodable images, among those sampled, above which the run stops."""
     shuffle: Literal["full", "window", "none"] = "full"

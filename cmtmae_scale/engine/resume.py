@@ -31,7 +31,8 @@ FREE_KEYS = (
     "data.max_bad_fraction",
 )
 """Keys, or groups with their point, that may change at a resume of every task."""
-FIXED_KEYS = ("run.seed", "views.")
+_ORIENTATION = "data.exif_orientation"  # absent from older checkpoints, which turned no image
+FIXED_KEYS = ("run.seed", "views.", _ORIENTATION)
 """Keys that never change within a run, whatever ``run.allow_change`` holds."""
 
 
@@ -73,12 +74,18 @@ def compare_configs(
     Raises:
         ConfigError: names key, old and new value of a change that is not allowed.
     """
-    if digests[0] != digests[1]:
+    old, new = flatten(saved), flatten(present)
+    hint = ""
+    if _ORIENTATION not in old:  # the digests decide whether the key matters
+        old[_ORIENTATION] = new.get(_ORIENTATION)
+        hint = (
+            f", set {_ORIENTATION}=false if they were not turned," if new.get(_ORIENTATION) else ""
+        )
+    if digests[0] != digests[1] and old[_ORIENTATION] == new.get(_ORIENTATION):
         raise ConfigError(
             f"data.path: the images differ from the checkpoint's (digest {digests[0][:12]} against "
-            f"{digests[1][:12]}); restore them or use another run.output_dir"
+            f"{digests[1][:12]}); restore them{hint} or use another run.output_dir"
         )
-    old, new = flatten(saved), flatten(present)
     check_allowed(allowed, new)
     changes: list[str] = []
     for key in sorted(old.keys() | new.keys()):

@@ -97,18 +97,19 @@ def open_sets(options: argparse.Namespace, subject: Subject) -> Sets:
         ConfigError: if neither the options nor the run name them.
     """
     run_paths = subject.config.eval if subject.config is not None else None
+    upright = subject.config.data.exif_orientation if subject.config is not None else True
     options.train = options.train or (run_paths and run_paths.train_path)
     if not options.train:
         raise ConfigError("--train PATH must be given: the run names no eval.train_path")
     if options.split is not None:
-        return open_split(options.train, options.split, options.seed)
+        return open_split(options.train, options.split, options.seed, upright)
     options.test = options.test or (run_paths and run_paths.test_path)
     if not options.test:
         raise ConfigError(
             "--test PATH must be given: the run names no eval.test_path; or --split 0.8 makes two "
             "sets of one"
         )
-    return open_pair(options.train, options.test)
+    return open_pair(options.train, options.test, exif_orientation=upright)
 
 
 def knn_rows(

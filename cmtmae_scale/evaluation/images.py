@@ -41,7 +41,7 @@ class Sets(NamedTuple):
     """Description of the split of one set; empty for two sets."""
 
 
-def open_shared_index(path: str, kept: Path | None) -> Index:
+def open_shared_index(path: str, kept: Path | None, exif_orientation: bool = True) -> Index:
     """Build an index on rank 0 and broadcast it. A collective.
 
     The folder ``kept`` keeps the index between launches; ``None``: it is not kept.
@@ -52,7 +52,11 @@ def open_shared_index(path: str, kept: Path | None) -> Index:
     found: list[Index | DataError | None] = [None]
     if ranks() == 1 or dist.get_rank() == 0:
         try:
-            found[0] = build_index(path) if kept is None else load_or_build(path, kept)
+            found[0] = (
+                build_index(path, exif_orientation=exif_orientation)
+                if kept is None
+                else load_or_build(path, kept, exif_orientation=exif_orientation)
+            )
         except DataError as error:
             found[0] = error
     if ranks() > 1:
@@ -62,15 +66,17 @@ def open_shared_index(path: str, kept: Path | None) -> Index:
     raise found[0] or DataError(f"{path}: cannot be listed")
 
 
-def open_pair(train: str, test: str, kept: Path | None = None) -> Sets:
+def open_pair(
+    train: str, test: str, kept: Path | None = None, exif_orientation: bool = True
+) -> Sets:
     """Open two sets with the same class names. A collective.
 
     Raises:
         DataError: images without labels, or a label of the test set that the training set lacks.
     """
-    train_index = open_shared_index(train, kept and kept / "train-index")
+    train_index = open_shared_index(train, kept and kept / "train-index", exif_orientation)
     train_set = label_images(train_index, train, np.arange(len(train_index.labels)))
-    test_index = open_shared_index(test, kept and kept / "test-index")
+    test_index = open_shared_index(test, kept and kept / "test-index", exif_orientation)
     classes = train_index.labels
     unknown = sorted(set(test_index.labels) - set(classes))
     if unknown:
@@ -83,13 +89,13 @@ def open_pair(train: str, test: str, kept: Path | None = None) -> Sets:
     return Sets(train_set, label_images(test_index, test, numbers), tuple(classes), "")
 
 
-def open_split(path: str, fraction: float, seed: int) -> Sets:
+def open_split(path: str, fraction: float, seed: int, exif_orientation: bool = True) -> Sets:
     """Split one set of images, a fraction in (0, 1) of each class to train on. A collective.
 
     Raises:
         DataError: images without labels, or no class of two images.
     """
-    index = open_shared_index(path, None)
+    index = open_shared_index(path, None, exif_orientation)
     whole = label_images(index, path, np.arange(len(index.labels)))
     in_train = stratified_sample(whole.labels, fraction, seed)
     if in_train.all():

@@ -34,7 +34,8 @@ class RunEvaluation:
 
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
         train, test = str(config.eval.train_path), str(config.eval.test_path)
-        self.sets = open_pair(train, test, Path(config.run.output_dir) / "evaluation")
+        folder = Path(config.run.output_dir) / "evaluation"
+        self.sets = open_pair(train, test, folder, config.data.exif_orientation)
         if len(self.sets.train) < max(NEIGHBOURS):
             raise ConfigError(
                 f"eval.train_path={train} has {len(self.sets.train)} images; k-NN needs "

@@ -57,8 +57,10 @@ def open_run_index(origin: Origin) -> Index:
     folder = Path(data.index) if data.index else run_dir and run_dir / "index"
     try:
         if folder and folder.is_dir():
-            return load_or_build(data.path, folder, data.source, data.max_pixels)
-        return build_index(data.path, data.source, data.max_pixels)
+            return load_or_build(
+                data.path, folder, data.source, data.max_pixels, data.exif_orientation
+            )
+        return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
     except DataError as error:
         raise ConfigError(
             f"an export is verified on images, and the run's cannot be read ({error}); name others "

@@ -88,7 +88,9 @@ class Finetuning:
     def open_index(self, run_dir: Path) -> Index:
         """See ``Task.open_index``; opens the test images too."""
         data = self.config.data
-        self.sets = open_pair(data.path, data.test_path, run_dir)
+        self.sets = open_pair(
+            data.path, data.test_path, run_dir, exif_orientation=data.exif_orientation
+        )
         num_images = len(self.sets.train)
         check_warmup(self.config, total_steps(self.config, num_images), num_images)
         return self.sets.train.index

@@ -81,6 +81,7 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
         folder,
         source=config.data.source,
         max_pixels=config.data.max_pixels,
+        exif_orientation=config.data.exif_orientation,
     )
     index = build() if world.rank == 0 else None
     barrier()

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.check import Fault
+from dataloading.entries import count_turned
 from dataloading.index import Index
 from dataloading.mixing import Mixing, class_mixing, expected_labels
+from dataloading.values import Survey
 
 _NAMED = 3  # files named for each reason
 _LISTED = 20  # undecodable images listed
@@ -41,6 +43,7 @@ class DataReport:
         labels_per_tar: min, median, max; ``None`` without tars or labels.
         labels_expected: labels per tar of mean size in a full shuffle.
         mixing: whether neighbours have many labels; ``None``: unknown.
+        survey: suspect values and duplicates; ``None``: the images were decoded earlier.
     """
 
     index: Index
@@ -52,6 +55,7 @@ class DataReport:
     labels_per_tar: tuple[int, int, int] | None
     labels_expected: float | None
     mixing: Mixing | None
+    survey: Survey | None = None
 
     @property
     def bad(self) -> int:
@@ -64,6 +68,11 @@ class DataReport:
         return self.bad / (len(self.index) + len(self.index.excluded))
 
     @property
+    def turned(self) -> tuple[int, int]:
+        """Images that are turned upright, and images whose EXIF orientation is not applied."""
+        return count_turned(self.index.entries["flags"])
+
+    @property
     def lost(self) -> list[str]:
         """Damaged tars, according to the index."""
         return [
@@ -71,6 +80,18 @@ class DataReport:
             for name, reason in self.index.excluded
             if any(text in reason for text in _LOST)
         ]
+
+    def _survey_dict(self) -> dict[str, Any]:
+        if self.survey is None:
+            return {}
+        names = self.index.names
+        return {
+            "suspect": [
+                Fault(row, names[row], reason)._asdict() for row, reason in self.survey.suspect
+            ],
+            "duplicates": [[names[row] for row in group] for group in self.survey.duplicates],
+            "scaled": self.survey.scaled,
+        }
 
     @property
     def is_usable(self) -> bool:
@@ -92,6 +113,9 @@ class DataReport:
             "tars": len(self.index.shards),
             "excluded": [{"name": name, "reason": why} for name, why in self.index.excluded],
             "undecodable": [fault._asdict() for fault in self.undecodable],
+            **self._survey_dict(),
+            "turned": self.turned[0],
+            "orientation_not_applied": self.turned[1],
             "bad_fraction": self.bad_fraction,
             "max_bad_fraction": self.max_bad_fraction,
             "damaged_tars": self.lost,
@@ -107,9 +131,12 @@ class DataReport:
 
 
 def summarise_data(
-    index: Index, undecodable: Sequence[Fault], max_bad_fraction: float
+    index: Index,
+    undecodable: Sequence[Fault],
+    max_bad_fraction: float,
+    survey: Survey | None = None,
 ) -> DataReport:
-    """Summarise the index and the faults that the decoder found."""
+    """Summarise the index and what the decoder found."""
     rows = index.entries
     labels: NDArray[np.int32] = rows["label"]
     known = labels >= 0
@@ -134,6 +161,7 @@ def summarise_data(
         per_tar,
         expected,
         class_mixing(labels),
+        survey,
     )
 
 
@@ -151,7 +179,11 @@ def render_data_report(report: DataReport) -> str:
     lines += ["", f"{'':8}{'min':>12}{'median':>12}{'95 %':>12}{'max':>12}"]
     for name, extent in report.sizes.items():
         lines.append(f"{name:8}" + "".join(f"{value:12,}" for value in extent))
-    lines.append("")
+    turned, as_stored = report.turned
+    text = f"orientation: {turned} of {len(index)} images are turned upright (EXIF)"
+    if as_stored:
+        text += f"; {as_stored} have an EXIF orientation that is not applied"
+    lines += ["", text]
     if report.images_per_label is None:
         lines.append("labels: none")
     else:
@@ -174,17 +206,42 @@ def render_data_report(report: DataReport) -> str:
 
 def _fault_lines(report: DataReport) -> list[str]:
     index = report.index
-    lines = [f"excluded by their headers: {len(index.excluded)}"]
-    groups: dict[str, list[str]] = {}
-    for name, reason in index.excluded:
-        groups.setdefault(re.sub(r"\d+", "N", reason), []).append(f"{name} ({reason})")
-    for group in sorted(groups.values(), key=len, reverse=True):
-        more = f" and {len(group) - _NAMED} more" if len(group) > _NAMED else ""
-        lines.append(f"  {len(group)}: {', '.join(group[:_NAMED])}{more}")
+    lines = [f"excluded by their headers: {len(index.excluded)}", *_grouped(index.excluded)]
     lines.append(f"undecodable: {len(report.undecodable)}")
     lines += [f"  {fault.name}: {fault.reason}" for fault in report.undecodable[:_LISTED]]
     if len(report.undecodable) > _LISTED:
         lines.append(f"  and {len(report.undecodable) - _LISTED} more; --report lists them")
+    return lines + ([] if report.survey is None else _survey_lines(index, report.survey))
+
+
+def _grouped(reasons: Sequence[tuple[str, str]]) -> list[str]:
+    """One line per reason, numbers aside, from (name, reason)."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        groups.setdefault(re.sub(r"\d+", "N", reason), []).append(f"{name} ({reason})")
+    lines: list[str] = []
+    for group in sorted(groups.values(), key=len, reverse=True):
+        more = f" and {len(group) - _NAMED} more" if len(group) > _NAMED else ""
+        lines.append(f"  {len(group)}: {', '.join(group[:_NAMED])}{more}")
+    return lines
+
+
+def _survey_lines(index: Index, survey: Survey) -> list[str]:
+    """Warn of suspect values and duplicates, and state the rule of scaling."""
+    suspect, groups = survey.suspect, survey.duplicates
+    lines = [f"{'warning: ' if suspect else ''}suspect values: {len(suspect)}"]
+    lines += _grouped([(index.names[row], reason) for row, reason in suspect])
+    repeated = sum(len(group) - 1 for group in groups)
+    lines.append(f"{'warning: ' if groups else ''}exact duplicates: {repeated}")
+    for group in groups[:_LISTED]:
+        more = f" and {len(group) - _NAMED} more" if len(group) > _NAMED else ""
+        lines.append(f"  {' = '.join(index.names[row] for row in group[:_NAMED])}{more}")
+    if len(groups) > _LISTED:
+        lines.append(f"  and {len(groups) - _LISTED} more groups; --report lists them")
+    if survey.scaled:
+        lines.append(
+            f"scaled to 8 bits: {survey.scaled}; of b bits, 0 becomes 0 and 2^b - 1 becomes 255"
+        )
     return lines
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
@@ -31,7 +32,8 @@ def test_a_whole_folder_is_usable(photos: Path, tmp_path: Path, capsys) -> None:
     text = capsys.readouterr().out
     for piece in (
         "photos: folder, 20 images",
-        "undecodable: 0",
+        "undecodable: 0\nsuspect values: 0\nexact duplicates: 0\n",
+        "orientation: 0 of 20 images are turned upright",
         "labels: 3; images per label: 6 to 7, median 7; without a label: 0",
         "order: sorted by class: 4 neighbours have",
         "data.shuffle=window: refused, pack the images first",
@@ -62,6 +64,33 @@ def test_bad_images_are_counted_and_named(photos: Path, tmp_path: Path, capsys) 
     record = json.loads(report.read_text())
     assert [fault["name"] for fault in record["undecodable"]] == ["class2/002.jpg"]
     assert check_data([str(photos), "--max-bad-fraction", "0.2"]) == EXIT_DONE
+
+
+def test_turned_suspect_and_repeated_images_are_warned_of(photos, tmp_path, capsys) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(photos / "class0" / "000.jpg") as image:
+        image.save(photos / "class1" / "phone.jpg", exif=exif)
+    copy = (photos / "class2" / "002.jpg").read_bytes()
+    (photos / "class1" / "copy.jpg").write_bytes(copy)
+    Image.new("L", (30, 20), 0).save(photos / "class1" / "black.png")
+    Image.new("I;16", (30, 20), 300).save(photos / "class1" / "dark.png")
+    report = tmp_path / "report.json"
+    assert check_data([str(photos), "--report", str(report)]) == EXIT_DONE
+    text = capsys.readouterr().out
+    for piece in (
+        "warning: suspect values: 2\n  2: class1/black.png (constant: every pixel is (0, 0, 0))",
+        "warning: exact duplicates: 1\n  class1/copy.jpg = class2/002.jpg\n",
+        "scaled to 8 bits: 1; of b bits, 0 becomes 0 and 2^b - 1 becomes 255",
+        "orientation: 1 of 24 images are turned upright (EXIF)\n",
+    ):
+        assert piece in text
+    record = json.loads(report.read_text())
+    assert (record["turned"], record["orientation_not_applied"], record["scaled"]) == (1, 0, 1)
+    assert record["duplicates"] == [["class1/copy.jpg", "class2/002.jpg"]]
+    assert [line["name"] for line in record["suspect"]] == ["class1/black.png", "class1/dark.png"]
+    assert check_data([str(photos), "--no-exif-orientation"]) == EXIT_DONE
+    assert "0 of 24 images are turned upright (EXIF); 1 have an" in capsys.readouterr().out
 
 
 def test_no_decodable_image_is_unusable_at_any_fraction(tmp_path: Path, capsys) -> None:

@@ -100,6 +100,7 @@ EXCEPTIONS = {
     "data.source": "other layouts: dataloading/test_index.py",
     "data.decode": "speed; pixels are the same on a CPU: dataloading/test_dali.py",
     "data.resident": "speed; pixels are the same on a CPU: dataloading/test_resident.py",
+    "data.exif_orientation": "with turned images: pretraining/test_orientation.py",
     "data.max_bad_fraction": "with undecodable images: pretraining/test_bad_share.py",
     "data.workers": "speed; the order is the same: dataloading/test_stream.py",
     "teacher.library": "other models: teachers/test_open_clip.py",

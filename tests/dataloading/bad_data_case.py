@@ -60,6 +60,18 @@ def sixteen_bits(pixels: Pixels, colour: int) -> bytes:
     return png(pixels.shape[1], pixels.shape[0], 16, colour, rows)
 
 
+def tiff(
+    data: bytes, width: int, height: int, bits: int, sample_format: int = 1, photometric: int = 1
+) -> bytes:
+    """A TIFF of one channel, little-endian, of what Pillow does not write."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1}
+    tags |= {278: height, 279: len(data), 339: sample_format}
+    data += bytes(len(data) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = b"II" + struct.pack("<HI", 42, 8 + len(data))
+    return start + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 def black(width: int, height: int) -> bytes:
     """One bit a pixel: cheap to write, whatever it would cost to decode."""
     return png(width, height, 1, 0, bytes(1 + (width + 7) // 8) * height)
@@ -77,6 +89,13 @@ def turned() -> Image.Exif:
     return exif
 
 
+def twelve_bits(pixels: Pixels) -> bytes:
+    """Levels of 255 as packed integers of 12 bits; rows have an even number of pixels."""
+    levels = np.rint(pixels.astype(np.float64) * 4095 / 255).astype(np.uint32)
+    pairs = levels[:, ::2] << 12 | levels[:, 1::2]
+    return pairs.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+
+
 def grey_of(pixels: Pixels) -> Pixels:
     return pixels[..., :1].repeat(3, axis=2)
 
@@ -91,6 +110,7 @@ JPEG = encode(COLOUR, "JPEG", quality=95, subsampling=0)
 PNG = encode(COLOUR, "PNG")
 WEBP = encode(COLOUR, "WEBP", lossless=True)
 MIDDLE = len(JPEG) * 3 // 5
+UPRIGHT = np.rot90(COLOUR, -1).copy()
 OTHER = COLOUR[::-1, ::-1].copy()
 AVIF = base64.b64decode(
     "AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUIAAADrbWV0YQAAAAAAAAAhaGRscgAAAAAAAAAAcGljdAAA"
@@ -168,10 +188,21 @@ FILES = [
     good("cmyk.jpg", encode(Image.fromarray(CMYK, "CMYK"), "JPEG", quality=95), CMYK_RGB, "", 3),
     good("grey.jpg", encode(COLOUR[..., 0], "JPEG", quality=95), grey_of(COLOUR), "", 3),
     good("progressive.jpg", encode(COLOUR, "JPEG", quality=95, progressive=True), COLOUR, "", 3),
-    good("turned.jpg", encode(COLOUR, "JPEG", quality=95, exif=turned()), COLOUR, "as stored", 3),
-    good("turned.png", encode(COLOUR, "PNG", exif=turned()), COLOUR, "as stored"),
-    good("turned.webp", encode(COLOUR, "WEBP", lossless=True, exif=turned()), COLOUR, "as stored"),
-    good("turned.tiff", encode(COLOUR, "TIFF", exif=turned()), COLOUR, "as stored"),
+    good(
+        "turned.jpg",
+        encode(COLOUR, "JPEG", quality=95, exif=turned()),
+        UPRIGHT,
+        "turned upright",
+        3,
+    ),
+    good("turned.png", encode(COLOUR, "PNG", exif=turned()), UPRIGHT, "turned upright"),
+    good(
+        "turned.webp",
+        encode(COLOUR, "WEBP", lossless=True, exif=turned()),
+        UPRIGHT,
+        "turned upright",
+    ),
+    good("turned.tiff", encode(COLOUR, "TIFF", exif=turned()), UPRIGHT, "turned upright"),
     good("palette.png", encode(PALETTE, "PNG"), PALETTE_RGB),
     good(
         "palette-alpha.png",
@@ -194,6 +225,27 @@ FILES = [
         encode(COLOUR[..., 0].astype(np.uint16) * 257, "TIFF"),
         grey_of(COLOUR),
         "scaled to 8 bits",
+    ),
+    good(
+        "grey12.tiff",
+        tiff(twelve_bits(COLOUR[..., 0]), 80, 64, 12),
+        grey_of(COLOUR),
+        "scaled to 8 bits",
+    ),
+    grey(
+        "float.tiff",
+        encode(COLOUR[..., 0] / np.float32(255), "TIFF"),
+        "floating-point values have no range",
+    ),
+    grey(
+        "integers32.tiff",
+        encode(COLOUR[..., 0].astype(np.int32), "TIFF"),
+        "signed integers of 32 bits have no range",
+    ),
+    grey(
+        "signed16.tiff",
+        tiff(COLOUR[..., 0].astype("<i2").tobytes(), 80, 64, 16, 2),
+        "signed integers of 16 bits have no range",
     ),
     good("lossless.webp", WEBP, COLOUR),
     good(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloading.check import find_undecodable
+from dataloading.check import check_samples
 from dataloading.errors import DataError
 from dataloading.index import build_index
 from dataloading.sheet import draw_sheet
@@ -19,7 +19,7 @@ VIEWS = {"scale": (0.2, 1.0), "ratio": (0.75, 1.25), "flip": True, "threads": 2}
 @pytest.mark.parametrize("threads", [1, 3])
 def test_whole_files_have_no_fault_and_all_are_counted(photographs: Path, threads: int) -> None:
     told: list[int] = []
-    assert find_undecodable(build_index(photographs), threads, told.append) == []
+    assert check_samples(build_index(photographs), threads, told.append)[0] == []
     assert told == sorted(told) and told[-1] == 12
 
 
@@ -29,7 +29,7 @@ def test_broken_files_are_named_with_their_reason(photographs: Path) -> None:
     index = build_index(photographs)  # its header is whole
     (photographs / "class2" / "11.jpg").write_bytes(b"gone")
     (photographs / "class1" / "04.jpg").unlink()
-    faults = find_undecodable(index, 2, lambda done: None, patience_s=0.1)
+    faults = check_samples(index, 2, lambda done: None, patience_s=0.1)[0]
     assert [index.names[fault.sample] for fault in faults] == [fault.name for fault in faults]
     reasons = {fault.name: fault.reason for fault in faults}
     assert sorted(reasons) == ["class0/00.jpg", "class1/04.jpg", "class2/11.jpg"]
@@ -42,7 +42,7 @@ def test_broken_members_are_named_by_tar_and_offset(photographs: Path, tmp_path:
     whole = (photographs / "class0" / "00.jpg").read_bytes()
     list_members = [("a.jpg", whole), ("b.jpg", whole[: len(whole) // 2]), ("c.jpg", whole)]
     tar = write_tar(tmp_path / "tars" / "x.tar", list_members, "ustar")
-    (fault,) = find_undecodable(build_index(tar), 1, lambda done: None)
+    (fault,) = check_samples(build_index(tar), 1, lambda done: None)[0]
     offset = 512 + -(-len(whole) // 512) * 512 + 512
     assert (fault.sample, fault.name) == (1, f"byte {offset} of x.tar")
 
@@ -53,7 +53,7 @@ def test_the_checker_and_training_agree_on_what_is_bad(photographs: Path) -> Non
         cut = [data[:-2], data[: len(data) // 2], data[:-400] + b"\0" * 400][number]
         (photographs / name).write_bytes(cut)
     index = build_index(photographs)
-    found = {fault.sample for fault in find_undecodable(index, 2, lambda done: None)}
+    found = {fault.sample for fault in check_samples(index, 2, lambda done: None)[0]}
     with Stream(
         index, seed=0, micro_batch=12, sizes=(16,), shuffle="none", decode="torch"
     ) as stream:

@@ -107,7 +107,7 @@ def test_kept_index_is_used_while_the_files_are_the_same(photographs, tmp_path, 
     (photographs / "empty.jpg").touch()
     built = load_or_build(photographs, tmp_path / "kept")
     assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["index.json", "index.npy"]
-    monkeypatch.delattr(dataloading.folders, "size_of_file")  # reading a header would fail
+    monkeypatch.delattr(dataloading.folders, "header_of_file")  # reading a header would fail
     loaded = load_or_build(photographs, tmp_path / "kept")
     assert loaded.digest == built.digest == build_digest(loaded)
     assert loaded.names == built.names and loaded.labels == built.labels

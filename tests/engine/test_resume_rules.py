@@ -36,6 +36,7 @@ NEVER = {
     "views.aspect_ratio",
     "views.hflip",
     "views.views_per_image",
+    "data.exif_orientation",
 }
 
 
@@ -82,6 +83,20 @@ def test_a_changed_key_is_free_or_needs_permission_or_is_refused(key: str) -> No
 def test_other_images_are_refused_whatever_is_allowed() -> None:
     with pytest.raises(ConfigError, match="the images differ from the checkpoint's"):
         compare_configs(TREE, TREE, KEYS, ("a" * 64, "b" * 64), ALL_FREE)
+
+
+def test_a_checkpoint_without_the_orientation_key_resumes_unless_an_image_is_turned() -> None:
+    older, other = copy.deepcopy(TREE), ("a" * 64, "b" * 64)
+    del older["data"]["exif_orientation"]
+    for value in (True, False):
+        present = changed("data.exif_orientation", value)
+        assert compare_configs(older, present, [], SAME, ALL_FREE) == []
+        with pytest.raises(ConfigError, match="images differ from the checkpoint's") as raised:
+            compare_configs(older, present, [], other, ALL_FREE)
+        assert ("data.exif_orientation=false" in str(raised.value)) == value
+    # The key that explains the other digest is named, not the images.
+    with pytest.raises(ConfigError, match=r"^data\.exif_orientation: .*never changes"):
+        compare_configs(TREE, changed("data.exif_orientation", False), [], other, ALL_FREE)
 
 
 @pytest.mark.parametrize(

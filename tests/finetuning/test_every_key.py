@@ -50,6 +50,7 @@ EXCEPTIONS = {
     "run.name": "a label in the log: tools/report/test_report.py",
     "run.allow_change": "at a resume: engine/test_resume_rules.py",
     "data.decode": "speed; pixels are the same on a CPU: dataloading/test_dali.py",
+    "data.exif_orientation": "with turned images: dataloading/test_orientation.py",
     "data.max_bad_fraction": "with undecodable images: pretraining/test_bad_share.py",
     "data.workers": "speed; the order is the same: dataloading/test_stream.py",
     "backend.name": "numbers agree: backends/test_parity.py",

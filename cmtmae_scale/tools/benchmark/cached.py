@@ -95,7 +95,12 @@ def compare_cache(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config = online_config(path, overrides, folder)
-        index = load_or_build(config.data.path, folder / "index", source=config.data.source)
+        index = load_or_build(
+            config.data.path,
+            folder / "index",
+            config.data.source,
+            exif_orientation=config.data.exif_orientation,
+        )
         teacher = assemble_teacher(config, needs(config), load=True).to(
             device, compute_dtype(config)
         )

@@ -67,7 +67,7 @@ def compare_decoders(
     """
     if min(size, images, rounds, threads) < 1:
         raise ConfigError("--size, --images, --rounds and --threads must be at least 1")
-    index = build_index(path)
+    index = build_index(path, exif_orientation=False)  # PIL and torchvision here turn nothing
     batches = -(-images // BATCH)
     with ExitStack() as stack:
         before = torch.get_num_threads()

@@ -149,7 +149,7 @@ def cache_settings(config: Config) -> dict[str, Any]:
     """Return the settings that affect the rows of a teacher cache."""
     tree = config_to_dict(config)
     teacher = {key: value for key, value in tree["teacher"].items() if key != "mode"}
-    data = {key: tree["data"][key] for key in ("path", "source", "max_pixels")}
+    data = {key: tree["data"][key] for key in ("path", "source", "max_pixels", "exif_orientation")}
     maps = {key: tree["attention"][key] for key in ("source", "layers")}
     needed = needs(config)
     return {
