@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dataloading.check import Fault
 from dataloading.index import Index
 from dataloading.mixing import Mixing, class_mixing, expected_labels
+from dataloading.passed_over import format_passed, lost_images
 
 _NAMED = 3  # files named for each reason
 _LISTED = 20  # undecodable images listed
@@ -91,6 +92,7 @@ class DataReport:
             "images": len(self.index),
             "tars": len(self.index.shards),
             "excluded": [{"name": name, "reason": why} for name, why in self.index.excluded],
+            "passed_over": [passed._asdict() for passed in self.index.passed_over],
             "undecodable": [fault._asdict() for fault in self.undecodable],
             "bad_fraction": self.bad_fraction,
             "max_bad_fraction": self.max_bad_fraction,
@@ -181,11 +183,17 @@ def _fault_lines(report: DataReport) -> list[str]:
     for group in sorted(groups.values(), key=len, reverse=True):
         more = f" and {len(group) - _NAMED} more" if len(group) > _NAMED else ""
         lines.append(f"  {len(group)}: {', '.join(group[:_NAMED])}{more}")
+    lines.append(format_passed_over(index) or "passed over: none")
     lines.append(f"undecodable: {len(report.undecodable)}")
     lines += [f"  {fault.name}: {fault.reason}" for fault in report.undecodable[:_LISTED]]
     if len(report.undecodable) > _LISTED:
         lines.append(f"  and {len(report.undecodable) - _LISTED} more; --report lists them")
     return lines
+
+
+def format_passed_over(index: Index) -> str:
+    """Format what the index passes over, by extension; empty for nothing."""
+    return format_passed(index.passed_over, "member" if index.source == "webdataset" else "file")
 
 
 def _window_shuffle(report: DataReport) -> str:
@@ -197,6 +205,8 @@ def _window_shuffle(report: DataReport) -> str:
 def _verdict(report: DataReport) -> str:
     bad = f"{report.bad} of {len(report.index) + len(report.index.excluded)} images are bad"
     bad += f" ({report.bad_fraction:.2%}, at most {report.max_bad_fraction:.2%} may be)"
+    lost = lost_images(report.index.passed_over)
+    bad += f"; {lost} more files are not taken as images" if lost else ""
     if report.lost:
         return f"unusable: {len(report.lost)} tars are damaged or cut short; {bad}"
     if len(report.undecodable) == len(report.index):
