@@ -65,13 +65,13 @@ class Passed(NamedTuple):
     Attributes:
         kind: why, see ``Kind``.
         extension: in lower case with its dot; empty where there is none.
-        count: number of them.
+        number: of files or members.
         first: the first name in order.
     """
 
     kind: Kind
     extension: str
-    count: int
+    number: int
     first: str
 
 

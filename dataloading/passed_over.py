@@ -42,7 +42,7 @@ def count_passed(counts: Counts, kind: Kind, extension: str, name: str, number: 
             return count_passed(counts, kind, _OTHERS, name, number)
         counts[key] = Passed(kind, extension, number, name)
     else:
-        counts[key] = Passed(kind, extension, old.count + number, min(old.first, name))
+        counts[key] = Passed(kind, extension, old.number + number, min(old.first, name))
     return None
 
 
@@ -69,8 +69,8 @@ def sort_counts(all_counts: Sequence[Counts]) -> tuple[Passed, ...]:
     total: Counts = {}
     for counts in all_counts:
         for passed in counts.values():
-            count_passed(total, passed.kind, passed.extension, passed.first, passed.count)
-    return tuple(sorted(total.values(), key=lambda p: (-p.count, p.kind, p.extension)))
+            count_passed(total, passed.kind, passed.extension, passed.first, passed.number)
+    return tuple(sorted(total.values(), key=lambda p: (-p.number, p.kind, p.extension)))
 
 
 def extension_of(name: str) -> str:
@@ -115,7 +115,7 @@ def may_hold_label(extension: str) -> bool:
 def lost_images(passed: Iterable[Passed]) -> int:
     """Return how many of them may have been images: neither documents nor hidden."""
     return sum(
-        item.count
+        item.number
         for item in passed
         if item.kind == "key" or (item.kind == "file" and item.extension not in _DOCUMENTS)
     )
@@ -125,8 +125,8 @@ def format_passed(passed: Sequence[Passed], what: str = "file") -> str:
     """Format counts by extension, then a remedy for each kind; empty where there are none."""
     if not passed:
         return ""
-    total = sum(item.count for item in passed)
-    counts = ", ".join(f"{item.count} {_label(item)}" for item in passed)
+    total = sum(item.number for item in passed)
+    counts = ", ".join(f"{item.number} {_label(item)}" for item in passed)
     remedies: dict[str, str] = {}
     for item in passed:
         remedy = _remedy(item)
@@ -141,7 +141,7 @@ def _label(item: Passed) -> str:
     if item.kind == "hidden":
         return "hidden"
     if item.kind == "empty":
-        return "empty folder" if item.count == 1 else "empty folders"
+        return "empty folder" if item.number == 1 else "empty folders"
     if item.kind == "label":
         return f"{item.extension} beside images without .cls"
     if item.kind == "key":

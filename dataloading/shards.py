@@ -96,7 +96,7 @@ def list_shards(path: Path, passed: Counts | None = None) -> list[Shard]:
         raise DataError(
             f"{path}: cannot be listed ({error.strerror}); make data.path readable"
         ) from error
-    archives = sum(item.count for item in counts.values() if is_archive(item.extension))
+    archives = sum(item.number for item in counts.values() if is_archive(item.extension))
     if not tars or archives > len(tars):
         found = "no .tar files found"
         if tars:

@@ -149,8 +149,8 @@ def require_classes(index: Index, path: str) -> None:
     """
     if len(index.labels) < 2:
         raise DataError(
-            f"{path}: all images have one label, {index.labels[0]}; a probe needs two classes: set "
-            "eval.train_path, data.path or --train to a folder with one folder per class"
+            f"{path}: all images have one label, {''.join(index.labels)}; a probe needs two "
+            "classes: set eval.train_path, data.path or --train to a folder of class folders"
         )
 
 

@@ -72,7 +72,7 @@ def test_passed_over_files_are_in_the_report(photos: Path, tmp_path: Path, capsy
     assert "1 file passed over: 1 .heic; class0/a.HEIC: this format is not read" in text
     assert "at most 0.10% may be); 1 more files are not taken as images" in text
     (passed,) = json.loads(report.read_text())["passed_over"]
-    assert passed["extension"] == ".heic" and passed["count"] == 1
+    assert passed["extension"] == ".heic" and passed["number"] == 1
     for i in range(30):
         (photos / f"{i}.heic").write_bytes(b"x")
     assert check_data([str(photos)]) == EXIT_CONFIG

@@ -28,7 +28,7 @@ def images(count: int, form: str = "{}.png") -> list[tuple[str, bytes]]:
 
 
 def counts(index: Index) -> dict[tuple[str, str], int]:
-    return {(item.kind, item.extension): item.count for item in index.passed_over}
+    return {(item.kind, item.extension): item.number for item in index.passed_over}
 
 
 def test_files_of_a_folder_are_counted_by_extension(tmp_path: Path, caplog) -> None:
