@@ -1,5 +1,6 @@
 """Files and tar members that the index passes over, counted by extension, with the remedy."""
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -57,9 +58,10 @@ def count_files(counts: Counts, prefix: str, others: Iterable[str], images: Iter
     """
     stems = {name.partition(".")[0] for name in images}
     for name in others:
-        extension = "" if name.startswith(".") else extension_of(name)
+        stem, dot, rest = name.partition(".")
+        extension = extension_of(f"a{dot}{rest}") if stem else ""
         kind = "file" if extension else kind_of_bare(name)
-        if kind == "file" and not is_image_like(extension) and name.partition(".")[0] in stems:
+        if kind == "file" and not is_image_like(extension) and stem in stems:
             kind = "beside"
         count_passed(counts, kind, extension, prefix + name)
 
@@ -73,6 +75,7 @@ def sort_counts(all_counts: Sequence[Counts]) -> tuple[Passed, ...]:
     return tuple(sorted(total.values(), key=lambda p: (-p.number, p.kind, p.extension)))
 
 
+@functools.lru_cache(maxsize=1024)
 def extension_of(name: str) -> str:
     """Return the extension of a file name that is no image's, in lower case.
 

@@ -123,7 +123,7 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
                 f"{text}: the value is not YAML: {' '.join(str(error).split())}"
             ) from error
         tree = value
-    if isinstance(tree, dict) and is_path_key(key):
+    if is_path_key(key) and isinstance(cast(object, tree), dict):
         tree = value
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
