@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,29 @@ class File(NamedTuple):
     fault: str | None = None
 
 
+Kind = Literal["file", "beside", "hidden", "key", "second", "label", "empty"]
+"""file: no known extension; beside: a document, or of the same name as an image; hidden: its name
+begins with a dot; key: an image in a tar with a dot in its key; second: the same, beside an image
+of its sample; label: a text beside an image in a tar that has no ``.cls`` member; empty: an empty
+folder."""
+
+
+class Passed(NamedTuple):
+    """Files or tar members of one kind and extension that the index passes over.
+
+    Attributes:
+        kind: why, see ``Kind``.
+        extension: in lower case with its dot; empty where there is none.
+        number: of files or members.
+        first: the first name in order.
+    """
+
+    kind: Kind
+    extension: str
+    number: int
+    first: str
+
+
 class Findings(NamedTuple):
     """Result of examining a data set; the fields are those of ``Index``."""
 
@@ -63,6 +86,7 @@ class Findings(NamedTuple):
     labels: tuple[str, ...]
     excluded: tuple[tuple[str, str], ...]
     digest: str
+    passed_over: tuple[Passed, ...] = ()
 
 
 class Examined(NamedTuple):

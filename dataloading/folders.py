@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,16 @@ from dataloading.entries import (
 )
 from dataloading.errors import DataError
 from dataloading.headers import header_of_file
+from dataloading.passed_over import (
+    Counts,
+    count_files,
+    count_passed,
+    extension_of,
+    format_passed,
+    is_archive,
+    lost_images,
+    sort_counts,
+)
 from dataloading.patience import LASTING, PATIENCE_S, Patience
 
 logger = logging.getLogger(__name__)
@@ -30,23 +41,29 @@ logger = logging.getLogger(__name__)
 _CHUNK = 512
 
 
-def list_folder(root: Path) -> list[File]:
+def list_folder(root: Path) -> tuple[list[File], Counts]:
     """List the image files under a folder, by name.
 
+    Returns:
+        The files, and the counts of what is passed over.
+
     Raises:
-        DataError: if it is missing, cannot be listed or holds no image files.
+        DataError: if it is missing, cannot be listed, holds no image files, or if more than half of
+            its files are passed over.
         ReadError: if storage fails for longer than reads are retried.
     """
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "does not exist"
         raise DataError(
-            f"{root}: {found}; set data.path to a folder of images, sub-folders are labels, "
-            "or to WebDataset .tar files"
+            f"{root}: {found}{explain_path(root)}; set data.path to a folder of images, "
+            "sub-folders are labels, or to WebDataset .tar files"
         )
+    passed: Counts = {}
 
     def listed() -> list[File]:
+        passed.clear()
         try:
-            return sorted(walk(root), key=lambda file: file.name)
+            return sorted(walk(root, passed=passed), key=lambda file: file.name)
         except OSError as error:
             if error.errno not in LASTING:
                 raise
@@ -56,17 +73,46 @@ def list_folder(root: Path) -> list[File]:
             ) from error
 
     files = Patience(PATIENCE_S).retry(listed, str(root))
+    counts = sort_counts([passed])
+    others = f"; {format_passed(counts)}" if counts else ""
     if all(file.fault is not None for file in files):
         first = f" (but {files[0].name}: {files[0].fault})" if files else ""
         raise DataError(
-            f"{root}: no image files (.jpg, .png, .webp ...) found{first}; "
+            f"{root}: no image files (.jpg, .png, .webp ...) found{first}{others}; "
             "set data.path to a folder of images, sub-folders are labels"
         )
-    return files
+    lost = lost_images(item for item in counts if item.extension != ".tar")  # data.source=folder
+    if lost > len(files):
+        raise DataError(
+            f"{root}: more than half of the files, {lost} of {lost + len(files)}, are not taken as "
+            f"images{others}; correct them, or set data.path to a folder of images only"
+        )
+    return files, passed
+
+
+def explain_path(path: Path) -> str:
+    """Return why a path that is no folder and no tar was written in vain; empty if unknown."""
+    text = str(path)
+    if path.exists():
+        is_packed = is_archive(extension_of(path.name))
+        return " but an archive, which is not unpacked: unpack it first" if is_packed else ""
+    if re.match(r"[A-Za-z][\w+.-]+:(/|\S+ )", text):
+        return " (an address or a command is not read: copy or mount the data as files)"
+    if text.startswith("~"):
+        return " (~ is not expanded here: write the home folder out)"
+    if re.search(r"(,|;|::|\.tar\s)(?![^{]*\})", text):
+        return (
+            " (is it a list? data.path is one path: a pattern such as /data/{a,b}-*.tar, or a "
+            "folder with links to all)"
+        )
+    return ""
 
 
 def walk(
-    folder: Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+    folder: Path,
+    prefix: str = "",
+    above: frozenset[tuple[int, int]] = frozenset(),
+    passed: Counts | None = None,
 ) -> Iterator[File]:
     """Yield the image files under a folder; hidden files are skipped.
 
@@ -77,17 +123,22 @@ def walk(
         folder: the folder.
         prefix: put before every name.
         above: device and inode of the folders above.
+        passed: takes the counts of the other files.
 
     Raises:
         OSError: if a folder cannot be listed.
     """
     facts = folder.stat()
     above |= {(facts.st_dev, facts.st_ino)}
+    images: list[str] = []
+    others: list[str] = []
+    item = None
     with os.scandir(folder) as items:
         for item in items:
             name, ending = prefix + item.name, os.path.splitext(item.name)[1].lower()
             is_image = ending in EXTENSIONS
             if item.name.startswith(".") or (not is_image and item.is_file(follow_symlinks=False)):
+                others.append(item.name)
                 continue
             try:
                 status = os.stat(item.path)
@@ -96,6 +147,8 @@ def walk(
                     raise
                 if is_image or not ending:  # the latter may have been a folder of a whole class
                     yield File(name, -1, 0, f"cannot be read: {error.strerror}")
+                else:
+                    others.append(item.name)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 if (status.st_dev, status.st_ino) in above:
@@ -103,11 +156,18 @@ def walk(
                     continue
                 if is_image:
                     yield File(name, -1, 0, "a folder; the files in it are listed")
-                yield from walk(Path(item.path), f"{name}/", above)
+                yield from walk(Path(item.path), f"{name}/", above, passed)
             elif is_image and stat.S_ISREG(status.st_mode):
+                images.append(item.name)
                 yield File(name, status.st_size, status.st_mtime_ns)
             elif is_image:
                 yield File(name, -1, 0, "not a regular file")
+            else:
+                others.append(item.name)
+    if passed is not None and item is None and prefix:
+        count_passed(passed, "empty", "", prefix)
+    if passed is not None and others:
+        count_files(passed, prefix, others, images)
 
 
 def examine_folder(

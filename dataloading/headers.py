@@ -178,12 +178,24 @@ def _pil_header(file: BinaryIO | io.BufferedReader) -> Header:
     except Image.DecompressionBombError as error:
         raise HeaderError(f"too many pixels for Pillow: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise HeaderError("not an image of a known format") from error
+        raise HeaderError(f"not an image of a known format{_explain(file)}") from error
     except PIL_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:  # storage's, not Pillow's
             raise
         raise HeaderError(f"header cannot be read: {error}") from error
     return _checked(width, height, orientation)
+
+
+def _explain(file: BinaryIO | io.BufferedReader) -> str:
+    """Name the two formats of cameras that Pillow may lack; empty for other bytes."""
+    file.seek(0)
+    start = file.read(12)
+    if start[4:8] != b"ftyp":
+        return ""
+    if start[8:12] in (b"avif", b"avis"):
+        return " (AVIF, which this Pillow lacks: install Pillow 11.3 or later)"
+    is_heic = start[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+    return " (HEIC: convert it to JPEG)" if is_heic else ""
 
 
 def _jpeg_header(data: bytes) -> Header:

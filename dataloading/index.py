@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, count_turned, encode_name
+from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, Passed, count_turned, encode_name
 from dataloading.errors import DataError
 from dataloading.files import atomic_path
 from dataloading.folders import examine_folder, list_folder
-from dataloading.shards import Shard, TarNames, is_tar_path, list_shards
+from dataloading.name_checks import find_equal_labels, find_splits
+from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
+from dataloading.shards import Shard, TarNames, is_glob, is_tar_path, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
 from dataloading.webdataset import examine_shards
 
@@ -44,6 +48,7 @@ class Index:
         excluded: (name, reason) of files and members that look like images and cannot be used.
         digest: sha256 over keys and sizes (bytes, width, height) of all rows, and their turns if
             there are any, hexadecimal; the same for every copy of the data set.
+        passed_over: counts of the files and members that are not taken as images, by extension.
         shards: the tars, in order; none for a folder.
     """
 
@@ -54,6 +59,7 @@ class Index:
     labels: tuple[str, ...]
     excluded: tuple[tuple[str, str], ...]
     digest: str
+    passed_over: tuple[Passed, ...] = ()
     shards: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
@@ -78,6 +84,7 @@ class _Listing(NamedTuple):
     root: Path
     files: list[File]
     shards: list[Shard]
+    passed: Counts
 
     @property
     def source(self) -> Literal["folder", "webdataset"]:
@@ -94,18 +101,21 @@ def build_index(
 
     Files are taken by their extension, links are followed, hidden files are skipped. Empty,
     unreadable and oversized images are excluded and reported in ``Index.excluded``, as are damaged
-    parts of tars.
+    parts of tars. Other files and members are counted by extension in one log line.
 
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
-            holds them directly, one of them, or a pattern such as ``train-{000..146}.tar``.
-        source: "folder", "webdataset", or "auto", which detects it.
+            holds them directly, one of them, or a pattern such as ``train-{000..146}.tar`` or
+            ``train-*.tar``.
+        source: "folder", "webdataset", or "auto", which detects it, and refuses to mix folders or
+            tars of a training and of a test set.
         max_pixels: images with more pixels (width x height) are excluded.
         exif_orientation: turn images upright as their EXIF orientation says; rows then have width
             and height of the upright image. The orientation is recorded in any case.
 
     Raises:
-        DataError: if the data are missing, not what ``source`` says, or hold no usable image.
+        DataError: if the data are missing, not what ``source`` says, or hold no usable image, or
+            if more than half of the files or members are passed over.
         ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """
@@ -138,6 +148,7 @@ def load_or_build(
     digest = _listing_digest(listing, max_pixels, exif_orientation)
     kept = _load(listing, folder, digest)
     if kept is not None:
+        _log_passed(kept, logging.INFO)
         return kept
     index = _examine(listing, max_pixels, exif_orientation)
     try:
@@ -154,22 +165,81 @@ def _list(root: Path, source: str) -> _Listing:
     if source not in get_args(SourceName):
         raise ValueError(f"source is {source!r}; expected one of {get_args(SourceName)}")
     if source == "webdataset" or (source == "auto" and is_tar_path(root)):
-        return _Listing(root, [], list_shards(root))
-    return _Listing(root, list_folder(root), [])
+        passed: Counts = {}
+        listing = _Listing(root, [], list_shards(root, passed), passed)
+        is_listed = root.is_dir() or (is_glob(root) and "{" not in str(root))
+        problem = _mixed_tars(listing) if is_listed else None
+    else:
+        files, passed = list_folder(root)
+        listing = _Listing(root, files, [], passed)
+        problem = _mixed_folders(listing)
+    if problem is None:
+        return listing
+    if source == "auto":
+        raise DataError(f"{root}: {problem}")
+    logger.info("%s: all are used, since data.source=%s: %s", root, source, problem)
+    return listing
+
+
+def _mixed_folders(listing: _Listing) -> str | None:
+    """Return what to do if the folders are a training and a test set and no classes."""
+    first, last = (listing.files[at].name.split("/")[:-1] for at in (0, -1))
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    prefix = "".join(f"{folder}/" for folder, _ in pairs)
+    parts = (file.name[len(prefix) :].partition("/") for file in listing.files)
+    folders = {folder for folder, slash, _ in parts if slash}
+    splits = find_splits(folders)
+    if splits is None:
+        return None
+    train, test = splits
+    return (
+        f"holds {prefix}{train}/ and {prefix}{test}/, a training and a test set and no classes; "
+        f"set data.path={listing.root / prefix / train}, or data.source=folder to use all images"
+    )
+
+
+def _mixed_tars(listing: _Listing) -> str | None:
+    """Return what to do if the tars are of a training and of a test set."""
+    patterns = {re.sub(r"\d+", "*", shard.file.name) for shard in listing.shards}
+    splits = find_splits(patterns)
+    if splits is None:
+        return None
+    train, test = splits
+    folder = os.path.commonpath([os.path.dirname(shard.path) for shard in listing.shards])
+    return (
+        f"holds tars of a training and of a test set, {train} and {test}; set "
+        f"data.path={os.path.join(folder, train)}, or data.source=webdataset to use all tars"
+    )
 
 
 def _examine(listing: _Listing, max_pixels: int, exif_orientation: bool) -> Index:
-    root, files, shards = listing
+    root, files, shards, passed = listing
     if shards:
-        findings = examine_shards(root, shards, max_pixels, exif_orientation)
+        findings = examine_shards(root, shards, max_pixels, exif_orientation, passed)
     else:
         findings = examine_folder(root, files, max_pixels, exif_orientation)
+        findings = findings._replace(passed_over=sort_counts([passed]))
     logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
     turned, as_stored = count_turned(findings.entries["flags"])
     if turned or as_stored:
         text = "%s: %d images are turned by their EXIF orientation, of %d it is not applied"
         logger.info(text, root, turned, as_stored)
-    return _make(listing, findings)
+    equal = find_equal_labels(findings.labels)
+    if equal is not None:
+        text = (
+            "%s: the labels %s and %s are the same number and count as two classes; write one form"
+        )
+        logger.warning(text, root, *equal)
+    index = _make(listing, findings)
+    _log_passed(index, logging.WARNING if lost_images(index.passed_over) else logging.INFO)
+    return index
+
+
+def _log_passed(index: Index, level: int) -> None:
+    """Log what is passed over, in one line."""
+    if index.passed_over:
+        what = "member" if index.source == "webdataset" else "file"
+        logger.log(level, "%s: %s", index.root, format_passed(index.passed_over, what))
 
 
 def _make(listing: _Listing, findings: Findings) -> Index:
@@ -206,6 +276,9 @@ def _load(listing: _Listing, folder: Path, digest: str) -> Index | None:
             labels=tuple(facts["labels"]),
             excluded=tuple((name, reason) for name, reason in facts["excluded"]),
             digest=facts["digest"],
+            passed_over=tuple(Passed(*item) for item in facts["passed_over"])
+            if shards
+            else sort_counts([listing.passed]),
         )
         return _make(listing, findings)
     except FileNotFoundError:
@@ -226,6 +299,7 @@ def _save(index: Index, folder: Path, listing: str) -> None:
         "npy_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "labels": index.labels,
         "excluded": index.excluded,
+        "passed_over": index.passed_over,
         "names": [] if index.source == "webdataset" else index.names,  # made from the entries
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Which tar files are the shards of a data set, and what their samples are called."""
 
+import glob
 import itertools
 import math
 import os
@@ -15,7 +16,16 @@ from numpy.typing import NDArray
 from dataloading.entries import File
 from dataloading.errors import DataError
 from dataloading.files import open_regular
-from dataloading.folders import walk
+from dataloading.folders import explain_path, walk
+from dataloading.passed_over import (
+    Counts,
+    count_files,
+    count_passed,
+    extension_of,
+    format_passed,
+    is_archive,
+    sort_counts,
+)
 from dataloading.patience import LASTING
 
 _MAX_SHARDS = 1_000_000
@@ -38,7 +48,7 @@ def is_tar_path(path: Path) -> bool:
         DataError: if a folder holds both tars and images.
     """
     if not path.is_dir():
-        return _TAR_FILE.search(path.name) is not None
+        return _TAR_FILE.search(path.name) is not None or is_glob(path)
     try:
         tars = _tars_in(path)
         image = next((file for file in walk(path) if file.fault is None), None) if tars else None
@@ -52,35 +62,53 @@ def is_tar_path(path: Path) -> bool:
     return bool(tars)
 
 
-def list_shards(path: Path) -> list[Shard]:
+def is_glob(path: Path) -> bool:
+    """Return whether a path that does not exist is a pattern with ``*``, ``?`` or ``[...]``."""
+    return glob.has_magic(str(path)) and not os.path.lexists(path)
+
+
+def list_shards(path: Path, passed: Counts | None = None) -> list[Shard]:
     """List the tars of a data set.
 
     Args:
         path: folder (its .tar files by name), one tar, or a pattern with ``{000..146}`` or
-            ``{a,b}`` (in the order written; of several braces the last moves first).
+            ``{a,b}`` (in the order written; of several braces the last moves first), with ``*``,
+            ``?`` or ``[...]`` (by name), or with both.
+        passed: takes the counts of other files in the folder or of the pattern.
 
     Returns:
         The shards in order. Names are relative to the folder that all have in common.
 
     Raises:
-        DataError: if there is none, one is named twice, or one is missing.
+        DataError: if there is none, one is named twice, or one is missing, or if there are more
+            archives of other kinds than tars.
     """
+    counts: Counts = {}
     try:
         if path.is_dir():
-            tars = _tars_in(path)
-        elif path.exists() or "{" not in str(path):
+            tars = _tars_in(path, counts)
+        elif path.exists():
             tars = [path]
         else:
-            tars = [Path(text) for text in _expand(path)]
+            texts = _expand(path) if "{" in str(path) else [str(path)]
+            tars = [tar for text in texts for tar in _match(Path(text), counts)]
     except OSError as error:
         raise DataError(
             f"{path}: cannot be listed ({error.strerror}); make data.path readable"
         ) from error
-    if not tars:
+    archives = sum(item.number for item in counts.values() if is_archive(item.extension))
+    if not tars or archives > len(tars):
+        found = "no .tar files found"
+        if tars:
+            found = f"only {len(tars)} of {len(tars) + archives} archives are .tar files"
+        others = f"; {format_passed(sort_counts([counts]))}" if counts else ""
         raise DataError(
-            f"{path}: no .tar files found; set data.path to a folder that holds them directly, "
-            "to one of them, or to a pattern such as train-{000..146}.tar"
+            f"{path}: {found}{explain_path(path)}{_near(path)}{others}; set data.path to a folder "
+            "that holds them directly, to one of them, or to a pattern such as "
+            "train-{000..146}.tar or train-*.tar"
         )
+    if passed is not None:
+        passed.update(counts)
     parents = [os.path.dirname(os.path.abspath(tar)) for tar in tars]
     common = os.path.commonpath(parents)
     shards: list[Shard] = []
@@ -88,7 +116,7 @@ def list_shards(path: Path) -> list[Shard]:
         try:
             facts = tar.stat()
         except OSError as error:
-            raise _unreadable(tar, error) from error
+            raise _unreadable(tar, error, explain_path(path)) from error
         if not stat.S_ISREG(facts.st_mode):
             raise DataError(f"{tar}: is not a regular file; set data.path to .tar files")
         name = Path(os.path.relpath(os.path.abspath(tar), common)).as_posix()
@@ -147,23 +175,57 @@ def place(shard: str, offset: int) -> str:
     return f"byte {offset} of {shard}"
 
 
-def _tars_in(folder: Path) -> list[Path]:
+def _tars_in(folder: Path, passed: Counts | None = None) -> list[Path]:
+    names: list[str] = []
+    others: list[str] = []
     with os.scandir(folder) as items:
-        names = [
-            item.name
-            for item in items
-            if item.name.lower().endswith(".tar")
-            and not item.name.startswith(".")
-            and not item.is_dir()
-        ]
+        for item in items:
+            is_hidden, is_tar = item.name.startswith("."), item.name.lower().endswith(".tar")
+            if is_tar and not is_hidden and not item.is_dir():
+                names.append(item.name)
+            elif passed is not None and not is_hidden and item.is_dir():
+                for file in walk(Path(item.path), f"{item.name}/", passed=passed):
+                    count_passed(passed, "beside", extension_of(file.name), file.name)
+            elif is_hidden or not item.is_dir():
+                others.append(item.name)
+    if passed is not None:
+        count_files(passed, "", others, [])
     return [folder / name for name in sorted(names)]
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
+def _match(path: Path, passed: Counts) -> list[Path]:
+    """Return the tars that a pattern with ``*`` matches, by name; any other path as it is."""
+    if not is_glob(path):
+        return [path]
+    known, parts = Path(*path.parts[:1]), path.parts[1:]
+    if not path.is_absolute():
+        known, parts = Path(), path.parts
+    while parts and (known / parts[0]).exists():  # such folders may have [ in their names
+        known, parts = known / parts[0], parts[1:]
+    found = glob.glob(os.path.join(glob.escape(str(known)), *parts), recursive=True)
+    files = [Path(text) for text in sorted(found) if not os.path.isdir(text)]
+    tars = [file for file in files if file.name.lower().endswith(".tar")]
+    others = [str(file) for file in files if not file.name.lower().endswith(".tar")]
+    for name in others:
+        extension = extension_of(name)
+        count_passed(passed, "file" if is_archive(extension) else "beside", extension, name)
+    return tars
+
+
+def _near(path: Path) -> str:
+    """Return which tars are in the folder of a pattern that matches none."""
+    try:
+        tars = _tars_in(path.parent) if is_glob(path) else []
+    except OSError:
+        return ""
+    return f" ({path.parent} holds {len(tars)}: {tars[0].name} ...)" if tars else ""
+
+
+def _unreadable(path: Path, error: OSError, explained: str = "") -> DataError:
     return DataError(
-        f"{path}: this tar cannot be read ({error.strerror}); "
+        f"{path}: this tar cannot be read ({error.strerror}){explained}; "
         "make it readable or correct data.path (a folder of .tar files, one, or a pattern "
-        "such as train-{000..146}.tar)"
+        "such as train-{000..146}.tar or train-*.tar)"
     )
 
 

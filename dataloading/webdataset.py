@@ -22,6 +22,17 @@ from dataloading.entries import (
 )
 from dataloading.errors import DataError
 from dataloading.headers import header_of_range
+from dataloading.passed_over import (
+    Counts,
+    count_passed,
+    extension_of,
+    format_passed,
+    is_image_like,
+    kind_of_bare,
+    lost_images,
+    may_hold_label,
+    sort_counts,
+)
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, TarNames, open_shard, place
 from dataloading.tars import find_tar_problem, list_members
@@ -40,23 +51,30 @@ class _Samples(NamedTuple):
     entries: NDArray[np.void]
     classes: tuple[str, ...]
     excluded: list[tuple[str, str]]
+    passed: Counts
 
 
 def examine_shards(
-    path: Path, shards: Sequence[Shard], max_pixels: int, exif_orientation: bool = True
+    path: Path,
+    shards: Sequence[Shard],
+    max_pixels: int,
+    exif_orientation: bool = True,
+    beside: Counts | None = None,
 ) -> Findings:
     """Walk tars and read the headers of their images.
 
     The key of a member is its name up to the first dot behind the last slash; the image of a sample
     is its first member whose extension is one of an image, its label the text of ``KEY.cls``.
-    Images with more than ``max_pixels`` are excluded; messages name ``path``.
+    Images with more than ``max_pixels`` are excluded; messages name ``path``. ``beside`` counts the
+    files beside the tars that are passed over.
 
     Returns:
         Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members,
         in numerical order if all are integers.
 
     Raises:
-        DataError: if a file is not a tar or cannot be read, or no image is usable.
+        DataError: if a file is not a tar or cannot be read, no image is usable, or more than half
+            of the images are passed over.
         ReadError: if storage fails for longer than reads are retried.
     """
     patience = Patience(PATIENCE_S)
@@ -77,11 +95,19 @@ def examine_shards(
     if excluded:
         text = "%s: %d images, %d members excluded or damaged; first: %s (%s)"
         logger.warning(text, path, len(entries), len(excluded), *excluded[0])
+    passed = sort_counts([beside or {}, *(samples.passed for samples in found)])
+    others = f"; {format_passed(passed, 'member')}" if passed else ""
     if not len(entries):
         first = f"; first problem: {excluded[0][0]} ({excluded[0][1]})" if excluded else ""
         raise DataError(
-            f"{path}: no usable image in {len(shards)} tar files{first}; "
+            f"{path}: no usable image in {len(shards)} tar files{first}{others}; "
             "set data.path to WebDataset tars with members such as KEY.jpg and KEY.cls"
+        )
+    lost, images = lost_images(passed), len(entries) + len(excluded)
+    if lost > images:
+        raise DataError(
+            f"{path}: more than half of the members, {lost} of {lost + images}, are not taken as "
+            f"images{others}; correct them, or set data.path to other tars"
         )
     labels = _in_order({text for samples in found for text in samples.classes})
     number = {label: i for i, label in enumerate(labels)}
@@ -93,7 +119,7 @@ def examine_shards(
     )
     names = [shard.file.name for shard in shards]
     digest = shards_digest(names, [shard.file.size for shard in shards], entries)
-    return Findings(entries, TarNames(names, entries), labels, excluded, digest)
+    return Findings(entries, TarNames(names, entries), labels, excluded, digest, passed)
 
 
 def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[np.void]) -> str:
@@ -140,10 +166,11 @@ def _read_samples(
     keys: list[bytes] = []  # of the rows
     images: set[bytes] = set()
     classes: dict[bytes, str] = {}
+    others: list[tuple[bytes, bytes, bytes]] = []  # key, extension and name
     excluded: list[tuple[str, str]] = []
 
     def exclude(offset: int, name: bytes, reason: str) -> None:
-        text = name.decode("utf-8", "surrogateescape")
+        text = _text(name)
         excluded.append((place(shard, offset) + (f" ({text})" if text else ""), reason))
 
     for name, offset, length, fault in list_members(descriptor, size):
@@ -156,7 +183,7 @@ def _read_samples(
         if fault is not None:
             exclude(offset, name, fault)
         elif dot <= base:  # no extension, or a hidden file
-            continue
+            others.append((b"", b"", name))
         elif extension in _IMAGES:
             if key in images:
                 exclude(offset, name, "a second image of its sample; the first is used")
@@ -177,13 +204,64 @@ def _read_samples(
             if key in classes:
                 exclude(offset, name, "a second class of its sample; the first is used")
             elif 0 < length <= _MAX_CLASS:
-                text = os.pread(descriptor, length, offset)
-                classes[key] = text.decode("utf-8", "surrogateescape").strip()
+                classes[key] = decode_class(os.pread(descriptor, length, offset))
+                if not classes[key]:
+                    exclude(offset, name, "a class without text; its image has no label")
             else:
                 exclude(offset, name, f"a class of {length} bytes; its image has no label")
+        else:
+            others.append((key, extension, name))
 
     texts = [classes.get(key, "") for key in keys]
     labels = {text: i for i, text in enumerate(dict.fromkeys(filter(None, texts)))}
     entries = np.array(rows, dtype=ENTRY)
     entries["label"] = [labels.get(text, -1) for text in texts]
-    return _Samples(entries, tuple(labels), excluded)
+    passed = _count_others(others, shard, images, {key for key in classes if classes[key]})
+    for key in classes.keys() - images:
+        count_passed(passed, "file", ".cls", f"{shard}/{_text(key)}.cls")
+    return _Samples(entries, tuple(labels), excluded, passed)
+
+
+def decode_class(data: bytes) -> str:
+    """Decode the text of a ``.cls`` member: UTF-8, or UTF-16 with a byte-order mark."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", "replace").strip()
+    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").strip()
+
+
+def _count_others(
+    others: Sequence[tuple[bytes, bytes, bytes]],
+    shard: str,
+    images: set[bytes],
+    labelled: set[bytes],
+) -> Counts:
+    """Count members that are neither an image nor a class; other members of a sample are not."""
+    passed: Counts = {}
+    known: dict[bytes, tuple[str, bool, bool, bool]] = {}
+    for key, whole, name in others:
+        if not whole:
+            kind = kind_of_bare(_text(name.rpartition(b"/")[2]))
+            count_passed(passed, kind, "", f"{shard}/{_text(name)}")
+            continue
+        if whole not in known:
+            text = _text(whole)
+            last = os.path.splitext(text)[1]
+            extension = extension_of(f"a{text}")
+            near, label = is_image_like(extension), may_hold_label(extension)
+            is_image = last in EXTENSIONS
+            known[whole] = (last if is_image else extension, is_image, near, label)
+        extension, is_image, near, label = known[whole]
+        if is_image:
+            kind = "second" if key in images else "key"
+        elif near or key not in images:
+            kind = "file"
+        elif label and key not in labelled:
+            kind = "label"
+        else:
+            continue
+        count_passed(passed, kind, extension, f"{shard}/{_text(name)}")
+    return passed
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

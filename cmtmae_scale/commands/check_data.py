@@ -51,7 +51,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EXITS,
         allow_abbrev=False,
     )
-    parser.add_argument("path", help="as data.path: folder of images, or tars")
+    parser.add_argument("path", nargs="+", help="as data.path: folder of images, or tars")
     parser.add_argument("--source", choices=SOURCES, default="auto", help="its layout")
     parser.add_argument(
         "--max-pixels", type=at_least_one, default=Data.max_pixels, help="as data.max_pixels"
@@ -80,7 +80,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--shard-mb", type=at_least_one, default=1000, help="approximate size of a packed tar; 1000"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the packed order and the views")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if len(options.path) > 1:
+        parser.error(
+            f"{len(options.path)} paths ({options.path[0]} ...), expected one; put a pattern in "
+            "quotes: 'train-*.tar'"
+        )
+    options.path = options.path[0]
+    return options
 
 
 def check_images(options: argparse.Namespace) -> int:

@@ -118,12 +118,24 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
     try:
         tree: Any = yaml.safe_load(value) if value else None
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{text}: the value is not YAML: {' '.join(str(error).split())}"
-        ) from error
+        if not is_path_key(key):
+            raise ConfigError(
+                f"{text}: the value is not YAML: {' '.join(str(error).split())}"
+            ) from error
+        tree = value
+    if is_path_key(key) and isinstance(cast(object, tree), dict):
+        tree = value
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     return cast(dict[str, Any], tree)
+
+
+def is_path_key(key: str) -> bool:
+    """Whether a key's value is a path, which may be a pattern such as ``*.tar`` or ``{a,b}.tar``.
+
+    Such patterns are not YAML, or are YAML of another meaning.
+    """
+    return key.strip().endswith("path")
 
 
 def other_length(update: dict[str, Any]) -> str | None:
@@ -191,6 +203,11 @@ def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
     except OmegaConfBaseException as error:
         first = str(error.msg if error.msg else error).splitlines()[0]
         key = getattr(error, "full_key", None) or "a value"
+        if "ListConfig" in first and is_path_key(key):
+            first = (
+                "is a list, expected one path: a pattern such as train-*.tar or {a,b}.tar, or a "
+                "folder with links to all"
+            )
         raise ConfigError(f"{place}: {key}: {first}") from error
 
 

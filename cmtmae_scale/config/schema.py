@@ -135,7 +135,7 @@ class Data:
     """Layout under ``path``: a folder of images or WebDataset tars; auto: detected."""
     path: str = MISSING
     """Folder of images (sub-folders are labels); or tars (``KEY.jpg``, ``KEY.cls``): a folder of
-    tars, one tar, or a pattern such as ``train-{000..146}.tar``."""
+    tars, one tar, or a pattern such as ``train-{000..146}.tar`` or ``train-*.tar``."""
     index: str | None = None
     """Folder of the index; ``None``: ``RUN_DIR/index``."""
     expected_images: int | None = positive(None)

@@ -1,5 +1,6 @@
 """Labelled training and test images: two sets, or one set split in two."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 from cmtmae_scale.runtime.collectives import ranks
 from dataloading.errors import DataError
 from dataloading.index import Index, build_index, load_or_build
+from dataloading.name_checks import as_integer, find_equal_labels
 from dataloading.order import sample_ids
+
+logger = logging.getLogger(__name__)
 
 SPLIT_SALT = 0x5B117
 
@@ -76,13 +80,26 @@ def open_pair(
     """
     train_index = open_shared_index(train, kept and kept / "train-index", exif_orientation)
     train_set = label_images(train_index, train, np.arange(len(train_index.labels)))
+    require_classes(train_index, train)
     test_index = open_shared_index(test, kept and kept / "test-index", exif_orientation)
     classes = train_index.labels
-    unknown = sorted(set(test_index.labels) - set(classes))
-    if unknown:
+    for name in sorted(set(test_index.labels) - set(classes)):
+        number = as_integer(name)
+        same = [label for label in classes if number is not None and as_integer(label) == number]
+        remedy = (
+            f"write {name} as {same[0]} in both" if same else "use two sets of the same classes"
+        )
         raise DataError(
-            f"{test}: the label {unknown[0]} is not among the {len(classes)} of {train}; use two "
-            "sets of the same classes"
+            f"{test}: the label {name} is not among the {len(classes)} of {train}; {remedy}"
+        )
+    if len(test_index.labels) == 1 and (ranks() == 1 or dist.get_rank() == 0):
+        logger.warning(
+            "%s: all %d images have the label %s, one of %d classes, so accuracies are of this "
+            "class only; set eval.test_path, data.test_path or --test to images of all classes",
+            test,
+            len(test_index),
+            test_index.labels[0],
+            len(classes),
         )
     number = {name: i for i, name in enumerate(classes)}
     numbers = np.array([number[name] for name in test_index.labels], dtype=np.int64)
@@ -97,6 +114,7 @@ def open_split(path: str, fraction: float, seed: int, exif_orientation: bool = T
     """
     index = open_shared_index(path, None, exif_orientation)
     whole = label_images(index, path, np.arange(len(index.labels)))
+    require_classes(index, path)
     in_train = stratified_sample(whole.labels, fraction, seed)
     if in_train.all():
         raise DataError(f"{path}: no class has two images; nothing is left to test on")
@@ -111,7 +129,7 @@ def label_images(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSe
     """Return all images of an index with renumbered labels.
 
     Raises:
-        DataError: if an image has no label, or all images have the same label.
+        DataError: if an image has no label, or two labels are the same number.
     """
     labels = index.entries["label"].astype(np.int64)
     bare = np.flatnonzero(labels < 0)
@@ -120,9 +138,26 @@ def label_images(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSe
             f"{path}: {len(bare)} of {len(index)} images have no label ({index.names[bare[0]]}); "
             "put each into the folder of its class, or give each a .cls member"
         )
-    if len(numbers) and numbers.max() < 1:
-        raise DataError(f"{path}: all images have one label; a probe needs two classes")
+    equal = find_equal_labels(index.labels)
+    if equal is not None:
+        raise DataError(
+            f"{path}: the labels {equal[0]} and {equal[1]} are the same number and would be two "
+            "classes; write one form"
+        )
     return ImageSet(index, np.arange(len(index), dtype=np.int64), numbers[labels])
+
+
+def require_classes(index: Index, path: str) -> None:
+    """Require two classes to learn from.
+
+    Raises:
+        DataError: if all images have the same label.
+    """
+    if len(index.labels) < 2:
+        raise DataError(
+            f"{path}: all images have one label, {''.join(index.labels)}; a probe needs two "
+            "classes: set eval.train_path, data.path or --train to a folder of class folders"
+        )
 
 
 def stratified_sample(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ from dataloading.check import Fault
 from dataloading.entries import count_turned
 from dataloading.index import Index
 from dataloading.mixing import Mixing, class_mixing, expected_labels
+from dataloading.passed_over import format_passed, lost_images
 from dataloading.values import Survey
 
 _NAMED = 3  # files named for each reason
@@ -112,6 +113,7 @@ class DataReport:
             "images": len(self.index),
             "tars": len(self.index.shards),
             "excluded": [{"name": name, "reason": why} for name, why in self.index.excluded],
+            "passed_over": [passed._asdict() for passed in self.index.passed_over],
             "undecodable": [fault._asdict() for fault in self.undecodable],
             **self._survey_dict(),
             "turned": self.turned[0],
@@ -207,6 +209,7 @@ def render_data_report(report: DataReport) -> str:
 def _fault_lines(report: DataReport) -> list[str]:
     index = report.index
     lines = [f"excluded by their headers: {len(index.excluded)}", *_grouped(index.excluded)]
+    lines.append(format_passed_over(index) or "passed over: none")
     lines.append(f"undecodable: {len(report.undecodable)}")
     lines += [f"  {fault.name}: {fault.reason}" for fault in report.undecodable[:_LISTED]]
     if len(report.undecodable) > _LISTED:
@@ -245,6 +248,11 @@ def _survey_lines(index: Index, survey: Survey) -> list[str]:
     return lines
 
 
+def format_passed_over(index: Index) -> str:
+    """Format what the index passes over, by extension; empty for nothing."""
+    return format_passed(index.passed_over, "member" if index.source == "webdataset" else "file")
+
+
 def _window_shuffle(report: DataReport) -> str:
     if report.mixing is None:
         return "safe only if the images were shuffled when they were stored"
@@ -254,6 +262,8 @@ def _window_shuffle(report: DataReport) -> str:
 def _verdict(report: DataReport) -> str:
     bad = f"{report.bad} of {len(report.index) + len(report.index.excluded)} images are bad"
     bad += f" ({report.bad_fraction:.2%}, at most {report.max_bad_fraction:.2%} may be)"
+    lost = lost_images(report.index.passed_over)
+    bad += f"; {lost} more files are not taken as images" if lost else ""
     if report.lost:
         return f"unusable: {len(report.lost)} tars are damaged or cut short; {bad}"
     if len(report.undecodable) == len(report.index):

@@ -93,6 +93,21 @@ def test_turned_suspect_and_repeated_images_are_warned_of(photos, tmp_path, caps
     assert "0 of 24 images are turned upright (EXIF); 1 have an" in capsys.readouterr().out
 
 
+def test_passed_over_files_are_in_the_report(photos: Path, tmp_path: Path, capsys) -> None:
+    (photos / "class0" / "a.HEIC").write_bytes(b"x")
+    report = tmp_path / "report.json"
+    assert check_data([str(photos), "--report", str(report)]) == EXIT_DONE
+    text = capsys.readouterr().out
+    assert "1 file passed over: 1 .heic; class0/a.HEIC: this format is not read" in text
+    assert "at most 0.10% may be); 1 more files are not taken as images" in text
+    (passed,) = json.loads(report.read_text())["passed_over"]
+    assert passed["extension"] == ".heic" and passed["number"] == 1
+    for i in range(30):
+        (photos / f"{i}.heic").write_bytes(b"x")
+    assert check_data([str(photos)]) == EXIT_CONFIG
+    assert "more than half of the files, 31 of 51" in capsys.readouterr().err
+
+
 def test_no_decodable_image_is_unusable_at_any_fraction(tmp_path: Path, capsys) -> None:
     photos = make_photographs(tmp_path / "photos", 2)
     for path in photos.rglob("*.jpg"):
@@ -184,6 +199,7 @@ def test_bad_paths_give_one_line(photos, tmp_path, capsys, arguments, message) -
     ("arguments", "message"),
     [
         ([], "required: path"),
+        (["a-0.tar", "a-1.tar"], "2 paths (a-0.tar ...), expected one; put a pattern in quotes"),
         (["x", "--threads", "0"], "0 must be at least 1"),
         (["x", "--max-bad-fraction", "2"], "2 must lie in [0, 1]"),
         (["x", "--sheet", "x.tiff"], "x.tiff must end in .jpg or .png"),

@@ -144,6 +144,23 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     assert "has no groups" in message(broken)
 
 
+@pytest.mark.parametrize("text", ["*.tar", "{a,b}/x-*.tar", "[ab]-0.tar", "{a.tar,b.tar}", "a,b"])
+def test_a_pattern_of_tars_needs_no_quotes_for_yaml(
+    recipe: Path, tmp_path: Path, text: str
+) -> None:
+    config = load_config(recipe, [f"data.path={text}"])
+    assert config.data.path == text
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml").data.path == text
+
+
+def test_a_list_of_paths_is_answered_with_a_pattern(recipe: Path) -> None:
+    expected = "data.path: is a list, expected one path: a pattern such as train-*.tar or {a,b}.tar"
+    assert expected in message(recipe, "data.path=[a.tar,b.tar]")
+    recipe.write_text(yaml.safe_dump(BASE | {"data": {"path": ["a.tar", "b.tar"]}}))
+    assert expected in message(recipe)
+
+
 def test_hints_and_prob_need_a_map(recipe: Path) -> None:
     text = message(recipe, "mask.sampler=random", "mask.prob=0.5")
     assert "mask.sampler=random does not" in text

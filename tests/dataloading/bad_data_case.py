@@ -172,6 +172,7 @@ FILES = [
     excluded("text.jpg", b"<html>404 Not Found</html>", "not an image of a known format"),
     excluded("random.jpg", RNG.bytes(3000), "not an image of a known format"),
     excluded("eps.jpg", EPS, "not an image of a known format"),
+    excluded("heic.jpg", b"\0\0\0\x18ftypheic" + bytes(500), "HEIC: convert it to JPEG"),
     excluded("junk-before.jpg", b"junk" + JPEG, "not an image of a known format"),
     good("junk-after.jpg", JPEG + RNG.bytes(500), COLOUR, "", 3),
     excluded("cut-in-header.jpg", JPEG[:30], "JPEG ends before its frame header"),

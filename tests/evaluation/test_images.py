@@ -1,5 +1,6 @@
 """Sets of labelled images: labels by name, splits by class, clear refusals."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,28 @@ def test_unfit_sets_are_refused_with_a_remedy(tmp_path: Path) -> None:
         open_split(str(tmp_path / "absent"), 0.5, 0)
     with pytest.raises(DataError, match="no class has two images"):
         open_split(str(labelled_photographs(tmp_path / "single", 3, 0, 3)), 0.5, 0)
+
+
+def test_a_test_set_of_one_class_is_named_whatever_its_number(tmp_path: Path, caplog) -> None:
+    train = labelled_photographs(tmp_path / "train", 6, 0, 3)
+    for number in (0, 2):
+        test = tmp_path / f"test{number}"
+        test.mkdir()
+        shutil.copytree(train / f"class{number}", test / f"class{number}")
+        caplog.clear()
+        sets = open_pair(str(train), str(test))
+        assert sets.test.labels.tolist() == [number, number]
+        assert f"all 2 images have the label class{number}, one of 3 classes" in caplog.text
+        assert "set eval.test_path" in caplog.text
+
+
+def test_labels_that_differ_in_leading_zeros_are_named(tmp_path: Path) -> None:
+    for name, labels in (("train", ("000", "001")), ("test", ("0", "1")), ("both", ("1", "01"))):
+        for label in labels:
+            source = labelled_photographs(tmp_path / "all", 3, 0, 1) / "class0"
+            shutil.copytree(source, tmp_path / name / label)
+    train, test, both = (str(tmp_path / name) for name in ("train", "test", "both"))
+    with pytest.raises(DataError, match=r"label 0 is not among the 2 .*; write 0 as 000 in both"):
+        open_pair(train, test)
+    with pytest.raises(DataError, match="labels 01 and 1 are the same number"):
+        open_split(both, 0.5, 0)
