@@ -64,13 +64,14 @@ def make_backend(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
     from cmtmae_scale.backends.deepspeed import Zero  # an optional package, slow to import
 
+    plan = batch_plan(config, world.world_size)
     return Zero(
         model,
         momentum_encoder,
         objective,
         config.optimizer,
         config.backend,
-        deepspeed_config(config, batch_plan(config, world.world_size).accumulation),
+        deepspeed_config(config, plan.accumulation, plan.micro_batch_size),
         loss_scale,
         device,
         lr_scale,

@@ -53,12 +53,15 @@ REFUSED = {
 """Keys that would break a promise of this project -> why."""
 
 
-def deepspeed_config(config: Trained, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Trained, accumulation: int, micro_batch_size: int | None = None
+) -> dict[str, Any]:
     """Merge ``backend.deepspeed`` with what the recipe decides.
 
     Args:
         config: checked settings.
         accumulation: micro-steps of an optimizer step.
+        micro_batch_size: views per rank and forward; ``None``: ``train.micro_batch_size``.
 
     Returns:
         The config for ``deepspeed.initialize``: compute dtype as in ``backend.precision``; float32
@@ -69,7 +72,7 @@ def deepspeed_config(config: Trained, accumulation: int) -> dict[str, Any]:
     """
     low = config.backend.precision == "bf16"
     own: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size or config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.grad_clip or 0.0,
         "bf16": {"enabled": low},

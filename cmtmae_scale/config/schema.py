@@ -392,7 +392,9 @@ class Train:
     global_batch_size: int = positive(4096)
     """Views per optimizer step."""
     micro_batch_size: int = positive(64)
-    """Views per rank and forward."""
+    """Largest number of views per rank and forward that fits in memory. The run takes the largest
+    divisor of ``global_batch_size`` / world size up to it; samples and masks do not depend on it,
+    but mixup of a fine-tuning pairs the views of a micro-batch."""
     epochs: float | None = positive(None)
     """Length in passes over the images; give this or ``steps``."""
     steps: int | None = positive(None)

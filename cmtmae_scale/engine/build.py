@@ -12,10 +12,10 @@ from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_resume_checkpoint
 from cmtmae_scale.checkpoint.layout import read_state
 from cmtmae_scale.checkpoint.writer import open_writer
-from cmtmae_scale.config.derive import batch_plan
+from cmtmae_scale.config.derive import batch_plan, explain_batch
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
-from cmtmae_scale.engine.resume import find_progress
+from cmtmae_scale.engine.resume import find_progress, refuse_other_pairs
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.stragglers import Stragglers
@@ -55,6 +55,7 @@ def build_run(
     folder = find_resume_checkpoint(run_dir, world)
     saved = None if folder is None else read_state(folder)
     progress = find_progress(config, task, index, saved)
+    refuse_other_pairs(config, plan, saved)
     backend = task.build(saved, stop, stack)
     stack.callback(backend.close)
     skips = Skips(config.guard)
@@ -75,7 +76,11 @@ def build_run(
         stack.callback(telemetry.close)
     writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
     logger.info(
-        "%s: batch %s; steps %d to %d", config.run.name, plan, progress.step + 1, progress.end_step
+        "%s: batch %s; steps %d to %d",
+        config.run.name,
+        explain_batch(config, plan),
+        progress.step + 1,
+        progress.end_step,
     )
     return Run(
         config=config,

@@ -4,7 +4,7 @@ import difflib
 import logging
 from typing import Any
 
-from cmtmae_scale.config.derive import total_steps
+from cmtmae_scale.config.derive import BatchPlan, pairs_views, split_batch, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress, fresh_progress, resumed_progress
@@ -141,3 +141,31 @@ def find_progress(
     for change in changes:
         logger.warning("allowed change: %s", change)
     return resumed_progress(saved["progress"], steps, config.train.global_batch_size, bool(changes))
+
+
+def refuse_other_pairs(config: Trained, plan: BatchPlan, saved: dict[str, Any] | None) -> None:
+    """Refuse a split of the batch that pairs other views than the run's, where views are paired.
+
+    Args:
+        config: checked settings, already compared with those of the checkpoint.
+        plan: split of the batch on the present ranks.
+        saved: state of the checkpoint; ``None``: a new run.
+
+    Raises:
+        ConfigError: names both micro-batches and a number of ranks that keeps the pairs.
+    """
+    if saved is None or not pairs_views(config):
+        return
+    train = saved["config"]["train"]
+    total, limit = train["global_batch_size"], train["micro_batch_size"]
+    if (total, limit) != (config.train.global_batch_size, config.train.micro_batch_size):
+        return  # an allowed change, which compare_configs has reported
+    ranks = saved["world_size"]
+    before = split_batch(total, limit, ranks, unit=2).micro_batch_size
+    if before != plan.micro_batch_size:
+        raise ConfigError(
+            f"train.micro_batch_size={limit}: {ranks} ranks had micro-batches of {before} views, "
+            f"{plan.world_size} ranks have {plan.micro_batch_size}, and mixup and cutmix pair the "
+            f"views of a micro-batch; resume on {ranks} ranks, or set "
+            f"train.micro_batch_size={before} and run.allow_change=[train.micro_batch_size]"
+        )

@@ -15,7 +15,7 @@ from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
-from cmtmae_scale.config.derive import builds_teacher, cache_folder, needs, reads_cache
+from cmtmae_scale.config.derive import batch_plan, builds_teacher, cache_folder, needs, reads_cache
 from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
@@ -228,7 +228,7 @@ def open_stream(
     return Stream(
         index,
         seed=config.run.seed,
-        micro_batch=config.train.micro_batch_size,
+        micro_batch=batch_plan(config, world.world_size).micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
         sizes=view_sizes(config.views.image_size, teacher),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmtmae_scale.config.derive import builds_teacher, needs, online_fraction
+from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
@@ -114,8 +115,16 @@ def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dic
         "momentum": average * 4 / shards.states,
         "gathered copies": copied * compute * (trained / shards.gathered + average / averages),
         "teacher": frozen * compute,
-        "activations": saved_bytes(config, teacher) * config.train.micro_batch_size,
+        "activations": saved_bytes(config, teacher) * views_per_forward(config, world_size),
     }
+
+
+def views_per_forward(config: Config, world_size: int) -> int:
+    """Return the micro-batch size; the configured limit where the ranks cannot share the batch."""
+    try:
+        return batch_plan(config, world_size).micro_batch_size
+    except ConfigError:
+        return config.train.micro_batch_size
 
 
 def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -> float:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from cmtmae_scale.config.derive import batch_plan
+from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.engine.progress import resumed_progress
-from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs, flatten
+from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs, flatten, refuse_other_pairs
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.pretraining.task import Pretraining
 from tests.engine.run_case import STEPS, resume_each, write_recipe
@@ -102,6 +104,28 @@ def test_positions_count_anew_from_an_allowed_change() -> None:
     assert (other.step0, other.position0, other.horizon) == (4, 32, 32 + 6 * 16)
     other.advance(16, applied=True)
     assert (other.step, other.position) == (5, 48)
+
+
+def tuned(world_size: int, **train: int) -> dict[str, Any]:
+    """State of a fine-tuning with 18 views per rank on 4 ranks, micro-batches of up to 6."""
+    config = config_to_dict(Finetune())
+    config["train"] |= {"global_batch_size": 72, "micro_batch_size": 6, **train}
+    return {"config": config, "world_size": world_size}
+
+
+def test_a_finetuning_keeps_its_pairs_on_other_ranks() -> None:
+    config = Finetune()
+    config.train.global_batch_size, config.train.micro_batch_size = 72, 6
+    for ranks in (1, 2, 4, 6, 12):  # each takes micro-batches of 6
+        refuse_other_pairs(config, batch_plan(config, ranks), tuned(4))
+    refuse_other_pairs(config, batch_plan(config, 9), None)
+    with pytest.raises(
+        ConfigError, match=r"4 ranks had micro-batches of 6 views, 9 ranks have 4.*on 4 ranks"
+    ):
+        refuse_other_pairs(config, batch_plan(config, 9), tuned(4))
+    refuse_other_pairs(config, batch_plan(config, 9), tuned(4, micro_batch_size=4))  # allowed
+    config.augment.mixup = config.augment.cutmix = 0
+    refuse_other_pairs(config, batch_plan(config, 9), tuned(4))
 
 
 WAYS: dict[str, list[str]] = {
