@@ -55,11 +55,7 @@ def make_backend(
             world.local_world_size,
             lr_scale,
         )
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed, "
-            "or set backend.name=fsdp"
-        )
+    refuse_missing_deepspeed()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
     from cmtmae_scale.backends.deepspeed import Zero  # an optional package, slow to import
@@ -76,3 +72,16 @@ def make_backend(
         device,
         lr_scale,
     )
+
+
+def refuse_missing_deepspeed() -> None:
+    """Refuse ``backend.name=deepspeed`` where DeepSpeed is not installed.
+
+    Raises:
+        ConfigError: naming the extra.
+    """
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed, "
+            "or set backend.name=fsdp"
+        )

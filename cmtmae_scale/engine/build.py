@@ -15,12 +15,13 @@ from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.derive import batch_plan, explain_batch
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
-from cmtmae_scale.engine.resume import find_progress, refuse_other_pairs
+from cmtmae_scale.engine.resume import explain_misfit, find_progress, refuse_other_pairs
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.stragglers import Stragglers
 from cmtmae_scale.engine.task import Run, Task
 from cmtmae_scale.engine.telemetry import Telemetry
+from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.collectives import barrier
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.progress_file import ProgressFile
@@ -62,7 +63,10 @@ def build_run(
     saved_step = None
     if folder is not None and saved is not None:
         skips.restore(saved["skips"])
-        load_fragments(folder, backend.fragments())
+        try:
+            load_fragments(folder, backend.fragments())
+        except CheckpointError as error:
+            raise explain_misfit(error, config.run.allow_change) from error
         backend.after_load(progress.applied)
         saved_step = progress.step if progress.step != progress.step0 else None
         logger.info("resuming %s at step %d", folder, progress.step)

@@ -9,7 +9,7 @@ from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress, fresh_progress, resumed_progress
 from cmtmae_scale.engine.task import Task
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import CheckpointError, ConfigError
 from dataloading.index import Index
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,22 @@ FREE_KEYS = (
 """Keys, or groups with their point, that may change at a resume of every task."""
 FIXED_KEYS = ("run.seed", "views.")
 """Keys that never change within a run, whatever ``run.allow_change`` holds."""
+
+
+RESHAPING_KEYS = (
+    "student.arch",
+    "student.patch_size",
+    "decoder.type",
+    "decoder.depth",
+    "decoder.width",
+    "head.pool",
+)
+"""Keys with which the run has other tensors than its checkpoint: no permission makes them fit."""
+
+
+def format_names(names: list[str]) -> str:
+    """Return ``run.allow_change``'s value as a command line takes it."""
+    return f"[{','.join(names)}]"
 
 
 def is_listed(key: str, names: tuple[str, ...]) -> bool:
@@ -74,9 +90,12 @@ def compare_configs(
         ConfigError: names key, old and new value of a change that is not allowed.
     """
     if digests[0] != digests[1]:
+        encoder = "checkpoints/step-*/encoder.safetensors"
+        start = f"student.init_weights={saved['run']['output_dir']}/{encoder}"
         raise ConfigError(
             f"data.path: the images differ from the checkpoint's (digest {digests[0][:12]} against "
-            f"{digests[1][:12]}); restore them or use another run.output_dir"
+            f"{digests[1][:12]}); restore them, or use another run.output_dir"
+            + (f", there with {start} to go on from this encoder" if "student" in saved else "")
         )
     old, new = flatten(saved), flatten(present)
     check_allowed(allowed, new)
@@ -88,9 +107,15 @@ def compare_configs(
         text = f"{key}: the checkpoint has {before}, the config {after}"
         if is_listed(key, FIXED_KEYS):
             raise ConfigError(f"{text}; it never changes within a run: use another run.output_dir")
+        if key in RESHAPING_KEYS and key not in allowed:
+            raise ConfigError(
+                f"{text}; the weights of the checkpoint do not fit: restore it, or use another "
+                "run.output_dir"
+            )
         if key not in allowed:
             raise ConfigError(
-                f"{text}; restore it, use another run.output_dir, or add it to run.allow_change"
+                f"{text}; restore it, use another run.output_dir, or add it to run.allow_change: "
+                f"run.allow_change={format_names([*allowed, key])}"
             )
         changes.append(f"{text}; from here on {after} counts")
     return changes
@@ -126,21 +151,42 @@ def find_progress(
     steps = total_steps(config, len(index))
     if saved is None:
         return fresh_progress(steps, config.train.global_batch_size)
-    if saved["task"] != task.name:
-        raise ConfigError(
-            f"run.output_dir={config.run.output_dir} holds checkpoints of {saved['task']}, and "
-            f"this command does {task.name}; use another run.output_dir"
-        )
-    changes = compare_configs(
-        saved["config"],
-        config_to_dict(config),
-        config.run.allow_change,
-        (saved["index_digest"], index.digest),
-        FREE_KEYS + task.free_keys,
-    )
+    changes = compare_run(config, task.name, task.free_keys, saved, index.digest)
     for change in changes:
         logger.warning("allowed change: %s", change)
     return resumed_progress(saved["progress"], steps, config.train.global_batch_size, bool(changes))
+
+
+def compare_run(
+    config: Trained, task: str, free_keys: tuple[str, ...], saved: dict[str, Any], digest: str
+) -> list[str]:
+    """Compare task, images and settings of a checkpoint with those of this launch.
+
+    Args:
+        config: checked settings.
+        task: name of the task.
+        free_keys: keys of the task, or groups with their point, that may differ.
+        saved: state of the checkpoint.
+        digest: of the images' index; that of the checkpoint where the images are not compared.
+
+    Returns:
+        Allowed changes outside the free keys, as text.
+
+    Raises:
+        ConfigError: if the checkpoint is of another task, or a setting must not change.
+    """
+    if saved["task"] != task:
+        raise ConfigError(
+            f"run.output_dir={config.run.output_dir} holds checkpoints of {saved['task']}, and "
+            f"this command does {task}; use another run.output_dir"
+        )
+    return compare_configs(
+        saved["config"],
+        config_to_dict(config),
+        config.run.allow_change,
+        (saved["index_digest"], digest),
+        FREE_KEYS + free_keys,
+    )
 
 
 def refuse_other_pairs(config: Trained, plan: BatchPlan, saved: dict[str, Any] | None) -> None:
@@ -169,3 +215,13 @@ def refuse_other_pairs(config: Trained, plan: BatchPlan, saved: dict[str, Any] |
             f"views of a micro-batch; resume on {ranks} ranks, or set "
             f"train.micro_batch_size={before} and run.allow_change=[train.micro_batch_size]"
         )
+
+
+def explain_misfit(error: CheckpointError, allowed: list[str]) -> CheckpointError:
+    """Return the error of weights that do not fit, with the permissions that led to it."""
+    if not allowed:
+        return error
+    return CheckpointError(
+        f"{error}; run.allow_change={format_names(allowed)} cannot make other tensors fit: restore "
+        "the settings of the checkpoint, or use another run.output_dir"
+    )
