@@ -5,6 +5,7 @@ Precedence: default < YAML < override. A YAML file is read alone: no inheritance
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -54,7 +55,7 @@ def load_recipe(
         cleared = other_length(update)
         if cleared:
             merge(config, {"train": {cleared: None}}, schema, override)
-    return build_config(config, schema, check, str(path))
+    return build_config(config, schema, check, str(path), overrides)
 
 
 def config_from_dict(tree: dict[str, Any], place: str) -> Config:
@@ -158,6 +159,23 @@ def check_keys(
                 raise ConfigError(f"{place}: {full}={value!r} is a group; give {full}.KEY=value")
         elif get_origin(kind) is Literal:
             check_choice(place, full, value, get_args(kind))
+        elif get_origin(kind) in (list, tuple):
+            check_list(place, full, value, kind, schema)
+
+
+def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> None:
+    """Refuse what is no list, or one of another length, with the notation that works."""
+    fixed = get_origin(kind) is tuple
+    if isinstance(value, list) and (not fixed or len(value) == len(get_args(kind))):
+        return
+    if fixed:
+        default = plain(dict(walk_fields(schema))[key].default)
+        raise ConfigError(
+            f"{place}: {key}={value} is not a list of {len(get_args(kind))} numbers, such as "
+            f"'{key}={default}'"
+        )
+    item = "" if value is None else value
+    raise ConfigError(f"{place}: {key}={value} is not a list; write '{key}=[{item}]'")
 
 
 def schedule_keys(schema: type) -> list[str]:
@@ -190,12 +208,38 @@ def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
         config.merge_with(OmegaConf.create(tree))
     except OmegaConfBaseException as error:
         first = str(error.msg if error.msg else error).splitlines()[0]
-        key = getattr(error, "full_key", None) or "a value"
+        key = getattr(error, "full_key", None) or next(iter(leaf_keys(tree)), "a value")
         raise ConfigError(f"{place}: {key}: {first}") from error
 
 
-def build_config(tree: Any, schema: type[Recipe], check: Check[Recipe], place: str) -> Recipe:
-    """Build the dataclasses, resolve schedules, refuse missing keys, run the checks."""
+def leaf_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the full keys of a tree."""
+    found: list[str] = []
+    for key, value in tree.items():
+        inner = isinstance(value, dict) and value
+        full = f"{prefix}{key}"
+        found += leaf_keys(cast(dict[str, Any], value), f"{full}.") if inner else [full]
+    return found
+
+
+def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
+    """Return the overrides that set a key of a problem; ``place`` where none did."""
+
+    def names(override: str) -> bool:
+        key = re.escape(override.partition("=")[0].strip())
+        return re.search(rf"(?<![\w.]){key}(?!\w)", problem) is not None
+
+    last = {override.partition("=")[0]: override for override in overrides if names(override)}
+    return " ".join(last.values()) or place
+
+
+def build_config(
+    tree: Any, schema: type[Recipe], check: Check[Recipe], place: str, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Build the dataclasses, resolve schedules, refuse missing keys, run the checks.
+
+    An error names the overrides that set its keys, else ``place``.
+    """
     absent = sorted(OmegaConf.missing_keys(tree))
     if absent:
         raise ConfigError(f"{place}: {', '.join(absent)} must be given")
@@ -203,9 +247,10 @@ def build_config(tree: Any, schema: type[Recipe], check: Check[Recipe], place: s
     for key in schedule_keys(schema):
         group, name = key.split(".")
         owner = getattr(config, group)
-        setattr(owner, name, parse_schedule(getattr(owner, name), place, key))
+        at = blame(key, place, overrides)
+        setattr(owner, name, parse_schedule(getattr(owner, name), at, key))
     for problem in check(config):
-        raise ConfigError(f"{place}: {problem}")
+        raise ConfigError(f"{blame(problem, place, overrides)}: {problem}")
     return config
 
 

@@ -118,7 +118,7 @@ class Run:
     """Label in logs."""
     output_dir: str = field(default=MISSING, metadata={"empty": "name a folder"})
     """Folder of checkpoints, logs and the resolved config; the same folder resumes."""
-    seed: int = 0
+    seed: int = non_negative(0)
     """Seed of weights, order, views and masks; never changes within a run."""
     allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""

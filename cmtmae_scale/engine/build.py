@@ -15,6 +15,7 @@ from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.derive import batch_plan, explain_batch
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
+from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.resume import explain_misfit, find_progress, refuse_other_pairs
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
@@ -80,11 +81,7 @@ def build_run(
         stack.callback(telemetry.close)
     writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
     logger.info(
-        "%s: batch %s; steps %d to %d",
-        config.run.name,
-        explain_batch(config, plan),
-        progress.step + 1,
-        progress.end_step,
+        "%s: batch %s; %s", config.run.name, explain_batch(config, plan), describe_steps(progress)
     )
     return Run(
         config=config,
@@ -103,6 +100,16 @@ def build_run(
         skips=skips,
         stragglers=Stragglers(device, config.log.every),
         saved_facts=record_facts(config, index.digest, world),
+    )
+
+
+def describe_steps(progress: Progress) -> str:
+    """Return the steps of this launch as text."""
+    if progress.step < progress.end_step:
+        return f"steps {progress.step + 1} to {progress.end_step}"
+    return (
+        f"all {progress.end_step} steps are done; to train longer, raise train.epochs or "
+        "train.steps and name it in run.allow_change"
     )
 
 

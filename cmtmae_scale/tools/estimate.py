@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
@@ -117,6 +117,15 @@ def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dic
         "teacher": frozen * compute,
         "activations": saved_bytes(config, teacher) * views_per_forward(config, world_size),
     }
+
+
+def peak_bytes(config: Config, world_size: int) -> float | None:
+    """Return the modelled bytes per GPU at the peak; ``None`` for networks that cannot be built."""
+    try:
+        networks = build_meta_networks(config)
+        return sum(memory_bytes(config, world_size, networks).values())
+    except CmtMaeError:
+        return None  # build_run names the error on every rank
 
 
 def views_per_forward(config: Config, world_size: int) -> int:

@@ -7,6 +7,7 @@ from cmtmae_scale.config.load import config_from_dict, config_to_dict, load_conf
 from cmtmae_scale.config.schema import Schedule
 from cmtmae_scale.errors import ConfigError
 
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 BASE = {
     "run": {"output_dir": "runs/x"},
     "data": {"path": "photos"},
@@ -147,3 +148,45 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
 def test_hints_and_prob_need_a_map(recipe: Path) -> None:
     text = message(recipe, "mask.sampler=random", "mask.prob=0.5")
     assert "mask.sampler=random does not" in text
+
+
+WRONG = {
+    "run.allow_change=mask.ratio": "is not a list; write 'run.allow_change=[mask.ratio]'",
+    "attention.layers=-1": "is not a list; write 'attention.layers=[-1]'",
+    "views.crop_scale=[0.2]": "is not a list of 2 numbers, such as 'views.crop_scale=[0.2, 1.0]'",
+    "optimizer.betas=0.9": "is not a list of 2 numbers, such as 'optimizer.betas=[0.9, 0.95]'",
+    "run.seed=-1": "run.seed=-1 must not be negative",
+    f"run.seed={2**63}": f"must be below {2**63}",
+    f"train.steps={10**30}": f"must be below {2**63}",
+    "train.epochs=inf": "train.epochs=inf must be finite",
+    "guard.hang_seconds=.inf": "guard.hang_seconds=inf must be finite",
+    "mask.ratio=1.5": "mask.ratio=1.5 must lie in (0, 1)",
+    "mask.salient_fraction={kind: linear, start: 0.5, end: 2}": "mask.salient_fraction.end=2",
+    "collaboration.alpha_target=yes": "is neither a number nor a schedule",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_override_is_named_with_its_key_and_a_remedy(override: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(DEMO, ["log.every=5", override])
+    assert str(raised.value).startswith(f"{override}: ")
+    assert override.partition("=")[0] in str(raised.value).removeprefix(f"{override}: ")
+    assert WRONG[override] in str(raised.value)
+
+
+def test_a_problem_of_the_recipe_is_not_blamed_on_an_override(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text().replace("  ratio: 0.75", "  ratio: 1.5"))
+    with pytest.raises(ConfigError, match=r"recipe.yaml: mask.ratio=1.5 must lie"):
+        load_config(recipe, ["mask.masks_per_view=1", "log.every=5"])
+    assert load_config(recipe, ["mask.ratio=0.5"]).mask.ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    "override", ["run.allow_change=mask.ratio", "attention.layers=-1", "views.crop_scale=1"]
+)
+def test_the_remedy_of_a_list_works(override: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(DEMO, [override])
+    load_config(DEMO, [str(raised.value).split("'")[1]])
