@@ -166,7 +166,8 @@ def check_keys(
 def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> None:
     """Refuse what is no list, or one of another length, with the notation that works."""
     fixed = get_origin(kind) is tuple
-    if isinstance(value, list) and (not fixed or len(value) == len(get_args(kind))):
+    length = len(cast(list[Any], value)) if isinstance(value, list) else None
+    if length is not None and (not fixed or length == len(get_args(kind))):
         return
     if fixed:
         default = plain(dict(walk_fields(schema))[key].default)
@@ -174,7 +175,7 @@ def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> Non
             f"{place}: {key}={value} is not a list of {len(get_args(kind))} numbers, such as "
             f"'{key}={default}'"
         )
-    item = "" if value is None else value
+    item: Any = "" if value is None else value
     raise ConfigError(f"{place}: {key}={value} is not a list; write '{key}=[{item}]'")
 
 
@@ -216,9 +217,9 @@ def leaf_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
     """Return the full keys of a tree."""
     found: list[str] = []
     for key, value in tree.items():
-        inner = isinstance(value, dict) and value
         full = f"{prefix}{key}"
-        found += leaf_keys(cast(dict[str, Any], value), f"{full}.") if inner else [full]
+        inner = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+        found += leaf_keys(inner, f"{full}.") or [full]
     return found
 
 

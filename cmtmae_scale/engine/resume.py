@@ -38,7 +38,6 @@ FIXED_KEYS = ("run.seed", "views.")
 RESHAPING_KEYS = (
     "student.arch",
     "student.patch_size",
-    "decoder.type",
     "decoder.depth",
     "decoder.width",
     "head.pool",
@@ -180,13 +179,20 @@ def compare_run(
             f"run.output_dir={config.run.output_dir} holds checkpoints of {saved['task']}, and "
             f"this command does {task}; use another run.output_dir"
         )
-    return compare_configs(
+    changes = compare_configs(
         saved["config"],
         config_to_dict(config),
         config.run.allow_change,
         (saved["index_digest"], digest),
         FREE_KEYS + free_keys,
     )
+    for change in changes:
+        if change.partition(":")[0] in RESHAPING_KEYS:
+            raise ConfigError(
+                f"{change.partition('; from here')[0]}; run.allow_change cannot make the weights "
+                "of the checkpoint fit: restore it, or use another run.output_dir"
+            )
+    return changes
 
 
 def refuse_other_pairs(config: Trained, plan: BatchPlan, saved: dict[str, Any] | None) -> None:

@@ -53,7 +53,7 @@ def run_task(
         CmtMaeError, DataError: see ``build_run`` and ``train``.
     """
     if world.rank == 0:
-        log_launch(config, world, device, model_memory())
+        log_launch(config, world, device, model_memory)
     run_dir, hang_s = Path(config.run.output_dir), config.guard.hang_seconds
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))

@@ -6,7 +6,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ GIB = 2**30
 REPORT = "report.html"
 
 
-def log_launch(config: Trained, world: World, device: torch.device, needed: float | None) -> None:
+def log_launch(
+    config: Trained, world: World, device: torch.device, model_memory: Callable[[], float | None]
+) -> None:
     """Log launcher, device, backend, precision, memory and output folder.
 
     Args:
         config: checked settings.
         world: place of this process.
         device: device of this rank.
-        needed: modelled bytes per device at the peak; ``None``: not modelled.
+        model_memory: returns the modelled bytes per device at the peak; ``None``: not modelled.
     """
-    available = device_bytes(world, device)
     logger.info(
         "launcher: %s, world size %d; rank 0 on host %s, device %s",
         world.launcher,
@@ -49,6 +50,7 @@ def log_launch(config: Trained, world: World, device: torch.device, needed: floa
             why_no_gpu(),
         )
     logger.info("%s; precision %s", describe_backend(config, world), config.backend.precision)
+    needed, available = model_memory(), device_bytes(world, device)
     if needed is not None:
         per = "rank" if device.type == "cpu" else "GPU"
         text = f"{needed / GIB:.2f} GiB per {per} at the peak, of {available / GIB:.1f} GiB"

@@ -4,6 +4,7 @@ Source: matrix products and attention by torch's counter, 2 FLOPs per multiply-a
 the tensors that autograd saves.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Predictions, TokenLayout, objective
 from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
+
+logger = logging.getLogger(__name__)
 
 
 class MetaNetworks(NamedTuple):
@@ -121,11 +124,19 @@ def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dic
 
 def peak_bytes(config: Config, world_size: int) -> float | None:
     """Return the modelled bytes per GPU at the peak; ``None`` for networks that cannot be built."""
+    teachers = logging.getLogger("cmtmae_scale.teachers")
+    level = teachers.level
+    teachers.setLevel(logging.WARNING)  # the teacher is named when it is built
     try:
         networks = build_meta_networks(config)
         return sum(memory_bytes(config, world_size, networks).values())
     except CmtMaeError:
         return None  # build_run names the error on every rank
+    except (RuntimeError, ValueError, TypeError) as error:
+        logger.warning("the memory of the run could not be modelled (%s)", error)
+        return None
+    finally:
+        teachers.setLevel(level)
 
 
 def views_per_forward(config: Config, world_size: int) -> int:

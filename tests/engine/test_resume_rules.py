@@ -106,6 +106,24 @@ def test_positions_count_anew_from_an_allowed_change() -> None:
     assert (other.step, other.position) == (5, 48)
 
 
+@pytest.mark.parametrize("key", ["student.arch", "decoder.width"])
+def test_no_permission_is_advised_that_cannot_work(key: str) -> None:
+    config = load_config(ROOT / "configs" / "vit_base.yaml", ["run.allow_change=[mask.ratio]"])
+    group, name = key.split(".")
+    other = {"student.arch": "vit_large_patch16_224", "decoder.width": 768}[key]
+    setattr(getattr(config, group), name, other)
+    saved = {"task": "pre-training", "config": TREE, "index_digest": "digest"}
+    names = ("pre-training", ALL_FREE, saved, "digest")
+    with pytest.raises(ConfigError, match=r"do not fit: restore it, or use another") as raised:
+        compare_run(config, *names)
+    assert "allow_change" not in str(raised.value)
+    config.run.allow_change = [key]
+    with pytest.raises(ConfigError, match=rf"{key}: .*allow_change cannot make the weights"):
+        compare_run(config, *names)
+    with pytest.raises(ConfigError, match="holds checkpoints of fine-tuning"):
+        compare_run(config, "pre-training", ALL_FREE, {**saved, "task": "fine-tuning"}, "digest")
+
+
 def tuned(world_size: int, **train: int) -> dict[str, Any]:
     """State of a fine-tuning with 18 views per rank on 4 ranks, micro-batches of up to 6."""
     config = config_to_dict(Finetune())

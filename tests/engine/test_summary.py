@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,14 @@ def lines(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> str:
 def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO, "cmtmae_scale")
     monkeypatch.setattr(logging.getLogger("cmtmae_scale"), "propagate", True)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/cmtmae", "pretrain"])
 
 
 def test_the_first_lines_name_what_the_run_uses(caplog) -> None:
     config = Config()
     config.run.output_dir, config.log.images_every = "runs/x", 500
     config.backend.precision = "fp32"
-    log_launch(config, WORLD, CPU, 3 * 2.0**29)
+    log_launch(config, WORLD, CPU, lambda: 3 * 2.0**29)
     text = lines(caplog)
     for part in (
         "launcher: srun, world size 16; rank 0 on host ",
@@ -41,7 +43,7 @@ def test_the_first_lines_name_what_the_run_uses(caplog) -> None:
         "backend: fsdp, sharding hybrid: 8 ranks per copy of weights; precision fp32",
         "memory: modelled 1.50 GiB per rank at the peak, of ",
         "figures every 500 steps in runs/x/figures",
-        "report runs/x writes runs/x/report.html",
+        "cmtmae report runs/x writes runs/x/report.html",
     ):
         assert part in text, part
     assert lines(caplog, logging.WARNING) == ""
@@ -50,7 +52,7 @@ def test_the_first_lines_name_what_the_run_uses(caplog) -> None:
 def test_a_recipe_for_gpus_on_a_cpu_and_a_run_that_does_not_fit_are_warned_of(caplog) -> None:
     config = Config()
     config.run.output_dir, config.backend.name = "runs/x", "deepspeed"
-    log_launch(config, WORLD, CPU, 2.0**60)
+    log_launch(config, WORLD, CPU, lambda: 2.0**60)
     text = lines(caplog, logging.WARNING)
     assert "no GPU is used" in text and "backend.precision=fp32" in text
     assert "may not fit; lower train.micro_batch_size" in text
@@ -75,7 +77,7 @@ def test_the_last_lines_say_what_came_out_and_what_to_type_next(tmp_path: Path, 
     assert "done: 6 of 6 steps; loss/total 1.5 at step 6; eval/knn10 0.25 at step 4\n" in text
     assert f"checkpoint: {tmp_path}/checkpoints/step-00000006" in text
     assert f"knn --checkpoint {tmp_path} --train IMAGES --test IMAGES" in text
-    assert f"report {tmp_path};" in text
+    assert f"next: cmtmae report {tmp_path}; cmtmae evaluate knn" in text
 
 
 def test_a_finished_run_has_no_steps_to_name() -> None:
