@@ -1,8 +1,9 @@
 """Evaluation results in ``RUN_DIR/evaluation/*.json`` for the model card."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from cmtmae_scale.runtime.storage import read_inside, read_json
 
 
 class Found(NamedTuple):
@@ -25,7 +26,7 @@ def find_results(run_dir: Path | None, sha256: str) -> Found:
     files = sorted((run_dir / "evaluation").glob("*.json")) if run_dir else []
     for file in files:
         try:
-            tree = json.loads(file.read_text())
+            tree = read_json(read_inside(file.parent, file))
         except (OSError, ValueError):
             found.others.append(f"{file.name}: cannot be read")
             continue
@@ -33,8 +34,11 @@ def find_results(run_dir: Path | None, sha256: str) -> Found:
         if lookup(subject, "sha256") != sha256:
             found.others.append(f"{file.name}: {subject_text(subject)}")
             continue
+        listed = lookup(tree, "results") or [tree]
         rows = [
-            row for row in lookup(tree, "results") or [tree] if is_number(lookup(row, "accuracy"))
+            row
+            for row in (listed if isinstance(listed, list) else [])
+            if is_number(lookup(row, "accuracy"))
         ]
         found.rows.extend(markdown_row(tree, row) for row in rows)
         if not rows:
@@ -48,8 +52,9 @@ def lookup(tree: Any, key: str) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether a JSON value is a finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < 1e300
 
 
 def subject_text(subject: Any) -> str:
