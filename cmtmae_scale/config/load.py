@@ -121,8 +121,8 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: if it is not YAML, is nested too deeply, or holds more values.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return None
@@ -132,8 +132,6 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(str(error)) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    finally:
-        loader.dispose()
 
 
 def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:

@@ -1,9 +1,20 @@
 """Evaluation results in ``RUN_DIR/evaluation/*.json`` for the model card."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cmtmae_scale.runtime.log import escape_controls
 from cmtmae_scale.runtime.storage import read_inside, read_json
+
+MARKS = re.compile(
+    r"[\\`*<|~]"
+    r"|\](?=[(\[:])"  # of a link
+    r"|&(?=#?\w+;)"  # of a character reference
+    r"|(?<!\w)_|_(?!\w)"  # of emphasis; names of models have them within words
+    r"|:(?=//)|(?<=www)\."  # of a bare address
+)
+"""Characters with an effect in Markdown; each is replaced by its character reference."""
 
 
 class Found(NamedTuple):
@@ -76,4 +87,13 @@ def markdown_row(tree: Any, row: Any) -> str:
         f"{100 * row['accuracy']:.2f} %",
         counts,
     )
-    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+    return f"| {' | '.join(escape_markdown(str(cell)) for cell in cells)} |"
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text on one line in which Markdown and HTML have no effect."""
+
+    def escape_mark(found: re.Match[str]) -> str:
+        return "".join(f"&#{ord(char)};" for char in found[0])
+
+    return MARKS.sub(escape_mark, escape_controls(" ".join(text.split())))

@@ -70,7 +70,8 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
     where = f"{key}={path}"
     if not path.is_file():
         raise TeacherError(f"{where}: there is no such file; correct the path")
-    refuse_other_kinds(path, where)
+    if path.suffix in (".safetensors", *PICKLED):
+        refuse_other_kinds(path, where)
     if path.suffix == ".safetensors":
         try:
             state: object = load_file(path)

@@ -31,9 +31,10 @@ def chunked(state: State) -> State:
     """Names of DINOv2's training: six blocks in chunks of two."""
     found = {}
     for name, value in state.items():
-        number = name.split(".")[1]
-        place = f"blocks.{int(number) // 2}.{number}." if name.startswith("blocks.") else ""
-        found[place + name.removeprefix(f"blocks.{number}.") if place else name] = value
+        if name.startswith("blocks."):
+            number = int(name.split(".")[1])
+            name = name.replace("blocks.", f"blocks.{number // 2}.", 1)
+        found[name] = value
     return found
 
 
@@ -176,7 +177,7 @@ def test_a_table_of_stride_zero_is_bounded_by_its_storage(state: State, tmp_path
     views = {f"w{number}": state["patch_embed.proj.weight"] for number in range(1000)}
     torch.save(views, file)
     assert "repeats values" in refusal(file)
-    torch.save({"w": torch.eye(3).to_sparse()}, file)
+    torch.save({"w": torch.zeros(3, device="meta")}, file)
     assert "save dense tensors" in refusal(file)
 
 
