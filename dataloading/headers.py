@@ -32,6 +32,9 @@ PIL_ERRORS = (
 _SOI = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}
+_SOS = b"\xff\xda"
+MAX_SCANS = 100
+"""Most scans of a JPEG that is decoded; programs write up to some dozen."""
 _PREFIXES = (2048, 65536, -1)  # bytes; most JPEGs have their size in the first 2 kB
 
 
@@ -181,6 +184,23 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             if at + 4 > len(data):
                 raise _Short("JPEG ends before its frame header")
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+
+
+def has_many_scans(data: bytes) -> bool:
+    """Return whether a JPEG has more than ``MAX_SCANS`` scans; each costs a pass over the image."""
+    if not data.startswith(_SOI) or data.count(_SOS) <= MAX_SCANS:
+        return False
+    at, scans = len(_SOI), 0  # thumbnails within segments hold the marker too: walk past segments
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 3:
+        marker = data[at + 1]
+        scans += marker == _SOS[1]
+        if marker == 0xFF or marker == 0 or marker in _BARE:
+            at += 1 if marker == 0xFF else 2
+        elif marker == 0xD9:
+            break
+        else:
+            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return scans > MAX_SCANS
 
 
 def _checked(width: int, height: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dataloading.headers import HeaderError, size_of_bytes
+from dataloading.headers import MAX_SCANS, HeaderError, has_many_scans, size_of_bytes
 from dataloading.index import Index
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
@@ -90,6 +90,8 @@ class Reader:
             raise UndecodableError(
                 f"{size[0]} x {size[1]} pixels, the index says {row['width']} x {row['height']}"
             )
+        if has_many_scans(data):
+            raise UndecodableError(f"JPEG with more than {MAX_SCANS} scans, which takes minutes")
         return data
 
     def hurry(self) -> None:

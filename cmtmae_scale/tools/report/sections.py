@@ -7,6 +7,7 @@ import yaml
 
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
+from cmtmae_scale.runtime.storage import read_inside
 from cmtmae_scale.tools.report.chart import Chart, draw_chart
 from cmtmae_scale.tools.report.curves import evaluation_charts, time_charts, training_charts
 from cmtmae_scale.tools.report.markup import (
@@ -201,7 +202,7 @@ def figures_section(run: Run, anchor: str, most: int) -> str:
         details(
             f"Step {format_number(step)}",
             f'<div class="scroll sheet" tabindex="0"><img alt="views, attention, masks and '
-            f'features at step {step}" src="{inline_png(path.read_bytes())}"></div>',
+            f'features at step {step}" src="{inline_png(read_inside(run.dir, path))}"></div>',
             opened=place == places[0],
         )
         for place in places
