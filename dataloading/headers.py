@@ -35,6 +35,9 @@ _APP1 = 0xE1
 _BARE = frozenset(range(0xD0, 0xD8)) | {0x01}
 _EXIF = b"Exif\0\0"
 _ORIENTATION = 274  # a tag of TIFF, and so of EXIF
+_SOS = b"\xff\xda"
+MAX_SCANS = 100
+"""Most scans of a JPEG that is decoded; programs write up to some dozen."""
 _PREFIXES = (2048, 65536, -1)  # bytes; most JPEGs have their size in the first 2 kB
 
 
@@ -253,6 +256,23 @@ def exif_orientation(exif: bytes) -> int:
 
 def _legal_orientation(value: Any) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def has_many_scans(data: bytes) -> bool:
+    """Return whether a JPEG has more than ``MAX_SCANS`` scans; each costs a pass over the image."""
+    if not data.startswith(_SOI) or data.count(_SOS) <= MAX_SCANS:
+        return False
+    at, scans = len(_SOI), 0  # thumbnails within segments hold the marker too: walk past segments
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 3:
+        marker = data[at + 1]
+        scans += marker == _SOS[1]
+        if marker == 0xFF or marker == 0 or marker in _BARE:
+            at += 1 if marker == 0xFF else 2
+        elif marker == 0xD9:
+            break
+        else:
+            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return scans > MAX_SCANS
 
 
 def _checked(width: int, height: int, orientation: int) -> Header:

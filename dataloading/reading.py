@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dataloading.entries import SIDEWAYS, orientations
-from dataloading.headers import HeaderError, size_of_bytes
+from dataloading.headers import MAX_SCANS, HeaderError, has_many_scans, size_of_bytes
 from dataloading.index import Index
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
@@ -94,6 +94,8 @@ class Reader:
             raise UndecodableError(
                 f"{size[0]} x {size[1]} pixels, the index says {width} x {height}"
             )
+        if has_many_scans(data):
+            raise UndecodableError(f"JPEG with more than {MAX_SCANS} scans, which takes minutes")
         return data
 
     def orientation(self, sample: int) -> int:

@@ -226,6 +226,19 @@ def has_dali() -> bool:
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
+def require_decoder(name: DecoderName) -> None:
+    """Refuse a decoder that is not installed.
+
+    Raises:
+        DataError: DALI is asked for and not installed.
+    """
+    if name == "dali" and not has_dali():
+        raise DataError(
+            "data.decode=dali, but DALI is not installed; install the extra dali (CUDA 13) or "
+            "dali12 (CUDA 12), or set data.decode=torch"
+        )
+
+
 def make_decoder(
     name: DecoderName,
     reader: Reader,
@@ -244,11 +257,7 @@ def make_decoder(
         raise ValueError(f"decode is {name!r}; expected 'auto', 'dali' or 'torch'")
     on_gpu = device.type == "cuda"
     chosen = choose_decoder(name, device)
-    if chosen == "dali" and not has_dali():
-        raise DataError(
-            "data.decode=dali, but DALI is not installed; install the extra dali (CUDA 13) or "
-            "dali12 (CUDA 12), or set data.decode=torch"
-        )
+    require_decoder(chosen)
     if name == "auto" and on_gpu and chosen == "torch":
         logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
     if chosen == "dali":

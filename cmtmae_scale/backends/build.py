@@ -55,23 +55,33 @@ def make_backend(
             world.local_world_size,
             lr_scale,
         )
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed, "
-            "or set backend.name=fsdp"
-        )
+    refuse_missing_deepspeed()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
     from cmtmae_scale.backends.deepspeed import Zero  # an optional package, slow to import
 
+    plan = batch_plan(config, world.world_size)
     return Zero(
         model,
         momentum_encoder,
         objective,
         config.optimizer,
         config.backend,
-        deepspeed_config(config, batch_plan(config, world.world_size).accumulation),
+        deepspeed_config(config, plan.accumulation, plan.micro_batch_size),
         loss_scale,
         device,
         lr_scale,
     )
+
+
+def refuse_missing_deepspeed() -> None:
+    """Refuse ``backend.name=deepspeed`` where DeepSpeed is not installed.
+
+    Raises:
+        ConfigError: naming the extra.
+    """
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed, "
+            "or set backend.name=fsdp"
+        )

@@ -183,6 +183,23 @@ def shards(module: nn.Module) -> Iterator[Tensor]:
     return (cast(DTensor, parameter).to_local() for parameter in module.parameters())
 
 
+def ranks_per_shard_group(sharding: str, world_size: int, local_world_size: int) -> int:
+    """Return the number of ranks that share one copy of the weights.
+
+    Raises:
+        ConfigError: if the nodes of ``hybrid`` do not have equally many ranks.
+    """
+    if sharding == "full":
+        return world_size
+    inner = 1 if sharding == "replicate" else local_world_size
+    if world_size % inner:
+        raise ConfigError(
+            f"backend.sharding=hybrid: {world_size} ranks do not divide into nodes of {inner}; "
+            "launch equally many ranks on each node, or use backend.sharding=full"
+        )
+    return inner
+
+
 def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> DeviceMesh:
     """Build the device mesh for ``backend.sharding``.
 
@@ -192,12 +209,7 @@ def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> Dev
     world_size = dist.get_world_size()
     if sharding == "full":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    inner = 1 if sharding == "replicate" else local_world_size
-    if world_size % inner:
-        raise ConfigError(
-            f"backend.sharding=hybrid: {world_size} ranks do not divide into nodes of {inner}; "
-            "launch equally many ranks on each node, or use backend.sharding=full"
-        )
+    inner = ranks_per_shard_group(sharding, world_size, local_world_size)
     return init_device_mesh(
         device.type, (world_size // inner, inner), mesh_dim_names=("replicate", "shard")
     )

@@ -144,9 +144,12 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a cache.
 
     Raises:
-        CacheError: the manifest is absent or damaged, or everyone may write to the folder.
+        CacheError: the manifest is absent or damaged, or everyone may write to the folder or
+            to its shards.
     """
     refuse_world_writable(folder)
+    if (folder / SHARDS).exists():
+        refuse_world_writable(folder / SHARDS)
     try:
         tree = json.loads((folder / MANIFEST).read_text())
         stored = tree.pop("sha256")

@@ -18,13 +18,7 @@ from cmtmae_scale.cache.codecs import (
     round_view,
 )
 from cmtmae_scale.cache.fingerprint import Keyed, cache_fingerprint, check_fingerprint
-from cmtmae_scale.cache.format import (
-    MANIFEST,
-    SHARDS,
-    Manifest,
-    read_manifest,
-    refuse_world_writable,
-)
+from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest
 from cmtmae_scale.cache.reader import CachedRows, CacheReader, blank_row
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
@@ -58,8 +52,6 @@ def open_cache(
     """
     folder = cache_folder(config)
     manifest = read_manifest(folder)
-    if (folder / SHARDS).exists():
-        refuse_world_writable(folder / SHARDS)
     wanted = cache_fingerprint(config, skeleton.fingerprint(), index, keyed)
     check_fingerprint(manifest, wanted, str(folder))
     expected = (num_rows(config, index, keyed), *row_shape(skeleton))

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +18,12 @@ from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.collectives import gather_texts
+from cmtmae_scale.runtime.storage import read_inside, read_json, require_inside
 from cmtmae_scale.teachers.weights import find_non_finite
 
 INDEX = "index.json"
+BYTES = 4
+"""Of a float32 value."""
 
 
 class HostChunk(NamedTuple):
@@ -92,16 +95,81 @@ def index_chunks(folder: Path, files: Iterable[str]) -> dict[str, Any]:
     return index
 
 
+def load_index(folder: Path, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Read ``index.json`` and check that its chunks cover every tensor exactly once.
+
+    Args:
+        folder: a checkpoint.
+        sizes: bytes of each file that the manifest names.
+
+    Raises:
+        OSError: if the index cannot be read, or is no regular file in the folder.
+        ValueError: naming the entry that is not as ``index_chunks`` writes it.
+    """
+    index = read_json(read_inside(folder, folder / INDEX))
+    if not isinstance(index, dict):
+        raise ValueError(f"{INDEX} is not a JSON object")
+    left = dict(sizes)
+    for key, entry in cast(dict[str, Any], index).items():
+        shape, chunks = check_entry(key, entry)
+        covered = 0
+        for offset, length, file in sorted(chunks):
+            if file not in left or not file.endswith(".safetensors"):
+                raise ValueError(f"{INDEX}: {key} is in {file!r}, which the manifest does not name")
+            if offset != covered:
+                what = "a gap" if offset > covered else "an overlap"
+                raise ValueError(f"{INDEX}: the chunks of {key} leave {what} at value {offset}")
+            covered += length
+            left[file] -= BYTES * length
+            if left[file] < 0:
+                raise ValueError(f"{INDEX} names more values than {file} has bytes for")
+        if covered != math.prod(shape):
+            raise ValueError(f"{INDEX}: {key} has {covered} values, its shape is {shape}")
+    return cast(dict[str, Any], index)
+
+
+def check_entry(key: str, entry: Any) -> tuple[list[int], list[tuple[int, int, str]]]:
+    """Return shape and chunks of an entry of the index.
+
+    Raises:
+        ValueError: if a value has another type.
+    """
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    chunks = entry.get("chunks") if isinstance(entry, dict) else None
+    kinds = (int, int, str)
+    if (
+        not isinstance(shape, list)
+        or not isinstance(chunks, list)
+        or not all(type(size) is int and size > 0 for size in shape)
+        or not all(
+            isinstance(chunk, list)
+            and tuple(map(type, chunk)) == kinds
+            and chunk[0] >= 0
+            and chunk[1] > 0
+            for chunk in chunks
+        )
+    ):
+        raise ValueError(f"{INDEX}: {key!r} does not give a shape and [offset, length, file]")
+    return shape, [(offset, length, file) for offset, length, file in chunks]
+
+
 class ChunkReader:
     """Reads ranges of tensors from a checkpoint folder; ``with`` closes its files.
 
     Args:
         folder: a folder with ``index.json`` and the files that the index names.
+
+    Raises:
+        CheckpointError: if the index is not as ``load_index`` expects it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+        try:
+            sizes = {path.name: path.lstat().st_size for path in folder.iterdir()}
+            self.index = load_index(folder, sizes)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: {error}") from error
         self.files: dict[str, Any] = {}
         """Open files by name, so that each header is read once."""
 
@@ -115,7 +183,8 @@ class ChunkReader:
         """Read values ``[offset, offset + length)`` of a tensor, 1-D float32 on the CPU.
 
         Raises:
-            CheckpointError: if a file is absent or is no safetensors file.
+            CheckpointError: if a file is absent, is no safetensors file, or has other chunks than
+                the index names.
         """
         values = torch.empty(length)
         for start, size, file in self.index[key]["chunks"]:
@@ -123,8 +192,14 @@ class ChunkReader:
             if low < high:
                 try:
                     if file not in self.files:
+                        require_inside(self.folder, self.folder / file)
                         self.files[file] = safe_open(self.folder / file, "pt")
                     chunk = self.files[file].get_slice(f"{key}@{start}")
+                    if (chunk.get_dtype(), chunk.get_shape()) != ("F32", [size]):
+                        raise CheckpointError(
+                            f"{self.folder / file}: {key}@{start} is {chunk.get_dtype()} "
+                            f"{chunk.get_shape()}, {INDEX} names F32 {[size]}"
+                        )
                     found = chunk[low - start : high - start]
                 except (OSError, SafetensorError) as error:
                     raise CheckpointError(f"{self.folder / file}: {error}") from error

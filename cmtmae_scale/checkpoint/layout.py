@@ -10,13 +10,15 @@ import hashlib
 import json
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from cmtmae_scale.checkpoint.chunks import INDEX
+from cmtmae_scale.checkpoint.chunks import INDEX, load_index
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.runtime.storage import digest, sync
+from cmtmae_scale.runtime.storage import digest, read_inside, read_json, require_inside, sync
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -24,6 +26,14 @@ ENCODER = "encoder.safetensors"
 LATEST = "latest"
 FORMAT = 2
 """Format of the state file; 1, which had no number, used other config keys."""
+TASKS = ("pre-training", "fine-tuning")
+COUNTS = {
+    "progress": ("step", "position", "step0", "position0", "applied", "end_step", "horizon"),
+    "skips": ("in_succession",),
+}
+"""Whole numbers of a state, by group."""
+JSON_NAMES = {dict: "an object", str: "a text"}
+REMEDY = "copy the checkpoint again, or name another"
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -68,16 +78,17 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         files = load_manifest(folder)
         for number, (name, facts) in enumerate(sorted(files.items())):
             path = folder / name
+            require_inside(folder, path)
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['size']}"
             if number % share[1] == share[0] and digest(path) != facts["sha256"]:
                 return f"{name} differs from its SHA-256"
-        for name in (INDEX, STATE):
-            if not isinstance(json.loads((folder / name).read_text()), dict):
-                return f"{name} is not a JSON object"
+        load_index(folder, {name: facts["size"] for name, facts in files.items()})
+        if not isinstance(read_json(read_inside(folder, folder / STATE)), dict):
+            return f"{STATE} is not a JSON object"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is absent"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read ({error})"
     return None
 
@@ -89,33 +100,107 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         OSError: if the manifest cannot be read.
         ValueError: if the manifest is damaged.
     """
-    text = (folder / MANIFEST).read_bytes()
+    text = read_inside(folder, folder / MANIFEST)
     try:
-        files = cast(dict[str, Any], json.loads(text)["files"])
+        files = read_json(text)["files"]
+        if not isinstance(files, dict):
+            raise TypeError("files is not an object")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{MANIFEST} is not a manifest: {error}") from error
+    files = cast(dict[str, Any], files)
     if format_manifest(files).encode() != text:
         raise ValueError(f"{MANIFEST} differs from its own SHA-256")
-    if not files.keys() >= {INDEX, STATE, ENCODER} or any(Path(f).name != f for f in files):
+    if not files.keys() >= {INDEX, STATE, ENCODER} or not all(map(is_file_name, files)):
         raise ValueError(f"{MANIFEST} does not name the files of a checkpoint")
+    for name, facts in files.items():
+        if not (
+            isinstance(facts, dict)
+            and is_count(facts.get("size"))
+            and isinstance(facts.get("sha256"), str)
+        ):
+            raise ValueError(f"{MANIFEST} does not give size and SHA-256 of {name}")
     return files
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name is that of a file directly in its folder."""
+    return Path(name).name == name and name not in (".", "..") and name.isprintable()
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return step, position, config and versions of a verified checkpoint.
 
     Raises:
-        CheckpointError: if another version of the package wrote the checkpoint in another format.
+        CheckpointError: if another version of the package wrote the checkpoint in another format,
+            or a value has another type than this version writes.
     """
-    state = cast(dict[str, Any], json.loads((folder / STATE).read_text()))
+    try:
+        state = read_json(read_inside(folder, folder / STATE))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE}: cannot be read ({error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder / STATE}: is not a JSON object; {REMEDY}")
+    state = cast(dict[str, Any], state)
     if state.get("format") != FORMAT:
-        version = state.get("versions", {}).get("cmtmae_scale", "of an unknown version")
+        versions = state.get("versions")
+        named = versions.get("cmtmae_scale") if isinstance(versions, dict) else None
+        version = named or "of an unknown version"
         raise CheckpointError(
             f"{folder} was written by cmtmae_scale {version}, whose checkpoints this version does "
             "not read; finish the run with that version, or export its encoder with that version "
             "and start a new run with student.init_weights=FILE"
         )
+    for problem in find_type_problems(state):
+        raise CheckpointError(f"{folder / STATE}: {problem}; {REMEDY}")
     return state
+
+
+def find_type_problems(state: dict[str, Any]) -> Iterator[str]:
+    """Yield the values of a state that this version does not write."""
+    if state.get("task") not in TASKS:
+        yield f"task={shorten(state.get('task'))} is not one of {', '.join(TASKS)}"
+    for key, kind in (("config", dict), ("index_digest", str), ("versions", dict)):
+        if not isinstance(state.get(key), kind):
+            yield f"{key}={shorten(state.get(key))} is not {JSON_NAMES[kind]}"
+    if isinstance(state.get("versions"), dict):
+        for name, version in state["versions"].items():
+            if not isinstance(version, str):
+                yield f"versions.{name}={shorten(version)} is not {JSON_NAMES[str]}"
+    if not is_count(state.get("world_size")):
+        yield f"world_size={shorten(state.get('world_size'))} is not a count"
+    for group, counts in COUNTS.items():
+        tree = state.get(group)
+        if not isinstance(tree, dict):
+            yield f"{group}={shorten(tree)} is not {JSON_NAMES[dict]}"
+            continue
+        for name in counts:
+            if not is_count(tree.get(name)):
+                yield f"{group}.{name}={shorten(tree.get(name))} is not a count"
+        for name in ("losses", "scheduled") if group == "skips" else ():
+            values = tree.get(name)
+            if not isinstance(values, list) or not all(map(is_finite, values)):
+                yield f"{group}.{name}={shorten(values)} is not a list of finite numbers"
+
+
+def is_count(value: object) -> bool:
+    """Return whether a JSON value is a whole number that a tensor of int64 holds, 0 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_finite(value: object) -> bool:
+    """Return whether a JSON value is a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+def shorten(value: object, length: int = 60) -> str:
+    """Return a value for a message."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "(nested too deeply)"
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def replace_checkpoint(draft: Path, target: Path) -> None:

@@ -1,61 +1,191 @@
-"""``--dry-run``: batch, parameters, FLOPs, memory and resumption of a run, without running it.
+"""``--dry-run``: figures of a run, and everything that a launch checks before it trains.
 
-Counts come from meta tensors; no memory is allocated and no image is read.
+Networks are counted on meta tensors. Headers of images and local weight files are read as a launch
+reads them; nothing is downloaded, and nothing is written but an index that exists and is outdated.
 """
 
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 import yaml
 from torch import nn
 
+from cmtmae_scale.backends.build import refuse_missing_deepspeed
+from cmtmae_scale.backends.fsdp import ranks_per_shard_group
+from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.config.derive import (
     batch_plan,
     builds_teacher,
     cache_folder,
+    explain_batch,
     peak_lr,
     reads_cache,
     total_steps,
 )
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.engine.launches import refuse_further_launch
+from cmtmae_scale.engine.resume import compare_run
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
+from cmtmae_scale.evaluation.periodic import RunEvaluation
+from cmtmae_scale.pretraining.build import load_student, refuse_bad_index, refuse_missing_cls
 from cmtmae_scale.pretraining.task import Pretraining
-from cmtmae_scale.tools.estimate import build_meta_networks, count_flops, count_shards, memory_bytes
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
+from cmtmae_scale.teachers.weights import is_file_name
+from cmtmae_scale.tools.estimate import (
+    MetaNetworks,
+    build_meta_networks,
+    count_flops,
+    count_shards,
+    memory_bytes,
+)
 from dataloading.errors import DataError
-from dataloading.index import load_or_build
+from dataloading.index import Index, build_index, load_or_build
+from dataloading.stream import require_decoder
 
 GIB = 2**30
 
+T = TypeVar("T")
+
 
 def render_dry_run(config: Config, world_size: int) -> str:
-    """Return the text of ``--dry-run``.
+    """Return the text of ``--dry-run`` on so many ranks, 8 per node."""
+    local = min(8, world_size)
+    return dry_run(config, World(0, world_size, 0, local, "none"))[0]
 
-    Raises:
-        ConfigError: settings that cannot work.
+
+def dry_run(config: Config, world: World) -> tuple[str, int]:
+    """Return the text of ``--dry-run``, and its exit code.
+
+    The figures are followed by one line ``would not start: ...`` per reason; with a reason the code
+    is 78.
     """
-    plan = batch_plan(config, world_size)
-    images, origin = count_images(config)
-    networks = build_meta_networks(config)
-    model, _, teacher = networks
-    flops = count_flops(config, networks)
+    reasons: list[str] = []
+    index, images, origin = count_images(config, reasons)
+    networks = attempt(reasons, lambda: build_meta_networks(config))
+    saved = attempt(reasons, lambda: find_saved_state(config, index))
+    check_launch(config, world, index, networks, saved is None, reasons)
     lines = [yaml.safe_dump(config_to_dict(config), sort_keys=False)]
     lines.append(f"images          {images if images is not None else 'unknown'} ({origin})")
     if images is not None or config.train.steps is not None:
         lines.append(f"steps           {total_steps(config, images or 1)}")
-    lines.append(f"batch           {plan}")
+    plan = attempt(reasons, lambda: batch_plan(config, world.world_size))
+    lines.append(f"batch           {'none' if plan is None else explain_batch(config, plan)}")
     lines.append(
         f"learning rate   {peak_lr(config):.3g} = {config.optimizer.base_lr:g} base x "
         f"{config.train.global_batch_size} views / 256"
     )
-    lines.append(f"encoder         {format_millions(model.encoder)} parameters")
-    lines.append(f"decoder         {format_millions(model.decoder)} parameters")
-    lines.append(f"heads           {format_millions(model.heads)} parameters")
+    if networks is not None:
+        lines += count_networks(config, world.world_size, networks)
+    resumed = "nothing: a new run" if saved is None else saved
+    lines.append(f"would resume    {resumed}")
+    unique = list(dict.fromkeys(reasons))
+    lines += [f"would not start: {reason}" for reason in unique]
+    return "\n".join(lines), EXIT_CONFIG if unique else EXIT_DONE
+
+
+def attempt(reasons: list[str], call: Callable[[], T]) -> T | None:
+    """Return the result of a call; add the error that a launch would end with to ``reasons``."""
+    try:
+        return call()
+    except (CmtMaeError, DataError) as error:
+        reasons.append(str(error))
+        return None
+
+
+def check_launch(
+    config: Config,
+    world: World,
+    index: Index | None,
+    networks: MetaNetworks | None,
+    is_new: bool,
+    reasons: list[str],
+) -> None:
+    """Append what a launch refuses beside batch, images and checkpoints; see ``build_run``."""
+    run_dir = Path(config.run.output_dir)
+    attempt(reasons, lambda: refuse_unwritable(run_dir))
+    attempt(reasons, lambda: refuse_further_launch(run_dir))
+    attempt(reasons, lambda: require_decoder(config.data.decode))
+    if config.backend.name == "deepspeed":
+        attempt(reasons, refuse_missing_deepspeed)
+    else:
+        sharding = config.backend.sharding
+        attempt(
+            reasons,
+            lambda: ranks_per_shard_group(sharding, world.world_size, world.local_world_size),
+        )
+    if networks is None:
+        return
+    teacher = networks.teacher
+    attempt(reasons, lambda: refuse_missing_cls(config, teacher))
+    if builds_teacher(config) and is_file_name(str(config.teacher.weights)):
+        attempt(reasons, lambda: build_teacher(config, "cpu", compute_dtype(config)))
+    if config.teacher.mode == "cached" and index is not None:
+        attempt(reasons, lambda: check_cache(config, index))
+    weights = config.student.init_weights
+    if weights is not None and is_new:
+        attempt(reasons, lambda: load_student(networks.model, weights))
+    if config.eval.every is not None:
+        attempt(reasons, lambda: check_evaluation(config))
+
+
+def refuse_unwritable(run_dir: Path) -> None:
+    """Refuse a folder that cannot be created or written.
+
+    Raises:
+        ConfigError: names the first existing folder above it.
+    """
+    nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"run.output_dir={run_dir}: {nearest} is not a folder; name another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run.output_dir={run_dir} cannot be written (no permission for {nearest}); name "
+            "another folder"
+        )
+
+
+def check_cache(config: Config, index: Index) -> None:
+    """Open the cache of ``teacher.mode=cached``; see ``open_cache`` for the errors."""
+    with torch.device("meta"):
+        skeleton = build_teacher_skeleton(config).to("meta", compute_dtype(config))
+    open_cache(config, skeleton, index)
+
+
+def check_evaluation(config: Config) -> None:
+    """Open the evaluation of the run as a launch does, but keep no index of its images."""
+    with tempfile.TemporaryDirectory(prefix="dry-run-") as folder:
+        elsewhere = replace(config, run=replace(config.run, output_dir=folder))
+        RunEvaluation(elsewhere, World(0, 1, 0, 1, "none"), torch.device("cpu"))
+
+
+def count_networks(config: Config, world_size: int, networks: MetaNetworks) -> list[str]:
+    """Return the lines about parameters, FLOPs and memory."""
+    model, _, teacher = networks
+    flops = count_flops(config, networks)
+    lines = [
+        f"encoder         {format_millions(model.encoder)} parameters",
+        f"decoder         {format_millions(model.decoder)} parameters",
+        f"heads           {format_millions(model.heads)} parameters",
+    ]
     if teacher is not None:
         origin = f", read from {cache_folder(config)}" if reads_cache(config) else ""
         origin += "" if builds_teacher(config) else " and not built"
         lines.append(f"teacher         {format_millions(teacher.model)} parameters, frozen{origin}")
+        weights = str(config.teacher.weights)
+        if builds_teacher(config) and weights != "random" and not is_file_name(weights):
+            lines.append(
+                f"                weights {weights}: a launch takes them from the library's cache, "
+                "or downloads them; not checked"
+            )
     lines.append(
         f"GFLOP per view  student {flops.student / 1e9:.1f} (forward and backward), "
         f"momentum {flops.momentum / 1e9:.1f}, teacher {flops.teacher / 1e9:.1f} (2 per MAC)"
@@ -67,45 +197,70 @@ def render_dry_run(config: Config, world_size: int) -> str:
         f"memory per GPU  {'at the peak':<17}{sum(memory.values()) / GIB:8.2f} GiB (modelled, "
         f"{shards} shards; states exact, activations of the eager student)"
     )
-    lines.append(f"would resume    {resumed_checkpoint(config)}")
-    return "\n".join(lines)
+    return lines
 
 
-def count_images(config: Config) -> tuple[int | None, str]:
-    """Return the number of images from an existing index or from the recipe, and its source."""
-    folder = Path(config.data.index) if config.data.index else Path(config.run.output_dir) / "index"
-    if folder.is_dir():
-        try:
-            data = config.data
-            index = load_or_build(
+def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int | None, str]:
+    """Return the index, the number of images and the source of that number.
+
+    ``data.expected_images`` stands for images that are absent: a recipe can be tried on a machine
+    without them.
+    """
+    data, expected = config.data, config.data.expected_images
+    if expected is not None and is_absent(data.path):
+        return None, expected, "data.expected_images; not counted"
+    folder = Path(data.index) if data.index else Path(config.run.output_dir) / "index"
+
+    def open_images() -> Index:
+        if folder.is_dir():
+            return load_or_build(
                 data.path, folder, data.source, data.max_pixels, data.exif_orientation
             )
-        except DataError as error:
-            if config.data.expected_images is None:
-                return None, str(error)
-        else:
-            return len(index), f"counted in {config.data.path}"
-    if config.data.expected_images is not None:
-        return config.data.expected_images, "data.expected_images; not counted"
-    return None, f"{config.data.path} has no index yet and data.expected_images is not given"
+        return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
+
+    index = attempt(reasons, open_images)
+    if index is None:
+        return None, expected, reasons[-1] if expected is None else "data.expected_images"
+    attempt(reasons, lambda: refuse_bad_index(config, index))
+    return index, len(index), f"counted in {data.path}"
 
 
-def resumed_checkpoint(config: Config) -> str:
-    """Name the checkpoint that the run would resume, or the reason for a new run.
+def is_absent(path: str) -> bool:
+    """Return whether no file or folder is at a path, and none matches it as a pattern of tars."""
+    whole = Path(path)
+    if whole.exists():
+        return False
+    pattern = re.sub(r"\{[^}]*\}", "*", whole.name)
+    return pattern == whole.name or not any(whole.parent.glob(pattern))
 
-    Files are compared by size only, and images are not compared.
+
+def find_saved_state(config: Config, index: Index | None) -> str | None:
+    """Return the checkpoint that a launch would resume, as text; ``None``: a new run.
+
+    Files are compared by size only.
+
+    Raises:
+        CheckpointError: if no checkpoint is intact.
+        ConfigError: if the run may not resume it.
     """
-    for folder in checkpoints.list_checkpoints(Path(config.run.output_dir) / "checkpoints"):
+    root = Path(config.run.output_dir) / "checkpoints"
+    folders = checkpoints.list_checkpoints(root)
+    for folder in folders:
         if checkpoints.find_damage(folder, (-1, 1)) is None:
-            state = checkpoints.read_state(folder)
+            state: dict[str, Any] = checkpoints.read_state(folder)
             name = f"{folder} (step {state['progress']['step']})"
-            free, allowed = FREE_KEYS + Pretraining.free_keys, config.run.allow_change
             try:
-                compare_configs(state["config"], config_to_dict(config), allowed, ("", ""), free)
-            except ConfigError as error:
-                return f"nothing: {name} would be refused: {error}"
+                digest = state["index_digest"] if index is None else index.digest
+                compare_run(config, Pretraining.name, Pretraining.free_keys, state, digest)
+            except CmtMaeError as error:
+                raise type(error)(f"{name} would be refused: {error}") from error
             return name
-    return "nothing: a new run"
+    if folders:
+        raise CheckpointError(
+            f"{root}: none of {len(folders)} checkpoints is intact; restore one, or use another "
+            "run.output_dir"
+        )
+    return None
 
 
 def format_millions(module: nn.Module) -> str:

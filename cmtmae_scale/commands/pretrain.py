@@ -32,7 +32,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Pre-train a CMT-MAE student.", allow_abbrev=False, hint=key_hint)
     parser.add_argument("--config", required=True, help="a recipe, such as configs/demo.yaml")
     parser.add_argument(
-        "--dry-run", action="store_true", help="resolve, count and estimate; train nothing"
+        "--dry-run", action="store_true", help="count, and check what a launch checks"
     )
     add_launcher_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
@@ -46,16 +46,28 @@ def launch_pretraining(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     # Imported here so that --help and errors of the recipe cost no torch.
     if options.dry_run:
-        from cmtmae_scale.commands.dry_run import render_dry_run
+        from cmtmae_scale.commands.dry_run import dry_run
 
-        if world.rank == 0:
-            sys.stdout.write(render_dry_run(config, world.world_size) + "\n")
-        return EXIT_DONE
+        if world.rank != 0:
+            return EXIT_DONE
+        text, code = dry_run(config, world)
+        sys.stdout.write(text + "\n")
+        return code
     from cmtmae_scale.engine.run import run_task
     from cmtmae_scale.pretraining.task import Pretraining
     from cmtmae_scale.runtime.collectives import pick_device
+    from cmtmae_scale.tools.estimate import peak_bytes
     from cmtmae_scale.tools.figures.during import open_figures
 
     device = pick_device(world)
     task = Pretraining(config, world, device)
-    return run_task(task, config, world, device, options.config, options.overrides, open_figures)
+    return run_task(
+        task,
+        config,
+        world,
+        device,
+        options.config,
+        options.overrides,
+        open_figures,
+        lambda: peak_bytes(config, world.world_size),
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser
+from cmtmae_scale.runtime.log import escape_controls
 from cmtmae_scale.runtime.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ def write_report(arguments: Sequence[str] | None = None) -> int:
     try:
         file = write_page(options.runs, options.out)
     except CmtMaeError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{escape_controls(str(error))}\n")
         return error.exit_code
-    sys.stdout.write(f"{file}\n")
+    sys.stdout.write(f"{escape_controls(str(file))}\n")
     return EXIT_DONE
 
 
@@ -57,7 +58,7 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     text = render_page(runs)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, text)
+        write_atomic(file, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be written ({error.strerror}); name another file with --out"

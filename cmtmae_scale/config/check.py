@@ -13,6 +13,8 @@ from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_ca
 from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Train
 from cmtmae_scale.errors import ConfigError
 
+LARGEST = 2**63
+"""Numbers are computed in 64 bits."""
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
 
 
@@ -46,6 +48,8 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
         legal: Range = one.metadata.get("range", Range())
         if not all(math.isfinite(number) for number in numbers):
             yield f"{key}={value} must be finite"
+        elif any(abs(number) >= LARGEST for number in numbers):
+            yield f"{key}={value} must be below {LARGEST} (2 to the 63rd)"
         elif not all(legal.allows(number) for number in numbers):
             yield f"{key}={value} {legal}"
         elif legal.ascending and numbers != sorted(numbers):

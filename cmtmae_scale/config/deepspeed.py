@@ -8,6 +8,8 @@ from typing import Any, cast
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
 
+MAX_BYTES = 2**20
+"""Largest DeepSpeed config that is read."""
 OWNED = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -53,12 +55,15 @@ REFUSED = {
 """Keys that would break a promise of this project -> why."""
 
 
-def deepspeed_config(config: Trained, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Trained, accumulation: int, micro_batch_size: int | None = None
+) -> dict[str, Any]:
     """Merge ``backend.deepspeed`` with what the recipe decides.
 
     Args:
         config: checked settings.
         accumulation: micro-steps of an optimizer step.
+        micro_batch_size: views per rank and forward; ``None``: ``train.micro_batch_size``.
 
     Returns:
         The config for ``deepspeed.initialize``: compute dtype as in ``backend.precision``; float32
@@ -69,7 +74,7 @@ def deepspeed_config(config: Trained, accumulation: int) -> dict[str, Any]:
     """
     low = config.backend.precision == "bf16"
     own: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size or config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.grad_clip or 0.0,
         "bf16": {"enabled": low},
@@ -116,13 +121,19 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
     tree: Any = given
     if isinstance(given, str):
         try:
-            tree = json.loads(Path(given).read_text())
+            with Path(given).open("rb") as opened:
+                tree = json.loads(opened.read(MAX_BYTES))
         except OSError as error:
             raise ConfigError(
                 f"backend.deepspeed={given}: cannot be read ({error.strerror})"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"backend.deepspeed={given}: is not JSON: {error}") from error
+        if any("${" in text for text in walk_texts(tree)):
+            raise ConfigError(
+                f"backend.deepspeed={given}: interpolation ${{...}} is not supported; write the "
+                "value out"
+            )
     if not isinstance(tree, dict):
         raise ConfigError(
             f"backend.deepspeed={given}: expected keys of a DeepSpeed config, or the path of a "
@@ -133,6 +144,19 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
     if not isinstance(zero, dict):
         raise ConfigError(f"backend.deepspeed: zero_optimization={zero} is a group; give its keys")
     return tree
+
+
+def walk_texts(tree: Any) -> Iterator[str]:
+    """Yield every text of a JSON tree, keys too."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        for key, value in cast(dict[str, Any], tree).items():
+            yield key
+            yield from walk_texts(value)
+    elif isinstance(tree, list):
+        for item in cast(list[Any], tree):
+            yield from walk_texts(item)
 
 
 def dotted_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:

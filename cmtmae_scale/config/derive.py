@@ -91,22 +91,81 @@ def builds_teacher(config: Config) -> bool:
     return online_fraction(config) > 0 or (misses and needs(config).teacher)
 
 
+def pairs_views(config: Trained) -> bool:
+    """Whether mixup or cutmix pairs the views of a micro-batch, which then has an even size."""
+    augment = getattr(config, "augment", None)
+    return augment is not None and bool(augment.mixup or augment.cutmix)
+
+
 def batch_plan(config: Trained, world_size: int) -> BatchPlan:
     """Split the global batch over ranks and micro-steps.
 
+    The micro-batch is the largest divisor of ``global_batch_size / world_size`` that is at most
+    ``train.micro_batch_size``; it is even where views are paired.
+
     Raises:
-        ConfigError: if it is not divisible; names the nearest sizes that are.
+        ConfigError: if the ranks cannot share the batch; names world sizes and batches that work.
     """
-    total, micro = config.train.global_batch_size, config.train.micro_batch_size
-    unit = micro * world_size
-    if total % unit:
-        below = total // unit * unit
-        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+    unit = 2 if pairs_views(config) else 1
+    return split_batch(
+        config.train.global_batch_size, config.train.micro_batch_size, world_size, unit
+    )
+
+
+def split_batch(total: int, limit: int, world_size: int, unit: int = 1) -> BatchPlan:
+    """Split ``total`` views over ranks into micro-batches of at most ``limit``, see ``batch_plan``.
+
+    Args:
+        total: views per step.
+        limit: largest number of views per rank and forward.
+        world_size: number of ranks.
+        unit: the micro-batch is a multiple of it.
+    """
+    if total % (world_size * unit):
+        raise ConfigError(refuse_batch(total, world_size, unit))
+    share = total // world_size
+    if limit < unit:
         raise ConfigError(
-            f"train.global_batch_size={total} is not a multiple of micro_batch x world_size = "
-            f"{micro} x {world_size} = {unit}; use {nearest}"
+            f"train.micro_batch_size={limit}: mixup and cutmix pair the views of a micro-batch; "
+            "use 2 or more, or set augment.mixup=0 and augment.cutmix=0"
         )
-    return BatchPlan(total, micro, world_size, total // unit)
+    micro = next(size for size in range(min(limit, share), 0, -1) if fits(share, size, unit))
+    return BatchPlan(total, micro, world_size, share // micro)
+
+
+def fits(share: int, size: int, unit: int) -> bool:
+    """Whether micro-batches of ``size``, a multiple of ``unit``, make up a rank's share."""
+    return share % size == 0 and size % unit == 0
+
+
+def refuse_batch(total: int, world_size: int, unit: int) -> str:
+    """Return why the ranks cannot share a batch; the first remedy keeps the experiment."""
+    pairs = total // unit if total % unit == 0 else 0
+    below = next((n for n in range(min(world_size, pairs), 0, -1) if pairs % n == 0), None)
+    above = next((n for n in range(world_size + 1, pairs + 1) if pairs % n == 0), None)
+    counts = [f"{n} rank{'s' if n > 1 else ''}" for n in (below, above) if n is not None]
+    step = world_size * unit
+    sizes = [str(size) for size in (total // step * step, -(-total // step) * step) if size]
+    each = "an even number of views" if unit > 1 else "a whole number of views"
+    other = f"train.global_batch_size={' or '.join(dict.fromkeys(sizes))}, which changes the run"
+    return (
+        f"train.global_batch_size={total} cannot be shared by {world_size} "
+        f"rank{'s' if world_size > 1 else ''}, {each} each; use "
+        f"{' or '.join([*counts, other])}"
+    )
+
+
+def explain_batch(config: Trained, plan: BatchPlan) -> str:
+    """Return the split of the batch, and why the micro-batch is below the configured limit."""
+    limit = config.train.micro_batch_size
+    if plan.micro_batch_size == limit:
+        return str(plan)
+    share = plan.global_batch_size // plan.world_size
+    even = "even " if pairs_views(config) else ""
+    return (
+        f"{plan}; {plan.micro_batch_size} is the largest {even}divisor of the {share} views per "
+        f"rank up to train.micro_batch_size={limit}"
+    )
 
 
 def total_steps(config: Trained, num_images: int) -> int:

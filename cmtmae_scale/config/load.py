@@ -5,6 +5,7 @@ Precedence: default < YAML < override. A YAML file is read alone: no inheritance
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -19,6 +20,12 @@ from cmtmae_scale.config.schema import Config, Schedule, Trained, walk_fields
 from cmtmae_scale.errors import ConfigError
 
 Recipe = TypeVar("Recipe")
+MAX_YAML_BYTES = 2**20
+"""Largest YAML file that is read."""
+MAX_YAML_VALUES = 100_000
+"""Most values of a YAML text, with its aliases written out."""
+CONSTRUCTOR_ERRORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+"""Raised by PyYAML for values such as ``2024-13-01`` or ``!!bool x``."""
 Check = Callable[[Recipe], Iterable[str]]
 """Function that yields the problems of a config."""
 
@@ -54,13 +61,16 @@ def load_recipe(
         cleared = other_length(update)
         if cleared:
             merge(config, {"train": {cleared: None}}, schema, override)
-    return build_config(config, schema, check, str(path))
+    return build_config(config, schema, check, str(path), overrides)
 
 
 def config_from_dict(tree: dict[str, Any], place: str) -> Config:
     """Rebuild a config that ``config_to_dict`` wrote; for resuming and evaluation."""
     config = OmegaConf.structured(Config)
-    merge(config, tree, Config, place)
+    try:
+        merge(config, tree, Config, place)
+    except RecursionError as error:
+        raise ConfigError(f"{place}: the config is nested too deeply") from error
     return build_config(config, Config, find_problems, place)
 
 
@@ -86,20 +96,91 @@ def plain(value: Any) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; an absent, broken or interpolating file is a ``ConfigError``."""
     try:
-        text = path.read_text()
+        with path.open("rb") as opened:
+            data = opened.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); give --config FILE"
         ) from error
-    if "${" in text:
-        raise ConfigError(f"{path}: interpolation ${{...}} is not supported; write the value out")
+    if len(data) > MAX_YAML_BYTES:
+        raise ConfigError(
+            f"{path}: has more than {MAX_YAML_BYTES} bytes, which no recipe has; give --config FILE"
+        )
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = parse_yaml(data.decode())
+    except ValueError as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    refuse_interpolation(tree, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: has no groups; expected 'run:', 'data:' and so on")
     return cast(dict[str, Any], tree)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML whose aliases, written out, hold at most ``MAX_YAML_VALUES`` values.
+
+    Raises:
+        ValueError: if it is not YAML, is nested too deeply, or holds more values.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        count_nodes(root, {})
+        return cast(Any, loader).construct_document(root)
+    except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of values of a node with its aliases written out.
+
+    Args:
+        node: of the graph that YAML's composer returns.
+        known: counts by the identity of the node; 0 while a node is being counted.
+
+    Raises:
+        ValueError: if there are more than ``MAX_YAML_VALUES``, or a node holds itself.
+    """
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("an alias holds itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        count += sum(count_nodes(item, known) for pair in node.value for item in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(count_nodes(item, known) for item in node.value)
+    if count > MAX_YAML_VALUES:
+        raise ValueError(f"more than {MAX_YAML_VALUES} values; write aliases out")
+    known[id(node)] = count
+    return count
+
+
+def refuse_interpolation(tree: Any, place: str, key: str = "") -> None:
+    """Refuse ``${...}`` in every parsed text of a tree, so that nothing is ever resolved.
+
+    OmegaConf would insert variables of the environment, which end up in logs and checkpoints.
+
+    Raises:
+        ConfigError: naming the place and the key; the text itself is not repeated.
+    """
+    if isinstance(tree, str) and "${" in tree:
+        name = f"{key}: " if key else ""
+        raise ConfigError(
+            f"{place}: {name}interpolation ${{...}} is not supported; write the value out"
+        )
+    if isinstance(tree, dict):
+        for name, value in cast(dict[Any, Any], tree).items():
+            refuse_interpolation(name, place, key)
+            refuse_interpolation(value, place, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list | tuple | set | frozenset):
+        for item in cast(Sequence[Any], tree):
+            refuse_interpolation(item, place, key)
 
 
 def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, Any]:
@@ -113,11 +194,9 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
     if not sign or "." not in key:
         hint = key_hint(key.strip(), keys) or "expected group.key=value"
         raise ConfigError(f"{text}: is not an override; {hint}")
-    if "${" in value:
-        raise ConfigError(f"{text}: interpolation ${{...}} is not supported; write the value out")
     try:
-        tree: Any = yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
+        tree: Any = parse_yaml(value) if value else None
+    except ValueError as error:
         if not is_path_key(key):
             raise ConfigError(
                 f"{text}: the value is not YAML: {' '.join(str(error).split())}"
@@ -125,6 +204,7 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
         tree = value
     if is_path_key(key) and isinstance(cast(object, tree), dict):
         tree = value
+    refuse_interpolation(tree, text)
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     return cast(dict[str, Any], tree)
@@ -170,6 +250,24 @@ def check_keys(
                 raise ConfigError(f"{place}: {full}={value!r} is a group; give {full}.KEY=value")
         elif get_origin(kind) is Literal:
             check_choice(place, full, value, get_args(kind))
+        elif get_origin(kind) in (list, tuple):
+            check_list(place, full, value, kind, schema)
+
+
+def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> None:
+    """Refuse what is no list, or one of another length, with the notation that works."""
+    fixed = get_origin(kind) is tuple
+    length = len(cast(list[Any], value)) if isinstance(value, list) else None
+    if length is not None and (not fixed or length == len(get_args(kind))):
+        return
+    if fixed:
+        default = plain(dict(walk_fields(schema))[key].default)
+        raise ConfigError(
+            f"{place}: {key}={value} is not a list of {len(get_args(kind))} numbers, such as "
+            f"'{key}={default}'"
+        )
+    item = "" if value is None else str(value)
+    raise ConfigError(f"{place}: {key}={value} is not a list; write '{key}=[{item}]'")
 
 
 def schedule_keys(schema: type) -> list[str]:
@@ -191,6 +289,7 @@ def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> 
 
 def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
     """Lay a tree over a typed config, in place; a schedule replaces the whole of the one before."""
+    refuse_interpolation(tree, place)
     check_keys(tree, schema, schema, place)
     for key in schedule_keys(schema):
         group, name = key.split(".")
@@ -202,7 +301,7 @@ def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
         config.merge_with(OmegaConf.create(tree))
     except OmegaConfBaseException as error:
         first = str(error.msg if error.msg else error).splitlines()[0]
-        key = getattr(error, "full_key", None) or "a value"
+        key = getattr(error, "full_key", None) or next(iter(leaf_keys(tree)), "a value")
         if "ListConfig" in first and is_path_key(key):
             first = (
                 "is a list, expected one path: a pattern such as train-*.tar or {a,b}.tar, or a "
@@ -211,8 +310,34 @@ def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
         raise ConfigError(f"{place}: {key}: {first}") from error
 
 
-def build_config(tree: Any, schema: type[Recipe], check: Check[Recipe], place: str) -> Recipe:
-    """Build the dataclasses, resolve schedules, refuse missing keys, run the checks."""
+def leaf_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the full keys of a tree."""
+    found: list[str] = []
+    for key, value in tree.items():
+        full = f"{prefix}{key}"
+        inner = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+        found += leaf_keys(inner, f"{full}.") or [full]
+    return found
+
+
+def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
+    """Return the overrides that set a key of a problem; ``place`` where none did."""
+
+    def names(override: str) -> bool:
+        key = re.escape(override.partition("=")[0].strip())
+        return re.search(rf"(?<![\w.]){key}(?!\w)", problem) is not None
+
+    last = {override.partition("=")[0]: override for override in overrides if names(override)}
+    return " ".join(last.values()) or place
+
+
+def build_config(
+    tree: Any, schema: type[Recipe], check: Check[Recipe], place: str, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Build the dataclasses, resolve schedules, refuse missing keys, run the checks.
+
+    An error names the overrides that set its keys, else ``place``.
+    """
     absent = sorted(OmegaConf.missing_keys(tree))
     if absent:
         raise ConfigError(f"{place}: {', '.join(absent)} must be given")
@@ -220,9 +345,10 @@ def build_config(tree: Any, schema: type[Recipe], check: Check[Recipe], place: s
     for key in schedule_keys(schema):
         group, name = key.split(".")
         owner = getattr(config, group)
-        setattr(owner, name, parse_schedule(getattr(owner, name), place, key))
+        at = blame(key, place, overrides)
+        setattr(owner, name, parse_schedule(getattr(owner, name), at, key))
     for problem in check(config):
-        raise ConfigError(f"{place}: {problem}")
+        raise ConfigError(f"{blame(problem, place, overrides)}: {problem}")
     return config
 
 

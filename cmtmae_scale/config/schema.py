@@ -118,7 +118,7 @@ class Run:
     """Label in logs."""
     output_dir: str = field(default=MISSING, metadata={"empty": "name a folder"})
     """Folder of checkpoints, logs and the resolved config; the same folder resumes."""
-    seed: int = 0
+    seed: int = non_negative(0)
     """Seed of weights, order, views and masks; never changes within a run."""
     allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""
@@ -395,7 +395,9 @@ class Train:
     global_batch_size: int = positive(4096)
     """Views per optimizer step."""
     micro_batch_size: int = positive(64)
-    """Views per rank and forward."""
+    """Largest number of views per rank and forward that fits in memory. The run takes the largest
+    divisor of ``global_batch_size`` / world size up to it; samples and masks do not depend on it,
+    but mixup of a fine-tuning pairs the views of a micro-batch."""
     epochs: float | None = positive(None)
     """Length in passes over the images; give this or ``steps``."""
     steps: int | None = positive(None)

@@ -12,15 +12,17 @@ from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_resume_checkpoint
 from cmtmae_scale.checkpoint.layout import read_state
 from cmtmae_scale.checkpoint.writer import open_writer
-from cmtmae_scale.config.derive import batch_plan
+from cmtmae_scale.config.derive import batch_plan, explain_batch
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
-from cmtmae_scale.engine.resume import find_progress
+from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.resume import explain_misfit, find_progress, refuse_other_pairs
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.stragglers import Stragglers
 from cmtmae_scale.engine.task import Run, Task
 from cmtmae_scale.engine.telemetry import Telemetry
+from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.collectives import barrier
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.progress_file import ProgressFile
@@ -55,13 +57,17 @@ def build_run(
     folder = find_resume_checkpoint(run_dir, world)
     saved = None if folder is None else read_state(folder)
     progress = find_progress(config, task, index, saved)
+    refuse_other_pairs(config, plan, saved)
     backend = task.build(saved, stop, stack)
     stack.callback(backend.close)
     skips = Skips(config.guard)
     saved_step = None
     if folder is not None and saved is not None:
         skips.restore(saved["skips"])
-        load_fragments(folder, backend.fragments())
+        try:
+            load_fragments(folder, backend.fragments())
+        except CheckpointError as error:
+            raise explain_misfit(error, config.run.allow_change) from error
         backend.after_load(progress.applied)
         saved_step = progress.step if progress.step != progress.step0 else None
         logger.info("resuming %s at step %d", folder, progress.step)
@@ -75,7 +81,7 @@ def build_run(
         stack.callback(telemetry.close)
     writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
     logger.info(
-        "%s: batch %s; steps %d to %d", config.run.name, plan, progress.step + 1, progress.end_step
+        "%s: batch %s; %s", config.run.name, explain_batch(config, plan), describe_steps(progress)
     )
     return Run(
         config=config,
@@ -94,6 +100,16 @@ def build_run(
         skips=skips,
         stragglers=Stragglers(device, config.log.every),
         saved_facts=record_facts(config, index.digest, world),
+    )
+
+
+def describe_steps(progress: Progress) -> str:
+    """Return the steps of this launch as text."""
+    if progress.step < progress.end_step:
+        return f"steps {progress.step + 1} to {progress.end_step}"
+    return (
+        f"all {progress.end_step} steps are done; to train longer, raise train.epochs or "
+        "train.steps and name it in run.allow_change"
     )
 
 

@@ -3,13 +3,13 @@
 import logging
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cmtmae_scale.engine.launches import reset_launch_count
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import LaunchInterrupted
 from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED, CmtMaeError
-from cmtmae_scale.runtime.exit_code import delete_exit, write_exit
+from cmtmae_scale.runtime.exit_code import EXIT_FILE, delete_exit, read_finished, write_exit
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,11 @@ class Ending:
         self.rank = rank
         self.progress: Progress | None = None
         self.stopped: str | None = None
+        self.finished: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
         if self.rank == 0:
+            self.finished = read_finished(self.run_dir)
             delete_exit(self.run_dir)
         return self
 
@@ -59,13 +61,22 @@ class Ending:
         """Return the last step."""
         return 0 if self.progress is None else self.progress.step
 
+    @property
+    def had_nothing_to_train(self) -> bool:
+        """Return whether the launch failed before it was built, or found all steps done."""
+        return self.progress is None or self.progress.step >= self.progress.end_step
+
     def write(self, code: int, reason: str) -> None:
         """Write code, step and reason; only crashes count as launches without progress."""
         if code == EXIT_STOPPED:
             logger.info("stopped at step %d (%s); the same command continues", self.step, reason)
         if self.rank == 0:
+            record = {"code": code, "step": self.step, "reason": reason}
+            if code != EXIT_DONE and self.finished and self.had_nothing_to_train:
+                logger.info("this launch trained nothing; %s keeps the finished run", EXIT_FILE)
+                record = self.finished
             try:
-                write_exit(self.run_dir, code, self.step, reason)
+                write_exit(self.run_dir, **record)
             except OSError as refused:
                 logger.warning("%s: the outcome could not be written (%s)", self.run_dir, refused)
             if code not in {EXIT_CRASH, EXIT_NO_PROGRESS}:

@@ -40,20 +40,38 @@ def count_launch(run_dir: Path, rank: int) -> None:
 
 def increment_count(run_dir: Path) -> str:
     """Write the number of this launch; returns the problem if there were too many, else ``""``."""
-    newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
-    step = 0 if newest is None else step_of(newest) or 0
-    count = 1 + launches_from(run_dir, step)
-    if count > LIMIT:
-        return (
-            f"{run_dir}: {LIMIT} consecutive launches ended at step {step} without a newer "
-            "checkpoint; not tried again: find the cause in the logs, lower checkpoint.every if "
-            f"the launches were merely short, then delete {run_dir / COUNT_FILE}"
-        )
+    step, count = next_launch(run_dir)
+    try:
+        refuse_further_launch(run_dir)
+    except NoProgressError as error:
+        return str(error)
     try:
         write_atomic(run_dir / COUNT_FILE, json.dumps({"step": step, "count": count}) + "\n")
     except OSError as error:
         logger.warning("%s could not be written (%s)", run_dir / COUNT_FILE, error)
     return ""
+
+
+def next_launch(run_dir: Path) -> tuple[int, int]:
+    """Return the step of the newest checkpoint, and the number of the next launch from it."""
+    newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
+    step = 0 if newest is None else step_of(newest) or 0
+    return step, 1 + launches_from(run_dir, step)
+
+
+def refuse_further_launch(run_dir: Path) -> None:
+    """Refuse a launch after ``LIMIT`` launches without progress.
+
+    Raises:
+        NoProgressError: names the step and the file that counts.
+    """
+    step, count = next_launch(run_dir)
+    if count > LIMIT:
+        raise NoProgressError(
+            f"{run_dir}: {LIMIT} consecutive launches ended at step {step} without a newer "
+            "checkpoint; not tried again: find the cause in the logs, lower checkpoint.every if "
+            f"the launches were merely short, then delete {run_dir / COUNT_FILE}"
+        )
 
 
 def launches_from(run_dir: Path, step: int) -> int:

@@ -4,12 +4,12 @@ import difflib
 import logging
 from typing import Any
 
-from cmtmae_scale.config.derive import total_steps
+from cmtmae_scale.config.derive import BatchPlan, pairs_views, split_batch, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress, fresh_progress, resumed_progress
 from cmtmae_scale.engine.task import Task
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import CheckpointError, ConfigError
 from dataloading.index import Index
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,21 @@ FREE_KEYS = (
 _ORIENTATION = "data.exif_orientation"  # absent from older checkpoints, which turned no image
 FIXED_KEYS = ("run.seed", "views.", _ORIENTATION)
 """Keys that never change within a run, whatever ``run.allow_change`` holds."""
+
+
+RESHAPING_KEYS = (
+    "student.arch",
+    "student.patch_size",
+    "decoder.depth",
+    "decoder.width",
+    "head.pool",
+)
+"""Keys with which the run has other tensors than its checkpoint: no permission makes them fit."""
+
+
+def format_names(names: list[str]) -> str:
+    """Return ``run.allow_change``'s value as a command line takes it."""
+    return f"[{','.join(names)}]"
 
 
 def is_listed(key: str, names: tuple[str, ...]) -> bool:
@@ -82,9 +97,12 @@ def compare_configs(
             f", set {_ORIENTATION}=false if they were not turned," if new.get(_ORIENTATION) else ""
         )
     if digests[0] != digests[1] and old[_ORIENTATION] == new.get(_ORIENTATION):
+        encoder = "checkpoints/step-*/encoder.safetensors"
+        start = f"student.init_weights={saved['run']['output_dir']}/{encoder}"
         raise ConfigError(
             f"data.path: the images differ from the checkpoint's (digest {digests[0][:12]} against "
             f"{digests[1][:12]}); restore them{hint} or use another run.output_dir"
+            + (f", there with {start} to go on from this encoder" if "student" in saved else "")
         )
     check_allowed(allowed, new)
     changes: list[str] = []
@@ -95,9 +113,15 @@ def compare_configs(
         text = f"{key}: the checkpoint has {before}, the config {after}"
         if is_listed(key, FIXED_KEYS):
             raise ConfigError(f"{text}; it never changes within a run: use another run.output_dir")
+        if key in RESHAPING_KEYS and key not in allowed:
+            raise ConfigError(
+                f"{text}; the weights of the checkpoint do not fit: restore it, or use another "
+                "run.output_dir"
+            )
         if key not in allowed:
             raise ConfigError(
-                f"{text}; restore it, use another run.output_dir, or add it to run.allow_change"
+                f"{text}; restore it, use another run.output_dir, or add it to run.allow_change: "
+                f"run.allow_change={format_names([*allowed, key])}"
             )
         changes.append(f"{text}; from here on {after} counts")
     return changes
@@ -133,18 +157,84 @@ def find_progress(
     steps = total_steps(config, len(index))
     if saved is None:
         return fresh_progress(steps, config.train.global_batch_size)
-    if saved["task"] != task.name:
+    changes = compare_run(config, task.name, task.free_keys, saved, index.digest)
+    for change in changes:
+        logger.warning("allowed change: %s", change)
+    return resumed_progress(saved["progress"], steps, config.train.global_batch_size, bool(changes))
+
+
+def compare_run(
+    config: Trained, task: str, free_keys: tuple[str, ...], saved: dict[str, Any], digest: str
+) -> list[str]:
+    """Compare task, images and settings of a checkpoint with those of this launch.
+
+    Args:
+        config: checked settings.
+        task: name of the task.
+        free_keys: keys of the task, or groups with their point, that may differ.
+        saved: state of the checkpoint.
+        digest: of the images' index; that of the checkpoint where the images are not compared.
+
+    Returns:
+        Allowed changes outside the free keys, as text.
+
+    Raises:
+        ConfigError: if the checkpoint is of another task, or a setting must not change.
+    """
+    if saved["task"] != task:
         raise ConfigError(
             f"run.output_dir={config.run.output_dir} holds checkpoints of {saved['task']}, and "
-            f"this command does {task.name}; use another run.output_dir"
+            f"this command does {task}; use another run.output_dir"
         )
     changes = compare_configs(
         saved["config"],
         config_to_dict(config),
         config.run.allow_change,
-        (saved["index_digest"], index.digest),
-        FREE_KEYS + task.free_keys,
+        (saved["index_digest"], digest),
+        FREE_KEYS + free_keys,
     )
     for change in changes:
-        logger.warning("allowed change: %s", change)
-    return resumed_progress(saved["progress"], steps, config.train.global_batch_size, bool(changes))
+        if change.partition(":")[0] in RESHAPING_KEYS:
+            raise ConfigError(
+                f"{change.partition('; from here')[0]}; run.allow_change cannot make the weights "
+                "of the checkpoint fit: restore it, or use another run.output_dir"
+            )
+    return changes
+
+
+def refuse_other_pairs(config: Trained, plan: BatchPlan, saved: dict[str, Any] | None) -> None:
+    """Refuse a split of the batch that pairs other views than the run's, where views are paired.
+
+    Args:
+        config: checked settings, already compared with those of the checkpoint.
+        plan: split of the batch on the present ranks.
+        saved: state of the checkpoint; ``None``: a new run.
+
+    Raises:
+        ConfigError: names both micro-batches and a number of ranks that keeps the pairs.
+    """
+    if saved is None or not pairs_views(config):
+        return
+    train = saved["config"]["train"]
+    total, limit = train["global_batch_size"], train["micro_batch_size"]
+    if (total, limit) != (config.train.global_batch_size, config.train.micro_batch_size):
+        return  # an allowed change, which compare_configs has reported
+    ranks = saved["world_size"]
+    before = split_batch(total, limit, ranks, unit=2).micro_batch_size
+    if before != plan.micro_batch_size:
+        raise ConfigError(
+            f"train.micro_batch_size={limit}: {ranks} ranks had micro-batches of {before} views, "
+            f"{plan.world_size} ranks have {plan.micro_batch_size}, and mixup and cutmix pair the "
+            f"views of a micro-batch; resume on {ranks} ranks, or set "
+            f"train.micro_batch_size={before} and run.allow_change=[train.micro_batch_size]"
+        )
+
+
+def explain_misfit(error: CheckpointError, allowed: list[str]) -> CheckpointError:
+    """Return the error of weights that do not fit, with the permissions that led to it."""
+    if not allowed:
+        return error
+    return CheckpointError(
+        f"{error}; run.allow_change={format_names(allowed)} cannot make other tensors fit: restore "
+        "the settings of the checkpoint, or use another run.output_dir"
+    )

@@ -1,7 +1,6 @@
 """One launch of a task, from the process group to the exit code."""
 
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from cmtmae_scale.engine.build import build_run
 from cmtmae_scale.engine.ending import Ending
 from cmtmae_scale.engine.launches import count_launch, record_launch
 from cmtmae_scale.engine.loop import train
+from cmtmae_scale.engine.summary import log_launch, log_result
 from cmtmae_scale.engine.task import Run, SideTask, Task
 from cmtmae_scale.engine.watchdog import SLOW_STAGE_FACTOR, watched
 from cmtmae_scale.errors import EXIT_CRASH
@@ -32,6 +32,7 @@ def run_task(
     recipe: str,
     overrides: Sequence[str],
     open_side_tasks: Callable[[Run], list[SideTask]] = lambda run: [],
+    model_memory: Callable[[], float | None] = lambda: None,
 ) -> int:
     """Train a task as one rank, or continue to.
 
@@ -43,6 +44,7 @@ def run_task(
         recipe: file, as given on the command line.
         overrides: overrides of the recipe, as given.
         open_side_tasks: opens side tasks that the task itself does not have.
+        model_memory: returns the modelled bytes per device at the peak, for the log.
 
     Returns:
         Exit code of the launch, 0 or 75; also written to ``RUN_DIR/exit.json``.
@@ -50,13 +52,8 @@ def run_task(
     Raises:
         CmtMaeError, DataError: see ``build_run`` and ``train``.
     """
-    logger.info(
-        "launcher: %s, world size %d; rank 0 on host %s, device %s",
-        world.launcher,
-        world.world_size,
-        socket.gethostname(),
-        device,
-    )
+    if world.rank == 0:
+        log_launch(config, world, device, model_memory)
     run_dir, hang_s = Path(config.run.output_dir), config.guard.hang_seconds
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
@@ -78,6 +75,8 @@ def run_task(
             ending.stopped = train(run)
             if ending.stopped is None:
                 task.conclude(run)
+                if world.rank == 0:
+                    log_result(config, task.name, run.progress)
     return ending.code
 
 

@@ -83,6 +83,7 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
         "",
         format_rows(rows, len(sets.classes)),
         "",
+        f"chance: {100 / len(sets.classes):.2f} %, one of {len(sets.classes)} classes",
         verdict,
         "intervals take the test images as independent of each other",
         f"written to {file}" if file else "not written to a file; name one with --out",

@@ -1,7 +1,6 @@
 """The evaluated weights: of a checkpoint, of an exported file, or of a model of timm."""
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,10 @@ from cmtmae_scale.evaluation.encoders import (
     weights_digest,
 )
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.student import Student, build_student, probe_student
 from cmtmae_scale.runtime.collectives import barrier
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.storage import read_inside, read_json
 from cmtmae_scale.teachers.base import Tower
 from cmtmae_scale.teachers.build import assemble_teacher
 from cmtmae_scale.teachers.timm import TimmSource
@@ -90,11 +90,7 @@ def subject_from_checkpoint(
     folder = locate_checkpoint(place, world.rank, world.world_size)
     run_dir = run_of_checkpoint(folder)
     state = layout.read_state(folder)
-    if state.get("task") == "fine-tuning":
-        raise CheckpointError(
-            f"{folder} is of a fine-tuning run; its accuracy is in the run's result.json"
-        )
-    config = config_from_dict(state["config"], str(folder / layout.STATE))
+    config = saved_config(folder, state)
     weights = weights or ("momentum" if needs(config).momentum else "student")
     step = int(state["progress"]["step"])
     facts: dict[str, Any] = {"checkpoint": str(folder), "step": step, "weights": weights}
@@ -102,10 +98,27 @@ def subject_from_checkpoint(
         return subject_from_teacher(config, facts, run_dir, device)
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(f"{folder}: the run has no momentum student; use --weights student")
+    check_encoder(folder, config, ENCODERS[weights])
     tensors = read_tensors(folder, ENCODERS[weights])
     encoder = load_student(config, tensors, f"{weights}, step {step}", str(folder), device)
     facts |= {"arch": config.student.arch, "sha256": encoder.digest}
     return Subject(encoder, random_student(config, device), facts, run_dir, config)
+
+
+def saved_config(folder: Path, state: dict[str, Any]) -> Config:
+    """Rebuild the settings of a checkpoint of pre-training.
+
+    Raises:
+        CheckpointError: if it is of another task, or this version refuses its settings.
+    """
+    if state["task"] == "fine-tuning":
+        raise CheckpointError(
+            f"{folder} is of a fine-tuning run; its accuracy is in the run's result.json"
+        )
+    try:
+        return config_from_dict(state["config"], str(folder / layout.STATE))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def locate_checkpoint(place: Path, rank: int = 0, world_size: int = 1) -> Path:
@@ -147,6 +160,43 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
         }
 
 
+def check_encoder(folder: Path, config: Config, prefix: str) -> None:
+    """Compare names and shapes of a checkpoint's encoder with its config; no tensor is read.
+
+    Raises:
+        CheckpointError: if they differ, so that nothing of a wrong size is ever allocated, or if
+            timm does not list the architecture.
+    """
+    with ChunkReader(folder) as reader:
+        found = {
+            key.removeprefix(prefix): reader.shape(key)
+            for key in reader.index
+            if key.startswith(prefix)
+        }
+    try:
+        probe = probe_student(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / layout.STATE}: {error}") from error
+    expected = {"pos_embed": tuple(cast(Tensor, probe.pos_embed).shape)}
+    if found.get("pos_embed") == expected["pos_embed"]:
+        with torch.device("meta"):
+            state = build_student(config).state_dict()
+        expected = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
+    if "pos_embed" in wrong:
+        wrong = ["pos_embed"]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{folder}: does not fit its own config, {config.student.arch} at "
+            f"{config.views.image_size} pixels: {prefix}{name} has shape "
+            f"{found.get(name, 'none')}, expected {expected.get(name, 'none')}; copy the "
+            "checkpoint again, or name another"
+        )
+
+
 def subject_from_teacher(
     config: Config, facts: dict[str, Any], run_dir: Path | None, device: torch.device
 ) -> Subject:
@@ -184,16 +234,18 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
         raise ConfigError(f"--arch={arch} is not a model of timm {timm.__version__}")
     config = Config()
     config.student.arch = arch
-    try:
-        patch = int(tensors["patch_embed.proj.weight"].shape[-1])
-        positions = int(tensors["pos_embed"].shape[1])
-    except KeyError as error:
-        raise CheckpointError(f"{file} has no {error}: not an encoder of export.py") from error
+    for name, dims in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
+        if name not in tensors or tensors[name].ndim != dims:
+            raise CheckpointError(
+                f"{file} has no {name} of {dims} dimensions: not an encoder of export.py"
+            )
+    patch = int(tensors["patch_embed.proj.weight"].shape[-1])
+    positions = int(tensors["pos_embed"].shape[1])
     with torch.device("meta"):
         probe = cast(VisionTransformer, timm.create_model(arch, num_classes=0))
     prefix = 0 if probe.no_embed_class else probe.num_prefix_tokens
     config.student.patch_size = patch
-    config.views.image_size = patch * math.isqrt(positions - prefix)
+    config.views.image_size = patch * math.isqrt(max(positions - prefix, 1))
     encoder = load_student(config, tensors, file.name, str(file), device)
     facts = {"file": str(file), "arch": arch, "sha256": encoder.digest}
     return Subject(encoder, random_student(config, device), facts)
@@ -206,7 +258,8 @@ def read_arch(file: Path) -> str:
         ConfigError: if there is none.
     """
     try:
-        return str(json.loads(file.with_name("config.json").read_text())["architecture"])
+        content = read_inside(file.parent, file.with_name("config.json"))
+        return str(read_json(content)["architecture"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{file}: the architecture is not known, for no config.json beside it names it; give "

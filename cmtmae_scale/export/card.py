@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cmtmae_scale.config.derive import Needs, needs, peak_lr
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.export.origin import Origin
-from cmtmae_scale.export.results import find_results
+from cmtmae_scale.export.results import escape_markdown, find_results
 from cmtmae_scale.runtime.versions import library_versions
 
 
@@ -34,7 +34,7 @@ def model_card(origin: Origin, card: CardFacts) -> str:
     """Return Markdown with the Hugging Face hub's front matter."""
     config, need = origin.config, needs(origin.config)
     title, tag = method_name(need)
-    name = " ".join(config.run.name.split())
+    name = escape_markdown(config.run.name)
     random = need.teacher and config.teacher.weights == "random"
     hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
     side = config.student.patch_size
@@ -72,7 +72,8 @@ def card_section(title: str, lines: list[str]) -> list[str]:
 
 def fact_table(rows: dict[str, str]) -> list[str]:
     """Return a table of two columns without a head."""
-    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    lines = (f"| {key} | {escape_markdown(value)} |" for key, value in rows.items())
+    return ["| | |", "|---|---|", *lines]
 
 
 def method_name(need: Needs) -> tuple[str, str]:
@@ -170,7 +171,8 @@ def result_lines(origin: Origin, sha256: str) -> list[str]:
         head = "| weights | features | method | top-1 | |"
         lines = [head, "|---|---|---|---|---|", *found.rows]
     if found.others:
-        lines += ["", "Results of other weights:", *(f"- {text}" for text in found.others)]
+        others = (f"- {escape_markdown(text)}" for text in found.others)
+        lines += ["", "Results of other weights:", *others]
     return lines
 
 
@@ -183,7 +185,7 @@ def licence_lines(config: Config, need: Needs) -> list[str]:
         sources.append(f"of the initial weights ({public_path(config.student.init_weights)})")
     return [
         "The training code, cmtmae_scale, is under Apache-2.0. Weights inherit the terms "
-        f"{' and '.join(sources)}; check these before you distribute the weights."
+        f"{escape_markdown(' and '.join(sources))}; check these before you distribute the weights."
     ]
 
 

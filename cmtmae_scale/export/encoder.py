@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import timm
-import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -12,6 +11,7 @@ from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.origin import Weights, open_origin
+from cmtmae_scale.method.student import probe_student
 from cmtmae_scale.runtime.storage import atomic_path
 
 
@@ -59,8 +59,7 @@ def timm_options(config: Config) -> dict[str, Any]:
     options: dict[str, Any] = {"num_classes": 0, "img_size": config.views.image_size}
     if config.student.patch_size is not None:
         options["patch_size"] = config.student.patch_size
-    with torch.device("meta"):
-        probe = cast(VisionTransformer, timm.create_model(config.student.arch, **options))
+    probe = probe_student(config)
     return options | {"global_pool": "token" if probe.has_class_token else "avg", "fc_norm": False}
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.runtime.storage import require_inside
 from cmtmae_scale.teachers.weights import find_non_finite
 
 WEIGHTS = "model.safetensors"
@@ -39,16 +41,23 @@ def load_full(folder: str | Path) -> CollaborativeMAE:
     """Load a folder that ``export.py full`` wrote: on the CPU, float32, in training mode.
 
     Raises:
-        CheckpointError: if weights and config do not fit each other, or for values that are not
-            finite.
-        ConfigError: if the config is absent or not this version's.
+        CheckpointError: if a file is absent or cannot be read, or weights and config do not fit
+            each other.
+        ConfigError: if the config is not this version's.
     """
-    config, file = load_config(Path(folder) / CONFIG), Path(folder) / WEIGHTS
-    tensors = load_file(file)
+    folder = Path(folder)
+    try:
+        for name in (CONFIG, WEIGHTS):
+            require_inside(folder, folder / name)
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from error
     found = find_non_finite(tensors)
     if found:
-        raise CheckpointError(f"{file}: {found}; export it again from a sound checkpoint")
-    return build_full(config, tensors, str(folder))
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: {found}; export it again from a sound checkpoint"
+        )
+    return build_full(load_config(folder / CONFIG), tensors, str(folder))
 
 
 def build_full(config: Config, tensors: dict[str, Tensor], place: str) -> CollaborativeMAE:
@@ -58,10 +67,15 @@ def build_full(config: Config, tensors: dict[str, Tensor], place: str) -> Collab
         CheckpointError: if names or shapes differ.
     """
     head = tensors.get(TEACHER_HEAD)
+    if config.decoder.depth > len(tensors):
+        raise CheckpointError(
+            f"{place}: weights and config differ: decoder.depth={config.decoder.depth}, but there "
+            f"are only {len(tensors)} tensors"
+        )
     try:
-        model = CollaborativeMAE(config, None if head is None else head.shape[0])
+        model = CollaborativeMAE(config, None if head is None else len(head))
         model.load_state_dict(tensors, strict=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         first = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{place}: weights and config differ: {first}") from error
     return model

@@ -8,10 +8,15 @@ from torch import Tensor
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
-from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.evaluation.subject import locate_checkpoint, read_tensors, run_of_checkpoint
+from cmtmae_scale.evaluation.subject import (
+    check_encoder,
+    locate_checkpoint,
+    read_tensors,
+    run_of_checkpoint,
+    saved_config,
+)
 from cmtmae_scale.method.student import Student, build_student
 
 Weights = Literal["student", "momentum"]
@@ -52,13 +57,15 @@ def open_origin(place: Path, weights: Weights) -> Origin:
     """Open a checkpoint, or the newest intact one of a run's folder.
 
     Raises:
-        CheckpointError: no checkpoint, a broken one, or one without these weights.
+        CheckpointError: no checkpoint, a broken one, one without these weights, or one whose
+            settings this version refuses.
     """
     folder = locate_checkpoint(place)
     state = layout.read_state(folder)
-    config = config_from_dict(state["config"], str(folder / layout.STATE))
+    config = saved_config(folder, state)
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(
             f"{folder}: the run has no momentum student; export --weights student"
         )
+    check_encoder(folder, config, ENCODERS[weights])
     return Origin(folder, state, config, weights)

@@ -1,9 +1,20 @@
 """Evaluation results in ``RUN_DIR/evaluation/*.json`` for the model card."""
 
-import json
-import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from cmtmae_scale.runtime.log import escape_controls
+from cmtmae_scale.runtime.storage import read_inside, read_json
+
+MARKS = re.compile(
+    r"[\\`*<|~]"
+    r"|\](?=[(\[:])"  # of a link
+    r"|&(?=#?\w+;)"  # of a character reference
+    r"|(?<!\w)_|_(?!\w)"  # of emphasis; names of models have them within words
+    r"|:(?=//)|(?<=www)\."  # of a bare address
+)
+"""Characters with an effect in Markdown; each is replaced by its character reference."""
 
 
 class Found(NamedTuple):
@@ -26,7 +37,7 @@ def find_results(run_dir: Path | None, sha256: str) -> Found:
     files = sorted((run_dir / "evaluation").glob("*.json")) if run_dir else []
     for file in files:
         try:
-            tree = json.loads(file.read_text())
+            tree = read_json(read_inside(file.parent, file))
         except (OSError, ValueError):
             found.others.append(f"{file.name}: cannot be read")
             continue
@@ -34,8 +45,11 @@ def find_results(run_dir: Path | None, sha256: str) -> Found:
         if lookup(subject, "sha256") != sha256:
             found.others.append(f"{file.name}: {subject_text(subject)}")
             continue
+        listed = lookup(tree, "results") or [tree]
         rows = [
-            row for row in lookup(tree, "results") or [tree] if is_number(lookup(row, "accuracy"))
+            row
+            for row in (listed if isinstance(listed, list) else [])
+            if is_number(lookup(row, "accuracy"))
         ]
         found.rows.extend(markdown_row(tree, row) for row in rows)
         if not rows:
@@ -50,7 +64,8 @@ def lookup(tree: Any, key: str) -> Any:
 
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a finite number; Python reads and writes NaN too."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) < 1e300
 
 
 def subject_text(subject: Any) -> str:
@@ -72,4 +87,13 @@ def markdown_row(tree: Any, row: Any) -> str:
         f"{100 * row['accuracy']:.2f} %",
         counts,
     )
-    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+    return f"| {' | '.join(escape_markdown(str(cell)) for cell in cells)} |"
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text on one line in which Markdown and HTML have no effect."""
+
+    def escape_mark(found: re.Match[str]) -> str:
+        return "".join(f"&#{ord(char)};" for char in found[0])
+
+    return MARKS.sub(escape_mark, escape_controls(" ".join(text.split())))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.build import make_backend
-from cmtmae_scale.config.derive import total_steps
+from cmtmae_scale.config.derive import batch_plan, total_steps
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.engine.progress import Progress
@@ -150,7 +150,7 @@ class Finetuning:
         return Stream(
             self.sets.train.index,
             seed=config.run.seed,
-            micro_batch=config.train.micro_batch_size,
+            micro_batch=batch_plan(config, self.world.world_size).micro_batch_size,
             rank=self.world.rank,
             world_size=self.world.world_size,
             sizes=(self.encoder.size,),

@@ -15,7 +15,7 @@ from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
-from cmtmae_scale.config.derive import builds_teacher, cache_folder, needs, reads_cache
+from cmtmae_scale.config.derive import batch_plan, builds_teacher, cache_folder, needs, reads_cache
 from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
@@ -86,6 +86,17 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
     index = build() if world.rank == 0 else None
     barrier()
     index = index if index is not None else build()
+    refuse_bad_index(config, index)
+    return index
+
+
+def refuse_bad_index(config: Config, index: Index) -> None:
+    """Compare an index with what the config says about the images.
+
+    Raises:
+        ConfigError: another number of images than ``data.expected_images``.
+        DataError: images that ``data.shuffle=window`` refuses.
+    """
     expected = config.data.expected_images
     if expected is not None and expected != len(index):
         raise ConfigError(
@@ -94,7 +105,6 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
         )
     if config.data.shuffle == "window":
         require_mixed(index, config.data.window_on_sorted)
-    return index
 
 
 def open_teacher(
@@ -161,16 +171,7 @@ def build_model(
     config: Config, teacher: TeacherSource | None, resumed: bool = False
 ) -> tuple[CollaborativeMAE, MomentumEncoder | None]:
     """Build student and decoder on the CPU, with equal weights on every rank, and the EMA."""
-    if (
-        config.loss.include_cls
-        and needs(config).teacher_features
-        and teacher
-        and not teacher.has_cls
-    ):
-        raise ConfigError(
-            f"loss.include_cls=true, but teacher.model={config.teacher.model} has no class token; "
-            "set loss.include_cls=false"
-        )
+    refuse_missing_cls(config, teacher)
     model = CollaborativeMAE(config, teacher.width if teacher else None)
     initialise(model, config.run.seed)
     if config.student.init_weights is not None and not resumed:
@@ -182,6 +183,20 @@ def build_model(
     momentum_encoder.load_state_dict(copy.deepcopy(model.encoder.state_dict()))
     momentum_encoder.requires_grad_(False).eval()
     return model, momentum_encoder
+
+
+def refuse_missing_cls(config: Config, teacher: TeacherSource | None) -> None:
+    """Refuse a class token of the targets that the teacher does not have.
+
+    Raises:
+        ConfigError: names ``loss.include_cls``.
+    """
+    targets = config.loss.include_cls and needs(config).teacher_features
+    if targets and teacher and not teacher.has_cls:
+        raise ConfigError(
+            f"loss.include_cls=true, but teacher.model={config.teacher.model} has no class token; "
+            "set loss.include_cls=false"
+        )
 
 
 def load_student(model: CollaborativeMAE, file: str) -> None:
@@ -229,7 +244,7 @@ def open_stream(
     return Stream(
         index,
         seed=config.run.seed,
-        micro_batch=config.train.micro_batch_size,
+        micro_batch=batch_plan(config, world.world_size).micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
         sizes=view_sizes(config.views.image_size, teacher),

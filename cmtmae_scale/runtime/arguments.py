@@ -35,9 +35,10 @@ class Parser(argparse.ArgumentParser):
         """Return a message; about an unknown option, with the setting that was meant."""
         if self.hint is None or not message.startswith(f"{UNKNOWN}--"):
             return message
-        first = message.removeprefix(UNKNOWN).split()[0].partition("=")[0]
+        first, _, value = message.removeprefix(UNKNOWN).split()[0].partition("=")
         name = first.removeprefix("--").replace("-", "_")
-        remedy = self.hint(name) or ("drop the dashes" if "." in name else None)
+        plain = f"drop the dashes: {name}={value or 'VALUE'}" if "." in name else None
+        remedy = self.hint(name) or plain
         return f"{first}: settings are key=value; {remedy}" if remedy else message
 
 

@@ -29,6 +29,16 @@ def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
     write_atomic(run_dir / EXIT_FILE, json.dumps(record) + "\n")
 
 
+def read_finished(run_dir: Path) -> dict[str, Any] | None:
+    """Return the content of ``exit.json`` if it is that of a complete run."""
+    try:
+        record = json.loads((run_dir / EXIT_FILE).read_text())
+        known = {"code": int(record["code"]), "step": int(record["step"])}
+        return {**known, "reason": str(record["reason"])} if known["code"] == EXIT_DONE else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def delete_exit(run_dir: Path) -> None:
     """Delete ``exit.json`` of the launch before: a run in progress has none."""
     (run_dir / EXIT_FILE).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,12 +13,33 @@ PROGRESS_S = 10.0
 logger = logging.getLogger(__name__)
 
 
+class EscapingFormatter(logging.Formatter):
+    """Escapes control characters of messages, which names of files and keys may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        # Further lines are indented, so that no name can imitate a line of the log.
+        return super().formatMessage(record).replace("\n", "\n    ")
+
+
+def escape_controls(text: str) -> str:
+    """Return a text in which control characters but line feed and tab are written as escapes."""
+    return "".join(
+        char
+        if char.isprintable() or char in "\n\t" or unicodedata.category(char) == "Zs"
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 def set_up_logging(rank: int, world_size: int) -> None:
     """Send the packages' log records to standard error in one format."""
     mark = f"[rank {rank}] " if world_size > 1 and rank else ""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        logging.Formatter(f"%(asctime)s %(levelname)s {mark}%(message)s", "%H:%M:%S")
+        EscapingFormatter(f"%(asctime)s %(levelname)s {mark}%(message)s", "%H:%M:%S")
     )
     for name in ("cmtmae_scale", "dataloading"):
         logger = logging.getLogger(name)

@@ -1,19 +1,79 @@
 """Files on storage: atomic writes, digests, and dropping pages from memory."""
 
+import errno
 import hashlib
+import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
-from dataloading.files import atomic_path, sync
+from dataloading.files import atomic_path, open_regular, sync
 
-__all__ = ["atomic_path", "digest", "drop_from_memory", "sync", "write_atomic"]
+__all__ = [
+    "atomic_path",
+    "digest",
+    "drop_from_memory",
+    "read_inside",
+    "read_json",
+    "require_inside",
+    "sync",
+    "write_atomic",
+]
+
+MAX_BYTES = 2**30
+"""Largest file that is read into memory as a whole: 1 GiB."""
 
 
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """Refuse a path that is no regular file within a folder; nothing is opened.
+
+    Args:
+        folder: the folder; it may itself be named through links.
+        path: within the folder, as the caller built it.
+
+    Raises:
+        OSError: if the path is absent, a folder, a pipe or a device, or a link out of the folder.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise OSError(errno.EINVAL, f"Links to a file outside {folder}", str(path))
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def read_inside(folder: Path, path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Read a regular file within a folder.
+
+    Raises:
+        OSError: as ``require_inside``, and for a file of more than ``limit`` bytes.
+    """
+    require_inside(folder, path)
+    with open(open_regular(path), "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"Has {size} bytes, more than {limit}", str(path))
+        return opened.read(limit)
+
+
+def read_json(data: bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: if it is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def write_atomic(path: Path, data: str | bytes, durable: bool = True) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Local weight files: read without executing code, loaded completely or refused."""
 
+import argparse
 import hashlib
-import pickle
+import logging
+import pathlib
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +15,35 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmtmae_scale.errors import TeacherError
+from dataloading.files import open_regular
 
-PICKLED = (".pt", ".pth", ".bin")
-WRAPPERS = ("state_dict", "model")
+logger = logging.getLogger(__name__)
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "teacher")
+"""Keys under which programs save a state dict; of DINO's two networks the teacher is evaluated."""
 PREFIXES = ("module.", "_orig_mod.")
 """What model wrappers add to every name."""
+INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and checkpointing add within names."""
+CHUNKS = re.compile(r"(?:(?<=\.)|^)blocks\.\d+\.(?=\d+\.)")
+"""Blocks of DINOv2's training, in chunks; their numbers count on over the chunks."""
+ENCODER = re.compile(r"(.+\.)(?:patch_embed\.proj|visual\.conv1)\.weight")
+"""Name of the first layer of an encoder that is a part of a larger model."""
+NOT_WEIGHTS = {
+    b"version https://git-lfs": "a Git-LFS pointer; run git lfs pull where you cloned",
+    b"version https://hawser": "a Git-LFS pointer; run git lfs pull where you cloned",
+    b"/annex/objects": "a git-annex pointer; run git annex get where you cloned",
+    b"<": "a web page (HTML or XML); download the file itself",
+    b"{": "text (JSON); download the weights themselves",
+    b"\x1f\x8b": "compressed (gzip); unpack it",
+    b"\xfd7zXZ": "compressed (xz); unpack it",
+    b"7z\xbc\xaf": "compressed (7z); unpack it",
+    b"\x89HDF": "an HDF5 file of Keras; take the PyTorch file of the model",
+}
+"""First bytes, after blanks, of what is saved in place of weights."""
+EXPANSION = 8
+"""Most bytes of all tensors per byte of their file; tied weights are counted twice."""
 TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks.0.ln_1.weight")
 
 
@@ -29,19 +56,22 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
     """Read a state dict on the CPU.
 
     Args:
-        path: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin`` read with ``weights_only=True``. A
-            dict under ``state_dict`` or ``model`` is unwrapped, and a prefix ``module.`` or
-            ``_orig_mod.`` that all names share is dropped.
+        path: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.tar`` read with
+            ``weights_only=True``. A dict under one of ``WRAPPERS`` is unwrapped, what wrappers add
+            to names is dropped, and of a larger model its only encoder is taken (``backbone.*`` of
+            DINO, ``model.*`` of Lightning); the log names the other tensors.
         key: the config's key that names the file, for messages.
 
     Raises:
-        TeacherError: for a missing or unreadable file, a TorchScript archive, no tensors in it, or
-            values that are not finite.
+        TeacherError: for a missing or unreadable file, a TorchScript archive, a pickled model, a
+            file of another kind, several encoders, no tensors in it, or values that are not finite.
     """
     path = Path(path)
     where = f"{key}={path}"
     if not path.is_file():
         raise TeacherError(f"{where}: there is no such file; correct the path")
+    if path.suffix in (".safetensors", *PICKLED):
+        refuse_other_kinds(path, where)
     if path.suffix == ".safetensors":
         try:
             state: object = load_file(path)
@@ -53,9 +83,7 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
         state = read_pickled(path, key)
     else:
         raise TeacherError(f"{where}: unknown file type; expected .safetensors or .pt")
-    for wrapper in WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
+    state = unwrap(state)
     if not isinstance(state, Mapping) or not state:
         raise TeacherError(f"{where}: contains no state dict; save model.state_dict()")
     for name, value in state.items():
@@ -65,9 +93,8 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
                 "save model.state_dict() alone"
             )
     tensors = dict(state)
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    bound_storage(tensors, path, where)
+    tensors = take_encoder(drop_wrappers(tensors), where)
     found = find_non_finite(tensors)
     if found:
         raise TeacherError(f"{where}: {found}; take a sound copy of the file, or other weights")
@@ -94,8 +121,114 @@ def find_non_finite(tensors: Mapping[str, Tensor]) -> str:
     return f"{name} holds {count} values of {value.numel()} that are not finite{more}"
 
 
+def refuse_other_kinds(path: Path, where: str) -> None:
+    """Refuse files that download in place of weights, by their first bytes.
+
+    Raises:
+        TeacherError: naming what the file is and the remedy.
+    """
+    with open(open_regular(path), "rb") as opened:
+        head = opened.read(256)
+    if not head:
+        raise TeacherError(f"{where}: is empty; copy it again")
+    if path.suffix == ".safetensors" and head[8:9] == b"{":  # its first 8 bytes are a length
+        return
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for mark, found in NOT_WEIGHTS.items():
+        if start.startswith(mark.lower()):
+            raise TeacherError(f"{where}: is no file of weights, but {found}")
+
+
+def unwrap(state: object) -> object:
+    """Return the state dict within a checkpoint of another program."""
+    for _ in range(3):
+        inner = None
+        if isinstance(state, Mapping):
+            found = (state.get(wrapper) for wrapper in WRAPPERS)
+            inner = next((tree for tree in found if isinstance(tree, Mapping)), None)
+        if inner is None:
+            break
+        state = inner
+    return state
+
+
+def bound_storage(tensors: Mapping[str, Tensor], path: Path, where: str) -> None:
+    """Refuse tensors that hold more values than were stored, such as those of stride 0.
+
+    Raises:
+        TeacherError: naming the tensor.
+    """
+    left = EXPANSION * path.stat().st_size
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise TeacherError(
+                f"{where}: {name} is {value.layout} on {value.device}; save dense tensors"
+            )
+        size = value.numel() * value.element_size()
+        left -= size
+        if size > value.untyped_storage().nbytes() or left < 0:
+            raise TeacherError(
+                f"{where}: {name} {list(value.shape)} repeats values, {size} bytes of a file of "
+                f"{path.stat().st_size}; save its .contiguous()"
+            )
+
+
+def drop_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what wrappers of a model add to names, in any order."""
+    names = {name: CHUNKS.sub("blocks.", INNER.sub("", name)) for name in tensors}
+    while prefix := next(
+        (one for one in PREFIXES if all(name.startswith(one) for name in names.values())), None
+    ):
+        names = {old: name.removeprefix(prefix) for old, name in names.items()}
+    if len(set(names.values())) < len(names):  # two wrappers of one network
+        return dict(tensors)
+    return {names[old]: value for old, value in tensors.items()}
+
+
+def take_encoder(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return the encoder of a larger model without its prefix; the log names the other tensors.
+
+    Raises:
+        TeacherError: if there are several encoders.
+    """
+    first = ("patch_embed.proj.weight", "conv1.weight", "visual.conv1.weight")
+    found = {match[1] for name in tensors if (match := ENCODER.fullmatch(name))}
+    prefixes = sorted({one.split("visual.")[0] for one in found} - {""})
+    if not prefixes or any(name in tensors for name in first):
+        return tensors
+    if len(prefixes) > 1:
+        raise TeacherError(
+            f"{where}: holds {len(prefixes)} encoders ({summarise_names(prefixes)}); save the "
+            "state dict of one of them alone"
+        )
+    prefix = prefixes[0]
+    taken = {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+    others = [name for name in tensors if not name.startswith(prefix)]
+    if others:
+        logger.info(
+            "%s: the encoder is %s* (%d tensors); %d other tensors are not used (%s)",
+            where,
+            prefix,
+            len(taken),
+            len(others),
+            summarise_names(others),
+        )
+    return taken
+
+
 def read_pickled(path: Path, key: str) -> object:
-    """Read a torch file whose pickle contains tensors and plain containers only."""
+    """Read a torch file whose pickle contains tensors, plain containers and options only.
+
+    ``argparse.Namespace`` and ``pathlib.PosixPath`` are allowed, which training scripts save beside
+    their weights; to build either runs no other code.
+
+    Raises:
+        TeacherError: naming the class whose object the file holds, or what is wrong with the file.
+    """
     where = f"{key}={path}"
     if is_torchscript(path):
         raise TeacherError(
@@ -103,10 +236,25 @@ def read_pickled(path: Path, key: str) -> object:
             "you trust it, write its weights once with torch.save(torch.jit.load(FILE, "
             f"map_location='cpu').state_dict(), NEW) and set {key}=NEW"
         )
+    unpacked = sum(member.file_size for member in zip_members(path))
+    if unpacked > EXPANSION * path.stat().st_size:
+        raise TeacherError(
+            f"{where}: unpacks to {unpacked} bytes, which no torch.save writes; copy it again"
+        )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        first = str(error).strip().split("\n")[0]
+        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle of any bytes raises anything; each ends with the remedy
+        refused = re.search(r"GLOBAL ([\w.]+)|(?:class|type|global) ([\w.]+)", str(error))
+        if refused:
+            raise TeacherError(
+                f"{where}: holds an object of {refused[1] or refused[2]}, not only tensors, and "
+                "building it would run code, so weights_only=True refuses it; where you trust the "
+                "file, write its weights once with torch.save(MODEL.state_dict(), NEW) and set "
+                f"{key}=NEW"
+            ) from error
+        words = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().split("\n")[0]
+        first = "no torch file" if "weights_only" in words else words or type(error).__name__
         raise TeacherError(
             f"{where}: cannot be read with torch.load(weights_only=True) ({first}); "
             "copy it again, or save its state dict as .safetensors"
@@ -115,10 +263,16 @@ def read_pickled(path: Path, key: str) -> object:
 
 def is_torchscript(path: Path) -> bool:
     """Return whether a file is an archive of ``torch.jit.save``, which contains code."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+    return any(Path(member.filename).name == "constants.pkl" for member in zip_members(path))
+
+
+def zip_members(path: Path) -> list[zipfile.ZipInfo]:
+    """Return the members of a zip archive; none of another or damaged file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return []
 
 
 def keep_blocks(state: dict[str, Tensor], prefix: str, depth: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Source: matrix products and attention by torch's counter, 2 FLOPs per multiply-a
 the tensors that autograd saves.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmtmae_scale.config.derive import builds_teacher, needs, online_fraction
+from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Predictions, TokenLayout, objective
 from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
+
+logger = logging.getLogger(__name__)
 
 
 class MetaNetworks(NamedTuple):
@@ -114,8 +118,33 @@ def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dic
         "momentum": average * 4 / shards.states,
         "gathered copies": copied * compute * (trained / shards.gathered + average / averages),
         "teacher": frozen * compute,
-        "activations": saved_bytes(config, teacher) * config.train.micro_batch_size,
+        "activations": saved_bytes(config, teacher) * views_per_forward(config, world_size),
     }
+
+
+def peak_bytes(config: Config, world_size: int) -> float | None:
+    """Return the modelled bytes per GPU at the peak; ``None`` for networks that cannot be built."""
+    teachers = logging.getLogger("cmtmae_scale.teachers")
+    level = teachers.level
+    teachers.setLevel(logging.WARNING)  # the teacher is named when it is built
+    try:
+        networks = build_meta_networks(config)
+        return sum(memory_bytes(config, world_size, networks).values())
+    except CmtMaeError:
+        return None  # build_run names the error on every rank
+    except (RuntimeError, ValueError, TypeError) as error:
+        logger.warning("the memory of the run could not be modelled (%s)", error)
+        return None
+    finally:
+        teachers.setLevel(level)
+
+
+def views_per_forward(config: Config, world_size: int) -> int:
+    """Return the micro-batch size; the configured limit where the ranks cannot share the batch."""
+    try:
+        return batch_plan(config, world_size).micro_batch_size
+    except ConfigError:
+        return config.train.micro_batch_size
 
 
 def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -> float:

@@ -20,7 +20,16 @@ from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.errors import ReplicaError
 
 SHAPES = {"model.encoder.w": (5, 3), "model.decoder.b": (7,), "momentum.w": (5, 3)}
-STATE = {"progress": {"step": 3}}
+COUNTS = ("step", "position", "step0", "position0", "applied", "end_step", "horizon")
+STATE = {
+    "task": "pre-training",
+    "progress": dict.fromkeys(COUNTS, 3),
+    "skips": {"losses": [], "scheduled": [], "in_succession": 0},
+    "config": {},
+    "index_digest": "",
+    "world_size": 1,
+    "versions": {},
+}
 
 
 def values(key: str, version: int = 0) -> torch.Tensor:

@@ -322,7 +322,7 @@ def test_files_that_cannot_be_read_are_named_with_a_remedy(tmp_path: Path) -> No
     said = {
         "absent.pt": "there is no such file; correct the path",
         "torn.safetensors": "copy it again",
-        "page.pt": "copy it again",
+        "page.pt": "download the file itself",
         "torn.pt": "copy it again",
         "notes.txt": "expected .safetensors or .pt",
         "script.pt": "set student.init_weights=NEW",

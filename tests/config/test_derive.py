@@ -1,8 +1,21 @@
+from pathlib import Path
+
 import pytest
 
-from cmtmae_scale.config.derive import batch_plan, extremes, needs, peak_lr, total_steps
+from cmtmae_scale.config.derive import (
+    batch_plan,
+    explain_batch,
+    extremes,
+    needs,
+    peak_lr,
+    total_steps,
+)
+from cmtmae_scale.config.finetune import Finetune, load_finetune
+from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 
 def settled() -> Config:
@@ -18,13 +31,65 @@ def test_the_batch_is_derived_and_says_how() -> None:
     assert str(plan) == "4096 = 64 micro x 32 ranks x 2 accumulation"
 
 
-def test_a_batch_that_does_not_divide_names_those_that_do() -> None:
-    with pytest.raises(ConfigError, match="64 x 48 = 3072; use 3072 or 6144"):
+@pytest.mark.parametrize(
+    ("total", "limit", "ranks", "micro", "accumulation"),
+    [
+        (4096, 64, 32, 64, 2),  # as configured
+        (4096, 96, 64, 64, 1),  # less than the limit fits
+        (32, 64, 1, 32, 1),  # the limit is above a rank's share
+        (4096, 100, 8, 64, 8),
+        (3000, 64, 8, 25, 15),
+        (61, 60, 1, 1, 61),  # a prime share
+    ],
+)
+def test_the_micro_batch_is_the_largest_divisor_that_fits(
+    total: int, limit: int, ranks: int, micro: int, accumulation: int
+) -> None:
+    config = settled()
+    config.train.global_batch_size, config.train.micro_batch_size = total, limit
+    plan = batch_plan(config, ranks)
+    assert plan == (total, micro, ranks, accumulation)
+    assert micro * ranks * accumulation == total
+    assert explain_batch(config, plan).startswith(str(plan))
+    assert (f"up to train.micro_batch_size={limit}" in explain_batch(config, plan)) == (
+        micro != limit
+    )
+
+
+def test_only_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"4096 cannot be shared by 48 ranks, .*; use 32 ranks or 64 ranks or "
+        r"train.global_batch_size=4080 or 4128, which changes the run",
+    ):
         batch_plan(settled(), 48)
     config = settled()
-    config.train.global_batch_size = 32
-    with pytest.raises(ConfigError, match=r"use 64$"):
-        batch_plan(config, 1)
+    config.train.global_batch_size = 6
+    with pytest.raises(ConfigError, match=r"use 6 ranks or train.global_batch_size=8, which"):
+        batch_plan(config, 8)
+
+
+def test_paired_views_get_an_even_micro_batch() -> None:
+    config = Finetune()
+    config.train.global_batch_size, config.train.micro_batch_size = 72, 4
+    assert batch_plan(config, 4).micro_batch_size == 2  # 18 views per rank: 3 would be odd
+    assert "largest even divisor" in explain_batch(config, batch_plan(config, 4))
+    config.augment.mixup = config.augment.cutmix = 0
+    assert batch_plan(config, 4).micro_batch_size == 3
+    config.augment.cutmix = 1
+    with pytest.raises(ConfigError, match=r"72 cannot be shared by 8 ranks, an even .*use 6 ranks"):
+        batch_plan(config, 8)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_runs_on_64_ranks_with_its_own_batch(recipe: Path) -> None:
+    tuning = recipe.stem.startswith("finetune_")
+    config = load_finetune(recipe) if tuning else load_config(recipe)
+    if config.train.global_batch_size % 64:
+        pytest.skip("smaller than 64 ranks")
+    plan = batch_plan(config, 64)
+    assert plan.micro_batch_size * 64 * plan.accumulation == config.train.global_batch_size
+    assert plan.micro_batch_size <= config.train.micro_batch_size
 
 
 def test_steps_follow_from_epochs() -> None:

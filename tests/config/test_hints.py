@@ -87,7 +87,7 @@ def test_hints_name_keys_and_values_of_today() -> None:
         (["--batch-size=64"], "did you mean train.global_batch_size?"),
         (["--batch_size", "64"], "did you mean train.global_batch_size?"),
         (["--train.global_batch", "64"], "it is now train.global_batch_size"),
-        (["--mask.ratio=0.5"], "--mask.ratio: settings are key=value; drop the dashes"),
+        (["--mask.ratio=0.5"], "settings are key=value; drop the dashes: mask.ratio=0.5"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

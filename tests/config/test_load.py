@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from cmtmae_scale.config.load import config_from_dict, config_to_dict, load_conf
 from cmtmae_scale.config.schema import Schedule
 from cmtmae_scale.errors import ConfigError
 
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 BASE = {
     "run": {"output_dir": "runs/x"},
     "data": {"path": "photos"},
@@ -164,3 +166,125 @@ def test_a_list_of_paths_is_answered_with_a_pattern(recipe: Path) -> None:
 def test_hints_and_prob_need_a_map(recipe: Path) -> None:
     text = message(recipe, "mask.sampler=random", "mask.prob=0.5")
     assert "mask.sampler=random does not" in text
+
+
+WRONG = {
+    "run.allow_change=mask.ratio": "is not a list; write 'run.allow_change=[mask.ratio]'",
+    "attention.layers=-1": "is not a list; write 'attention.layers=[-1]'",
+    "views.crop_scale=[0.2]": "is not a list of 2 numbers, such as 'views.crop_scale=[0.2, 1.0]'",
+    "optimizer.betas=0.9": "is not a list of 2 numbers, such as 'optimizer.betas=[0.9, 0.95]'",
+    "run.seed=-1": "run.seed=-1 must not be negative",
+    f"run.seed={2**63}": f"must be below {2**63}",
+    f"train.steps={10**30}": f"must be below {2**63}",
+    "train.epochs=inf": "train.epochs=inf must be finite",
+    "guard.hang_seconds=.inf": "guard.hang_seconds=inf must be finite",
+    "mask.ratio=1.5": "mask.ratio=1.5 must lie in (0, 1)",
+    "mask.salient_fraction={kind: linear, start: 0.5, end: 2}": "mask.salient_fraction.end=2",
+    "collaboration.alpha_target=yes": "is neither a number nor a schedule",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_override_is_named_with_its_key_and_a_remedy(override: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(DEMO, ["log.every=5", override])
+    assert str(raised.value).startswith(f"{override}: ")
+    assert override.partition("=")[0] in str(raised.value).removeprefix(f"{override}: ")
+    assert WRONG[override] in str(raised.value)
+
+
+def test_a_problem_of_the_recipe_is_not_blamed_on_an_override(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text().replace("  ratio: 0.75", "  ratio: 1.5"))
+    with pytest.raises(ConfigError, match=r"recipe.yaml: mask.ratio=1.5 must lie"):
+        load_config(recipe, ["mask.masks_per_view=1", "log.every=5"])
+    assert load_config(recipe, ["mask.ratio=0.5"]).mask.ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    "override", ["run.allow_change=mask.ratio", "attention.layers=-1", "views.crop_scale=1"]
+)
+def test_the_remedy_of_a_list_works(override: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(DEMO, [override])
+    load_config(DEMO, [str(raised.value).split("'")[1]])
+
+
+ESCAPES = (
+    "'${oc.env:SECRET}'",
+    '"\\x24{oc.env:SECRET}"',
+    '"\\u0024{oc.env:SECRET}"',
+    '"a \\x24{oc.env:SECRET} b"',
+    '"\\x24\\x7boc.env:SECRET\\x7d"',
+    "!!str '${oc.env:SECRET}'",
+)
+
+
+@pytest.mark.parametrize("value", ESCAPES)
+def test_no_text_of_any_tree_is_resolved(
+    recipe: Path, tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    keys = ("run.name", "run.allow_change", "student.init_weights", "optimizer.base_lr")
+    texts = [message(recipe, f"{key}={value}") for key in keys]
+    texts.append(message(recipe, f"run.allow_change=[a, {value}]"))
+    texts.append(message(recipe, f"mask.salient_fraction={{kind: {value}}}"))
+    texts.append(message(recipe, f"backend.deepspeed={{a: {{b: [{value}]}}}}"))
+    tree = config_to_dict(load_config(recipe))
+    tree["run"]["name"] = yaml.safe_load(value)
+    with pytest.raises(ConfigError) as raised:
+        config_from_dict(tree, "state.json")
+    texts.append(str(raised.value))
+    recipe.write_text(recipe.read_text() + f"log: {{every: {value}}}\n")
+    texts.append(message(recipe))
+    assert all("interpolation" in text and "hunter2" not in text for text in texts)
+
+
+def test_a_deepspeed_file_is_not_resolved(recipe: Path, tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    override = f"backend.deepspeed={file}"
+    file.write_text('{"zero_optimization": {"a": ["\\u0024{oc.env:HOME}"]}}')
+    assert "interpolation" in message(recipe, "backend.name=deepspeed", override)
+    file.write_text("[" * 100_000)
+    assert "is not JSON" in message(recipe, "backend.name=deepspeed", override)
+
+
+def test_a_dollar_in_a_comment_or_alone_is_no_interpolation(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "# $PRICE, ${HOME}\n")
+    assert load_config(recipe, ["run.name='5$ {a}'"]).run.name == "5$ {a}"
+
+
+def alias_bomb(start: str, link: str) -> str:
+    """Nine levels that name the level before ten times."""
+    lines = [f"a0: &a0 {start}"]
+    for level in range(1, 10):
+        lines.append(f"a{level}: &a{level} " + link.format(", ".join([f"*a{level - 1}"] * 10)))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        alias_bomb("[x]", "[{}]"),
+        alias_bomb("{b: c}", "{{<<: [{}]}}"),
+        "run: &a {name: *a}",
+        "run: &a [*a]",
+        "run: " + "[" * 2000,
+        "run: 2024-13-45",
+        "run: !!bool x",
+        "run: !!int ''",
+        "run: " + "1" * 5000,
+        "run: \udcff",
+        "x" * 2**21,
+    ],
+)
+def test_hostile_yaml_is_refused_before_work_begins(recipe: Path, text: str) -> None:
+    recipe.write_bytes(text.encode(errors="surrogateescape"))
+    began = time.process_time()
+    assert str(recipe) in message(recipe)
+    assert time.process_time() - began < 5
+
+
+def test_aliases_may_repeat_values(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "eval: {train_path: &p photos, test_path: *p}\n")
+    assert load_config(recipe).eval.test_path == "photos"

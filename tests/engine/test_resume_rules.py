@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 
+from cmtmae_scale.config.derive import batch_plan
+from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.engine.progress import resumed_progress
-from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs, flatten
+from cmtmae_scale.engine.resume import (
+    FREE_KEYS,
+    compare_configs,
+    compare_run,
+    flatten,
+    refuse_other_pairs,
+)
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.pretraining.task import Pretraining
 from tests.engine.run_case import STEPS, resume_each, write_recipe
@@ -117,6 +125,46 @@ def test_positions_count_anew_from_an_allowed_change() -> None:
     assert (other.step0, other.position0, other.horizon) == (4, 32, 32 + 6 * 16)
     other.advance(16, applied=True)
     assert (other.step, other.position) == (5, 48)
+
+
+@pytest.mark.parametrize("key", ["student.arch", "decoder.width"])
+def test_no_permission_is_advised_that_cannot_work(key: str) -> None:
+    config = load_config(ROOT / "configs" / "vit_base.yaml", ["run.allow_change=[mask.ratio]"])
+    group, name = key.split(".")
+    other = {"student.arch": "vit_large_patch16_224", "decoder.width": 768}[key]
+    setattr(getattr(config, group), name, other)
+    saved = {"task": "pre-training", "config": TREE, "index_digest": "digest"}
+    names = ("pre-training", ALL_FREE, saved, "digest")
+    with pytest.raises(ConfigError, match=r"do not fit: restore it, or use another") as raised:
+        compare_run(config, *names)
+    assert "allow_change" not in str(raised.value)
+    config.run.allow_change = [key]
+    with pytest.raises(ConfigError, match=rf"{key}: .*allow_change cannot make the weights"):
+        compare_run(config, *names)
+    with pytest.raises(ConfigError, match="holds checkpoints of fine-tuning"):
+        compare_run(config, "pre-training", ALL_FREE, {**saved, "task": "fine-tuning"}, "digest")
+
+
+def tuned(world_size: int, **train: int) -> dict[str, Any]:
+    """State of a fine-tuning with 18 views per rank on 4 ranks, micro-batches of up to 6."""
+    config = config_to_dict(Finetune())
+    config["train"] |= {"global_batch_size": 72, "micro_batch_size": 6, **train}
+    return {"config": config, "world_size": world_size}
+
+
+def test_a_finetuning_keeps_its_pairs_on_other_ranks() -> None:
+    config = Finetune()
+    config.train.global_batch_size, config.train.micro_batch_size = 72, 6
+    for ranks in (1, 2, 4, 6, 12):  # each takes micro-batches of 6
+        refuse_other_pairs(config, batch_plan(config, ranks), tuned(4))
+    refuse_other_pairs(config, batch_plan(config, 9), None)
+    with pytest.raises(
+        ConfigError, match=r"4 ranks had micro-batches of 6 views, 9 ranks have 4.*on 4 ranks"
+    ):
+        refuse_other_pairs(config, batch_plan(config, 9), tuned(4))
+    refuse_other_pairs(config, batch_plan(config, 9), tuned(4, micro_batch_size=4))  # allowed
+    config.augment.mixup = config.augment.cutmix = 0
+    refuse_other_pairs(config, batch_plan(config, 9), tuned(4))
 
 
 WAYS: dict[str, list[str]] = {

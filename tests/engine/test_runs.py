@@ -117,11 +117,19 @@ def test_changed_keys_are_refused_unless_allowed(
     assert layout.list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step-00000004"
 
 
-def test_a_batch_that_does_not_divide_is_refused(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="is not a multiple of micro_batch x world_size"):
+def test_a_batch_that_the_ranks_cannot_share_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="7 cannot be shared by 2 ranks"):
         run_ranks(
-            1, run, recipe, [f"run.output_dir={tmp_path / 'run'}", "train.micro_batch_size=3"]
+            2, run, recipe, [f"run.output_dir={tmp_path / 'run'}", "train.global_batch_size=7"]
         )
+
+
+def test_a_micro_batch_that_does_not_divide_trains_the_same_run(
+    recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    where = f"run.output_dir={tmp_path / 'run'}"
+    run_ranks(1, run, recipe, [where, "train.micro_batch_size=3"])
+    same(tmp_path / "run", undisturbed[1])  # 2 is the largest divisor of 8 up to 3
 
 
 def test_bad_images_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> None:

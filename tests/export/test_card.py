@@ -128,3 +128,43 @@ def test_results_are_those_of_these_weights(tmp_path: Path) -> None:
         "- e.json: no accuracy in it\n"
         "- f.json: cannot be read"
     )
+
+
+HOSTILE = (
+    "[click](http://bad.example)",
+    "![x](https://bad.example/a.png)",
+    "<img src=x onerror=alert(1)>",
+    "a | b",
+    "`code`",
+    "line\nfeed # heading",
+    "\x1b[31mred\x07",
+    "&lt;b&gt;",
+    "__bold__ and *more*",
+    "www.bad.example",
+    "\udcff",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_have_no_effect_in_the_card(text: str, tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "demo.yaml")
+    config.run.name = config.data.path = config.student.init_weights = text
+    config.teacher.model = text
+    place = tmp_path / "evaluation"
+    place.mkdir()
+    row = {"weights": text, "method": text, "accuracy": 0.5}
+    subject = {"weights": text, "step": text}
+    for name, sha256 in (("a", "f" * 64), ("b", "0")):
+        tree = {"subject": subject | {"sha256": sha256}, "results": [row]}
+        (place / f"{name}.json").write_text(json.dumps(tree))
+    folder = tmp_path / "checkpoints" / "step-00000030"
+    state = STATE | {"versions": {text: text}}
+    card = model_card(Origin(folder, state, config, "student"), CARD)
+    assert card.encode() and all(char.isprintable() or char == "\n" for char in card)
+    body = card.split("---\n", 2)[2]
+    for mark in ("](", "<img", "`code", "http:", "https:", "www.", "&lt;", "*more", "__"):
+        assert mark not in body
+    plain = card_of("demo")
+    assert len(card.splitlines()) - len(plain.splitlines()) <= 6
+    for line in body.splitlines():
+        assert line.count("|") in ((0, 6) if "top-1" in body and line.count("|") > 3 else (0, 3))

@@ -14,7 +14,7 @@ import torch
 from cmtmae_scale.cache.build import Builder, build_shards
 from cmtmae_scale.cache.codecs import Calibration, Codec
 from cmtmae_scale.cache.teacher import CachedTeacher
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import batch_plan, needs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, ConfigError
@@ -171,7 +171,9 @@ def measure_steps(
 ) -> tuple[list[training.StepResult], dict[str, Spread]]:
     """Time the training step with a synthetic teacher, each cache and the online teacher."""
     configs = [cached_config(config, one.folder, one.codec) for one in caches]
-    synthetic = SyntheticTeacher(teacher, config.train.micro_batch_size, device)
+    synthetic = SyntheticTeacher(
+        teacher, batch_plan(config, world.world_size).micro_batch_size, device
+    )
     variants = [Variant("synthetic teacher", configs[0], "auto", synthetic)]
     for own, cache in zip(configs, caches, strict=True):
         variants.append(Variant(f"cache, {cache.codec}", own, "auto", before=cache.drop))

@@ -125,9 +125,11 @@ class TimedTeacher:
 class SyntheticStream:
     """Endless batches of the same random images on the device, at new positions."""
 
-    def __init__(self, config: Config, sizes: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, config: Config, count: int, sizes: tuple[int, ...], device: torch.device
+    ) -> None:
         generator = torch.Generator(device).manual_seed(config.run.seed)
-        self.count = config.train.micro_batch_size
+        self.count = count
         shapes = [(self.count, size, size, 3) for size in sizes]
         images = [torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes]
         self.images = tuple(image.random_(0, 256, generator=generator) for image in images)
@@ -194,7 +196,9 @@ class Rig:
                 open_stream(config, index, world, device, teacher, progress.position)
             )
         else:
-            stream = SyntheticStream(config, view_sizes(config.views.image_size, teacher), device)
+            stream = SyntheticStream(
+                config, plan.micro_batch_size, view_sizes(config.views.image_size, teacher), device
+            )
         config.log.diagnostics_every = None
         task = Pretraining(config, world, device)
         task.view_sizes = view_sizes(config.views.image_size, teacher)

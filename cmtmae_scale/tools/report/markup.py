@@ -1,18 +1,17 @@
 """HTML elements; every text is escaped here."""
 
 import html
-import math
 from collections.abc import Iterable, Sequence
 
 
 def escape(value: object) -> str:
-    """Return a value as escaped text."""
-    return html.escape(str(value))
+    """Return a value as escaped text; what UTF-8 cannot encode is written as an escape."""
+    return html.escape(str(value).encode(errors="backslashreplace").decode())
 
 
 def format_number(value: object, digits: int = 4) -> str:
     """Format a number with 4 digits and no trailing zeros, as ``1e-5``; a dash for other values."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not -1e300 < value < 1e300:
         return "-"
     if value == int(value) and abs(value) < 1e7:
         grouped = f"{int(value):,}".replace(",", "\N{THIN SPACE}")
@@ -23,7 +22,9 @@ def format_number(value: object, digits: int = 4) -> str:
 
 def format_percent(value: object) -> str:
     """Format a fraction in per cent; a dash for other values."""
-    return f"{100 * value:.1f} %" if isinstance(value, int | float) else "-"
+    if not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        return "-"
+    return f"{100 * value:.1f} %"
 
 
 def paragraph(sentence: str, kind: str = "") -> str:

@@ -1,12 +1,13 @@
 """The page of a report: one file without scripts or external resources."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.resources import files
 
 from cmtmae_scale import __version__
 from cmtmae_scale.tools.report.comparison import comparison_sections
-from cmtmae_scale.tools.report.markup import escape
+from cmtmae_scale.tools.report.markup import escape, paragraph, section
 from cmtmae_scale.tools.report.ranges import finished_siblings
 from cmtmae_scale.tools.report.run import Run
 from cmtmae_scale.tools.report.sections import (
@@ -36,15 +37,17 @@ def render_page(runs: Sequence[Run]) -> str:
     """Return the page of one run, or of several runs and their comparison."""
     if len(runs) == 1:
         title = runs[0].label
-        body = headline(runs[0]) + section_links("")
+        body = draw_safely("Outcome", "outcome", partial(headline, runs[0])) + section_links("")
         body += run_sections(runs[0], runs, "", FIGURES_ALONE)
     else:
         title = " and ".join(run.label for run in runs)
         places = {"final": "Final values", "differences": "Differences", "overlaid": "Curves"}
         places |= {f"r{place}": run.label for place, run in enumerate(runs, 1)}
-        body = navigation_bar(places) + comparison_sections(runs)
+        body = navigation_bar(places)
+        body += draw_safely("Comparison", "final", partial(comparison_sections, runs))
         for place, run in enumerate(runs, 1):
-            body += f'<h1 class="run" id="r{place}">{escape(run.label)}</h1>{headline(run)}'
+            body += f'<h1 class="run" id="r{place}">{escape(run.label)}</h1>'
+            body += draw_safely("Outcome", f"r{place}-outcome", partial(headline, run))
             prefix = f"r{place}-"
             body += section_links(prefix) + run_sections(run, runs, prefix, FIGURES_COMPARED)
     return html_document(title, body)
@@ -52,15 +55,31 @@ def render_page(runs: Sequence[Run]) -> str:
 
 def run_sections(run: Run, runs: Sequence[Run], prefix: str, most: int) -> str:
     """Return all sections of a run; ``prefix`` makes their anchors unique."""
-    others = finished_siblings(run, runs)
-    return (
-        identity_section(run, f"{prefix}run")
-        + curves_section(run, others, f"{prefix}curves")
-        + figures_section(run, f"{prefix}figures", most)
-        + time_section(run, others, f"{prefix}time")
-        + incidents_section(run, f"{prefix}incidents")
-        + evaluation_section(run, others, f"{prefix}evaluation")
+    try:
+        others = finished_siblings(run, runs)
+    except OSError:  # the folder above cannot be listed
+        others = []
+    drawn = {
+        "run": lambda place: identity_section(run, place),
+        "curves": lambda place: curves_section(run, others, place),
+        "figures": lambda place: figures_section(run, place, most),
+        "time": lambda place: time_section(run, others, place),
+        "incidents": lambda place: incidents_section(run, place),
+        "evaluation": lambda place: evaluation_section(run, others, place),
+    }
+    return "".join(
+        draw_safely(SECTIONS[anchor], prefix + anchor, partial(draw, prefix + anchor))
+        for anchor, draw in drawn.items()
     )
+
+
+def draw_safely(title: str, anchor: str, draw: Callable[[], str]) -> str:
+    """Return a section, or in its place why the run's files do not allow to draw it."""
+    try:
+        return draw()
+    except Exception as error:  # files of any content; a report of the other sections remains
+        reason = f"This section cannot be drawn: {type(error).__name__}: {error}"
+        return section(title, anchor, paragraph(f"{reason}. Its files hold unexpected values."))
 
 
 def section_links(prefix: str) -> str:

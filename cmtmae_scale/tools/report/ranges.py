@@ -78,7 +78,7 @@ def interpolate_curve(curve: Sequence[Point], step: float) -> float | None:
 def scheduled_values(run: Run, name: str) -> list[Point]:
     """Return a scheduled value over the whole run; empty where the schedule is unknown."""
     end = run.end_step
-    if run.config is None or not end or run.state.get("progress", {}).get("step0", 0):
+    if run.config is None or not end or run.progress.get("step0", 0):
         return []
     count = min(PLANNED_POINTS, end)
     steps = [1 + (end - 1) * k / max(count - 1, 1) for k in range(count)]

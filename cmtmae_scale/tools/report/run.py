@@ -1,22 +1,22 @@
 """Content of a run's folder; files may be absent, damaged or growing.
 
-An unreadable file becomes a sentence in ``Run.problems``, never an error.
+An unreadable file becomes a sentence in ``Run.problems``, never an error. Only regular files within
+the folder are opened: no pipe, no device, and no link that leads out.
 """
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
-from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.load import load_config, parse_yaml
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.resume import flatten
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime.storage import read_inside, read_json, require_inside
 
+LARGEST = 1e30
+"""Larger numbers are not drawn; no logged value comes near."""
 FILES = ("config.yaml", "log.jsonl", "exit.json", "starts.jsonl", "checkpoints")
 """Any of these files identifies a run's folder."""
 
@@ -59,8 +59,16 @@ class Run:
     @property
     def end_step(self) -> int | None:
         """Planned last step, where it is known."""
-        planned = self.state.get("progress", {}).get("end_step")
-        return planned or (self.config.train.steps if self.config is not None else None)
+        planned = self.progress.get("end_step")
+        if isinstance(planned, int) and planned > 0:
+            return planned
+        return self.config.train.steps if self.config is not None else None
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """Progress of the newest checkpoint; empty where it is unknown."""
+        found = self.state.get("progress")
+        return cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """Return steps and values of one logged name."""
@@ -88,26 +96,26 @@ def read_run(folder: Path) -> Run:
     read_settings(run)
     for line in json_lines(run, "log.jsonl"):
         step = line.get("step")
-        if not isinstance(step, int | float) or not math.isfinite(step):
+        if not is_drawable(step):
             run.problems.append("log.jsonl has an entry without a step; the entry is ignored")
         elif "incident" in line:
             run.incidents.append(line)
         else:
             run.entries.append({key: value for key, value in line.items() if is_drawable(value)})
     run.entries.sort(key=lambda entry: entry["step"])
-    run.exit = read_json(run, folder / "exit.json")
+    run.exit = read_object(run, folder / "exit.json")
     run.launches = [valid_launch(launch) for launch in json_lines(run, "starts.jsonl")]
     run.bad_files = list(json_lines(run, "quarantine.jsonl"))
-    run.figures = find_figures(folder / "figures")
+    run.figures = find_figures(run)
     for path in sorted((folder / "evaluation").glob("*.json")):
-        found = read_json(run, path)
+        found = read_object(run, path)
         if found is not None:
             run.results.append((path.name, found))
     states = sorted((folder / "checkpoints").glob("step-*/state.json"))
-    run.state = (read_json(run, states[-1]) if states else None) or {}
-    run.num_images = list_length(read_json(run, folder / "index" / "index.json"), "names")
+    run.state = (read_object(run, states[-1]) if states else None) or {}
+    run.num_images = list_length(read_object(run, folder / "index" / "index.json"), "names")
     evaluated = folder / "evaluation" / "train-index" / "index.json"
-    run.num_classes = list_length(read_json(run, evaluated), "labels")
+    run.num_classes = list_length(read_object(run, evaluated), "labels")
     return run
 
 
@@ -117,12 +125,16 @@ def read_settings(run: Run) -> None:
     if not path.exists():
         return
     try:
+        require_inside(run.dir, path)
         run.config = load_config(path)
+    except OSError as error:
+        run.problems.append(f"config.yaml cannot be read ({error.strerror})")
+        return
     except ConfigError as error:
         run.problems.append(f"config.yaml is not this version's: {error}")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        tree = parse_yaml(read_inside(run.dir, path).decode(errors="replace"))
+    except (OSError, ValueError):
         return
     if isinstance(tree, dict):
         run.settings = flatten(cast(dict[str, Any], tree))
@@ -133,14 +145,14 @@ def json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON lines file; other lines are reported as a problem."""
     path = run.dir / name
     try:
-        text = path.read_text(errors="replace") if path.exists() else ""
+        text = read_inside(run.dir, path).decode(errors="replace") if exists(path) else ""
     except OSError as error:
         run.problems.append(f"{name} cannot be read ({error.strerror})")
         return
     broken: list[int] = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            found = json.loads(line)
+            found = read_json(line.encode())
         except ValueError:
             found = None
         if isinstance(found, dict):
@@ -153,12 +165,17 @@ def json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
         run.problems.append(f"{name}: {what} {shown} cannot be read; the rest is used")
 
 
-def read_json(run: Run, path: Path) -> dict[str, Any] | None:
+def exists(path: Path) -> bool:
+    """Return whether there is anything of this name, also a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
+def read_object(run: Run, path: Path) -> dict[str, Any] | None:
     """Read a JSON object; ``None`` where there is none."""
-    if not path.is_file():
+    if not exists(path):
         return None
     try:
-        found = json.loads(path.read_text())
+        found = read_json(read_inside(run.dir, path))
     except (OSError, ValueError):
         found = None
     if isinstance(found, dict):
@@ -175,15 +192,25 @@ def valid_launch(launch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def find_figures(folder: Path) -> list[tuple[int, Path]]:
-    """Return figure sheets by step."""
-    found = [(path.stem.removeprefix("step-"), path) for path in folder.glob("step-*.png")]
-    return sorted((int(number), path) for number, path in found if number.isdecimal())
+def find_figures(run: Run) -> list[tuple[int, Path]]:
+    """Return figure sheets by step; others than regular files in the run are named as a problem."""
+    found: list[tuple[int, Path]] = []
+    for path in (run.dir / "figures").glob("step-*.png"):
+        number = path.stem.removeprefix("step-")
+        if not (number.isascii() and number.isdecimal() and len(number) < 20):
+            continue
+        try:
+            require_inside(run.dir, path)
+        except OSError as error:
+            run.problems.append(f"figures/{path.name} is not shown ({error.strerror})")
+            continue
+        found.append((int(number), path))
+    return sorted(found)
 
 
 def is_drawable(value: Any) -> bool:
-    """Return whether a log value is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Return whether a log value is a finite number that a chart can place."""
+    return isinstance(value, int | float) and -LARGEST <= value <= LARGEST
 
 
 def list_length(found: dict[str, Any] | None, key: str) -> int | None:

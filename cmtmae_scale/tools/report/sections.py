@@ -7,6 +7,7 @@ import yaml
 
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
+from cmtmae_scale.runtime.storage import read_inside
 from cmtmae_scale.tools.report.chart import Chart, draw_chart
 from cmtmae_scale.tools.report.curves import evaluation_charts, time_charts, training_charts
 from cmtmae_scale.tools.report.markup import (
@@ -57,9 +58,16 @@ def headline(run: Run) -> str:
         first = f"from {agreement[0][1]:.2f}"
         cards.append(("attention agreement", f"{agreement[-1][1]:.2f}", first))
     for name, label in (("eval/knn10", "k-NN accuracy"), ("eval/linear", "linear accuracy")):
-        if run.last(name) is not None:
-            chance = f"chance {format_percent(1 / run.num_classes)}" if run.num_classes else ""
-            cards.append((label, format_percent(run.last(name)), chance))
+        measured = run.series(name)
+        if measured:
+            step, accuracy = measured[-1]
+            beside = [f"at step {format_number(step)}"]
+            if run.num_classes:
+                beside.append(f"chance {format_percent(1 / run.num_classes)}")
+            random = random_accuracy(run, name)
+            if random is not None:
+                beside.append(f"random weights {format_percent(random)}")
+            cards.append((label, format_percent(accuracy), ", ".join(beside)))
     if run.last("images_s") is not None:
         cards.append(("views per second", format_number(run.last("images_s"), 3), ""))
     items = "".join(
@@ -72,6 +80,19 @@ def headline(run: Run) -> str:
         f'<p class="outcome"><b class="badge {kind}">{escape(words)}</b>{detail}</p>'
         f'<dl class="cards">{items}</dl>'
     )
+
+
+def random_accuracy(run: Run, name: str) -> float | None:
+    """Return the accuracy of random weights that ``evaluate.py`` found by the method of a card."""
+    method = "k-NN k=10" if name == "eval/knn10" else "logistic"
+    for _, result in run.results:
+        for one in result.get("results") or ():
+            if not isinstance(one, dict) or not isinstance(one.get("accuracy"), int | float):
+                continue
+            same = one.get("method") == method and one.get("features") == "patches"
+            if same and one.get("weights") == "random weights":
+                return float(one["accuracy"])
+    return None
 
 
 def identity_section(run: Run, anchor: str) -> str:
@@ -161,13 +182,11 @@ def curves_section(run: Run, others: Sequence[Run], anchor: str) -> str:
         )
         note = f"Expected range: finished runs of the same settings, {names}."
     else:
-        note = (
-            "No sibling folder holds a finished run of the same settings, so no range is drawn; "
-            "thin grey lines are schedules."
-        )
-    return section(
-        "Curves", anchor, draw_charts(training_charts(run, others)), paragraph(note, "note")
-    )
+        note = "No sibling folder holds a finished run of the same settings: no range is drawn."
+    charts = training_charts(run, others)
+    if any(line.label == "schedule" and line.points for chart in charts for line in chart.lines):
+        note += " Thin grey lines are schedules."
+    return section("Curves", anchor, draw_charts(charts), paragraph(note, "note"))
 
 
 def figures_section(run: Run, anchor: str, most: int) -> str:
@@ -183,7 +202,7 @@ def figures_section(run: Run, anchor: str, most: int) -> str:
         details(
             f"Step {format_number(step)}",
             f'<div class="scroll sheet" tabindex="0"><img alt="views, attention, masks and '
-            f'features at step {step}" src="{inline_png(path.read_bytes())}"></div>',
+            f'features at step {step}" src="{inline_png(read_inside(run.dir, path))}"></div>',
             opened=place == places[0],
         )
         for place in places

@@ -3,30 +3,53 @@
 from cmtmae_scale.tools.report.markup import escape, format_percent
 from cmtmae_scale.tools.report.run import Run
 
+LOGGED = {"evaluations": "eval/time_fraction", "figures": "figures/time_fraction"}
+
 
 def time_fractions(run: Run) -> dict[str, float]:
     """Return fractions of the time by use, which sum to 1; empty where no time was logged.
 
-    Evaluations and figures are logged as fractions of the time since the last launch. Waiting is a
-    fraction of the remaining time, weighted with the length of each interval.
+    Evaluations and figures are logged as fractions of the time since a launch, whose steps took the
+    rest. Waiting is a fraction of the time of the steps. Launches are added up.
     """
-    logged = {"evaluations": "eval/time_fraction", "figures": "figures/time_fraction"}
-    aside = {use: min(max(run.last(name) or 0.0, 0.0), 1.0) for use, name in logged.items()}
-    intervals = log_intervals(run)
-    total = sum(seconds for seconds, _ in intervals)
-    if not total:
-        return {}
-    steps = max(1 - sum(aside.values()), 0.0)
-    waiting = steps * min(sum(seconds * wait for seconds, wait in intervals) / total, 1.0)
-    found = {"computing": steps - waiting, "waiting for data": waiting, **aside}
-    return {use: fraction for use, fraction in found.items() if fraction > 0}
+    spent = dict.fromkeys(("computing", "waiting for data", *LOGGED), 0.0)
+    for start, entries in split_launches(run):
+        intervals = log_intervals(entries, start)
+        steps = sum(length for length, _ in intervals)
+        if not steps:
+            continue
+        aside = {use: min(max(last_value(entries, name), 0.0), 1.0) for use, name in LOGGED.items()}
+        whole = steps / max(1 - sum(aside.values()), 1e-3)
+        waiting = min(sum(length * wait for length, wait in intervals), steps)
+        spent["computing"] += steps - waiting
+        spent["waiting for data"] += waiting
+        for use, fraction in aside.items():
+            spent[use] += whole * fraction
+    total = sum(spent.values())
+    return {use: length / total for use, length in spent.items() if length > 0}
 
 
-def log_intervals(run: Run) -> list[tuple[float, float]]:
+def split_launches(run: Run) -> list[tuple[float, list[dict[str, float]]]]:
+    """Return the first step and the log entries of each launch; later launches cut the log."""
+    steps = [launch.get("step") for launch in run.launches[1:]]
+    starts = sorted({0.0, *(float(step) for step in steps if isinstance(step, int | float))})
+    ends = [*starts[1:], float("inf")]
+    return [
+        (start, [entry for entry in run.entries if start < entry["step"] <= end])
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def last_value(entries: list[dict[str, float]], name: str) -> float:
+    """Return the last value of a name; 0 where it was not logged."""
+    return next((entry[name] for entry in reversed(entries) if name in entry), 0.0)
+
+
+def log_intervals(entries: list[dict[str, float]], start: float) -> list[tuple[float, float]]:
     """Return the relative length of each interval of the log, and its fraction of waiting."""
     found: list[tuple[float, float]] = []
-    before = 0.0
-    for entry in run.entries:
+    before = start
+    for entry in entries:
         speed = entry.get("images_s", 0.0)
         if speed > 0:
             found.append(((entry["step"] - before) / speed, entry.get("data_wait_fraction", 0.0)))
@@ -51,6 +74,6 @@ def time_bar(run: Run) -> str:
     return (
         '<figure class="spent"><figcaption>Use of time</figcaption>'
         f'<div class="bar" role="img" aria-label="{escape(summary)}">{bar}</div>'
-        f'<ul class="legend">{keys}</ul><p class="note">Since the last launch, on rank 0; '
+        f'<ul class="legend">{keys}</ul><p class="note">All launches, on rank 0; '
         "saving counts as computing.</p></figure>"
     )

@@ -3,15 +3,17 @@
 python -m cmtmae_scale.tools.study.tiny_imagenet datasets/tinyimagenet100-64 [--zip FILE]
 """
 
+import hashlib
+import http.client
 import io
 import logging
-import shutil
 import sys
 import tarfile
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from cmtmae_scale.errors import EXIT_DONE
 from cmtmae_scale.runtime.arguments import Parser
@@ -19,6 +21,10 @@ from cmtmae_scale.runtime.storage import atomic_path
 from dataloading.errors import DataError
 
 ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+SIZE, MD5 = 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de"
+"""Of the archive; the MD5 is that of Avalanche's ``benchmarks/datasets/tiny_imagenet``."""
+TIMEOUT_S = 60
+"""Seconds without a byte after which the download is given up."""
 ROOT = "tiny-imagenet-200"
 TRAIN_TARS, TRAIN_A_TAR = 12, 25
 VAL_TARS, VAL_A_TAR = 5, 10
@@ -48,23 +54,42 @@ def download_archive(file: Path) -> Path:
     """Download the archive (250 MB), unless it exists.
 
     Raises:
-        DataError: if the download fails.
+        DataError: if the download fails, or another file is sent.
     """
     if file.exists():
         return file
     logger.info("fetching %s (250 MB) ...", ADDRESS)
     try:
         with (
-            urllib.request.urlopen(ADDRESS) as response,
+            urllib.request.urlopen(ADDRESS, timeout=TIMEOUT_S) as response,
             atomic_path(file) as draft,
-            draft.open("wb") as opened,
         ):
-            shutil.copyfileobj(response, opened)
-    except OSError as error:
+            copy_verified(response, draft)
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"{ADDRESS}: cannot be downloaded ({error}); name a copy with --zip"
         ) from error
     return file
+
+
+def copy_verified(response: BinaryIO, file: Path) -> None:
+    """Write what a server sends, at most ``SIZE`` bytes, and compare size and MD5.
+
+    Raises:
+        DataError: if they differ.
+        OSError: if the server sends nothing for ``TIMEOUT_S``, or the store refuses.
+    """
+    digest, size = hashlib.md5(usedforsecurity=False), 0
+    with file.open("wb") as opened:
+        while size <= SIZE and (data := response.read(2**20)):
+            opened.write(data)
+            digest.update(data)
+            size += len(data)
+    if (size, digest.hexdigest()) != (SIZE, MD5):
+        raise DataError(
+            f"{ADDRESS}: sent {'more than ' if size > SIZE else ''}{min(size, SIZE)} bytes of MD5 "
+            f"{digest.hexdigest()}, expected {SIZE} bytes of {MD5}; name a copy with --zip"
+        )
 
 
 def write_subset(archive: Path, folder: Path) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.commands.report import write_page, write_report
+from cmtmae_scale.tools.report.run import Run, read_run
+from cmtmae_scale.tools.report.sections import curves_section, headline
+from cmtmae_scale.tools.report.spent import time_fractions
 from tests.tools.report.report_case import entries, write_figure, write_lines, write_run
 
 VOID = {"meta", "link", "img", "path", "rect", "circle", "br"}
@@ -272,3 +275,35 @@ def test_a_file_that_cannot_be_written_is_refused(
     assert "name another file with --out" in capsys.readouterr().err
     assert write_report([str(finished), "--out", str(tmp_path / "new" / "x.html")]) == 0
     assert (tmp_path / "new" / "x.html").is_file()
+
+
+def test_the_use_of_time_counts_every_launch() -> None:
+    """The first launch spent half of its time on evaluations, the second a fifth."""
+    run = Run(Path("run"), "run", launches=[{"step": 0}, {"step": 10}])
+    run.entries = [
+        {"step": 10.0, "images_s": 2.0, "data_wait_fraction": 0.2},
+        {"step": 10.0, "eval/time_fraction": 0.5},
+        {"step": 20.0, "images_s": 1.0, "data_wait_fraction": 0.0},
+        {"step": 20.0, "eval/time_fraction": 0.2},
+    ]
+    # steps: 5 + 10; evaluations: 5 + 2.5
+    expected = {"computing": 14 / 22.5, "waiting for data": 1 / 22.5, "evaluations": 7.5 / 22.5}
+    assert time_fractions(run) == pytest.approx(expected)
+    assert time_fractions(Run(Path("run"), "run")) == {}
+
+
+def test_an_accuracy_has_its_step_chance_and_random_weights(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    row = {"weights": "random weights", "features": "patches", "method": "k-NN k=10"}
+    result = {"results": [row | {"accuracy": 0.34}, row | {"method": "linear", "accuracy": 0.9}]}
+    (folder / "evaluation" / "knn-2.json").write_text(json.dumps(result))
+    text = headline(read_run(folder))
+    assert "50.0 %<small>at step 60, chance 25.0 %, random weights 34.0 %<" in text
+    assert "60.0 %<small>at step 60, chance 25.0 %<" in text
+
+
+def test_grey_lines_are_explained_only_where_they_are(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    assert "Thin grey lines are schedules" in curves_section(run, [], "curves")
+    run.config = None  # the settings of another version: no schedule is known
+    assert "grey" not in curves_section(run, [], "curves")

@@ -1,5 +1,6 @@
 """The subset of an archive that is made up like Tiny-ImageNet's."""
 
+import hashlib
 import io
 import re
 import zipfile
@@ -11,6 +12,7 @@ from PIL import Image
 
 from cmtmae_scale.tools.study import tiny_imagenet
 from cmtmae_scale.tools.study.tiny_imagenet import make_tiny_imagenet
+from dataloading.errors import DataError
 from dataloading.index import build_index
 
 NAMES = ["n04", "n01", "n03", "n02"]  # sorted, every second: n01, n03
@@ -79,3 +81,30 @@ def test_what_is_not_the_archive_is_named(
     assert make_tiny_imagenet([str(tmp_path / "out"), "--zip", str(file)]) == 78
     assert re.search(r"other.zip: is not Tiny-ImageNet's archive .* --zip", caplog.text)
     assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_a_download_is_compared_with_size_and_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent = b"x" * 1000
+    waited: list[float] = []
+
+    def urlopen(_: str, timeout: float) -> io.BytesIO:
+        waited.append(timeout)
+        return io.BytesIO(sent)
+
+    monkeypatch.setattr(tiny_imagenet.urllib.request, "urlopen", urlopen)
+    file = tmp_path / "tiny.zip"
+    for size, md5, words in (
+        (1000, "0" * 32, "expected 1000 bytes of 000"),
+        (999, hashlib.md5(sent).hexdigest(), "sent more than 999 bytes"),
+        (1001, hashlib.md5(sent).hexdigest(), "sent 1000 bytes"),
+    ):
+        monkeypatch.setattr(tiny_imagenet, "SIZE", size)
+        monkeypatch.setattr(tiny_imagenet, "MD5", md5)
+        with pytest.raises(DataError, match=words):
+            tiny_imagenet.download_archive(file)
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(tiny_imagenet, "SIZE", 1000)
+    assert tiny_imagenet.download_archive(file).read_bytes() == sent
+    assert all(0 < timeout <= 60 for timeout in waited) and len(waited) == 4

@@ -1,0 +1,118 @@
+"""What a launch would refuse, ``--dry-run`` names, with its figures and exit code 78."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from cmtmae_scale.commands import dry_run
+from cmtmae_scale.commands.pretrain import launch_pretraining, parse_options
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
+from tests.engine.run_case import run, write_recipe
+from tests.processes import run_ranks
+
+BAD = "would not start: "
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("dry"))
+
+
+@pytest.fixture
+def place(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder without files, from which relative paths are read; FLOPs are not counted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dry_run, "count_networks", lambda *_: ["memory per GPU"])
+    return tmp_path
+
+
+def dry(recipe: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, list[str]]:
+    """Exit code of a dry run, and its reasons; the figures are always printed."""
+    options = parse_options(["--config", str(recipe), "--dry-run", *overrides])
+    code = launch_pretraining(options)
+    lines = capsys.readouterr().out.splitlines()
+    for part in ("run:", "images ", "batch ", "learning rate ", "would resume "):
+        assert any(line.startswith(part) for line in lines), part
+    return code, [line.removeprefix(BAD) for line in lines if line.startswith(BAD)]
+
+
+def test_a_recipe_that_would_start(recipe: Path, place: Path, capsys) -> None:
+    assert dry(recipe, capsys) == (EXIT_DONE, [])
+    assert list(place.iterdir()) == []  # nothing is written
+    assert not (recipe.parent / "run").exists()
+
+
+REFUSED = {
+    "images": (["data.path=absent"], "absent"),
+    "no image": (["data.path=empty"], "empty"),
+    "number of images": (["data.expected_images=21"], "20 usable images, data.expected_images=21"),
+    "teacher's file": (["teacher.weights=t.safetensors"], "t.safetensors: there is no such file"),
+    "teacher's depth": (["teacher.weights=shallow.safetensors"], "does not fit teacher.model=test"),
+    "blocks kept": (["teacher.depth=40"], "teacher.depth=40"),
+    "teacher's model": (["teacher.model=vit_nano"], "vit_nano is not a model of timm"),
+    "initial weights": (["student.init_weights=s.safetensors"], "s.safetensors: there is no such"),
+    "another encoder": (["student.init_weights=shallow.safetensors"], "does not fit: "),
+    "evaluation": (["eval.every=2", "eval.train_path=photos", "eval.test_path=nowhere"], "nowhere"),
+    "cache": (["teacher.mode=cached", "cache.dir=c", "views.views_per_image=1"], "c"),
+    "student": (["student.arch=resnet50"], "student.arch=resnet50"),
+    "folder": (["run.output_dir=file/run"], "file is not a folder"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_launch_refuses_is_named(name: str, recipe: Path, place: Path, capsys) -> None:
+    (place / "empty").mkdir()
+    (place / "file").touch()
+    (place / "photos").symlink_to(recipe.parent / "photos")
+    shallow = timm.create_model("test_vit", num_classes=0).state_dict()
+    del shallow["blocks.5.norm1.weight"]
+    save_file(shallow, place / "shallow.safetensors")
+    overrides, text = REFUSED[name]
+    code, reasons = dry(recipe, capsys, *overrides)
+    assert code == EXIT_CONFIG
+    assert len(reasons) == 1 and text in reasons[0], reasons
+
+
+def test_every_reason_is_named_at_once(recipe: Path, place: Path, capsys) -> None:
+    code, reasons = dry(
+        recipe, capsys, "data.path=absent", "teacher.weights=t.pt", "student.init_weights=s.pt"
+    )
+    assert code == EXIT_CONFIG
+    assert ["absent" in reasons[0], "t.pt" in reasons[1], "s.pt" in reasons[2]] == [True] * 3
+
+
+def test_a_number_of_images_stands_for_absent_images_only(
+    recipe: Path, place: Path, capsys
+) -> None:
+    absent = ["data.expected_images=7", "data.path=t-{0..3}.tar"]
+    assert dry(recipe, capsys, *absent) == (EXIT_DONE, [])
+    (place / "t-0.tar").touch()
+    assert dry(recipe, capsys, *absent)[0] == EXIT_CONFIG
+
+
+def test_the_ranks_of_a_launcher_count(
+    recipe: Path, place: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {"WORLD_SIZE": 3, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(key, str(value))
+    code, reasons = dry(recipe, capsys)
+    assert code == EXIT_CONFIG
+    batch, nodes = sorted(reasons, key=lambda reason: "hybrid" in reason)
+    assert "8 cannot be shared by 3 ranks" in batch and "nodes of 2" in nodes
+
+
+def test_a_checkpoint_that_would_be_refused(recipe: Path, place: Path, capsys) -> None:
+    where = f"run.output_dir={place / 'run'}"
+    run_ranks(1, run, recipe, [where, "train.stop_after=2", "log.diagnostics_every=null"])
+    assert dry(recipe, capsys, where, "train.steps=9")[1][0].endswith(
+        "run.allow_change=[train.steps]"
+    )
+    assert dry(recipe, capsys, where) == (EXIT_DONE, [])
+    shutil.copytree(recipe.parent / "photos" / "class0", place / "photos" / "class0")
+    (reason,) = dry(recipe, capsys, where, f"data.path={place / 'photos'}")[1]
+    assert "images differ" in reason and "student.init_weights=" in reason
+    (place / "run" / "checkpoints" / "step-00000002" / "manifest.json").unlink()
+    assert "none of 1 checkpoints is intact" in dry(recipe, capsys, where)[1][0]
