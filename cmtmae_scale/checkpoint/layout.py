@@ -166,7 +166,7 @@ def find_type_problems(state: dict[str, Any]) -> Iterator[str]:
         for name, version in state["versions"].items():
             if not isinstance(version, str):
                 yield f"versions.{name}={shorten(version)} is not {JSON_NAMES[str]}"
-    if not is_count(state.get("world_size")):
+    if not is_count(state.get("world_size")) or not state["world_size"]:
         yield f"world_size={shorten(state.get('world_size'))} is not a count"
     for group, counts in COUNTS.items():
         tree = state.get(group)

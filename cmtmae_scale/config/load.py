@@ -266,7 +266,7 @@ def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> Non
             f"{place}: {key}={value} is not a list of {len(get_args(kind))} numbers, such as "
             f"'{key}={default}'"
         )
-    item = "" if value is None else str(cast(object, value))
+    item = "" if value is None else f"{value}"
     raise ConfigError(f"{place}: {key}={value} is not a list; write '{key}=[{item}]'")
 
 

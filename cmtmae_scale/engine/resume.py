@@ -98,7 +98,7 @@ def compare_configs(
         )
     if digests[0] != digests[1] and old[_ORIENTATION] == new.get(_ORIENTATION):
         encoder = "checkpoints/step-*/encoder.safetensors"
-        start = f"student.init_weights={saved['run']['output_dir']}/{encoder}"
+        start = f"student.init_weights={flatten(saved).get('run.output_dir')}/{encoder}"
         raise ConfigError(
             f"data.path: the images differ from the checkpoint's (digest {digests[0][:12]} against "
             f"{digests[1][:12]}); restore them{hint} or use another run.output_dir"
@@ -215,9 +215,9 @@ def refuse_other_pairs(config: Trained, plan: BatchPlan, saved: dict[str, Any] |
     """
     if saved is None or not pairs_views(config):
         return
-    train = saved["config"]["train"]
-    total, limit = train["global_batch_size"], train["micro_batch_size"]
-    if (total, limit) != (config.train.global_batch_size, config.train.micro_batch_size):
+    old = flatten(saved["config"])
+    total, limit = config.train.global_batch_size, config.train.micro_batch_size
+    if (old.get("train.global_batch_size"), old.get("train.micro_batch_size")) != (total, limit):
         return  # an allowed change, which compare_configs has reported
     ranks = saved["world_size"]
     before = split_batch(total, limit, ranks, unit=2).micro_batch_size

@@ -1,6 +1,5 @@
 """The first and the last lines of a launch: where it runs, what came out, what to type next."""
 
-import json
 import logging
 import os
 import shlex
@@ -17,6 +16,7 @@ from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.telemetry import FIGURES, LOG_FILE
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.storage import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def read_entries(file: Path) -> Iterator[dict[str, Any]]:
         return
     for line in lines:
         try:
-            entry = json.loads(line)
+            entry = read_json(line.encode())
         except ValueError:
             continue
         if isinstance(entry, dict):

@@ -169,7 +169,7 @@ WRONG: list[tuple[str, str | None, object]] = [
     *(("config", None, value) for value in (None, [], "x", 1.5)),
     *(("versions", None, value) for value in (None, [], "1.0")),
     ("versions", "torch", 2),
-    *(("world_size", None, value) for value in (None, "2", -1, True, 2**70)),
+    *(("world_size", None, value) for value in (None, "2", -1, 0, True, 2**70)),
     *(("index_digest", None, value) for value in (None, 7, [])),
     *(("progress", None, value) for value in (None, [], 3)),
     *(("progress", "step", value) for value in (None, "3", 3.5, -1, [3], True, 10**30)),

@@ -7,7 +7,7 @@ the folder are opened: no pipe, no device, and no link that leads out.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from cmtmae_scale.config.load import load_config, parse_yaml
 from cmtmae_scale.config.schema import Config
@@ -208,7 +208,7 @@ def find_figures(run: Run) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def is_drawable(value: Any) -> bool:
+def is_drawable(value: Any) -> TypeGuard[int | float]:
     """Return whether a log value is a finite number that a chart can place."""
     return isinstance(value, int | float) and -LARGEST <= value <= LARGEST
 

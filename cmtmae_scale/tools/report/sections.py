@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from typing import Any
 
 import yaml
 
@@ -20,7 +21,7 @@ from cmtmae_scale.tools.report.markup import (
     section,
     table,
 )
-from cmtmae_scale.tools.report.run import Run
+from cmtmae_scale.tools.report.run import Run, is_drawable
 from cmtmae_scale.tools.report.spent import time_bar
 
 SHOWN = 20
@@ -85,14 +86,22 @@ def headline(run: Run) -> str:
 def random_accuracy(run: Run, name: str) -> float | None:
     """Return the accuracy of random weights that ``evaluate.py`` found by the method of a card."""
     method = "k-NN k=10" if name == "eval/knn10" else "logistic"
-    for _, result in run.results:
-        for one in result.get("results") or ():
-            if not isinstance(one, dict) or not isinstance(one.get("accuracy"), int | float):
-                continue
-            same = one.get("method") == method and one.get("features") == "patches"
-            if same and one.get("weights") == "random weights":
-                return float(one["accuracy"])
+    wanted = {"method": method, "features": "patches", "weights": "random weights"}
+    for _, row in result_rows(run):
+        if wanted.items() <= row.items() and is_drawable(row.get("accuracy")):
+            return float(row["accuracy"])
     return None
+
+
+def result_rows(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows of the results of ``evaluate.py``, each with the name of its file."""
+    return [
+        (name, row)
+        for name, result in run.results
+        if isinstance(result.get("results"), list)
+        for row in result["results"]
+        if isinstance(row, dict)
+    ]
 
 
 def identity_section(run: Run, anchor: str) -> str:
@@ -285,9 +294,7 @@ def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
             f"{one.get('correct', '-')}/{one.get('count', '-')}",
             name,
         )
-        for name, result in run.results
-        for one in result.get("results") or ()
-        if isinstance(one, dict)
+        for name, one in result_rows(run)
     ]
     if rows:
         head = ("weights", "features", "method", "accuracy", "95 % interval", "correct", "file")

@@ -1,7 +1,7 @@
 """Use of a run's time, from its log."""
 
 from cmtmae_scale.tools.report.markup import escape, format_percent
-from cmtmae_scale.tools.report.run import Run
+from cmtmae_scale.tools.report.run import Run, is_drawable
 
 LOGGED = {"evaluations": "eval/time_fraction", "figures": "figures/time_fraction"}
 
@@ -32,7 +32,7 @@ def time_fractions(run: Run) -> dict[str, float]:
 def split_launches(run: Run) -> list[tuple[float, list[dict[str, float]]]]:
     """Return the first step and the log entries of each launch; later launches cut the log."""
     steps = [launch.get("step") for launch in run.launches[1:]]
-    starts = sorted({0.0, *(float(step) for step in steps if isinstance(step, int | float))})
+    starts = sorted({0.0, *(float(step) for step in steps if is_drawable(step))})
     ends = [*starts[1:], float("inf")]
     return [
         (start, [entry for entry in run.entries if start < entry["step"] <= end])

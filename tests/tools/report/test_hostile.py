@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from cmtmae_scale.commands.report import write_page, write_report
+from cmtmae_scale.tools.report.run import read_run
+from cmtmae_scale.tools.report.sections import headline
 from tests.tools.report.report_case import write_run
 from tests.tools.report.test_report import read_page
 
@@ -98,6 +100,14 @@ def test_values_of_any_type_are_reported(run_dir: Path, value: Any) -> None:
     words, _ = read_page(write_page([run_dir]))
     assert "Incidents" in words and "Evaluation" in words
     assert write_report([str(run_dir), str(run_dir.parent / "run" / "..") + "/run"]) == 0
+
+
+def test_results_of_any_type_leave_the_outcome(run_dir: Path) -> None:
+    row = {"method": "k-NN k=10", "features": "patches", "weights": "random weights"}
+    for value in VALUES:
+        for results in (value, [value, row | {"accuracy": value}]):
+            (run_dir / "evaluation" / "x.json").write_text(json.dumps({"results": results}))
+            assert "k-NN accuracy" in headline(read_run(run_dir))
 
 
 def test_deep_and_broken_files_are_reported(run_dir: Path) -> None:
