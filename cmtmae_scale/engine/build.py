@@ -15,6 +15,7 @@ from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
+from cmtmae_scale.engine.launches import on_rank_0
 from cmtmae_scale.engine.resume import find_progress
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
@@ -68,10 +69,12 @@ def build_run(
     stream = stack.enter_context(task.open_stream(progress.position))
     barrier()  # from here on no rank ends alone at a signal
     stop.install()
-    telemetry = progress_file = None
-    if world.rank == 0:
+    progress_file = None
+    telemetry = on_rank_0(
+        world.rank, lambda: Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
+    )
+    if telemetry is not None:
         progress_file = ProgressFile(run_dir)
-        telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
         stack.callback(telemetry.close)
     writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
     logger.info(

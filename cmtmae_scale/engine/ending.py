@@ -7,9 +7,17 @@ from typing import Self
 
 from cmtmae_scale.engine.launches import reset_launch_count
 from cmtmae_scale.engine.progress import Progress
-from cmtmae_scale.engine.stop import LaunchInterrupted
-from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED, CmtMaeError
-from cmtmae_scale.runtime.exit_code import delete_exit, write_exit
+from cmtmae_scale.engine.stop import STOP_FILE, STOP_FILE_REASON, LaunchInterrupted
+from cmtmae_scale.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_NO_PROGRESS,
+    EXIT_STOPPED,
+    CmtMaeError,
+    exit_code_of,
+)
+from cmtmae_scale.runtime.exit_code import EXIT_FILE, delete_exit, write_exit
+from cmtmae_scale.runtime.storage import optional_write
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -28,10 +36,12 @@ class Ending:
         self.rank = rank
         self.progress: Progress | None = None
         self.stopped: str | None = None
+        self.done = "done"
 
     def __enter__(self) -> Self:
         if self.rank == 0:
-            delete_exit(self.run_dir)
+            with optional_write(self.run_dir / EXIT_FILE):
+                delete_exit(self.run_dir)
         return self
 
     def __exit__(
@@ -41,13 +51,13 @@ class Ending:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, CmtMaeError | DataError):
-            self.write(error.exit_code, str(error))
+            self.write(exit_code_of(error), str(error))
         elif isinstance(error, LaunchInterrupted):
             self.write(EXIT_STOPPED, f"{error} before the first step")
         elif error is not None:
             self.write(EXIT_CRASH, f"{type(error).__name__}: {error}")
         else:
-            self.write(self.code, self.stopped or "done")
+            self.write(self.code, self.stopped or self.done)
 
     @property
     def code(self) -> int:
@@ -59,10 +69,18 @@ class Ending:
         """Return the last step."""
         return 0 if self.progress is None else self.progress.step
 
+    def advice(self, reason: str) -> str:
+        """Return what continues a run that stopped for a reason."""
+        if reason.startswith("train.stop_after="):
+            return "raise or remove train.stop_after to continue"
+        if reason == STOP_FILE_REASON:
+            return f"delete {self.run_dir / STOP_FILE}, then the same command continues"
+        return "the same command continues"
+
     def write(self, code: int, reason: str) -> None:
         """Write code, step and reason; only crashes count as launches without progress."""
         if code == EXIT_STOPPED:
-            logger.info("stopped at step %d (%s); the same command continues", self.step, reason)
+            logger.info("stopped at step %d (%s); %s", self.step, reason, self.advice(reason))
         if self.rank == 0:
             try:
                 write_exit(self.run_dir, code, self.step, reason)

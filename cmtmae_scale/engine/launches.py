@@ -3,23 +3,27 @@
 import json
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from cmtmae_scale import __version__
-from cmtmae_scale.checkpoint.layout import list_checkpoints, step_of
-from cmtmae_scale.errors import NoProgressError
+from cmtmae_scale.checkpoint.layout import find_renaming, list_checkpoints, step_of
+from cmtmae_scale.errors import NoProgressError, StorageError, may_pass
 from cmtmae_scale.runtime.collectives import broadcast_text
-from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.storage import append_line, optional_write, write_atomic
 
 logger = logging.getLogger(__name__)
 
 COUNT_FILE = "attempts.json"
 RECORD_FILE = "starts.jsonl"
 LIMIT = 3
+
+T = TypeVar("T")
 
 
 def count_launch(run_dir: Path, rank: int) -> None:
@@ -40,8 +44,7 @@ def count_launch(run_dir: Path, rank: int) -> None:
 
 def increment_count(run_dir: Path) -> str:
     """Write the number of this launch; returns the problem if there were too many, else ``""``."""
-    newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
-    step = 0 if newest is None else step_of(newest) or 0
+    step = newest_step(run_dir / "checkpoints")
     count = 1 + launches_from(run_dir, step)
     if count > LIMIT:
         return (
@@ -54,6 +57,16 @@ def increment_count(run_dir: Path) -> str:
     except OSError as error:
         logger.warning("%s could not be written (%s)", run_dir / COUNT_FILE, error)
     return ""
+
+
+def newest_step(root: Path) -> int:
+    """Return the step of the newest checkpoint that is no renamed copy, or 0; verify nothing."""
+    for folder in list_checkpoints(root):
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            if find_renaming(folder) is not None:
+                continue
+        return step_of(folder) or 0
+    return 0
 
 
 def launches_from(run_dir: Path, step: int) -> int:
@@ -71,6 +84,35 @@ def reset_launch_count(run_dir: Path) -> None:
         (run_dir / COUNT_FILE).unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s could not be removed (%s)", run_dir / COUNT_FILE, error)
+
+
+def on_rank_0(rank: int, work: Callable[[], T]) -> T | None:
+    """Run what only rank 0 does at a launch; a collective.
+
+    Returns:
+        The result on rank 0, ``None`` elsewhere.
+
+    Raises:
+        StorageError: on every rank, if the store is full or fails.
+    """
+    result, problem = None, ""
+    if rank == 0:
+        try:
+            result = work()
+        except OSError as error:
+            if not may_pass(error):
+                raise
+            problem = describe_store(error)
+    problem = broadcast_text(problem)
+    if problem:
+        raise StorageError(problem)
+    return result
+
+
+def describe_store(error: OSError) -> str:
+    """Return a message for a store that is full or fails at a launch."""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}; make room in run.output_dir and try the same command again"
 
 
 def record_launch(
@@ -105,5 +147,5 @@ def record_launch(
             "python": platform.python_version(),
         },
     }
-    with (run_dir / RECORD_FILE).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    with optional_write(run_dir / RECORD_FILE, at_launch=True):
+        append_line(run_dir / RECORD_FILE, json.dumps(record))

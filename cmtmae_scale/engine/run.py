@@ -12,16 +12,19 @@ from cmtmae_scale.config.load import save_config
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.build import build_run
 from cmtmae_scale.engine.ending import Ending
-from cmtmae_scale.engine.launches import count_launch, record_launch
-from cmtmae_scale.engine.loop import train
+from cmtmae_scale.engine.launches import count_launch, describe_store, on_rank_0, record_launch
+from cmtmae_scale.engine.loop import find_reached_stop, train
 from cmtmae_scale.engine.task import Run, SideTask, Task
 from cmtmae_scale.engine.watchdog import SLOW_STAGE_FACTOR, watched
-from cmtmae_scale.errors import EXIT_CRASH
+from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, StorageError, may_pass
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
+from cmtmae_scale.runtime.storage import optional_write
 
 logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
 
 
 def run_task(
@@ -49,6 +52,7 @@ def run_task(
 
     Raises:
         CmtMaeError, DataError: see ``build_run`` and ``train``.
+        StorageError: if the store is full or fails at the launch.
     """
     logger.info(
         "launcher: %s, world size %d; rank 0 on host %s, device %s",
@@ -63,12 +67,26 @@ def run_task(
         stack.enter_context(hold_run(run_dir, world.rank))
         ending = stack.enter_context(Ending(run_dir, world.rank))
         count_launch(run_dir, world.rank)
-        run = build_run(task, config, world, device, stack)
+        try:
+            run = build_run(task, config, world, device, stack)
+        except OSError as error:
+            if not may_pass(error):
+                raise
+            raise StorageError(describe_store(error)) from error
         task.side_tasks += open_side_tasks(run)
         ending.progress = run.progress
-        if world.rank == 0:
-            save_config(config, run_dir / "config.yaml")
+
+        def record() -> None:
+            with optional_write(run_dir / CONFIG_FILE, at_launch=True):
+                save_config(config, run_dir / CONFIG_FILE)
             record_launch(run_dir, ending.step, recipe, overrides, world.world_size, device)
+
+        on_rank_0(world.rank, record)
+        reached = find_reached_stop(run)
+        if reached is not None:
+            logger.warning(reached)
+            ending.done = reached
+            return EXIT_DONE
 
         def record_crash(why: str) -> None:
             run.record_incident("ended", why)

@@ -22,6 +22,7 @@ from typing import Any
 from cmtmae_scale.runtime.collectives import barrier, gather_texts
 from cmtmae_scale.runtime.lock import identify_process
 from cmtmae_scale.runtime.processes import start_ticks
+from cmtmae_scale.runtime.storage import warn_unwritten
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,8 @@ class Watchdog(threading.Thread):
             self.beats.mkdir(exist_ok=True)
             (self.beats / f"{self.rank:05d}").write_text(json.dumps(facts) + "\n")
         except OSError as error:
-            logger.debug("%s could not be written (%s)", self.beats, error)
+            if self.rank == 0:
+                warn_unwritten(self.beats, error)
 
     def name_late(self) -> str:
         """Return the stalled ranks, or those behind the others, as text."""

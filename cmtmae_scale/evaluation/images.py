@@ -8,12 +8,16 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cmtmae_scale.runtime.collectives import ranks
-from dataloading.errors import DataError
+from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_text, ranks
+from dataloading.errors import DataError, ReadError
 from dataloading.index import Index, build_index, load_or_build
 from dataloading.order import sample_ids
+from dataloading.reading import Reader, UndecodableError
+from dataloading.torch_decode import find_codec, make_decode
 
 SPLIT_SALT = 0x5B117
+CHECK_PATIENCE_S = 1.0
+"""Seconds for which a failed read is retried when a set is checked for a decodable image."""
 
 
 @dataclass
@@ -117,6 +121,47 @@ def label_images(index: Index, path: str, numbers: NDArray[np.int64]) -> ImageSe
     if len(numbers) and numbers.max() < 1:
         raise DataError(f"{path}: all images have one label; a probe needs two classes")
     return ImageSet(index, np.arange(len(index), dtype=np.int64), numbers[labels])
+
+
+def require_decodable(images: ImageSet, name: str) -> None:
+    """Refuse a set of which no image can be decoded; the first that can ends the search.
+
+    Rank 0 decodes; a collective.
+
+    Args:
+        images: the set.
+        name: its key and path, for the message.
+
+    Raises:
+        DataError: on every rank, with the reason of the first image.
+        ReadError: on every rank, if storage did not return some images and no other decodes.
+    """
+    problem, unread = "", False
+    if ranks() == 1 or dist.get_rank() == 0:
+        problem, unread = find_no_decodable(images, name)
+    problem, unread = broadcast_text(problem), not all_ranks_agree(not unread)
+    if problem:
+        raise (ReadError if unread else DataError)(problem)
+
+
+def find_no_decodable(images: ImageSet, name: str) -> tuple[str, bool]:
+    """Return why no image of a set can be decoded, or ``""``, and whether some cannot be read."""
+    reader, decode = Reader(images.index, CHECK_PATIENCE_S), make_decode(find_codec())
+    first, unread = "", False
+    try:
+        for row in images.ids.tolist():
+            try:
+                decode(reader.read(row))
+            except ReadError as error:
+                unread, first = True, first or str(error)
+            except UndecodableError as error:
+                first = first or f"{images.index.names[row]}: {error}"
+            else:
+                return "", False
+    finally:
+        reader.close()
+    remedy = "try again when they can be read" if unread else "name a folder of intact images"
+    return f"{name}: none of {len(images)} images can be decoded ({first}); {remedy}", unread
 
 
 def stratified_sample(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:

@@ -19,7 +19,7 @@ from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.task import Run, Scalars, SideTask
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.images import Sets, open_pair
+from cmtmae_scale.evaluation.images import Sets, open_pair, require_decodable
 from cmtmae_scale.evaluation.result import (
     TOP,
     Row,
@@ -89,6 +89,7 @@ class Finetuning:
         """See ``Task.open_index``; opens the test images too."""
         data = self.config.data
         self.sets = open_pair(data.path, data.test_path, run_dir)
+        require_decodable(self.sets.test, f"data.test_path={data.test_path}")
         num_images = len(self.sets.train)
         check_warmup(self.config, total_steps(self.config, num_images), num_images)
         return self.sets.train.index

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
-from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.storage import optional_write, write_atomic
 
 EXIT_FILE = "exit.json"
 SUPERVISOR = "CMTMAE_SUPERVISOR"
@@ -43,7 +43,8 @@ class ExitReport:
 
     def write(self, text: str) -> None:
         if self.file is not None:
-            write_atomic(self.file, text, durable=False)
+            with optional_write(self.file):
+                write_atomic(self.file, text, durable=False)
 
     def leave(self, code: int) -> None:
         self.write(str(code))

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.collectives import broadcast_text
+from cmtmae_scale.errors import ConfigError, StorageError, may_pass
+from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_text
 from cmtmae_scale.runtime.processes import start_ticks
 from cmtmae_scale.runtime.storage import write_atomic
 
@@ -48,21 +48,24 @@ def hold_run(
 
     Raises:
         ConfigError: on every rank, if another run holds the folder or it cannot be written.
+        StorageError: on every rank, if its store is full or fails.
     """
-    lock, problem = None, ""
+    lock, problem, passes = None, "", False
     if rank == 0:
         try:
             lock = RunLock(run_dir, beat_s, patience_s)
         except ConfigError as error:
             problem = str(error)
         except OSError as error:
+            passes = may_pass(error)
             problem = (
-                f"run.output_dir={run_dir} cannot be written ({error.strerror}: {error.filename}); "
-                "correct it or choose another"
+                f"run.output_dir={run_dir} cannot be written ({error.strerror}: "
+                f"{error.filename or run_dir}); "
+                f"{'make room there and try again' if passes else 'correct it or choose another'}"
             )
-    problem = broadcast_text(problem)
+    problem, passes = broadcast_text(problem), not all_ranks_agree(not passes)
     if problem:
-        raise ConfigError(problem)
+        raise (StorageError if passes else ConfigError)(problem)
     try:
         yield
     finally:
