@@ -17,7 +17,7 @@ from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.hints import key_hint, value_hint
 from cmtmae_scale.config.schema import Config, Schedule, Trained, walk_fields
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.storage import write_atomic
+from dataloading.files import atomic_path
 
 Recipe = TypeVar("Recipe")
 Check = Callable[[Recipe], Iterable[str]]
@@ -72,7 +72,8 @@ def config_to_dict(config: Trained) -> dict[str, Any]:
 
 def save_config(config: Trained, path: Path) -> None:
     """Write a resolved config as YAML that ``load_recipe`` reads back."""
-    write_atomic(path, yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    with atomic_path(path) as draft:
+        draft.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
 
 
 def plain(value: Any) -> Any:

@@ -47,6 +47,7 @@ def build_run(
         TeacherError: a teacher that cannot be built.
         CacheError: a teacher cache that the run cannot use.
         CheckpointError: checkpoints of which none is intact.
+        StorageError: on every rank, if the store of the logs is full or fails.
     """
     run_dir = Path(config.run.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

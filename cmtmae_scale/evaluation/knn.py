@@ -47,7 +47,7 @@ def knn_scores(
     """Classify every test image by its neighbours among all ranks' training images. A collective.
 
     ``neighbours`` are the values of k; with a temperature of 0 every neighbour has one vote.
-    A k above the number of training images falls to that number.
+    A k above the number of training images falls to that number with a warning.
 
     Yields:
         Each given k with its score, the same on every rank. Of classes with equal votes the first
@@ -56,6 +56,7 @@ def knn_scores(
     found = count_images(train)
     totals = {k: Score(0, 0, 0) for k in neighbours}
     used = {k: min(k, found) for k in neighbours}
+    warn_of_few_images(found, neighbours)
     num_classes = 1 + int(gather_from_ranks(torch.cat([train.labels, test.labels])).max())
     queries, truth = (gather_from_ranks(rows) for rows in (test.columns[column], test.labels))
     for start in range(0, len(queries), QUERIES):

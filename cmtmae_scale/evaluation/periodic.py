@@ -57,20 +57,24 @@ class RunEvaluation:
             ReadError: on every rank, if storage did not return an image to one of them.
         """
         self.student.load_state_dict(gather_encoder(backend.fragments()), strict=True)
-        encoder = encoder_from_student("encoder", self.student, self.size, self.device)
-        train, test = (
-            extract_features(images, [encoder], self.reading, self.world, self.device)
-            for images in (self.sets.train, self.sets.test)
-        )
-        self.student.cpu()
+        try:
+            encoder = encoder_from_student("encoder", self.student, self.size, self.device)
+            train, test = (
+                extract_features(images, [encoder], self.reading, self.world, self.device)
+                for images in (self.sets.train, self.sets.test)
+            )
+        finally:  # a failed evaluation leaves nothing on the device
+            self.student.cpu()
         found = count_images(train)
         if not self.has_warned:
             self.has_warned = True
             warn_of_few_images(found, NEIGHBOURS)
+        neighbours = {k: min(k, found) for k in NEIGHBOURS}
         values: dict[str, float] = {}
         for column in train.columns:
             prefix = "eval/" if column.kind == PATCHES else f"eval/{column.kind}/"
-            scores = {f"knn{k}": score for k, score in knn_scores(train, test, column)}
+            near = dict(knn_scores(train, test, column, sorted(set(neighbours.values()))))
+            scores = {f"knn{k}": near[used] for k, used in neighbours.items()}
             scores["linear"] = logistic_score(train, test, column, len(self.sets.classes))
             for name, score in scores.items():
                 values[prefix + name] = score.correct / score.total

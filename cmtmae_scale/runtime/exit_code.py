@@ -16,6 +16,9 @@ from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, EXIT_NO_PROG
 from cmtmae_scale.runtime.storage import optional_write, write_atomic
 
 EXIT_FILE = "exit.json"
+RESERVE = ".exit.reserve"
+"""File that is deleted where ``exit.json`` does not fit."""
+RESERVE_BYTES = 8192
 SUPERVISOR = "CMTMAE_SUPERVISOR"
 """Environment variable: folder to which the ranks of a supervised launch write their codes."""
 GRAVITY = (EXIT_CONFIG, EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_DONE)
@@ -26,12 +29,22 @@ with one of these codes, so a rank that crashes while exiting changes nothing.""
 def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
     """Write code, step and reason to ``RUN_DIR/exit.json``."""
     record: dict[str, Any] = {"code": code, "step": step, "reason": reason}
-    write_atomic(run_dir / EXIT_FILE, json.dumps(record) + "\n")
+    reserve, text = run_dir / RESERVE, json.dumps(record) + "\n"
+    try:
+        write_atomic(run_dir / EXIT_FILE, text)
+    except OSError:
+        reserve.unlink(missing_ok=True)
+        write_atomic(run_dir / EXIT_FILE, text)
+    reserve.unlink(missing_ok=True)
 
 
 def delete_exit(run_dir: Path) -> None:
-    """Delete ``exit.json`` of the launch before: a run in progress has none."""
+    """Delete ``exit.json`` of the launch before, and reserve space for the next on a full store.
+
+    A run in progress has no ``exit.json``.
+    """
     (run_dir / EXIT_FILE).unlink(missing_ok=True)
+    (run_dir / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))
 
 
 class ExitReport:

@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cmtmae_scale.engine.telemetry import LOST, Telemetry
+from cmtmae_scale.runtime.exit_code import delete_exit, write_exit
 from tests.engine.run_case import write_recipe
 from tests.engine.side_case import fill, launches_on_a_full_store, log_lines
 from tests.processes import run_ranks
@@ -69,6 +70,15 @@ def test_every_record_beside_checkpoints_goes_on_without(disk: Path) -> None:
     telemetry.close()
     (last,) = log_lines(disk)[len(kept) :]
     assert last["incident"] == LOST and last["lost_lines"] == 60 - len(kept)
+
+
+def test_the_outcome_is_written_to_a_full_store(disk: Path) -> None:
+    delete_exit(disk)
+    fill(disk)
+    write_exit(disk, 1, 3, "the last save failed")
+    record = json.loads((disk / "exit.json").read_text())
+    assert record == {"code": 1, "step": 3, "reason": "the last save failed"}
+    assert sorted(path.name for path in disk.iterdir()) == ["ballast", "exit.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Two runs on one folder: exactly one has it, a dead one's is taken over, a live one's never."""
 
+import errno
 import json
 import os
 import signal
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
+from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.lock import RunLock, hold_run, lock_path, newest_number
 from tests.engine.run_case import write_recipe
 from tests.processes import CONTEXT, run_ranks
@@ -179,6 +181,28 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
             hold_run(place, 0),
         ):
             pass
+
+
+def hold_on_a_failing_store(run_dir: Path, number: int) -> int:
+    """The exit code of a rank whose lock cannot be written."""
+    from cmtmae_scale.runtime import lock
+
+    def refuse(*_: object) -> bool:
+        raise OSError(number, os.strerror(number))
+
+    lock.create_lock = refuse
+    try:
+        with hold_run(run_dir, dist.get_rank()):
+            return 0
+    except CmtMaeError as error:
+        assert os.strerror(number) in str(error)
+        return error.exit_code
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 75), (errno.EROFS, 78)])
+def test_all_ranks_leave_a_full_store_with_75(tmp_path: Path, number: int, code: int) -> None:
+    assert run_ranks(2, hold_on_a_failing_store, tmp_path, number) == [code] * 2
 
 
 @pytest.mark.gloo
