@@ -14,7 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue]  # generated at import
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import image, scalar
 
