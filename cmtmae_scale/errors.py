@@ -45,6 +45,10 @@ class ReplicaError(CheckpointError):
     exit_code = EXIT_CRASH
 
 
+class LockLostError(CmtMaeError):
+    """Another launch has taken the run's folder over; this launch saves nothing."""
+
+
 class NoProgressError(CmtMaeError):
     """Consecutive launches that ended without progress."""
 

@@ -73,6 +73,21 @@ def reset_launch_count(run_dir: Path) -> None:
         logger.warning("%s could not be removed (%s)", run_dir / COUNT_FILE, error)
 
 
+def take_back_launch(run_dir: Path) -> None:
+    """Reduce the count by this launch: it was interrupted before it could make progress."""
+    try:
+        record = json.loads((run_dir / COUNT_FILE).read_text())
+        record["count"] = int(record["count"]) - 1
+        if record["count"] > 0:
+            write_atomic(run_dir / COUNT_FILE, json.dumps(record) + "\n")
+        else:
+            (run_dir / COUNT_FILE).unlink()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s could not be corrected (%s)", run_dir / COUNT_FILE, error)
+
+
 def record_launch(
     run_dir: Path,
     step: int,
