@@ -120,7 +120,7 @@ class RunLock:
             except OSError:
                 continue  # the store failed; the next beat tries again
             logger.error("%s; stopping without saving", self.loss())
-            signal.raise_signal(signal.SIGTERM)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             return
 
     def is_held(self) -> bool:

@@ -174,7 +174,9 @@ def test_a_holder_notices_every_kind_of_loss_and_touches_nothing(
         with pytest.raises(LockLostError, match="taken over while this process was suspended"):
             slow.require()
         slow.beat_s, left = 0.01, {path: path.read_text() for path in tmp_path.rglob("*.json")}
-        threading.Thread(target=slow.beat).start()
+        beats = threading.Thread(target=slow.beat)
+        beats.start()
+        beats.join(30)
         assert stopped.wait(30)
         slow.release()
     finally:
