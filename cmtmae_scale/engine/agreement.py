@@ -1,5 +1,6 @@
 """What all ranks of a launch must have alike: settings, code, images, weights, the run's folder."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,20 +8,19 @@ import secrets
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import cmtmae_scale
 import dataloading
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.resume import flatten
-from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.collectives import broadcast_text, gather_texts, ranks
+from cmtmae_scale.errors import EXIT_STOPPED, ConfigError
+from cmtmae_scale.runtime.collectives import broadcast_text, gather_texts, on_all_ranks, ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.versions import library_versions
 from dataloading.index import Index
@@ -143,33 +143,20 @@ def require_equal_images(index: Index, path: str) -> None:
     )
 
 
-def require_equal_weights(modules: Mapping[str, nn.Module | None]) -> None:
-    """Compare the weights of modules over all ranks, by sums of their bits; a collective.
+def require_equal_weights(describe: Callable[[], Mapping[str, Any]]) -> None:
+    """Compare over all ranks where weights come from; a collective.
 
     Args:
-        modules: by their names in messages; every tensor on this rank's device, whole.
+        describe: returns plain facts, such as digests of files, by their names in messages; called
+            only where there are several ranks.
 
     Raises:
         ConfigError: see ``require_equal``.
     """
-    if ranks() == 1:
-        return
-    require_equal(
-        {name: sum_bits(module) for name, module in modules.items() if module is not None},
-        "each machine reads its own copy of a file of weights, or another version of a library: "
-        "use the same file and the same versions everywhere",
-    )
-
-
-def sum_bits(module: nn.Module) -> str:
-    """Return a sum of the bits of a module's tensors, hexadecimal; any flipped bit changes it."""
-    total = 0
-    for number, tensor in enumerate(module.state_dict().values(), 1):
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        whole = flat[: flat.numel() // 4 * 4].view(torch.int32).sum(dtype=torch.int64)
-        rest = flat[flat.numel() // 4 * 4 :].sum(dtype=torch.int64)
-        total += number * (int(whole) + int(rest))
-    return f"{total % 2**64:016x}"
+    if ranks() > 1:
+        require_equal(
+            describe(), "the same file of weights must be on every machine: copy it again"
+        )
 
 
 def require_shared(run_dir: Path, rank: int) -> str:
@@ -193,18 +180,23 @@ def require_shared(run_dir: Path, rank: int) -> str:
         return token
     folders = [run_dir, run_dir / "checkpoints"]
     name = f".shared-{token}"
-    problem = ""
-    if rank == 0:
+
+    def create() -> None:
         try:
             folders[1].mkdir(exist_ok=True)
             for folder in folders:
                 (folder / name).touch()
         except OSError as error:
-            problem = f"{error.filename} cannot be written ({error.strerror})"
-    problem = broadcast_text(problem)
+            refused = ConfigError(
+                f"run.output_dir={run_dir}: {error.filename} cannot be written ({error.strerror}); "
+                "correct it or choose another"
+            )
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                refused.exit_code = EXIT_STOPPED
+            raise refused from error
+
     try:
-        if problem:
-            raise ConfigError(f"run.output_dir={run_dir}: {problem}; correct it or choose another")
+        on_all_ranks(create if rank == 0 else lambda: None)
         mine = {"host": socket.gethostname(), "blind": find_unshared(folders, name)}
         everyone = [json.loads(text) for text in gather_texts(json.dumps(mine))]
     finally:

@@ -51,6 +51,8 @@ class Ending:
         self.launch: str | None = None
         """Random name of this launch, known when all ranks share the folder."""
         self.is_counted = False
+        self.first_step = 0
+        """Step that this launch continued from."""
         self.progress: Progress | None = None
         self.stopped: str | None = None
 
@@ -99,14 +101,15 @@ class Ending:
 
     def is_interrupted(self) -> bool:
         """Return whether a rank of this launch was interrupted before the first step."""
-        if self.launch is None or ranks() == 1:
+        if self.launch is None or ranks() == 1 or self.step > self.first_step:
             return False
         limit = time.monotonic() + INTERRUPTED_WAIT_S
-        while f"{INTERRUPTED}{self.launch}" not in os.listdir(self.run_dir):
-            if time.monotonic() > limit:
-                return False
+        while time.monotonic() < limit:
+            with suppress(OSError):
+                if f"{INTERRUPTED}{self.launch}" in os.listdir(self.run_dir):
+                    return True
             time.sleep(0.1)
-        return True
+        return False
 
     def write_interrupted(self, reason: str) -> None:
         """Write that the launch was interrupted, and take it back from the count."""

@@ -81,7 +81,7 @@ def run_task(
         with watched(run_dir, world.rank, place, hang_s, record_crash):
             run = build_run(task, config, world, device, stack, lock, place)
             task.side_tasks += open_side_tasks(run)
-            ending.progress = run.progress
+            ending.progress, ending.first_step = run.progress, run.progress.step
             if world.rank == 0:
                 save_config(config, run_dir / "config.yaml")
                 record_launch(run_dir, ending.step, recipe, overrides, world.world_size, device)

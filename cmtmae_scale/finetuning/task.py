@@ -101,7 +101,8 @@ class Finetuning:
             self.encoder, weights = self.open_encoder()
             classifier = self.build_classifier()
             load_encoder(classifier, weights, self.encoder.name)
-            require_equal_weights({f"the weights of {self.encoder.name}": classifier.encoder})
+            name, sha256 = self.encoder.name, self.encoder.facts.get("sha256")
+            require_equal_weights(lambda: {f"digest of {name}": sha256})
         else:
             self.encoder = encoder_from_dict(saved["encoder"])
             if self.options != self.encoder.options:

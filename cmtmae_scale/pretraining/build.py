@@ -28,6 +28,7 @@ from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, object
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
 from cmtmae_scale.runtime.collectives import barrier, gather_texts, on_all_ranks
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
@@ -160,9 +161,9 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
     teacher = build_teacher(config, device, dtype) if world.local_rank == 0 else None
     barrier()
     teacher = teacher if world.local_rank == 0 else build_teacher(config, device, dtype)
-    require_equal_weights(
-        {"the weights of the teacher": None if teacher is None else teacher.model}
-    )
+    if teacher is not None:
+        facts = teacher.fingerprint
+        require_equal_weights(lambda: {f"teacher: {name}": fact for name, fact in facts().items()})
     return teacher
 
 
@@ -184,7 +185,8 @@ def build_model(
     initialise(model, config.run.seed)
     if config.student.init_weights is not None and not resumed:
         load_student(model, config.student.init_weights)
-        require_equal_weights({"student.init_weights": model})
+        file = Path(config.student.init_weights)
+        require_equal_weights(lambda: {"digest of student.init_weights": digest(file)[:12]})
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     if not needs(config).momentum:
         return model, None

@@ -73,7 +73,7 @@ def test_bytes_failures_and_weights_are_compared_over_ranks() -> None:
         assert gathered == [b"", b"\0", b"\0\0"] and empty == [b""] * 3
         assert (sent, own) == (b"\x80\0x", rank)
         assert failure == (EXIT_CONFIG, "gone" if rank == 1 else "rank 1: gone")
-        assert "on ranks 0, 1, " in weights and "on rank 2; " in weights
+        assert 'digest: "abc" on ranks 0, 1, "other" on rank 2; ' in weights
 
 
 def test_every_value_is_named_with_its_ranks() -> None:
