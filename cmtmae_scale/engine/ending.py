@@ -118,6 +118,7 @@ class Ending:
     def take_back(self, run_dir: Path) -> None:
         """Reduce the count of launches, if this launch was counted."""
         if self.is_counted:
+            self.is_counted = False  # the watchdog and the main thread may both come here
             take_back_launch(run_dir)
 
     def write_crash(self, why: str) -> int:
