@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -51,4 +51,6 @@ def index_from_bytes(data: bytes) -> Index:
 
 def to_tuples(value: Any) -> Any:
     """Replace the lists of JSON by the tuples of an index, recursively."""
-    return tuple(to_tuples(one) for one in value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return tuple(to_tuples(one) for one in cast(list[Any], value))
