@@ -55,6 +55,10 @@ class ReplicaError(CheckpointError):
     exit_code = EXIT_CRASH
 
 
+class LockLostError(CmtMaeError):
+    """Another launch has taken the run's folder over; this launch saves nothing."""
+
+
 class NoProgressError(CmtMaeError):
     """Consecutive launches that ended without progress."""
 
@@ -76,3 +80,11 @@ def exit_code_of(error: Exception) -> int:
     """Return the exit code of an error that has one: 75 instead of 78 if its cause may pass."""
     code = int(getattr(error, "exit_code", EXIT_CRASH))
     return EXIT_STOPPED if code == EXIT_CONFIG and may_pass(error.__cause__) else code
+
+
+def describe_store(error: OSError) -> StorageError:
+    """Return what to raise for a store that is full or fails at a launch."""
+    place = f"{error.filename}: " if error.filename else ""
+    return StorageError(
+        f"{place}{error.strerror}; make room in run.output_dir and try the same command again"
+    )

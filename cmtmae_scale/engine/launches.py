@@ -3,17 +3,16 @@
 import json
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from cmtmae_scale import __version__
 from cmtmae_scale.checkpoint.layout import find_renaming, list_checkpoints, step_of
-from cmtmae_scale.errors import NoProgressError, StorageError, may_pass
+from cmtmae_scale.errors import NoProgressError
 from cmtmae_scale.runtime.collectives import broadcast_text
 from cmtmae_scale.runtime.storage import append_line, optional_write, write_atomic
 
@@ -22,8 +21,6 @@ logger = logging.getLogger(__name__)
 COUNT_FILE = "attempts.json"
 RECORD_FILE = "starts.jsonl"
 LIMIT = 3
-
-T = TypeVar("T")
 
 
 def count_launch(run_dir: Path, rank: int) -> None:
@@ -86,33 +83,19 @@ def reset_launch_count(run_dir: Path) -> None:
         logger.warning("%s could not be removed (%s)", run_dir / COUNT_FILE, error)
 
 
-def on_rank_0(rank: int, work: Callable[[], T]) -> T | None:
-    """Run what only rank 0 does at a launch; a collective.
-
-    Returns:
-        The result on rank 0, ``None`` elsewhere.
-
-    Raises:
-        StorageError: on every rank, if the store is full or fails.
-    """
-    result, problem = None, ""
-    if rank == 0:
-        try:
-            result = work()
-        except OSError as error:
-            if not may_pass(error):
-                raise
-            problem = describe_store(error)
-    problem = broadcast_text(problem)
-    if problem:
-        raise StorageError(problem)
-    return result
-
-
-def describe_store(error: OSError) -> str:
-    """Return a message for a store that is full or fails at a launch."""
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror}; make room in run.output_dir and try the same command again"
+def take_back_launch(run_dir: Path) -> None:
+    """Reduce the count by this launch: it was interrupted before it could make progress."""
+    try:
+        record = json.loads((run_dir / COUNT_FILE).read_text())
+        record["count"] = int(record["count"]) - 1
+        if record["count"] > 0:
+            write_atomic(run_dir / COUNT_FILE, json.dumps(record) + "\n")
+        else:
+            (run_dir / COUNT_FILE).unlink()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s could not be corrected (%s)", run_dir / COUNT_FILE, error)
 
 
 def record_launch(

@@ -8,8 +8,15 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_text, ranks
+from cmtmae_scale.runtime.collectives import (
+    all_ranks_agree,
+    broadcast_bytes,
+    broadcast_text,
+    on_all_ranks,
+    ranks,
+)
 from dataloading.errors import DataError, ReadError
+from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import Index, build_index, load_or_build
 from dataloading.order import sample_ids
 from dataloading.reading import Reader, UndecodableError
@@ -53,17 +60,16 @@ def open_shared_index(path: str, kept: Path | None) -> Index:
     Raises:
         DataError: on every rank, if there is no usable image.
     """
-    found: list[Index | DataError | None] = [None]
-    if ranks() == 1 or dist.get_rank() == 0:
-        try:
-            found[0] = build_index(path) if kept is None else load_or_build(path, kept)
-        except DataError as error:
-            found[0] = error
-    if ranks() > 1:
-        dist.broadcast_object_list(found, 0)
-    if isinstance(found[0], Index):
-        return found[0]
-    raise found[0] or DataError(f"{path}: cannot be listed")
+    is_first = ranks() == 1 or dist.get_rank() == 0
+
+    def open_index() -> Index | None:
+        if not is_first:
+            return None
+        return build_index(path) if kept is None else load_or_build(path, kept)
+
+    index = on_all_ranks(open_index)
+    data = broadcast_bytes(b"" if index is None or ranks() == 1 else index_to_bytes(index))
+    return index_from_bytes(data) if index is None else index
 
 
 def open_pair(train: str, test: str, kept: Path | None = None) -> Sets:

@@ -9,12 +9,18 @@ import pytest
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.layout import folder_of
 from cmtmae_scale.engine.ending import Ending
-from cmtmae_scale.engine.launches import COUNT_FILE, increment_count, reset_launch_count
+from cmtmae_scale.engine.launches import (
+    COUNT_FILE,
+    increment_count,
+    launches_from,
+    reset_launch_count,
+    take_back_launch,
+)
 from cmtmae_scale.errors import CheckpointError
 from tests.checkpoint.save_case import save
-from tests.engine.fault_case import commands_on_ranks
+from tests.engine.fault_case import commands_on_ranks, leave
 from tests.engine.run_case import TASKS, write_task_recipe
-from tests.processes import run_ranks
+from tests.processes import run_ranks, started
 
 CRASH = ["optimizer.base_lr=1e30", "guard.skip_limit=0", "checkpoint.every=100"]
 STOP = ["train.stop_after=1", "checkpoint.every=100"]
@@ -91,6 +97,35 @@ def test_a_renamed_copy_of_a_checkpoint_is_named_and_passed_over(
     shutil.rmtree(folder_of(root, 5))
     with pytest.raises(CheckpointError, match="none of 1 checkpoints is intact"):
         find_checkpoint(root, 0, 1)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_signal_on_one_rank_before_the_first_step_is_no_crash_of_any(
+    tmp_path: Path, victim: int
+) -> None:
+    recipe, run_dir = write_task_recipe(TASKS[0], tmp_path), tmp_path / "run"
+    run_dir.mkdir()
+    increment_count(run_dir)  # a launch that crashed
+    with started(2, leave, recipe, [], "interrupt", victim) as (children, _):
+        for child in children:
+            child.join(60)
+        assert [child.exitcode for child in children] == [75, 75]
+    assert launches_from(run_dir, 0) == 1
+    record = json.loads((run_dir / "exit.json").read_text())
+    assert record["code"] == 75 and "before the first step" in record["reason"]
+
+
+def test_an_interrupted_launch_takes_back_its_own_count_alone(tmp_path: Path) -> None:
+    for left in (2, 1, 0):
+        for _ in range(left + 1):
+            assert increment_count(tmp_path) == ""
+        take_back_launch(tmp_path)
+        assert launches_from(tmp_path, 0) == left
+        reset_launch_count(tmp_path)
+    take_back_launch(tmp_path)
+    (tmp_path / COUNT_FILE).write_text("[]")
+    take_back_launch(tmp_path)  # a damaged count is left to the next launch
 
 
 def test_a_newer_checkpoint_begins_the_count_anew(tmp_path: Path) -> None:

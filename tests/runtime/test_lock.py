@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError, ConfigError
+from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError, ConfigError, LockLostError
 from cmtmae_scale.runtime.lock import RunLock, hold_run, lock_path, newest_number
 from tests.engine.run_case import write_recipe
 from tests.processes import CONTEXT, run_ranks
@@ -152,6 +153,56 @@ def test_a_holder_that_was_taken_over_stops(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "was taken over while this process was suspended" in caplog.text
+
+
+@pytest.mark.parametrize("loss", ["deleted", "folder deleted", "newer", "same number"])
+def test_a_holder_notices_every_kind_of_loss_and_touches_nothing(
+    tmp_path: Path, loss: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a pause: the next heartbeat comes when the process runs again."""
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
+    own = lock_path(tmp_path / "lock", 1)
+    try:
+        slow = RunLock(tmp_path, 1000, 1)
+        slow.require()
+        other = json.dumps(json.loads(own.read_text()) | {"host": "far", "token": "x"})
+        if loss == "folder deleted":
+            shutil.rmtree(tmp_path / "lock")
+        elif loss == "deleted":
+            own.unlink()
+        else:
+            lock_path(tmp_path / "lock", 2 if loss == "newer" else 1).write_text(other)
+        with pytest.raises(LockLostError, match="taken over while this process was suspended"):
+            slow.require()
+        slow.beat_s, left = 0.01, {path: path.read_text() for path in tmp_path.rglob("*.json")}
+        beats = threading.Thread(target=slow.beat)
+        beats.start()
+        beats.join(30)
+        assert stopped.wait(30)
+        slow.release()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopping without saving" in caplog.text
+    assert ("now held by" in caplog.text) == (loss in ("newer", "same number"))
+    assert {path: path.read_text() for path in tmp_path.rglob("*.json")} == left
+
+
+def test_a_store_that_does_not_answer_is_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock(tmp_path, 0.01, 1)
+
+    def failing(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cmtmae_scale.runtime.lock.newest_number", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            lock.require()
+        threading.Event().wait(0.1)
+    lock.require()
+    lock.release()
 
 
 @pytest.mark.gloo
