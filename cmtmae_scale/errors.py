@@ -4,11 +4,15 @@ Commands print them as one line and exit with ``exit_code``; any other error is 
 traceback.
 """
 
+import errno
+
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_NO_PROGRESS = 70
 EXIT_STOPPED = 75
 EXIT_CONFIG = 78
+STORE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
+"""Errors of a store that may pass: it is full, a quota is used up, or it failed."""
 
 
 class CmtMaeError(Exception):
@@ -19,6 +23,12 @@ class CmtMaeError(Exception):
 
 class ConfigError(CmtMaeError):
     """A key, a value or a combination of values that can never work."""
+
+
+class StorageError(CmtMaeError):
+    """A store that is full or fails; the same command works when the store does."""
+
+    exit_code = EXIT_STOPPED
 
 
 class TeacherError(CmtMaeError):
@@ -45,6 +55,10 @@ class ReplicaError(CheckpointError):
     exit_code = EXIT_CRASH
 
 
+class LockLostError(CmtMaeError):
+    """Another launch has taken the run's folder over; this launch saves nothing."""
+
+
 class NoProgressError(CmtMaeError):
     """Consecutive launches that ended without progress."""
 
@@ -55,3 +69,22 @@ class NonFiniteError(CmtMaeError):
     """The loss or the gradient is not finite; nothing was updated."""
 
     exit_code = EXIT_CRASH
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Return whether an error is that of a store that is full, over quota or failing."""
+    return isinstance(error, OSError) and error.errno in STORE_ERRORS
+
+
+def exit_code_of(error: Exception) -> int:
+    """Return the exit code of an error that has one: 75 instead of 78 if its cause may pass."""
+    code = int(getattr(error, "exit_code", EXIT_CRASH))
+    return EXIT_STOPPED if code == EXIT_CONFIG and may_pass(error.__cause__) else code
+
+
+def describe_store(error: OSError) -> StorageError:
+    """Return what to raise for a store that is full or fails at a launch."""
+    place = f"{error.filename}: " if error.filename else ""
+    return StorageError(
+        f"{place}{error.strerror}; make room in run.output_dir and try the same command again"
+    )

@@ -53,6 +53,43 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line whole or not at all; a half line at the end of the file is ended first.
+
+    Raises:
+        OSError: if the line cannot be written.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        append_whole(descriptor, f"{line}\n".encode(), ends_half_line=True)
+    finally:
+        os.close(descriptor)
+
+
+def append_whole(descriptor: int, data: bytes, ends_half_line: bool = False) -> None:
+    """Append bytes whole or not at all; with ``ends_half_line`` begin a new line if need be.
+
+    Args:
+        descriptor: opened for reading and appending.
+        data: the bytes.
+        ends_half_line: write a newline first where the file does not end with one.
+
+    Raises:
+        OSError: if not all bytes can be written; those that were are cut off again.
+    """
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    if ends_half_line and end and os.pread(descriptor, 1, end - 1) != b"\n":
+        data = b"\n" + data
+    try:
+        while data:  # a nearly full store takes a part
+            data = data[os.write(descriptor, data) :]
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(descriptor, end)
+        raise
+
+
 @contextmanager
 def atomic_path(path: Path, durable: bool = True) -> Generator[Path, None, None]:
     """Yield a draft path, and rename the draft to ``path`` when the block succeeds.

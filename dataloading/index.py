@@ -1,5 +1,6 @@
 """The list of samples: what there is, how large it is, and a digest that names it."""
 
+import errno
 import hashlib
 import io
 import itertools
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, Passed, count_turned, encode_name
-from dataloading.errors import DataError
+from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path
 from dataloading.folders import examine_folder, list_folder
 from dataloading.name_checks import find_equal_labels, find_splits
@@ -140,7 +141,7 @@ def load_or_build(
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
-        ReadError: as ``build_index``.
+        ReadError: as ``build_index``, or if the directory's store is full or fails.
         ValueError: if ``source`` is not a known layout.
     """
     folder = Path(directory)
@@ -154,10 +155,10 @@ def load_or_build(
     try:
         _save(index, folder, digest)
     except OSError as error:
-        raise DataError(
-            f"{folder}: the index cannot be written ({error.strerror}); "
-            "set data.index to a folder that can"
-        ) from error
+        text = f"{folder}: the index cannot be written ({error.strerror})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise ReadError(f"{text}; make room there and try again") from error
+        raise DataError(f"{text}; set data.index to a folder that can") from error
     return index
 
 

@@ -7,12 +7,14 @@ import os
 import time
 from pathlib import Path
 
+from dataloading.files import append_whole
 from dataloading.index import Index
 
 logger = logging.getLogger(__name__)
 
 _LOCK_TRIES = 100
 _LOCK_PAUSE_S = 0.01
+_WARN_EVERY_S = 60.0
 
 
 class Quarantine:
@@ -21,7 +23,7 @@ class Quarantine:
     A line is ``{"sample_id": 7, "name": "a/b.jpg", "path": "photos/a/b.jpg", "offset": null,
     "reason": "..."}``; in a tar ``path`` is the tar's and ``offset`` the first byte of the image.
     The list is a report: the order of draws does not depend on it, and a run does not end because
-    it cannot be written.
+    it cannot be written; the next line that fits then has ``lost_lines``, how many are absent.
 
     Args:
         index: the samples.
@@ -33,6 +35,8 @@ class Quarantine:
         self._path = None if path is None else Path(path)
         self._names: set[str] = set()
         self._read = 0  # bytes of the file that are known
+        self._lost = 0  # lines that could not be written
+        self._warned_at = float("-inf")
 
     def add(self, sample_id: int, reason: str) -> bool:
         """Record one failure and warn about it; return whether the sample was new."""
@@ -42,15 +46,25 @@ class Quarantine:
         file, offset = self._index.where(sample_id)
         record = {"sample_id": sample_id, "name": name, "path": str(file), "offset": offset}
         is_new = True
+        record |= {"reason": reason} | ({"lost_lines": self._lost} if self._lost else {})
         if self._path is not None:
             try:
-                is_new = self._append(self._path, name, json.dumps(record | {"reason": reason}))
+                is_new = self._append(self._path, name, json.dumps(record))
+                self._lost = 0 if is_new else self._lost
             except OSError as error:
-                logger.warning("%s: cannot be written: %s", self._path, error.strerror)
+                self._lost += 1
+                self._warn(error)
         self._names.add(name)
         if is_new:
             logger.warning("sample %d (%s) is excluded from the loss: %s", sample_id, name, reason)
         return is_new
+
+    def _warn(self, error: OSError) -> None:
+        """Warn that lines are lost, at most every ``_WARN_EVERY_S``."""
+        if time.monotonic() - self._warned_at >= _WARN_EVERY_S:
+            self._warned_at = time.monotonic()
+            text = "%s: cannot be written: %s; the next line that fits counts the lost lines"
+            logger.warning(text, self._path, error.strerror)
 
     def _append(self, path: Path, name: str, line: str) -> bool:
         """Write a line in one call, unless another rank or start has named the sample."""
@@ -62,8 +76,7 @@ class Quarantine:
             self._learn(os.pread(descriptor, max(end - self._read, 0), self._read))
             if name in self._names:
                 return False
-            cut = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"  # a crash left half a line
-            os.write(descriptor, f"{chr(10) * cut}{line}\n".encode("ascii"))
+            append_whole(descriptor, f"{line}\n".encode("ascii"), ends_half_line=True)
         finally:
             os.close(descriptor)
         return True

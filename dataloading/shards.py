@@ -151,7 +151,7 @@ class TarNames(Sequence[str]):
     """
 
     def __init__(self, shards: Sequence[str], entries: NDArray[np.void]) -> None:
-        self._shards = shards
+        self.shards = shards
         self._entries = entries
 
     def __len__(self) -> int:
@@ -165,9 +165,9 @@ class TarNames(Sequence[str]):
 
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
-            return TarNames(self._shards, self._entries[index])
+            return TarNames(self.shards, self._entries[index])
         row = self._entries[index]
-        return place(self._shards[int(row["shard"])], int(row["offset"]))
+        return place(self.shards[int(row["shard"])], int(row["offset"]))
 
 
 def place(shard: str, offset: int) -> str:

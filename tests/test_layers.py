@@ -1,6 +1,7 @@
 """Imports go only down the layers of ARCHITECTURE.md, and heavy packages stay where they belong."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_heavy_packages_are_imported_in_one_place() -> None:
     for package, allowed in ONLY_IN.items():
         users = {m for m, names in MODULES.items() if any(is_within(package, n) for n in names)}
         assert users <= allowed, package
+
+
+def test_no_rank_unpickles_what_another_rank_sends() -> None:
+    """torch's collectives on objects are those with ``object`` in their names."""
+    for top in ("cmtmae_scale", "dataloading", "launchers"):
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+                assert not re.search(r"(gather|broadcast|scatter|send|recv)_object", name), path
 
 
 @pytest.mark.parametrize(

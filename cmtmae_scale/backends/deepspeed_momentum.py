@@ -1,5 +1,6 @@
 """Momentum encoder of DeepSpeed runs: sharded in float32, replicated in the compute dtype."""
 
+import json
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmtmae_scale.method.momentum import update_momentum
+from cmtmae_scale.runtime.collectives import gather_texts
 
 
 class Shard(NamedTuple):
@@ -41,8 +43,9 @@ class GatheredMomentum:
         self.ema = torch.cat(values).to(ema_device, torch.float32)
         self.views = list(self.ema.split([shard.length for shard in shards]))
         self.module = module.to(dtype)
-        everyone: list[list[Shard]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, shards)
+        everyone = [
+            [Shard(*one) for one in json.loads(text)] for text in gather_texts(json.dumps(shards))
+        ]
         self.longest = max(sum(shard.length for shard in theirs) for theirs in everyone)
         # Lengths of a rank's shards, then the padding of its row up to the longest row.
         self.lengths: list[list[int]] = []

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.runtime.collectives import all_ranks_agree, barrier, broadcast_int
+from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_int, on_all_ranks
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.lock import RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +46,26 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
     return None
 
 
-def find_resume_checkpoint(run_dir: Path, world: World) -> Path | None:
+def find_resume_checkpoint(run_dir: Path, world: World, lock: RunLock | None = None) -> Path | None:
     """Remove what killed launches left behind, and find the newest checkpoint; a collective.
 
+    Args:
+        run_dir: the run's folder.
+        world: place of this process.
+        lock: the run's lock, verified before anything is removed; rank 0 has it.
+
     Raises:
+        LockLostError: on every rank, if another launch took the run's folder over.
         CheckpointError: see ``find_checkpoint``.
     """
     root = run_dir / "checkpoints"
     root.mkdir(exist_ok=True)
-    if world.rank == 0:
-        layout.sweep(root)
-    barrier()
+
+    def sweep() -> None:
+        if lock is not None:
+            lock.require()
+        if world.rank == 0:
+            layout.sweep(root)
+
+    on_all_ranks(sweep)
     return find_checkpoint(root, world.rank, world.world_size)

@@ -86,11 +86,31 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         load_index(folder, {name: facts["size"] for name, facts in files.items()})
         if not isinstance(read_json(read_inside(folder, folder / STATE)), dict):
             return f"{STATE} is not a JSON object"
+        return find_renaming(folder)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is absent"
     except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read ({error})"
-    return None
+
+
+def find_renaming(folder: Path) -> str | None:
+    """Compare the step in a checkpoint's name with the step that it holds.
+
+    Returns:
+        The difference, or ``None``: the same step, another name, or a state that is not a run's.
+
+    Raises:
+        OSError, ValueError, TypeError, AttributeError: if the state cannot be read.
+    """
+    named = step_of(folder)
+    progress = json.loads((folder / STATE).read_text()).get("progress")
+    if named is None or not isinstance(progress, dict) or not {"step", "position"} <= set(progress):
+        return None
+    held = int(cast(dict[str, Any], progress)["step"])
+    if held == named:
+        return None
+    own = folder_of(folder.parent, held).name
+    return f"holds step {held}: it is a renamed copy; delete it, or give it its own name, {own}"
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ A shard is the safetensors file that one rank writes. In the draft folder,
 import json
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ ENCODERS = {"student": "model.encoder.", "momentum": "momentum."}
 
 
 def publish_checkpoint(
-    draft: Path, target: Path, shards: dict[str, Any], state: dict[str, Any]
+    draft: Path,
+    target: Path,
+    shards: dict[str, Any],
+    state: dict[str, Any],
+    require_lock: Callable[[], None],
 ) -> None:
     """Add index, state, encoder and manifest to the shards, and rename ``draft`` to ``target``.
 
@@ -41,9 +46,12 @@ def publish_checkpoint(
         target: the checkpoint's folder.
         shards: from ``await_shards``.
         state: what is saved beside tensors; ``format`` is added.
+        require_lock: called right before the draft is renamed; raises if another launch owns the
+            run's folder.
 
     Raises:
         CheckpointError: if the chunks leave a gap.
+        LockLostError: from ``require_lock``.
         OSError: if the store refuses; the older checkpoints are unchanged.
     """
     files = dict(shards)
@@ -52,6 +60,7 @@ def publish_checkpoint(
     files[ENCODER] = write_encoder(draft, draft / ENCODER, "student")
     write_atomic(draft / MANIFEST, format_manifest(files))
     sync(draft)
+    require_lock()
     replace_checkpoint(draft, target)
 
 

@@ -21,9 +21,10 @@ from cmtmae_scale.checkpoint.shards import (
     publish_checkpoint,
 )
 from cmtmae_scale.config.schema import Checkpoint
-from cmtmae_scale.errors import CheckpointError, SaveError
-from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_int
+from cmtmae_scale.errors import CheckpointError, LockLostError, SaveError
+from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_int, broadcast_text
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.lock import RunLock
 from cmtmae_scale.runtime.storage import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,19 @@ class Writer:
         keep: number of newest checkpoints that are kept.
         background: write while training continues, from one host copy of this rank's fragments.
         token: a random number shared by all ranks of this launch; names the drafts.
+        lock: the run's lock, which rank 0 verifies before it changes what others may own;
+            ``None``: nobody else writes to ``root``.
     """
 
     def __init__(
-        self, root: Path, rank: int, world_size: int, keep: int, background: bool, token: int
+        self,
+        root: Path,
+        rank: int,
+        world_size: int,
+        keep: int,
+        background: bool,
+        token: int,
+        lock: RunLock | None = None,
     ) -> None:
         self.root = root
         self.rank = rank
@@ -50,6 +60,7 @@ class Writer:
         self.keep = keep
         self.background = background
         self.token = token
+        self.lock = lock
         self.timeout_s = 1800.0
         self.attempts = 3
         self.pause_s = 5.0
@@ -101,6 +112,7 @@ class Writer:
         target = layout.folder_of(self.root, step)
         try:
             if self.rank == 0:
+                self.require_lock()
                 layout.sweep(self.root, spare=draft)
             draft.mkdir(parents=True, exist_ok=True)
             facts = write_chunks(chunks, draft / layout.rank_file(self.rank))
@@ -108,9 +120,13 @@ class Writer:
             self.shard_done.set()
             if self.rank == 0:
                 shards = await_shards(draft, self.world_size, self.abandoned, self.timeout_s)
-                publish_checkpoint(draft, target, shards, state)
+                publish_checkpoint(draft, target, shards, state, self.require_lock)
                 self.update_latest(target)
             self.saved_step = step
+        except LockLostError as error:
+            self.failed = True
+            logger.error("checkpoint %s is not written: %s", target, error)
+            layout.remove(draft)
         except (OSError, CheckpointError) as error:
             self.failed = True
             self.abandon(draft, target, error)
@@ -119,6 +135,33 @@ class Writer:
             self.bug = error
         finally:
             self.shard_done.set()
+
+    def require_lock(self) -> None:
+        """Verify that no other launch took the run's folder over.
+
+        Raises:
+            LockLostError: if one did.
+            OSError: if the store does not answer.
+        """
+        if self.lock is not None:
+            self.lock.require()
+
+    def require_lock_on_all_ranks(self) -> None:
+        """Verify rank 0's lock; a collective.
+
+        Raises:
+            LockLostError: on every rank, if another launch took the run's folder over.
+        """
+        problem = ""
+        try:
+            self.require_lock()
+        except LockLostError as error:
+            problem = str(error)
+        except OSError:
+            pass  # the save that follows meets the same store
+        problem = broadcast_text(problem)
+        if problem:
+            raise LockLostError(problem)
 
     def abandon(self, draft: Path, target: Path, error: Exception) -> None:
         """Free the space of a failed save, and warn once."""
@@ -141,6 +184,7 @@ class Writer:
     def update_latest(self, target: Path) -> None:
         """Name the newest checkpoint in ``latest`` and delete old checkpoints."""
         try:
+            self.require_lock()
             write_atomic(self.root / layout.LATEST, target.name)
             layout.prune(self.root, self.keep, layout.step_of(target) or 0)
         except OSError as error:
@@ -178,17 +222,20 @@ class Writer:
         """Save the last step, wait until the checkpoint is published, and retry if the save fails.
 
         Raises:
+            LockLostError: if another launch took the run's folder over; nothing is saved.
             SaveError: if every attempt failed.
             ReplicaError: see ``save``.
         """
         self.wait()
         for attempt in range(self.attempts):
+            self.require_lock_on_all_ranks()
             if all_ranks_agree(self.saved_step == step):
                 return
             if attempt:
                 time.sleep(self.pause_s)
             self.save(step, fragments, state)
             self.wait()
+        self.require_lock_on_all_ranks()
         if not all_ranks_agree(self.saved_step == step):
             raise SaveError(
                 f"{self.root}: step {step} could not be saved in {self.attempts} attempts "
@@ -198,7 +245,12 @@ class Writer:
 
 
 def open_writer(
-    run_dir: Path, world: World, settings: Checkpoint, saved_step: int | None, stack: ExitStack
+    run_dir: Path,
+    world: World,
+    settings: Checkpoint,
+    saved_step: int | None,
+    stack: ExitStack,
+    lock: RunLock | None = None,
 ) -> Writer:
     """Open the writer of this rank's shards; a collective.
 
@@ -208,10 +260,11 @@ def open_writer(
         settings: the config's group.
         saved_step: step whose checkpoint exists already, if it need not be saved again.
         stack: closes the writer.
+        lock: the run's lock; rank 0 has it.
     """
     token = broadcast_int(int(torch.randint(2**62, (), dtype=torch.int64).item()))
     root, keep, background = run_dir / "checkpoints", settings.keep, settings.background
-    writer = Writer(root, world.rank, world.world_size, keep, background, token)
+    writer = Writer(root, world.rank, world.world_size, keep, background, token, lock)
     writer.saved_step = saved_step
     stack.callback(writer.close)
     return writer

@@ -32,11 +32,13 @@ def launch(arguments: Sequence[str]) -> int:
     set_up_logging(world.rank, world.world_size)
     check_weight_options(options)
     check_image_options(options)
+    from cmtmae_scale.engine.agreement import REMEDY, require_equal
     from cmtmae_scale.evaluation.frozen import evaluate_frozen
     from cmtmae_scale.runtime.collectives import pick_device, process_group
 
     device = pick_device(world)
     with process_group(world, device):
+        require_equal(vars(options), REMEDY)
         text = evaluate_frozen(options, world, device)
     if world.rank == 0:
         sys.stdout.write(text + "\n")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 
 from cmtmae_scale.engine.stop import LaunchInterrupted, interrupt_launch
-from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError, exit_code_of
 from cmtmae_scale.runtime.exit_code import report_exit
 from dataloading.errors import DataError
 
@@ -27,6 +27,6 @@ def run_as_rank(launch: Callable[[], int]) -> int:
             code = EXIT_STOPPED
         except (CmtMaeError, DataError) as error:
             logger.error("%s", error)
-            code = error.exit_code
+            code = exit_code_of(error)
         report.leave(code)
     return EXIT_DONE if code == EXIT_STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code

@@ -35,8 +35,9 @@ def supervise(arguments: Sequence[str] | None = None) -> int:
     """Run ``[--grace SECONDS] -- COMMAND ...``.
 
     Returns:
-        The exit code of the ranks; 75 if the launch was stopped before any rank started; 1 for
-        ranks that ended without a code; without ranks the command's own code.
+        The exit code of the ranks; 75 if the launch was stopped before any rank started, or
+        ``TMPDIR`` is full; 1 for ranks that ended without a code; without ranks the command's own
+        code.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -56,7 +57,13 @@ def supervise(arguments: Sequence[str] | None = None) -> int:
     if not command:
         parser.error("no command; give -- torchrun ... launchers/pretrain.py --config ...")
     set_up_logging(0, 1)
-    with tempfile.TemporaryDirectory(prefix="supervise-") as folder:
+    try:
+        reports = tempfile.TemporaryDirectory(prefix="supervise-")
+    except OSError as error:
+        text = "no folder for the codes of the ranks (%s); make room in TMPDIR and try again"
+        logger.error(text, error.strerror)
+        return EXIT_STOPPED
+    with reports as folder:
         try:
             supervisor = Supervisor(command, Path(folder), options.grace)
         except OSError as error:

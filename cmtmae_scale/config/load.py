@@ -18,6 +18,7 @@ from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.hints import key_hint, value_hint
 from cmtmae_scale.config.schema import Config, Schedule, Trained, walk_fields
 from cmtmae_scale.errors import ConfigError
+from dataloading.files import atomic_path
 
 Recipe = TypeVar("Recipe")
 MAX_YAML_BYTES = 2**20
@@ -81,7 +82,8 @@ def config_to_dict(config: Trained) -> dict[str, Any]:
 
 def save_config(config: Trained, path: Path) -> None:
     """Write a resolved config as YAML that ``load_recipe`` reads back."""
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    with atomic_path(path) as draft:
+        draft.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
 
 
 def plain(value: Any) -> Any:

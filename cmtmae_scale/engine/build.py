@@ -22,16 +22,24 @@ from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.stragglers import Stragglers
 from cmtmae_scale.engine.task import Run, Task
 from cmtmae_scale.engine.telemetry import Telemetry
+from cmtmae_scale.engine.watchdog import Place
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.runtime.collectives import barrier
+from cmtmae_scale.runtime.collectives import barrier, on_all_ranks
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.lock import RunLock
 from cmtmae_scale.runtime.progress_file import ProgressFile
 
 logger = logging.getLogger(__name__)
 
 
 def build_run(
-    task: Task, config: Trained, world: World, device: torch.device, stack: ExitStack
+    task: Task,
+    config: Trained,
+    world: World,
+    device: torch.device,
+    stack: ExitStack,
+    lock: RunLock | None = None,
+    place: Place | None = None,
 ) -> Run:
     """Build a run, and load the newest checkpoint where there is one. A collective.
 
@@ -41,6 +49,8 @@ def build_run(
         world: place of this process; the process group is open.
         device: device of this rank.
         stack: closes what is opened, in reverse order.
+        lock: the run's lock; rank 0 has it.
+        place: where in the build, and then in the loop, this rank is; for the watchdog.
 
     Raises:
         ConfigError: settings that do not fit the data, the number of ranks or the checkpoint.
@@ -48,16 +58,20 @@ def build_run(
         TeacherError: a teacher that cannot be built.
         CacheError: a teacher cache that the run cannot use.
         CheckpointError: checkpoints of which none is intact.
+        StorageError: on every rank, if the store of the logs is full or fails.
     """
-    run_dir = Path(config.run.output_dir)
+    run_dir, place = Path(config.run.output_dir), place or Place()
     run_dir.mkdir(parents=True, exist_ok=True)
     stop = StopRequest(run_dir, config.run.time_limit_s)
     plan = batch_plan(config, world.world_size)
+    place.enter("index", 0)
     index = task.open_index(run_dir)
-    folder = find_resume_checkpoint(run_dir, world)
+    place.enter("checkpoint", 0)
+    folder = find_resume_checkpoint(run_dir, world, lock)
     saved = None if folder is None else read_state(folder)
     progress = find_progress(config, task, index, saved)
     refuse_other_pairs(config, plan, saved)
+    place.enter("models", 0)
     backend = task.build(saved, stop, stack)
     stack.callback(backend.close)
     skips = Skips(config.guard)
@@ -71,15 +85,17 @@ def build_run(
         backend.after_load(progress.applied)
         saved_step = progress.step if progress.step != progress.step0 else None
         logger.info("resuming %s at step %d", folder, progress.step)
+    place.enter("stream", 0)
     stream = stack.enter_context(task.open_stream(progress.position))
     barrier()  # from here on no rank ends alone at a signal
     stop.install()
-    telemetry = progress_file = None
-    if world.rank == 0:
+    progress_file = None
+    settings = (run_dir, progress.step, progress.end_step, config.log.every)
+    telemetry = on_all_ranks(lambda: Telemetry(*settings) if world.rank == 0 else None)
+    if telemetry is not None:
         progress_file = ProgressFile(run_dir)
-        telemetry = Telemetry(run_dir, progress.step, progress.end_step, config.log.every)
         stack.callback(telemetry.close)
-    writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack)
+    writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack, lock)
     logger.info(
         "%s: batch %s; %s", config.run.name, explain_batch(config, plan), describe_steps(progress)
     )
@@ -100,6 +116,7 @@ def build_run(
         skips=skips,
         stragglers=Stragglers(device, config.log.every),
         saved_facts=record_facts(config, index.digest, world),
+        place=place,
     )
 
 

@@ -1,18 +1,39 @@
 """The end of a launch: its exit code, and the record of it in ``RUN_DIR/exit.json``."""
 
 import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cmtmae_scale.engine.launches import reset_launch_count
+from cmtmae_scale.engine.launches import reset_launch_count, take_back_launch
 from cmtmae_scale.engine.progress import Progress
-from cmtmae_scale.engine.stop import LaunchInterrupted
-from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED, CmtMaeError
+from cmtmae_scale.engine.stop import STOP_FILE, STOP_FILE_REASON, LaunchInterrupted
+from cmtmae_scale.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_NO_PROGRESS,
+    EXIT_STOPPED,
+    CmtMaeError,
+    LockLostError,
+    exit_code_of,
+)
+from cmtmae_scale.runtime.collectives import ranks
 from cmtmae_scale.runtime.exit_code import EXIT_FILE, delete_exit, read_finished, write_exit
+from cmtmae_scale.runtime.lock import RunLock
+from cmtmae_scale.runtime.storage import optional_write
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+INTERRUPTED = ".interrupted-"
+"""Start of the name of an empty file: a rank of a launch was interrupted before the first step."""
+OTHER_RANK = "a signal on another rank"
+INTERRUPTED_WAIT_S = 2.0
+"""Seconds in which that file must become visible to the other ranks."""
 
 
 class Ending:
@@ -21,19 +42,32 @@ class Ending:
     Args:
         run_dir: the run's folder.
         rank: this rank.
+        lock: the run's lock; rank 0 has it. Without it the folder is another launch's, and nothing
+            is written there.
     """
 
-    def __init__(self, run_dir: Path, rank: int) -> None:
+    def __init__(self, run_dir: Path, rank: int, lock: RunLock | None = None) -> None:
         self.run_dir = run_dir
         self.rank = rank
+        self.lock = lock
+        self.launch: str | None = None
+        """Random name of this launch, known when all ranks share the folder."""
+        self.is_counted = False
+        self.first_step = 0
+        """Step that this launch continued from."""
         self.progress: Progress | None = None
         self.stopped: str | None = None
         self.finished: dict[str, Any] | None = None
+        self.done = "done"
 
     def __enter__(self) -> Self:
         if self.rank == 0:
             self.finished = read_finished(self.run_dir)
-            delete_exit(self.run_dir)
+            with optional_write(self.run_dir / EXIT_FILE):
+                delete_exit(self.run_dir)
+            for left in self.run_dir.glob(f"{INTERRUPTED}*"):
+                with suppress(OSError):
+                    left.unlink()
         return self
 
     def __exit__(
@@ -43,13 +77,17 @@ class Ending:
         trace: TracebackType | None,
     ) -> None:
         if isinstance(error, CmtMaeError | DataError):
-            self.write(error.exit_code, str(error))
+            self.write(exit_code_of(error), str(error))
         elif isinstance(error, LaunchInterrupted):
-            self.write(EXIT_STOPPED, f"{error} before the first step")
+            if self.lock is not None and not self.owns_folder():
+                raise LockLostError(self.lock.loss()) from error
+            self.mark_interrupted()
+            self.write_interrupted(str(error))
         elif error is not None:
-            self.write(EXIT_CRASH, f"{type(error).__name__}: {error}")
+            if self.write_crash(f"{type(error).__name__}: {error}") == EXIT_STOPPED:
+                raise LaunchInterrupted(OTHER_RANK) from error
         else:
-            self.write(self.code, self.stopped or "done")
+            self.write(self.code, self.stopped or self.done)
 
     @property
     def code(self) -> int:
@@ -66,10 +104,66 @@ class Ending:
         """Return whether the launch failed before it was built, or found all steps done."""
         return self.progress is None or self.progress.step >= self.progress.end_step
 
-    def write(self, code: int, reason: str) -> None:
+    def advice(self, reason: str) -> str:
+        """Return what continues a run that stopped for a reason."""
+        if reason.startswith("train.stop_after="):
+            return "raise or remove train.stop_after to continue"
+        if reason == STOP_FILE_REASON:
+            return f"delete {self.run_dir / STOP_FILE}, then the same command continues"
+        return "the same command continues"
+
+    def mark_interrupted(self) -> None:
+        """Let the other ranks know why this rank leaves; they cannot go on without it."""
+        if self.launch is not None:
+            with suppress(OSError):
+                (self.run_dir / f"{INTERRUPTED}{self.launch}").touch()
+
+    def is_interrupted(self) -> bool:
+        """Return whether a rank of this launch was interrupted before the first step."""
+        if self.launch is None or ranks() == 1 or self.step > self.first_step:
+            return False
+        limit = time.monotonic() + INTERRUPTED_WAIT_S
+        while time.monotonic() < limit:
+            with suppress(OSError):
+                if f"{INTERRUPTED}{self.launch}" in os.listdir(self.run_dir):
+                    return True
+            time.sleep(0.1)
+        return False
+
+    def write_interrupted(self, reason: str) -> None:
+        """Write that the launch was interrupted, and take it back from the count."""
+        self.write(EXIT_STOPPED, f"{reason} before the first step", self.take_back)
+
+    def take_back(self, run_dir: Path) -> None:
+        """Reduce the count of launches, if this launch was counted."""
+        if self.is_counted:
+            self.is_counted = False  # the watchdog and the main thread may both come here
+            take_back_launch(run_dir)
+
+    def write_crash(self, why: str) -> int:
+        """Write that the launch crashed, or was interrupted on another rank; returns the code."""
+        if self.is_interrupted():
+            self.write_interrupted(OTHER_RANK)
+            return EXIT_STOPPED
+        self.write(EXIT_CRASH, why)
+        return EXIT_CRASH
+
+    def owns_folder(self) -> bool:
+        """Return whether no other launch has taken the folder over, as far as is known."""
+        try:
+            return self.lock is None or self.lock.is_held()
+        except OSError:
+            return True
+
+    def write(
+        self, code: int, reason: str, correct_count: Callable[[Path], None] = reset_launch_count
+    ) -> None:
         """Write code, step and reason; only crashes count as launches without progress."""
+        if not self.owns_folder():
+            logger.warning("%s is another launch's now; nothing is written there", self.run_dir)
+            return
         if code == EXIT_STOPPED:
-            logger.info("stopped at step %d (%s); the same command continues", self.step, reason)
+            logger.info("stopped at step %d (%s); %s", self.step, reason, self.advice(reason))
         if self.rank == 0:
             record = {"code": code, "step": self.step, "reason": reason}
             if code != EXIT_DONE and self.finished and self.had_nothing_to_train:
@@ -80,4 +174,4 @@ class Ending:
             except OSError as refused:
                 logger.warning("%s: the outcome could not be written (%s)", self.run_dir, refused)
             if code not in {EXIT_CRASH, EXIT_NO_PROGRESS}:
-                reset_launch_count(self.run_dir)
+                correct_count(self.run_dir)

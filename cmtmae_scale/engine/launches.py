@@ -4,16 +4,17 @@ import json
 import logging
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from cmtmae_scale import __version__
-from cmtmae_scale.checkpoint.layout import list_checkpoints, step_of
+from cmtmae_scale.checkpoint.layout import find_renaming, list_checkpoints, step_of
 from cmtmae_scale.errors import NoProgressError
 from cmtmae_scale.runtime.collectives import broadcast_text
-from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.storage import append_line, optional_write, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,7 @@ def increment_count(run_dir: Path) -> str:
 
 def next_launch(run_dir: Path) -> tuple[int, int]:
     """Return the step of the newest checkpoint, and the number of the next launch from it."""
-    newest = next(iter(list_checkpoints(run_dir / "checkpoints")), None)
-    step = 0 if newest is None else step_of(newest) or 0
+    step = newest_step(run_dir / "checkpoints")
     return step, 1 + launches_from(run_dir, step)
 
 
@@ -74,6 +74,16 @@ def refuse_further_launch(run_dir: Path) -> None:
         )
 
 
+def newest_step(root: Path) -> int:
+    """Return the step of the newest checkpoint that is no renamed copy, or 0; verify nothing."""
+    for folder in list_checkpoints(root):
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            if find_renaming(folder) is not None:
+                continue
+        return step_of(folder) or 0
+    return 0
+
+
 def launches_from(run_dir: Path, step: int) -> int:
     """Return the number of consecutive launches from a step that made no progress."""
     try:
@@ -89,6 +99,21 @@ def reset_launch_count(run_dir: Path) -> None:
         (run_dir / COUNT_FILE).unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s could not be removed (%s)", run_dir / COUNT_FILE, error)
+
+
+def take_back_launch(run_dir: Path) -> None:
+    """Reduce the count by this launch: it was interrupted before it could make progress."""
+    try:
+        record = json.loads((run_dir / COUNT_FILE).read_text())
+        record["count"] = int(record["count"]) - 1
+        if record["count"] > 0:
+            write_atomic(run_dir / COUNT_FILE, json.dumps(record) + "\n")
+        else:
+            (run_dir / COUNT_FILE).unlink()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s could not be corrected (%s)", run_dir / COUNT_FILE, error)
 
 
 def record_launch(
@@ -123,5 +148,5 @@ def record_launch(
             "python": platform.python_version(),
         },
     }
-    with (run_dir / RECORD_FILE).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    with optional_write(run_dir / RECORD_FILE, at_launch=True):
+        append_line(run_dir / RECORD_FILE, json.dumps(record))

@@ -17,7 +17,8 @@ from cmtmae_scale.engine.guards import (
 )
 from cmtmae_scale.engine.rollback import roll_back
 from cmtmae_scale.engine.task import Run, Scalars
-from cmtmae_scale.errors import CacheError, TeacherError
+from cmtmae_scale.errors import CacheError, CmtMaeError, TeacherError
+from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.progress_file import PublishedProgress
 from dataloading.errors import DataError, ReadError
 
@@ -74,12 +75,14 @@ def train(run: Run) -> str | None:
         publish_progress(run)
         requested = step.report["stop"] > 0
         reason = stop_reason(run, requested)
-        if reason is None and step.refusal is None:
+        if progress.step >= progress.end_step:
+            refuse_empty_run(run, refusal)
+        if reason is not None or progress.step >= progress.end_step:
+            save_last(run)
+        elif step.refusal is None:
             save_if_due(run)
         if not requested:
             run_side_tasks(run)
-    if progress.step >= progress.end_step:
-        refuse_empty_run(run, refusal)
     save_last(run)
     return reason if progress.step < progress.end_step else None
 
@@ -203,15 +206,59 @@ def save_last(run: Run) -> None:
 
 
 def run_side_tasks(run: Run) -> None:
-    """Evaluate, draw and diagnose where it is due; unreadable images skip it with a warning."""
+    """Evaluate, draw and diagnose where it is due; a failure is an incident, and training goes on.
+
+    The ranks agree after each side task whether it failed on any of them. A rank that fails while
+    the others are within a collective of the side task cannot reach this agreement: the watchdog
+    ends such a run, and the next launch continues after the save before it.
+    """
     for side_task in run.task.side_tasks:
         if not side_task.is_due(run.progress):
             continue
         run.place.enter(side_task.stage, run.progress.step)
+        failure: Exception | None = None
         try:
             side_task.run(run)
-        except DataError as error:
-            logger.warning("step %d: no %s: %s", run.progress.step, side_task.stage, error)
+        except Exception as error:
+            failure = error
+        report_failure(run, side_task.stage, failure)
+
+
+def report_failure(run: Run, stage: str, failure: Exception | None) -> None:
+    """Record that a side task failed on some rank, and drop what it left behind; a collective."""
+    mine = "" if failure is None else describe_error(failure)
+    everyone = gather_texts(mine)
+    failed = [rank for rank, text in enumerate(everyone) if text]
+    if not failed:
+        return
+    run.backend.discard()
+    kind, why = f"no {stage}", everyone[failed[0]]
+    if len(everyone) > 1:
+        why = f"{why} (on ranks {', '.join(map(str, failed))})"
+    if run.telemetry is not None:
+        run.record_incident(kind, why)
+    elif mine:
+        logger.warning("step %d: %s: %s", run.progress.step, kind, mine)
+    if failure is not None and not isinstance(failure, CmtMaeError | DataError | OSError):
+        logger.warning("step %d: %s", run.progress.step, kind, exc_info=failure)
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error's message, with its type unless the message is written for the user."""
+    if isinstance(error, CmtMaeError | DataError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def find_reached_stop(run: Run) -> str | None:
+    """Return why a launch has nothing to train before the end of its run, or ``None``."""
+    progress, stop_after = run.progress, run.config.train.stop_after
+    if stop_after is None or not stop_after <= progress.step < progress.end_step:
+        return None
+    return (
+        f"train.stop_after={stop_after} is reached already: the run is at step {progress.step} of "
+        f"{progress.end_step}, and nothing is trained; raise or remove train.stop_after to continue"
+    )
 
 
 def publish_progress(run: Run) -> None:

@@ -9,19 +9,23 @@ import torch
 
 from cmtmae_scale.config.load import save_config
 from cmtmae_scale.config.schema import Trained
+from cmtmae_scale.engine.agreement import require_equal_launch, require_shared
 from cmtmae_scale.engine.build import build_run
 from cmtmae_scale.engine.ending import Ending
 from cmtmae_scale.engine.launches import count_launch, record_launch
-from cmtmae_scale.engine.loop import train
+from cmtmae_scale.engine.loop import find_reached_stop, train
 from cmtmae_scale.engine.summary import log_launch, log_result
 from cmtmae_scale.engine.task import Run, SideTask, Task
-from cmtmae_scale.engine.watchdog import SLOW_STAGE_FACTOR, watched
-from cmtmae_scale.errors import EXIT_CRASH
-from cmtmae_scale.runtime.collectives import process_group
+from cmtmae_scale.engine.watchdog import SLOW_STAGE_FACTOR, Place, watched
+from cmtmae_scale.errors import EXIT_DONE, describe_store, may_pass
+from cmtmae_scale.runtime.collectives import on_all_ranks, process_group
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
+from cmtmae_scale.runtime.storage import optional_write
 
 logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
 
 
 def run_task(
@@ -51,27 +55,51 @@ def run_task(
 
     Raises:
         CmtMaeError, DataError: see ``build_run`` and ``train``.
+        StorageError: if the store is full or fails at the launch.
+        ConfigError: on every rank, if the ranks differ in settings, code or images, or do not share
+            the run's folder.
+        LockLostError: another launch took the folder over; nothing was saved.
+        LaunchInterrupted: a signal before the first step, on any rank.
     """
     if world.rank == 0:
         log_launch(config, world, device, model_memory)
     run_dir, hang_s = Path(config.run.output_dir), config.guard.hang_seconds
+    place = Place()
+    run: Run | None = None
     with ExitStack() as stack:
         stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
-        stack.enter_context(hold_run(run_dir, world.rank))
-        ending = stack.enter_context(Ending(run_dir, world.rank))
-        count_launch(run_dir, world.rank)
-        run = build_run(task, config, world, device, stack)
-        task.side_tasks += open_side_tasks(run)
-        ending.progress = run.progress
-        if world.rank == 0:
-            save_config(config, run_dir / "config.yaml")
+        require_equal_launch(config, world, device)
+        lock = stack.enter_context(hold_run(run_dir, world.rank))
+        ending = stack.enter_context(Ending(run_dir, world.rank, lock))
+
+        def record_crash(why: str) -> int:
+            if run is not None and ending.owns_folder():
+                run.record_incident("ended", why)
+            return ending.write_crash(why)
+
+        def record() -> None:
+            with optional_write(run_dir / CONFIG_FILE, at_launch=True):
+                save_config(config, run_dir / CONFIG_FILE)
             record_launch(run_dir, ending.step, recipe, overrides, world.world_size, device)
 
-        def record_crash(why: str) -> None:
-            run.record_incident("ended", why)
-            ending.write(EXIT_CRASH, why)
-
-        with watched(run_dir, world.rank, run.place, hang_s, record_crash):
+        ending.launch = require_shared(run_dir, world.rank)
+        count_launch(run_dir, world.rank)
+        ending.is_counted = True
+        with watched(run_dir, world.rank, place, hang_s, record_crash):
+            try:
+                run = build_run(task, config, world, device, stack, lock, place)
+            except OSError as error:
+                if not may_pass(error):
+                    raise
+                raise describe_store(error) from error
+            task.side_tasks += open_side_tasks(run)
+            ending.progress, ending.first_step = run.progress, run.progress.step
+            on_all_ranks(record if world.rank == 0 else lambda: None)
+            reached = find_reached_stop(run)
+            if reached is not None:
+                logger.warning(reached)
+                ending.done = reached
+                return EXIT_DONE
             ending.stopped = train(run)
             if ending.stopped is None:
                 task.conclude(run)

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "STOP"
+STOP_FILE_REASON = f"file {STOP_FILE}"
 SLURM_END = "SLURM_JOB_END_TIME"
 END_MARGIN_S = 120.0
 """Seconds before the end of a SLURM job at which the run saves and stops."""
@@ -79,7 +80,7 @@ class StopRequest:
     def find_request(self) -> str | None:
         """Return a request that arrives without a signal, or ``None``."""
         if self.file.exists():
-            return f"file {STOP_FILE}"
+            return STOP_FILE_REASON
         gone = find_dead_launcher(self.launchers)
         if gone is not None:
             return f"the launcher, process {gone}, is gone"

@@ -48,7 +48,7 @@ class SideTask(NamedTuple):
     is_due: Callable[[Progress], bool]
     """Whether to run after the step that progress stands at; the same on every rank."""
     run: Callable[["Run"], None]
-    """A collective; raises ``DataError`` on every rank if images cannot be read."""
+    """A collective; what it raises skips it, and training goes on."""
 
 
 class Task(Protocol):

@@ -12,34 +12,53 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cmtmae_scale.runtime.storage import atomic_path, write_atomic
+from cmtmae_scale.engine.event_file import EventFile
+from cmtmae_scale.runtime.storage import (
+    append_line,
+    atomic_path,
+    optional_write,
+    warn_unwritten,
+    write_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 FIGURES = "figures"
+TENSORBOARD = "tensorboard"
+LOST = "log lines lost"
+"""Kind of the incident that counts lines which could not be written."""
 SHOWN = ("loss/total", "loss/teacher", "loss/student", "loss/pixel", "lr", "grad_norm", "images_s")
 
 
 class Telemetry:
     """Averages values between log entries and writes them; only rank 0 has one.
 
+    What the store refuses during the run is lost with a warning, and the next line of the log that
+    fits counts the lost lines.
+
     Args:
         run_dir: the run's folder.
         start: step that the run continues from; later entries of an earlier launch are cut.
         end: last step.
         every: steps between entries.
+
+    Raises:
+        OSError: if the store is full or fails at the launch.
     """
 
     def __init__(self, run_dir: Path, start: int, end: int, every: int) -> None:
         self.file = run_dir / LOG_FILE
-        cut_log(self.file, start)
+        self.step = start
+        self.lost_lines = 0
         self.figures = run_dir / FIGURES
-        cut_figures(self.figures, start)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        with optional_write(self.file, at_launch=True):
+            cut_log(self.file, start)
+        with optional_write(self.figures, at_launch=True):
+            cut_figures(self.figures, start)
+        self.board = EventFile(run_dir / TENSORBOARD, purge_step=start + 1)
         self.every = every
         self.end = end
         self.sums: dict[str, float] = {}
@@ -77,7 +96,6 @@ class Telemetry:
         entry["data_wait_fraction"] = self.waited_s / elapsed_s
         entry["memory_gib"] = memory_gib()
         self.append(step, entry)
-        self.board.flush()
         line = "  ".join(f"{name} {entry[name]:.4g}" for name in SHOWN if name in entry)
         if self.bar.disable:
             logger.info("step %d/%d  %s", step, self.end, line)
@@ -101,7 +119,6 @@ class Telemetry:
         spent_s = self.side_task_s[stage] = self.side_task_s.get(stage, 0.0) + took_s
         fraction = spent_s / max(time.monotonic() - self.began, 1e-9)
         self.append(step, {**values, f"{stage}/time_fraction": fraction})
-        self.board.flush()
         if values:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             logger.info("step %d/%d  %s", step, self.end, shown)
@@ -116,21 +133,36 @@ class Telemetry:
             took_s: seconds that training waited for them.
 
         Raises:
-            OSError: if the file cannot be written.
+            OSError: if the PNG cannot be written.
         """
         self.record_side_task(FIGURES, step, {}, took_s)
-        self.board.add_image(FIGURES, sheet, step, dataformats="HWC")
-        self.board.flush()
+        with optional_write(self.board.path):
+            self.board.add_image(step, FIGURES, sheet)
         self.figures.mkdir(exist_ok=True)
         with atomic_path(self.figures / f"step-{step:08d}.png") as draft:
             Image.fromarray(sheet).save(draft, "PNG", optimize=True)
 
     def append(self, step: int, entry: dict[str, float]) -> None:
         """Add a line to the log file and points to TensorBoard."""
-        with self.file.open("a") as log:
-            log.write(json.dumps({"step": step, **entry}) + "\n")
-        for name, value in entry.items():
-            self.board.add_scalar(name, value, step)
+        self.append_line(step, {"step": step, **entry})
+        with optional_write(self.board.path):
+            self.board.add_scalars(step, entry)
+
+    def append_line(self, step: int, record: dict[str, Any] | None) -> None:
+        """Append a line to the log, after an incident that counts the lines lost before it."""
+        self.step = step
+        records = [] if record is None else [record]
+        if self.lost_lines:
+            why = f"{self.lost_lines} lines of {LOG_FILE} could not be written"
+            lost = {"step": step, "incident": LOST, "why": why, "lost_lines": self.lost_lines}
+            records.insert(0, lost)
+        try:
+            append_line(self.file, "\n".join(map(json.dumps, records)))
+        except OSError as error:
+            self.lost_lines += record is not None
+            warn_unwritten(self.file, error)
+        else:
+            self.lost_lines = 0
 
     def record_incident(self, step: int, kind: str, why: str, **facts: Any) -> None:
         """Write a line about a fault; later launches keep it when they cut the log.
@@ -142,38 +174,48 @@ class Telemetry:
             facts: further values.
         """
         logger.warning("step %d: %s: %s", step, kind, why)
-        line = json.dumps({"step": step, "incident": kind, "why": why, **facts})
-        with self.file.open("a") as log:
-            log.write(line + "\n")
+        self.append_line(step, {"step": step, "incident": kind, "why": why, **facts})
 
     def roll_back(self, step: int) -> None:
         """Drop the records after a step."""
-        cut_log(self.file, step)
-        self.board.close()
-        self.board = SummaryWriter(str(self.file.parent / "tensorboard"), purge_step=step + 1)
+        with optional_write(self.file):
+            cut_log(self.file, step)
+        self.board = EventFile(self.file.parent / TENSORBOARD, purge_step=step + 1)
         self.bar.update(step - self.bar.n)
         self.sums, self.counts, self.views, self.waited_s = {}, {}, 0, 0.0
         self.since = time.monotonic()
 
     def close(self) -> None:
-        """Flush and release."""
+        """Count the lines lost last, if the count fits now, and release."""
         self.bar.close()
-        self.board.close()
+        if self.lost_lines:
+            self.append_line(self.step, None)
 
 
 def cut_log(file: Path, step: int) -> None:
-    """Drop entries after a step, but for incidents, and a half-written last line."""
+    """Drop entries after a step, but for incidents, and lines that cannot be read.
+
+    Raises:
+        OSError: if the file cannot be read or replaced.
+    """
     if not file.exists():
         return
-    kept: list[str] = []
-    for line in file.read_text().splitlines():
+    text = file.read_bytes()
+    kept: list[bytes] = []
+    unreadable: list[int] = []
+    for number, line in enumerate(text.split(b"\n"), 1):
         try:
-            entry = json.loads(line)
-            if entry["step"] <= step or "incident" in entry:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break
-    write_atomic(file, "".join(kept))
+            entry = json.loads(line) if line.strip() else None
+            if entry is not None and (entry["step"] <= step or "incident" in entry):
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            unreadable.append(number)
+    if unreadable:
+        shown = ", ".join(map(str, unreadable[:8])) + (", ..." if len(unreadable) > 8 else "")
+        count = len(unreadable)
+        logger.warning("%s: %d unreadable lines were dropped (line %s)", file, count, shown)
+    if b"".join(kept) != text:
+        write_atomic(file, b"".join(kept))
 
 
 def cut_figures(folder: Path, step: int) -> None:

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.runtime.collectives import barrier, gather_texts
+from cmtmae_scale.errors import EXIT_CRASH
+from cmtmae_scale.runtime.collectives import barrier, gather_texts, is_waiting
 from cmtmae_scale.runtime.lock import identify_process
 from cmtmae_scale.runtime.processes import start_ticks
+from cmtmae_scale.runtime.storage import warn_unwritten
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,12 @@ SLOW_STAGE_FACTOR = 5.0
 """Factor of the limit in the first step, in saves and in side tasks."""
 STAGES = ("data", "compute", "update", "save", "evaluation", "figures", "diagnostics")
 """Stages of a step, in order; the last three are side tasks."""
+BUILD_STAGES = ("start", "index", "checkpoint", "models", "stream")
+"""Stages before the first step, in order."""
+BUSY_CPU_FRACTION = 0.05
+"""Fraction of one core above which a rank that builds counts as working."""
+BUSY_BYTES_PER_S = 1e5
+"""Bytes read and written per second above which a rank that builds counts as working."""
 TICK_S = 0.5
 LONGEST_BEAT_S = 10.0
 
@@ -43,7 +51,7 @@ class Place:
     micro_step: int = 0
     """Micro-step within it."""
     stage: str = "start"
-    """One of ``STAGES``; ``start`` before the first."""
+    """One of ``BUILD_STAGES`` or ``STAGES``."""
     warm: bool = False
     """Whether a step has finished since the launch."""
     since: float = field(default_factory=time.monotonic)
@@ -51,7 +59,7 @@ class Place:
 
     def enter(self, stage: str, step: int, micro_step: int = 0) -> None:
         """Record that a stage begins."""
-        if step != self.step and self.stage != "start":
+        if step != self.step and self.stage in STAGES:
             self.warm = True
         self.step, self.micro_step, self.stage = step, micro_step, stage
         self.since = time.monotonic()
@@ -74,7 +82,7 @@ class Watchdog(threading.Thread):
         place: place of this rank.
         hang_s: seconds without progress that count as a hang; ``None``: no limit.
         ranks: process of every rank, as ``identify_process`` returns it.
-        report: called with the reason before the process ends.
+        report: called with the reason before the process ends; may return its exit code.
     """
 
     def __init__(
@@ -84,7 +92,7 @@ class Watchdog(threading.Thread):
         place: Place,
         hang_s: float | None,
         ranks: list[dict[str, Any]],
-        report: Callable[[str], None],
+        report: Callable[[str], int | None],
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.beats = run_dir / HEARTBEATS
@@ -120,6 +128,9 @@ class Watchdog(threading.Thread):
                 late = self.name_late()
                 if self.over.is_set():
                     return
+                if not late:
+                    self.place.since = time.monotonic()
+                    continue
                 self.end(f"no progress for {stalled_s:.1f} s ({self.place}); {late}")
                 return
 
@@ -135,17 +146,28 @@ class Watchdog(threading.Thread):
         self.published_at = time.monotonic()
         self.count += 1
         place = self.place
-        stage = STAGES.index(place.stage) if place.stage in STAGES else -1
-        facts = {"beat": self.count, "place": [place.step, place.micro_step, stage]}
+        stage = (BUILD_STAGES + STAGES).index(place.stage) - len(BUILD_STAGES)
+        facts = {
+            "beat": self.count,
+            "place": [place.step, place.micro_step, stage],
+            "waits": is_waiting.is_set(),
+            "work": [time.process_time(), bytes_moved()],
+        }
         try:
             self.beats.mkdir(exist_ok=True)
             (self.beats / f"{self.rank:05d}").write_text(json.dumps(facts) + "\n")
         except OSError as error:
-            logger.debug("%s could not be written (%s)", self.beats, error)
+            if self.rank == 0:
+                warn_unwritten(self.beats, error)
 
     def name_late(self) -> str:
-        """Return the stalled ranks, or those behind the others, as text."""
+        """Return the stalled ranks, or those behind the others, as text.
+
+        While the run is built, empty if no rank is stalled and some rank works: listing many images
+        or fetching weights may take longer than any limit.
+        """
         first = self.read_heartbeats()
+        began = time.monotonic()
         limit = time.monotonic() + 2.5 * self.beat_s
         while time.monotonic() < limit and not self.over.wait(self.beat_s / 4):
             self.beat()
@@ -153,13 +175,20 @@ class Watchdog(threading.Thread):
         silent = [n for n in range(self.world_size) if second.get(n) == first.get(n)]
         if silent:
             return f"no sign of life from rank {', '.join(map(str, silent))}"
+        watched_s = time.monotonic() - began
+        if self.place.stage in BUILD_STAGES and any(
+            is_working(first[n], second[n], watched_s) for n in first.keys() & second.keys()
+        ):
+            return ""
         places = {number: facts["place"] for number, facts in second.items()}
         ahead = max(places.values())
         behind = [number for number, place in places.items() if place < ahead]
+        if not behind and any(facts.get("waits") for facts in second.values()):
+            behind = [number for number, facts in second.items() if not facts.get("waits")]
         if not behind:
             return "all ranks are at the same place"
         where = places[behind[0]]
-        stage = STAGES[where[2]] if where[2] >= 0 else "start"
+        stage = (BUILD_STAGES + STAGES)[where[2] + len(BUILD_STAGES)]
         return (
             f"rank {', '.join(map(str, behind))} is behind, at step {where[0]}, "
             f"micro-step {where[1]}, {stage}"
@@ -188,15 +217,39 @@ class Watchdog(threading.Thread):
         if self.over.wait(TICK_S):
             return
         logger.error("%s; stacks are in %s; exiting", why, self.stacks)
-        self.report(why)
+        code = self.report(why)
         # The other ranks find the same, and write their stacks, within this time.
         self.over.wait(2 * TICK_S)
-        os._exit(1)
+        os._exit(code or EXIT_CRASH)
+
+
+def is_working(first: dict[str, Any], second: dict[str, Any], seconds: float) -> bool:
+    """Return whether a rank computed, read or wrote between two heartbeats."""
+    try:
+        (cpu_s, moved), (later_cpu_s, later_moved) = first["work"], second["work"]
+    except (KeyError, TypeError, ValueError):
+        return False
+    busy = later_cpu_s - cpu_s > BUSY_CPU_FRACTION * seconds
+    return busy or later_moved - moved > BUSY_BYTES_PER_S * seconds
+
+
+def bytes_moved() -> int:
+    """Return the bytes that this process has read and written; 0 if the system does not tell."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        facts = dict(line.split(": ") for line in lines)
+        return int(facts["rchar"]) + int(facts["wchar"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 @contextmanager
 def watched(
-    run_dir: Path, rank: int, place: Place, hang_s: float | None, report: Callable[[str], None]
+    run_dir: Path,
+    rank: int,
+    place: Place,
+    hang_s: float | None,
+    report: Callable[[str], int | None],
 ) -> Iterator[None]:
     """Watch this rank in the block; a collective at both ends.
 
@@ -205,7 +258,7 @@ def watched(
         rank: this rank.
         place: place of this rank.
         hang_s: seconds without progress that count as a hang; ``None``: no limit.
-        report: called with the reason before the process ends.
+        report: called with the reason before the process ends; may return its exit code.
     """
     ranks = [json.loads(text) for text in gather_texts(json.dumps(identify_process()))]
     place.since = time.monotonic()

@@ -119,7 +119,7 @@ def extract_features(
     size = encoders[0].size
     positions: list[Tensor] = []
     rows: dict[Column, list[Tensor]] = {}
-    problem = ""
+    problem, failure = "", None
     with OnePass(
         images.index,
         images.ids,
@@ -140,7 +140,11 @@ def extract_features(
                         column.append(values[batch.valid])
         except ReadError as error:
             problem = str(error)
+        except Exception as error:  # the other ranks learn of it before their next collective
+            problem, failure = f"{type(error).__name__}: {error}", error
     problems = list(filter(None, gather_texts(problem)))
+    if failure is not None:
+        raise failure
     if problems:
         raise ReadError(problems[0])
     order = torch.cat(positions)

@@ -11,7 +11,7 @@ from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import pixel_encoder
 from cmtmae_scale.evaluation.features import FeatureTable, ReadOptions, extract_features
 from cmtmae_scale.evaluation.images import Sets, open_pair, open_split
-from cmtmae_scale.evaluation.knn import knn_scores
+from cmtmae_scale.evaluation.knn import count_images, knn_scores, warn_of_few_images
 from cmtmae_scale.evaluation.linear import linear_probe
 from cmtmae_scale.evaluation.logistic import logistic_score
 from cmtmae_scale.evaluation.result import (
@@ -116,9 +116,12 @@ def open_sets(options: argparse.Namespace, subject: Subject) -> Sets:
 def knn_rows(
     options: argparse.Namespace, train: FeatureTable, test: FeatureTable, num_classes: int
 ) -> Iterator[Row]:
-    """Yield k-NN results of every column."""
+    """Yield k-NN results of every column, under the k that is used."""
+    found = count_images(train)
+    warn_of_few_images(found, options.k)
+    neighbours = list(dict.fromkeys(min(k, found) for k in options.k))
     for column in train.columns:
-        for k, score in knn_scores(train, test, column, options.k, options.temperature):
+        for k, score in knn_scores(train, test, column, neighbours, options.temperature):
             yield Row(*column, f"k-NN k={k}", score)
 
 

@@ -9,15 +9,26 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cmtmae_scale.runtime.collectives import ranks
-from dataloading.errors import DataError
+from cmtmae_scale.runtime.collectives import (
+    all_ranks_agree,
+    broadcast_bytes,
+    broadcast_text,
+    on_all_ranks,
+    ranks,
+)
+from dataloading.errors import DataError, ReadError
+from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import Index, build_index, load_or_build
 from dataloading.name_checks import as_integer, find_equal_labels
 from dataloading.order import sample_ids
+from dataloading.reading import Reader, UndecodableError
+from dataloading.torch_decode import find_codec, make_decode
 
 logger = logging.getLogger(__name__)
 
 SPLIT_SALT = 0x5B117
+CHECK_PATIENCE_S = 1.0
+"""Seconds for which a failed read is retried when a set is checked for a decodable image."""
 
 
 @dataclass
@@ -53,21 +64,18 @@ def open_shared_index(path: str, kept: Path | None, exif_orientation: bool = Tru
     Raises:
         DataError: on every rank, if there is no usable image.
     """
-    found: list[Index | DataError | None] = [None]
-    if ranks() == 1 or dist.get_rank() == 0:
-        try:
-            found[0] = (
-                build_index(path, exif_orientation=exif_orientation)
-                if kept is None
-                else load_or_build(path, kept, exif_orientation=exif_orientation)
-            )
-        except DataError as error:
-            found[0] = error
-    if ranks() > 1:
-        dist.broadcast_object_list(found, 0)
-    if isinstance(found[0], Index):
-        return found[0]
-    raise found[0] or DataError(f"{path}: cannot be listed")
+    is_first = ranks() == 1 or dist.get_rank() == 0
+
+    def open_index() -> Index | None:
+        if not is_first:
+            return None
+        if kept is None:
+            return build_index(path, exif_orientation=exif_orientation)
+        return load_or_build(path, kept, exif_orientation=exif_orientation)
+
+    index = on_all_ranks(open_index)
+    data = broadcast_bytes(b"" if index is None or ranks() == 1 else index_to_bytes(index))
+    return index_from_bytes(data) if index is None else index
 
 
 def open_pair(
@@ -158,6 +166,47 @@ def require_classes(index: Index, path: str) -> None:
             f"{path}: all images have one label, {''.join(index.labels)}; a probe needs two "
             "classes: set eval.train_path, data.path or --train to a folder of class folders"
         )
+
+
+def require_decodable(images: ImageSet, name: str) -> None:
+    """Refuse a set of which no image can be decoded; the first that can ends the search.
+
+    Rank 0 decodes; a collective.
+
+    Args:
+        images: the set.
+        name: its key and path, for the message.
+
+    Raises:
+        DataError: on every rank, with the reason of the first image.
+        ReadError: on every rank, if storage did not return some images and no other decodes.
+    """
+    problem, unread = "", False
+    if ranks() == 1 or dist.get_rank() == 0:
+        problem, unread = find_no_decodable(images, name)
+    problem, unread = broadcast_text(problem), not all_ranks_agree(not unread)
+    if problem:
+        raise (ReadError if unread else DataError)(problem)
+
+
+def find_no_decodable(images: ImageSet, name: str) -> tuple[str, bool]:
+    """Return why no image of a set can be decoded, or ``""``, and whether some cannot be read."""
+    reader, decode = Reader(images.index, CHECK_PATIENCE_S), make_decode(find_codec())
+    first, unread = "", False
+    try:
+        for row in images.ids.tolist():
+            try:
+                decode(reader.read(row))
+            except ReadError as error:
+                unread, first = True, first or str(error)
+            except UndecodableError as error:
+                first = first or f"{images.index.names[row]}: {error}"
+            else:
+                return "", False
+    finally:
+        reader.close()
+    remedy = "try again when they can be read" if unread else "name a folder of intact images"
+    return f"{name}: none of {len(images)} images can be decoded ({first}); {remedy}", unread
 
 
 def stratified_sample(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:

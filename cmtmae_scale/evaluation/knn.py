@@ -5,6 +5,7 @@ Legend: Q queries, n rows of this rank, D width, C classes, k neighbours.
 Source: DINO (arXiv 2104.14294): votes weighted with exp(cosine / T), T = 0.07, k = 10 and 20.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.features import Column, FeatureTable, refuse_non_finite
 from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.runtime.collectives import ranks
+
+logger = logging.getLogger(__name__)
 
 NEIGHBOURS = (10, 20)
 TEMPERATURE = 0.07
@@ -47,32 +49,43 @@ def knn_scores(
     """Classify every test image by its neighbours among all ranks' training images. A collective.
 
     ``neighbours`` are the values of k; with a temperature of 0 every neighbour has one vote.
+    A k above the number of training images falls to that number with a warning.
 
     Yields:
-        Each k with its score, the same on every rank. Of classes with equal votes the first wins,
-        as in scikit-learn.
+        Each given k with its score, the same on every rank. Of classes with equal votes the first
+        wins, as in scikit-learn.
 
     Raises:
-        ConfigError: if there are fewer training images than neighbours.
         DataError: if features are not finite.
     """
     refuse_non_finite({"training": train, "test": test}, column)
-    found = int(sum_over_ranks(torch.tensor(len(train.positions), device=train.positions.device)))
-    if found < max(neighbours):
-        raise ConfigError(
-            f"k={max(neighbours)}, but there are {found} training images; take a smaller k or more "
-            "images"
-        )
+    found = count_images(train)
+    totals = {k: Score(0, 0, 0) for k in neighbours}
+    used = {k: min(k, found) for k in neighbours}
+    warn_of_few_images(found, neighbours)
     num_classes = 1 + int(gather_from_ranks(torch.cat([train.labels, test.labels])).max())
     queries, truth = (gather_from_ranks(rows) for rows in (test.columns[column], test.labels))
-    totals = {k: Score(0, 0, 0) for k in neighbours}
     for start in range(0, len(queries), QUERIES):
         part = slice(start, start + QUERIES)
-        near = find_neighbours(queries[part], train, column, max(neighbours))
+        near = find_neighbours(queries[part], train, column, max(used.values()))
         for k in neighbours:
-            votes = count_votes(near, k, num_classes, temperature)
+            votes = count_votes(near, used[k], num_classes, temperature)
             totals[k] = totals[k].plus(score_predictions(votes, truth[part]))
     yield from totals.items()
+
+
+def count_images(train: FeatureTable) -> int:
+    """Return the number of training images over all ranks. A collective."""
+    count = torch.tensor(len(train.positions), device=train.positions.device)
+    return int(sum_over_ranks(count))
+
+
+def warn_of_few_images(found: int, neighbours: Sequence[int]) -> None:
+    """Warn that a k above the number of training images falls to that number."""
+    larger = [str(k) for k in neighbours if k > found]
+    if larger:
+        text = "k-NN with k=%s: there are only %d training images that can be decoded; k=%d is used"
+        logger.warning(text, " and ".join(larger), found, found)
 
 
 def find_neighbours(queries: Tensor, train: FeatureTable, column: Column, k: int) -> Neighbours:

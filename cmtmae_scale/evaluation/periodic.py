@@ -11,11 +11,10 @@ from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import PATCHES, encoder_from_student
 from cmtmae_scale.evaluation.features import ReadOptions, extract_features
-from cmtmae_scale.evaluation.images import open_pair
-from cmtmae_scale.evaluation.knn import NEIGHBOURS, knn_scores
+from cmtmae_scale.evaluation.images import open_pair, require_decodable
+from cmtmae_scale.evaluation.knn import NEIGHBOURS, count_images, knn_scores, warn_of_few_images
 from cmtmae_scale.evaluation.logistic import logistic_score
 from cmtmae_scale.method.student import Student, build_student
 from cmtmae_scale.runtime.launch import World
@@ -28,19 +27,17 @@ class RunEvaluation:
     ``launchers/evaluate.py`` for the checkpoint of the same step, with every backend.
 
     Raises:
-        DataError: unusable images, on every rank. A collective.
-        ConfigError: fewer training images than neighbours.
+        DataError: unusable images, or a set of which no image can be decoded, on every rank. A
+            collective.
     """
 
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
         train, test = str(config.eval.train_path), str(config.eval.test_path)
         folder = Path(config.run.output_dir) / "evaluation"
         self.sets = open_pair(train, test, folder, config.data.exif_orientation)
-        if len(self.sets.train) < max(NEIGHBOURS):
-            raise ConfigError(
-                f"eval.train_path={train} has {len(self.sets.train)} images; k-NN needs "
-                f"{max(NEIGHBOURS)}"
-            )
+        require_decodable(self.sets.train, f"eval.train_path={train}")
+        require_decodable(self.sets.test, f"eval.test_path={test}")
+        self.has_warned = False
         with torch.random.fork_rng(devices=[]):
             self.student = build_student(config, Student)
         self.reading = ReadOptions(
@@ -56,23 +53,32 @@ class RunEvaluation:
 
         Returns:
             Accuracies in [0, 1] by name: ``eval/knn10``, ``eval/knn20``, ``eval/linear`` for the
-            mean of the patches, and ``eval/cls/...`` for the class token where there is one.
+            mean of the patches, and ``eval/cls/...`` for the class token where there is one. A k
+            above the number of training images falls to that number under its own name.
 
         Raises:
             ReadError: on every rank, if storage did not return an image to one of them.
             DataError: on every rank, if features are not finite.
         """
         self.student.load_state_dict(gather_encoder(backend.fragments()), strict=True)
-        encoder = encoder_from_student(self.name, self.student, self.size, self.device)
-        train, test = (
-            extract_features(images, [encoder], self.reading, self.world, self.device)
-            for images in (self.sets.train, self.sets.test)
-        )
-        self.student.cpu()
+        try:
+            encoder = encoder_from_student(self.name, self.student, self.size, self.device)
+            train, test = (
+                extract_features(images, [encoder], self.reading, self.world, self.device)
+                for images in (self.sets.train, self.sets.test)
+            )
+        finally:  # a failed evaluation leaves nothing on the device
+            self.student.cpu()
+        found = count_images(train)
+        if not self.has_warned:
+            self.has_warned = True
+            warn_of_few_images(found, NEIGHBOURS)
+        neighbours = {k: min(k, found) for k in NEIGHBOURS}
         values: dict[str, float] = {}
         for column in train.columns:
             prefix = "eval/" if column.kind == PATCHES else f"eval/{column.kind}/"
-            scores = {f"knn{k}": score for k, score in knn_scores(train, test, column)}
+            near = dict(knn_scores(train, test, column, sorted(set(neighbours.values()))))
+            scores = {f"knn{k}": near[used] for k, used in neighbours.items()}
             scores["linear"] = logistic_score(train, test, column, len(self.sets.classes))
             for name, score in scores.items():
                 values[prefix + name] = score.correct / score.total

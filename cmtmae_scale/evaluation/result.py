@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, StorageError, may_pass
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.runtime.versions import library_versions
@@ -175,11 +175,15 @@ def write_result(file: Path, record: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: if it cannot be written.
+        StorageError: if its store is full or fails.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(record, indent=1) + "\n")
     except OSError as error:
+        if may_pass(error):
+            text = f"{file}: cannot be written ({error.strerror}); make room there and try again"
+            raise StorageError(text) from error
         raise ConfigError(
             f"{file}: cannot be written ({error.strerror}); name another file with --out"
         ) from error

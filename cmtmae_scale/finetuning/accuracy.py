@@ -62,7 +62,7 @@ class Accuracy:
         model.load_state_dict(state, strict=True)
         labels = torch.as_tensor(self.images.labels, device=self.device)
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
-        problem = ""
+        problem, failure = "", None
         with self.batches() as batches:
             try:
                 for batch in batches:
@@ -76,8 +76,12 @@ class Accuracy:
                     counts += torch.tensor([*found, unusable], device=self.device)
             except ReadError as error:
                 problem = str(error)
+            except Exception as error:  # the other ranks learn of it before their next collective
+                problem, failure = f"{type(error).__name__}: {error}", error
         model.cpu()
         problems = list(filter(None, gather_texts(problem)))
+        if failure is not None:
+            raise failure
         if problems:
             raise ReadError(problems[0])
         *found, unusable = sum_over_ranks(counts).tolist()

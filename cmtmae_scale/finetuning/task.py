@@ -15,11 +15,12 @@ from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.config.derive import batch_plan, total_steps
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict
+from cmtmae_scale.engine.agreement import REMEDY, require_equal, require_equal_weights
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.task import Run, Scalars, SideTask
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.images import Sets, open_pair
+from cmtmae_scale.evaluation.images import Sets, open_pair, require_decodable
 from cmtmae_scale.evaluation.result import (
     TOP,
     Row,
@@ -87,10 +88,12 @@ class Finetuning:
 
     def open_index(self, run_dir: Path) -> Index:
         """See ``Task.open_index``; opens the test images too."""
+        require_equal({f"option {name}": value for name, value in self.options.items()}, REMEDY)
         data = self.config.data
         self.sets = open_pair(
             data.path, data.test_path, run_dir, exif_orientation=data.exif_orientation
         )
+        require_decodable(self.sets.test, f"data.test_path={data.test_path}")
         num_images = len(self.sets.train)
         check_warmup(self.config, total_steps(self.config, num_images), num_images)
         return self.sets.train.index
@@ -101,6 +104,8 @@ class Finetuning:
             self.encoder, weights = self.open_encoder()
             classifier = self.build_classifier()
             load_encoder(classifier, weights, self.encoder.name)
+            name, sha256 = self.encoder.name, self.encoder.facts.get("sha256")
+            require_equal_weights(lambda: {f"digest of {name}": sha256})
         else:
             self.encoder = encoder_from_dict(saved["encoder"])
             if self.options != self.encoder.options:

@@ -17,6 +17,7 @@ from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, cache_folder, needs, reads_cache
 from cmtmae_scale.config.schema import Config, Loss
+from cmtmae_scale.engine.agreement import require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.method.initialisation import initialise
@@ -25,8 +26,9 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
-from cmtmae_scale.runtime.collectives import barrier, gather_texts
+from cmtmae_scale.runtime.collectives import barrier, gather_texts, on_all_ranks
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
@@ -73,7 +75,12 @@ def build_models(
 
 
 def open_index(config: Config, run_dir: Path, world: World) -> Index:
-    """Let rank 0 build or check the index, then open it on every rank."""
+    """Let rank 0 build or check the index, then open it on every rank. A collective.
+
+    Raises:
+        ConfigError: on every rank, if the images differ between ranks or from the settings.
+        DataError: on every rank, if the images cannot be used on one.
+    """
     folder = Path(config.data.index) if config.data.index else run_dir / "index"
     build = partial(
         load_or_build,
@@ -83,9 +90,9 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
         max_pixels=config.data.max_pixels,
         exif_orientation=config.data.exif_orientation,
     )
-    index = build() if world.rank == 0 else None
-    barrier()
-    index = index if index is not None else build()
+    first = on_all_ranks(lambda: build() if world.rank == 0 else None)
+    index = on_all_ranks(lambda: build() if first is None else first)
+    require_equal_images(index, config.data.path)
     refuse_bad_index(config, index)
     return index
 
@@ -164,7 +171,11 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
     dtype = compute_dtype(config)
     teacher = build_teacher(config, device, dtype) if world.local_rank == 0 else None
     barrier()
-    return teacher if world.local_rank == 0 else build_teacher(config, device, dtype)
+    teacher = teacher if world.local_rank == 0 else build_teacher(config, device, dtype)
+    if teacher is not None:
+        facts = teacher.fingerprint
+        require_equal_weights(lambda: {f"teacher: {name}": fact for name, fact in facts().items()})
+    return teacher
 
 
 def build_model(
@@ -176,6 +187,8 @@ def build_model(
     initialise(model, config.run.seed)
     if config.student.init_weights is not None and not resumed:
         load_student(model, config.student.init_weights)
+        file = Path(config.student.init_weights)
+        require_equal_weights(lambda: {"digest of student.init_weights": digest(file)[:12]})
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     if not needs(config).momentum:
         return model, None

@@ -1,14 +1,34 @@
 """The process group of a run, and small agreements between its ranks on the host."""
 
-from collections.abc import Iterator
+import json
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import CmtMaeError, ConfigError, describe_store, exit_code_of, may_pass
 from cmtmae_scale.runtime.launch import World
+from dataloading.errors import DataError
+
+T = TypeVar("T")
+
+is_waiting = threading.Event()
+"""Set while this process waits for other ranks in a function of this module."""
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Mark the block as waiting for other ranks, for the watchdog."""
+    is_waiting.set()
+    try:
+        yield
+    finally:
+        is_waiting.clear()
 
 
 def pick_device(world: World) -> torch.device:
@@ -58,7 +78,8 @@ def ranks() -> int:
 def barrier() -> None:
     """Wait for every rank."""
     if ranks() > 1:
-        dist.all_reduce(torch.zeros(1))
+        with waiting():
+            dist.all_reduce(torch.zeros(1))
 
 
 def all_ranks_agree(mine: bool) -> bool:
@@ -66,7 +87,8 @@ def all_ranks_agree(mine: bool) -> bool:
     if ranks() == 1:
         return mine
     flag = torch.tensor([int(mine)])
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    with waiting():
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag.item())
 
 
@@ -75,27 +97,94 @@ def broadcast_int(value: int) -> int:
     if ranks() == 1:
         return value
     box = torch.tensor([value], dtype=torch.int64)
-    dist.broadcast(box, 0)
+    with waiting():
+        dist.broadcast(box, 0)
     return int(box.item())
 
 
+def gather_bytes(mine: bytes) -> list[bytes]:
+    """Return every rank's bytes, in rank order; lengths may differ. A collective.
+
+    Nothing that arrives is unpickled: bytes of a rank that nobody invited cannot run code.
+    """
+    if ranks() == 1:
+        return [mine]
+    length = torch.tensor([len(mine)], dtype=torch.int64)
+    lengths = [torch.zeros_like(length) for _ in range(ranks())]
+    with waiting():
+        dist.all_gather(lengths, length)
+    longest = max(int(one) for one in lengths)
+    if not longest:
+        return [b""] * ranks()
+    row = bytes_to_tensor(mine.ljust(longest, b"\0"))
+    rows = [torch.empty_like(row) for _ in lengths]
+    with waiting():
+        dist.all_gather(rows, row)
+    return [one[: int(n)].numpy().tobytes() for one, n in zip(rows, lengths, strict=True)]
+
+
 def gather_texts(mine: str) -> list[str]:
-    """Return every rank's text, in rank order."""
-    found = [mine] * ranks()
-    if ranks() > 1:
-        dist.all_gather_object(found, mine)
-    return found
+    """Return every rank's text, in rank order. A collective."""
+    return [one.decode() for one in gather_bytes(mine.encode())]
+
+
+def broadcast_bytes(data: bytes) -> bytes:
+    """Return rank 0's bytes on every rank. A collective."""
+    if ranks() == 1:
+        return data
+    size = broadcast_int(len(data))
+    if not size:
+        return b""
+    box = bytes_to_tensor(data if dist.get_rank() == 0 else bytes(size))
+    with waiting():
+        dist.broadcast(box, 0)
+    return box.numpy().tobytes()
 
 
 def broadcast_text(text: str) -> str:
-    """Return rank 0's text on every rank."""
-    if ranks() == 1:
-        return text
-    data = text.encode()
-    size = broadcast_int(len(data))
-    if not size:
-        return ""
-    mine = data if dist.get_rank() == 0 else bytes(size)
-    box = torch.tensor(list(mine), dtype=torch.uint8)
-    dist.broadcast(box, 0)
-    return bytes(box.tolist()).decode()
+    """Return rank 0's text on every rank. A collective."""
+    return broadcast_bytes(text.encode()).decode()
+
+
+def bytes_to_tensor(data: bytes) -> Tensor:
+    """Copy bytes, at least one, to a uint8 tensor ``[len(data)]``."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Call a function on this rank; where it fails on one rank, fail on all. A collective.
+
+    A rank that raised alone would leave the others waiting for it.
+
+    Args:
+        action: takes part in no collective.
+
+    Raises:
+        CmtMaeError, DataError: the action's own; on the other ranks one of the two with the exit
+            code and the message of the first rank that failed.
+        StorageError: for an ``OSError`` of a store that is full or fails.
+    """
+    found: list[T] = []
+    own: CmtMaeError | DataError | None = None
+    try:
+        found.append(action())
+    except (CmtMaeError, DataError) as error:
+        own = error
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        own = describe_store(error)
+        own.__cause__ = error
+    failure = None if own is None else [isinstance(own, DataError), exit_code_of(own), str(own)]
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(failure))]
+    if own is not None:
+        raise own
+    for rank, other in enumerate(everyone):
+        if other is not None:
+            is_data, code, text = other
+            error = (DataError if is_data else CmtMaeError)(
+                f"rank {rank}: {text}" if rank else text
+            )
+            error.exit_code = int(code)
+            raise error
+    return found[0]

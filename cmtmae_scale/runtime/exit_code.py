@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
-from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.storage import optional_write, write_atomic
 
 EXIT_FILE = "exit.json"
+RESERVE = ".exit.reserve"
+"""File that is deleted where ``exit.json`` does not fit."""
+RESERVE_BYTES = 8192
 SUPERVISOR = "CMTMAE_SUPERVISOR"
 """Environment variable: folder to which the ranks of a supervised launch write their codes."""
 GRAVITY = (EXIT_CONFIG, EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_DONE)
@@ -26,7 +29,13 @@ with one of these codes, so a rank that crashes while exiting changes nothing.""
 def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
     """Write code, step and reason to ``RUN_DIR/exit.json``."""
     record: dict[str, Any] = {"code": code, "step": step, "reason": reason}
-    write_atomic(run_dir / EXIT_FILE, json.dumps(record) + "\n")
+    reserve, text = run_dir / RESERVE, json.dumps(record) + "\n"
+    try:
+        write_atomic(run_dir / EXIT_FILE, text)
+    except OSError:
+        reserve.unlink(missing_ok=True)
+        write_atomic(run_dir / EXIT_FILE, text)
+    reserve.unlink(missing_ok=True)
 
 
 def read_finished(run_dir: Path) -> dict[str, Any] | None:
@@ -40,8 +49,12 @@ def read_finished(run_dir: Path) -> dict[str, Any] | None:
 
 
 def delete_exit(run_dir: Path) -> None:
-    """Delete ``exit.json`` of the launch before: a run in progress has none."""
+    """Delete ``exit.json`` of the launch before, and reserve space for the next on a full store.
+
+    A run in progress has no ``exit.json``.
+    """
     (run_dir / EXIT_FILE).unlink(missing_ok=True)
+    (run_dir / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))
 
 
 class ExitReport:
@@ -53,7 +66,8 @@ class ExitReport:
 
     def write(self, text: str) -> None:
         if self.file is not None:
-            write_atomic(self.file, text, durable=False)
+            with optional_write(self.file):
+                write_atomic(self.file, text, durable=False)
 
     def leave(self, code: int) -> None:
         self.write(str(code))

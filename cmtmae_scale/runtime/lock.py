@@ -5,13 +5,19 @@ creation, which every shared file system supports (``flock`` may not work across
 only files with lower numbers. So exactly one of concurrent launches gets the next number, and no
 process deletes a lock that another process has just taken.
 
+The number is a fencing number: a holder compares it with the folder at every heartbeat, and again
+before it publishes, prunes or sweeps checkpoints. A process that was suspended while another one
+took over stops without saving.
+
 A holder on this host is alive if its process is alive. A holder on another host is alive if its
 file changes while this process watches; no clocks are compared.
 """
 
+import errno
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -21,8 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.collectives import broadcast_text
+from cmtmae_scale.errors import ConfigError, LockLostError, StorageError, may_pass
+from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_text
 from cmtmae_scale.runtime.processes import start_ticks
 from cmtmae_scale.runtime.storage import write_atomic
 
@@ -37,8 +43,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 @contextmanager
 def hold_run(
     run_dir: Path, rank: int, beat_s: float = BEAT_S, patience_s: float = PATIENCE_S
-) -> Iterator[None]:
-    """Hold a run's folder; all ranks wait until rank 0 has taken the lock.
+) -> Iterator["RunLock | None"]:
+    """Hold a run's folder; all ranks wait until rank 0 has taken the lock, and rank 0 gets it.
 
     Args:
         run_dir: created if it is absent.
@@ -48,23 +54,26 @@ def hold_run(
 
     Raises:
         ConfigError: on every rank, if another run holds the folder or it cannot be written.
+        StorageError: on every rank, if its store is full or fails.
     """
-    lock, problem = None, ""
+    lock, problem, passes = None, "", False
     if rank == 0:
         try:
             lock = RunLock(run_dir, beat_s, patience_s)
         except ConfigError as error:
             problem = str(error)
         except OSError as error:
+            passes = may_pass(error)
             problem = (
-                f"run.output_dir={run_dir} cannot be written ({error.strerror}: {error.filename}); "
-                "correct it or choose another"
+                f"run.output_dir={run_dir} cannot be written ({error.strerror}: "
+                f"{error.filename or run_dir}); "
+                f"{'make room there and try again' if passes else 'correct it or choose another'}"
             )
-    problem = broadcast_text(problem)
+    problem, passes = broadcast_text(problem), not all_ranks_agree(not passes)
     if problem:
-        raise ConfigError(problem)
+        raise (StorageError if passes else ConfigError)(problem)
     try:
-        yield
+        yield lock
     finally:
         if lock is not None:
             lock.release()
@@ -79,9 +88,10 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path, beat_s: float, patience_s: float) -> None:
+        self.run_dir = run_dir
         self.folder = run_dir / "lock"
         self.beat_s = beat_s
-        self.holder = identify_process()
+        self.holder = identify_process() | {"token": secrets.token_hex(8)}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.number = 0
         while not self.number:
@@ -105,16 +115,62 @@ class RunLock:
         path = lock_path(self.folder, self.number)
         while not self.released.wait(self.beat_s):
             try:
-                os.utime(path)
-                lost = newest_number(self.folder) > self.number
+                if self.is_held():
+                    os.utime(path)
+                    continue
+            except FileNotFoundError:
+                continue  # taken over meanwhile; the next beat finds out
             except OSError:
                 continue  # the store failed; the next beat tries again
-            if lost:
-                logger.error(
-                    "%s was taken over while this process was suspended; stopping", self.folder
-                )
-                signal.raise_signal(signal.SIGTERM)
-                return
+            logger.error("%s; stopping without saving", self.loss())
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            return
+
+    def is_held(self) -> bool:
+        """Return whether this process still holds the folder, as the folder shows now.
+
+        Raises:
+            OSError: if the store does not answer.
+        """
+        return self.read_newer() is None
+
+    def read_newer(self) -> dict[str, Any] | None:
+        """Return who took the lock over, empty if unknown; ``None``: nobody did.
+
+        A lock file that is gone, or holds another process, is a loss too: a process deletes lower
+        numbers when it takes over, and a person may have deleted the folder before another launch.
+
+        Raises:
+            OSError: if the store does not answer.
+        """
+        newest = newest_number(self.folder)
+        own = read_lock(lock_path(self.folder, self.number))
+        is_own = own is not None and own.get("token") == self.holder["token"]
+        if is_own and newest <= self.number:
+            return None
+        return (read_lock(lock_path(self.folder, newest)) if newest else None) or {}
+
+    def loss(self) -> str:
+        """Return that the folder was taken over, and by whom."""
+        try:
+            newer = self.read_newer()
+        except OSError:
+            newer = None
+        holder = f"now held by {format_holder(newer)}" if newer else "or its lock was deleted"
+        return (
+            f"run.output_dir={self.run_dir} was taken over while this process was suspended "
+            f"({holder})"
+        )
+
+    def require(self) -> None:
+        """Verify that this process still holds the folder; reads the lock file.
+
+        Raises:
+            LockLostError: if another process took over.
+            OSError: if the store does not answer.
+        """
+        if not self.is_held():
+            raise LockLostError(f"{self.loss()}; nothing more is saved here")
 
     def release(self) -> None:
         """Release the folder; the file stays, so that numbers only grow."""
@@ -122,7 +178,7 @@ class RunLock:
         self.thread.join()
         path = lock_path(self.folder, self.number)
         try:
-            if path.exists():
+            if self.is_held():
                 write_atomic(path, json.dumps(self.holder | {"released": True}))
         except OSError as error:  # the next launch finds a dead process
             logger.warning("%s could not be released (%s)", path, error)
@@ -141,6 +197,23 @@ def list_numbers(folder: Path) -> list[int]:
 def newest_number(folder: Path) -> int:
     """Return the highest number, or 0."""
     return max(list_numbers(folder), default=0)
+
+
+def read_lock(path: Path) -> dict[str, Any] | None:
+    """Return the holder in a lock file; ``None`` if the file is gone or holds nobody.
+
+    Raises:
+        OSError: if the store does not answer.
+    """
+    try:
+        with path.open() as opened:  # opening a network file fetches its current state
+            return parse_holder(opened.read())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            return None  # deleted by another client of a network file system
+        raise
 
 
 def create_lock(path: Path, holder: dict[str, Any]) -> bool:

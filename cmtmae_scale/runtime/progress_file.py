@@ -1,14 +1,11 @@
 """Where a run stands, in ``RUN_DIR/progress.json``: for those who work beside it."""
 
 import json
-import logging
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from cmtmae_scale.runtime.storage import write_atomic
-
-logger = logging.getLogger(__name__)
+from cmtmae_scale.runtime.storage import warn_unwritten, write_atomic
 
 FILE = "progress.json"
 PAUSE_S = 0.2
@@ -43,7 +40,7 @@ class ProgressFile:
         try:
             write_atomic(self.path, json.dumps(progress._asdict()) + "\n", durable=False)
         except OSError as error:
-            logger.debug("%s could not be written (%s)", self.path, error)
+            warn_unwritten(self.path, error)
             return
         self.published, self.since = progress, now
 

@@ -3,26 +3,70 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dataloading.files import atomic_path, open_regular, sync
+from cmtmae_scale.errors import may_pass
+from dataloading.files import append_line, append_whole, atomic_path, open_regular, sync
 
 __all__ = [
+    "append_line",
+    "append_whole",
     "atomic_path",
     "digest",
     "drop_from_memory",
+    "optional_write",
     "read_inside",
     "read_json",
     "require_inside",
     "sync",
+    "warn_unwritten",
     "write_atomic",
 ]
 
 MAX_BYTES = 2**30
 """Largest file that is read into memory as a whole: 1 GiB."""
+
+logger = logging.getLogger(__name__)
+
+WARN_EVERY_S = 60.0
+"""Shortest time between two warnings about one file that cannot be written."""
+_warned_at: dict[Path, float] = {}
+
+
+def warn_unwritten(path: Path, error: OSError) -> None:
+    """Warn that the run goes on without a write, at most every ``WARN_EVERY_S`` per file."""
+    now = time.monotonic()
+    if now - _warned_at.get(path, float("-inf")) >= WARN_EVERY_S:
+        _warned_at[path] = now
+        logger.warning(
+            "%s cannot be written (%s); the run goes on without; check space, quota and "
+            "permissions there",
+            path,
+            error.strerror or error,
+        )
+
+
+@contextmanager
+def optional_write(path: Path, at_launch: bool = False) -> Iterator[None]:
+    """Write a file that the run can do without in the block: an ``OSError`` becomes a warning.
+
+    Args:
+        path: the file, for the warning.
+        at_launch: raise the error of a store that is full or fails: nothing is lost yet.
+    """
+    try:
+        yield
+    except OSError as error:
+        if at_launch and may_pass(error):
+            raise
+        warn_unwritten(path, error)
 
 
 def digest(path: Path) -> str:

@@ -49,13 +49,20 @@ def fragments(
     return found
 
 
-def save(root: Path, step: int = 3, keep: int = 9, version: int = 0, ranks: int = 1) -> Path:
+def save(
+    root: Path,
+    step: int = 3,
+    keep: int = 9,
+    version: int = 0,
+    ranks: int = 1,
+    state: dict[str, Any] = STATE,
+) -> Path:
     """All ranks' parts, written one after the other by one process."""
     root.mkdir(exist_ok=True)
     for rank in reversed(range(ranks)):
         writer = Writer(root, rank, ranks, keep, True, token=7)
         writer.timeout_s = 0.0
-        assert writer.save(step, fragments(ranks, rank, version), STATE)
+        assert writer.save(step, fragments(ranks, rank, version), state)
         writer.settle()
     return layout.folder_of(root, step)
 

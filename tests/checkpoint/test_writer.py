@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from cmtmae_scale.backends.base import Fragment
-from cmtmae_scale.checkpoint import layout, writer
-from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint import layout, shards, writer
+from cmtmae_scale.checkpoint.find import find_checkpoint, find_resume_checkpoint
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.errors import CheckpointError, SaveError
+from cmtmae_scale.errors import CheckpointError, LockLostError, SaveError
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.lock import RunLock
 from tests.checkpoint.save_case import STATE, fragments, save, save_with_a_failing_rank, version_of
+from tests.engine.fault_case import take_over
 from tests.engine.run_case import STEPS, run_on_a_slow_store, write_recipe
 from tests.processes import run_ranks
 
@@ -141,6 +144,48 @@ def test_an_error_of_ours_in_the_background_ends_the_run(
     assert unlucky.save(1, fragments(), STATE)
     with pytest.raises(ZeroDivisionError, match="ours"):
         unlucky.settle()
+
+
+@pytest.mark.parametrize("moment", ["before", "while writing", "after publishing"])
+def test_after_a_take_over_nothing_is_published_pruned_or_swept(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, lock = tmp_path / "checkpoints", RunLock(tmp_path, 1000, 1)
+    for step in (1, 2):
+        save(root, step)
+    here = Writer(root, 0, 1, 1, True, token=7, lock=lock)
+    foreign = root / ".draft-00000009-other-1"
+    write, replace = writer.write_chunks, shards.replace_checkpoint
+
+    def begin_anew() -> None:
+        take_over(tmp_path)
+        foreign.mkdir()
+
+    def losing_write(*arguments: Any) -> Any:
+        begin_anew()
+        return write(*arguments)
+
+    def losing_replace(*arguments: Any) -> None:
+        replace(*arguments)
+        begin_anew()
+
+    if moment == "before":
+        begin_anew()
+    elif moment == "while writing":
+        monkeypatch.setattr(writer, "write_chunks", losing_write)
+    else:
+        monkeypatch.setattr(shards, "replace_checkpoint", losing_replace)
+    assert here.save(3, fragments(), STATE)
+    here.settle()
+    kept = [layout.step_of(folder) for folder in layout.list_checkpoints(root)]
+    assert kept == ([3, 2, 1] if moment == "after publishing" else [2, 1])
+    assert list(root.glob(".*")) == [foreign]
+    here.pause_s = 1000.0  # no second attempt
+    with pytest.raises(LockLostError, match="now held by pid 7 on far"):
+        here.finish(4, fragments(), STATE)
+    with pytest.raises(LockLostError):
+        find_resume_checkpoint(tmp_path, World(0, 1, 0, 1, "test"), lock)
+    assert list(root.glob(".*")) == [foreign]
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cmtmae_scale.commands.supervise import supervise
+from cmtmae_scale.errors import EXIT_STOPPED
 from cmtmae_scale.runtime.exit_code import common_code
 
 ROOT = Path(__file__).parents[2]
@@ -166,3 +168,15 @@ def test_the_gravest_code_counts() -> None:
     assert common_code([None, 75, 1]) == 75
     assert common_code([0, 0]) == 0
     assert common_code([1, None]) == 1
+
+
+def test_a_full_temporary_folder_is_75(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr("cmtmae_scale.commands.supervise.set_up_logging", lambda *_: None)
+    assert supervise(["--", "true"]) == EXIT_STOPPED
+    assert "No space left on device); make room in TMPDIR" in caplog.text

@@ -313,6 +313,27 @@ def test_a_quarantine_that_cannot_be_written_ends_no_run(photographs, tmp_path, 
     assert "cannot be written" in caplog.text and index.names[3] in caplog.text
 
 
+def test_a_quarantine_counts_the_lines_that_a_full_store_refused(
+    photographs, tmp_path, caplog, monkeypatch
+):
+    index, path = build_index(photographs), tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(index, path)
+
+    def full(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    assert quarantine.add(0, "reason")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", full)
+        assert all(quarantine.add(sample, "reason") for sample in (1, 2, 3))
+    assert not quarantine.add(1, "reason") and quarantine.add(4, "reason") and quarantine.add(5, "")
+    assert [text.count("cannot be written") for text in caplog.messages].count(1) == 1
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["sample_id"], line.get("lost_lines")) for line in lines] == [
+        *((0, None), (4, 3), (5, None))
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_arrive_on_the_gpu(photographs):

@@ -159,8 +159,43 @@ def commands_on_ranks(recipe: Path, launches: list[list[str]]) -> list[int]:
     return [command_on_ranks(recipe, overrides) for overrides in launches]
 
 
+def take_over(run_dir: Path) -> None:
+    """What another launch does to the lock of a process that it believes dead."""
+    folder = run_dir / "lock"
+    other = {"host": "far", "pid": 7, "since": "today", "started": 1, "pids": "another"}
+    (folder / "00000009.json").write_text(json.dumps(other))
+    for path in folder.glob("*1.json"):
+        path.unlink()
+
+
+def leave(*arguments: Any) -> None:
+    """``command_on_ranks``; the process exits with its code at once, as the command does."""
+    os._exit(command_on_ranks(*arguments))
+
+
 def befall(fault: str, run_dir: Path) -> None:
     """Let something happen to this process after some steps."""
+    if fault in ("interrupt", "stall"):
+        from cmtmae_scale.engine import build
+
+        def struck(*_: Any) -> Any:
+            if fault == "interrupt":
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1000)
+
+        build.find_progress = struck
+        return
+    if fault == "takeover":
+        from cmtmae_scale.engine import loop
+
+        usual_batch = loop.next_batch
+
+        def taking(run: Any) -> Any:
+            take_over(run_dir)
+            return usual_batch(run)
+
+        loop.next_batch = taking
+        return
     kinds = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "stop": signal.SIGTERM}
     if fault == "sleep":
         from cmtmae_scale.engine import loop

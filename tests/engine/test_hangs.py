@@ -131,6 +131,63 @@ def test_late_ranks_are_named_by_what_they_tell(
         assert watching.name_late() == expected
 
 
+@pytest.mark.gloo
+def test_a_rank_that_stalls_while_building_is_named_and_ends_the_others(tmp_path: Path) -> None:
+    codes, run_dir = left(write_task_recipe(TASKS[0], tmp_path), "stall", "guard.hang_seconds=0.6")
+    assert codes == [1, 1]
+    reason = json.loads((run_dir / "exit.json").read_text())["reason"]
+    assert "no progress for" in reason
+    assert "rank 1 is behind, at step 0, micro-step 0, checkpoint" in reason
+    assert "in struck" in (run_dir / "stacks" / "rank-00001.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("work", "waits", "expected"),
+    [
+        ([0.0, 0], [True, True, True], "all ranks are at the same place"),
+        ([0.0, 0], [True, True, False], "rank 2 is behind, at step 0, micro-step 0, index"),
+        ([9.0, 0], [True, True, False], ""),  # it lists the images, however long that takes
+        ([0.0, 10**9], [True, True, False], ""),  # it fetches weights
+    ],
+)
+def test_while_building_a_rank_that_works_is_waited_for(
+    tmp_path: Path,
+    work: list[float],
+    waits: list[bool],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    me = identify_process()
+    watching, _ = dog(tmp_path, [me | {"pids": str(n)} for n in range(3)], 1.0, Place())
+    watching.place.enter("index", 0)
+    counts = iter(range(1, 1000))
+    monkeypatch.setattr(watchdog.time, "process_time", lambda: 0.0)
+
+    def others(*_: Any) -> bool:
+        count = next(counts)
+        watching.beat()
+        for rank in (1, 2):
+            facts = {"beat": count, "place": [0, 0, -4], "waits": waits[rank]}
+            facts["work"] = [part * count for part in work] if rank == 2 else [0.0, 0]
+            (tmp_path / "heartbeats" / f"{rank:05d}").write_text(json.dumps(facts))
+        return False
+
+    watching.beat_s = 0.05
+    monkeypatch.setattr(watchdog.is_waiting, "is_set", lambda: waits[0])
+    others()
+    with mock.patch.object(watching.over, "wait", others):
+        assert watching.name_late() == expected
+
+
+def test_the_first_step_after_a_build_has_the_long_limit() -> None:
+    place = Place()
+    for stage in watchdog.BUILD_STAGES:
+        place.enter(stage, 0)
+    place.enter("data", 1)
+    assert place.limit_s(10.0) == 10 * SLOW_STAGE_FACTOR
+
+
 def test_the_first_step_saves_and_evaluations_may_take_longer() -> None:
     place = Place()
     limits = []

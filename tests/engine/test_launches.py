@@ -1,15 +1,26 @@
 """Launches without progress end in a code that no scheduler tries again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.engine.launches import COUNT_FILE, increment_count, reset_launch_count
+from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.layout import folder_of
+from cmtmae_scale.engine.ending import Ending
+from cmtmae_scale.engine.launches import (
+    COUNT_FILE,
+    increment_count,
+    launches_from,
+    reset_launch_count,
+    take_back_launch,
+)
+from cmtmae_scale.errors import CheckpointError
 from tests.checkpoint.save_case import save
-from tests.engine.fault_case import commands_on_ranks
+from tests.engine.fault_case import commands_on_ranks, leave
 from tests.engine.run_case import TASKS, write_task_recipe
-from tests.processes import run_ranks
+from tests.processes import run_ranks, started
 
 CRASH = ["optimizer.base_lr=1e30", "guard.skip_limit=0", "checkpoint.every=100"]
 STOP = ["train.stop_after=1", "checkpoint.every=100"]
@@ -30,6 +41,91 @@ def test_the_fourth_launch_after_three_crashes_is_refused_with_70(
     records = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [0, 0, 1, 1, 1]
     assert json.loads(records[1])["overrides"] == STOP
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
+def test_a_launch_after_train_stop_after_trains_nothing_and_says_what_to_change(
+    tmp_path: Path, task: str
+) -> None:
+    recipe = write_task_recipe(task, tmp_path)
+    lower = ["train.stop_after=1", "checkpoint.every=100"]
+    launches = [LATER, LATER, lower, ["checkpoint.every=100"], LATER]
+    (codes,) = run_ranks(1, commands_on_ranks, recipe, launches[:3])
+    assert codes == [75, 0, 0]
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert record["code"] == 0 and record["step"] == 2
+    assert record["reason"].startswith(
+        "train.stop_after=1 is reached already: the run is at step 2"
+    )
+    assert record["reason"].endswith("raise or remove train.stop_after to continue")
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert run_ranks(1, commands_on_ranks, recipe, launches[3:]) == [[0, 0]]
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["reason"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("SIGTERM", "the same command continues"),
+        ("train.stop_after=4", "raise or remove train.stop_after to continue"),
+        ("file STOP", "run/STOP, then the same command continues"),
+    ],
+)
+def test_the_last_line_names_what_continues(tmp_path: Path, reason: str, advice: str) -> None:
+    assert Ending(tmp_path / "run", 0).advice(reason).endswith(advice)
+
+
+def copy_checkpoint(root: Path, step: int, name: int) -> None:
+    """A checkpoint that holds a run's progress, under a name of another step."""
+    folder = save(root, step, state={"progress": {"step": step, "position": 8 * step}})
+    shutil.copytree(folder, folder_of(root, name))
+
+
+def test_a_renamed_copy_of_a_checkpoint_is_named_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "checkpoints"
+    copy_checkpoint(root, 4, 99)
+    assert find_checkpoint(root, 0, 1) == folder_of(root, 4)
+    assert "step-00000099: holds step 4: it is a renamed copy; delete it" in caplog.text
+    assert "step-00000004" in caplog.text
+    assert [increment_count(tmp_path) for _ in range(4)][-1].count("at step 4 ") == 1
+    save(root, 5, state={"progress": {"step": 5, "position": 40}})
+    assert increment_count(tmp_path) == ""  # the copy does not hide the progress
+    shutil.rmtree(folder_of(root, 4))
+    shutil.rmtree(folder_of(root, 5))
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is intact"):
+        find_checkpoint(root, 0, 1)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_signal_on_one_rank_before_the_first_step_is_no_crash_of_any(
+    tmp_path: Path, victim: int
+) -> None:
+    recipe, run_dir = write_task_recipe(TASKS[0], tmp_path), tmp_path / "run"
+    run_dir.mkdir()
+    increment_count(run_dir)  # a launch that crashed
+    with started(2, leave, recipe, [], "interrupt", victim) as (children, _):
+        for child in children:
+            child.join(60)
+        assert [child.exitcode for child in children] == [75, 75]
+    assert launches_from(run_dir, 0) == 1
+    record = json.loads((run_dir / "exit.json").read_text())
+    assert record["code"] == 75 and "before the first step" in record["reason"]
+
+
+def test_an_interrupted_launch_takes_back_its_own_count_alone(tmp_path: Path) -> None:
+    for left in (2, 1, 0):
+        for _ in range(left + 1):
+            assert increment_count(tmp_path) == ""
+        take_back_launch(tmp_path)
+        assert launches_from(tmp_path, 0) == left
+        reset_launch_count(tmp_path)
+    take_back_launch(tmp_path)
+    (tmp_path / COUNT_FILE).write_text("[]")
+    take_back_launch(tmp_path)  # a damaged count is left to the next launch
 
 
 def test_a_newer_checkpoint_begins_the_count_anew(tmp_path: Path) -> None:

@@ -211,3 +211,13 @@ def test_a_signal_to_the_outermost_command_saves_under_every_launcher(
     while users_of(tmp_path):
         assert time.monotonic() < limit
         time.sleep(0.1)
+
+
+@pytest.mark.gloo
+def test_a_run_that_was_taken_over_stops_and_writes_nothing_of_the_folder(tmp_path: Path) -> None:
+    recipe, run_dir = write_recipe(tmp_path), tmp_path / "run"
+    codes = run_ranks(2, command_on_ranks, recipe, ["checkpoint.every=2"], "takeover", 0)
+    assert codes == [78, 78]
+    assert not (run_dir / "exit.json").exists()
+    assert layout.list_checkpoints(run_dir / "checkpoints") == []
+    assert [path.name for path in (run_dir / "lock").iterdir()] == ["00000009.json"]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation import knn
 from cmtmae_scale.evaluation.knn import count_votes, find_neighbours, knn_scores, stable_topk
 from tests.evaluation.evaluation_case import CLASSES, COLUMN, clusters, table_of
@@ -97,7 +96,10 @@ def test_a_class_without_a_vote_is_no_hit() -> None:
     assert (score.correct, score.correct_top5) == (zeros, zeros)
 
 
-def test_too_few_images_are_refused() -> None:
-    few = table_of(TRAIN[0][:9], TRAIN[1][:9])
-    with pytest.raises(ConfigError, match="k=20, but there are 9 training images; take a smaller"):
-        list(knn_scores(few, table_of(*TEST), COLUMN))
+def test_k_falls_to_the_number_of_images_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    few, test = table_of(TRAIN[0][:13], TRAIN[1][:13]), table_of(*TEST)
+    scores = dict(knn_scores(few, test, COLUMN))
+    assert caplog.messages == [
+        "k-NN with k=20: there are only 13 training images that can be decoded; k=13 is used"
+    ]
+    assert scores == {10: scores[10], 20: dict(knn_scores(few, test, COLUMN, [13]))[13]}

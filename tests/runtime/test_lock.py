@@ -1,7 +1,9 @@
 """Two runs on one folder: exactly one has it, a dead one's is taken over, a live one's never."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
+from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError, ConfigError, LockLostError
 from cmtmae_scale.runtime.lock import RunLock, hold_run, lock_path, newest_number
 from tests.engine.run_case import write_recipe
 from tests.processes import CONTEXT, run_ranks
@@ -152,6 +155,56 @@ def test_a_holder_that_was_taken_over_stops(
     assert "was taken over while this process was suspended" in caplog.text
 
 
+@pytest.mark.parametrize("loss", ["deleted", "folder deleted", "newer", "same number"])
+def test_a_holder_notices_every_kind_of_loss_and_touches_nothing(
+    tmp_path: Path, loss: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a pause: the next heartbeat comes when the process runs again."""
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
+    own = lock_path(tmp_path / "lock", 1)
+    try:
+        slow = RunLock(tmp_path, 1000, 1)
+        slow.require()
+        other = json.dumps(json.loads(own.read_text()) | {"host": "far", "token": "x"})
+        if loss == "folder deleted":
+            shutil.rmtree(tmp_path / "lock")
+        elif loss == "deleted":
+            own.unlink()
+        else:
+            lock_path(tmp_path / "lock", 2 if loss == "newer" else 1).write_text(other)
+        with pytest.raises(LockLostError, match="taken over while this process was suspended"):
+            slow.require()
+        slow.beat_s, left = 0.01, {path: path.read_text() for path in tmp_path.rglob("*.json")}
+        beats = threading.Thread(target=slow.beat)
+        beats.start()
+        beats.join(30)
+        assert stopped.wait(30)
+        slow.release()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "stopping without saving" in caplog.text
+    assert ("now held by" in caplog.text) == (loss in ("newer", "same number"))
+    assert {path: path.read_text() for path in tmp_path.rglob("*.json")} == left
+
+
+def test_a_store_that_does_not_answer_is_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock(tmp_path, 0.01, 1)
+
+    def failing(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cmtmae_scale.runtime.lock.newest_number", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            lock.require()
+        threading.Event().wait(0.1)
+    lock.require()
+    lock.release()
+
+
 @pytest.mark.gloo
 def test_of_many_starts_at_the_same_moment_exactly_one_wins(tmp_path: Path) -> None:
     for number in range(1, ROUNDS, 2):  # every other folder was left by a dead process
@@ -179,6 +232,28 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
             hold_run(place, 0),
         ):
             pass
+
+
+def hold_on_a_failing_store(run_dir: Path, number: int) -> int:
+    """The exit code of a rank whose lock cannot be written."""
+    from cmtmae_scale.runtime import lock
+
+    def refuse(*_: object) -> bool:
+        raise OSError(number, os.strerror(number))
+
+    lock.create_lock = refuse
+    try:
+        with hold_run(run_dir, dist.get_rank()):
+            return 0
+    except CmtMaeError as error:
+        assert os.strerror(number) in str(error)
+        return error.exit_code
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 75), (errno.EROFS, 78)])
+def test_all_ranks_leave_a_full_store_with_75(tmp_path: Path, number: int, code: int) -> None:
+    assert run_ranks(2, hold_on_a_failing_store, tmp_path, number) == [code] * 2
 
 
 @pytest.mark.gloo

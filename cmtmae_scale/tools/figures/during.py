@@ -1,6 +1,5 @@
 """Figures during a run: the same images each time, with weights gathered from all ranks."""
 
-import logging
 import time
 
 import numpy as np
@@ -26,8 +25,6 @@ from cmtmae_scale.tools.figures.sheet import draw_sheet
 from dataloading.errors import DataError
 from dataloading.index import Index
 from dataloading.one_pass import OnePass
-
-logger = logging.getLogger(__name__)
 
 COUNT = 8
 """Images per sheet."""
@@ -66,15 +63,11 @@ class RunFigures:
         return progress.step % self.every == 0 or progress.step == progress.end_step
 
     def run(self, run: Run) -> None:
-        """Draw and record a sheet; log a failure on rank 0, for which no other rank waits."""
+        """Draw and record a sheet. A collective."""
         began = time.monotonic()
-        try:
-            sheet = self.draw(run.progress)
-            if run.telemetry is not None and sheet is not None:
-                took_s = time.monotonic() - began
-                run.telemetry.record_figures(run.progress.step, sheet, took_s)
-        except (DataError, OSError) as error:
-            logger.warning("step %d: no figures: %s", run.progress.step, error)
+        sheet = self.draw(run.progress)
+        if run.telemetry is not None and sheet is not None:
+            run.telemetry.record_figures(run.progress.step, sheet, time.monotonic() - began)
 
     def draw(self, progress: Progress) -> NDArray[np.uint8] | None:
         """Draw the present weights. A collective.

@@ -1,0 +1,84 @@
+"""Launches whose second rank has something else than the first."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+
+from cmtmae_scale.engine import agreement
+from cmtmae_scale.errors import CmtMaeError
+from cmtmae_scale.pretraining import build
+from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
+from dataloading.errors import DataError
+from tests.checkpoint.save_case import Lines
+from tests.engine.fault_case import command_on_ranks
+
+
+def launch_each(recipe: Path, cases: list[tuple[str, str]]) -> list[tuple[int, str]]:
+    """Launch once per case, (kind, value) of what rank 1 has; exit codes and last log lines."""
+    log = Lines()
+    found = []
+    for kind, value in cases:
+        log.lines.clear()
+        overrides: list[str] = []
+        with ExitStack() as stack:
+            if dist.get_rank() == 1:
+                if kind == "override":
+                    overrides.append(value)
+                else:
+                    stack.enter_context(change(kind, value))
+            stack.enter_context(mock.patch.object(agreement, "SHARED_WAIT_S", 0.3))
+            if kind == "folder":
+                overrides.append("run.output_dir=relative")
+            code = command_on_ranks(recipe, overrides)
+        found.append((code, log.lines[-1] if log.lines else ""))
+    return found
+
+
+def change(kind: str, value: str) -> Any:
+    """Return a context in which this rank has something else."""
+    if kind == "variable":
+        return mock.patch.dict(os.environ, {"NVIDIA_TF32_OVERRIDE": value})
+    if kind == "version":
+        return mock.patch("cmtmae_scale.runtime.versions.__version__", value)
+    if kind == "folder":
+        stack = ExitStack()
+        stack.callback(os.chdir, os.getcwd())
+        os.chdir(value)
+        return stack
+    usual = build.load_or_build
+
+    def elsewhere(path: str, folder: Path, **settings: Any) -> Any:
+        return usual(value, folder.with_name("index1"), **settings)
+
+    return mock.patch.object(build, "load_or_build", elsewhere)
+
+
+def exchange() -> list[Any]:
+    """Small agreements between three ranks."""
+    rank = dist.get_rank()
+
+    def fails() -> int:
+        if rank == 1:
+            raise DataError("gone")
+        return rank
+
+    found: list[Any] = [
+        gather_bytes(b"\0" * rank),
+        gather_bytes(b""),
+        broadcast_bytes(b"\x80\0x" if rank == 0 else b""),
+        on_all_ranks(lambda: rank),
+    ]
+    try:
+        on_all_ranks(fails)
+    except DataError as error:
+        found.append((error.exit_code, str(error)))
+    agreement.require_equal_weights(lambda: {"digest": "abc"})
+    try:
+        agreement.require_equal_weights(lambda: {"digest": "other" if rank == 2 else "abc"})
+    except CmtMaeError as error:
+        found.append(str(error))
+    return found

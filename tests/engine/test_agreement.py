@@ -1,0 +1,126 @@
+"""All ranks train the same thing: what differs is named before anything is built."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cmtmae_scale.engine import agreement
+from cmtmae_scale.engine.agreement import (
+    MOST_NAMED,
+    find_differences,
+    find_unshared,
+    name_ranks,
+    source_digest,
+)
+from cmtmae_scale.errors import EXIT_CONFIG
+from dataloading.exchange import index_from_bytes, index_to_bytes
+from dataloading.index import build_index
+from tests.engine.agreement_case import exchange, launch_each
+from tests.engine.run_case import make_photographs, write_recipe
+from tests.processes import run_ranks
+
+OVERRIDES = {
+    "optimizer.base_lr=0.031": "optimizer.base_lr: 0.03 on rank 0, 0.031 on rank 1; ",
+    "run.seed=5": "run.seed: 0 on rank 0, 5 on rank 1; ",
+    "mask.ratio=0.5": "mask.ratio: 0.75 on rank 0, 0.5 on rank 1; ",
+    "views.crop_scale=[0.3, 1.0]": "views.crop_scale: [0.2, 1.0] on rank 0, [0.3, 1.0] on rank 1; ",
+    "train.steps=3": "train.steps: 6 on rank 0, 3 on rank 1; ",
+    "guard.hang_seconds=null": "guard.hang_seconds: 300.0 on rank 0, null on rank 1; ",
+}
+
+
+@pytest.mark.gloo
+def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    fewer = make_photographs(tmp_path / "fewer", 20)
+    next(fewer.rglob("*.jpg")).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    cases = [("override", text) for text in OVERRIDES]
+    cases += [
+        ("variable", "0"),
+        ("version", "9.9"),
+        ("index", str(fewer)),
+        ("index", str(tmp_path / "absent")),
+        ("folder", str(tmp_path / "elsewhere")),
+    ]
+    previous = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        first, second = run_ranks(2, launch_each, recipe, cases)
+    finally:
+        os.chdir(previous)
+    assert [code for code, _ in first + second] == [EXIT_CONFIG] * 2 * len(cases)
+    expected = [
+        *OVERRIDES.values(),
+        'NVIDIA_TF32_OVERRIDE: null on rank 0, "0" on rank 1; ',
+        'on rank 0, "9.9" on rank 1; ',
+        "number of images: 20 on rank 0, 19 on rank 1; ",
+        "absent",
+        "run.output_dir=relative is not shared: a file that rank 0 on host ",
+    ]
+    for (_, mine), (_, other), text in zip(first, second, expected, strict=True):
+        assert text in mine and text in other
+    assert "is not there for rank 1 on host" in first[-1][1]
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.gloo
+def test_bytes_failures_and_weights_are_compared_over_ranks() -> None:
+    results = run_ranks(3, exchange)
+    for rank, (gathered, empty, sent, own, failure, weights) in enumerate(results):
+        assert gathered == [b"", b"\0", b"\0\0"] and empty == [b""] * 3
+        assert (sent, own) == (b"\x80\0x", rank)
+        assert failure == (EXIT_CONFIG, "gone" if rank == 1 else "rank 1: gone")
+        assert 'digest: "abc" on ranks 0, 1, "other" on rank 2; ' in weights
+
+
+def test_every_value_is_named_with_its_ranks() -> None:
+    everyone = [{"a": 1, "b": None}, {"a": 1, "b": None}, {"a": float("nan")}]
+    assert find_differences(everyone) == [
+        "a: 1 on ranks 0, 1, NaN on rank 2",
+        "b: null on ranks 0, 1, absent on rank 2",
+    ]
+    assert find_differences([{"a": float("nan")}] * 2) == []
+    many = find_differences([{"a": rank} for rank in range(100)])
+    assert len(many) == 1 and many[0].count(" on rank ") == MOST_NAMED
+    assert many[0].endswith("other values")
+    assert name_ranks(range(100)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 92 more"
+
+
+def test_checkpoints_that_link_to_other_storage_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "SHARED_WAIT_S", 0.0)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "own")
+    (tmp_path / "token").touch()
+    folders = [tmp_path, tmp_path / "checkpoints"]
+    assert find_unshared(folders, "token") == str(tmp_path / "checkpoints")
+    (tmp_path / "own" / "token").touch()
+    assert find_unshared(folders, "token") is None
+
+
+def test_the_digest_of_the_code_is_that_of_every_file() -> None:
+    assert source_digest() == source_digest()
+    assert len(source_digest()) == 64
+
+
+def test_an_index_survives_the_exchange_without_a_pickle(tmp_path: Path) -> None:
+    folder = make_photographs(tmp_path / "images", 4)
+    (folder / "class0" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(
+        (folder / "class0" / "000.jpg").read_bytes()
+    )
+    (folder / "broken.jpg").write_text("no image")
+    index = build_index(folder)
+    data = index_to_bytes(index)
+    again = index_from_bytes(data)
+    assert b"\x80\x04" not in data[: data.index(b"\n")]
+    assert list(again.names) == list(index.names) and len(again) == 5
+    assert np.array_equal(again.entries, index.entries)
+    assert (again.root, again.source, again.labels, again.excluded, again.digest, again.shards) == (
+        *(index.root, index.source, index.labels, index.excluded, index.digest, index.shards),
+    )
+    with pytest.raises(ValueError, match="."):  # noqa: RUF043
+        index_from_bytes(b"[\x80\x04.\n")
