@@ -14,7 +14,9 @@ from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Train
 from cmtmae_scale.errors import ConfigError
 
 LARGEST = 2**63
-"""Numbers are computed in 64 bits."""
+"""Whole numbers are computed in 64 bits, and so are steps and nanoseconds of a length."""
+LENGTHS = ("epochs", "warmup_epochs", "time_limit_s", "hang_seconds")
+"""Fields with fractions that become whole numbers."""
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
 
 
@@ -48,7 +50,11 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
         legal: Range = one.metadata.get("range", Range())
         if not all(math.isfinite(number) for number in numbers):
             yield f"{key}={value} must be finite"
-        elif any(abs(number) >= LARGEST for number in numbers):
+        elif any(
+            abs(number) >= LARGEST
+            for number in numbers
+            if isinstance(number, int) or one.name in LENGTHS
+        ):
             yield f"{key}={value} must be below {LARGEST} (2 to the 63rd)"
         elif not all(legal.allows(number) for number in numbers):
             yield f"{key}={value} {legal}"

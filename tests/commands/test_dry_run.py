@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 
 from cmtmae_scale.commands import dry_run
 from cmtmae_scale.commands.pretrain import launch_pretraining, parse_options
+from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
-from tests.engine.run_case import run, write_recipe
-from tests.processes import run_ranks
+from dataloading.index import build_index
+from tests.checkpoint.save_case import STATE, save
+from tests.engine.run_case import write_recipe
 
 BAD = "would not start: "
 
@@ -104,9 +106,15 @@ def test_the_ranks_of_a_launcher_count(
     assert "8 cannot be shared by 3 ranks" in batch and "nodes of 2" in nodes
 
 
-def test_a_checkpoint_that_would_be_refused(recipe: Path, place: Path, capsys) -> None:
+def test_a_checkpoint_that_would_be_refused(
+    recipe: Path, place: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = f"run.output_dir={place / 'run'}"
-    run_ranks(1, run, recipe, [where, "train.stop_after=2", "log.diagnostics_every=null"])
+    config = load_config(recipe, [where])
+    monkeypatch.setitem(STATE, "config", config_to_dict(config))
+    monkeypatch.setitem(STATE, "index_digest", build_index(config.data.path).digest)
+    (place / "run").mkdir()
+    folder = save(place / "run" / "checkpoints")
     assert dry(recipe, capsys, where, "train.steps=9")[1][0].endswith(
         "run.allow_change=[train.steps]"
     )
@@ -114,5 +122,5 @@ def test_a_checkpoint_that_would_be_refused(recipe: Path, place: Path, capsys) -
     shutil.copytree(recipe.parent / "photos" / "class0", place / "photos" / "class0")
     (reason,) = dry(recipe, capsys, where, f"data.path={place / 'photos'}")[1]
     assert "images differ" in reason and "student.init_weights=" in reason
-    (place / "run" / "checkpoints" / "step-00000002" / "manifest.json").unlink()
+    (folder / "manifest.json").unlink()
     assert "none of 1 checkpoints is intact" in dry(recipe, capsys, where)[1][0]

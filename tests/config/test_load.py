@@ -176,6 +176,7 @@ WRONG = {
     "run.seed=-1": "run.seed=-1 must not be negative",
     f"run.seed={2**63}": f"must be below {2**63}",
     f"train.steps={10**30}": f"must be below {2**63}",
+    "train.epochs=1e30": f"must be below {2**63}",
     "train.epochs=inf": "train.epochs=inf must be finite",
     "guard.hang_seconds=.inf": "guard.hang_seconds=inf must be finite",
     "mask.ratio=1.5": "mask.ratio=1.5 must lie in (0, 1)",
@@ -191,6 +192,10 @@ def test_a_wrong_override_is_named_with_its_key_and_a_remedy(override: str) -> N
     assert str(raised.value).startswith(f"{override}: ")
     assert override.partition("=")[0] in str(raised.value).removeprefix(f"{override}: ")
     assert WRONG[override] in str(raised.value)
+
+
+def test_a_large_factor_is_no_length() -> None:
+    assert load_config(DEMO, ["optimizer.base_lr=1e30"]).optimizer.base_lr == 1e30
 
 
 def test_a_problem_of_the_recipe_is_not_blamed_on_an_override(tmp_path: Path) -> None:
@@ -269,7 +274,7 @@ def alias_bomb(start: str, link: str) -> str:
         alias_bomb("{b: c}", "{{<<: [{}]}}"),
         "run: &a {name: *a}",
         "run: &a [*a]",
-        "run: " + "[" * 2000,
+        "run: " + "[" * 1000,
         "run: 2024-13-45",
         "run: !!bool x",
         "run: !!int ''",

@@ -124,6 +124,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(recipe: Path, tmp_path: 
         )
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_does_not_divide_trains_the_same_run(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
