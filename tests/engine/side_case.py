@@ -52,30 +52,28 @@ def run_with(recipe: Path, overrides: list[str], works: list[Callable[[Any], Non
     return log.lines
 
 
-def run_failing(recipe: Path, overrides: list[str]) -> list[str]:
+def run_quiet_and_failing(recipe: Path, quiet: Path, failing: Path, steps: int) -> list[str]:
+    """Run without side tasks, then with failing ones; returns the warnings of the second run."""
+    overrides = [f"train.steps={steps}"]
+    run_with(recipe, [*overrides, f"run.output_dir={quiet}"], [])
     works = [
         fail(ZeroDivisionError("on all"), (0, 1)),
         fail(ValueError("on the first"), (0,)),
         fail(MemoryError("on the second"), (1,)),
         leave_gradients,
     ]
-    return run_with(recipe, overrides, works)
+    return run_with(recipe, [*overrides, f"run.output_dir={failing}"], works)
 
 
-def saved_at_each_side_task(recipe: Path, intervals: list[int]) -> list[list[int]]:
-    """For each interval of saves the newest checkpoint when each step's side task begins."""
-    found: list[list[int]] = []
+def saved_at_each_side_task(recipe: Path, every: int) -> list[int]:
+    """The newest checkpoint when each step's side task begins."""
+    found: list[int] = []
 
     def work(run: Any) -> None:
         folders = list_checkpoints(run.run_dir / "checkpoints")
-        found[-1].append((step_of(folders[0]) or 0) if folders else 0)
+        found.append((step_of(folders[0]) or 0) if folders else 0)
 
-    for every in intervals:
-        found.append([])
-        place = f"run.output_dir={recipe.parent / str(every)}"
-        run_with(
-            recipe, [place, f"checkpoint.every={every}", "checkpoint.background=false"], [work]
-        )
+    run_with(recipe, [f"checkpoint.every={every}", "checkpoint.background=false"], [work])
     return found
 
 

@@ -10,7 +10,7 @@ from cmtmae_scale.evaluation.images import open_pair, require_decodable
 from dataloading.errors import DataError
 from tests.engine.fault_case import incidents
 from tests.engine.run_case import STEPS, run, same, write_recipe
-from tests.engine.side_case import interrupted_by, run_failing, saved_at_each_side_task
+from tests.engine.side_case import interrupted_by, run_quiet_and_failing, saved_at_each_side_task
 from tests.evaluation.evaluation_case import labelled_photographs
 from tests.processes import run_ranks
 
@@ -19,10 +19,9 @@ pytestmark = pytest.mark.gloo
 
 def test_a_failing_side_task_is_an_incident_and_the_weights_keep_their_bits(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    quiet, failing = tmp_path / "quiet", tmp_path / "failing"
-    run_ranks(2, run, recipe, [f"run.output_dir={quiet}"])
-    first, second = run_ranks(2, run_failing, recipe, [f"run.output_dir={failing}"])
-    same(quiet, failing)
+    quiet, failing, last = tmp_path / "quiet", tmp_path / "failing", 3
+    first, second = run_ranks(2, run_quiet_and_failing, recipe, quiet, failing, last)
+    same(quiet, failing, last)
     found = [(entry["step"], entry["why"]) for entry in incidents(failing)]
     reasons = [
         "ZeroDivisionError: on all (on ranks 0, 1)",
@@ -30,24 +29,33 @@ def test_a_failing_side_task_is_an_incident_and_the_weights_keep_their_bits(tmp_
         "MemoryError: on the second (on ranks 1)",
         "RuntimeError: between backward and step (on ranks 0, 1)",
     ]
-    assert found == [(step, why) for step in range(1, STEPS + 1) for why in reasons]
+    assert found == [(step, why) for step in range(1, last + 1) for why in reasons]
     assert {entry["incident"] for entry in incidents(failing)} == {"no figures"}
-    assert f"step {STEPS}: no figures: MemoryError: on the second (on ranks 1)" in first
-    assert f"step {STEPS}: no figures: MemoryError: on the second" in second
+    assert f"step {last}: no figures: MemoryError: on the second (on ranks 1)" in first
+    assert f"step {last}: no figures: MemoryError: on the second" in second
 
 
-def test_a_request_passes_a_side_task(tmp_path: Path) -> None:
-    requests = [KeyboardInterrupt, SystemExit, LaunchInterrupted]
+@pytest.mark.parametrize(
+    "requests",
+    [[LaunchInterrupted], pytest.param([KeyboardInterrupt, SystemExit], marks=pytest.mark.slow)],
+)
+def test_a_request_passes_a_side_task(tmp_path: Path, requests: list[type[BaseException]]) -> None:
     (found,) = run_ranks(1, interrupted_by, write_recipe(tmp_path), requests)
     assert found == [request.__name__ for request in requests]
 
 
-def test_a_step_is_saved_before_its_side_tasks(tmp_path: Path) -> None:
-    (found,) = run_ranks(1, saved_at_each_side_task, write_recipe(tmp_path), [2, 100])
-    # The last step is saved first, whatever the interval.
-    assert found == [[0, 2, 2, 4, 4, STEPS], [0, 0, 0, 0, 0, STEPS]]
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [(4, [0, 0, 0, 4, 4, STEPS]), pytest.param(2, [0, 2, 2, 4, 4, STEPS], marks=pytest.mark.slow)],
+)
+def test_a_step_is_saved_before_its_side_tasks(
+    tmp_path: Path, interval: int, expected: list[int]
+) -> None:
+    (found,) = run_ranks(1, saved_at_each_side_task, write_recipe(tmp_path), interval)
+    assert found == expected  # the last step is saved first, whatever the interval
 
 
+@pytest.mark.slow
 def test_undecodable_images_lower_k_and_end_nothing(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     train = labelled_photographs(tmp_path / "train", 20, 0, 2)
@@ -95,6 +103,7 @@ def test_a_set_without_a_decodable_image_is_refused(tmp_path: Path, kind: str) -
     assert refused.value.exit_code == {"cut": 78, "unread": 75}[kind]
 
 
+@pytest.mark.slow
 def test_a_run_with_such_a_set_is_refused_before_the_first_step(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     good = labelled_photographs(tmp_path / "good", 3, 0, 2)

@@ -213,6 +213,7 @@ def test_a_signal_to_the_outermost_command_saves_under_every_launcher(
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.gloo
 def test_a_run_that_was_taken_over_stops_and_writes_nothing_of_the_folder(tmp_path: Path) -> None:
     recipe, run_dir = write_recipe(tmp_path), tmp_path / "run"

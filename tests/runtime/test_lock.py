@@ -251,7 +251,9 @@ def hold_on_a_failing_store(run_dir: Path, number: int) -> int:
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 75), (errno.EROFS, 78)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 75), pytest.param(errno.EROFS, 78, marks=pytest.mark.slow)]
+)
 def test_all_ranks_leave_a_full_store_with_75(tmp_path: Path, number: int, code: int) -> None:
     assert run_ranks(2, hold_on_a_failing_store, tmp_path, number) == [code] * 2
 
