@@ -32,6 +32,11 @@ STATE = {
 }
 
 
+def state_of(step: int) -> dict[str, Any]:
+    """What a checkpoint of a step holds beside tensors."""
+    return STATE | {"progress": dict.fromkeys(COUNTS, step)}
+
+
 def values(key: str, version: int = 0) -> torch.Tensor:
     return torch.arange(float(np.prod(SHAPES[key]))) + len(key) + 100 * version
 
@@ -55,14 +60,14 @@ def save(
     keep: int = 9,
     version: int = 0,
     ranks: int = 1,
-    state: dict[str, Any] = STATE,
+    state: dict[str, Any] | None = None,
 ) -> Path:
     """All ranks' parts, written one after the other by one process."""
     root.mkdir(exist_ok=True)
     for rank in reversed(range(ranks)):
         writer = Writer(root, rank, ranks, keep, True, token=7)
         writer.timeout_s = 0.0
-        assert writer.save(step, fragments(ranks, rank, version), state)
+        assert writer.save(step, fragments(ranks, rank, version), state or state_of(step))
         writer.settle()
     return layout.folder_of(root, step)
 
@@ -282,14 +287,14 @@ def save_with_a_failing_rank(
         writer_module.write_chunks = refuse
         if not marked:
             writer_module.mark_shard_failed = refuse
-    started = [writer.save(1, fragments(2, rank), STATE)]
+    started = [writer.save(1, fragments(2, rank), state_of(1))]
     writer.shard_done.wait()
     dist.barrier()
     writer_module.write_chunks, writer_module.mark_shard_failed = write, give_up
-    started.append(writer.save(2, fragments(2, rank), STATE))
+    started.append(writer.save(2, fragments(2, rank), state_of(2)))
     writer.wait()
-    started.append(writer.save(3, fragments(2, rank), STATE))
-    writer.finish(3, fragments(2, rank), STATE)
+    started.append(writer.save(3, fragments(2, rank), state_of(3)))
+    writer.finish(3, fragments(2, rank), state_of(3))
     return started, log.lines
 
 
@@ -310,7 +315,7 @@ def save_replicas(root: Path, cases: list[dict[int, str]]) -> list[str]:
             bits[number] ^= 1
         writer = Writer(root, rank, size, 9, False, token=number)
         try:
-            writer.save(number, held, STATE)
+            writer.save(number, held, state_of(number))
             told.append("")
         except ReplicaError as error:
             told.append(str(error))

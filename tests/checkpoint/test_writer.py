@@ -16,7 +16,13 @@ from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.errors import CheckpointError, LockLostError, SaveError
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import RunLock
-from tests.checkpoint.save_case import STATE, fragments, save, save_with_a_failing_rank, version_of
+from tests.checkpoint.save_case import (
+    fragments,
+    save,
+    save_with_a_failing_rank,
+    state_of,
+    version_of,
+)
 from tests.engine.fault_case import take_over
 from tests.engine.run_case import STEPS, run_on_a_slow_store, write_recipe
 from tests.processes import run_ranks
@@ -42,8 +48,8 @@ def test_one_save_is_in_flight_and_the_backlog_is_skipped(
     monkeypatch.setattr(writer, "write_chunks", slow_write)
     slow = Writer(tmp_path, 0, 1, 9, True, token=7)
     state = fragments()
-    assert slow.save(1, state, STATE)
-    assert [slow.save(step, state, STATE) for step in (2, 3)] == [False, False]
+    assert slow.save(1, state, state_of(1))
+    assert [slow.save(step, state, state_of(step)) for step in (2, 3)] == [False, False]
     for part in state.values():
         part.local.fill_(-1.0)  # training goes on in the same memory
     assert len(copies) == 1
@@ -55,7 +61,7 @@ def test_one_save_is_in_flight_and_the_backlog_is_skipped(
     gate.set()
     slow.settle()
     assert version_of(layout.folder_of(tmp_path, 1)) == 0
-    assert slow.save(4, fragments(), STATE)
+    assert slow.save(4, fragments(), state_of(4))
     slow.settle()
     assert [layout.step_of(folder) for folder in layout.list_checkpoints(tmp_path)] == [4, 1]
 
@@ -91,7 +97,7 @@ def test_parts_of_dead_ranks_are_not_waited_for_at_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     alone = Writer(tmp_path, 0, 2, 9, True, token=7)
-    assert alone.save(1, fragments(2, 0), STATE)
+    assert alone.save(1, fragments(2, 0), state_of(1))
     alone.close(grace_s=0.1)
     assert "rank-00001.safetensors did not arrive" in caplog.text
     assert not list(tmp_path.iterdir())
@@ -99,10 +105,10 @@ def test_parts_of_dead_ranks_are_not_waited_for_at_the_end(
 
 def test_a_part_that_came_is_published_although_its_rank_has_died(tmp_path: Path) -> None:
     other = Writer(tmp_path, 1, 2, 9, True, token=7)
-    other.save(1, fragments(2, 1), STATE)
+    other.save(1, fragments(2, 1), state_of(1))
     other.settle()
     alone = Writer(tmp_path, 0, 2, 9, True, token=7)
-    alone.save(1, fragments(2, 0), STATE)
+    alone.save(1, fragments(2, 0), state_of(1))
     alone.close(grace_s=30)
     assert version_of(layout.folder_of(tmp_path, 1)) == 0
 
@@ -122,12 +128,12 @@ def test_a_last_save_that_fails_is_tried_again_and_then_a_crash(
     monkeypatch.setattr(writer, "write_chunks", full_for_a_while)
     last = Writer(tmp_path, 0, 1, 9, True, token=7)
     last.pause_s = 0.0
-    last.finish(2, fragments(), STATE)
+    last.finish(2, fragments(), state_of(2))
     assert find_checkpoint(tmp_path, 0, 1) == layout.folder_of(tmp_path, 2)
     assert len(caplog.messages) == 2
     refusals = iter([OSError(28, "No space left on device")] * 9)
     with pytest.raises(SaveError, match="step 3 could not be saved in 3 attempts") as raised:
-        last.finish(3, fragments(), STATE)
+        last.finish(3, fragments(), state_of(3))
     assert raised.value.exit_code == 1
     assert isinstance(raised.value, CheckpointError)
     assert find_checkpoint(tmp_path, 0, 1) == layout.folder_of(tmp_path, 2)
@@ -141,7 +147,7 @@ def test_an_error_of_ours_in_the_background_ends_the_run(
 
     monkeypatch.setattr(writer, "write_chunks", broken)
     unlucky = Writer(tmp_path, 0, 1, 9, True, token=7)
-    assert unlucky.save(1, fragments(), STATE)
+    assert unlucky.save(1, fragments(), state_of(1))
     with pytest.raises(ZeroDivisionError, match="ours"):
         unlucky.settle()
 
@@ -175,14 +181,14 @@ def test_after_a_take_over_nothing_is_published_pruned_or_swept(
         monkeypatch.setattr(writer, "write_chunks", losing_write)
     else:
         monkeypatch.setattr(shards, "replace_checkpoint", losing_replace)
-    assert here.save(3, fragments(), STATE)
+    assert here.save(3, fragments(), state_of(3))
     here.settle()
     kept = [layout.step_of(folder) for folder in layout.list_checkpoints(root)]
     assert kept == ([3, 2, 1] if moment == "after publishing" else [2, 1])
     assert list(root.glob(".*")) == [foreign]
     here.pause_s = 1000.0  # no second attempt
     with pytest.raises(LockLostError, match="now held by pid 7 on far"):
-        here.finish(4, fragments(), STATE)
+        here.finish(4, fragments(), state_of(4))
     with pytest.raises(LockLostError):
         find_resume_checkpoint(tmp_path, World(0, 1, 0, 1, "test"), lock)
     assert list(root.glob(".*")) == [foreign]
@@ -216,7 +222,7 @@ def test_a_full_disk_costs_a_save_but_neither_the_run_nor_the_older_checkpoint(
         for key in ("model.encoder.w", "exp_avg.encoder.w")
     }
     here = Writer(root, 0, 1, 9, True, token=7)
-    assert here.save(2, big, STATE)
+    assert here.save(2, big, state_of(2))
     here.settle()
     assert len(caplog.messages) == 1, caplog.messages
     assert f"{layout.folder_of(root, 2)} could not be written ([Errno 28]" in caplog.text
@@ -224,6 +230,6 @@ def test_a_full_disk_costs_a_save_but_neither_the_run_nor_the_older_checkpoint(
     assert not list(root.glob(".*"))
     assert find_checkpoint(root, 0, 1) == older
     (small_disk / "ballast").unlink()
-    assert here.save(3, fragments(), STATE)
+    assert here.save(3, fragments(), state_of(3))
     here.settle()
     assert find_checkpoint(root, 0, 1) == layout.folder_of(root, 3)
