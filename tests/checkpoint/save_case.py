@@ -309,7 +309,7 @@ def save_replicas(root: Path, cases: list[dict[int, str]]) -> list[str]:
 
     rank, size, told = dist.get_rank(), dist.get_world_size(), []
     for number, case in enumerate(cases, 1):
-        held = fragments()
+        held = {key: one._replace(owner=rank == 0) for key, one in fragments().items()}
         if rank in case:
             bits = held[case[rank]].local.view(torch.int32)
             bits[number] ^= 1
