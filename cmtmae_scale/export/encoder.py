@@ -1,7 +1,7 @@
 """Export of an encoder as one file under timm's names, and the model of timm that it fits."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import timm
 from safetensors.torch import load_file
@@ -11,7 +11,7 @@ from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.origin import Weights, open_origin
-from cmtmae_scale.method.student import probe_student
+from cmtmae_scale.method.student import timm_options
 from cmtmae_scale.runtime.storage import atomic_path
 
 
@@ -52,15 +52,6 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
         raise ConfigError(f"--output={output} cannot be written ({error})") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Exported(output, origin.step, call, tensors, parameters)
-
-
-def timm_options(config: Config) -> dict[str, Any]:
-    """Return the arguments of ``timm.create_model`` for a config's student, beside its name."""
-    options: dict[str, Any] = {"num_classes": 0, "img_size": config.views.image_size}
-    if config.student.patch_size is not None:
-        options["patch_size"] = config.student.patch_size
-    probe = probe_student(config)
-    return options | {"global_pool": "token" if probe.has_class_token else "avg", "fc_norm": False}
 
 
 def build_timm(config: Config) -> tuple[VisionTransformer, str]:

@@ -303,12 +303,9 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
     Raises:
         ConfigError: if timm has no such model, or it is not a plain VisionTransformer.
     """
-    probe = probe_student(config)
-    pool = "token" if probe.has_class_token else "avg"
-    model = cast(
-        VisionTransformer,
-        timm.create_model(config.student.arch, **options(config), global_pool=pool, fc_norm=False),
-    )
+    options = timm_options(config)
+    created = timm.create_model(config.student.arch, **options, weight_init="skip")
+    model = cast(VisionTransformer, created)
     model.__class__ = cls
     with torch.no_grad():
         for name in TOKENS:
@@ -321,16 +318,22 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
     return cast(S, model)
 
 
-def options(config: Config) -> dict[str, Any]:
-    """Return timm's options of the student; its weights are set afterwards."""
-    chosen: dict[str, Any] = {
-        "num_classes": 0,
-        "img_size": config.views.image_size,
-        "weight_init": "skip",
-    }
+def timm_options(config: Config) -> dict[str, Any]:
+    """Return the arguments of ``timm.create_model`` for a config's student, beside its name.
+
+    Raises:
+        ConfigError: as ``build_student``.
+    """
+    pool = "token" if probe_student(config).has_class_token else "avg"
+    return size_options(config) | {"global_pool": pool, "fc_norm": False}
+
+
+def size_options(config: Config) -> dict[str, Any]:
+    """Return those of timm's arguments that set image and patch size and drop the classifier."""
+    options: dict[str, Any] = {"num_classes": 0, "img_size": config.views.image_size}
     if config.student.patch_size is not None:
-        chosen["patch_size"] = config.student.patch_size
-    return chosen
+        options["patch_size"] = config.student.patch_size
+    return options
 
 
 def probe_student(config: Config) -> VisionTransformer:
@@ -348,7 +351,8 @@ def probe_student(config: Config) -> VisionTransformer:
     if not is_model_in_modules(arch, VIT_MODULES):
         raise unsupported_arch(arch, "another kind of model")
     with torch.device("meta"):
-        probe = check_plain(timm.create_model(arch, **options(config)), arch)
+        model = timm.create_model(arch, **size_options(config), weight_init="skip")
+    probe = check_plain(model, arch)
     side = probe.patch_embed.patch_size[0]
     if size % side:
         below = size // side * side

@@ -65,7 +65,10 @@ def observe_changes(
 
 
 def unread_keys(schema: type) -> list[str]:
-    """Keys whose name no code outside ``config/`` takes from an object, or derives from."""
+    """Keys whose name is no attribute in any code but the schema and its checks.
+
+    Several groups share names such as ``every``: the slow sweep of real runs proves each key.
+    """
     root = Path(__file__).resolve().parents[2]
     checks = [root / "cmtmae_scale" / "config" / name for name in ("check.py", "schema.py")]
     read = {

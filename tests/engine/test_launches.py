@@ -28,16 +28,19 @@ LATER = ["train.stop_after=2", "checkpoint.every=100"]
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("task", "size"),
+    [(TASKS[0], 1), *(pytest.param(task, 2, marks=pytest.mark.slow) for task in TASKS)],
+)
 def test_the_fourth_launch_after_three_crashes_is_refused_with_70(
-    tmp_path: Path, task: str
+    tmp_path: Path, task: str, size: int
 ) -> None:
     recipe = write_task_recipe(task, tmp_path)
     allowed = "run.allow_change=[optimizer.base_lr]"
     changed = [[*start, allowed] for start in (CRASH, CRASH, CRASH, LATER, LATER)]
-    codes = run_ranks(1, commands_on_ranks, recipe, [CRASH, STOP, *changed])
+    codes = run_ranks(size, commands_on_ranks, recipe, [CRASH, STOP, *changed])
     # A stopped launch resets the count; from the limit on even a good launch is refused.
-    assert codes == [[1, 75, 1, 1, 1, 70, 70]]
+    assert codes == [[1, 75, 1, 1, 1, 70, 70]] * size
     records = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [0, 0, 1, 1, 1]
     assert json.loads(records[1])["overrides"] == STOP

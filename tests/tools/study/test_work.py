@@ -34,7 +34,7 @@ def test_every_row_of_a_study_that_is_shipped_can_be_run(
     first_seeds = {run.row: run for run in reversed(runs)}
     for run in first_seeds.values():
         for job in run.jobs:
-            if job.kind == "train":
+            if job.kind in ("train", "cache"):
                 load_config(job.arguments[2], job.arguments[3:])
 
 
