@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import signal
@@ -8,6 +9,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a machine with a GPU too
 
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector away from what stays until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

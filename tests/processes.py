@@ -9,29 +9,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "torch.distributed.fsdp",
-    "timm",
-    "cmtmae_scale.backends.fsdp",
-    "cmtmae_scale.pretraining.build",
-    "cmtmae_scale.engine.loop",
-    "cmtmae_scale.evaluation.frozen",
-    "cmtmae_scale.pretraining.task",
-    "cmtmae_scale.finetuning.task",
-    "cmtmae_scale.evaluation.periodic",
-    "cmtmae_scale.engine.build",
-    "cmtmae_scale.tools.figures.during",
-    "tests.pillow",
-]
-if find_spec("deepspeed") is not None:
-    PRELOAD += ["cmtmae_scale.backends.deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
-CONTEXT.set_forkserver_preload(PRELOAD)
+CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def entry(

@@ -24,10 +24,8 @@ from tests.processes import run_ranks
 OVERRIDES = {
     "optimizer.base_lr=0.031": "optimizer.base_lr: 0.03 on rank 0, 0.031 on rank 1; ",
     "run.seed=5": "run.seed: 0 on rank 0, 5 on rank 1; ",
-    "mask.ratio=0.5": "mask.ratio: 0.75 on rank 0, 0.5 on rank 1; ",
     "views.crop_scale=[0.3, 1.0]": "views.crop_scale: [0.2, 1.0] on rank 0, [0.3, 1.0] on rank 1; ",
     "train.steps=3": "train.steps: 6 on rank 0, 3 on rank 1; ",
-    "guard.hang_seconds=null": "guard.hang_seconds: 300.0 on rank 0, null on rank 1; ",
 }
 
 

@@ -30,7 +30,10 @@ def left(recipe: Path, fault: str, *overrides: str) -> tuple[list[int | None], P
         children[0].join(60)
         if fault != "freeze":
             children[1].join(30)
-        return [child.exitcode for child in children], run_dir
+        codes = [child.exitcode for child in children]
+        if codes[1] is None:
+            children[1].kill()
+        return codes, run_dir
 
 
 @pytest.mark.gloo
@@ -45,7 +48,7 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, task: str) -> Non
 @pytest.mark.gloo
 @pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
 def test_a_rank_that_stands_still_is_named_and_ends_the_others(tmp_path: Path, task: str) -> None:
-    codes, run_dir = left(write_task_recipe(task, tmp_path), "freeze", "guard.hang_seconds=4")
+    codes, run_dir = left(write_task_recipe(task, tmp_path), "freeze", "guard.hang_seconds=3")
     assert codes == [1, None]
     (line,) = incidents(run_dir)
     assert line["incident"] == "ended"
