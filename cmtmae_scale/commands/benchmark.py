@@ -85,7 +85,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure_training(options: argparse.Namespace, world: World) -> None:
     """Time the training step, or compare it with another library's."""
     load_config(options.config, options.overrides)  # errors of the recipe cost no torch
-    from cmtmae_scale.engine.agreement import REMEDY, require_equal
+    from cmtmae_scale.engine.agreement import REMEDY, code_facts, require_equal
     from cmtmae_scale.runtime.collectives import pick_device, process_group
     from cmtmae_scale.tools.benchmark import against, table, training
 
@@ -96,7 +96,8 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
         options.config, options.overrides, options.sweep, options.accumulation, world.world_size
     )
     with process_group(world, device):
-        require_equal(vars(options), REMEDY)
+        given = {name: value for name, value in vars(options).items() if not callable(value)}
+        require_equal(given | code_facts(device), REMEDY)
         if options.against is not None:
             outcome = against.compare_with_transformers(variants[0].config, protocol, device)
             text, results = against.render_mae_comparison(outcome, on_gpu), outcome
