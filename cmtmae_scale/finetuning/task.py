@@ -222,6 +222,7 @@ class Finetuning:
         pool = {"mean": "patches", "cls": "cls"}[self.config.head.pool]
         row = Row(self.encoder.name, pool, "fine-tuned", score)
         file = run.run_dir / RESULT_FILE
+        run.writer.require_lock_on_all_ranks()
         if self.world.rank == 0:
             write_result(file, self.record_result(run.progress, row, digest))
         self.summary = self.summarise(run.progress, row, file)
