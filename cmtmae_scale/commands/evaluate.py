@@ -8,7 +8,13 @@ from pathlib import Path
 
 from cmtmae_scale.commands.rank import run_as_rank
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
-from cmtmae_scale.runtime.arguments import Parser, add_launcher_options, at_least_one, not_negative
+from cmtmae_scale.runtime.arguments import (
+    Parser,
+    add_launcher_options,
+    at_least_one,
+    not_negative,
+    seed_number,
+)
 from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
 
@@ -112,7 +118,9 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="without --test: train on this fraction of each class of --train, test on the rest",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the probe; 0")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the split and of the probe; 0"
+    )
     parser.add_argument(
         "--batch", type=at_least_one, default=64, help="images per rank and forward"
     )

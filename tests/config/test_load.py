@@ -191,7 +191,6 @@ WRONG = {
     "run.allow_change=[[mask.ratio]]": "is a list of lists; write 'run.allow_change=[mask.ratio]'",
     "run.allow_change={mask.ratio: 1}": "is not a list; write 'run.allow_change=[mask.ratio]'",
     "run.output_dir=~/runs": "~ does not become the home folder",
-    "optimizer={lr: 1}": "optimizer={lr: 1}: is not an override; expected group.key=value",
 }
 
 
