@@ -289,11 +289,14 @@ def refuse_living_holder(run_dir: Path) -> None:
     """Refuse a folder whose holder is alive on this host; takes no lock and waits for nobody.
 
     Raises:
-        ConfigError: names the holder.
-        OSError: if the store does not answer.
+        ConfigError: names the holder, or the lock that cannot be read.
     """
-    folder = run_dir / "lock"
-    holder = read_lock(lock_path(folder, newest_number(folder)))
+    number = newest_number(run_dir / "lock")
+    path = lock_path(run_dir / "lock", number)
+    try:
+        holder = read_lock(path) if number else None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); correct it") from error
     if holder is not None and is_dead(holder, identify_process()) is False:
         raise in_use(run_dir, holder)
 

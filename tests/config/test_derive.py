@@ -79,7 +79,7 @@ def test_paired_views_get_an_even_micro_batch() -> None:
     assert "largest even divisor" in explain_batch(config, batch_plan(config, 4))
     config.train.micro_batch_size = 7  # an odd number that fits in memory
     assert batch_plan(config, 2).micro_batch_size == 6
-    assert list(find_finetune_problems(config)) == []
+    assert not any("mixup" in text for text in find_finetune_problems(config))
     config.train.micro_batch_size = 4
     config.augment.mixup = config.augment.cutmix = 0
     assert batch_plan(config, 4).micro_batch_size == 3
