@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cmtmae_scale.config.schema import Data, Views
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
-from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
+from cmtmae_scale.runtime.arguments import Parser, at_least_one, seed_number, share
 from cmtmae_scale.runtime.log import progress_bar, set_up_logging
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.errors import DataError
@@ -79,7 +79,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shard-mb", type=at_least_one, default=1000, help="approximate size of a packed tar; 1000"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the packed order and the views")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the packed order and the views"
+    )
     options = parser.parse_args(arguments)
     if len(options.path) > 1:
         parser.error(

@@ -16,7 +16,7 @@ from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
-from cmtmae_scale.runtime.arguments import Parser
+from cmtmae_scale.runtime.arguments import Parser, at_least_one
 from dataloading.errors import DataError
 
 RECIPE = "configs/demo.yaml"
@@ -73,7 +73,9 @@ def print_line(text: str) -> None:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``[--steps N] [--fresh] [key=value ...]``; a usage error exits with 78."""
     parser = Parser(description="Show CMT-MAE at work.", allow_abbrev=False, hint=key_hint)
-    parser.add_argument("--steps", type=int, help="a shorter or longer run, in its own folder")
+    parser.add_argument(
+        "--steps", type=at_least_one, help="a shorter or longer run, in its own folder"
+    )
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser.parse_intermixed_args(arguments)

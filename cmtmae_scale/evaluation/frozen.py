@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cmtmae_scale.engine.agreement import require_equal_weights
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import pixel_encoder
@@ -39,6 +40,8 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
         The report for people.
     """
     subject = open_subject(options, world, device)
+    named = (subject.encoder, subject.random)
+    require_equal_weights(lambda: {f"digest of {one.name}": one.digest for one in named if one})
     sets = open_sets(options, subject)
     encoders = [subject.encoder]
     if not options.no_baselines:

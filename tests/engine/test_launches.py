@@ -18,7 +18,7 @@ from cmtmae_scale.engine.launches import (
 )
 from cmtmae_scale.errors import CheckpointError
 from tests.checkpoint.save_case import save
-from tests.engine.fault_case import commands_on_ranks, leave
+from tests.engine.fault_case import build_after_takeover, commands_on_ranks, leave
 from tests.engine.run_case import TASKS, write_task_recipe
 from tests.processes import run_ranks, started
 
@@ -44,6 +44,16 @@ def test_the_fourth_launch_after_three_crashes_is_refused_with_70(
     records = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [0, 0, 1, 1, 1]
     assert json.loads(records[1])["overrides"] == STOP
+
+
+@pytest.mark.gloo
+def test_a_launch_that_lost_the_folder_while_it_was_built_cuts_no_log(tmp_path: Path) -> None:
+    recipe = write_task_recipe(TASKS[0], tmp_path)
+    log = tmp_path / "run" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 5}\n')  # of the launch that took over
+    assert run_ranks(1, build_after_takeover, recipe) == ["taken over"]
+    assert log.read_text() == '{"step": 5}\n'
 
 
 @pytest.mark.gloo
