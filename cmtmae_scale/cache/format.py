@@ -6,6 +6,7 @@ its seal ``parts/00000012.json``, which holds size and SHA-256. The checksum of 
 bytes, its number and the identity of the cache, and is verified at every read.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, cast, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -236,6 +238,13 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     return [shard for shard in range(manifest.num_shards) if read_seal(folder, shard) is None]
 
 
+def as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """Return what the store said to safetensors, whose text alone has the error number."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number), str(path))
+
+
 def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[str, Tensor]) -> None:
     """Write a shard, then its seal.
 
@@ -254,7 +263,10 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[st
     ]
     tensors = {name: fields[name].contiguous() for name in names}
     with atomic_path(path) as draft:
-        save_file(tensors | {"checksum": torch.tensor(sums)}, draft)
+        try:
+            save_file(tensors | {"checksum": torch.tensor(sums)}, draft)
+        except SafetensorError as error:
+            raise as_os_error(error, path) from error
         draft.chmod(0o644)  # safetensors creates files that only their owner may read
         seal = {"size": draft.stat().st_size, "sha256": digest(draft)}
         seal_path(folder, shard).unlink(missing_ok=True)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.errors import EXIT_DONE, CmtMaeError
+from cmtmae_scale.errors import EXIT_DONE
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import set_up_logging
-from dataloading.errors import DataError
 
 if TYPE_CHECKING:
     from cmtmae_scale.tools.benchmark import training
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 def run_benchmark(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = parse_options(arguments)
-    try:
+
+    def measure() -> int:
         world = find_world()
         set_up_logging(world.rank, world.world_size)
         options.run(options, world)
-    except (CmtMaeError, DataError) as error:
-        logger.error("%s", error)
-        return error.exit_code
-    return EXIT_DONE
+        return EXIT_DONE
+
+    return run_alone(measure)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -42,6 +42,8 @@ def run_outcome(run: Run) -> tuple[str, str]:
     kind, words = OUTCOMES.get(code if isinstance(code, int) else 1, ("bad", "crashed"))
     if isinstance(step, int) and run.last_step > step:
         return "fair", "running again, or killed since its last end"
+    if code == EXIT_DONE and not run.is_complete:
+        return "fair", "stopped before its end"
     return kind, words
 
 
