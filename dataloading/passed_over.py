@@ -120,7 +120,8 @@ def lost_images(passed: Iterable[Passed]) -> int:
     return sum(
         item.number
         for item in passed
-        if item.kind == "key" or (item.kind == "file" and item.extension not in _DOCUMENTS)
+        if item.kind in ("key", "link")
+        or (item.kind == "file" and item.extension not in _DOCUMENTS)
     )
 
 
@@ -151,6 +152,8 @@ def _label(item: Passed) -> str:
         return f"{item.extension} behind a second dot"
     if item.kind == "second":
         return f"{item.extension} behind a second dot beside an image of the same key"
+    if item.kind == "link":
+        return f"{item.extension} that are links or devices"
     return item.extension or "without extension"
 
 
@@ -166,6 +169,11 @@ def _remedy(item: Passed) -> str:
         )
     if item.kind == "label":
         return f"{name}: labels are read from KEY.cls only; write that member for labelled images"
+    if item.kind == "link":
+        return (
+            f"{name}: links within a tar are not followed; write the tar with "
+            "tar --dereference --hard-dereference"
+        )
     if item.kind != "file" or extension in _DOCUMENTS:
         return ""
     if extension in _UNREAD:

@@ -130,8 +130,13 @@ def training_minutes(run: Run) -> float | None:
     file = run.folder / JOBS
     if not file.exists():
         return None
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
-    seconds = [one["seconds"] for one in entries if one["kind"] == "train"]
+    seconds: list[float] = []
+    for line in file.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            seconds += [float(entry["seconds"])] if entry["kind"] == "train" else []
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: a line cannot be read; the minutes are of the others", file)
     return sum(seconds) / 60 if seconds else None
 
 

@@ -177,7 +177,7 @@ def is_trained(folder: Path) -> bool:
         return json.loads((folder / "exit.json").read_text())["code"] == EXIT_DONE
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / 'exit.json'}: cannot be read ({error}); delete it") from error
 
 
