@@ -1,5 +1,6 @@
 """Width, height and orientation of an encoded image without decoding it."""
 
+import contextlib
 import io
 import os
 import struct
@@ -173,7 +174,7 @@ def _pil_header(file: BinaryIO | io.BufferedReader) -> Header:
     try:
         with open_image(file) as image:
             width, height = image.size
-            exif = image.info.get("exif")
+            exif = image.info.get("exif") or _raw_profile(image.info)
             orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
             if isinstance(image, TiffImagePlugin.TiffImageFile):  # turned by Pillow as its tag says
                 width, height = image.tag_v2[256], image.tag_v2[257]
@@ -187,6 +188,14 @@ def _pil_header(file: BinaryIO | io.BufferedReader) -> Header:
             raise
         raise HeaderError(f"header cannot be read: {error}") from error
     return _checked(width, height, orientation)
+
+
+def _raw_profile(info: dict[Any, Any]) -> bytes | None:
+    """Return the EXIF block that ImageMagick before version 7 writes as text into a PNG."""
+    text = info.get("Raw profile type exif")
+    with contextlib.suppress(ValueError):
+        return bytes.fromhex("".join(text.split("\n")[3:])) if isinstance(text, str) else None
+    return None
 
 
 def explain_other_file(start: bytes) -> str:
