@@ -22,6 +22,10 @@ _DOCUMENT_NAMES = frozenset(
     | {"sha256sums", "md5sums", "checksums", "manifest", "labels", "classes"}
 )
 _ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".7z", ".rar", ".gz"})
+_CONTAINERS = frozenset(
+    {".parquet", ".arrow", ".tfrecord", ".tfrecords", ".lmdb", ".mdb", ".h5", ".hdf5", ".rec"}
+    | {".npy", ".npz", ".mat", ".beton", ".pkl", ".pickle", ".pt"}
+)
 _LABELS = frozenset(
     {".json", ".txt", ".cls.txt", ".cls.json", ".label", ".class", ".target", ".csv"}
 )
@@ -179,7 +183,12 @@ def _remedy(item: Passed) -> str:
     if extension in _UNREAD:
         return f"{name}: this format is not read; convert such files to JPEG, PNG or WebP"
     if extension == ".tar":
-        return f"{name}: tars are read where data.path is their folder or a pattern of tars"
+        return (
+            f"{name}: tars are read where data.path is their folder or a pattern of tars; unpack "
+            "a tar that is within another"
+        )
+    if extension in _CONTAINERS:
+        return f"{name}: this container is not read; write its images as files, or as .tar files"
     if is_archive(extension):
         return (
             f"{name}: archives are not read in place; unpack them, or decompress each .tar.gz to a "

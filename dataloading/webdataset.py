@@ -187,7 +187,7 @@ def _read_samples(
     classes: dict[bytes, str] = {}
     others: list[tuple[bytes, bytes, bytes]] = []  # key, extension and name
     excluded: list[tuple[str, str]] = []
-    links: list[tuple[bytes, bytes]] = []  # extension and name
+    links: list[tuple[bytes, bytes]] = []  # end from the first dot on, and name
     folders: set[bytes] = set()
 
     def exclude(offset: int, name: bytes, reason: str) -> None:
@@ -243,10 +243,11 @@ def _read_samples(
     passed = _count_others(others, shard, images, {key for key in classes if classes[key]})
     for key in classes.keys() - images:
         count_passed(passed, "file", ".cls", f"{shard}/{_text(key)}.cls")
-    for extension, name in links:
-        last = os.path.splitext(_text(extension))[1]
-        kind = "link" if last in EXTENSIONS else "beside"
-        extension = last if kind == "link" else extension_of(f"a{_text(extension)}")
+    for end, name in links:
+        last = os.path.splitext(f"a{_text(end)}")[1]
+        kind, extension = (
+            ("link", last) if last in EXTENSIONS else ("beside", extension_of(f"a{last}"))
+        )
         count_passed(passed, kind, extension, f"{shard}/{_text(name)}")
     return _Samples(entries, tuple(labels), excluded, passed, folders)
 
