@@ -239,7 +239,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if isinstance(image, TiffImageFile):
             bits, kind = (image.tag_v2.get(tag, (1,))[0] for tag in (_BITS, _SAMPLE_FORMAT))
             if kind != 1 or bits > 16:
-                raise UndecodableError(f"unsigned integers of {bits} bits {_NO_RANGE}")
+                what = "unsigned" if kind == 1 else "undefined"
+                raise UndecodableError(f"{what} integers of {bits} bits {_NO_RANGE}")
             top = (1 << bits) - 1
             is_inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # Pillow inverts eight bits only
         levels = np.asarray(image).astype(np.int64).clip(0, top)
