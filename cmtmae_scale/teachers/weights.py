@@ -45,6 +45,8 @@ NOT_WEIGHTS = {
 """First bytes, after blanks, of what is saved in place of weights."""
 EXPANSION = 8
 """Most bytes of all tensors per byte of their file; tied weights are counted twice."""
+DTYPE_ERRORS = (ValueError, LookupError, AttributeError, TypeError, RuntimeError)
+"""Raised by safetensors for data types that torch lacks."""
 SAVE_FLOATS = "save the weights as floating-point numbers of 16 or 32 bits, not quantised"
 PLAIN_CLASSES: list[Any] = [
     argparse.Namespace,
@@ -91,7 +93,7 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
     if path.suffix == ".safetensors":
         try:
             state: object = load_file(path)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, *DTYPE_ERRORS) as error:
             raise TeacherError(
                 f"{where}: not a complete safetensors file ({error}); copy it again"
             ) from error
