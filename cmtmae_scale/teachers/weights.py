@@ -113,6 +113,9 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
     tensors = dict(state)
     bound_storage(tensors, path, where)
     tensors = take_encoder(drop_wrappers(tensors), where)
+    for name, value in tensors.items():
+        if value.is_floating_point() and value.itemsize == 1:
+            raise TeacherError(f"{where}: {name} is {value.dtype}; {SAVE_FLOATS}")
     found = find_non_finite(tensors)
     if found:
         raise TeacherError(f"{where}: {found}; take a sound copy of the file, or other weights")

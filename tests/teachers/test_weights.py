@@ -229,6 +229,11 @@ def test_numbers_of_another_kind_are_no_weights(dtype: torch.dtype, tmp_path: Pa
     load_strictly(model, state | {"weight": torch.ones(2, 2).double()}, "w.pt", "m", "")
 
 
+def test_float8_files_are_named(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2).to(torch.float8_e5m2)}, tmp_path / "w.pt")
+    assert "w is torch.float8_e5m2; save the weights" in refusal(tmp_path / "w.pt")
+
+
 def test_tied_weights_are_loaded(tmp_path: Path) -> None:
     weight = torch.ones(50, 50)
     torch.save(
