@@ -114,7 +114,8 @@ def examine_shards(
             f"{path}: more than half of the members, {lost} of {lost + images}, are not taken as "
             f"images{others}; correct them, or set data.path to other tars"
         )
-    _check_splits(path, set().union(*(samples.folders for samples in found)), refuse_splits)
+    folders = {folder for samples in found for folder in samples.folders}
+    _check_splits(path, folders, refuse_splits)
     labels = _in_order({text for samples in found for text in samples.classes})
     number = {label: i for i, label in enumerate(labels)}
     entries["label"] = np.concatenate(
