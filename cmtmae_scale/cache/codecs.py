@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.storage import digest, write_atomic
+from cmtmae_scale.runtime.storage import read_regular, write_atomic
 from cmtmae_scale.teachers.base import TeacherView
 
 Codec = Literal["int8", "bf16", "attention"]
@@ -96,9 +96,10 @@ def load_calibration(folder: Path, sha256: str | None, width: int) -> Calibratio
         return None
     path = calibration_path(folder, sha256)
     try:
-        if digest(path) != sha256:
+        data = read_regular(path)
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError("it differs from its digest")
-        tensors = load(path.read_bytes())
+        tensors = load(data)
         found = Calibration(tensors["mean"], tensors["std"])
         if any(statistic.shape != (width,) for statistic in found):
             raise ValueError("its shape is not that of the features")

@@ -24,13 +24,22 @@ from torch import Tensor
 
 from cmtmae_scale.cache.codecs import Codec
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.storage import atomic_path, digest, sync, write_atomic
+from cmtmae_scale.runtime.storage import (
+    atomic_path,
+    digest,
+    read_json,
+    read_regular,
+    sync,
+    write_atomic,
+)
 
 FORMAT = 1
 ENDLESS = 1 << 62
 """``num_rows`` of a cache whose rows are the positions of a run's stream."""
 MANIFEST = "manifest.json"
 SHARDS = "parts"
+SEAL_BYTES = 4096
+"""Largest seal that is read."""
 STORED_NAMES = {"rows_per_shard": "rows_a_part"}
 """Fields whose name in ``manifest.json`` differs; format 1 keeps it."""
 
@@ -153,7 +162,7 @@ def read_manifest(folder: Path) -> Manifest:
     if (folder / SHARDS).exists():
         refuse_world_writable(folder / SHARDS)
     try:
-        tree = json.loads((folder / MANIFEST).read_text())
+        tree = read_json(read_regular(folder / MANIFEST))
         stored = tree.pop("sha256")
         found = Manifest.from_dict(tree)
         if stored != found.sha256:
@@ -227,7 +236,7 @@ class Seal(NamedTuple):
 def read_seal(folder: Path, shard: int) -> Seal | None:
     """Return the seal of a shard; ``None``: the shard is not complete."""
     try:
-        tree = cast(dict[str, Any], json.loads(seal_path(folder, shard).read_text()))
+        tree = cast(dict[str, Any], read_json(read_regular(seal_path(folder, shard), SEAL_BYTES)))
         return Seal(int(tree["size"]), str(tree["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -108,10 +108,12 @@ def find_renaming(folder: Path) -> str | None:
         OSError, ValueError, TypeError, AttributeError: if the state cannot be read.
     """
     named = step_of(folder)
-    progress = json.loads((folder / STATE).read_text()).get("progress")
+    progress = read_json(read_inside(folder, folder / STATE)).get("progress")
     if named is None or not isinstance(progress, dict) or not {"step", "position"} <= set(progress):
         return None
-    held = int(cast(dict[str, Any], progress)["step"])
+    held = cast(dict[str, Any], progress)["step"]
+    if not is_count(held):
+        return f"{STATE}: progress.step={shorten(held)} is not a count"
     if held == named:
         return None
     own = folder_of(folder.parent, held).name

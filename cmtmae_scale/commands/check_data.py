@@ -14,7 +14,7 @@ from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.schema import Data, Views
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, remedy_for
 from cmtmae_scale.runtime.arguments import Parser, at_least_one, seed_number, share
-from cmtmae_scale.runtime.log import progress_bar, set_up_logging
+from cmtmae_scale.runtime.log import escape_controls, progress_bar, set_up_logging
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.errors import DataError
 
@@ -140,7 +140,7 @@ def report_data(
     from cmtmae_scale.tools.data_report import render_data_report, summarise_data
 
     found = summarise_data(index, undecodable, options.max_bad_fraction, survey)
-    sys.stdout.write(render_data_report(found) + "\n")
+    sys.stdout.write(escape_controls(render_data_report(found)) + "\n")
     sys.stdout.flush()
     if options.report is not None:
         try:

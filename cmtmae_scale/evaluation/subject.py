@@ -34,7 +34,7 @@ from cmtmae_scale.runtime.storage import read_inside, read_json
 from cmtmae_scale.teachers.base import Tower
 from cmtmae_scale.teachers.build import assemble_teacher
 from cmtmae_scale.teachers.timm import TimmSource
-from cmtmae_scale.teachers.weights import read_weights
+from cmtmae_scale.teachers.weights import SAVE_FLOATS, find_other_dtype, read_weights
 
 RANDOM = "random weights"
 
@@ -297,6 +297,9 @@ def load_student(
         CheckpointError: if names or shapes differ.
     """
     student = build_student(config)
+    other = find_other_dtype(student.state_dict(), tensors)
+    if other:
+        raise CheckpointError(f"{place}: {other[0]}; {SAVE_FLOATS}")
     try:
         student.load_state_dict(tensors, strict=True)
     except RuntimeError as error:

@@ -1,3 +1,4 @@
+import os
 import time
 from pathlib import Path
 
@@ -259,8 +260,16 @@ def test_a_deepspeed_file_is_not_resolved(recipe: Path, tmp_path: Path) -> None:
     override = f"backend.deepspeed={file}"
     file.write_text('{"zero_optimization": {"a": ["\\u0024{oc.env:HOME}"]}}')
     assert "interpolation" in message(recipe, "backend.name=deepspeed", override)
-    file.write_text("[" * 100_000)
-    assert "is not JSON" in message(recipe, "backend.name=deepspeed", override)
+    for depth in (900, 100_000):
+        file.write_text("[" * depth + "]" * depth)
+        assert "backend.deepspeed=" in message(recipe, "backend.name=deepspeed", override)
+    file.write_text('{"zero_optimization": {"offload_optimizer": true}}')
+    assert "offload_optimizer=True is a group" in message(
+        recipe, "backend.name=deepspeed", override
+    )
+    file.unlink()
+    os.mkfifo(file)
+    assert "Not a regular file" in message(recipe, "backend.name=deepspeed", override)
 
 
 def test_a_dollar_in_a_comment_or_alone_is_no_interpolation(recipe: Path) -> None:

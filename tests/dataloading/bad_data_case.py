@@ -167,12 +167,23 @@ def changed(name: str, change: Change, reason: str, outcome: str = GREY) -> Case
     return Case(name, write(JPEG), outcome, reason, change=change)
 
 
+def float_colour_tiff() -> bytes:
+    """Three channels of 32 bits, which Pillow does not write either: the tags of a small file."""
+    data = bytearray(encode(COLOUR, "TIFF"))
+    at = data.index(struct.pack("<HHI", 258, 3, 3)) + 8  # BitsPerSample, three shorts
+    (place,) = struct.unpack_from("<I", data, at)
+    struct.pack_into("<3H", data, place, 32, 32, 32)
+    return bytes(data)
+
+
 FILES = [
     excluded("empty.jpg", b"", "empty file"),
     excluded("text.jpg", b"<html>404 Not Found</html>", "not an image of a known format"),
     excluded("random.jpg", RNG.bytes(3000), "not an image of a known format"),
     excluded("eps.jpg", EPS, "not an image of a known format"),
     excluded("heic.jpg", b"\0\0\0\x18ftypheic" + bytes(500), "HEIC: convert it to JPEG"),
+    excluded("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer"),
+    excluded("float-colour.tiff", float_colour_tiff(), "a TIFF whose channels or bits"),
     excluded("junk-before.jpg", b"junk" + JPEG, "not an image of a known format"),
     good("junk-after.jpg", JPEG + RNG.bytes(500), COLOUR, "", 3),
     excluded("cut-in-header.jpg", JPEG[:30], "JPEG ends before its frame header"),

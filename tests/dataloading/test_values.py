@@ -41,6 +41,10 @@ UNKNOWN = {
         tiff((RAMP * 255 - 100).astype("<i2").tobytes(), 64, 48, 16, SIGNED),
         "signed integers of 16 bits have no range that the file defines; convert",
     ),
+    "signed 8 bits": (
+        tiff((RAMP * 200 - 100).astype("<i1").tobytes(), 64, 48, 8, SIGNED),
+        "signed integers of 8 bits have no range",
+    ),
 }
 
 

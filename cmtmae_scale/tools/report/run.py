@@ -4,6 +4,7 @@ An unreadable file becomes a sentence in ``Run.problems``, never an error. Only 
 the folder are opened: no pipe, no device, and no link that leads out.
 """
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from cmtmae_scale.runtime.storage import read_inside, read_json, require_inside
 
 LARGEST = 1e30
 """Larger numbers are not drawn; no logged value comes near."""
+FIGURE_BYTES = 2**26
+"""Largest figure that a page holds: 64 MiB."""
 FILES = ("config.yaml", "log.jsonl", "exit.json", "starts.jsonl", "checkpoints")
 """Any of these files identifies a run's folder."""
 
@@ -209,6 +212,8 @@ def find_figures(run: Run) -> list[tuple[int, Path]]:
             continue
         try:
             require_inside(run.dir, path)
+            if path.stat().st_size > FIGURE_BYTES:
+                raise OSError(errno.EFBIG, f"more than {FIGURE_BYTES} bytes")
         except OSError as error:
             run.problems.append(f"figures/{path.name} is not shown ({error.strerror})")
             continue
