@@ -234,12 +234,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if isinstance(image, TiffImageFile) and 2 in image.tag_v2.get(_SAMPLE_FORMAT, (1,)):
         bits = image.tag_v2.get(_BITS, (1,))[0]  # those of 8 Pillow reads as if unsigned
         raise UndecodableError(f"signed integers of {bits} bits {_NO_RANGE}")
-    if isinstance(image, TiffImageFile) and image.mode == "RGB":
-        if image.tag_v2.get(_PLANAR) == 2 and max(image.tag_v2.get(_BITS, (1,))) > 8:
-            raise UndecodableError(
-                "planes of 16 bits, which Pillow reads wrongly; convert the image to 8 bits, or "
-                "store its channels together"
-            )
+    if (
+        isinstance(image, TiffImageFile)
+        and image.mode == "RGB"
+        and image.tag_v2.get(_PLANAR) == 2
+        and max(image.tag_v2.get(_BITS, (1,))) > 8
+    ):
+        raise UndecodableError(
+            "planes of 16 bits, which Pillow reads wrongly; convert the image to 8 bits, or store "
+            "its channels together"
+        )
     if image.mode.startswith("I"):  # Pillow would cut off what is above 255
         top, is_inverted = 65535, False
         if isinstance(image, TiffImageFile):
