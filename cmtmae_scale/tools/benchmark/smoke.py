@@ -1,0 +1,166 @@
+"""Every path that a run can take on a GPU, once, with tiny networks: a traceback where one fails.
+
+A chain is a sequence of commands that need one another; chains run side by side.
+"""
+
+import os
+import shlex
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED
+from cmtmae_scale.tools.benchmark.jobs import TARS, TINY_TEACHER
+from cmtmae_scale.tools.benchmark.limited import run_limited
+from cmtmae_scale.tools.benchmark.suite import is_installed
+
+LIMIT_S = 120.0
+"""Seconds for one command."""
+CORES_PER_CHAIN = 3
+OK, FAILED = "ok", "failed"
+RUN = "RUN"
+"""Stands for a folder of the chain in a command."""
+
+
+class Check(NamedTuple):
+    """One path."""
+
+    name: str
+    command: str
+    """Of ``cmtmae``, with ``TARS`` and ``RUN``."""
+    code: int = EXIT_DONE
+    """Exit code that it must end with."""
+    needs: tuple[str, ...] = ()
+    """Packages without which it is skipped."""
+
+
+class Checked(NamedTuple):
+    """Result of one path."""
+
+    name: str
+    state: str
+    """ok, failed, or why it was skipped."""
+    seconds: float
+    tail: str
+    """End of the output of a path that failed."""
+
+
+TINY = " ".join(
+    [
+        "views.image_size=64 student.arch=test_vit decoder.depth=1 decoder.width=32",
+        "decoder.heads=2 train.global_batch_size=8 train.micro_batch_size=4 train.steps=4",
+        f"checkpoint.every=2 log.every=1 data.workers=2 data.path={TARS}",
+        f"data.expected_images=null run.output_dir={RUN} {' '.join(TINY_TEACHER)}",
+    ]
+)
+BASE = f"pretrain --config configs/vit_base.yaml {TINY}"
+HUGE = f"pretrain --config configs/vit_huge.yaml {TINY}"
+BUILD = f"precompute --config configs/vit_base.yaml {TINY}"
+CACHE = f"views.views_per_image=1 cache.dir={RUN}-cache"
+TUNE = " ".join(
+    [
+        f"finetune --config configs/finetune_base.yaml --checkpoint {RUN} data.path={TARS}",
+        f"data.test_path={TARS} data.workers=2 train.global_batch_size=8 train.steps=2",
+        f"train.micro_batch_size=4 optimizer.warmup_epochs=0 run.output_dir={RUN}-tuned",
+        "backend.compile=false",
+    ]
+)
+CHAINS = (
+    (
+        Check(
+            "FSDP and checkpoint", f"{BASE} backend.compile=false train.stop_after=2", EXIT_STOPPED
+        ),
+        Check("resume", f"{BASE} backend.compile=false"),
+        Check("evaluation", f"evaluate knn --checkpoint {RUN} --train {TARS} --test {TARS} --k 1"),
+        Check("fine-tuning", TUNE),
+    ),
+    (
+        Check(
+            "ZeRO-1",
+            f"{HUGE} backend.zero_stage=1 backend.compile=false",
+            EXIT_DONE,
+            ("deepspeed",),
+        ),
+    ),
+    (
+        Check(
+            "ZeRO-2",
+            f"{HUGE} backend.zero_stage=2 backend.compile=false",
+            EXIT_DONE,
+            ("deepspeed",),
+        ),
+    ),
+    (
+        Check(
+            "ZeRO-3",
+            f"{HUGE} backend.zero_stage=3 backend.compile=false",
+            EXIT_DONE,
+            ("deepspeed",),
+        ),
+    ),
+    (Check("compile", f"{BASE} backend.compile=true"),),
+    (Check("compile under ZeRO-1", f"{HUGE} backend.compile=true", EXIT_DONE, ("deepspeed",)),),
+    (Check("DALI", f"{BASE} backend.compile=false data.decode=dali", needs=("nvidia.dali",)),),
+    (
+        Check(
+            "nvImageCodec",
+            f"{BASE} backend.compile=false data.decode=torch",
+            needs=("nvidia.nvimgcodec",),
+        ),
+    ),
+    (
+        Check("cache, build", f"{BUILD} {CACHE}"),
+        Check("cache, read", f"{BASE} backend.compile=false teacher.mode=cached {CACHE}"),
+    ),
+)
+
+
+def run_checks(images: str, chains: Sequence[Sequence[Check]] = CHAINS) -> list[Checked]:
+    """Run all chains over a folder of images, as many side by side as there are cores for."""
+    parallel = max(1, len(os.sched_getaffinity(0)) // CORES_PER_CHAIN)
+    with (
+        tempfile.TemporaryDirectory(prefix="smoke-") as folder,
+        ThreadPoolExecutor(parallel, "chain") as pool,
+    ):
+        places = [Path(folder) / str(number) for number in range(len(chains))]
+        found = pool.map(lambda chain, place: run_chain(chain, images, place), chains, places)
+        return [one for several in found for one in several]
+
+
+def run_chain(chain: Sequence[Check], images: str, place: Path) -> list[Checked]:
+    """Run commands one after another; what needs a command that failed is skipped."""
+    found: list[Checked] = []
+    for check in chain:
+        missing = [package for package in check.needs if not is_installed(package)]
+        broken = [one.name for one in found if one.state != OK]
+        if missing or broken:
+            reason = f"{', '.join(missing)} is not installed" if missing else f"needs {broken[0]}"
+            found.append(Checked(check.name, f"skipped: {reason}", 0.0, ""))
+            continue
+        text = check.command.replace(RUN, str(place)).replace(TARS, shlex.quote(images))
+        words = ["python", "-m", "cmtmae_scale.commands.main", *shlex.split(text)]
+        ended = run_limited(words, place.with_suffix(".log"), LIMIT_S)
+        passed = ended.code == check.code
+        tail = "" if passed else f"exit code {ended.code}, expected {check.code}\n{ended.tail}"
+        found.append(Checked(check.name, OK if passed else FAILED, ended.seconds, tail))
+    return found
+
+
+def smoke_headline(found: Sequence[Checked]) -> str:
+    """Return the number of paths that work, and the names of the others."""
+    good = sum(one.state == OK for one in found)
+    bad = [one.name for one in found if one.state == FAILED]
+    rest = [one.name for one in found if one.state not in (OK, FAILED)]
+    text = f"{good} of {len(found)} paths work"
+    text += f"; failed: {', '.join(bad)}" if bad else ""
+    return text + (f"; skipped: {', '.join(rest)}" if rest else "")
+
+
+def smoke_table(found: Sequence[Checked]) -> str:
+    """Return a Markdown table, then the output of each path that failed."""
+    lines = ["| path | state | seconds |", "|---|---|---|"]
+    lines += [f"| {one.name} | {one.state} | {one.seconds:.0f} |" for one in found]
+    lines += [f"\n{one.name}:\n{one.tail}" for one in found if one.tail]
+    return "\n".join(lines)
