@@ -36,7 +36,7 @@ LARGE = "python launchers/benchmark.py train --config configs/vit_large.yaml"
 HUGE = "python launchers/benchmark.py train --config configs/vit_huge.yaml"
 SHORT = "--warm-up 5 --windows 5 --steps 10"
 REAL = f"--data real data.path={TARS} data.expected_images=null"
-FSDP = "backend.name=fsdp backend.compile=true"
+FSDP = "backend.name=fsdp"
 STEP = (*TINY, *TINY_TEACHER, *FEW_STEPS)
 
 JOBS = (
@@ -119,7 +119,7 @@ JOBS = (
     Job(
         "large_batch",
         "ViT-L/16 by micro-batch, and eager",
-        f"{LARGE} {SHORT} --sweep train.micro_batch_size=128,512,1024 "
+        f"{LARGE} {SHORT} --sweep train.micro_batch_size=128,256,1024 "
         "--sweep backend.compile=false",
         300,
         small=STEP,
@@ -136,7 +136,8 @@ JOBS = (
         "huge_stages",
         "ViT-H/14 on ZeRO-1, ZeRO-2, ZeRO-3 and FSDP2: time by part, memory, the loss after the "
         "same steps, time to the first step",
-        f"{HUGE} {SHORT} train.micro_batch_size=64 --sweep backend.zero_stage=2,3 "
+        f"{HUGE} {SHORT} backend.compile=false train.micro_batch_size=64 "
+        "--sweep backend.zero_stage=2,3 "
         "--sweep backend.name=fsdp",
         240,
         ("deepspeed",),
