@@ -23,7 +23,7 @@ class Job(NamedTuple):
     name: str
     what: str
     command: str
-    """As typed in the root of a clone; ``TARS`` stands for the images."""
+    """As typed in the root of a clone, options before overrides; ``TARS``: the images."""
     limit_s: int
     """Seconds after which the command is ended."""
     needs: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ JOBS = (
     Job(
         "large_masks",
         "ViT-L/16 with 2 and 4 masks per view, against 1",
-        f"{LARGE} {SHORT} train.micro_batch_size=128 --sweep mask.masks_per_view=2,4",
+        f"{LARGE} {SHORT} --sweep mask.masks_per_view=2,4 train.micro_batch_size=128",
         240,
         small=STEP,
     ),
@@ -95,8 +95,8 @@ JOBS = (
         "cache",
         "the teacher cache: reading, decoding, and steps/s against a synthetic teacher (at least "
         "0.97) and the online teacher",
-        f"python launchers/benchmark.py cache --config configs/vit_base.yaml data.path={TARS} "
-        "data.expected_images=null --rows 4096 --windows 5 --steps 10",
+        f"python launchers/benchmark.py cache --config configs/vit_base.yaml --rows 4096 "
+        f"--windows 5 --steps 10 data.path={TARS} data.expected_images=null",
         150,
         small=(*STEP, "--rows", "4", "--rounds", "1"),
     ),
@@ -104,7 +104,7 @@ JOBS = (
         "mae",
         "MAE's forward and backward against transformers' `ViTMAEForPreTraining`",
         "python launchers/benchmark.py train --config configs/mae_large.yaml --against hf_mae "
-        "backend.precision=fp32 train.micro_batch_size=64 --warm-up 2 --windows 5 --steps 5",
+        "--warm-up 2 --windows 5 --steps 5 backend.precision=fp32 train.micro_batch_size=64",
         120,
         ("transformers",),
         (*TINY, *FEW_STEPS),
@@ -127,8 +127,8 @@ JOBS = (
     Job(
         "huge_batch",
         "ViT-H/14 on FSDP2 by micro-batch and masks per view",
-        f"{HUGE} {SHORT} {FSDP} --sweep train.micro_batch_size=128,512 "
-        "--sweep mask.masks_per_view=2,4",
+        f"{HUGE} {SHORT} --sweep train.micro_batch_size=128,512 "
+        f"--sweep mask.masks_per_view=2,4 {FSDP}",
         300,
         small=STEP,
     ),
@@ -136,9 +136,8 @@ JOBS = (
         "huge_stages",
         "ViT-H/14 on ZeRO-1, ZeRO-2, ZeRO-3 and FSDP2: time by part, memory, the loss after the "
         "same steps, time to the first step",
-        f"{HUGE} {SHORT} backend.compile=false train.micro_batch_size=64 "
-        "--sweep backend.zero_stage=2,3 "
-        "--sweep backend.name=fsdp",
+        f"{HUGE} {SHORT} --sweep backend.zero_stage=2,3 --sweep backend.name=fsdp "
+        "backend.compile=false train.micro_batch_size=64",
         240,
         ("deepspeed",),
         STEP,

@@ -31,24 +31,24 @@ def write_page(page: Path, jobs: Sequence[Job], rows: dict[str, Row]) -> None:
             details[name] = f"\n{origin}\n\n{row['text']}\n\n" if row["text"] else ""
     section = render_section(jobs, results, details)
     if section != own:
-        write_atomic(page, before + section + after)
+        write_atomic(page, f"{before}{BEGIN}{section}{END}{after}")
 
 
 def split_page(page: Path) -> tuple[str, str, str]:
-    """Return what is before, between and after the marks; the marks belong to the middle."""
+    """Return what is before, between and after the marks."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise ConfigError(f"{page} lacks the marks {BEGIN} and {END}; restore them")
     before, _, rest = text.partition(BEGIN)
     own, _, after = rest.partition(END)
-    return before, BEGIN + own + END, after
+    return before, own, after
 
 
 def render_section(jobs: Sequence[Job], results: dict[str, str], details: dict[str, str]) -> str:
-    """Return the marked section: one row per job, then the tables of those with a result."""
+    """Return the section: one row per job, then the tables of those with a result."""
     lines = [
         f"| `{job.name}` | {job.what} | `{job.command}` | {results.get(job.name, OPEN)} |\n"
         for job in jobs
     ]
     tables = [f"#### `{job.name}`\n{details[job.name]}" for job in jobs if details.get(job.name)]
-    return f"{BEGIN}\n{HEADER}{''.join(lines)}\n{''.join(tables)}{END}"
+    return f"\n{HEADER}{''.join(lines)}\n{''.join(tables)}"

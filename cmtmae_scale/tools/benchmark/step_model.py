@@ -217,7 +217,13 @@ def model_step(config: Config, rates: Rates, eager: Sequence[str] = ()) -> Model
     for part in eager:
         if part not in PARTS:
             raise ConfigError(f"--eager {part}: the parts are {', '.join(PARTS)}")
-    operations = record_step(config)
+    return sum_step(config, record_step(config), rates, eager)
+
+
+def sum_step(
+    config: Config, operations: Sequence[Operation], rates: Rates, eager: Sequence[str]
+) -> ModelledStep:
+    """Sum recorded operations by part, see ``model_step``."""
     last_use = find_last_uses(operations)
     step = ModelledStep(config.train.micro_batch_size, rates)
     for part in PARTS:

@@ -105,11 +105,7 @@ def plan_jobs(
 def command_of(job: Job, images: str, small: bool) -> list[str]:
     """Return the words of a job's command."""
     words = [word.replace(TARS, images) for word in shlex.split(job.command)]
-    if small:
-        words += job.small
-        if job.name == "smoke":
-            words.append("--small")
-    return words
+    return [*words, *job.small] if small else words
 
 
 def run_job(job: Job, images: str, limit_s: float, small: bool) -> Row:
