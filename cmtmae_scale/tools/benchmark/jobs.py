@@ -126,10 +126,16 @@ JOBS = (
     ),
     Job(
         "huge_batch",
-        "ViT-H/14 on FSDP2 by micro-batch and masks per view",
-        f"{HUGE} {SHORT} --sweep train.micro_batch_size=128,512 "
-        f"--sweep mask.masks_per_view=2,4 {FSDP}",
-        300,
+        "ViT-H/14 on FSDP2 by micro-batch",
+        f"{HUGE} {SHORT} --sweep train.micro_batch_size=128,512 {FSDP}",
+        240,
+        small=STEP,
+    ),
+    Job(
+        "huge_masks",
+        "ViT-H/14 on FSDP2 with 2 and 4 masks per view, against 1",
+        f"{HUGE} {SHORT} --sweep mask.masks_per_view=2,4 {FSDP} train.micro_batch_size=128",
+        240,
         small=STEP,
     ),
     Job(

@@ -50,7 +50,7 @@ def run_suite(
     """
     end = time.monotonic() + 60 * minutes
     rows = read_rows(output)
-    for job in plan_jobs(jobs, rows, images, small, again):
+    for job in plan_jobs(jobs, rows, small, again):
         left_s = end - time.monotonic()
         if left_s < job.limit_s / 2:
             continue
@@ -86,15 +86,16 @@ def read_rows(output: Path) -> dict[str, Row]:
         raise ConfigError(f"{file} is not a result of the suite; name another --output") from error
 
 
-def plan_jobs(
-    jobs: Sequence[Job], rows: dict[str, Row], images: str, small: bool, again: bool
-) -> list[Job]:
-    """Return the jobs to run: those never tried first, then those that did not finish."""
+def plan_jobs(jobs: Sequence[Job], rows: dict[str, Row], small: bool, again: bool) -> list[Job]:
+    """Return the jobs to run: those never tried first, then those that did not finish.
+
+    A row of another command, but for the place of the images, counts as never tried.
+    """
     fresh: list[Job] = []
     tried: list[Job] = []
     for job in jobs:
         row = rows.get(job.name)
-        same = row is not None and row.get("command") == shlex.join(command_of(job, images, small))
+        same = row is not None and row.get("command") == shlex.join(command_of(job, TARS, small))
         if again or row is None or not same:
             fresh.append(job)
         elif row["state"] != DONE:
@@ -126,7 +127,7 @@ def run_job(job: Job, images: str, limit_s: float, small: bool) -> Row:
     return {
         "state": state,
         "headline": headline,
-        "command": shlex.join(command),
+        "command": shlex.join(command_of(job, TARS, small)),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "seconds": round(ended.seconds, 1),
         "small": small,

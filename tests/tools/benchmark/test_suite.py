@@ -92,11 +92,11 @@ def test_what_is_finished_is_kept_and_the_next_call_goes_on(
     table = suite.suite_table(QUICK, rows)
     assert "| good | done |" in table and "| slow | out of time |" in table
     # The next call runs neither what is done, nor again what changed nothing.
-    ran = suite.plan_jobs(QUICK, rows, "x", small=False, again=False)
+    ran = suite.plan_jobs(QUICK, rows, small=False, again=False)
     assert [job.name for job in ran] == ["absent", "bad", "slow"]
     changed = (QUICK[0]._replace(command=QUICK[4].command), *QUICK[1:])
-    assert suite.plan_jobs(changed, rows, "x", False, False)[0].name == "good"
-    assert suite.plan_jobs(QUICK, rows, "x", False, again=True) == list(QUICK)
+    assert suite.plan_jobs(changed, rows, False, False)[0].name == "good"
+    assert suite.plan_jobs(QUICK, rows, False, again=True) == list(QUICK)
     # No time: nothing is run, and what was measured stays.
     assert suite.run_suite(QUICK, "x", 0, output, small=False, again=False) == rows
     left = {name: row for name, row in rows.items() if name != "bad"}
