@@ -5,14 +5,16 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.clone import find_clone
+from cmtmae_scale.commands.precompute import interrupt_at_sigterm
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, CmtMaeError, ConfigError
+from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, CmtMaeError, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, not_negative
 from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import set_up_logging
@@ -240,9 +242,20 @@ def measure_paths(options: argparse.Namespace, world: World) -> int:
     output = options.output and options.output.resolve()
     images = str(Path(options.path).resolve())
     os.chdir(find_clone())
-    found = smoke.run_checks(images)
-    facts = {"command": shlex.join(["python", *sys.argv]), "headline": smoke.smoke_headline(found)}
-    show(output, facts, [one._asdict() for one in found], smoke.smoke_table(found))
+    facts = {"command": shlex.join(["python", *sys.argv])}
+
+    def keep(found: list[smoke.Checked]) -> None:
+        """Save the paths tried so far; the command may be ended before the others."""
+        if output is not None:
+            headline = smoke.smoke_headline(found)
+            results = [one._asdict() for one in found]
+            save_tables(output, facts | {"headline": headline}, results, smoke.smoke_table(found))
+
+    # Beside the results, a folder that is removed with them if this process is killed.
+    parent = None if output is None else output.parent
+    with tempfile.TemporaryDirectory(prefix="smoke-", dir=parent) as folder:
+        found = smoke.run_checks(images, Path(folder), keep)
+    sys.stdout.write(f"{smoke.smoke_table(found)}\n\n{smoke.smoke_headline(found)}\n")
     return EXIT_CRASH if any(one.state == smoke.FAILED for one in found) else EXIT_DONE
 
 
@@ -255,11 +268,17 @@ def measure_everything(options: argparse.Namespace, world: World) -> int:
     os.chdir(find_clone())
     chosen = select_jobs(jobs.JOBS, options.only)
     again = options.only is not None
-    rows = suite.run_suite(chosen, images, options.minutes, output, options.small, again)
+    try:
+        with interrupt_at_sigterm():
+            rows = suite.run_suite(chosen, images, options.minutes, output, options.small, again)
+    except KeyboardInterrupt:
+        logger.error("interrupted; the same command goes on after the last row that is finished")
+        return EXIT_STOPPED
     text = suite.suite_table(jobs.JOBS, rows)
     write_atomic(output.with_suffix(".md"), text + "\n")
     sys.stdout.write(text + "\n")
-    page.write_page(Path("docs/performance.md"), jobs.JOBS, rows)
+    if not options.small:
+        page.write_page(Path("docs/performance.md"), jobs.JOBS, rows)
     return suite.suite_exit_code(chosen, rows)
 
 

@@ -3,10 +3,11 @@
 A chain is a sequence of commands that need one another; chains run side by side.
 """
 
+import logging
 import os
 import shlex
-import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.tools.benchmark.jobs import TARS, TINY_TEACHER
 from cmtmae_scale.tools.benchmark.limited import run_limited
 from cmtmae_scale.tools.benchmark.suite import is_installed
+
+logger = logging.getLogger(__name__)
 
 LIMIT_S = 120.0
 """Seconds for one command."""
@@ -117,35 +120,53 @@ CHAINS = (
 )
 
 
-def run_checks(images: str, chains: Sequence[Sequence[Check]] = CHAINS) -> list[Checked]:
-    """Run all chains over a folder of images, as many side by side as there are cores for."""
+Keep = Callable[[list[Checked]], object]
+
+
+def run_checks(
+    images: str, place: Path, keep: Keep, chains: Sequence[Sequence[Check]] = CHAINS
+) -> list[Checked]:
+    """Run all chains, as many side by side as there are cores for.
+
+    Args:
+        images: folder of labelled images or of tars.
+        place: existing folder for the runs.
+        keep: called with the results so far, after every path.
+        chains: sequences of paths that need one another.
+    """
     parallel = max(1, len(os.sched_getaffinity(0)) // CORES_PER_CHAIN)
-    with (
-        tempfile.TemporaryDirectory(prefix="smoke-") as folder,
-        ThreadPoolExecutor(parallel, "chain") as pool,
-    ):
-        places = [Path(folder) / str(number) for number in range(len(chains))]
-        found = pool.map(lambda chain, place: run_chain(chain, images, place), chains, places)
-        return [one for several in found for one in several]
+    found: list[list[Checked]] = [[] for _ in chains]
+    lock = threading.Lock()
+
+    def run(number: int) -> None:
+        for one in run_chain(chains[number], images, place / str(number)):
+            with lock:
+                found[number].append(one)
+                keep([each for several in found for each in several])
+
+    with ThreadPoolExecutor(parallel, "chain") as pool:
+        list(pool.map(run, range(len(chains))))
+    return [each for several in found for each in several]
 
 
-def run_chain(chain: Sequence[Check], images: str, place: Path) -> list[Checked]:
+def run_chain(chain: Sequence[Check], images: str, place: Path) -> Iterator[Checked]:
     """Run commands one after another; what needs a command that failed is skipped."""
-    found: list[Checked] = []
+    broken = ""
     for check in chain:
         missing = [package for package in check.needs if not is_installed(package)]
-        broken = [one.name for one in found if one.state != OK]
         if missing or broken:
-            reason = f"{', '.join(missing)} is not installed" if missing else f"needs {broken[0]}"
-            found.append(Checked(check.name, f"skipped: {reason}", 0.0, ""))
+            reason = f"{', '.join(missing)} is not installed" if missing else f"needs {broken}"
+            yield Checked(check.name, f"skipped: {reason}", 0.0, "")
             continue
         text = check.command.replace(RUN, str(place)).replace(TARS, shlex.quote(images))
         words = ["python", "-m", "cmtmae_scale.commands.main", *shlex.split(text)]
         ended = run_limited(words, place.with_suffix(".log"), LIMIT_S)
         passed = ended.code == check.code
         tail = "" if passed else f"exit code {ended.code}, expected {check.code}\n{ended.tail}"
-        found.append(Checked(check.name, OK if passed else FAILED, ended.seconds, tail))
-    return found
+        broken = broken if passed else check.name
+        state = OK if passed else FAILED
+        logger.info("%s: %s, %.0f s\n%s", check.name, state, ended.seconds, tail)
+        yield Checked(check.name, state, ended.seconds, tail)
 
 
 def smoke_headline(found: Sequence[Checked]) -> str:

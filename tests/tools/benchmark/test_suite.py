@@ -152,7 +152,12 @@ def test_paths_that_need_a_failed_path_are_skipped(tmp_path: Path) -> None:
         smoke.Check("typing", "pretrian --config TARS"),
         smoke.Check("after", "--version"),
     )
-    found = smoke.run_chain(chain, "some images", tmp_path / "run")
+    kept: list[int] = []
+    alone = (smoke.Check("alone", "--version", needs=("no_such_package",)),)
+    *found, other = smoke.run_checks(
+        "some images", tmp_path, lambda some: kept.append(len(some)), (chain, alone)
+    )
+    assert other.state == "skipped: no_such_package is not installed" and kept == [1, 2, 3, 4]
     assert [one.state for one in found] == [smoke.OK, smoke.FAILED, "skipped: needs typing"]
     assert f"exit code {EXIT_CONFIG}, expected 0" in found[1].tail
     assert "did you mean pretrain?" in smoke.smoke_table(found)
