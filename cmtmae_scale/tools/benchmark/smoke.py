@@ -50,17 +50,17 @@ class Checked(NamedTuple):
     """End of the output of a path that failed."""
 
 
+Keep = Callable[[list[Checked]], object]
+
 TINY = " ".join(
     [
         "views.image_size=64 student.arch=test_vit decoder.depth=1 decoder.width=32",
         "decoder.heads=2 train.global_batch_size=8 train.micro_batch_size=4 train.steps=4",
         f"checkpoint.every=2 log.every=1 data.workers=2 data.path={TARS}",
-        f"data.expected_images=null run.output_dir={RUN} {' '.join(TINY_TEACHER)}",
+        f"data.expected_images=null run.output_dir={RUN} backend.compile=false",
+        *TINY_TEACHER,
     ]
 )
-BASE = f"pretrain --config configs/vit_base.yaml {TINY}"
-HUGE = f"pretrain --config configs/vit_huge.yaml {TINY}"
-BUILD = f"precompute --config configs/vit_base.yaml {TINY}"
 CACHE = f"views.views_per_image=1 cache.dir={RUN}-cache"
 TUNE = " ".join(
     [
@@ -70,57 +70,46 @@ TUNE = " ".join(
         "backend.compile=false",
     ]
 )
+
+
+def tiny(command: str, recipe: str, *overrides: str) -> str:
+    """Return a command over a recipe with tiny networks; the last override of a key wins."""
+    return " ".join([command, "--config", f"configs/{recipe}.yaml", TINY, *overrides])
+
+
+ZERO = ("deepspeed",)
 CHAINS = (
     (
         Check(
-            "FSDP and checkpoint", f"{BASE} backend.compile=false train.stop_after=2", EXIT_STOPPED
+            "FSDP and checkpoint", tiny("pretrain", "vit_base", "train.stop_after=2"), EXIT_STOPPED
         ),
-        Check("resume", f"{BASE} backend.compile=false"),
+        Check("resume", tiny("pretrain", "vit_base")),
         Check("evaluation", f"evaluate knn --checkpoint {RUN} --train {TARS} --test {TARS} --k 1"),
         Check("fine-tuning", TUNE),
     ),
-    (
-        Check(
-            "ZeRO-1",
-            f"{HUGE} backend.zero_stage=1 backend.compile=false",
-            EXIT_DONE,
-            ("deepspeed",),
-        ),
+    *(
+        (Check(name, tiny("pretrain", "vit_huge", override), needs=ZERO),)
+        for name, override in (
+            ("ZeRO-1", "backend.zero_stage=1"),
+            ("ZeRO-2", "backend.zero_stage=2"),
+            ("ZeRO-3", "backend.zero_stage=3"),
+            ("compile under ZeRO-1", "backend.compile=true"),
+        )
     ),
-    (
-        Check(
-            "ZeRO-2",
-            f"{HUGE} backend.zero_stage=2 backend.compile=false",
-            EXIT_DONE,
-            ("deepspeed",),
-        ),
-    ),
-    (
-        Check(
-            "ZeRO-3",
-            f"{HUGE} backend.zero_stage=3 backend.compile=false",
-            EXIT_DONE,
-            ("deepspeed",),
-        ),
-    ),
-    (Check("compile", f"{BASE} backend.compile=true"),),
-    (Check("compile under ZeRO-1", f"{HUGE} backend.compile=true", EXIT_DONE, ("deepspeed",)),),
-    (Check("DALI", f"{BASE} backend.compile=false data.decode=dali", needs=("nvidia.dali",)),),
+    (Check("compile", tiny("pretrain", "vit_base", "backend.compile=true")),),
+    (Check("DALI", tiny("pretrain", "vit_base", "data.decode=dali"), needs=("nvidia.dali",)),),
     (
         Check(
             "nvImageCodec",
-            f"{BASE} backend.compile=false data.decode=torch",
+            tiny("pretrain", "vit_base", "data.decode=torch"),
             needs=("nvidia.nvimgcodec",),
         ),
     ),
     (
-        Check("cache, build", f"{BUILD} {CACHE}"),
-        Check("cache, read", f"{BASE} backend.compile=false teacher.mode=cached {CACHE}"),
+        Check("cache, build", tiny("precompute", "vit_base", CACHE)),
+        Check("cache, read", tiny("pretrain", "vit_base", "teacher.mode=cached", CACHE)),
     ),
 )
-
-
-Keep = Callable[[list[Checked]], object]
 
 
 def run_checks(
