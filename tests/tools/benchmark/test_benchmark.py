@@ -52,19 +52,6 @@ def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
     assert all(part in text for part in (*PARTS, "student MFU", "CPU-s"))
 
 
-def test_a_kernel_that_the_device_lacks_is_named_and_the_others_are_measured(recipe: Path) -> None:
-    _, *variants = make_variants(str(recipe), [], ["sdpa=cudnn,math"], 1, 1)
-    kept: list[int] = []
-    with process_group(ALONE, CPU):
-        results = measure_variants(
-            variants, Protocol(0, 1, 1), False, ALONE, CPU, lambda some: kept.append(len(some))
-        )
-    assert [one.fault for one in results] == ["no cudnn kernel for fp32 on this device", None]
-    assert results[1].loss > 0 and kept == [2]
-    text = table.training_headline(results)
-    assert "sdpa=cudnn: no cudnn kernel" in text and "sdpa=math: " in text
-
-
 @pytest.mark.slow
 def test_real_images_can_be_measured(recipe: Path) -> None:
     variants = make_variants(str(recipe), [], [], 1, 1)

@@ -134,16 +134,21 @@ def test_results_at_full_size_become_rows_of_the_page(tmp_path: Path) -> None:
     assert own.index("#### `large`") < own.index("#### `mae`")
 
 
-def test_a_row_of_the_rehearsal_runs(
+def test_a_row_of_the_rehearsal_runs_and_names_a_kernel_that_the_device_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    job = next(job for job in JOBS if job.name == "huge_fsdp")
+    job = next(job for job in JOBS if job.name == "large_attention")
     words = suite.command_of(job, "images", small=True)
     assert run_benchmark([*words[2:], "--output", str(tmp_path / "result")]) == EXIT_DONE
     found = json.loads((tmp_path / "result.json").read_text())
-    assert found["headline"].startswith("as given: ") and "images/s, MFU" in found["headline"]
-    assert found["results"][0]["loss"] > 0 and "| as given |" in capsys.readouterr().out
+    whole, flash, cudnn = found["results"]
+    assert cudnn["fault"] == "no cudnn kernel for fp32 on this device" and cudnn["step_s"] is None
+    assert flash["fault"] is None and flash["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    headline = found["headline"]
+    assert headline.startswith("as given: ") and "images/s, MFU" in headline
+    assert "sdpa=flash: " in headline and "sdpa=cudnn: no cudnn kernel" in headline
+    assert "| as given |" in capsys.readouterr().out
 
 
 def test_paths_that_need_a_failed_path_are_skipped(tmp_path: Path) -> None:
