@@ -267,6 +267,8 @@ def measure_everything(options: argparse.Namespace, world: World) -> int:
     output, images = output.resolve(), str(Path(options.data).resolve())
     os.chdir(find_clone())
     chosen = select_jobs(jobs.JOBS, options.only)
+    if options.minutes and not options.small:
+        refuse_without_gpu()
     again = options.only is not None
     try:
         with interrupt_at_sigterm():
@@ -280,6 +282,18 @@ def measure_everything(options: argparse.Namespace, world: World) -> int:
     if not options.small:
         page.write_page(Path("docs/performance.md"), jobs.JOBS, rows)
     return suite.suite_exit_code(chosen, rows)
+
+
+def refuse_without_gpu() -> None:
+    """Refuse a machine on which every row would take hours.
+
+    Raises:
+        ConfigError: names the rehearsal.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("suite: the rows are measured on a GPU, and there is none; add --small")
 
 
 def select_jobs(jobs: "Sequence[Job]", names: Sequence[str] | None) -> "list[Job]":

@@ -185,6 +185,9 @@ def test_wrong_requests_are_named(
     line = ["suite", "--data", str(tmp_path), "--small", "--output", str(tmp_path / "x")]
     assert run_benchmark([*line, "--only", "larg"]) == EXIT_CONFIG
     assert "--only larg: the rows are smoke, large, huge_fsdp" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run_benchmark(["suite", "--data", str(tmp_path), *line[4:]]) == EXIT_CONFIG
+    assert "there is none; add --small" in capsys.readouterr().err
     (tmp_path / "x.json").write_text("[]")
     assert run_benchmark(line) == EXIT_CONFIG
     assert "x.json is not a result of the suite" in capsys.readouterr().err
