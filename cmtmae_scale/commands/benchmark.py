@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -309,7 +309,7 @@ def select_jobs(jobs: "Sequence[Job]", names: Sequence[str] | None) -> "list[Job
     return [job for job in jobs if names is None or job.name in names]
 
 
-def show(output: Path | None, facts: dict[str, object], results: object, text: str) -> None:
+def show(output: Path | None, facts: Mapping[str, object], results: object, text: str) -> None:
     """Print the provenance and the tables, and write them to ``output`` if given."""
     lines = [f"{name}: {value}" for name, value in facts.items()]
     sys.stdout.write("\n".join(lines) + "\n\n" + text + "\n")

@@ -1,6 +1,7 @@
 """Results of a measurement as JSON and as Markdown; imports no torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from cmtmae_scale.runtime.storage import write_atomic
 
 
-def save_tables(path: Path, facts: dict[str, Any], results: Any, text: str) -> None:
+def save_tables(path: Path, facts: Mapping[str, object], results: Any, text: str) -> None:
     """Write facts and results (dataclasses) to ``path`` with ``.json``, tables with ``.md``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = json.dumps({**facts, "results": results}, indent=1, default=plain)

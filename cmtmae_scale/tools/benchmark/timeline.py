@@ -4,8 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch.autograd import DeviceType
-
 SHOWN = 15
 """Kernels, and gaps, that are reported."""
 NAME = 80
@@ -45,7 +43,7 @@ def device_spans(events: Iterable[Any]) -> list[Span]:
     spans = [
         Span(event.time_range.start / 1e6, event.time_range.end / 1e6, event.name[:NAME])
         for event in events
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
     ]
     return sorted(spans)
 

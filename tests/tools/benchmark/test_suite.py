@@ -12,8 +12,8 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.tools.benchmark import page, smoke, suite
 from cmtmae_scale.tools.benchmark.jobs import JOBS, Job
+from cmtmae_scale.tools.benchmark.rig import SDPA
 from cmtmae_scale.tools.benchmark.timeline import Gap, Span, busy_and_gaps, longest_kernels
-from cmtmae_scale.tools.benchmark.training import make_variants
 from tests.engine.run_case import make_photographs
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,10 +68,14 @@ def test_the_commands_are_accepted(small: bool, monkeypatch: pytest.MonkeyPatch)
             assert all(Path(word).exists() for word in words if word.startswith("tests/"))
             continue
         options = parse_options(words[2:])
-        if words[2] == "train" and not small:
-            make_variants(options.config, options.overrides, options.sweep, 1, 1)
-        elif words[2] in ("train", "cache"):
+        if words[2] in ("train", "cache"):
             load_config(options.config, options.overrides)
+        for sweep in getattr(options, "sweep", ()) if not small else ():
+            key, _, values = sweep.partition("=")
+            for value in values.split(","):
+                assert key != "sdpa" or value in SDPA
+                extra = [] if key == "sdpa" else [f"{key}={value}"]
+                load_config(options.config, [*options.overrides, *extra])
         assert job.limit_s <= 420 and len(NAMES) == len(set(NAMES))
 
 
