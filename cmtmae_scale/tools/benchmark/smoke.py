@@ -19,7 +19,7 @@ from cmtmae_scale.tools.benchmark.suite import is_installed
 
 logger = logging.getLogger(__name__)
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 """Seconds for one command."""
 CORES_PER_CHAIN = 3
 OK, FAILED = "ok", "failed"

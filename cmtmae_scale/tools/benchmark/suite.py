@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 DONE, FAILED, OUT_OF_TIME, SKIPPED, OPEN = "done", "failed", "out of time", "skipped", "open"
 BENCHMARK = "launchers/benchmark.py"
-CPU_FACTOR = 4
+CPU_FACTOR = 8
 """How much longer a job of the rehearsal may take: a CPU may be shared."""
 NO_TESTS = 5
 """pytest's exit code if it selected no test."""
