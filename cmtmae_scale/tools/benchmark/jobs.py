@@ -65,7 +65,7 @@ JOBS = (
     Job(
         "host_reads",
         "no host synchronisation in the micro-steps of ViT-L/16, eager and compiled",
-        "python -m pytest -q -m gpu tests/engine/test_gpu.py",
+        "python -m pytest -m gpu tests/engine/test_gpu.py",
         120,
         ("pytest",),
     ),
@@ -151,7 +151,7 @@ JOBS = (
     Job(
         "method_tests",
         "no host synchronisation in the method's functions",
-        "python -m pytest -q -m gpu tests/method",
+        "python -m pytest -m gpu tests/method",
         120,
         ("pytest",),
     ),
@@ -159,7 +159,7 @@ JOBS = (
         "data_tests",
         "pixels of the GPU's decoder, batches on the right stream, the outcome of each bad file, "
         "recovery of its graph",
-        "python -m pytest -q -m gpu tests/dataloading",
+        "python -m pytest -m gpu tests/dataloading",
         240,
         ("pytest", "nvidia.dali"),
     ),
@@ -167,7 +167,7 @@ JOBS = (
         "curve",
         "ViT-L/16 with decoding on the GPU: SIGTERM, kill -9, resume; the loss stays on the "
         "undisturbed run's curve; seconds from the signal to the exit",
-        "python -m pytest -q -m 'gpu and slow' -s tests/pretraining/test_curve.py",
+        "python -m pytest -m 'gpu and slow' -s tests/pretraining/test_curve.py",
         420,
         ("pytest", "nvidia.dali"),
     ),
