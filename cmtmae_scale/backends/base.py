@@ -148,7 +148,7 @@ def compile_blocks(module: nn.Module, settings: BackendSettings) -> None:
     """Compile each block of a module if ``backend.compile`` says so; before it is sharded."""
     if settings.compile:
         for block in cast(Blocked, module).transformer_blocks():
-            block.compile()
+            block.compile(dynamic=False)
 
 
 def compute_dtype(settings: BackendSettings) -> torch.dtype:

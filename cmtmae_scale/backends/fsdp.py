@@ -109,7 +109,8 @@ class Fsdp:
         if settings.sharding == "full":
             self.momentum = ShardedMomentum(encoder, self.mesh, settings, device)
         else:
-            compile_blocks(encoder, settings)
+            if settings.compile:
+                encoder.compile(dynamic=False)
             self.momentum = GatheredMomentum(
                 encoder.to(device),
                 [Shard(n, w.offset, w.local.numel()) for n, w in zip(names, like, strict=True)],
@@ -136,9 +137,10 @@ class Fsdp:
         accept: Accept | None = None,
         meanwhile: Meanwhile | None = None,
     ) -> Outcome:
-        for name, parameter in self.sharded.items():
-            gradient = parameter.grad
-            self.own[name].grad = None if gradient is None else local_shard(gradient)
+        with torch.no_grad():  # else to_local() is an operator of autograd
+            for name, parameter in self.sharded.items():
+                gradient = cast(DTensor | None, parameter.grad)
+                self.own[name].grad = None if gradient is None else gradient.to_local()
         own, copies = list(self.own.values()), self.num_copies
         outcome = take_step(self.optimizer, own, self.clip, lr, report, accept, meanwhile, copies)
         self.discard()

@@ -82,7 +82,8 @@ class Plain:
                 self.found[f"{moment}.{name}"] = whole_fragment(state)
         self.momentum: GatheredMomentum | None = None
         if momentum_encoder is not None:
-            compile_blocks(momentum_encoder, settings)
+            if settings.compile:
+                momentum_encoder.compile(dynamic=False)
             names = [name for name, _ in momentum_encoder.named_parameters()]
             self.encoder = [self.found[f"model.encoder.{name}"].local for name in names]
             shards = [Shard(n, 0, one.numel()) for n, one in zip(names, self.encoder, strict=True)]
