@@ -123,9 +123,9 @@ class Fsdp:
 
     def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; communicates gradients at the last micro-step only."""
-        module = cast(FSDPModule, self.model)
-        module.set_requires_gradient_sync(last)
-        module.set_is_last_backward(last)
+        for unit in self.units:  # a recursive call would visit every module
+            unit.set_requires_gradient_sync(last, recurse=False)
+        cast(FSDPModule, self.model).set_is_last_backward(last)
         losses = self.objective(self.model(*batch.inputs), batch)
         (losses.total * self.loss_scale).backward()
         return detached(losses)
