@@ -1,11 +1,18 @@
 """Find the checkpoint that a run or a command continues from."""
 
+import json
 import logging
 from pathlib import Path
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_int, on_all_ranks
+from cmtmae_scale.runtime.collectives import (
+    all_ranks_agree,
+    broadcast_int,
+    broadcast_text,
+    gather_texts,
+    on_all_ranks,
+)
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import RunLock
 
@@ -13,10 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
-    """Return the newest checkpoint that every rank verifies; name and skip broken ones.
+    """Return the newest checkpoint that is intact; name and skip broken ones. A collective.
 
-    All ranks check rank 0's list; each rank reads its share of the files. ``root`` is
-    ``RUN_DIR/checkpoints``.
+    ``root`` is ``RUN_DIR/checkpoints``.
 
     Returns:
         The checkpoint's folder, or ``None`` if the run has never written one.
@@ -28,10 +34,10 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
     count = broadcast_int(len(steps))
     for number in range(count):
         folder = layout.folder_of(root, broadcast_int(steps[number] if rank == 0 else 0))
-        damage = layout.find_damage(folder, (rank, world_size))
-        if all_ranks_agree(damage is None):
+        damage = verify_together(folder, rank, world_size)
+        if not damage:
             return folder
-        if damage:
+        if rank == 0:
             logger.error("BROKEN CHECKPOINT %s: %s; trying the one before", folder, damage)
     if count:
         raise CheckpointError(
@@ -44,6 +50,26 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
             f"or delete {root} to start anew"
         )
     return None
+
+
+def verify_together(folder: Path, rank: int, world_size: int) -> str:
+    """Verify a checkpoint on all ranks; a collective.
+
+    Rank 0 compares names, sizes and index, and broadcasts the digests; each rank reads its share of
+    the files, and no other file.
+
+    Returns:
+        What is damaged, the same on every rank; empty if the checkpoint is intact.
+    """
+    damage, digests = "", {}
+    if rank == 0:
+        damage = layout.find_damage(folder, (-1, 1)) or ""
+        if not damage:
+            files = layout.load_manifest(folder)
+            digests = {name: facts["sha256"] for name, facts in sorted(files.items())}
+    damage, digests = json.loads(broadcast_text(json.dumps([damage, digests])))
+    mine = dict(list(digests.items())[rank::world_size])
+    return damage or next(filter(None, gather_texts(layout.find_altered(folder, mine) or "")), "")
 
 
 def find_resume_checkpoint(run_dir: Path, world: World, lock: RunLock | None = None) -> Path | None:

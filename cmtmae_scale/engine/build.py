@@ -95,7 +95,9 @@ def build_run(
     if telemetry is not None:
         progress_file = ProgressFile(run_dir)
         stack.callback(telemetry.close)
-    writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack, lock)
+    writer = open_writer(
+        run_dir, world, config.checkpoint, backend.fragments(), saved_step, stack, lock
+    )
     logger.info(
         "%s: batch %s; %s", config.run.name, explain_batch(config, plan), describe_steps(progress)
     )
