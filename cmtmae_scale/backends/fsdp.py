@@ -37,6 +37,7 @@ from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.momentum import update_momentum
+from cmtmae_scale.runtime.groups import make_grid
 
 BLOCKS_PER_GROUP = 4
 """Blocks that are gathered and reduced together where weights stay gathered after the forward."""
@@ -265,9 +266,7 @@ def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> Dev
     if sharding == "full":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     inner = ranks_per_shard_group(sharding, world_size, local_world_size)
-    return init_device_mesh(
-        device.type, (world_size // inner, inner), mesh_dim_names=("replicate", "shard")
-    )
+    return make_grid(device.type, world_size // inner, inner, ("replicate", "shard"))
 
 
 def wrap(
