@@ -10,6 +10,7 @@ from cmtmae_scale.backends.adamw import LrScale, unscaled
 from cmtmae_scale.backends.base import Backend, Objective
 from cmtmae_scale.backends.fsdp import Fsdp
 from cmtmae_scale.backends.plain import Plain
+from cmtmae_scale.backends.traffic import warn_of_latency
 from cmtmae_scale.config.deepspeed import deepspeed_config
 from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.schema import Trained
@@ -57,6 +58,8 @@ def make_backend(
             device,
             lr_scale,
         )
+    if world.rank == 0:
+        warn_of_latency(config, model, momentum_encoder, world.world_size)
     if config.backend.name == "fsdp":
         return Fsdp(
             model,

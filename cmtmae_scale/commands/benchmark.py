@@ -1,4 +1,4 @@
-"""``cmtmae benchmark train | data | cache | startup``: speed and memory."""
+"""``cmtmae benchmark train | collectives | data | cache | startup``: speed and memory."""
 
 import argparse
 import logging
@@ -73,6 +73,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     startup.add_argument("--config", default="configs/mae_base.yaml", help="for --dry-run")
     startup.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts")
+    traffic = commands.add_parser(
+        "collectives", help="collectives of a step and their bytes, counted", allow_abbrev=False
+    )
+    traffic.add_argument("--config", required=True, help="a recipe")
+    traffic.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 2048])
+    traffic.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    traffic.add_argument("overrides", nargs="*", metavar="key=value")
+    traffic.set_defaults(run=count_traffic)
     step.set_defaults(run=measure_training)
     decode.set_defaults(run=measure_decoders)
     store.set_defaults(run=measure_cache)
@@ -152,6 +160,18 @@ def measure_decoders(options: argparse.Namespace, world: World) -> None:
     facts = table.provenance(device, 1)
     facts |= {"rounds": options.rounds, "images per round": options.images}
     show(options.output, facts, found, decoding.decoders_table(found))
+
+
+def count_traffic(options: argparse.Namespace, world: World) -> None:
+    """Count the collectives of a step at several numbers of ranks."""
+    load_config(options.config, options.overrides)  # errors of the recipe cost no torch
+    import torch
+
+    from cmtmae_scale.tools.benchmark import collectives, table
+
+    found = collectives.count_settings(options.config, options.overrides, options.ranks)
+    facts = table.provenance(torch.device("cpu"), 1)
+    show(options.output, facts, found, collectives.collectives_table(found))
 
 
 def measure_startup(options: argparse.Namespace, world: World) -> None:
