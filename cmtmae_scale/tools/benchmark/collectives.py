@@ -136,8 +136,8 @@ def count_collectives(
             if momentum is not None:
                 momentum.to_empty(device="cpu").requires_grad_(False).eval()
             for network in filter(None, (model, momentum)):
-                for tensor in network.state_dict().values():
-                    tensor.uniform_(-0.1, 0.1)
+                for tensor in (*network.parameters(), *network.buffers()):
+                    tensor.data.uniform_(-0.1, 0.1)
             work, objective = make_synthetic_work(config, model, views=1)
         cpu = torch.device("cpu")
         with patch.object(torch.utils, "swap_tensors", set_data):
