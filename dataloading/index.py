@@ -76,8 +76,9 @@ class Index:
 
     def list_shards(self) -> Shards:
         """Return name and path of every tar, for ``open_kept``."""
-        names = self.names.shards if isinstance(self.names, TarNames) else []
-        return [(name, str(path)) for name, path in zip(names, self.shards, strict=True)]
+        if not isinstance(self.names, TarNames):
+            return []
+        return [(name, str(p)) for name, p in zip(self.names.shards, self.shards, strict=True)]
 
     def where(self, i: int) -> tuple[Path, int | None]:
         """Return the file of row ``i`` and, in a tar, the byte at which it begins."""

@@ -25,7 +25,7 @@ class Strip(NamedTuple):
 
     rank: int
     """The first rank."""
-    count: int
+    ranks: int
     """Number of ranks."""
     start: int
     """Place within the row of each rank."""
@@ -144,13 +144,13 @@ def join_ranges(table: NDArray[np.int64], number: int) -> list[Strip]:
         one = Strip(rank, 1, int(starts[rank]), int(offsets[rank]), int(lengths[rank]))
         last = strips[-1] if strips else None
         if last is not None and one == Strip(
-            last.rank + last.count,
+            last.rank + last.ranks,
             1,
             last.start,
-            last.offset + last.count * last.length,
+            last.offset + last.ranks * last.length,
             last.length,
         ):
-            strips[-1] = last._replace(count=last.count + 1)
+            strips[-1] = last._replace(ranks=last.ranks + 1)
         else:
             strips.append(one)
     return strips

@@ -44,12 +44,12 @@ class Span(NamedTuple):
     """Values of each chunk."""
     file: str
     """Shard of the first chunk."""
-    count: int = 1
+    ranks: int = 1
     """Number of chunks, one per shard."""
 
     @property
     def end(self) -> int:
-        return self.offset + self.length * self.count
+        return self.offset + self.length * self.ranks
 
     def file_of(self, number: int) -> str:
         """Return the shard of a chunk, counted from 0.
@@ -67,7 +67,7 @@ class Span(NamedTuple):
     def overlap(self, low: int, high: int) -> Iterator[tuple[int, str]]:
         """Yield offset and shard of the chunks that hold some of the values ``[low, high)``."""
         first = max(0, (low - self.offset) // self.length)
-        last = min(self.count, -(-(high - self.offset) // self.length))
+        last = min(self.ranks, -(-(high - self.offset) // self.length))
         for number in range(first, last):
             yield self.offset + number * self.length, self.file_of(number)
 
@@ -145,7 +145,7 @@ def index_chunks(folder: Path, files: Iterable[str]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder}: {key} has only {covered} values; the save is incomplete"
             )
-        entry["chunks"] = [span if span.count > 1 else span[:3] for span in spans]
+        entry["chunks"] = [span if span.ranks > 1 else span[:3] for span in spans]
     return index
 
 
@@ -159,7 +159,7 @@ def join_chunks(chunks: Iterable[Span]) -> list[Span]:
             and (chunk.offset, chunk.length) == (last.end, last.length)
             and chunk.file == rank_file_after(last)
         ):
-            joined[-1] = last._replace(count=last.count + 1)
+            joined[-1] = last._replace(ranks=last.ranks + 1)
         else:
             joined.append(chunk)
     return joined
@@ -168,7 +168,7 @@ def join_chunks(chunks: Iterable[Span]) -> list[Span]:
 def rank_file_after(span: Span) -> str | None:
     """Return the shard that follows a span's last; ``None``: the shards have no ranks."""
     try:
-        return span.file_of(span.count)
+        return span.file_of(span.ranks)
     except ValueError:
         return None
 
@@ -194,7 +194,7 @@ def load_index(folder: Path, sizes: Mapping[str, int]) -> dict[str, Located]:
         covered = 0
         for span in located.spans:
             # The first and the last shard: the sizes below need those between.
-            for file in {span.file, span.file_of(span.count - 1)}:
+            for file in {span.file, span.file_of(span.ranks - 1)}:
                 if file not in sizes or not file.endswith(".safetensors"):
                     raise ValueError(
                         f"{INDEX}: {key} is in {file!r}, which the manifest does not name"
@@ -205,12 +205,12 @@ def load_index(folder: Path, sizes: Mapping[str, int]) -> dict[str, Located]:
                     f"{INDEX}: the chunks of {key} leave {what} at value {span.offset}"
                 )
             covered = span.end
-            held[Span(0, 1, span.file, span.count)] += span.length
+            held[Span(0, 1, span.file, span.ranks)] += span.length
         if covered != math.prod(located.shape):
             raise ValueError(f"{INDEX}: {key} has {covered} values, its shape is {located.shape}")
     left = dict(sizes)
     for span, values in held.items():
-        for _, file in span.overlap(0, span.count):
+        for _, file in span.overlap(0, span.ranks):
             if file not in left:
                 raise ValueError(f"{INDEX} names {file!r}, which the manifest does not name")
             left[file] -= BYTES * values

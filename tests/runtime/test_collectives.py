@@ -27,10 +27,10 @@ def test_a_rank_makes_its_own_groups_only(
     made: list[list[int]] = []
     new_group = dist.new_group
 
-    def count(ranks: list[int], **options: bool) -> object:
-        assert options == {"use_local_synchronization": True}  # no barrier of all ranks
+    def count(ranks: list[int], use_local_synchronization: bool) -> object:
+        assert use_local_synchronization  # no barrier of all ranks
         made.append(ranks)
-        return new_group(ranks, **options)
+        return new_group(ranks, use_local_synchronization=True)
 
     monkeypatch.setattr(dist, "new_group", count)
     with fake_group(rows * columns):
