@@ -30,12 +30,14 @@ from cmtmae_scale.backends.base import (
     Accept,
     Blocked,
     Fragment,
+    Meanwhile,
     Objective,
     Outcome,
     Terms,
     Work,
     acceptable,
     detached,
+    start_read,
 )
 from cmtmae_scale.backends.deepspeed_internals import (
     flat_tensors,
@@ -147,11 +149,20 @@ class Zero:
         self.engine.backward(losses.total * self.loss_scale, scale_wrt_gas=False)
         return detached(losses)
 
-    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
+    def step(
+        self,
+        lr: float,
+        report: Tensor,
+        accept: Accept | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Outcome:
         """See ``Backend.step``; ZeRO reads the norm once more than the protocol asks."""
         packed = report.clone()
         dist.all_reduce(packed)
-        values = packed.tolist()
+        read_sums = start_read(packed)
+        if meanwhile is not None:
+            meanwhile()
+        values = read_sums()
         if not acceptable(0.0, values, accept):
             return Outcome(self.drop_gradients(), False, values)
         set_lr(self.optimizer, lr)

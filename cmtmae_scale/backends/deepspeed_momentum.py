@@ -1,14 +1,15 @@
-"""Momentum encoder of DeepSpeed runs: sharded in float32, replicated in the compute dtype."""
+"""Momentum encoder whose EMA weights are sharded in float32, replicated in the compute dtype."""
 
-import json
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cmtmae_scale.method.momentum import update_momentum
-from cmtmae_scale.runtime.collectives import gather_texts
+from cmtmae_scale.runtime.collectives import gather_bytes
 
 
 class Shard(NamedTuple):
@@ -17,6 +18,21 @@ class Shard(NamedTuple):
     name: str
     offset: int
     length: int
+
+
+class Strip(NamedTuple):
+    """A range of a flattened parameter, within the rows that successive ranks send."""
+
+    rank: int
+    """The first rank."""
+    ranks: int
+    """Number of ranks."""
+    start: int
+    """Place within the row of each rank."""
+    offset: int
+    """First value within the parameter."""
+    length: int
+    """Values of each rank."""
 
 
 class GatheredMomentum:
@@ -30,10 +46,16 @@ class GatheredMomentum:
         shards: this rank's shard of every updated parameter.
         dtype: compute dtype of the forward.
         ema_device: device of the float32 shards: that of the student's float32 weights.
+        group: the ranks that share one copy of the shards; ``None``: all.
     """
 
     def __init__(
-        self, module: nn.Module, shards: list[Shard], dtype: torch.dtype, ema_device: torch.device
+        self,
+        module: nn.Module,
+        shards: list[Shard],
+        dtype: torch.dtype,
+        ema_device: torch.device,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         weights = dict(module.named_parameters())
         values = [
@@ -43,22 +65,15 @@ class GatheredMomentum:
         self.ema = torch.cat(values).to(ema_device, torch.float32)
         self.views = list(self.ema.split([shard.length for shard in shards]))
         self.module = module.to(dtype)
-        everyone = [
-            [Shard(*one) for one in json.loads(text)] for text in gather_texts(json.dumps(shards))
+        self.group = group
+        table = gather_ranges(shards, group)
+        self.size = len(table)
+        self.longest = int(table[:, :, 1].sum(axis=1).max())
+        self.copies = [
+            (weights[shard.name].detach().view(-1)[strip.offset :], strip)
+            for number, shard in enumerate(shards)
+            for strip in join_ranges(table, number)
         ]
-        self.longest = max(sum(shard.length for shard in theirs) for theirs in everyone)
-        # Lengths of a rank's shards, then the padding of its row up to the longest row.
-        self.lengths: list[list[int]] = []
-        self.targets: list[list[Tensor]] = []
-        for theirs in everyone:
-            lengths = [shard.length for shard in theirs]
-            self.lengths.append([*lengths, self.longest - sum(lengths)])
-            self.targets.append(
-                [
-                    weights[shard.name].detach().view(-1).narrow(0, shard.offset, shard.length)
-                    for shard in theirs
-                ]
-            )
         self.device = next(module.parameters()).device
         self.dtype = dtype
 
@@ -75,16 +90,67 @@ class GatheredMomentum:
     @torch.no_grad()
     def renew(self) -> None:
         """Copy all ranks' shards into the whole encoder; a collective."""
+        if self.size == 1:
+            torch._foreach_copy_([target for target, _ in self.copies], self.views)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            return
         own = torch.zeros(self.longest, dtype=self.dtype, device=self.device)
         own[: self.ema.numel()].copy_(self.ema)
-        rows = own.new_empty(dist.get_world_size() * self.longest)
-        dist.all_gather_into_tensor(rows, own)
-        for row, lengths, targets in zip(
-            rows.split(self.longest), self.lengths, self.targets, strict=True
-        ):
-            if targets:
-                torch._foreach_copy_(targets, list(row.split(lengths)[:-1]))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        rows = own.new_empty(self.size, self.longest)
+        dist.all_gather_into_tensor(rows.view(-1), own, self.group)
+        dense: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for target, strip in self.copies:
+            rank, count, start, _, length = strip
+            source = rows[rank : rank + count, start : start + length]
+            target = target[: count * length].view(count, length)
+            if source.is_contiguous():
+                dense[0].append(target)
+                dense[1].append(source)
+            else:  # would keep the fused copy from being used
+                target.copy_(source)
+        if dense[0]:
+            torch._foreach_copy_(*dense)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.module(images.to(self.dtype))
+
+
+def gather_ranges(shards: list[Shard], group: dist.ProcessGroup | None) -> NDArray[np.int64]:
+    """Gather offsets and lengths of all ranks of a group, ``[ranks, shards, 2]``; a collective.
+
+    Args:
+        shards: this rank's; the parameters and their order are the same on every rank.
+        group: the ranks; ``None``: all.
+    """
+    mine = np.array([shard[1:] for shard in shards], dtype=np.int64)
+    everyone = gather_bytes(mine.tobytes(), group)
+    return np.stack([np.frombuffer(one, np.int64).reshape(-1, 2) for one in everyone])
+
+
+def join_ranges(table: NDArray[np.int64], number: int) -> list[Strip]:
+    """Join one parameter's ranges on successive ranks where one strided copy moves them all.
+
+    The number of copies would otherwise grow with the number of ranks: at stage 3 each rank holds
+    a range of every parameter.
+
+    Args:
+        table: from ``gather_ranges``.
+        number: the parameter.
+    """
+    starts = table[:, :number, 1].sum(axis=1)
+    offsets, lengths = table[:, number].T
+    strips: list[Strip] = []
+    for rank in np.flatnonzero(lengths).tolist():
+        one = Strip(rank, 1, int(starts[rank]), int(offsets[rank]), int(lengths[rank]))
+        last = strips[-1] if strips else None
+        if last is not None and one == Strip(
+            last.rank + last.ranks,
+            1,
+            last.start,
+            last.offset + last.ranks * last.length,
+            last.length,
+        ):
+            strips[-1] = last._replace(ranks=last.ranks + 1)
+        else:
+            strips.append(one)
+    return strips

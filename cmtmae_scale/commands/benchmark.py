@@ -1,4 +1,4 @@
-"""``cmtmae benchmark train | model | data | cache | startup | smoke | suite``: speed and memory."""
+"""``cmtmae benchmark MEASUREMENT``: speed and memory, and what they are made of."""
 
 import argparse
 import logging
@@ -122,6 +122,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     suite.add_argument("--only", nargs="+", metavar="ROW", help="these rows, measured or not")
     suite.add_argument("--small", action="store_true", help="rehearse with tiny sizes, on any CPU")
     suite.add_argument("--output", type=Path, help="name of the results; runs/suite")
+    startup.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts")
+    traffic = commands.add_parser(
+        "collectives", help="collectives of a step and their bytes, counted", allow_abbrev=False
+    )
+    traffic.add_argument("--config", required=True, help="a recipe")
+    traffic.add_argument("--ranks", type=at_least_one, nargs="+", default=[8, 64, 512, 2048])
+    traffic.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    traffic.add_argument("overrides", nargs="*", metavar="key=value")
+    traffic.set_defaults(run=count_traffic)
     step.set_defaults(run=measure_training)
     model.set_defaults(run=model_training)
     smoke.set_defaults(run=measure_paths)
@@ -220,6 +229,18 @@ def measure_decoders(options: argparse.Namespace, world: World) -> None:
     headline = f"images/s: {rates}"
     text = decoding.decoders_table(found)
     show(options.output, facts | {"headline": headline}, found, text)
+
+
+def count_traffic(options: argparse.Namespace, world: World) -> None:
+    """Count the collectives of a step at several numbers of ranks."""
+    load_config(options.config, options.overrides)  # errors of the recipe cost no torch
+    import torch
+
+    from cmtmae_scale.tools.benchmark import collectives, table
+
+    found = collectives.count_settings(options.config, options.overrides, options.ranks)
+    facts = table.provenance(torch.device("cpu"), 1)
+    show(options.output, facts, found, collectives.collectives_table(found))
 
 
 def measure_startup(options: argparse.Namespace, world: World) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import logging
 from contextlib import ExitStack
 from functools import partial
@@ -28,13 +29,18 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
-from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
+from cmtmae_scale.runtime.collectives import (
+    broadcast_text,
+    gather_texts,
+    on_all_ranks,
+    on_all_ranks_for_long,
+)
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
-from dataloading.index import Index, load_or_build
+from dataloading.index import Index, load_or_build, open_kept
 from dataloading.mixing import require_mixed
 from dataloading.stream import Stream
 
@@ -79,6 +85,9 @@ def build_models(
 def open_index(config: Config, run_dir: Path, world: World) -> Index:
     """Let rank 0 build or check the index, then open it on every rank. A collective.
 
+    One rank per machine compares the index with the files; the others open what that rank has
+    verified. A build may take longer than a collective.
+
     Raises:
         ConfigError: on every rank, if the images differ between ranks or from the settings.
         DataError: on every rank, if the images cannot be used on one.
@@ -92,8 +101,14 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
         max_pixels=config.data.max_pixels,
         exif_orientation=config.data.exif_orientation,
     )
-    first = on_all_ranks(lambda: build() if world.rank == 0 else None)
-    index = on_all_ranks(lambda: build() if first is None else first)
+    first = on_all_ranks_for_long(lambda: build() if world.rank == 0 else None)
+    facts = [first.digest, first.list_shards()] if first is not None else None
+    digest, shards = json.loads(broadcast_text(json.dumps(facts)))
+    checks = first is None and world.local_rank == 0
+    own = on_all_ranks_for_long(lambda: build() if checks else first)
+    index = on_all_ranks(
+        lambda: open_kept(config.data.path, folder, digest, shards) if own is None else own
+    )
     require_equal_images(index, config.data.path)
     refuse_bad_index(config, index)
     return index

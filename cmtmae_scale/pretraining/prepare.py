@@ -74,15 +74,19 @@ class Observed(NamedTuple):
 
 
 def prepare(
-    config: Config, models: Models, batch: Batch, scalars: PretrainingScalars
+    config: Config, models: Models, batch: Batch, view: TeacherView, scalars: PretrainingScalars
 ) -> tuple[MicroBatch, Observed]:
-    """Prepare the inputs and targets of a micro-batch.
+    """Prepare the inputs and targets of a micro-batch; no host synchronisation.
 
-    No host synchronisation, except in spot checks of a cache.
+    Args:
+        config: checked settings.
+        models: student and momentum encoder.
+        batch: the views.
+        view: the teacher's output for them.
+        scalars: the step's.
     """
     images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad():
-        view = models.teacher.forward_batch(batch) if models.teacher else TeacherView(None, None)
         features, attention = models.backend.momentum_forward(images)
         alpha, weight = (
             torch.full((), value, device=images.device)
