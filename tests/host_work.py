@@ -37,7 +37,7 @@ WARM_UP = 3
 
 def vit_deep_tiny(pretrained: bool = False, **options: Any) -> Any:
     """ViT-L's depth at a width at which arithmetic costs little."""
-    sizes = {"patch_size": 16, "embed_dim": 16, "depth": 24, "num_heads": 2}
+    sizes: dict[str, Any] = {"patch_size": 16, "embed_dim": 16, "depth": 24, "num_heads": 2}
     return vision_transformer._create_vision_transformer(ARCH, pretrained=False, **sizes | options)
 
 
@@ -48,6 +48,7 @@ def make_config(ranks: int, sharding: Any) -> Config:
     config.teacher.weights, config.teacher.feature = "random", "block"
     config.decoder.width, config.decoder.heads = 32, 2
     config.collaboration.alpha_attention, config.collaboration.alpha_target = 0.5, 0.7
+    config.mask.salient_fraction = 0.0
     config.backend.compile, config.backend.sharding = False, sharding
     config.optimizer.grad_clip = 1.0
     config.train.global_batch_size, config.train.micro_batch_size = ranks, 1
