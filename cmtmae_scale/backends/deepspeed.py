@@ -100,7 +100,9 @@ class Zero:
         start = {name: one.detach().clone() for name, one in model.named_parameters()}
         if settings.compile:
             for block in cast(Blocked, model).transformer_blocks():
-                block.compile()
+                block.compile(dynamic=False)
+            if momentum_encoder is not None:
+                momentum_encoder.compile(dynamic=False)
         if self.stage == 3:
             gather_by_block(model)
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory several times

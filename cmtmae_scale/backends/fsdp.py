@@ -227,7 +227,7 @@ def wrap(module: nn.Module, mesh: DeviceMesh, settings: BackendSettings) -> nn.M
     reshard = settings.sharding == "full"
     for block in cast(Blocked, module).transformer_blocks():
         if settings.compile:
-            block.compile()
+            block.compile(dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return cast(
         nn.Module, fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -265,7 +265,8 @@ def mixed_key(
 ) -> Tensor:
     """Return keys that mask the round(salient_frac * M) most salient patches, others at random."""
     if isinstance(salient_frac, Tensor):
-        count: int | Tensor = torch.round(salient_frac.float() * num_hidden)
+        # in float64, as Python rounds; a float32 count compares with ranks as an integer does
+        count: int | Tensor = torch.round(salient_frac.double() * num_hidden).float()
     else:
         if not 0.0 <= salient_frac <= 1.0:
             raise ValueError(f"salient_frac={salient_frac} must lie in [0, 1]")

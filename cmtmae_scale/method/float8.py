@@ -1,0 +1,111 @@
+"""Linear layers that multiply in float8, for forwards without gradient.
+
+Legend: M rows (tokens of all views), C input channels, O output channels.
+
+Source: FP8 formats (arXiv 2209.05433); one scale per row of both factors, as in torchao's dynamic
+per-row recipe, which reaches neither ``nn.MultiheadAttention`` nor weights that change every step.
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmtmae_scale.config.schema import Config
+
+logger = logging.getLogger(__name__)
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+SMALLEST_PEAK = 1e-12
+"""Rows whose largest magnitude is below this are scaled as if it were this."""
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of ``[M, C]`` to float8, scaled so that its largest magnitude is 448.
+
+    Returns:
+        float8 values ``[M, C]`` and their scales, float32 ``[M, 1]``: x = values * scales. A row
+        with a value that is not finite holds NaN.
+    """
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_PEAK) / LARGEST
+    return (x / scale).to(FLOAT8), scale
+
+
+def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply a linear layer whose factors are rounded to float8 row by row.
+
+    The products accumulate in float32. Where the device has no float8 products the rounded factors
+    are multiplied in float32: the same values, more slowly than in bfloat16.
+
+    Args:
+        x: ``[..., C]``, bfloat16 on a GPU.
+        weight: ``[O, C]``; C and O are multiples of 16.
+        bias: ``[O]``, or ``None``.
+
+    Returns:
+        ``[..., O]``, in the dtype of ``x``. No gradient, no host synchronisation.
+    """
+    rows, scales = quantise_rows(x.flatten(0, -2))
+    columns, column_scales = quantise_rows(weight)
+    if has_float8_products(x.device):
+        per_row = F.ScalingType.RowWise  # pyright: ignore[reportAttributeAccessIssue]
+        out: Tensor = F.scaled_mm(  # pyright: ignore[reportAttributeAccessIssue]
+            rows, columns.t(), scales, per_row, column_scales.t(), per_row,
+            bias=bias, output_dtype=x.dtype, use_fast_accum=True,
+        )  # fmt: skip
+    else:
+        out = (rows.float() @ columns.float().t()) * scales * column_scales.t()
+        out = (out if bias is None else out + bias.float()).to(x.dtype)
+    return out.unflatten(0, x.shape[:-1])
+
+
+@torch.compiler.assume_constant_result
+def has_float8_products(device: torch.device) -> bool:
+    """Return whether a device multiplies float8: GPUs of compute capability 8.9 and above."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer that computes in float8; its weights keep their dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return float8_linear(x, self.weight, self.bias)
+
+
+class Float8SelfAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` of one sequence with itself, its linear layers in float8."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - no masks, no weights
+        self, query: Tensor, key: Tensor, value: Tensor, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """From ``[B, T, D]`` to ``[B, T, D]``."""
+        qkv = float8_linear(query, self.in_proj_weight, self.in_proj_bias)
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
+        x = F.scaled_dot_product_attention(*heads.unbind(0)).transpose(1, 2).flatten(2)
+        return float8_linear(x, self.out_proj.weight, self.out_proj.bias), None
+
+
+def warn_about_emulation(config: Config, device: torch.device) -> None:
+    """Warn where float8 layers are slower than those in bfloat16."""
+    keys = {"teacher": config.teacher.precision, "momentum": config.momentum.precision}
+    emulated = [f"{group}.precision" for group, precision in keys.items() if precision == "fp8"]
+    if emulated and not has_float8_products(device):
+        logger.warning(
+            "%s=fp8: %s does not multiply float8, so the products are emulated, far more slowly "
+            "than in bf16; use a GPU of compute capability 8.9 or above, or set bf16",
+            " and ".join(emulated),
+            device,
+        )
+
+
+def use_float8(block: nn.Module) -> None:
+    """Let the linear layers of a frozen transformer block compute in float8."""
+    for module in block.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Float8Linear
+        elif type(module) is nn.MultiheadAttention:
+            module.__class__ = Float8SelfAttention
