@@ -45,6 +45,7 @@ def tiny_config(change: Change) -> Config:
     config.student.arch, config.views.image_size = "test_vit", 64
     config.teacher.library, config.teacher.model = "timm", "test_vit"
     config.teacher.weights, config.teacher.feature = "random", "ln_post"
+    config.teacher.depth = 1
     config.decoder.depth, config.decoder.width, config.decoder.heads = 2, 32, 2
     config.backend.precision, config.backend.sharding = "fp32", "replicate"
     config.train.global_batch_size = config.train.micro_batch_size = BATCH
