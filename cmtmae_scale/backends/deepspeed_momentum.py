@@ -1,4 +1,4 @@
-"""Momentum encoder of DeepSpeed runs: sharded in float32, replicated in the compute dtype."""
+"""Momentum encoder whose EMA weights are sharded in float32, replicated in the compute dtype."""
 
 import json
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmtmae_scale.method.momentum import update_momentum
-from cmtmae_scale.runtime.collectives import gather_texts
+from cmtmae_scale.runtime.collectives import gather_texts, ranks
 
 
 class Shard(NamedTuple):
@@ -30,10 +30,16 @@ class GatheredMomentum:
         shards: this rank's shard of every updated parameter.
         dtype: compute dtype of the forward.
         ema_device: device of the float32 shards: that of the student's float32 weights.
+        group: the ranks that share one copy of the shards; ``None``: all.
     """
 
     def __init__(
-        self, module: nn.Module, shards: list[Shard], dtype: torch.dtype, ema_device: torch.device
+        self,
+        module: nn.Module,
+        shards: list[Shard],
+        dtype: torch.dtype,
+        ema_device: torch.device,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         weights = dict(module.named_parameters())
         values = [
@@ -43,9 +49,10 @@ class GatheredMomentum:
         self.ema = torch.cat(values).to(ema_device, torch.float32)
         self.views = list(self.ema.split([shard.length for shard in shards]))
         self.module = module.to(dtype)
-        everyone = [
-            [Shard(*one) for one in json.loads(text)] for text in gather_texts(json.dumps(shards))
-        ]
+        self.group = group
+        texts = gather_texts(json.dumps(shards))
+        members = range(ranks()) if group is None else dist.get_process_group_ranks(group)
+        everyone = [[Shard(*one) for one in json.loads(texts[rank])] for rank in members]
         self.longest = max(sum(shard.length for shard in theirs) for theirs in everyone)
         # Lengths of a rank's shards, then the padding of its row up to the longest row.
         self.lengths: list[list[int]] = []
@@ -75,10 +82,13 @@ class GatheredMomentum:
     @torch.no_grad()
     def renew(self) -> None:
         """Copy all ranks' shards into the whole encoder; a collective."""
+        if len(self.targets) == 1:
+            torch._foreach_copy_(self.targets[0], self.views)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            return
         own = torch.zeros(self.longest, dtype=self.dtype, device=self.device)
         own[: self.ema.numel()].copy_(self.ema)
-        rows = own.new_empty(dist.get_world_size() * self.longest)
-        dist.all_gather_into_tensor(rows, own)
+        rows = own.new_empty(len(self.targets) * self.longest)
+        dist.all_gather_into_tensor(rows, own, self.group)
         for row, lengths, targets in zip(
             rows.split(self.longest), self.lengths, self.targets, strict=True
         ):

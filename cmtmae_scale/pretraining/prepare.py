@@ -86,17 +86,23 @@ class Observed(NamedTuple):
 
 
 def prepare(
-    config: Config, models: Models, batch: Batch, scalars: PretrainingScalars
+    config: Config, models: Models, batch: Batch, view: TeacherView, scalars: PretrainingScalars
 ) -> tuple[MicroBatch, Observed]:
-    """Prepare the inputs and targets of a micro-batch.
+    """Prepare the inputs and targets of a micro-batch; no host synchronisation.
 
-    With ``backend.compile`` it runs as a few graphs without a break: pixels, teacher, momentum
-    encoder, and all that follows them. No host synchronisation, except in spot checks of a cache.
+    With ``backend.compile`` it runs as a few graphs without a break: pixels, momentum encoder, and
+    what follows from its output.
+
+    Args:
+        config: checked settings.
+        models: student and momentum encoder.
+        batch: the views.
+        view: the teacher's output for them.
+        scalars: the step's.
     """
     fast = config.backend.compile
     with torch.no_grad():
         images = compiled(normalise_images, fast)(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
-        view = models.teacher.forward_batch(batch) if models.teacher else TeacherView(None, None)
         features, attention = models.backend.momentum_forward(images)
         momentum = TeacherView(attention, features)
         valid, numbers = batch.valid.to(images.device), fill_numbers(scalars, images.device)

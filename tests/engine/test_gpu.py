@@ -38,7 +38,9 @@ def test_a_micro_step_does_not_wait_for_the_device(compiled: bool) -> None:
     config, world = vit_large(compiled), World(0, 1, 0, 1, "alone")
     device = torch.device("cuda", 0)
     with process_group(world, device):
-        models = build_models(config, world, device, fetch_teacher(config, world, device))
+        teacher = fetch_teacher(config, world, device)
+        assert teacher is not None
+        models = build_models(config, world, device, teacher)
         generator = torch.Generator(device).manual_seed(0)
         shape = (BATCH, 224, 224, 3)
         views = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
@@ -49,7 +51,8 @@ def test_a_micro_step_does_not_wait_for_the_device(compiled: bool) -> None:
         losses = []
         for step in range(WARM_UP + STEPS):
             torch.cuda.set_sync_debug_mode("error" if step >= WARM_UP else "default")
-            micro_batch, _ = prepare(config, models, batch, scalars)
+            view = teacher.forward_batch(batch)
+            micro_batch, _ = prepare(config, models, batch, view, scalars)
             loss = models.backend.micro(micro_batch, last=True)
             torch.cuda.set_sync_debug_mode("default")
             assert models.backend.step(1e-4, loss.total[None]).applied

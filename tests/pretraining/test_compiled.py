@@ -18,6 +18,7 @@ from cmtmae_scale.pretraining.prepare import prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.base import TeacherView
 from dataloading.stream import Batch
 
 BATCH, STEPS = 2, 10
@@ -61,7 +62,8 @@ def take_steps(config: Config, compiled: bool) -> Iterator[list[float]]:
     config.backend.compile = compiled
     world, cpu = World(0, 1, 0, 1, "none"), torch.device("cpu")
     with process_group(world, cpu):
-        models = build_models(config, world, cpu, fetch_teacher(config, world, cpu))
+        teacher = fetch_teacher(config, world, cpu)
+        models = build_models(config, world, cpu, teacher)
         generator = torch.Generator().manual_seed(0)
         for step in range(STEPS):
             shape = (BATCH, 64, 64, 3)
@@ -69,7 +71,8 @@ def take_steps(config: Config, compiled: bool) -> Iterator[list[float]]:
             ids = torch.arange(BATCH) + step * BATCH
             batch = Batch((views,), ids, ids, ids, torch.tensor([True] * (BATCH - 1) + [step < 5]))
             scalars = scalars_at(config, step / STEPS)
-            work, observed = prepare(config, models, batch, scalars)
+            view = TeacherView(None, None) if teacher is None else teacher.forward_batch(batch)
+            work, observed = prepare(config, models, batch, view, scalars)
             losses = models.backend.micro(work, last=True)
             assert models.backend.step(1e-3, losses.total[None]).applied
             models.backend.momentum_update(scalars.momentum)

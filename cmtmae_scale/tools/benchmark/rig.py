@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from cmtmae_scale.backends.base import Accept, Backend, Outcome, Terms, Work
+from cmtmae_scale.backends.base import Accept, Backend, Meanwhile, Outcome, Terms, Work
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import batch_plan, reads_cache
 from cmtmae_scale.config.schema import Config
@@ -96,8 +96,24 @@ class TimedBackend:
         self.watch.add("student", self.decoded, end)
         return losses
 
-    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        return self.watch.timed("optimizer", lambda: self.inner.step(lr, report, accept))
+    def step(
+        self,
+        lr: float,
+        report: Tensor,
+        accept: Accept | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Outcome:
+        began = [self.watch.mark()]
+
+        def interrupt() -> None:
+            self.watch.add("optimizer", began.pop(), self.watch.mark())
+            if meanwhile is not None:
+                meanwhile()
+            began.append(self.watch.mark())
+
+        outcome = self.inner.step(lr, report, accept, interrupt)
+        self.watch.add("optimizer", began.pop(), self.watch.mark())
+        return outcome
 
     def momentum_update(self, momentum: float) -> None:
         self.watch.timed("EMA update", lambda: self.inner.momentum_update(momentum))
