@@ -1,108 +1,95 @@
-"""With ``backend.compile`` a step runs as graphs of static shapes, compiled in its first step.
+"""With ``backend.compile`` a step runs as graphs of static shapes, all compiled in the first."""
 
-Dynamo traces as for any compiler; here the compiler of the graphs runs them as they are.
-"""
-
-from collections.abc import Callable, Iterator
+import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch._dynamo.utils import counters
-from torch.fx import GraphModule
 
-from cmtmae_scale.config.schema import Config, Schedule
-from cmtmae_scale.pretraining.build import build_models, fetch_teacher
-from cmtmae_scale.pretraining.prepare import prepare
-from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import process_group
-from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import TeacherView
-from dataloading.stream import Batch
+from tests.pretraining import compiled_case as case
+from tests.processes import run_ranks
 
-BATCH, STEPS = 2, 10
-Change = Callable[[Config], None]
-
-
-@pytest.fixture
-def graphs() -> Iterator[list[GraphModule]]:
-    """The graphs that are compiled during a test."""
-    found: list[GraphModule] = []
-
-    def keep(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        found.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    counters.clear()
-    with torch.compiler.set_stance("default", force_backend=keep):
-        yield found
-    torch.compiler.reset()
-
-
-def tiny_config(change: Change) -> Config:
-    config = Config()
-    config.student.arch, config.views.image_size = "test_vit", 64
-    config.teacher.library, config.teacher.model = "timm", "test_vit"
-    config.teacher.weights, config.teacher.feature = "random", "ln_post"
-    config.teacher.depth = 1
-    config.decoder.depth, config.decoder.width, config.decoder.heads = 2, 32, 2
-    config.backend.precision, config.backend.sharding = "fp32", "replicate"
-    config.train.global_batch_size = config.train.micro_batch_size = BATCH
-    ramp = Schedule(kind="linear", start=0.1, end=0.9)
-    config.mask.sampler, config.mask.salient_fraction = "hide_salient_mix", ramp
-    config.collaboration.alpha_attention = config.collaboration.alpha_target = ramp
-    change(config)
-    return config
+DECODERS: dict[str, dict[str, Any]] = {
+    "prompt": {},
+    "full": {"decoder__type": "full"},
+    "full, masked patches alone": {"decoder__type": "full", "loss__tokens": "masked"},
+    "cross": {"decoder__type": "cross", "decoder__predict_ratio": 0.3},
+    "none": {"decoder__type": "none", "loss__tokens": "visible"},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "hints": {"mask__hint_fraction": 0.1, "mask__hint_pool": 0.5, "mask__prob": 0.5},
+    "a sampled mask": {"mask__sampler": "hide_salient_sample"},
+    "ranks of attention": {"attention__norm": "rank", "attention__clip_quantile": 0.9},
+    "pixels": {"loss__pixel": 1.0},
+    "random masks alone": {"mask__sampler": "random", "loss__teacher": 0.0, "loss__student": 0.0}
+    | {"loss__pixel": 1.0, "teacher__mode": "none", "decoder__type": "full"},
+    "several layers": {"attention__layers": [-1, -2]},
+    "recomputed activations": {"backend__activation_checkpointing": True},
+    "fp8": {
+        "backend__precision": "bf16",
+        "teacher__precision": "fp8",
+        "momentum__precision": "fp8",
+    },
+}
 
 
-def take_steps(config: Config, compiled: bool) -> Iterator[list[float]]:
-    """Train on random pixels; yields the losses and observations of each step."""
-    config.backend.compile = compiled
-    world, cpu = World(0, 1, 0, 1, "none"), torch.device("cpu")
-    with process_group(world, cpu):
-        teacher = fetch_teacher(config, world, cpu)
-        models = build_models(config, world, cpu, teacher)
-        generator = torch.Generator().manual_seed(0)
-        for step in range(STEPS):
-            shape = (BATCH, 64, 64, 3)
-            views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-            ids = torch.arange(BATCH) + step * BATCH
-            batch = Batch((views,), ids, ids, ids, torch.tensor([True] * (BATCH - 1) + [step < 5]))
-            scalars = scalars_at(config, step / STEPS)
-            view = TeacherView(None, None) if teacher is None else teacher.forward_batch(batch)
-            work, observed = prepare(config, models, batch, view, scalars)
-            losses = models.backend.micro(work, last=True)
-            assert models.backend.step(1e-3, losses.total[None]).applied
-            models.backend.momentum_update(scalars.momentum)
-            yield [float(value) for value in (*losses, *observed)]
-        models.backend.close()
+def alone(task: str, changes: dict[str, Any]) -> case.Seen:
+    with process_group(case.World(0, 1, 0, 1, "none"), case.CPU):
+        return case.watch(task, changes)
 
 
-def require_static(graph: GraphModule) -> None:
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta["example_value"]
-            assert isinstance(value, Tensor)
-            assert all(type(size) is int for size in value.shape)
+def check(seen: case.Seen) -> None:
+    assert seen.breaks == {}
+    assert seen.inputs == []
+    assert seen.counts[0] > 0
+    assert seen.counts == seen.counts[:1] * case.STEPS
 
 
-def check_graphs(config: Config, graphs: list[GraphModule]) -> None:
-    counts = []
-    for values in take_steps(config, compiled=True):
-        counts.append(len(graphs))
-        assert values
-    assert not counters["graph_break"]
-    assert counts[0] > 0
-    assert counts == counts[:1] * STEPS
-    for graph in graphs:
-        require_static(graph)
+def test_a_step_is_compiled_once_without_graph_breaks() -> None:
+    check(alone("pretrain", {}))
 
 
-def unchanged(config: Config) -> None:
-    """Every network and both schedules, MILAN's decoder."""
+@pytest.mark.slow
+@pytest.mark.parametrize("masks_per_view", [1, 2, 4])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_decoder_is_compiled_once(decoder: str, masks_per_view: int) -> None:
+    changes = DECODERS[decoder] | {"mask__masks_per_view": masks_per_view}
+    compiled = alone("pretrain", changes)
+    check(compiled)
+    eager = alone("pretrain", changes | {"backend__compile": False})
+    assert eager.counts == [0] * case.STEPS
+    np.testing.assert_array_equal(compiled.results, eager.results)
 
 
-def test_no_graph_breaks_and_none_is_compiled_again(graphs: list[GraphModule]) -> None:
-    check_graphs(tiny_config(unchanged), graphs)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_kind_of_run_is_compiled_once(kind: str) -> None:
+    check(alone("pretrain", OTHERS[kind]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fine_tuning_is_compiled_once(recompute: bool) -> None:
+    check(alone("finetune", {"backend__activation_checkpointing": recompute}))
+
+
+@pytest.mark.slow
+@pytest.mark.gloo
+@pytest.mark.parametrize("sharding", ["replicate", "full"])
+def test_sharded_blocks_are_compiled_once(sharding: str) -> None:
+    for seen in run_ranks(2, case.watch, "pretrain", {"backend__sharding": sharding}):
+        check(seen)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_the_real_compiler_computes_the_same() -> None:
+    with process_group(case.World(0, 1, 0, 1, "none"), case.CPU):
+        torch.compiler.reset()
+        compiled = list(case.pretrain(case.make_config()))
+        torch.compiler.reset()
+        eager = list(case.pretrain(case.make_config(backend__compile=False)))
+    # Sums in another order, over ten updates; a mask that differs would shift the losses more.
+    np.testing.assert_allclose(compiled, eager, rtol=1e-4, atol=1e-6)
