@@ -7,13 +7,13 @@ per-row recipe, which reaches neither ``nn.MultiheadAttention`` nor weights that
 """
 
 import logging
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.method.attention import SelfAttention
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +76,11 @@ class Float8Linear(nn.Linear):
         return float8_linear(x, self.weight, self.bias)
 
 
-class Float8SelfAttention(nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` of one sequence with itself, its linear layers in float8."""
+class Float8SelfAttention(SelfAttention):
+    """``SelfAttention`` whose linear layers compute in float8."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - no masks, no weights
-        self, query: Tensor, key: Tensor, value: Tensor, **unused: Any
-    ) -> tuple[Tensor, None]:
-        """From ``[B, T, D]`` to ``[B, T, D]``."""
-        qkv = float8_linear(query, self.in_proj_weight, self.in_proj_bias)
-        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
-        x = F.scaled_dot_product_attention(*heads.unbind(0)).transpose(1, 2).flatten(2)
-        return float8_linear(x, self.out_proj.weight, self.out_proj.bias), None
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return float8_linear(x, weight, bias)
 
 
 def warn_about_emulation(config: Config, device: torch.device) -> None:
@@ -107,5 +101,5 @@ def use_float8(block: nn.Module) -> None:
     for module in block.modules():
         if type(module) is nn.Linear:
             module.__class__ = Float8Linear
-        elif type(module) is nn.MultiheadAttention:
+        elif type(module) in (nn.MultiheadAttention, SelfAttention):
             module.__class__ = Float8SelfAttention

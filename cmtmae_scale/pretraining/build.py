@@ -176,8 +176,8 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
     barrier()
     teacher = teacher if world.local_rank == 0 else build_teacher(config, device, dtype)
     if teacher is not None:
-        # Beside a complete cache it runs for spot checks only, too seldom to compile it.
-        teacher.is_compiled = config.backend.compile and config.teacher.mode != "cached"
+        if config.backend.compile and config.teacher.mode != "cached":
+            teacher.compile()  # beside a complete cache it runs for spot checks only
         facts = teacher.fingerprint
         require_equal_weights(lambda: {f"teacher: {name}": fact for name, fact in facts().items()})
     return teacher

@@ -63,20 +63,22 @@ class Teacher(TeacherSource, Protocol):
         grid: rows and columns of the attention maps and features: the student's.
         mean: mean of each channel that the network expects, of pixels in [0, 1].
         std: standard deviation of each channel.
-        is_compiled: whether ``forward_batch``, whose batches have one shape, runs as one graph.
     """
 
     model: nn.Module
     grid: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    is_compiled: bool
 
     @property
     def image_size(self) -> int: ...
 
     def __call__(self, images: Tensor) -> TeacherView:
         """Run uint8 images ``[B, S, S, 3]``; no gradient, no host synchronisation."""
+        ...
+
+    def compile(self) -> None:
+        """Compile ``forward_batch``, whose batches have one shape."""
         ...
 
     def fingerprint(self) -> dict[str, object]:

@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
-from cmtmae_scale.method.attention import mean_query_row, patch_map, resize_map, resize_tokens
+from cmtmae_scale.method.attention import (
+    SelfAttention,
+    mean_query_row,
+    patch_map,
+    resize_map,
+    resize_tokens,
+)
 from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.teachers.base import TeacherView, Tower
@@ -114,6 +120,13 @@ class OnlineTeacher:
         """Move the network, and change its compute dtype if one is given; return self."""
         self.model.to(device=device, dtype=dtype)
         return self
+
+    def compile(self) -> None:
+        """Compile ``forward_batch``, whose batches have one shape, as one graph."""
+        for module in self.model.modules():
+            if type(module) is nn.MultiheadAttention:
+                module.__class__ = SelfAttention
+        self.is_compiled = True
 
     def forward_batch(self, batch: Batch) -> TeacherView:
         """Return the output for the last images of a batch."""

@@ -5,6 +5,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from cmtmae_scale.method.attention import SelfAttention
 from cmtmae_scale.method.float8 import (
     Float8Linear,
     Float8SelfAttention,
@@ -68,6 +69,9 @@ def test_attention_keeps_its_numbers_but_for_rounding() -> None:
     x = torch.randn(2, 7, 32)
     with torch.no_grad():
         wanted, _ = attention(x, x, x, need_weights=False)
+        attention.__class__ = SelfAttention
+        found, _ = attention(x, x, x, need_weights=False)
+        torch.testing.assert_close(found, wanted)
         use_float8(attention)
         assert type(attention) is Float8SelfAttention
         found, _ = attention(x, x, x, need_weights=False, attn_mask=None)

@@ -11,6 +11,9 @@ from cmtmae_scale.runtime.collectives import process_group
 from tests.pretraining import compiled_case as case
 from tests.processes import run_ranks
 
+# Dynamo hides this warning from users, but pytest raises it before.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
 DECODERS: dict[str, dict[str, Any]] = {
     "prompt": {},
     "full": {"decoder__type": "full"},
