@@ -80,9 +80,16 @@ def test_fine_tuning_is_compiled_once(recompute: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.gloo
-@pytest.mark.parametrize("sharding", ["replicate", "full"])
-def test_sharded_blocks_are_compiled_once(sharding: str) -> None:
-    for seen in run_ranks(2, case.watch, "pretrain", {"backend__sharding": sharding}):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("backend__sharding", "replicate"),
+        ("backend__sharding", "full"),
+        pytest.param("backend__name", "deepspeed", marks=pytest.mark.deepspeed),
+    ],
+)
+def test_every_backend_is_compiled_once(key: str, value: str) -> None:
+    for seen in run_ranks(2, case.watch, "pretrain", {key: value}, timeout_s=300):
         check(seen)
 
 
