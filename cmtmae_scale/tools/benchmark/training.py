@@ -12,6 +12,7 @@ import torch
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime.determinism import deterministic_kernels
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource
 from cmtmae_scale.teachers.build import compute_dtype
@@ -137,6 +138,8 @@ def measure_group(
 ) -> list[StepResult]:
     """Time variants with alternating windows."""
     with ExitStack() as stack:
+        is_deterministic = any(variant.config.run.deterministic for variant in group)
+        stack.enter_context(deterministic_kernels(is_deterministic))
         try:
             rigs = [
                 Rig(copy.deepcopy(v.config), v.sdpa, real, world, device, stack, v.teacher)
