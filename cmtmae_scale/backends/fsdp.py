@@ -76,6 +76,7 @@ class Fsdp:
         self.shard_rank = self.mesh.get_local_rank("shard")
         self.writes = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
         self.num_copies = self.mesh.size() // self.num_shards
+        self.is_full = settings.sharding == "full"
         self.model = wrap(model, self.mesh, settings, device)
         self.units = find_units(self.model)
         self.objective = objective
@@ -122,10 +123,14 @@ class Fsdp:
             self.found[f"momentum.{name}"] = weights._replace(local=view)
 
     def micro(self, batch: Work, last: bool) -> Terms:
-        """See ``Backend.micro``; communicates gradients at the last micro-step only."""
-        module = cast(FSDPModule, self.model)
-        module.set_requires_gradient_sync(last)
-        module.set_is_last_backward(last)
+        """See ``Backend.micro``; communicates gradients at the last micro-step only.
+
+        Except with ``sharding=full`` weights are gathered once per step.
+        """
+        for unit in self.units:  # a recursive call would visit every module
+            unit.set_requires_gradient_sync(last, recurse=False)
+            unit.set_reshard_after_backward(last or self.is_full, recurse=False)
+        cast(FSDPModule, self.model).set_is_last_backward(last)
         losses = self.objective(self.model(*batch.inputs), batch)
         (losses.total * self.loss_scale).backward()
         return detached(losses)

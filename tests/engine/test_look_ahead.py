@@ -1,7 +1,8 @@
 """The next micro-batch is drawn before a step is applied, and changes nothing but the order."""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,12 +32,19 @@ def note_order(recipe: Path) -> list[str]:
 
         return call
 
+    @contextmanager
+    def noted_lap() -> Iterator[None]:
+        events.append("lap")
+        yield
+        events.append("end")
+
     start_read = adamw.start_read
     with ExitStack() as stack:
         one_batch = ["train.global_batch_size=2", "train.steps=3"]
         built = build(recipe, one_batch, stack)
         for place, method, name in (
             (built.task.models.teacher, "forward_batch", "teacher"),
+            (built.backend, "momentum_forward", "momentum"),
             (built.backend.optimizer, "step", "update"),
         ):
             changed = noting(name, getattr(place, method))
@@ -45,14 +53,17 @@ def note_order(recipe: Path) -> list[str]:
             adamw, "start_read", lambda values: noting("read", start_read(values))
         )
         stack.enter_context(reading)
+        stack.enter_context(mock.patch.object(built.stragglers, "own_time", noted_lap))
         train(built)
     return events
 
 
-def test_the_teacher_runs_before_the_host_waits_and_not_after_the_last_step(tmp_path: Path) -> None:
+def test_the_teacher_runs_before_the_host_waits_and_alone_is_own_time(tmp_path: Path) -> None:
+    """The momentum encoder may wait for other ranks. After the last step nothing is drawn."""
     (events,) = run_ranks(1, note_order, write_recipe(tmp_path))
-    ahead = ["teacher", "read", "update"]
-    assert events == ["teacher", *ahead, *ahead, "read", "update"]
+    drawn, applied = ["lap", "teacher", "end"], ["read", "update"]
+    step = ["momentum", *drawn, *applied]
+    assert events == [*drawn, *step, *step, "momentum", *applied]
 
 
 def run_both_ways(recipe: Path, folders: tuple[Path, Path]) -> list[Any]:
