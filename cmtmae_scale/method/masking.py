@@ -298,7 +298,8 @@ def reveal_hints(
 def shuffle_hidden(choice: PatchChoice, noise: Tensor) -> PatchChoice:
     """Order the masked patches by noise ``[R, N]``, so that the first ones are a uniform subset."""
     order = torch.argsort(noise.gather(1, choice.ids_hidden), dim=1, descending=True, stable=True)
-    return choice._replace(ids_hidden=choice.ids_hidden.gather(1, order))
+    # torch 2.11 cannot compile _replace
+    return PatchChoice(choice.ids_keep, choice.ids_hidden.gather(1, order), choice.ids_thrown)
 
 
 @torch.no_grad()
