@@ -38,8 +38,8 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer whose factors are rounded to float8 row by row.
 
-    The products accumulate in float32. Where the device has no float8 products the rounded factors
-    are multiplied in float32: the same values, more slowly than in bfloat16.
+    A GPU accumulates the products in the fast mode of its tensor cores. Where the device has no
+    float8 products, the rounded factors are multiplied in float32, more slowly than in bfloat16.
 
     Args:
         x: ``[..., C]``, bfloat16 on a GPU.

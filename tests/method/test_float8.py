@@ -4,7 +4,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cmtmae_scale.method import float8
 from cmtmae_scale.method.attention import SelfAttention
 from cmtmae_scale.method.float8 import (
     Float8Linear,
@@ -91,3 +93,14 @@ def test_only_linear_layers_of_a_block_change() -> None:
     assert layers == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
     assert 1e-4 < relative_error(found, wanted) < 0.05
     assert all(torch.equal(one, before[name]) for name, one in block.state_dict().items())
+
+
+def test_a_gpu_takes_the_rounded_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch checks shapes, strides and scales of a GPU's product without a GPU."""
+    monkeypatch.setattr(float8, "has_float8_products", lambda device: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, weight = (
+            torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in [(2, 5, 32), (48, 32)]
+        )
+        found = float8_linear(x, weight, weight[:, 0])
+    assert (found.shape, found.dtype, found.device.type) == ((2, 5, 48), torch.bfloat16, "cuda")
