@@ -32,9 +32,11 @@ class SelfAttention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, **unused: Any
     ) -> tuple[Tensor, None]:
         """From ``[B, T, D]``, given three times, to ``[B, T, D]``."""
+        batch, length, _ = query.shape
         qkv = self.linear(query, self.in_proj_weight, self.in_proj_bias)
-        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, d]
-        x = F.scaled_dot_product_attention(*heads.unbind(0)).transpose(1, 2).flatten(2)
+        qkv = qkv.reshape(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, d]
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.linear(x, self.out_proj.weight, self.out_proj.bias), None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -53,17 +53,17 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     columns, column_scales = quantise_rows(weight)
     if has_float8_products(x.device):
         per_row = F.ScalingType.RowWise  # pyright: ignore[reportAttributeAccessIssue]
-        out: Tensor = F.scaled_mm(  # pyright: ignore[reportAttributeAccessIssue]
+        out = F.scaled_mm(
             rows, columns.t(), scales, per_row, column_scales.t(), per_row,
             bias=bias, output_dtype=x.dtype, use_fast_accum=True,
         )  # fmt: skip
     else:
         out = (rows.float() @ columns.float().t()) * scales * column_scales.t()
         out = (out if bias is None else out + bias.float()).to(x.dtype)
-    return out.unflatten(0, x.shape[:-1])
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
 def has_float8_products(device: torch.device) -> bool:
     """Return whether a device multiplies float8: GPUs of compute capability 8.9 and above."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

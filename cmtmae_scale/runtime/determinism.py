@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.utils.deterministic
@@ -25,17 +26,18 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
     import torch._inductor.config as inductor  # slow to import
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory = cast(Any, torch.utils.deterministic)  # its property is a trick on the module
+    filled = memory.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), inductor.deterministic
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
+    memory.fill_uninitialized_memory = False  # nothing reads such memory
     torch.backends.cuda.enable_cudnn_sdp(False)
     inductor.deterministic = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         inductor.deterministic = before[1]

@@ -13,7 +13,7 @@ def flags() -> tuple[bool, ...]:
         torch.are_deterministic_algorithms_enabled(),
         not torch.backends.cuda.cudnn_sdp_enabled(),
         inductor.deterministic,
-        not deterministic.fill_uninitialized_memory,
+        not deterministic.fill_uninitialized_memory,  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 
