@@ -28,7 +28,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "pixels": {"loss__pixel": 1.0},
     "random masks alone": {"mask__sampler": "random", "loss__teacher": 0.0, "loss__student": 0.0}
     | {"loss__pixel": 1.0, "teacher__mode": "none", "decoder__type": "full"},
-    "several layers": {"attention__layers": [-1, -2]},
+    "several layers": {"attention__layers": [-1, -2], "teacher__depth": 2},
     "recomputed activations": {"backend__activation_checkpointing": True},
     "fp8": {
         "backend__precision": "bf16",
