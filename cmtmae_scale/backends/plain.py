@@ -66,7 +66,7 @@ class Plain:
         self.loss_scale = loss_scale
         self.dtype = compute_dtype(settings)
         weights = dict(model.named_parameters())
-        self.computed = [one for _, one in trainable(model)]
+        self.computed: list[Tensor] = [one for _, one in trainable(model)]
         if self.dtype != torch.float32:
             weights |= {name: nn.Parameter(one.detach().clone()) for name, one in trainable(model)}
             for parameter in self.computed:
