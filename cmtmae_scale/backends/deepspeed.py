@@ -36,6 +36,7 @@ from cmtmae_scale.backends.base import (
     Terms,
     Work,
     acceptable,
+    compile_blocks,
     detached,
     start_read,
 )
@@ -100,9 +101,9 @@ class Zero:
         self.model = model
         self.shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
         start = {name: one.detach().clone() for name, one in model.named_parameters()}
-        if settings.compile:
-            for block in cast(Blocked, model).transformer_blocks():
-                block.compile()
+        compile_blocks(model, settings)
+        if settings.compile and momentum_encoder is not None:
+            momentum_encoder.compile(dynamic=False)
         if self.stage == 3:
             gather_by_block(model)
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory several times

@@ -120,6 +120,9 @@ class Run:
     """Folder of checkpoints, logs and the resolved config; the same folder resumes."""
     seed: int = non_negative(0)
     """Seed of weights, order, views and masks; never changes within a run."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that give the same bits at every launch, at some loss of speed; a
+    CPU's are so anyway."""
     allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""
     time_limit_s: float | None = positive(None)
@@ -230,6 +233,9 @@ class Teacher:
     """Keep only the first blocks; ``None``: all."""
     feature: Literal["proj", "ln_post", "block"] = "proj"
     """Token features: projected, after the last norm, or a block's output before that norm."""
+    precision: Literal["bf16", "fp8"] = "bf16"
+    """Linear layers of the blocks: bf16 (float32 with ``backend.precision=fp32``), or fp8, which is
+    faster on GPUs of compute capability 8.9 and above, and less exact."""
     mode: Literal["online", "cached", "sidecar", "none"] = "online"
     """online: the teacher runs beside the student; cached: its attention maps and features are read
     from ``cache.dir``; sidecar: rows that ``precompute_teacher.py --follow RUN_DIR`` computes ahead
@@ -246,6 +252,8 @@ class Momentum:
     """m at the end."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine from start to end; constant: start."""
+    precision: Literal["bf16", "fp8"] = "bf16"
+    """Linear layers of the momentum encoder's blocks, as in ``teacher.precision``."""
 
 
 @dataclass
@@ -422,7 +430,8 @@ class Backend:
     """What is sharded over all ranks (``deepspeed``): 1 moments and float32 weights, 2 gradients
     too, 3 everything."""
     compile: bool = False
-    """Compile each transformer block."""
+    """Compile the blocks, the loss, and what has no gradient: teacher, momentum encoder, masks and
+    targets. The first step of a launch takes minutes longer."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     deepspeed: Any = None

@@ -23,6 +23,7 @@ from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
+from cmtmae_scale.method.float8 import use_float8, warn_about_emulation
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
@@ -35,6 +36,7 @@ from cmtmae_scale.runtime.collectives import (
     on_all_ranks,
     on_all_ranks_for_long,
 )
+from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
@@ -66,6 +68,7 @@ def build_models(
     Raises:
         ConfigError: settings that the models cannot meet, or an unfit ``student.init_weights``.
     """
+    warn_about_emulation(config, device)
     model, momentum_encoder = build_model(config, teacher, resumed)
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
@@ -200,6 +203,8 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
     first = on_all_ranks(lambda: build_teacher(config, device, dtype) if fetches else None)
     teacher = on_all_ranks(lambda: first if fetches else build_teacher(config, device, dtype))
     if teacher is not None:
+        if config.backend.compile and config.teacher.mode != "cached":
+            teacher.compile()  # beside a complete cache it runs for spot checks only
         facts = teacher.fingerprint
         require_equal_weights(lambda: {f"teacher: {name}": fact for name, fact in facts().items()})
     return teacher
@@ -222,6 +227,9 @@ def build_model(
     momentum_encoder = build_student(config, MomentumEncoder)
     momentum_encoder.load_state_dict(copy.deepcopy(model.encoder.state_dict()))
     momentum_encoder.requires_grad_(False).eval()
+    if config.momentum.precision == "fp8":
+        for block in momentum_encoder.transformer_blocks():
+            use_float8(block)
     return model, momentum_encoder
 
 
@@ -254,9 +262,10 @@ def load_student(model: CollaborativeMAE, file: str) -> None:
 
 def make_objective(config: Config, layout: TokenLayout) -> Objective:
     """The run's loss as a function of predictions and a micro-batch."""
+    score = compiled(objective, config.backend.compile)
 
     def compute(predictions: Predictions, batch: MicroBatch) -> Losses:
-        losses = objective(
+        losses = score(
             predictions, batch.targets, batch.valid, layout, config.loss, batch.alpha_target
         )
         return losses if batch.only_term is None else isolate_term(losses, batch, config.loss)

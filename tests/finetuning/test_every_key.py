@@ -49,6 +49,7 @@ EXCEPTIONS = {
     "run.output_dir": "the folder itself, in every case here: finetuning/test_every_key.py",
     "run.name": "a label in the log: tools/report/test_report.py",
     "run.allow_change": "at a resume: engine/test_resume_rules.py",
+    "run.deterministic": "kernels of GPUs: runtime/test_determinism.py",
     "data.decode": "speed; pixels are the same on a CPU: dataloading/test_dali.py",
     "data.exif_orientation": "with turned images: dataloading/test_orientation.py",
     "data.max_bad_fraction": "with undecodable images: pretraining/test_bad_share.py",

@@ -110,6 +110,13 @@ JOBS = (
         (*TINY, *FEW_STEPS),
     ),
     Job(
+        "large_fp8",
+        "ViT-L/16 with teacher and momentum encoder in fp8, against bf16",
+        f"{LARGE} {SHORT} --sweep teacher.precision=fp8 --sweep momentum.precision=fp8",
+        240,
+        small=STEP,
+    ),
+    Job(
         "large_attention",
         "ViT-L/16 by attention kernel",
         f"{LARGE} {SHORT} --sweep sdpa=flash,cudnn",
@@ -147,6 +154,13 @@ JOBS = (
         240,
         ("deepspeed",),
         STEP,
+    ),
+    Job(
+        "large_deterministic",
+        "ViT-L/16 with `run.deterministic=true`, beside `large`",
+        f"{LARGE} {SHORT} run.deterministic=true",
+        180,
+        small=STEP,
     ),
     Job(
         "method_tests",

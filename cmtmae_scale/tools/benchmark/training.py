@@ -14,6 +14,7 @@ import torch
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime.determinism import deterministic_kernels
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource
 from cmtmae_scale.teachers.build import compute_dtype
@@ -179,6 +180,8 @@ def measure_group(
         return rig
 
     with ExitStack() as stack:
+        is_deterministic = any(variant.config.run.deterministic for variant in group)
+        stack.enter_context(deterministic_kernels(is_deterministic))
         rigs = {v.label: rig for v in group if (rig := attempt(v, partial(build, v))) is not None}
         windows: dict[str, list[Window]] = {label: [] for label in rigs}
         if device.type == "cuda":
