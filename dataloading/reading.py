@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dataloading.entries import SIDEWAYS, orientations
+from dataloading.entries import SIDEWAYS, orientation_of
 from dataloading.headers import MAX_SCANS, HeaderError, has_many_scans, size_of_bytes
 from dataloading.index import Index
 from dataloading.patience import PATIENCE_S, Patience
@@ -78,13 +78,13 @@ class Reader:
             UndecodableError: if they are not.
             ReadError: if storage does not give it in time.
         """
-        row = self._index.entries[sample]
-        path, offset = self._index.where(sample)
-        what = str(path) if offset is None else f"{path}, byte {offset}"
-        data = self._patience.retry(lambda: self._source.read(sample), what)
-        if len(data) != row["size"]:
-            found = f"{len(data)}" if len(data) < row["size"] else "more"
-            raise UndecodableError(f"{found} bytes, the index says {row['size']}")
+        data = self._patience.retry(
+            lambda: self._source.read(sample), lambda: self._place_of(sample)
+        )
+        indexed = int(self._index.entries["size"][sample])
+        if len(data) != indexed:
+            found = f"{len(data)}" if len(data) < indexed else "more"
+            raise UndecodableError(f"{found} bytes, the index says {indexed}")
         try:
             size = size_of_bytes(data)
         except HeaderError as error:
@@ -98,14 +98,18 @@ class Reader:
             raise UndecodableError(f"JPEG with more than {MAX_SCANS} scans, which takes minutes")
         return data
 
+    def _place_of(self, sample: int) -> str:
+        path, offset = self._index.where(sample)
+        return str(path) if offset is None else f"{path}, byte {offset}"
+
     def orientation(self, sample: int) -> int:
         """Return the EXIF orientation by which a sample is turned, 1 to 8; 1: as stored."""
-        return int(orientations(self._index.entries["flags"][sample]))
+        return orientation_of(int(self._index.entries["flags"][sample]))
 
     def stored_size(self, sample: int) -> tuple[int, int]:
         """Return (width, height) of a sample as stored, before it is turned upright."""
-        row = self._index.entries[sample]
-        width, height = int(row["width"]), int(row["height"])
+        entries = self._index.entries
+        width, height = int(entries["width"][sample]), int(entries["height"][sample])
         return (height, width) if self.orientation(sample) >= SIDEWAYS else (width, height)
 
     def stored_box(self, sample: int, box: Sequence[int]) -> tuple[Box, int]:

@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from dataloading.index import Index
 from dataloading.order import Shuffle
 from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan, Planner
+from dataloading.pool import ProcessDecoder
 from dataloading.quarantine import Quarantine
 from dataloading.reading import Decoder, Reader
 from dataloading.resident import ResidentDecoder
@@ -24,6 +25,7 @@ from dataloading.torch_decode import TorchDecoder
 logger = logging.getLogger(__name__)
 
 DecoderName = Literal["auto", "dali", "torch"]
+WorkerType = Literal["auto", "thread", "process"]
 LOOK_AHEAD = 3
 """Micro-batches in preparation beside the returned one."""
 
@@ -72,6 +74,9 @@ class Stream:
         shuffle: "full", a fresh permutation each epoch; "window", one that reads few blocks at a
             time; or "none", index order.
         threads: reader and decoder threads, >= 1; each uses one core.
+        worker_type: "process", as many processes in place of threads, which leave the interpreter
+            of this process alone and take seconds to start; "thread"; "auto", processes where
+            the device is a GPU and the images are not resident. The views are the same.
         start_position: position of the first draw of rank 0.
         decode: "dali", DALI on the device; "torch", the CPU with nvImageCodec or torchvision;
             "auto", DALI where it is installed and the device is a GPU, else "torch", which is the
@@ -109,6 +114,7 @@ class Stream:
         count: int | None = None,
         shuffle: Shuffle = "full",
         threads: int = 4,
+        worker_type: WorkerType = "auto",
         start_position: int = 0,
         decode: DecoderName = "auto",
         resident: bool = False,
@@ -135,15 +141,20 @@ class Stream:
         self.draws = 0
         self.bad = 0
         self._quarantine = Quarantine(index, quarantine)
-        reader = Reader(index, patience_s)
+        in_processes = use_processes(worker_type, resident, self._device)
         self._decoder: Decoder | None
         if resident:
             if decode == "dali":
                 raise ValueError("decode is 'dali'; resident=True decodes on the CPU, once")
+            reader = Reader(index, patience_s)
             self._decoder = ResidentDecoder(index, reader, tuple(sizes), threads, self._device)
+        elif in_processes and resolve_decoder(decode, self._device) == "torch":
+            self._decoder = ProcessDecoder(
+                index, patience_s, tuple(sizes), micro_batch, threads, self._device
+            )
         else:
             self._decoder = make_decoder(
-                decode, reader, tuple(sizes), micro_batch, threads, self._device
+                decode, Reader(index, patience_s), tuple(sizes), micro_batch, threads, self._device
             )
         self._pending: deque[Plan] = deque()
         self._watch = watch
@@ -221,6 +232,21 @@ def choose_decoder(name: DecoderName, device: torch.device) -> Literal["dali", "
     return "dali" if device.type == "cuda" and has_dali() else "torch"
 
 
+def use_processes(worker_type: WorkerType, resident: bool, device: torch.device) -> bool:
+    """Resolve ``auto`` for a device; see ``Stream``.
+
+    Raises:
+        ValueError: if the type is not known, or processes are asked for resident images.
+    """
+    if worker_type not in get_args(WorkerType):
+        raise ValueError(f"worker_type is {worker_type!r}; expected one of {get_args(WorkerType)}")
+    if worker_type == "process" and resident:
+        raise ValueError("worker_type is 'process'; resident=True decodes once, in threads")
+    return worker_type == "process" or (
+        worker_type == "auto" and not resident and device.type == "cuda"
+    )
+
+
 def has_dali() -> bool:
     """Whether DALI is installed."""
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
@@ -253,15 +279,24 @@ def make_decoder(
         DataError: DALI is asked for and not installed.
         ValueError: if the name is not known.
     """
-    if name not in ("auto", "dali", "torch"):
-        raise ValueError(f"decode is {name!r}; expected 'auto', 'dali' or 'torch'")
-    on_gpu = device.type == "cuda"
-    chosen = choose_decoder(name, device)
-    require_decoder(chosen)
-    if name == "auto" and on_gpu and chosen == "torch":
-        logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
-    if chosen == "dali":
+    if resolve_decoder(name, device) == "dali":
         from dataloading.dali import DaliDecoder  # an optional package, slow to import
 
         return DaliDecoder(reader, sizes, micro_batch, threads, device)
-    return TorchDecoder(reader, sizes, threads, pin=on_gpu)
+    return TorchDecoder(reader, sizes, threads, pin=device.type == "cuda")
+
+
+def resolve_decoder(name: DecoderName, device: torch.device) -> Literal["dali", "torch"]:
+    """Choose a decoder that is installed, and warn where a GPU could decode and does not.
+
+    Raises:
+        DataError: DALI is asked for and not installed.
+        ValueError: if the name is not known.
+    """
+    if name not in ("auto", "dali", "torch"):
+        raise ValueError(f"decode is {name!r}; expected 'auto', 'dali' or 'torch'")
+    chosen = choose_decoder(name, device)
+    require_decoder(chosen)
+    if name == "auto" and device.type == "cuda" and chosen == "torch":
+        logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
+    return chosen

@@ -54,6 +54,38 @@ _UNDO = {
 _UNUSED = 3  # references to a buffer: the list's, the loop's and that of the count itself
 
 
+class ViewMaker:
+    """Reads, decodes, crops and resizes one view straight into its place; safe in threads.
+
+    Args:
+        reader: where bytes come from.
+        sizes: sides of the images.
+    """
+
+    def __init__(self, reader: Reader, sizes: tuple[int, ...]) -> None:
+        self._reader = reader
+        self._sizes = sizes
+        self._decode = make_decode(find_codec())
+
+    def __call__(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
+        """Fill ``out``, ``[S, S, 3]`` for each size; returns why they are grey, if they are.
+
+        Raises:
+            ReadError: if storage does not give the sample in time.
+        """
+        try:
+            image = self._decode(self._reader.read(sample))
+        except UndecodableError as error:
+            for place in out:
+                place[...] = GREY
+            return str(error)
+        stored, orientation = self._reader.stored_box(sample, box)
+        views = crop_and_resize(image, stored, self._sizes, flip, orientation)
+        for place, view in zip(out, views, strict=True):
+            place[...] = view
+        return None
+
+
 class TorchDecoder:
     """A thread per view: read, decode, crop and resize straight into the batch.
 
@@ -68,7 +100,7 @@ class TorchDecoder:
         self._reader = reader
         self._sizes = sizes
         self._pin = pin
-        self._decode = make_decode(find_codec())
+        self._make = ViewMaker(reader, sizes)
         self._pool = start_threads(threads)
         self._pending: deque[tuple[tuple[Tensor, ...], list[Future[str | None]]]] = deque()
         self._buffers: list[Pixels] = []
@@ -78,7 +110,7 @@ class TorchDecoder:
         arrays: list[Pixels] = [image.numpy() for image in images]
         rows = zip(plan.ids.tolist(), plan.boxes.tolist(), plan.flips.tolist(), strict=True)
         faults = [
-            self._pool.submit(self._fill, *row, [array[k] for array in arrays])
+            self._pool.submit(self._make, *row, [array[k] for array in arrays])
             for k, row in enumerate(rows)
         ]
         self._pending.append((images, faults))
@@ -96,20 +128,6 @@ class TorchDecoder:
                 return torch.as_tensor(buffer)
         self._buffers.append(np.empty(shape, dtype=np.uint8))
         return torch.as_tensor(self._buffers[-1])
-
-    def _fill(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
-        """Put one view into its place; runs in a thread. Returns why it failed, if it did."""
-        try:
-            image = self._decode(self._reader.read(sample))
-        except UndecodableError as error:
-            for place in out:
-                place[...] = GREY
-            return str(error)
-        stored, orientation = self._reader.stored_box(sample, box)
-        views = crop_and_resize(image, stored, self._sizes, flip, orientation)
-        for place, view in zip(out, views, strict=True):
-            place[...] = view
-        return None
 
     def collect(self) -> Views:
         images, faults = self._pending.popleft()

@@ -160,7 +160,10 @@ class Data:
     """Let ``shuffle=window`` accept images that are sorted by class, which it refuses otherwise:
     its batches then hold few classes."""
     workers: int = positive(4)
-    """Reader and decoder threads per rank."""
+    """Readers and decoders per rank, threads or processes; each uses one core."""
+    worker_type: Literal["auto", "thread", "process"] = "auto"
+    """process: worker processes, which leave the interpreter that launches kernels alone and take
+    seconds to start; thread: threads; auto: process on a GPU, thread on a CPU. Same views."""
 
 
 @dataclass

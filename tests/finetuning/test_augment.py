@@ -12,7 +12,7 @@ from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from cmtmae_scale.config.finetune import Augment
 from cmtmae_scale.finetuning.augment import AREA, ASPECT, Augmenter, cross_entropy, erase, rectangle
 from cmtmae_scale.finetuning.draws import per_view
-from cmtmae_scale.finetuning.randaugment import OPERATIONS_BY_NAME, randaugment
+from cmtmae_scale.finetuning.randaugment import NAMES, operate, randaugment
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from dataloading.plan import Plan
 from dataloading.stream import Batch
@@ -82,7 +82,7 @@ def timms(name: str, picture: np.ndarray, level: float, sign: float, monkeypatch
 
 
 @pytest.mark.parametrize("level", [2.5, 9.0, 9.9])
-@pytest.mark.parametrize("name", OPERATIONS_BY_NAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_operation_is_timms(name: str, level: float, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = pictures(1)[0]
     if name not in MOVES:
@@ -94,7 +94,7 @@ def test_an_operation_is_timms(name: str, level: float, monkeypatch: pytest.Monk
             timms(name, picture.numpy(), level, one, monkeypatch).astype(int)
             for one in ((sign, -sign) if name in MOVES else (sign,))
         ]
-        found = OPERATIONS_BY_NAME[name](picture.permute(2, 0, 1), level, sign, FILL)
+        (found,) = operate(picture.permute(2, 0, 1)[None], [name], [(level, sign)], FILL)
         assert found.dtype == torch.uint8
         after = found.permute(1, 2, 0).numpy().astype(int)
         off = min((np.abs(after - one) for one in expected), key=np.mean)
@@ -104,7 +104,7 @@ def test_an_operation_is_timms(name: str, level: float, monkeypatch: pytest.Monk
 
 
 def test_fifteen_operations_two_a_view_each_every_other_time() -> None:
-    assert len(OPERATIONS_BY_NAME) == 15
+    assert len(set(NAMES)) == 15
     images = pictures(1).expand(600, -1, -1, -1)
     changed = randaugment(
         images, np.arange(600), seed=1, magnitude=9.0, magnitude_std=0.5, fill=FILL
