@@ -13,7 +13,16 @@ from dataloading import pool
 from dataloading.errors import ReadError
 from dataloading.index import build_index
 from dataloading.pool import WorkerDiedError, find_faults
-from dataloading.ring import FAILED, UNREADABLE, Layout, Slot, chunk_of, chunks, new_memory
+from dataloading.ring import (
+    FAILED,
+    UNREADABLE,
+    Layout,
+    Slot,
+    chunk_of,
+    chunks,
+    map_head,
+    new_memory,
+)
 from dataloading.stream import Stream
 
 OPTIONS = {"seed": 5, "micro_batch": 4, "sizes": (32, 24), "decode": "torch", "patience_s": 0.2}
