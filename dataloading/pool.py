@@ -24,7 +24,7 @@ from dataloading.entries import ENTRY
 from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.plan import Plan
-from dataloading.reading import Views
+from dataloading.reading import Views, copy_beside, copy_stream
 from dataloading.ring import FAILED, UNREADABLE, Layout, Slot, chunks, map_head, new_memory
 from dataloading.worker import IGNORED, RECORD, Job
 
@@ -278,6 +278,7 @@ class ProcessDecoder:
     ) -> None:
         self._device = device
         self._pool = WorkerPool(index, patience_s, Layout(micro_batch, sizes, 0, workers))
+        self._copies = copy_stream(device)
         self._pinned: set[Slot] = set()
 
     def submit(self, plan: Plan) -> None:
@@ -304,16 +305,15 @@ class ProcessDecoder:
         self._pinned.clear()
 
     def _copy(self, slot: Slot) -> tuple[Tensor, ...]:
-        """Copy a slot to the GPU, asynchronously on the current stream, from pinned memory."""
+        """Copy a slot to the GPU, asynchronously and beside its work, from pinned memory."""
         if slot not in self._pinned:
             for array in slot.images:
                 error = torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)
                 torch.cuda.check_error(int(error))
             self._pinned.add(slot)
-        images = tuple(
-            torch.as_tensor(array).to(self._device, non_blocking=True) for array in slot.images
-        )
+        images = [torch.as_tensor(array) for array in slot.images]
+        copies = copy_beside(images, self._device, self._copies)
         copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(self._device))
+        copied.record(self._copies)
         slot.in_use = lambda: not copied.query()
-        return images
+        return tuple(copies)

@@ -144,3 +144,39 @@ def start_threads(number: int) -> ThreadPoolExecutor:
 def _use_one_core() -> None:
     torch.get_num_threads()  # takes the process's number now, so that it does not come later
     torch.set_num_threads(1)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; to a GPU asynchronously, from pinned memory."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
+def copy_beside(
+    tensors: Sequence[Tensor], device: torch.device, stream: torch.cuda.Stream | None
+) -> list[Tensor]:
+    """Copy pinned tensors to a GPU on a stream of their own, beside what is computed there.
+
+    What is launched afterwards on the current stream waits for them; the host does not.
+
+    Args:
+        tensors: on the host, pinned.
+        device: where they are needed.
+        stream: for the copies; ``None``: the device is no GPU.
+    """
+    if stream is None:
+        return [tensor.to(device) for tensor in tensors]
+    current = torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    current.wait_stream(stream)
+    for copy in copies:
+        copy.record_stream(current)
+    return copies
+
+
+def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a stream for ``copy_beside``."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

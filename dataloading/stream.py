@@ -18,7 +18,7 @@ from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan, Planner
 from dataloading.pool import ProcessDecoder
 from dataloading.quarantine import Quarantine
-from dataloading.reading import Decoder, Reader
+from dataloading.reading import Decoder, Reader, to_device
 from dataloading.resident import ResidentDecoder
 from dataloading.torch_decode import TorchDecoder
 
@@ -209,14 +209,6 @@ class Stream:
             plan,
             tuple(place for place, fault in enumerate(faults) if fault is not None),
         )
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to a device; to a GPU asynchronously, from pinned memory."""
-    if device.type != "cuda" or tensor.device.type == "cuda":
-        return tensor.to(device)
-    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-    return pinned.to(device, non_blocking=True)
 
 
 def _at_least_one(**values: int) -> None:

@@ -22,7 +22,7 @@ from torch.nn.functional import conv2d, grid_sample
 from torchvision.transforms.v2 import functional as F
 
 from cmtmae_scale.finetuning.draws import OPERATIONS, per_view
-from dataloading.stream import to_device
+from dataloading.reading import to_device
 
 NUM_OPERATIONS = 2
 CHANCE = 0.5

@@ -1,12 +1,21 @@
-"""Decoders against PIL and torchvision: same files, crops and sizes, in alternating rounds."""
+"""Decoders against PIL and torchvision: same files, crops and sizes, in alternating rounds.
+
+CPU time is that of this process and of its worker processes. A training step that is bound by its
+host is imitated by a main thread that computes in Python for ``BUSY_S`` of its own CPU time before
+it asks for each batch: whatever else holds the interpreter makes that step longer.
+"""
 
 import io
+import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +29,7 @@ from cmtmae_scale.tools.benchmark.table import markdown_table
 from dataloading.index import Index, build_index
 from dataloading.order import sample_ids
 from dataloading.sources import Source
-from dataloading.stream import LOOK_AHEAD, DecoderName, Stream, has_dali
+from dataloading.stream import LOOK_AHEAD, DecoderName, Stream, WorkerType, has_dali
 from dataloading.views import crop_boxes
 
 SEED, SCALE, RATIO, BATCH = 0, (0.2, 1.0), (3 / 4, 4 / 3), 64
@@ -28,6 +37,10 @@ WARM_UP = 2
 """Rounds before the measurement."""
 SETTLED_S = 0.05
 """Time without CPU use after which threads count as idle."""
+BUSY_S = 0.25
+"""CPU time of the main thread's own work in a host-bound step."""
+BUSY_STEPS = 4
+"""Host-bound steps per round, of which the median counts."""
 
 
 @dataclass
@@ -36,7 +49,12 @@ class DecoderRate:
 
     name: str
     per_core_s: Spread
-    """Images per CPU-second of this process."""
+    """Images per CPU-second of this process and its workers."""
+    here_ms: Spread
+    """CPU-milliseconds of this process alone per image."""
+    busy_step_ms: Spread | None
+    """Milliseconds of a host-bound step of ``BATCH`` images, at least 1000 ``BUSY_S``; ``None``:
+    the decoder is a loop of the main thread itself."""
     per_s: Spread
     """Images per second."""
     of_pil: Spread
@@ -54,12 +72,32 @@ class ViewSource(Protocol):
         ...
 
 
+class Used(NamedTuple):
+    """Times of a decoder in one round."""
+
+    cpu_s: float
+    """Per batch, of this process and its workers."""
+    here_s: float
+    """Per batch, of this process."""
+    wall_s: float
+    """Per batch."""
+    busy_s: float | None
+    """Wall time of a host-bound step."""
+
+
 def compare_decoders(
-    path: str, size: int, images: int, rounds: int, threads: int, device: torch.device
+    path: str,
+    size: int,
+    images: int,
+    rounds: int,
+    threads: int,
+    device: torch.device,
+    worker_types: Sequence[WorkerType] = ("thread", "process"),
 ) -> list[DecoderRate]:
     """Measure all decoders in alternating rounds of ``images`` views, ``size`` pixels wide.
 
-    The threads and the device are those of our own decoders; PIL and torchvision use one thread.
+    Threads (or processes) and device are those of our own decoders; PIL and torchvision use one
+    thread.
 
     Raises:
         ConfigError: numbers below 1.
@@ -80,7 +118,7 @@ def compare_decoders(
         ours: dict[str, DecoderName] = {"ours, torch": "torch"}
         if has_dali():
             ours[f"ours, DALI on {device.type}"] = "dali"
-        for label, name in ours.items():
+        for worker_type, (label, name) in product(worker_types, ours.items()):
             stream = Stream(
                 index,
                 seed=SEED,
@@ -89,11 +127,13 @@ def compare_decoders(
                 scale=SCALE,
                 ratio=RATIO,
                 threads=threads,
+                worker_type=worker_type,
                 decode=name,
                 device=device,
             )
-            sources[label] = StreamViews(stack.enter_context(stream), device)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sources}
+            workers = "" if worker_type == "thread" else ", processes"
+            sources[f"{label}{workers}"] = StreamViews(stack.enter_context(stream), device)
+        times: dict[str, list[Used]] = {name: [] for name in sources}
         for number in range(rounds + WARM_UP):
             for name, source in sources.items():
                 batch_times = time_batches(source, batches)
@@ -159,41 +199,95 @@ def torchvision_view(data: bytes, box: list[int], flip: bool, *, size: int) -> o
     return tv.horizontal_flip(view) if flip else view
 
 
-def time_batches(source: ViewSource, batches: int) -> tuple[float, float]:
-    """Return CPU-seconds and seconds per batch, without batches finished ahead of the clock."""
+def time_batches(source: ViewSource, batches: int) -> Used:
+    """Return times without batches that were finished ahead of the clock."""
     wait_until_idle()
-    used = time.process_time()
+    used, here = cpu_time(), time.process_time()
     source(source.ahead)
     wall = time.perf_counter()
     source(batches)
     wall = time.perf_counter() - wall
     wait_until_idle()
-    return (time.process_time() - used) / (batches + source.ahead), wall / batches
+    number = batches + source.ahead
+    used, here = cpu_time() - used, time.process_time() - here
+    busy = time_busy_step(source) if source.ahead else None
+    return Used(used / number, here / number, wall / batches, busy)
+
+
+def time_busy_step(source: ViewSource) -> float:
+    """Return seconds of a step whose main thread has Python of its own to run."""
+    source(source.ahead)
+    steps: list[float] = []
+    for _ in range(BUSY_STEPS):
+        began, own = time.perf_counter(), time.thread_time()
+        while time.thread_time() - own < BUSY_S:
+            pass
+        source(1)
+        steps.append(time.perf_counter() - began)
+    return statistics.median(steps)
+
+
+def cpu_time() -> float:
+    """Return CPU-seconds of this process and of those that it has started, by the scheduler."""
+    return time.process_time() + sum(map(task_time, find_children(os.getpid())))
+
+
+def task_time(pid: int) -> float:
+    """Return CPU-seconds of all threads of a process; 0 once it has ended."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        return sum(int((one / "schedstat").read_text().split()[0]) for one in threads) / 1e9
+    except OSError:
+        return 0.0
+
+
+def find_children(pid: int) -> list[int]:
+    """Return the processes below one."""
+    try:
+        listed = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return []
+    found = [int(child) for one in listed for child in one]
+    return [*found, *(below for child in found for below in find_children(child))]
 
 
 def wait_until_idle() -> None:
-    """Wait until all threads of this process are idle."""
+    """Wait until all threads of this process and its workers are idle."""
     while True:
-        before = time.process_time()
+        before = cpu_time()
         time.sleep(SETTLED_S)
-        if time.process_time() - before < SETTLED_S / 10:
+        if cpu_time() - before < SETTLED_S / 10:
             return
 
 
-def summarise_decoder(
-    name: str, seen: Sequence[tuple[float, float]], pil: Sequence[tuple[float, float]]
-) -> DecoderRate:
+def summarise_decoder(name: str, seen: Sequence[Used], pil: Sequence[Used]) -> DecoderRate:
     """Return rates from times per batch."""
+    busy = [1000 * one.busy_s for one in seen if one.busy_s is not None]
     return DecoderRate(
         name,
-        Spread.of([BATCH / used for used, _ in seen]),
-        Spread.of([BATCH / wall for _, wall in seen]),
-        Spread.of([other / used for (used, _), (other, _) in zip(seen, pil, strict=True)]),
+        Spread.of([BATCH / one.cpu_s for one in seen]),
+        Spread.of([1000 * one.here_s / BATCH for one in seen]),
+        Spread.of(busy) if busy else None,
+        Spread.of([BATCH / one.wall_s for one in seen]),
+        Spread.of([other.cpu_s / one.cpu_s for one, other in zip(seen, pil, strict=True)]),
     )
 
 
 def decoders_table(results: Sequence[DecoderRate]) -> str:
     """Return a Markdown table."""
-    header = ["decoder", "images per CPU-second", "of PIL's", "images per second"]
-    rows = [[r.name, str(r.per_core_s), str(r.of_pil), str(r.per_s)] for r in results]
+    header = [
+        "decoder",
+        "images per CPU-second",
+        "of PIL's",
+        "images per second",
+        "CPU-ms of this process per image",
+        f"step of {BATCH} with a host-bound main thread, ms (work: {1000 * BUSY_S:.0f})",
+    ]
+    rows = [
+        [
+            *(r.name, str(r.per_core_s), str(r.of_pil), str(r.per_s), str(r.here_ms)),
+            "-" if r.busy_step_ms is None else str(r.busy_step_ms),
+        ]
+        for r in results
+    ]
     return markdown_table(header, rows)
