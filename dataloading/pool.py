@@ -24,7 +24,7 @@ from dataloading.entries import ENTRY
 from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.plan import Plan
-from dataloading.reading import Views, copy_beside, copy_stream
+from dataloading.reading import LOOK_AHEAD, Reader, Views, copy_beside, copy_stream
 from dataloading.ring import FAILED, UNREADABLE, Layout, Slot, chunks, map_head, new_memory
 from dataloading.worker import IGNORED, RECORD, Job
 
@@ -77,6 +77,10 @@ class Processes:
                 os.close(descriptor)
         self.close = weakref.finalize(self, _end, self._server, self._tasks, self._results)
 
+    def kill(self) -> None:
+        """Kill the workers; ``answers`` says so."""
+        self._server.kill()  # the kernel kills the workers with it
+
     def request(self, slot: int, layout: Layout) -> None:
         """Ask for all views of a slot; that workers are dead shows in ``answers``."""
         with contextlib.suppress(BrokenPipeError):
@@ -99,7 +103,7 @@ class Processes:
 
 def _end(server: "subprocess.Popen[bytes]", tasks: int, results: int) -> None:
     """Kill the workers and wait until they are dead."""
-    server.kill()  # the kernel kills the workers with it
+    server.kill()
     server.wait()
     os.close(tasks)
     while os.read(results, 4096):  # until the last of them has closed its end
@@ -150,6 +154,7 @@ class WorkerPool:
         bare = replace(index, entries=np.zeros(0, ENTRY), names=(), labels=(), excluded=())
         self._job = Job(bare, layout, self._memory, 0, 0, patience_s)
         self._processes = Processes(self._job)
+        self._ending = False
         self._slots: list[Slot] = []
         self._works: deque[_Work] = deque()
 
@@ -179,14 +184,22 @@ class WorkerPool:
                     one = next(one for one in self._works if one.slot.number == number)
                     one.left.discard(first)
             except WorkerDiedError as error:
+                if self._ending:
+                    raise ReadError("the workers were ended") from error
                 self._replace(error)
         self._works.popleft()
         if work.deaths >= _DEATHS:
             raise ReadError(work.failure)
         return work.slot, find_faults(work.slot)
 
+    def hurry(self) -> None:
+        """Let a ``collect`` of another thread end at once: the views are no longer needed."""
+        self._ending = True
+        self._processes.kill()
+
     def close(self) -> None:
         """Kill the workers; may be repeated."""
+        self._ending = True
         self._processes.close()
         self._works.clear()
 
@@ -255,29 +268,38 @@ def find_faults(slot: Slot) -> list[str | None]:
     return found
 
 
+def make_readers(reader: Reader, micro_batch: int, workers: int) -> WorkerPool:
+    """Make workers that read and check, and decode nothing; arguments as ``ProcessDecoder``'s."""
+    largest = int(reader.index.entries["size"].max())
+    layout = Layout(micro_batch, (), micro_batch * largest, workers)
+    return WorkerPool(reader.index, reader.patience_s, layout)
+
+
 class ProcessDecoder:
     """Worker processes read, decode, crop and resize.
 
     Args:
-        index: the samples.
-        patience_s: seconds for which a failed read is retried.
+        reader: its index and patience are those of the workers; closed with this object.
         sizes: sides of the images.
         micro_batch: views in every plan.
         workers: processes; each uses one core.
         device: where the views are put; slots are pinned for a GPU.
     """
 
+    ahead = LOOK_AHEAD
+
     def __init__(
         self,
-        index: Index,
-        patience_s: float,
+        reader: Reader,
         sizes: tuple[int, ...],
         micro_batch: int,
         workers: int,
         device: torch.device,
     ) -> None:
         self._device = device
-        self._pool = WorkerPool(index, patience_s, Layout(micro_batch, sizes, 0, workers))
+        self._reader = reader
+        layout = Layout(micro_batch, sizes, 0, workers)
+        self._pool = WorkerPool(reader.index, reader.patience_s, layout)
         self._copies = copy_stream(device)
         self._pinned: set[Slot] = set()
 
@@ -297,6 +319,7 @@ class ProcessDecoder:
 
     def close(self) -> None:
         self._pool.close()
+        self._reader.close()
         if self._pinned:
             torch.cuda.synchronize(self._device)
         for slot in self._pinned:

@@ -15,6 +15,8 @@ from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
 from dataloading.turns import Box, turn_box
 
+LOOK_AHEAD = 3
+"""Micro-batches in preparation beside the returned one."""
 GREY = 128
 """Value of every pixel of an undecodable view."""
 
@@ -36,7 +38,13 @@ class Views(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Turns plans into views, several micro-batches at a time, in the order of submission."""
+    """Turns plans into views, several micro-batches at a time, in the order of submission.
+
+    Attributes:
+        ahead: plans to submit beyond the one that is collected, so that nothing waits.
+    """
+
+    ahead: int
 
     def submit(self, plan: Plan) -> None:
         """Begin to read and decode; returns at once."""
@@ -67,7 +75,8 @@ class Reader:
     """
 
     def __init__(self, index: Index, patience_s: float = PATIENCE_S) -> None:
-        self._index = index
+        self.patience_s = patience_s
+        self.index = index
         self._source = index.open()
         self._patience = Patience(patience_s)
 
@@ -81,7 +90,7 @@ class Reader:
         data = self._patience.retry(
             lambda: self._source.read(sample), lambda: self._place_of(sample)
         )
-        indexed = int(self._index.entries["size"][sample])
+        indexed = int(self.index.entries["size"][sample])
         if len(data) != indexed:
             found = f"{len(data)}" if len(data) < indexed else "more"
             raise UndecodableError(f"{found} bytes, the index says {indexed}")
@@ -99,16 +108,16 @@ class Reader:
         return data
 
     def _place_of(self, sample: int) -> str:
-        path, offset = self._index.where(sample)
+        path, offset = self.index.where(sample)
         return str(path) if offset is None else f"{path}, byte {offset}"
 
     def orientation(self, sample: int) -> int:
         """Return the EXIF orientation by which a sample is turned, 1 to 8; 1: as stored."""
-        return orientation_of(int(self._index.entries["flags"][sample]))
+        return orientation_of(int(self.index.entries["flags"][sample]))
 
     def stored_size(self, sample: int) -> tuple[int, int]:
         """Return (width, height) of a sample as stored, before it is turned upright."""
-        entries = self._index.entries
+        entries = self.index.entries
         width, height = int(entries["width"][sample]), int(entries["height"][sample])
         return (height, width) if self.orientation(sample) >= SIDEWAYS else (width, height)
 

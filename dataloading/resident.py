@@ -21,7 +21,15 @@ from torch import Tensor
 from dataloading.errors import DataError
 from dataloading.index import Index
 from dataloading.plan import Plan
-from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads, to_device
+from dataloading.reading import (
+    GREY,
+    LOOK_AHEAD,
+    Reader,
+    UndecodableError,
+    Views,
+    start_threads,
+    to_device,
+)
 from dataloading.torch_decode import crop_and_resize, find_codec, make_decode
 from dataloading.turns import turn_pixels
 from dataloading.views import Boxes, Flips
@@ -45,6 +53,8 @@ class ResidentDecoder:
     Raises:
         DataError: if the set is too large to be kept.
     """
+
+    ahead = LOOK_AHEAD
 
     def __init__(
         self,

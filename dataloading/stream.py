@@ -16,8 +16,9 @@ from dataloading.index import Index
 from dataloading.order import Shuffle
 from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan, Planner
-from dataloading.pool import ProcessDecoder
+from dataloading.pool import ProcessDecoder, make_readers
 from dataloading.quarantine import Quarantine
+from dataloading.reading import LOOK_AHEAD as LOOK_AHEAD
 from dataloading.reading import Decoder, Reader, to_device
 from dataloading.resident import ResidentDecoder
 from dataloading.torch_decode import TorchDecoder
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 DecoderName = Literal["auto", "dali", "torch"]
 WorkerType = Literal["auto", "thread", "process"]
-LOOK_AHEAD = 3
-"""Micro-batches in preparation beside the returned one."""
 
 
 class Batch(NamedTuple):
@@ -91,6 +90,7 @@ class Stream:
         watch: called with each plan as its images begin to be read, ahead of its batch.
 
     Attributes:
+        ahead: micro-batches in preparation beside the returned one.
         draws: views returned so far.
         bad: how many of them were not valid.
 
@@ -142,20 +142,19 @@ class Stream:
         self.bad = 0
         self._quarantine = Quarantine(index, quarantine)
         in_processes = use_processes(worker_type, resident, self._device)
+        reader = Reader(index, patience_s)
         self._decoder: Decoder | None
         if resident:
             if decode == "dali":
                 raise ValueError("decode is 'dali'; resident=True decodes on the CPU, once")
-            reader = Reader(index, patience_s)
             self._decoder = ResidentDecoder(index, reader, tuple(sizes), threads, self._device)
-        elif in_processes and resolve_decoder(decode, self._device) == "torch":
-            self._decoder = ProcessDecoder(
-                index, patience_s, tuple(sizes), micro_batch, threads, self._device
-            )
         else:
             self._decoder = make_decoder(
-                decode, Reader(index, patience_s), tuple(sizes), micro_batch, threads, self._device
+                *(decode, reader, tuple(sizes), micro_batch, threads, self._device),
+                in_processes=in_processes,
+                in_thread=True,
             )
+        self.ahead = self._decoder.ahead
         self._pending: deque[Plan] = deque()
         self._watch = watch
 
@@ -165,7 +164,7 @@ class Stream:
     def __next__(self) -> Batch:
         if self._decoder is None:
             raise RuntimeError("the stream is closed")
-        while len(self._pending) <= LOOK_AHEAD:
+        while len(self._pending) <= self.ahead:
             positions = self._next_position + np.arange(self._micro_batch, dtype=np.int64)
             self._next_position += self._stride
             plan = self._plan(positions)
@@ -264,8 +263,10 @@ def make_decoder(
     micro_batch: int,
     threads: int,
     device: torch.device,
+    in_processes: bool = False,
+    in_thread: bool = False,
 ) -> Decoder:
-    """Choose a decoder; see ``Stream``.
+    """Choose a decoder; see ``Stream``. With ``in_thread`` DALI has a thread of its own.
 
     Raises:
         DataError: DALI is asked for and not installed.
@@ -273,8 +274,13 @@ def make_decoder(
     """
     if resolve_decoder(name, device) == "dali":
         from dataloading.dali import DaliDecoder  # an optional package, slow to import
+        from dataloading.own_thread import OwnThread
 
-        return DaliDecoder(reader, sizes, micro_batch, threads, device)
+        workers = make_readers(reader, micro_batch, threads) if in_processes else None
+        decoder = DaliDecoder(reader, sizes, micro_batch, threads, device, workers)
+        return OwnThread(decoder, device) if in_thread else decoder
+    if in_processes:
+        return ProcessDecoder(reader, sizes, micro_batch, threads, device)
     return TorchDecoder(reader, sizes, threads, pin=device.type == "cuda")
 
 

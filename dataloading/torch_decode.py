@@ -29,7 +29,7 @@ from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStu
 
 from dataloading.headers import PIL_ERRORS, HeaderError, is_common, open_image, size_of_bytes
 from dataloading.plan import Plan
-from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
+from dataloading.reading import GREY, LOOK_AHEAD, Reader, UndecodableError, Views, start_threads
 from dataloading.turns import turn_pixels
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ class TorchDecoder:
         threads: each uses one core.
         pin: put the batches into pinned memory.
     """
+
+    ahead = LOOK_AHEAD
 
     def __init__(self, reader: Reader, sizes: tuple[int, ...], threads: int, pin: bool) -> None:
         self._reader = reader

@@ -277,7 +277,7 @@ class Calls(TorchDispatchMode):
 
     number = 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
         self.number += 1
         return function(*arguments, **(named or {}))
 

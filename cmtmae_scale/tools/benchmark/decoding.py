@@ -29,7 +29,7 @@ from cmtmae_scale.tools.benchmark.table import markdown_table
 from dataloading.index import Index, build_index
 from dataloading.order import sample_ids
 from dataloading.sources import Source
-from dataloading.stream import LOOK_AHEAD, DecoderName, Stream, WorkerType, has_dali
+from dataloading.stream import DecoderName, Stream, WorkerType, has_dali
 from dataloading.views import crop_boxes
 
 SEED, SCALE, RATIO, BATCH = 0, (0.2, 1.0), (3 / 4, 4 / 3), 64
@@ -167,10 +167,9 @@ class SequentialViews:
 class StreamViews:
     """Takes batches of a stream."""
 
-    ahead = 1 + LOOK_AHEAD
-
     def __init__(self, stream: Stream, device: torch.device) -> None:
         self.stream = stream
+        self.ahead = 1 + stream.ahead
         self.device = device
 
     def __call__(self, batches: int) -> None:
