@@ -1,8 +1,10 @@
 """From bytes to views on the CPU: decode once, crop once, resize to every size.
 
-The fastest decoder that works is nvImageCodec, then torchvision, for JPEG, PNG, WebP and BMP; what
-they refuse, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG files all three
-give the same pixels. Every decoder gives pixels as stored; crops are turned upright afterwards,
+torchvision decodes JPEG, PNG, WebP and BMP; what it refuses, and other formats, are Pillow's. The
+choice is fixed: on intact RGB and grey JPEG and PNG files nvImageCodec gives the same pixels, a
+tenth slower, but it accepts damage that torchvision and Pillow refuse, and which views are grey
+must depend neither on what is installed nor on a race. It finds what DALI, which decodes by it,
+refused. Every decoder gives pixels as stored; crops are turned upright afterwards,
 as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
 """
 
@@ -65,7 +67,7 @@ class ViewMaker:
     def __init__(self, reader: Reader, sizes: tuple[int, ...]) -> None:
         self._reader = reader
         self._sizes = sizes
-        self._decode = make_decode(find_codec())
+        self._decode = make_decode()
 
     def __call__(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
         """Fill ``out``, ``[S, S, 3]`` for each size; returns why they are grey, if they are.
@@ -144,7 +146,7 @@ class TorchDecoder:
         self._reader.close()
 
 
-def make_decode(codec: ModuleType | None) -> Decode:
+def make_decode(codec: ModuleType | None = None) -> Decode:
     """Join decoders into one.
 
     Args:
