@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,8 +37,16 @@ from dataloading.turns import turn_pixels
 logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
-Decode = Callable[[bytes], Tensor]
+Size = tuple[int, int]
+"""Width and height, pixels."""
 Fast = Callable[[bytes], Tensor | None]
+
+
+class Decode(Protocol):
+    """From encoded bytes to uint8 RGB ``[3, height, width]``; see ``make_decode``."""
+
+    def __call__(self, data: bytes, size: Size | None = None) -> Tensor: ...
+
 
 _BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF
 _NO_RANGE = (
@@ -76,7 +84,8 @@ class ViewMaker:
             ReadError: if storage does not give the sample in time.
         """
         try:
-            image = self._decode(self._reader.read(sample))
+            data = self._reader.read(sample)  # of this size, as its header says
+            image = self._decode(data, self._reader.stored_size(sample))
         except UndecodableError as error:
             for place in out:
                 place[...] = GREY
@@ -153,16 +162,17 @@ def make_decode(codec: ModuleType | None = None) -> Decode:
         codec: nvImageCodec, or ``None`` for torchvision.
 
     Returns:
-        A function from encoded bytes to uint8 RGB ``[3, height, width]``, safe in threads. What
-        the first decoder refuses, Pillow tries; it raises ``UndecodableError``.
+        A function from encoded bytes, and the size in their header where that is known, to uint8
+        RGB ``[3, height, width]``, safe in threads. What the first decoder refuses, Pillow tries;
+        it raises ``UndecodableError``.
     """
-    fast = make_fast(codec)
+    decoder = _first_decoder(codec)
 
-    def decode(data: bytes) -> Tensor:
-        image = fast(data)
-        if image is None:
+    def decode(data: bytes, size: Size | None = None) -> Tensor:
+        image = decoder(data) if is_common(data) else None
+        if image is None or not _is_as_announced(image, data, size):
             image = with_pillow(data)
-            if not _is_as_announced(image, data):
+            if not _is_as_announced(image, data, size):
                 raise UndecodableError("it is not as large as its header says")
         return image
 
@@ -171,19 +181,23 @@ def make_decode(codec: ModuleType | None = None) -> Decode:
 
 def make_fast(codec: ModuleType | None) -> Fast:
     """Make the first decoder of ``make_decode``; it gives ``None`` for what it cannot decode."""
-    decoder: Fast = with_torchvision if codec is None else NvImageCodec(codec)
+    decoder = _first_decoder(codec)
 
     def decode(data: bytes) -> Tensor | None:
         image = decoder(data) if is_common(data) else None
-        return image if image is not None and _is_as_announced(image, data) else None
+        return image if image is not None and _is_as_announced(image, data, None) else None
 
     return decode
 
 
-def _is_as_announced(image: Tensor, data: bytes) -> bool:
+def _first_decoder(codec: ModuleType | None) -> Fast:
+    return with_torchvision if codec is None else NvImageCodec(codec)
+
+
+def _is_as_announced(image: Tensor, data: bytes, size: Size | None) -> bool:
     """Whether an image is as large as its header says: crops were planned by that."""
     try:
-        return (image.shape[2], image.shape[1]) == size_of_bytes(data)
+        return (image.shape[2], image.shape[1]) == (size or size_of_bytes(data))
     except HeaderError:
         return False
 
@@ -206,8 +220,9 @@ def crop_and_resize(
     """
     x, y, w, h = box
     crop = turn_pixels(image[None, :, y : y + h, x : x + w], orientation)
-    # Channels last is what decoders give and batches hold, and torch resizes it without copies.
-    crop = (crop.flip(3) if flip else crop).contiguous(memory_format=torch.channels_last)
+    # Channels last is what decoders give and batches hold; torch flips and resizes it at once.
+    crop = crop.contiguous(memory_format=torch.channels_last)
+    crop = crop.flip(3) if flip else crop
     views: list[Pixels] = []
     for size in sizes:
         resized = interpolate(crop, (size, size), mode="bicubic", antialias=True)

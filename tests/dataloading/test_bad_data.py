@@ -286,9 +286,9 @@ def test_no_decoder_sees_a_picture_larger_than_its_header_said(
 
         make = module.make_decode
 
-        def spy_maker(codec):
-            inner = make(codec)
-            return lambda data: seen.append(size_of_bytes(data)) or inner(data)
+        def spy_maker():
+            inner = make()
+            return lambda data, size: seen.append(size_of_bytes(data)) or inner(data, size)
 
         monkeypatch.setattr(module, "make_decode", spy_maker)
     bomb, small = cases.black(14_000, 14_000), cases.JPEG.ljust(40_000, b"\0")

@@ -168,6 +168,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(photographs, caplog):
         assert torch.equal(next(stream).images[0], expected[k])
     assert "new workers" not in caplog.text
     os.kill(children(server)[0], signal.SIGKILL)
+    time.sleep(1.0)  # the server looks at its workers twice a second
     for k in range(6, 12):
         assert torch.equal(next(stream).images[0], expected[k])
     assert caplog.text.count("was killed by SIGKILL") == 1
