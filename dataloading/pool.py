@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -301,6 +302,7 @@ class ProcessDecoder:
         layout = Layout(micro_batch, sizes, 0, workers)
         self._pool = WorkerPool(reader.index, reader.patience_s, layout)
         self._copies = copy_stream(device)
+        self._cuda: Any = torch.cuda.cudart() if device.type == "cuda" else None
         self._pinned: set[Slot] = set()
 
     def submit(self, plan: Plan) -> None:
@@ -324,14 +326,14 @@ class ProcessDecoder:
             torch.cuda.synchronize(self._device)
         for slot in self._pinned:
             for array in slot.images:
-                torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
+                self._cuda.cudaHostUnregister(array.ctypes.data)
         self._pinned.clear()
 
     def _copy(self, slot: Slot) -> tuple[Tensor, ...]:
         """Copy a slot to the GPU, asynchronously and beside its work, from pinned memory."""
         if slot not in self._pinned:
             for array in slot.images:
-                error = torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)
+                error = self._cuda.cudaHostRegister(array.ctypes.data, array.nbytes, 0)
                 torch.cuda.check_error(int(error))
             self._pinned.add(slot)
         images = [torch.as_tensor(array) for array in slot.images]

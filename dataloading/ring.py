@@ -112,7 +112,8 @@ class Slot:
         self.boxes[:] = plan.boxes
         self.flips[:] = plan.flips
         if index.source == "folder":
-            names = [encode_name(index.names[sample]) for sample in plan.ids.tolist()]
+            ids: list[int] = plan.ids.tolist()
+            names = [encode_name(index.names[sample]) for sample in ids]
             self._ends[:] = np.cumsum([len(name) for name in names])
             self._names[: self._ends[-1]] = np.frombuffer(b"".join(names), np.uint8)
 

@@ -8,6 +8,7 @@ however it ends, the pipe on standard input closes, and the kernel kills workers
 
 import ctypes
 import gc
+import importlib
 import logging
 import os
 import pickle
@@ -68,8 +69,7 @@ class Job:
 
 def serve(job: Job) -> None:
     """Fork the workers, and wait until one of them or the training process ends."""
-    from dataloading import torch_decode  # noqa: F401 - imported once, here, for all workers
-
+    importlib.import_module("dataloading.torch_decode")  # once, here, for all workers
     gc.collect()
     gc.freeze()  # pages stay shared
     parent, server = os.getppid(), os.getpid()

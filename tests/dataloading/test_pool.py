@@ -69,6 +69,7 @@ def children(pid, deep=True):
 
 
 def wait_until_gone(pids):
+    alive = pids
     for _ in range(400):
         alive = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         if not alive:
