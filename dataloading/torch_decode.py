@@ -9,6 +9,7 @@ as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
 """
 
 import importlib
+import importlib.util
 import io
 import logging
 import sys
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -27,7 +29,6 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStubs]
 
 from dataloading.headers import PIL_ERRORS, HeaderError, is_common, open_image, size_of_bytes
 from dataloading.plan import Plan
@@ -61,6 +62,7 @@ _UNDO = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 _UNUSED = 3  # references to a buffer: the list's, the loop's and that of the count itself
 
 
@@ -191,7 +193,10 @@ def make_fast(codec: ModuleType | None) -> Fast:
 
 
 def _first_decoder(codec: ModuleType | None) -> Fast:
-    return with_torchvision if codec is None else NvImageCodec(codec)
+    if codec is not None:
+        return NvImageCodec(codec)
+    load_operators()
+    return with_torchvision
 
 
 def _is_as_announced(image: Tensor, data: bytes, size: Size | None) -> bool:
@@ -230,12 +235,26 @@ def crop_and_resize(
     return views
 
 
+@lru_cache(maxsize=1)
+def load_operators() -> None:
+    """Load torchvision's image operators without its Python package.
+
+    The package imports as much again as torch itself, at every start of worker processes.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    for path in (path for folder in folders for path in Path(folder).glob("image*.so")):
+        torch.ops.load_library(path)
+    if not hasattr(torch.ops.image, "decode_image"):
+        importlib.import_module("torchvision.io")
+
+
 def with_torchvision(data: bytes) -> Tensor | None:
     """Decode with torchvision; ``None`` where it cannot."""
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         # The operator behind torchvision.io.decode_image, which since 0.29 warns at every call.
-        image: Tensor = torch.ops.image.decode_image(encoded, ImageReadMode.RGB.value, False)
+        image: Tensor = torch.ops.image.decode_image(encoded, _RGB, False)
     except RuntimeError:  # torchvision's only word for refusal
         return None
     if image.dtype == torch.uint16:

@@ -69,7 +69,7 @@ class Job:
 
 def serve(job: Job) -> None:
     """Fork the workers, and wait until one of them or the training process ends."""
-    importlib.import_module("dataloading.torch_decode")  # once, here, for all workers
+    importlib.import_module("dataloading.torch_decode").load_operators()  # once, for all workers
     gc.collect()
     gc.freeze()  # pages stay shared
     parent, server = os.getppid(), os.getpid()
