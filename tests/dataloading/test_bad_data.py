@@ -90,7 +90,7 @@ def permissions() -> Iterator[None]:
 def settings(decode: str) -> dict[str, Any]:
     """Decoder and device of a name in ``DECODERS``."""
     if decode == "gpu":
-        return {"decode": "dali", "device": "cuda"}
+        return {"decode": "dali", "device": "cuda", "worker_type": "thread"}  # faults are ours
     return {"decode": decode}
 
 
