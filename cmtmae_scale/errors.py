@@ -13,6 +13,7 @@ EXIT_STOPPED = 75
 EXIT_CONFIG = 78
 STORE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
 """Errors of a store that may pass: it is full, a quota is used up, or it failed."""
+AGAIN = "try the same command again"
 
 
 class CmtMaeError(Exception):
@@ -82,9 +83,16 @@ def exit_code_of(error: Exception) -> int:
     return EXIT_STOPPED if code == EXIT_CONFIG and may_pass(error.__cause__) else code
 
 
-def describe_store(error: OSError) -> StorageError:
-    """Return what to raise for a store that is full or fails at a launch."""
+def describe_store(error: OSError, where: str = "in run.output_dir") -> StorageError:
+    """Return what to raise for a store that is full or fails at a launch; ``where`` to make room.
+
+    A write that fails, unlike an opening, does not name its file.
+    """
     place = f"{error.filename}: " if error.filename else ""
-    return StorageError(
-        f"{place}{error.strerror}; make room in run.output_dir and try the same command again"
-    )
+    remedy = "see that the storage works" if error.errno == errno.EIO else f"make room {where}"
+    return StorageError(f"{place}{error.strerror}; {remedy} and {AGAIN}")
+
+
+def remedy_for(error: OSError, otherwise: str) -> str:
+    """Return what to do about a store that refuses a file; ``otherwise`` if that cannot pass."""
+    return f"make room there and {AGAIN}" if may_pass(error) else otherwise

@@ -55,11 +55,11 @@ class File(NamedTuple):
     fault: str | None = None
 
 
-Kind = Literal["file", "beside", "hidden", "key", "second", "label", "empty"]
+Kind = Literal["file", "beside", "hidden", "key", "second", "label", "link", "empty"]
 """file: no known extension; beside: a document, or of the same name as an image; hidden: its name
 begins with a dot; key: an image in a tar with a dot in its key; second: the same, beside an image
-of its sample; label: a text beside an image in a tar that has no ``.cls`` member; empty: an empty
-folder."""
+of its sample; label: a text beside an image in a tar that has no ``.cls`` member; link: in a tar, a
+link or a device that is named like an image; empty: an empty folder."""
 
 
 class Passed(NamedTuple):

@@ -1,5 +1,6 @@
 """Width, height and orientation of an encoded image without decoding it."""
 
+import contextlib
 import io
 import os
 import struct
@@ -174,7 +175,7 @@ def _pil_header(file: BinaryIO | io.BufferedReader) -> Header:
     try:
         with open_image(file) as image:
             width, height = image.size
-            exif = image.info.get("exif")
+            exif = image.info.get("exif") or _raw_profile(image.info)
             orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
             if isinstance(image, TiffImagePlugin.TiffImageFile):  # turned by Pillow as its tag says
                 width, height = image.tag_v2[256], image.tag_v2[257]
@@ -190,12 +191,34 @@ def _pil_header(file: BinaryIO | io.BufferedReader) -> Header:
     return _checked(width, height, orientation)
 
 
+def _raw_profile(info: dict[Any, Any]) -> bytes | None:
+    """Return the EXIF block that ImageMagick before version 7 writes as text into a PNG."""
+    text = info.get("Raw profile type exif")
+    with contextlib.suppress(ValueError):
+        return bytes.fromhex("".join(text.split("\n")[3:])) if isinstance(text, str) else None
+    return None
+
+
+def explain_other_file(start: bytes) -> str:
+    """Return what downloads in place of data, by first bytes; empty for other bytes."""
+    start = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"version https://git-lfs", b"version https://hawser")):
+        return " but a Git-LFS pointer: run git lfs pull where the data were cloned"
+    if start.startswith((b"/annex/objects", b"../.git/annex", b".git/annex")):
+        return " but a git-annex pointer: run git annex get where the data were cloned"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return " but a web page: download the file itself"
+    return ""
+
+
 def _explain(file: BinaryIO | io.BufferedReader) -> str:
-    """Name the two formats of cameras that Pillow may lack; empty for other bytes."""
+    """Name formats that Pillow may lack, and what is no image; empty for other bytes."""
     file.seek(0)
-    start = file.read(12)
+    start = file.read(256)
+    if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return " (a TIFF whose channels or bits Pillow does not read: convert it to 8 bits)"
     if start[4:8] != b"ftyp":
-        return ""
+        return explain_other_file(start)
     if start[8:12] in (b"avif", b"avis"):
         return " (AVIF, which this Pillow lacks: install Pillow 11.3 or later)"
     is_heic = start[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")

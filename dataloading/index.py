@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import io
-import itertools
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, Passed, count
 from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path
 from dataloading.folders import examine_folder, list_folder
-from dataloading.name_checks import find_equal_labels, find_splits
+from dataloading.name_checks import find_equal_labels, find_split_folders, find_splits
 from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
 from dataloading.shards import Shard, TarNames, is_glob, is_tar_path, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
@@ -86,6 +85,8 @@ class _Listing(NamedTuple):
     files: list[File]
     shards: list[Shard]
     passed: Counts
+    is_detected: bool
+    """Whether the layout is detected, and not named."""
 
     @property
     def source(self) -> Literal["folder", "webdataset"]:
@@ -167,12 +168,12 @@ def _list(root: Path, source: str) -> _Listing:
         raise ValueError(f"source is {source!r}; expected one of {get_args(SourceName)}")
     if source == "webdataset" or (source == "auto" and is_tar_path(root)):
         passed: Counts = {}
-        listing = _Listing(root, [], list_shards(root, passed), passed)
+        listing = _Listing(root, [], list_shards(root, passed), passed, source == "auto")
         is_listed = root.is_dir() or (is_glob(root) and "{" not in str(root))
         problem = _mixed_tars(listing) if is_listed else None
     else:
         files, passed = list_folder(root)
-        listing = _Listing(root, files, [], passed)
+        listing = _Listing(root, files, [], passed, source == "auto")
         problem = _mixed_folders(listing)
     if problem is None:
         return listing
@@ -184,18 +185,17 @@ def _list(root: Path, source: str) -> _Listing:
 
 def _mixed_folders(listing: _Listing) -> str | None:
     """Return what to do if the folders are a training and a test set and no classes."""
-    first, last = (listing.files[at].name.split("/")[:-1] for at in (0, -1))
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    prefix = "".join(f"{folder}/" for folder, _ in pairs)
-    parts = (file.name[len(prefix) :].partition("/") for file in listing.files)
-    folders = {folder for folder, slash, _ in parts if slash}
-    splits = find_splits(folders)
+    names = {file.name.rpartition("/")[0] for file in listing.files}
+    splits = find_split_folders({tuple(name.split("/")) if name else () for name in names})
     if splits is None:
         return None
     train, test = splits
+    remedy = f"set data.path={listing.root / train}"
+    if "*/" in train:
+        remedy = "set data.path to a folder with links to the training images alone"
     return (
-        f"holds {prefix}{train}/ and {prefix}{test}/, a training and a test set and no classes; "
-        f"set data.path={listing.root / prefix / train}, or data.source=folder to use all images"
+        f"holds {train}/ and {test}/, a training and a test set and no classes; {remedy}, or "
+        "data.source=folder to use all images"
     )
 
 
@@ -214,9 +214,11 @@ def _mixed_tars(listing: _Listing) -> str | None:
 
 
 def _examine(listing: _Listing, max_pixels: int, exif_orientation: bool) -> Index:
-    root, files, shards, passed = listing
+    root, files, shards, passed, is_detected = listing
     if shards:
-        findings = examine_shards(root, shards, max_pixels, exif_orientation, passed)
+        findings = examine_shards(
+            root, shards, max_pixels, exif_orientation, passed, refuse_splits=is_detected
+        )
     else:
         findings = examine_folder(root, files, max_pixels, exif_orientation)
         findings = findings._replace(passed_over=sort_counts([passed]))

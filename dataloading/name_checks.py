@@ -1,25 +1,62 @@
 """Names of folders, tars and labels that show a data set to be other than it was meant."""
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-_TRAIN = frozenset({"train", "training", "trainset", "traindata"})
-_TEST = frozenset({"val", "valid", "validation", "valset", "test", "testing", "testset", "eval"})
+_TRAIN = frozenset({"train", "training", "trainset", "traindata", "trainval"})
+_TEST = frozenset(
+    {"val", "valid", "validation", "valset", "valdata", "test", "testing", "testset", "testdata"}
+    | {"eval", "evaluation", "dev", "holdout"}
+)
 _MAX_NAMES = 8  # of more, some are classes whose names happen to have such a word
 
 
 def find_splits(names: Iterable[str]) -> tuple[str, str] | None:
     """Return the first training name and the first test name; ``None`` unless there are both.
 
-    Of a name its words count: ``val2017`` and ``ILSVRC2012_img_val`` are test sets.
+    Of a name its words count: ``val2017``, ``TestImages`` and ``ILSVRC2012_img_val`` are test sets.
     """
     distinct = sorted(set(names))
     if len(distinct) > _MAX_NAMES:
         return None
-    words = {name: set(re.findall(r"[a-z]+", name.lower())) for name in distinct}
+    words = {
+        name: {
+            word
+            for text in (name, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+            for word in re.findall(r"[a-z]+", text.lower())
+        }
+        for name in distinct
+    }
     train = next((name for name in distinct if words[name] & _TRAIN), None)
     test = next((name for name in distinct if words[name] & _TEST and name != train), None)
     return None if train is None or test is None else (train, test)
+
+
+def find_split_folders(folders: Collection[tuple[str, ...]]) -> tuple[str, str] | None:
+    """Return the folders of a training and of a test set, below what all have in common.
+
+    Args:
+        folders: folders that hold images, as their parts from the root on.
+
+    Returns:
+        Two paths from the root with ``/``, or ``*/train`` and ``*/val`` where every class has both;
+        ``None`` unless there are both.
+    """
+    if not folders:
+        return None
+    pairs = itertools.takewhile(
+        lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False)
+    )
+    common = tuple(part for part, _ in pairs)
+    below = {folder[len(common) :] for folder in folders}
+    splits = find_splits(parts[0] for parts in below if parts)
+    if splits is None and all(len(parts) != 1 for parts in below):
+        splits = find_splits(parts[1] for parts in below if parts)
+        common = (*common, "*")
+    if splits is None:
+        return None
+    return "/".join((*common, splits[0])), "/".join((*common, splits[1]))
 
 
 def find_equal_labels(labels: Iterable[str]) -> tuple[str, str] | None:
@@ -33,5 +70,6 @@ def find_equal_labels(labels: Iterable[str]) -> tuple[str, str] | None:
 
 
 def as_integer(label: str) -> int | None:
-    """Return the number that a label is; ``None`` for other texts."""
-    return int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else None
+    """Return the integer that a label is, as ``7``, ``007``, ``+7`` or ``7.0``, else ``None``."""
+    found = re.fullmatch(r"([+-]?[0-9]{1,18})(?:\.0*)?", label)
+    return int(found[1]) if found else None

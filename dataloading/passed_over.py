@@ -22,6 +22,10 @@ _DOCUMENT_NAMES = frozenset(
     | {"sha256sums", "md5sums", "checksums", "manifest", "labels", "classes"}
 )
 _ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".7z", ".rar", ".gz"})
+_CONTAINERS = frozenset(
+    {".parquet", ".arrow", ".tfrecord", ".tfrecords", ".lmdb", ".mdb", ".h5", ".hdf5", ".rec"}
+    | {".npy", ".npz", ".mat", ".beton", ".pkl", ".pickle", ".pt"}
+)
 _LABELS = frozenset(
     {".json", ".txt", ".cls.txt", ".cls.json", ".label", ".class", ".target", ".csv"}
 )
@@ -120,7 +124,8 @@ def lost_images(passed: Iterable[Passed]) -> int:
     return sum(
         item.number
         for item in passed
-        if item.kind == "key" or (item.kind == "file" and item.extension not in _DOCUMENTS)
+        if item.kind in ("key", "link")
+        or (item.kind == "file" and item.extension not in _DOCUMENTS)
     )
 
 
@@ -151,6 +156,8 @@ def _label(item: Passed) -> str:
         return f"{item.extension} behind a second dot"
     if item.kind == "second":
         return f"{item.extension} behind a second dot beside an image of the same key"
+    if item.kind == "link":
+        return f"{item.extension} that are links or devices"
     return item.extension or "without extension"
 
 
@@ -166,12 +173,22 @@ def _remedy(item: Passed) -> str:
         )
     if item.kind == "label":
         return f"{name}: labels are read from KEY.cls only; write that member for labelled images"
+    if item.kind == "link":
+        return (
+            f"{name}: links within a tar are not followed; write the tar with "
+            "tar --dereference --hard-dereference"
+        )
     if item.kind != "file" or extension in _DOCUMENTS:
         return ""
     if extension in _UNREAD:
         return f"{name}: this format is not read; convert such files to JPEG, PNG or WebP"
     if extension == ".tar":
-        return f"{name}: tars are read where data.path is their folder or a pattern of tars"
+        return (
+            f"{name}: tars are read where data.path is their folder or a pattern of tars; unpack "
+            "a tar that is within another"
+        )
+    if extension in _CONTAINERS:
+        return f"{name}: this container is not read; write its images as files, or as .tar files"
     if is_archive(extension):
         return (
             f"{name}: archives are not read in place; unpack them, or decompress each .tar.gz to a "

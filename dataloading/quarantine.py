@@ -88,7 +88,7 @@ class Quarantine:
         for line in whole.decode("ascii", "replace").splitlines():
             try:
                 self._names.add(json.loads(line)["name"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = "%s: a line is not readable and is skipped: %r"
                 logger.warning(text, self._path, line[:80])
 

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from dataloading.errors import DataError
+from dataloading.files import atomic_path
 from dataloading.index import Index
 from dataloading.stream import Stream
 
@@ -52,7 +53,9 @@ def draw_sheet(
         sheet[top : top + _SIDE, left : left + _SIDE] = view
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet).save(path, quality=90)
+        with atomic_path(path) as draft:
+            form = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+            Image.fromarray(sheet).save(draft, form, quality=90)
     except OSError as error:
         raise DataError(
             f"{path}: the contact sheet cannot be written ({error}); name another file"

@@ -8,10 +8,15 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dataloading.headers import explain_other_file
+
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _REGULAR = frozenset((b"0", b"\0", b"7"))
+_FOLDERS = frozenset((b"5", b"D", b"V"))  # folders, their lists in GNU's backups, volume labels
 _WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # links, devices, folders, pipes
+NOT_A_FILE = "a link or a device"
+"""Fault of a member without data of its own."""
 _EXTENDED = frozenset((b"L", b"K", b"x", b"g"))  # long name, long link, pax records
 _MAX_EXTENDED = 1 << 20  # bytes of a long name or of pax records
 _COMPRESSED = {
@@ -53,6 +58,9 @@ def find_tar_problem(descriptor: int, size: int) -> str | None:
     for magic, name in _COMPRESSED.items():
         if block.startswith(magic):
             return f"is compressed ({name}) and cannot be read in place; decompress it"
+    other = explain_other_file(block)
+    if other:
+        return f"is not a tar{other}"
     if size < BLOCK:
         return f"has {size} bytes, a tar has at least {BLOCK}"
     try:
@@ -66,8 +74,9 @@ def find_tar_problem(descriptor: int, size: int) -> str | None:
 def list_members(descriptor: int, size: int) -> Iterator[Member]:
     """Walk the headers of a tar: ustar, GNU, pax and the old format without a magic.
 
-    Folders, links and devices are skipped. At damage a last ``Member`` with a fault is yielded;
-    no data are read but those of extended headers. ``size`` is that of the open file, in bytes.
+    Folders are skipped; links, devices and kinds that are not known have the fault ``NOT_A_FILE``.
+    At damage a last ``Member`` with a fault is yielded; no data are read but those of extended
+    headers. ``size`` is that of the open file, in bytes.
 
     Raises:
         OSError: if the file cannot be read.
@@ -94,6 +103,8 @@ def list_members(descriptor: int, size: int) -> Iterator[Member]:
             yield Member(b"", at, 0, f"{damage}; the rest of this tar is excluded")
             return
         if kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith(b"/")):
+            if kind not in _FOLDERS and kind != b"\0":
+                yield Member(name, at, 0, NOT_A_FILE)
             at = start
             continue
         if kind == b"S":
@@ -106,6 +117,8 @@ def list_members(descriptor: int, size: int) -> Iterator[Member]:
             yield Member(name, start, length, "stored sparse; write the tar without --sparse")
         elif kind in _REGULAR:
             yield Member(name, start, length)
+        elif kind not in _FOLDERS:
+            yield Member(name, start, length, NOT_A_FILE)
         at = start + _padded(length)
     yield Member(b"", size, 0, "no end-of-archive mark: the tar may be cut short")
 

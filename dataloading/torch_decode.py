@@ -49,7 +49,7 @@ class Decode(Protocol):
     def __call__(self, data: bytes, size: Size | None = None) -> Tensor: ...
 
 
-_BITS, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF
+_BITS, _PHOTOMETRIC, _ORIENTATION, _PLANAR, _SAMPLE_FORMAT = 258, 262, 274, 284, 339  # TIFF tags
 _NO_RANGE = (
     "have no range that the file defines; convert the image to unsigned integers of 8 or 16 bits"
 )
@@ -287,14 +287,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise UndecodableError(f"floating-point values {_NO_RANGE}")
+    if isinstance(image, TiffImageFile) and 2 in image.tag_v2.get(_SAMPLE_FORMAT, (1,)):
+        bits = image.tag_v2.get(_BITS, (1,))[0]  # those of 8 Pillow reads as if unsigned
+        raise UndecodableError(f"signed integers of {bits} bits {_NO_RANGE}")
+    if (
+        isinstance(image, TiffImageFile)
+        and image.mode == "RGB"
+        and image.tag_v2.get(_PLANAR) == 2
+        and max(image.tag_v2.get(_BITS, (1,))) > 8
+    ):
+        raise UndecodableError(
+            "planes of 16 bits, which Pillow reads wrongly; convert the image to 8 bits, or store "
+            "its channels together"
+        )
     if image.mode.startswith("I"):  # Pillow would cut off what is above 255
         top, is_inverted = 65535, False
         if isinstance(image, TiffImageFile):
             bits, kind = (image.tag_v2.get(tag, (1,))[0] for tag in (_BITS, _SAMPLE_FORMAT))
             if kind != 1 or bits > 16:
-                raise UndecodableError(
-                    f"{'un' if kind == 1 else ''}signed integers of {bits} bits {_NO_RANGE}"
-                )
+                what = "unsigned" if kind == 1 else "undefined"
+                raise UndecodableError(f"{what} integers of {bits} bits {_NO_RANGE}")
             top = (1 << bits) - 1
             is_inverted = image.tag_v2.get(_PHOTOMETRIC) == 0  # Pillow inverts eight bits only
         levels = np.asarray(image).astype(np.int64).clip(0, top)

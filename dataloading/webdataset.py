@@ -22,6 +22,7 @@ from dataloading.entries import (
 )
 from dataloading.errors import DataError
 from dataloading.headers import header_of_range
+from dataloading.name_checks import find_split_folders
 from dataloading.passed_over import (
     Counts,
     count_passed,
@@ -35,7 +36,7 @@ from dataloading.passed_over import (
 )
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, TarNames, open_shard, place
-from dataloading.tars import find_tar_problem, list_members
+from dataloading.tars import NOT_A_FILE, find_tar_problem, list_members
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class _Samples(NamedTuple):
     classes: tuple[str, ...]
     excluded: list[tuple[str, str]]
     passed: Counts
+    folders: set[bytes]
+    """In the names of the images, with a slash at the end."""
 
 
 def examine_shards(
@@ -60,21 +63,23 @@ def examine_shards(
     max_pixels: int,
     exif_orientation: bool = True,
     beside: Counts | None = None,
+    refuse_splits: bool = False,
 ) -> Findings:
     """Walk tars and read the headers of their images.
 
     The key of a member is its name up to the first dot behind the last slash; the image of a sample
     is its first member whose extension is one of an image, its label the text of ``KEY.cls``.
     Images with more than ``max_pixels`` are excluded; messages name ``path``. ``beside`` counts the
-    files beside the tars that are passed over.
+    files beside the tars that are passed over. With ``refuse_splits`` the images must not be in
+    folders of a training and of a test set.
 
     Returns:
         Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members,
         in numerical order if all are integers.
 
     Raises:
-        DataError: if a file is not a tar or cannot be read, no image is usable, or more than half
-            of the images are passed over.
+        DataError: if a file is not a tar or cannot be read, no image is usable, more than half of
+            the images are passed over, or there are images of two sets.
         ReadError: if storage fails for longer than reads are retried.
     """
     patience = Patience(PATIENCE_S)
@@ -109,6 +114,8 @@ def examine_shards(
             f"{path}: more than half of the members, {lost} of {lost + images}, are not taken as "
             f"images{others}; correct them, or set data.path to other tars"
         )
+    folders = {folder for samples in found for folder in samples.folders}
+    _check_splits(path, folders, refuse_splits)
     labels = _in_order({text for samples in found for text in samples.classes})
     number = {label: i for i, label in enumerate(labels)}
     entries["label"] = np.concatenate(
@@ -135,6 +142,19 @@ def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[n
     total.update(rows.tobytes())
     total.update(turns_bytes(entries))
     return total.hexdigest()
+
+
+def _check_splits(path: Path, folders: set[bytes], refuse: bool) -> None:
+    splits = find_split_folders({tuple(_text(folder).split("/")[:-1]) for folder in folders})
+    if splits is None:
+        return
+    text = f"{path}: the members are of {splits[0]}/ and {splits[1]}/, a training and a test set"
+    if refuse:
+        raise DataError(
+            f"{text}; write the members of {splits[0]}/ into tars of their own, or set "
+            "data.source=webdataset to use all images"
+        )
+    logger.info("%s; all are used, since data.source=webdataset", text)
 
 
 def _in_order(texts: set[str]) -> tuple[str, ...]:
@@ -168,6 +188,8 @@ def _read_samples(
     classes: dict[bytes, str] = {}
     others: list[tuple[bytes, bytes, bytes]] = []  # key, extension and name
     excluded: list[tuple[str, str]] = []
+    links: list[tuple[bytes, bytes]] = []  # end from the first dot on, and name
+    folders: set[bytes] = set()
 
     def exclude(offset: int, name: bytes, reason: str) -> None:
         text = _text(name)
@@ -180,7 +202,9 @@ def _read_samples(
         base = name.rfind(b"/") + 1
         dot = name.find(b".", base)
         key, extension = name[:dot], name[dot:].lower()
-        if fault is not None:
+        if fault == NOT_A_FILE:
+            links.append((extension if dot > base else b"", name))
+        elif fault is not None:
             exclude(offset, name, fault)
         elif dot <= base:  # no extension, or a hidden file
             others.append((b"", b"", name))
@@ -189,6 +213,7 @@ def _read_samples(
                 exclude(offset, name, "a second image of its sample; the first is used")
                 continue
             images.add(key)
+            folders.add(name[:base])
             width, height, unfit, flags = examine(
                 length,
                 lambda o=offset, n=length: header_of_range(descriptor, o, n),
@@ -219,7 +244,13 @@ def _read_samples(
     passed = _count_others(others, shard, images, {key for key in classes if classes[key]})
     for key in classes.keys() - images:
         count_passed(passed, "file", ".cls", f"{shard}/{_text(key)}.cls")
-    return _Samples(entries, tuple(labels), excluded, passed)
+    for end, name in links:
+        last = os.path.splitext(f"a{_text(end)}")[1]
+        kind, extension = (
+            ("link", last) if last in EXTENSIONS else ("beside", extension_of(f"a{last}"))
+        )
+        count_passed(passed, kind, extension, f"{shard}/{_text(name)}")
+    return _Samples(entries, tuple(labels), excluded, passed, folders)
 
 
 def decode_class(data: bytes) -> str:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
 from cmtmae_scale.cache.claim import compute_once
@@ -44,7 +43,7 @@ from cmtmae_scale.cache.format import (
 )
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import CacheError, TeacherError
+from cmtmae_scale.errors import CacheError, TeacherError, remedy_for
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import sync
 from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
@@ -169,7 +168,8 @@ class Builder:
             )
         except OSError as error:
             raise CacheError(
-                f"cache.dir={folder}: cannot be written ({error.strerror}); name another folder"
+                f"cache.dir={folder}: cannot be written ({error.strerror}); "
+                f"{remedy_for(error, 'name another folder')}"
             ) from error
         self.use_calibration(folder, manifest)
         return manifest
@@ -216,7 +216,14 @@ class Builder:
                     yield found.features[found.valid]
 
         logger.info("calibrating with the first %d views", count)
-        return calibrate(features())
+        try:
+            return calibrate(features())
+        except ValueError as error:
+            raise CacheError(
+                f"data.path={self.config.data.path}: none of the first {count} views can be "
+                "decoded, and int8 features are calibrated with them; replace these images "
+                "(check_data.py names them), or set cache.codec=bf16"
+            ) from error
 
     def split_rows(self, rows: Rows) -> list[Rows]:
         size = self.config.train.micro_batch_size
@@ -286,6 +293,12 @@ class Builder:
         if manifest.tokens and found.features is not None:
             clean = zero_invalid(found.features, found.valid)
             values, scales = encode(clean, manifest.codec, self.calibration)
+            if scales is not None and not bool(scales.isfinite().all()):
+                raise CacheError(
+                    "cache.codec=int8: features of rows "
+                    f"{found.rows[0]} to {found.rows[-1]} are beyond the range of int8 with the "
+                    "calibration of the first views; set cache.codec=bf16 in another cache.dir"
+                )
             fields["features"] = zero_invalid(values, found.valid)
             if scales is not None:
                 fields["scales"] = zero_invalid(scales, found.valid)
@@ -330,7 +343,8 @@ def open_or_build_index(config: Config, folder: Path) -> Index:
         return compute_once(folder / ".indexing", find, lambda keep_alive: load())
     except OSError as error:
         raise CacheError(
-            f"{folder}: cannot be written ({error.strerror}); correct cache.dir or data.index"
+            f"{folder}: cannot be written ({error.strerror}); "
+            f"{remedy_for(error, 'correct cache.dir or data.index')}"
         ) from error
 
 
@@ -425,8 +439,8 @@ def await_write(writing: "Future[None] | None", folder: Path, manifest: Manifest
         return
     try:
         writing.result()
-    except (OSError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CacheError(
             f"cache.dir={folder}: {'is full' if full else 'cannot be written'} ({error}); "
             f"{missing_text(folder, manifest)}make room and run the same command again"

@@ -87,5 +87,5 @@ def owner_of(claim: Path) -> str:
     """Return host and process that hold the claim."""
     try:
         return claim.read_text()
-    except OSError:
+    except (OSError, ValueError):
         return "another process"

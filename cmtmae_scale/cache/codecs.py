@@ -7,6 +7,7 @@ judged on standardised features.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.storage import digest, write_atomic
+from cmtmae_scale.runtime.storage import read_regular, write_atomic
 from cmtmae_scale.teachers.base import TeacherView
 
 Codec = Literal["int8", "bf16", "attention"]
@@ -95,12 +96,15 @@ def load_calibration(folder: Path, sha256: str | None, width: int) -> Calibratio
         return None
     path = calibration_path(folder, sha256)
     try:
-        if digest(path) != sha256:
+        data = read_regular(path)
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError("it differs from its digest")
-        tensors = load(path.read_bytes())
+        tensors = load(data)
         found = Calibration(tensors["mean"], tensors["std"])
         if any(statistic.shape != (width,) for statistic in found):
             raise ValueError("its shape is not that of the features")
+        if not all(bool(statistic.isfinite().all()) for statistic in found):
+            raise ValueError("it holds values that are not finite")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CacheError(
             f"cache.dir={folder}: {path.name} cannot be trusted ({error}); delete the folder and "
@@ -178,9 +182,11 @@ def measure_fidelity(online: Tensor, stored: Tensor, calibration: Calibration) -
 
 
 def summarise_cosines(online: Tensor, stored: Tensor) -> tuple[float, float, float]:
-    """Return mean, 1st percentile and minimum of the cosine per token."""
+    """Return mean, 1st percentile and minimum of the cosine per token; NaN if any token is NaN."""
     cosines = torch.cosine_similarity(online.double(), stored.double(), dim=-1)
     found = cosines.flatten().sort().values
+    if bool(found[-1].isnan()):  # NaN is sorted last, where no quantile would meet it
+        return math.nan, math.nan, math.nan
     return float(found.mean()), float(found[len(found) // 100]), float(found[0])
 
 

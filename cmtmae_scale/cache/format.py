@@ -6,6 +6,7 @@ its seal ``parts/00000012.json``, which holds size and SHA-256. The checksum of 
 bytes, its number and the identity of the cache, and is verified at every read.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,18 +18,28 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, cast, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cmtmae_scale.cache.codecs import Codec
 from cmtmae_scale.errors import CacheError
-from cmtmae_scale.runtime.storage import atomic_path, digest, sync, write_atomic
+from cmtmae_scale.runtime.storage import (
+    atomic_path,
+    digest,
+    read_json,
+    read_regular,
+    sync,
+    write_atomic,
+)
 
 FORMAT = 1
 ENDLESS = 1 << 62
 """``num_rows`` of a cache whose rows are the positions of a run's stream."""
 MANIFEST = "manifest.json"
 SHARDS = "parts"
+SEAL_BYTES = 4096
+"""Largest seal that is read."""
 STORED_NAMES = {"rows_per_shard": "rows_a_part"}
 """Fields whose name in ``manifest.json`` differs; format 1 keeps it."""
 
@@ -151,7 +162,7 @@ def read_manifest(folder: Path) -> Manifest:
     if (folder / SHARDS).exists():
         refuse_world_writable(folder / SHARDS)
     try:
-        tree = json.loads((folder / MANIFEST).read_text())
+        tree = read_json(read_regular(folder / MANIFEST))
         stored = tree.pop("sha256")
         found = Manifest.from_dict(tree)
         if stored != found.sha256:
@@ -225,7 +236,7 @@ class Seal(NamedTuple):
 def read_seal(folder: Path, shard: int) -> Seal | None:
     """Return the seal of a shard; ``None``: the shard is not complete."""
     try:
-        tree = cast(dict[str, Any], json.loads(seal_path(folder, shard).read_text()))
+        tree = cast(dict[str, Any], read_json(read_regular(seal_path(folder, shard), SEAL_BYTES)))
         return Seal(int(tree["size"]), str(tree["sha256"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
@@ -234,6 +245,13 @@ def read_seal(folder: Path, shard: int) -> Seal | None:
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     """Return the shards that are not complete."""
     return [shard for shard in range(manifest.num_shards) if read_seal(folder, shard) is None]
+
+
+def as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """Return what the store said to safetensors, whose text alone has the error number."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number), str(path))
 
 
 def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[str, Tensor]) -> None:
@@ -254,7 +272,10 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[st
     ]
     tensors = {name: fields[name].contiguous() for name in names}
     with atomic_path(path) as draft:
-        save_file(tensors | {"checksum": torch.tensor(sums)}, draft)
+        try:
+            save_file(tensors | {"checksum": torch.tensor(sums)}, draft)
+        except SafetensorError as error:
+            raise as_os_error(error, path) from error
         draft.chmod(0o644)  # safetensors creates files that only their owner may read
         seal = {"size": draft.stat().st_size, "sha256": digest(draft)}
         seal_path(folder, shard).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Read the rows of a cache ahead of the step, on threads, each verified by its checksum."""
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.cache.format import Manifest, read_seal, row_checksum, row_memory, shard_path
+from dataloading.files import open_regular
 from dataloading.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,9 @@ class ShardFile:
         if seal is None:
             raise ValueError(INCOMPLETE)
         path = shard_path(folder, shard)
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "Is a link", str(path))
+        self.descriptor = open_regular(path)
         try:
             size = os.fstat(self.descriptor).st_size
             if size != seal.size:

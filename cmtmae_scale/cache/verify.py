@@ -1,5 +1,6 @@
 """Verify a cache: every checksum, and a random share of the rows computed again."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ class Comparison:
         return (
             (self.features is None or self.features.standardised[1] >= MIN_COSINE)
             and (self.agreement is None or self.agreement >= MIN_AGREEMENT)
+            and (self.attention_error is None or math.isfinite(self.attention_error))
             and not self.validity
         )
 

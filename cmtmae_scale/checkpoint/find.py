@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.errors import CheckpointError, StorageError
 from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_int, on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import RunLock
@@ -23,16 +23,26 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
 
     Raises:
         CheckpointError: if every checkpoint is broken, or all of them are gone.
+        StorageError: if none can be used, and the store failed while one was read.
     """
+    has_failed = False
     steps = [layout.step_of(folder) or 0 for folder in layout.list_checkpoints(root)]
     count = broadcast_int(len(steps))
     for number in range(count):
         folder = layout.folder_of(root, broadcast_int(steps[number] if rank == 0 else 0))
-        damage = layout.find_damage(folder, (rank, world_size))
+        try:
+            damage = layout.find_damage(folder, (rank, world_size))
+        except StorageError as error:
+            damage, has_failed = str(error), True
         if all_ranks_agree(damage is None):
             return folder
         if damage:
             logger.error("BROKEN CHECKPOINT %s: %s; trying the one before", folder, damage)
+    if count and not all_ranks_agree(not has_failed):
+        raise StorageError(
+            f"{root}: none of {count} checkpoints can be used, and the store failed while they "
+            "were read; see that it works and try the same command again"
+        )
     if count:
         raise CheckpointError(
             f"{root}: none of {count} checkpoints is intact; restore one, or use another "

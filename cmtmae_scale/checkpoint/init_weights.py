@@ -19,7 +19,7 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.decoder import FullDecoder
 from cmtmae_scale.method.initialisation import sincos_positions
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.teachers.weights import find_non_finite
+from cmtmae_scale.teachers.weights import SAVE_FLOATS, find_non_finite, find_other_dtype
 
 RENAMES = (
     # transformers' names to MAE's
@@ -110,7 +110,7 @@ def load_init_weights(
     Raises:
         ConfigError: for unknown names, or a tensor of the encoder that is missing, unexpected or of
             another shape; names file, tensor, both shapes and the remedy. Also for values that are
-            not finite.
+            not finite, and for tensors of another type, such as quantised weights.
     """
     where = f"student.init_weights={file}"
     bad = find_non_finite(state)
@@ -124,6 +124,10 @@ def load_init_weights(
             "them"
         )
     own: dict[str, Tensor] = model.state_dict()
+    targets = {n: own[ours] for ours, piece in pieces.items() if ours in own for n in piece.names}
+    other = find_other_dtype(targets, state)
+    if other:
+        raise ConfigError(f"{where}: {summarise_texts(other)}; {SAVE_FLOATS}")
     grids = resample_positions(model, own, pieces)
     found = list_mismatches(select_component(own, "encoder."), select_component(pieces, "encoder."))
     if found:

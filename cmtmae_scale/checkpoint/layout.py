@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.checkpoint.chunks import INDEX, load_index
-from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.errors import CheckpointError, describe_store, may_pass
 from cmtmae_scale.runtime.storage import digest, read_inside, read_json, require_inside, sync
 
 MANIFEST = "manifest.json"
@@ -73,6 +73,9 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     Args:
         folder: the checkpoint.
         share: (i, n): hash every n-th file from the i-th on; all sizes are compared.
+
+    Raises:
+        StorageError: if the store fails: whether the checkpoint is damaged is not known then.
     """
     try:
         files = load_manifest(folder)
@@ -90,6 +93,8 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is absent"
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise describe_store(error) from error
         return f"cannot be read ({error})"
 
 
@@ -103,10 +108,12 @@ def find_renaming(folder: Path) -> str | None:
         OSError, ValueError, TypeError, AttributeError: if the state cannot be read.
     """
     named = step_of(folder)
-    progress = json.loads((folder / STATE).read_text()).get("progress")
+    progress = read_json(read_inside(folder, folder / STATE)).get("progress")
     if named is None or not isinstance(progress, dict) or not {"step", "position"} <= set(progress):
         return None
-    held = int(cast(dict[str, Any], progress)["step"])
+    held = cast(dict[str, Any], progress)["step"]
+    if not is_count(held):
+        return f"{STATE}: progress.step={shorten(held)} is not a count"
     if held == named:
         return None
     own = folder_of(folder.parent, held).name

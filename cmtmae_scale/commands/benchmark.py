@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.errors import EXIT_DONE, CmtMaeError
-from cmtmae_scale.runtime.arguments import Parser
+from cmtmae_scale.errors import EXIT_DONE
+from cmtmae_scale.runtime.arguments import Parser, at_least_one
 from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import set_up_logging
-from dataloading.errors import DataError
 
 if TYPE_CHECKING:
     from cmtmae_scale.tools.benchmark import training
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 def run_benchmark(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     options = parse_options(arguments)
-    try:
+
+    def measure() -> int:
         world = find_world()
         set_up_logging(world.rank, world.world_size)
         options.run(options, world)
-    except (CmtMaeError, DataError) as error:
-        logger.error("%s", error)
-        return error.exit_code
-    return EXIT_DONE
+        return EXIT_DONE
+
+    return run_alone(measure)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +41,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     step = commands.add_parser("train", help="the training step, by stage", allow_abbrev=False)
     step.add_argument("--config", required=True, help="a recipe")
     step.add_argument("--data", choices=("synthetic", "real"), default="synthetic")
-    step.add_argument("--accumulation", type=int, default=1, help="micro-steps per step")
+    step.add_argument("--accumulation", type=at_least_one, default=1, help="micro-steps per step")
     step.add_argument(
         "--sweep",
         action="append",
@@ -53,26 +53,36 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     step.add_argument("overrides", nargs="*", metavar="key=value")
     decode = commands.add_parser("data", help="decoders against PIL", allow_abbrev=False)
     decode.add_argument("path", help="folder of images or of tars")
-    decode.add_argument("--size", type=int, default=224, help="side of the views, pixels")
-    decode.add_argument("--images", type=int, default=256, help="images per round")
-    decode.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
-    decode.add_argument("--threads", type=int, default=1, help="decoder threads")
+    decode.add_argument("--size", type=at_least_one, default=224, help="side of the views, pixels")
+    decode.add_argument("--images", type=at_least_one, default=256, help="images per round")
+    decode.add_argument(
+        "--rounds", type=at_least_one, default=5, help="rounds, of which the median counts"
+    )
+    decode.add_argument("--threads", type=at_least_one, default=1, help="decoder threads")
     store = commands.add_parser(
         "cache", help="a teacher's cache against the teacher online", allow_abbrev=False
     )
     store.add_argument("--config", default="configs/demo.yaml", help="a recipe; the demo's")
-    store.add_argument("--rows", type=int, default=128, help="views per round")
-    store.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts")
+    store.add_argument("--rows", type=at_least_one, default=128, help="views per round")
+    store.add_argument(
+        "--rounds", type=at_least_one, default=5, help="rounds, of which the median counts"
+    )
     store.add_argument("overrides", nargs="*", metavar="key=value")
     for one in (step, store):
         one.add_argument("--warm-up", type=int, help="steps before; 20 on a GPU, 1 on a CPU")
-        one.add_argument("--windows", type=int, default=5, help="of which the median counts")
-        one.add_argument("--steps", type=int, help="steps a window; 50 on a GPU, 1 on a CPU")
+        one.add_argument(
+            "--windows", type=at_least_one, default=5, help="of which the median counts"
+        )
+        one.add_argument(
+            "--steps", type=at_least_one, help="steps a window; 50 on a GPU, 1 on a CPU"
+        )
     startup = commands.add_parser(
         "startup", help="CPU time and memory until a command answers", allow_abbrev=False
     )
     startup.add_argument("--config", default="configs/mae_base.yaml", help="for --dry-run")
-    startup.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts")
+    startup.add_argument(
+        "--rounds", type=at_least_one, default=3, help="rounds, of which the median counts"
+    )
     step.set_defaults(run=measure_training)
     decode.set_defaults(run=measure_decoders)
     store.set_defaults(run=measure_cache)
@@ -85,7 +95,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure_training(options: argparse.Namespace, world: World) -> None:
     """Time the training step, or compare it with another library's."""
     load_config(options.config, options.overrides)  # errors of the recipe cost no torch
-    from cmtmae_scale.engine.agreement import REMEDY, require_equal
+    from cmtmae_scale.engine.agreement import REMEDY, code_facts, require_equal
     from cmtmae_scale.runtime.collectives import pick_device, process_group
     from cmtmae_scale.tools.benchmark import against, table, training
 
@@ -96,7 +106,8 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
         options.config, options.overrides, options.sweep, options.accumulation, world.world_size
     )
     with process_group(world, device):
-        require_equal(vars(options), REMEDY)
+        given = {name: value for name, value in vars(options).items() if not callable(value)}
+        require_equal(given | code_facts(device), REMEDY)
         if options.against is not None:
             outcome = against.compare_with_transformers(variants[0].config, protocol, device)
             text, results = against.render_mae_comparison(outcome, on_gpu), outcome

@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.schema import Data, Views
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
-from cmtmae_scale.runtime.arguments import Parser, at_least_one, share
-from cmtmae_scale.runtime.log import progress_bar, set_up_logging
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, remedy_for
+from cmtmae_scale.runtime.arguments import Parser, at_least_one, seed_number, share
+from cmtmae_scale.runtime.log import escape_controls, progress_bar, set_up_logging
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.errors import DataError
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 SOURCES = ("auto", "folder", "webdataset")
 
 _EXITS = """exit code: 0 usable; 78 unusable: too many bad images, a damaged tar, or no image;
-75 stopped by Ctrl-C, the same command restarts and a pack resumes"""
+75 stopped by Ctrl-C or a full store, the same command restarts and a pack resumes"""
 
 
 def check_data(arguments: Sequence[str] | None = None) -> int:
@@ -35,10 +36,7 @@ def check_data(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     set_up_logging(0, 1)
     try:
-        return check_images(options)
-    except DataError as error:
-        logger.error("%s", error)
-        return error.exit_code
+        return run_alone(lambda: check_images(options))
     except KeyboardInterrupt:
         logger.warning("stopped; no partial file is used, and the same command may be repeated")
         return EXIT_STOPPED
@@ -79,7 +77,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shard-mb", type=at_least_one, default=1000, help="approximate size of a packed tar; 1000"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the packed order and the views")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the packed order and the views"
+    )
     options = parser.parse_args(arguments)
     if len(options.path) > 1:
         parser.error(
@@ -140,7 +140,7 @@ def report_data(
     from cmtmae_scale.tools.data_report import render_data_report, summarise_data
 
     found = summarise_data(index, undecodable, options.max_bad_fraction, survey)
-    sys.stdout.write(render_data_report(found) + "\n")
+    sys.stdout.write(escape_controls(render_data_report(found)) + "\n")
     sys.stdout.flush()
     if options.report is not None:
         try:
@@ -148,7 +148,8 @@ def report_data(
             write_atomic(options.report, json.dumps(found.to_dict(), indent=1) + "\n")
         except OSError as error:
             raise DataError(
-                f"{options.report}: cannot be written ({error.strerror}); name another file"
+                f"{options.report}: cannot be written ({error.strerror}); "
+                f"{remedy_for(error, 'name another file')}"
             ) from error
     return found.is_usable
 

@@ -1,7 +1,6 @@
 """``cmtmae demo``: prepare, train ``configs/demo.yaml`` in a process of its own, show."""
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -10,14 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.commands.clone import find_clone
 from cmtmae_scale.commands.report import write_page
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError
-from cmtmae_scale.runtime.arguments import Parser
-from dataloading.errors import DataError
+from cmtmae_scale.errors import EXIT_CONFIG
+from cmtmae_scale.runtime.arguments import Parser, at_least_one
 
 RECIPE = "configs/demo.yaml"
 RANDOM = "random teacher"
@@ -29,22 +28,23 @@ def run_demo(arguments: Sequence[str] | None = None) -> int:
     """Run the demo, in the folder of the clone; returns 0, or the exit code of the training."""
     options = parse_options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        os.chdir(find_clone())
-        config = load_config(RECIPE, options.overrides)
-        from cmtmae_scale.tools.demo.cached import train_from_cache
-        from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
-        from cmtmae_scale.tools.demo.teacher import prepare_teacher
+    return run_alone(lambda: show_demo(options), print_line)
 
-        print_line("images and teacher ...")
-        images = prepare_photos(Path(config.data.path))
-        prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
-        teacher = prepare_teacher(Path(str(config.teacher.weights)))
-        overrides = derive_overrides(config, teacher is None, options)
-        config = load_config(RECIPE, overrides)
-    except (CmtMaeError, DataError) as error:
-        print_line(str(error))
-        return error.exit_code
+
+def show_demo(options: argparse.Namespace) -> int:
+    """Prepare, train and show; returns the exit code."""
+    os.chdir(find_clone())
+    config = load_config(RECIPE, options.overrides)
+    from cmtmae_scale.tools.demo.cached import train_from_cache
+    from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
+    from cmtmae_scale.tools.demo.teacher import prepare_teacher
+
+    print_line("images and teacher ...")
+    images = prepare_photos(Path(config.data.path))
+    prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
+    teacher = prepare_teacher(Path(str(config.teacher.weights)))
+    overrides = derive_overrides(config, teacher is None, options)
+    config = load_config(RECIPE, overrides)
     run_dir = Path(config.run.output_dir)
     if options.fresh:
         delete_run(run_dir)
@@ -73,7 +73,9 @@ def print_line(text: str) -> None:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``[--steps N] [--fresh] [key=value ...]``; a usage error exits with 78."""
     parser = Parser(description="Show CMT-MAE at work.", allow_abbrev=False, hint=key_hint)
-    parser.add_argument("--steps", type=int, help="a shorter or longer run, in its own folder")
+    parser.add_argument(
+        "--steps", type=at_least_one, help="a shorter or longer run, in its own folder"
+    )
     parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser.parse_intermixed_args(arguments)
@@ -100,9 +102,10 @@ def delete_run(run_dir: Path) -> None:
 
 
 def read_losses(file: Path) -> list[dict[str, float]]:
-    """Return the entries of ``log.jsonl`` with a loss."""
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
-    return [entry for entry in entries if "loss/total" in entry]
+    """Return the entries of ``log.jsonl`` with a loss; lines that cannot be read are skipped."""
+    from cmtmae_scale.engine.summary import read_entries  # which imports torch
+
+    return [entry for entry in read_entries(file) if "loss/total" in entry]
 
 
 def loss_table(entries: Sequence[dict[str, float]], label: str) -> str:

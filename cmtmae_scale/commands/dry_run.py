@@ -33,11 +33,13 @@ from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.launches import refuse_further_launch
 from cmtmae_scale.engine.resume import compare_run
+from cmtmae_scale.engine.stop import STOP_FILE
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
 from cmtmae_scale.evaluation.periodic import RunEvaluation
 from cmtmae_scale.pretraining.build import load_student, refuse_bad_index, refuse_missing_cls
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.lock import refuse_living_holder
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import is_file_name
 from cmtmae_scale.tools.estimate import (
@@ -87,6 +89,9 @@ def dry_run(config: Config, world: World) -> tuple[str, int]:
         lines += count_networks(config, world.world_size, networks)
     resumed = "nothing: a new run" if saved is None else saved
     lines.append(f"would resume    {resumed}")
+    stop = Path(config.run.output_dir) / STOP_FILE
+    if stop.exists():
+        lines.append(f"would stop      after one step: {stop} exists; delete it")
     unique = list(dict.fromkeys(reasons))
     lines += [f"would not start: {reason}" for reason in unique]
     return "\n".join(lines), EXIT_CONFIG if unique else EXIT_DONE
@@ -112,6 +117,7 @@ def check_launch(
     """Append what a launch refuses beside batch, images and checkpoints; see ``build_run``."""
     run_dir = Path(config.run.output_dir)
     attempt(reasons, lambda: refuse_unwritable(run_dir))
+    attempt(reasons, lambda: refuse_living_holder(run_dir))
     attempt(reasons, lambda: refuse_further_launch(run_dir))
     attempt(reasons, lambda: require_decoder(config.data.decode))
     if config.backend.name == "deepspeed":

@@ -1,13 +1,20 @@
 """``cmtmae evaluate METHOD``: accuracy of frozen features or of fine-tuned weights."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cmtmae_scale.commands.rank import run_as_rank
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
-from cmtmae_scale.runtime.arguments import Parser, add_launcher_options, at_least_one, not_negative
+from cmtmae_scale.runtime.arguments import (
+    Parser,
+    add_launcher_options,
+    at_least_one,
+    not_negative,
+    seed_number,
+)
 from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
 
@@ -18,6 +25,8 @@ DECODERS = ("auto", "dali", "torch")
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """Run one rank of an evaluation, or of ``finetune ...``; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] and re.match("--local[_-]rank=", arguments[0]):
+        del arguments[0]  # the deepspeed launcher adds it before METHOD
     if arguments[:1] == ["finetune"]:
         from cmtmae_scale.commands.finetune import finetune
 
@@ -32,13 +41,15 @@ def launch(arguments: Sequence[str]) -> int:
     set_up_logging(world.rank, world.world_size)
     check_weight_options(options)
     check_image_options(options)
-    from cmtmae_scale.engine.agreement import REMEDY, require_equal
+    from cmtmae_scale.engine.agreement import REMEDY, code_facts, require_equal
     from cmtmae_scale.evaluation.frozen import evaluate_frozen
     from cmtmae_scale.runtime.collectives import pick_device, process_group
 
     device = pick_device(world)
     with process_group(world, device):
-        require_equal(vars(options), REMEDY)
+        given = {f"option {name}": value for name, value in vars(options).items()}
+        given.pop("option local_rank", None)  # the launcher's, and never the same
+        require_equal(given | code_facts(device), REMEDY)
         text = evaluate_frozen(options, world, device)
     if world.rank == 0:
         sys.stdout.write(text + "\n")
@@ -107,7 +118,9 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="without --test: train on this fraction of each class of --train, test on the rest",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the probe; 0")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, help="of the split and of the probe; 0"
+    )
     parser.add_argument(
         "--batch", type=at_least_one, default=64, help="images per rank and forward"
     )

@@ -1,30 +1,26 @@
 """``cmtmae export KIND``: weights for other libraries, verified before publication."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmtmae_scale.errors import EXIT_DONE, CmtMaeError
+from cmtmae_scale.commands.alone import run_alone
+from cmtmae_scale.errors import EXIT_DONE
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.log import set_up_logging
-from dataloading.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 
 def export_weights(arguments: Sequence[str] | None = None) -> int:
     """Export weights and print where they are; returns the exit code."""
     options = parse_options(arguments)
     set_up_logging(0, 1)
-    try:
-        text = options.run(options)
-    except (CmtMaeError, DataError) as error:
-        logger.error("%s", error)
-        return error.exit_code
-    sys.stdout.write(text + "\n")
-    return EXIT_DONE
+
+    def export() -> int:
+        sys.stdout.write(options.run(options) + "\n")
+        return EXIT_DONE
+
+    return run_alone(export)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, CmtMaeError, ConfigError
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, share
 from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import progress_bar, set_up_logging
@@ -37,10 +38,11 @@ def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
     """Build, verify, repair or price a cache, as one of any number of processes.
 
     Returns:
-        Exit code: 0 done; 75 interrupted, run the same command again; 78 settings that cannot work,
-        a full disk, or a cache that does not verify.
+        Exit code: 0 done; 75 interrupted, or a store that is full, over quota or fails: run the
+        same command again; 78 settings that cannot work, or a cache that does not verify.
     """
-    try:
+
+    def compute() -> int:
         world = find_world()
         set_up_logging(world.rank, world.world_size)
         options = parse_precompute_options(arguments)
@@ -51,9 +53,9 @@ def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
             if config.cache.dir is None:
                 raise ConfigError("cache.dir is not set; name the folder of the cache")
             return run_options(config, options, world)
-    except (CmtMaeError, DataError) as error:
-        logger.error("%s", error)
-        return error.exit_code
+
+    try:
+        return run_alone(compute)
     except KeyboardInterrupt:
         logger.error("interrupted; the same command continues the work")
         return EXIT_STOPPED

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
+from cmtmae_scale.commands.alone import run_alone
+from cmtmae_scale.errors import EXIT_DONE, ConfigError, remedy_for
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.log import escape_controls
 from cmtmae_scale.runtime.storage import write_atomic
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 def write_report(arguments: Sequence[str] | None = None) -> int:
     """Write a report; returns the exit code."""
     options = parse_options(arguments)
-    try:
+
+    def write() -> int:
         file = write_page(options.runs, options.out)
-    except CmtMaeError as error:
-        sys.stderr.write(f"{escape_controls(str(error))}\n")
-        return error.exit_code
-    sys.stdout.write(f"{escape_controls(str(file))}\n")
-    return EXIT_DONE
+        sys.stdout.write(f"{escape_controls(str(file))}\n")
+        return EXIT_DONE
+
+    return run_alone(write, lambda text: sys.stderr.write(f"{escape_controls(text)}\n"))
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +62,8 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
         write_atomic(file, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise ConfigError(
-            f"{file}: cannot be written ({error.strerror}); name another file with --out"
+            f"{file}: cannot be written ({error.strerror}); "
+            f"{remedy_for(error, 'name another file with --out')}"
         ) from error
     return file
 

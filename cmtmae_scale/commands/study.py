@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.commands.clone import find_clone
-from cmtmae_scale.errors import EXIT_DONE, CmtMaeError, ConfigError
+from cmtmae_scale.errors import EXIT_DONE, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.tools.study.file import Study, load_study
-from dataloading.errors import DataError
 
 if TYPE_CHECKING:
     from cmtmae_scale.tools.study.work import Run
@@ -27,32 +27,33 @@ def run_study(arguments: Sequence[str] | None = None) -> int:
     """Run a study, in the folder of the clone, or as many of its jobs as the time limit allows.
 
     Returns:
-        Exit code: 0 complete; 75 jobs are missing, the same command continues; 1 a run failed; 78
-        will never work as configured.
+        Exit code: 0 complete; 75 jobs are missing, or the store is full, and the same command
+        continues; 1 a run failed; 78 will never work as configured.
     """
     options = parse_options(arguments)
     set_up_logging(0, 1)
-    try:
-        file = options.study.resolve()
-        root = find_clone()
-        os.chdir(root)
-        place = os.path.relpath(file) if file.is_relative_to(root) else str(file)
-        study = load_study(place)
-        from cmtmae_scale.runtime.lock import hold_run
-        from cmtmae_scale.tools.study.execute import Executor, study_exit_code
-        from cmtmae_scale.tools.study.work import plan_runs
+    return run_alone(lambda: execute_study(options))
 
-        runs = plan_runs(study)
-        selected = select_runs(study, runs, options.rows)
-        if options.dry_run:
-            sys.stdout.write(list_missing(selected))
-            return EXIT_DONE
-        with hold_run(Path(study.dir), 0):
-            outcomes = Executor(options.jobs, options.minutes).run(selected)
-            sys.stdout.write(write_results(study, runs, place))
-    except (CmtMaeError, DataError) as error:
-        logger.error("%s", error)
-        return error.exit_code
+
+def execute_study(options: argparse.Namespace) -> int:
+    """Run the missing jobs, or list them; returns the exit code."""
+    file = options.study.resolve()
+    root = find_clone()
+    os.chdir(root)
+    place = os.path.relpath(file) if file.is_relative_to(root) else str(file)
+    study = load_study(place)
+    from cmtmae_scale.runtime.lock import hold_run
+    from cmtmae_scale.tools.study.execute import Executor, study_exit_code
+    from cmtmae_scale.tools.study.work import plan_runs
+
+    runs = plan_runs(study)
+    selected = select_runs(study, runs, options.rows)
+    if options.dry_run:
+        sys.stdout.write(list_missing(selected))
+        return EXIT_DONE
+    with hold_run(Path(study.dir), 0):
+        outcomes = Executor(options.jobs, options.minutes).run(selected)
+        sys.stdout.write(write_results(study, runs, place))
     return study_exit_code(outcomes)
 
 

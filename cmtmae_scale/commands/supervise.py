@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
-from cmtmae_scale.runtime.arguments import Parser
+from cmtmae_scale.runtime.arguments import Parser, not_negative
 from cmtmae_scale.runtime.exit_code import SUPERVISOR, common_code, read_reports
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.processes import descendants
@@ -48,7 +48,7 @@ def supervise(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--grace",
-        type=float,
+        type=not_negative,
         default=GRACE_S,
         metavar="SECONDS",
         help="from a signal until the remaining processes are killed; longer than a save takes",

@@ -43,6 +43,8 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
         if is_dataclass(value):
             yield from check_ranges(value, f"{key}.")
             continue
+        if isinstance(value, str) and value.startswith("~/"):
+            yield f"{key}={value}: ~ does not become the home folder; write the path out"
         if "empty" in one.metadata and not value:
             yield f"{key} is empty; {one.metadata['empty']}"
         items = cast(list[Any], [*value] if isinstance(value, tuple | list) else [value])

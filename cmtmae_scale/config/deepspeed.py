@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
+from dataloading.files import open_regular
 
 MAX_BYTES = 2**20
 """Largest DeepSpeed config that is read."""
@@ -121,15 +121,16 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
     tree: Any = given
     if isinstance(given, str):
         try:
-            with Path(given).open("rb") as opened:
+            with open(open_regular(given), "rb") as opened:
                 tree = json.loads(opened.read(MAX_BYTES))
+            texts = list(walk_texts(tree))
         except OSError as error:
             raise ConfigError(
                 f"backend.deepspeed={given}: cannot be read ({error.strerror})"
             ) from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"backend.deepspeed={given}: is not JSON: {error}") from error
-        if any("${" in text for text in walk_texts(tree)):
+        if any("${" in text for text in texts):
             raise ConfigError(
                 f"backend.deepspeed={given}: interpolation ${{...}} is not supported; write the "
                 "value out"
@@ -143,6 +144,12 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
     zero = tree.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"backend.deepspeed: zero_optimization={zero} is a group; give its keys")
+    offload = cast(dict[str, Any], zero).get("offload_optimizer")
+    if offload is not None and not isinstance(offload, dict):
+        raise ConfigError(
+            f"backend.deepspeed: zero_optimization.offload_optimizer={offload} is a group; give "
+            "its keys, such as device: cpu"
+        )
     return tree
 
 

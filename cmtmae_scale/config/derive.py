@@ -125,10 +125,7 @@ def split_batch(total: int, limit: int, world_size: int, unit: int = 1) -> Batch
         raise ConfigError(refuse_batch(total, world_size, unit))
     share = total // world_size
     if limit < unit:
-        raise ConfigError(
-            f"train.micro_batch_size={limit}: mixup and cutmix pair the views of a micro-batch; "
-            "use 2 or more, or set augment.mixup=0 and augment.cutmix=0"
-        )
+        raise ConfigError(refuse_single_views(limit))
     micro = next(size for size in range(min(limit, share), 0, -1) if fits(share, size, unit))
     return BatchPlan(total, micro, world_size, share // micro)
 
@@ -138,11 +135,20 @@ def fits(share: int, size: int, unit: int) -> bool:
     return share % size == 0 and size % unit == 0
 
 
+def refuse_single_views(limit: int) -> str:
+    """Return why a micro-batch of one view cannot be paired."""
+    return (
+        f"train.micro_batch_size={limit}: mixup and cutmix pair the views of a micro-batch; use 2 "
+        "or more, or set augment.mixup=0 and augment.cutmix=0"
+    )
+
+
 def refuse_batch(total: int, world_size: int, unit: int) -> str:
     """Return why the ranks cannot share a batch; the first remedy keeps the experiment."""
     pairs = total // unit if total % unit == 0 else 0
     below = next((n for n in range(min(world_size, pairs), 0, -1) if pairs % n == 0), None)
-    above = next((n for n in range(world_size + 1, pairs + 1) if pairs % n == 0), None)
+    most = min(pairs, 8 * world_size)
+    above = next((n for n in range(world_size + 1, most + 1) if pairs % n == 0), None)
     counts = [f"{n} rank{'s' if n > 1 else ''}" for n in (below, above) if n is not None]
     step = world_size * unit
     sizes = [str(size) for size in (total // step * step, -(-total // step) * step) if size]

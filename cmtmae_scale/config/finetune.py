@@ -12,6 +12,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from cmtmae_scale.config.check import check_backend, check_length, check_ranges
+from cmtmae_scale.config.derive import pairs_views, refuse_single_views
 from cmtmae_scale.config.load import load_recipe
 from cmtmae_scale.config.schema import (
     Backend,
@@ -153,10 +154,6 @@ def find_finetune_problems(config: Finetune) -> Iterator[str]:
     warmup, epochs = config.optimizer.warmup_epochs, config.train.epochs
     if epochs is not None and warmup >= epochs:
         yield f"optimizer.warmup_epochs={warmup} must be below train.epochs={epochs}"
-    batch_size = config.train.micro_batch_size
-    if (config.augment.mixup or config.augment.cutmix) and batch_size % 2:
-        yield (
-            f"train.micro_batch_size={batch_size}: mixup and cutmix pair the views of a "
-            "micro-batch; use an even number, or set augment.mixup=0 and augment.cutmix=0"
-        )
+    if pairs_views(config) and config.train.micro_batch_size < 2:
+        yield refuse_single_views(config.train.micro_batch_size)
     yield from check_backend(config.backend)

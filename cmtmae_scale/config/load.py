@@ -122,7 +122,7 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML whose aliases, written out, hold at most ``MAX_YAML_VALUES`` values.
 
     Raises:
-        ValueError: if it is not YAML, is nested too deeply, or holds more values.
+        ValueError: if it is not YAML, is nested too deeply, holds more values, or repeats a key.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -154,6 +154,7 @@ def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
     known[id(node)] = 0
     count = 1
     if isinstance(node, yaml.MappingNode):
+        refuse_repeated_keys(node)
         count += sum(count_nodes(item, known) for pair in node.value for item in pair)
     elif isinstance(node, yaml.SequenceNode):
         count += sum(count_nodes(item, known) for item in node.value)
@@ -161,6 +162,23 @@ def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
         raise ValueError(f"more than {MAX_YAML_VALUES} values; write aliases out")
     known[id(node)] = count
     return count
+
+
+def refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    """Refuse a key that is given twice: PyYAML drops all values but the last.
+
+    Raises:
+        ValueError: names the key and both lines.
+    """
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(
+                    f"{key.value} is given twice, in lines {lines[key.value]} and {line}; keep one"
+                )
+            lines[key.value] = line
 
 
 def refuse_interpolation(tree: Any, place: str, key: str = "") -> None:
@@ -254,13 +272,16 @@ def check_keys(
             check_choice(place, full, value, get_args(kind))
         elif get_origin(kind) in (list, tuple):
             check_list(place, full, value, kind, schema)
+        elif kind is bool and type(value) is int and value not in (0, 1):
+            raise ConfigError(f"{place}: {full}={value} is neither true nor false")
 
 
 def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> None:
-    """Refuse what is no list, or one of another length, with the notation that works."""
+    """Refuse what is no flat list, or one of another length, with the notation that works."""
     fixed = get_origin(kind) is tuple
-    length = len(cast(list[Any], value)) if isinstance(value, list) else None
-    if length is not None and (not fixed or length == len(get_args(kind))):
+    items = cast(list[Any], value) if isinstance(value, list) else None
+    nested = any(isinstance(item, list | dict) for item in items or ())
+    if items is not None and not nested and (not fixed or len(items) == len(get_args(kind))):
         return
     if fixed:
         default = plain(dict(walk_fields(schema))[key].default)
@@ -268,8 +289,9 @@ def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> Non
             f"{place}: {key}={value} is not a list of {len(get_args(kind))} numbers, such as "
             f"'{key}={default}'"
         )
-    item = "" if value is None else f"{value}"
-    raise ConfigError(f"{place}: {key}={value} is not a list; write '{key}=[{item}]'")
+    item = "" if value is None else re.sub(r"[\[\]{}'\"]|: [^,}]*", "", f"{value}")
+    what = "is a list of lists" if nested else "is not a list"
+    raise ConfigError(f"{place}: {key}={value} {what}; write '{key}=[{item}]'")
 
 
 def schedule_keys(schema: type) -> list[str]:
@@ -309,7 +331,28 @@ def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
                 "is a list, expected one path: a pattern such as train-*.tar or {a,b}.tar, or a "
                 "folder with links to all"
             )
+        else:
+            first += expected_type(key, schema)
         raise ConfigError(f"{place}: {key}: {first}") from error
+
+
+TYPES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text, in quotes where YAML reads a date",
+}
+"""Types of fields, for messages."""
+
+
+def expected_type(key: str, schema: type) -> str:
+    """Return what a key takes, as the end of a message; empty for a key with a set of values."""
+    one = dict(walk_fields(schema)).get(key.partition("[")[0])
+    kinds = () if one is None else (one.type, *get_args(one.type))
+    name = next((text for kind, text in TYPES.items() if kind in kinds), None)
+    if name is None:
+        return ""
+    return f"; expected {name}" + (", or null" if type(None) in kinds else "")
 
 
 def leaf_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:

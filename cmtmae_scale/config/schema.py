@@ -191,8 +191,9 @@ class Student:
     patch_size: int | None = positive(None)
     """Patch side in pixels; ``None``: the architecture's own."""
     init_weights: str | None = None
-    """Path of a .safetensors or .pt file with the initial weights, under the names of timm, MAE or
-    transformers; ``None``: random initialisation."""
+    """Path of a file with the initial weights, .safetensors, .pt, .pth, .bin, .ckpt or .tar, under
+    the names of timm, MAE or transformers, also as MAE, DINO, DINOv2 or Lightning save them;
+    ``None``: random initialisation."""
 
 
 @dataclass

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import platform
 import secrets
 import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ NUMERIC_VARIABLES = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 """Environment variables that change what a GPU computes."""
+DECODING_PACKAGES = ("numpy", "pillow", "torchvision", "nvidia-dali-cuda120")
+"""Packages whose version changes views."""
 REMEDY = "launch every rank with the same recipe, overrides, environment and installation"
 MOST_NAMED = 8
 """Most settings, or ranks, that a message names."""
@@ -45,13 +50,18 @@ def launch_facts(config: Trained, world: World, device: torch.device) -> dict[st
         world: place of this process.
         device: device of this rank; only its type must be equal.
     """
-    facts = flatten(config_to_dict(config))
-    facts |= {f"version of {name}": version for name, version in library_versions().items()}
-    facts |= {
-        "source code": source_digest()[:12],
-        "world size": world.world_size,
-        "device": device.type,
-    }
+    facts = flatten(config_to_dict(config)) | {"world size": world.world_size}
+    return facts | code_facts(device)
+
+
+def code_facts(device: torch.device) -> dict[str, Any]:
+    """Return what computes on this rank: versions, source code, environment and kind of device."""
+    versions: dict[str, str | None] = {**library_versions(), "Python": platform.python_version()}
+    for package in DECODING_PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    facts: dict[str, Any] = {f"version of {name}": found for name, found in versions.items()}
+    facts |= {"source code": source_digest()[:12], "device": device.type}
     return facts | {name: os.environ.get(name) for name in NUMERIC_VARIABLES}
 
 

@@ -91,7 +91,13 @@ def build_run(
     stop.install()
     progress_file = None
     settings = (run_dir, progress.step, progress.end_step, config.log.every)
-    telemetry = on_all_ranks(lambda: Telemetry(*settings) if world.rank == 0 else None)
+
+    def open_telemetry() -> Telemetry | None:
+        if lock is not None:
+            lock.require()  # the log is cut, which may be another launch's by now
+        return Telemetry(*settings) if world.rank == 0 else None
+
+    telemetry = on_all_ranks(open_telemetry)
     if telemetry is not None:
         progress_file = ProgressFile(run_dir)
         stack.callback(telemetry.close)

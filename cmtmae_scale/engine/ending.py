@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cmtmae_scale.engine.launches import reset_launch_count, take_back_launch
+from cmtmae_scale.engine.launches import newest_step, reset_launch_count, take_back_launch
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import STOP_FILE, STOP_FILE_REASON, LaunchInterrupted
 from cmtmae_scale.errors import (
@@ -96,8 +96,12 @@ class Ending:
 
     @property
     def step(self) -> int:
-        """Return the last step."""
-        return 0 if self.progress is None else self.progress.step
+        """Return the last step; of a launch that was not built that of the newest checkpoint."""
+        if self.progress is not None:
+            return self.progress.step
+        with suppress(OSError):
+            return newest_step(self.run_dir / "checkpoints")
+        return 0
 
     @property
     def had_nothing_to_train(self) -> bool:
@@ -120,7 +124,9 @@ class Ending:
 
     def is_interrupted(self) -> bool:
         """Return whether a rank of this launch was interrupted before the first step."""
-        if self.launch is None or ranks() == 1 or self.step > self.first_step:
+        if self.launch is None or ranks() == 1:
+            return False
+        if self.progress is not None and self.progress.step > self.first_step:
             return False
         limit = time.monotonic() + INTERRUPTED_WAIT_S
         while time.monotonic() < limit:

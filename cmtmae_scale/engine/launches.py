@@ -14,7 +14,7 @@ from cmtmae_scale import __version__
 from cmtmae_scale.checkpoint.layout import find_renaming, list_checkpoints, step_of
 from cmtmae_scale.errors import NoProgressError
 from cmtmae_scale.runtime.collectives import broadcast_text
-from cmtmae_scale.runtime.storage import append_line, optional_write, write_atomic
+from cmtmae_scale.runtime.storage import append_line, optional_write, read_json, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,9 @@ def newest_step(root: Path) -> int:
 def launches_from(run_dir: Path, step: int) -> int:
     """Return the number of consecutive launches from a step that made no progress."""
     try:
-        record = json.loads((run_dir / COUNT_FILE).read_text())
+        record = read_json((run_dir / COUNT_FILE).read_bytes())
         return int(record["count"]) if int(record["step"]) == step else 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 
@@ -104,7 +104,7 @@ def reset_launch_count(run_dir: Path) -> None:
 def take_back_launch(run_dir: Path) -> None:
     """Reduce the count by this launch: it was interrupted before it could make progress."""
     try:
-        record = json.loads((run_dir / COUNT_FILE).read_text())
+        record = read_json((run_dir / COUNT_FILE).read_bytes())
         record["count"] = int(record["count"]) - 1
         if record["count"] > 0:
             write_atomic(run_dir / COUNT_FILE, json.dumps(record) + "\n")
@@ -112,7 +112,7 @@ def take_back_launch(run_dir: Path) -> None:
             (run_dir / COUNT_FILE).unlink()
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         logger.warning("%s could not be corrected (%s)", run_dir / COUNT_FILE, error)
 
 

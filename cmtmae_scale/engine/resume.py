@@ -223,11 +223,14 @@ def refuse_other_pairs(config: Trained, plan: BatchPlan, saved: dict[str, Any] |
     ranks = saved["world_size"]
     before = split_batch(total, limit, ranks, unit=2).micro_batch_size
     if before != plan.micro_batch_size:
+        other = split_batch(total, before, plan.world_size, unit=2).micro_batch_size
+        names = format_names([*config.run.allow_change, "train.micro_batch_size"])
+        effect = "" if other == before else ", which pairs other views"
+        remedy = f", or set train.micro_batch_size={other} and run.allow_change={names}{effect}"
         raise ConfigError(
             f"train.micro_batch_size={limit}: {ranks} ranks had micro-batches of {before} views, "
             f"{plan.world_size} ranks have {plan.micro_batch_size}, and mixup and cutmix pair the "
-            f"views of a micro-batch; resume on {ranks} ranks, or set "
-            f"train.micro_batch_size={before} and run.allow_change=[train.micro_batch_size]"
+            f"views of a micro-batch; resume on {ranks} ranks" + (remedy if other != limit else "")
         )
 
 

@@ -21,11 +21,13 @@ def roll_back(run: Run, why: str) -> None:
     Raises:
         NonFiniteError: if there is no checkpoint, or ``guard.rollback_limit`` is exceeded.
         SaveError: if the store refuses the new position.
+        LockLostError: if another launch took the run's folder over.
     """
     guard, writer, progress = run.config.guard, run.writer, run.progress
     if guard.skip_limit == 0:
         raise NonFiniteError(why)
     writer.wait()
+    writer.require_lock_on_all_ranks()  # the log is cut below
     folder = find_checkpoint(writer.root, writer.rank, writer.world_size)
     if folder is None:
         raise NonFiniteError(f"{why}; there is no checkpoint yet to roll back to")

@@ -78,6 +78,8 @@ def run_task(
             return ending.write_crash(why)
 
         def record() -> None:
+            if lock is not None:
+                lock.require()
             with optional_write(run_dir / CONFIG_FILE, at_launch=True):
                 save_config(config, run_dir / CONFIG_FILE)
             record_launch(run_dir, ending.step, recipe, overrides, world.world_size, device)

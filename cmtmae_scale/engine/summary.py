@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cmtmae_scale.checkpoint.layout import ENCODER, folder_of
+from cmtmae_scale.checkpoint.layout import ENCODER, folder_of, is_finite
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.telemetry import FIGURES, LOG_FILE
@@ -161,7 +161,7 @@ def last_values(file: Path) -> dict[str, tuple[int, float]]:
     for entry in read_entries(file):
         step = entry.pop("step", None)
         if isinstance(step, int) and "incident" not in entry:
-            numbers = {k: v for k, v in entry.items() if isinstance(v, int | float)}
+            numbers = {k: v for k, v in entry.items() if is_finite(v)}
             found |= {name: (step, float(value)) for name, value in numbers.items()}
     return found
 

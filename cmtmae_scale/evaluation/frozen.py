@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cmtmae_scale.engine.agreement import require_equal_weights
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import pixel_encoder
@@ -24,6 +25,7 @@ from cmtmae_scale.evaluation.result import (
 )
 from cmtmae_scale.evaluation.subject import Subject, open_subject
 from cmtmae_scale.runtime.launch import World
+from dataloading.errors import DataError
 from dataloading.one_pass import CENTRE
 
 SETTINGS = ("k", "temperature", "epochs", "held_out", "split", "batch", "decode")
@@ -39,6 +41,8 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
         The report for people.
     """
     subject = open_subject(options, world, device)
+    named = (subject.encoder, subject.random)
+    require_equal_weights(lambda: {f"digest of {one.name}": one.digest for one in named if one})
     sets = open_sets(options, subject)
     encoders = [subject.encoder]
     if not options.no_baselines:
@@ -49,7 +53,10 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
     test = extract_features(sets.test, encoders, reading, world, device)
     lengths = torch.tensor([len(train.positions), len(test.positions)], device=device)
     counts = sum_over_ranks(lengths).tolist()
-    rows = list(PROBES[options.method](options, train, test, len(sets.classes)))
+    try:
+        rows = list(PROBES[options.method](options, train, test, len(sets.classes)))
+    except DataError as error:
+        raise DataError(f"{name_weights(subject)}: {error}") from error
     verdict = judge_rows(rows, subject.encoder.name)
     test_path = options.test or options.train
     file = result_file(options, subject)
@@ -89,6 +96,13 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
         f"written to {file}" if file else "not written to a file; name one with --out",
     ]
     return "\n".join(lines)
+
+
+def name_weights(subject: Subject) -> str:
+    """Return the checkpoint, the file or the model that the evaluated weights are read from."""
+    facts = subject.facts
+    place = facts.get("checkpoint") or facts.get("file") or f"--timm={facts.get('timm')}"
+    return str(place)
 
 
 def open_sets(options: argparse.Namespace, subject: Subject) -> Sets:

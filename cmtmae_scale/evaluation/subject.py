@@ -28,13 +28,13 @@ from cmtmae_scale.evaluation.encoders import (
 )
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.student import Student, build_student, probe_student
-from cmtmae_scale.runtime.collectives import barrier
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import read_inside, read_json
 from cmtmae_scale.teachers.base import Tower
 from cmtmae_scale.teachers.build import assemble_teacher
 from cmtmae_scale.teachers.timm import TimmSource
-from cmtmae_scale.teachers.weights import read_weights
+from cmtmae_scale.teachers.weights import SAVE_FLOATS, find_other_dtype, read_weights
 
 RANDOM = "random weights"
 
@@ -71,7 +71,7 @@ def open_subject(options: argparse.Namespace, world: World, device: torch.device
     if place.suffix == ".safetensors":
         if options.weights is not None:
             raise ConfigError(f"--weights belongs to a checkpoint; {place} is a file")
-        return subject_from_file(place, options.arch, device)
+        return on_all_ranks(lambda: subject_from_file(place, options.arch, device))
     if options.arch is not None:
         raise ConfigError(f"--arch belongs to a .safetensors file; found {place}")
     return subject_from_checkpoint(place, options.weights, world, device)
@@ -88,6 +88,11 @@ def subject_from_checkpoint(
         CheckpointError: no checkpoint, a broken checkpoint, or one without these weights.
     """
     folder = locate_checkpoint(place, world.rank, world.world_size)
+    return on_all_ranks(lambda: open_encoder(folder, weights, device))
+
+
+def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Subject:
+    """Open an encoder of an intact checkpoint; see ``subject_from_checkpoint``."""
     run_dir = run_of_checkpoint(folder)
     state = layout.read_state(folder)
     config = saved_config(folder, state)
@@ -129,20 +134,36 @@ def locate_checkpoint(place: Path, rank: int = 0, world_size: int = 1) -> Path:
     Raises:
         CheckpointError: if there is none, or the named checkpoint is broken.
     """
-    if (place / "checkpoints").is_dir():
+    if on_all_ranks(lambda: is_run_folder(place)):
         folder = find_checkpoint(place / "checkpoints", rank, world_size)
         if folder is None:
             raise CheckpointError(f"{place}: no checkpoint yet; train first")
         return folder
+    on_all_ranks(lambda: refuse_damage(place))
+    return place.resolve()
+
+
+def is_run_folder(place: Path) -> bool:
+    """Return whether a path is a run, and not a checkpoint.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    if (place / "checkpoints").is_dir():
+        return True
     if not (place / layout.MANIFEST).exists():
         raise CheckpointError(
             f"--checkpoint={place} is neither a run (it has no checkpoints/) nor a checkpoint (it "
             f"has no {layout.MANIFEST})"
         )
-    problem = layout.find_damage(place)
+    return False
+
+
+def refuse_damage(folder: Path) -> None:
+    """Refuse a checkpoint whose files do not verify."""
+    problem = layout.find_damage(folder)
     if problem is not None:
-        raise CheckpointError(f"{place} is broken: {problem}; name an older checkpoint or the run")
-    return place.resolve()
+        raise CheckpointError(f"{folder} is broken: {problem}; name an older checkpoint or the run")
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:
@@ -276,6 +297,9 @@ def load_student(
         CheckpointError: if names or shapes differ.
     """
     student = build_student(config)
+    other = find_other_dtype(student.state_dict(), tensors)
+    if other:
+        raise CheckpointError(f"{place}: {other[0]}; {SAVE_FLOATS}")
     try:
         student.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
@@ -310,15 +334,14 @@ def subject_from_timm(
     if not tag and file is None:
         raise ConfigError(f"--timm={name} names no weights; give {name}.TAG, or --file FILE")
     try:
-        source = TimmSource(TeacherConfig("timm", name, file or tag))
+        source = on_all_ranks(lambda: TimmSource(TeacherConfig("timm", name, file or tag)))
         settings = timm.get_pretrained_cfg(source.full_name)
         side = size or (224 if settings is None else int(settings.input_size[-1]))
         if side % source.patch:
             raise ConfigError(f"--size={side} is not a multiple of the patch, {source.patch}")
-        if world.local_rank == 0:
-            source.build(side, seed)  # downloads once per node
-        barrier()
-        tower = source.build(side, seed)
+        fetches = world.local_rank == 0
+        first = on_all_ranks(lambda: source.build(side, seed) if fetches else None)  # per node
+        tower = on_all_ranks(lambda: first or source.build(side, seed))
         untrained = TimmSource(TeacherConfig("timm", name, "random")).build(side, seed)
     except TeacherError as error:
         text = str(error).replace("teacher.model", "--timm").replace("teacher.weights", "--file")

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.errors import CheckpointError, ConfigError, remedy_for
 from cmtmae_scale.export.origin import Weights, open_origin
 from cmtmae_scale.method.student import timm_options
 from cmtmae_scale.runtime.storage import atomic_path
@@ -49,7 +49,10 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
             model, call = build_timm(origin.config)
             tensors = load_strictly(model, draft)
     except OSError as error:
-        raise ConfigError(f"--output={output} cannot be written ({error})") from error
+        raise ConfigError(
+            f"--output={output} cannot be written ({error}); "
+            f"{remedy_for(error, 'name another file')}"
+        ) from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Exported(output, origin.step, call, tensors, parameters)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, remedy_for
 from cmtmae_scale.evaluation.encoders import weights_digest
 from cmtmae_scale.export import full, hugging_face, timm_folder
 from cmtmae_scale.export.card import CardFacts, model_card
@@ -120,4 +120,7 @@ def publish_folder(output: Path) -> Iterator[Path]:
             yield draft
         sync(output.parent)
     except OSError as error:
-        raise ConfigError(f"--output={output} cannot be written ({error})") from error
+        raise ConfigError(
+            f"--output={output} cannot be written ({error}); "
+            f"{remedy_for(error, 'name another folder')}"
+        ) from error

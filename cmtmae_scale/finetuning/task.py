@@ -102,10 +102,10 @@ class Finetuning:
         config = self.config
         if saved is None:
             self.encoder, weights = self.open_encoder()
-            classifier = self.build_classifier()
-            load_encoder(classifier, weights, self.encoder.name)
             name, sha256 = self.encoder.name, self.encoder.facts.get("sha256")
             require_equal_weights(lambda: {f"digest of {name}": sha256})
+            classifier = self.build_classifier()
+            load_encoder(classifier, weights, name)
         else:
             self.encoder = encoder_from_dict(saved["encoder"])
             if self.options != self.encoder.options:
@@ -223,6 +223,7 @@ class Finetuning:
         pool = {"mean": "patches", "cls": "cls"}[self.config.head.pool]
         row = Row(self.encoder.name, pool, "fine-tuned", score)
         file = run.run_dir / RESULT_FILE
+        run.writer.require_lock_on_all_ranks()
         if self.world.rank == 0:
             write_result(file, self.record_result(run.progress, row, digest))
         self.summary = self.summarise(run.progress, row, file)

@@ -1,6 +1,7 @@
 """Data, teacher, models and stream of pre-training, from a config."""
 
 import copy
+import hashlib
 import logging
 from contextlib import ExitStack
 from functools import partial
@@ -13,11 +14,12 @@ from torch import Tensor
 from cmtmae_scale.backends.base import Objective
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
+from cmtmae_scale.cache.format import manifest_text
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, cache_folder, needs, reads_cache
 from cmtmae_scale.config.schema import Config, Loss
-from cmtmae_scale.engine.agreement import require_equal_images, require_equal_weights
+from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.method.initialisation import initialise
@@ -26,7 +28,7 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
-from cmtmae_scale.runtime.collectives import barrier, gather_texts, on_all_ranks
+from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
@@ -142,11 +144,14 @@ def open_teacher(
     with torch.device("meta"):
         skeleton = build_teacher_skeleton(config).to("meta", compute_dtype(config))
     teacher, problem = None, ""
+    found: dict[str, str] = {}
     try:
         if config.teacher.mode == "sidecar" and online is not None:
             teacher = SidecarTeacher(config, skeleton, online, index, device, stop.record_failure)
         else:
             opened = open_cache(config, skeleton, index)
+            manifest = hashlib.sha256(manifest_text(opened[0]).encode()).hexdigest()
+            found = {"codec of the cache": opened[0].codec, "digest of its manifest": manifest[:12]}
             if world.rank == 0:
                 here = provenance(config, device)
                 warn_about_provenance(opened[0], here, str(config.cache.dir))
@@ -157,6 +162,9 @@ def open_teacher(
     problems = list(filter(None, gather_texts(problem)))
     if problems:
         raise CacheError(problems[0])
+    require_equal(
+        found, f"cache.dir={cache_folder(config)} must hold the same cache on every machine"
+    )
     logger.info(
         "teacher.mode=%s, %s; cache.on_miss=%s",
         config.teacher.mode,
@@ -167,11 +175,15 @@ def open_teacher(
 
 
 def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher | None:
-    """Build the teacher; a tag's weights are fetched by local rank 0 while the others wait."""
+    """Build the teacher; a tag's weights are fetched by local rank 0 while the others wait.
+
+    Raises:
+        TeacherError, CmtMaeError: on every rank, if one cannot build it. A collective.
+    """
     dtype = compute_dtype(config)
-    teacher = build_teacher(config, device, dtype) if world.local_rank == 0 else None
-    barrier()
-    teacher = teacher if world.local_rank == 0 else build_teacher(config, device, dtype)
+    fetches = world.local_rank == 0
+    first = on_all_ranks(lambda: build_teacher(config, device, dtype) if fetches else None)
+    teacher = on_all_ranks(lambda: first if fetches else build_teacher(config, device, dtype))
     if teacher is not None:
         facts = teacher.fingerprint
         require_equal_weights(lambda: {f"teacher: {name}": fact for name, fact in facts().items()})
@@ -186,8 +198,8 @@ def build_model(
     model = CollaborativeMAE(config, teacher.width if teacher else None)
     initialise(model, config.run.seed)
     if config.student.init_weights is not None and not resumed:
-        load_student(model, config.student.init_weights)
         file = Path(config.student.init_weights)
+        on_all_ranks(lambda: load_student(model, str(file)))
         require_equal_weights(lambda: {"digest of student.init_weights": digest(file)[:12]})
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     if not needs(config).momentum:

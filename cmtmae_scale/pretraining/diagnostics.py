@@ -78,13 +78,14 @@ class Diagnostics:
                 logger.warning(text, run.progress.step, ", ".join(dropped))
 
     def measure_tokens(self, run: Run, micro_batch: MicroBatch) -> dict[str, float]:
-        """Measure the momentum encoder's target tokens of this rank's micro-batch."""
+        """Measure the momentum encoder's target tokens of this rank's decodable views."""
         features, _ = run.backend.momentum_forward(micro_batch.images)
-        if features is None or "student" not in self.terms:
+        valid = micro_batch.valid.view(len(micro_batch.images), -1)[:, 0]  # [B] of [R]
+        if features is None or "student" not in self.terms or not bool(valid.any()):
             return {}
         num_patches = sum(ids.shape[1] for ids in micro_batch.choice)
         tokens = normalise(features[:, features.shape[1] - num_patches :], self.target.norm)
-        rank, cosine = token_diagnostics(tokens)
+        rank, cosine = token_diagnostics(tokens[valid])
         return {
             "diagnostics/effective_rank": float(rank),
             "diagnostics/pairwise_cosine": float(cosine),
@@ -99,7 +100,9 @@ class Diagnostics:
             run.backend.micro(micro_batch._replace(only_term=term), last=True)
             report = torch.zeros(1, device=run.device)
             norms[term] = run.backend.step(0.0, report, lambda sums: False).grad_norm
-        total = sum(norms.values()) or 1.0
+        total = sum(norms.values())
+        if not total:  # no valid row: zeros would look like a measurement
+            return {}
         return {f"diagnostics/gradient/{term}": norm / total for term, norm in norms.items()}
 
     def warn_of_collapse(self, run: Run, values: dict[str, float]) -> None:

@@ -56,6 +56,14 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def seed_number(text: str) -> int:
+    """Return a whole number that every generator takes as a seed."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} must lie in [0, 2**63)")
+    return number
+
+
 def above_zero(text: str) -> float:
     """Return a finite number above 0."""
     number = float(text)

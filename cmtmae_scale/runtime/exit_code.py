@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
-from cmtmae_scale.runtime.storage import optional_write, write_atomic
+from cmtmae_scale.runtime.storage import optional_write, read_json, write_atomic
 
 EXIT_FILE = "exit.json"
 RESERVE = ".exit.reserve"
@@ -41,10 +41,10 @@ def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
 def read_finished(run_dir: Path) -> dict[str, Any] | None:
     """Return the content of ``exit.json`` if it is that of a complete run."""
     try:
-        record = json.loads((run_dir / EXIT_FILE).read_text())
+        record = read_json((run_dir / EXIT_FILE).read_bytes())
         known = {"code": int(record["code"]), "step": int(record["step"])}
         return {**known, "reason": str(record["reason"])} if known["code"] == EXIT_DONE else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

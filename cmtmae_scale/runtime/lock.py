@@ -276,16 +276,37 @@ def await_holder(run_dir: Path, path: Path, me: dict[str, Any], patience_s: floa
                 logger.warning(text, run_dir, format_holder(holder))
             return
         if dead is False or (holder and seen != first):
-            raise ConfigError(
-                f"run.output_dir={run_dir} is in use by {format_holder(holder)}; stop that run or "
-                "choose another run.output_dir"
-            )
+            raise in_use(run_dir, holder)
         if not warned:
             text = "run.output_dir=%s was held by %s; watching for %.0f s whether it is alive"
             logger.warning(text, run_dir, format_holder(holder), patience_s)
             warned = True
         time.sleep(min(0.5, patience_s / 20))
     logger.warning("taking over run.output_dir=%s: no heartbeat for %.0f s", run_dir, patience_s)
+
+
+def refuse_living_holder(run_dir: Path) -> None:
+    """Refuse a folder whose holder is alive on this host; takes no lock and waits for nobody.
+
+    Raises:
+        ConfigError: names the holder, or the lock that cannot be read.
+    """
+    number = newest_number(run_dir / "lock")
+    path = lock_path(run_dir / "lock", number)
+    try:
+        holder = read_lock(path) if number else None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); correct it") from error
+    if holder is not None and is_dead(holder, identify_process()) is False:
+        raise in_use(run_dir, holder)
+
+
+def in_use(run_dir: Path, holder: dict[str, Any] | None) -> ConfigError:
+    """Return the error of a folder that another run holds."""
+    return ConfigError(
+        f"run.output_dir={run_dir} is in use by {format_holder(holder)}; stop that run or choose "
+        "another run.output_dir"
+    )
 
 
 def parse_holder(text: str) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from cmtmae_scale.runtime.storage import warn_unwritten, write_atomic
+from cmtmae_scale.runtime.storage import read_json, warn_unwritten, write_atomic
 
 FILE = "progress.json"
 PAUSE_S = 0.2
@@ -48,7 +48,7 @@ class ProgressFile:
 def read_published_progress(run_dir: Path) -> PublishedProgress | None:
     """Where a run stands, or ``None`` before its first start."""
     try:
-        tree = json.loads((run_dir / FILE).read_text())
+        tree = read_json((run_dir / FILE).read_bytes())
         return PublishedProgress(*(int(tree[name]) for name in PublishedProgress._fields))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None

@@ -24,6 +24,7 @@ __all__ = [
     "optional_write",
     "read_inside",
     "read_json",
+    "read_regular",
     "require_inside",
     "sync",
     "warn_unwritten",
@@ -101,6 +102,15 @@ def read_inside(folder: Path, path: Path, limit: int = MAX_BYTES) -> bytes:
         OSError: as ``require_inside``, and for a file of more than ``limit`` bytes.
     """
     require_inside(folder, path)
+    return read_regular(path, limit)
+
+
+def read_regular(path: Path, limit: int = MAX_BYTES) -> bytes:
+    """Read a regular file, also through links.
+
+    Raises:
+        OSError: if it cannot be read, is a pipe or a device, or has more than ``limit`` bytes.
+    """
     with open(open_regular(path), "rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         if size > limit:

@@ -6,7 +6,6 @@ Source: docs/method.md, sections "Attention maps" and "Teacher".
 """
 
 import difflib
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
+from cmtmae_scale.runtime.storage import read_json, read_regular
 from cmtmae_scale.teachers.base import QueryKey, Tower
 from cmtmae_scale.teachers.weights import (
     image_state,
@@ -69,12 +69,18 @@ def find_model_config(model: str) -> ModelConfig:
         if not path.is_file():
             raise TeacherError(f"teacher.model={model}: there is no such file")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            content = read_json(read_regular(path))
+        except (OSError, ValueError) as error:
             raise TeacherError(f"teacher.model={model}: not a JSON file ({error})") from error
         if isinstance(content, dict) and "model_cfg" in content:
             content, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
-        if not isinstance(content, dict) or not {"embed_dim", "vision_cfg"} <= set(content):
+        if (
+            not isinstance(content, dict)
+            or not isinstance(content.get("embed_dim"), int)
+            or not isinstance(content.get("vision_cfg"), dict)
+            or not isinstance(pixels, dict)
+            or not all(isinstance(pixels.get(key) or [], list) for key in ("mean", "std"))
+        ):
             raise TeacherError(
                 f"teacher.model={model}: not an open_clip model config; it needs embed_dim and "
                 "vision_cfg"
@@ -82,7 +88,8 @@ def find_model_config(model: str) -> ModelConfig:
         name = path.stem
     else:
         name = model.replace("/", "-")
-        content = open_clip.get_model_config(name)
+        known = name in open_clip.list_models()  # of other names open_clip may ask the network
+        content = open_clip.get_model_config(name) if known else None
         if content is None:
             close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models()"

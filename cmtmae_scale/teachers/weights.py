@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,6 +45,23 @@ NOT_WEIGHTS = {
 """First bytes, after blanks, of what is saved in place of weights."""
 EXPANSION = 8
 """Most bytes of all tensors per byte of their file; tied weights are counted twice."""
+DTYPE_ERRORS = (ValueError, LookupError, AttributeError, TypeError, RuntimeError)
+"""Raised by safetensors for data types that torch lacks."""
+SAVE_FLOATS = "save the weights as floating-point numbers of 16 or 32 bits, not quantised"
+PLAIN_CLASSES: list[Any] = [
+    argparse.Namespace,
+    *(
+        (kind, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")  # the second: of Python 3.13
+        for name, kind in (
+            ("PosixPath", pathlib.PurePosixPath),
+            ("WindowsPath", pathlib.PureWindowsPath),
+            ("PurePosixPath", pathlib.PurePosixPath),
+            ("PureWindowsPath", pathlib.PureWindowsPath),
+        )
+    ),
+]
+"""Classes without side effects that pickles may hold: options of a program, and paths."""
 TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks.0.ln_1.weight")
 
 
@@ -75,7 +93,7 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
     if path.suffix == ".safetensors":
         try:
             state: object = load_file(path)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, *DTYPE_ERRORS) as error:
             raise TeacherError(
                 f"{where}: not a complete safetensors file ({error}); copy it again"
             ) from error
@@ -95,10 +113,31 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
     tensors = dict(state)
     bound_storage(tensors, path, where)
     tensors = take_encoder(drop_wrappers(tensors), where)
+    for name, value in tensors.items():
+        if value.is_floating_point() and value.itemsize == 1:
+            raise TeacherError(f"{where}: {name} is {value.dtype}; {SAVE_FLOATS}")
     found = find_non_finite(tensors)
     if found:
         raise TeacherError(f"{where}: {found}; take a sound copy of the file, or other weights")
     return tensors
+
+
+def find_other_dtype(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Return tensors of a file whose numbers are of another kind than the model's.
+
+    A copy would drop imaginary parts, and take quantised values without their scale. Floating-point
+    numbers of 16 bits or more are of one kind; other types must be equal.
+    """
+
+    def kind(value: Tensor) -> object:
+        return "float" if value.is_floating_point() and value.itemsize > 1 else value.dtype
+
+    return [
+        f"{name} is {str(value.dtype).removeprefix('torch.')} instead of "
+        f"{str(own[name].dtype).removeprefix('torch.')}"
+        for name, value in state.items()
+        if name in own and kind(value) != kind(own[name])
+    ]
 
 
 def find_non_finite(tensors: Mapping[str, Tensor]) -> str:
@@ -153,7 +192,7 @@ def unwrap(state: object) -> object:
 
 
 def bound_storage(tensors: Mapping[str, Tensor], path: Path, where: str) -> None:
-    """Refuse tensors that hold more values than were stored, such as those of stride 0.
+    """Refuse tensors that hold more values than the file, such as those of stride 0.
 
     Raises:
         TeacherError: naming the tensor.
@@ -171,6 +210,16 @@ def bound_storage(tensors: Mapping[str, Tensor], path: Path, where: str) -> None
                 f"{where}: {name} {list(value.shape)} repeats values, {size} bytes of a file of "
                 f"{path.stat().st_size}; save its .contiguous()"
             )
+    stored = sum(member.file_size for member in zip_members(path))
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for storage in (value.untyped_storage() for value in tensors.values())
+    }
+    if stored and sum(storages.values()) > stored:
+        raise TeacherError(
+            f"{where}: its tensors take {sum(storages.values())} bytes, but it holds {stored}; "
+            "copy it again"
+        )
 
 
 def drop_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,8 +272,8 @@ def take_encoder(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 def read_pickled(path: Path, key: str) -> object:
     """Read a torch file whose pickle contains tensors, plain containers and options only.
 
-    ``argparse.Namespace`` and ``pathlib.PosixPath`` are allowed, which training scripts save beside
-    their weights; to build either runs no other code.
+    ``PLAIN_CLASSES`` are allowed, which training scripts save beside their weights; to build them
+    runs no other code.
 
     Raises:
         TeacherError: naming the class whose object the file holds, or what is wrong with the file.
@@ -236,14 +285,17 @@ def read_pickled(path: Path, key: str) -> object:
             "you trust it, write its weights once with torch.save(torch.jit.load(FILE, "
             f"map_location='cpu').state_dict(), NEW) and set {key}=NEW"
         )
-    unpacked = sum(member.file_size for member in zip_members(path))
-    if unpacked > EXPANSION * path.stat().st_size:
+    members = zip_members(path)
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        unpacked = sum(member.file_size for member in members)
         raise TeacherError(
-            f"{where}: unpacks to {unpacked} bytes, which no torch.save writes; copy it again"
+            f"{where}: is compressed and unpacks to {unpacked} bytes, which no torch.save writes; "
+            "copy it again"
         )
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN_CLASSES):
+            # Of a mapped file no storage reaches beyond the end, whatever size a pickle gives it.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=bool(members))
     except Exception as error:  # a pickle of any bytes raises anything; each ends with the remedy
         refused = re.search(r"GLOBAL ([\w.]+)|(?:class|type|global) ([\w.]+)", str(error))
         if refused:
@@ -294,6 +346,9 @@ def load_strictly(
         TeacherError: naming the file, the first mismatches and the remedy.
     """
     own = model.state_dict()
+    other = find_other_dtype(own, state)
+    if other:
+        raise TeacherError(f"teacher.weights={path}: {summarise_names(other)}; {SAVE_FLOATS}")
     problems = {
         "missing": [key for key in own if key not in state],
         "unexpected": [key for key in state if key not in own],

@@ -214,7 +214,10 @@ def _fault_lines(report: DataReport) -> list[str]:
     lines += [f"  {fault.name}: {fault.reason}" for fault in report.undecodable[:_LISTED]]
     if len(report.undecodable) > _LISTED:
         lines.append(f"  and {len(report.undecodable) - _LISTED} more; --report lists them")
-    return lines + ([] if report.survey is None else _survey_lines(index, report.survey))
+    if report.survey is None:
+        text = "suspect values, exact duplicates: named when this pack began, not searched again"
+        return [*lines, text]
+    return lines + _survey_lines(index, report.survey)
 
 
 def _grouped(reasons: Sequence[tuple[str, str]]) -> list[str]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from cmtmae_scale.cache import build
+from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.claim import compute_once
 from cmtmae_scale.cache.codecs import Encoded, decode
 from cmtmae_scale.cache.format import missing_shards, read_manifest, seal_path, shard_path
@@ -186,6 +188,40 @@ def test_a_full_disk_says_what_is_missing_and_the_rest_follows(
     monkeypatch.undo()
     case.build_cache(recipe, folder)
     assert case.content(folder) == case.content(whole)
+
+
+def test_a_command_on_a_full_disk_can_be_tried_again(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(tensors, path: Path) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cache_format, "save_file", full)
+    assert run(recipe, tmp_path / "cache") == 75
+    assert "is full ([Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_a_cache_without_a_view_to_calibrate_with_is_refused(recipe: Path, tmp_path: Path) -> None:
+    photos = case.make_photographs(tmp_path / "photos", 2)
+    for victim in photos.rglob("*.jpg"):
+        victim.write_bytes(victim.read_bytes()[:-300])
+    with pytest.raises(CacheError, match=r"none of the first \d+ views can be decoded"):
+        case.build_cache(recipe, tmp_path / "cache", [f"data.path={photos}"])
+
+
+def test_features_beyond_the_range_of_the_calibration_are_refused(
+    recipe: Path, whole: Path
+) -> None:
+    builder = case.make_builder(recipe)
+    manifest = builder.join_cache(whole, "int8")
+    features = torch.zeros(2, manifest.tokens, manifest.width)
+    features[1, 0, 0] = 1e12
+    found = build.TeacherRows(np.arange(2), None, features, torch.tensor([True, True]))
+    with pytest.raises(CacheError, match=r"rows 0 to 1 are beyond the range .* cache.codec=bf16"):
+        builder.encode_rows(manifest, found)
 
 
 def test_an_image_that_cannot_be_decoded_is_an_invalid_row(recipe: Path, tmp_path: Path) -> None:

@@ -1,9 +1,22 @@
 """Stored features keep their direction, even if a few channels are far larger than the others."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
-from cmtmae_scale.cache.codecs import Calibration, calibrate, decode, encode, measure_fidelity
+from cmtmae_scale.cache.codecs import (
+    Calibration,
+    calibrate,
+    decode,
+    encode,
+    load_calibration,
+    measure_fidelity,
+    save_calibration,
+)
+from cmtmae_scale.cache.verify import Comparison
+from cmtmae_scale.errors import CacheError
 
 
 def clip_like(seed: int, count: int = 64) -> torch.Tensor:
@@ -68,6 +81,21 @@ def test_channels_and_tokens_that_never_move_are_kept() -> None:
     torch.testing.assert_close(stored[..., 3], tokens[..., 3])
     torch.testing.assert_close(stored[0], tokens[0], rtol=0, atol=1e-3)
     assert stored.isfinite().all()
+
+
+def test_one_token_that_is_not_finite_makes_a_cache_not_good(tmp_path: Path) -> None:
+    online = clip_like(0)
+    stored = online.clone()
+    stored.view(-1, stored.shape[-1])[5, 0] = math.nan  # of more tokens than a percentile skips
+    assert stored.flatten(0, -2).shape[0] > 100
+    damaged = measure_fidelity(online, stored, calibrate([online]))
+    intact = measure_fidelity(online, online, calibrate([online]))
+    assert Comparison(1, intact, 0.0, 1.0, 0).good
+    assert not Comparison(1, damaged, None, None, 0).good
+    assert not Comparison(1, intact, math.nan, 1.0, 0).good
+    sha256 = save_calibration(tmp_path, Calibration(torch.zeros(2), torch.tensor([1, math.inf])))
+    with pytest.raises(CacheError, match="it holds values that are not finite"):
+        load_calibration(tmp_path, sha256, 2)
 
 
 def test_nothing_to_calibrate_with_is_an_error() -> None:

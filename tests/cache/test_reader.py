@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmtmae_scale.cache.codecs import Calibration
+from cmtmae_scale.cache.codecs import Calibration, calibration_path, load_calibration
 from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, seal_path, shard_path
 from cmtmae_scale.cache.reader import CachedRows, CacheReader
 from cmtmae_scale.cache.teacher import open_cache
@@ -192,6 +192,29 @@ def test_a_shard_that_appears_later_is_found_and_a_damaged_one_is_logged_once(
         repaired = read([7, 20])
         assert repaired.faults == [None, None]
         assert torch.equal(repaired.fields["features"], truth["features"][[7, 20]])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_pipes_and_devices_in_a_cache_are_not_read(
+    recipe: Path, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    fill(recipe, tmp_path, 5)
+    manifest = read_manifest(tmp_path)
+    for path in (shard_path(tmp_path, 0), seal_path(tmp_path, 1)):
+        path.unlink()
+        make(path)
+    with reading(tmp_path, manifest) as read:
+        faults = read([0, 7, 14]).faults
+    assert faults[0] and faults[1] == "it is not complete" and faults[2] is None
+    for path in (
+        calibration_path(tmp_path, manifest.calibration_sha256 or ""),
+        tmp_path / MANIFEST,
+    ):
+        path.unlink()
+        make(path)
+        with pytest.raises(CacheError, match="cannot be trusted"):
+            load_calibration(tmp_path, manifest.calibration_sha256, manifest.width)
+            read_manifest(tmp_path)
 
 
 def test_few_shards_are_open_at_a_time_and_none_after_the_end(recipe: Path, tmp_path: Path) -> None:

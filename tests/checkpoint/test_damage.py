@@ -1,5 +1,6 @@
 """Damage is found, what is found is told, and nothing planted in a checkpoint ever runs."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import pytest
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import INDEX, load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
-from cmtmae_scale.errors import EXIT_CONFIG, CheckpointError
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_STOPPED, CheckpointError, StorageError
 from cmtmae_scale.export.encoder import export_encoder
 from cmtmae_scale.runtime.storage import digest
 from tests.checkpoint.save_case import fragments, save
@@ -128,6 +129,26 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
     with pytest.raises(CheckpointError, match="none of 2 checkpoints is intact") as raised:
         find_checkpoint(root, 0, 1)
     assert raised.value.exit_code == EXIT_CONFIG
+
+
+def test_a_store_that_fails_while_checkpoints_are_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    failing, real = [newer], layout.digest
+
+    def digest(path: Path) -> str:
+        if path.parent in failing:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(layout, "digest", digest)
+    assert find_checkpoint(tmp_path, 0, 1) == older
+    assert f"BROKEN CHECKPOINT {newer}: " in caplog.text and "Input/output" in caplog.text
+    failing.append(older)
+    with pytest.raises(StorageError, match="none of 2 checkpoints can be used") as raised:
+        find_checkpoint(tmp_path, 0, 1)
+    assert raised.value.exit_code == EXIT_STOPPED
 
 
 class Bomb:

@@ -202,6 +202,13 @@ def test_a_state_that_is_no_state_is_one_error(tmp_path: Path, text: str) -> Non
         layout.read_state(folder)
 
 
+@pytest.mark.parametrize("value", [None, [3], {}, "4", 1e400, float("nan")])
+def test_a_step_of_a_wrong_type_is_damage(tmp_path: Path, value: object) -> None:
+    folder = save(tmp_path / "c").rename(tmp_path / "step-00000004")
+    change(folder, layout.STATE, set_state("progress", "step", value))
+    assert "progress.step=" in (layout.find_damage(folder) or "")
+
+
 def test_deep_json_is_damage(tmp_path: Path) -> None:
     for name in (layout.MANIFEST, INDEX, layout.STATE):
         folder = save(tmp_path / name)

@@ -361,3 +361,12 @@ def test_a_resumed_run_needs_the_key_but_not_the_file(tmp_path: Path) -> None:
             assert torch.equal(saved[f"model.encoder.{name}"].view_as(value), value)
             average = saved[f"momentum.{name}"].view_as(value)
             torch.testing.assert_close(average, value, rtol=1e-6, atol=1e-7)
+
+
+def test_quantised_and_complex_weights_are_named() -> None:
+    model, state = make_model(), timm_state(size=32)  # the embedding would be resampled
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, dtype in (("pos_embed", torch.complex64), ("blocks.0.attn.qkv.weight", torch.int8)):
+        with pytest.raises(ConfigError, match=f"{name} is .* instead of float32; save the weights"):
+            load_init_weights(model, state | {name: state[name].to(dtype)}, "w.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +107,13 @@ def test_passed_over_files_are_in_the_report(photos: Path, tmp_path: Path, capsy
         (photos / f"{i}.heic").write_bytes(b"x")
     assert check_data([str(photos)]) == EXIT_CONFIG
     assert "more than half of the files, 31 of 51" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf_8_is_printed_with_escapes(photos: Path, capsys) -> None:
+    odd = photos.rename(photos.parent / os.fsdecode(b"photos \xe9\x1b[2J"))
+    assert check_data([str(odd)]) == EXIT_DONE
+    text = capsys.readouterr().out
+    assert "20 images" in text and "\x1b" not in text and "photos " in text
 
 
 def test_no_decodable_image_is_unusable_at_any_fraction(tmp_path: Path, capsys) -> None:

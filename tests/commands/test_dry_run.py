@@ -1,5 +1,6 @@
 """What a launch would refuse, ``--dry-run`` names, with its figures and exit code 78."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from cmtmae_scale.commands import dry_run
 from cmtmae_scale.commands.pretrain import launch_pretraining, parse_options
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.lock import hold_run
 from dataloading.index import build_index
 from tests.checkpoint.save_case import STATE, save
 from tests.engine.run_case import write_recipe
@@ -104,6 +107,18 @@ def test_the_ranks_of_a_launcher_count(
     assert code == EXIT_CONFIG
     batch, nodes = sorted(reasons, key=lambda reason: "hybrid" in reason)
     assert "8 cannot be shared by 3 ranks" in batch and "nodes of 2" in nodes
+
+
+def test_a_folder_in_use_and_a_stop_request_are_named(recipe: Path, place: Path, capsys) -> None:
+    where = f"run.output_dir={place / 'run'}"
+    with hold_run(place / "run", 0):
+        (reason,) = dry(recipe, capsys, where)[1]
+        assert f"is in use by pid {os.getpid()} on" in reason
+    assert dry(recipe, capsys, where) == (EXIT_DONE, [])
+    (place / "run" / "STOP").touch()
+    text, code = dry_run.dry_run(load_config(recipe, [where]), World(0, 1, 0, 1, "none"))
+    assert f"would stop      after one step: {place / 'run' / 'STOP'} exists; delete it" in text
+    assert code == EXIT_DONE
 
 
 def test_a_checkpoint_that_would_be_refused(

@@ -11,6 +11,7 @@ import timm
 import torch
 
 from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.commands import evaluate as evaluate_module
 from cmtmae_scale.commands.evaluate import evaluate as evaluate_command
 from cmtmae_scale.evaluation.result import (
     Row,
@@ -22,7 +23,8 @@ from cmtmae_scale.evaluation.result import (
 )
 from cmtmae_scale.export.encoder import export_encoder
 from tests.engine.run_case import STEPS, run, write_recipe
-from tests.evaluation.evaluation_case import command, labelled_photographs
+from tests.evaluation.evaluation_case import command, command_apart, labelled_photographs
+from tests.finetuning.finetune_case import write_encoder
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -75,6 +77,32 @@ def test_linear_has_two_rows_for_each_kind_of_features(place: Path, tmp_path: Pa
         assert ("hits" in row) == kept
         assert not kept or unpack_hits(row["hits"], row["count"]).sum() == row["correct"]
     assert (record["settings"]["epochs"], record["settings"]["held_out"]) == (2, 0.1)
+
+
+def test_ranks_with_other_weights_or_none_leave_together(place: Path, tmp_path: Path) -> None:
+    def knn(file: str) -> list[str]:
+        return ["knn", "--checkpoint", str(tmp_path / file), "--arch", "test_vit"]
+
+    for seed in (0, 1):
+        (tmp_path / f"{seed}").mkdir()
+        write_encoder(tmp_path / f"{seed}" / "x.safetensors", seed)
+    run = ["knn", "--checkpoint", str(place / "run")]
+    cases = [
+        [knn("0/x.safetensors"), knn("1/x.safetensors")],
+        [knn("0/x.safetensors"), knn("gone.safetensors")],
+        [run, ["knn", "--checkpoint", str(tmp_path / "gone")]],
+    ]
+    first, second = run_ranks(2, command_apart, *cases)
+    assert "digest of x.safetensors: " in first[0] and first[0] == second[0]
+    assert first[1] == f"rank 1: {second[1]}" and "gone.safetensors" in second[1]
+    assert first[2] == f"rank 1: {second[2]}" and "is neither a run" in second[2]
+
+
+def test_the_deepspeed_launcher_puts_its_option_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(evaluate_module, "launch", lambda words: seen.append(words) or 0)
+    assert evaluate_command(["--local_rank=3", "knn", "--checkpoint", "x"]) == 0
+    assert seen == [["knn", "--checkpoint", "x"]]
 
 
 def test_the_result_file_records_the_evaluation(place: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_fine_tuning_and_a_pre_training_are_not_taken_for_each_other(
 
 MISTAKES = {
     "augment.mixupp=1": "augment.mixupp is not a key of augment; did you mean mixup?",
-    "train.micro_batch_size=3": "train.micro_batch_size=3: mixup and cutmix pair the views",
+    "train.micro_batch_size=1": "train.micro_batch_size=1: mixup and cutmix pair the views",
     "train.global_batch_size=9": "train.global_batch_size=9 cannot be shared by 1 rank, an even",
     "train.epochs=0.5": "optimizer.warmup_epochs=0.5 must be below train.epochs=0.5",
     "train.steps=1": "optimizer.warmup_epochs=0.5: the run has only 0.4 passes over 20 images",

@@ -10,7 +10,7 @@ from cmtmae_scale.config.derive import (
     peak_lr,
     total_steps,
 )
-from cmtmae_scale.config.finetune import Finetune, load_finetune
+from cmtmae_scale.config.finetune import Finetune, find_finetune_problems, load_finetune
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.errors import ConfigError
@@ -67,6 +67,9 @@ def test_only_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
     config.train.global_batch_size = 6
     with pytest.raises(ConfigError, match=r"use 6 ranks or train.global_batch_size=8, which"):
         batch_plan(config, 8)
+    config.train.global_batch_size = 2**62 + 1  # found at once, and no number of ranks is far
+    with pytest.raises(ConfigError, match=r"shared by 8 ranks, .*; use 5 ranks or train.global"):
+        batch_plan(config, 8)
 
 
 def test_paired_views_get_an_even_micro_batch() -> None:
@@ -74,6 +77,10 @@ def test_paired_views_get_an_even_micro_batch() -> None:
     config.train.global_batch_size, config.train.micro_batch_size = 72, 4
     assert batch_plan(config, 4).micro_batch_size == 2  # 18 views per rank: 3 would be odd
     assert "largest even divisor" in explain_batch(config, batch_plan(config, 4))
+    config.train.micro_batch_size = 7  # an odd number that fits in memory
+    assert batch_plan(config, 2).micro_batch_size == 6
+    assert not any("mixup" in text for text in find_finetune_problems(config))
+    config.train.micro_batch_size = 4
     config.augment.mixup = config.augment.cutmix = 0
     assert batch_plan(config, 4).micro_batch_size == 3
     config.augment.cutmix = 1

@@ -1,3 +1,4 @@
+import os
 import time
 from pathlib import Path
 
@@ -184,6 +185,15 @@ WRONG = {
     "mask.ratio=1.5": "mask.ratio=1.5 must lie in (0, 1)",
     "mask.salient_fraction={kind: linear, start: 0.5, end: 2}": "mask.salient_fraction.end=2",
     "collaboration.alpha_target=yes": "is neither a number nor a schedule",
+    "run.seed=1e400": "run.seed: Value '1e400' of type 'str' could not be converted to Integer; "
+    "expected a whole number",
+    "optimizer.grad_clip=off": "expected a number, or null",
+    "run.name=2024-01-01": "expected text, in quotes where YAML reads a date",
+    "views.hflip=2": "views.hflip=2 is neither true nor false",
+    "optimizer.betas=[[0.9], 0.95]": "is not a list of 2 numbers",
+    "run.allow_change=[[mask.ratio]]": "is a list of lists; write 'run.allow_change=[mask.ratio]'",
+    "run.allow_change={mask.ratio: 1}": "is not a list; write 'run.allow_change=[mask.ratio]'",
+    "run.output_dir=~/runs": "~ does not become the home folder",
 }
 
 
@@ -252,8 +262,16 @@ def test_a_deepspeed_file_is_not_resolved(recipe: Path, tmp_path: Path) -> None:
     override = f"backend.deepspeed={file}"
     file.write_text('{"zero_optimization": {"a": ["\\u0024{oc.env:HOME}"]}}')
     assert "interpolation" in message(recipe, "backend.name=deepspeed", override)
-    file.write_text("[" * 100_000)
-    assert "is not JSON" in message(recipe, "backend.name=deepspeed", override)
+    for depth in (900, 100_000):
+        file.write_text("[" * depth + "]" * depth)
+        assert "backend.deepspeed=" in message(recipe, "backend.name=deepspeed", override)
+    file.write_text('{"zero_optimization": {"offload_optimizer": true}}')
+    assert "offload_optimizer=True is a group" in message(
+        recipe, "backend.name=deepspeed", override
+    )
+    file.unlink()
+    os.mkfifo(file)
+    assert "Not a regular file" in message(recipe, "backend.name=deepspeed", override)
 
 
 def test_a_dollar_in_a_comment_or_alone_is_no_interpolation(recipe: Path) -> None:
@@ -282,6 +300,8 @@ def alias_bomb(start: str, link: str) -> str:
         "run: !!int ''",
         "run: " + "1" * 5000,
         "run: \udcff",
+        "log: {every: 1}\nlog: {images_every: 2}",
+        "log: {every: 1, every: 1}",
         "x" * 2**21,
     ],
 )

@@ -67,9 +67,29 @@ def tiff(
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1}
     tags |= {278: height, 279: len(data), 339: sample_format}
     data += bytes(len(data) % 2)
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return tiff_of(data, {tag: (value,) for tag, value in tags.items()})
+
+
+def planar_tiff(levels: Pixels) -> bytes:
+    """A TIFF of three planes of 16 bits, ``[height, width, 3]``."""
+    height, width, _ = levels.shape
+    planes = [levels[..., channel].astype("<u2").tobytes() for channel in range(3)]
+    size = len(planes[0])
+    tags = {256: (width,), 257: (height,), 258: (16,) * 3, 259: (1,), 262: (2,)}
+    tags |= {273: tuple(8 + k * size for k in range(3)), 277: (3,), 278: (height,)}
+    return tiff_of(b"".join(planes), tags | {279: (size,) * 3, 284: (2,)})
+
+
+def tiff_of(data: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
+    """A little-endian TIFF of pixels at byte 8, with 32-bit tags; several values follow them."""
+    behind = 8 + len(data) + 2 + 12 * len(tags) + 4
+    entries = values = b""
+    for tag, some in tags.items():
+        value = some[0] if len(some) == 1 else behind + len(values)
+        entries += struct.pack("<HHII", tag, 4, len(some), value)
+        values += struct.pack(f"<{len(some)}I", *some) if len(some) > 1 else b""
     start = b"II" + struct.pack("<HI", 42, 8 + len(data))
-    return start + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+    return start + data + struct.pack("<H", len(tags)) + entries + bytes(4) + values
 
 
 def black(width: int, height: int) -> bytes:
@@ -167,12 +187,23 @@ def changed(name: str, change: Change, reason: str, outcome: str = GREY) -> Case
     return Case(name, write(JPEG), outcome, reason, change=change)
 
 
+def float_colour_tiff() -> bytes:
+    """Three channels of 32 bits, which Pillow does not write either: the tags of a small file."""
+    data = bytearray(encode(COLOUR, "TIFF"))
+    at = data.index(struct.pack("<HHI", 258, 3, 3)) + 8  # BitsPerSample, three shorts
+    (place,) = struct.unpack_from("<I", data, at)
+    struct.pack_into("<3H", data, place, 32, 32, 32)
+    return bytes(data)
+
+
 FILES = [
     excluded("empty.jpg", b"", "empty file"),
     excluded("text.jpg", b"<html>404 Not Found</html>", "not an image of a known format"),
     excluded("random.jpg", RNG.bytes(3000), "not an image of a known format"),
     excluded("eps.jpg", EPS, "not an image of a known format"),
     excluded("heic.jpg", b"\0\0\0\x18ftypheic" + bytes(500), "HEIC: convert it to JPEG"),
+    excluded("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer"),
+    excluded("float-colour.tiff", float_colour_tiff(), "a TIFF whose channels or bits"),
     excluded("junk-before.jpg", b"junk" + JPEG, "not an image of a known format"),
     good("junk-after.jpg", JPEG + RNG.bytes(500), COLOUR, "", 3),
     excluded("cut-in-header.jpg", JPEG[:30], "JPEG ends before its frame header"),

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from dataloading.folders import folder_digest
 from dataloading.headers import HeaderError, exif_orientation, header_of_file
@@ -155,6 +155,16 @@ def test_the_orientation_of_any_block_is_1_to_8(order):
         damaged = bytearray(whole)
         damaged[rng.integers(len(damaged))] = rng.integers(256)
         assert 1 <= exif_orientation(bytes(damaged)) <= 8
+
+
+def test_the_text_block_of_imagemagick_is_read(tmp_path, picture):
+    data = block("<", 6)
+    good = f"\nexif\n{len(data):8}\n{data.hex()}\n"
+    for text, expected in ((good, 6), ("no\nnumber\nhere\nzz", 1), (good[:40], 1)):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Raw profile type exif", text)
+        picture(1, 31, 17).save(tmp_path / "a.png", pnginfo=info)
+        assert header_of_file(tmp_path / "a.png").orientation == expected
 
 
 def test_a_block_is_found_behind_other_segments_and_beyond_the_first_read(tmp_path, picture):

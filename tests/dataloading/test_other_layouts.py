@@ -40,6 +40,46 @@ def test_tars_of_two_splits_are_not_mixed(tmp_path: Path) -> None:
     assert len(build_index(explicit)) == 4
 
 
+def test_classes_of_two_splits_each_are_not_mixed(tmp_path: Path) -> None:
+    names = [f"{name}/{part}/0.png" for name in ("cat", "dog") for part in ("train", "test")]
+    root = write_files(tmp_path, names)
+    with pytest.raises(
+        DataError, match=r"holds \*/train/ and \*/test/, .* with links to the train"
+    ):
+        build_index(root)
+    assert len(build_index(root, "folder")) == 4
+    assert len(build_index(write_files(tmp_path / "x", ["cat/train/0.png", "dog/0.png"]))) == 2
+
+
+def test_one_tar_of_two_splits_is_not_mixed(tmp_path: Path, caplog) -> None:
+    members = images(2, "in1k/train/{}.png") + images(2, "in1k/val/{}.png")
+    path = write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=r"members are of in1k/train/ and in1k/val/, a training"):
+        build_index(path)
+    caplog.set_level("INFO")
+    assert len(build_index(path, "webdataset")) == 4 and "all are used" in caplog.text
+    assert len(build_index(write_tar(path, images(2, "train/{}.png")))) == 2
+
+
+def test_pointers_and_web_pages_are_named(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name, content, words in (
+        ("a.tar", pointer, "is not a tar but a Git-LFS pointer: run git lfs pull"),
+        ("a.tar", b"<!DOCTYPE html><title>Sign in</title>".ljust(2000), "but a web page"),
+        ("a.png", pointer, "not an image of a known format but a Git-LFS pointer"),
+    ):
+        folder = tmp_path / words[-9:]
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            build_index(folder)
+
+
+def test_words_are_found_in_any_writing() -> None:
+    for names in (["TrainImages", "TestImages"], ["voc-trainval", "voc-test"], ["TRAIN", "Dev"]):
+        assert find_splits(names) == tuple(names)
+
+
 def test_classes_with_such_words_are_classes() -> None:
     assert find_splits(["train", "car", "bus"]) is None
     assert find_splits([*map(str, range(8)), "bullet train", "test tube"]) is None
@@ -108,3 +148,4 @@ def test_labels_that_are_one_number_are_named(tmp_path: Path, caplog) -> None:
     build_index(write_tar(tmp_path / "a.tar", members))
     assert "the labels 007 and 7 are the same number and count as two classes" in caplog.text
     assert find_equal_labels(["000", "001", "cat", "-1", "7"]) is None
+    assert find_equal_labels(["7", "7.0"]) and find_equal_labels(["+7", "07"])

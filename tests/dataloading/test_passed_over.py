@@ -1,6 +1,8 @@
 """Nothing is dropped without being counted: one line by extension, an error above half."""
 
+import io
 import logging
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,6 +92,8 @@ def test_a_folder_without_images_names_what_it_holds(tmp_path: Path) -> None:
         build_index(write_files(tmp_path / "a", [f"{i}.tar.gz" for i in range(3)]))
     with pytest.raises(DataError, match=r"2 \.tar; train/x.tar: tars are read where data.path is"):
         build_index(write_files(tmp_path / "b", ["train/x.tar", "val/x.tar"]))
+    with pytest.raises(DataError, match=r"1 .parquet; a.parquet: this container is not read"):
+        build_index(write_files(tmp_path / "c", ["a.parquet"]))
     with pytest.raises(DataError, match=r"x.zip: is not a folder but an archive.*unpack it"):
         build_index(write_files(tmp_path, ["x.zip"]) / "x.zip")
 
@@ -128,6 +132,32 @@ def test_members_of_other_formats_and_ignored_labels_are_counted(tmp_path: Path,
     assert counts(build_index(path.parent)) == {**expected, ("file", ".tar.gz"): 1}
     assert "1 .json beside images without .cls" in caplog.text
     assert "a.tar/2.cls.txt: labels are read from KEY.cls only" in caplog.text
+
+
+def test_links_in_a_tar_are_counted_and_named(tmp_path: Path, caplog) -> None:
+    """As ``tar`` stores the second of two names of one file."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in images(3):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, kind in (
+            ("d/h.png", tarfile.LNKTYPE),
+            ("s.v1.PNG", tarfile.SYMTYPE),
+            ("latest", tarfile.SYMTYPE),
+            ("old.txt", b"M"),
+            ("d", tarfile.DIRTYPE),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "0.png"
+            tar.addfile(info)
+    index = build_index(path)
+    assert len(index) == 3 and index.excluded == ()
+    assert counts(index) == {("link", ".png"): 2, ("beside", ""): 1, ("beside", ".txt"): 1}
+    record = next(r for r in caplog.records if "4 members passed over" in r.getMessage())
+    assert record.levelname == "WARNING" and "2 .png that are links or devices" in record.message
+    assert "d/h.png: links within a tar are not followed; write the tar with" in record.message
 
 
 def test_sidecars_of_labelled_images_are_not_passed_over(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dataloading.reading import GREY, UndecodableError
 from dataloading.stream import Stream
 from dataloading.torch_decode import with_pillow
 from dataloading.values import find_suspect_values
-from tests.dataloading.bad_data_case import tiff, twelve_bits
+from tests.dataloading.bad_data_case import planar_tiff, tiff, twelve_bits
 from tests.dataloading.decoder_case import DECODERS
 
 RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
@@ -40,6 +40,14 @@ UNKNOWN = {
     "signed 16 bits": (
         tiff((RAMP * 255 - 100).astype("<i2").tobytes(), 64, 48, 16, SIGNED),
         "signed integers of 16 bits have no range that the file defines; convert",
+    ),
+    "signed 8 bits": (
+        tiff((RAMP * 200 - 100).astype("<i1").tobytes(), 64, 48, 8, SIGNED),
+        "signed integers of 8 bits have no range",
+    ),
+    "planes of 16 bits": (
+        planar_tiff((RAMP[..., None] * 65535).repeat(3, axis=2)),
+        "planes of 16 bits, which Pillow reads wrongly; convert the image to 8 bits",
     ),
 }
 

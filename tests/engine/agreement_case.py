@@ -9,7 +9,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from cmtmae_scale.engine import agreement
-from cmtmae_scale.errors import CmtMaeError
+from cmtmae_scale.errors import CmtMaeError, TeacherError
 from cmtmae_scale.pretraining import build
 from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
 from dataloading.errors import DataError
@@ -25,12 +25,16 @@ def launch_each(recipe: Path, cases: list[tuple[str, str]]) -> list[tuple[int, s
         log.lines.clear()
         overrides: list[str] = []
         with ExitStack() as stack:
-            if dist.get_rank() == 1:
+            if dist.get_rank() == 1 and kind != "initial weights":
                 if kind == "override":
                     overrides.append(value)
                 else:
                     stack.enter_context(change(kind, value))
             stack.enter_context(mock.patch.object(agreement, "SHARED_WAIT_S", 0.3))
+            if kind == "initial weights":
+                overrides.append("student.init_weights=s.safetensors")
+                load = mock.Mock(side_effect=TeacherError(value) if dist.get_rank() else None)
+                stack.enter_context(mock.patch.object(build, "load_student", load))
             if kind == "folder":
                 overrides.append("run.output_dir=relative")
             code = command_on_ranks(recipe, overrides)
@@ -44,6 +48,10 @@ def change(kind: str, value: str) -> Any:
         return mock.patch.dict(os.environ, {"NVIDIA_TF32_OVERRIDE": value})
     if kind == "version":
         return mock.patch("cmtmae_scale.runtime.versions.__version__", value)
+    if kind == "python":
+        return mock.patch("platform.python_version", lambda: value)
+    if kind == "teacher":
+        return mock.patch.object(build, "build_teacher", mock.Mock(side_effect=TeacherError(value)))
     if kind == "folder":
         stack = ExitStack()
         stack.callback(os.chdir, os.getcwd())

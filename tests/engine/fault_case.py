@@ -219,3 +219,17 @@ def befall(fault: str, run_dir: Path) -> None:
         os.kill(os.getpid(), kinds[fault])
 
     threading.Thread(target=strike, daemon=True).start()
+
+
+def build_after_takeover(recipe: Path) -> str:
+    """Build while another launch takes the folder over after the sweep; returns the error."""
+    from cmtmae_scale.errors import LockLostError
+
+    lock = mock.Mock()
+    lock.require.side_effect = [None, LockLostError("taken over")]
+    with ExitStack() as stack:
+        try:
+            build(recipe, [], stack, lock)
+        except LockLostError as error:
+            return str(error)
+    return ""

@@ -95,7 +95,7 @@ def this_world() -> World:
     return World(rank, size, rank, size, "test")
 
 
-def build(recipe: Path, overrides: list[str], stack: ExitStack) -> Any:
+def build(recipe: Path, overrides: list[str], stack: ExitStack, lock: Any = None) -> Any:
     """Build a run of the recipe's task on every rank of an open process group."""
     from cmtmae_scale.engine.build import build_run
     from cmtmae_scale.pretraining.task import Pretraining
@@ -107,7 +107,7 @@ def build(recipe: Path, overrides: list[str], stack: ExitStack) -> Any:
         task: Any = finetune_case.make_task(recipe, overrides, world, device)
     else:
         task = Pretraining(load_config(recipe, overrides), world, device)
-    return build_run(task, task.config, world, device, stack)
+    return build_run(task, task.config, world, device, stack, lock)
 
 
 def run_noting(recipe: Path, overrides: list[str]) -> list[int]:

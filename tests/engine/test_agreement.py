@@ -41,6 +41,9 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
         ("version", "9.9"),
         ("index", str(fewer)),
         ("index", str(tmp_path / "absent")),
+        ("teacher", "t.safetensors: there is no such file"),
+        ("initial weights", "s.safetensors: there is no such file"),
+        ("python", "2.7.18"),
         ("folder", str(tmp_path / "elsewhere")),
     ]
     previous = Path.cwd()
@@ -56,6 +59,9 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
         'on rank 0, "9.9" on rank 1; ',
         "number of images: 20 on rank 0, 19 on rank 1; ",
         "absent",
+        "t.safetensors: there is no such file",
+        "s.safetensors: there is no such file",
+        'on rank 0, "2.7.18" on rank 1; ',
         "run.output_dir=relative is not shared: a file that rank 0 on host ",
     ]
     for (_, mine), (_, other), text in zip(first, second, expected, strict=True):

@@ -17,8 +17,9 @@ from cmtmae_scale.engine.launches import (
     take_back_launch,
 )
 from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.runtime.exit_code import EXIT_FILE, read_finished
 from tests.checkpoint.save_case import save
-from tests.engine.fault_case import commands_on_ranks, leave
+from tests.engine.fault_case import build_after_takeover, commands_on_ranks, leave
 from tests.engine.run_case import TASKS, write_task_recipe
 from tests.processes import run_ranks, started
 
@@ -44,6 +45,16 @@ def test_the_fourth_launch_after_three_crashes_is_refused_with_70(
     records = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [0, 0, 1, 1, 1]
     assert json.loads(records[1])["overrides"] == STOP
+
+
+@pytest.mark.gloo
+def test_a_launch_that_lost_the_folder_while_it_was_built_cuts_no_log(tmp_path: Path) -> None:
+    recipe = write_task_recipe(TASKS[0], tmp_path)
+    log = tmp_path / "run" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 5}\n')  # of the launch that took over
+    assert run_ranks(1, build_after_takeover, recipe) == ["taken over"]
+    assert log.read_text() == '{"step": 5}\n'
 
 
 @pytest.mark.gloo
@@ -127,8 +138,12 @@ def test_an_interrupted_launch_takes_back_its_own_count_alone(tmp_path: Path) ->
         assert launches_from(tmp_path, 0) == left
         reset_launch_count(tmp_path)
     take_back_launch(tmp_path)
-    (tmp_path / COUNT_FILE).write_text("[]")
-    take_back_launch(tmp_path)  # a damaged count is left to the next launch
+    for damaged in ("[]", '{"step": 0, "count": 1e999}', "[" * 99999):
+        (tmp_path / COUNT_FILE).write_text(damaged)
+        take_back_launch(tmp_path)  # a damaged count is left to the next launch
+        assert launches_from(tmp_path, 0) == 0
+        (tmp_path / EXIT_FILE).write_text(damaged.replace("count", "code"))
+        assert read_finished(tmp_path) is None
 
 
 def test_a_newer_checkpoint_begins_the_count_anew(tmp_path: Path) -> None:

@@ -170,6 +170,12 @@ def test_a_finetuning_keeps_its_pairs_on_other_ranks() -> None:
         ConfigError, match=r"4 ranks had micro-batches of 6 views, 9 ranks have 4.*on 4 ranks"
     ):
         refuse_other_pairs(config, batch_plan(config, 9), tuned(4))
+    with pytest.raises(ConfigError) as raised:
+        refuse_other_pairs(config, batch_plan(config, 9), tuned(4))
+    assert str(raised.value).endswith(
+        "or set train.micro_batch_size=4 and run.allow_change=[train.micro_batch_size], which "
+        "pairs other views"
+    )
     refuse_other_pairs(config, batch_plan(config, 9), tuned(4, micro_batch_size=4))  # allowed
     config.augment.mixup = config.augment.cutmix = 0
     refuse_other_pairs(config, batch_plan(config, 9), tuned(4))

@@ -120,3 +120,5 @@ def test_a_stopped_run_has_the_outcome_of_its_last_launch(tmp_path: Path) -> Non
         ending.progress, ending.stopped = Progress(2, 16, 0, 0, 2, 4, 32), "SIGTERM"
     assert outcome(tmp_path) == (EXIT_STOPPED, 2)
     assert launch(tmp_path, None, ConfigError("mask.ratio differs")) == (78, 0)
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert launch(tmp_path, None, ConfigError("mask.ratio differs")) == (78, 2)

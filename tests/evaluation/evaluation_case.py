@@ -64,3 +64,16 @@ def command(*arguments: Any) -> str:
     torch.set_num_threads(1)
     options = parse_options([str(word) for word in arguments])
     return evaluate_frozen(options, world(), torch.device("cpu"))
+
+
+def command_apart(*cases: list[list[str]]) -> list[str]:
+    """Evaluate with each rank's own arguments; the errors, one per case."""
+    from cmtmae_scale.errors import CmtMaeError
+
+    found = []
+    for arguments in cases:
+        try:
+            found.append(command(*arguments[dist.get_rank()]))
+        except CmtMaeError as error:
+            found.append(str(error))
+    return found

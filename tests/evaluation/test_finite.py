@@ -11,12 +11,16 @@ import pytest
 import torch
 
 from cmtmae_scale.backends.base import Fragment
+from cmtmae_scale.commands.evaluate import parse_options
 from cmtmae_scale.config.finetune import Finetune
+from cmtmae_scale.evaluation import frozen
+from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.images import open_pair
 from cmtmae_scale.evaluation.knn import Neighbours, count_votes, knn_scores
 from cmtmae_scale.evaluation.linear import linear_probe
 from cmtmae_scale.evaluation.logistic import logistic_score
 from cmtmae_scale.evaluation.result import TOP, rank_of_truth, score_predictions
+from cmtmae_scale.evaluation.subject import Subject
 from cmtmae_scale.finetuning.accuracy import Accuracy
 from cmtmae_scale.finetuning.classifier import build_classifier
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
@@ -94,6 +98,21 @@ def test_votes_at_a_small_temperature_stay_finite() -> None:
         votes = count_votes(near, 3, 4, temperature)
         assert votes.argmax(1).tolist() == [2, 1]
         assert votes[:, :3].isfinite().all() and (votes[:, 3] == -math.inf).all()
+
+
+def test_the_command_names_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"patches": torch.full((len(images), 4), math.nan)}
+
+    facts = {"checkpoint": "runs/a/checkpoints/step-00000004", "step": 4}
+    subject = Subject(Encoder("momentum, step 4", 64, encode), None, facts)
+    monkeypatch.setattr(frozen, "open_subject", lambda *_: subject)
+    sets = [str(labelled_photographs(tmp_path / name, 6, 0)) for name in ("train", "test")]
+    options = ["knn", "--checkpoint", "runs/a", "--no-baselines", "--decode", "torch"]
+    options += ["--train", sets[0], "--test", sets[1], "--k", "3"]
+    found = r"^runs/a/checkpoints/step-00000004: the features of momentum, step 4 \(patches\) are "
+    with pytest.raises(DataError, match=found):
+        frozen.evaluate_frozen(parse_options(options), world(), torch.device("cpu"))
 
 
 def test_logits_of_fine_tuned_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -50,8 +50,11 @@ def test_diagnostics_change_no_bit_and_are_logged(tmp_path: Path, backend: list[
     assert not any("diagnostics" in key for entry in entries(tmp_path / "without") for key in entry)
 
 
-def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Gradient shares of a micro-batch as the run measures them, and by ``autograd.grad``."""
+def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Gradient shares of a micro-batch as the run measures them, and by ``autograd.grad``.
+
+    The third are the diagnostics of the same micro-batch if no view of it can be decoded.
+    """
     from cmtmae_scale.method.targets import objective
     from cmtmae_scale.pretraining.build import build_model
 
@@ -60,6 +63,10 @@ def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float]]:
         task, config = built.task, built.task.config
         micro_batch, _ = task.prepare(next(built.stream), task.scalars(built.progress))
         measured = task.diagnostics.measure_gradients(built, micro_batch)
+        grey = micro_batch._replace(valid=torch.zeros_like(micro_batch.valid))
+        diagnostics = task.diagnostics
+        nothing = diagnostics.measure_tokens(built, grey)
+        nothing |= diagnostics.measure_gradients(built, grey)
         model, _ = build_model(config, task.models.teacher)
         losses = objective(
             model(*micro_batch.inputs),
@@ -79,12 +86,13 @@ def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float]]:
             squares = [float(g.double().square().sum()) for g in gradients if g is not None]
             norms[f"diagnostics/gradient/{name}"] = math.sqrt(sum(squares))
     total = sum(norms.values())
-    return measured, {name: norm / total for name, norm in norms.items()}
+    return measured, {name: norm / total for name, norm in norms.items()}, nothing
 
 
 def test_gradient_shares_are_those_of_each_terms_own_gradient(tmp_path: Path) -> None:
-    ((measured, expected),) = run_ranks(1, shares_two_ways, write_recipe(tmp_path))
+    ((measured, expected, nothing),) = run_ranks(1, shares_two_ways, write_recipe(tmp_path))
     assert measured == pytest.approx(expected, rel=1e-4)
+    assert nothing == {}
 
 
 def run_collapsed(recipe: Path, overrides: list[str]) -> None:

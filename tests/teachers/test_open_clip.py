@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,23 @@ def test_broken_descriptions_are_named(tmp_path: Path) -> None:
         tmp_path / "norm.json", TINY | {"vision_cfg": TINY["vision_cfg"] | {"qk_norm": True}}
     )  # pyright: ignore
     assert "qk_norm=True" in refusal(make_config(model=norm))
+    for wrong in (
+        TINY | {"vision_cfg": "x"},
+        TINY | {"embed_dim": [1]},
+        {"model_cfg": TINY, "preprocess_cfg": {"mean": 0.5}},
+        {"model_cfg": TINY, "preprocess_cfg": []},
+    ):
+        path = write_json(tmp_path / "wrong.json", wrong)
+        assert "not an open_clip model config" in refusal(make_config(model=path))
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    assert "there is no such file" in refusal(make_config(model=str(pipe)))
+
+
+def test_names_that_open_clip_would_fetch_are_no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_clip.factory, "_get_hf_config", lambda name: pytest.fail(name))
+    for name in ("hf-hub:a/b", "hf-hub:b", "local-dir:/etc"):
+        assert f"teacher.model={name} is not a model" in refusal(make_config(model=name))
 
 
 def test_files_that_do_not_fit_are_named(tiny: str, clip: open_clip.CLIP, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmtmae_scale.errors import TeacherError
-from cmtmae_scale.teachers.weights import read_weights
+from cmtmae_scale.teachers.weights import load_strictly, read_weights
 
 State = dict[str, Tensor]
 
@@ -186,6 +186,52 @@ def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("w/data/0", bytes(10**7))
     assert "unpacks to 10000000 bytes" in refusal(file)
+
+
+def test_a_tensor_is_as_long_as_its_storage(tmp_path: Path) -> None:
+    """Else memory beyond the file would be read as weights."""
+    file, forged = tmp_path / "w.pth", tmp_path / "f.pth"
+    for other in (0, 10**6):  # bytes of another record, which a size of the whole would not show
+        torch.save({"w": torch.ones(1000), "x": torch.ones(other // 4)}, file)
+        with zipfile.ZipFile(file) as whole, zipfile.ZipFile(forged, "w") as archive:
+            for member in whole.infolist():
+                data = whole.read(member)
+                if member.filename.endswith("data.pkl"):
+                    data = data.replace(b"M\xe8\x03", b"J\0\0\0\x40")  # 2^30 values
+                archive.writestr(member.filename, data)
+        assert "copy it again" in refusal(forged)
+    torch.save({"w": torch.ones(1000)}, file)
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(forged, "w") as archive:
+        for member in whole.infolist():
+            data = whole.read(member)
+            archive.writestr(member.filename, data[:40] if len(data) == 4000 else data)
+    assert "copy it again" in refusal(forged)
+
+
+def test_paths_of_any_python_and_system_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    torch.save({"model": {"w": torch.ones(2)}, "path": pathlib.PurePosixPath("a")}, file)
+    for name in ("pathlib._local\nPosixPath", "pathlib\nWindowsPath", "pathlib\nPosixPath"):
+        with zipfile.ZipFile(file) as whole, zipfile.ZipFile(tmp_path / "n.pth", "w") as archive:
+            for member in whole.infolist():
+                data = whole.read(member).replace(b"pathlib\nPurePosixPath", name.encode())
+                archive.writestr(member.filename, data)
+        assert list(read_weights(tmp_path / "n.pth")) == ["w"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_of_another_kind_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    state = {"weight": torch.ones(2, 2, dtype=dtype), "bias": torch.ones(2, dtype=torch.float16)}
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(TeacherError, match=f"weight is {name} instead of float32; save the"):
+        load_strictly(model, state, "w.pt", "m", "")
+    load_strictly(model, state | {"weight": torch.ones(2, 2).double()}, "w.pt", "m", "")
+
+
+def test_float8_files_are_named(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2).to(torch.float8_e5m2)}, tmp_path / "w.pt")
+    assert "w is torch.float8_e5m2; save the weights" in refusal(tmp_path / "w.pt")
 
 
 def test_tied_weights_are_loaded(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Second part of the demo: build and verify a teacher cache, then train from it."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -42,7 +41,9 @@ def train_from_cache(
         if code:
             show(f"{' '.join(command)}: ended with exit code {code}")
             return code
-    last = json.loads((cached / "log.jsonl").read_text().splitlines()[-1])
+    from cmtmae_scale.engine.summary import read_entries  # which imports torch
+
+    (*_, last) = [entry for entry in read_entries(cached / "log.jsonl") if "cache/hit" in entry]
     show(
         f"{steps} steps without a teacher in memory: {last['cache/hit']:.0%} of the micro-batches "
         f"came from the cache; loss {last['loss/total']:.4g}"

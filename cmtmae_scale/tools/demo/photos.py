@@ -86,9 +86,13 @@ def prepare_photos(folder: Path, strip: Strip = TRAINING) -> int:
     """
     record_file = folder.with_name(folder.name + ".json")
     if record_file.is_file() and folder.is_dir():
-        record = json.loads(record_file.read_text())
-        if record["recipe"] == RECIPE and record["images"] == count_jpegs(folder):
-            return record["images"]
+        try:
+            record = json.loads(record_file.read_text())
+        except ValueError:  # damaged: the crops are written anew
+            record = None
+        images = count_jpegs(folder)
+        if record == {"recipe": RECIPE, "images": images}:
+            return images
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder, durable=False) as draft:
         for photograph in PHOTOGRAPHS:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cmtmae_scale.engine.resume import FREE_KEYS, is_listed
-from cmtmae_scale.errors import EXIT_DONE, ConfigError
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.tools.report.chart import Band, Line, Point
@@ -41,8 +41,7 @@ def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
         other
         for folder, other in known.items()
         if folder != own
-        and other.exit is not None
-        and other.exit.get("code") == EXIT_DONE
+        and other.is_complete
         and recipe_settings(other.settings) == recipe_settings(run.settings)
     ]
 

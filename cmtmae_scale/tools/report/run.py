@@ -4,6 +4,7 @@ An unreadable file becomes a sentence in ``Run.problems``, never an error. Only 
 the folder are opened: no pipe, no device, and no link that leads out.
 """
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any, TypeGuard, cast
 from cmtmae_scale.config.load import load_config, parse_yaml
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.resume import flatten
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import EXIT_DONE, ConfigError
 from cmtmae_scale.runtime.storage import read_inside, read_json, require_inside
 
 LARGEST = 1e30
 """Larger numbers are not drawn; no logged value comes near."""
+FIGURE_BYTES = 2**26
+"""Largest figure that a page holds: 64 MiB."""
 FILES = ("config.yaml", "log.jsonl", "exit.json", "starts.jsonl", "checkpoints")
 """Any of these files identifies a run's folder."""
 
@@ -65,6 +68,14 @@ class Run:
         return self.config.train.steps if self.config is not None else None
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the run ended as complete, not at ``train.stop_after``, which also gives 0."""
+        found, end = self.exit or {}, self.end_step
+        step = found.get("step")
+        ended_early = end is not None and isinstance(step, int) and step < end
+        return found.get("code") == EXIT_DONE and not ended_early
+
+    @property
     def progress(self) -> dict[str, Any]:
         """Progress of the newest checkpoint; empty where it is unknown."""
         found = self.state.get("progress")
@@ -90,7 +101,7 @@ def read_run(folder: Path) -> Run:
     if not any((folder / name).exists() for name in FILES):
         raise ConfigError(
             f"{folder}: is not a run's folder, it has none of {', '.join(FILES)}; name what "
-            "run.dir named"
+            "run.output_dir named"
         )
     run = Run(folder, folder.resolve().name)
     read_settings(run)
@@ -201,6 +212,8 @@ def find_figures(run: Run) -> list[tuple[int, Path]]:
             continue
         try:
             require_inside(run.dir, path)
+            if path.stat().st_size > FIGURE_BYTES:
+                raise OSError(errno.EFBIG, f"more than {FIGURE_BYTES} bytes")
         except OSError as error:
             run.problems.append(f"figures/{path.name} is not shown ({error.strerror})")
             continue

@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,7 +22,7 @@ from cmtmae_scale.tools.report.markup import (
     section,
     table,
 )
-from cmtmae_scale.tools.report.run import Run, is_drawable
+from cmtmae_scale.tools.report.run import FIGURE_BYTES, Run, is_drawable
 from cmtmae_scale.tools.report.spent import time_bar
 
 SHOWN = 20
@@ -42,6 +43,8 @@ def run_outcome(run: Run) -> tuple[str, str]:
     kind, words = OUTCOMES.get(code if isinstance(code, int) else 1, ("bad", "crashed"))
     if isinstance(step, int) and run.last_step > step:
         return "fair", "running again, or killed since its last end"
+    if code == EXIT_DONE and not run.is_complete:
+        return "fair", "stopped before its end"
     return kind, words
 
 
@@ -211,7 +214,7 @@ def figures_section(run: Run, anchor: str, most: int) -> str:
         details(
             f"Step {format_number(step)}",
             f'<div class="scroll sheet" tabindex="0"><img alt="views, attention, masks and '
-            f'features at step {step}" src="{inline_png(read_inside(run.dir, path))}"></div>',
+            f'features at step {step}" src="{inline_png(read_figure(run, path))}"></div>',
             opened=place == places[0],
         )
         for place in places
@@ -221,6 +224,14 @@ def figures_section(run: Run, anchor: str, most: int) -> str:
     if len(places) < len(run.figures):
         note += f" {len(places)} of {len(run.figures)}; all are in {run.dir / 'figures'}."
     return section("Figures over time", anchor, paragraph(note, "note"), *parts)
+
+
+def read_figure(run: Run, path: Path) -> bytes:
+    """Read a figure; empty where it has gone since it was found."""
+    try:
+        return read_inside(run.dir, path, FIGURE_BYTES)
+    except OSError:
+        return b""
 
 
 def inline_png(png: bytes) -> str:

@@ -15,7 +15,10 @@ from enum import Enum
 from pathlib import Path
 from types import FrameType
 
+from cmtmae_scale.checkpoint.layout import is_finite
+from cmtmae_scale.engine.summary import read_entries
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED
+from cmtmae_scale.runtime.storage import append_line, optional_write
 from cmtmae_scale.tools.study.work import Job, Run
 
 logger = logging.getLogger(__name__)
@@ -121,17 +124,17 @@ class Executor:
 def record_job(folder: Path, job: Job, code: int, seconds: float) -> None:
     """Append a job's exit code and duration to a file in the run's folder."""
     entry = {"kind": job.kind, "code": code, "seconds": round(seconds, 1)}
-    with (folder / JOBS).open("a") as opened:
-        opened.write(json.dumps(entry | {"command": job.command}) + "\n")
+    with optional_write(folder / JOBS):
+        append_line(folder / JOBS, json.dumps(entry | {"command": job.command}))
 
 
 def training_minutes(run: Run) -> float | None:
-    """Return the wall time of a run's training over all launches; ``None``: not recorded."""
-    file = run.folder / JOBS
-    if not file.exists():
-        return None
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
-    seconds = [one["seconds"] for one in entries if one["kind"] == "train"]
+    """Return the wall time of a run's training over all launches; ``None``: not recorded.
+
+    Lines that cannot be read are skipped.
+    """
+    entries = [one for one in read_entries(run.folder / JOBS) if one.get("kind") == "train"]
+    seconds = [one["seconds"] for one in entries if is_finite(one.get("seconds"))]
     return sum(seconds) / 60 if seconds else None
 
 

@@ -1,6 +1,7 @@
 """Results of a study: accuracies by row, references, comparisons."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,9 +208,21 @@ def read_result(file: Path) -> dict[str, Any]:
         ConfigError: if it is damaged, or has a number that is not finite.
     """
     try:
-        return json.loads(file.read_text(), parse_constant=refuse_constant)
+        return json.loads(
+            file.read_text(), parse_constant=refuse_constant, parse_float=parse_finite
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run again") from error
+
+
+def parse_finite(text: str) -> float:
+    """Return a JSON number.
+
+    Raises:
+        ValueError: for a number beyond float64, which Python reads as infinity.
+    """
+    value = float(text)
+    return value if math.isfinite(value) else refuse_constant(text)
 
 
 def refuse_constant(name: str) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from cmtmae_scale.errors import EXIT_DONE
+from cmtmae_scale.errors import EXIT_DONE, exit_code_of
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.storage import atomic_path
 from dataloading.errors import DataError
@@ -46,7 +46,7 @@ def make_tiny_imagenet(arguments: Sequence[str] | None = None) -> int:
         write_subset(archive, options.folder)
     except DataError as error:
         logger.error("%s", error)
-        return error.exit_code
+        return exit_code_of(error)
     return EXIT_DONE
 
 

@@ -14,6 +14,7 @@ from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
+from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.study.file import Evaluation, Study
 
 SILENT = ("name", "output_dir", "allow_change")
@@ -95,6 +96,11 @@ def plan_run(study: Study, name: str, seed: int, first: bool) -> Run:
     caches = Path(study.dir) / "caches"
     given = [*overrides, "run.output_dir=none", f"cache.dir={caches / 'none'}"]
     config = load_config(study.recipe, given)
+    if config.train.stop_after is not None:
+        raise ConfigError(
+            f"{study.recipe}: train.stop_after={config.train.stop_after}: the runs of a study "
+            "train to their end; remove the key from the recipe"
+        )
     folder = Path(study.dir) / "runs" / short_digest(effective_settings(config))
     overrides.append(f"run.output_dir={folder}")
     config.run.output_dir = str(folder)
@@ -174,10 +180,10 @@ def short_digest(value: Any) -> str:
 def is_trained(folder: Path) -> bool:
     """Return whether a run is complete."""
     try:
-        return json.loads((folder / "exit.json").read_text())["code"] == EXIT_DONE
+        return read_json((folder / "exit.json").read_bytes())["code"] == EXIT_DONE
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / 'exit.json'}: cannot be read ({error}); delete it") from error
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cmtmae_scale.commands.report import write_page, write_report
-from cmtmae_scale.tools.report.run import read_run
-from cmtmae_scale.tools.report.sections import headline
+from cmtmae_scale.tools.report.run import FIGURE_BYTES, read_run
+from cmtmae_scale.tools.report.sections import figures_section, headline
 from tests.tools.report.report_case import write_run
 from tests.tools.report.test_report import read_page
 
@@ -64,6 +64,18 @@ def test_a_folder_of_figures_elsewhere_is_not_shown(run_dir: Path) -> None:
     (other / "step-00000099.png").write_text(SECRET)
     (run_dir / "figures").symlink_to(other)
     assert "aHVudGVyMm" not in write_page([run_dir]).read_text()
+
+
+def test_a_figure_that_is_huge_or_gone_ends_no_report(run_dir: Path) -> None:
+    path = run_dir / "figures" / "step-00000099.png"
+    with path.open("wb") as opened:
+        opened.truncate(FIGURE_BYTES + 1)
+    assert any("99.png is not shown (more than" in text for text in read_run(run_dir).problems)
+    path.write_bytes(b"x")
+    run = read_run(run_dir)
+    assert run.figures[-1] == (99, path)
+    path.unlink()
+    assert "step 99" in figures_section(run, "a", 3)
 
 
 VALUES: list[Any] = [

@@ -202,6 +202,11 @@ def test_a_run_that_goes_on_after_its_last_end_is_not_called_done(tmp_path: Path
     assert "running again, or killed since its last end" in report(run)
     (run / "exit.json").write_text(json.dumps({"code": 75, "step": 60, "reason": "SIGTERM"}))
     assert "stopped; the same command continues SIGTERM" in report(run)
+    reached = {"code": 0, "step": 30, "reason": "train.stop_after=30 is reached already"}
+    (run / "exit.json").write_text(json.dumps(reached))
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(lines[:15]))
+    assert "stopped before its end train.stop_after=30 is reached" in report(run)
 
 
 def test_many_figures_are_thinned_and_counted(tmp_path: Path) -> None:
@@ -220,6 +225,9 @@ def test_only_finished_runs_of_the_same_settings_make_a_range(tmp_path: Path) ->
     write_run(tmp_path / "other-recipe", "mask.ratio=0.5", seed=1)
     crashed = write_run(tmp_path / "crashed", seed=2)
     (crashed / "exit.json").write_text(json.dumps({"code": 1, "step": 9, "reason": "crash"}))
+    early = write_run(tmp_path / "early", seed=5)
+    reached = {"code": 0, "step": 30, "reason": "train.stop_after=30 is reached already"}
+    (early / "exit.json").write_text(json.dumps(reached))
     (tmp_path / "no-run").mkdir()
     assert "No sibling folder holds a finished run" in report(run)
     write_run(tmp_path / "seed-3", "log.every=5", "backend.name=deepspeed", seed=3)

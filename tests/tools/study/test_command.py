@@ -116,6 +116,16 @@ def test_nothing_at_all_is_no_error(tmp_path: Path) -> None:
     assert "No comparison is available yet." in table and not figure
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_an_accuracy_that_is_not_finite_is_refused(tmp_path: Path, number: str) -> None:
+    runs = plan_runs(study := load_study(write_study(tmp_path, study_tree(tmp_path))))
+    put_results(runs[0], hits_of(5), baselines=True)
+    text = runs[0].linear.read_text()
+    runs[0].linear.write_text(text.replace('"accuracy": 0.125', f'"accuracy": {number}', 1))
+    with pytest.raises(ConfigError, match=rf"{number} is not a result\); delete it"):
+        collect_results(study, runs)
+
+
 def test_results_on_different_images_are_not_compared(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path, study_tree(tmp_path)))
     runs = plan_runs(study)

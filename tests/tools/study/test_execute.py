@@ -55,6 +55,10 @@ def test_jobs_run_in_order_and_only_those_that_are_missing(tmp_path: Path) -> No
     entries = [json.loads(line) for line in (run.folder / JOBS).read_text().splitlines()]
     assert [(one["kind"], one["code"]) for one in entries] == [("train", 0), ("evaluate", 0)]
     assert training_minutes(run) == entries[0]["seconds"] / 60
+    with (run.folder / JOBS).open("a") as opened:
+        opened.write('\n{"kind": "tra\n[]\n{"kind": "train", "seconds": 1e999}')
+    assert training_minutes(run) == entries[0]["seconds"] / 60
+    (run.folder / JOBS).write_text("".join(json.dumps(one) + "\n" for one in entries))
     assert Executor(1, None).run([run]) == [Outcome.DONE]  # open(.., 'x') would fail
     assert len((run.folder / JOBS).read_text().splitlines()) == 2
 

@@ -23,6 +23,15 @@ def kinds(run: Run) -> list[str]:
     return [job.kind for job in run.missing()]
 
 
+def test_a_recipe_that_stops_early_is_refused(tmp_path: Path) -> None:
+    """The second launch of such a run ends with 0, and its weights would be evaluated."""
+    tree = study_tree(tmp_path)
+    recipe = Path(tree["recipe"])
+    recipe.write_text(recipe.read_text().replace("train:\n", "train:\n  stop_after: 2\n"))
+    with pytest.raises(ConfigError, match=r"train.stop_after=2: .* remove the key"):
+        plan_runs(load_study(write_study(tmp_path, tree)))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").iterdir()), ids=lambda p: p.stem)
 def test_every_row_of_a_study_that_is_shipped_can_be_run(
     path: Path, monkeypatch: pytest.MonkeyPatch
