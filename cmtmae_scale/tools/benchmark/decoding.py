@@ -206,18 +206,18 @@ def time_batches(source: ViewSource, batches: int) -> Used:
     wall = time.perf_counter()
     source(batches)
     wall = time.perf_counter() - wall
+    steps = BUSY_STEPS if source.ahead else 0
+    busy = time_busy_step(source, steps) if steps else None
     wait_until_idle()
-    number = batches + source.ahead
-    used, here = cpu_time() - used, time.process_time() - here
-    busy = time_busy_step(source) if source.ahead else None
+    number, own = batches + source.ahead + steps, BUSY_S * steps
+    used, here = cpu_time() - used - own, time.process_time() - here - own
     return Used(used / number, here / number, wall / batches, busy)
 
 
-def time_busy_step(source: ViewSource) -> float:
-    """Return seconds of a step whose main thread has Python of its own to run."""
-    source(source.ahead)
+def time_busy_step(source: ViewSource, number: int) -> float:
+    """Return seconds of a step whose main thread has Python of its own to run; none is ahead."""
     steps: list[float] = []
-    for _ in range(BUSY_STEPS):
+    for _ in range(number):
         began, own = time.perf_counter(), time.thread_time()
         while time.thread_time() - own < BUSY_S:
             pass
