@@ -134,9 +134,12 @@ def compare_decoders(
             workers = "" if worker_type == "thread" else ", processes"
             sources[f"{label}{workers}"] = StreamViews(stack.enter_context(stream), device)
         times: dict[str, list[Used]] = {name: [] for name in sources}
+        for source in sources.values():
+            source(1)  # all worker processes have started
+        workers = find_children(os.getpid())
         for number in range(rounds + WARM_UP):
             for name, source in sources.items():
-                batch_times = time_batches(source, batches)
+                batch_times = time_batches(source, batches, workers)
                 if number >= WARM_UP:
                     times[name].append(batch_times)
     return [summarise_decoder(name, seen, times["PIL"]) for name, seen in times.items()]
@@ -198,19 +201,25 @@ def torchvision_view(data: bytes, box: list[int], flip: bool, *, size: int) -> o
     return tv.horizontal_flip(view) if flip else view
 
 
-def time_batches(source: ViewSource, batches: int) -> Used:
-    """Return times without batches that were finished ahead of the clock."""
-    wait_until_idle()
-    used, here = cpu_time(), time.process_time()
+def time_batches(source: ViewSource, batches: int, workers: Sequence[int]) -> Used:
+    """Return times without batches that were finished ahead of the clock.
+
+    Args:
+        source: of the batches.
+        batches: per measurement.
+        workers: processes whose CPU time counts.
+    """
+    wait_until_idle(workers)
+    used, here = cpu_time(workers), time.process_time()
     source(source.ahead)
     wall = time.perf_counter()
     source(batches)
     wall = time.perf_counter() - wall
     steps = BUSY_STEPS if source.ahead else 0
     busy = time_busy_step(source, steps) if steps else None
-    wait_until_idle()
+    wait_until_idle(workers)
     number, own = batches + source.ahead + steps, BUSY_S * steps
-    used, here = cpu_time() - used - own, time.process_time() - here - own
+    used, here = cpu_time(workers) - used - own, time.process_time() - here - own
     return Used(used / number, here / number, wall / batches, busy)
 
 
@@ -226,9 +235,9 @@ def time_busy_step(source: ViewSource, number: int) -> float:
     return statistics.median(steps)
 
 
-def cpu_time() -> float:
-    """Return CPU-seconds of this process and of those that it has started, by the scheduler."""
-    return time.process_time() + sum(map(task_time, find_children(os.getpid())))
+def cpu_time(workers: Sequence[int]) -> float:
+    """Return CPU-seconds of this process and of workers, by the scheduler."""
+    return time.process_time() + sum(map(task_time, workers))
 
 
 def task_time(pid: int) -> float:
@@ -250,12 +259,12 @@ def find_children(pid: int) -> list[int]:
     return [*found, *(below for child in found for below in find_children(child))]
 
 
-def wait_until_idle() -> None:
-    """Wait until all threads of this process and its workers are idle."""
+def wait_until_idle(workers: Sequence[int]) -> None:
+    """Wait until all threads of this process and of workers are idle."""
     while True:
-        before = cpu_time()
+        before = cpu_time(workers)
         time.sleep(SETTLED_S)
-        if cpu_time() - before < SETTLED_S / 10:
+        if cpu_time(workers) - before < SETTLED_S / 5:
             return
 
 
