@@ -2,12 +2,14 @@
 
 CPU time is that of this process and of its worker processes. A training step that is bound by its
 host is imitated by a main thread that computes in Python for ``BUSY_S`` of its own CPU time before
-it asks for each batch: whatever else holds the interpreter makes that step longer.
+it asks for each batch. What counts is how long it is held up, by whatever else holds the
+interpreter or for lack of a batch: wall time less its CPU time and less its wait for a free core.
 """
 
 import io
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -52,9 +54,9 @@ class DecoderRate:
     """Images per CPU-second of this process and its workers."""
     here_ms: Spread
     """CPU-milliseconds of this process alone per image."""
-    busy_step_ms: Spread | None
-    """Milliseconds of a host-bound step of ``BATCH`` images, at least 1000 ``BUSY_S``; ``None``:
-    the decoder is a loop of the main thread itself."""
+    held_up_ms: Spread | None
+    """Milliseconds in which the main thread is held up in a host-bound step of ``BATCH`` images;
+    ``None``: the decoder is a loop of the main thread itself."""
     per_s: Spread
     """Images per second."""
     of_pil: Spread
@@ -81,8 +83,8 @@ class Used(NamedTuple):
     """Per batch, of this process."""
     wall_s: float
     """Per batch."""
-    busy_s: float | None
-    """Wall time of a host-bound step."""
+    held_up_s: float | None
+    """In a host-bound step."""
 
 
 def compare_decoders(
@@ -216,23 +218,30 @@ def time_batches(source: ViewSource, batches: int, workers: Sequence[int]) -> Us
     source(batches)
     wall = time.perf_counter() - wall
     steps = BUSY_STEPS if source.ahead else 0
-    busy = time_busy_step(source, steps) if steps else None
+    held_up = time_held_up(source, steps) if steps else None
     wait_until_idle(workers)
     number, own = batches + source.ahead + steps, BUSY_S * steps
     used, here = cpu_time(workers) - used - own, time.process_time() - here - own
-    return Used(used / number, here / number, wall / batches, busy)
+    return Used(used / number, here / number, wall / batches, held_up)
 
 
-def time_busy_step(source: ViewSource, number: int) -> float:
-    """Return seconds of a step whose main thread has Python of its own to run; none is ahead."""
-    steps: list[float] = []
-    for _ in range(number):
-        began, own = time.perf_counter(), time.thread_time()
+def time_held_up(source: ViewSource, steps: int) -> float:
+    """Return seconds per host-bound step in which the main thread is held up; none is ahead."""
+    held_up: list[float] = []
+    for _ in range(steps):
+        began, active = time.perf_counter(), time_active()
+        own = time.thread_time()
         while time.thread_time() - own < BUSY_S:
             pass
         source(1)
-        steps.append(time.perf_counter() - began)
-    return statistics.median(steps)
+        held_up.append(time.perf_counter() - began - (time_active() - active))
+    return statistics.median(held_up)
+
+
+def time_active() -> float:
+    """Return seconds in which this thread has run or waited for a free core."""
+    path = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+    return sum(map(int, path.read_text().split()[:2])) / 1e9
 
 
 def cpu_time(workers: Sequence[int]) -> float:
@@ -270,12 +279,12 @@ def wait_until_idle(workers: Sequence[int]) -> None:
 
 def summarise_decoder(name: str, seen: Sequence[Used], pil: Sequence[Used]) -> DecoderRate:
     """Return rates from times per batch."""
-    busy = [1000 * one.busy_s for one in seen if one.busy_s is not None]
+    held_up = [1000 * one.held_up_s for one in seen if one.held_up_s is not None]
     return DecoderRate(
         name,
         Spread.of([BATCH / one.cpu_s for one in seen]),
         Spread.of([1000 * one.here_s / BATCH for one in seen]),
-        Spread.of(busy) if busy else None,
+        Spread.of(held_up) if held_up else None,
         Spread.of([BATCH / one.wall_s for one in seen]),
         Spread.of([other.cpu_s / one.cpu_s for one, other in zip(seen, pil, strict=True)]),
     )
@@ -289,12 +298,12 @@ def decoders_table(results: Sequence[DecoderRate]) -> str:
         "of PIL's",
         "images per second",
         "CPU-ms of this process per image",
-        f"step of {BATCH} with a host-bound main thread, ms (work: {1000 * BUSY_S:.0f})",
+        f"host-bound main thread held up, ms per {1000 * BUSY_S:.0f} of work and {BATCH} images",
     ]
     rows = [
         [
             *(r.name, str(r.per_core_s), str(r.of_pil), str(r.per_s), str(r.here_ms)),
-            "-" if r.busy_step_ms is None else str(r.busy_step_ms),
+            "-" if r.held_up_ms is None else str(r.held_up_ms),
         ]
         for r in results
     ]

@@ -83,7 +83,7 @@ def test_decoders_alternate_over_the_same_views(
     assert [one.name for one in results][:3] == ["PIL", "torchvision", "ours, torch"]
     assert results[0].of_pil == Spread(1.0, 1.0, 1.0)
     assert all(one.per_core_s.low > 0 and one.per_s.low > 0 for one in results)
-    assert [one.busy_step_ms is None for one in results][:3] == [True, True, False]
+    assert [one.held_up_ms is None for one in results][:3] == [True, True, False]
     assert "of PIL's" in decoding.decoders_table(results)
 
 
