@@ -12,7 +12,7 @@ from PIL import Image
 from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.reading import Reader, UndecodableError, start_threads
-from dataloading.torch_decode import make_decode
+from dataloading.torch_decode import find_codec, make_decode
 from dataloading.values import (
     Digests,
     Survey,
@@ -60,7 +60,7 @@ def check_samples(
         and what is remarkable about the others.
     """
     reader = Reader(index, patience_s)
-    decode = make_decode()
+    decode = make_decode(find_codec())
 
     def work(chunk: range) -> _Found:
         faults: list[Fault] = []

@@ -30,7 +30,7 @@ from dataloading.reading import (
     start_threads,
     to_device,
 )
-from dataloading.torch_decode import crop_and_resize, make_decode
+from dataloading.torch_decode import crop_and_resize, find_codec, make_decode
 from dataloading.turns import turn_pixels
 from dataloading.views import Boxes, Flips
 
@@ -111,7 +111,7 @@ class ResidentDecoder:
         """
         shape = (self._count, 3, self._side, self._side)
         images = torch.full(shape, GREY, dtype=torch.uint8)
-        decode = make_decode()
+        decode = make_decode(find_codec())
         self._faults.clear()
 
         def fill(samples: range) -> None:

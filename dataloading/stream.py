@@ -77,7 +77,7 @@ class Stream:
             of this process alone and take seconds to start; "thread"; "auto", processes where
             the device is a GPU and the images are not resident. The views are the same.
         start_position: position of the first draw of rank 0.
-        decode: "dali", DALI on the device; "torch", the CPU with torchvision;
+        decode: "dali", DALI on the device; "torch", the CPU;
             "auto", DALI where it is installed and the device is a GPU, else "torch", which is the
             faster one on a CPU. Draws, crops and flips do not depend on it.
         resident: keep all images decoded on the device and cut views there, for small sets;

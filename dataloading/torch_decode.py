@@ -1,10 +1,10 @@
 """From bytes to views on the CPU: decode once, crop once, resize to every size.
 
-torchvision decodes JPEG, PNG, WebP and BMP; what it refuses, and other formats, are Pillow's. The
-choice is fixed: on intact RGB and grey JPEG and PNG files nvImageCodec gives the same pixels, a
-tenth slower, but it accepts damage that torchvision and Pillow refuse, and which views are grey
-must depend neither on what is installed nor on a race. It finds what DALI, which decodes by it,
-refused. Every decoder gives pixels as stored; crops are turned upright afterwards,
+torchvision decodes JPEG: nvImageCodec gives the same pixels of intact files, a tenth slower, and
+accepts damage that torchvision refuses, so the choice is fixed, whatever is installed and however
+fast it is. PNG, WebP and BMP are nvImageCodec's where it is installed, else torchvision's; what
+the first decoder refuses, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG
+files all three give the same pixels. Every decoder gives pixels as stored; crops are turned upright afterwards,
 as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
 """
 
@@ -77,7 +77,7 @@ class ViewMaker:
     def __init__(self, reader: Reader, sizes: tuple[int, ...]) -> None:
         self._reader = reader
         self._sizes = sizes
-        self._decode = make_decode()
+        self._decode = make_decode(find_codec())
 
     def __call__(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
         """Fill ``out``, ``[S, S, 3]`` for each size; returns why they are grey, if they are.
@@ -157,20 +157,21 @@ class TorchDecoder:
         self._reader.close()
 
 
-def make_decode(codec: ModuleType | None = None) -> Decode:
+def make_decode(codec: ModuleType | None) -> Decode:
     """Join decoders into one.
 
     Args:
-        codec: nvImageCodec, or ``None`` for torchvision.
+        codec: nvImageCodec, or ``None`` for torchvision; torchvision decodes JPEG in any case.
 
     Returns:
         A function from encoded bytes, and the size in their header where that is known, to uint8
         RGB ``[3, height, width]``, safe in threads. What the first decoder refuses, Pillow tries;
         it raises ``UndecodableError``.
     """
-    decoder = _first_decoder(codec)
+    jpeg, common = _first_decoder(None), _first_decoder(codec)
 
     def decode(data: bytes, size: Size | None = None) -> Tensor:
+        decoder = jpeg if data.startswith(b"\xff\xd8") else common
         image = decoder(data) if is_common(data) else None
         if image is None or not _is_as_announced(image, data, size):
             image = with_pillow(data)

@@ -141,7 +141,7 @@ class Data:
     expected_images: int | None = positive(None)
     """Number of usable images; checked, and used by ``--dry-run`` when ``path`` is absent."""
     decode: Literal["auto", "dali", "torch"] = "auto"
-    """dali: DALI, on the GPU where there is one; torch: the CPU, with torchvision;
+    """dali: DALI, on the GPU where there is one; torch: the CPU;
     auto: DALI if it is installed and there is a GPU, else torch."""
     resident: bool = False
     """Keep all decoded images on each rank's device and crop the views there: for images of 32 or

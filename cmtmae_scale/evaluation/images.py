@@ -22,7 +22,7 @@ from dataloading.index import Index, build_index, load_or_build
 from dataloading.name_checks import as_integer, find_equal_labels
 from dataloading.order import sample_ids
 from dataloading.reading import Reader, UndecodableError
-from dataloading.torch_decode import make_decode
+from dataloading.torch_decode import find_codec, make_decode
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def require_decodable(images: ImageSet, name: str) -> None:
 
 def find_no_decodable(images: ImageSet, name: str) -> tuple[str, bool]:
     """Return why no image of a set can be decoded, or ``""``, and whether some cannot be read."""
-    reader, decode = Reader(images.index, CHECK_PATIENCE_S), make_decode()
+    reader, decode = Reader(images.index, CHECK_PATIENCE_S), make_decode(find_codec())
     first, unread = "", False
     try:
         for row in images.ids.tolist():

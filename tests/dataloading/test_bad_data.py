@@ -286,8 +286,8 @@ def test_no_decoder_sees_a_picture_larger_than_its_header_said(
 
         make = module.make_decode
 
-        def spy_maker():
-            inner = make()
+        def spy_maker(codec):
+            inner = make(codec)
             return lambda data, size: seen.append(size_of_bytes(data)) or inner(data, size)
 
         monkeypatch.setattr(module, "make_decode", spy_maker)
