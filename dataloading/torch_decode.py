@@ -4,8 +4,8 @@ torchvision decodes JPEG: nvImageCodec gives the same pixels of intact files, a 
 accepts damage that torchvision refuses, so the choice is fixed, whatever is installed and however
 fast it is. PNG, WebP and BMP are nvImageCodec's where it is installed, else torchvision's; what
 the first decoder refuses, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG
-files all three give the same pixels. Every decoder gives pixels as stored; crops are turned upright afterwards,
-as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
+files all three give the same pixels. Every decoder gives pixels as stored; crops are turned upright
+afterwards, as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
 """
 
 import importlib
