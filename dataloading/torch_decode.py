@@ -244,9 +244,10 @@ def load_operators() -> None:
     """
     spec = importlib.util.find_spec("torchvision")
     folders = [] if spec is None else spec.submodule_search_locations or []
+    operators: Any = torch.ops
     for path in (path for folder in folders for path in Path(folder).glob("image*.so")):
-        torch.ops.load_library(path)
-    if not hasattr(torch.ops.image, "decode_image"):
+        operators.load_library(path)
+    if not hasattr(operators.image, "decode_image"):
         importlib.import_module("torchvision.io")
 
 
