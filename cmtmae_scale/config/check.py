@@ -67,6 +67,11 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
 
 def check_data(config: Config) -> Iterator[str]:
     """Settings of decoding and order that exclude each other."""
+    if config.data.resident and config.data.worker_type == "process":
+        yield (
+            "data.resident=true decodes each image once, in threads; found "
+            "data.worker_type=process: set auto or thread"
+        )
     if config.data.resident and config.data.decode == "dali":
         yield (
             "data.resident=true decodes each image once, on the CPU; found data.decode=dali: set "

@@ -144,7 +144,7 @@ class Data:
     expected_images: int | None = positive(None)
     """Number of usable images; checked, and used by ``--dry-run`` when ``path`` is absent."""
     decode: Literal["auto", "dali", "torch"] = "auto"
-    """dali: DALI, on the GPU where there is one; torch: the CPU, with nvImageCodec or torchvision;
+    """dali: DALI, on the GPU where there is one; torch: the CPU;
     auto: DALI if it is installed and there is a GPU, else torch."""
     resident: bool = False
     """Keep all decoded images on each rank's device and crop the views there: for images of 32 or
@@ -163,7 +163,10 @@ class Data:
     """Let ``shuffle=window`` accept images that are sorted by class, which it refuses otherwise:
     its batches then hold few classes."""
     workers: int = positive(4)
-    """Reader and decoder threads per rank."""
+    """Readers and decoders per rank, threads or processes; each uses one core."""
+    worker_type: Literal["auto", "thread", "process"] = "auto"
+    """process: worker processes, which leave the interpreter that launches kernels alone and take
+    seconds to start; thread: threads; auto: process on a GPU, thread on a CPU. Same views."""
 
 
 @dataclass

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "data.path",
     "data.decode",
     "data.workers",
+    "data.worker_type",
     "data.max_bad_fraction",
 )
 """Keys, or groups with their point, that may change at a resume of every task."""

@@ -163,6 +163,7 @@ class Finetuning:
             ratio=config.augment.aspect_ratio,
             flip=config.augment.hflip,
             threads=config.data.workers,
+            worker_type=config.data.worker_type,
             start_position=position,
             decode=config.data.decode,
             device=self.device,

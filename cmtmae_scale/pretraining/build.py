@@ -303,6 +303,7 @@ def open_stream(
         count=config.views.views_per_image,
         shuffle=config.data.shuffle,
         threads=config.data.workers,
+        worker_type=config.data.worker_type,
         start_position=position,
         decode=config.data.decode,
         resident=config.data.resident,

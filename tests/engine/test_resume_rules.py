@@ -35,7 +35,15 @@ FREE = {
     *("checkpoint.every", "checkpoint.keep", "checkpoint.background"),
     *(key for key in KEYS if key.startswith(("backend.", "cache.", "eval.", "guard.", "log."))),
     *("train.micro_batch_size", "train.stop_after"),
-    *("data.decode", "data.workers", "data.path", "data.index", "data.source", "data.resident"),
+    *(
+        "data.decode",
+        "data.workers",
+        "data.worker_type",
+        "data.path",
+        "data.index",
+        "data.source",
+        "data.resident",
+    ),
     *("data.expected_images", "data.max_bad_fraction", "data.window_on_sorted"),
 }
 NEVER = {

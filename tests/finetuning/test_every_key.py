@@ -54,6 +54,7 @@ EXCEPTIONS = {
     "data.exif_orientation": "with turned images: dataloading/test_orientation.py",
     "data.max_bad_fraction": "with undecodable images: pretraining/test_bad_share.py",
     "data.workers": "speed; the order is the same: dataloading/test_stream.py",
+    "data.worker_type": "speed; the views are the same: dataloading/test_pool.py",
     "backend.name": "numbers agree: backends/test_parity.py",
     "backend.sharding": "memory; numbers agree: backends/test_parity.py",
     "backend.zero_stage": "memory; numbers agree: backends/test_parity.py",
