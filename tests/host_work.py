@@ -88,12 +88,12 @@ class Clock:
         self.read_at: float | None = None
 
     def timed(self, name: str, function: Callable[..., Any], enqueues: bool = True) -> Any:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             began = time.thread_time()
             if enqueues and self.read_at is not None:
                 self.parts["host read to next forward"].append(began - self.read_at)
                 self.read_at = None
-            value = function(*arguments)
+            value = function(*arguments, **options)
             self.parts[name].append(time.thread_time() - began)
             return value
 
