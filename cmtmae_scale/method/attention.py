@@ -9,7 +9,7 @@ Source: docs/method.md, sections "Attention maps", "Normalisation", "Grids" and 
 attention".
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class SelfAttention(nn.MultiheadAttention):
         """From ``[B, T, D]``, given three times, to ``[B, T, D]``."""
         batch, length, _ = query.shape
         qkv = self.linear(query, self.in_proj_weight, self.in_proj_bias)
-        qkv = qkv.reshape(batch, length, 3, self.num_heads, -1)
+        qkv = qkv.reshape(batch, length, 3, cast(int, self.num_heads), -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, d]
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.linear(x, self.out_proj.weight, self.out_proj.bias), None

@@ -7,6 +7,7 @@ views are free. A compiled part is modelled as if each run of operations between
 were one kernel, which reads what others wrote and writes what others read.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -352,7 +353,12 @@ def record_prepare(config: Config, networks: MetaNetworks, recorder: Recorder) -
     images = tuple(torch.empty(views, size, size, 3, dtype=torch.uint8) for size in sizes)
     position = torch.empty(views, dtype=torch.int64)
     batch = Batch(images, position, position, position, torch.empty(views, dtype=torch.bool))
-    return prepare(config, models, batch, scalars_at(config, 0.5))[0]
+    view = (
+        TeacherView(None, None) if models.teacher is None else models.teacher.forward_batch(batch)
+    )
+    eager = copy.deepcopy(config)
+    eager.backend.compile = False  # operations are counted, and fused by rule
+    return prepare(eager, models, batch, view, scalars_at(config, 0.5))[0]
 
 
 def record_student(
