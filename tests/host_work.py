@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from timm.models import vision_transformer
 
-from cmtmae_scale.backends import adamw, deepspeed_momentum
+from cmtmae_scale.backends import adamw, gathered_momentum
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.pretraining import build
 from cmtmae_scale.runtime.launch import World
@@ -71,7 +71,7 @@ def open_group(ranks: int, stack: ExitStack) -> World:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         for place, name, stand_in in (
             (build, "require_equal_weights", lambda *_: None),
-            (deepspeed_momentum, "gather_bytes", repeat),
+            (gathered_momentum, "gather_bytes", repeat),
             (adamw, "acceptable", lambda *_: True),
         ):
             stack.enter_context(mock.patch.object(place, name, stand_in))

@@ -46,7 +46,7 @@ from cmtmae_scale.backends.deepspeed_internals import (
     locate_shards,
     renew_compute_copies,
 )
-from cmtmae_scale.backends.deepspeed_momentum import GatheredMomentum, Shard
+from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError

@@ -27,7 +27,7 @@ from cmtmae_scale.backends.base import (
     compute_dtype,
     detached,
 )
-from cmtmae_scale.backends.deepspeed_momentum import GatheredMomentum, Shard
+from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 

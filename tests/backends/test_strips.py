@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cmtmae_scale.backends.deepspeed_momentum import join_ranges
+from cmtmae_scale.backends.gathered_momentum import join_ranges
 
 SIZES = (1, 64, 64 * 48, 48, 3 * 48 * 48, 1000)
 
