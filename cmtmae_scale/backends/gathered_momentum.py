@@ -35,6 +35,10 @@ class Strip(NamedTuple):
     """Values of each rank."""
 
 
+FEW_RANKS = 16
+"""Most ranks whose ranges of one parameter are copied one by one, all in one fused copy."""
+
+
 class GatheredMomentum:
     """EMA weights whose float32 values are sharded over the ranks.
 
@@ -69,11 +73,21 @@ class GatheredMomentum:
         table = gather_ranges(shards, group)
         self.size = len(table)
         self.longest = int(table[:, :, 1].sum(axis=1).max())
-        self.copies = [
-            (weights[shard.name].detach().view(-1)[strip.offset :], strip)
-            for number, shard in enumerate(shards)
-            for strip in join_ranges(table, number)
-        ]
+        self.strided: list[tuple[Tensor, Strip]] = []
+        pieces: list[tuple[int, Tensor]] = []  # place in the gathered rows, target
+        for number, shard in enumerate(shards):
+            weight = weights[shard.name].detach().view(-1)
+            for strip in join_ranges(table, number):
+                rank, count, start, offset, length = strip
+                target = weight[offset : offset + count * length].view(count, length)
+                if count > FEW_RANKS:
+                    self.strided.append((target, strip))
+                    continue
+                begins = range(rank * self.longest + start, self.size * self.longest, self.longest)
+                pieces += zip(begins, target.unbind(), strict=False)
+        pieces.sort(key=lambda piece: piece[0])
+        self.targets = [target for _, target in pieces]
+        self.cuts = cut_rows([(place, target.numel()) for place, target in pieces])
         self.device = next(module.parameters()).device
         self.dtype = dtype
 
@@ -91,28 +105,35 @@ class GatheredMomentum:
     def renew(self) -> None:
         """Copy all ranks' shards into the whole encoder; a collective."""
         if self.size == 1:
-            torch._foreach_copy_([target for target, _ in self.copies], self.views)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            torch._foreach_copy_(self.targets, self.views)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             return
         own = torch.zeros(self.longest, dtype=self.dtype, device=self.device)
         own[: self.ema.numel()].copy_(self.ema)
         rows = own.new_empty(self.size, self.longest)
         dist.all_gather_into_tensor(rows.view(-1), own, self.group)
-        dense: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for target, strip in self.copies:
-            rank, count, start, _, length = strip
-            source = rows[rank : rank + count, start : start + length]
-            target = target[: count * length].view(count, length)
-            if source.is_contiguous():
-                dense[0].append(target)
-                dense[1].append(source)
-            else:  # would keep the fused copy from being used
-                target.copy_(source)
-        if dense[0]:
-            torch._foreach_copy_(*dense)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        if self.targets:
+            flat = rows.view(-1)[: sum(self.cuts)]
+            torch._foreach_copy_(self.targets, flat.split(self.cuts)[1::2])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        for target, (rank, count, start, _, length) in self.strided:
+            target.copy_(rows[rank : rank + count, start : start + length])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.module(images.to(self.dtype))
+
+
+def cut_rows(pieces: list[tuple[int, int]]) -> list[int]:
+    """Return the lengths of what lies before, between and in pieces: gap, piece, gap, piece, ...
+
+    Args:
+        pieces: place and length of each, by place.
+    """
+    cuts: list[int] = []
+    end = 0
+    for place, length in pieces:
+        cuts += [place - end, length]
+        end = place + length
+    return cuts
 
 
 def gather_ranges(shards: list[Shard], group: dist.ProcessGroup | None) -> NDArray[np.int64]:

@@ -122,7 +122,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     suite.add_argument("--only", nargs="+", metavar="ROW", help="these rows, measured or not")
     suite.add_argument("--small", action="store_true", help="rehearse with tiny sizes, on any CPU")
     suite.add_argument("--output", type=Path, help="name of the results; runs/suite")
-    startup.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts")
     traffic = commands.add_parser(
         "collectives", help="collectives of a step and their bytes, counted", allow_abbrev=False
     )

@@ -89,7 +89,8 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
     """Let rank 0 build or check the index, then open it on every rank. A collective.
 
     One rank per machine compares the index with the files; the others open what that rank has
-    verified. A build may take longer than a collective.
+    verified, unless ``data.path`` is another folder for them. A build may take longer than a
+    collective.
 
     Raises:
         ConfigError: on every rank, if the images differ between ranks or from the settings.
@@ -107,7 +108,10 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
     first = on_all_ranks_for_long(lambda: build() if world.rank == 0 else None)
     facts = [first.digest, first.list_shards()] if first is not None else None
     digest, shards = json.loads(broadcast_text(json.dumps(facts)))
-    checks = first is None and world.local_rank == 0
+    places = gather_texts(identify_place(config.data.path))
+    checks = first is None and (
+        world.local_rank == 0 or places[world.rank] != places[world.rank - world.local_rank]
+    )
     own = on_all_ranks_for_long(lambda: build() if checks else first)
     index = on_all_ranks(
         lambda: open_kept(config.data.path, folder, digest, shards) if own is None else own
@@ -115,6 +119,15 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
     require_equal_images(index, config.data.path)
     refuse_bad_index(config, index)
     return index
+
+
+def identify_place(path: str) -> str:
+    """Return device and inode of a folder or file, of a pattern those of its folder."""
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    found = place.stat()
+    return f"{found.st_dev} {found.st_ino}"
 
 
 def refuse_bad_index(config: Config, index: Index) -> None:

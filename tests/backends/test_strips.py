@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from cmtmae_scale.backends.gathered_momentum import join_ranges
+from cmtmae_scale.backends import gathered_momentum
+from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard, join_ranges
+from tests.processes import run_ranks
 
 SIZES = (1, 64, 64 * 48, 48, 3 * 48 * 48, 1000)
 
@@ -48,3 +52,28 @@ def test_strips_move_every_value_with_few_copies(layout, ranks: int) -> None:  #
             target = found[offset : offset + count * length].reshape(count, length)
             target[:] = rows[first : first + count, start : start + length]
         assert np.array_equal(found, values)
+
+
+def renewed(few_ranks: int) -> list[float]:
+    """Weights that three ranks have after an update; each holds a third of each, the last less."""
+    rank = torch.distributed.get_rank()
+    gathered_momentum.FEW_RANKS = few_ranks
+    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
+    shards: list[Shard] = []
+    values: list[torch.Tensor] = []
+    for name, one in module.named_parameters():
+        part = -(-one.numel() // 3)
+        offset = min(rank * part, one.numel())
+        length = min(part, one.numel() - offset)
+        shards.append(Shard(name, offset, length))
+        values.append(torch.arange(offset, offset + length, dtype=torch.float32))
+    momentum = GatheredMomentum(module, shards, torch.float32, torch.device("cpu"))
+    momentum.update(values, 0.0)
+    return [value for one in module.parameters() for value in one.flatten().tolist()]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("few_ranks", [1, 16])
+def test_all_ranks_have_all_weights_after_an_update(few_ranks: int) -> None:
+    expected = [float(k) for size in (12, 3, 15, 5) for k in range(size)]
+    assert run_ranks(3, renewed, few_ranks) == [expected] * 3
