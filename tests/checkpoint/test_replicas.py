@@ -36,7 +36,7 @@ def test_one_flipped_bit_is_named_on_every_rank_and_not_saved(tmp_path: Path) ->
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("sharding", ["replicate", "full"])
+@pytest.mark.parametrize("sharding", ["replicate", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_whose_replicas_diverge_ends_at_the_next_save(tmp_path: Path, sharding: str) -> None:
     recipe = write_recipe(tmp_path)
     overrides = [f"backend.sharding={sharding}", "checkpoint.every=2"]

@@ -37,7 +37,7 @@ def left(recipe: Path, fault: str, *overrides: str) -> tuple[list[int | None], P
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, task: str) -> None:
     codes, run_dir = left(write_task_recipe(task, tmp_path), "kill")
     assert codes == [1, -9]

@@ -35,7 +35,7 @@ def check_stopped(run_dir: Path, reason: str) -> None:
 @pytest.mark.parametrize(
     "times", [pytest.param(2), pytest.param(50, marks=pytest.mark.slow)], ids=["2", "50"]
 )
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [TASKS[0], pytest.param(TASKS[1], marks=pytest.mark.slow)])
 def test_a_signal_on_any_rank_at_any_moment_stops_all_at_the_same_step(
     tmp_path: Path, task: str, times: int
 ) -> None:

@@ -126,6 +126,7 @@ def tune_until_told(recipe: Path, run_dir: Path) -> tuple[tuple[str, int], tuple
     return first, tune(recipe, *overrides)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_75_and_the_same_command_goes_on(
     recipe: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ from cmtmae_scale.tools.study.work import Run, plan_runs
 from tests.tools.study.study_case import hits_of, put_results, study_tree, write_study
 
 ROOT = Path(__file__).resolve().parents[3]
+LARGEST = "first"
+"""The study with the most rows."""
 
 
 def runs_of(folder: Path, **changes: Any) -> list[Run]:
@@ -32,7 +34,13 @@ def test_a_recipe_that_stops_early_is_refused(tmp_path: Path) -> None:
         plan_runs(load_study(write_study(tmp_path, tree)))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").iterdir()), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem == LARGEST else [], id=path.stem)
+        for path in sorted((ROOT / "configs/studies").iterdir())
+    ],
+)
 def test_every_row_of_a_study_that_is_shipped_can_be_run(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
