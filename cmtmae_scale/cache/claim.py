@@ -65,13 +65,19 @@ def compute_once(
 
 
 def create_claim(claim: Path) -> bool:
-    """Create the claim; return whether this process is the one that did."""
+    """Create the claim; return whether this process is the one that did.
+
+    Raises:
+        OSError: if it cannot be written; no empty claim is left, for which others would wait.
+    """
     try:
-        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with claim.open("x") as opened:
+            opened.write(f"{socket.gethostname()}, process {os.getpid()}")
     except FileExistsError:
         return False
-    os.write(handle, f"{socket.gethostname()}, process {os.getpid()}".encode())
-    os.close(handle)
+    except OSError:
+        claim.unlink(missing_ok=True)
+        raise
     return True
 
 

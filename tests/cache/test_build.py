@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from cmtmae_scale.cache import build
 from cmtmae_scale.cache import format as cache_format
-from cmtmae_scale.cache.claim import compute_once
+from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
 from cmtmae_scale.cache.format import missing_shards, read_manifest, seal_path, shard_path
 from cmtmae_scale.cache.reader import ShardFile
@@ -83,6 +83,18 @@ def test_killed_and_finished_by_two_the_bytes_are_the_same(
 def test_processes_that_begin_together_calibrate_once(recipe: Path, tmp_path: Path) -> None:
     counts = run_ranks(3, case.begin_and_count, recipe, tmp_path / "cache")
     assert sum(counts) == 1
+
+
+def test_a_claim_that_a_full_disk_refuses_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr("socket.gethostname", refuse)
+        create_claim(tmp_path / "claim")
+    assert create_claim(tmp_path / "claim") and not create_claim(tmp_path / "claim")
 
 
 def test_work_of_a_process_that_died_is_taken_over(tmp_path: Path) -> None:
