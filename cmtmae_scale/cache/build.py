@@ -263,10 +263,10 @@ class Builder:
                 finite &= output.flatten(1).isfinite().all(1)
         failed = (valid & ~finite).cpu().numpy()
         if failed.any():
-            sample, view = int(plan.ids[failed][0]), int(plan.views[failed][0])
+            sample, number = int(plan.ids[failed][0]), int(plan.views[failed][0])
             raise TeacherError(
                 f"the output of teacher.model={self.config.teacher.model} is not finite for "
-                f"{failed.sum()} of {count} views, first: view {view} of image {sample} "
+                f"{failed.sum()} of {count} views, first: view {number} of image {sample} "
                 f"({self.index.names[sample]}), which was decoded; set backend.precision=fp32, or "
                 "use other teacher.weights"
             )

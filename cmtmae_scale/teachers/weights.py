@@ -323,6 +323,7 @@ def zip_members(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.infolist()
+    # zipfile raises NotImplementedError for features of the format that it does not read.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return []
 

@@ -1,6 +1,5 @@
 """Slow, full and failing stores: training continues, and the next save works."""
 
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.checkpoint.save_case import (
     state_of,
     version_of,
 )
+from tests.disk import mounted
 from tests.engine.fault_case import take_over
 from tests.engine.run_case import STEPS, run_on_a_slow_store, write_recipe
 from tests.processes import run_ranks
@@ -197,17 +197,8 @@ def test_after_a_take_over_nothing_is_published_pruned_or_swept(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no mount command: {error}")
-    if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with mounted(tmp_path / "disk", "64k") as place:
+        yield place
 
 
 @pytest.mark.parametrize("ballast", range(36, 52, 4))

@@ -1,7 +1,6 @@
 """A store that fills up costs lines of the log, but neither the run nor its launches."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cmtmae_scale.engine.telemetry import LOST, Telemetry
 from cmtmae_scale.runtime.exit_code import delete_exit, write_exit
+from tests.disk import mounted
 from tests.engine.run_case import write_recipe
 from tests.engine.side_case import fill, launches_on_a_full_store, log_lines
 from tests.processes import run_ranks
@@ -18,17 +18,8 @@ from tests.processes import run_ranks
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no mount command: {error}")
-    if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with mounted(tmp_path / "disk", "16m") as place:
+        yield place
 
 
 @pytest.mark.gloo
