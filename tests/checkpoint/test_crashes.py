@@ -10,9 +10,7 @@ from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
 RARE = ("over a broken one", "over an older one")
-MOST = [
-    pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in SCENARIOS
-]
+MOST = [pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in SCENARIOS]
 
 
 @pytest.mark.parametrize("scenario", MOST)
