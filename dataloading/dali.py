@@ -5,11 +5,13 @@ the slice and torch resizes, ten times faster than DALI does there. Pixels leave
 turns them upright where the index records an orientation. What was drawn travels through
 the graph beside the pixels, so that the two cannot get out of step. A decode error ends a graph;
 the culprits are then found one by one, replaced, and a new graph takes up the same micro-batch.
+Threads read, or worker processes, which leave the interpreter of this process alone.
 """
 
 import io
 import logging
 import re
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
@@ -26,7 +28,8 @@ from torch import Tensor
 from dataloading.errors import ReadError
 from dataloading.headers import is_common
 from dataloading.plan import Plan
-from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
+from dataloading.pool import WorkerPool
+from dataloading.reading import GREY, LOOK_AHEAD, Reader, UndecodableError, Views, start_threads
 from dataloading.torch_decode import crop_and_resize, find_codec, make_decode, make_fast
 from dataloading.turns import Box, turn_pixels
 
@@ -63,10 +66,11 @@ class _Work:
     """One micro-batch on its way."""
 
     plan: Plan
-    views: list[Future[_Encoded]]
+    views: list["Future[_Encoded] | _Encoded"]
+    """Being read in threads, or read; empty while worker processes read them."""
 
     def encoded(self) -> list[_Encoded]:
-        return [view.result() for view in self.views]
+        return [view.result() if isinstance(view, Future) else view for view in self.views]
 
     def facts(self) -> NDArray[np.int64]:
         """Position, sample and box of each view, ``[B, 6]``."""
@@ -90,16 +94,19 @@ def turn_views(
 
 
 class DaliDecoder:
-    """Threads read, one DALI graph decodes.
+    """Threads or worker processes read, one DALI graph decodes.
 
     Args:
         reader: where bytes come from; closed with this object.
         sizes: sides of the images.
         micro_batch: views in every plan.
         threads: reading threads, and as many of DALI's own.
+        workers: processes that read in place of the threads, closed with this object.
         device: a GPU, which then decodes and holds the views, or the CPU.
         resize: whether the graph resizes; ``None``: on a GPU.
     """
+
+    ahead = LOOK_AHEAD
 
     def __init__(
         self,
@@ -108,9 +115,11 @@ class DaliDecoder:
         micro_batch: int,
         threads: int,
         device: torch.device,
+        workers: WorkerPool | None = None,
         resize: bool | None = None,
     ) -> None:
         self._reader = reader
+        self._workers = workers
         self._sizes = sizes
         self._micro_batch = micro_batch
         self._threads = threads
@@ -128,6 +137,10 @@ class DaliDecoder:
         self._graph: Any = self._build()
 
     def submit(self, plan: Plan) -> None:
+        if self._workers is not None:
+            self._workers.submit(plan)
+            self._works.append(_Work(plan, []))
+            return
         rows = zip(plan.ids.tolist(), plan.boxes.tolist(), strict=True)
         self._works.append(_Work(plan, [self._pool.submit(self._fetch, *row) for row in rows]))
 
@@ -177,8 +190,16 @@ class DaliDecoder:
             one.result()
         return images
 
-    def close(self) -> None:
+    def hurry(self) -> None:
+        """Let what is read or waited for end at once: the views are no longer needed."""
         self._reader.hurry()
+        if self._workers is not None:
+            self._workers.hurry()
+
+    def close(self) -> None:
+        self.hurry()
+        if self._workers is not None:
+            self._workers.close()
         self._graph = None
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._works.clear()
@@ -189,17 +210,43 @@ class DaliDecoder:
         if sample in self._bad:
             return self._grey(self._bad[sample])
         try:
-            data = self._reader.read(sample)
-            if is_common(data) and sample not in self._redrawn:
-                encoded = np.frombuffer(data, dtype=np.uint8)
-            else:
-                pixels = self._decode(data).permute(1, 2, 0).numpy()
-                encoded = encode(Image.fromarray(pixels), "BMP")
+            data = np.frombuffer(self._reader.read(sample), dtype=np.uint8)
         except UndecodableError as error:
             return self._grey(str(error))
         except ReadError as error:
             return _Encoded(self._stock, _STOCK_BOX, failure=error)
-        return _Encoded(encoded, *self._reader.stored_box(sample, box))
+        return self._fit(sample, box, data)
+
+    def _take(self, work: _Work, workers: WorkerPool) -> None:
+        """Wait until worker processes have read a micro-batch, and make it fit for DALI."""
+        try:
+            slot, faults = workers.collect()
+        except ReadError as error:
+            stock = _Encoded(self._stock, _STOCK_BOX, failure=error)
+            work.views = [stock] * len(work.plan.ids)
+            return
+        alive = weakref.ref(work)
+        slot.in_use = lambda: alive() is not None
+        starts = slot.encoded_starts().tolist()
+        rows = zip(work.plan.ids.tolist(), work.plan.boxes.tolist(), faults, strict=True)
+        work.views = [
+            self._fit(sample, box, slot.encoded[starts[k] : starts[k + 1]])
+            if fault is None
+            else self._grey(fault)
+            for k, (sample, box, fault) in enumerate(rows)
+        ]
+
+    def _fit(self, sample: int, box: list[int], data: Bytes) -> _Encoded:
+        """Decode what DALI does not, and find out how the view is stored."""
+        if sample in self._bad:
+            return self._grey(self._bad[sample])
+        if sample in self._redrawn or not is_common(data[:8].tobytes()):
+            try:
+                pixels = self._decode(data.tobytes()).permute(1, 2, 0).numpy()
+            except UndecodableError as error:
+                return self._grey(str(error))
+            data = encode(Image.fromarray(pixels), "BMP")
+        return _Encoded(data, *self._reader.stored_box(sample, box))
 
     def _grey(self, reason: str) -> _Encoded:
         return _Encoded(self._stock, _STOCK_BOX, fault=reason)
@@ -255,6 +302,8 @@ class DaliDecoder:
             raise RuntimeError("DALI asks for more micro-batches than were submitted")
         work = self._works[self._given]
         self._given += 1
+        if not work.views and self._workers is not None:
+            self._take(work, self._workers)
         views = work.encoded()
         anchors = np.array([(y, x) for x, y, _, _ in (v.box for v in views)], dtype=np.int32)
         shapes = np.array([(h, w) for _, _, w, h in (v.box for v in views)], dtype=np.int32)
@@ -286,10 +335,13 @@ class DaliDecoder:
             raise error
         self._redrawn |= found
         for one in self._works:
-            for k, sample in enumerate(one.plan.ids.tolist()):
-                if sample in found:
-                    box = one.plan.boxes[k].tolist()
-                    one.views[k] = self._pool.submit(self._fetch, sample, box)
+            if one.views:
+                one.views = [
+                    self._pool.submit(self._fetch, sample, box) if sample in found else view
+                    for sample, box, view in zip(
+                        one.plan.ids.tolist(), one.plan.boxes.tolist(), one.views, strict=True
+                    )
+                ]
         for sample, view in zip(ids, work.encoded(), strict=True):
             if sample in found and view.fault is not None:
                 self._bad[sample] = view.fault

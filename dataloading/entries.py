@@ -108,6 +108,11 @@ def orientations(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.where(flags & _TURNED, (flags & _ORIENTATION) + 1, 1).astype(np.uint8)
 
 
+def orientation_of(flags: int) -> int:
+    """Return the same of one row."""
+    return (flags & _ORIENTATION) + 1 if flags & _TURNED else 1
+
+
 def turns_bytes(entries: NDArray[np.void]) -> bytes:
     """Return what a digest gets of the turns of all rows: nothing where no image is turned."""
     turns = orientations(entries["flags"])

@@ -24,6 +24,7 @@ from dataloading.entries import (
 )
 from dataloading.errors import DataError
 from dataloading.headers import header_of_file
+from dataloading.parts import Parts
 from dataloading.passed_over import (
     Counts,
     count_files,
@@ -171,9 +172,15 @@ def walk(
 
 
 def examine_folder(
-    root: Path, files: Sequence[File], max_pixels: int, exif_orientation: bool = True
+    root: Path,
+    files: Sequence[File],
+    max_pixels: int,
+    exif_orientation: bool = True,
+    parts: Parts | None = None,
 ) -> Findings:
     """Read the headers of listed files; images with more than ``max_pixels`` are excluded.
+
+    ``parts`` keeps what is known of the files.
 
     Returns:
         Rows in the order of ``files``; labels are the folders directly under the root.
@@ -186,7 +193,13 @@ def examine_folder(
     chunks = [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)]
 
     def work(chunk: Sequence[File]) -> list[Examined]:
-        return [_examine(root, file, max_pixels, exif_orientation, patience) for file in chunk]
+        known = parts.recall(chunk) if parts else None
+        if known is not None:
+            return [Examined(*one) for one in known]
+        found = [_examine(root, file, max_pixels, exif_orientation, patience) for file in chunk]
+        if parts:
+            parts.keep(chunk, found)
+        return found
 
     def progress(done: Sequence[list[Examined]]) -> str:
         return f"{root}: {sum(map(len, done))} of {len(files)} files examined"

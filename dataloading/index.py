@@ -20,6 +20,7 @@ from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path
 from dataloading.folders import examine_folder, list_folder
 from dataloading.name_checks import find_equal_labels, find_split_folders, find_splits
+from dataloading.parts import Parts
 from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
 from dataloading.shards import Shard, TarNames, is_glob, is_tar_path, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
@@ -28,6 +29,8 @@ from dataloading.webdataset import examine_shards
 logger = logging.getLogger(__name__)
 
 SourceName = Literal["auto", "folder", "webdataset"]
+Shards = Sequence[tuple[str, str]]
+"""Name and path of every tar; none for a folder."""
 
 _FORMAT = 3
 
@@ -69,6 +72,12 @@ class Index:
         if self.source == "webdataset":
             return TarSource(self.shards, self.entries)
         return FolderSource(self.root, self.names, self.entries)
+
+    def list_shards(self) -> Shards:
+        """Return name and path of every tar, for ``open_kept``."""
+        if not isinstance(self.names, TarNames):
+            return []
+        return [(name, str(p)) for name, p in zip(self.names.shards, self.shards, strict=True)]
 
     def where(self, i: int) -> tuple[Path, int | None]:
         """Return the file of row ``i`` and, in a tar, the byte at which it begins."""
@@ -136,7 +145,8 @@ def load_or_build(
     It is kept as ``index.npy`` and ``index.json``, both replaced atomically, and used again while
     names, sizes and modification times of all files (images or tars), ``max_pixels`` and
     ``exif_orientation`` are as they were. The entries of a kept index are mapped, so that
-    processes share their memory.
+    processes share their memory. Until it is complete, a folder ``parts`` keeps what is known, so
+    that a build that is killed continues.
 
     ``directory`` is made if it does not exist; the other arguments are those of ``build_index``.
 
@@ -149,18 +159,48 @@ def load_or_build(
     listing = _list(Path(path), source)
     digest = _listing_digest(listing, max_pixels, exif_orientation)
     kept = _load(listing, folder, digest)
+    parts = Parts(folder / "parts", _FORMAT, max_pixels, exif_orientation)
     if kept is not None:
+        parts.remove()
         _log_passed(kept, logging.INFO)
         return kept
-    index = _examine(listing, max_pixels, exif_orientation)
+    index = _examine(listing, max_pixels, exif_orientation, parts)
     try:
         _save(index, folder, digest)
+        parts.remove()
     except OSError as error:
         text = f"{folder}: the index cannot be written ({error.strerror})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise ReadError(f"{text}; make room there and try again") from error
         raise DataError(f"{text}; set data.index to a folder that can") from error
     return index
+
+
+def open_kept(
+    path: str | os.PathLike[str], directory: str | os.PathLike[str], digest: str, shards: Shards
+) -> Index:
+    """Open an index that another process of this machine has just verified; nothing is hashed.
+
+    Args:
+        path: the data set.
+        directory: the folder that keeps the index.
+        digest: of the index that is expected.
+        shards: names and paths of the tars, ``Index.list_shards()`` of that process.
+
+    Raises:
+        DataError: if another index is there, or none.
+    """
+    folder = Path(directory)
+    try:
+        facts: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="ascii"))
+        entries = _map_entries(folder)
+        if facts["digest"] != digest:
+            raise ValueError(f"its digest is {facts['digest'][:12]}, not {digest[:12]}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: the index of {path} cannot be opened ({error})") from error
+    names = [name for name, _ in shards]
+    findings = _findings(facts, entries, TarNames(names, entries) if shards else facts["names"])
+    return Index(Path(path), facts["source"], *findings, shards=tuple(Path(p) for _, p in shards))
 
 
 def _list(root: Path, source: str) -> _Listing:
@@ -213,14 +253,16 @@ def _mixed_tars(listing: _Listing) -> str | None:
     )
 
 
-def _examine(listing: _Listing, max_pixels: int, exif_orientation: bool) -> Index:
+def _examine(
+    listing: _Listing, max_pixels: int, exif_orientation: bool, parts: Parts | None = None
+) -> Index:
     root, files, shards, passed, is_detected = listing
     if shards:
         findings = examine_shards(
-            root, shards, max_pixels, exif_orientation, passed, refuse_splits=is_detected
+            root, shards, max_pixels, exif_orientation, passed, is_detected, parts
         )
     else:
-        findings = examine_folder(root, files, max_pixels, exif_orientation)
+        findings = examine_folder(root, files, max_pixels, exif_orientation, parts)
         findings = findings._replace(passed_over=sort_counts([passed]))
     logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
     turned, as_stored = count_turned(findings.entries["flags"])
@@ -267,28 +309,38 @@ def _load(listing: _Listing, folder: Path, digest: str) -> Index | None:
         with (folder / "index.npy").open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != facts["npy_sha256"]:
                 raise ValueError("index.npy does not belong to index.json")
-        entries: NDArray[np.void] = np.asarray(
-            np.load(folder / "index.npy", mmap_mode="r", allow_pickle=False)
-        )
-        if entries.dtype != ENTRY:
-            raise ValueError("index.npy has other columns")
+        entries = _map_entries(folder)
         shards = [shard.file.name for shard in listing.shards]
-        findings = Findings(
-            entries=entries,
-            names=TarNames(shards, entries) if shards else facts["names"],
-            labels=tuple(facts["labels"]),
-            excluded=tuple((name, reason) for name, reason in facts["excluded"]),
-            digest=facts["digest"],
-            passed_over=tuple(Passed(*item) for item in facts["passed_over"])
-            if shards
-            else sort_counts([listing.passed]),
+        findings = _findings(
+            facts, entries, TarNames(shards, entries) if shards else facts["names"]
         )
+        if not shards:
+            findings = findings._replace(passed_over=sort_counts([listing.passed]))
         return _make(listing, findings)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s: the index cannot be used (%s) and is built again", folder, error)
         return None
+
+
+def _map_entries(folder: Path) -> NDArray[np.void]:
+    path = folder / "index.npy"
+    entries: NDArray[np.void] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    if entries.dtype != ENTRY:
+        raise ValueError("index.npy has other columns")
+    return entries
+
+
+def _findings(facts: dict[str, Any], entries: NDArray[np.void], names: Sequence[str]) -> Findings:
+    return Findings(
+        entries=entries,
+        names=names,
+        labels=tuple(facts["labels"]),
+        excluded=tuple((name, reason) for name, reason in facts["excluded"]),
+        digest=facts["digest"],
+        passed_over=tuple(Passed(*item) for item in facts["passed_over"]),
+    )
 
 
 def _save(index: Index, folder: Path, listing: str) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from dataloading.index import Index
 from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan
-from dataloading.reading import Decoder, Reader
-from dataloading.stream import LOOK_AHEAD, Batch, DecoderName, make_decoder, to_device
+from dataloading.reading import Decoder, Reader, to_device
+from dataloading.stream import LOOK_AHEAD, Batch, DecoderName, make_decoder
 from dataloading.torch_decode import TorchDecoder
 from dataloading.views import centre_boxes
 

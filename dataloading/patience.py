@@ -41,8 +41,10 @@ class Patience:
     def end(self) -> None:
         self._over.set()
 
-    def retry(self, read: Callable[[], Result], what: str) -> Result:
+    def retry(self, read: Callable[[], Result], what: str | Callable[[], str]) -> Result:
         """Call ``read`` until it raises no ``OSError``, with pauses; messages name ``what``.
+
+        A function is asked for the name when it is needed: a good read is not to pay for it.
 
         Raises:
             ReadError: if the read still fails when the time is over.
@@ -53,14 +55,15 @@ class Patience:
                 return read()
             except OSError as error:
                 reason = error.strerror or str(error)
+                name = what if isinstance(what, str) else what()
                 left_s = began + self._limit_s - time.monotonic()
                 if left_s <= 0 or self._over.is_set():
                     self._over.set()
                     raise ReadError(
-                        f"{what}: {reason}, tried for {time.monotonic() - began:.1f} s; make it "
+                        f"{name}: {reason}, tried for {time.monotonic() - began:.1f} s; make it "
                         "readable as it was when it was indexed, then launch again"
                     ) from error
                 if pause_s == _FIRST_PAUSE_S:
-                    logger.warning("%s: %s; tried again for %.1f s", what, reason, left_s)
+                    logger.warning("%s: %s; tried again for %.1f s", name, reason, left_s)
                 self._over.wait(min(pause_s, left_s))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -8,13 +8,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dataloading.entries import SIDEWAYS, orientations
+from dataloading.entries import SIDEWAYS, orientation_of
 from dataloading.headers import MAX_SCANS, HeaderError, has_many_scans, size_of_bytes
 from dataloading.index import Index
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
 from dataloading.turns import Box, turn_box
 
+LOOK_AHEAD = 3
+"""Micro-batches in preparation beside the returned one."""
 GREY = 128
 """Value of every pixel of an undecodable view."""
 
@@ -36,7 +38,13 @@ class Views(NamedTuple):
 
 
 class Decoder(Protocol):
-    """Turns plans into views, several micro-batches at a time, in the order of submission."""
+    """Turns plans into views, several micro-batches at a time, in the order of submission.
+
+    Attributes:
+        ahead: plans to submit beyond the one that is collected, so that nothing waits.
+    """
+
+    ahead: int
 
     def submit(self, plan: Plan) -> None:
         """Begin to read and decode; returns at once."""
@@ -67,7 +75,8 @@ class Reader:
     """
 
     def __init__(self, index: Index, patience_s: float = PATIENCE_S) -> None:
-        self._index = index
+        self.patience_s = patience_s
+        self.index = index
         self._source = index.open()
         self._patience = Patience(patience_s)
 
@@ -78,13 +87,13 @@ class Reader:
             UndecodableError: if they are not.
             ReadError: if storage does not give it in time.
         """
-        row = self._index.entries[sample]
-        path, offset = self._index.where(sample)
-        what = str(path) if offset is None else f"{path}, byte {offset}"
-        data = self._patience.retry(lambda: self._source.read(sample), what)
-        if len(data) != row["size"]:
-            found = f"{len(data)}" if len(data) < row["size"] else "more"
-            raise UndecodableError(f"{found} bytes, the index says {row['size']}")
+        data = self._patience.retry(
+            lambda: self._source.read(sample), lambda: self._place_of(sample)
+        )
+        indexed = int(self.index.entries["size"][sample])
+        if len(data) != indexed:
+            found = f"{len(data)}" if len(data) < indexed else "more"
+            raise UndecodableError(f"{found} bytes, the index says {indexed}")
         try:
             size = size_of_bytes(data)
         except HeaderError as error:
@@ -98,14 +107,18 @@ class Reader:
             raise UndecodableError(f"JPEG with more than {MAX_SCANS} scans, which takes minutes")
         return data
 
+    def _place_of(self, sample: int) -> str:
+        path, offset = self.index.where(sample)
+        return str(path) if offset is None else f"{path}, byte {offset}"
+
     def orientation(self, sample: int) -> int:
         """Return the EXIF orientation by which a sample is turned, 1 to 8; 1: as stored."""
-        return int(orientations(self._index.entries["flags"][sample]))
+        return orientation_of(int(self.index.entries["flags"][sample]))
 
     def stored_size(self, sample: int) -> tuple[int, int]:
         """Return (width, height) of a sample as stored, before it is turned upright."""
-        row = self._index.entries[sample]
-        width, height = int(row["width"]), int(row["height"])
+        entries = self.index.entries
+        width, height = int(entries["width"][sample]), int(entries["height"][sample])
         return (height, width) if self.orientation(sample) >= SIDEWAYS else (width, height)
 
     def stored_box(self, sample: int, box: Sequence[int]) -> tuple[Box, int]:
@@ -140,3 +153,39 @@ def start_threads(number: int) -> ThreadPoolExecutor:
 def _use_one_core() -> None:
     torch.get_num_threads()  # takes the process's number now, so that it does not come later
     torch.set_num_threads(1)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; to a GPU asynchronously, from pinned memory."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
+
+
+def copy_beside(
+    tensors: Sequence[Tensor], device: torch.device, stream: torch.cuda.Stream | None
+) -> list[Tensor]:
+    """Copy pinned tensors to a GPU on a stream of their own, beside what is computed there.
+
+    What is launched afterwards on the current stream waits for them; the host does not.
+
+    Args:
+        tensors: on the host, pinned.
+        device: where they are needed.
+        stream: for the copies; ``None``: the device is no GPU.
+    """
+    if stream is None:
+        return [tensor.to(device) for tensor in tensors]
+    current = torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    current.wait_stream(stream)
+    for copy in copies:
+        copy.record_stream(current)
+    return copies
+
+
+def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a stream for ``copy_beside``."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

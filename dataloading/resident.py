@@ -21,7 +21,15 @@ from torch import Tensor
 from dataloading.errors import DataError
 from dataloading.index import Index
 from dataloading.plan import Plan
-from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
+from dataloading.reading import (
+    GREY,
+    LOOK_AHEAD,
+    Reader,
+    UndecodableError,
+    Views,
+    start_threads,
+    to_device,
+)
 from dataloading.torch_decode import crop_and_resize, find_codec, make_decode
 from dataloading.turns import turn_pixels
 from dataloading.views import Boxes, Flips
@@ -45,6 +53,8 @@ class ResidentDecoder:
     Raises:
         DataError: if the set is too large to be kept.
     """
+
+    ahead = LOOK_AHEAD
 
     def __init__(
         self,
@@ -81,7 +91,7 @@ class ResidentDecoder:
         if self._images is None:
             self._images = self._load()
         faults = [self._faults.get(sample) for sample in plan.ids.tolist()]
-        chosen = self._images[torch.as_tensor(plan.ids, device=self._device)]
+        chosen = self._images[to_device(torch.as_tensor(plan.ids), self._device)]
         if self._device.type == "cpu":
             return Views(cut_each(chosen, plan.boxes, plan.flips, self._sizes), faults)
         images = tuple(cut(chosen, plan.boxes, plan.flips, one) for one in self._weights)
@@ -147,8 +157,8 @@ def cut(images: Tensor, boxes: Boxes, flips: Flips, weights: Tensor) -> Tensor:
         uint8 ``[B, S, S, 3]``, on that device.
     """
     device = images.device
-    x, y, w, h = torch.as_tensor(boxes.T.astype(np.int64)).to(device, non_blocking=True)
-    mirrored = torch.as_tensor(flips).to(device, non_blocking=True)
+    x, y, w, h = to_device(torch.as_tensor(boxes.T.astype(np.int64)), device)
+    mirrored = to_device(torch.as_tensor(flips), device)
     side = torch.arange(images.shape[-1], device=device)
     column, row = side - x[:, None], side - y[:, None]  # within the box, [B, L]
     column = torch.where(mirrored[:, None], w[:, None] - 1 - column, column)

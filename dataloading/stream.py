@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import torch
@@ -16,16 +16,17 @@ from dataloading.index import Index
 from dataloading.order import Shuffle
 from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan, Planner
+from dataloading.pool import ProcessDecoder, make_readers
 from dataloading.quarantine import Quarantine
-from dataloading.reading import Decoder, Reader
+from dataloading.reading import LOOK_AHEAD as LOOK_AHEAD
+from dataloading.reading import Decoder, Reader, to_device
 from dataloading.resident import ResidentDecoder
 from dataloading.torch_decode import TorchDecoder
 
 logger = logging.getLogger(__name__)
 
 DecoderName = Literal["auto", "dali", "torch"]
-LOOK_AHEAD = 3
-"""Micro-batches in preparation beside the returned one."""
+WorkerType = Literal["auto", "thread", "process"]
 
 
 class Batch(NamedTuple):
@@ -72,8 +73,11 @@ class Stream:
         shuffle: "full", a fresh permutation each epoch; "window", one that reads few blocks at a
             time; or "none", index order.
         threads: reader and decoder threads, >= 1; each uses one core.
+        worker_type: "process", as many processes in place of threads, which leave the interpreter
+            of this process alone and take seconds to start; "thread"; "auto", processes where
+            the device is a GPU and the images are not resident. The views are the same.
         start_position: position of the first draw of rank 0.
-        decode: "dali", DALI on the device; "torch", the CPU with nvImageCodec or torchvision;
+        decode: "dali", DALI on the device; "torch", the CPU;
             "auto", DALI where it is installed and the device is a GPU, else "torch", which is the
             faster one on a CPU. Draws, crops and flips do not depend on it.
         resident: keep all images decoded on the device and cut views there, for small sets;
@@ -86,6 +90,7 @@ class Stream:
         watch: called with each plan as its images begin to be read, ahead of its batch.
 
     Attributes:
+        ahead: micro-batches in preparation beside the returned one.
         draws: views returned so far.
         bad: how many of them were not valid.
 
@@ -109,6 +114,7 @@ class Stream:
         count: int | None = None,
         shuffle: Shuffle = "full",
         threads: int = 4,
+        worker_type: WorkerType = "auto",
         start_position: int = 0,
         decode: DecoderName = "auto",
         resident: bool = False,
@@ -135,6 +141,7 @@ class Stream:
         self.draws = 0
         self.bad = 0
         self._quarantine = Quarantine(index, quarantine)
+        in_processes = use_processes(worker_type, resident, self._device)
         reader = Reader(index, patience_s)
         self._decoder: Decoder | None
         if resident:
@@ -143,8 +150,11 @@ class Stream:
             self._decoder = ResidentDecoder(index, reader, tuple(sizes), threads, self._device)
         else:
             self._decoder = make_decoder(
-                decode, reader, tuple(sizes), micro_batch, threads, self._device
+                *(decode, reader, tuple(sizes), micro_batch, threads, self._device),
+                in_processes=in_processes,
+                in_thread=True,
             )
+        self.ahead = self._decoder.ahead
         self._pending: deque[Plan] = deque()
         self._watch = watch
 
@@ -154,7 +164,7 @@ class Stream:
     def __next__(self) -> Batch:
         if self._decoder is None:
             raise RuntimeError("the stream is closed")
-        while len(self._pending) <= LOOK_AHEAD:
+        while len(self._pending) <= self.ahead:
             positions = self._next_position + np.arange(self._micro_batch, dtype=np.int64)
             self._next_position += self._stride
             plan = self._plan(positions)
@@ -200,14 +210,6 @@ class Stream:
         )
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to a device; to a GPU asynchronously, from pinned memory."""
-    if device.type != "cuda" or tensor.device.type == "cuda":
-        return tensor.to(device)
-    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
-    return pinned.to(device, non_blocking=True)
-
-
 def _at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
@@ -219,6 +221,21 @@ def choose_decoder(name: DecoderName, device: torch.device) -> Literal["dali", "
     if name != "auto":
         return name
     return "dali" if device.type == "cuda" and has_dali() else "torch"
+
+
+def use_processes(worker_type: WorkerType, resident: bool, device: torch.device) -> bool:
+    """Resolve ``auto`` for a device; see ``Stream``.
+
+    Raises:
+        ValueError: if the type is not known, or processes are asked for resident images.
+    """
+    if worker_type not in get_args(WorkerType):
+        raise ValueError(f"worker_type is {worker_type!r}; expected one of {get_args(WorkerType)}")
+    if worker_type == "process" and resident:
+        raise ValueError("worker_type is 'process'; resident=True decodes once, in threads")
+    return worker_type == "process" or (
+        worker_type == "auto" and not resident and device.type == "cuda"
+    )
 
 
 def has_dali() -> bool:
@@ -246,8 +263,29 @@ def make_decoder(
     micro_batch: int,
     threads: int,
     device: torch.device,
+    in_processes: bool = False,
+    in_thread: bool = False,
 ) -> Decoder:
-    """Choose a decoder; see ``Stream``.
+    """Choose a decoder; see ``Stream``. With ``in_thread`` DALI has a thread of its own.
+
+    Raises:
+        DataError: DALI is asked for and not installed.
+        ValueError: if the name is not known.
+    """
+    if resolve_decoder(name, device) == "dali":
+        from dataloading.dali import DaliDecoder  # an optional package, slow to import
+        from dataloading.own_thread import OwnThread
+
+        workers = make_readers(reader, micro_batch, threads) if in_processes else None
+        decoder = DaliDecoder(reader, sizes, micro_batch, threads, device, workers)
+        return OwnThread(decoder, device) if in_thread else decoder
+    if in_processes:
+        return ProcessDecoder(reader, sizes, micro_batch, threads, device)
+    return TorchDecoder(reader, sizes, threads, pin=device.type == "cuda")
+
+
+def resolve_decoder(name: DecoderName, device: torch.device) -> Literal["dali", "torch"]:
+    """Choose a decoder that is installed, and warn where a GPU could decode and does not.
 
     Raises:
         DataError: DALI is asked for and not installed.
@@ -255,13 +293,8 @@ def make_decoder(
     """
     if name not in ("auto", "dali", "torch"):
         raise ValueError(f"decode is {name!r}; expected 'auto', 'dali' or 'torch'")
-    on_gpu = device.type == "cuda"
     chosen = choose_decoder(name, device)
     require_decoder(chosen)
-    if name == "auto" and on_gpu and chosen == "torch":
+    if name == "auto" and device.type == "cuda" and chosen == "torch":
         logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
-    if chosen == "dali":
-        from dataloading.dali import DaliDecoder  # an optional package, slow to import
-
-        return DaliDecoder(reader, sizes, micro_batch, threads, device)
-    return TorchDecoder(reader, sizes, threads, pin=on_gpu)
+    return chosen

@@ -1,12 +1,15 @@
 """From bytes to views on the CPU: decode once, crop once, resize to every size.
 
-The fastest decoder that works is nvImageCodec, then torchvision, for JPEG, PNG, WebP and BMP; what
-they refuse, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG files all three
-give the same pixels. Every decoder gives pixels as stored; crops are turned upright afterwards,
-as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
+torchvision decodes JPEG: nvImageCodec gives the same pixels of intact files, a tenth slower, and
+accepts damage that torchvision refuses, so the choice is fixed, whatever is installed and however
+fast it is. PNG, WebP and BMP are nvImageCodec's where it is installed, else torchvision's; what
+the first decoder refuses, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG
+files all three give the same pixels. Every decoder gives pixels as stored; crops are turned upright
+afterwards, as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
 """
 
 import importlib
+import importlib.util
 import io
 import logging
 import sys
@@ -15,8 +18,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,18 +29,25 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode  # pyright: ignore[reportMissingTypeStubs]
 
 from dataloading.headers import PIL_ERRORS, HeaderError, is_common, open_image, size_of_bytes
 from dataloading.plan import Plan
-from dataloading.reading import GREY, Reader, UndecodableError, Views, start_threads
+from dataloading.reading import GREY, LOOK_AHEAD, Reader, UndecodableError, Views, start_threads
 from dataloading.turns import turn_pixels
 
 logger = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
-Decode = Callable[[bytes], Tensor]
+Size = tuple[int, int]
+"""Width and height, pixels."""
 Fast = Callable[[bytes], Tensor | None]
+
+
+class Decode(Protocol):
+    """From encoded bytes to uint8 RGB ``[3, height, width]``; see ``make_decode``."""
+
+    def __call__(self, data: bytes, size: Size | None = None) -> Tensor: ...
+
 
 _BITS, _PHOTOMETRIC, _ORIENTATION, _PLANAR, _SAMPLE_FORMAT = 258, 262, 274, 284, 339  # TIFF tags
 _NO_RANGE = (
@@ -51,7 +62,41 @@ _UNDO = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 _UNUSED = 3  # references to a buffer: the list's, the loop's and that of the count itself
+
+
+class ViewMaker:
+    """Reads, decodes, crops and resizes one view straight into its place; safe in threads.
+
+    Args:
+        reader: where bytes come from.
+        sizes: sides of the images.
+    """
+
+    def __init__(self, reader: Reader, sizes: tuple[int, ...]) -> None:
+        self._reader = reader
+        self._sizes = sizes
+        self._decode = make_decode(find_codec())
+
+    def __call__(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
+        """Fill ``out``, ``[S, S, 3]`` for each size; returns why they are grey, if they are.
+
+        Raises:
+            ReadError: if storage does not give the sample in time.
+        """
+        try:
+            data = self._reader.read(sample)  # of this size, as its header says
+            image = self._decode(data, self._reader.stored_size(sample))
+        except UndecodableError as error:
+            for place in out:
+                place[...] = GREY
+            return str(error)
+        stored, orientation = self._reader.stored_box(sample, box)
+        views = crop_and_resize(image, stored, self._sizes, flip, orientation)
+        for place, view in zip(out, views, strict=True):
+            place[...] = view
+        return None
 
 
 class TorchDecoder:
@@ -64,11 +109,13 @@ class TorchDecoder:
         pin: put the batches into pinned memory.
     """
 
+    ahead = LOOK_AHEAD
+
     def __init__(self, reader: Reader, sizes: tuple[int, ...], threads: int, pin: bool) -> None:
         self._reader = reader
         self._sizes = sizes
         self._pin = pin
-        self._decode = make_decode(find_codec())
+        self._make = ViewMaker(reader, sizes)
         self._pool = start_threads(threads)
         self._pending: deque[tuple[tuple[Tensor, ...], list[Future[str | None]]]] = deque()
         self._buffers: list[Pixels] = []
@@ -78,7 +125,7 @@ class TorchDecoder:
         arrays: list[Pixels] = [image.numpy() for image in images]
         rows = zip(plan.ids.tolist(), plan.boxes.tolist(), plan.flips.tolist(), strict=True)
         faults = [
-            self._pool.submit(self._fill, *row, [array[k] for array in arrays])
+            self._pool.submit(self._make, *row, [array[k] for array in arrays])
             for k, row in enumerate(rows)
         ]
         self._pending.append((images, faults))
@@ -97,20 +144,6 @@ class TorchDecoder:
         self._buffers.append(np.empty(shape, dtype=np.uint8))
         return torch.as_tensor(self._buffers[-1])
 
-    def _fill(self, sample: int, box: list[int], flip: bool, out: list[Pixels]) -> str | None:
-        """Put one view into its place; runs in a thread. Returns why it failed, if it did."""
-        try:
-            image = self._decode(self._reader.read(sample))
-        except UndecodableError as error:
-            for place in out:
-                place[...] = GREY
-            return str(error)
-        stored, orientation = self._reader.stored_box(sample, box)
-        views = crop_and_resize(image, stored, self._sizes, flip, orientation)
-        for place, view in zip(out, views, strict=True):
-            place[...] = view
-        return None
-
     def collect(self) -> Views:
         images, faults = self._pending.popleft()
         wait(faults)  # wakes this thread once, not at every view
@@ -128,19 +161,21 @@ def make_decode(codec: ModuleType | None) -> Decode:
     """Join decoders into one.
 
     Args:
-        codec: nvImageCodec, or ``None`` for torchvision.
+        codec: nvImageCodec, or ``None`` for torchvision; torchvision decodes JPEG in any case.
 
     Returns:
-        A function from encoded bytes to uint8 RGB ``[3, height, width]``, safe in threads. What
-        the first decoder refuses, Pillow tries; it raises ``UndecodableError``.
+        A function from encoded bytes, and the size in their header where that is known, to uint8
+        RGB ``[3, height, width]``, safe in threads. What the first decoder refuses, Pillow tries;
+        it raises ``UndecodableError``.
     """
-    fast = make_fast(codec)
+    jpeg, common = _first_decoder(None), _first_decoder(codec)
 
-    def decode(data: bytes) -> Tensor:
-        image = fast(data)
-        if image is None:
+    def decode(data: bytes, size: Size | None = None) -> Tensor:
+        decoder = jpeg if data.startswith(b"\xff\xd8") else common
+        image = decoder(data) if is_common(data) else None
+        if image is None or not _is_as_announced(image, data, size):
             image = with_pillow(data)
-            if not _is_as_announced(image, data):
+            if not _is_as_announced(image, data, size):
                 raise UndecodableError("it is not as large as its header says")
         return image
 
@@ -149,19 +184,26 @@ def make_decode(codec: ModuleType | None) -> Decode:
 
 def make_fast(codec: ModuleType | None) -> Fast:
     """Make the first decoder of ``make_decode``; it gives ``None`` for what it cannot decode."""
-    decoder: Fast = with_torchvision if codec is None else NvImageCodec(codec)
+    decoder = _first_decoder(codec)
 
     def decode(data: bytes) -> Tensor | None:
         image = decoder(data) if is_common(data) else None
-        return image if image is not None and _is_as_announced(image, data) else None
+        return image if image is not None and _is_as_announced(image, data, None) else None
 
     return decode
 
 
-def _is_as_announced(image: Tensor, data: bytes) -> bool:
+def _first_decoder(codec: ModuleType | None) -> Fast:
+    if codec is not None:
+        return NvImageCodec(codec)
+    load_operators()
+    return with_torchvision
+
+
+def _is_as_announced(image: Tensor, data: bytes, size: Size | None) -> bool:
     """Whether an image is as large as its header says: crops were planned by that."""
     try:
-        return (image.shape[2], image.shape[1]) == size_of_bytes(data)
+        return (image.shape[2], image.shape[1]) == (size or size_of_bytes(data))
     except HeaderError:
         return False
 
@@ -184,8 +226,9 @@ def crop_and_resize(
     """
     x, y, w, h = box
     crop = turn_pixels(image[None, :, y : y + h, x : x + w], orientation)
-    # Channels last is what decoders give and batches hold, and torch resizes it without copies.
-    crop = (crop.flip(3) if flip else crop).contiguous(memory_format=torch.channels_last)
+    # Channels last is what decoders give and batches hold; torch flips and resizes it at once.
+    crop = crop.contiguous(memory_format=torch.channels_last)
+    crop = crop.flip(3) if flip else crop
     views: list[Pixels] = []
     for size in sizes:
         resized = interpolate(crop, (size, size), mode="bicubic", antialias=True)
@@ -193,12 +236,27 @@ def crop_and_resize(
     return views
 
 
+@lru_cache(maxsize=1)
+def load_operators() -> None:
+    """Load torchvision's image operators without its Python package.
+
+    The package imports as much again as torch itself, at every start of worker processes.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    operators: Any = torch.ops
+    for path in (path for folder in folders for path in Path(folder).glob("image*.so")):
+        operators.load_library(path)
+    if not hasattr(operators.image, "decode_image"):
+        importlib.import_module("torchvision.io")
+
+
 def with_torchvision(data: bytes) -> Tensor | None:
     """Decode with torchvision; ``None`` where it cannot."""
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         # The operator behind torchvision.io.decode_image, which since 0.29 warns at every call.
-        image: Tensor = torch.ops.image.decode_image(encoded, ImageReadMode.RGB.value, False)
+        image: Tensor = torch.ops.image.decode_image(encoded, _RGB, False)
     except RuntimeError:  # torchvision's only word for refusal
         return None
     if image.dtype == torch.uint16:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from dataloading.entries import (
     ENTRY,
     EXTENSIONS,
     Findings,
+    Passed,
     encode_name,
     examine,
     map_in_threads,
@@ -23,6 +24,7 @@ from dataloading.entries import (
 from dataloading.errors import DataError
 from dataloading.headers import header_of_range
 from dataloading.name_checks import find_split_folders
+from dataloading.parts import Parts
 from dataloading.passed_over import (
     Counts,
     count_passed,
@@ -64,6 +66,7 @@ def examine_shards(
     exif_orientation: bool = True,
     beside: Counts | None = None,
     refuse_splits: bool = False,
+    parts: Parts | None = None,
 ) -> Findings:
     """Walk tars and read the headers of their images.
 
@@ -71,7 +74,7 @@ def examine_shards(
     is its first member whose extension is one of an image, its label the text of ``KEY.cls``.
     Images with more than ``max_pixels`` are excluded; messages name ``path``. ``beside`` counts the
     files beside the tars that are passed over. With ``refuse_splits`` the images must not be in
-    folders of a training and of a test set.
+    folders of a training and of a test set. ``parts`` keeps what is known of each tar.
 
     Returns:
         Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members,
@@ -86,9 +89,15 @@ def examine_shards(
 
     def work(number: int) -> _Samples:
         shard = shards[number]
-        return patience.retry(
+        known = parts.recall([shard.file]) if parts else None
+        if known is not None:
+            return _samples_from_json(known, number)
+        samples = patience.retry(
             lambda: _examine_shard(number, shard, max_pixels, exif_orientation), str(shard.path)
         )
+        if parts:
+            parts.keep([shard.file], _samples_to_json(samples))
+        return samples
 
     def progress(done: Sequence[_Samples]) -> str:
         images = sum(len(samples.entries) for samples in done)
@@ -155,6 +164,26 @@ def _check_splits(path: Path, folders: set[bytes], refuse: bool) -> None:
             "data.source=webdataset to use all images"
         )
     logger.info("%s; all are used, since data.source=webdataset", text)
+
+
+def _samples_to_json(samples: _Samples) -> list[Any]:
+    entries, classes, excluded, passed, folders = samples
+    names = [_text(folder) for folder in sorted(folders)]
+    return [entries.tolist(), classes, excluded, list(passed.values()), names]
+
+
+def _samples_from_json(tree: list[Any], number: int) -> _Samples:
+    rows, classes, excluded, passed, folders = tree
+    entries = np.array([tuple(row) for row in rows], dtype=ENTRY)
+    entries["shard"] = number
+    counts = [Passed(*one) for one in passed]
+    return _Samples(
+        entries,
+        tuple(classes),
+        [(name, reason) for name, reason in excluded],
+        {(one.kind, one.extension): one for one in counts},
+        {folder.encode("utf-8", "surrogateescape") for folder in folders},
+    )
 
 
 def _in_order(texts: set[str]) -> tuple[str, ...]:

@@ -1,5 +1,8 @@
-"""Measure the training step, the decoders, a teacher cache, or the start-up of commands.
+"""Measure the training step, the decoders, a teacher cache, the start-up of commands, or all.
 
+python launchers/benchmark.py suite --minutes 12 --data TARS
+python launchers/benchmark.py smoke TARS
+python launchers/benchmark.py model --config configs/vit_large.yaml
 python launchers/benchmark.py train --config configs/vit_large.yaml [--sweep KEY=A,B]
 python launchers/benchmark.py train --config configs/mae_base.yaml --against hf_mae
 python launchers/benchmark.py data datasets/imagenet-1k/train

@@ -106,11 +106,11 @@ def rank_main(rank: int, port: int, recipe: Path, run_dir: Path) -> None:
     redirect(run_dir / f"rank{rank}.err")
     prepare = task.prepare
 
-    def record_samples(config: Any, models: Any, batch: Any, scalars: Any) -> Any:
+    def record_samples(config: Any, models: Any, batch: Any, *others: Any) -> Any:
         with (run_dir / f"drawn{rank}.jsonl").open("a") as file:
             pairs = zip(batch.position.tolist(), batch.sample_id.tolist(), strict=True)
             file.write(json.dumps(list(pairs)) + "\n")
-        work, observed = prepare(config, models, batch, scalars)
+        work, observed = prepare(config, models, batch, *others)
         first, period = NOT_FINITE
         if int(batch.position[0]) % period == first:
             work = work._replace(alpha_target=torch.full_like(work.alpha_target, float("nan")))

@@ -1,12 +1,15 @@
-"""AdamW with its parameter groups, and with its state before the first step."""
+"""AdamW with its parameter groups, its state before the first step, and the step itself."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from cmtmae_scale.backends.base import Accept, Meanwhile, Outcome, acceptable, start_read
 from cmtmae_scale.config.schema import AdamWSettings
+from cmtmae_scale.runtime.collectives import ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -85,6 +88,46 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Set AdamW's counter of applied steps."""
     for state in optimizer.state.values():
         state["step"].fill_(float(step))
+
+
+def take_step(
+    optimizer: torch.optim.AdamW,
+    parameters: list[nn.Parameter],
+    clip: float | None,
+    lr: float,
+    report: Tensor,
+    accept: Accept | None,
+    meanwhile: Meanwhile | None,
+    num_copies: int = 1,
+) -> Outcome:
+    """Clip, test and apply the gradients: one collective and one host read.
+
+    Args:
+        optimizer: AdamW over ``parameters``.
+        parameters: this rank's float32 weights with their reduced gradients.
+        clip: largest norm, or ``None``.
+        lr: see ``Backend.step``, as the next three.
+        report: see there.
+        accept: see there.
+        meanwhile: see there.
+        num_copies: ranks that hold the same weights, each of which counts once in the norm.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    packed = torch.cat([report, norm.square().reshape(1) / num_copies])
+    if ranks() > 1:
+        dist.all_reduce(packed)
+    read_sums = start_read(packed)
+    if meanwhile is not None:
+        meanwhile()
+    *values, squared = read_sums()
+    grad_norm = squared**0.5
+    applied = acceptable(grad_norm, values, accept)
+    if applied:
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip, packed[-1].sqrt())
+        set_lr(optimizer, lr)
+        optimizer.step()
+    return Outcome(grad_norm, applied, values)
 
 
 def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -1,9 +1,12 @@
 """The protocol between the engine and a backend, and the values that they exchange."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
+
+from cmtmae_scale.config.schema import Backend as BackendSettings
 
 
 class Work(Protocol):
@@ -66,6 +69,9 @@ class Outcome(NamedTuple):
 Accept = Callable[[list[float]], bool]
 """Decides, from the report summed over ranks, whether a step is applied."""
 
+Meanwhile = Callable[[], None]
+"""Enqueues work that does not depend on the update of the step."""
+
 
 class Blocked(Protocol):
     """A model whose blocks are wrapped, gathered or compiled one by one."""
@@ -82,7 +88,13 @@ class Backend(Protocol):
         """Run forward and backward; gradients are reduced after the ``last`` micro-step."""
         ...
 
-    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
+    def step(
+        self,
+        lr: float,
+        report: Tensor,
+        accept: Accept | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Outcome:
         """Clip the gradients, test them, and update the weights; the step's only host read.
 
         Args:
@@ -90,6 +102,8 @@ class Backend(Protocol):
             report: 1-D float32 vector, summed over ranks and returned; a non-finite entry prevents
                 the update like a non-finite gradient.
             accept: decides on finite steps; must decide alike on every rank. ``None`` accepts all.
+            meanwhile: called once before the host waits for the sums, so that the device has work
+                while the host decides and enqueues the update; must not use the weights.
         """
         ...
 
@@ -128,6 +142,37 @@ T = TypeVar("T", bound=Terms)
 def detached(terms: T) -> T:
     """Return the losses without their graph."""
     return terms._replace(**{name: term.detach() for name, term in terms._asdict().items()})
+
+
+def compile_blocks(module: nn.Module, settings: BackendSettings) -> None:
+    """Compile each block of a module if ``backend.compile`` says so; before it is sharded."""
+    if settings.compile:
+        for block in cast(Blocked, module).transformer_blocks():
+            block.compile(dynamic=False)
+
+
+def compute_dtype(settings: BackendSettings) -> torch.dtype:
+    """Return the dtype of forward and backward."""
+    return torch.bfloat16 if settings.precision == "bf16" else torch.float32
+
+
+def start_read(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy a vector to the host; the returned function waits for it and returns it.
+
+    On a GPU it waits for the copy alone, and not for what is enqueued in between.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 def acceptable(grad_norm: float, report: list[float], accept: Accept | None) -> bool:

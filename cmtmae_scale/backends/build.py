@@ -9,6 +9,8 @@ from torch import nn
 from cmtmae_scale.backends.adamw import LrScale, unscaled
 from cmtmae_scale.backends.base import Backend, Objective
 from cmtmae_scale.backends.fsdp import Fsdp
+from cmtmae_scale.backends.plain import Plain
+from cmtmae_scale.backends.traffic import warn_of_latency
 from cmtmae_scale.config.deepspeed import deepspeed_config
 from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.schema import Trained
@@ -29,6 +31,8 @@ def make_backend(
 ) -> Backend:
     """Build FSDP2 or DeepSpeed ZeRO around a model and its momentum encoder.
 
+    With one rank ``backend.name=fsdp`` has nothing to shard or to reduce, and uses plain modules.
+
     Args:
         config: checked settings.
         world: this process's rank and world size.
@@ -43,6 +47,19 @@ def make_backend(
         ConfigError: if the backend is not installed, or the ranks do not fit its sharding.
     """
     loss_scale = 1.0 / rows
+    if config.backend.name == "fsdp" and world.world_size == 1:
+        return Plain(
+            model,
+            momentum_encoder,
+            objective,
+            config.optimizer,
+            config.backend,
+            loss_scale,
+            device,
+            lr_scale,
+        )
+    if world.rank == 0:
+        warn_of_latency(config, model, momentum_encoder, world.world_size)
     if config.backend.name == "fsdp":
         return Fsdp(
             model,

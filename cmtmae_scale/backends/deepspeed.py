@@ -30,12 +30,15 @@ from cmtmae_scale.backends.base import (
     Accept,
     Blocked,
     Fragment,
+    Meanwhile,
     Objective,
     Outcome,
     Terms,
     Work,
     acceptable,
+    compile_blocks,
     detached,
+    start_read,
 )
 from cmtmae_scale.backends.deepspeed_internals import (
     flat_tensors,
@@ -43,7 +46,7 @@ from cmtmae_scale.backends.deepspeed_internals import (
     locate_shards,
     renew_compute_copies,
 )
-from cmtmae_scale.backends.deepspeed_momentum import GatheredMomentum, Shard
+from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
@@ -98,9 +101,9 @@ class Zero:
         self.model = model
         self.shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
         start = {name: one.detach().clone() for name, one in model.named_parameters()}
-        if settings.compile:
-            for block in cast(Blocked, model).transformer_blocks():
-                block.compile()
+        compile_blocks(model, settings)
+        if settings.compile and momentum_encoder is not None:
+            momentum_encoder.compile(dynamic=False)
         if self.stage == 3:
             gather_by_block(model)
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory several times
@@ -147,11 +150,20 @@ class Zero:
         self.engine.backward(losses.total * self.loss_scale, scale_wrt_gas=False)
         return detached(losses)
 
-    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
+    def step(
+        self,
+        lr: float,
+        report: Tensor,
+        accept: Accept | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Outcome:
         """See ``Backend.step``; ZeRO reads the norm once more than the protocol asks."""
         packed = report.clone()
         dist.all_reduce(packed)
-        values = packed.tolist()
+        read_sums = start_read(packed)
+        if meanwhile is not None:
+            meanwhile()
+        values = read_sums()
         if not acceptable(0.0, values, accept):
             return Outcome(self.drop_gradients(), False, values)
         set_lr(self.optimizer, lr)

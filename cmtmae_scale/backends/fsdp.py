@@ -1,6 +1,5 @@
 """FSDP2: weights, moments and EMA weights as float32 shards, computed in bf16 or fp32."""
 
-from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -14,9 +13,9 @@ from cmtmae_scale.backends.adamw import (
     MOMENTS,
     LrScale,
     make_adamw,
-    set_lr,
     set_step,
     start_state,
+    take_step,
     trainable,
     unscaled,
 )
@@ -24,17 +23,24 @@ from cmtmae_scale.backends.base import (
     Accept,
     Blocked,
     Fragment,
+    Meanwhile,
     Objective,
     Outcome,
     Terms,
     Work,
-    acceptable,
+    compile_blocks,
+    compute_dtype,
     detached,
 )
+from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.momentum import update_momentum
+from cmtmae_scale.runtime.groups import make_grid
+
+BLOCKS_PER_GROUP = 4
+"""Blocks that are gathered and reduced together where weights stay gathered after the forward."""
 
 
 class Fsdp:
@@ -65,122 +71,172 @@ class Fsdp:
         lr_scale: LrScale = unscaled,
     ) -> None:
         self.mesh = make_mesh(settings.sharding, device, local_world_size)
-        self.model = wrap(model, self.mesh, settings)
-        self.momentum_encoder = momentum_encoder
-        if momentum_encoder is not None:
-            self.momentum_encoder = wrap(momentum_encoder, self.mesh, settings)
+        # Mesh look-ups are slow.
+        names = self.mesh.mesh_dim_names or ()
+        self.num_shards = self.mesh["shard"].size()
+        self.shard_rank = self.mesh.get_local_rank("shard")
+        self.writes = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
+        self.num_copies = self.mesh.size() // self.num_shards
+        self.is_full = settings.sharding == "full"
+        self.model = wrap(model, self.mesh, settings, device)
+        self.units = find_units(self.model)
         self.objective = objective
         self.clip = optimizer.grad_clip
         # FSDP2 averages gradients over ranks; the loss is a sum over all of them.
         self.loss_scale = loss_scale * dist.get_world_size()
         # The optimizer updates this rank's shards as plain tensors: with DTensors each of some
         # hundred parameters would cost a dispatch of its own while the device waits.
+        self.found = {f"model.{n}": self.fragment(p) for n, p in self.model.named_parameters()}
+        self.sharded = dict(trainable(self.model))
         self.own = {
-            name: nn.Parameter(cast(DTensor, one).to_local().detach())
-            for name, one in trainable(self.model)
+            name: nn.Parameter(local_shard(parameter)) for name, parameter in self.sharded.items()
         }
-        # Mesh look-ups are slow, and fragments() would repeat them for every tensor.
-        names = self.mesh.mesh_dim_names or ()
-        self.num_shards = self.mesh["shard"].size()
-        self.shard_rank = self.mesh.get_local_rank("shard")
-        self.writes = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
-        self.num_copies = self.mesh.size() // self.num_shards
         self.optimizer = make_adamw(self.own.items(), optimizer, lr_scale)
         start_state(self.optimizer, self.own.values())
+        for name, parameter in self.own.items():
+            for moment in MOMENTS:
+                local = self.optimizer.state[parameter][moment].view(-1)
+                self.found[f"{moment}.{name}"] = self.found[f"model.{name}"]._replace(local=local)
+        self.momentum = None
+        if momentum_encoder is not None:
+            self.shard_momentum(momentum_encoder, settings, device)
+
+    def shard_momentum(
+        self, encoder: nn.Module, settings: BackendSettings, device: torch.device
+    ) -> None:
+        """Shard the EMA weights in float32 like the student's weights."""
+        names = [name for name, _ in encoder.named_parameters()]
+        like = [self.found[f"model.encoder.{name}"] for name in names]
+        self.encoder = [weights.local for weights in like]
+        if settings.sharding == "full":
+            self.momentum = ShardedMomentum(encoder, self.mesh, settings, device)
+        else:
+            if settings.compile:
+                encoder.compile(dynamic=False)
+            self.momentum = GatheredMomentum(
+                encoder.to(device),
+                [Shard(n, w.offset, w.local.numel()) for n, w in zip(names, like, strict=True)],
+                compute_dtype(settings),
+                device,
+                self.mesh.get_group("shard"),
+            )
+        for name, weights, view in zip(names, like, self.momentum.views, strict=True):
+            self.found[f"momentum.{name}"] = weights._replace(local=view)
 
     def micro(self, batch: Work, last: bool) -> Terms:
-        """See ``Backend.micro``; communicates gradients at the last micro-step only."""
-        module = cast(FSDPModule, self.model)
-        module.set_requires_gradient_sync(last)
-        module.set_is_last_backward(last)
+        """See ``Backend.micro``; communicates gradients at the last micro-step only.
+
+        Except with ``sharding=full`` weights are gathered once per step.
+        """
+        for unit in self.units:  # a recursive call would visit every module
+            unit.set_requires_gradient_sync(last, recurse=False)
+            unit.set_reshard_after_backward(last or self.is_full, recurse=False)
+        cast(FSDPModule, self.model).set_is_last_backward(last)
         losses = self.objective(self.model(*batch.inputs), batch)
         (losses.total * self.loss_scale).backward()
         return detached(losses)
 
-    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        for name, parameter in trainable(self.model):
-            gradient = cast(DTensor | None, parameter.grad)
-            self.own[name].grad = None if gradient is None else gradient.to_local()
-        norm = nn.utils.get_total_norm([p.grad for p in self.own.values() if p.grad is not None])
-        # One collective and one host read: replicas hold the same gradients, each counted once.
-        packed = torch.cat([report, norm.square().reshape(1) / self.num_copies])
-        dist.all_reduce(packed)
-        *values, squared = packed.tolist()
-        grad_norm = squared**0.5
-        applied = acceptable(grad_norm, values, accept)
-        if applied:
-            if self.clip is not None:
-                nn.utils.clip_grads_with_norm_(self.own.values(), self.clip, packed[-1].sqrt())
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
+    def step(
+        self,
+        lr: float,
+        report: Tensor,
+        accept: Accept | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Outcome:
+        with torch.no_grad():  # else to_local() is an operator of autograd
+            for name, parameter in self.sharded.items():
+                gradient = cast(DTensor | None, parameter.grad)
+                self.own[name].grad = None if gradient is None else gradient.to_local()
+        own, copies = list(self.own.values()), self.num_copies
+        outcome = take_step(self.optimizer, own, self.clip, lr, report, accept, meanwhile, copies)
         self.discard()
-        return Outcome(grad_norm, applied, values)
+        return outcome
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.zero_grad(set_to_none=True)
+        for name, parameter in self.sharded.items():
+            parameter.grad = self.own[name].grad = None
 
     def momentum_update(self, momentum: float) -> None:
-        """See ``Backend.momentum_update``; local shards only, no communication."""
-        if self.momentum_encoder is not None:
-            # Only a backward would drop the gathered weights, which hide the shards: without this
-            # line the next forward would still use the old EMA weights.
-            self.reshard_momentum()
-            encoder = self.model.get_submodule("encoder")
-            update_momentum(list(shards(self.momentum_encoder)), list(shards(encoder)), momentum)
-
-    def reshard_momentum(self) -> None:
-        """Drop the momentum encoder's gathered weights, so that its next forward gathers anew."""
-        if self.momentum_encoder is not None:
-            for module in self.momentum_encoder.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        """See ``Backend.momentum_update``; communicates within the group of shards alone."""
+        if self.momentum is not None:
+            self.momentum.update(self.encoder, momentum)
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.momentum_encoder is None:
-            return None, None
-        with torch.no_grad():
-            return self.momentum_encoder(images)
+        return (None, None) if self.momentum is None else self.momentum.forward(images)
 
     def fragments(self) -> dict[str, Fragment]:
         """See ``Backend.fragments``; a fragment is a range of a parameter's first dimension."""
-        # After a forward without a backward the parameters are still the gathered weights.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        self.reshard_momentum()
-        found: dict[str, Fragment] = {}
-        for name, parameter in self.model.named_parameters():
-            found[f"model.{name}"] = self.fragment(parameter)
-            for moment in MOMENTS if name in self.own else ():
-                state = self.optimizer.state[self.own[name]][moment]
-                found[f"{moment}.{name}"] = self.fragment(parameter)._replace(local=state.view(-1))
-        if self.momentum_encoder is not None:
-            for name, parameter in self.momentum_encoder.named_parameters():
-                found[f"momentum.{name}"] = self.fragment(parameter)
-        return found
+        return dict(self.found)
 
     def fragment(self, parameter: Tensor) -> Fragment:
         """Locate this rank's shard within the flattened parameter."""
+        local = local_shard(parameter).view(-1)
         if not isinstance(parameter, DTensor):
-            raise TypeError("a parameter was not sharded; please report this")
+            return Fragment(0, tuple(parameter.shape), local, self.writes and not self.shard_rank)
         rows_per_rank = -(-parameter.shape[0] // self.num_shards)
         row_size = parameter.numel() // parameter.shape[0]
         offset = min(self.shard_rank * rows_per_rank, parameter.shape[0]) * row_size
-        local = parameter.to_local().detach().view(-1)
         return Fragment(offset, tuple(parameter.shape), local, self.writes)
 
     def after_load(self, step: int) -> None:
         set_step(self.optimizer, step)
-        self.reshard_momentum()
+        # After a forward without a backward the gathered weights are still the old ones.
+        reshard(self.units)
+        if self.momentum is not None:
+            self.momentum.renew()
 
     def close(self) -> None:
         pass
 
 
-def shards(module: nn.Module) -> Iterator[Tensor]:
-    """Return this rank's shard of every parameter."""
-    return (cast(DTensor, parameter).to_local() for parameter in module.parameters())
+class ShardedMomentum:
+    """Momentum encoder of ``backend.sharding=full``, gathered block by block in its forward.
+
+    Args:
+        encoder: the momentum encoder, on the CPU.
+        mesh: the student's.
+        settings: precision and compilation.
+        device: this rank's device.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, mesh: DeviceMesh, settings: BackendSettings, device: torch.device
+    ) -> None:
+        self.module = wrap(encoder, mesh, settings, device)
+        self.units = find_units(self.module)
+        self.views = [local_shard(one).view(-1) for one in self.module.parameters()]
+        """This rank's float32 EMA weights."""
+
+    def update(self, weights: list[Tensor], momentum: float) -> None:
+        """Update this rank's shards; no communication."""
+        # Only a backward would drop gathered weights, which the next forward would use again.
+        self.renew()
+        update_momentum(self.views, weights, momentum)
+
+    def renew(self) -> None:
+        """Drop gathered weights, so that the next forward gathers anew."""
+        reshard(self.units)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.module(images)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, or a whole tensor, without gradient."""
+    with torch.no_grad():
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def find_units(module: nn.Module) -> list[FSDPModule]:
+    """Return the parts of a module that FSDP2 gathers as a whole."""
+    return [one for one in module.modules() if isinstance(one, FSDPModule)]
+
+
+def reshard(units: list[FSDPModule]) -> None:
+    """Drop gathered weights."""
+    for unit in units:
+        unit.reshard()
 
 
 def ranks_per_shard_group(sharding: str, world_size: int, local_world_size: int) -> int:
@@ -210,25 +266,44 @@ def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> Dev
     if sharding == "full":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     inner = ranks_per_shard_group(sharding, world_size, local_world_size)
-    return init_device_mesh(
-        device.type, (world_size // inner, inner), mesh_dim_names=("replicate", "shard")
-    )
+    return make_grid(device.type, world_size // inner, inner, ("replicate", "shard"))
 
 
-def wrap(module: nn.Module, mesh: DeviceMesh, settings: BackendSettings) -> nn.Module:
-    """Shard each block of a module, then its other parameters.
+def wrap(
+    module: nn.Module, mesh: DeviceMesh, settings: BackendSettings, device: torch.device
+) -> nn.Module:
+    """Shard groups of blocks of a module, then its other parameters.
 
     Compilation comes after activation checkpointing, which is the model's own, and before sharding.
     """
-    compute = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=True
+        param_dtype=compute_dtype(settings), reduce_dtype=torch.float32, cast_forward_inputs=True
     )
     reshard = settings.sharding == "full"
-    for block in cast(Blocked, module).transformer_blocks():
-        if settings.compile:
-            block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fixed = fixed_positions(module)
+    for parameter in fixed:
+        parameter.data = parameter.data.to(device)
+    compile_blocks(module, settings)
+    blocks = cast(Blocked, module).transformer_blocks()
+    size = 1 if reshard else BLOCKS_PER_GROUP
+    for i in range(0, len(blocks), size):
+        group = blocks[i : i + size]
+        fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return cast(
-        nn.Module, fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        nn.Module,
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=fixed
+        ),
     )
+
+
+def fixed_positions(module: nn.Module) -> set[nn.Parameter]:
+    """Return the frozen positional embeddings, ``[1, N, D]``, which every rank holds whole.
+
+    FSDP2 shards the first dimension, and would pad them to N x D values per rank.
+    """
+    return {
+        parameter
+        for name, parameter in module.named_parameters()
+        if name.endswith("pos_embed") and not parameter.requires_grad
+    }

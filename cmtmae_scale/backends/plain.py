@@ -1,4 +1,6 @@
-"""One process, no sharding, float32: the reference of the other backends' tests."""
+"""One process with all weights: the backend of a single rank, and the reference of the tests."""
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -7,35 +9,43 @@ from cmtmae_scale.backends.adamw import (
     MOMENTS,
     LrScale,
     make_adamw,
-    set_lr,
     set_step,
     start_state,
+    take_step,
     trainable,
     unscaled,
 )
 from cmtmae_scale.backends.base import (
     Accept,
     Fragment,
+    Meanwhile,
     Objective,
     Outcome,
     Terms,
     Work,
-    acceptable,
+    compile_blocks,
+    compute_dtype,
     detached,
 )
+from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard
 from cmtmae_scale.config.schema import AdamWSettings
-from cmtmae_scale.method.momentum import update_momentum
+from cmtmae_scale.config.schema import Backend as BackendSettings
 
 
 class Plain:
-    """Runs ordinary modules and AdamW.
+    """Runs ordinary modules; the weights that AdamW updates are float32.
+
+    With ``backend.precision=bf16`` the modules hold bf16 copies of them, and gradients are summed
+    over micro-steps in float32, which gives the bits of FSDP2 without its hooks.
 
     Args:
-        model: ``CollaborativeMAE`` or ``Classifier``, on its device.
+        model: ``CollaborativeMAE`` or ``Classifier`` on the CPU.
         momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
+        settings: precision and compilation.
         loss_scale: factor of the summed loss: one over the rows of a step.
+        device: this rank's device.
         lr_scale: factor of the learning rate of each parameter.
     """
 
@@ -45,66 +55,112 @@ class Plain:
         momentum_encoder: nn.Module | None,
         objective: Objective,
         optimizer: AdamWSettings,
+        settings: BackendSettings,
         loss_scale: float,
+        device: torch.device,
         lr_scale: LrScale = unscaled,
     ) -> None:
-        self.model = model
-        self.momentum_encoder = momentum_encoder
+        self.model = model.to(device)
         self.objective = objective
         self.clip = optimizer.grad_clip
         self.loss_scale = loss_scale
-        self.optimizer = make_adamw(trainable(model), optimizer, lr_scale)
-        start_state(self.optimizer, (parameter for _, parameter in trainable(model)))
+        self.dtype = compute_dtype(settings)
+        weights = dict(model.named_parameters())
+        self.computed: list[Tensor] = [one for _, one in trainable(model)]
+        if self.dtype != torch.float32:
+            weights |= {name: nn.Parameter(one.detach().clone()) for name, one in trainable(model)}
+            for parameter in self.computed:
+                parameter.data = parameter.data.to(self.dtype)
+        self.own = {name: weights[name] for name, _ in trainable(model)}
+        compile_blocks(model, settings)
+        self.optimizer = make_adamw(self.own.items(), optimizer, lr_scale)
+        start_state(self.optimizer, self.own.values())
+        self.found = {f"model.{name}": whole_fragment(one) for name, one in weights.items()}
+        for name, parameter in self.own.items():
+            for moment in MOMENTS:
+                state = self.optimizer.state[parameter][moment]
+                self.found[f"{moment}.{name}"] = whole_fragment(state)
+        self.momentum: GatheredMomentum | None = None
+        if momentum_encoder is not None:
+            if settings.compile:
+                momentum_encoder.compile(dynamic=False)
+            names = [name for name, _ in momentum_encoder.named_parameters()]
+            self.encoder = [self.found[f"model.encoder.{name}"].local for name in names]
+            shards = [Shard(n, 0, one.numel()) for n, one in zip(names, self.encoder, strict=True)]
+            module = momentum_encoder.to(device)
+            self.momentum = GatheredMomentum(module, shards, self.dtype, device)
+            for name, view in zip(names, self.momentum.views, strict=True):
+                whole = self.found[f"model.encoder.{name}"]
+                self.found[f"momentum.{name}"] = whole._replace(local=view)
 
     def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; ``last`` changes nothing in one process."""
-        losses = self.objective(self.model(*batch.inputs), batch)
+        images, *others = batch.inputs
+        losses = self.objective(self.model(images.to(self.dtype), *others), batch)
         (losses.total * self.loss_scale).backward()
+        if self.dtype != torch.float32:
+            self.add_gradients()
         return detached(losses)
 
-    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        *values, grad_norm = torch.cat([report, norm.reshape(1)]).tolist()
-        applied = acceptable(grad_norm, values, accept)
-        if applied:
-            if self.clip is not None:
-                nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """Add the gradients of the compute dtype to those of the float32 weights."""
+        pairs = zip(self.own.values(), self.computed, strict=True)
+        used = [(weight, one) for weight, one in pairs if one.grad is not None]
+        gradients = [cast(Tensor, one.grad) for _, one in used]
+        wide = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+        torch._foreach_copy_(wide, gradients)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        sums: list[tuple[Tensor, Tensor]] = []
+        for (weight, one), gradient in zip(used, wide, strict=True):
+            one.grad = None
+            if weight.grad is None:
+                weight.grad = gradient
+            else:
+                sums.append((weight.grad, gradient))
+        if sums:
+            torch._foreach_add_(*map(list, zip(*sums, strict=True)))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage, reportArgumentType]
+
+    def step(
+        self,
+        lr: float,
+        report: Tensor,
+        accept: Accept | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Outcome:
+        parameters = list(self.own.values())
+        outcome = take_step(self.optimizer, parameters, self.clip, lr, report, accept, meanwhile)
         self.discard()
-        return Outcome(grad_norm, applied, values)
+        if outcome.applied:
+            self.renew()
+        return outcome
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Copy the float32 weights into the weights that the forward uses."""
+        if self.dtype != torch.float32:
+            torch._foreach_copy_(self.computed, list(self.own.values()))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.computed:
+            parameter.grad = None
 
     def momentum_update(self, momentum: float) -> None:
-        if self.momentum_encoder is not None:
-            encoder = self.model.get_submodule("encoder")
-            update_momentum(
-                list(self.momentum_encoder.parameters()), list(encoder.parameters()), momentum
-            )
+        if self.momentum is not None:
+            self.momentum.update(self.encoder, momentum)
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.momentum_encoder is None:
-            return None, None
-        with torch.no_grad():
-            return self.momentum_encoder(images)
+        return (None, None) if self.momentum is None else self.momentum.forward(images)
 
     def fragments(self) -> dict[str, Fragment]:
-        """See ``Backend.fragments``; every fragment is a whole parameter."""
-        found: dict[str, Fragment] = {}
-        for name, parameter in self.model.named_parameters():
-            found[f"model.{name}"] = whole_fragment(parameter)
-            for moment in MOMENTS if parameter.requires_grad else ():
-                found[f"{moment}.{name}"] = whole_fragment(self.optimizer.state[parameter][moment])
-        if self.momentum_encoder is not None:
-            for name, parameter in self.momentum_encoder.named_parameters():
-                found[f"momentum.{name}"] = whole_fragment(parameter)
-        return found
+        """See ``Backend.fragments``; every fragment is a whole tensor."""
+        return dict(self.found)
 
     def after_load(self, step: int) -> None:
         set_step(self.optimizer, step)
+        self.renew()
+        if self.momentum is not None:
+            self.momentum.renew()
 
     def close(self) -> None:
         pass

@@ -143,8 +143,9 @@ def decode(encoded: Encoded, calibration: Calibration | None) -> Tensor:
         return encoded.values
     if calibration is None:
         raise ValueError("int8 features need the calibration that they were stored with")
-    standard = encoded.values.float() * encoded.scales.float().unsqueeze(-1)
-    return torch.addcmul(calibration.mean, standard, calibration.std)
+    # Two passes over the features: the product reads int8, the second writes over the first.
+    standard = encoded.values * encoded.scales.float().unsqueeze(-1)
+    return torch.addcmul(calibration.mean, standard, calibration.std, out=standard)
 
 
 def round_features(features: Tensor, codec: Codec, calibration: Calibration | None) -> Tensor:

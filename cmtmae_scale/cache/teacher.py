@@ -27,6 +27,7 @@ from cmtmae_scale.teachers.base import Teacher, TeacherView
 from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.index import Index
 from dataloading.plan import Plan
+from dataloading.reading import copy_beside, copy_stream
 from dataloading.stream import Batch
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class CachedTeacher:
         self.bounds = BOUNDS[skeleton.dtype]
         self.online = online
         self.device = device
+        self.copies = copy_stream(device)
         self.fail = fail
         self.batches = self.checks = 0
         count = int(config.views.views_per_image or 1) if keyed == "views" else None
@@ -141,12 +143,10 @@ class CachedTeacher:
         return view
 
     def decode_rows(self, fields: dict[str, Tensor]) -> TeacherView:
-        """Move stored tensors to the device and decode them there."""
-        moved = {
-            name: fields[name].to(self.device, non_blocking=True)
-            for name in ("attention", "features", "scales")
-            if name in fields
-        }
+        """Copy stored tensors to the device, beside its work, and decode them there."""
+        names = [name for name in ("attention", "features", "scales") if name in fields]
+        copies = copy_beside([fields[name] for name in names], self.device, self.copies)
+        moved = dict(zip(names, copies, strict=True))
         attention, features = moved.get("attention"), moved.get("features")
         if features is not None:
             features = decode(Encoded(features, moved.get("scales")), self.calibration)

@@ -1,11 +1,19 @@
 """Find the checkpoint that a run or a command continues from."""
 
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.errors import CheckpointError, StorageError
-from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_int, on_all_ranks
+from cmtmae_scale.runtime.collectives import (
+    all_ranks_agree,
+    broadcast_int,
+    broadcast_text,
+    gather_texts,
+    on_all_ranks,
+)
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import RunLock
 
@@ -13,10 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
-    """Return the newest checkpoint that every rank verifies; name and skip broken ones.
+    """Return the newest checkpoint that is intact; name and skip broken ones. A collective.
 
-    All ranks check rank 0's list; each rank reads its share of the files. ``root`` is
-    ``RUN_DIR/checkpoints``.
+    ``root`` is ``RUN_DIR/checkpoints``.
 
     Returns:
         The checkpoint's folder, or ``None`` if the run has never written one.
@@ -30,15 +37,13 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
     count = broadcast_int(len(steps))
     for number in range(count):
         folder = layout.folder_of(root, broadcast_int(steps[number] if rank == 0 else 0))
-        try:
-            damage = layout.find_damage(folder, (rank, world_size))
-        except StorageError as error:
-            damage, has_failed = str(error), True
-        if all_ranks_agree(damage is None):
+        damage, is_unknown = verify_together(folder, rank, world_size)
+        if not damage:
             return folder
-        if damage:
+        has_failed = has_failed or is_unknown
+        if rank == 0:
             logger.error("BROKEN CHECKPOINT %s: %s; trying the one before", folder, damage)
-    if count and not all_ranks_agree(not has_failed):
+    if has_failed:
         raise StorageError(
             f"{root}: none of {count} checkpoints can be used, and the store failed while they "
             "were read; see that it works and try the same command again"
@@ -54,6 +59,43 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
             f"or delete {root} to start anew"
         )
     return None
+
+
+def verify_together(folder: Path, rank: int, world_size: int) -> tuple[str, bool]:
+    """Verify a checkpoint on all ranks; a collective.
+
+    Rank 0 compares names, sizes and index, and broadcasts the digests; each rank reads its share of
+    the files, and no other file.
+
+    Returns:
+        What is damaged, empty if the checkpoint is intact, and whether the store failed, so that
+        the damage is not known; the same on every rank.
+    """
+    digests: dict[str, str] = {}
+
+    def compare() -> str | None:
+        damage = layout.find_damage(folder, (-1, 1))
+        if damage is None:
+            files = layout.load_manifest(folder)
+            digests.update({name: facts["sha256"] for name, facts in sorted(files.items())})
+        return damage
+
+    first = attempt(compare) if rank == 0 else ("", False)
+    (damage, is_unknown), digests = json.loads(broadcast_text(json.dumps([first, digests])))
+    if damage:
+        return damage, is_unknown
+    mine = dict(list(digests.items())[rank::world_size])
+    found = attempt(lambda: layout.find_altered(folder, mine))
+    everyone = [json.loads(text) for text in gather_texts(json.dumps(found))]
+    return next(((text, unknown) for text, unknown in everyone if text), ("", False))
+
+
+def attempt(check: Callable[[], str | None]) -> tuple[str, bool]:
+    """Return the damage that a check finds, empty for none, and whether the store failed."""
+    try:
+        return check() or "", False
+    except StorageError as error:
+        return str(error), True
 
 
 def find_resume_checkpoint(run_dir: Path, world: World, lock: RunLock | None = None) -> Path | None:

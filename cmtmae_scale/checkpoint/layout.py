@@ -11,12 +11,13 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.checkpoint.chunks import INDEX, load_index
+from cmtmae_scale.checkpoint.chunks import rank_file as rank_file
 from cmtmae_scale.errors import CheckpointError, describe_store, may_pass
 from cmtmae_scale.runtime.storage import digest, read_inside, read_json, require_inside, sync
 
@@ -56,11 +57,6 @@ def list_checkpoints(root: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def rank_file(rank: int) -> str:
-    """Return the name of a rank's shard."""
-    return f"rank-{rank:05d}.safetensors"
-
-
 def format_manifest(files: dict[str, Any]) -> str:
     """Return a manifest's text from size and SHA-256 by name; any other spelling is damaged."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
@@ -90,12 +86,36 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         if not isinstance(read_json(read_inside(folder, folder / STATE)), dict):
             return f"{STATE} is not a JSON object"
         return find_renaming(folder)
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is absent"
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, OSError) and may_pass(error):
-            raise describe_store(error) from error
-        return f"cannot be read ({error})"
+        return describe_unreadable(error)
+
+
+def find_altered(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """Return which of some files differs from its SHA-256, or cannot be read, or ``None``.
+
+    Raises:
+        StorageError: as ``find_damage``.
+    """
+    try:
+        for name, sha256 in digests.items():
+            if digest(folder / name) != sha256:
+                return f"{name} differs from its SHA-256"
+    except OSError as error:
+        return describe_unreadable(error)
+    return None
+
+
+def describe_unreadable(error: Exception) -> str:
+    """Return a file's damage as text, from the error that reading it caused.
+
+    Raises:
+        StorageError: if it is the store that failed.
+    """
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is absent"
+    if isinstance(error, OSError) and may_pass(error):
+        raise describe_store(error) from error
+    return f"cannot be read ({error})"
 
 
 def find_renaming(folder: Path) -> str | None:

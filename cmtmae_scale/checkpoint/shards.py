@@ -8,7 +8,7 @@ A shard is the safetensors file that one rank writes. In the draft folder,
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def publish_checkpoint(
     """Add index, state, encoder and manifest to the shards, and rename ``draft`` to ``target``.
 
     Args:
-        draft: folder with every rank's shard.
+        draft: folder with all shards.
         target: the checkpoint's folder.
         shards: from ``await_shards``.
         state: what is saved beside tensors; ``format`` is added.
@@ -98,13 +98,13 @@ def mark_shard_failed(draft: Path, rank: int, reason: str) -> None:
 
 
 def await_shards(
-    draft: Path, world_size: int, abandoned: threading.Event, timeout_s: float
+    draft: Path, writers: Iterable[int], abandoned: threading.Event, timeout_s: float
 ) -> dict[str, Any]:
-    """Wait for every rank's shard; runs on rank 0, in the background.
+    """Wait for the shard of every rank that writes; runs on rank 0, in the background.
 
     Args:
         draft: the folder that the ranks write to.
-        world_size: number of ranks.
+        writers: the ranks that write a shard.
         abandoned: set when a rank is known to have failed.
         timeout_s: seconds after which a missing shard fails the save.
 
@@ -116,7 +116,7 @@ def await_shards(
         OSError: if the store refuses.
     """
     shards: dict[str, Any] = {}
-    missing = [rank_file(rank) for rank in range(world_size)]
+    missing = [rank_file(rank) for rank in writers]
     limit, pause_s = time.monotonic() + timeout_s, 0.01
     given_up = False
     while True:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,12 @@ from cmtmae_scale.checkpoint.shards import (
 )
 from cmtmae_scale.config.schema import Checkpoint
 from cmtmae_scale.errors import CheckpointError, LockLostError, SaveError
-from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_int, broadcast_text
+from cmtmae_scale.runtime.collectives import (
+    all_ranks_agree,
+    broadcast_int,
+    broadcast_text,
+    gather_texts,
+)
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import RunLock
 from cmtmae_scale.runtime.storage import write_atomic
@@ -33,6 +38,8 @@ logger = logging.getLogger(__name__)
 class Writer:
     """Writes this rank's shard of each checkpoint; rank 0 publishes the checkpoint.
 
+    A rank without fragments of its own, such as one of the replicas, writes nothing.
+
     Args:
         root: ``RUN_DIR/checkpoints``.
         rank: this rank.
@@ -42,6 +49,7 @@ class Writer:
         token: a random number shared by all ranks of this launch; names the drafts.
         lock: the run's lock, which rank 0 verifies before it changes what others may own;
             ``None``: nobody else writes to ``root``.
+        writers: the ranks that hold fragments to write; the others touch no file. ``None``: all.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class Writer:
         background: bool,
         token: int,
         lock: RunLock | None = None,
+        writers: Sequence[int] | None = None,
     ) -> None:
         self.root = root
         self.rank = rank
@@ -61,6 +70,7 @@ class Writer:
         self.background = background
         self.token = token
         self.lock = lock
+        self.writers = range(world_size) if writers is None else writers
         self.timeout_s = 1800.0
         self.attempts = 3
         self.pause_s = 5.0
@@ -98,6 +108,9 @@ class Writer:
         self.number += 1
         self.failed = False
         self.abandoned.clear()
+        if self.rank and self.rank not in self.writers:
+            self.saved_step = step  # as for a shard that is written
+            return True
         self.shard_done.clear()
         work = (step, copy_to_host(fragments), state)
         self.thread = threading.Thread(target=self.write, args=work, name="checkpoint", daemon=True)
@@ -115,11 +128,12 @@ class Writer:
                 self.require_lock()
                 layout.sweep(self.root, spare=draft)
             draft.mkdir(parents=True, exist_ok=True)
-            facts = write_chunks(chunks, draft / layout.rank_file(self.rank))
-            mark_shard_done(draft, self.rank, facts)
+            if self.rank in self.writers:
+                facts = write_chunks(chunks, draft / layout.rank_file(self.rank))
+                mark_shard_done(draft, self.rank, facts)
             self.shard_done.set()
             if self.rank == 0:
-                shards = await_shards(draft, self.world_size, self.abandoned, self.timeout_s)
+                shards = await_shards(draft, self.writers, self.abandoned, self.timeout_s)
                 publish_checkpoint(draft, target, shards, state, self.require_lock)
                 self.update_latest(target)
             self.saved_step = step
@@ -248,6 +262,7 @@ def open_writer(
     run_dir: Path,
     world: World,
     settings: Checkpoint,
+    fragments: Mapping[str, Fragment],
     saved_step: int | None,
     stack: ExitStack,
     lock: RunLock | None = None,
@@ -258,13 +273,16 @@ def open_writer(
         run_dir: the run's folder.
         world: this process's rank and world size.
         settings: the config's group.
+        fragments: from ``Backend.fragments``; which ranks own some does not change within a launch.
         saved_step: step whose checkpoint exists already, if it need not be saved again.
         stack: closes the writer.
         lock: the run's lock; rank 0 has it.
     """
     token = broadcast_int(int(torch.randint(2**62, (), dtype=torch.int64).item()))
+    owns = any(own.owner and own.local.numel() for own in fragments.values())
+    writers = [rank for rank, text in enumerate(gather_texts("1" if owns else "")) if text]
     root, keep, background = run_dir / "checkpoints", settings.keep, settings.background
-    writer = Writer(root, world.rank, world.world_size, keep, background, token, lock)
+    writer = Writer(root, world.rank, world.world_size, keep, background, token, lock, writers)
     writer.saved_step = saved_step
     stack.callback(writer.close)
     return writer

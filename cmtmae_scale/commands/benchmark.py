@@ -1,22 +1,30 @@
-"""``cmtmae benchmark train | data | cache | startup``: speed and memory."""
+"""``cmtmae benchmark MEASUREMENT``: speed and memory, and what they are made of."""
 
 import argparse
 import logging
+import os
+import shlex
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
+from cmtmae_scale.commands.clone import find_clone
+from cmtmae_scale.commands.precompute import interrupt_at_sigterm
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.errors import EXIT_DONE
-from cmtmae_scale.runtime.arguments import Parser, at_least_one
+from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, ConfigError
+from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, not_negative
 from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.tools.benchmark.results import save_tables
 
 if TYPE_CHECKING:
     from cmtmae_scale.tools.benchmark import training
+    from cmtmae_scale.tools.benchmark.jobs import Job
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +36,8 @@ def run_benchmark(arguments: Sequence[str] | None = None) -> int:
     def measure() -> int:
         world = find_world()
         set_up_logging(world.rank, world.world_size)
-        options.run(options, world)
-        return EXIT_DONE
+        code = options.run(options, world)
+        return EXIT_DONE if code is None else code
 
     return run_alone(measure)
 
@@ -83,11 +91,53 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     startup.add_argument(
         "--rounds", type=at_least_one, default=3, help="rounds, of which the median counts"
     )
+    model = commands.add_parser(
+        "model", help="the step's time, modelled from counted operations", allow_abbrev=False
+    )
+    model.add_argument("--config", required=True, help="a recipe")
+    model.add_argument(
+        "--tflops", type=above_zero, default=790.0, help="rate of matrix products, TFLOP/s"
+    )
+    model.add_argument("--tbytes", type=above_zero, default=4.3, help="memory's bandwidth, TB/s")
+    model.add_argument("--launch-us", type=not_negative, default=4.0, help="host time per launch")
+    model.add_argument(
+        "--stall-ms",
+        type=not_negative,
+        default=0.0,
+        help="host time per step in which the device has nothing to do",
+    )
+    model.add_argument(
+        "--eager", action="append", default=[], metavar="PART", help="a part that is not compiled"
+    )
+    model.add_argument("overrides", nargs="*", metavar="key=value")
+    smoke = commands.add_parser(
+        "smoke", help="every path of a run once, with tiny networks", allow_abbrev=False
+    )
+    smoke.add_argument("path", help="folder of labelled images or of tars")
+    suite = commands.add_parser(
+        "suite", help="all open rows of docs/performance.md", allow_abbrev=False
+    )
+    suite.add_argument("--data", required=True, help="folder of labelled images or of tars")
+    suite.add_argument("--minutes", type=not_negative, default=12.0, help="time for all rows; 12")
+    suite.add_argument("--only", nargs="+", metavar="ROW", help="these rows, measured or not")
+    suite.add_argument("--small", action="store_true", help="rehearse with tiny sizes, on any CPU")
+    suite.add_argument("--output", type=Path, help="name of the results; runs/suite")
+    traffic = commands.add_parser(
+        "collectives", help="collectives of a step and their bytes, counted", allow_abbrev=False
+    )
+    traffic.add_argument("--config", required=True, help="a recipe")
+    traffic.add_argument("--ranks", type=at_least_one, nargs="+", default=[8, 64, 512, 2048])
+    traffic.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    traffic.add_argument("overrides", nargs="*", metavar="key=value")
+    traffic.set_defaults(run=count_traffic)
     step.set_defaults(run=measure_training)
+    model.set_defaults(run=model_training)
+    smoke.set_defaults(run=measure_paths)
+    suite.set_defaults(run=measure_everything)
     decode.set_defaults(run=measure_decoders)
     store.set_defaults(run=measure_cache)
     startup.set_defaults(run=measure_startup)
-    for one in (step, decode, store):
+    for one in (step, model, decode, store, smoke):
         one.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
     return parser.parse_args(arguments)
 
@@ -105,20 +155,30 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
     variants = training.make_variants(
         options.config, options.overrides, options.sweep, options.accumulation, world.world_size
     )
+    facts = table.provenance(device, world.world_size)
+    facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
+
+    def keep(results: Sequence[training.StepResult]) -> None:
+        """Save the variants measured so far; the command may be ended before the others."""
+        if world.rank == 0 and options.output is not None:
+            text = table.training_tables(results, on_gpu)
+            headline = table.training_headline(results)
+            save_tables(options.output, facts | {"headline": headline}, results, text)
+
     with process_group(world, device):
         given = {name: value for name, value in vars(options).items() if not callable(value)}
         require_equal(given | code_facts(device), REMEDY)
         if options.against is not None:
             outcome = against.compare_with_transformers(variants[0].config, protocol, device)
             text, results = against.render_mae_comparison(outcome, on_gpu), outcome
+            headline = f"ours / transformers {outcome.ratio}"
         else:
             real = options.data == "real"
-            results = training.measure_variants(variants, protocol, real, world, device)
+            results = training.measure_variants(variants, protocol, real, world, device, keep)
             text = table.training_tables(results, on_gpu)
+            headline = table.training_headline(results)
     if world.rank == 0:
-        facts = table.provenance(device, world.world_size)
-        facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
-        show(options.output, facts, results, text)
+        show(options.output, facts | {"headline": headline}, results, text)
 
 
 def protocol_of(options: argparse.Namespace, on_gpu: bool) -> "training.Protocol":
@@ -148,7 +208,9 @@ def measure_cache(options: argparse.Namespace, world: World) -> None:
     facts |= {"rounds": options.rounds, "views per round": options.rows}
     facts |= {"windows": protocol.windows, "steps per window": protocol.steps}
     text = cached.render_cache_report(found, device.type == "cuda")
-    show(options.output, facts, found, text)
+    ratios = "; ".join(f"{name} {ratio}" for name, ratio in found.of_synthetic.items())
+    headline = f"steps/s relative to a synthetic teacher: {ratios}"
+    show(options.output, facts | {"headline": headline}, found, text)
 
 
 def measure_decoders(options: argparse.Namespace, world: World) -> None:
@@ -162,7 +224,22 @@ def measure_decoders(options: argparse.Namespace, world: World) -> None:
     )
     facts = table.provenance(device, 1)
     facts |= {"rounds": options.rounds, "images per round": options.images}
-    show(options.output, facts, found, decoding.decoders_table(found))
+    rates = "; ".join(f"{one.name} {one.per_s.median:.4g}" for one in found)
+    headline = f"images/s: {rates}"
+    text = decoding.decoders_table(found)
+    show(options.output, facts | {"headline": headline}, found, text)
+
+
+def count_traffic(options: argparse.Namespace, world: World) -> None:
+    """Count the collectives of a step at several numbers of ranks."""
+    load_config(options.config, options.overrides)  # errors of the recipe cost no torch
+    import torch
+
+    from cmtmae_scale.tools.benchmark import collectives, table
+
+    found = collectives.count_settings(options.config, options.overrides, options.ranks)
+    facts = table.provenance(torch.device("cpu"), 1)
+    show(options.output, facts, found, collectives.collectives_table(found))
 
 
 def measure_startup(options: argparse.Namespace, world: World) -> None:
@@ -172,11 +249,100 @@ def measure_startup(options: argparse.Namespace, world: World) -> None:
     sys.stdout.write(startup_table(measure_commands(options.config, options.rounds)) + "\n")
 
 
-def show(output: Path | None, facts: dict[str, object], results: object, text: str) -> None:
+def model_training(options: argparse.Namespace, world: World) -> None:
+    """Print the modelled time of a recipe's step, by part."""
+    load_config(options.config, options.overrides)  # errors of the recipe cost no torch
+    from cmtmae_scale.tools.benchmark import step_model
+
+    rates = step_model.Rates(
+        options.tflops * 1e12,
+        options.tbytes * 1e12,
+        options.launch_us / 1e6,
+        options.stall_ms / 1e3,
+    )
+    config = load_config(options.config, options.overrides)
+    found = step_model.model_step(config, rates, options.eager)
+    facts = {"command": shlex.join(["python", *sys.argv]), "headline": found.headline()}
+    show(options.output, facts, found, step_model.model_table(found))
+
+
+def measure_paths(options: argparse.Namespace, world: World) -> int:
+    """Try every path that a run can take; returns 1 if one fails."""
+    from cmtmae_scale.tools.benchmark import smoke
+
+    output = options.output and options.output.resolve()
+    images = str(Path(options.path).resolve())
+    os.chdir(find_clone())
+    facts = {"command": shlex.join(["python", *sys.argv])}
+
+    def keep(found: list[smoke.Checked]) -> None:
+        """Save the paths tried so far; the command may be ended before the others."""
+        if output is not None:
+            headline = smoke.smoke_headline(found)
+            results = [one._asdict() for one in found]
+            save_tables(output, facts | {"headline": headline}, results, smoke.smoke_table(found))
+
+    # Beside the results, a folder that is removed with them if this process is killed.
+    parent = None if output is None else output.parent
+    with tempfile.TemporaryDirectory(prefix="smoke-", dir=parent) as folder:
+        found = smoke.run_checks(images, Path(folder), keep)
+    sys.stdout.write(f"{smoke.smoke_table(found)}\n\n{smoke.smoke_headline(found)}\n")
+    return EXIT_CRASH if any(one.state == smoke.FAILED for one in found) else EXIT_DONE
+
+
+def measure_everything(options: argparse.Namespace, world: World) -> int:
+    """Run the jobs of the suite that have no result; returns 75 if some are left."""
+    from cmtmae_scale.tools.benchmark import jobs, page, suite
+
+    output = options.output or Path("runs/suite-small" if options.small else "runs/suite")
+    output, images = output.resolve(), str(Path(options.data).resolve())
+    os.chdir(find_clone())
+    chosen = select_jobs(jobs.JOBS, options.only)
+    if options.minutes and not options.small:
+        refuse_without_gpu()
+    again = options.only is not None
+    try:
+        with interrupt_at_sigterm():
+            rows = suite.run_suite(chosen, images, options.minutes, output, options.small, again)
+    except KeyboardInterrupt:
+        logger.error("interrupted; the same command goes on after the last row that is finished")
+        return EXIT_STOPPED
+    text = suite.suite_table(jobs.JOBS, rows)
+    write_atomic(output.with_suffix(".md"), text + "\n")
+    sys.stdout.write(text + "\n")
+    if not options.small:
+        page.write_page(Path("docs/performance.md"), jobs.JOBS, rows)
+    return suite.suite_exit_code(chosen, rows)
+
+
+def refuse_without_gpu() -> None:
+    """Refuse a machine on which every row would take hours.
+
+    Raises:
+        ConfigError: names the rehearsal.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("suite: the rows are measured on a GPU, and there is none; add --small")
+
+
+def select_jobs(jobs: "Sequence[Job]", names: Sequence[str] | None) -> "list[Job]":
+    """Return the jobs of the given names, in order of worth.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    known = [job.name for job in jobs]
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"--only {name}: the rows are {', '.join(known)}")
+    return [job for job in jobs if names is None or job.name in names]
+
+
+def show(output: Path | None, facts: Mapping[str, object], results: object, text: str) -> None:
     """Print the provenance and the tables, and write them to ``output`` if given."""
     lines = [f"{name}: {value}" for name, value in facts.items()]
     sys.stdout.write("\n".join(lines) + "\n\n" + text + "\n")
     if output is not None:
-        from cmtmae_scale.tools.benchmark import table
-
-        table.save_tables(output, facts, results, text)
+        save_tables(output, facts, results, text)

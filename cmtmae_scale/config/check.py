@@ -31,6 +31,7 @@ def find_problems(config: Config) -> Iterator[str]:
     yield from check_losses(config)
     yield from check_teacher(config)
     yield from check_cache(config)
+    yield from check_precision(config)
     yield from check_backend(config.backend)
     yield from check_figures(config)
     yield from check_evaluation(config)
@@ -66,6 +67,11 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
 
 def check_data(config: Config) -> Iterator[str]:
     """Settings of decoding and order that exclude each other."""
+    if config.data.resident and config.data.worker_type == "process":
+        yield (
+            "data.resident=true decodes each image once, in threads; found "
+            "data.worker_type=process: set auto or thread"
+        )
     if config.data.resident and config.data.decode == "dali":
         yield (
             "data.resident=true decodes each image once, on the CPU; found data.decode=dali: set "
@@ -257,6 +263,16 @@ def check_backend(backend: Backend) -> Iterator[str]:
             "breaks every compiled graph; set backend.compile=false, backend.zero_stage=1 or "
             "backend.name=fsdp"
         )
+
+
+def check_precision(config: Config) -> Iterator[str]:
+    """Float8 layers take and give bfloat16."""
+    for key, group in (("teacher", config.teacher), ("momentum", config.momentum)):
+        if group.precision == "fp8" and config.backend.precision != "bf16":
+            yield (
+                f"{key}.precision=fp8 needs backend.precision=bf16; found "
+                f"{config.backend.precision}"
+            )
 
 
 def check_figures(config: Config) -> Iterator[str]:

@@ -43,7 +43,9 @@ class LabelledData:
     max_bad_fraction: float = fraction(0.001)
     """As ``data.max_bad_fraction`` of pre-training."""
     workers: int = positive(4)
-    """Reader and decoder threads per rank."""
+    """Readers and decoders per rank, threads or processes; each uses one core."""
+    worker_type: Literal["auto", "thread", "process"] = "auto"
+    """As ``data.worker_type`` of pre-training."""
 
 
 @dataclass

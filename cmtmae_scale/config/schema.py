@@ -120,6 +120,9 @@ class Run:
     """Folder of checkpoints, logs and the resolved config; the same folder resumes."""
     seed: int = non_negative(0)
     """Seed of weights, order, views and masks; never changes within a run."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that give the same bits at every launch, at some loss of speed; a
+    CPU's are so anyway."""
     allow_change: list[str] = field(default_factory=list[str])
     """Keys that may differ from those of the checkpoint that is resumed."""
     time_limit_s: float | None = positive(None)
@@ -141,7 +144,7 @@ class Data:
     expected_images: int | None = positive(None)
     """Number of usable images; checked, and used by ``--dry-run`` when ``path`` is absent."""
     decode: Literal["auto", "dali", "torch"] = "auto"
-    """dali: DALI, on the GPU where there is one; torch: the CPU, with nvImageCodec or torchvision;
+    """dali: DALI, on the GPU where there is one; torch: the CPU;
     auto: DALI if it is installed and there is a GPU, else torch."""
     resident: bool = False
     """Keep all decoded images on each rank's device and crop the views there: for images of 32 or
@@ -160,7 +163,10 @@ class Data:
     """Let ``shuffle=window`` accept images that are sorted by class, which it refuses otherwise:
     its batches then hold few classes."""
     workers: int = positive(4)
-    """Reader and decoder threads per rank."""
+    """Readers and decoders per rank, threads or processes; each uses one core."""
+    worker_type: Literal["auto", "thread", "process"] = "auto"
+    """process: worker processes, which leave the interpreter that launches kernels alone and take
+    seconds to start; thread: threads; auto: process on a GPU, thread on a CPU. Same views."""
 
 
 @dataclass
@@ -230,6 +236,9 @@ class Teacher:
     """Keep only the first blocks; ``None``: all."""
     feature: Literal["proj", "ln_post", "block"] = "proj"
     """Token features: projected, after the last norm, or a block's output before that norm."""
+    precision: Literal["bf16", "fp8"] = "bf16"
+    """Linear layers of the blocks: bf16 (float32 with ``backend.precision=fp32``), or fp8, which is
+    faster on GPUs of compute capability 8.9 and above, and less exact."""
     mode: Literal["online", "cached", "sidecar", "none"] = "online"
     """online: the teacher runs beside the student; cached: its attention maps and features are read
     from ``cache.dir``; sidecar: rows that ``precompute_teacher.py --follow RUN_DIR`` computes ahead
@@ -246,6 +255,8 @@ class Momentum:
     """m at the end."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine from start to end; constant: start."""
+    precision: Literal["bf16", "fp8"] = "bf16"
+    """Linear layers of the momentum encoder's blocks, as in ``teacher.precision``."""
 
 
 @dataclass
@@ -422,7 +433,8 @@ class Backend:
     """What is sharded over all ranks (``deepspeed``): 1 moments and float32 weights, 2 gradients
     too, 3 everything."""
     compile: bool = False
-    """Compile each transformer block."""
+    """Compile the blocks, the loss, and what has no gradient: teacher, momentum encoder, masks and
+    targets. The first step of a launch takes minutes longer."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     deepspeed: Any = None

@@ -62,7 +62,7 @@ def build_run(
     """
     run_dir, place = Path(config.run.output_dir), place or Place()
     run_dir.mkdir(parents=True, exist_ok=True)
-    stop = StopRequest(run_dir, config.run.time_limit_s)
+    stop = StopRequest(run_dir, config.run.time_limit_s, watches_file=world.local_rank == 0)
     plan = batch_plan(config, world.world_size)
     place.enter("index", 0)
     index = task.open_index(run_dir)
@@ -101,7 +101,9 @@ def build_run(
     if telemetry is not None:
         progress_file = ProgressFile(run_dir)
         stack.callback(telemetry.close)
-    writer = open_writer(run_dir, world, config.checkpoint, saved_step, stack, lock)
+    writer = open_writer(
+        run_dir, world, config.checkpoint, backend.fragments(), saved_step, stack, lock
+    )
     logger.info(
         "%s: batch %s; %s", config.run.name, explain_batch(config, plan), describe_steps(progress)
     )
@@ -120,7 +122,7 @@ def build_run(
         telemetry=telemetry,
         progress_file=progress_file,
         skips=skips,
-        stragglers=Stragglers(device, config.log.every),
+        stragglers=Stragglers(device, config.log.every, world.rank),
         saved_facts=record_facts(config, index.digest, world),
         place=place,
     )

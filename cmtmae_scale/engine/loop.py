@@ -16,7 +16,7 @@ from cmtmae_scale.engine.guards import (
     refuse_empty_run,
 )
 from cmtmae_scale.engine.rollback import roll_back
-from cmtmae_scale.engine.task import Run, Scalars
+from cmtmae_scale.engine.task import Drawn, Run, Scalars
 from cmtmae_scale.errors import CacheError, CmtMaeError, TeacherError
 from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.progress_file import PublishedProgress
@@ -24,15 +24,17 @@ from dataloading.errors import DataError, ReadError
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("valid_rows", "valid_views", "stop")
-"""Entries of the report that the loop adds to the task's terms."""
+COUNTS = ("valid_rows", "valid_views")
+"""Entries of the report that the loop adds to the task's terms per micro-batch."""
 
 
 class Step(NamedTuple):
     """Result of an optimizer step, the same on every rank but for the time."""
 
     report: dict[str, float]
-    """The task's terms, ``COUNTS`` and the gradient norm, summed over ranks."""
+    """The task's terms, ``COUNTS``, stop requests and gradient norm, summed over ranks."""
+    own_s: list[float]
+    """Each rank's own seconds at the end of an interval; see ``Stragglers.own_seconds``."""
     waited_s: float
     """Seconds in which this rank waited for data."""
     refusal: str | None
@@ -71,7 +73,7 @@ def train(run: Run) -> str | None:
         else:
             refusal = step.refusal
             skip_step(run, refusal)
-        report_stragglers(run)
+        report_stragglers(run, step.own_s)
         publish_progress(run)
         requested = step.report["stop"] > 0
         reason = stop_reason(run, requested)
@@ -97,45 +99,72 @@ def take_step(run: Run, scalars: Scalars) -> Step:
     """
     task, backend, skips, place = run.task, run.backend, run.skips, run.place
     skips.expect(scalars.mixing)
-    number, names = run.progress.step + 1, task.terms + COUNTS
-    total = torch.zeros(len(names), device=run.device)
+    number, accumulation = run.progress.step + 1, run.plan.accumulation
+    terms = task.terms + COUNTS
+    names = (*terms, "stop")
+    total = torch.zeros(len(terms), device=run.device)
     ids: list[Tensor] = []
     waited_s = 0.0
-    for micro_step in range(run.plan.accumulation):
-        with run.stragglers.own_time():
-            began = time.monotonic()
-            place.enter("data", number, micro_step)
-            batch = next_batch(run)
-            waited_s += time.monotonic() - began
-            place.enter("compute", number, micro_step)
-            work, observed = task.prepare(batch, scalars)
-        losses = backend.micro(work, last=micro_step + 1 == run.plan.accumulation)
+    for micro_step in range(accumulation):
+        drawn, run.ahead = run.ahead or draw(run, number, micro_step), None
+        batch, waited_s = drawn.batch, waited_s + drawn.waited_s
+        place.enter("compute", number, micro_step)
+        work, observed = task.prepare(batch, drawn.fixed, scalars)
+        losses = backend.micro(work, last=micro_step + 1 == accumulation)
         rows, views = work.valid.sum().float(), batch.valid.sum().float()
-        stop = torch.full((), run.stop.urgency(), device=run.device)
-        total += torch.stack([*losses, *observed, rows, views.to(run.device), stop])
+        total += torch.stack([*losses, *observed, rows, views.to(run.device)])
         ids.append(batch.sample_id)
-    place.enter("update", number)
+    place.enter("update", number, accumulation)
+    failure = run.stop.failure
+    stop = torch.full((1,), run.stop.urgency(), device=run.device)
     outcome = backend.step(
-        scalars.lr, total, lambda sums: skips.find_spike(mean_loss(names, sums)) is None
+        scalars.lr,
+        torch.cat([total, stop, run.stragglers.own_seconds(number)]),
+        lambda sums: skips.find_spike(mean_loss(names, sums)) is None,
+        lambda: draw_ahead(run, number),
     )
-    report = dict(zip(names, outcome.report, strict=True)) | {"grad_norm": outcome.grad_norm}
+    sums, own_s = outcome.report[: len(names)], outcome.report[len(names) :]
+    report = dict(zip(names, sums, strict=True)) | {"grad_norm": outcome.grad_norm}
     if math.isinf(report["stop"]):
-        raise_failure(number, run.stop.failure)
-    loss = mean_loss(names, outcome.report)
+        raise_failure(number, failure)
+    loss = mean_loss(names, sums)
     if not outcome.applied:
         task.check_inputs(number)
-        refusal = skips.find_spike(loss) or describe_non_finite(names, total, ids)
-        return Step(report, waited_s, f"step {number}: {refusal}")
+        refusal = skips.find_spike(loss) or describe_non_finite(terms, total, ids)
+        return Step(report, own_s, waited_s, f"step {number}: {refusal}")
     skips.record_applied(loss if report["valid_rows"] else None)
     if scalars.momentum is not None:
         backend.momentum_update(scalars.momentum)
     run.progress.advance(run.plan.global_batch_size, applied=True)
-    return Step(report, waited_s, None)
+    return Step(report, own_s, waited_s, None)
+
+
+def draw(run: Run, step: int, micro_step: int) -> Drawn:
+    """Draw this rank's next micro-batch, and compute what does not depend on the weights."""
+    with run.stragglers.own_time():
+        began = time.monotonic()
+        run.place.enter("data", step, micro_step)
+        batch = next_batch(run)
+        waited_s = time.monotonic() - began
+        run.place.enter("compute", step, micro_step)
+        return Drawn(batch, run.task.prepare_fixed(batch), waited_s)
+
+
+def draw_ahead(run: Run, step: int) -> None:
+    """Draw the first micro-batch of the next step, unless the run ends with this step.
+
+    The device computes it while the host reads the sums of this step and enqueues the update. What
+    fails here counts for the next step.
+    """
+    last = min(run.progress.end_step, run.config.train.stop_after or run.progress.end_step)
+    if step < last and not run.stop.urgency():
+        run.ahead = draw(run, step, run.plan.accumulation)
+        run.place.enter("update", step, run.plan.accumulation)
 
 
 def mean_loss(names: tuple[str, ...], sums: list[float]) -> float:
     """Loss per valid row, from the sums over ranks."""
-    report = dict(zip(names, sums, strict=True))
+    report = dict(zip(names, sums, strict=False))
     return report["loss/total"] / max(report["valid_rows"], 1.0)
 
 
@@ -176,9 +205,9 @@ def record_step(run: Run, step: Step, scalars: Scalars) -> None:
     run.telemetry.record(run.progress.step, values, run.plan.global_batch_size, step.waited_s)
 
 
-def report_stragglers(run: Run) -> None:
-    """Name a rank that has been slow for long; a collective at the end of an interval."""
-    slow = run.stragglers.compare_ranks(run.progress.step)
+def report_stragglers(run: Run, own_s: list[float]) -> None:
+    """Name a rank that has been slow for long."""
+    slow = run.stragglers.compare_ranks(own_s)
     if slow is not None:
         run.record_incident("slow rank", slow)
 

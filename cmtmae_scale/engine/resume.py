@@ -19,6 +19,7 @@ FREE_KEYS = (
     "run.output_dir",
     "run.allow_change",
     "run.time_limit_s",
+    "run.deterministic",
     "log.",
     "eval.",
     "checkpoint.",
@@ -28,14 +29,15 @@ FREE_KEYS = (
     "data.path",
     "data.decode",
     "data.workers",
+    "data.worker_type",
     "data.max_bad_fraction",
 )
 """Keys, or groups with their point, that may change at a resume of every task."""
 _ORIENTATION = "data.exif_orientation"  # absent from older checkpoints, which turned no image
 FIXED_KEYS = ("run.seed", "views.", _ORIENTATION)
 """Keys that never change within a run, whatever ``run.allow_change`` holds."""
-
-
+LATER_KEYS = {"teacher.precision": "bf16", "momentum.precision": "bf16"}
+"""Keys that older checkpoints lack, with the values that their runs had."""
 RESHAPING_KEYS = (
     "student.arch",
     "student.patch_size",
@@ -89,7 +91,8 @@ def compare_configs(
     Raises:
         ConfigError: names key, old and new value of a change that is not allowed.
     """
-    old, new = flatten(saved), flatten(present)
+    new = flatten(present)
+    old = {key: was for key, was in LATER_KEYS.items() if key in new} | flatten(saved)
     hint = ""
     if _ORIENTATION not in old:  # the digests decide whether the key matters
         old[_ORIENTATION] = new.get(_ORIENTATION)

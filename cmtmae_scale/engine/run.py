@@ -19,6 +19,7 @@ from cmtmae_scale.engine.task import Run, SideTask, Task
 from cmtmae_scale.engine.watchdog import SLOW_STAGE_FACTOR, Place, watched
 from cmtmae_scale.errors import EXIT_DONE, describe_store, may_pass
 from cmtmae_scale.runtime.collectives import on_all_ranks, process_group
+from cmtmae_scale.runtime.determinism import deterministic_kernels
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.runtime.storage import optional_write
@@ -67,6 +68,7 @@ def run_task(
     place = Place()
     run: Run | None = None
     with ExitStack() as stack:
+        stack.enter_context(deterministic_kernels(config.run.deterministic))
         stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
         require_equal_launch(config, world, device)
         lock = stack.enter_context(hold_run(run_dir, world.rank))

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "STOP"
 STOP_FILE_REASON = f"file {STOP_FILE}"
+LOOK_S = 1.0
+"""Seconds between two looks for the file, which may be on a slow store."""
 SLURM_END = "SLURM_JOB_END_TIME"
 END_MARGIN_S = 120.0
 """Seconds before the end of a SLURM job at which the run saves and stops."""
@@ -49,6 +51,7 @@ class StopRequest:
         run_dir: the run's folder.
         time_limit_s: ``run.time_limit_s``.
         environment: where SLURM says when the job ends.
+        watches_file: whether this rank looks for ``STOP``; one rank per node is enough.
     """
 
     def __init__(
@@ -56,8 +59,10 @@ class StopRequest:
         run_dir: Path,
         time_limit_s: float | None = None,
         environment: Mapping[str, str] = os.environ,
+        watches_file: bool = True,
     ) -> None:
         self.file = run_dir / STOP_FILE
+        self.next_look = 0.0 if watches_file else math.inf
         self.reason: str | None = None
         self.failure: ReadError | CacheError | None = None
         self.launchers = find_launchers()
@@ -79,12 +84,14 @@ class StopRequest:
 
     def find_request(self) -> str | None:
         """Return a request that arrives without a signal, or ``None``."""
-        if self.file.exists():
-            return STOP_FILE_REASON
+        now = time.monotonic()
+        if now >= self.next_look:
+            self.next_look = now + LOOK_S
+            if self.file.exists():
+                return STOP_FILE_REASON
         gone = find_dead_launcher(self.launchers)
         if gone is not None:
             return f"the launcher, process {gone}, is gone"
-        now = time.monotonic()
         return next((name for name, limit in self.limits.items() if now >= limit), None)
 
     def record_failure(self, failure: ReadError | CacheError) -> None:

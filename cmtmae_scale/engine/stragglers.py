@@ -1,7 +1,7 @@
 """Ranks that are slower than the others.
 
 A whole step takes every rank equally long, because it ends with a reduction. Each rank's own time
-is its wait for data and the preparation of its micro-batches.
+is its wait for data and the teacher's forward, which wait for no other rank.
 """
 
 import statistics
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
 from cmtmae_scale.runtime.collectives import ranks
 
@@ -28,11 +28,14 @@ class Stragglers:
     Args:
         device: where the work is done; a GPU is timed by its own events.
         every: steps of an interval.
+        rank: this rank.
     """
 
-    def __init__(self, device: torch.device, every: int) -> None:
+    def __init__(self, device: torch.device, every: int, rank: int = 0) -> None:
+        self.device = device
         self.on_gpu = device.type == "cuda"
         self.every = every
+        self.rank = rank
         self.own_s = 0.0
         self.laps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.since = time.monotonic()
@@ -41,6 +44,9 @@ class Stragglers:
     @contextmanager
     def own_time(self) -> Iterator[None]:
         """Count the time of the block, idle time of the device included; synchronises nothing."""
+        if ranks() == 1:
+            yield  # there is no other rank to compare with
+            return
         if not self.on_gpu:
             began = time.monotonic()
             yield
@@ -52,27 +58,40 @@ class Stragglers:
         ended.record()
         self.laps.append((began, ended))
 
-    def compare_ranks(self, step: int) -> str | None:
-        """Compare the ranks at the end of an interval; a collective then.
+    def own_seconds(self, step: int) -> Tensor:
+        """Return what the ranks compare at the end of an interval, for the step's report.
 
-        Call it after the host read of the step, when the device has passed the recorded events.
+        Call it once per step, after the last block of ``own_time`` of the step.
 
         Args:
-            step: number of the finished step.
+            step: number of the step.
+
+        Returns:
+            float32 ``[W + 1]`` on the device, to be summed over W ranks: in this rank's place its
+            own seconds, last the W-th part of the seconds of the interval; empty within an
+            interval and with one rank. No host synchronisation.
+        """
+        if step % self.every or ranks() == 1:
+            return torch.zeros(0, device=self.device)
+        # The device has passed the events before the last host read.
+        passed = [lap for lap in self.laps if lap[1].query()]
+        self.own_s += sum(one.elapsed_time(other) for one, other in passed) / 1000
+        entries = torch.zeros(ranks() + 1, device=self.device)
+        entries[self.rank] = self.own_s
+        entries[-1] = (time.monotonic() - self.since) / ranks()
+        self.own_s, self.laps, self.since = 0.0, self.laps[len(passed) :], time.monotonic()
+        return entries
+
+    def compare_ranks(self, own_s: list[float]) -> str | None:
+        """Compare the ranks at the end of an interval.
+
+        Args:
+            own_s: ``own_seconds``, summed over ranks.
 
         Returns:
             Which rank has been slow for ``LONG`` intervals, the same on every rank, or ``None``.
         """
-        if step % self.every or ranks() == 1:
-            return None
-        self.own_s += sum(one.elapsed_time(other) for one, other in self.laps) / 1000
-        mine = torch.tensor([self.own_s, time.monotonic() - self.since], dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(ranks())]
-        dist.all_gather(everyone, mine)
-        self.own_s, self.laps, self.since = 0.0, [], time.monotonic()
-        return self.name_slowest(
-            [float(one[0]) for one in everyone], max(float(e[1]) for e in everyone)
-        )
+        return self.name_slowest(own_s[:-1], own_s[-1]) if own_s else None
 
     def name_slowest(self, own_s: list[float], whole_s: float) -> str | None:
         """Name the slowest rank if it has been slow for ``LONG`` intervals, once until it recovers.

@@ -54,8 +54,8 @@ class SideTask(NamedTuple):
 class Task(Protocol):
     """What is trained: pre-training or fine-tuning.
 
-    The engine calls ``open_index``, ``build``, ``open_stream``, then ``scalars`` per step and
-    ``prepare`` per micro-batch, and ``conclude`` after the last step.
+    The engine calls ``open_index``, ``build``, ``open_stream``, then ``scalars`` per step,
+    ``prepare_fixed`` and ``prepare`` per micro-batch, and ``conclude`` after the last step.
     """
 
     name: str
@@ -93,8 +93,22 @@ class Task(Protocol):
         """Return the scheduled numbers of the next step."""
         ...
 
-    def prepare(self, batch: Batch, scalars: Any) -> tuple[Work, Sequence[Tensor]]:
-        """Turn views into inputs and targets, and 0-dim observations for the report."""
+    def prepare_fixed(self, batch: Batch) -> Any:
+        """Compute what depends on the views alone, such as the teacher's output.
+
+        The engine calls it for the first micro-batch of a step before the step before is applied,
+        so it must use neither the weights nor scheduled numbers. No collective.
+        """
+        ...
+
+    def prepare(self, batch: Batch, fixed: Any, scalars: Any) -> tuple[Work, Sequence[Tensor]]:
+        """Turn views into inputs and targets, and 0-dim observations for the report.
+
+        Args:
+            batch: the views.
+            fixed: from ``prepare_fixed``.
+            scalars: the step's, from ``scalars``.
+        """
         ...
 
     def check_inputs(self, step: int) -> None:
@@ -112,6 +126,16 @@ class Task(Protocol):
     def conclude(self, run: "Run") -> None:
         """Work after the last step of a complete run. A collective."""
         ...
+
+
+class Drawn(NamedTuple):
+    """A micro-batch, and what is computed of it without the weights."""
+
+    batch: Batch
+    fixed: Any
+    """From ``Task.prepare_fixed``."""
+    waited_s: float
+    """Seconds in which this rank waited for the views."""
 
 
 @dataclass
@@ -136,6 +160,9 @@ class Run:
     skips: Skips
     stragglers: Stragglers
     saved_facts: dict[str, Any]
+    ahead: Drawn | None = None
+    """First micro-batch of the next step, if it is drawn already; no state of the run: a launch
+    draws it again."""
     place: Place = field(default_factory=Place)
     """Where in the loop this rank is; for the watchdog."""
     drawn: float = 0.0

@@ -13,7 +13,7 @@ from cmtmae_scale.runtime.collectives import (
     all_ranks_agree,
     broadcast_bytes,
     broadcast_text,
-    on_all_ranks,
+    on_all_ranks_for_long,
     ranks,
 )
 from dataloading.errors import DataError, ReadError
@@ -73,7 +73,7 @@ def open_shared_index(path: str, kept: Path | None, exif_orientation: bool = Tru
             return build_index(path, exif_orientation=exif_orientation)
         return load_or_build(path, kept, exif_orientation=exif_orientation)
 
-    index = on_all_ranks(open_index)
+    index = on_all_ranks_for_long(open_index)
     data = broadcast_bytes(b"" if index is None or ranks() == 1 else index_to_bytes(index))
     return index_from_bytes(data) if index is None else index
 

@@ -1,4 +1,8 @@
-"""RandAugment on uint8 pictures, on the device: timm's operations by torchvision's functions.
+"""RandAugment on uint8 pictures, on the device: timm's operations as torchvision computes them.
+
+Pictures that get the same operation go through it together, each with its own level: a GPU is given
+some hundred kernels per micro-batch in place of thousands. The result is, bit for bit on a CPU,
+that of torchvision's functions on one picture after the other.
 
 Source: RandAugment (arXiv 1909.13719) as timm's ``rand-m9-mstd0.5-inc1``, MAE's recipe: two of 15
 operations, each with chance 1/2, stronger with the level. Deviations: pictures are moved with
@@ -6,16 +10,19 @@ bilinear interpolation, for torchvision has no bicubic one for tensors; one bit 
 is left at the highest level, where timm leaves none.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
+from torch.nn.functional import conv2d, grid_sample
 from torchvision.transforms.v2 import functional as F
 
 from cmtmae_scale.finetuning.draws import OPERATIONS, per_view
+from dataloading.reading import to_device
 
 NUM_OPERATIONS = 2
 CHANCE = 0.5
@@ -25,31 +32,10 @@ DRAWS = 4
 """Numbers an operation: which, whether, strength, sign."""
 
 Fill = Sequence[float]
-Operation = Callable[[Tensor, float, float, Fill], Tensor]
-"""From a uint8 picture ``[3, S, S]``, a level in [0, 10], a sign and a colour for what lies outside
-to a picture of the same kind."""
-
-
-def affine(
-    image: Tensor,
-    fill: Fill,
-    *,
-    angle: float = 0.0,
-    shift: Sequence[float] = (0, 0),
-    shear: Sequence[float] = (0.0, 0.0),
-    center: list[float] | None = None,
-) -> Tensor:
-    """Move a picture."""
-    return F.affine(
-        image,
-        angle=angle,
-        translate=list(shift),
-        scale=1.0,
-        shear=list(shear),
-        interpolation=InterpolationMode.BILINEAR,
-        fill=list(fill),
-        center=center,
-    )
+Moves = Sequence[tuple[float, float]]
+"""Level in [0, 10] and sign of each picture."""
+Operation = Callable[[Tensor, Moves], Tensor]
+"""From uint8 pictures ``[n, 3, S, S]`` with levels and signs to pictures of the same kind."""
 
 
 def slant(level: float, sign: float) -> float:
@@ -62,45 +48,173 @@ def factor(level: float, sign: float) -> float:
     return max(0.1, 1.0 + sign * 0.9 * level / HIGHEST)
 
 
-def solarize(image: Tensor, level: float) -> Tensor:
+def column(values: Iterable[float], images: Tensor) -> Tensor:
+    """A number for each picture, float32 ``[n, 1, 1, 1]`` on their device."""
+    numbers = torch.tensor(list(values), dtype=torch.float32)
+    return to_device(numbers, images.device).view(-1, 1, 1, 1)
+
+
+def add_scaled(base: Tensor, other: Tensor, scale: Tensor) -> Tensor:
+    """``base + scale * other``, rounded once as ``torch.add`` does with a scale for all."""
+    return (base.double() + scale.double() * other.double()).float()
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Cut off what is outside of 0 to 255, in place, and drop fractions."""
+    return images.clamp_(0, 255).to(torch.uint8)
+
+
+def brightness(images: Tensor, moves: Moves) -> Tensor:
+    """Scale pictures."""
+    return to_bytes(images * column((factor(*move) for move in moves), images))
+
+
+def blend(images: Tensor, other: Tensor, moves: Moves) -> Tensor:
+    """Mix pictures with others of float32."""
+    factors = [factor(*move) for move in moves]
+    rest = column((1.0 - one for one in factors), images)
+    return to_bytes(add_scaled(images * column(factors, images), other, rest))
+
+
+def grey(images: Tensor) -> Tensor:
+    """Whole grey levels, float32 ``[n, 1, S, S]``."""
+    red, green, blue = images.unbind(-3)
+    levels = red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    return levels.unsqueeze(-3).floor_()
+
+
+def contrast(images: Tensor, moves: Moves) -> Tensor:
+    """Scale the distance from each picture's mean grey level."""
+    # Picture by picture: the order of a sum may depend on the number of pictures.
+    means = torch.stack([one.mean(dim=(-3, -2, -1), keepdim=True) for one in grey(images)])
+    return blend(images, means, moves)
+
+
+def sharpness(images: Tensor, moves: Moves) -> Tensor:
+    """Scale the distance from the smoothed picture; the border stays."""
+    kernel = images.new_full((3, 3), 1 / 13, dtype=torch.float32)
+    kernel[1, 1] = 5 / 13
+    sharp = images.float()
+    inner = sharp[..., 1:-1, 1:-1]
+    smooth = conv2d(sharp, kernel.expand(3, 1, 3, 3), groups=3).round_()
+    rest = column((1.0 - factor(*move) for move in moves), images)
+    inner.copy_(add_scaled(inner, smooth - inner, rest))
+    return to_bytes(sharp)
+
+
+def posterize(images: Tensor, moves: Moves) -> Tensor:
+    """Keep the highest bits; the higher the level, the fewer."""
+    bits = [max(1, 4 - int(4 * level / HIGHEST)) for level, _ in moves]
+    return images & column((256 - (256 >> one) for one in bits), images).to(torch.uint8)
+
+
+def solarize(images: Tensor, moves: Moves) -> Tensor:
     """Invert what is bright; the higher the level, the more."""
-    threshold = 256 - min(256, int(256 * level / HIGHEST))
-    return image if threshold > 255 else F.solarize(image, threshold)
+    thresholds = [256 - min(256, int(256 * level / HIGHEST)) for level, _ in moves]
+    return torch.where(images >= column(thresholds, images), ~images, images)
 
 
-def solarize_add(image: Tensor, level: float) -> Tensor:
+def solarize_add(images: Tensor, moves: Moves) -> Tensor:
     """Brighten what is dark."""
-    return image.where(image >= 128, image + min(128, int(110 * level / HIGHEST)))
+    added = column((min(128, int(110 * level / HIGHEST)) for level, _ in moves), images)
+    return images.where(images >= 128, images + added.to(torch.uint8))
 
 
-OPERATIONS_BY_NAME: dict[str, Operation] = {
-    "AutoContrast": lambda image, level, sign, fill: F.autocontrast(image),
-    "Equalize": lambda image, level, sign, fill: F.equalize(image),
-    "Invert": lambda image, level, sign, fill: F.invert(image),
-    "Rotate": lambda image, level, sign, fill: affine(image, fill, angle=sign * 3.0 * level),
-    "Posterize": lambda image, level, sign, fill: F.posterize(
-        image, max(1, 4 - int(4 * level / HIGHEST))
+def matrix(
+    angle: float = 0.0,
+    shift: Sequence[float] = (0.0, 0.0),
+    shear: Sequence[float] = (0.0, 0.0),
+    center: Sequence[float] = (0.0, 0.0),
+) -> list[float]:
+    """Where a picture's pixels come from: two rows of three numbers, in pixels from its middle.
+
+    Source: torchvision's ``affine``; ``center`` is measured from the middle too.
+    """
+    turn, (x, y) = math.radians(angle), center
+    sx, sy = (math.radians(one) for one in shear)
+    a, c = math.cos(turn - sy) / math.cos(sy), math.sin(turn - sy) / math.cos(sy)
+    b, d = -(a * math.tan(sx) + math.sin(turn)), math.cos(turn) - c * math.tan(sx)
+    tx, ty = x + shift[0], y + shift[1]
+    return [d, -b, x - d * tx + b * ty, -c, a, y + c * tx - a * ty]
+
+
+Matrix = Callable[[float, float, int], list[float]]
+"""From level, sign and side of a picture to its ``matrix``."""
+MOVES: dict[str, Matrix] = {
+    "Rotate": lambda level, sign, side: matrix(angle=sign * 3.0 * level),
+    "ShearX": lambda level, sign, side: matrix(
+        shear=(slant(level, sign), 0.0), center=(-side / 2, -side / 2)
     ),
-    "Solarize": lambda image, level, sign, fill: solarize(image, level),
-    "SolarizeAdd": lambda image, level, sign, fill: solarize_add(image, level),
-    "Color": lambda image, level, sign, fill: F.adjust_saturation(image, factor(level, sign)),
-    "Contrast": lambda image, level, sign, fill: F.adjust_contrast(image, factor(level, sign)),
-    "Brightness": lambda image, level, sign, fill: F.adjust_brightness(image, factor(level, sign)),
-    "Sharpness": lambda image, level, sign, fill: F.adjust_sharpness(image, factor(level, sign)),
-    "ShearX": lambda image, level, sign, fill: affine(
-        image, fill, shear=(slant(level, sign), 0.0), center=[0.0, 0.0]
+    "ShearY": lambda level, sign, side: matrix(
+        shear=(0.0, slant(level, sign)), center=(-side / 2, -side / 2)
     ),
-    "ShearY": lambda image, level, sign, fill: affine(
-        image, fill, shear=(0.0, slant(level, sign)), center=[0.0, 0.0]
+    "TranslateX": lambda level, sign, side: matrix(
+        shift=(sign * 0.45 * level / HIGHEST * side, 0.0)
     ),
-    "TranslateX": lambda image, level, sign, fill: affine(
-        image, fill, shift=(sign * 0.45 * level / HIGHEST * image.shape[-1], 0.0)
-    ),
-    "TranslateY": lambda image, level, sign, fill: affine(
-        image, fill, shift=(0.0, sign * 0.45 * level / HIGHEST * image.shape[-2])
+    "TranslateY": lambda level, sign, side: matrix(
+        shift=(0.0, sign * 0.45 * level / HIGHEST * side)
     ),
 }
-NAMES = tuple(OPERATIONS_BY_NAME)
+
+
+def move(images: Tensor, matrices: Sequence[list[float]], fill: Fill) -> Tensor:
+    """Move pictures, each by its own ``matrix``, with bilinear interpolation."""
+    side, device = images.shape[-1], images.device
+    theta = to_device(torch.tensor(matrices, dtype=torch.float32), device).view(-1, 2, 3)
+    line = torch.linspace((1.0 - side) * 0.5, (side - 1.0) * 0.5, steps=side, device=device)
+    across, down = line.expand(side, side), line[:, None].expand(side, side)
+    place = torch.stack([across, down, torch.ones_like(across)], dim=-1).view(1, -1, 3)
+    grid = place.expand(len(images), -1, -1).bmm(theta.mT / (0.5 * side))
+    framed = torch.cat([images.float(), torch.ones_like(images[:, :1]).float()], dim=1)
+    moved = grid_sample(framed, grid.view(-1, side, side, 2), align_corners=False)
+    inside, colour = moved[:, 3:], column(fill, images).view(1, 3, 1, 1)
+    return moved[:, :3].sub(colour).mul_(inside).add_(colour).round_().to(torch.uint8)
+
+
+COLOURS: dict[str, Operation] = {
+    "AutoContrast": lambda images, moves: F.autocontrast(images),
+    "Equalize": lambda images, moves: F.equalize(images),
+    "Invert": lambda images, moves: ~images,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "SolarizeAdd": solarize_add,
+    "Color": lambda images, moves: blend(images, grey(images), moves),
+    "Contrast": contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+}
+NAMES = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
+    *("Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY"),
+    *("TranslateX", "TranslateY"),
+)
+"""By which a draw names an operation: their order is timm's."""
+
+
+def operate(images: Tensor, names: Sequence[str], moves: Moves, fill: Fill) -> Tensor:
+    """Apply an operation of its own to each picture.
+
+    Args:
+        images: uint8 ``[n, 3, S, S]``; not changed.
+        names: of the operations, n.
+        moves: level and sign of each.
+        fill: colour of what comes from outside a picture, 0 to 255.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        groups.setdefault("move" if name in MOVES else name, []).append(place)
+    order = torch.tensor([place for places in groups.values() for place in places])
+    parts = to_device(order, images.device).split([len(places) for places in groups.values()])
+    changed = images.clone()
+    for (group, places), part in zip(groups.items(), parts, strict=True):
+        some, theirs = images[part], [moves[place] for place in places]
+        if group == "move":
+            side = images.shape[-1]
+            matrices = [MOVES[names[k]](*moves[k], side) for k in places]
+            changed[part] = move(some, matrices, fill)
+        else:
+            changed[part] = COLOURS[group](some, theirs)
+    return changed
 
 
 def randaugment(
@@ -126,15 +240,27 @@ def randaugment(
         uint8 ``[B, S, S, 3]``. A view depends on its own position only.
     """
     drawn = per_view(OPERATIONS, seed, positions, NUM_OPERATIONS * DRAWS)
-    changed = images.clone()
-    for view, row in zip(changed, drawn.reshape(-1, NUM_OPERATIONS, DRAWS).tolist(), strict=True):
-        for which, whether, strength, sign in row:
-            if whether < CHANCE:
-                level = magnitude
-                if magnitude_std:
-                    level = NormalDist(magnitude, magnitude_std).inv_cdf(max(strength, 2.0**-54))
-                level = min(max(level, 0.0), HIGHEST)
-                operation = OPERATIONS_BY_NAME[NAMES[int(which * len(NAMES))]]
-                moved = operation(view.permute(2, 0, 1), level, 1.0 if sign < 0.5 else -1.0, fill)
-                view.copy_(moved.permute(1, 2, 0))
-    return changed
+    changed = images.permute(0, 3, 1, 2).contiguous()
+    for number in range(NUM_OPERATIONS):
+        rows: list[list[float]] = drawn[:, number * DRAWS : (number + 1) * DRAWS].tolist()
+        chosen = [place for place, row in enumerate(rows) if row[1] < CHANCE]
+        if not chosen:
+            continue
+        names = [NAMES[int(rows[place][0] * len(NAMES))] for place in chosen]
+        moves = [
+            (
+                level_of(rows[place][2], magnitude, magnitude_std),
+                1.0 if rows[place][3] < 0.5 else -1.0,
+            )
+            for place in chosen
+        ]
+        where = to_device(torch.tensor(chosen), images.device)
+        changed[where] = operate(changed[where], names, moves, fill)
+    return changed.permute(0, 2, 3, 1).contiguous()
+
+
+def level_of(drawn: float, magnitude: float, magnitude_std: float) -> float:
+    """Level of an operation from its draw in [0, 1)."""
+    if magnitude_std:
+        magnitude = NormalDist(magnitude, magnitude_std).inv_cdf(max(drawn, 2.0**-54))
+    return min(max(magnitude, 0.0), HIGHEST)

@@ -163,6 +163,7 @@ class Finetuning:
             ratio=config.augment.aspect_ratio,
             flip=config.augment.hflip,
             threads=config.data.workers,
+            worker_type=config.data.worker_type,
             start_position=position,
             decode=config.data.decode,
             device=self.device,
@@ -179,9 +180,14 @@ class Finetuning:
         )
         return Scalars(lr, momentum=None)
 
-    def prepare(self, batch: Batch, scalars: Scalars) -> tuple[Examples, Sequence[Tensor]]:
-        """See ``Task.prepare``: augmented views with the targets of their labels."""
-        return self.augment(batch, self.labels[batch.sample_id]), ()
+    def prepare_fixed(self, batch: Batch) -> Examples:
+        """See ``Task.prepare_fixed``: augmented views with the targets of their labels."""
+        return self.augment(batch, self.labels[batch.sample_id])
+
+    def prepare(
+        self, batch: Batch, fixed: Examples, scalars: Scalars
+    ) -> tuple[Examples, Sequence[Tensor]]:
+        return fixed, ()
 
     def check_inputs(self, step: int) -> None:
         """See ``Task.check_inputs``; images and labels are always finite."""

@@ -9,14 +9,38 @@ Source: docs/method.md, sections "Attention maps", "Normalisation", "Grids" and 
 attention".
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Grid = tuple[int, int]
 
 EMPTY_MASS = 1e-12
 """An attention map whose sum is at most this carries no information and becomes uniform."""
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """``nn.MultiheadAttention`` of one sequence with itself, without masks, in eval mode.
+
+    Its queries, keys and values are one product. Torch's own module is fused too, but when compiled
+    it multiplies the tokens one by one.
+    """
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - no masks, no weights
+        self, query: Tensor, key: Tensor, value: Tensor, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """From ``[B, T, D]``, given three times, to ``[B, T, D]``."""
+        batch, length, _ = query.shape
+        qkv = self.linear(query, self.in_proj_weight, self.in_proj_bias)
+        qkv = qkv.reshape(batch, length, 3, cast(int, self.num_heads), -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, d]
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.linear(x, self.out_proj.weight, self.out_proj.bias), None
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 @torch.no_grad()

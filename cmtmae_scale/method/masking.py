@@ -265,7 +265,8 @@ def mixed_key(
 ) -> Tensor:
     """Return keys that mask the round(salient_frac * M) most salient patches, others at random."""
     if isinstance(salient_frac, Tensor):
-        count: int | Tensor = torch.round(salient_frac.float() * num_hidden)
+        # in float64, as Python rounds; a float32 count compares with ranks as an integer does
+        count: int | Tensor = torch.round(salient_frac.double() * num_hidden).float()
     else:
         if not 0.0 <= salient_frac <= 1.0:
             raise ValueError(f"salient_frac={salient_frac} must lie in [0, 1]")
@@ -297,7 +298,8 @@ def reveal_hints(
 def shuffle_hidden(choice: PatchChoice, noise: Tensor) -> PatchChoice:
     """Order the masked patches by noise ``[R, N]``, so that the first ones are a uniform subset."""
     order = torch.argsort(noise.gather(1, choice.ids_hidden), dim=1, descending=True, stable=True)
-    return choice._replace(ids_hidden=choice.ids_hidden.gather(1, order))
+    # torch 2.11 cannot compile _replace
+    return PatchChoice(choice.ids_keep, choice.ids_hidden.gather(1, order), choice.ids_thrown)
 
 
 @torch.no_grad()

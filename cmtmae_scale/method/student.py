@@ -94,7 +94,8 @@ class Student(VisionTransformer):
         x = F.linear(patches, projection.weight.flatten(1), projection.bias)
         x = self.patch_embed.norm(x)
 
-        positions = cast(nn.Parameter, self.pos_embed)[0]
+        # FSDP2 leaves them in float32.
+        positions = cast(nn.Parameter, self.pos_embed)[0].to(x.dtype)
         num_coded = 0 if self.no_embed_class else self.num_prefix
         code = positions[num_coded:]
         x = x + (code if ids_keep is None else F.embedding(ids_keep, code))

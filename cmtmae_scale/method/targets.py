@@ -297,7 +297,9 @@ def objective(
         pixel=term("pixel", layout.without_cls(), "mse"),
     )
     teacher, student, pixel = weighted_terms(losses, loss, alpha_target).values()
-    return losses._replace(total=(teacher + student + pixel).float())
+    # torch 2.11 cannot compile _replace
+    total = (teacher + student + pixel).float()
+    return Losses(total, losses.teacher, losses.student, losses.pixel)
 
 
 def weighted_terms(losses: Losses, loss: Loss, alpha_target: float | Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import logging
 from contextlib import ExitStack
 from functools import partial
@@ -22,19 +23,26 @@ from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
+from cmtmae_scale.method.float8 import use_float8, warn_about_emulation
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
-from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
+from cmtmae_scale.runtime.collectives import (
+    broadcast_text,
+    gather_texts,
+    on_all_ranks,
+    on_all_ranks_for_long,
+)
+from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
-from dataloading.index import Index, load_or_build
+from dataloading.index import Index, load_or_build, open_kept
 from dataloading.mixing import require_mixed
 from dataloading.stream import Stream
 
@@ -60,6 +68,7 @@ def build_models(
     Raises:
         ConfigError: settings that the models cannot meet, or an unfit ``student.init_weights``.
     """
+    warn_about_emulation(config, device)
     model, momentum_encoder = build_model(config, teacher, resumed)
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
@@ -79,6 +88,10 @@ def build_models(
 def open_index(config: Config, run_dir: Path, world: World) -> Index:
     """Let rank 0 build or check the index, then open it on every rank. A collective.
 
+    One rank per machine compares the index with the files; the others open what that rank has
+    verified, unless ``data.path`` is another folder for them. A build may take longer than a
+    collective.
+
     Raises:
         ConfigError: on every rank, if the images differ between ranks or from the settings.
         DataError: on every rank, if the images cannot be used on one.
@@ -92,11 +105,29 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
         max_pixels=config.data.max_pixels,
         exif_orientation=config.data.exif_orientation,
     )
-    first = on_all_ranks(lambda: build() if world.rank == 0 else None)
-    index = on_all_ranks(lambda: build() if first is None else first)
+    first = on_all_ranks_for_long(lambda: build() if world.rank == 0 else None)
+    facts = [first.digest, first.list_shards()] if first is not None else None
+    digest, shards = json.loads(broadcast_text(json.dumps(facts)))
+    places = gather_texts(identify_place(config.data.path))
+    checks = first is None and (
+        world.local_rank == 0 or places[world.rank] != places[world.rank - world.local_rank]
+    )
+    own = on_all_ranks_for_long(lambda: build() if checks else first)
+    index = on_all_ranks(
+        lambda: open_kept(config.data.path, folder, digest, shards) if own is None else own
+    )
     require_equal_images(index, config.data.path)
     refuse_bad_index(config, index)
     return index
+
+
+def identify_place(path: str) -> str:
+    """Return device and inode of a folder or file, of a pattern those of its folder."""
+    place = Path(path)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    found = place.stat()
+    return f"{found.st_dev} {found.st_ino}"
 
 
 def refuse_bad_index(config: Config, index: Index) -> None:
@@ -185,6 +216,8 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
     first = on_all_ranks(lambda: build_teacher(config, device, dtype) if fetches else None)
     teacher = on_all_ranks(lambda: first if fetches else build_teacher(config, device, dtype))
     if teacher is not None:
+        if config.backend.compile and config.teacher.mode != "cached":
+            teacher.compile()  # beside a complete cache it runs for spot checks only
         facts = teacher.fingerprint
         require_equal_weights(lambda: {f"teacher: {name}": fact for name, fact in facts().items()})
     return teacher
@@ -207,6 +240,9 @@ def build_model(
     momentum_encoder = build_student(config, MomentumEncoder)
     momentum_encoder.load_state_dict(copy.deepcopy(model.encoder.state_dict()))
     momentum_encoder.requires_grad_(False).eval()
+    if config.momentum.precision == "fp8":
+        for block in momentum_encoder.transformer_blocks():
+            use_float8(block)
     return model, momentum_encoder
 
 
@@ -239,9 +275,10 @@ def load_student(model: CollaborativeMAE, file: str) -> None:
 
 def make_objective(config: Config, layout: TokenLayout) -> Objective:
     """The run's loss as a function of predictions and a micro-batch."""
+    score = compiled(objective, config.backend.compile)
 
     def compute(predictions: Predictions, batch: MicroBatch) -> Losses:
-        losses = objective(
+        losses = score(
             predictions, batch.targets, batch.valid, layout, config.loss, batch.alpha_target
         )
         return losses if batch.only_term is None else isolate_term(losses, batch, config.loss)
@@ -279,6 +316,7 @@ def open_stream(
         count=config.views.views_per_image,
         shuffle=config.data.shuffle,
         threads=config.data.workers,
+        worker_type=config.data.worker_type,
         start_position=position,
         decode=config.data.decode,
         resident=config.data.resident,

@@ -19,6 +19,7 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_im
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, patchify, pixel_targets
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
+from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView
 from dataloading.stream import Batch
 
@@ -60,6 +61,17 @@ class MicroBatch(NamedTuple):
         return self.images, self.choice
 
 
+class Numbers(NamedTuple):
+    """Scheduled numbers as 0-dim tensors, so that no compiled graph depends on their values."""
+
+    alpha_attention: Tensor
+    """Float32."""
+    alpha_target: Tensor
+    """Float32."""
+    salient_fraction: Tensor
+    """Float64, in which its count of patches is rounded."""
+
+
 class Observed(NamedTuple):
     """Observations of a micro-batch, 0-dim float32."""
 
@@ -74,48 +86,98 @@ class Observed(NamedTuple):
 
 
 def prepare(
-    config: Config, models: Models, batch: Batch, scalars: PretrainingScalars
+    config: Config, models: Models, batch: Batch, view: TeacherView, scalars: PretrainingScalars
 ) -> tuple[MicroBatch, Observed]:
-    """Prepare the inputs and targets of a micro-batch.
+    """Prepare the inputs and targets of a micro-batch; no host synchronisation.
 
-    No host synchronisation, except in spot checks of a cache.
+    With ``backend.compile`` it runs as a few graphs without a break: pixels, momentum encoder, and
+    what follows from its output.
+
+    Args:
+        config: checked settings.
+        models: student and momentum encoder.
+        batch: the views.
+        view: the teacher's output for them.
+        scalars: the step's.
     """
-    images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
+    fast = config.backend.compile
     with torch.no_grad():
-        view = models.teacher.forward_batch(batch) if models.teacher else TeacherView(None, None)
+        images = compiled(normalise_images, fast)(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
         features, attention = models.backend.momentum_forward(images)
-        alpha, weight = (
-            torch.full((), value, device=images.device)
-            for value in (scalars.alpha_attention, scalars.alpha_target)
-        )
-        mixed = mix_attention(config.attention, view.attention, attention, alpha)
-        choice = choose_masks(
-            config.mask,
-            mixed,
-            batch.position,
-            config.run.seed,
-            scalars.salient_fraction,
-            length=models.length,
-            num_predicted=models.layout.num_hidden,
-        )
-        targets = Predictions(
-            gather_targets(models.layout, view.features, config.target.teacher.norm, choice),
-            gather_targets(models.layout, features, config.target.student.norm, choice),
-            pixel_target(config, models, images, choice),
-        )
-        valid = batch.valid.to(images.device).repeat_interleave(config.mask.masks_per_view)
-        zero = torch.zeros((), device=images.device)
-        mass = zero if mixed is None else visible_mass(mixed, choice.ids_keep)
-        agreement = zero
-        if view.attention is not None and attention is not None:
-            agreement = map_agreement(view.attention, attention)
+        momentum = TeacherView(attention, features)
+        valid, numbers = batch.valid.to(images.device), fill_numbers(scalars, images.device)
         hit = torch.full((), float(view.cached), device=images.device)
-        unsound = find_unsound(view, batch.valid.to(images.device))
-        refusal = torch.where(unsound.any(), torch.inf, zero)
+        rest = compiled(choose_and_gather, fast)
+        (choice, targets, rows, unsound), (mass, agreement, refusal) = rest(
+            config, models, images, view, momentum, batch.position, valid, numbers
+        )
     return (
-        MicroBatch(images, choice, targets, valid, weight, unsound=unsound),
+        MicroBatch(images, choice, targets, rows, numbers.alpha_target, unsound=unsound),
         Observed(mass, agreement, hit, refusal),
     )
+
+
+def fill_numbers(scalars: PretrainingScalars, device: torch.device) -> Numbers:
+    """Write the scheduled numbers to 0-dim tensors on the device, without a copy from the host."""
+    return Numbers(
+        torch.full((), scalars.alpha_attention, device=device),
+        torch.full((), scalars.alpha_target, device=device),
+        torch.full((), scalars.salient_fraction, dtype=torch.float64, device=device),
+    )
+
+
+def choose_and_gather(
+    config: Config,
+    models: Models,
+    images: Tensor,
+    teacher: TeacherView,
+    momentum: TeacherView,
+    positions: Tensor,
+    valid: Tensor,
+    numbers: Numbers,
+) -> tuple[tuple[PatchChoice, Predictions, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Compute masks and targets from the outputs of both networks.
+
+    Args:
+        config: checked settings.
+        models: its layout, N and patch side are used.
+        images: normalised, ``[B, 3, S, S]``.
+        teacher: output of the teacher.
+        momentum: output of the momentum encoder.
+        positions: global sample indices, int64 ``[B]``.
+        valid: views that could be decoded, bool ``[B]``.
+        numbers: scheduled numbers.
+
+    Returns:
+        ``choice``, ``targets``, ``valid`` and ``unsound`` of the ``MicroBatch``; the fraction of
+        visible attention, the agreement of both attention maps, and ``Observed.unsound``.
+    """
+    mixed = mix_attention(
+        config.attention, teacher.attention, momentum.attention, numbers.alpha_attention
+    )
+    choice = choose_masks(
+        config.mask,
+        mixed,
+        positions,
+        config.run.seed,
+        numbers.salient_fraction,
+        length=models.length,
+        num_predicted=models.layout.num_hidden,
+    )
+    targets = Predictions(
+        gather_targets(models.layout, teacher.features, config.target.teacher.norm, choice),
+        gather_targets(models.layout, momentum.features, config.target.student.norm, choice),
+        pixel_target(config, models, images, choice),
+    )
+    rows = valid.repeat_interleave(config.mask.masks_per_view)
+    zero = torch.zeros((), device=images.device)
+    mass = zero if mixed is None else visible_mass(mixed, choice.ids_keep)
+    agreement = zero
+    if teacher.attention is not None and momentum.attention is not None:
+        agreement = map_agreement(teacher.attention, momentum.attention)
+    unsound = find_unsound(teacher, valid)
+    refusal = torch.where(unsound.any(), torch.inf, zero)
+    return (choice, targets, rows, unsound), (mass, agreement, refusal)
 
 
 def find_unsound(view: TeacherView, valid: Tensor) -> Tensor:

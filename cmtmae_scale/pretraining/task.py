@@ -24,7 +24,7 @@ from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
 from cmtmae_scale.pretraining.scalars import PretrainingScalars, scalars_at
 from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import view_sizes
+from cmtmae_scale.teachers.base import TeacherView, view_sizes
 from dataloading.index import Index
 from dataloading.stream import Batch, Stream
 
@@ -128,10 +128,15 @@ class Pretraining:
         self.drawn.clear()
         return scalars_at(self.config, progress.fraction)
 
+    def prepare_fixed(self, batch: Batch) -> TeacherView:
+        """See ``Task.prepare_fixed``: the teacher's output."""
+        teacher = self.models.teacher
+        return TeacherView(None, None) if teacher is None else teacher.forward_batch(batch)
+
     def prepare(
-        self, batch: Batch, scalars: PretrainingScalars
+        self, batch: Batch, fixed: TeacherView, scalars: PretrainingScalars
     ) -> tuple[MicroBatch, Sequence[Tensor]]:
-        micro_batch, observed = prepare(self.config, self.models, batch, scalars)
+        micro_batch, observed = prepare(self.config, self.models, batch, fixed, scalars)
         self.diagnostics.keep(micro_batch)
         self.drawn.append((batch.sample_id, micro_batch.unsound))
         return micro_batch, observed

@@ -1,8 +1,10 @@
 """The process group of a run, and small agreements between its ranks on the host."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -51,6 +53,8 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
     """Open the default process group: gloo for the host, and NCCL for GPUs."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
+    # Else gloo connects every rank with every other at once, 2,047 sockets of 2,048 ranks each.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world.launcher == "none":
@@ -70,9 +74,14 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
         dist.destroy_process_group()
 
 
-def ranks() -> int:
-    """Return the number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def ranks(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of ranks, of all or of a group; 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Return whether this is rank 0; true without a process group."""
+    return ranks() == 1 or dist.get_rank() == 0
 
 
 def barrier() -> None:
@@ -102,24 +111,28 @@ def broadcast_int(value: int) -> int:
     return int(box.item())
 
 
-def gather_bytes(mine: bytes) -> list[bytes]:
-    """Return every rank's bytes, in rank order; lengths may differ. A collective.
+def gather_bytes(mine: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
+    """Return the bytes of every rank of a group, in rank order; lengths may differ. A collective.
 
     Nothing that arrives is unpickled: bytes of a rank that nobody invited cannot run code.
+
+    Args:
+        mine: this rank's bytes.
+        group: this rank's group; ``None``: all ranks.
     """
-    if ranks() == 1:
+    if ranks(group) == 1:
         return [mine]
     length = torch.tensor([len(mine)], dtype=torch.int64)
-    lengths = [torch.zeros_like(length) for _ in range(ranks())]
+    lengths = [torch.zeros_like(length) for _ in range(ranks(group))]
     with waiting():
-        dist.all_gather(lengths, length)
+        dist.all_gather(lengths, length, group)
     longest = max(int(one) for one in lengths)
     if not longest:
-        return [b""] * ranks()
+        return [b""] * len(lengths)
     row = bytes_to_tensor(mine.ljust(longest, b"\0"))
     rows = [torch.empty_like(row) for _ in lengths]
     with waiting():
-        dist.all_gather(rows, row)
+        dist.all_gather(rows, row, group)
     return [one[: int(n)].numpy().tobytes() for one, n in zip(rows, lengths, strict=True)]
 
 
@@ -188,3 +201,33 @@ def on_all_ranks(action: Callable[[], T]) -> T:
             error.exit_code = int(code)
             raise error
     return found[0]
+
+
+def on_all_ranks_for_long(action: Callable[[], T], pause_s: float = 1.0) -> T:
+    """Call a function like ``on_all_ranks``, on ranks that may need longer than a collective may.
+
+    The ranks meet every ``pause_s`` seconds until all have returned: a rank that waited in one
+    collective would end the run at its time limit, and every launch after it. A collective.
+
+    Args:
+        action: takes part in no collective; runs in a thread.
+        pause_s: seconds between two meetings.
+
+    Raises:
+        CmtMaeError, DataError, StorageError: see ``on_all_ranks``.
+    """
+    if ranks() == 1:
+        return on_all_ranks(action)
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # raised in the main thread
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="long action", daemon=True).start()
+    while True:
+        wait([future], pause_s)
+        if all_ranks_agree(future.done()):
+            return on_all_ranks(future.result)

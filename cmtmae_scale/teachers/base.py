@@ -77,6 +77,10 @@ class Teacher(TeacherSource, Protocol):
         """Run uint8 images ``[B, S, S, 3]``; no gradient, no host synchronisation."""
         ...
 
+    def compile(self) -> None:
+        """Compile ``forward_batch``, whose batches have one shape."""
+        ...
+
     def fingerprint(self) -> dict[str, object]:
         """Return all that the outputs depend on, as JSON values; reads the weights file once."""
         ...

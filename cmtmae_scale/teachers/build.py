@@ -8,6 +8,7 @@ from cmtmae_scale.config import derive
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.method.float8 import use_float8
 from cmtmae_scale.method.student import probe_student
 from cmtmae_scale.teachers.base import Teacher
 from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
@@ -83,6 +84,10 @@ def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeach
     if settings.weights == "random" and load:
         logger.warning("teacher.weights=random: the teacher is untrained; for tests only")
     tower = source.build(size, config.run.seed, load=load)
+    if settings.precision == "fp8":
+        for block in tower.blocks:
+            use_float8(block)
+        tower.source["precision"] = "fp8"
     outputs = TeacherOutputs.from_config(config, needs, len(tower.blocks))
     return OnlineTeacher(tower, outputs, size, grid)
 

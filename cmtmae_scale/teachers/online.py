@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
-from cmtmae_scale.method.attention import mean_query_row, patch_map, resize_map, resize_tokens
+from cmtmae_scale.method.attention import (
+    SelfAttention,
+    mean_query_row,
+    patch_map,
+    resize_map,
+    resize_tokens,
+)
 from cmtmae_scale.method.images import normalise_images
+from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.teachers.base import TeacherView, Tower
 from cmtmae_scale.teachers.weights import sha256
 from dataloading.stream import Batch
@@ -80,6 +87,8 @@ class OnlineTeacher:
     Source: docs/method.md, sections "Teacher" and "Grids".
     """
 
+    is_compiled = False
+
     def __init__(
         self, tower: Tower, outputs: TeacherOutputs, image_size: int, grid: tuple[int, int]
     ) -> None:
@@ -112,9 +121,16 @@ class OnlineTeacher:
         self.model.to(device=device, dtype=dtype)
         return self
 
+    def compile(self) -> None:
+        """Compile ``forward_batch``, whose batches have one shape, as one graph."""
+        for module in self.model.modules():
+            if type(module) is nn.MultiheadAttention:
+                module.__class__ = SelfAttention
+        self.is_compiled = True
+
     def forward_batch(self, batch: Batch) -> TeacherView:
         """Return the output for the last images of a batch."""
-        return self(batch.images[-1])
+        return compiled(OnlineTeacher.__call__, self.is_compiled)(self, batch.images[-1])
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> TeacherView:

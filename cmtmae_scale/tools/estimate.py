@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from cmtmae_scale.backends.base import Objective
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
-from cmtmae_scale.method.targets import Predictions, TokenLayout, objective
+from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
 from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 
@@ -161,15 +162,33 @@ def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -
 
 def forward_with_loss(config: Config, model: CollaborativeMAE, views: int) -> Tensor:
     """Compute a forward and its loss over synthetic views and targets."""
+    work, compute_loss = make_synthetic_work(config, model, views)
+    return compute_loss(model(*work.inputs), work).total
+
+
+class SyntheticWork(NamedTuple):
+    """Inputs of a forward, see ``Work``."""
+
+    inputs: tuple[Tensor, PatchChoice]
+    valid: Tensor
+
+
+def make_synthetic_work(
+    config: Config, model: CollaborativeMAE, views: int
+) -> tuple[SyntheticWork, Objective]:
+    """Return views of zeros on the CPU, and the loss against targets of ones."""
     size, (height, width) = config.views.image_size, model.encoder.grid
     counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
     rows = views * config.mask.masks_per_view
     choice = PatchChoice(*(torch.zeros(rows, n, dtype=torch.int64) for n in counts))
-    predictions = model(torch.zeros(views, 3, size, size, dtype=compute_dtype(config)), choice)
-    targets = Predictions(*(None if one is None else torch.zeros(one.shape) for one in predictions))
+    images = torch.zeros(views, 3, size, size, dtype=compute_dtype(config))
     layout = TokenLayout.from_config(config, *counts)
-    valid = torch.ones(rows, dtype=torch.bool)
-    return objective(predictions, targets, valid, layout, config.loss, torch.tensor(0.5)).total
+
+    def compute_loss(predictions: Predictions, work: SyntheticWork) -> Losses:
+        targets = Predictions(*(p if p is None else torch.ones(p.shape) for p in predictions))
+        return objective(predictions, targets, work.valid, layout, config.loss, torch.tensor(0.5))
+
+    return SyntheticWork((images, choice), torch.ones(rows, dtype=torch.bool)), compute_loss
 
 
 def count_saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:

@@ -76,13 +76,13 @@ def make_backend(config: Config, kind: str) -> Any:
         )
 
     scale = 1 / (GLOBAL * config.mask.masks_per_view)
+    cpu = torch.device("cpu")
     if kind == "plain":
-        return Plain(model, momentum, compute, config.optimizer, scale)
+        return Plain(model, momentum, compute, config.optimizer, config.backend, scale, cpu)
     if kind.startswith("zero"):
         return make_zero(config, model, momentum, compute, scale, kind)
     local = int(kind.removeprefix("node")) if kind.startswith("node") else 1
     config.backend.sharding = "hybrid" if kind.startswith("node") else kind  # pyright: ignore
-    cpu = torch.device("cpu")
     return Fsdp(model, momentum, compute, config.optimizer, config.backend, scale, cpu, local)
 
 
@@ -261,19 +261,22 @@ def run_overwritten(kind: str, micro: int) -> Any:
 
 def live_weights(backend: Any) -> dict[str, Any]:
     """What the forward uses, whole, and the momentum student's."""
+    from torch.distributed.tensor import DTensor
+
     found = {}
     for name, parameter in backend.model.named_parameters():
-        if hasattr(parameter, "ds_id"):
+        if isinstance(parameter, DTensor):
+            found[name] = parameter.full_tensor().detach().numpy()
+        elif hasattr(parameter, "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter]):
                 found[name] = parameter.detach().float().numpy().copy()
         else:
             found[name] = parameter.detach().float().numpy().copy()
-    momentum = getattr(backend, "momentum", None)
-    module = backend.momentum_encoder if momentum is None else momentum.module
-    for name, parameter in module.named_parameters():
-        found[f"momentum.{name}"] = parameter.detach().float().numpy().copy()
+    for name, parameter in backend.momentum.module.named_parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        found[f"momentum.{name}"] = whole.detach().float().numpy().copy()
     return found
 
 

@@ -87,6 +87,30 @@ def test_fsdp_equals_plain(plain: Any, world_size: int, kind: str, micro: int) -
     close(plain, (results[0][0], case.assemble([part for _, part in results])))
 
 
+@pytest.mark.gloo
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_rank_has_the_bits_of_fsdp(precision: str) -> None:
+    """One rank uses plain modules in place of FSDP2, with accumulation and clipping."""
+    changes = {"backend__precision": precision}
+    (sharded,) = run_ranks(1, case.run_case, "replicate", 4, STEPS, changes)
+    (plain,) = run_ranks(1, case.run_case, "plain", 4, STEPS, changes)
+    assert sharded[0] == plain[0] and sharded[1].keys() == plain[1].keys()
+    for key, (_, shape, value) in sharded[1].items():
+        assert shape == plain[1][key][1] and np.array_equal(value, plain[1][key][2]), key
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("kind", ["full", "replicate", "node2"])
+def test_updated_shards_are_those_that_the_forward_gathers(kind: str) -> None:
+    """The lists of plain tensors are made once; FSDP2 must not replace their memory."""
+    expected = case.run_overwritten("plain", 4)
+    for losses, live, _ in run_ranks(2, case.run_overwritten, kind, 2):
+        np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+        for name, value in live.items():
+            ours, theirs = case.trained(name, value), case.trained(name, expected[1][name])
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.gloo
 def test_activation_checkpointing_changes_nothing(plain: Any) -> None:

@@ -122,6 +122,8 @@ def test_several_masks_a_view_need_a_sampler_with_noise(recipe: Path, sampler: s
 def test_resident_images_are_not_dalis(recipe: Path) -> None:
     text = message(recipe, "data.resident=true", "data.decode=dali")
     assert "data.resident=true decodes each image once" in text and "set auto or torch" in text
+    text = message(recipe, "data.resident=true", "data.worker_type=process")
+    assert "data.resident=true decodes each image once" in text and "set auto or thread" in text
 
 
 def test_unscaled_targets_need_the_cosine(recipe: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dataloading.errors import ReadError
 from dataloading.index import build_index
 from dataloading.reading import GREY
 from dataloading.stream import Stream
@@ -174,6 +175,36 @@ def test_formats_that_dali_does_not_know_are_decoded_by_the_others(tmp_path, pic
     assert same_draws(ours, theirs) and all(batch.valid.all() for batch in ours)
     for a, b in zip(ours, theirs, strict=True):
         check_bounds(a.images[0], b.images[0])
+
+
+def test_processes_read_what_threads_read(photographs, tmp_path, picture):
+    """With undecodable files, one that cannot be read, and one that DALI does not know."""
+    picture(3, 80, 60).convert("P").save(photographs / "class0" / "0.gif")
+    index = build_index(photographs)
+    damage(index)
+    (photographs / index.names[11]).unlink()
+
+    def batches(worker_type):
+        path = tmp_path / worker_type / "quarantine.jsonl"
+        how = {"worker_type": worker_type, "quarantine": path, "patience_s": 0.2}
+        with Stream(index, decode="dali", **OPTIONS | {"micro_batch": 3} | how) as stream:
+            for _ in range(9):
+                try:
+                    yield next(stream)
+                except ReadError as error:
+                    yield str(error).partition(", tried")[0]
+        yield sorted(path.read_text().splitlines())
+
+    threads, processes = list(batches("thread")), list(batches("process"))
+    assert [one for one in threads if isinstance(one, str | list)] == [
+        one for one in processes if isinstance(one, str | list)
+    ]
+    assert sum(isinstance(one, str) for one in threads) >= 2
+    pairs = [
+        (a, b) for a, b in zip(threads, processes, strict=True) if not isinstance(a, str | list)
+    ]
+    ours, theirs = [list(side) for side in zip(*pairs, strict=True)]
+    assert same_draws(ours, theirs) and same_pixels(ours, theirs)
 
 
 def test_without_dali_the_message_names_the_extra(photographs):

@@ -36,6 +36,18 @@ def test_markers_within_segments_are_no_scans():
     assert data.count(b"\xff\xda") > 500 and not has_many_scans(data)
 
 
+def test_a_sequential_file_has_as_many_scans_as_its_first_leaves_components():
+    target = io.BytesIO()
+    Image.fromarray(NOISE).save(target, "JPEG")
+    whole = target.getvalue()
+    start = whole.rfind(b"\xff\xda")
+    scan = whole[start:-2]
+    assert scan[4] == 3  # components
+    assert not has_many_scans(whole[:-2] + 400 * scan + whole[-2:])
+    first = scan[:4] + b"\1" + scan[5:]
+    assert has_many_scans(whole[:start] + first + 400 * scan + whole[-2:])
+
+
 @pytest.mark.parametrize("decode", DECODERS)
 def test_a_file_of_400_scans_is_a_bad_view_with_its_reason(tmp_path, decode):
     for number in range(4):

@@ -336,9 +336,11 @@ def test_a_quarantine_counts_the_lines_that_a_full_store_refused(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_arrive_on_the_gpu(photographs):
+@pytest.mark.parametrize("worker_type", ["thread", "process"])
+def test_batches_arrive_on_the_gpu(photographs, worker_type):
+    """Twenty batches, so that slots of pinned memory are filled again while copies are done."""
     index = build_index(photographs)
-    expected = take(index, 24)
-    got = take(index, 24, device="cuda")
+    expected = take(index, 80)
+    got = take(index, 80, device="cuda", decode="torch", worker_type=worker_type)
     assert all(view[4].is_cuda for view in got)
     assert same([(*view[:4], view[4].cpu()) for view in got], expected)

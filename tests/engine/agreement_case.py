@@ -62,7 +62,10 @@ def change(kind: str, value: str) -> Any:
     def elsewhere(path: str, folder: Path, **settings: Any) -> Any:
         return usual(value, folder.with_name("index1"), **settings)
 
-    return mock.patch.object(build, "load_or_build", elsewhere)
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(build, "load_or_build", elsewhere))
+    stack.enter_context(mock.patch.object(build, "identify_place", lambda path: "elsewhere"))
+    return stack
 
 
 def exchange() -> list[Any]:

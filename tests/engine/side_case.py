@@ -39,8 +39,8 @@ def run_with(recipe: Path, overrides: list[str], works: list[Callable[[Any], Non
         built = build(recipe, overrides, stack)
         prepare = built.task.prepare
 
-        def keeping(batch: Any, scalars: Any) -> Any:
-            work, observed = prepare(batch, scalars)
+        def keeping(*arguments: Any) -> Any:
+            work, observed = prepare(*arguments)
             built.kept = work
             return work, observed
 

@@ -11,6 +11,7 @@ from cmtmae_scale.pretraining.build import build_models, fetch_teacher
 from cmtmae_scale.pretraining.prepare import prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import process_group
+from cmtmae_scale.runtime.determinism import deterministic_kernels
 from cmtmae_scale.runtime.launch import World
 from dataloading.stream import Batch
 
@@ -33,12 +34,14 @@ def vit_large(compiled: bool) -> Config:
     return config
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_micro_step_does_not_wait_for_the_device(compiled: bool) -> None:
-    config, world = vit_large(compiled), World(0, 1, 0, 1, "alone")
+def train_vit_large(compiled: bool, debug: str) -> list[float]:
+    """Take steps, with ``debug`` as torch's mode for host synchronisation; returns the losses."""
+    config, world = vit_large(compiled), World(0, 1, 0, 1, "none")
     device = torch.device("cuda", 0)
     with process_group(world, device):
-        models = build_models(config, world, device, fetch_teacher(config, world, device))
+        teacher = fetch_teacher(config, world, device)
+        assert teacher is not None
+        models = build_models(config, world, device, teacher)
         generator = torch.Generator(device).manual_seed(0)
         shape = (BATCH, 224, 224, 3)
         views = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
@@ -48,12 +51,27 @@ def test_a_micro_step_does_not_wait_for_the_device(compiled: bool) -> None:
         scalars = scalars_at(config, 0.5)
         losses = []
         for step in range(WARM_UP + STEPS):
-            torch.cuda.set_sync_debug_mode("error" if step >= WARM_UP else "default")
-            micro_batch, _ = prepare(config, models, batch, scalars)
+            torch.cuda.set_sync_debug_mode(debug if step >= WARM_UP else "default")
+            view = teacher.forward_batch(batch)
+            micro_batch, _ = prepare(config, models, batch, view, scalars)
             loss = models.backend.micro(micro_batch, last=True)
             torch.cuda.set_sync_debug_mode("default")
             assert models.backend.step(1e-4, loss.total[None]).applied
             models.backend.momentum_update(scalars.momentum)
             losses.append(float(loss.total))
-        assert losses[-1] < losses[0]
         models.backend.close()
+    return losses
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_micro_step_does_not_wait_for_the_device(compiled: bool) -> None:
+    losses = train_vit_large(compiled, "error")
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_deterministic_kernels_give_the_same_bits(compiled: bool) -> None:
+    with deterministic_kernels(enabled=True):
+        first = train_vit_large(compiled, "default")
+        torch.compiler.reset()
+        assert train_vit_large(compiled, "default") == first

@@ -66,7 +66,7 @@ def test_a_rank_that_waits_for_something_is_named_and_its_stack_shows_it(
     codes, run_dir = left(write_task_recipe(task, tmp_path), "sleep", "guard.hang_seconds=4")
     assert codes == [1, 1]
     (line,) = incidents(run_dir)
-    assert "rank 1 is behind, at step 2, micro-step 0, data" in line["why"]
+    assert "rank 1 is behind, at step 1, micro-step 2, data" in line["why"]  # drawn ahead
     assert "in slow" in (run_dir / "stacks" / "rank-00001.txt").read_text()
 
 

@@ -31,10 +31,19 @@ ALL_FREE = FREE_KEYS + Pretraining.free_keys
 # docs/checkpoints.md has the same list in words.
 FREE = {
     *("run.name", "run.output_dir", "run.time_limit_s", "run.allow_change", "teacher.mode"),
+    "run.deterministic",
     *("checkpoint.every", "checkpoint.keep", "checkpoint.background"),
     *(key for key in KEYS if key.startswith(("backend.", "cache.", "eval.", "guard.", "log."))),
     *("train.micro_batch_size", "train.stop_after"),
-    *("data.decode", "data.workers", "data.path", "data.index", "data.source", "data.resident"),
+    *(
+        "data.decode",
+        "data.workers",
+        "data.worker_type",
+        "data.path",
+        "data.index",
+        "data.source",
+        "data.resident",
+    ),
     *("data.expected_images", "data.max_bad_fraction", "data.window_on_sorted"),
 }
 NEVER = {
@@ -105,6 +114,15 @@ def test_a_checkpoint_without_the_orientation_key_resumes_unless_an_image_is_tur
     # The key that explains the other digest is named, not the images.
     with pytest.raises(ConfigError, match=r"^data\.exif_orientation: .*never changes"):
         compare_configs(TREE, changed("data.exif_orientation", False), [], other, ALL_FREE)
+
+
+@pytest.mark.parametrize("group", ["teacher", "momentum"])
+def test_a_checkpoint_without_a_precision_was_computed_without_fp8(group: str) -> None:
+    older = copy.deepcopy(TREE)
+    del older[group]["precision"]
+    assert compare_configs(older, TREE, [], SAME, ALL_FREE) == []
+    with pytest.raises(ConfigError, match=rf"^{group}\.precision: the checkpoint has bf16"):
+        compare_configs(older, changed(f"{group}.precision", "fp8"), [], SAME, ALL_FREE)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.engine import stop
 from cmtmae_scale.engine.stop import END_MARGIN_S, StopRequest, find_time_limits
 from tests.engine.fault_case import command_on_ranks
 from tests.engine.run_case import TASKS, write_recipe, write_task_recipe
@@ -133,6 +134,21 @@ def test_a_shell_that_ends_stops_nothing(tmp_path: Path) -> None:
     wait_for(tmp_path / "reason")
     shell.communicate()
     assert (tmp_path / "reason").read_text() == "file STOP"
+
+
+def test_one_rank_per_node_looks_for_the_file_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(stop.time, "monotonic", lambda: clock[0])
+    request, other = StopRequest(tmp_path), StopRequest(tmp_path, watches_file=False)
+    assert not request.is_requested()
+    (tmp_path / "STOP").touch()
+    clock[0] += stop.LOOK_S / 2
+    assert not request.is_requested()
+    clock[0] += stop.LOOK_S / 2
+    assert request.is_requested() and request.reason == "file STOP"
+    assert not other.is_requested()
 
 
 def test_the_first_reason_counts_and_a_second_signal_changes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,14 +42,50 @@ def test_no_false_alarm_in_a_thousand_noisy_intervals() -> None:
     assert judged(noisy) == [None] * 1000
 
 
+class Event:
+    """An event of a GPU at a time in milliseconds, which the device has passed or not."""
+
+    def __init__(self, at_ms: float, passed: bool = True) -> None:
+        self.at_ms, self.passed = at_ms, passed
+
+    def query(self) -> bool:
+        return self.passed
+
+    def elapsed_time(self, other: "Event") -> float:
+        return other.at_ms - self.at_ms
+
+
+def test_a_lap_that_the_device_has_not_ended_counts_in_the_next_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cmtmae_scale.engine.stragglers.ranks", lambda: 2)
+    measured: Any = Stragglers(torch.device("cpu"), 1, rank=1)
+    late = Event(1500, passed=False)
+    measured.laps = [(Event(0), Event(250)), (Event(1000), late)]
+    assert measured.own_seconds(1).tolist()[:2] == [0.0, 0.25]
+    late.passed = True
+    assert measured.own_seconds(2).tolist()[:2] == [0.0, 0.5]
+    assert measured.laps == []
+
+
+def test_one_rank_keeps_no_events() -> None:
+    """Without a GPU an event could not even be made."""
+    alone = Stragglers(torch.device("cuda"), 1)
+    with alone.own_time():
+        pass
+    assert alone.laps == []
+
+
 def slow_on_the_last(intervals: int) -> list[str | None]:
-    stragglers = Stragglers(torch.device("cpu"), 2)
+    stragglers = Stragglers(torch.device("cpu"), 2, dist.get_rank())
     found = []
     for step in range(1, 2 * intervals + 1):
         with stragglers.own_time():
             time.sleep(0.05 if dist.get_rank() == dist.get_world_size() - 1 else 0.001)
-        dist.barrier()
-        found.append(stragglers.compare_ranks(step))
+        own_s = stragglers.own_seconds(step)
+        if len(own_s):
+            dist.all_reduce(own_s)
+        found.append(stragglers.compare_ranks(own_s.tolist()))
     return found
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms.v2 import functional as F
 
 from cmtmae_scale.config.finetune import Augment
 from cmtmae_scale.finetuning.augment import AREA, ASPECT, Augmenter, cross_entropy, erase, rectangle
 from cmtmae_scale.finetuning.draws import per_view
-from cmtmae_scale.finetuning.randaugment import OPERATIONS_BY_NAME, randaugment
+from cmtmae_scale.finetuning.randaugment import NAMES, operate, randaugment
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from dataloading.plan import Plan
 from dataloading.stream import Batch
@@ -82,7 +84,7 @@ def timms(name: str, picture: np.ndarray, level: float, sign: float, monkeypatch
 
 
 @pytest.mark.parametrize("level", [2.5, 9.0, 9.9])
-@pytest.mark.parametrize("name", OPERATIONS_BY_NAME)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_operation_is_timms(name: str, level: float, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = pictures(1)[0]
     if name not in MOVES:
@@ -94,7 +96,7 @@ def test_an_operation_is_timms(name: str, level: float, monkeypatch: pytest.Monk
             timms(name, picture.numpy(), level, one, monkeypatch).astype(int)
             for one in ((sign, -sign) if name in MOVES else (sign,))
         ]
-        found = OPERATIONS_BY_NAME[name](picture.permute(2, 0, 1), level, sign, FILL)
+        (found,) = operate(picture.permute(2, 0, 1)[None], [name], [(level, sign)], FILL)
         assert found.dtype == torch.uint8
         after = found.permute(1, 2, 0).numpy().astype(int)
         off = min((np.abs(after - one) for one in expected), key=np.mean)
@@ -104,7 +106,7 @@ def test_an_operation_is_timms(name: str, level: float, monkeypatch: pytest.Monk
 
 
 def test_fifteen_operations_two_a_view_each_every_other_time() -> None:
-    assert len(OPERATIONS_BY_NAME) == 15
+    assert len(set(NAMES)) == 15
     images = pictures(1).expand(600, -1, -1, -1)
     changed = randaugment(
         images, np.arange(600), seed=1, magnitude=9.0, magnitude_std=0.5, fill=FILL
@@ -225,3 +227,63 @@ def test_rectangles_of_a_flat_picture_fit_or_are_none() -> None:
     assert sum(box is None for box in boxes) < 50
     for top, left, high, wide in filter(None, boxes):
         assert 0 <= top <= 8 - high and 0 <= left <= 64 - wide
+
+
+def shifted(picture: torch.Tensor, **how: object) -> torch.Tensor:
+    options = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]} | how
+    bilinear = F.InterpolationMode.BILINEAR
+    return F.affine(picture, interpolation=bilinear, fill=list(FILL), **options)
+
+
+def torchvisions(name: str, picture: torch.Tensor, level: float, sign: float) -> torch.Tensor:
+    """An operation by torchvision's functions, on one picture."""
+    factor = max(0.1, 1.0 + sign * 0.9 * level / 10)
+    angle = float(np.degrees(np.arctan(sign * 0.3 * level / 10)))
+    far = sign * 0.45 * level / 10 * picture.shape[-1]
+    threshold = 256 - min(256, int(256 * level / 10))
+    added = min(128, int(110 * level / 10))
+    return {
+        "AutoContrast": lambda: F.autocontrast(picture),
+        "Equalize": lambda: F.equalize(picture),
+        "Invert": lambda: F.invert(picture),
+        "Rotate": lambda: shifted(picture, angle=sign * 3.0 * level),
+        "Posterize": lambda: F.posterize(picture, max(1, 4 - int(4 * level / 10))),
+        "Solarize": lambda: F.solarize(picture, threshold) if threshold < 256 else picture,
+        "SolarizeAdd": lambda: picture.where(picture >= 128, picture + added),
+        "Color": lambda: F.adjust_saturation(picture, factor),
+        "Contrast": lambda: F.adjust_contrast(picture, factor),
+        "Brightness": lambda: F.adjust_brightness(picture, factor),
+        "Sharpness": lambda: F.adjust_sharpness(picture, factor),
+        "ShearX": lambda: shifted(picture, shear=[angle, 0.0], center=[0.0, 0.0]),
+        "ShearY": lambda: shifted(picture, shear=[0.0, angle], center=[0.0, 0.0]),
+        "TranslateX": lambda: shifted(picture, translate=[far, 0.0]),
+        "TranslateY": lambda: shifted(picture, translate=[0.0, far]),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_together_pictures_get_the_bits_that_torchvision_gives_each_alone(name: str) -> None:
+    noise = 20 * torch.randn((16, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+    images = (pictures(16).permute(0, 3, 1, 2) + noise).clamp(0, 255).byte()
+    levels = np.random.default_rng(0).normal(7.0, 2.5, 16).clip(0, 10).tolist()
+    moves = [(level, 1.0 if k % 2 else -1.0) for k, level in enumerate(levels)]
+    found = operate(images, [name] * 16, moves, FILL)
+    for picture, (level, sign), one in zip(images, moves, found, strict=True):
+        assert torch.equal(one, torchvisions(name, picture, level, sign))
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators: on a GPU, about as many kernels."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.number += 1
+        return function(*arguments, **(named or {}))
+
+
+def test_the_number_of_operators_hardly_grows_with_the_views() -> None:
+    with Calls() as calls:
+        options = {"seed": 1, "magnitude": 9.0, "magnitude_std": 0.5, "fill": FILL}
+        randaugment(pictures(1).expand(256, -1, -1, -1), np.arange(256), **options)
+    assert calls.number < 500  # 4,800 one after the other

@@ -61,7 +61,9 @@ def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float], d
     with ExitStack() as stack:
         built = build(recipe, ["loss.pixel=0.5", "backend.sharding=replicate"], stack)
         task, config = built.task, built.task.config
-        micro_batch, _ = task.prepare(next(built.stream), task.scalars(built.progress))
+        batch = next(built.stream)
+        fixed = task.prepare_fixed(batch)
+        micro_batch, _ = task.prepare(batch, fixed, task.scalars(built.progress))
         measured = task.diagnostics.measure_gradients(built, micro_batch)
         grey = micro_batch._replace(valid=torch.zeros_like(micro_batch.valid))
         diagnostics = task.diagnostics

@@ -31,6 +31,7 @@ def learn(tmp_path, sampler: str, alpha_target: float) -> tuple[list[float], lis
     config.collaboration.alpha_attention = 0.5
     config.collaboration.alpha_target = 0.5  # so that both heads are built
     config.target.teacher.norm = "ln"
+    config.backend.precision = "fp32"
     teacher = build_teacher(config, "cpu", torch.float32)
     assert teacher is not None
     photographs = make_photographs(tmp_path, VIEWS)
@@ -41,7 +42,8 @@ def learn(tmp_path, sampler: str, alpha_target: float) -> tuple[list[float], lis
     images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
     model, momentum = build_model(config, teacher)
     layout = TokenLayout.from_config(config, *token_counts(LENGTH, config.mask.ratio))
-    backend = Plain(model, momentum, make_objective(config, layout), config.optimizer, 1 / VIEWS)
+    compute, cpu = make_objective(config, layout), torch.device("cpu")
+    backend = Plain(model, momentum, compute, config.optimizer, config.backend, 1 / VIEWS, cpu)
     curve: list[Losses] = []
     for step in range(STEPS):
         features, attention = backend.momentum_forward(images)

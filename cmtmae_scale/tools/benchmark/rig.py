@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from cmtmae_scale.backends.base import Accept, Backend, Outcome, Terms, Work
+from cmtmae_scale.backends.base import Accept, Backend, Meanwhile, Outcome, Terms, Work
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import batch_plan, reads_cache
 from cmtmae_scale.config.schema import Config
@@ -34,6 +34,14 @@ from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
 from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, elapsed_s
+from cmtmae_scale.tools.benchmark.timeline import (
+    Gap,
+    KernelTime,
+    Span,
+    busy_and_gaps,
+    device_spans,
+    longest_kernels,
+)
 from dataloading.index import Index
 from dataloading.stream import Batch
 
@@ -63,6 +71,12 @@ class StepProfile(NamedTuple):
     """Busy time of collectives, in part overlapped with other work."""
     calls: int
     """Kernel launches on a GPU, operators on a CPU."""
+    busy_s: float
+    """Time in which a GPU runs at least one kernel or copy."""
+    gaps: list[Gap]
+    """The longest times without a kernel or copy."""
+    kernels: list[KernelTime]
+    """The kernels that take longest."""
 
 
 class TimedBackend:
@@ -96,8 +110,24 @@ class TimedBackend:
         self.watch.add("student", self.decoded, end)
         return losses
 
-    def step(self, lr: float, report: Tensor, accept: Accept | None = None) -> Outcome:
-        return self.watch.timed("optimizer", lambda: self.inner.step(lr, report, accept))
+    def step(
+        self,
+        lr: float,
+        report: Tensor,
+        accept: Accept | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Outcome:
+        began = [self.watch.mark()]
+
+        def interrupt() -> None:
+            self.watch.add("optimizer", began.pop(), self.watch.mark())
+            if meanwhile is not None:
+                meanwhile()
+            began.append(self.watch.mark())
+
+        outcome = self.inner.step(lr, report, accept, interrupt)
+        self.watch.add("optimizer", began.pop(), self.watch.mark())
+        return outcome
 
     def momentum_update(self, momentum: float) -> None:
         self.watch.timed("EMA update", lambda: self.inner.momentum_update(momentum))
@@ -173,6 +203,7 @@ class Rig:
         self.device = device
         self.backend = SDPA[sdpa]
         self.watch = Stopwatch(device)
+        self.loss = float("nan")
         plan = batch_plan(config, world.world_size)
         stop = StopRequest(folder)
         index = open_index(config, folder, world) if real else None
@@ -238,7 +269,9 @@ class Rig:
         with self.kernel():
             for _ in range(steps):
                 scalars = self.run.task.scalars(self.run.progress)
-                waited_s += take_step(self.run, scalars).waited_s
+                step = take_step(self.run, scalars)
+                waited_s += step.waited_s
+                self.loss = step.report["loss/total"] / max(step.report["valid_rows"], 1.0)
         return waited_s
 
     def time_steps(self, steps: int) -> Window:
@@ -257,14 +290,16 @@ class Rig:
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
+        self.watch.collect()
         with profile(activities=activities, acc_events=True) as record:
             self.take_steps(1)
-        self.watch.collect()
-        return read_profile(record.key_averages(), self.device.type == "cuda")
+            self.watch.collect()
+        spans = device_spans(record.events() or ())
+        return read_profile(record.key_averages(), spans, self.device.type == "cuda")
 
 
-def read_profile(averages: Any, on_gpu: bool) -> StepProfile:
-    """Sum collectives and count launches."""
+def read_profile(averages: Any, spans: list[Span], on_gpu: bool) -> StepProfile:
+    """Sum collectives, count launches, and find where the GPU is busy."""
     busy_us, calls = 0.0, 0
     is_call: Callable[[str], bool] = (
         LAUNCHES.__contains__ if on_gpu else lambda name: name.startswith("aten::")
@@ -275,4 +310,4 @@ def read_profile(averages: Any, on_gpu: bool) -> StepProfile:
         elif not on_gpu and entry.key.startswith("gloo:"):
             busy_us += entry.self_cpu_time_total
         calls += entry.count if is_call(entry.key) else 0
-    return StepProfile(busy_us / 1e6, calls)
+    return StepProfile(busy_us / 1e6, calls, *busy_and_gaps(spans), longest_kernels(spans))

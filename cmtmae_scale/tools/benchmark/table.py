@@ -1,18 +1,14 @@
 """Results as a Markdown table and as JSON."""
 
-import json
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.tools.benchmark.training import StepResult
 
 PACKAGES = (
@@ -61,6 +57,7 @@ def training_tables(results: Sequence[StepResult], on_gpu: bool) -> str:
     header += [f"MFU ({name})" for name in peak_names]
     header += [f"student MFU ({name})" for name in peak_names]
     header += ["peak GiB", "modelled", "data wait", "launches" if on_gpu else "operators"]
+    header += ["loss"] + (["GPU idle", "ready, s"] if on_gpu else [])
     rows: list[list[str]] = []
     for one in results:
         if one.step_s is None:
@@ -71,8 +68,46 @@ def training_tables(results: Sequence[StepResult], on_gpu: bool) -> str:
         row += [f"{one.mfu.get(name, 0):.1%}" for name in peak_names]
         row += [f"{one.student_mfu.get(name, 0):.1%}" for name in peak_names]
         row += ["-" if one.peak_gib is None else f"{one.peak_gib:.2f}", f"{one.estimate_gib:.2f}"]
-        rows.append([*row, f"{one.data_wait_fraction:.1%}", str(one.calls)])
-    return markdown_table(header, rows) + "\n\n" + stage_table(results, unit)
+        row += [f"{one.data_wait_fraction:.1%}", str(one.calls), f"{one.loss:.5f}"]
+        row += [f"{one.idle_fraction:.1%}", f"{one.ready_s:.0f}"] if on_gpu else []
+        rows.append(row)
+    tables = [markdown_table(header, rows), stage_table(results, unit)]
+    if on_gpu:
+        tables.append(timeline_table(first))
+    return "\n\n".join(tables)
+
+
+def training_headline(results: Sequence[StepResult]) -> str:
+    """Return one line: the first variant in full, and the rate of the others."""
+    parts: list[str] = []
+    for one in results:
+        if one.step_s is None:
+            parts.append(f"{one.label}: {one.fault}")
+            continue
+        text = f"{one.label}: {one.images_s:.4g} images/s"
+        if one.masked_samples_s != one.images_s:
+            text += f", {one.masked_samples_s:.4g} masked views/s"
+        if not parts:
+            text += "".join(f", MFU {share:.1%} of {name}" for name, share in one.mfu.items())
+        if not parts and one.peak_gib is not None:
+            text += f", GPU idle {one.idle_fraction:.1%}"
+            text += f", peak {one.peak_gib:.1f} GiB ({one.estimate_gib:.1f} modelled)"
+        if one.data_wait_fraction > 0.001:
+            text += f", data wait {one.data_wait_fraction:.1%}"
+        parts.append(text)
+    return "; ".join(parts)
+
+
+def timeline_table(one: StepResult) -> str:
+    """Return the kernels that take most of a profiled step, then the longest gaps between them."""
+    rows = [[each.name, f"{1e3 * each.seconds:.2f}", str(each.count)] for each in one.kernels]
+    gaps = [[f"{1e3 * gap.seconds:.2f}", gap.before, gap.after] for gap in one.gaps]
+    return (
+        f"One profiled step of {one.label}:\n\n"
+        + markdown_table(["kernel", "ms", "launches"], rows)
+        + "\n\n"
+        + markdown_table(["gap, ms", "after", "before"], gaps)
+    )
 
 
 def stage_table(results: Sequence[StepResult], unit: str) -> str:
@@ -89,12 +124,3 @@ def stage_table(results: Sequence[StepResult], unit: str) -> str:
         rows.append([*row, f"{1e3 * one.communication_s:.2f}"])
     header = [f"variant, {unit} x 1e-3 per step", *names, "collectives, busy"]
     return markdown_table(header, rows)
-
-
-def save_tables(path: Path, facts: dict[str, Any], results: Any, text: str) -> None:
-    """Write facts and results (dataclasses) to ``path`` with ``.json``, tables with ``.md``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = json.dumps({**facts, "results": results}, indent=1, default=asdict)
-    write_atomic(path.with_suffix(".json"), whole + "\n")
-    lines = [f"- {name}: {value}" for name, value in facts.items()]
-    write_atomic(path.with_suffix(".md"), "\n".join(lines) + "\n\n" + text + "\n")

@@ -2,25 +2,34 @@
 
 import copy
 import gc
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime.determinism import deterministic_kernels
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource
 from cmtmae_scale.teachers.build import compute_dtype
 from cmtmae_scale.tools.benchmark.clock import Spread
 from cmtmae_scale.tools.benchmark.peak import peak_flops
 from cmtmae_scale.tools.benchmark.rig import SDPA, Rig, StepProfile, Window
+from cmtmae_scale.tools.benchmark.timeline import Gap, KernelTime
 from cmtmae_scale.tools.estimate import ViewFlops, build_meta_networks, count_flops, memory_bytes
 
 GIB = 2**30
+
+NO_KERNEL = ("No available kernel", "No viable backend")
+"""How torch says, on a GPU and on a CPU, that the chosen attention kernel cannot be used."""
+
+T = TypeVar("T")
 
 
 class Variant(NamedTuple):
@@ -52,6 +61,10 @@ class StepResult:
     step_s: Spread | None = None
     windows_s: list[float] = field(default_factory=list)
     """Time per step in each window."""
+    loss: float = 0.0
+    """Per valid row, at the last step; the same work gives the same loss up to rounding."""
+    ready_s: float = 0.0
+    """Seconds to build the networks and take the warm-up steps, with compilation."""
     parts_s: dict[str, float] = field(default_factory=dict)
     data_wait_fraction: float = 0.0
     images_s: float = 0.0
@@ -62,6 +75,10 @@ class StepResult:
     """Fraction of each peak that the student's forward and backward use."""
     communication_s: float = 0.0
     calls: int = 0
+    idle_fraction: float = 0.0
+    """Fraction of a step in which the GPU runs no kernel: the step's time less the kernels'."""
+    kernels: list[KernelTime] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
     peak_gib: float | None = None
     estimate_gib: float = 0.0
 
@@ -104,9 +121,16 @@ def make_variants(
 
 
 def measure_variants(
-    variants: Sequence[Variant], protocol: Protocol, real: bool, world: World, device: torch.device
+    variants: Sequence[Variant],
+    protocol: Protocol,
+    real: bool,
+    world: World,
+    device: torch.device,
+    keep: Callable[[list[StepResult]], object] | None = None,
 ) -> list[StepResult]:
     """Time all variants; the process group is open.
+
+    ``keep`` is called with the results so far whenever some variants are measured.
 
     On a CPU all variants are built first and their windows alternate, so that other processes slow
     all variants alike. On a GPU they run one after another, each with the whole memory.
@@ -120,6 +144,8 @@ def measure_variants(
             dtype = compute_dtype(variant.config)
             limits.setdefault(dtype, peak_flops(device, dtype))
         results += measure_group(group, protocol, real, world, device, limits)
+        if keep is not None:
+            keep(results)
         gc.collect()
         torch.compiler.reset()
         if on_gpu:
@@ -135,31 +161,60 @@ def measure_group(
     device: torch.device,
     limits: dict[torch.dtype, dict[str, float]],
 ) -> list[StepResult]:
-    """Time variants with alternating windows."""
-    with ExitStack() as stack:
+    """Time variants with alternating windows; one that cannot run is named, and left out."""
+    faults: dict[str, str] = {}
+    ready_s: dict[str, float] = {}
+
+    def attempt(variant: Variant, call: Callable[[], T]) -> T | None:
         try:
-            rigs = [
-                Rig(copy.deepcopy(v.config), v.sdpa, real, world, device, stack, v.teacher)
-                for v in group
-            ]
-            for rig in rigs:
-                rig.take_steps(protocol.warm_up)
-            windows: list[list[Window]] = [[] for _ in group]
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(protocol.windows):
-                for variant, rig, seen in zip(group, rigs, windows, strict=True):
-                    if variant.before is not None:
-                        variant.before()
-                    seen.append(rig.time_steps(protocol.steps))
-            peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
-            profiles = [rig.profile_step() for rig in rigs]
-        except torch.OutOfMemoryError:
-            return [StepResult(v.label, fault="out of memory") for v in group]
-    return [
-        summarise_variant(v, seen, one, peak, world, limits[compute_dtype(v.config)])
-        for v, seen, one in zip(group, windows, profiles, strict=True)
-    ]
+            return call()
+        except RuntimeError as error:  # torch.OutOfMemoryError too
+            faults[variant.label] = name_fault(error, variant)
+            return None
+
+    def build(variant: Variant) -> Rig:
+        began, config = time.perf_counter(), copy.deepcopy(variant.config)
+        rig = Rig(config, variant.sdpa, real, world, device, stack, variant.teacher)
+        rig.take_steps(protocol.warm_up)
+        ready_s[variant.label] = time.perf_counter() - began
+        return rig
+
+    with ExitStack() as stack:
+        is_deterministic = any(variant.config.run.deterministic for variant in group)
+        stack.enter_context(deterministic_kernels(is_deterministic))
+        rigs = {v.label: rig for v in group if (rig := attempt(v, partial(build, v))) is not None}
+        windows: dict[str, list[Window]] = {label: [] for label in rigs}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(protocol.windows):
+            for variant in [v for v in group if v.label not in faults]:
+                if variant.before is not None:
+                    variant.before()
+                rig = rigs[variant.label]
+                window = attempt(variant, partial(rig.time_steps, protocol.steps))
+                windows[variant.label] += [] if window is None else [window]
+        peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
+        profiles = {v.label: rigs[v.label].profile_step() for v in group if v.label not in faults}
+    results: list[StepResult] = []
+    for variant in group:
+        if variant.label in faults:
+            results.append(StepResult(variant.label, fault=faults[variant.label]))
+            continue
+        limit = limits[compute_dtype(variant.config)]
+        profile = profiles[variant.label]
+        one = summarise_variant(variant, windows[variant.label], profile, peak, world, limit)
+        one.loss, one.ready_s = rigs[variant.label].loss, ready_s[variant.label]
+        results.append(one)
+    return results
+
+
+def name_fault(error: RuntimeError, variant: Variant) -> str:
+    """Return why a variant cannot be measured; other errors are raised again."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if any(text in str(error) for text in NO_KERNEL):
+        return f"no {variant.sdpa} kernel for {variant.config.backend.precision} on this device"
+    raise error
 
 
 def summarise_variant(
@@ -189,6 +244,9 @@ def summarise_variant(
         student_mfu={name: flops.student * per_rank_s / limit for name, limit in limits.items()},
         communication_s=profile.communication_s,
         calls=profile.calls,
+        idle_fraction=max(0.0, 1 - profile.busy_s / step_s.median),
+        kernels=profile.kernels,
+        gaps=profile.gaps,
         peak_gib=peak_gib,
         estimate_gib=memory / GIB,
     )

@@ -55,8 +55,8 @@ def run_and_collect(recipe: Path, overrides: list[str]) -> dict[str, NDArray[np.
 @pytest.mark.parametrize(
     ("ranks", "more"),
     [
-        pytest.param(1, [], marks=pytest.mark.slow),
-        (2, ["backend.sharding=full"]),
+        (1, []),
+        pytest.param(2, ["backend.sharding=full"], marks=pytest.mark.slow),
         pytest.param(2, ["backend.sharding=replicate", *MAE], marks=pytest.mark.slow),
         pytest.param(
             *(2, ["backend.name=deepspeed", "backend.zero_stage=1"]),

@@ -1,0 +1,43 @@
+"""Kernels that give the same bits at every launch."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.utils.deterministic
+
+
+@contextmanager
+def deterministic_kernels(enabled: bool) -> Iterator[None]:
+    """Let torch choose only kernels whose sums have one order, and raise where it has none.
+
+    A CPU's kernels are so without it. On a GPU cuBLAS gets a fixed workspace, attention's backward
+    its deterministic form, cuDNN's attention, which has none, is off, and the compiler chooses
+    kernels without timing them. The order of NCCL's sums follows from the topology.
+
+    Args:
+        enabled: false changes nothing.
+    """
+    if not enabled:
+        yield
+        return
+    import torch._inductor.config as inductor  # slow to import
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
+    memory = cast(Any, torch.utils.deterministic)  # its property is a trick on the module
+    filled = memory.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), inductor.deterministic
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # nothing reads such memory
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    inductor.deterministic = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = filled
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        inductor.deterministic = before[1]

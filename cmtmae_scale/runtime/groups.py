@@ -1,0 +1,31 @@
+"""Groups of ranks that share or replicate weights."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def make_grid(device_type: str, rows: int, columns: int, names: tuple[str, str]) -> DeviceMesh:
+    """Arrange all ranks in rows and columns; each rank makes the groups of its own only.
+
+    ``init_device_mesh`` makes every group of every rank, one after the other, with a barrier of all
+    ranks each: 2,048 groups of one rank at 2,048 replicas. Here the members of a group meet, and
+    all groups of one dimension are made at the same time. A collective.
+
+    Args:
+        device_type: device of the tensors that are communicated.
+        rows: size of the first dimension.
+        columns: size of the second; rank r is in row ``r // columns``.
+        names: of the dimensions.
+    """
+    grid = torch.arange(rows * columns).view(rows, columns)
+    row, column = divmod(dist.get_rank(), columns)
+    groups = [make_group(grid[:, column].tolist()), make_group(grid[row].tolist())]
+    return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=names)
+
+
+def make_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Return a group that this rank is in; made by its members alone."""
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD  # pyright: ignore
+    return dist.new_group(ranks, use_local_synchronization=True)  # pyright: ignore

@@ -1,0 +1,62 @@
+"""Saves of replicas: only rank 0 owns fragments; each rank notes the files that it touches."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.writer import open_writer
+from cmtmae_scale.config.schema import Checkpoint
+from cmtmae_scale.runtime.launch import World
+from tests.checkpoint.save_case import fragments, state_of
+
+
+def save_and_verify(folder: Path) -> tuple[list[str], list[str], list[str | None], int]:
+    """Save what all ranks hold alike, twice, and verify it whole and with a flipped byte.
+
+    Returns:
+        Names of the files that this rank opened while saving and while verifying, the checkpoints
+        found before and after the damage, and how often this rank examined a whole folder.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    opened: list[str] = []
+    examined: list[Path] = []
+    find_damage = layout.find_damage
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir") and str(folder) in str(arguments[0]):
+            opened.append(Path(str(arguments[0])).name)
+
+    def count(checked: Path, *share: Any) -> str | None:
+        examined.append(checked)
+        return find_damage(checked, *share)
+
+    layout.find_damage = count
+    sys.addaudithook(note)
+    held = {key: one._replace(owner=rank == 0) for key, one in fragments().items()}
+    with ExitStack() as stack:
+        world = World(rank, size, rank, size, "test")
+        writer = open_writer(folder, world, Checkpoint(), held, None, stack)
+        for step in (1, 2):
+            writer.save(step, held, state_of(step))
+            writer.wait()
+        writer.finish(2, held, state_of(2))
+    dist.barrier()
+    written, root = [*opened], folder / "checkpoints"
+    opened.clear()
+    before = find_checkpoint(root, rank, size)
+    read = [*opened]
+    dist.barrier()
+    if rank == 0:
+        damaged = layout.folder_of(root, 2) / layout.rank_file(0)
+        data = bytearray(damaged.read_bytes())
+        data[-1] ^= 1
+        damaged.write_bytes(data)
+    dist.barrier()
+    after = find_checkpoint(root, rank, size)
+    names = [None if found is None else found.name for found in (before, after)]
+    return written, read, names, len(examined)

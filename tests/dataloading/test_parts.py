@@ -1,0 +1,90 @@
+"""A build of an index that is killed continues, and other processes open what one has verified."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dataloading.folders
+import dataloading.webdataset
+from dataloading.errors import DataError
+from dataloading.index import Index, build_index, load_or_build, open_kept
+from tests.dataloading.tar_case import write_tar
+
+
+class Killed(BaseException):
+    """Ends a build like a signal."""
+
+
+def make_tars(photographs: Path, folder: Path) -> Path:
+    files = sorted(photographs.rglob("*.jpg"))
+    for number in range(4):
+        content = [(f"{path.stem}.jpg", path.read_bytes()) for path in files[number::4]]
+        content += [(f"{path.stem}.cls", b"%d" % number) for path in files[number::4]]
+        content += [("bad.jpg", b"no image"), ("notes.txt", b"text")]
+        write_tar(folder / f"train-{number}.tar", content)
+    return folder
+
+
+def equal(one: Index, other: Index) -> bool:
+    facts = [
+        (i.source, list(i.names), i.labels, i.excluded, i.digest, i.passed_over, i.shards)
+        for i in (one, other)
+    ]
+    return facts[0] == facts[1] and np.array_equal(one.entries, other.entries)
+
+
+@pytest.mark.parametrize("kind", ["tars", "folder"])
+def test_a_killed_build_continues(
+    photographs: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, kept = photographs, tmp_path / "kept"
+    module, name = dataloading.folders, "_examine"
+    if kind == "tars":
+        path = make_tars(photographs, tmp_path / "tars")
+        module, name = dataloading.webdataset, "_examine_shard"
+    monkeypatch.setattr(dataloading.folders, "_CHUNK", 3)
+    monkeypatch.setattr("dataloading.entries._READERS", 1)
+    original = getattr(module, name)
+    examined: list[Any] = []
+    limit = 2 if kind == "tars" else 6
+
+    def examine(*arguments: Any) -> Any:
+        if len(examined) == limit:
+            raise Killed
+        examined.append(arguments)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, examine)
+        with pytest.raises(Killed):
+            load_or_build(path, kept)
+    parts = sorted((kept / "parts").iterdir())
+    assert len(parts) == 2
+    parts[0].write_bytes(parts[0].read_bytes()[:-1])  # as after a power cut
+    examined.clear()
+    limit = 99
+    monkeypatch.setattr(module, name, examine)
+    index = load_or_build(path, kept)
+    assert len(examined) == (3 if kind == "tars" else 9)
+    assert not (kept / "parts").exists()
+    monkeypatch.undo()
+    assert equal(index, build_index(path))
+    assert equal(index, load_or_build(path, kept))
+
+
+@pytest.mark.parametrize("kind", ["tars", "folder"])
+def test_other_processes_open_what_one_has_verified(
+    photographs: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tars(photographs, tmp_path / "tars") if kind == "tars" else photographs
+    first = load_or_build(path, tmp_path / "kept")
+    monkeypatch.setattr("dataloading.index._list", None)  # nothing is listed
+    monkeypatch.setattr("dataloading.index.hashlib", None)  # and nothing is hashed
+    other = open_kept(path, tmp_path / "kept", first.digest, first.list_shards())
+    assert equal(first, other) and other.open().read(3) == first.open().read(3)
+    with pytest.raises(DataError, match=r"its digest is .*, not 00000000"):
+        open_kept(path, tmp_path / "kept", "0" * 64, first.list_shards())
+    with pytest.raises(DataError, match="cannot be opened"):
+        open_kept(path, tmp_path / "elsewhere", first.digest, first.list_shards())

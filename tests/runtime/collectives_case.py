@@ -1,0 +1,35 @@
+"""Ranks of which one works for long."""
+
+import threading
+
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime import collectives
+
+
+def work_for_long(fails: bool) -> tuple[str, int]:
+    """Rank 1 works until the ranks have met five times; returns what came of it on this rank."""
+    import torch.distributed as dist
+
+    met, meetings, agree = threading.Event(), 0, collectives.all_ranks_agree
+
+    def count(mine: bool) -> bool:
+        nonlocal meetings
+        meetings += 1
+        if meetings == 5:
+            met.set()
+        return agree(mine)
+
+    def action() -> str:
+        if dist.get_rank() == 1:
+            assert met.wait(30)
+            if fails:
+                raise ConfigError("no images")
+        return f"done on {dist.get_rank()}"
+
+    collectives.all_ranks_agree = count
+    try:
+        return collectives.on_all_ranks_for_long(action, pause_s=0.01), meetings
+    except Exception as error:
+        return str(error), meetings
+    finally:
+        collectives.all_ranks_agree = agree

@@ -1,0 +1,41 @@
+"""Agreements between ranks, and the groups that they make."""
+
+import pytest
+import torch.distributed as dist
+
+from cmtmae_scale.runtime.groups import make_grid
+from cmtmae_scale.tools.benchmark.collectives import fake_group
+from tests.processes import run_ranks
+from tests.runtime.collectives_case import work_for_long
+
+
+@pytest.mark.gloo
+def test_no_collective_waits_for_a_rank_that_works_for_long() -> None:
+    for fails in (False, True):
+        (first, meetings), (second, others) = run_ranks(2, work_for_long, fails)
+        assert meetings == others >= 5
+        if fails:
+            assert (first, second) == ("rank 1: no images", "no images")
+        else:
+            assert (first, second) == ("done on 0", "done on 1")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2048, 1), (256, 8)])
+def test_a_rank_makes_its_own_groups_only(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[int]] = []
+    new_group = dist.new_group
+
+    def count(ranks: list[int], use_local_synchronization: bool) -> object:
+        assert use_local_synchronization  # no barrier of all ranks
+        made.append(ranks)
+        return new_group(ranks, use_local_synchronization=True)
+
+    monkeypatch.setattr(dist, "new_group", count)
+    with fake_group(rows * columns):
+        mesh = make_grid("cpu", rows, columns, ("replicate", "shard"))
+        assert (mesh["replicate"].size(), mesh["shard"].size()) == (rows, columns)
+        assert (mesh.get_local_rank("replicate"), mesh.get_local_rank("shard")) == (0, 0)
+    own = [list(range(0, rows * columns, columns)), list(range(columns))]
+    assert made == [ranks for ranks in own if len(ranks) < rows * columns]
