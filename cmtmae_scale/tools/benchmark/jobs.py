@@ -114,7 +114,7 @@ JOBS = (
         "ViT-L/16 with teacher and momentum encoder in fp8, against bf16",
         f"{LARGE} {SHORT} --sweep teacher.precision=fp8 --sweep momentum.precision=fp8",
         240,
-        small=STEP,
+        small=(*TINY, *TINY_TEACHER, "backend.precision=bf16", *FEW_STEPS),
     ),
     Job(
         "large_attention",

@@ -70,7 +70,7 @@ def test_the_commands_are_accepted(small: bool, monkeypatch: pytest.MonkeyPatch)
         options = parse_options(words[2:])
         if words[2] in ("train", "cache"):
             load_config(options.config, options.overrides)
-        for sweep in getattr(options, "sweep", ()) if not small else ():
+        for sweep in getattr(options, "sweep", ()):
             key, _, values = sweep.partition("=")
             for value in values.split(","):
                 assert key != "sdpa" or value in SDPA
