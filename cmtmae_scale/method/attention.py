@@ -24,9 +24,8 @@ EMPTY_MASS = 1e-12
 def attention_dtype(device: str, dtype: torch.dtype, has_backward: bool) -> torch.dtype:
     """Return the dtype in which ``attend`` calls the fused kernel: on a CPU bf16 may become fp32.
 
-    Torch's CPU kernel is fast in bf16 in the forward. Its backward in bf16 converts at each of many
-    small products, and takes several times as long as in float32, with AMX and without it
-    (docs/performance.md, section "On a CPU").
+    The forward of torch's CPU kernel costs about the same in both; its backward takes 2 to 5 times
+    as long in bf16 (docs/performance.md, section "On a CPU").
 
     Args:
         device: type of the device.
@@ -49,7 +48,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         ``[B, H, Q, d]``, in the dtype of ``query``.
     """
-    has_backward = torch.is_grad_enabled() and query.requires_grad
+    is_trained = query.requires_grad or key.requires_grad or value.requires_grad
+    has_backward = torch.is_grad_enabled() and is_trained
     dtype = attention_dtype(query.device.type, query.dtype, has_backward)
     q, k, v = (x.to(dtype) for x in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).to(query.dtype)

@@ -137,7 +137,7 @@ class BlockAttention(Attention):
         self, x: Tensor, **unused: Any
     ) -> Tensor:
         """From ``[B, T, D]`` to ``[B, T, D]``."""
-        return self.mix(*self.project(x))
+        return self.combine(*self.project(x))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values ``[B, H, T, d]`` of ``[B, T, D]``."""
@@ -146,8 +146,8 @@ class BlockAttention(Attention):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
-    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return the attention's output ``[B, T, D]`` from queries, keys and values."""
+    def combine(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the output ``[B, T, D]`` of queries, keys and values ``[B, H, T, d]``."""
         x = self.norm(attend(query, key, value).transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(x))
 
@@ -180,7 +180,7 @@ class RowAttention(BlockAttention):
         """
         q, k, v = self.project(x)
         row = mean_query_row(q[:, :, self.queries], k, self.scale)
-        return self.mix(q, k, v), row
+        return self.combine(q, k, v), row
 
 
 class RowBlock(Block):
