@@ -131,12 +131,12 @@ def gather_rows(patches: Tensor, ids: Tensor) -> Tensor:
 
 
 class BlockAttention(Attention):
-    """timm's attention without masks and dropout, computed by ``attend``."""
+    """timm's attention without dropout, computed by ``attend`` where no mask is given."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - no masks
-        self, x: Tensor, **unused: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """From ``[B, T, D]`` to ``[B, T, D]``."""
+        if attn_mask is not None or any(options.values()):  # is_causal of a later timm
+            return super().forward(x, attn_mask, **options)
         return self.combine(*self.project(x))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
