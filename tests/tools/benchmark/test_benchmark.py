@@ -28,7 +28,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
-    cached = ["teacher.mode=cached", "views.views_per_image=2"]  # rows of no real image
+    cached = ["teacher.mode=cached", "views.views_per_image=2", "cache.dir=not-read"]
     variants = make_variants(str(recipe), cached, ["mask.masks_per_view=2"], 2, 1)
     assert [one.label for one in variants] == ["as given", "mask.masks_per_view=2"]
     assert {one.config.train.global_batch_size for one in variants} == {
