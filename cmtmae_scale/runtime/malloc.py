@@ -10,7 +10,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next tensor, for the rest of this process.
 
     By default glibc maps large blocks anew and unmaps them when they are freed, so that the system
-    fills each page with zeros again: a tenth of a CPU's time at 128 views of 64 pixels.
+    fills each page with zeros again (docs/performance.md, section "On a CPU").
 
     Returns:
         Whether both settings were accepted; false without glibc.
