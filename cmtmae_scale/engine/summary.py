@@ -15,6 +15,7 @@ from cmtmae_scale.checkpoint.layout import ENCODER, folder_of, is_finite
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.telemetry import FIGURES, LOG_FILE
+from cmtmae_scale.runtime.bf16 import emulation_warning
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import read_json
 
@@ -43,11 +44,12 @@ def log_launch(
         describe_device(device),
     )
     if device.type == "cpu" and config.backend.precision == "bf16":
+        emulated = emulation_warning(device, "bf16", torch.cpu.get_capabilities())
         logger.warning(
-            "device: no GPU is used (%s), and the recipe is for GPUs (backend.precision=bf16): a "
-            "step may take hours; launch it where nvidia-smi shows a GPU, or set "
-            "backend.precision=fp32 for a trial",
+            "device: no GPU is used (%s), and the recipe is for GPUs: a step may take hours; "
+            "launch it where nvidia-smi shows a GPU%s",
             why_no_gpu(),
+            "" if emulated is None else f"; for a trial: {emulated}",
         )
     logger.info("%s; precision %s", describe_backend(config, world), config.backend.precision)
     needed, available = model_memory(), device_bytes(world, device)

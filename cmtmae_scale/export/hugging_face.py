@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.student import BlockAttention, Student, build_student
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 
@@ -132,7 +131,7 @@ def unsupported_block_parts(block: Any) -> Iterator[str]:
     """Yield the parts of a block that a ``ViTLayer`` cannot compute."""
     if not (isinstance(block.ls1, nn.Identity) and isinstance(block.ls2, nn.Identity)):
         yield "layer scale"
-    if type(block.attn) is not Attention:
+    if type(block.attn) is not BlockAttention:
         yield f"attention of another kind ({type(block.attn).__name__})"
     else:
         attn = block.attn

@@ -23,9 +23,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Decoder as DecoderSettings
+from cmtmae_scale.method.attention import attend
 from cmtmae_scale.method.initialisation import sincos_positions
 from cmtmae_scale.method.masking import PatchChoice
-from cmtmae_scale.method.student import run_block
+from cmtmae_scale.method.student import run_block, use_attend
 from cmtmae_scale.method.targets import Predictions, TokenLayout
 
 EPS = 1e-6
@@ -37,10 +38,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+def attend_heads(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Multi-head attention of ``[R, M, E]`` over ``[R, T, E]``; returns ``[R, M, E]``."""
     q, k, v = (split_heads(x, heads) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
 class PromptAttention(nn.Module):
@@ -63,7 +64,7 @@ class PromptAttention(nn.Module):
         # One matrix as in MAE's blocks, but the context needs no queries.
         (w_q, w_kv), (b_q, b_kv) = (p.split((width, 2 * width)) for p in self.qkv.parameters())
         key, value = F.linear(torch.cat([context, x], dim=1), w_kv, b_kv).chunk(2, dim=-1)
-        return self.proj(attend(F.linear(x, w_q, b_q), key, value, self.heads))
+        return self.proj(attend_heads(F.linear(x, w_q, b_q), key, value, self.heads))
 
 
 class CrossAttention(nn.Module):
@@ -85,7 +86,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """From mask tokens ``[R, M, E]`` and context ``[R, P + K, D]`` to ``[R, M, E]``."""
         key, value = self.kv(context).chunk(2, dim=-1)
-        return self.proj(attend(self.q(x), key, value, self.heads))
+        return self.proj(attend_heads(self.q(x), key, value, self.heads))
 
 
 class QueryBlock(nn.Module):
@@ -294,7 +295,9 @@ def build_decoder(
         full: list[nn.Module] = [make() for _ in range(settings.depth)]
         if not (layout.cls or layout.num_visible):
             full[-1] = QueryBlock(PromptAttention(width, heads), width, norm_context=True)
-        return FullDecoder(full, *shared)
+        decoder = FullDecoder(full, *shared)
+        use_attend(decoder)
+        return decoder
     if settings.type == "prompt":
         blocks = [
             QueryBlock(PromptAttention(width, heads), width, settings.prompt_norm_context)

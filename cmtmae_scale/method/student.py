@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.attention import mean_query_row, patch_map
+from cmtmae_scale.method.attention import attend, mean_query_row, patch_map
 from cmtmae_scale.method.initialisation import TOKENS, fix_positions
 
 VIT_MODULES = {"vision_transformer", "deit"}
@@ -130,8 +130,37 @@ def gather_rows(patches: Tensor, ids: Tensor) -> Tensor:
     return patches.gather(1, index).reshape(rows, count, width)
 
 
-class RowAttention(Attention):
-    """timm's attention that also returns the attention row over all tokens."""
+class BlockAttention(Attention):
+    """timm's attention without dropout, computed by ``attend`` where no mask is given."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """From ``[B, T, D]`` to ``[B, T, D]``."""
+        if attn_mask is not None or any(options.values()):  # is_causal of a later timm
+            return super().forward(x, attn_mask, **options)
+        return self.combine(*self.project(x))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values ``[B, H, T, d]`` of ``[B, T, D]``."""
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def combine(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the output ``[B, T, D]`` of queries, keys and values ``[B, H, T, d]``."""
+        x = self.norm(attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(x))
+
+
+def use_attend(module: nn.Module) -> None:
+    """Let every ``Attention`` of timm within a module compute by ``attend``; in place."""
+    for one in module.modules():
+        if type(one) is Attention:
+            one.__class__ = BlockAttention
+
+
+class RowAttention(BlockAttention):
+    """``BlockAttention`` that also returns the attention row over all tokens."""
 
     queries: slice
     """Tokens whose attention is averaged: the class token, else all patches."""
@@ -149,14 +178,9 @@ class RowAttention(Attention):
 
         Source: docs/method.md, section "Attention maps".
         """
-        batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         row = mean_query_row(q[:, :, self.queries], k, self.scale)
-        x = F.scaled_dot_product_attention(q, k, v)
-        x = self.norm(x.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.proj(x)), row
+        return self.combine(q, k, v), row
 
 
 class RowBlock(Block):
@@ -202,7 +226,7 @@ class MomentumEncoder(Student):
             )
         for i in self.attention_layers:
             block = self.blocks[i]
-            if type(block) is not Block or type(block.attn) is not Attention:
+            if type(block) is not Block or type(block.attn) is not BlockAttention:
                 raise ConfigError(
                     f"student.arch={config.student.arch}: no attention map can be taken from block "
                     f"{i} ({type(block).__name__}); use a plain timm VisionTransformer such as "
@@ -313,6 +337,7 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
             if (token := getattr(model, name, None)) is not None:
                 token.zero_()
         fix_positions(model)
+    use_attend(model)
     if isinstance(model, MomentumEncoder):
         model.configure(config)
         model.requires_grad_(False).eval()

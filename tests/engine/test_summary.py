@@ -14,6 +14,7 @@ from cmtmae_scale.engine.ending import Ending
 from cmtmae_scale.engine.progress import Progress, fresh_progress
 from cmtmae_scale.engine.summary import log_launch, log_result
 from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, ConfigError
+from cmtmae_scale.runtime.bf16 import bf16_instructions
 from cmtmae_scale.runtime.launch import World
 
 WORLD = World(0, 16, 0, 8, "srun")
@@ -54,7 +55,9 @@ def test_a_recipe_for_gpus_on_a_cpu_and_a_run_that_does_not_fit_are_warned_of(ca
     config.run.output_dir, config.backend.name = "runs/x", "deepspeed"
     log_launch(config, WORLD, CPU, lambda: 2.0**60)
     text = lines(caplog, logging.WARNING)
-    assert "no GPU is used" in text and "backend.precision=fp32" in text
+    assert "no GPU is used" in text and "nvidia-smi" in text
+    is_native = bf16_instructions(torch.cpu.get_capabilities())
+    assert ("set backend.precision=fp32" in text) != bool(is_native)
     assert "may not fit; lower train.micro_batch_size" in text
     assert "backend: deepspeed, ZeRO stage 1 over 16 ranks; precision bf16" in lines(caplog)
     assert "no figures (log.images_every is off)" in lines(caplog)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cmtmae_scale.method.attention import (
+    attend,
+    attention_dtype,
     collaborative_attention,
     map_agreement,
     mean_query_row,
@@ -177,3 +179,46 @@ def test_agreement_and_visible_mass():
     assert float(visible_mass(both, keep)) == pytest.approx(expected)
     with pytest.raises(ValueError, match="not one of rank"):
         map_agreement(TEACHER, STUDENT, "kendall")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "has_backward", "expected"),
+    [
+        ("cpu", torch.bfloat16, True, torch.float32),
+        ("cpu", torch.bfloat16, False, torch.bfloat16),
+        ("cpu", torch.float32, True, torch.float32),
+        ("cpu", torch.float32, False, torch.float32),
+        ("cuda", torch.bfloat16, True, torch.bfloat16),
+        ("cuda", torch.bfloat16, False, torch.bfloat16),
+        ("meta", torch.bfloat16, True, torch.bfloat16),
+    ],
+)
+def test_the_dtype_of_attention_follows_device_dtype_and_pass(
+    device, dtype, has_backward, expected
+):
+    assert attention_dtype(device, dtype, has_backward) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained", "bound"),
+    [(torch.float32, True, 1e-6), (torch.bfloat16, True, 2.0**-8), (torch.bfloat16, False, 2e-2)],
+)
+def test_attention_and_its_gradients_equal_a_float64_reference(dtype, trained, bound):
+    """With a backward in bf16 only inputs, output and gradients are rounded, each once."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, tokens, 8, generator=generator).to(dtype) for tokens in (5, 9, 9)]
+    weight = torch.randn(2, 3, 5, 8, generator=generator).to(dtype)
+    given = [one.clone().requires_grad_(trained) for one in inputs]
+    exact = [one.double().requires_grad_(trained) for one in inputs]
+    q, k, v = exact
+    expected = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) @ v
+    output = attend(*given)
+    assert output.dtype == dtype
+    pairs = [(output, expected)]
+    if trained:
+        output.backward(weight)
+        expected.backward(weight.double())
+        pairs += [(one.grad, other.grad) for one, other in zip(given, exact, strict=True)]
+    for found, wanted in pairs:
+        assert found.dtype == dtype
+        assert (found.double() - wanted).abs().max() <= bound * wanted.abs().max()

@@ -13,7 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.initialisation import fix_positions, initialise, sincos_positions
-from cmtmae_scale.method.student import MomentumEncoder, RowAttention, Student, build_student
+from cmtmae_scale.method.student import (
+    MomentumEncoder,
+    RowAttention,
+    Student,
+    build_student,
+    use_attend,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -46,6 +52,7 @@ def make_vit(variant: str, cls: type[Any] = Student) -> Any:
     sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_classes": 0}
     model = VisionTransformer(**sizes, depth=3, num_heads=4, **VARIANTS[variant])
     model.__class__ = cls
+    use_attend(model)
     for parameter in model.parameters():  # biases and norms too
         nn.init.normal_(parameter, std=0.2)
     fix_positions(model)

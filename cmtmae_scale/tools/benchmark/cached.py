@@ -19,16 +19,17 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import TeacherView, view_sizes
+from cmtmae_scale.teachers.base import view_sizes
 from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark import cache_speed, rounding, training
 from cmtmae_scale.tools.benchmark.cache_speed import BuiltCache, ViewRate
 from cmtmae_scale.tools.benchmark.clock import Spread
+from cmtmae_scale.tools.benchmark.rig import SyntheticTeacher
 from cmtmae_scale.tools.benchmark.table import markdown_table, training_tables
 from cmtmae_scale.tools.benchmark.training import Protocol, Variant
 from dataloading.index import Index, load_or_build
-from dataloading.stream import Batch, Stream
+from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -51,24 +52,6 @@ class CacheReport:
     rounding: list[rounding.Rounding]
     views: int
     """Number of views behind ``rounding``."""
-
-
-class SyntheticTeacher:
-    """A teacher that always returns the same random view, on the device."""
-
-    image_size = None
-
-    def __init__(self, like: OnlineTeacher, count: int, device: torch.device) -> None:
-        self.width, self.has_cls = like.width, like.has_cls
-        patches = like.grid[0] * like.grid[1]
-        shape = (count, patches + self.has_cls, self.width)
-        attention = None
-        if like.outputs.attention_layers:
-            attention = torch.rand(count, patches, device=device).softmax(-1)
-        self.view = TeacherView(attention, torch.randn(shape, device=device), True)
-
-    def forward_batch(self, batch: Batch) -> TeacherView:
-        return self.view
 
 
 def compare_cache(
@@ -171,9 +154,8 @@ def measure_steps(
 ) -> tuple[list[training.StepResult], dict[str, Spread]]:
     """Time the training step with a synthetic teacher, each cache and the online teacher."""
     configs = [cached_config(config, one.folder, one.codec) for one in caches]
-    synthetic = SyntheticTeacher(
-        teacher, batch_plan(config, world.world_size).micro_batch_size, device
-    )
+    count = batch_plan(config, world.world_size).micro_batch_size
+    synthetic = SyntheticTeacher(teacher, count, device)
     variants = [Variant("synthetic teacher", configs[0], "auto", synthetic)]
     for own, cache in zip(configs, caches, strict=True):
         variants.append(Variant(f"cache, {cache.codec}", own, "auto", before=cache.drop))

@@ -21,7 +21,6 @@ from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.stragglers import Stragglers
 from cmtmae_scale.engine.task import Run
-from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.build import (
     build_models,
     fetch_teacher,
@@ -33,6 +32,8 @@ from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
+from cmtmae_scale.teachers.build import build_teacher_skeleton
+from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, elapsed_s
 from cmtmae_scale.tools.benchmark.timeline import (
     Gap,
@@ -152,6 +153,25 @@ class TimedTeacher:
         return self.watch.timed("teacher", lambda: self.inner.forward_batch(batch))
 
 
+class SyntheticTeacher:
+    """A teacher that returns the same random rows for every batch, as a cache would at no cost."""
+
+    image_size = None
+
+    def __init__(self, like: OnlineTeacher, count: int, device: torch.device) -> None:
+        self.width, self.has_cls = like.width, like.has_cls
+        patches = like.grid[0] * like.grid[1]
+        attention = features = None
+        if like.outputs.attention_layers:
+            attention = torch.rand(count, patches, device=device).softmax(-1)
+        if like.outputs.feature_layers:
+            features = torch.randn(count, patches + self.has_cls, self.width, device=device)
+        self.view = TeacherView(attention, features, True)
+
+    def forward_batch(self, batch: Batch) -> TeacherView:
+        return self.view
+
+
 class SyntheticStream:
     """Endless batches of the same random images on the device, at new positions."""
 
@@ -180,7 +200,8 @@ class Rig:
     Args:
         config: checked settings; ``run.output_dir`` is not used.
         sdpa: kernel of ``scaled_dot_product_attention``, a key of ``SDPA``.
-        real: whether to read images of ``data.path`` instead of synthetic ones.
+        real: whether to read images of ``data.path``, and the rows of ``teacher.mode=cached``,
+            instead of synthetic ones.
         world: this process's rank and world size; the process group is open.
         device: this rank's device.
         stack: closes all resources.
@@ -211,11 +232,10 @@ class Rig:
             pass
         elif index is not None:
             teacher = open_teacher(config, world, device, index, stop, stack)
-        elif reads_cache(config):
-            raise ConfigError(
-                f"teacher.mode={config.teacher.mode} reads the rows of real images; add "
-                "--data real, or set teacher.mode=online"
-            )
+        elif reads_cache(config):  # its rows belong to real images
+            with torch.device("meta"):
+                like = build_teacher_skeleton(config)
+            teacher = SyntheticTeacher(like, plan.micro_batch_size, device)
         else:
             teacher = fetch_teacher(config, world, device)
         models = build_models(config, world, device, teacher)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cmtmae_scale.runtime.bf16 import bf16_instructions
 from cmtmae_scale.tools.benchmark.training import StepResult
 
 PACKAGES = (
@@ -30,7 +31,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def provenance(device: torch.device, ranks: int) -> dict[str, Any]:
     """Return command, device and versions, to be recorded with every measurement."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_cpu()
     versions: dict[str, str] = {}
     for package in PACKAGES:
         try:
@@ -44,6 +45,14 @@ def provenance(device: torch.device, ranks: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
+
+
+def describe_cpu() -> str:
+    """Return the CPU's name, vector instructions and bf16 instructions."""
+    found = torch.cpu.get_capabilities()
+    name = found.get("cpu_name") or platform.machine()
+    bf16 = ", ".join(bf16_instructions(found)) or "emulated"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}; bf16: {bf16})"
 
 
 def training_tables(results: Sequence[StepResult], on_gpu: bool) -> str:

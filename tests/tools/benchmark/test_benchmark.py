@@ -28,7 +28,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
-    variants = make_variants(str(recipe), [], ["mask.masks_per_view=2"], 2, 1)
+    cached = ["teacher.mode=cached", "views.views_per_image=2", "cache.dir=not-read"]
+    variants = make_variants(str(recipe), cached, ["mask.masks_per_view=2"], 2, 1)
     assert [one.label for one in variants] == ["as given", "mask.masks_per_view=2"]
     assert {one.config.train.global_batch_size for one in variants} == {
         4
@@ -48,7 +49,8 @@ def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
         assert one.calls > 0 and one.peak_gib is None and one.estimate_gib > 0
     assert results[1].masked_samples_s == 2 * results[1].images_s
     text = table.training_tables(results, False)
-    assert all(part in text for part in (*PARTS, "student MFU", "CPU-s"))
+    assert all(part in text for part in (*PARTS, "student MFU", "images/CPU-s"))
+    assert "bf16: " in table.provenance(CPU, 1)["device"]
 
 
 @pytest.mark.slow
