@@ -147,13 +147,10 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
     load_config(options.config, options.overrides)  # errors of the recipe cost no torch
     from cmtmae_scale.engine.agreement import REMEDY, code_facts, require_equal
     from cmtmae_scale.runtime.collectives import pick_device, process_group
-    from cmtmae_scale.runtime.malloc import keep_freed_memory
     from cmtmae_scale.tools.benchmark import against, table, training
 
     device = pick_device(world)
     on_gpu = device.type == "cuda"
-    if not on_gpu:
-        keep_freed_memory()  # as a run does
     protocol = protocol_of(options, on_gpu)
     variants = training.make_variants(
         options.config, options.overrides, options.sweep, options.accumulation, world.world_size

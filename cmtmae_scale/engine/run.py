@@ -22,7 +22,6 @@ from cmtmae_scale.runtime.collectives import on_all_ranks, process_group
 from cmtmae_scale.runtime.determinism import deterministic_kernels
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
-from cmtmae_scale.runtime.malloc import keep_freed_memory
 from cmtmae_scale.runtime.storage import optional_write
 
 logger = logging.getLogger(__name__)
@@ -65,8 +64,6 @@ def run_task(
     """
     if world.rank == 0:
         log_launch(config, world, device, model_memory)
-    if device.type == "cpu":
-        keep_freed_memory()
     run_dir, hang_s = Path(config.run.output_dir), config.guard.hang_seconds
     place = Place()
     run: Run | None = None

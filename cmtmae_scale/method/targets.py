@@ -195,8 +195,8 @@ def token_loss(prediction: Tensor, target: Tensor, kind: str, beta: float = 2.0)
         )
     p, t = prediction.float(), target.detach().float()
     if kind == "cosine":
-        lengths = p.norm(dim=-1).clamp_min(EPS) * t.norm(dim=-1).clamp_min(EPS)
-        return 2.0 - 2.0 * (p * t).sum(dim=-1) / lengths  # no normalised copies of p and t
+        cosine = (F.normalize(p, dim=-1, eps=EPS) * F.normalize(t, dim=-1, eps=EPS)).sum(dim=-1)
+        return 2.0 - 2.0 * cosine
     if kind == "mse":
         return (p - t).square().mean(dim=-1)
     if kind == "smooth_l1":
