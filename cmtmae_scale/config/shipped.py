@@ -28,7 +28,8 @@ def shipped_names(folder: str = RECIPES) -> list[str]:
 def find_recipe(text: str | Path, folder: str = RECIPES) -> Path:
     """Return the file of a recipe or study that is given by its path or its shipped name.
 
-    A file of that path wins over a shipped name.
+    A file of that path wins over a name. A name stands for ``configs/NAME.yaml``: that of the
+    working folder, where ``cmtmae copy`` puts it to be edited, else the shipped one.
 
     Args:
         text: a path, or a name of ``shipped_names``.
@@ -42,7 +43,8 @@ def find_recipe(text: str | Path, folder: str = RECIPES) -> Path:
         return given
     names = shipped_names(folder)
     if str(text) in names:
-        return shipped_root() / folder / f"{text}.yaml"
+        copied = Path(folder, f"{text}.yaml")
+        return copied if copied.is_file() else shipped_root() / copied
     near = difflib.get_close_matches(given.stem, names, 1)
     hint = f"did you mean the shipped {what} {near[0]}? " if near else ""
     problem = "no such file" if given.suffix in ENDINGS else f"neither a file nor a shipped {what}"

@@ -33,6 +33,15 @@ def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert find_recipe("demo") == Path("demo")
 
 
+def test_a_copy_that_was_edited_wins_over_the_shipped_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/demo.yaml").write_text("")
+    assert find_recipe("demo") == Path("configs/demo.yaml")
+
+
 def test_what_is_not_there_is_answered_with_the_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
