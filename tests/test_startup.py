@@ -16,7 +16,10 @@ HEAVY = (
     *("transformers", "matplotlib", "sklearn", "scipy", "tensorboard"),
 )
 RUN = "from cmtmae_scale.commands.main import run_command; code = run_command(arguments)"
-MODULE = "import runpy; sys.argv[1:] = arguments; runpy.run_module('cmtmae_scale', None, '__main__', True)"
+MODULE = (
+    "import runpy; sys.argv[1:] = arguments; "
+    "runpy.run_module('cmtmae_scale', run_name='__main__', alter_sys=True)"
+)
 WRONG = "mask.rato=0.5"
 # Commands that read a recipe, with the rest of a line that has a wrong key.
 RECIPES = {
