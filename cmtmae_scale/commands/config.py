@@ -126,8 +126,7 @@ def config_page() -> str:
         "A key that takes a schedule takes a number too. `key={kind: ...}` replaces the schedule, "
         "`key.start=...` changes a part of it.\n"
     )
-    schedule = Group("Schedule", str(Schedule.__doc__), list(list_keys(Schedule(), "")))
-    parts.append(key_table(schedule.keys))
+    parts.append(key_table(list(list_keys(Schedule(), ""))))
     parts.append("## Fine-tuning\n")
     parts.append("Keys that are equal to those of pre-training are not repeated.\n")
     for group in list_groups(TASKS[FINE_TUNING]):

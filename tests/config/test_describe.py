@@ -24,9 +24,10 @@ def test_the_page_is_current() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_key_is_described(task: str) -> None:
     assert list(KEYS[task]) == [name for name, _ in walk_fields(TASKS[task])]
+    page = config_page()
     for key in KEYS[task].values():
         assert len(key.meaning) > 5 and key.values and key.default, key
-        assert f"| `{key.name}` | {key.meaning}" in config_page()
+        assert f"| `{key.name}` | {key.meaning}" in page
 
 
 def described(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
