@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.schema import MISSING, Config, Range
@@ -50,7 +50,7 @@ def list_groups(schema: type) -> list[Group]:
     """Return the groups of a schema, each with all keys below it."""
     whole = schema()
     return [
-        Group(one.name, first_line(type(group)), list(list_keys(group, f"{one.name}.")))
+        Group(one.name, first_line(group), list(list_keys(group, f"{one.name}.")))
         for one in fields(schema)
         for group in [getattr(whole, one.name)]
     ]
@@ -58,7 +58,7 @@ def list_groups(schema: type) -> list[Group]:
 
 def list_keys(group: Any, prefix: str) -> Iterator[Key]:
     """Yield the keys of a group, an instance that holds the defaults."""
-    owner = type(group)
+    owner = cast(type, type(group))
     docs, hints = field_docs(owner.__module__)[owner.__name__], get_type_hints(owner)
     for one in fields(group):
         value, name = getattr(group, one.name), f"{prefix}{one.name}"
@@ -94,10 +94,11 @@ def type_text(kind: Any) -> str:
 def default_text(value: Any) -> str:
     """Return a default in YAML's notation."""
     if isinstance(value, dict):
-        inner = ", ".join(f"{key}: {default_text(item)}" for key, item in value.items())
+        tree = cast(dict[str, Any], value)
+        inner = ", ".join(f"{key}: {default_text(item)}" for key, item in tree.items())
         return f"{{{inner}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(default_text(item) for item in value)}]"
+        return f"[{', '.join(default_text(item) for item in cast(list[Any], value))}]"
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
@@ -123,9 +124,9 @@ def docs_of(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
             yield one.target.id, text.replace("``None``", "``null``").replace("``", "`")
 
 
-def first_line(owner: type) -> str:
-    """Return the first line of a docstring."""
-    return (owner.__doc__ or "").splitlines()[0].replace("``", "`")
+def first_line(group: Any) -> str:
+    """Return the first line of the docstring of a group's dataclass."""
+    return (group.__doc__ or "").splitlines()[0].replace("``", "`")
 
 
 def find_uses(key: Key) -> list[str]:

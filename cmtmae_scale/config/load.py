@@ -273,7 +273,7 @@ def check_keys(
             check_choice(place, full, value, get_args(kind))
         elif get_origin(kind) in (list, tuple):
             check_list(place, full, value, kind, schema)
-        elif kind is bool and type(value) is int and value not in (0, 1):
+        elif bool in (kind, *get_args(kind)) and type(value) is int and value not in (0, 1):
             raise ConfigError(f"{place}: {full}={value} is neither true nor false")
 
 
@@ -323,7 +323,7 @@ def assign(
     group: Any, tree: dict[str, Any], place: str, schedules: Collection[str], prefix: str = ""
 ) -> None:
     """Set the fields of a dataclass, and of those below it, from a tree of its keys."""
-    hints = get_type_hints(type(group))
+    hints = get_type_hints(cast(type, type(group)))
     for name, value in tree.items():
         key, present = f"{prefix}{name}", getattr(group, name)
         if dataclasses.is_dataclass(present):
@@ -373,12 +373,14 @@ def convert(value: Any, kind: Any, place: str, key: str) -> Any:
             return None
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
-        return require_plain(value, place, key)
+        refuse_odd_values(value, place, key)
+        return value
     if origin is Literal:
         return arguments[arguments.index(value)]
     if origin in (list, tuple):
         items = enumerate(cast(list[Any], value))
-        return origin([convert(item, arguments[0], place, f"{key}[{i}]") for i, item in items])
+        found = [convert(item, arguments[0], place, f"{key}[{i}]") for i, item in items]
+        return found if origin is list else tuple(found)
     try:
         if type(value) in ACCEPTED[kind]:
             return kind(value)
@@ -393,26 +395,25 @@ def convert(value: Any, kind: Any, place: str, key: str) -> Any:
     raise ConfigError(f"{place}: {key}={value!r}: expected {expected}")
 
 
-def require_plain(value: Any, place: str, key: str) -> Any:
-    """Return a value of a key of any type, if it is made of what JSON has.
+def refuse_odd_values(value: Any, place: str, key: str) -> None:
+    """Refuse what YAML has and JSON has not, such as a date, in the value of a key of any type.
 
     Raises:
-        ConfigError: if it holds something else that YAML has, such as a date.
+        ConfigError: naming the key and the value.
     """
     if isinstance(value, dict):
         tree = cast(dict[Any, Any], value)
         odd = [name for name in tree if not isinstance(name, str)]
         for name, item in tree.items():
-            require_plain(item, place, f"{key}.{name}")
+            refuse_odd_values(item, place, f"{key}.{name}")
     elif isinstance(value, list):
-        odd = []
+        odd: list[Any] = []
         for number, item in enumerate(cast(list[Any], value)):
-            require_plain(item, place, f"{key}[{number}]")
+            refuse_odd_values(item, place, f"{key}[{number}]")
     else:
         odd = [] if isinstance(value, str | int | float | None) else [value]
     if odd:
         raise ConfigError(f"{place}: {key}: {odd[0]!r} is no text; write it in quotes")
-    return value
 
 
 def blame(problem: str, place: str, overrides: Sequence[str]) -> str:

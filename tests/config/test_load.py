@@ -198,6 +198,7 @@ WRONG = {
     "optimizer.grad_clip=off": "expected a number, or null",
     "run.name=2024-01-01": "expected text, in quotes where YAML reads a date",
     "views.hflip=2": "views.hflip=2 is neither true nor false",
+    "teacher.quick_gelu=2": "teacher.quick_gelu=2 is neither true nor false",
     "optimizer.betas=[[0.9], 0.95]": "is not a list of 2 numbers",
     "run.allow_change=[[mask.ratio]]": "is a list of lists; write 'run.allow_change=[mask.ratio]'",
     "run.allow_change={mask.ratio: 1}": "is not a list; write 'run.allow_change=[mask.ratio]'",
