@@ -323,7 +323,8 @@ def assign(
     group: Any, tree: dict[str, Any], place: str, schedules: Collection[str], prefix: str = ""
 ) -> None:
     """Set the fields of a dataclass, and of those below it, from a tree of its keys."""
-    hints = get_type_hints(cast(type, type(group)))
+    owner: type[Any] = type(group)
+    hints = get_type_hints(owner)
     for name, value in tree.items():
         key, present = f"{prefix}{name}", getattr(group, name)
         if dataclasses.is_dataclass(present):
