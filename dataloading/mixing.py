@@ -103,6 +103,6 @@ def require_mixed(index: Index, on_sorted: bool) -> None:
     else:
         raise DataError(
             f"{index.root}: {mixing}; with data.shuffle=window batches would have few classes. "
-            f"Pack it shuffled (python launchers/check_data.py {index.root} --pack OUT), use "
+            f"Pack it shuffled (cmtmae check-data {index.root} --pack OUT), use "
             "data.shuffle=full, or force it with data.window_on_sorted=true"
         )

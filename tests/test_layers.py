@@ -23,7 +23,7 @@ LAYERS = [
     ["cmtmae_scale.pretraining", "cmtmae_scale.finetuning"],
     ["cmtmae_scale.export", "cmtmae_scale.tools"],
     ["cmtmae_scale.commands"],
-    ["launchers"],
+    ["launchers", "cmtmae_scale.__main__"],
 ]
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 

@@ -65,7 +65,7 @@ def test_the_commands_of_a_tunings_header_load(
 ) -> None:
     monkeypatch.chdir(ROOT)
     text = header(recipe).split("# Command:")[1].replace("#", " ")
-    lines = text.split("launchers/finetune.py")[1:]
+    lines = text.split("cmtmae_scale finetune")[1:]
     assert len(lines) == 2
     for line in lines:
         options = parse_options(shlex.split(line.split("torchrun")[0]))

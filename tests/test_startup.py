@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.commands.main import COMMANDS
+from cmtmae_scale.commands.main import COMMANDS, run_command
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,11 +16,15 @@ HEAVY = (
     *("transformers", "matplotlib", "sklearn", "scipy", "tensorboard"),
 )
 RUN = "from cmtmae_scale.commands.main import run_command; code = run_command(arguments)"
+MODULE = (
+    "import runpy; sys.argv[1:] = arguments; "
+    "runpy.run_module('cmtmae_scale', run_name='__main__', alter_sys=True)"
+)
 WRONG = "mask.rato=0.5"
 # Commands that read a recipe, with the rest of a line that has a wrong key.
 RECIPES = {
     "pretrain": ["--config", "configs/demo.yaml", WRONG],
-    "precompute": ["--config", "configs/demo.yaml", WRONG],
+    "precompute": ["--config", "demo", WRONG],
     "finetune": ["--config", "configs/finetune_base.yaml", "--checkpoint", "runs/x", WRONG],
     "study": ["STUDY"],
     "benchmark": ["train", "--config", "configs/demo.yaml", WRONG],
@@ -95,17 +99,30 @@ def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded(name: str, tmp_
     assert "rato is not a key of" in text or "mask is not a key of" in text, text
 
 
-def test_an_unknown_command_is_answered() -> None:
-    code, loaded, text = outcome(RUN, "pretain")
-    assert (code, loaded) == (EXIT_CONFIG, [])
-    assert text == "cmtmae: pretain is not a command; did you mean pretrain?"
-    assert outcome(RUN, "check_data", "--help")[0] == EXIT_DONE
+def test_an_unknown_command_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["pretain"]) == EXIT_CONFIG
+    expected = "cmtmae: pretain is not a command; did you mean pretrain?\n"
+    assert capsys.readouterr().err == expected
+    assert run_command(["xyzzy"]) == EXIT_CONFIG
+    assert "the commands are pretrain, precompute" in capsys.readouterr().err
+
+
+def test_a_command_may_be_written_with_an_underscore() -> None:
+    with pytest.raises(SystemExit) as left:
+        run_command(["check_data", "--help"])
+    assert left.value.code == EXIT_DONE
+
+
+def test_launchers_may_run_the_module() -> None:
+    """As ``torchrun -m``, and as ``deepspeed --module``, which adds a first argument."""
+    code, loaded, text = outcome(MODULE, "--local_rank=3", "pretrain", "--help")
+    assert (code, loaded) == (EXIT_DONE, []) and text.startswith("usage: cmtmae pretrain ")
 
 
 def test_every_launcher_calls_the_command_of_its_name() -> None:
     launchers = {path.stem: path.read_text() for path in (ROOT / "launchers").glob("*.py")}
     names = {"precompute_teacher": "precompute", "check_data": "check-data"}
-    assert {names.get(stem, stem) for stem in launchers} == {*COMMANDS}
+    assert {"pretrain", "precompute_teacher", "finetune", "evaluate", "supervise"} <= set(launchers)
     for stem, text in launchers.items():
         command = COMMANDS[names.get(stem, stem)]
         line = f"from cmtmae_scale.commands.{command.module} import {command.function}\n"

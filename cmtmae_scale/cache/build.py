@@ -223,7 +223,7 @@ class Builder:
             raise CacheError(
                 f"data.path={self.config.data.path}: none of the first {count} views can be "
                 "decoded, and int8 features are calibrated with them; replace these images "
-                "(check_data.py names them), or set cache.codec=bf16"
+                "(cmtmae check-data names them), or set cache.codec=bf16"
             ) from error
 
     def split_rows(self, rows: Rows) -> list[Rows]:

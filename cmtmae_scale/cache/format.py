@@ -173,7 +173,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         raise CacheError(
             f"cache.dir={folder}: holds no {MANIFEST}; build it with "
-            "launchers/precompute_teacher.py, or set teacher.mode=online"
+            "cmtmae precompute, or set teacher.mode=online"
         ) from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CacheError(

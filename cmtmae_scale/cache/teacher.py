@@ -166,7 +166,7 @@ class CachedTeacher:
         return CacheError(
             f"cache.dir={self.folder}: row {row} (image {sample}, view {view}) of shard "
             f"{self.reader.shard_of(row)}: {rows.faults[place]}; complete the cache with "
-            "launchers/precompute_teacher.py, or set cache.on_miss=online"
+            "cmtmae precompute, or set cache.on_miss=online"
         )
 
     def check_rows(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
-from cmtmae_scale.commands.clone import find_clone
 from cmtmae_scale.commands.precompute import interrupt_at_sigterm
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
@@ -70,7 +69,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     store = commands.add_parser(
         "cache", help="a teacher's cache against the teacher online", allow_abbrev=False
     )
-    store.add_argument("--config", default="configs/demo.yaml", help="a recipe; the demo's")
+    store.add_argument("--config", default="demo", help="a recipe; the demo's")
     store.add_argument("--rows", type=at_least_one, default=128, help="views per round")
     store.add_argument(
         "--rounds", type=at_least_one, default=5, help="rounds, of which the median counts"
@@ -87,7 +86,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     startup = commands.add_parser(
         "startup", help="CPU time and memory until a command answers", allow_abbrev=False
     )
-    startup.add_argument("--config", default="configs/mae_base.yaml", help="for --dry-run")
+    startup.add_argument("--config", default="mae_base", help="for --dry-run")
     startup.add_argument(
         "--rounds", type=at_least_one, default=3, help="rounds, of which the median counts"
     )
@@ -270,9 +269,8 @@ def measure_paths(options: argparse.Namespace, world: World) -> int:
     """Try every path that a run can take; returns 1 if one fails."""
     from cmtmae_scale.tools.benchmark import smoke
 
-    output = options.output and options.output.resolve()
+    output = options.output
     images = str(Path(options.path).resolve())
-    os.chdir(find_clone())
     facts = {"command": shlex.join(["python", *sys.argv])}
 
     def keep(found: list[smoke.Checked]) -> None:
@@ -313,6 +311,18 @@ def measure_everything(options: argparse.Namespace, world: World) -> int:
     if not options.small:
         page.write_page(Path("docs/performance.md"), jobs.JOBS, rows)
     return suite.suite_exit_code(chosen, rows)
+
+
+def find_clone() -> Path:
+    """Return the clone that holds this package: the suite runs its tests and writes its docs.
+
+    Raises:
+        ConfigError: the package is not in a clone.
+    """
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / "docs" / "performance.md").is_file():
+        raise ConfigError("suite: runs tests and writes docs of the project; run it in a clone")
+    return folder
 
 
 def refuse_without_gpu() -> None:

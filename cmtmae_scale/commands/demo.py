@@ -1,4 +1,4 @@
-"""``cmtmae demo``: prepare, train ``configs/demo.yaml`` in a process of its own, show."""
+"""``cmtmae demo``: prepare, train the recipe ``demo`` in a process of its own, show."""
 
 import argparse
 import logging
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmtmae_scale.commands.alone import run_alone
-from cmtmae_scale.commands.clone import find_clone
 from cmtmae_scale.commands.report import write_page
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
@@ -18,14 +17,14 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 
-RECIPE = "configs/demo.yaml"
+RECIPE = "demo"
 RANDOM = "random teacher"
 ROWS = 8
 COLUMNS = ("loss/total", "loss/teacher", "loss/student", "images_s")
 
 
 def run_demo(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo, in the folder of the clone; returns 0, or the exit code of the training."""
+    """Run the demo in the working folder; returns 0, or the exit code of the training."""
     options = parse_options(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     return run_alone(lambda: show_demo(options), print_line)
@@ -33,7 +32,6 @@ def run_demo(arguments: Sequence[str] | None = None) -> int:
 
 def show_demo(options: argparse.Namespace) -> int:
     """Prepare, train and show; returns the exit code."""
-    os.chdir(find_clone())
     config = load_config(RECIPE, options.overrides)
     from cmtmae_scale.tools.demo.cached import train_from_cache
     from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
@@ -50,7 +48,7 @@ def show_demo(options: argparse.Namespace) -> int:
         delete_run(run_dir)
     label = RANDOM if teacher is None else f"teacher {config.teacher.model}"
     print_line(f"{images} images in {config.data.path}; {label}; training in {run_dir}")
-    command = [sys.executable, "launchers/pretrain.py", "--config", RECIPE, *overrides]
+    command = [sys.executable, "-m", "cmtmae_scale", "pretrain", "--config", RECIPE, *overrides]
     code = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
     if code:
         hint = "; --fresh starts it anew" if code == EXIT_CONFIG else ""
@@ -60,7 +58,7 @@ def show_demo(options: argparse.Namespace) -> int:
     if code:
         return code
     print_line(loss_table(read_losses(run_dir / "log.jsonl"), label))
-    print_line(next_steps(run_dir, write_page([run_dir]), command))
+    print_line(next_steps(run_dir, write_page([run_dir])))
     return 0
 
 
@@ -126,27 +124,26 @@ def loss_table(entries: Sequence[dict[str, float]], label: str) -> str:
     return "\n".join(lines)
 
 
-def next_steps(run_dir: Path, report: Path, command: Sequence[str]) -> str:
+def next_steps(run_dir: Path, report: Path) -> str:
     """Return the places of the results, and commands to try next."""
-    binaries = Path(sys.executable).parent
-    tensorboard = shutil.which("tensorboard", path=str(binaries)) or "tensorboard"
-    torchrun = shutil.which("torchrun", path=str(binaries)) or "torchrun"
-    pretrain = f"launchers/pretrain.py --config {RECIPE}"
+    cmtmae, tensorboard, torchrun = map(find_program, ("cmtmae", "tensorboard", "torchrun"))
+    pretrain = f"pretrain --config {RECIPE}"
     hiding = "run.output_dir=runs/demo-hide mask.sampler=hide_salient mask.masks_per_view=1"
     return f"""
 report       {report}  (curves, figures, time, accuracy: one page for any browser)
 figures      {run_dir / "figures"}  (attention of teacher, student and both, masks, features)
-curves       {relative_path(tensorboard)} --logdir {run_dir}
+curves       {tensorboard} --logdir {run_dir}
 checkpoints  {run_dir / "checkpoints"}
 
 try next
-  {relative_path(command[0])} launchers/evaluate.py knn --checkpoint {run_dir}
-  {relative_path(command[0])} {pretrain} --dry-run
-  {relative_path(command[0])} {pretrain} {hiding}
-  {relative_path(command[0])} launchers/report.py {run_dir} runs/demo-hide
-  {relative_path(torchrun)} --nproc-per-node=2 {pretrain} run.output_dir=runs/demo-2"""
+  {cmtmae} evaluate knn --checkpoint {run_dir}
+  {cmtmae} {pretrain} --dry-run
+  {cmtmae} {pretrain} {hiding}
+  {cmtmae} report {run_dir} runs/demo-hide
+  {torchrun} --nproc-per-node=2 -m cmtmae_scale {pretrain} run.output_dir=runs/demo-2"""
 
 
-def relative_path(path: str) -> str:
-    """Return a path relative to the working folder, where it is below."""
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+def find_program(name: str) -> str:
+    """Return how a program of this environment is called from the working folder."""
+    path = Path(shutil.which(name, path=str(Path(sys.executable).parent)) or name)
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

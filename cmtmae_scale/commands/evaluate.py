@@ -1,7 +1,6 @@
 """``cmtmae evaluate METHOD``: accuracy of frozen features or of fine-tuned weights."""
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from cmtmae_scale.runtime.arguments import (
     at_least_one,
     not_negative,
     seed_number,
+    without_local_rank,
 )
 from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
@@ -24,9 +24,7 @@ DECODERS = ("auto", "dali", "torch")
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
     """Run one rank of an evaluation, or of ``finetune ...``; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] and re.match("--local[_-]rank=", arguments[0]):
-        del arguments[0]  # the deepspeed launcher adds it before METHOD
+    arguments = without_local_rank(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["finetune"]:
         from cmtmae_scale.commands.finetune import finetune
 
@@ -89,7 +87,9 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the evaluated weights."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "--checkpoint", type=Path, help="a run, a checkpoint, or a .safetensors file of export.py"
+        "--checkpoint",
+        type=Path,
+        help="a run, a checkpoint, or a .safetensors file of cmtmae export",
     )
     which.add_argument("--timm", metavar="MODEL", help="a ViT of timm: MODEL.TAG, or with --file")
     parser.add_argument(

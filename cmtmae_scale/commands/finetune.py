@@ -8,7 +8,7 @@ from cmtmae_scale.commands.evaluate import add_weight_options, check_weight_opti
 from cmtmae_scale.commands.rank import run_as_rank
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.hints import key_hint
-from cmtmae_scale.runtime.arguments import Parser
+from cmtmae_scale.runtime.arguments import RECIPE_HELP, Parser
 from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
 
@@ -23,7 +23,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         description="Fine-tune an encoder on labelled images.", allow_abbrev=False, hint=key_hint
     )
-    parser.add_argument("--config", required=True, help="such as configs/finetune_base.yaml")
+    parser.add_argument("--config", required=True, help=RECIPE_HELP)
     add_weight_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser.parse_intermixed_args(arguments)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cmtmae_scale import __version__
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
+from cmtmae_scale.runtime.arguments import without_local_rank
 
 
 class Command(NamedTuple):
@@ -30,12 +31,15 @@ COMMANDS = {
     "benchmark": Command("benchmark", "run_benchmark", "measure speed and memory"),
     "supervise": Command("supervise", "supervise", "pass signals and exit codes of a launcher"),
     "demo": Command("demo", "run_demo", "pre-train a small student in minutes"),
+    "config": Command("config", "describe_config", "what a key means, takes and defaults to"),
+    "copy": Command("copy", "copy_shipped", "copy recipes and templates here, to edit them"),
 }
 
 
 def run_command(arguments: Sequence[str] | None = None) -> int:
     """Run ``COMMAND ...`` of the arguments, or of the process's own; returns its exit code."""
-    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = without_local_rank(sys.argv[1:] if arguments is None else arguments)
+    name, *rest = given or ["--help"]
     if name in ("--help", "-h"):
         sys.stdout.write(overview())
         return EXIT_DONE
@@ -62,7 +66,3 @@ Distributed CMT-MAE pre-training.
 {"".join(lines)}
 cmtmae COMMAND --help describes a command; cmtmae --version prints the version.
 """
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_command())

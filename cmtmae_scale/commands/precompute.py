@@ -1,4 +1,4 @@
-"""``launchers/precompute_teacher.py``: build, verify, repair or price a teacher cache."""
+"""``cmtmae precompute``: build, verify, repair or price a teacher cache."""
 
 import argparse
 import logging
@@ -114,7 +114,7 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
         "--images-s",
         type=above_zero,
         metavar="RATE",
-        help="images per second that one GPU trains on without its teacher (benchmark.py train "
+        help="images per second that one GPU trains on without its teacher (cmtmae benchmark train "
         "with teacher.mode=cached, or a log); default: modelled from the teacher's rate",
     )
     pricing.add_argument("--gpu-hour", type=above_zero, metavar="PRICE", help="price of a GPU-hour")

@@ -8,7 +8,7 @@ from cmtmae_scale.commands.rank import run_as_rank
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_DONE
-from cmtmae_scale.runtime.arguments import Parser, add_launcher_options
+from cmtmae_scale.runtime.arguments import RECIPE_HELP, Parser, add_launcher_options
 from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
 
@@ -30,7 +30,7 @@ def pretrain(arguments: Sequence[str] | None = None) -> int:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``--config FILE [--dry-run] [key=value ...]``; a usage error exits with 78."""
     parser = Parser(description="Pre-train a CMT-MAE student.", allow_abbrev=False, hint=key_hint)
-    parser.add_argument("--config", required=True, help="a recipe, such as configs/demo.yaml")
+    parser.add_argument("--config", required=True, help=RECIPE_HELP)
     parser.add_argument(
         "--dry-run", action="store_true", help="count, and check what a launch checks"
     )

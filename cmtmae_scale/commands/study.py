@@ -3,14 +3,12 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
-from cmtmae_scale.commands.clone import find_clone
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one
 from cmtmae_scale.runtime.log import set_up_logging
@@ -24,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_study(arguments: Sequence[str] | None = None) -> int:
-    """Run a study, in the folder of the clone, or as many of its jobs as the time limit allows.
+    """Run a study in the working folder, or as many of its jobs as the time limit allows.
 
     Returns:
         Exit code: 0 complete; 75 jobs are missing, or the store is full, and the same command
@@ -37,11 +35,7 @@ def run_study(arguments: Sequence[str] | None = None) -> int:
 
 def execute_study(options: argparse.Namespace) -> int:
     """Run the missing jobs, or list them; returns the exit code."""
-    file = options.study.resolve()
-    root = find_clone()
-    os.chdir(root)
-    place = os.path.relpath(file) if file.is_relative_to(root) else str(file)
-    study = load_study(place)
+    study = load_study(options.study)
     from cmtmae_scale.runtime.lock import hold_run
     from cmtmae_scale.tools.study.execute import Executor, study_exit_code
     from cmtmae_scale.tools.study.work import plan_runs
@@ -53,14 +47,14 @@ def execute_study(options: argparse.Namespace) -> int:
         return EXIT_DONE
     with hold_run(Path(study.dir), 0):
         outcomes = Executor(options.jobs, options.minutes).run(selected)
-        sys.stdout.write(write_results(study, runs, place))
+        sys.stdout.write(write_results(study, runs, options.study))
     return study_exit_code(outcomes)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse ``STUDY.yaml [--minutes M] [--jobs N] [--rows NAME ...] [--dry-run]``."""
     parser = Parser(description="Run the missing jobs of a study.", allow_abbrev=False)
-    parser.add_argument("study", type=Path, help="such as configs/studies/smoke.yaml")
+    parser.add_argument("study", help="a YAML file, or a shipped study: smoke, pilot, first")
     parser.add_argument("--minutes", type=above_zero, help="time limit; the same command continues")
     parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time; 1")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")

@@ -55,7 +55,7 @@ def supervise(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments[:split])
     if not command:
-        parser.error("no command; give -- torchrun ... launchers/pretrain.py --config ...")
+        parser.error("no command; give -- torchrun ... -m cmtmae_scale pretrain ...")
     set_up_logging(0, 1)
     try:
         reports = tempfile.TemporaryDirectory(prefix="supervise-")

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from omegaconf import MISSING
-
 from cmtmae_scale.config.check import check_backend, check_length, check_ranges
 from cmtmae_scale.config.derive import pairs_views, refuse_single_views
 from cmtmae_scale.config.load import load_recipe
 from cmtmae_scale.config.schema import (
+    MISSING,
     Backend,
     Checkpoint,
     Guard,

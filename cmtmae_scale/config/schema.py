@@ -10,7 +10,8 @@ from dataclasses import MISSING as NO_FACTORY
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from omegaconf import MISSING
+MISSING: Any = "???"
+"""Default of a field that the recipe must give."""
 
 
 class Range(NamedTuple):
@@ -241,7 +242,7 @@ class Teacher:
     faster on GPUs of compute capability 8.9 and above, and less exact."""
     mode: Literal["online", "cached", "sidecar", "none"] = "online"
     """online: the teacher runs beside the student; cached: its attention maps and features are read
-    from ``cache.dir``; sidecar: rows that ``precompute_teacher.py --follow RUN_DIR`` computes ahead
+    from ``cache.dir``; sidecar: rows that ``cmtmae precompute --follow RUN_DIR`` computes ahead
     of the run are read, and the teacher runs where a row is missing; none: no teacher (MAE)."""
 
 
@@ -512,9 +513,9 @@ class Eval:
     """Steps between evaluations; ``None``: never."""
     train_path: str | None = None
     """Labelled images to learn from, as ``data.path``; also the default of
-    ``launchers/evaluate.py --train``."""
+    ``cmtmae evaluate --train``."""
     test_path: str | None = None
-    """Labelled images to test on; also the default of ``launchers/evaluate.py --test``."""
+    """Labelled images to test on; also the default of ``cmtmae evaluate --test``."""
 
 
 @dataclass

@@ -4,7 +4,6 @@ import logging
 import os
 import shlex
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,10 +120,8 @@ def describe_output(config: Trained) -> str:
 
 
 def command_line(name: str, *words: str | Path) -> str:
-    """Return a command as this process was called: ``cmtmae NAME ...`` or a launcher's file."""
-    called = Path(sys.argv[0])
-    program = ["cmtmae", name] if called.suffix != ".py" else ["python", f"launchers/{name}.py"]
-    return shlex.join([*program, *(str(word) for word in words)])
+    """Return a command of ``cmtmae`` as it is typed."""
+    return shlex.join(["cmtmae", name, *(str(word) for word in words)])
 
 
 def log_result(config: Trained, task: str, progress: Progress) -> None:

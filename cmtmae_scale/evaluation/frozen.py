@@ -1,4 +1,4 @@
-"""k-NN and linear probes of frozen features: what ``launchers/evaluate.py`` computes and writes."""
+"""k-NN and linear probes of frozen features: what ``cmtmae evaluate`` computes and writes."""
 
 import argparse
 from collections.abc import Callable, Iterator

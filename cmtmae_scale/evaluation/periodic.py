@@ -24,7 +24,7 @@ class RunEvaluation:
     """Evaluates the encoder during a run; the encoder stays on the host between evaluations.
 
     The weights are gathered from all ranks' fragments, so the accuracies equal those of
-    ``launchers/evaluate.py`` for the checkpoint of the same step, with every backend.
+    ``cmtmae evaluate`` for the checkpoint of the same step, with every backend.
 
     Raises:
         DataError: unusable images, or a set of which no image can be decoded, on every rank. A

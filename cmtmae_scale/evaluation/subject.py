@@ -238,7 +238,7 @@ def subject_from_teacher(
 
 
 def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Subject:
-    """Open an encoder that ``launchers/export.py`` wrote; sizes follow from the tensors.
+    """Open an encoder that ``cmtmae export`` wrote; sizes follow from the tensors.
 
     ``arch`` is timm's name; ``None``: as ``config.json`` beside the file names it.
 
@@ -258,7 +258,7 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
     for name, dims in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
         if name not in tensors or tensors[name].ndim != dims:
             raise CheckpointError(
-                f"{file} has no {name} of {dims} dimensions: not an encoder of export.py"
+                f"{file} has no {name} of {dims} dimensions: not an encoder of cmtmae export"
             )
     patch = int(tensors["patch_embed.proj.weight"].shape[-1])
     positions = int(tensors["pos_embed"].shape[1])

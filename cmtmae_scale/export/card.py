@@ -193,7 +193,7 @@ def identity_rows(origin: Origin, sha256: str) -> dict[str, str]:
     """Return the identity of the weights and the versions that made them."""
     return {
         "weights": f"{origin.weights}, step {origin.step}",
-        "SHA-256 of the encoder's tensors": f"{sha256} (as in the result files of evaluate.py)",
+        "SHA-256 of the encoder's tensors": f"{sha256} (as in the result files of cmtmae evaluate)",
         "trained with": join_versions(origin.state.get("versions", {})),
         "exported with": join_versions(library_versions()),
     }

@@ -38,7 +38,7 @@ tokens = model.encoder(images)  # normalised [B, 3, S, S] to [B, P + N, D]
 
 
 def load_full(folder: str | Path) -> CollaborativeMAE:
-    """Load a folder that ``export.py full`` wrote: on the CPU, float32, in training mode.
+    """Load a folder that ``cmtmae export full`` wrote: on the CPU, float32, in training mode.
 
     Raises:
         CheckpointError: if a file is absent or cannot be read, or weights and config do not fit

@@ -75,7 +75,7 @@ def vit_config(student: Student, arch: str) -> dict[str, Any]:
     if found:
         raise ConfigError(
             f"student.arch={arch} is no ViTModel of transformers: it has {', '.join(found)}; "
-            "export it with export.py timm"
+            "export it with cmtmae export timm"
         )
     first: Any = student.blocks[0]
     rows, _ = student.grid

@@ -1,14 +1,18 @@
 """Command lines whose errors exit with the code of a config that can never work."""
 
 import argparse
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cmtmae_scale.errors import EXIT_CONFIG
 
 PROGRAM = "cmtmae"
+SCRIPTS = (PROGRAM, "__main__.py")
+"""Files that take the command's name as their first argument."""
+RECIPE_HELP = "a YAML file, or the name of a shipped recipe (cmtmae copy lists them)"
 UNKNOWN = "unrecognized arguments: "
 """How argparse begins the message about options that a parser lacks."""
 
@@ -44,8 +48,15 @@ class Parser(argparse.ArgumentParser):
 
 def command_name() -> str:
     """Return how this command was called: ``cmtmae pretrain``, or a launcher's file name."""
-    name = Path(sys.argv[0]).name
-    return f"{name} {sys.argv[1]}" if name == PROGRAM and sys.argv[1:] else name
+    name, rest = Path(sys.argv[0]).name, without_local_rank(sys.argv[1:])
+    return f"{PROGRAM} {rest[0]}" if name in SCRIPTS and rest else name
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Return arguments without a first ``--local_rank=N``, which DeepSpeed's launcher adds."""
+    first = arguments[:1]
+    is_added = bool(first) and re.match("--local[_-]rank=", first[0]) is not None
+    return list(arguments[1:] if is_added else arguments)
 
 
 def at_least_one(text: str) -> int:

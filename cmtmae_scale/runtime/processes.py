@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 LAUNCHERS = frozenset(
     {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
-    | {"deepspeed", "deepspeed.launcher.launch", "supervise.py"}
+    | {"deepspeed", "deepspeed.launcher.launch", "supervise.py", "supervise"}
 )
-"""Programs that launch ranks, by file or module."""
+"""Programs that launch ranks, by file, module or command."""
 
 
 class Status(NamedTuple):

@@ -72,7 +72,12 @@ def test_sorted_shards_are_refused_unless_forced(tmp_path: Path, picture, caplog
         require_mixed(index, on_sorted=False)
     message = str(refusal.value)
     assert f"{tmp_path / 'tars'}: sorted by class: 6 neighbours have 1.2 labels" in message
-    for remedy in ("check_data.py", "--pack", "data.shuffle=full", "data.window_on_sorted=true"):
+    for remedy in (
+        "cmtmae check-data",
+        "--pack",
+        "data.shuffle=full",
+        "data.window_on_sorted=true",
+    ):
         assert remedy in message
     require_mixed(index, on_sorted=True)
     assert "data.window_on_sorted=true allows it" in caplog.text

@@ -113,7 +113,9 @@ def wait_for(path: Path, limit_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("names", [["torchrun"], ["deepspeed", "torch.distributed.run"]])
+@pytest.mark.parametrize(
+    "names", [["torchrun"], ["deepspeed", "torch.distributed.run", "supervise"]]
+)
 def test_the_outermost_launchers_death_is_a_request(tmp_path: Path, names: list[str]) -> None:
     launcher = run_under(tmp_path, names)
     assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
@@ -159,16 +161,19 @@ def test_the_first_reason_counts_and_a_second_signal_changes_nothing(tmp_path: P
 
 
 BINARIES = Path(sys.executable).parent
-SUPERVISOR = [sys.executable, str(ROOT / "launchers" / "supervise.py"), "--"]
+PYTHON = sys.executable
+SUPERVISOR = [PYTHON, str(ROOT / "launchers" / "supervise.py"), "--"]
+SUPERVISE = [PYTHON, "-m", "cmtmae_scale", "supervise", "--"]
 TORCHRUN = [str(BINARIES / "torchrun"), "--standalone", "--nproc-per-node=2"]
 DEEPSPEED = [str(BINARIES / "deepspeed"), "--num_gpus=2"]
 SCRIPT = str(ROOT / "launchers" / "pretrain.py")
+MODULE = ["cmtmae_scale", "pretrain"]
 LAUNCHERS = {
-    "python": ([sys.executable], 75),
-    "torchrun": (TORCHRUN, 1),
-    "supervisor, python": ([*SUPERVISOR, sys.executable], 75),
-    "supervisor, torchrun": ([*SUPERVISOR, *TORCHRUN], 75),
-    "supervisor, deepspeed": ([*SUPERVISOR, *DEEPSPEED], 75),
+    "python": ([PYTHON, SCRIPT], 75),
+    "torchrun": ([*TORCHRUN, SCRIPT], 1),
+    "supervisor, python": ([*SUPERVISOR, PYTHON, SCRIPT], 75),
+    "supervisor, torchrun": ([*SUPERVISE, *TORCHRUN, "-m", *MODULE], 75),
+    "supervisor, deepspeed": ([*SUPERVISE, *DEEPSPEED, "--module", *MODULE], 75),
 }
 """Command and the code that it leaves with after a signal."""
 
@@ -183,7 +188,7 @@ def launched(command: list[str], recipe: Path) -> Iterator[subprocess.Popen[byte
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": str(ROOT),
     }
-    line = [*command, SCRIPT, "--config", str(recipe), *ENDLESS]
+    line = [*command, "--config", str(recipe), *ENDLESS]
     child = subprocess.Popen(
         line, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
@@ -214,7 +219,7 @@ def test_a_signal_to_the_outermost_command_saves_under_every_launcher(
     tmp_path: Path, name: str, attempt: int
 ) -> None:
     command, expected = LAUNCHERS[name]
-    if "deepspeed" in name and shutil.which(command[-2]) is None:
+    if "deepspeed" in name and shutil.which(DEEPSPEED[0]) is None:
         pytest.skip("deepspeed is not installed")
     recipe = write_recipe(tmp_path)
     with launched(command, recipe) as child:

@@ -105,7 +105,7 @@ def test_plain_students_are_vit_models(
 @pytest.mark.parametrize(
     ("arch", "size", "what"),
     [
-        ("vit_small_patch14_dinov2", 224, "it has layer scale; export it with export.py timm"),
+        ("vit_small_patch14_dinov2", 224, "it has layer scale; export it with cmtmae export timm"),
         (
             "vit_small_patch14_reg4_dinov2",
             224,

@@ -85,7 +85,7 @@ def test_the_image_holds_what_the_project_asks_for() -> None:
         name = canonicalize_name(one.name)
         if name not in IN_THE_BASE:
             assert one.specifier.contains(versions.pop(name)), name
-    assert set(versions) == {"setuptools"}  # for the editable install
+    assert set(versions) == {"hatchling"}  # for the editable install
 
 
 def test_the_image_copies_what_is_there_and_names_its_version() -> None:

@@ -103,7 +103,7 @@ def test_a_row_that_one_rank_misses_stops_all_of_them_and_an_online_teacher_cont
         assert seen.error == (
             f"78 step 2 was not taken: the teacher cache failed on ranks 0: cache.dir="
             f"{tmp_path / 'cache'}: row {row} (image {row // 2}, view {row % 2}) of shard {row}: "
-            "it is not complete; complete the cache with launchers/precompute_teacher.py, or set "
+            "it is not complete; complete the cache with cmtmae precompute, or set "
             "cache.on_miss=online"
         )
     assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == "step-00000001"

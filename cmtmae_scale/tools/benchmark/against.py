@@ -157,7 +157,7 @@ def refuse_other_methods(config: Config) -> None:
     for key, (found, wanted) in expected.items():
         if found != wanted:
             raise ConfigError(
-                f"--against hf_mae: {key}={found}, but MAE has {wanted}; use configs/mae_base.yaml"
+                f"--against hf_mae: {key}={found}, but MAE has {wanted}; use --config mae_base"
             )
 
 

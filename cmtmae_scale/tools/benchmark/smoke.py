@@ -64,7 +64,7 @@ TINY = " ".join(
 CACHE = f"views.views_per_image=1 cache.dir={RUN}-cache"
 TUNE = " ".join(
     [
-        f"finetune --config configs/finetune_base.yaml --checkpoint {RUN} data.path={TARS}",
+        f"finetune --config finetune_base --checkpoint {RUN} data.path={TARS}",
         f"data.test_path={TARS} data.workers=2 train.global_batch_size=8 train.steps=2",
         f"train.micro_batch_size=4 optimizer.warmup_epochs=0 run.output_dir={RUN}-tuned",
         "backend.compile=false",
@@ -74,7 +74,7 @@ TUNE = " ".join(
 
 def tiny(command: str, recipe: str, *overrides: str) -> str:
     """Return a command over a recipe with tiny networks; the last override of a key wins."""
-    return " ".join([command, "--config", f"configs/{recipe}.yaml", TINY, *overrides])
+    return " ".join([command, "--config", recipe, TINY, *overrides])
 
 
 ZERO = ("deepspeed",)
@@ -148,7 +148,7 @@ def run_chain(chain: Sequence[Check], images: str, place: Path) -> Iterator[Chec
             yield Checked(check.name, f"skipped: {reason}", 0.0, "")
             continue
         text = check.command.replace(RUN, str(place)).replace(TARS, shlex.quote(images))
-        words = ["python", "-m", "cmtmae_scale.commands.main", *shlex.split(text)]
+        words = ["python", "-m", "cmtmae_scale", *shlex.split(text)]
         ended = run_limited(words, place.with_suffix(".log"), LIMIT_S)
         passed = ended.code == check.code
         tail = "" if passed else f"exit code {ended.code}, expected {check.code}\n{ended.tail}"

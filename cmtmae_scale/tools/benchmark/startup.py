@@ -32,7 +32,7 @@ def measure_commands(recipe: str, rounds: int) -> list[Usage]:
     Raises:
         ConfigError: if a command does not end with the expected exit code.
     """
-    cmtmae = ["-m", "cmtmae_scale.commands.main"]
+    cmtmae = ["-m", "cmtmae_scale"]
     pretrain = [*cmtmae, "pretrain", "--config", recipe]
     commands = {
         "import cmtmae_scale": (["-c", "import cmtmae_scale"], EXIT_DONE),

@@ -27,7 +27,7 @@ def train_from_cache(
     steps = min(steps, STEPS)
     own = [*overrides, "views.views_per_image=1"]
     own += [f"cache.dir={cached / 'cache'}", f"run.output_dir={cached}"]
-    build = ["launchers/precompute_teacher.py", "--config", recipe]
+    build = ["precompute", "--config", recipe]
     build += ["--rows-per-shard", str(ROWS_PER_SHARD)]
     cache = ["teacher.mode=cached", "cache.on_miss=stop", f"train.steps={steps}", "log.every=1"]
     cache += ["log.images_every=null"]  # no teacher is in memory that could draw its attention
@@ -35,11 +35,12 @@ def train_from_cache(
     for command in (
         [*build, *own],
         [*build, "--verify", "0.05", *own],
-        ["launchers/pretrain.py", "--config", recipe, *own, *cache],
+        ["pretrain", "--config", recipe, *own, *cache],
     ):
-        code = subprocess.run([sys.executable, *command], stdin=subprocess.DEVNULL).returncode
+        words = [sys.executable, "-m", "cmtmae_scale", *command]
+        code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
         if code:
-            show(f"{' '.join(command)}: ended with exit code {code}")
+            show(f"cmtmae {' '.join(command)}: ended with exit code {code}")
             return code
     from cmtmae_scale.engine.summary import read_entries  # which imports torch
 

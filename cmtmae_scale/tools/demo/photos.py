@@ -115,7 +115,7 @@ def write_crops(photograph: Photograph, strip: Strip, folder: Path) -> None:
     package, _, inside = photograph.folder.partition("/")
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise DataError(f"the demo needs {package}: run make setup, or install the extra 'demo'")
+        raise DataError(f"the demo needs {package}: pip install 'cmtmae-scale[demo]'")
     source = Path(spec.origin).parent / inside / photograph.file
     if not source.is_file():
         logger.warning(

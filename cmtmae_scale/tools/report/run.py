@@ -45,7 +45,7 @@ class Run:
     results: list[tuple[str, dict[str, Any]]] = field(
         default_factory=list[tuple[str, dict[str, Any]]]
     )
-    """Name and content of each result file of ``evaluate.py``."""
+    """Name and content of each result file of ``cmtmae evaluate``."""
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of the newest checkpoint."""
     num_images: int | None = None

@@ -87,7 +87,7 @@ def headline(run: Run) -> str:
 
 
 def random_accuracy(run: Run, name: str) -> float | None:
-    """Return the accuracy of random weights that ``evaluate.py`` found by the method of a card."""
+    """Return the accuracy of random weights by the method of a card, as evaluated."""
     method = "k-NN k=10" if name == "eval/knn10" else "logistic"
     wanted = {"method": method, "features": "patches", "weights": "random weights"}
     for _, row in result_rows(run):
@@ -97,7 +97,7 @@ def random_accuracy(run: Run, name: str) -> float | None:
 
 
 def result_rows(run: Run) -> list[tuple[str, dict[str, Any]]]:
-    """Return the rows of the results of ``evaluate.py``, each with the name of its file."""
+    """Return the rows of the results of ``cmtmae evaluate``, each with the name of its file."""
     return [
         (name, row)
         for name, result in run.results
@@ -286,7 +286,7 @@ def hidden_rows_note(count: int) -> str:
 
 
 def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
-    """Return accuracies during the run, and the results of ``evaluate.py``."""
+    """Return accuracies during the run, and the results of ``cmtmae evaluate``."""
     parts: list[str] = []
     found = evaluation_charts(run, others)
     if found:
@@ -313,5 +313,5 @@ def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
         verdicts = {str(result["verdict"]) for _, result in run.results if result.get("verdict")}
         parts += [paragraph(one, "note") for one in sorted(verdicts)]
     else:
-        parts.append(paragraph("The run's folder holds no result of launchers/evaluate.py."))
+        parts.append(paragraph("The run's folder holds no result of cmtmae evaluate."))
     return section("Evaluation", anchor, *parts)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from cmtmae_scale.config.load import parse_override, read_yaml
+from cmtmae_scale.config.shipped import STUDIES, find_recipe
 from cmtmae_scale.errors import ConfigError
 
 Features = Literal["patches", "cls"]
@@ -74,13 +75,13 @@ class Study:
 
 
 def load_study(path: str | Path) -> Study:
-    """Read and check a study file.
+    """Read and check a study file, given by its path or its shipped name.
 
     Raises:
         ConfigError: names the file, the key, the found and the expected value.
     """
     place = str(path)
-    tree = read_yaml(Path(path))
+    tree = read_yaml(find_recipe(path, STUDIES))
     check_keys(tree, Study, place, "")
     evaluation = require_group(tree["evaluation"], place, "evaluation")
     check_keys(evaluation, Evaluation, place, "evaluation.")

@@ -98,7 +98,7 @@ def comparison_line(one: Comparison) -> str:
 
 def command_lines(results: Results, place: str) -> list[str]:
     """Return the commands of each row that has a result, for its first seed."""
-    lines = [f"All rows: `python launchers/study.py {place}`. Single rows, first seed:", "", "```"]
+    lines = [f"All rows: `cmtmae study {place}`. Single rows, first seed:", "", "```"]
     for row in results.rows:
         for one in row.found[:1]:
             lines += [f"# {row.name}", *(job.command for job in one.run.jobs)]

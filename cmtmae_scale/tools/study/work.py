@@ -17,6 +17,7 @@ from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
 from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.study.file import Evaluation, Study
 
+CMTMAE = ("-m", "cmtmae_scale")
 SILENT = ("name", "output_dir", "allow_change")
 """Keys of ``run`` without an effect on results."""
 
@@ -109,11 +110,11 @@ def plan_run(study: Study, name: str, seed: int, first: bool) -> Run:
         cache = caches / short_digest(cache_settings(config))
         overrides.append(f"cache.dir={cache}")
         config.cache.dir = str(cache)
-        arguments = ("launchers/precompute_teacher.py", "--config", study.recipe, *overrides)
+        arguments = (*CMTMAE, "precompute", "--config", study.recipe, *overrides)
         jobs.append(Job("cache", arguments, cache, lambda: is_complete(cache), True))
     else:
         config.cache.dir = None
-    arguments = ("launchers/pretrain.py", "--config", study.recipe, *overrides)
+    arguments = (*CMTMAE, "pretrain", "--config", study.recipe, *overrides)
     jobs.append(Job("train", arguments, folder, lambda: is_trained(folder), True))
     extra = [] if first else ["--no-baselines"]
     own = ["--weights", study.evaluation.weights]
@@ -136,7 +137,7 @@ def evaluation_job(settings: Evaluation, folder: Path, method: str, options: Seq
         words += ["--epochs", str(settings.epochs)]
     file = folder / "evaluation" / f"{method}-{short_digest(words)}.json"
     places = ["--checkpoint", str(folder), "--out", str(file)]
-    arguments = ("launchers/evaluate.py", *words, *places)
+    arguments = (*CMTMAE, "evaluate", *words, *places)
     return Job("evaluate", arguments, file, file.exists, False)
 
 

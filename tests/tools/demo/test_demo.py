@@ -138,7 +138,7 @@ def test_unreachable_index_causes_a_warning_and_leaves_nothing(
 
 
 def test_random_teacher_has_its_own_folder_and_label() -> None:
-    recipe = ROOT / command.RECIPE
+    recipe = command.RECIPE
     options = argparse.Namespace(steps=3, overrides=["run.seed=1"])
     overrides = command.derive_overrides(load_config(recipe), True, options)
     config = load_config(recipe, overrides)

@@ -130,7 +130,7 @@ def test_a_run_that_has_just_begun_says_what_is_not_there_yet(tmp_path: Path) ->
         "No time was logged yet.",
         "Recipe, overrides and versions were not recorded.",
         "The run was not evaluated during training",
-        "holds no result of launchers/evaluate.py",
+        "holds no result of cmtmae evaluate",
     ):
         assert phrase in words, phrase
 

@@ -53,7 +53,7 @@ def hits_of(correct: int, shift: int = 0) -> np.ndarray:
 
 
 def put_results(run: Run, hits: np.ndarray, baselines: bool = False, digest: str = "d") -> None:
-    """Write a run's result files as evaluate.py does."""
+    """Write a run's result files as cmtmae evaluate does."""
     correct = int(hits.sum())
     own = {"weights": "student, step 4", "count": COUNT}
     share = {"accuracy": correct / COUNT, "interval_95": wilson_interval(correct, COUNT)}

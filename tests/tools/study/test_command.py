@@ -82,9 +82,9 @@ def test_each_row_carries_its_commands(tmp_path: Path) -> None:
     for row in ("mae", "cmt", "half"):
         part = re.split(r"^# ", block, flags=re.MULTILINE)
         (own,) = [text for text in part if text.startswith(f"{row}\n")]
-        assert own.count("launchers/evaluate.py") == 2 + (row == "cmt")
-        assert own.count("launchers/pretrain.py") == 1 and f"run.name={row}-0" in own
-        assert ("precompute_teacher.py" in own) == (row != "mae")
+        assert own.count("cmtmae_scale evaluate ") == 2 + (row == "cmt")
+        assert own.count("cmtmae_scale pretrain ") == 1 and f"run.name={row}-0" in own
+        assert ("cmtmae_scale precompute " in own) == (row != "mae")
         commands = [run["commands"] for run in results["rows"][row]["runs"]]
         assert all(line in own for line in commands[0])
 
@@ -141,8 +141,10 @@ def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
     study = write_study(tmp_path, study_tree(tmp_path))
     assert run_study([str(study), "--dry-run", "--rows", "half", "mae"]) == 0
     text = capsys.readouterr().out
-    assert "# half, seed 0: cache, train, evaluate, evaluate\npython launchers/precompute" in text
-    assert "# mae, seed 1: train, evaluate, evaluate\npython launchers/pretrain.py --conf" in text
+    assert (
+        "# half, seed 0: cache, train, evaluate, evaluate\npython -m cmtmae_scale precomp" in text
+    )
+    assert "# mae, seed 1: train, evaluate, evaluate\npython -m cmtmae_scale pretrain" in text
     assert "# cmt" not in text and text.endswith("3 of 3 runs are incomplete\n")
     assert not (tmp_path / "study").exists()
 

@@ -52,7 +52,7 @@ def test_every_row_of_a_study_that_is_shipped_can_be_run(
     for run in first_seeds.values():
         for job in run.jobs:
             if job.kind in ("train", "cache"):
-                load_config(job.arguments[2], job.arguments[3:])
+                load_config(job.arguments[4], job.arguments[5:])
 
 
 def test_neighbours_with_the_same_seeds_go_seed_by_seed(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_the_first_run_carries_the_baselines_and_the_first_teacher_its_own_probe
 def test_a_command_trains_what_the_row_says(tmp_path: Path) -> None:
     half = runs_of(tmp_path)[-1]
     words = next(job for job in half.jobs if job.kind == "train").arguments
-    assert words[:2] == ("launchers/pretrain.py", "--config")
-    config = load_config(words[2], words[3:])
+    assert words[:4] == ("-m", "cmtmae_scale", "pretrain", "--config")
+    config = load_config(words[4], words[5:])
     assert config == half.config
     assert (config.mask.ratio, config.train.steps, config.run.seed) == (0.5, 4, 0)
     assert config.run.output_dir == str(half.folder) and config.run.name == "half-0"
