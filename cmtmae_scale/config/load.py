@@ -5,18 +5,18 @@ Precedence: default < YAML < override. A YAML file is read alone: no inheritance
 
 import dataclasses
 import difflib
-import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.hints import key_hint, value_hint
-from cmtmae_scale.config.schema import MISSING, Config, Schedule, Trained, walk_fields
+from cmtmae_scale.config.schema import Config, Schedule, Trained, walk_fields
 from cmtmae_scale.config.shipped import find_recipe
 from cmtmae_scale.errors import ConfigError
 from dataloading.files import atomic_path
@@ -55,7 +55,7 @@ def load_recipe(
         ConfigError: names the file or override, the key, what was found and the remedy.
     """
     keys = [key for key, _ in walk_fields(schema)]
-    config = schema()
+    config = OmegaConf.structured(schema)
     merge(config, read_yaml(find_recipe(path)), schema, str(path))
     for override in overrides:
         update = parse_override(override, keys)
@@ -68,7 +68,7 @@ def load_recipe(
 
 def config_from_dict(tree: dict[str, Any], place: str) -> Config:
     """Rebuild a config that ``config_to_dict`` wrote; for resuming and evaluation."""
-    config = Config()
+    config = OmegaConf.structured(Config)
     try:
         merge(config, tree, Config, place)
     except RecursionError as error:
@@ -183,9 +183,9 @@ def refuse_repeated_keys(node: yaml.MappingNode) -> None:
 
 
 def refuse_interpolation(tree: Any, place: str, key: str = "") -> None:
-    """Refuse ``${...}``, which other programs resolve, in every parsed text of a tree.
+    """Refuse ``${...}`` in every parsed text of a tree, so that nothing is ever resolved.
 
-    A recipe is read as it is: neither variables of the environment nor other keys are inserted.
+    OmegaConf would insert variables of the environment, which end up in logs and checkpoints.
 
     Raises:
         ConfigError: naming the place and the key; the text itself is not repeated.
@@ -313,36 +313,28 @@ def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> 
 
 
 def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
-    """Lay a tree over a config, in place; a schedule replaces the whole of the one before."""
+    """Lay a tree over a typed config, in place; a schedule replaces the whole of the one before."""
     refuse_interpolation(tree, place)
     check_keys(tree, schema, schema, place)
-    assign(config, tree, place, schedule_keys(schema))
-
-
-def assign(
-    group: Any, tree: dict[str, Any], place: str, schedules: Collection[str], prefix: str = ""
-) -> None:
-    """Set the fields of a dataclass, and of those below it, from a tree of its keys."""
-    owner: type[Any] = type(group)
-    hints = get_type_hints(owner)
-    for name, value in tree.items():
-        key, present = f"{prefix}{name}", getattr(group, name)
-        if dataclasses.is_dataclass(present):
-            assign(present, value, place, schedules, f"{key}.")
-            continue
-        value = convert(value, hints[name], place, key)
-        whole = key in schedules and isinstance(value, dict) and "kind" in value
-        setattr(group, name, value if whole else overlay(present, value))
-
-
-def overlay(below: Any, above: Any) -> Any:
-    """Return ``above``, laid over ``below`` key by key where both are mappings."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
-        return above
-    merged = dict(cast(dict[str, Any], below))
-    for key, value in cast(dict[str, Any], above).items():
-        merged[key] = overlay(merged.get(key), value)
-    return merged
+    for key in schedule_keys(schema):
+        group, name = key.split(".")
+        value = cast(dict[str, Any], tree.get(group) or {}).get(name)
+        partial = isinstance(value, dict) and "kind" not in value
+        if value is not None and not partial:
+            config[group][name] = None
+    try:
+        config.merge_with(OmegaConf.create(tree))
+    except OmegaConfBaseException as error:
+        first = str(error.msg if error.msg else error).splitlines()[0]
+        key = getattr(error, "full_key", None) or next(iter(leaf_keys(tree)), "a value")
+        if "ListConfig" in first and is_path_key(key):
+            first = (
+                "is a list, expected one path: a pattern such as train-*.tar or {a,b}.tar, or a "
+                "folder with links to all"
+            )
+        else:
+            first += expected_type(key, schema)
+        raise ConfigError(f"{place}: {key}: {first}") from error
 
 
 TYPES = {
@@ -352,69 +344,26 @@ TYPES = {
     str: "text, in quotes where YAML reads a date",
 }
 """Types of fields, for messages."""
-ACCEPTED = {
-    bool: (bool, int),
-    int: (int, str),
-    float: (float, int, str),
-    str: (str, int, float, bool),
-}
-"""Type of a field -> types of values that are converted; YAML reads ``1e-4`` as text."""
 
 
-def convert(value: Any, kind: Any, place: str, key: str) -> Any:
-    """Return a value in the type of its field.
-
-    Raises:
-        ConfigError: naming the key, the value and what the key takes.
-    """
-    optional = NoneType in get_args(kind)
-    if optional:
-        kind = next(one for one in get_args(kind) if one is not NoneType)
-        if value is None:
-            return None
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        refuse_odd_values(value, place, key)
-        return value
-    if origin is Literal:
-        return arguments[arguments.index(value)]
-    if origin in (list, tuple):
-        items = enumerate(cast(list[Any], value))
-        found = [convert(item, arguments[0], place, f"{key}[{i}]") for i, item in items]
-        return found if origin is list else tuple(found)
-    try:
-        if type(value) in ACCEPTED[kind]:
-            return kind(value)
-    except (ValueError, OverflowError):
-        pass  # a text that is no number, or a number without a float
-    if is_path_key(key) and isinstance(value, list):
-        raise ConfigError(
-            f"{place}: {key}: is a list, expected one path: a pattern such as train-*.tar or "
-            "{a,b}.tar, or a folder with links to all"
-        )
-    expected = TYPES[kind] + (", or null" if optional else "")
-    raise ConfigError(f"{place}: {key}={value!r}: expected {expected}")
+def expected_type(key: str, schema: type) -> str:
+    """Return what a key takes, as the end of a message; empty for a key with a set of values."""
+    one = dict(walk_fields(schema)).get(key.partition("[")[0])
+    kinds = () if one is None else (one.type, *get_args(one.type))
+    name = next((text for kind, text in TYPES.items() if kind in kinds), None)
+    if name is None:
+        return ""
+    return f"; expected {name}" + (", or null" if type(None) in kinds else "")
 
 
-def refuse_odd_values(value: Any, place: str, key: str) -> None:
-    """Refuse what YAML has and JSON has not, such as a date, in the value of a key of any type.
-
-    Raises:
-        ConfigError: naming the key and the value.
-    """
-    if isinstance(value, dict):
-        tree = cast(dict[Any, Any], value)
-        odd = [name for name in tree if not isinstance(name, str)]
-        for name, item in tree.items():
-            refuse_odd_values(item, place, f"{key}.{name}")
-    elif isinstance(value, list):
-        odd: list[Any] = []
-        for number, item in enumerate(cast(list[Any], value)):
-            refuse_odd_values(item, place, f"{key}[{number}]")
-    else:
-        odd = [] if isinstance(value, str | int | float | None) else [value]
-    if odd:
-        raise ConfigError(f"{place}: {key}: {odd[0]!r} is no text; write it in quotes")
+def leaf_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the full keys of a tree."""
+    found: list[str] = []
+    for key, value in tree.items():
+        full = f"{prefix}{key}"
+        inner = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+        found += leaf_keys(inner, f"{full}.") or [full]
+    return found
 
 
 def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
@@ -428,25 +377,17 @@ def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
     return " ".join(last.values()) or place
 
 
-def value_at(config: Any, key: str) -> Any:
-    """Return the value of ``group.key``."""
-    return functools.reduce(getattr, key.split("."), config)
-
-
 def build_config(
-    config: Recipe,
-    schema: type[Recipe],
-    check: Check[Recipe],
-    place: str,
-    overrides: Sequence[str] = (),
+    tree: Any, schema: type[Recipe], check: Check[Recipe], place: str, overrides: Sequence[str] = ()
 ) -> Recipe:
-    """Refuse missing keys, resolve schedules, run the checks; returns the config.
+    """Build the dataclasses, resolve schedules, refuse missing keys, run the checks.
 
     An error names the overrides that set its keys, else ``place``.
     """
-    absent = sorted(key for key, _ in walk_fields(schema) if value_at(config, key) == MISSING)
+    absent = sorted(OmegaConf.missing_keys(tree))
     if absent:
         raise ConfigError(f"{place}: {', '.join(absent)} must be given")
+    config = cast(Recipe, OmegaConf.to_object(tree))
     for key in schedule_keys(schema):
         group, name = key.split(".")
         owner = getattr(config, group)
@@ -469,8 +410,10 @@ def parse_schedule(value: Any, place: str, key: str) -> Schedule | float:
     check_choice(
         place, f"{key}.kind", fields.get("kind"), ("constant", "two_stage", "linear", "cosine")
     )
-    schedule = Schedule()
-    assign(schedule, fields, place, (), f"{key}.")
-    if schedule.start == MISSING:
+    try:
+        schedule = OmegaConf.merge(OmegaConf.structured(Schedule), OmegaConf.create(fields))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{place}: {key}: {str(error).splitlines()[0]}") from error
+    if OmegaConf.missing_keys(schedule):
         raise ConfigError(f"{place}: {key}.start must be given")
-    return schedule
+    return cast(Schedule, OmegaConf.to_object(schedule))

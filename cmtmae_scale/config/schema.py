@@ -10,8 +10,7 @@ from dataclasses import MISSING as NO_FACTORY
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-MISSING: Any = "???"
-"""Default of a field that the recipe must give."""
+from omegaconf import MISSING
 
 
 class Range(NamedTuple):
