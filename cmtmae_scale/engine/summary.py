@@ -14,7 +14,8 @@ import torch
 from cmtmae_scale.checkpoint.layout import ENCODER, folder_of, is_finite
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress
-from cmtmae_scale.engine.telemetry import FIGURES, LOG_FILE
+from cmtmae_scale.engine.sinks import LOG_FILE
+from cmtmae_scale.engine.telemetry import FIGURES
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import read_json
 
