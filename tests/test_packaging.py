@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cmtmae_scale.config.check import TRACKERS
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -56,10 +58,10 @@ def test_command_points_at_a_function() -> None:
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_setup_installs_every_extra_but_cuda_12() -> None:
+def test_setup_installs_every_extra_but_cuda_12_and_trackers() -> None:
     extras = set(PROJECT["project"]["optional-dependencies"])
     line = next(x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("EXTRAS"))
-    assert set(line.split("=")[1].strip().split(",")) == extras - {"dali12"}
+    assert set(line.split("=")[1].strip().split(",")) == extras - {"dali12", *TRACKERS}
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:

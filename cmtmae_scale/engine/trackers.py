@@ -38,7 +38,7 @@ IMPORT_S = 120.0
 """Seconds in which a library must be imported at the launch."""
 SLOW_S = 60.0
 """Seconds without an answer that count as a failure."""
-CLOSE_S = 15.0
+CLOSE_S = 20.0
 """Seconds in which all trackers together must finish at the end of a launch."""
 SECRET_KEY = re.compile(r"(^|_)(key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
