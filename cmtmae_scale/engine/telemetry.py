@@ -71,7 +71,10 @@ class Telemetry:
         self.began = time.monotonic()
         self.side_task_s: dict[str, float] = {}
         self.start_interval()
-        self.start_estimate()
+        self.step_s: float | None = None
+        """Seconds per step, side tasks included, of this launch without its first interval."""
+        self.timed_from = start, self.began
+        self.is_first_interval = True
         self.bar = tqdm(
             total=end,
             initial=start,
@@ -87,12 +90,6 @@ class Telemetry:
         self.views = 0
         self.waited_s = 0.0
         self.since = time.monotonic()
-
-    def start_estimate(self) -> None:
-        """Estimate the remaining time from the steps after this one."""
-        self.timed_from = self.step, time.monotonic()
-        self.is_timed = False
-        """Whether the interval with the slow first steps is behind."""
 
     def record(
         self, step: int, values: dict[str, float], views: int, waited_s: float, position: int
@@ -125,11 +122,18 @@ class Telemetry:
         entry["memory_gib"] = memory_gib()
         entry["views"] = self.position
         self.add_scalars(entry)
+        self.estimate_rate()
         self.log_line({label: entry[name] for name, label in SHOWN.items() if name in entry})
-        if not self.is_timed:
-            self.start_estimate()
-            self.is_timed = True
         self.start_interval()
+
+    def estimate_rate(self) -> None:
+        """Estimate the time per step; the first interval, with slow first steps, counts alone."""
+        step, began = self.timed_from
+        now = time.monotonic()
+        self.step_s = (now - began) / max(self.step - step, 1)
+        if self.is_first_interval:
+            self.is_first_interval = False
+            self.timed_from = self.step, now
 
     def log_line(self, values: dict[str, float]) -> None:
         """Log values of the present step, behind its number, the views so far and the ETA."""
@@ -145,11 +149,9 @@ class Telemetry:
 
     def remaining(self) -> str:
         """Return the time until the last step, side tasks included, as text."""
-        step, began = self.timed_from
-        if self.step <= step:
+        if self.step_s is None:
             return "?"
-        step_s = (time.monotonic() - began) / (self.step - step)
-        return tqdm.format_interval(step_s * (self.end - self.step))
+        return tqdm.format_interval(self.step_s * (self.end - self.step))
 
     def record_side_task(
         self, stage: str, step: int, values: dict[str, float], took_s: float
@@ -224,7 +226,7 @@ class Telemetry:
         self.step = step
         self.bar.update(step - self.bar.n)
         self.start_interval()
-        self.start_estimate()
+        self.timed_from = step, time.monotonic()
 
     def close(self) -> None:
         """Close the progress bar, the trackers and the log."""
