@@ -23,7 +23,7 @@ def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], 
     shows = logger.isEnabledFor(logging.INFO)
     has_bar = shows and sys.stderr.isatty()
     began = logged_at = time.monotonic()
-    options = {"leave": None, "dynamic_ncols": True, "disable": not has_bar}
+    options = {"leave": False, "dynamic_ncols": True, "disable": not has_bar}
     with tqdm(total=total, desc=title, unit=unit, **options) as bar:
 
         def report(done: int) -> None:

@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 FIGURES = "figures"
 SHOWN = {
-    "loss/total": "loss",
-    "loss/teacher": "teacher",
-    "loss/student": "student",
-    "loss/pixel": "pixel",
-    "lr": "lr",
-    "grad_norm": "grad",
-    "images_s": "views/s",
+    "loss/total": ("loss", 4),
+    "loss/teacher": ("teacher", 4),
+    "loss/student": ("student", 4),
+    "loss/pixel": ("pixel", 4),
+    "lr": ("lr", 3),
+    "grad_norm": ("grad", 3),
+    "images_s": ("views/s", 3),
 }
-"""Values of a log line, and their names there."""
+"""Values of a log line: their names there, and significant digits."""
 
 
 class Telemetry:
@@ -123,7 +123,10 @@ class Telemetry:
         entry["views"] = self.position
         self.add_scalars(entry)
         self.estimate_rate()
-        self.log_line({label: entry[name] for name, label in SHOWN.items() if name in entry})
+        shown = {name: what for name, what in SHOWN.items() if name in entry}
+        self.log_line(
+            [f"{label} {format_value(entry[name], n)}" for name, (label, n) in shown.items()]
+        )
         self.start_interval()
 
     def estimate_rate(self) -> None:
@@ -135,17 +138,11 @@ class Telemetry:
             self.is_first_interval = False
             self.timed_from = self.step, now
 
-    def log_line(self, values: dict[str, float]) -> None:
+    def log_line(self, shown: list[str]) -> None:
         """Log values of the present step, behind its number, the views so far and the ETA."""
-        shown = "  ".join(f"{name} {format_value(value)}" for name, value in values.items())
-        logger.info(
-            "step %d/%d  %s views  ETA %s  %s",
-            self.step,
-            self.end,
-            tqdm.format_sizeof(self.position),
-            self.remaining(),
-            shown,
-        )
+        views = self.position if self.position < 1000 else tqdm.format_sizeof(self.position)
+        progress = f"step {self.step}/{self.end}", f"{views} views", f"ETA {self.remaining()}"
+        logger.info("%s", "  ".join([*progress, *shown]))
 
     def remaining(self) -> str:
         """Return the time until the last step, side tasks included, as text."""
@@ -170,7 +167,7 @@ class Telemetry:
         fraction = spent_s / max(time.monotonic() - self.began, 1e-9)
         self.add_scalars({**values, f"{stage}/time_fraction": fraction})
         if values:
-            self.log_line(values)
+            self.log_line([f"{name} {format_value(value)}" for name, value in values.items()])
         return fraction
 
     def record_figures(self, step: int, sheet: NDArray[np.uint8], took_s: float) -> None:
@@ -240,17 +237,17 @@ class Telemetry:
         self.log.close()
 
 
-def format_value(value: float) -> str:
-    """Return a number with four significant digits, for reading.
+def format_value(value: float, digits: int = 4) -> str:
+    """Return a number with so many significant digits, for reading; all digits before the point.
 
     >>> [format_value(value) for value in (0.000123456, 0.52, 12.0, 1234567.0)]
     ['1.235e-04', '0.5200', '12.00', '1,234,567']
     """
-    if abs(value) >= 10_000:
+    if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
     if 0 < abs(value) < 0.001:
-        return f"{value:.3e}"
-    return f"{value:#.4g}"
+        return f"{value:.{digits - 1}e}"
+    return f"{value:#.{digits}g}"
 
 
 def cut_figures(folder: Path, step: int) -> None:

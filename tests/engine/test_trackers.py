@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,25 +194,37 @@ def test_the_real_library_continues_one_run(
     assert READ[name](tmp_path) == [1, 2, 3, 3, 4, 5]
 
 
-def read_wandb(run_dir: Path) -> list[int]:
-    """Logged steps of all offline folders, which have the id of the run."""
+def wandb_records(data: bytes) -> Iterator[Any]:
+    """Records of an offline file: blocks of 32 KiB with parts of records, as in LevelDB's log."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
+    at, parts = 7, b""
+    while at + 7 <= len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        part = data[at + 7 : at + 7 + length]
+        parts = part if kind in (1, 2) else parts + part  # whole, first; middle, last
+        at += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(parts)
+
+
+def read_wandb(run_dir: Path) -> list[int]:
     run_id = (run_dir / "tracker_id").read_text().strip()
     files = sorted((run_dir / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert len(files) == 2
-    steps: list[int] = []
-    for file in files:
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = Record()
-            record.ParseFromString(data)
-            items = {"/".join(i.nested_key) or i.key: i for i in record.history.item}
-            if "loss/total" in items:
-                steps.append(json.loads(items["step"].value_json))
-    return steps
+    assert len(files) == 2  # a folder per launch, both of the id of the run
+    found = [record for file in files for record in wandb_records(file.read_bytes())]
+    kinds = [record.WhichOneof("record_type") for record in found]
+    assert kinds.count("alert") == 2
+    rows = [
+        {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+        for record in found
+    ]
+    assert sum("figures/path" in row for row in rows) == 2
+    return [int(row["step"]) for row in rows if "loss/total" in row]
 
 
 def read_mlflow(run_dir: Path) -> list[int]:
