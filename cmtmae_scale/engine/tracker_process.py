@@ -5,6 +5,7 @@ for minutes. In a process of its own it can neither delay nor end a run. Only th
 and the tracker are imported, and the file is run by its path.
 """
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 PROJECT = "cmtmae-scale"
@@ -49,9 +52,7 @@ class Client(Protocol):
 class Wandb:
     """Weights & Biases. Curves are drawn over ``step``; its own counter of calls only grows."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        import wandb
-
+    def __init__(self, wandb: Any, settings: dict[str, Any]) -> None:
         self.wandb = wandb
         folder = None if os.environ.get("WANDB_DIR") else settings["folder"]
         self.run = wandb.init(
@@ -84,15 +85,12 @@ class Wandb:
 class Mlflow:
     """MLflow: parameters of the first launch, the config of each launch as an artifact."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        import mlflow
-        from mlflow.entities import Metric, Param
-
+    def __init__(self, mlflow: Any, settings: dict[str, Any]) -> None:
         folder = settings["folder"]
         given = os.environ.get("MLFLOW_TRACKING_URI")
         uri = given or f"sqlite:///{folder}/mlflow.db"
         self.client = mlflow.MlflowClient(tracking_uri=uri)
-        self.metric = Metric
+        self.metric, param = mlflow.entities.Metric, mlflow.entities.Param
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         found = self.client.get_experiment_by_name(name)
         artifacts = None if given else f"{folder}/mlflow"
@@ -111,7 +109,7 @@ class Mlflow:
                 experiment, tags=tag, run_name=settings["name"]
             ).info.run_id
             given_params = flatten(settings["config"]).items()
-            params = [Param(key, value[:MLFLOW_TEXT]) for key, value in given_params]
+            params = [param(key, value[:MLFLOW_TEXT]) for key, value in given_params]
             for at in range(0, len(params), MLFLOW_BATCH):
                 self.client.log_batch(self.run_id, params=params[at : at + MLFLOW_BATCH])
         self.client.log_dict(self.run_id, settings["config"], "config.yaml")
@@ -139,10 +137,7 @@ class Mlflow:
 class Trackio:
     """trackio; a run continues under its name."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        os.environ.setdefault("TRACKIO_DIR", f"{settings['folder']}/trackio")
-        import trackio
-
+    def __init__(self, trackio: Any, settings: dict[str, Any]) -> None:
         self.trackio = trackio
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         name = f"{settings['name']}-{settings['id']}"
@@ -164,7 +159,7 @@ class Trackio:
         self.trackio.finish()
 
 
-CLIENTS: dict[str, Callable[[dict[str, Any]], Client]] = {
+CLIENTS: dict[str, Callable[[Any, dict[str, Any]], Client]] = {
     "wandb": Wandb,
     "mlflow": Mlflow,
     "trackio": Trackio,
@@ -180,12 +175,6 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[re.sub(r"[^\w./ -]", "_", prefix + str(key))] = str(value)
     return found
-
-
-def call(client: Client, entry: dict[str, Any]) -> None:
-    """Pass an entry to its method of the client."""
-    arguments = dict(entry)
-    getattr(client, arguments.pop("call"))(**arguments)
 
 
 def attempt(work: Callable[[], Any], counts_warnings: bool) -> str | None:
@@ -219,22 +208,31 @@ def serve(name: str) -> None:
     settings = json.loads(sys.stdin.readline())
     if name == "trackio":  # read at import
         os.environ.setdefault("TRACKIO_DIR", f"{settings['folder']}/trackio")
-    answer(error=attempt(lambda: __import__(name), False))
+    libraries: list[Any] = []
     clients: list[Client] = []
-    for line in sys.stdin:
-        entry = json.loads(line)
-        error, place = None, None
-        if not clients:
-            error = attempt(lambda: clients.append(CLIENTS[name](settings)), name == "trackio")
-            place = clients[0].place if clients else None
-        if clients and error is None:
-            error = attempt(lambda entry=entry: call(clients[0], entry), name == "trackio")
-        answer(error=error, place=place)
-        if entry["call"] == "close":
-            os._exit(0)  # exit hooks of libraries wait for networks
+
+    def import_library() -> None:
+        libraries.append(importlib.import_module(name))
+
+    def pass_on(entry: dict[str, Any]) -> None:
+        arguments = dict(entry)
+        method = arguments.pop("call")
+        if not clients and method != "close":
+            clients.append(CLIENTS[name](libraries[0], settings))
+        for client in clients:
+            getattr(client, method)(**arguments)
+
+    with suppress(BrokenPipeError):  # the run has ended, as at the end of its lines
+        answer(error=attempt(import_library, counts_warnings=False), place=None)
+        for line in sys.stdin:
+            entry, known = json.loads(line), len(clients)
+            error = attempt(partial(pass_on, entry), counts_warnings=name == "trackio")
+            answer(error=error, place=clients[0].place if len(clients) > known else None)
+            if entry["call"] == "close":
+                os._exit(0)  # exit hooks of libraries wait for networks
     signal.alarm(LAST_WORK_S)
     for client in clients:
-        attempt(lambda client=client: client.close(False), False)
+        attempt(partial(client.close, False), counts_warnings=False)
     os._exit(1)
 
 

@@ -84,6 +84,9 @@ class Tracker:
         try:
             self.import_error = self.ask(settings)["error"]
             self.is_imported.set()
+            if self.import_error is not None:
+                self.problem = redact(self.import_error)
+                return
             while failures < FAILURES:
                 entry = self.entries.get()
                 found = self.ask(entry)
