@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmtmae_scale.config.check import find_problems
+from cmtmae_scale.config.check import check_log
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine import trackers
 from cmtmae_scale.engine.telemetry import Telemetry
@@ -163,12 +163,10 @@ def test_secrets_stay_here() -> None:
 
 
 def test_unknown_trackers_and_half_ranges_are_refused() -> None:
-    config = Config()
-    config.data.path, config.train.epochs = "photos", 1
-    config.log.trackers, config.log.profile_steps = ["wandb", "wandb", "neptune"], [10]
-    text = "\n".join(find_problems(config))
+    text = "\n".join(check_log(["wandb", "wandb", "neptune"], [10]))
     assert "'neptune' is not one of wandb, mlflow, trackio" in text
     assert "names a tracker twice" in text and "such as [10, 13]" in text
+    assert not [*check_log(["wandb"], [10, 13])]
 
 
 @pytest.mark.parametrize("name", trackers.tracker_process.CLIENTS)
