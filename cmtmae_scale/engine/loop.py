@@ -59,11 +59,11 @@ def train(run: Run) -> str | None:
     refusal: str | None = None
     publish_progress(run)
     while progress.step < progress.end_step and reason is None:
-        scalars = run.task.scalars(progress)
+        scalars, number = run.task.scalars(progress), progress.step + 1
         if run.profile is not None:
-            run.profile.begin(progress.step + 1)
+            run.profile.begin(number)
         try:
-            with span(f"step {progress.step + 1}"):
+            with span(f"step {number}"):
                 step = take_step(run, scalars)
         except ReadError as error:
             reason = str(error)
@@ -71,9 +71,9 @@ def train(run: Run) -> str | None:
         except (CacheError, TeacherError):
             save_last(run)
             raise
-        if run.profile is not None:
+        if run.profile is not None and run.profile.is_tracing:
             run.place.enter("save", progress.step)
-            run.profile.end(progress.step)
+            run.profile.end(number)
         refuse_bad_fraction(run, step.report["valid_views"])
         if step.refusal is None:
             record_step(run, step, scalars)

@@ -41,9 +41,13 @@ class StepProfile:
         self.profiler: profile | None = None
         self.traced: list[int] = []
 
+    @property
+    def is_tracing(self) -> bool:
+        return self.profiler is not None
+
     def begin(self, step: int) -> None:
         """Start before the first step, or where a launch begins between both."""
-        if self.traced or not self.first <= step <= self.last:
+        if self.is_tracing or self.traced or not self.first <= step <= self.last:
             return
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
@@ -53,11 +57,10 @@ class StepProfile:
         self.profiler.start()
 
     def end(self, step: int) -> None:
-        """Count a step that was taken; writes after the last."""
-        if self.profiler is not None:
-            self.traced.append(step)
-            if step >= self.last:
-                self.close()
+        """Count a step, taken or skipped; writes after the last."""
+        self.traced.append(step)
+        if step >= self.last:
+            self.close()
 
     def close(self) -> None:
         """Stop, and write what was traced."""

@@ -78,7 +78,7 @@ class RunLog(logging.Handler):
     ) -> None:
         for name in PACKAGES:
             logging.getLogger(name).removeHandler(self)
-        if error is not None:  # the command prints it after this
+        if isinstance(error, Exception):  # the command prints it after this
             is_expected = isinstance(error, CmtMaeError | DataError)
             text = str(error) if is_expected else "".join(traceback.format_exception(error))
             self.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, text, None, None))
