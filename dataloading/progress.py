@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
@@ -13,7 +13,7 @@ PROGRESS_S = 10.0
 
 
 @contextmanager
-def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(title: str, total: int, unit: str) -> Generator[Callable[[int], None], None, None]:
     """Yield a callback for the number done; rate and remaining time are shown.
 
     Only a process that logs at INFO shows progress: rank 0 of a launch.
@@ -23,8 +23,9 @@ def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], 
     shows = logger.isEnabledFor(logging.INFO)
     has_bar = shows and sys.stderr.isatty()
     began = logged_at = time.monotonic()
-    options = {"leave": False, "dynamic_ncols": True, "disable": not has_bar}
-    with tqdm(total=total, desc=title, unit=unit, **options) as bar:
+    with tqdm(
+        total=total, desc=title, unit=unit, leave=False, dynamic_ncols=True, disable=not has_bar
+    ) as bar:
 
         def report(done: int) -> None:
             nonlocal logged_at

@@ -113,7 +113,7 @@ class TuningLog:
 
     every: int = positive(10)
     """Steps between log entries."""
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=list[str])
     """As ``log.trackers`` of pre-training."""
     profile_steps: list[int] = step_range()
     """As ``log.profile_steps`` of pre-training."""

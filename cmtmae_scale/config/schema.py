@@ -77,7 +77,7 @@ def blocks() -> Any:
 
 def step_range() -> Any:
     """Return a field that holds a first and a last step, or nothing."""
-    return field(default_factory=list, metadata={"range": Range(above=0, ascending=True)})
+    return field(default_factory=list[int], metadata={"range": Range(above=0, ascending=True)})
 
 
 def scheduled(**default: Any) -> Any:
@@ -471,7 +471,7 @@ class Log:
     diagnostics_every: int | None = positive(100)
     """Steps between diagnostics of the target tokens and of the loss terms' gradients; ``None``:
     never."""
-    trackers: list[str] = field(default_factory=list)
+    trackers: list[str] = field(default_factory=list[str])
     """Experiment trackers that get metrics, figures and incidents: wandb, mlflow, trackio."""
     profile_steps: list[int] = step_range()
     """First and last step that rank 0 traces into ``RUN_DIR/profile``; ``[]``: none."""

@@ -18,7 +18,7 @@ FOLDER = "profile"
 
 def span(name: str) -> AbstractContextManager[Any]:
     """Return a context that names a stage: in a trace, else on a GPU as an NVTX range."""
-    if torch.autograd._profiler_enabled():
+    if torch.autograd._profiler_enabled():  # pyright: ignore[reportPrivateImportUsage]
         return record_function(name)
     if torch.cuda.is_initialized():
         return torch.cuda.nvtx.range(name)
@@ -69,16 +69,17 @@ class StepProfile:
             return
         profiler.stop()
         if self.traced:
-            steps = f"steps-{self.traced[0]:08d}-{self.traced[-1]:08d}"
-            trace = self.folder / f"{steps}.json.gz"
-            with optional_write(trace):
-                self.folder.mkdir(exist_ok=True)
-                profiler.export_chrome_trace(str(trace))
-                logger.info("trace of %s: open it in ui.perfetto.dev", trace)
+            self.write(profiler, f"steps-{self.traced[0]:08d}-{self.traced[-1]:08d}")
         if self.device.type == "cuda":
-            if self.traced:
-                memory = self.folder / f"memory-{steps}.pickle"
-                with optional_write(memory):
-                    torch.cuda.memory._dump_snapshot(str(memory))
-                    logger.info("memory snapshot %s: open it in pytorch.org/memory_viz", memory)
             torch.cuda.memory._record_memory_history(enabled=None)
+
+    def write(self, profiler: profile, steps: str) -> None:
+        """Write the trace, and of a GPU the allocations; a store that refuses is no failure."""
+        trace, memory = self.folder / f"{steps}.json.gz", self.folder / f"memory-{steps}.pickle"
+        with optional_write(trace):
+            self.folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(trace))
+            logger.info("trace %s: open it in ui.perfetto.dev", trace)
+            if self.device.type == "cuda":
+                torch.cuda.memory._dump_snapshot(str(memory))
+                logger.info("memory snapshot %s: open it in pytorch.org/memory_viz", memory)
