@@ -15,7 +15,7 @@ from cmtmae_scale.engine.guards import (
     refuse_bad_fraction,
     refuse_empty_run,
 )
-from cmtmae_scale.engine.profile import span
+from cmtmae_scale.engine.profile import StepProfile, span
 from cmtmae_scale.engine.rollback import roll_back
 from cmtmae_scale.engine.task import Drawn, Run, Scalars
 from cmtmae_scale.errors import CacheError, CmtMaeError, TeacherError
@@ -72,8 +72,7 @@ def train(run: Run) -> str | None:
             save_last(run)
             raise
         if run.profile is not None and run.profile.is_tracing:
-            run.place.enter("save", progress.step)
-            run.profile.end(number)
+            end_profiled_step(run, run.profile, number)
         refuse_bad_fraction(run, step.report["valid_views"])
         if step.refusal is None:
             record_step(run, step, scalars)
@@ -218,6 +217,15 @@ def record_step(run: Run, step: Step, scalars: Scalars) -> None:
     run.telemetry.record(
         run.progress.step, values, run.plan.global_batch_size, step.waited_s, run.progress.position
     )
+
+
+def end_profiled_step(run: Run, profile: StepProfile, number: int) -> None:
+    """Count a traced step; the time in which a trace is written is no time of training."""
+    run.place.enter("save", run.progress.step)
+    began = time.monotonic()
+    profile.end(number)
+    if run.telemetry is not None and not profile.is_tracing:
+        run.telemetry.record_side_task("profile", number, {}, time.monotonic() - began)
 
 
 def report_stragglers(run: Run, own_s: list[float]) -> None:
