@@ -259,4 +259,7 @@ def test_progress_is_a_bar_on_a_terminal(caplog, monkeypatch) -> None:
     monkeypatch.setattr("sys.stderr", stream)
     with bars.progress_bar("packing", 72_000, "images") as progress:
         progress(36_000)
-    assert "\rpacking:  50%" in stream.getvalue() and not caplog.records
+    first, *_, last, end = stream.getvalue().split("\r")[1:]
+    assert first.startswith("packing:   0%") and "0/72000" in first
+    assert last.isspace() and not end  # a finished bar is erased: the log has the result
+    assert not caplog.records
