@@ -1,7 +1,5 @@
 """Rows of the index, and the rules for images that get a row."""
 
-import logging
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dataloading.headers import Header, HeaderError
-
-logger = logging.getLogger(__name__)
+from dataloading.progress import progress_bar
 
 ENTRY = np.dtype(
     [
@@ -33,7 +30,6 @@ EXTENSIONS = frozenset(
 MAX_PIXELS = 100_000_000
 SIDEWAYS = 5
 """First of the EXIF orientations that exchange width and height."""
-PROGRESS_S = 10.0
 
 _READERS = 8
 _ORIENTATION, _TURNED = 7, 8  # of the flags
@@ -162,22 +158,23 @@ def examine(
 
 
 def map_in_threads(
-    work: Callable[[Piece], Result],
-    pieces: Sequence[Piece],
-    progress: Callable[[Sequence[Result]], str],
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], sizes: Sequence[int], unit: str
 ) -> list[Result]:
     """Examine pieces of a data set in threads; return the results in the order of the pieces.
 
-    ``progress`` formats a message from the results so far, which is logged at intervals.
+    Progress is shown in units, of which ``sizes`` has the number per piece.
     """
     Image.init()
     results: list[Result] = []
-    logged = time.monotonic()
-    with warnings.catch_warnings(), ThreadPoolExecutor(_READERS) as pool:
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(_READERS) as pool,
+        progress_bar("indexing", sum(sizes), unit) as report_done,
+    ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-        for result in pool.map(work, pieces):
+        done = 0
+        for result, size in zip(pool.map(work, pieces), sizes, strict=True):
             results.append(result)
-            if time.monotonic() - logged >= PROGRESS_S:
-                logged = time.monotonic()
-                logger.info("%s", progress(results))
+            done += size
+            report_done(done)
     return results

@@ -201,10 +201,8 @@ def examine_folder(
             parts.keep(chunk, found)
         return found
 
-    def progress(done: Sequence[list[Examined]]) -> str:
-        return f"{root}: {sum(map(len, done))} of {len(files)} files examined"
-
-    examined = [result for results in map_in_threads(work, chunks, progress) for result in results]
+    parted = map_in_threads(work, chunks, [*map(len, chunks)], "files")
+    examined = [result for results in parted for result in results]
     excluded = tuple(
         (file.name, result.fault)
         for file, result in zip(files, examined, strict=True)

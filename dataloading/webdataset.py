@@ -99,11 +99,7 @@ def examine_shards(
             parts.keep([shard.file], _samples_to_json(samples))
         return samples
 
-    def progress(done: Sequence[_Samples]) -> str:
-        images = sum(len(samples.entries) for samples in done)
-        return f"{path}: {len(done)} of {len(shards)} tars examined, {images} images so far"
-
-    found = map_in_threads(work, range(len(shards)), progress)
+    found = map_in_threads(work, range(len(shards)), [1] * len(shards), "tars")
     excluded = tuple(fault for samples in found for fault in samples.excluded)
     entries = np.concatenate([samples.entries for samples in found])
     if excluded:

@@ -17,6 +17,8 @@ from cmtmae_scale.commands.copy import TEMPLATES
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
 from tests.test_layers import MODULES
 
+from cmtmae_scale.config.check import TRACKERS
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -172,10 +174,10 @@ def test_command_points_at_a_function() -> None:
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_setup_installs_every_extra_but_cuda_12() -> None:
+def test_setup_installs_every_extra_but_cuda_12_and_trackers() -> None:
     extras = set(PROJECT["project"]["optional-dependencies"])
     line = next(x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("EXTRAS"))
-    assert set(line.split("=")[1].strip().split(",")) == extras - {"dali12"}
+    assert set(line.split("=")[1].strip().split(",")) == extras - {"dali12", *TRACKERS}
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:

@@ -18,7 +18,7 @@ from cmtmae_scale.cache.format import SHARDS, Manifest, read_seal
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.runtime.progress_file import PublishedProgress, read_published_progress
-from dataloading.entries import PROGRESS_S
+from dataloading.progress import PROGRESS_S
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from cmtmae_scale.cache.build import Builder
 from cmtmae_scale.cache.codecs import Encoded, Fidelity, calibrate, decode, measure_fidelity
 from cmtmae_scale.cache.format import Manifest, read_seal, shard_path
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
+from cmtmae_scale.runtime.log import progress_bar
 from cmtmae_scale.runtime.storage import digest
 
 MIN_COSINE = 0.9995
@@ -122,24 +123,28 @@ def compare_rows(
     attention: list[tuple[Tensor, Tensor]] = []
     validity = 0
     try:
-        for online in builder.forward_plans(map(builder.plan_rows, builder.split_rows(chosen))):
-            stored = manifest.empty_rows(len(online.rows))
-            readable = torch.tensor(
-                [
-                    files[row // size].read_row(row, stored, at) is None
-                    for at, row in enumerate(online.rows.tolist())
-                ]
-            )
-            valid = online.valid.cpu()
-            validity += int((readable != valid).sum())
-            both = readable & valid
-            if "features" in stored and online.features is not None:
-                encoded = Encoded(stored["features"], stored.get("scales"))
-                kept = decode(encoded, builder.calibration)[both].float()
-                features.append((online.features.cpu()[both].float(), kept))
-            if "attention" in stored and online.attention is not None:
-                kept = stored["attention"][both].float()
-                attention.append((online.attention.cpu()[both], kept))
+        compared = 0
+        with progress_bar("computing again", count, "rows") as report_rows:
+            for online in builder.forward_plans(map(builder.plan_rows, builder.split_rows(chosen))):
+                stored = manifest.empty_rows(len(online.rows))
+                readable = torch.tensor(
+                    [
+                        files[row // size].read_row(row, stored, at) is None
+                        for at, row in enumerate(online.rows.tolist())
+                    ]
+                )
+                valid = online.valid.cpu()
+                validity += int((readable != valid).sum())
+                both = readable & valid
+                if "features" in stored and online.features is not None:
+                    encoded = Encoded(stored["features"], stored.get("scales"))
+                    kept = decode(encoded, builder.calibration)[both].float()
+                    features.append((online.features.cpu()[both].float(), kept))
+                if "attention" in stored and online.attention is not None:
+                    kept = stored["attention"][both].float()
+                    attention.append((online.attention.cpu()[both], kept))
+                compared += len(online.rows)
+                report_rows(compared)
     finally:
         for file in files.values():
             file.close()

@@ -34,6 +34,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.launches import refuse_further_launch
 from cmtmae_scale.engine.resume import compare_run
 from cmtmae_scale.engine.stop import STOP_FILE
+from cmtmae_scale.engine.trackers import refuse_missing_trackers
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
 from cmtmae_scale.evaluation.periodic import RunEvaluation
 from cmtmae_scale.pretraining.build import load_student, refuse_bad_index, refuse_missing_cls
@@ -120,6 +121,7 @@ def check_launch(
     attempt(reasons, lambda: refuse_living_holder(run_dir))
     attempt(reasons, lambda: refuse_further_launch(run_dir))
     attempt(reasons, lambda: require_decoder(config.data.decode))
+    attempt(reasons, lambda: refuse_missing_trackers(config.log.trackers))
     if config.backend.name == "deepspeed":
         attempt(reasons, refuse_missing_deepspeed)
     else:

@@ -184,9 +184,10 @@ def run_options(config: Config, options: argparse.Namespace, world: World) -> in
         first, step = stripe_of(options.shard, world)
         shards = range(first, manifest.num_shards, step)
         if options.repair:
-            for shard, reason in damaged_shards(folder, manifest, shards):
-                logger.warning("shard %d: %s; it is built again", shard, reason)
-                seal_path(folder, shard).unlink(missing_ok=True)
+            with progress_bar("reading", len(shards), "shards") as report_shards:
+                for shard, reason in damaged_shards(folder, manifest, shards, report_shards):
+                    logger.warning("shard %d: %s; it is built again", shard, reason)
+                    seal_path(folder, shard).unlink(missing_ok=True)
         build_assigned(builder, folder, manifest, shards)
     finally:
         builder.close()

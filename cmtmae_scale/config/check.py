@@ -17,6 +17,8 @@ LARGEST = 2**63
 """Whole numbers are computed in 64 bits, and so are steps and nanoseconds of a length."""
 LENGTHS = ("epochs", "warmup_epochs", "time_limit_s", "hang_seconds")
 """Fields with fractions that become whole numbers."""
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""Experiment trackers that ``log.trackers`` may name."""
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
 
 
@@ -33,6 +35,7 @@ def find_problems(config: Config) -> Iterator[str]:
     yield from check_cache(config)
     yield from check_precision(config)
     yield from check_backend(config.backend)
+    yield from check_log(config.log.trackers, config.log.profile_steps)
     yield from check_figures(config)
     yield from check_evaluation(config)
 
@@ -273,6 +276,17 @@ def check_precision(config: Config) -> Iterator[str]:
                 f"{key}.precision=fp8 needs backend.precision=bf16; found "
                 f"{config.backend.precision}"
             )
+
+
+def check_log(trackers: list[str], profile_steps: list[int]) -> Iterator[str]:
+    """Known trackers, each once; two steps to profile, or none."""
+    for name in trackers:
+        if name not in TRACKERS:
+            yield f"log.trackers={trackers}: {name!r} is not one of {', '.join(TRACKERS)}"
+    if len({*trackers}) < len(trackers):
+        yield f"log.trackers={trackers} names a tracker twice; name it once"
+    if len(profile_steps) not in (0, 2):
+        yield f"log.profile_steps={profile_steps} must be a first and a last step, such as [10, 13]"
 
 
 def check_figures(config: Config) -> Iterator[str]:

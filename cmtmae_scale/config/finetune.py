@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cmtmae_scale.config.check import check_backend, check_length, check_ranges
+from cmtmae_scale.config.check import check_backend, check_length, check_log, check_ranges
 from cmtmae_scale.config.derive import pairs_views, refuse_single_views
 from cmtmae_scale.config.load import load_recipe
 from cmtmae_scale.config.schema import (
@@ -23,6 +23,7 @@ from cmtmae_scale.config.schema import (
     fraction,
     non_negative,
     positive,
+    step_range,
 )
 
 
@@ -111,6 +112,10 @@ class TuningLog:
 
     every: int = positive(10)
     """Steps between log entries."""
+    trackers: list[str] = field(default_factory=list[str])
+    """As ``log.trackers`` of pre-training."""
+    profile_steps: list[int] = step_range()
+    """As ``log.profile_steps`` of pre-training."""
 
 
 @dataclass
@@ -156,3 +161,4 @@ def find_finetune_problems(config: Finetune) -> Iterator[str]:
     if pairs_views(config) and config.train.micro_batch_size < 2:
         yield refuse_single_views(config.train.micro_batch_size)
     yield from check_backend(config.backend)
+    yield from check_log(config.log.trackers, config.log.profile_steps)

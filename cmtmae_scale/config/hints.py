@@ -61,6 +61,8 @@ HABITS = {
     "views.img_size": "views.image_size",
     "data_path": "data.path",
     "resume": "run.output_dir",
+    "report_to": "log.trackers",
+    "use_wandb": "log.trackers",
 }
 """Keys of other programs -> keys of this one."""
 

@@ -75,6 +75,11 @@ def blocks() -> Any:
     return field(default_factory=lambda: [-1], metadata={"empty": remedy})
 
 
+def step_range() -> Any:
+    """Return a field that holds a first and a last step, or nothing."""
+    return field(default_factory=list[int], metadata={"range": Range(above=0, ascending=True)})
+
+
 def scheduled(**default: Any) -> Any:
     """Return a field that is a number in [0, 1] or the fields of a ``Schedule``."""
     legal = Range(at_least=0, at_most=1)
@@ -466,6 +471,10 @@ class Log:
     diagnostics_every: int | None = positive(100)
     """Steps between diagnostics of the target tokens and of the loss terms' gradients; ``None``:
     never."""
+    trackers: list[str] = field(default_factory=list[str])
+    """Experiment trackers that get metrics, figures and incidents: wandb, mlflow, trackio."""
+    profile_steps: list[int] = step_range()
+    """First and last step that rank 0 traces into ``RUN_DIR/profile``; ``[]``: none."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.derive import batch_plan, explain_batch
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
+from cmtmae_scale.engine.profile import StepProfile
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.resume import explain_misfit, find_progress, refuse_other_pairs
 from cmtmae_scale.engine.skips import Skips
@@ -22,6 +23,7 @@ from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.stragglers import Stragglers
 from cmtmae_scale.engine.task import Run, Task
 from cmtmae_scale.engine.telemetry import Telemetry
+from cmtmae_scale.engine.trackers import open_trackers
 from cmtmae_scale.engine.watchdog import Place
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.collectives import barrier, on_all_ranks
@@ -53,7 +55,8 @@ def build_run(
         place: where in the build, and then in the loop, this rank is; for the watchdog.
 
     Raises:
-        ConfigError: settings that do not fit the data, the number of ranks or the checkpoint.
+        ConfigError: settings that do not fit the data, the number of ranks or the checkpoint, or a
+            tracker that is not installed.
         DataError: unusable images.
         TeacherError: a teacher that cannot be built.
         CacheError: a teacher cache that the run cannot use.
@@ -90,14 +93,17 @@ def build_run(
     barrier()  # from here on no rank ends alone at a signal
     stop.install()
     progress_file = None
-    settings = (run_dir, progress.step, progress.end_step, config.log.every)
+    settings = (run_dir, progress.step, progress.end_step, config.log.every, progress.position)
 
     def open_telemetry() -> Telemetry | None:
         if lock is not None:
             lock.require()  # the log is cut, which may be another launch's by now
-        return Telemetry(*settings) if world.rank == 0 else None
+        return Telemetry(*settings, open_trackers(config)) if world.rank == 0 else None
 
-    telemetry = on_all_ranks(open_telemetry)
+    telemetry, profile = on_all_ranks(open_telemetry), None
+    if world.rank == 0 and config.log.profile_steps:
+        profile = StepProfile(run_dir, config.log.profile_steps, device)
+        stack.callback(profile.close)
     if telemetry is not None:
         progress_file = ProgressFile(run_dir)
         stack.callback(telemetry.close)
@@ -124,6 +130,7 @@ def build_run(
         skips=skips,
         stragglers=Stragglers(device, config.log.every, world.rank),
         saved_facts=record_facts(config, index.digest, world),
+        profile=profile,
         place=place,
     )
 

@@ -19,7 +19,7 @@ from tensorboard.compat.proto.event_pb2 import (
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import image, scalar
+from torch.utils.tensorboard.summary import image, scalar, text
 
 from cmtmae_scale.runtime.storage import append_whole
 
@@ -68,6 +68,15 @@ class EventFile:
             OSError: if it cannot be written; the file is unchanged.
         """
         summary = image(name, pixels, dataformats="HWC")
+        self.append([Event(wall_time=time.time(), step=step, summary=summary)])
+
+    def add_text(self, step: int, name: str, content: str) -> None:
+        """Add a text.
+
+        Raises:
+            OSError: if it cannot be written; the file is unchanged.
+        """
+        summary = text(name, content.encode(errors="replace").decode())
         self.append([Event(wall_time=time.time(), step=step, summary=summary)])
 
     def append(self, events: list[Event]) -> None:

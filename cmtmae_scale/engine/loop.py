@@ -15,6 +15,7 @@ from cmtmae_scale.engine.guards import (
     refuse_bad_fraction,
     refuse_empty_run,
 )
+from cmtmae_scale.engine.profile import StepProfile, span
 from cmtmae_scale.engine.rollback import roll_back
 from cmtmae_scale.engine.task import Drawn, Run, Scalars
 from cmtmae_scale.errors import CacheError, CmtMaeError, TeacherError
@@ -58,15 +59,20 @@ def train(run: Run) -> str | None:
     refusal: str | None = None
     publish_progress(run)
     while progress.step < progress.end_step and reason is None:
-        scalars = run.task.scalars(progress)
+        scalars, number = run.task.scalars(progress), progress.step + 1
+        if run.profile is not None:
+            run.profile.begin(number)
         try:
-            step = take_step(run, scalars)
+            with span(f"step {number}"):
+                step = take_step(run, scalars)
         except ReadError as error:
             reason = str(error)
             break
         except (CacheError, TeacherError):
             save_last(run)
             raise
+        if run.profile is not None and run.profile.is_tracing:
+            end_profiled_step(run, run.profile, number)
         refuse_bad_fraction(run, step.report["valid_views"])
         if step.refusal is None:
             record_step(run, step, scalars)
@@ -109,20 +115,23 @@ def take_step(run: Run, scalars: Scalars) -> Step:
         drawn, run.ahead = run.ahead or draw(run, number, micro_step), None
         batch, waited_s = drawn.batch, waited_s + drawn.waited_s
         place.enter("compute", number, micro_step)
-        work, observed = task.prepare(batch, drawn.fixed, scalars)
-        losses = backend.micro(work, last=micro_step + 1 == accumulation)
+        with span("prepare"):
+            work, observed = task.prepare(batch, drawn.fixed, scalars)
+        with span("micro"):
+            losses = backend.micro(work, last=micro_step + 1 == accumulation)
         rows, views = work.valid.sum().float(), batch.valid.sum().float()
         total += torch.stack([*losses, *observed, rows, views.to(run.device)])
         ids.append(batch.sample_id)
     place.enter("update", number, accumulation)
     failure = run.stop.failure
     stop = torch.full((1,), run.stop.urgency(), device=run.device)
-    outcome = backend.step(
-        scalars.lr,
-        torch.cat([total, stop, run.stragglers.own_seconds(number)]),
-        lambda sums: skips.find_spike(mean_loss(names, sums)) is None,
-        lambda: draw_ahead(run, number),
-    )
+    with span("update"):
+        outcome = backend.step(
+            scalars.lr,
+            torch.cat([total, stop, run.stragglers.own_seconds(number)]),
+            lambda sums: skips.find_spike(mean_loss(names, sums)) is None,
+            lambda: draw_ahead(run, number),
+        )
     sums, own_s = outcome.report[: len(names)], outcome.report[len(names) :]
     report = dict(zip(names, sums, strict=True)) | {"grad_norm": outcome.grad_norm}
     if math.isinf(report["stop"]):
@@ -134,7 +143,8 @@ def take_step(run: Run, scalars: Scalars) -> Step:
         return Step(report, own_s, waited_s, f"step {number}: {refusal}")
     skips.record_applied(loss if report["valid_rows"] else None)
     if scalars.momentum is not None:
-        backend.momentum_update(scalars.momentum)
+        with span("momentum_update"):
+            backend.momentum_update(scalars.momentum)
     run.progress.advance(run.plan.global_batch_size, applied=True)
     return Step(report, own_s, waited_s, None)
 
@@ -144,10 +154,12 @@ def draw(run: Run, step: int, micro_step: int) -> Drawn:
     with run.stragglers.own_time():
         began = time.monotonic()
         run.place.enter("data", step, micro_step)
-        batch = next_batch(run)
+        with span("next_batch"):
+            batch = next_batch(run)
         waited_s = time.monotonic() - began
         run.place.enter("compute", step, micro_step)
-        return Drawn(batch, run.task.prepare_fixed(batch), waited_s)
+        with span("prepare_fixed"):
+            return Drawn(batch, run.task.prepare_fixed(batch), waited_s)
 
 
 def draw_ahead(run: Run, step: int) -> None:
@@ -202,7 +214,18 @@ def record_step(run: Run, step: Step, scalars: Scalars) -> None:
     }
     values |= {"grad_norm": report["grad_norm"], "valid_rows": report["valid_rows"]}
     values |= {name: value for name, value in vars(scalars).items() if value is not None}
-    run.telemetry.record(run.progress.step, values, run.plan.global_batch_size, step.waited_s)
+    run.telemetry.record(
+        run.progress.step, values, run.plan.global_batch_size, step.waited_s, run.progress.position
+    )
+
+
+def end_profiled_step(run: Run, profile: StepProfile, number: int) -> None:
+    """Count a traced step; the time in which a trace is written is no time of training."""
+    run.place.enter("save", run.progress.step)
+    began = time.monotonic()
+    profile.end(number)
+    if run.telemetry is not None and not profile.is_tracing:
+        run.telemetry.record_side_task("profile", number, {}, time.monotonic() - began)
 
 
 def report_stragglers(run: Run, own_s: list[float]) -> None:

@@ -22,6 +22,7 @@ from cmtmae_scale.runtime.collectives import on_all_ranks, process_group
 from cmtmae_scale.runtime.determinism import deterministic_kernels
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
+from cmtmae_scale.runtime.log import RunLog
 from cmtmae_scale.runtime.storage import optional_write
 
 logger = logging.getLogger(__name__)
@@ -62,16 +63,19 @@ def run_task(
         LockLostError: another launch took the folder over; nothing was saved.
         LaunchInterrupted: a signal before the first step, on any rank.
     """
-    if world.rank == 0:
-        log_launch(config, world, device, model_memory)
     run_dir, hang_s = Path(config.run.output_dir), config.guard.hang_seconds
     place = Place()
     run: Run | None = None
     with ExitStack() as stack:
+        run_log = stack.enter_context(RunLog()) if world.rank == 0 else None
+        if world.rank == 0:
+            log_launch(config, world, device, model_memory)
         stack.enter_context(deterministic_kernels(config.run.deterministic))
         stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
         require_equal_launch(config, world, device)
         lock = stack.enter_context(hold_run(run_dir, world.rank))
+        if run_log is not None:
+            run_log.open(run_dir)
         ending = stack.enter_context(Ending(run_dir, world.rank, lock))
 
         def record_crash(why: str) -> int:

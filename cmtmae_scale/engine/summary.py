@@ -13,9 +13,11 @@ import torch
 from cmtmae_scale.checkpoint.layout import ENCODER, folder_of, is_finite
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress
-from cmtmae_scale.engine.telemetry import FIGURES, LOG_FILE
+from cmtmae_scale.engine.sinks import LOG_FILE
+from cmtmae_scale.engine.telemetry import FIGURES
 from cmtmae_scale.runtime.bf16 import emulation_warning
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.log import TRAIN_LOG
 from cmtmae_scale.runtime.storage import read_json
 
 logger = logging.getLogger(__name__)
@@ -114,8 +116,8 @@ def describe_output(config: Trained) -> str:
     elif not hasattr(config.log, "images_every"):
         figures = "no figures"
     return (
-        f"output: {run_dir} with {LOG_FILE}, tensorboard and checkpoints; {figures}; report: "
-        f"{command_line('report', run_dir)} writes {run_dir / REPORT}"
+        f"output: {run_dir} with {LOG_FILE}, {TRAIN_LOG}, tensorboard, checkpoints; {figures}; "
+        f"report: {command_line('report', run_dir)} writes {run_dir / REPORT}"
     )
 
 

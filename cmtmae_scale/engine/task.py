@@ -13,6 +13,7 @@ from cmtmae_scale.backends.base import Backend, Work
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.derive import BatchPlan
 from cmtmae_scale.config.schema import Trained
+from cmtmae_scale.engine.profile import StepProfile
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
@@ -163,6 +164,8 @@ class Run:
     ahead: Drawn | None = None
     """First micro-batch of the next step, if it is drawn already; no state of the run: a launch
     draws it again."""
+    profile: StepProfile | None = None
+    """Rank 0 has one where ``log.profile_steps`` is given."""
     place: Place = field(default_factory=Place)
     """Where in the loop this rank is; for the watchdog."""
     drawn: float = 0.0

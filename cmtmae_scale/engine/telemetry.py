@@ -1,10 +1,10 @@
-"""Logs of a run: ``log.jsonl``, TensorBoard, figures, and one line or a progress bar."""
+"""Values of a run: averaged per interval, shown as a log line, and handed to the sinks."""
 
-import json
 import logging
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +14,86 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from cmtmae_scale.engine.event_file import EventFile
-from cmtmae_scale.runtime.storage import (
-    append_line,
-    atomic_path,
-    optional_write,
-    warn_unwritten,
-    write_atomic,
-)
+from cmtmae_scale.engine.sinks import LOG_FILE, TENSORBOARD, JsonLines, Sink, TensorBoard
+from cmtmae_scale.engine.trackers import FAILED, LOST, Tracker, close_trackers
+from cmtmae_scale.runtime.storage import atomic_path, optional_write
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.jsonl"
 FIGURES = "figures"
-TENSORBOARD = "tensorboard"
-LOST = "log lines lost"
-"""Kind of the incident that counts lines which could not be written."""
-SHOWN = ("loss/total", "loss/teacher", "loss/student", "loss/pixel", "lr", "grad_norm", "images_s")
+SHOWN = {
+    "loss/total": ("loss", 4),
+    "loss/teacher": ("teacher", 4),
+    "loss/student": ("student", 4),
+    "loss/pixel": ("pixel", 4),
+    "lr": ("lr", 3),
+    "grad_norm": ("grad", 3),
+    "images_s": ("views/s", 3),
+}
+"""Values of a log line: their names there, and significant digits."""
 
 
 class Telemetry:
-    """Averages values between log entries and writes them; only rank 0 has one.
-
-    What the store refuses during the run is lost with a warning, and the next line of the log that
-    fits counts the lost lines.
+    """Averages values between log entries and hands them to the sinks; only rank 0 has one.
 
     Args:
         run_dir: the run's folder.
-        start: step that the run continues from; later entries of an earlier launch are cut.
+        start: step that the run continues from; later records of an earlier launch are cut.
         end: last step.
         every: steps between entries.
+        position: views drawn before that step, over all ranks.
+        trackers: further sinks, which may fail.
 
     Raises:
         OSError: if the store is full or fails at the launch.
     """
 
-    def __init__(self, run_dir: Path, start: int, end: int, every: int) -> None:
-        self.file = run_dir / LOG_FILE
-        self.step = start
-        self.lost_lines = 0
+    def __init__(
+        self,
+        run_dir: Path,
+        start: int,
+        end: int,
+        every: int,
+        position: int = 0,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self.figures = run_dir / FIGURES
-        with optional_write(self.file, at_launch=True):
-            cut_log(self.file, start)
+        self.log = JsonLines(run_dir / LOG_FILE, start)
+        self.trackers = trackers
+        board = TensorBoard(run_dir / TENSORBOARD, start)
+        self.sinks: list[Sink] = [self.log, board, *trackers]
         with optional_write(self.figures, at_launch=True):
             cut_figures(self.figures, start)
-        self.board = EventFile(run_dir / TENSORBOARD, purge_step=start + 1)
+        self.step = start
+        self.position = position
         self.every = every
         self.end = end
+        self.began = time.monotonic()
+        self.side_task_s: dict[str, float] = {}
+        self.start_interval()
+        self.step_s: float | None = None
+        """Seconds per step, side tasks included, of this launch without its first interval."""
+        self.timed_from = start, self.began
+        self.is_first_interval = True
+        self.bar = tqdm(
+            total=end,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def start_interval(self) -> None:
+        """Forget the values since the last entry."""
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.views = 0
         self.waited_s = 0.0
-        self.since = self.began = time.monotonic()
-        self.side_task_s: dict[str, float] = {}
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=end, initial=start, unit="step", disable=not terminal)
+        self.since = time.monotonic()
 
-    def record(self, step: int, values: dict[str, float], views: int, waited_s: float) -> None:
+    def record(
+        self, step: int, values: dict[str, float], views: int, waited_s: float, position: int
+    ) -> None:
         """Add a finished step; writes an entry when one is due.
 
         Args:
@@ -78,31 +101,54 @@ class Telemetry:
             values: scalars; their mean over the steps of the interval that have them is written.
             views: views of the step, over all ranks.
             waited_s: seconds in which this rank waited for data.
+            position: views drawn in the whole run, over all ranks.
         """
+        self.step, self.position = step, position
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
         self.views += views
         self.waited_s += waited_s
-        self.bar.update(1)
+        self.bar.update(step - self.bar.n)
         if step % self.every == 0 or step == self.end:
-            self.write(step)
+            self.write()
 
-    def write(self, step: int) -> None:
+    def write(self) -> None:
         """Write the interval's means, its rates and the memory in use."""
         elapsed_s = max(time.monotonic() - self.since, 1e-9)
         entry = {name: total / self.counts[name] for name, total in self.sums.items()}
         entry["images_s"] = self.views / elapsed_s
         entry["data_wait_fraction"] = self.waited_s / elapsed_s
         entry["memory_gib"] = memory_gib()
-        self.append(step, entry)
-        line = "  ".join(f"{name} {entry[name]:.4g}" for name in SHOWN if name in entry)
-        if self.bar.disable:
-            logger.info("step %d/%d  %s", step, self.end, line)
-        else:
-            self.bar.set_postfix_str(line)
-        self.sums, self.counts, self.views, self.waited_s = {}, {}, 0, 0.0
-        self.since = time.monotonic()
+        entry["views"] = self.position
+        self.add_scalars(entry)
+        self.estimate_rate()
+        shown = {name: what for name, what in SHOWN.items() if name in entry}
+        self.log_line(
+            [f"{label} {format_value(entry[name], n)}" for name, (label, n) in shown.items()]
+        )
+        self.start_interval()
+
+    def estimate_rate(self) -> None:
+        """Estimate the time per step; the first interval, with slow first steps, counts alone."""
+        step, began = self.timed_from
+        now = time.monotonic()
+        self.step_s = (now - began) / max(self.step - step, 1)
+        if self.is_first_interval:
+            self.is_first_interval = False
+            self.timed_from = self.step, now
+
+    def log_line(self, shown: list[str]) -> None:
+        """Log values of the present step, behind its number, the views so far and the ETA."""
+        views = self.position if self.position < 1000 else tqdm.format_sizeof(self.position)
+        progress = f"step {self.step}/{self.end}", f"{views} views", f"ETA {self.remaining()}"
+        logger.info("%s", "  ".join([*progress, *shown]))
+
+    def remaining(self) -> str:
+        """Return the time until the last step, side tasks included, as text."""
+        if self.step_s is None:
+            return "?"
+        return tqdm.format_interval(self.step_s * (self.end - self.step))
 
     def record_side_task(
         self, stage: str, step: int, values: dict[str, float], took_s: float
@@ -115,17 +161,17 @@ class Telemetry:
             values: results by name.
             took_s: seconds that training waited for it; the rates leave them out.
         """
+        self.step = step
         self.since += took_s
         spent_s = self.side_task_s[stage] = self.side_task_s.get(stage, 0.0) + took_s
         fraction = spent_s / max(time.monotonic() - self.began, 1e-9)
-        self.append(step, {**values, f"{stage}/time_fraction": fraction})
+        self.add_scalars({**values, f"{stage}/time_fraction": fraction})
         if values:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            logger.info("step %d/%d  %s", step, self.end, shown)
+            self.log_line([f"{name} {format_value(value)}" for name, value in values.items()])
         return fraction
 
     def record_figures(self, step: int, sheet: NDArray[np.uint8], took_s: float) -> None:
-        """Write a sheet of figures as PNG and to TensorBoard.
+        """Write a sheet of figures as PNG, and hand it to the sinks.
 
         Args:
             step: number of the finished step.
@@ -136,36 +182,28 @@ class Telemetry:
             OSError: if the PNG cannot be written.
         """
         self.record_side_task(FIGURES, step, {}, took_s)
-        with optional_write(self.board.path):
-            self.board.add_image(step, FIGURES, sheet)
         self.figures.mkdir(exist_ok=True)
-        with atomic_path(self.figures / f"step-{step:08d}.png") as draft:
+        file = self.figures / f"step-{step:08d}.png"
+        with atomic_path(file) as draft:
             Image.fromarray(sheet).save(draft, "PNG", optimize=True)
+        for sink in self.sinks:
+            sink.add_figure(step, FIGURES, sheet, file)
 
-    def append(self, step: int, entry: dict[str, float]) -> None:
-        """Add a line to the log file and points to TensorBoard."""
-        self.append_line(step, {"step": step, **entry})
-        with optional_write(self.board.path):
-            self.board.add_scalars(step, entry)
+    def add_scalars(self, values: dict[str, float]) -> None:
+        """Add values of the present step to every sink."""
+        for sink in self.sinks:
+            sink.add_scalars(self.step, values)
+        self.report_trackers()
 
-    def append_line(self, step: int, record: dict[str, Any] | None) -> None:
-        """Append a line to the log, after an incident that counts the lines lost before it."""
-        self.step = step
-        records = [] if record is None else [record]
-        if self.lost_lines:
-            why = f"{self.lost_lines} lines of {LOG_FILE} could not be written"
-            lost = {"step": step, "incident": LOST, "why": why, "lost_lines": self.lost_lines}
-            records.insert(0, lost)
-        try:
-            append_line(self.file, "\n".join(map(json.dumps, records)))
-        except OSError as error:
-            self.lost_lines += record is not None
-            warn_unwritten(self.file, error)
-        else:
-            self.lost_lines = 0
+    def report_trackers(self) -> None:
+        """Record trackers that failed for the first time."""
+        for tracker in self.trackers:
+            problem = tracker.take_problem()
+            if problem is not None:
+                self.record_incident(self.step, FAILED, problem)
 
     def record_incident(self, step: int, kind: str, why: str, **facts: Any) -> None:
-        """Write a line about a fault; later launches keep it when they cut the log.
+        """Record a fault; ``log.jsonl`` keeps it when later launches cut it.
 
         Args:
             step: number of steps taken.
@@ -173,49 +211,43 @@ class Telemetry:
             why: what was found.
             facts: further values.
         """
+        self.step = step
         logger.warning("step %d: %s: %s", step, kind, why)
-        self.append_line(step, {"step": step, "incident": kind, "why": why, **facts})
+        for sink in self.sinks:
+            sink.add_incident(step, kind, why, facts)
 
     def roll_back(self, step: int) -> None:
         """Drop the records after a step."""
-        with optional_write(self.file):
-            cut_log(self.file, step)
-        self.board = EventFile(self.file.parent / TENSORBOARD, purge_step=step + 1)
+        for sink in self.sinks:
+            sink.roll_back(step)
+        self.step = step
         self.bar.update(step - self.bar.n)
-        self.sums, self.counts, self.views, self.waited_s = {}, {}, 0, 0.0
-        self.since = time.monotonic()
+        self.start_interval()
+        self.timed_from = step, time.monotonic()
 
     def close(self) -> None:
-        """Count the lines lost last, if the count fits now, and release."""
+        """Close the progress bar, the trackers and the log."""
         self.bar.close()
-        if self.lost_lines:
-            self.append_line(self.step, None)
+        close_trackers(self.trackers, is_complete=self.step >= self.end)
+        self.report_trackers()
+        for tracker in self.trackers:
+            if tracker.lost_entries:
+                why = f"{tracker.name} did not take {tracker.lost_entries} entries of this launch"
+                self.record_incident(self.step, LOST, why, lost_entries=tracker.lost_entries)
+        self.log.close()
 
 
-def cut_log(file: Path, step: int) -> None:
-    """Drop entries after a step, but for incidents, and lines that cannot be read.
+def format_value(value: float, digits: int = 4) -> str:
+    """Return a number with so many significant digits, for reading; all digits before the point.
 
-    Raises:
-        OSError: if the file cannot be read or replaced.
+    >>> [format_value(value) for value in (0.000123456, 0.52, 12.0, 1234567.0)]
+    ['1.235e-04', '0.5200', '12.00', '1,234,567']
     """
-    if not file.exists():
-        return
-    text = file.read_bytes()
-    kept: list[bytes] = []
-    unreadable: list[int] = []
-    for number, line in enumerate(text.split(b"\n"), 1):
-        try:
-            entry = json.loads(line) if line.strip() else None
-            if entry is not None and (entry["step"] <= step or "incident" in entry):
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            unreadable.append(number)
-    if unreadable:
-        shown = ", ".join(map(str, unreadable[:8])) + (", ..." if len(unreadable) > 8 else "")
-        count = len(unreadable)
-        logger.warning("%s: %d unreadable lines were dropped (line %s)", file, count, shown)
-    if b"".join(kept) != text:
-        write_atomic(file, b"".join(kept))
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:#.{digits}g}"
 
 
 def cut_figures(folder: Path, step: int) -> None:

@@ -15,6 +15,7 @@ from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.log import progress_bar
 from dataloading.errors import DataError, ReadError
 from dataloading.one_pass import OnePass
 from dataloading.stream import DecoderName
@@ -120,17 +121,21 @@ def extract_features(
     positions: list[Tensor] = []
     rows: dict[Column, list[Tensor]] = {}
     problem, failure = "", None
-    with OnePass(
-        images.index,
-        images.ids,
-        micro_batch=reading.micro_batch,
-        size=size,
-        rank=world.rank,
-        world_size=world.world_size,
-        threads=reading.threads,
-        decode=reading.decode,
-        device=device,
-    ) as batches:
+    share, done = -(-len(images) // world.world_size), 0
+    with (
+        progress_bar("encoding", share, "images") as report_done,
+        OnePass(
+            images.index,
+            images.ids,
+            micro_batch=reading.micro_batch,
+            size=size,
+            rank=world.rank,
+            world_size=world.world_size,
+            threads=reading.threads,
+            decode=reading.decode,
+            device=device,
+        ) as batches,
+    ):
         try:
             for batch in batches:
                 positions.append(batch.position[batch.valid])
@@ -138,6 +143,8 @@ def extract_features(
                     for kind, values in encoder.encode(batch.images[0]).items():
                         column = rows.setdefault(Column(encoder.name, kind), [])
                         column.append(values[batch.valid])
+                done = min(done + len(batch.position), share)
+                report_done(done)
         except ReadError as error:
             problem = str(error)
         except Exception as error:  # the other ranks learn of it before their next collective

@@ -17,6 +17,7 @@ from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.features import Column, FeatureTable, refuse_non_finite
 from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.runtime.collectives import ranks
+from cmtmae_scale.runtime.log import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,14 @@ def knn_scores(
     warn_of_few_images(found, neighbours)
     num_classes = 1 + int(gather_from_ranks(torch.cat([train.labels, test.labels])).max())
     queries, truth = (gather_from_ranks(rows) for rows in (test.columns[column], test.labels))
-    for start in range(0, len(queries), QUERIES):
-        part = slice(start, start + QUERIES)
-        near = find_neighbours(queries[part], train, column, max(used.values()))
-        for k in neighbours:
-            votes = count_votes(near, used[k], num_classes, temperature)
-            totals[k] = totals[k].plus(score_predictions(votes, truth[part]))
+    with progress_bar("k-NN", len(queries), "images") as report_done:
+        for start in range(0, len(queries), QUERIES):
+            part = slice(start, start + QUERIES)
+            near = find_neighbours(queries[part], train, column, max(used.values()))
+            for k in neighbours:
+                votes = count_votes(near, used[k], num_classes, temperature)
+                totals[k] = totals[k].plus(score_predictions(votes, truth[part]))
+            report_done(min(part.stop, len(queries)))
     yield from totals.items()
 
 

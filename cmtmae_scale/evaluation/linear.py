@@ -27,6 +27,7 @@ from cmtmae_scale.evaluation.features import (
 from cmtmae_scale.evaluation.images import stratified_sample
 from cmtmae_scale.evaluation.result import TOP, Score, rank_of_truth
 from cmtmae_scale.method.schedules import learning_rate
+from cmtmae_scale.runtime.log import progress_bar
 from dataloading.order import sample_ids
 
 BASE_LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -166,14 +167,16 @@ def train_heads(rows: Rows, count: int, num_classes: int, epochs: int, seed: int
     lrs, decays = (
         torch.tensor(values, device=device)[:, None, None] for values in zip(*SETTINGS, strict=True)
     )
-    for step in range(steps):
-        ids, _ = sample_ids(count, seed, np.arange(step * batch, (step + 1) * batch))
-        own = mine[torch.as_tensor(ids, device=device)]
-        own = own[own >= 0]
-        gradient = sum_over_ranks(head_gradients(heads, inputs[own], rows.labels[own])) / batch
-        gradient[:, :-1] += decays * heads[:, :-1]
-        velocity.mul_(MOMENTUM).add_(gradient)
-        heads -= learning_rate(step / steps, 1.0, 0.0) * batch / 256 * lrs * velocity
+    with progress_bar("linear probe", steps, "steps") as report_done:
+        for step in range(steps):
+            ids, _ = sample_ids(count, seed, np.arange(step * batch, (step + 1) * batch))
+            own = mine[torch.as_tensor(ids, device=device)]
+            own = own[own >= 0]
+            gradient = sum_over_ranks(head_gradients(heads, inputs[own], rows.labels[own])) / batch
+            gradient[:, :-1] += decays * heads[:, :-1]
+            velocity.mul_(MOMENTUM).add_(gradient)
+            heads -= learning_rate(step / steps, 1.0, 0.0) * batch / 256 * lrs * velocity
+            report_done(step + 1)
     return heads
 
 

@@ -3,6 +3,7 @@
 Legend: n rows of this rank, D width, C classes.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from cmtmae_scale.evaluation.features import (
     refuse_non_finite,
 )
 from cmtmae_scale.evaluation.result import Score, score_predictions
+from cmtmae_scale.runtime.log import progress_bar
 
 STRENGTH = 1.0
 ITERATIONS = 100
@@ -91,6 +93,8 @@ def fit_logistic(
         line_search_fn="strong_wolfe",
     )
 
+    passes = itertools.count(1)
+
     def closure() -> Tensor:
         """Return the mean loss and set its gradient, summed over ranks."""
         packed = torch.zeros(both.numel() + 1, dtype=torch.float64, device=device)
@@ -104,7 +108,9 @@ def fit_logistic(
         gradient = packed[:-1].view_as(both)
         gradient[:-1] += weight / (strength * count)
         both.grad = gradient
+        report_done(min(next(passes), 2 * iterations))
         return packed[-1] + weight.square().sum() / (2 * strength * count)
 
-    optimizer.step(closure)
+    with progress_bar("logistic regression, at most", 2 * iterations, "passes") as report_done:
+        optimizer.step(closure)
     return LinearClassifier(both.detach()[:-1], both.detach()[-1])

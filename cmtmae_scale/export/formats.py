@@ -14,6 +14,7 @@ from cmtmae_scale.export.card import CardFacts, model_card
 from cmtmae_scale.export.compare import TOLERANCE, Agreement
 from cmtmae_scale.export.origin import Origin, Weights, open_origin
 from cmtmae_scale.export.views import open_views
+from cmtmae_scale.runtime.log import progress_bar
 from cmtmae_scale.runtime.storage import atomic_path, sync, write_atomic
 
 
@@ -83,10 +84,13 @@ def export_folder(
     library = kind.library()
     origin = open_origin(place, weights)
     output = output or Path(f"{weights}-{what}-{origin.folder.name}")
-    with publish_folder(output) as draft:
+    with publish_folder(output) as draft, progress_bar("exporting", 3, "stages") as report_done:
         kind.write(draft, origin)
+        report_done(1)
         views = open_views(images, origin)
+        report_done(2)
         found = kind.check(draft, origin, views.images)
+        report_done(3)
         checked = (
             f"loaded back by {library}; largest difference on {len(views.images)} images "
             f"{found} (allowed: {TOLERANCE:g} of that)"

@@ -14,6 +14,7 @@ from cmtmae_scale.finetuning.encoder import InitialEncoder
 from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.log import progress_bar
 from dataloading.errors import DataError, ReadError
 from dataloading.one_pass import OnePass
 
@@ -63,7 +64,8 @@ class Accuracy:
         labels = torch.as_tensor(self.images.labels, device=self.device)
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
         problem, failure = "", None
-        with self.batches() as batches:
+        share, done = -(-len(self.images) // self.world.world_size), 0
+        with progress_bar("testing", share, "images") as report_done, self.batches() as batches:
             try:
                 for batch in batches:
                     images = normalise_images(batch.images[0], self.encoder.mean, self.encoder.std)
@@ -74,6 +76,8 @@ class Accuracy:
                     found = score_predictions(logits, labels[place])
                     unusable = int((~logits.isfinite().all(1)).sum())
                     counts += torch.tensor([*found, unusable], device=self.device)
+                    done = min(done + len(batch.position), share)
+                    report_done(done)
             except ReadError as error:
                 problem = str(error)
             except Exception as error:  # the other ranks learn of it before their next collective

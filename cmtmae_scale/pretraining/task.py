@@ -77,7 +77,8 @@ class Pretraining:
         # A term that the run does not have is not logged: a zero would look like a measurement.
         present = (any(maps), all(maps), reads_cache(config), False)
         found = [name for name, is_present in zip(OBSERVED, present, strict=True) if is_present]
-        self.logged = (*LOSSES, *found)
+        terms = [f"loss/{term}" for term in self.diagnostics.terms]
+        self.logged = ("loss/total", *terms, *found)
 
     def open_index(self, run_dir: Path) -> Index:
         self.index = open_index(self.config, run_dir, self.world)

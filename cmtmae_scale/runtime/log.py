@@ -2,15 +2,21 @@
 
 import logging
 import sys
-import time
+import traceback
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-PROGRESS_S = 10.0
-"""Seconds between progress lines where there is no terminal."""
+from cmtmae_scale.errors import CmtMaeError
+from cmtmae_scale.runtime.storage import append_line, warn_unwritten
+from dataloading.errors import DataError
+from dataloading.progress import progress_bar
 
-logger = logging.getLogger(__name__)
+__all__ = ["RunLog", "escape_controls", "progress_bar", "set_up_logging"]
+
+PACKAGES = ("cmtmae_scale", "dataloading")
+TRAIN_LOG = "train.log"
 
 
 class EscapingFormatter(logging.Formatter):
@@ -34,34 +40,82 @@ def escape_controls(text: str) -> str:
     )
 
 
+class TerminalHandler(logging.StreamHandler):
+    """Writes lines above the progress bars of this process."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
+class RunLog(logging.Handler):
+    """Appends the log of a launch to ``RUN_DIR/train.log``, with dates.
+
+    Lines are kept until ``open``, so that a launch that is refused a folder writes nothing there.
+    Lines that the store refuses are lost with a warning, and the next line that fits counts them.
+    Nothing is cut at a resume: the file has the lines of all launches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(EscapingFormatter("%(asctime)s %(levelname)s %(message)s"))
+        self.file: Path | None = None
+        self.waiting: list[str] = []
+        self.lost_lines = 0
+
+    def __enter__(self) -> Self:
+        for name in PACKAGES:
+            logging.getLogger(name).addHandler(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for name in PACKAGES:
+            logging.getLogger(name).removeHandler(self)
+        if isinstance(error, Exception):  # the command prints it after this
+            is_expected = isinstance(error, CmtMaeError | DataError)
+            text = str(error) if is_expected else "".join(traceback.format_exception(error))
+            self.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, text, None, None))
+
+    def open(self, run_dir: Path) -> None:
+        """Write the lines so far, and from now on each line as it comes."""
+        self.file = run_dir / TRAIN_LOG
+        self.write()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.waiting.append(self.format(record))
+        self.write()
+
+    def write(self) -> None:
+        """Append the waiting lines."""
+        if self.file is None or not self.waiting:
+            return
+        lines, self.waiting = self.waiting, []
+        counted = [f"{self.lost_lines} lines could not be written"] if self.lost_lines else []
+        try:
+            append_line(self.file, "\n".join(counted + lines))
+        except OSError as error:
+            self.lost_lines += len(lines)
+            warn_unwritten(self.file, error)
+        else:
+            self.lost_lines = 0
+
+
 def set_up_logging(rank: int, world_size: int) -> None:
     """Send the packages' log records to standard error in one format."""
     mark = f"[rank {rank}] " if world_size > 1 and rank else ""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = TerminalHandler(sys.stderr)
     handler.setFormatter(
         EscapingFormatter(f"%(asctime)s %(levelname)s {mark}%(message)s", "%H:%M:%S")
     )
-    for name in ("cmtmae_scale", "dataloading"):
+    for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False
         logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-
-
-@contextmanager
-def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield a callback for the number done: a bar on a terminal, else a log line per interval."""
-    from tqdm import tqdm
-
-    began = logged_at = time.monotonic()
-    with tqdm(total=total, desc=title, unit=unit, disable=not sys.stderr.isatty()) as bar:
-
-        def report(done: int) -> None:
-            nonlocal logged_at
-            bar.update(done - bar.n)
-            now = time.monotonic()
-            if bar.disable and (done == total or now - logged_at >= PROGRESS_S):
-                logged_at = now
-                logger.info("%s", tqdm.format_meter(done, total, now - began, 0, title, unit=unit))
-
-        yield report

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
-from cmtmae_scale.runtime import log
+from dataloading import progress as bars
 from dataloading.index import build_index
 from dataloading.mixing import require_mixed
 from tests.dataloading.tar_case import write_tar
@@ -244,8 +244,8 @@ class Terminal(io.StringIO):
 def test_progress_is_lines_at_intervals_on_a_plain_stream(caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO)
     now = iter([0.0, 1.0, 9.9, 10.0, 12.0, 40.0])
-    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    with log.progress_bar("decoding", 4000, "images") as progress:
+    monkeypatch.setattr(bars, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    with bars.progress_bar("decoding", 4000, "images") as progress:
         for done in (100, 990, 1000, 1200, 4000):
             progress(done)
     first, last = (record.getMessage() for record in caplog.records)
@@ -254,8 +254,12 @@ def test_progress_is_lines_at_intervals_on_a_plain_stream(caplog, monkeypatch) -
 
 
 def test_progress_is_a_bar_on_a_terminal(caplog, monkeypatch) -> None:
+    caplog.set_level(logging.INFO)
     stream = Terminal()
     monkeypatch.setattr("sys.stderr", stream)
-    with log.progress_bar("packing", 72_000, "images") as progress:
+    with bars.progress_bar("packing", 72_000, "images") as progress:
         progress(36_000)
-    assert "\rpacking:  50%" in stream.getvalue() and not caplog.records
+    first, *_, last, end = stream.getvalue().split("\r")[1:]
+    assert first.startswith("packing:   0%") and "0/72000" in first
+    assert last.isspace() and not end  # a finished bar is erased: the log has the result
+    assert not caplog.records

@@ -115,6 +115,8 @@ EXCEPTIONS = {
     "backend.compile": "speed; numbers agree: backends/test_parity.py",
     "backend.activation_checkpointing": "memory; numbers agree: backends/test_parity.py",
     "checkpoint.background": "speed: checkpoint/test_writer.py",
+    "log.trackers": "with their packages: engine/test_trackers.py",
+    "log.profile_steps": "a trace beside the run: engine/test_profile.py",
     "guard.skip_limit": "at non-finite steps: engine/test_skips.py",
     "guard.rollback_limit": "at non-finite steps: engine/test_skips.py",
     "guard.spike_factor": "at spikes: engine/test_skips.py",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import Field
 from pathlib import Path
@@ -42,7 +43,7 @@ def written(one: "Field[Any]", number: float) -> str:
     """A number in the notation of a field's override."""
     text = {math.inf: ".inf", -math.inf: "-.inf"}.get(number, f"{number:g}")
     text = ".nan" if math.isnan(number) else text
-    return f"[{text}, {text}]" if "tuple" in str(one.type) else text
+    return f"[{text}, {text}]" if re.match("tuple|list", str(one.type)) else text
 
 
 def takes_floats(one: "Field[Any]") -> bool:

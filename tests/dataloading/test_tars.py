@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import dataloading.entries
+import dataloading.progress
 import dataloading.sources
 import dataloading.webdataset
 from dataloading.errors import DataError
@@ -362,13 +362,13 @@ def test_tar_that_changed_after_indexing_makes_views_invalid(tars):
     assert set(batch.sample_id[~batch.valid].tolist()) == cut & set(batch.sample_id.tolist())
 
 
-def test_progress_is_told(tars, monkeypatch, caplog, photographs):
-    monkeypatch.setattr(dataloading.entries, "PROGRESS_S", 0.0)
+def test_progress_is_logged_where_there_is_no_terminal(tars, monkeypatch, caplog, photographs):
+    monkeypatch.setattr(dataloading.progress, "PROGRESS_S", 0.0)
     with caplog.at_level(logging.INFO):
         build_index(tars)
         build_index(photographs)
-    assert f"{tars}: 2 of 3 tars examined, 8 images so far" in caplog.messages
-    assert f"{photographs}: 12 of 12 files examined" in caplog.messages
+    assert any("2/3 [" in line and "tars/s" in line for line in caplog.messages)
+    assert any(line.startswith("indexing: 100%") and "12/12" in line for line in caplog.messages)
 
 
 def test_real_photographs_in_tars():

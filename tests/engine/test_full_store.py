@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cmtmae_scale.engine.telemetry import LOST, Telemetry
+from cmtmae_scale.engine.sinks import LOST
+from cmtmae_scale.engine.telemetry import Telemetry
 from cmtmae_scale.runtime.exit_code import delete_exit, write_exit
 from tests.disk import mounted
 from tests.engine.run_case import write_recipe
@@ -39,6 +40,7 @@ def test_a_full_store_ends_no_run_and_counts_no_launch(tmp_path: Path, disk: Pat
     assert json.loads((run_dir / "exit.json").read_text())["code"] == 0
     assert sum("log.jsonl cannot be written" in line for line in warnings) == 1
     assert sum("events.out" in line for line in warnings) == 1
+    assert "log.jsonl cannot be written" in (run_dir / "train.log").read_text()
     board = EventAccumulator(str(run_dir / "tensorboard"))
     board.Reload()
     assert [point.step for point in board.Scalars("loss/total")][-2:] == [15, 16]
@@ -47,10 +49,10 @@ def test_a_full_store_ends_no_run_and_counts_no_launch(tmp_path: Path, disk: Pat
 
 def test_every_record_beside_checkpoints_goes_on_without(disk: Path) -> None:
     telemetry = Telemetry(disk, 0, 100, 1)
-    telemetry.record(1, {"loss": 1.0}, 8, 0.0)
+    telemetry.record(1, {"loss": 1.0}, 8, 0.0, 8)
     ballast = fill(disk)
     for step in range(2, 60):
-        telemetry.record(step, {"loss": 1.0, "other": 2.0}, 8, 0.0)
+        telemetry.record(step, {"loss": 1.0, "other": 2.0}, 8, 0.0, 8 * step)
     telemetry.record_incident(60, "slow rank", "rank 3")
     telemetry.roll_back(59)
     whole = (disk / "log.jsonl").read_bytes()

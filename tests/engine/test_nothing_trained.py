@@ -147,7 +147,7 @@ def test_a_step_without_a_valid_row_logs_no_loss(seen: Any) -> None:
 def test_the_mean_of_an_interval_is_over_the_steps_that_have_a_value(tmp_path: Path) -> None:
     telemetry = Telemetry(tmp_path, 0, 4, 4)
     for step, values in enumerate([{"a": 1.0}, {"a": 3.0, "b": 5.0}, {"a": 2.0}, {"a": 2.0}], 1):
-        telemetry.record(step, values, 8, 0.0)
+        telemetry.record(step, values, 8, 0.0, 8 * step)
     telemetry.close()
     (entry,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (entry["a"], entry["b"]) == (2.0, 5.0)

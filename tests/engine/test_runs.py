@@ -44,10 +44,14 @@ def test_stopping_and_going_on_is_bit_identical(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path, size: int
 ) -> None:
     where = f"run.output_dir={tmp_path / 'run'}"
-    reasons = run_ranks(size, run_twice, recipe, [where, "train.stop_after=3"], [where])
+    first = [where, "train.stop_after=3", "log.profile_steps=[2, 3]"]
+    reasons = run_ranks(size, run_twice, recipe, first, [where])
     assert reasons == [("train.stop_after=3", None)] * size
     same(tmp_path / "run", undisturbed[size])
-    assert [entry["step"] for entry in log(tmp_path / "run")] == list(range(1, STEPS + 1))
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    assert trace.name == "steps-00000002-00000003.json.gz"
+    entries = [entry for entry in log(tmp_path / "run") if "profile/time_fraction" not in entry]
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
 
 
 def test_other_world_sizes_continue_the_same_run(
@@ -86,7 +90,8 @@ def test_what_a_run_does_not_have_is_not_logged(recipe: Path, tmp_path: Path) ->
     assert reason == "train.stop_after=1"
     (entry,) = log(tmp_path)
     assert "loss/teacher" in entry
-    assert not {"mask/visible_mass", "attention/agreement", "cache/hit"} & entry.keys()
+    absent = {"loss/pixel", "mask/visible_mass", "attention/agreement", "cache/hit"}
+    assert not absent & entry.keys()
 
 
 def test_losses_do_not_depend_on_the_number_of_processes(undisturbed: dict[int, Path]) -> None:

@@ -180,7 +180,7 @@ def test_the_time_of_an_evaluation_is_not_in_the_rates(tmp_path: Path) -> None:
     telemetry = Telemetry(tmp_path, 0, 10, 1)
     telemetry.since -= 10.0
     telemetry.record_side_task("eval", 0, {}, 9.0)
-    telemetry.record(1, {}, 100, 0.0)
+    telemetry.record(1, {}, 100, 0.0, 100)
     telemetry.close()
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert entry["images_s"] == pytest.approx(100, rel=0.05)
