@@ -53,13 +53,18 @@ def expected_range(runs: Sequence[Run], name: str) -> tuple[list[Line], list[Ban
         return [], []
     if len(curves) == 1:
         return [Line("one other run of these settings", curves[0], planned=True)], []
-    steps = sorted({step for curve in curves for step, _ in curve})
-    points: list[tuple[float, float, float]] = []
-    for step in steps:
+    points = [(step, low, high) for step, _, low, high in band_of_curves(curves)]
+    return [], [Band(f"range of {len(curves)} other runs of these settings", points)]
+
+
+def band_of_curves(curves: Sequence[Sequence[Point]]) -> list[tuple[float, float, float, float]]:
+    """Return each step with mean, lowest and highest value of the curves that reach it."""
+    points: list[tuple[float, float, float, float]] = []
+    for step in sorted({step for curve in curves for step, _ in curve}):
         known = (interpolate_curve(curve, step) for curve in curves)
         values = [value for value in known if value is not None]
-        points.append((step, min(values), max(values)))
-    return [], [Band(f"range of {len(curves)} other runs of these settings", points)]
+        points.append((step, sum(values) / len(values), min(values), max(values)))
+    return points
 
 
 def interpolate_curve(curve: Sequence[Point], step: float) -> float | None:

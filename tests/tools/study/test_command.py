@@ -35,11 +35,11 @@ def written(folder: Path, corrects: dict[tuple[str, int], np.ndarray]) -> tuple[
     for number, run in enumerate(runs):
         if (run.row, run.seed) in corrects:
             put_results(run, corrects[run.row, run.seed], baselines=number == 0)
-    write_results(study, runs, "study.yaml")
-    place = Path(study.dir)
-    results = json.loads((place / "results.json").read_text())
-    figure = place / "figure.svg"
-    return (place / "table.md").read_text(), results, figure.read_text() if figure.exists() else ""
+    record = Path(study.dir) / "study.json"
+    write_results(study, runs, "study.yaml", record)
+    figure = record.with_suffix(".svg")
+    drawn = figure.read_text() if figure.exists() else ""
+    return record.with_suffix(".md").read_text(), json.loads(record.read_text()), drawn
 
 
 ALL = {
@@ -64,29 +64,31 @@ def test_the_table_has_means_deviations_references_and_comparisons(tmp_path: Pat
     assert "50.00" in lines["teacher test_vit"] and "6.25" in lines["random weights"]
     assert "6.25" in lines["raw pixels"]
     # differences 0.25 and 0.3: t = 11 with one degree of freedom
-    t_test = "| `cmt` | `mae` | +27.50 | -4.27 to +59.27 | paired t over seeds, n = 2 | 0.058 | "
-    assert t_test in table
+    t_test = "`cmt` | `mae` | +27.50 | -4.27 to +59.27 | paired t over seeds, n = 2 | 0.058 | "
+    assert f"| linear patches | {t_test}" in table
     # of 40 images 3 are right only by half, 15 only by cmt
     assert (
-        "| `half` | `cmt` | -30.00 |" in table and "McNemar over images, n = 40 | 0.0075" in table
+        "| linear patches | `half` | `cmt` | -30.00 |" in table
+        and "McNemar over images, n = 40 | 0.0075" in table
     )
     assert "| 0.058 | not shown |" in table and "| 0.015 | the opposite shown |" in table
     assert "not about other seeds" in table
     assert results["rows"]["mae"]["mean"] == pytest.approx(0.275)
-    assert results["rows"]["cmt"]["runs"][1]["primary"] == 0.6
+    last = [run["primary"] for run in results["runs"] if run["row"] == "cmt"][-1]
+    assert last == 0.6
 
 
-def test_each_row_carries_its_commands(tmp_path: Path) -> None:
+def test_each_row_carries_its_command_and_its_result_files(tmp_path: Path) -> None:
     table, results, _ = written(tmp_path, ALL)
-    block = table.split("```")[1]
-    for row in ("mae", "cmt", "half"):
-        part = re.split(r"^# ", block, flags=re.MULTILINE)
-        (own,) = [text for text in part if text.startswith(f"{row}\n")]
-        assert own.count("launchers/evaluate.py") == 2 + (row == "cmt")
-        assert own.count("launchers/pretrain.py") == 1 and f"run.name={row}-0" in own
-        assert ("precompute_teacher.py" in own) == (row != "mae")
-        commands = [run["commands"] for run in results["rows"][row]["runs"]]
-        assert all(line in own for line in commands[0])
+    for row, seeds in (("mae", 2), ("cmt", 2), ("half", 1)):
+        command = f"python launchers/study.py study.yaml --rows {row}"
+        (line,) = [text for text in table.splitlines() if text.startswith(f"| `{row}` | `python")]
+        assert f"`{command}`" in line and results["rows"][row]["command"] == command
+        files = re.findall(r"`(runs/[0-9a-f]+/evaluation/linear-[0-9a-f]+\.json)`", line)
+        assert len(files) == seeds
+        assert all((tmp_path / "study" / file).exists() for file in files)
+        known = [one["settings_digest"] for one in results["runs"] if one["row"] == row]
+        assert [file.split("/")[1] for file in files] == known
 
 
 def test_the_figure_is_drawn_for_what_is_there(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_what_is_missing_is_said_and_compared_over_what_both_have(tmp_path: Path
     table, results, _ = written(tmp_path, some)
     assert "| 1 of 2 | **50.00 [35.20, 64.80]**" in table
     assert "| `half` |  | 0 of 1 | missing |" in table
-    assert "McNemar over images, n = 40" in table and "1 comparisons lack a row." in table
+    assert "McNemar over images, n = 40" in table and "1 comparisons lack a result." in table
     assert len(results["comparisons"]) == 1
     assert results["rows"]["half"]["mean"] is None
 
@@ -181,8 +183,9 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
     tree["rows"] = {"mae": {"settings": NO_TEACHER}, "cmt": {"settings": ["teacher.mode=cached"]}}
     study = str(write_study(tmp_path, tree))
     assert run_study([study, "--jobs", "2"]) == 0
-    results = json.loads((tmp_path / "study" / "results.json").read_text())
-    assert [len(row["runs"]) for row in results["rows"].values()] == [1, 1]
+    results = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [run["row"] for run in results["runs"]] == ["mae", "cmt"]
+    assert all(run["series"]["loss/total"][-1][0] == 4 for run in results["runs"])
     assert {one["name"] for one in results["references"]} == {
         *("teacher test_vit (random)", "random weights", "raw pixels")
     }
