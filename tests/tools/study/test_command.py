@@ -11,8 +11,9 @@ import pytest
 
 from cmtmae_scale.commands.study import run_study, write_results
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.tools.study.curves import PANELS, draw_curves
 from cmtmae_scale.tools.study.file import load_study
-from cmtmae_scale.tools.study.results import collect_results
+from cmtmae_scale.tools.study.results import POINTS, collect_results
 from cmtmae_scale.tools.study.work import plan_runs
 from tests.engine.run_case import make_photographs
 from tests.evaluation.evaluation_case import labelled_photographs
@@ -103,6 +104,26 @@ def test_the_figure_is_drawn_for_what_is_there(tmp_path: Path) -> None:
     assert all(0 <= float(dot.attrib["cx"]) <= max(width, height) for dot in dots)
 
 
+def test_the_curves_of_the_methods_are_drawn(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, study_tree(tmp_path)))
+    runs = plan_runs(study)
+    assert draw_curves(collect_results(study, runs)) is None
+    for number, run in enumerate(runs):
+        put_results(run, hits_of(10), baselines=number == 0)
+        lines = [{"step": s, "eval/knn10": 0.1 + 0.01 * s + 0.01 * run.seed} for s in range(100)]
+        lines.append({"step": 100, "diagnostics/effective_rank": 5.0, "eval/time_fraction": 0.1})
+        (run.folder / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    results = collect_results(study, runs)
+    series = results.rows[0].found[0].series
+    assert set(series) == {"eval/knn10", "diagnostics/effective_rank"}
+    assert 20 < len(series["eval/knn10"]) <= POINTS and series["eval/knn10"][-1] == (99, 1.09)
+    root = ElementTree.fromstring(draw_curves(results) or "")
+    texts = ["".join(one.itertext()) for one in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "mae, 2 seeds" in texts and "cmt, 2 seeds" in texts
+    assert not any("half" in text for text in texts)  # fewer seeds
+    assert PANELS["eval/knn10"] in texts and PANELS["eval/linear"] not in texts
+
+
 def test_what_is_missing_is_said_and_compared_over_what_both_have(tmp_path: Path) -> None:
     some = {key: ALL[key] for key in (("mae", 0), ("mae", 1), ("cmt", 0))}
     table, results, _ = written(tmp_path, some)
@@ -135,6 +156,24 @@ def test_results_on_different_images_are_not_compared(tmp_path: Path) -> None:
     put_results(runs[1], hits_of(5), digest="other")
     with pytest.raises(ConfigError, match="were evaluated on different images; delete the results"):
         collect_results(study, runs)
+
+
+def test_results_are_collected_without_running_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path, study_tree(tmp_path))
+    elsewhere, record = tmp_path / "elsewhere", tmp_path / "docs" / "study-mine.json"
+    loaded = load_study(study)
+    loaded.dir = str(elsewhere)
+    put_results(plan_runs(loaded)[0], hits_of(5), baselines=True)
+    assert run_study([str(study), "--dir", str(elsewhere), "--collect", str(record)]) == 0
+    assert "1 of 2" in capsys.readouterr().out
+    assert [one["seed"] for one in json.loads(record.read_text())["runs"]] == [0]
+    assert str(elsewhere) not in record.read_text()
+    assert {file.name for file in record.parent.iterdir()} == {
+        *("study-mine.json", "study-mine.md", "study-mine.svg")
+    }
+    assert not (elsewhere / "lock").exists()
 
 
 def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
