@@ -10,7 +10,6 @@ from cmtmae_scale.tools.report.run import Run
 
 Level = tuple[float, str]
 TERMS = {"loss/teacher": "teacher", "loss/student": "momentum student", "loss/pixel": "pixels"}
-TOKENS = "momentum student's, of one micro-batch"
 EVALUATIONS = {"knn10": "k-NN, k = 10", "knn20": "k-NN, k = 20", "linear": "linear"}
 
 
@@ -25,8 +24,6 @@ def training_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
         measured("Loss", loss_names(run), loss_note(run), loss_levels(run)),
         measured("Agreement of the two attentions", agreement, correlation),
         measured("Attention that stays visible", mass, "", mass_levels(run)),
-        measured("Effective rank of target tokens", {"diagnostics/effective_rank": TOKENS}),
-        measured("Cosine between target tokens", {"diagnostics/pairwise_cosine": TOKENS}),
         measured("Gradient norm", {"grad_norm": "before clipping"}, "", clip_levels(run)),
         scheduled_chart(run, "Learning rate", {"lr": "learning rate"}),
         scheduled_chart(run, "Momentum", {"momentum": "EMA momentum"} if has_momentum else {}),
@@ -65,7 +62,7 @@ def measured_chart(
     others: Sequence[Run],
     title: str,
     names: Mapping[str, str],
-    note: str = "",
+    note: str,
     levels: Sequence[Level] = (),
 ) -> Chart:
     """Return a chart of logged values, with the range of other runs of these settings."""

@@ -7,9 +7,11 @@ from cmtmae_scale.tools.report.ranges import band_of_curves
 from cmtmae_scale.tools.study.results import Results, StudyRow
 
 PANELS = {
-    "diagnostics/effective_rank": "effective rank, target tokens of the EMA weights",
-    "diagnostics/pairwise_cosine": "pairwise cosine, the same tokens",
-    "eval/knn10": "k-NN accuracy during the run",
+    "eval/effective_rank": "effective rank of the patch tokens",
+    "eval/patch_cosine": "cosine of the patches of an image",
+    "diagnostics/effective_rank": "effective rank of the EMA weights' target tokens",
+    "diagnostics/pairwise_cosine": "pairwise cosine of the EMA weights' target tokens",
+    "eval/knn10": "k-NN accuracy during the run, k = 10",
     "eval/linear": "linear accuracy during the run",
 }
 """Logged value and title of each panel; a panel without a curve is not drawn."""
