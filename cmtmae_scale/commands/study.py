@@ -74,7 +74,7 @@ def execute_preflight(options: argparse.Namespace) -> int:
 
     candidates = options.candidate or ()
     study = preflight_study(place, folder, options.steps, options.settings, candidates)
-    runs = plan_runs(study)
+    runs = plan_runs(study, with_teacher=False)
     if options.dry_run:
         sys.stdout.write(list_missing(runs))
         return EXIT_DONE

@@ -26,13 +26,14 @@ path { fill: none } .grid { stroke: #e6e6e2 } .left, .end { text-anchor: end }
 
 
 def draw_curves(results: Results) -> str | None:
-    """Draw the rows with the most seeds, at most six: mean over seeds, and the range of seeds.
+    """Draw the rows with the most planned seeds, at most six: mean and range over seeds.
 
     Returns:
         ``None`` where no run of them has a logged value.
     """
-    most = max((len(row.found) for row in results.rows), default=0)
-    rows = [row for row in results.rows if most and len(row.found) == most][: len(COLOURS)]
+    found = [row for row in results.rows if row.found]
+    most = max((row.num_seeds for row in found), default=0)
+    rows = [row for row in found if row.num_seeds == most][: len(COLOURS)]
     panels = {name: draw_panel(rows, name) for name in PANELS}
     drawn = {name: marks for name, marks in panels.items() if marks}
     if not drawn:

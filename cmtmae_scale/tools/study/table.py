@@ -8,6 +8,7 @@ from cmtmae_scale.tools.study.file import Study
 from cmtmae_scale.tools.study.results import (
     TUNED,
     Comparison,
+    Reference,
     Results,
     RunResult,
     StudyRow,
@@ -29,7 +30,7 @@ def results_markdown(study: Study, results: Results, place: str) -> str:
         "seed and for references, the 95 % interval over test images.",
         "",
         table_head(study),
-        *(reference_line(one.name, one.accuracy, one.interval_95) for one in results.references),
+        *(reference_line(one, study) for one in results.references),
         *(row_line(row, study) for row in results.rows),
         "",
         *comparison_lines(study, results),
@@ -54,9 +55,11 @@ def table_head(study: Study) -> str:
     return "| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|"
 
 
-def reference_line(name: str, accuracy: float, interval: tuple[float, float]) -> str:
+def reference_line(one: Reference, study: Study) -> str:
     """Return the line of a reference."""
-    return f"| *{name}* | reference | | {in_percent(accuracy)} {interval_text(interval)} | | | | |"
+    first = f"{in_percent(one.accuracy)} {interval_text(one.interval_95)}"
+    rest = " |" * (len(secondary_measures(study)) + 1)
+    return f"| *{one.name}* | reference | | {first} |{rest}"
 
 
 def row_line(row: StudyRow, study: Study) -> str:
@@ -117,7 +120,7 @@ def comparison_line(one: Comparison) -> str:
 def command_lines(study: Study, results: Results, place: str) -> list[str]:
     """Return the command and the result files of each row that has a result."""
     lines = [
-        f"Result files are below `{study.dir}`; the commands of a run are in its `jobs.jsonl`.",
+        "Files are those of the study's folder; the commands of a run are in its `jobs.jsonl`.",
         "",
         "| row | command | result files of the primary measure |",
         "|---|---|---|",

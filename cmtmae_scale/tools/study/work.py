@@ -75,12 +75,13 @@ class Run:
         return jobs if "train" in kinds else [job for job in jobs if job.kind == "evaluate"]
 
 
-def plan_runs(study: Study) -> list[Run]:
+def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     """Return all runs, most important first.
 
     Rows come in the order of the file; adjacent rows with the same seeds alternate seed by seed, so
     that an interrupted study has whole comparisons. The first run also evaluates raw pixels and
-    random weights, the first run with a teacher also the teacher.
+    random weights, the first run with a teacher also the teacher, unless
+    ``with_teacher`` is false.
 
     Raises:
         ConfigError: settings that do not form a run.
@@ -93,7 +94,7 @@ def plan_runs(study: Study) -> list[Run]:
             for name in names:
                 runs.append(plan_run(study, name, seed, trained, first=not runs))
     for number, run in enumerate(runs):
-        if needs(run.config).teacher and run.config.teacher.mode != "none":
+        if with_teacher and needs(run.config).teacher and run.config.teacher.mode != "none":
             runs[number] = add_teacher_job(run, study.evaluation)
             break
     return runs
