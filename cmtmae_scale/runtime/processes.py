@@ -75,6 +75,11 @@ def is_launcher(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
+    return names_launcher(words)
+
+
+def names_launcher(words: list[str]) -> bool:
+    """Return whether the words of a command line run a program of ``LAUNCHERS``."""
     names = [word.rpartition("/")[2] for word in words[:5]]
     names += [f"{after}.py" for name, after in pairwise(names) if name in COMMAND]
     return names[0] in LAUNCHERS or (
