@@ -49,12 +49,12 @@ def draw_curves(results: Results) -> str | None:
         x, y = 50 + (place % 3) * 270, bottom + 14 + 20 * (place // 3)
         parts.append(
             f'<path stroke="{colour}" stroke-width="2" d="M{x} {y - 4}h24"/>'
-            f'<text x="{x + 30}" y="{y}">{escape(row.name)}, {len(row.found)} seeds</text>'
+            f'<text x="{x + 30}" y="{y}">{escape(row.name)}, seeds: {len(row.found)}</text>'
         )
-    width = WIDTH if len(drawn) == 1 else 2 * WIDTH + GAP
-    height = bottom + 20 * ((len(rows) + 2) // 3) + 10
+    height = bottom + 20 * ((len(rows) + 2) // 3) + 22
+    parts.append(f'<text x="50" y="{height - 6}">over steps; mean and range of the seeds</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, 880)} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH + 5 * GAP} {height}" '
         f'role="img"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
     )
 

@@ -29,7 +29,7 @@ from cmtmae_scale.tools.study.work import Run
 TUNED = "fine-tuned"
 SERIES = ("eval/", "diagnostics/", "loss/")
 """Logged values that a record keeps."""
-POINTS = 40
+POINTS = 25
 """Largest number of points of a series."""
 
 Series = dict[str, list[tuple[int, float]]]

@@ -192,7 +192,8 @@ def run_record(one: RunResult) -> dict[str, Any]:
         "settings_digest": one.run.folder.name,
         "primary": one.primary,
         "accuracies": {
-            name: [found.value, *found.interval_95] for name, found in one.others.items()
+            name: [round(number, 5) for number in (found.value, *found.interval_95)]
+            for name, found in one.others.items()
         },
         "training_minutes": one.minutes,
         "weights_sha256": one.sha256,

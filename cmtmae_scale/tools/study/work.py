@@ -68,11 +68,11 @@ class Run:
 
     def missing(self) -> list[Job]:
         """Return the jobs to run, in order: none where all results exist, no cache once trained."""
-        jobs = [job for job in self.jobs if not job.done()]
-        kinds = {job.kind for job in jobs}
-        if "evaluate" not in kinds:
+        if all(job.done() for job in self.jobs if job.kind == "evaluate"):
             return []
-        return jobs if "train" in kinds else [job for job in jobs if job.kind == "evaluate"]
+        is_trained = any(job.kind == "train" and job.done() for job in self.jobs)
+        unneeded = "cache" if is_trained else None
+        return [job for job in self.jobs if not job.done() and job.kind != unneeded]
 
 
 def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:

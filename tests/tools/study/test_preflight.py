@@ -45,7 +45,10 @@ def test_the_verdict(rank: float, cosine: float, near: Accuracy, expected: str) 
 
 
 def test_each_candidate_is_a_run_of_the_same_length(recipe: str, tmp_path: Path) -> None:
-    texts = ["mask.ratio=0.5", "loss.pixel=1 'mask.salient_fraction={kind: linear, end: 0.5}'"]
+    texts = [
+        "mask.ratio=0.5",
+        "loss.pixel=1 'mask.salient_fraction={kind: linear, start: 0, end: 0.5}'",
+    ]
     study = preflight_study(recipe, str(tmp_path / "p"), 30, IMAGES, texts)
     plain, half, pixel = (run.config for run in plan_runs(study))
     assert plain.mask.ratio != half.mask.ratio == 0.5
