@@ -70,8 +70,8 @@ class Run:
         """Return the jobs to run, in order: none where all results exist, no cache once trained."""
         if all(job.done() for job in self.jobs if job.kind == "evaluate"):
             return []
-        is_trained = any(job.kind == "train" and job.done() for job in self.jobs)
-        unneeded = "cache" if is_trained else None
+        has_weights = any(job.kind == "train" and job.done() for job in self.jobs)
+        unneeded = "cache" if has_weights else None
         return [job for job in self.jobs if not job.done() and job.kind != unneeded]
 
 
