@@ -11,10 +11,10 @@ from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study.file import load_study
 from cmtmae_scale.tools.study.work import Run, plan_runs
-from tests.tools.study.study_case import hits_of, put_results, study_tree, write_study
+from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree, write_study
 
 ROOT = Path(__file__).resolve().parents[3]
-LARGEST = ("first", "cpu")
+LARGEST = ("first", "cpu", "cpu_finetune")
 """The studies with the most rows."""
 
 
@@ -102,15 +102,17 @@ def test_runs_are_named_by_what_they_compute(tmp_path: Path) -> None:
 
 def test_a_run_is_found_again_though_its_folder_is_named_by_fewer_keys(tmp_path: Path) -> None:
     """As after an update that added a key: another digest, equal settings."""
-    run = runs_of(tmp_path)[0]
+    alone: dict[str, Any] = {"rows": {"mae": {"settings": NO_TEACHER}}, "seeds": [0]}
+    alone["comparisons"] = []
+    (run,) = runs_of(tmp_path, **alone)
     older = tmp_path / "study" / "runs" / "older"
     older.mkdir(parents=True)
     save_config(run.config, older / "config.yaml")
-    assert runs_of(tmp_path)[0].folder == older
-    longer = runs_of(tmp_path, settings=["train.steps=5", "views.views_per_image=1"])
-    assert longer[0].folder.name not in ("older", run.folder.name)
+    assert [one.folder for one in runs_of(tmp_path, **alone)] == [older]
+    (longer,) = runs_of(tmp_path, **alone, settings=["train.steps=5"])
+    assert longer.folder not in (older, run.folder)
     (older / "config.yaml").write_text("train: {stepss: 4}\n")
-    assert runs_of(tmp_path)[0].folder == run.folder
+    assert [one.folder for one in runs_of(tmp_path, **alone)] == [run.folder]
 
 
 def test_a_cache_is_not_computed_again_for_weights_that_exist(tmp_path: Path) -> None:
