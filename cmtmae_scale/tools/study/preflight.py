@@ -78,7 +78,9 @@ def preflight_table(study: Study, runs: Sequence[Run]) -> str:
     """Return one line per candidate: rank, cosine, k-NN and a verdict."""
     first = runs[0].knn
     if not first.exists():
-        return f"no verdict: `{runs[0].row}` has no result yet, and random weights are in its file"
+        return (
+            f"no verdict: `{runs[0].row}` has no result yet, and random weights are in its file\n"
+        )
     features = study.evaluation.features
     rows = [row for row in read_result(first)["results"] if row["weights"] == "random weights"]
     random = accuracy_of(find_row(rows, MEASURE, features, first))

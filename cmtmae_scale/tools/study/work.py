@@ -13,6 +13,7 @@ from typing import Any
 
 from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
 from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
@@ -169,11 +170,16 @@ def add_teacher_job(run: Run, settings: Evaluation) -> Run:
 
 
 def add_finetuning(run: Run, settings: Evaluation, weights: Sequence[str]) -> Run:
-    """Return the run with a fine-tuning of its weights at the end, in a folder of its own."""
+    """Return the run with a fine-tuning of its weights at the end, in a folder of its own.
+
+    Raises:
+        ConfigError: if the recipe of the fine-tuning cannot be used.
+    """
     images = [f"data.path={settings.train}", f"data.test_path={settings.test}"]
     words = ["--config", str(settings.finetune), *weights, *images, f"run.seed={run.seed}"]
     folder = run.folder / "evaluation" / f"finetune-{short_digest(words)}"
     places = ["--checkpoint", str(run.folder), f"run.output_dir={folder}"]
+    load_finetune(str(settings.finetune), [*images, f"run.output_dir={folder}"])
     result = folder / "result.json"
     arguments = ("launchers/finetune.py", *words, *places)
     job = Job("evaluate", arguments, folder, result.exists, True)
