@@ -2,6 +2,7 @@
 
 python launchers/study.py configs/studies/smoke.yaml [--minutes M] [--jobs N] [--rows NAME ...]
 python launchers/study.py configs/studies/first.yaml --dry-run
+python launchers/study.py preflight configs/tiny_imagenet.yaml [--steps N] [--candidate "key=value"]
 """
 
 from cmtmae_scale.commands.study import run_study

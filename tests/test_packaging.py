@@ -14,10 +14,9 @@ from PIL import Image
 
 from cmtmae_scale import __version__
 from cmtmae_scale.commands.copy import TEMPLATES
+from cmtmae_scale.config.check import TRACKERS
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
 from tests.test_layers import MODULES
-
-from cmtmae_scale.config.check import TRACKERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

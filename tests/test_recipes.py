@@ -1,5 +1,6 @@
 """Every recipe has a header, loads, and has a dry run without data."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_the_commands_of_a_tunings_header_load(
     lines = text.split("cmtmae_scale finetune")[1:]
     assert len(lines) == 2
     for line in lines:
-        options = parse_options(shlex.split(line.split("torchrun")[0]))
+        options = parse_options(shlex.split(re.split("torchrun|python", line)[0]))
         assert options.config == f"configs/{recipe.name}"
         assert load_finetune(options.config, options.overrides) is not None
 

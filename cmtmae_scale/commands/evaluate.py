@@ -18,7 +18,7 @@ from cmtmae_scale.runtime.arguments import (
 from cmtmae_scale.runtime.launch import find_world
 from cmtmae_scale.runtime.log import set_up_logging
 
-WEIGHTS = ("student", "momentum", "teacher")
+WEIGHTS = ("student", "momentum", "teacher", "random")
 DECODERS = ("auto", "dali", "torch")
 
 
@@ -95,7 +95,8 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="of a checkpoint; default: momentum where the run has it, else student",
+        help="of a checkpoint; default: momentum where the run has it, else student; random: the "
+        "run's architecture with its initial weights",
     )
     parser.add_argument("--arch", help="timm's name, for a .safetensors file without config.json")
     parser.add_argument("--file", help="weights for --timm")

@@ -21,7 +21,7 @@ def write_report(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
 
     def write() -> int:
-        file = write_page(options.runs, options.out)
+        file = write_page(options.runs, options.out, options.reference)
         sys.stdout.write(f"{escape_controls(str(file))}\n")
         return EXIT_DONE
 
@@ -29,7 +29,7 @@ def write_report(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``RUN_DIR [RUN_DIR ...] [--out FILE]``; a usage error exits with code 78."""
+    """Parse ``RUN_DIR [RUN_DIR ...] [--out FILE] [--reference FILE ROW]``."""
     parser = Parser(description="Write a report of runs as one HTML page.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder")
     parser.add_argument(
@@ -38,25 +38,36 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="default: report.html in the run's folder; comparison.html in the first one's",
     )
+    parser.add_argument(
+        "--reference",
+        nargs=2,
+        metavar=("FILE", "ROW"),
+        help="draw the range of this row of a study's record, such as docs/study-cpu.json",
+    )
     return parser.parse_args(arguments)
 
 
-def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_page(
+    folders: Sequence[Path], out: Path | None = None, reference: Sequence[str] | None = None
+) -> Path:
     """Read runs and write their page, whole or not at all; returns the file.
 
     Without ``out`` it is ``report.html`` in the run's folder, or, of several runs,
-    ``comparison.html`` in the first one's.
+    ``comparison.html`` in the first one's. ``reference`` is the file and the row of a study.
 
     Raises:
-        ConfigError: if a folder is not a run's, or the file cannot be written.
+        ConfigError: if a folder is not a run's, the reference is not a study's record, or the file
+            cannot be written.
     """
     from cmtmae_scale.tools.report.page import render_page
+    from cmtmae_scale.tools.report.ranges import read_reference
     from cmtmae_scale.tools.report.run import read_run
 
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     make_labels_unique(runs)
+    expected = [] if reference is None else read_reference(Path(reference[0]), reference[1])
     file = out or runs[0].dir / ("report.html" if len(runs) == 1 else "comparison.html")
-    text = render_page(runs)
+    text = render_page(runs, expected)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, text.encode(errors="backslashreplace"))

@@ -1,7 +1,6 @@
-"""``cmtmae study STUDY.yaml``: run the missing jobs of a study, write its table."""
+"""``cmtmae study STUDY.yaml`` and ``cmtmae study preflight RECIPE``: run a table of runs."""
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
+from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one
 from cmtmae_scale.runtime.log import set_up_logging
@@ -22,20 +22,24 @@ logger = logging.getLogger(__name__)
 
 
 def run_study(arguments: Sequence[str] | None = None) -> int:
-    """Run a study in the working folder, or as many of its jobs as the time limit allows.
+    """Run a study or a pre-flight in the working folder, as far as the time limit allows.
 
     Returns:
         Exit code: 0 complete; 75 jobs are missing, or the store is full, and the same command
         continues; 1 a run failed; 78 will never work as configured.
     """
-    options = parse_options(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    is_preflight = words[:1] == ["preflight"]
+    options = parse_preflight(words[1:]) if is_preflight else parse_options(words)
     set_up_logging(0, 1)
-    return run_alone(lambda: execute_study(options))
+    execute = execute_preflight if is_preflight else execute_study
+    return run_alone(lambda: execute(options))
 
 
 def execute_study(options: argparse.Namespace) -> int:
     """Run the missing jobs, or list them; returns the exit code."""
     study = load_study(options.study)
+    study.dir = str(options.dir or study.dir)
     from cmtmae_scale.runtime.lock import hold_run
     from cmtmae_scale.tools.study.execute import Executor, study_exit_code
     from cmtmae_scale.tools.study.work import plan_runs
@@ -45,21 +49,80 @@ def execute_study(options: argparse.Namespace) -> int:
     if options.dry_run:
         sys.stdout.write(list_missing(selected))
         return EXIT_DONE
+    if options.collect is not None:
+        sys.stdout.write(write_results(study, runs, options.study, options.collect))
+        return EXIT_DONE
     with hold_run(Path(study.dir), 0):
         outcomes = Executor(options.jobs, options.minutes).run(selected)
-        sys.stdout.write(write_results(study, runs, options.study))
+        record = Path(study.dir) / f"{Path(options.study).stem}.json"
+        sys.stdout.write(write_results(study, runs, options.study, record))
     return study_exit_code(outcomes)
 
 
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``STUDY.yaml [--minutes M] [--jobs N] [--rows NAME ...] [--dry-run]``."""
-    parser = Parser(description="Run the missing jobs of a study.", allow_abbrev=False)
-    parser.add_argument("study", help="a YAML file, or a shipped study: smoke, pilot, first")
+def execute_preflight(options: argparse.Namespace) -> int:
+    """Run the candidates of a recipe, or list them; returns the exit code."""
+    folder = str(options.dir or f"runs/preflight/{Path(options.recipe).stem}")
+    from cmtmae_scale.runtime.lock import hold_run
+    from cmtmae_scale.tools.study.execute import Executor, study_exit_code
+    from cmtmae_scale.tools.study.preflight import preflight_study, preflight_table
+    from cmtmae_scale.tools.study.work import plan_runs
+
+    candidates = options.candidate or ()
+    study = preflight_study(options.recipe, folder, options.steps, options.settings, candidates)
+    runs = plan_runs(study, with_teacher=False)
+    if options.dry_run:
+        sys.stdout.write(list_missing(runs))
+        return EXIT_DONE
+    with hold_run(Path(folder), 0):
+        outcomes = Executor(options.jobs, options.minutes).run(runs)
+    sys.stdout.write(preflight_table(study, runs))
+    return study_exit_code(outcomes)
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse ``STUDY.yaml [--rows NAME ...] [--collect FILE.json]`` and the common options."""
+    parser = Parser(
+        description="Run the missing jobs of a study; study preflight --help: of a recipe.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", help="a YAML file, or a shipped study: smoke, pilot, cpu, first")
+    add_common_options(parser, "the file's")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
+    parser.add_argument(
+        "--collect",
+        type=Path,
+        metavar="FILE.json",
+        help="run nothing; write the results so far there, and the figures beside it",
+    )
+    return parser.parse_args(arguments)
+
+
+def parse_preflight(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse ``RECIPE [key=value ...] [--candidate TEXT ...] [--steps N]`` and common options."""
+    parser = Parser(
+        description="Train candidates for a few steps and report which settings collapse.",
+        allow_abbrev=False,
+        hint=key_hint,
+    )
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of every candidate")
+    parser.add_argument(
+        "--candidate",
+        action="append",
+        metavar="'key=value ...'",
+        help="settings of one more run; default: other weights of the loss terms",
+    )
+    parser.add_argument("--steps", type=at_least_one, default=500, help="of every run; 500")
+    add_common_options(parser, "runs/preflight/NAME of the recipe")
+    return parser.parse_intermixed_args(arguments)
+
+
+def add_common_options(parser: Parser, folder: str) -> None:
+    """Add the options of a study and of a pre-flight; ``folder`` is the default of ``--dir``."""
+    parser.add_argument("--dir", type=Path, help=f"of runs and results; default: {folder}")
     parser.add_argument("--minutes", type=above_zero, help="time limit; the same command continues")
     parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time; 1")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument("--dry-run", action="store_true", help="list the missing commands")
-    return parser.parse_args(arguments)
 
 
 def select_runs(study: Study, runs: "Sequence[Run]", rows: Sequence[str] | None) -> "list[Run]":
@@ -87,21 +150,26 @@ def list_missing(runs: "Sequence[Run]") -> str:
     return "\n".join([*lines, f"{incomplete} of {len(runs)} runs are incomplete", ""])
 
 
-def write_results(study: Study, runs: "Sequence[Run]", place: str) -> str:
-    """Write table and figure of all available results; returns the text to print."""
+def write_results(study: Study, runs: "Sequence[Run]", place: str, record: Path) -> str:
+    """Write record, table and figures of all available results; returns the text to print.
+
+    Files: ``NAME.json``, ``NAME.md``, ``NAME.svg`` and ``NAME-curves.svg`` for a record of the name
+    ``NAME.json``; a figure without a result is not written.
+    """
+    from cmtmae_scale.tools.study.curves import draw_curves
     from cmtmae_scale.tools.study.figure import draw_results
     from cmtmae_scale.tools.study.results import collect_results
     from cmtmae_scale.tools.study.table import results_markdown, results_record
 
     results = collect_results(study, runs)
-    folder = Path(study.dir)
-    folder.mkdir(parents=True, exist_ok=True)
     table = results_markdown(study, results, place)
-    write_atomic(folder / "table.md", table)
-    record = json.dumps(results_record(study, results), indent=1)
-    write_atomic(folder / "results.json", f"{record}\n")
-    text = [table, f"written to {folder / 'table.md'} and {folder / 'results.json'}"]
+    files = {".json": results_record(study, results, place), ".md": table}
     if any(row.found for row in results.rows):
-        write_atomic(folder / "figure.svg", draw_results(study, results))
-        text.append(f"drawn in {folder / 'figure.svg'}")
-    return "\n".join([*text, ""])
+        files[".svg"] = draw_results(study, results)
+    if (curves := draw_curves(results)) is not None:
+        files["-curves.svg"] = curves
+    record.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in files.items():
+        write_atomic(record.with_name(record.stem + suffix), text)
+    written = ", ".join(record.stem + suffix for suffix in files)
+    return f"{table}\nwritten to {record.parent}: {written}\n"

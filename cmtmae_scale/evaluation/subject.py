@@ -82,7 +82,8 @@ def subject_from_checkpoint(
 ) -> Subject:
     """Open an encoder of a run's newest intact checkpoint, or of a named checkpoint.
 
-    ``weights``: ``student``, ``momentum`` or ``teacher``; ``None``: momentum where the run has it.
+    ``weights``: ``student``, ``momentum``, ``teacher``, or ``random`` for the initial weights of
+    the student; ``None``: momentum where the run has it.
 
     Raises:
         CheckpointError: no checkpoint, a broken checkpoint, or one without these weights.
@@ -101,6 +102,10 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     facts: dict[str, Any] = {"checkpoint": str(folder), "step": step, "weights": weights}
     if weights == "teacher":
         return subject_from_teacher(config, facts, run_dir, device)
+    if weights == "random":
+        encoder = random_student(config, device)
+        facts |= {"arch": config.student.arch, "sha256": encoder.digest}
+        return Subject(encoder, None, facts, run_dir, config)
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(f"{folder}: the run has no momentum student; use --weights student")
     check_encoder(folder, config, ENCODERS[weights])

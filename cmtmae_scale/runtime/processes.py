@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 LAUNCHERS = frozenset(
     {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
-    | {"deepspeed", "deepspeed.launcher.launch", "supervise.py", "supervise"}
+    | {"deepspeed", "deepspeed.launcher.launch", "supervise.py", "study.py"}
 )
-"""Programs that launch ranks, by file, module or command."""
+"""Programs that launch ranks, by file or module."""
+COMMAND = frozenset({"cmtmae", "cmtmae_scale"})
+"""The command, and its module: ``cmtmae study`` is ``study.py``."""
 
 
 class Status(NamedTuple):
@@ -72,7 +75,13 @@ def is_launcher(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
+    return names_launcher(words)
+
+
+def names_launcher(words: list[str]) -> bool:
+    """Return whether the words of a command line run a program of ``LAUNCHERS``."""
     names = [word.rpartition("/")[2] for word in words[:5]]
+    names += [f"{after}.py" for name, after in pairwise(names) if name in COMMAND]
     return names[0] in LAUNCHERS or (
         names[0].startswith("python") and not LAUNCHERS.isdisjoint(names)
     )

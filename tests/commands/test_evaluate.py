@@ -171,6 +171,20 @@ def test_a_model_of_timm_and_the_runs_teacher_are_read_as_timm_does(
     assert "teacher test_vit (random)" in text
 
 
+def test_the_initial_weights_of_a_run_are_its_baseline(place: Path, tmp_path: Path) -> None:
+    results = {}
+    for weights in ("student", "random"):
+        file = tmp_path / f"{weights}.json"
+        evaluate("knn", "--checkpoint", place / "run", "--weights", weights, "--out", file)
+        results[weights] = json.loads(file.read_text())
+    baseline, own = (
+        [row["correct"] for row in results[name]["results"] if row["weights"] == "random weights"]
+        for name in ("student", "random")
+    )
+    assert own == baseline and own
+    assert results["random"]["subject"]["sha256"] != results["student"]["subject"]["sha256"]
+
+
 MISTAKES = {
     "RUN --weights teacher --file x": "--file belongs to --timm",
     "RUN --test TEST --split 0.5": "--split makes the test set out of --train",

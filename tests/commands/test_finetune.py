@@ -49,6 +49,7 @@ def test_students_and_models_of_timm_are_fine_tuned(
         "momentum": ["--checkpoint", str(pretrained)],
         "student": ["--checkpoint", str(pretrained), "--weights", "student"],
         "teacher": ["--checkpoint", str(pretrained), "--weights", "teacher"],
+        "random": ["--checkpoint", str(pretrained), "--weights", "random"],
         "timm": ["--timm", "test_vit", "--file", str(file), "--size", "48"],
     }
     digests = set()
@@ -60,7 +61,7 @@ def test_students_and_models_of_timm_are_fine_tuned(
         assert start["size"] == (48 if name == "timm" else 64)
         assert start["facts"].get("weights", "timm") == name
         digests.add(start["facts"]["sha256"])
-    assert len(digests) == 4
+    assert len(digests) == 5
 
 
 @pytest.mark.gloo

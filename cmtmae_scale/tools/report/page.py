@@ -33,12 +33,15 @@ SECTIONS = {
 }
 
 
-def render_page(runs: Sequence[Run]) -> str:
-    """Return the page of one run, or of several runs and their comparison."""
+def render_page(runs: Sequence[Run], reference: Sequence[Run] = ()) -> str:
+    """Return the page of one run, or of several runs and their comparison.
+
+    Expected ranges are those of ``reference``; without it, of finished runs of the same settings.
+    """
     if len(runs) == 1:
         title = runs[0].label
         body = draw_safely("Outcome", "outcome", partial(headline, runs[0])) + section_links("")
-        body += run_sections(runs[0], runs, "", FIGURES_ALONE)
+        body += run_sections(runs[0], runs, reference, "", FIGURES_ALONE)
     else:
         title = " and ".join(run.label for run in runs)
         places = {"final": "Final values", "differences": "Differences", "overlaid": "Curves"}
@@ -49,14 +52,17 @@ def render_page(runs: Sequence[Run]) -> str:
             body += f'<h1 class="run" id="r{place}">{escape(run.label)}</h1>'
             body += draw_safely("Outcome", f"r{place}-outcome", partial(headline, run))
             prefix = f"r{place}-"
-            body += section_links(prefix) + run_sections(run, runs, prefix, FIGURES_COMPARED)
+            body += section_links(prefix)
+            body += run_sections(run, runs, reference, prefix, FIGURES_COMPARED)
     return html_document(title, body)
 
 
-def run_sections(run: Run, runs: Sequence[Run], prefix: str, most: int) -> str:
+def run_sections(
+    run: Run, runs: Sequence[Run], reference: Sequence[Run], prefix: str, most: int
+) -> str:
     """Return all sections of a run; ``prefix`` makes their anchors unique."""
     try:
-        others = finished_siblings(run, runs)
+        others = reference or finished_siblings(run, runs)
     except OSError:  # the folder above cannot be listed
         others = []
     drawn = {

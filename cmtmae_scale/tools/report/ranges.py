@@ -1,15 +1,17 @@
-"""Expected values of a run: its schedules, and other runs of the same settings."""
+"""Expected values of a run: its schedules, and other runs of the same settings or of a study."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.engine.resume import FREE_KEYS, is_listed
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.pretraining.task import Pretraining
+from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.report.chart import Band, Line, Point
-from cmtmae_scale.tools.report.run import Run, read_run
+from cmtmae_scale.tools.report.run import Run, is_drawable, read_run
 
 KEPT = ("data.path", "data.source")
 """Free at a resume, which compares the images themselves; here they must be equal."""
@@ -46,20 +48,61 @@ def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
     ]
 
 
+def read_reference(file: Path, row: str) -> list[Run]:
+    """Read the logged values of a row's runs from a study's record (``study --collect FILE``).
+
+    Raises:
+        ConfigError: if the file is no such record, or has no run of the row.
+    """
+    try:
+        records = read_json(file.read_bytes())["runs"]
+        found = [(f"{row}, seed {one['seed']}", one) for one in records if one["row"] == row]
+        runs = [
+            Run(
+                file,
+                label,
+                row,
+                entries=[
+                    {"step": step, name: value}
+                    for name, points in one["series"].items()
+                    for step, value in points
+                    if is_drawable(step) and is_drawable(value)
+                ],
+            )
+            for label, one in found
+        ]
+        names = sorted({str(one["row"]) for one in records})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--reference {file}: is not a study's record ({error}); name a file that "
+            "study --collect wrote"
+        ) from error
+    if not runs:
+        has = f"its rows with a run are {', '.join(names)}" if names else "it has no run yet"
+        raise ConfigError(f"--reference {file}: {row} has no run there; {has}")
+    return runs
+
+
 def expected_range(runs: Sequence[Run], name: str) -> tuple[list[Line], list[Band]]:
     """Return the range of other runs at each step, or the line of a single other run."""
     curves = [curve for run in runs if (curve := run.series(name))]
     if not curves:
         return [], []
+    settings = "these settings" if runs[0].row is None else runs[0].row
     if len(curves) == 1:
-        return [Line("one other run of these settings", curves[0], planned=True)], []
-    steps = sorted({step for curve in curves for step, _ in curve})
-    points: list[tuple[float, float, float]] = []
-    for step in steps:
+        return [Line(f"one other run of {settings}", curves[0], planned=True)], []
+    points = [(step, low, high) for step, _, low, high in band_of_curves(curves)]
+    return [], [Band(f"range of {len(curves)} other runs of {settings}", points)]
+
+
+def band_of_curves(curves: Sequence[Sequence[Point]]) -> list[tuple[float, float, float, float]]:
+    """Return each step with mean, lowest and highest value of the curves that reach it."""
+    points: list[tuple[float, float, float, float]] = []
+    for step in sorted({step for curve in curves for step, _ in curve}):
         known = (interpolate_curve(curve, step) for curve in curves)
         values = [value for value in known if value is not None]
-        points.append((step, min(values), max(values)))
-    return [], [Band(f"range of {len(curves)} other runs of these settings", points)]
+        points.append((step, sum(values) / len(values), min(values), max(values)))
+    return points
 
 
 def interpolate_curve(curve: Sequence[Point], step: float) -> float | None:

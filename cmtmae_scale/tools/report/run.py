@@ -31,6 +31,8 @@ class Run:
     dir: Path
     label: str
     """Name in the report, unique on the page."""
+    row: str | None = None
+    """Row of a study's results, where the run is read from their file; ``None``: from a folder."""
     config: Config | None = None
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Resolved settings by full key."""

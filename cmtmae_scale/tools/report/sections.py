@@ -188,7 +188,13 @@ def curves_section(run: Run, others: Sequence[Run], anchor: str) -> str:
     """Return curves, and the source of the expected range."""
     if not run.entries:
         return section("Curves", anchor, paragraph("The log has no entry yet."))
-    if others:
+    if others and others[0].row is not None:
+        names = ", ".join(other.label for other in others)
+        note = (
+            f"Expected range: {names}, of {others[0].dir.name}. Their settings are not compared "
+            "with those of this run."
+        )
+    elif others:
         names = ", ".join(
             f"{other.dir.name} (seed {other.settings.get('run.seed')})" for other in others
         )

@@ -17,13 +17,16 @@ from types import FrameType
 
 from cmtmae_scale.checkpoint.layout import is_finite
 from cmtmae_scale.engine.summary import read_entries
-from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED
+from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from cmtmae_scale.runtime.lock import refuse_living_holder
 from cmtmae_scale.runtime.storage import append_line, optional_write
 from cmtmae_scale.tools.study.work import Job, Run
 
 logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.2
+ORPHAN_S = 60.0
+"""Seconds that a training of a killed launch gets to save and to end."""
 OUTPUT, JOBS = "output.log", "jobs.jsonl"
 
 
@@ -79,7 +82,8 @@ class Executor:
         """Run a run's missing jobs; in a thread."""
         for job in run.missing():
             with self._locks[job.output]:
-                if job.done():  # another run has done it meanwhile
+                self._await_orphan(job)
+                if job.done():  # another run, or the orphan, has done it meanwhile
                     continue
                 if self._time_is_up():
                     return Outcome.STOPPED
@@ -92,6 +96,18 @@ class Executor:
             logger.error(text, run.row, run.seed, job.kind, code, run.folder / OUTPUT)
             return Outcome.FAILED
         return Outcome.DONE
+
+    def _await_orphan(self, job: Job) -> None:
+        """Wait for a training that a killed launch of the study left behind: it stops by itself."""
+        end, has_logged = time.monotonic() + ORPHAN_S, False
+        while time.monotonic() < end and not self._time_is_up():
+            try:
+                return refuse_living_holder(job.output)
+            except ConfigError as error:
+                if not has_logged:
+                    logger.info("waiting: %s", error)
+                has_logged = True
+            time.sleep(PAUSE_S)
 
     def _time_is_up(self) -> bool:
         return self._stop.is_set() or (self._end is not None and time.monotonic() >= self._end)

@@ -10,7 +10,7 @@ from cmtmae_scale.config.shipped import STUDIES, find_recipe
 from cmtmae_scale.errors import ConfigError
 
 Features = Literal["patches", "cls"]
-Weights = Literal["student", "momentum"]
+Weights = Literal["student", "momentum", "random"]
 
 
 @dataclass
@@ -24,9 +24,11 @@ class Evaluation:
     features: Features = "patches"
     """The primary measure: the linear probe on these features of the test images."""
     weights: Weights = "student"
-    """Evaluated weights, in every row."""
+    """Evaluated weights, of rows that do not name others."""
     epochs: int = 100
     """Epochs of the probe over the features."""
+    finetune: str | None = None
+    """Recipe of a fine-tuning of every run on the same images; ``None``: none."""
 
 
 @dataclass
@@ -39,6 +41,8 @@ class RowFile:
     """An earlier row whose settings apply first; ``None``: none."""
     seeds: list[int] | None = None
     """Values of ``run.seed``; ``None``: the study's."""
+    weights: Weights | None = None
+    """Evaluated weights; ``None``: the study's. ``random``: the initial weights of the run."""
     note: str = ""
     """Description in the table."""
 
@@ -133,16 +137,15 @@ def check_study(study: Study, place: str) -> None:
     Raises:
         ConfigError: the first problem.
     """
-    for key, allowed in (("features", Features), ("weights", Weights)):
-        found = getattr(study.evaluation, key)
-        if found not in get_args(allowed):
-            choices = ", ".join(get_args(allowed))
-            raise ConfigError(f"{place}: evaluation.{key}={found!r} is not one of {choices}")
+    check_choice(study.evaluation.features, Features, f"{place}: evaluation.features")
+    check_choice(study.evaluation.weights, Weights, f"{place}: evaluation.weights")
     check_settings(study.settings, place, "settings")
     earlier: list[str] = []
     for name, row in study.rows.items():
         key = f"rows.{name}"
         check_settings(row.settings, place, f"{key}.settings")
+        if row.weights is not None:
+            check_choice(row.weights, Weights, f"{place}: {key}.weights")
         if row.like is not None and row.like not in earlier:
             raise ConfigError(f"{place}: {key}.like={row.like} is not a row above it")
         seeds = study.seeds_of(name)
@@ -155,6 +158,16 @@ def check_study(study: Study, place: str) -> None:
         for name in pair:
             if name not in study.rows:
                 raise ConfigError(f"{place}: comparisons: {name} is not a row")
+
+
+def check_choice(found: Any, allowed: Any, key: str) -> None:
+    """Refuse a value that is not of a closed set.
+
+    Raises:
+        ConfigError: with the choices.
+    """
+    if found not in get_args(allowed):
+        raise ConfigError(f"{key}={found!r} is not one of {', '.join(get_args(allowed))}")
 
 
 def check_settings(settings: list[str], place: str, key: str) -> None:

@@ -3,13 +3,16 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cmtmae_scale.checkpoint.layout import is_finite
+from cmtmae_scale.engine.summary import read_entries
+from cmtmae_scale.engine.telemetry import LOG_FILE
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.result import method_family, unpack_hits
 from cmtmae_scale.tools.study.execute import training_minutes
@@ -23,6 +26,22 @@ from cmtmae_scale.tools.study.statistics import (
 )
 from cmtmae_scale.tools.study.work import Run
 
+TUNED = "fine-tuned"
+SERIES = ("eval/", "diagnostics/", "loss/")
+"""Logged values that a record keeps."""
+POINTS = 25
+"""Largest number of points of a series."""
+
+Series = dict[str, list[tuple[int, float]]]
+
+
+class Accuracy(NamedTuple):
+    """A fraction of the test images."""
+
+    value: float
+    interval_95: tuple[float, float]
+    """Wilson's, over the test images."""
+
 
 @dataclass
 class RunResult:
@@ -35,14 +54,18 @@ class RunResult:
     """Wilson's, over the test images."""
     hits: NDArray[np.bool_]
     """Whether the primary probe classifies each test image correctly."""
-    others: dict[str, float]
-    """Every accuracy, by method and features."""
+    others: dict[str, Accuracy]
+    """Every accuracy, by method and features, and ``TUNED``."""
     images: tuple[str, str]
     """Digests of the probe's training and test images."""
     minutes: float | None
     """Wall time of the training."""
     sha256: str
     """Of the evaluated weights."""
+    provenance: dict[str, Any]
+    """Versions and date of the probe."""
+    series: Series = field(default_factory=dict[str, list[tuple[int, float]]])
+    """Step and value of logged values during the training."""
 
 
 @dataclass
@@ -82,6 +105,8 @@ class Comparison:
 
     better: str
     other: str
+    measure: str
+    """Key of ``RunResult.others``."""
     test: PairedTest
     p_corrected: float
     """Holm's correction, over all available comparisons of the study."""
@@ -124,24 +149,37 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
     ]
     by_name = {row.name: row.found for row in rows}
     tests = {
-        (better, other): test
+        (better, other, measure): test
+        for measure in tested_measures(study)
         for better, other in study.comparisons
-        if (test := compare_rows(by_name[better], by_name[other])) is not None
+        if (test := compare_rows(by_name[better], by_name[other], measure)) is not None
     }
-    corrected = holm_correction({"/".join(pair): test.p for pair, test in tests.items()})
-    comparisons = [
-        Comparison(*pair, test, corrected["/".join(pair)]) for pair, test in tests.items()
-    ]
+    corrected = holm_correction({"/".join(key): test.p for key, test in tests.items()})
+    comparisons = [Comparison(*key, test, corrected["/".join(key)]) for key, test in tests.items()]
     return Results(rows, list(read_references(runs, features)), comparisons)
 
 
-def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult]) -> PairedTest | None:
-    """Test over common seeds, or over images for a single common seed; ``None``: no common seed."""
-    ours, theirs = ({one.run.seed: one for one in found} for found in (a, b))
+def tested_measures(study: Study) -> list[str]:
+    """Return the measures of the comparisons: the primary, and fine-tuning where there is one."""
+    tuned = [] if study.evaluation.finetune is None else [TUNED]
+    return [f"linear {study.evaluation.features}", *tuned]
+
+
+def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult], measure: str) -> PairedTest | None:
+    """Test over common seeds; for a single common seed, the primary measure over images.
+
+    Returns:
+        ``None`` where no test is possible.
+    """
+    ours, theirs = (
+        {one.run.seed: one for one in found if measure in one.others} for found in (a, b)
+    )
     seeds = [seed for seed in ours if seed in theirs]
     if len(seeds) > 1:
-        return paired_t(*([own[seed].primary for seed in seeds] for own in (ours, theirs)))
-    if not seeds:
+        return paired_t(
+            *([own[seed].others[measure].value for seed in seeds] for own in (ours, theirs))
+        )
+    if not seeds or measure == TUNED:
         return None
     return mcnemar(ours[seeds[0]].hits, theirs[seeds[0]].hits)
 
@@ -153,7 +191,9 @@ def read_run_result(run: Run, features: str) -> RunResult:
     rows = [one for record in (linear, knn) for one in record["results"]]
     own = [one for one in rows if one["weights"] == subject]
     primary = find_row(own, "linear", features, run.linear)
-    others = {f"{method_family(one['method'])} {one['features']}": one["accuracy"] for one in own}
+    others = {f"{method_family(one['method'])} {one['features']}": accuracy_of(one) for one in own}
+    if run.tuned is not None and run.tuned.exists():
+        others[TUNED] = accuracy_of(read_result(run.tuned)["results"][0])
     return RunResult(
         run,
         primary["accuracy"],
@@ -163,7 +203,29 @@ def read_run_result(run: Run, features: str) -> RunResult:
         (linear["images"]["train"]["digest"], linear["images"]["test"]["digest"]),
         training_minutes(run),
         linear["subject"]["sha256"],
+        {key: linear[key] for key in ("versions", "date") if key in linear},
+        read_series(run.folder / LOG_FILE),
     )
+
+
+def accuracy_of(row: dict[str, Any]) -> Accuracy:
+    """Return the accuracy in a line of a result file."""
+    return Accuracy(row["accuracy"], tuple(row["interval_95"]))
+
+
+def read_series(log: Path) -> Series:
+    """Read the logged values that a record keeps, at most ``POINTS`` of each, the last included."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in read_entries(log):
+        step = entry.get("step")
+        for name, value in entry.items():
+            is_kept = name.startswith(SERIES) and not name.endswith("time_fraction")
+            if is_kept and isinstance(step, int) and is_finite(value):
+                found.setdefault(name, {})[step] = float(f"{value:.4g}")
+    return {
+        name: sorted(values.items())[::-1][:: math.ceil(len(values) / POINTS)][::-1]
+        for name, values in found.items()
+    }
 
 
 def read_references(runs: Sequence[Run], features: str) -> list[Reference]:

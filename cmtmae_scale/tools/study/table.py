@@ -1,9 +1,19 @@
 """Results of a study as Markdown and as JSON."""
 
+import json
+import os
 from typing import Any
 
 from cmtmae_scale.tools.study.file import Study
-from cmtmae_scale.tools.study.results import Comparison, Results, RunResult, StudyRow
+from cmtmae_scale.tools.study.results import (
+    TUNED,
+    Comparison,
+    Reference,
+    Results,
+    RunResult,
+    StudyRow,
+    tested_measures,
+)
 from cmtmae_scale.tools.study.statistics import mean_and_std
 
 SECOND = ("logistic", "k-NN k=10")
@@ -11,7 +21,6 @@ SECOND = ("logistic", "k-NN k=10")
 
 def results_markdown(study: Study, results: Results, place: str) -> str:
     """Return the table, the comparisons and the commands of each row; ``place`` is the file."""
-    other = "cls" if study.evaluation.features == "patches" else "patches"
     count = next((len(one.hits) for row in results.rows for one in row.found), 0)
     parts = [
         f"Primary measure, fixed beforehand: linear probe on the `{study.evaluation.features}` "
@@ -20,40 +29,50 @@ def results_markdown(study: Study, results: Results, place: str) -> str:
         f"`{study.evaluation.train}`. In %, mean +- standard deviation over seeds; for one "
         "seed and for references, the 95 % interval over test images.",
         "",
-        table_head(study.evaluation.features, other),
-        *(reference_line(one.name, one.accuracy, one.interval_95) for one in results.references),
-        *(row_line(row, study.evaluation.features, other) for row in results.rows),
+        table_head(study),
+        *(reference_line(one, study) for one in results.references),
+        *(row_line(row, study) for row in results.rows),
         "",
         *comparison_lines(study, results),
         "",
-        *command_lines(results, place),
+        *command_lines(study, results, place),
     ]
     return "\n".join(parts) + "\n"
 
 
-def table_head(features: str, other: str) -> str:
+def secondary_measures(study: Study) -> list[str]:
+    """Return the measures beside the primary, as keys of ``RunResult.others``."""
+    features = study.evaluation.features
+    other = "cls" if features == "patches" else "patches"
+    tuned = [] if study.evaluation.finetune is None else [TUNED]
+    return [f"linear {other}", *(f"{method} {features}" for method in SECOND), *tuned]
+
+
+def table_head(study: Study) -> str:
     """Return the head of the table."""
-    names = ["row", "note", "seeds", f"**linear, {features}**", f"linear, {other}"]
-    names += [f"{method}, {features}" for method in SECOND] + ["training, min"]
+    names = ["row", "note", "seeds", f"**linear {study.evaluation.features}**"]
+    names += [*secondary_measures(study), "training, min"]
     return "| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|"
 
 
-def reference_line(name: str, accuracy: float, interval: tuple[float, float]) -> str:
+def reference_line(one: Reference, study: Study) -> str:
     """Return the line of a reference."""
-    return f"| *{name}* | reference | | {in_percent(accuracy)} {interval_text(interval)} | | | | |"
+    first = f"{in_percent(one.accuracy)} {interval_text(one.interval_95)}"
+    rest = " |" * (len(secondary_measures(study)) + 1)
+    return f"| *{one.name}* | reference | | {first} |{rest}"
 
 
-def row_line(row: StudyRow, features: str, other: str) -> str:
+def row_line(row: StudyRow, study: Study) -> str:
     """Return the line of a row of the study."""
     seeds = f"{len(row.found)} of {row.num_seeds}"
     cells = [f"`{row.name}`", row.note, seeds]
+    measures = secondary_measures(study)
     if not row.found:
-        return "| " + " | ".join([*cells, "missing", "", "", "", ""]) + " |"
+        return "| " + " | ".join([*cells, "missing", *[""] * (len(measures) + 1)]) + " |"
     first = mean_text(row.mean, row.std)
     if row.std is None:
         first += f" {interval_text(row.found[0].interval_95)}"
-    keys = [f"linear {other}", *(f"{method} {features}" for method in SECOND)]
-    seconds = [other_cell(row, key) for key in keys]
+    seconds = [other_cell(row, key) for key in measures]
     minutes = [one.minutes for one in row.found if one.minutes is not None]
     took = f"{sum(minutes) / len(minutes):.1f}" if minutes else ""
     return "| " + " | ".join([*cells, f"**{first}**", *seconds, took]) + " |"
@@ -61,8 +80,10 @@ def row_line(row: StudyRow, features: str, other: str) -> str:
 
 def other_cell(row: StudyRow, key: str) -> str:
     """Return a secondary measure of a row; empty where its features are absent."""
-    values = [one.others[key] for one in row.found if key in one.others]
-    return mean_text(*mean_and_std(values)) if values else ""
+    found = [one.others[key] for one in row.found if key in one.others]
+    if len(found) == 1:
+        return f"{in_percent(found[0].value)} {interval_text(found[0].interval_95)}"
+    return mean_text(*mean_and_std([one.value for one in found])) if found else ""
 
 
 def comparison_lines(study: Study, results: Results) -> list[str]:
@@ -70,13 +91,13 @@ def comparison_lines(study: Study, results: Results) -> list[str]:
     if not results.comparisons:
         return ["No comparison is available yet."] if study.comparisons else []
     lines = [
-        "| expected better | than | difference | 95 % interval | test | p | p, Holm | |",
-        "|---|---|---|---|---|---|---|---|",
+        "| measure | expected better | than | difference | 95 % interval | test | p | p, Holm | |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(comparison_line(one) for one in results.comparisons),
     ]
-    missing = len(study.comparisons) - len(results.comparisons)
+    missing = len(study.comparisons) * len(tested_measures(study)) - len(results.comparisons)
     if missing:
-        lines += ["", f"{missing} comparisons lack a row."]
+        lines += ["", f"{missing} comparisons lack a result."]
     if any(one.test.method.startswith("McNemar") for one in results.comparisons):
         lines += [
             "",
@@ -91,18 +112,31 @@ def comparison_line(one: Comparison) -> str:
     low, high = (f"{100 * x:+.2f}" for x in one.test.interval_95)
     what = f"{one.test.method}, n = {one.test.pairs}"
     return (
-        f"| `{one.better}` | `{one.other}` | {100 * one.test.difference:+.2f} | {low} to {high} | "
-        f"{what} | {one.test.p:.2g} | {one.p_corrected:.2g} | {one.verdict} |"
+        f"| {one.measure} | `{one.better}` | `{one.other}` | {100 * one.test.difference:+.2f} | "
+        f"{low} to {high} | {what} | {one.test.p:.2g} | {one.p_corrected:.2g} | {one.verdict} |"
     )
 
 
-def command_lines(results: Results, place: str) -> list[str]:
-    """Return the commands of each row that has a result, for its first seed."""
-    lines = [f"All rows: `cmtmae study {place}`. Single rows, first seed:", "", "```"]
+def command_lines(study: Study, results: Results, place: str) -> list[str]:
+    """Return the command and the result files of each row that has a result."""
+    lines = [
+        "Files are those of the study's folder; the commands of a run are in its `jobs.jsonl`.",
+        "",
+        "| row | command | result files of the primary measure |",
+        "|---|---|---|",
+    ]
     for row in results.rows:
-        for one in row.found[:1]:
-            lines += [f"# {row.name}", *(job.command for job in one.run.jobs)]
-    return [*lines, "```"]
+        files = [f"`{os.path.relpath(one.run.linear, study.dir)}`" for one in row.found]
+        if files:
+            lines.append(
+                f"| `{row.name}` | `{row_command(place, row.name)}` | {', '.join(files)} |"
+            )
+    return lines
+
+
+def row_command(place: str, row: str) -> str:
+    """Return the command that runs a row of a study file."""
+    return f"cmtmae study {place} --rows {row}"
 
 
 def mean_text(mean: float, std: float | None) -> str:
@@ -120,39 +154,50 @@ def interval_text(interval: tuple[float, float]) -> str:
     return f"[{in_percent(interval[0])}, {in_percent(interval[1])}]"
 
 
-def results_record(study: Study, results: Results) -> dict[str, Any]:
-    """Return the whole table, and commands and accuracies of each run; fractions."""
-    return {
+def results_record(study: Study, results: Results, place: str) -> str:
+    """Return all results as JSON, fractions, with one run per line."""
+    record: dict[str, Any] = {
+        "study": place,
         "primary": f"linear {study.evaluation.features}, {study.evaluation.weights}",
         "test": study.evaluation.test,
         "references": [vars(one) for one in results.references],
         "rows": {
             row.name: {
                 "note": row.note,
+                "command": row_command(place, row.name),
+                "settings": study.settings_of(row.name),
                 "num_seeds": row.num_seeds,
                 "mean": row.mean if row.found else None,
                 "std": row.std if row.found else None,
-                "runs": [run_record(one) for one in row.found],
             }
             for row in results.rows
         },
         "comparisons": [
-            {"better": one.better, "than": one.other, **one.test._asdict()}
+            {"measure": one.measure, "better": one.better, "than": one.other}
+            | one.test._asdict()
             | {"p_holm": one.p_corrected, "verdict": one.verdict}
             for one in results.comparisons
         ],
     }
+    runs = [json.dumps(run_record(one)) for row in results.rows for one in row.found]
+    head = json.dumps(record, indent=1).removesuffix("\n}")
+    return f'{head},\n "runs": [\n  ' + ",\n  ".join(runs) + "\n ]\n}\n"
 
 
 def run_record(one: RunResult) -> dict[str, Any]:
-    """Return a run's accuracies and commands."""
+    """Return the results of a run, and how its logged values developed."""
     return {
+        "row": one.run.row,
         "seed": one.run.seed,
+        "settings_digest": one.run.folder.name,
         "primary": one.primary,
-        "interval_95": one.interval_95,
-        "others": one.others,
+        "accuracies": {
+            name: [round(number, 5) for number in (found.value, *found.interval_95)]
+            for name, found in one.others.items()
+        },
         "training_minutes": one.minutes,
         "weights_sha256": one.sha256,
         "images": one.images,
-        "commands": [job.command for job in one.run.jobs],
+        **one.provenance,
+        "series": one.series,
     }

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
+import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
 from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
@@ -18,6 +21,8 @@ from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.study.file import Evaluation, Study
 
 CMTMAE = ("-m", "cmtmae_scale")
+logger = logging.getLogger(__name__)
+
 SILENT = ("name", "output_dir", "allow_change")
 """Keys of ``run`` without an effect on results."""
 
@@ -58,42 +63,74 @@ class Run:
     """Result file of the linear probe."""
     knn: Path
     """Result file of k-NN."""
+    tuned: Path | None = None
+    """Result file of the fine-tuning, where the study has one."""
     teacher: Path | None = None
     """Result file of the teacher's probe, for the run that includes it."""
 
     def missing(self) -> list[Job]:
-        """Return the jobs to run, in order; none where all results exist."""
+        """Return the jobs to run, in order: none where all results exist, no cache once trained."""
         if all(job.done() for job in self.jobs if job.kind == "evaluate"):
             return []
-        return [job for job in self.jobs if not job.done()]
+        has_weights = any(job.kind == "train" and job.done() for job in self.jobs)
+        unneeded = "cache" if has_weights else None
+        return [job for job in self.jobs if not job.done() and job.kind != unneeded]
 
 
-def plan_runs(study: Study) -> list[Run]:
+def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     """Return all runs, most important first.
 
     Rows come in the order of the file; adjacent rows with the same seeds alternate seed by seed, so
     that an interrupted study has whole comparisons. The first run also evaluates raw pixels and
-    random weights, the first run with a teacher also the teacher.
+    random weights, the first run with a teacher also the teacher, unless
+    ``with_teacher`` is false.
 
     Raises:
         ConfigError: settings that do not form a run.
     """
     runs: list[Run] = []
+    trained = read_trained(Path(study.dir) / "runs")
     for _, block in groupby(study.rows, key=study.seeds_of):
         names = list(block)
         for seed in study.seeds_of(names[0]):
             for name in names:
-                runs.append(plan_run(study, name, seed, first=not runs))
+                runs.append(plan_run(study, name, seed, trained, first=not runs))
     for number, run in enumerate(runs):
-        if needs(run.config).teacher and run.config.teacher.mode != "none":
+        if with_teacher and needs(run.config).teacher and run.config.teacher.mode != "none":
             runs[number] = add_teacher_job(run, study.evaluation)
             break
     return runs
 
 
-def plan_run(study: Study, name: str, seed: int, first: bool) -> Run:
-    """Return one run; ``first`` adds the baselines to its evaluation."""
-    overrides = [*study.settings_of(name), f"run.seed={seed}", f"run.name={name}-{seed}"]
+def read_trained(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return the effective settings of the runs in a folder, as this version reads them.
+
+    A key that was added since a run began has its default there, so that the run is found again
+    although its settings have another digest now.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*/config.yaml")):
+        try:
+            found[file.parent] = effective_settings(load_config(file))
+        except ConfigError as error:
+            logger.warning("%s: not a run of this version, and not used (%s)", file.parent, error)
+    return found
+
+
+def plan_run(
+    study: Study, name: str, seed: int, trained: Mapping[Path, dict[str, Any]], first: bool
+) -> Run:
+    """Return one run.
+
+    Args:
+        study: the study.
+        name: row.
+        seed: value of ``run.seed``.
+        trained: see ``read_trained``.
+        first: whether the baselines belong to its evaluation.
+    """
+    title = re.sub(r"[^\w.=-]+", "_", name)  # a candidate of a pre-flight has any characters
+    overrides = [*study.settings_of(name), f"run.seed={seed}", f"run.name={title}-{seed}"]
     caches = Path(study.dir) / "caches"
     given = [*overrides, "run.output_dir=none", f"cache.dir={caches / 'none'}"]
     config = load_config(study.recipe, given)
@@ -102,7 +139,9 @@ def plan_run(study: Study, name: str, seed: int, first: bool) -> Run:
             f"{study.recipe}: train.stop_after={config.train.stop_after}: the runs of a study "
             "train to their end; remove the key from the recipe"
         )
-    folder = Path(study.dir) / "runs" / short_digest(effective_settings(config))
+    settings = effective_settings(config)
+    found = (folder for folder, known in trained.items() if known == settings)
+    folder = next(found, Path(study.dir) / "runs" / short_digest(settings))
     overrides.append(f"run.output_dir={folder}")
     config.run.output_dir = str(folder)
     jobs: list[Job] = []
@@ -117,10 +156,11 @@ def plan_run(study: Study, name: str, seed: int, first: bool) -> Run:
     arguments = (*CMTMAE, "pretrain", "--config", study.recipe, *overrides)
     jobs.append(Job("train", arguments, folder, lambda: is_trained(folder), True))
     extra = [] if first else ["--no-baselines"]
-    own = ["--weights", study.evaluation.weights]
+    own = ["--weights", study.rows[name].weights or study.evaluation.weights]
     linear = evaluation_job(study.evaluation, folder, "linear", [*own, *extra])
     knn = evaluation_job(study.evaluation, folder, "knn", [*own, *extra])
-    return Run(name, seed, folder, config, (*jobs, linear, knn), linear.output, knn.output)
+    run = Run(name, seed, folder, config, (*jobs, linear, knn), linear.output, knn.output)
+    return run if study.evaluation.finetune is None else add_finetuning(run, study.evaluation, own)
 
 
 def add_teacher_job(run: Run, settings: Evaluation) -> Run:
@@ -128,6 +168,23 @@ def add_teacher_job(run: Run, settings: Evaluation) -> Run:
     options = ["--weights", "teacher", "--no-baselines"]
     job = evaluation_job(settings, run.folder, "linear", options)
     return replace(run, jobs=(*run.jobs, job), teacher=job.output)
+
+
+def add_finetuning(run: Run, settings: Evaluation, weights: Sequence[str]) -> Run:
+    """Return the run with a fine-tuning of its weights at the end, in a folder of its own.
+
+    Raises:
+        ConfigError: if the recipe of the fine-tuning cannot be used.
+    """
+    images = [f"data.path={settings.train}", f"data.test_path={settings.test}"]
+    words = ["--config", str(settings.finetune), *weights, *images, f"run.seed={run.seed}"]
+    folder = run.folder / "evaluation" / f"finetune-{short_digest(words)}"
+    places = ["--checkpoint", str(run.folder), f"run.output_dir={folder}"]
+    load_finetune(str(settings.finetune), [*images, f"run.output_dir={folder}"])
+    result = folder / "result.json"
+    arguments = (*CMTMAE, "finetune", *words, *places)
+    job = Job("evaluate", arguments, folder, result.exists, True)
+    return replace(run, jobs=(*run.jobs, job), tuned=result)
 
 
 def evaluation_job(settings: Evaluation, folder: Path, method: str, options: Sequence[str]) -> Job:
@@ -153,18 +210,24 @@ def effective_settings(config: Config) -> dict[str, Any]:
 
 
 def cache_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that affect the rows of a teacher cache."""
-    tree = config_to_dict(config)
-    teacher = {key: value for key, value in tree["teacher"].items() if key != "mode"}
+    """Return the settings that affect the rows of a teacher cache.
+
+    Keys of teacher and views at their default are left out, so that a key that a later version adds
+    leaves the names of caches as they are. A run refuses a cache of other rows by its manifest.
+    """
+    tree, defaults = config_to_dict(config), config_to_dict(Config())
+    groups = {
+        name: {k: v for k, v in tree[name].items() if k != "mode" and v != defaults[name][k]}
+        for name in ("teacher", "views")
+    }
     data = {key: tree["data"][key] for key in ("path", "source", "max_pixels", "exif_orientation")}
     maps = {key: tree["attention"][key] for key in ("source", "layers")}
     needed = needs(config)
     return {
         "seed": config.run.seed,
         "data": data,
-        "views": tree["views"],
+        **groups,
         "student": [config.student.arch, config.student.patch_size],
-        "teacher": teacher,
         "maps": maps,
         "layers": tree["target"]["teacher"]["layers"],
         "needs": [needed.teacher_attention, needed.teacher_features],

@@ -238,6 +238,32 @@ def test_only_finished_runs_of_the_same_settings_make_a_range(tmp_path: Path) ->
     assert "seed-3 (seed 3), seed-4 (seed 4)" in words
 
 
+def test_a_range_is_drawn_from_a_row_of_a_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run" / "run")
+    write_run(tmp_path / "run" / "sibling", seed=3)
+    runs = [
+        {"row": row, "seed": seed, "series": {"eval/knn10": [[10, 0.1 + seed], [60, 0.2]]}}
+        for row, seed in (("cmt", 0), ("cmt", 1), ("mae", 0))
+    ]
+    record = tmp_path / "study.json"
+    record.write_text(json.dumps({"runs": runs}))
+    words = read_page(write_page([run], None, [str(record), "cmt"]))[0]
+    assert "range of 2 other runs of cmt" in words and "of these settings" not in words
+    assert "cmt, seed 0, cmt, seed 1, of study.json" in words
+    mistakes = {
+        "half": "half has no run there; its rows with a run are cmt, mae",
+        "{}": "is not a study's record",
+        "none": "it has no run yet",
+    }
+    for mistake, message in mistakes.items():
+        content = {"{}": {}, "none": {"runs": []}}.get(mistake, {"runs": runs})
+        record.write_text(json.dumps(content))
+        assert write_report([str(run), "--reference", str(record), mistake]) == 78
+        assert message in capsys.readouterr().err
+
+
 def test_runs_are_compared(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", "run.name=one")
     two = write_run(tmp_path / "two", "run.name=two", "mask.ratio=0.5", seed=1)

@@ -72,7 +72,9 @@ def put_results(run: Run, hits: np.ndarray, baselines: bool = False, digest: str
     }
     run.linear.parent.mkdir(parents=True, exist_ok=True)
     run.linear.write_text(json.dumps(record | {"results": rows}))
-    run.knn.write_text(json.dumps(record | {"results": [near]}))
+    low = {"accuracy": 0.025, "interval_95": wilson_interval(1, COUNT)}
+    rest = [near | low | {"weights": "random weights"}] if baselines else []
+    run.knn.write_text(json.dumps(record | {"results": [near, *rest]}))
     if run.teacher is not None:
         rows = [linear | {"weights": "teacher test_vit", "features": "patches", "accuracy": 0.5}]
         run.teacher.write_text(json.dumps(record | {"results": rows}))

@@ -11,8 +11,9 @@ import pytest
 
 from cmtmae_scale.commands.study import run_study, write_results
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.tools.study.curves import PANELS, draw_curves
 from cmtmae_scale.tools.study.file import load_study
-from cmtmae_scale.tools.study.results import collect_results
+from cmtmae_scale.tools.study.results import POINTS, collect_results
 from cmtmae_scale.tools.study.work import plan_runs
 from tests.engine.run_case import make_photographs
 from tests.evaluation.evaluation_case import labelled_photographs
@@ -35,11 +36,11 @@ def written(folder: Path, corrects: dict[tuple[str, int], np.ndarray]) -> tuple[
     for number, run in enumerate(runs):
         if (run.row, run.seed) in corrects:
             put_results(run, corrects[run.row, run.seed], baselines=number == 0)
-    write_results(study, runs, "study.yaml")
-    place = Path(study.dir)
-    results = json.loads((place / "results.json").read_text())
-    figure = place / "figure.svg"
-    return (place / "table.md").read_text(), results, figure.read_text() if figure.exists() else ""
+    record = Path(study.dir) / "study.json"
+    write_results(study, runs, "study.yaml", record)
+    figure = record.with_suffix(".svg")
+    drawn = figure.read_text() if figure.exists() else ""
+    return record.with_suffix(".md").read_text(), json.loads(record.read_text()), drawn
 
 
 ALL = {
@@ -64,29 +65,31 @@ def test_the_table_has_means_deviations_references_and_comparisons(tmp_path: Pat
     assert "50.00" in lines["teacher test_vit"] and "6.25" in lines["random weights"]
     assert "6.25" in lines["raw pixels"]
     # differences 0.25 and 0.3: t = 11 with one degree of freedom
-    t_test = "| `cmt` | `mae` | +27.50 | -4.27 to +59.27 | paired t over seeds, n = 2 | 0.058 | "
-    assert t_test in table
+    t_test = "`cmt` | `mae` | +27.50 | -4.27 to +59.27 | paired t over seeds, n = 2 | 0.058 | "
+    assert f"| linear patches | {t_test}" in table
     # of 40 images 3 are right only by half, 15 only by cmt
     assert (
-        "| `half` | `cmt` | -30.00 |" in table and "McNemar over images, n = 40 | 0.0075" in table
+        "| linear patches | `half` | `cmt` | -30.00 |" in table
+        and "McNemar over images, n = 40 | 0.0075" in table
     )
     assert "| 0.058 | not shown |" in table and "| 0.015 | the opposite shown |" in table
     assert "not about other seeds" in table
     assert results["rows"]["mae"]["mean"] == pytest.approx(0.275)
-    assert results["rows"]["cmt"]["runs"][1]["primary"] == 0.6
+    last = [run["primary"] for run in results["runs"] if run["row"] == "cmt"][-1]
+    assert last == 0.6
 
 
-def test_each_row_carries_its_commands(tmp_path: Path) -> None:
+def test_each_row_carries_its_command_and_its_result_files(tmp_path: Path) -> None:
     table, results, _ = written(tmp_path, ALL)
-    block = table.split("```")[1]
-    for row in ("mae", "cmt", "half"):
-        part = re.split(r"^# ", block, flags=re.MULTILINE)
-        (own,) = [text for text in part if text.startswith(f"{row}\n")]
-        assert own.count("cmtmae_scale evaluate ") == 2 + (row == "cmt")
-        assert own.count("cmtmae_scale pretrain ") == 1 and f"run.name={row}-0" in own
-        assert ("cmtmae_scale precompute " in own) == (row != "mae")
-        commands = [run["commands"] for run in results["rows"][row]["runs"]]
-        assert all(line in own for line in commands[0])
+    for row, seeds in (("mae", 2), ("cmt", 2), ("half", 1)):
+        command = f"cmtmae study study.yaml --rows {row}"
+        (line,) = [text for text in table.splitlines() if text.startswith(f"| `{row}` | `cmtmae")]
+        assert f"`{command}`" in line and results["rows"][row]["command"] == command
+        files = re.findall(r"`(runs/[0-9a-f]+/evaluation/linear-[0-9a-f]+\.json)`", line)
+        assert len(files) == seeds
+        assert all((tmp_path / "study" / file).exists() for file in files)
+        known = [one["settings_digest"] for one in results["runs"] if one["row"] == row]
+        assert [file.split("/")[1] for file in files] == known
 
 
 def test_the_figure_is_drawn_for_what_is_there(tmp_path: Path) -> None:
@@ -101,12 +104,35 @@ def test_the_figure_is_drawn_for_what_is_there(tmp_path: Path) -> None:
     assert all(0 <= float(dot.attrib["cx"]) <= max(width, height) for dot in dots)
 
 
+def test_the_curves_of_the_methods_are_drawn(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, study_tree(tmp_path)))
+    runs = plan_runs(study)
+    assert draw_curves(collect_results(study, runs)) is None
+    for number, run in enumerate(runs):
+        put_results(run, hits_of(10), baselines=number == 0)
+        lines = [{"step": s, "eval/knn10": 0.1 + 0.01 * s + 0.01 * run.seed} for s in range(100)]
+        lines.append({"step": 100, "diagnostics/effective_rank": 5.0, "eval/time_fraction": 0.1})
+        (run.folder / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    results = collect_results(study, runs)
+    series = results.rows[0].found[0].series
+    assert set(series) == {"eval/knn10", "diagnostics/effective_rank"}
+    assert POINTS / 2 < len(series["eval/knn10"]) <= POINTS and series["eval/knn10"][-1] == (
+        99,
+        1.09,
+    )
+    root = ElementTree.fromstring(draw_curves(results) or "")
+    texts = ["".join(one.itertext()) for one in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "mae, seeds: 2" in texts and "cmt, seeds: 2" in texts
+    assert not any("half" in text for text in texts)  # fewer seeds
+    assert PANELS["eval/knn10"] in texts and PANELS["eval/linear"] not in texts
+
+
 def test_what_is_missing_is_said_and_compared_over_what_both_have(tmp_path: Path) -> None:
     some = {key: ALL[key] for key in (("mae", 0), ("mae", 1), ("cmt", 0))}
     table, results, _ = written(tmp_path, some)
     assert "| 1 of 2 | **50.00 [35.20, 64.80]**" in table
     assert "| `half` |  | 0 of 1 | missing |" in table
-    assert "McNemar over images, n = 40" in table and "1 comparisons lack a row." in table
+    assert "McNemar over images, n = 40" in table and "1 comparisons lack a result." in table
     assert len(results["comparisons"]) == 1
     assert results["rows"]["half"]["mean"] is None
 
@@ -133,6 +159,24 @@ def test_results_on_different_images_are_not_compared(tmp_path: Path) -> None:
     put_results(runs[1], hits_of(5), digest="other")
     with pytest.raises(ConfigError, match="were evaluated on different images; delete the results"):
         collect_results(study, runs)
+
+
+def test_results_are_collected_without_running_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(tmp_path, study_tree(tmp_path))
+    elsewhere, record = tmp_path / "elsewhere", tmp_path / "docs" / "study-mine.json"
+    loaded = load_study(study)
+    loaded.dir = str(elsewhere)
+    put_results(plan_runs(loaded)[0], hits_of(5), baselines=True)
+    assert run_study([str(study), "--dir", str(elsewhere), "--collect", str(record)]) == 0
+    assert "1 of 2" in capsys.readouterr().out
+    assert [one["seed"] for one in json.loads(record.read_text())["runs"]] == [0]
+    assert str(elsewhere) not in record.read_text()
+    assert {file.name for file in record.parent.iterdir()} == {
+        *("study-mine.json", "study-mine.md", "study-mine.svg")
+    }
+    assert not (elsewhere / "lock").exists()
 
 
 def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
@@ -183,8 +227,9 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
     tree["rows"] = {"mae": {"settings": NO_TEACHER}, "cmt": {"settings": ["teacher.mode=cached"]}}
     study = str(write_study(tmp_path, tree))
     assert run_study([study, "--jobs", "2"]) == 0
-    results = json.loads((tmp_path / "study" / "results.json").read_text())
-    assert [len(row["runs"]) for row in results["rows"].values()] == [1, 1]
+    results = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [run["row"] for run in results["runs"]] == ["mae", "cmt"]
+    assert all(run["series"]["loss/total"][-1][0] == 4 for run in results["runs"])
     assert {one["name"] for one in results["references"]} == {
         *("teacher test_vit (random)", "random weights", "raw pixels")
     }

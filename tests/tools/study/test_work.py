@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.finetune import load_finetune
+from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study.file import load_study
 from cmtmae_scale.tools.study.work import Run, plan_runs
-from tests.tools.study.study_case import hits_of, put_results, study_tree, write_study
+from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree, write_study
 
 ROOT = Path(__file__).resolve().parents[3]
-LARGEST = "first"
-"""The study with the most rows."""
+LARGEST = ("first", "cpu", "cpu_finetune")
+"""The studies with the most rows."""
 
 
 def runs_of(folder: Path, **changes: Any) -> list[Run]:
@@ -37,7 +38,7 @@ def test_a_recipe_that_stops_early_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] if path.stem == LARGEST else [], id=path.stem)
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem in LARGEST else [], id=path.stem)
         for path in sorted((ROOT / "configs/studies").iterdir())
     ],
 )
@@ -99,6 +100,44 @@ def test_runs_are_named_by_what_they_compute(tmp_path: Path) -> None:
     assert a.folder == b.folder
 
 
+def test_a_run_is_found_again_though_its_folder_is_named_by_fewer_keys(tmp_path: Path) -> None:
+    """As after an update that added a key: another digest, equal settings."""
+    alone: dict[str, Any] = {"rows": {"mae": {"settings": NO_TEACHER}}, "seeds": [0]}
+    alone["comparisons"] = []
+    (run,) = runs_of(tmp_path, **alone)
+    older = tmp_path / "study" / "runs" / "older"
+    older.mkdir(parents=True)
+    save_config(run.config, older / "config.yaml")
+    assert [one.folder for one in runs_of(tmp_path, **alone)] == [older]
+    (longer,) = runs_of(tmp_path, **alone, settings=["train.steps=5"])
+    assert longer.folder not in (older, run.folder)
+    (older / "config.yaml").write_text("train: {stepss: 4}\n")
+    assert [one.folder for one in runs_of(tmp_path, **alone)] == [run.folder]
+
+
+def test_a_cache_is_not_computed_again_for_weights_that_exist(tmp_path: Path) -> None:
+    run = runs_of(tmp_path)[1]
+    run.folder.mkdir(parents=True)
+    (run.folder / "exit.json").write_text(json.dumps({"code": 0}))
+    assert kinds(run) == ["evaluate"] * 3
+
+
+def test_the_weights_of_one_study_are_fine_tuned_by_another(tmp_path: Path) -> None:
+    """Same folder, same runs; the initial weights are a row that trains nothing of its own."""
+    tree = study_tree(tmp_path)
+    rows = {"mae": tree["rows"]["mae"], "random": {"like": "mae", "weights": "random"}}
+    evaluation = tree["evaluation"] | {"finetune": "configs/finetune_tiny.yaml"}
+    before = runs_of(tmp_path)[0]
+    mae, random, *_ = runs_of(tmp_path, rows=rows, evaluation=evaluation, comparisons=[])
+    assert mae.folder == random.folder == before.folder
+    assert len({mae.tuned, random.tuned, None}) == 3 and mae.linear != random.linear
+    words = random.jobs[-1].arguments
+    assert words[:3] == ("launchers/finetune.py", "--config", "configs/finetune_tiny.yaml")
+    assert load_finetune(words[2], [word for word in words[3:] if "=" in word]).run.seed == 0
+    assert words[words.index("--weights") + 1] == "random"
+    assert words[words.index("--checkpoint") + 1] == str(mae.folder)
+
+
 def test_runs_share_the_cache_of_a_teacher_that_sees_the_same(tmp_path: Path) -> None:
     caches = {(run.row, run.seed): run.config.cache.dir for run in runs_of(tmp_path)}
     assert caches["mae", 0] is None
@@ -132,6 +171,15 @@ def test_a_damaged_outcome_is_named(tmp_path: Path) -> None:
     (run.folder / "exit.json").write_text("{")
     with pytest.raises(ConfigError, match=r"exit.json: cannot be read .* delete it"):
         run.missing()
+
+
+def test_the_studies_for_cpus_share_their_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    full, tuned = (load_study(f"configs/studies/{name}.yaml") for name in ("cpu", "cpu_finetune"))
+    assert (full.recipe, full.dir, full.seeds) == (tuned.recipe, tuned.dir, tuned.seeds)
+    for name in tuned.rows:
+        known = "mae" if name == "random" else name
+        assert tuned.settings_of(name) == full.settings_of(known)
 
 
 def test_a_row_that_is_no_run_is_refused(tmp_path: Path) -> None:
