@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmtmae_scale.checkpoint.layout import REMEDY, STATE
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.method.channels import ChannelMoments, ChannelScaling, merge_moments
 from cmtmae_scale.method.student import Student
 from cmtmae_scale.method.targets import EPS, RUNNING_NORMS
@@ -119,15 +121,37 @@ class TargetChannels:
         return {KEY: states}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint; statistics that it lacks begin anew."""
+        """Continue from the state of a checkpoint; statistics that it lacks begin anew.
+
+        Raises:
+            CheckpointError: for statistics that cannot be used.
+        """
         states = saved.get(KEY, {})
+        if not isinstance(states, dict):
+            raise CheckpointError(f"{STATE}: {KEY} is not a JSON object; {REMEDY}")
         for name, one in self.running.items():
             if name in states:
-                moments = {
-                    key: torch.tensor(values, dtype=torch.float64)
-                    for key, values in states[name].items()
-                }
-                one.set_moments(ChannelMoments(**moments))
+                one.set_moments(read_moments(states[name], one.moments, f"{KEY}.{name}"))
+
+
+def read_moments(state: Any, like: ChannelMoments, name: str) -> ChannelMoments:
+    """Rebuild statistics of the shapes of ``like`` from the state of a checkpoint.
+
+    Raises:
+        CheckpointError: for other shapes, or values that are no finite numbers.
+    """
+    try:
+        found = {key: torch.tensor(values, dtype=torch.float64) for key, values in state.items()}
+        moments = ChannelMoments(**found)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{STATE}: {name} cannot be read ({error}); {REMEDY}") from error
+    for key, values, known in zip(moments._fields, moments, like, strict=True):
+        if values.shape != known.shape or not bool(values.isfinite().all()):
+            raise CheckpointError(
+                f"{STATE}: {name}.{key} must be finite numbers of shape {tuple(known.shape)}, "
+                f"found shape {tuple(values.shape)}; {REMEDY}"
+            )
+    return moments
 
 
 def open_channels(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.pretraining.channels import DECAY, KEY
+from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.pretraining.channels import DECAY, KEY, RunningChannels, TargetChannels
 from tests.engine.fault_case import run_changed
 from tests.engine.run_case import STEPS, run, same, write_recipe
 from tests.processes import run_ranks
@@ -75,6 +76,38 @@ def test_a_resumed_run_has_the_bits_of_the_undisturbed_run(folder: Path) -> None
     one, resumed = (statistics(folder / name) for name in ("one", "resumed"))
     for target, kinds in one.items():
         assert all(torch.equal(kinds[kind], resumed[target][kind]) for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ([], "is not a JSON object"),
+        ({"teacher": 3}, "target_channels.teacher cannot be read"),
+        ({"teacher": {"count": [[1.0]], "mean": [[0.0, "a"]], "variance": []}}, "cannot be read"),
+        ({"teacher": {"count": [[1.0]]}}, "cannot be read"),
+        (
+            {"teacher": {"count": [[1.0]], "mean": [[0.0]], "variance": [[1.0, 2.0]]}},
+            "mean must be finite numbers of shape (1, 2), found shape (1, 1)",
+        ),
+        (
+            {
+                "teacher": {
+                    "count": [[1.0]],
+                    "mean": [[0.0, float("nan")]],
+                    "variance": [[1.0, 2.0]],
+                }
+            },
+            "mean must be finite numbers",
+        ),
+    ],
+)
+def test_statistics_that_cannot_be_used_are_refused(state: Any, expected: str) -> None:
+    channels = TargetChannels({"teacher": RunningChannels(True, 1, 2, torch.device("cpu"))}.items())
+    with pytest.raises(CheckpointError) as refused:
+        channels.restore({KEY: state})
+    assert expected in str(refused.value) and "copy the checkpoint again" in str(refused.value)
+    channels.restore({})  # a checkpoint of another norm: they begin anew
+    assert not channels.scalings["teacher"].factor.any()
 
 
 def test_before_the_first_step_a_channel_target_is_zero_and_gives_no_gradient(folder: Path) -> None:
