@@ -145,7 +145,7 @@ def describe_collapse(values: Mapping[str, float]) -> str | None:
     text = f"effective rank {rank:.3g}, mean pairwise cosine {cosine:.3g}"
     if CONSTANT in values:
         text += (
-            f"; a low loss/student is then no sign of learning, since the mean token as the only "
+            "; a low loss/student is then no sign of learning, since the mean token as the only "
             f"prediction has a loss of {values[CONSTANT]:.3g}"
         )
     return text
