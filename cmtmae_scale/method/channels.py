@@ -29,8 +29,8 @@ class ChannelScaling(NamedTuple):
 class ChannelMoments(NamedTuple):
     """Discounted statistics of all views so far; float64."""
 
-    count: Tensor
-    """Tokens, ``[G, 1]``; 0: no statistics are known."""
+    num_tokens: Tensor
+    """``[G, 1]``; 0: no statistics are known."""
     mean: Tensor
     """``[G, F]``."""
     variance: Tensor
@@ -85,12 +85,14 @@ def merge_moments(
     variance", The American Statistician 37 (1983): combining means and variances of two sets.
     """
     width = mean.shape[1]
-    added, first, second = sums.double().split([1, width, width], dim=1)
+    added, first, second = (
+        sums[:, a:b].double() for a, b in ((0, 1), (1, 1 + width), (1 + width, None))
+    )
     count = added.clamp_min(1)
     shift = first / count
     own_mean = mean.double() + shift
     own_variance = (second / count - shift.square()).clamp_min(0)
-    kept = decay * moments.count
+    kept = decay * moments.num_tokens
     total = (kept + added).clamp_min(1)
     share = added / total
     apart = own_mean - moments.mean

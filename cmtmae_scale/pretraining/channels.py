@@ -70,7 +70,7 @@ class RunningChannels:
         self.moments = moments
         factor = torch.ones_like(moments.variance)
         if self.divides:
-            factor = torch.where(moments.count > 0, (moments.variance + EPS).rsqrt(), 0.0)
+            factor = torch.where(moments.num_tokens > 0, (moments.variance + EPS).rsqrt(), 0.0)
         for there, here in zip(self.scaling, (moments.mean, factor), strict=True):
             value = here.float()
             there.copy_(value.pin_memory() if there.is_cuda else value, non_blocking=True)

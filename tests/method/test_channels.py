@@ -44,7 +44,7 @@ def test_running_statistics_match_the_reference(num_prefix: int) -> None:
     for number, group in enumerate(groups):
         total, mean, var = reference.discounted_statistics(group, DECAY)
         std = torch.tensor(var).sqrt()
-        assert float(moments.count[number]) == pytest.approx(total)
+        assert float(moments.num_tokens[number]) == pytest.approx(total)
         assert ((moments.mean[number] - torch.tensor(mean)).abs() / std).max() < 1e-4
         assert moments.variance[number].tolist() == pytest.approx(var, rel=1e-4)
 

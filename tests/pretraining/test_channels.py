@@ -66,7 +66,7 @@ def test_the_split_over_ranks_and_micro_steps_changes_roundings_alone(
     assert set(base) == {"teacher", "student"}
     for target, found in statistics(folder / other).items():
         std = base[target]["variance"].sqrt()
-        assert torch.equal(found["count"], base[target]["count"])
+        assert torch.equal(found["num_tokens"], base[target]["num_tokens"])
         assert ((found["mean"] - base[target]["mean"]).abs() / std).max() < 1e-5
         assert torch.allclose(found["variance"], base[target]["variance"], rtol=1e-5)
 
@@ -83,10 +83,13 @@ def test_a_resumed_run_has_the_bits_of_the_undisturbed_run(folder: Path) -> None
     [
         ([], "is not a JSON object"),
         ({"teacher": 3}, "target_channels.teacher cannot be read"),
-        ({"teacher": {"count": [[1.0]], "mean": [[0.0, "a"]], "variance": []}}, "cannot be read"),
-        ({"teacher": {"count": [[1.0]]}}, "cannot be read"),
         (
-            {"teacher": {"count": [[1.0]], "mean": [[0.0]], "variance": [[1.0, 2.0]]}},
+            {"teacher": {"num_tokens": [[1.0]], "mean": [[0.0, "a"]], "variance": []}},
+            "cannot be read",
+        ),
+        ({"teacher": {"num_tokens": [[1.0]]}}, "cannot be read"),
+        (
+            {"teacher": {"num_tokens": [[1.0]], "mean": [[0.0]], "variance": [[1.0, 2.0]]}},
             "mean must be finite numbers of shape (1, 2), found shape (1, 1)",
         ),
         (
@@ -128,7 +131,9 @@ def test_skipped_and_rolled_back_steps_are_not_in_the_statistics(tmp_path: Path)
     assert (progress["step"], progress["position0"]) == (STEPS, 48)  # rolled back to step 4
     applied = sum(DECAY**age for age in range(progress["applied"]))
     for one in statistics(tmp_path / "run").values():
-        assert one["count"].flatten().tolist() == pytest.approx([8 * applied, TOKENS * applied])
+        assert one["num_tokens"].flatten().tolist() == pytest.approx(
+            [8 * applied, TOKENS * applied]
+        )
 
 
 @pytest.mark.slow
