@@ -67,9 +67,7 @@ HABITS = {
 VALUE_REMEDIES = {
     ("backend.zero_stage", "0"): (
         "it shards nothing: set backend.name=fsdp backend.sharding=replicate"
-    ),
-    ("target.teacher.norm", "batch"): "set channel, by running statistics of all ranks",
-    ("target.student.norm", "batch"): "set channel, by running statistics of all ranks",
+    )
 }
 """Values of other programs -> what to set instead."""
 

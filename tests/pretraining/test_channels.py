@@ -95,7 +95,7 @@ def test_a_resumed_run_has_the_bits_of_the_undisturbed_run(folder: Path) -> None
         (
             {
                 "teacher": {
-                    "count": [[1.0]],
+                    "num_tokens": [[1.0]],
                     "mean": [[0.0, float("nan")]],
                     "variance": [[1.0, 2.0]],
                 }
