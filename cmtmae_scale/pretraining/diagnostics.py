@@ -29,8 +29,9 @@ PATIENCE = 3
 RANK, COSINE = "diagnostics/effective_rank", "diagnostics/pairwise_cosine"
 CONSTANT = "diagnostics/constant_loss"
 REMEDIES = (
-    "raise collaboration.alpha_target or momentum.start, lower optimizer.base_lr, or set "
-    "target.student.norm=channel"
+    "early in a run this may pass; else lower optimizer.base_lr, raise collaboration.alpha_target "
+    "or momentum.start, or start a run with target.teacher.norm=instance "
+    "target.student.norm=instance"
 )
 
 
