@@ -18,7 +18,7 @@ class ChannelScaling(NamedTuple):
     mean: Tensor
     """``[G, F]``."""
     factor: Tensor
-    """``[G, F]``; 0 as long as no statistics are known."""
+    """``[G, F]``; 1 for centring; 0 where a standard deviation is not known yet."""
 
     def apply(self, features: Tensor) -> Tensor:
         """Return ``(features - mean) * factor`` of float32 features ``[B, T, F]``."""
