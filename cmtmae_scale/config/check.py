@@ -198,8 +198,12 @@ def check_losses(config: Config) -> Iterator[str]:
     if not (need.teacher_features or need.student_features or need.pixels):
         yield "no target has a weight; raise loss.teacher, loss.student or loss.pixel"
     for name, used in (("teacher", need.teacher_features), ("student", need.student_features)):
-        if used and loss.type != "cosine" and getattr(config.target, name).norm == "none":
-            yield f"target.{name}.norm=none with loss.type={loss.type} has no scale; use ln or l2"
+        norm = getattr(config.target, name).norm
+        if used and loss.type != "cosine" and norm in ("center", "none"):
+            yield (
+                f"target.{name}.norm={norm} with loss.type={loss.type} has no scale; use ln, l2, "
+                "instance or channel"
+            )
     if config.target.teacher.layers != [-1] and config.teacher.feature != "block":
         yield "target.teacher.layers needs teacher.feature=block"
     if config.target.student.layers != [-1] and config.target.student.feature != "block":

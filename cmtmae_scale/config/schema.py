@@ -328,8 +328,9 @@ class Collaboration:
 class TeacherTarget:
     """The teacher's features as a target."""
 
-    norm: Literal["l2", "ln", "none"] = "l2"
-    """Normalisation of each token."""
+    norm: Literal["l2", "ln", "instance", "channel", "center", "none"] = "l2"
+    """l2, ln: each token; instance: each channel over the patches of a view; channel, center: each
+    channel by running statistics of all ranks' views, center without division."""
     layers: list[int] = blocks()
     """Blocks whose outputs are averaged (``teacher.feature=block`` only)."""
 
@@ -338,8 +339,8 @@ class TeacherTarget:
 class StudentTarget:
     """The momentum encoder's features as a target."""
 
-    norm: Literal["l2", "ln", "none"] = "ln"
-    """Normalisation of each token."""
+    norm: Literal["l2", "ln", "instance", "channel", "center", "none"] = "ln"
+    """As ``target.teacher.norm``."""
     feature: Literal["block", "norm"] = "block"
     """Output of ``layers`` before the final norm, or after it."""
     layers: list[int] = blocks()

@@ -86,6 +86,7 @@ def build_run(
         except CheckpointError as error:
             raise explain_misfit(error, config.run.allow_change) from error
         backend.after_load(progress.applied)
+        task.restore(saved)
         saved_step = progress.step if progress.step != progress.step0 else None
         logger.info("resuming %s at step %d", folder, progress.step)
     place.enter("stream", 0)

@@ -125,14 +125,16 @@ def take_step(run: Run, scalars: Scalars) -> Step:
     place.enter("update", number, accumulation)
     failure = run.stop.failure
     stop = torch.full((1,), run.stop.urgency(), device=run.device)
+    own_sums = task.step_sums()
     with span("update"):
         outcome = backend.step(
             scalars.lr,
-            torch.cat([total, stop, run.stragglers.own_seconds(number)]),
+            torch.cat([total, stop, own_sums, run.stragglers.own_seconds(number)]),
             lambda sums: skips.find_spike(mean_loss(names, sums)) is None,
             lambda: draw_ahead(run, number),
         )
-    sums, own_s = outcome.report[: len(names)], outcome.report[len(names) :]
+    sums, rest = outcome.report[: len(names)], outcome.report[len(names) :]
+    task_sums, own_s = rest[: len(own_sums)], rest[len(own_sums) :]
     report = dict(zip(names, sums, strict=True)) | {"grad_norm": outcome.grad_norm}
     if math.isinf(report["stop"]):
         raise_failure(number, failure)
@@ -142,6 +144,7 @@ def take_step(run: Run, scalars: Scalars) -> Step:
         refusal = skips.find_spike(loss) or describe_non_finite(terms, total, ids)
         return Step(report, own_s, waited_s, f"step {number}: {refusal}")
     skips.record_applied(loss if report["valid_rows"] else None)
+    task.record_applied(task_sums)
     if scalars.momentum is not None:
         with span("momentum_update"):
             backend.momentum_update(scalars.momentum)

@@ -120,8 +120,24 @@ class Task(Protocol):
         """
         ...
 
+    def step_sums(self) -> Tensor:
+        """Return what the step sums over ranks beside the report: 1-D float32, maybe empty.
+
+        It is reduced together with the report, after the last micro-batch; a value that is not
+        finite prevents the update.
+        """
+        ...
+
+    def record_applied(self, sums: Sequence[float]) -> None:
+        """Take the sums of ``step_sums`` over ranks after a step that was applied."""
+        ...
+
     def saved_state(self) -> dict[str, Any]:
         """Return what a checkpoint holds for this task alone."""
+        ...
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from the state of a checkpoint whose weights are loaded."""
         ...
 
     def conclude(self, run: "Run") -> None:

@@ -192,6 +192,15 @@ class Finetuning:
     def check_inputs(self, step: int) -> None:
         """See ``Task.check_inputs``; images and labels are always finite."""
 
+    def step_sums(self) -> Tensor:
+        return torch.zeros(0, device=self.device)
+
+    def record_applied(self, sums: Sequence[float]) -> None:
+        """See ``Task.record_applied``; there are no sums."""
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """See ``Task.restore``; the encoder is that of ``build``."""
+
     def saved_state(self) -> dict[str, Any]:
         return {"encoder": self.encoder.to_dict()}
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmtmae_scale.method.targets import token_loss
+
 MAX_TOKENS = 256
 PATCH_STRIDE = 89
 """Offset between the patches of consecutive images; a prime, so that it meets all patches."""
@@ -57,6 +59,26 @@ def token_diagnostics(tokens: Tensor) -> TokenDiagnostics:
     unit = F.normalize(x, dim=-1, eps=EPS)
     cosine = (unit.sum(dim=0).square().sum() - unit.square().sum()) / (count * (count - 1))
     return TokenDiagnostics(*(torch.where(finite, value, torch.nan) for value in (rank, cosine)))
+
+
+@torch.no_grad()
+def constant_loss(tokens: Tensor, kind: str, beta: float) -> Tensor:
+    """Return the mean loss of one and the same prediction for all tokens: their mean.
+
+    A decoder that ignores its input reaches it, so a loss near it is no sign of learning.
+
+    Args:
+        tokens: normalised target tokens, ``[..., D]``.
+        kind: ``loss.type``; for ``cosine`` the prediction is the mean of the unit tokens, which no
+            other constant surpasses, as the mean does for ``mse``.
+        beta: ``loss.beta``.
+
+    Returns:
+        0-dim float32; no host synchronisation.
+    """
+    x = tokens.float().flatten(0, -2)
+    mean = (F.normalize(x, dim=-1, eps=EPS) if kind == "cosine" else x).mean(0)
+    return token_loss(mean.expand_as(x), x, kind, beta).mean()
 
 
 def spread_tokens(tokens: Tensor) -> Tensor:

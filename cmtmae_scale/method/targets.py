@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmtmae_scale.config.schema import Config, Loss
+from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.masking import PatchChoice
 
 EPS = 1e-6
+RUNNING_NORMS = ("channel", "center")
+"""Norms of a target that use running statistics per channel."""
 
 
 class Predictions(NamedTuple):
@@ -145,19 +148,25 @@ class TokenLayout:
         return features.gather(1, index).reshape(rows, self.num_tokens, width)
 
 
-def normalise(features: Tensor, kind: str) -> Tensor:
-    """Normalise each token of a target.
+def normalise(
+    features: Tensor, kind: str, num_prefix: int = 0, scaling: ChannelScaling | None = None
+) -> Tensor:
+    """Normalise the tokens of a target.
 
     Args:
-        features: ``[..., F]``.
+        features: ``[..., F]``; for ``instance``, ``channel`` and ``center`` ``[B, T, F]``.
         kind: ``l2`` (unit length; zero stays zero), ``ln`` (layer norm without affine, biased
-            variance, eps 1e-6) or ``none``.
+            variance, eps 1e-6), ``instance`` (each channel over the patches of a view, biased
+            variance, eps 1e-6; the class token as in ``ln``), ``channel`` or ``center`` (each
+            channel over the views of all ranks, by ``scaling``) or ``none``.
+        num_prefix: class tokens before the patches, 0 or 1; used by ``instance``.
+        scaling: of ``channel`` and ``center``.
 
     Returns:
         Same shape, float32, detached.
 
     Raises:
-        ValueError: for an unknown kind.
+        ValueError: for an unknown kind, or without the scaling that it needs.
 
     Source: docs/method.md, section "Targets".
     """
@@ -166,9 +175,17 @@ def normalise(features: Tensor, kind: str) -> Tensor:
         return F.normalize(x, dim=-1, eps=EPS)
     if kind == "ln":
         return F.layer_norm(x, x.shape[-1:], eps=EPS)
+    if kind == "instance":
+        var, mean = torch.var_mean(x[:, num_prefix:], dim=1, keepdim=True, correction=0)
+        patches = (x[:, num_prefix:] - mean) / (var + EPS).sqrt()
+        return torch.cat([normalise(x[:, :num_prefix], "ln"), patches], dim=1)
+    if kind in RUNNING_NORMS:
+        if scaling is None:
+            raise ValueError(f"target norm {kind!r} needs statistics; give scaling")
+        return scaling.apply(x)
     if kind == "none":
         return x
-    raise ValueError(f"target norm {kind!r} is not one of l2, ln, none")
+    raise ValueError(f"target norm {kind!r} is not one of l2, ln, instance, channel, center, none")
 
 
 def token_loss(prediction: Tensor, target: Tensor, kind: str, beta: float = 2.0) -> Tensor:

@@ -29,6 +29,7 @@ from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
+from cmtmae_scale.pretraining.channels import open_channels
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
 from cmtmae_scale.runtime.collectives import (
     broadcast_text,
@@ -82,7 +83,8 @@ def build_models(
         make_objective(config, layout),
         rows=config.train.global_batch_size * config.mask.masks_per_view,
     )
-    return Models(teacher, backend, layout, length, model.encoder.patch_side)
+    channels = open_channels(config, teacher, model.encoder, device)
+    return Models(teacher, backend, layout, length, model.encoder.patch_side, channels)
 
 
 def open_index(config: Config, run_dir: Path, world: World) -> Index:

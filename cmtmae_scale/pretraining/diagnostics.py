@@ -3,14 +3,18 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 
 import torch
 
 from cmtmae_scale.config.derive import extremes
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.summary import last_values
 from cmtmae_scale.engine.task import Run
-from cmtmae_scale.method.diagnostics import token_diagnostics
+from cmtmae_scale.engine.telemetry import LOG_FILE
+from cmtmae_scale.method.channels import ChannelScaling
+from cmtmae_scale.method.diagnostics import constant_loss, token_diagnostics
 from cmtmae_scale.method.targets import normalise
 from cmtmae_scale.pretraining.prepare import MicroBatch
 
@@ -22,6 +26,13 @@ COLLAPSED_RANK = 5.0
 """Effective rank of target tokens below which they count as collapsing."""
 PATIENCE = 3
 """Consecutive intervals after which collapsing tokens cause a warning."""
+RANK, COSINE = "diagnostics/effective_rank", "diagnostics/pairwise_cosine"
+CONSTANT = "diagnostics/constant_loss"
+REMEDIES = (
+    "early in a run this may pass; else lower optimizer.base_lr, raise collaboration.alpha_target "
+    "or momentum.start, or start a run with target.teacher.norm=instance "
+    "target.student.norm=instance"
+)
 
 
 class Diagnostics:
@@ -35,7 +46,9 @@ class Diagnostics:
 
     def __init__(self, config: Config) -> None:
         self.every = config.log.diagnostics_every
-        self.target = config.target.student
+        self.norm, self.loss = config.target.student.norm, config.loss
+        self.scaling: ChannelScaling | None = None
+        """Of the momentum encoder's target, where its norm uses running statistics."""
         _, teacher_weight = extremes(config.collaboration.alpha_target)
         student_weight = 1 - extremes(config.collaboration.alpha_target)[0]
         weights = {
@@ -83,12 +96,13 @@ class Diagnostics:
         valid = micro_batch.valid.view(len(micro_batch.images), -1)[:, 0]  # [B] of [R]
         if features is None or "student" not in self.terms or not bool(valid.any()):
             return {}
-        num_patches = sum(ids.shape[1] for ids in micro_batch.choice)
-        tokens = normalise(features[:, features.shape[1] - num_patches :], self.target.norm)
-        rank, cosine = token_diagnostics(tokens[valid])
+        num_prefix = features.shape[1] - sum(ids.shape[1] for ids in micro_batch.choice)
+        tokens = normalise(features, self.norm, num_prefix, self.scaling)[valid, num_prefix:]
+        rank, cosine = token_diagnostics(tokens)
         return {
-            "diagnostics/effective_rank": float(rank),
-            "diagnostics/pairwise_cosine": float(cosine),
+            RANK: float(rank),
+            COSINE: float(cosine),
+            CONSTANT: float(constant_loss(tokens, self.loss.type, self.loss.beta)),
         }
 
     def measure_gradients(self, run: Run, micro_batch: MicroBatch) -> dict[str, float]:
@@ -107,14 +121,32 @@ class Diagnostics:
 
     def warn_of_collapse(self, run: Run, values: dict[str, float]) -> None:
         """Warn when target tokens have been nearly alike for ``PATIENCE`` intervals."""
-        rank = values.get("diagnostics/effective_rank", math.inf)
-        cosine = values.get("diagnostics/pairwise_cosine", 0.0)
-        is_collapsing = rank < COLLAPSED_RANK or cosine > COLLAPSED_COSINE
-        self.collapsing = self.collapsing + 1 if is_collapsing else 0
-        if self.collapsing == PATIENCE:
-            run.record_incident(
-                "target tokens collapse",
-                f"effective rank {rank:.3g}, mean pairwise cosine {cosine:.3g} for {PATIENCE} "
-                "intervals; raise collaboration.alpha_target or momentum.start, or lower "
-                "optimizer.base_lr",
-            )
+        found = describe_collapse(values)
+        self.collapsing = self.collapsing + 1 if found else 0
+        if found and self.collapsing == PATIENCE:
+            why = f"for {PATIENCE} intervals, at last {found}; {REMEDIES}"
+            run.record_incident("target tokens collapse", why)
+
+    def conclude(self, run: Run) -> None:
+        """Warn at the end of a complete run if the target tokens were nearly alike at last."""
+        if run.telemetry is None:
+            return
+        last = last_values(run.run_dir / LOG_FILE)
+        found = describe_collapse({name: value for name, (_, value) in last.items()})
+        if found:
+            text = "at step %d the momentum encoder's target tokens are nearly alike: %s; %s"
+            logger.warning(text, last[RANK][0], found, REMEDIES)
+
+
+def describe_collapse(values: Mapping[str, float]) -> str | None:
+    """Return what shows that target tokens are nearly alike; ``None``: nothing, or no figures."""
+    rank, cosine = values.get(RANK, math.inf), values.get(COSINE, 0.0)
+    if rank >= COLLAPSED_RANK and cosine <= COLLAPSED_COSINE:
+        return None
+    text = f"effective rank {rank:.3g}, mean pairwise cosine {cosine:.3g}"
+    if CONSTANT in values:
+        text += (
+            "; a low loss/student is then no sign of learning, since the mean token as the only "
+            f"prediction has a loss of {values[CONSTANT]:.3g}"
+        )
+    return text

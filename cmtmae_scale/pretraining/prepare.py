@@ -1,6 +1,7 @@
 """From views to a micro-batch: teacher, momentum encoder, mixed attention map, masks, targets."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,11 @@ from cmtmae_scale.method.attention import (
     sharpen,
     visible_mass,
 )
+from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, patchify, pixel_targets
+from cmtmae_scale.pretraining.channels import TargetChannels
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView
@@ -36,6 +39,8 @@ class Models:
     """Number of patches, N."""
     patch: int
     """Side of the student's patches, pixels."""
+    channels: TargetChannels = field(default_factory=TargetChannels)
+    """Running statistics of the targets that use them."""
 
 
 class MicroBatch(NamedTuple):
@@ -55,6 +60,8 @@ class MicroBatch(NamedTuple):
     """Loss term that alone is differentiated, for diagnostics; ``None``: the weighted sum."""
     unsound: Tensor | None = None
     """Views that could be decoded and whose teacher output is not finite, bool ``[B]``."""
+    channel_sums: Tensor | None = None
+    """Sums per channel for the running statistics of the targets, 1-D float32; may be empty."""
 
     @property
     def inputs(self) -> tuple[Tensor, PatchChoice]:
@@ -108,11 +115,12 @@ def prepare(
         valid, numbers = batch.valid.to(images.device), fill_numbers(scalars, images.device)
         hit = torch.full((), float(view.cached), device=images.device)
         rest = compiled(choose_and_gather, fast)
-        (choice, targets, rows, unsound), (mass, agreement, refusal) = rest(
+        (choice, targets, rows, unsound, sums), (mass, agreement, refusal) = rest(
             config, models, images, view, momentum, batch.position, valid, numbers
         )
+    alpha = numbers.alpha_target
     return (
-        MicroBatch(images, choice, targets, rows, numbers.alpha_target, unsound=unsound),
+        MicroBatch(images, choice, targets, rows, alpha, unsound=unsound, channel_sums=sums),
         Observed(mass, agreement, hit, refusal),
     )
 
@@ -135,12 +143,12 @@ def choose_and_gather(
     positions: Tensor,
     valid: Tensor,
     numbers: Numbers,
-) -> tuple[tuple[PatchChoice, Predictions, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[tuple[PatchChoice, Predictions, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Compute masks and targets from the outputs of both networks.
 
     Args:
         config: checked settings.
-        models: its layout, N and patch side are used.
+        models: its layout, N, patch side and running statistics are used.
         images: normalised, ``[B, 3, S, S]``.
         teacher: output of the teacher.
         momentum: output of the momentum encoder.
@@ -149,8 +157,9 @@ def choose_and_gather(
         numbers: scheduled numbers.
 
     Returns:
-        ``choice``, ``targets``, ``valid`` and ``unsound`` of the ``MicroBatch``; the fraction of
-        visible attention, the agreement of both attention maps, and ``Observed.unsound``.
+        ``choice``, ``targets``, ``valid``, ``unsound`` and ``channel_sums`` of the ``MicroBatch``;
+        the fraction of visible attention, the agreement of both attention maps, and
+        ``Observed.unsound``.
     """
     mixed = mix_attention(
         config.attention, teacher.attention, momentum.attention, numbers.alpha_attention
@@ -164,11 +173,19 @@ def choose_and_gather(
         length=models.length,
         num_predicted=models.layout.num_hidden,
     )
+    scalings = models.channels.scalings
+    layout, target = models.layout, config.target
     targets = Predictions(
-        gather_targets(models.layout, teacher.features, config.target.teacher.norm, choice),
-        gather_targets(models.layout, momentum.features, config.target.student.norm, choice),
+        gather_targets(
+            layout, teacher.features, target.teacher.norm, choice, scalings.get("teacher")
+        ),
+        gather_targets(
+            layout, momentum.features, target.student.norm, choice, scalings.get("student")
+        ),
         pixel_target(config, models, images, choice),
     )
+    features = {"teacher": teacher.features, "student": momentum.features}
+    sums = sum_targets(features, valid, scalings, images.device)
     rows = valid.repeat_interleave(config.mask.masks_per_view)
     zero = torch.zeros((), device=images.device)
     mass = zero if mixed is None else visible_mass(mixed, choice.ids_keep)
@@ -177,7 +194,22 @@ def choose_and_gather(
         agreement = map_agreement(teacher.attention, momentum.attention)
     unsound = find_unsound(teacher, valid)
     refusal = torch.where(unsound.any(), torch.inf, zero)
-    return (choice, targets, rows, unsound), (mass, agreement, refusal)
+    return (choice, targets, rows, unsound, sums), (mass, agreement, refusal)
+
+
+def sum_targets(
+    features: Mapping[str, Tensor | None],
+    valid: Tensor,
+    scalings: Mapping[str, ChannelScaling],
+    device: torch.device,
+) -> Tensor:
+    """Return the sums per channel of the targets with running statistics, 1-D float32."""
+    sums = [torch.zeros(0, device=device)]
+    for name, scaling in scalings.items():
+        found = features[name]
+        if found is not None:
+            sums.append(sum_channels(found, valid, scaling.mean).flatten())
+    return torch.cat(sums)
 
 
 def find_unsound(view: TeacherView, valid: Tensor) -> Tensor:
@@ -206,12 +238,17 @@ def mix_attention(
 
 
 def gather_targets(
-    layout: TokenLayout, features: Tensor | None, norm: str, choice: PatchChoice
+    layout: TokenLayout,
+    features: Tensor | None,
+    norm: str,
+    choice: PatchChoice,
+    scaling: ChannelScaling | None = None,
 ) -> Tensor | None:
     """Return the normalised target features of the predicted tokens, ``[R, Q, F]`` float32."""
     if features is None:
         return None
-    return layout.gather(normalise(features, norm), choice)
+    num_prefix = features.shape[1] - sum(ids.shape[1] for ids in choice)
+    return layout.gather(normalise(features, norm, num_prefix, scaling), choice)
 
 
 def pixel_target(

@@ -104,6 +104,7 @@ class Pretraining:
 
             self.side_tasks.append(SideTask("evaluation", is_every(every), evaluate))
         diagnostics = self.diagnostics
+        diagnostics.scaling = self.models.channels.scalings.get("student")
         self.side_tasks.append(SideTask("diagnostics", diagnostics.is_due, diagnostics.run))
         return self.models.backend
 
@@ -127,6 +128,7 @@ class Pretraining:
     def scalars(self, progress: Progress) -> PretrainingScalars:
         self.diagnostics.expect(progress.step + 1)
         self.drawn.clear()
+        self.models.channels.clear_sums()
         return scalars_at(self.config, progress.fraction)
 
     def prepare_fixed(self, batch: Batch) -> TeacherView:
@@ -140,6 +142,7 @@ class Pretraining:
         micro_batch, observed = prepare(self.config, self.models, batch, fixed, scalars)
         self.diagnostics.keep(micro_batch)
         self.drawn.append((batch.sample_id, micro_batch.unsound))
+        self.models.channels.add(micro_batch.channel_sums)
         return micro_batch, observed
 
     def check_inputs(self, step: int) -> None:
@@ -163,11 +166,22 @@ class Pretraining:
             f"decoded; nothing was updated; {remedy}"
         )
 
+    def step_sums(self) -> Tensor:
+        """See ``Task.step_sums``: sums per channel of the targets."""
+        return self.models.channels.sums
+
+    def record_applied(self, sums: Sequence[float]) -> None:
+        """See ``Task.record_applied``: update the running statistics of the targets."""
+        self.models.channels.update(sums)
+
     def saved_state(self) -> dict[str, Any]:
-        return {}
+        return self.models.channels.to_dict()
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.models.channels.restore(saved)
 
     def conclude(self, run: Run) -> None:
-        pass
+        self.diagnostics.conclude(run)
 
 
 def is_every(steps: int) -> Callable[[Progress], bool]:

@@ -127,7 +127,9 @@ def test_resident_images_are_not_dalis(recipe: Path) -> None:
 
 
 def test_unscaled_targets_need_the_cosine(recipe: Path) -> None:
-    assert "has no scale" in message(recipe, "loss.type=mse", "target.teacher.norm=none")
+    for norm in ("none", "center"):
+        text = message(recipe, "loss.type=mse", f"target.teacher.norm={norm}")
+        assert "has no scale; use ln, l2, instance or channel" in text
 
 
 def test_a_run_without_a_target_is_refused(recipe: Path) -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmtmae_scale.method.diagnostics import spread_tokens, token_diagnostics
+from cmtmae_scale.method.diagnostics import constant_loss, spread_tokens, token_diagnostics
+from cmtmae_scale.method.targets import token_loss
 from tests.references import diagnostics as reference
+from tests.references import targets
 
 
 def random_tokens(*shape: int) -> torch.Tensor:
@@ -61,6 +63,23 @@ def test_tokens_are_distinct_and_spread_over_images_and_patches(
     assert float((per_quarter - 0.25).abs().max()) < 0.05
 
 
+@pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
+def test_the_loss_of_a_constant_matches_loops_and_no_constant_is_better(kind: str) -> None:
+    tokens = random_tokens(2, 5, 6) + 1.5
+    plain = tokens.double().flatten(0, 1).tolist()
+    rows = [targets.l2(row) for row in plain] if kind == "cosine" else plain
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    expected = sum(targets.token_loss(mean, row, kind) for row in plain) / len(plain)
+    found = float(constant_loss(tokens, kind, 2.0))
+    assert found == pytest.approx(expected, rel=1e-5)
+    if kind != "smooth_l1":
+        for other in torch.tensor(mean) + 0.1 * random_tokens(20, 6):
+            one = other.expand(10, -1)
+            assert token_loss(one, tokens.flatten(0, 1), kind).mean() >= found - 1e-6
+    assert float(constant_loss(torch.ones(2, 4, 6), kind, 2.0)) == pytest.approx(0, abs=1e-6)
+
+
 def test_diagnostics_run_on_fake_tensors() -> None:
     with FakeTensorMode():
         token_diagnostics(torch.empty(4, 16, 8))
+        constant_loss(torch.empty(4, 16, 8), "cosine", 2.0)

@@ -18,6 +18,7 @@ from cmtmae_scale.method.attention import (
     sharpen,
     visible_mass,
 )
+from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD, normalise_images
 from cmtmae_scale.method.masking import SAMPLERS, choose_masks, token_counts
 from cmtmae_scale.method.targets import (
@@ -76,9 +77,12 @@ def test_masks_and_losses_run_on_fake_tensors(sampler):
         choice = choose_masks(config.mask, mixed, positions, 0, torch.empty(()), num_predicted=3)
         map_agreement(teacher, student)
         visible_mass(mixed, choice.ids_keep)
+        scaling = ChannelScaling(torch.empty(2, 5), torch.empty(2, 5))
+        sum_channels(torch.empty(3, 17, 5), torch.empty(3, dtype=torch.bool), scaling.mean)
+        normalise(torch.empty(3, 17, 5), "instance", 1)
         targets = Predictions(
             layout.gather(normalise(torch.empty(3, 17, 6), "l2"), choice),
-            layout.gather(normalise(torch.empty(3, 17, 5), "ln"), choice),
+            layout.gather(normalise(torch.empty(3, 17, 5), "channel", 1, scaling), choice),
             layout.without_cls().gather(pixel_targets(patchify(pixels, 4), "patch"), choice),
         )
         predictions = Predictions(*(torch.empty_like(t, requires_grad=True) for t in targets))

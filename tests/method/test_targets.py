@@ -48,7 +48,7 @@ def test_norms_match_loops_and_are_detached_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(normalise(x, "ln"), normalise(x.clone(), "ln"))
         assert normalise(x, "l2").dtype == torch.float32
-    for function, kind in ((normalise, "channel"), (pixel_targets, "ln")):
+    for function, kind in ((normalise, "batch"), (pixel_targets, "ln")):
         with pytest.raises(ValueError, match="is not one of"):
             function(x, kind)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmtmae_scale.config.schema import StudentTarget, TeacherTarget
 from cmtmae_scale.runtime.collectives import process_group
 from tests.pretraining import compiled_case as case
 from tests.processes import run_ranks
@@ -25,6 +26,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "hints": {"mask__hint_fraction": 0.1, "mask__hint_pool": 0.5, "mask__prob": 0.5},
     "a sampled mask": {"mask__sampler": "hide_salient_sample"},
     "ranks of attention": {"attention__norm": "rank", "attention__clip_quantile": 0.9},
+    "statistics per channel": {
+        "target__teacher": TeacherTarget(norm="channel"),
+        "target__student": StudentTarget(norm="instance"),
+    },
     "pixels": {"loss__pixel": 1.0},
     "random masks alone": {"mask__sampler": "random", "loss__teacher": 0.0, "loss__student": 0.0}
     | {"loss__pixel": 1.0, "teacher__mode": "none", "decoder__type": "full"},

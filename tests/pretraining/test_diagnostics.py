@@ -44,7 +44,12 @@ def test_diagnostics_change_no_bit_and_are_logged(tmp_path: Path, backend: list[
     assert [entry["step"] for entry in found] == [2, 4, 6]
     for entry in found:
         assert 1 <= entry["diagnostics/effective_rank"] <= 256
-        assert -1 <= entry["diagnostics/pairwise_cosine"] <= 1
+        cosine = entry["diagnostics/pairwise_cosine"]
+        assert -1 <= cosine <= 1
+        # unit tokens: their mean has the squared norm 1 / n + (1 - 1 / n) cosine
+        n = 2 * 16  # views of a micro-batch, patches
+        expected = 2 - 2 * math.sqrt(1 / n + (1 - 1 / n) * cosine)
+        assert entry["diagnostics/constant_loss"] == pytest.approx(expected, abs=1e-4)
         shares = [entry[f"diagnostics/gradient/{term}"] for term in ("teacher", "student")]
         assert sum(shares) == pytest.approx(1) and min(shares) > 0
     assert not any("diagnostics" in key for entry in entries(tmp_path / "without") for key in entry)
@@ -97,23 +102,39 @@ def test_gradient_shares_are_those_of_each_terms_own_gradient(tmp_path: Path) ->
     assert nothing == {}
 
 
-def run_collapsed(recipe: Path, overrides: list[str]) -> None:
-    """A run whose momentum encoder gives every patch nearly the same token."""
+def run_collapsed(recipe: Path, overrides: list[str]) -> list[str]:
+    """A run whose momentum encoder gives every patch nearly the same token; its last warnings."""
+    from cmtmae_scale.engine.loop import train
     from cmtmae_scale.pretraining import diagnostics
+    from tests.checkpoint.save_case import Lines
+
+    log = Lines()
 
     def collapsed(tokens: torch.Tensor) -> tuple[float, float]:
         return 1.2, 0.99
 
     diagnostics.token_diagnostics = collapsed  # type: ignore[assignment]
-    run(recipe, overrides)
+    with ExitStack() as stack:
+        built = build(recipe, overrides, stack)
+        train(built)
+        log.lines.clear()
+        built.task.conclude(built)
+    return log.lines
 
 
 def test_collapsing_tokens_are_reported_once_with_a_remedy(tmp_path: Path) -> None:
     overrides = ["log.diagnostics_every=1"]
-    run_ranks(1, run_collapsed, write_recipe(tmp_path), overrides)
+    (last,) = run_ranks(1, run_collapsed, write_recipe(tmp_path), overrides)
     (incident,) = [entry for entry in entries(tmp_path / "run") if "incident" in entry]
     assert (incident["step"], incident["incident"]) == (3, "target tokens collapse")
+    assert incident["why"].startswith("for 3 intervals, at last effective rank 1.2, mean pairwise ")
+    assert "loss/student is then no sign of learning" in incident["why"]
     assert "raise collaboration.alpha_target" in incident["why"]
+    (line,) = last
+    assert (
+        "at step 6 the momentum encoder's target tokens are nearly alike: effective rank 1.2"
+        in line
+    )
 
 
 def test_a_run_without_a_momentum_encoder_has_no_token_diagnostics(tmp_path: Path) -> None:

@@ -65,3 +65,29 @@ def patchify(image: list[list[list[float]]], patch: int) -> list[list[float]]:
                         values.append(image[channel][y][x])
             patches.append(values)
     return patches
+
+
+def instance_norm(view: list[list[float]]) -> list[list[float]]:
+    """view [N][F]: each channel standardised over the patches of the view."""
+    channels = [layer_norm(list(channel)) for channel in zip(*view, strict=True)]
+    return [list(token) for token in zip(*channels, strict=True)]
+
+
+def discounted_statistics(
+    steps: list[list[list[float]]], decay: float
+) -> tuple[float, list[float], list[float]]:
+    """Count, and mean and biased variance per channel, of tokens with weight decay ** age.
+
+    steps [S][tokens of the step][F]; the age counts the later steps that have a token.
+    """
+    weighted: list[tuple[float, list[float]]] = []
+    for number, tokens in enumerate(steps):
+        age = sum(1 for later in steps[number + 1 :] if later)
+        weighted += [(decay**age, token) for token in tokens]
+    total = sum(weight for weight, _ in weighted)
+    width = len(weighted[0][1])
+    mean = [sum(w * token[c] for w, token in weighted) / total for c in range(width)]
+    var = [
+        sum(w * (token[c] - mean[c]) ** 2 for w, token in weighted) / total for c in range(width)
+    ]
+    return total, mean, var

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,7 +29,6 @@ from cmtmae_scale.pretraining.build import (
     open_stream,
     open_teacher,
 )
-from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
@@ -253,12 +253,10 @@ class Rig:
         config.log.diagnostics_every = None
         task = Pretraining(config, world, device)
         task.view_sizes = view_sizes(config.views.image_size, teacher)
-        task.models = Models(
-            None if teacher is None else TimedTeacher(teacher, self.watch),
-            cast(Backend, TimedBackend(models.backend, self.watch)),
-            models.layout,
-            models.length,
-            models.patch,
+        task.models = replace(
+            models,
+            teacher=None if teacher is None else TimedTeacher(teacher, self.watch),
+            backend=cast(Backend, TimedBackend(models.backend, self.watch)),
         )
         self.run = Run(
             config=config,

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from cmtmae_scale.cache.codecs import Calibration, round_features
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
+from cmtmae_scale.method.targets import RUNNING_NORMS, Predictions, TokenLayout, objective
+from cmtmae_scale.pretraining.channels import RunningChannels
+from cmtmae_scale.pretraining.prepare import gather_targets
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark.table import markdown_table
 from dataloading.stream import Batch
@@ -110,8 +113,10 @@ def teacher_gradients(
     The targets are ``features``, ``[B, T, F]``; the case has the unrounded ones, for predictions at
     a cosine of 0.8. The model is at initialisation.
     """
+    norm = config.target.teacher.norm
+    scaling = find_scaling(norm, case) if norm in RUNNING_NORMS else None
     targets, origin = (
-        layout.gather(normalise(one, config.target.teacher.norm), case.choice)
+        cast(Tensor, gather_targets(layout, one, norm, case.choice, scaling))
         for one in (features, case.features)
     )
     valid = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
@@ -128,6 +133,16 @@ def teacher_gradients(
     (near,) = torch.autograd.grad(term(close), [close])
     flat = torch.cat([one.flatten() for one in rest if one is not None])
     return TeacherGradients(loss.item(), first, near, flat)
+
+
+def find_scaling(norm: str, case: Case) -> ChannelScaling:
+    """Return the statistics per channel of a case's own unrounded features."""
+    features = case.features
+    num_groups = 1 + features.shape[1] - sum(ids.shape[1] for ids in case.choice)
+    running = RunningChannels(norm == "channel", num_groups, features.shape[2], features.device)
+    valid = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    running.update(sum_channels(features, valid, running.scaling.mean).flatten().tolist())
+    return running.scaling
 
 
 def predictions_near(targets: Tensor, seed: int) -> Tensor:

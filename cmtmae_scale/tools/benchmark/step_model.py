@@ -28,6 +28,7 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.momentum import update_momentum
 from cmtmae_scale.method.targets import TokenLayout, objective
+from cmtmae_scale.pretraining.channels import open_channels
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
@@ -347,6 +348,7 @@ def record_prepare(config: Config, networks: MetaNetworks, recorder: Recorder) -
         TokenLayout.from_config(config, *counts),
         length,
         encoder.patch_side,
+        open_channels(config, networks.teacher, encoder, encoder.patch_embed.proj.weight.device),
     )
     views = config.train.micro_batch_size
     sizes = view_sizes(config.views.image_size, models.teacher)

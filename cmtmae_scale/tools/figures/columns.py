@@ -3,6 +3,7 @@
 Legend: n images, S their side in pixels, N = h * w patches, P patch side, R = n masks.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.encoders import inference_autocast
 from cmtmae_scale.method.attention import normalise_map
+from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
@@ -65,11 +67,13 @@ def compute_columns(
     layout: TokenLayout,
     images: tuple[Tensor, ...],
     scalars: PretrainingScalars,
+    scalings: Mapping[str, ChannelScaling],
 ) -> list[Column]:
     """Compute all columns with the present weights; mask 0 of positions 0, 1, 2 and so on.
 
     Images are uint8 ``[n, S, S, 3]``: the student's, then the teacher's if they differ. Networks
-    move to the images' device and back to the CPU.
+    move to the images' device and back to the CPU. ``scalings`` are the targets' running
+    statistics.
 
     Returns:
         Columns of the signals that the run uses, on the CPU.
@@ -112,8 +116,12 @@ def compute_columns(
     hidden = all_patches.scatter(1, choice.ids_keep, False).view(-1, height, width)
     columns.append(Column("visible", views, "patches", hidden=hidden, smooth=True))
     targets = Predictions(
-        gather_targets(layout, view.features, config.target.teacher.norm, choice),
-        gather_targets(layout, features, config.target.student.norm, choice),
+        gather_targets(
+            layout, view.features, config.target.teacher.norm, choice, scalings.get("teacher")
+        ),
+        gather_targets(
+            layout, features, config.target.student.norm, choice, scalings.get("student")
+        ),
         None,
     )
     for name in ("teacher", "student"):

@@ -91,7 +91,10 @@ class RunFigures:
             self.images = read_crops(self.index, sizes, self.config.data.workers, self.device)
         scalars = scalars_at(self.config, progress.fraction)
         layout = self.models.layout
-        columns = compute_columns(self.config, self.networks, layout, self.images, scalars)
+        scalings = self.models.channels.scalings
+        columns = compute_columns(
+            self.config, self.networks, layout, self.images, scalars, scalings
+        )
         return draw_sheet(columns, sheet_title(self.config, progress))
 
 

@@ -1,9 +1,11 @@
 """Charts of a run: which logged values share a chart, with notes and reference levels."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 from cmtmae_scale.config.derive import needs
+from cmtmae_scale.pretraining.diagnostics import COLLAPSED_RANK, CONSTANT, RANK
 from cmtmae_scale.tools.report.chart import Chart, Line
 from cmtmae_scale.tools.report.ranges import expected_range, scheduled_values
 from cmtmae_scale.tools.report.run import Run
@@ -24,6 +26,7 @@ def training_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
         measured("Loss", loss_names(run), loss_note(run), loss_levels(run)),
         measured("Agreement of the two attentions", agreement, correlation),
         measured("Attention that stays visible", mass, "", mass_levels(run)),
+        measured("Effective rank of the targets", {RANK: "momentum student"}, "", rank_levels(run)),
         measured("Gradient norm", {"grad_norm": "before clipping"}, "", clip_levels(run)),
         scheduled_chart(run, "Learning rate", {"lr": "learning rate"}),
         scheduled_chart(run, "Momentum", {"momentum": "EMA momentum"} if has_momentum else {}),
@@ -88,9 +91,11 @@ def scheduled_chart(run: Run, title: str, names: Mapping[str, str]) -> Chart:
 
 
 def loss_names(run: Run) -> dict[str, str]:
-    """Return the total and its terms; a single term stands alone."""
+    """Return the total and its terms, a single term without total, and the constant's loss."""
     used = {k: v for k, v in TERMS.items() if any(value for _, value in run.series(k))}
-    return used if len(used) == 1 else {"loss/total": "total", **used}
+    names = used if len(used) == 1 else {"loss/total": "total", **used}
+    constant = {CONSTANT: "momentum student, by its mean token alone"}
+    return names | constant if run.series(CONSTANT) else names
 
 
 def loss_note(run: Run) -> str:
@@ -120,6 +125,12 @@ def mass_levels(run: Run) -> list[Level]:
         return []
     mask = run.config.mask
     return [(1 - mask.ratio - mask.throw_ratio, "a random mask")]
+
+
+def rank_levels(run: Run) -> list[Level]:
+    """Return the effective rank below which tokens are nearly alike, if the run comes near it."""
+    least = min((value for _, value in run.series(RANK)), default=math.inf)
+    return [(COLLAPSED_RANK, "nearly alike below")] if least < 2 * COLLAPSED_RANK else []
 
 
 def clip_levels(run: Run) -> list[Level]:
