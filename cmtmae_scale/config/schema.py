@@ -506,7 +506,7 @@ class Cache:
 
 @dataclass
 class Eval:
-    """k-NN and a small linear probe of the encoder during the run."""
+    """k-NN, a small linear probe and label-free measures of the encoder during the run."""
 
     every: int | None = positive(None)
     """Steps between evaluations; ``None``: never."""
@@ -515,6 +515,10 @@ class Eval:
     ``launchers/evaluate.py --train``."""
     test_path: str | None = None
     """Labelled images to test on; also the default of ``launchers/evaluate.py --test``."""
+    segmentation_path: str | None = None
+    """Images with masks for k-NN segmentation: Pascal VOC's folder, or one with ``train/`` and
+    ``test/``, each with ``images/`` and ``masks/``; ``None``: not measured. Also the default of
+    ``launchers/evaluate.py segmentation --train``."""
 
 
 @dataclass
