@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from cmtmae_scale.engine.agreement import require_equal_weights
@@ -24,7 +25,7 @@ from cmtmae_scale.evaluation.measured import (
     measured_record,
 )
 from cmtmae_scale.evaluation.propagation import ShownClip, open_clips, propagate_clips
-from cmtmae_scale.evaluation.representation import represent
+from cmtmae_scale.evaluation.representation import measure_lidar, represent
 from cmtmae_scale.evaluation.result import write_result
 from cmtmae_scale.evaluation.segmentation import Shown, segment
 from cmtmae_scale.evaluation.subject import Subject, open_subject
@@ -154,7 +155,9 @@ def run_representation(
     upright = subject.config.data.exif_orientation if subject.config is not None else True
     index = open_shared_index(path, None, upright)
     reading = ReadOptions(options.batch, options.threads, options.decode)
-    rows = represent(encoders, index, reading, world, device)
+    rows = represent(encoders, index, np.arange(len(index)), reading, world, device)
+    if rows[0].count > 1:
+        rows += measure_lidar(encoders, index, reading, world, device)
     records: dict[str, Any] = {
         "images": {"path": path, "images": len(index), "digest": index.digest}
     }

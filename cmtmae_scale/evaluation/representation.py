@@ -35,6 +35,7 @@ LIDAR_IMAGES, LIDAR_VIEWS = 1000, 10
 LIDAR_DELTA, LIDAR_EPSILON = 1e-4, 1e-7
 CROP_SCALE, ASPECT_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 """LiDAR's views: MAE's crops."""
+ALL_IMAGES = "patches of all images"
 PATCH_STRIDE = 89
 """Offset between the patches taken of consecutive images; a prime, so that it meets all patches."""
 
@@ -188,7 +189,7 @@ class Representation:
             ("rank", "effective rank, centred", rank_of_moment(centred), None),
             ("patches of an image", "cosine", mean, interval),
             ("patches of an image", "uniformity", math.log(spread), logs),
-            ("patches of all images", "uniformity", uniformity(sample), None),
+            (ALL_IMAGES, "uniformity", uniformity(sample), None),
         ]
         return found + [Measured(self.encoder.name, "tokens", *one, count) for one in values]
 
@@ -207,21 +208,19 @@ def uniformity(tokens: Tensor) -> float:
 def represent(
     encoders: Sequence[Encoder],
     index: Index,
+    ids: NDArray[np.int64],
     reading: ReadOptions,
     world: World,
     device: torch.device,
-    with_lidar: bool = True,
 ) -> list[Measured]:
-    """Measure the features of all images of an index, and LiDAR on views of them. A collective.
+    """Measure the features of listed images of an index, centre crops as for k-NN. A collective.
 
-    The encoders have one image size. Images are centre crops, as for k-NN; LiDAR's views are ten
-    random crops of each of at most 1,000 images.
+    The encoders have one image size.
 
     Raises:
         DataError: on every rank: no image can be decoded, or features are not finite.
         ReadError: on every rank, if storage did not return an image to one of them.
     """
-    ids = np.arange(len(index), dtype=np.int64)
     found = [Representation(encoder, len(ids), device) for encoder in encoders]
 
     def add(images: Tensor, positions: Tensor) -> None:
@@ -229,10 +228,7 @@ def represent(
             one.add(encode_tokens(one.encoder, images), positions)
 
     read_views(add, index, ids, 1, encoders[0].size, reading, world, device)
-    rows = [row for one in found for row in one.rows()]
-    if with_lidar and len(ids) > 1:
-        rows += measure_lidar(encoders, index, reading, world, device)
-    return rows
+    return [row for one in found for row in one.rows()]
 
 
 def measure_lidar(
@@ -242,18 +238,20 @@ def measure_lidar(
     world: World,
     device: torch.device,
 ) -> list[Measured]:
-    """Measure LiDAR of every encoder and kind of features. A collective; see ``represent``."""
+    """Measure LiDAR of every encoder and kind of features. A collective; see ``represent``.
+
+    Views are ten random crops of each of at most 1,000 images, evenly over the index; at least two
+    images are needed.
+    """
     count = min(LIDAR_IMAGES, len(index))
     ids = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
-    kinds = [
-        (encoder, kind)
-        for encoder in encoders
-        for kind in feature_kinds(encode_blank(encoder, device))
-    ]
+    kinds: list[tuple[Encoder, str]] = []
     moments: dict[tuple[str, str], tuple[Moments, Moments]] = {}
-    for encoder, kind in kinds:
-        width = feature_kinds(encode_blank(encoder, device))[kind].shape[1]
-        moments[encoder.name, kind] = Moments(width, device), Moments(width, device)
+    for encoder in encoders:
+        for kind, blank in feature_kinds(encode_blank(encoder, device)).items():
+            kinds.append((encoder, kind))
+            width = blank.shape[1]
+            moments[encoder.name, kind] = Moments(width, device), Moments(width, device)
     bad = dict.fromkeys((encoder.name for encoder in encoders), 0)
 
     def add(images: Tensor, positions: Tensor) -> None:

@@ -174,9 +174,8 @@ def prepare_masks(folder: Path) -> Path:
         DataError: without scikit-image and scikit-learn (extra ``demo``).
     """
     record_file = folder.with_name(folder.name + ".json")
-    if folder.is_dir() and record_file.is_file():
-        if record_file.read_text() == record_text():
-            return folder
+    if folder.is_dir() and record_file.is_file() and record_file.read_text() == record_text():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder, durable=False) as draft:
         for part, count in MOSAICS.items():
