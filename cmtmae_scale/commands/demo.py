@@ -19,6 +19,8 @@ from cmtmae_scale.errors import EXIT_CONFIG
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 
 RECIPE = "configs/demo.yaml"
+MASKS = "datasets/demo/masks"
+"""Images with masks; the recipe's ``eval.segmentation_path`` is inside."""
 RANDOM = "random teacher"
 ROWS = 8
 COLUMNS = ("loss/total", "loss/teacher", "loss/student", "images_s")
@@ -36,12 +38,14 @@ def show_demo(options: argparse.Namespace) -> int:
     os.chdir(find_clone())
     config = load_config(RECIPE, options.overrides)
     from cmtmae_scale.tools.demo.cached import train_from_cache
+    from cmtmae_scale.tools.demo.masks import prepare_masks
     from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
     from cmtmae_scale.tools.demo.teacher import prepare_teacher
 
     print_line("images and teacher ...")
     images = prepare_photos(Path(config.data.path))
     prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
+    prepare_masks(Path(MASKS))
     teacher = prepare_teacher(Path(str(config.teacher.weights)))
     overrides = derive_overrides(config, teacher is None, options)
     config = load_config(RECIPE, overrides)
@@ -132,6 +136,7 @@ def next_steps(run_dir: Path, report: Path, command: Sequence[str]) -> str:
     tensorboard = shutil.which("tensorboard", path=str(binaries)) or "tensorboard"
     torchrun = shutil.which("torchrun", path=str(binaries)) or "torchrun"
     pretrain = f"launchers/pretrain.py --config {RECIPE}"
+    evaluate = f"{relative_path(command[0])} launchers/evaluate.py"
     hiding = "run.output_dir=runs/demo-hide mask.sampler=hide_salient mask.masks_per_view=1"
     return f"""
 report       {report}  (curves, figures, time, accuracy: one page for any browser)
@@ -140,7 +145,10 @@ curves       {relative_path(tensorboard)} --logdir {run_dir}
 checkpoints  {run_dir / "checkpoints"}
 
 try next
-  {relative_path(command[0])} launchers/evaluate.py knn --checkpoint {run_dir}
+  {evaluate} knn --checkpoint {run_dir}
+  {evaluate} segmentation --checkpoint {run_dir}
+  {evaluate} representation --checkpoint {run_dir} --masks {MASKS}/objects
+  {evaluate} propagation --checkpoint {run_dir} --clips {MASKS}/clips
   {relative_path(command[0])} {pretrain} --dry-run
   {relative_path(command[0])} {pretrain} {hiding}
   {relative_path(command[0])} launchers/report.py {run_dir} runs/demo-hide

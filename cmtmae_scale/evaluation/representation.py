@@ -32,6 +32,8 @@ SHARPNESS = 2.0
 """t of the uniformity."""
 LIDAR_IMAGES, LIDAR_VIEWS = 1000, 10
 """n and q of LiDAR; its paper has q = 50."""
+ROUNDING = 1e-12
+"""Eigenvalues below this fraction of all variation are rounding errors."""
 LIDAR_DELTA, LIDAR_EPSILON = 1e-4, 1e-7
 CROP_SCALE, ASPECT_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 """LiDAR's views: MAE's crops."""
@@ -74,17 +76,19 @@ def entropy_rank(values: Tensor, epsilon: float = 0.0) -> float:
     return math.exp(float(entropy))
 
 
-def rank_of_moment(second: Tensor) -> float:
+def rank_of_moment(second: Tensor, scale: Tensor | None = None) -> float:
     """Effective rank of rows from their second moment ``[D, D]``: of their singular values.
 
-    The singular values are the roots of its eigenvalues; those below 1e-8 of the largest are not
-    resolved, which changes the rank by less than a thousandth.
+    The singular values are the roots of its eigenvalues. Eigenvalues below 1e-12 of ``scale``, the
+    trace before rows were centred, are rounding errors and count as 0; without it those below
+    1e-16 of the largest are not resolved, which changes the rank by less than a thousandth.
 
     Source: O. Roy, M. Vetterli, The effective rank (EUSIPCO 2007). RankMe (arXiv 2210.02885) is
     this number of the features of images, not centred.
     """
     eigenvalues = torch.linalg.eigvalsh(second.double().cpu()).clamp_min(0.0)
-    return entropy_rank(eigenvalues.sqrt())
+    floor = 0.0 if scale is None else ROUNDING * float(scale)
+    return entropy_rank(torch.where(eigenvalues > floor, eigenvalues, 0.0).sqrt())
 
 
 def centre_moment(moments: Moments) -> Tensor:
@@ -98,7 +102,7 @@ def lidar_of_moments(every: Moments, means: Moments) -> float:
     Returns:
         Effective rank of ``W^-1/2 B W^-1/2`` from its eigenvalues, in [0, D]: B the covariance of
         the mean features, W that of the views about their image's mean, plus 1e-4 I. At most n - 1
-        eigenvalues are above 0.
+        eigenvalues are above 0; 0 where the images do not differ beyond rounding errors.
 
     Source: LiDAR (arXiv 2312.04000), section 3.
     """
@@ -108,8 +112,9 @@ def lidar_of_moments(every: Moments, means: Moments) -> float:
     within = within + LIDAR_DELTA * torch.eye(len(within), dtype=within.dtype, device=within.device)
     values, axes = torch.linalg.eigh(within.cpu())
     whiten = axes / values.clamp_min(LIDAR_DELTA / 2).sqrt()  # W^-1/2 up to a rotation
-    eigenvalues = torch.linalg.eigvalsh(whiten.T @ between.cpu() @ whiten).clamp_min(0.0)
-    return entropy_rank(eigenvalues, LIDAR_EPSILON)
+    eigenvalues = torch.linalg.eigvalsh(whiten.T @ between.cpu() @ whiten)
+    floor = ROUNDING * float(every.second.trace() / every.count) / LIDAR_DELTA
+    return entropy_rank(torch.where(eigenvalues > floor, eigenvalues, 0.0), LIDAR_EPSILON)
 
 
 def patch_similarity(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,14 +184,14 @@ class Representation:
             value = rank_of_moment(moments.second)
             found.append(Measured(self.encoder.name, kind, "rank", "RankMe", value, None, count))
         self.tokens.reduce()
-        centred = centre_moment(self.tokens)
+        centred = rank_of_moment(centre_moment(self.tokens), self.tokens.second.trace())
         mean, interval = mean_with_interval(cosine)
         spread, between = mean_with_interval(potential)
         logs = None if between is None else (math.log(between[0]), math.log(between[1]))
         sample = gather_from_ranks(torch.cat(self.sample))
         values = [
             ("rank", "effective rank", rank_of_moment(self.tokens.second), None),
-            ("rank", "effective rank, centred", rank_of_moment(centred), None),
+            ("rank", "effective rank, centred", centred, None),
             ("patches of an image", "cosine", mean, interval),
             ("patches of an image", "uniformity", math.log(spread), logs),
             (ALL_IMAGES, "uniformity", uniformity(sample), None),
@@ -252,14 +257,14 @@ def measure_lidar(
             kinds.append((encoder, kind))
             width = blank.shape[1]
             moments[encoder.name, kind] = Moments(width, device), Moments(width, device)
-    bad = dict.fromkeys((encoder.name for encoder in encoders), 0)
+    bad = dict.fromkeys(moments, 0)
 
     def add(images: Tensor, positions: Tensor) -> None:
         for encoder in encoders:
             for kind, rows in feature_kinds(encode_tokens(encoder, images)).items():
                 views = rows.double().unflatten(0, (-1, LIDAR_VIEWS))  # [b, q, D]
                 finite = views.isfinite().flatten(1).all(1)
-                bad[encoder.name] += int((~finite).sum())
+                bad[encoder.name, kind] += int((~finite).sum())
                 every, means = moments[encoder.name, kind]
                 every.add(views[finite].flatten(0, 1))
                 means.add(views[finite].mean(1))
@@ -270,7 +275,7 @@ def measure_lidar(
         every, means = moments[encoder.name, kind]
         for each in (every, means):
             each.reduce()
-        refuse_non_finite(encoder, bad[encoder.name], int(means.count))
+        refuse_non_finite(encoder, bad[encoder.name, kind], int(means.count))
         value = lidar_of_moments(every, means)
         row = Measured(encoder.name, kind, "rank", "LiDAR", value, None, int(means.count))
         found.append(row)

@@ -9,8 +9,8 @@ on a tenth of the training images. DINOv2 (arXiv 2304.07193): the linear head's 
 upsampled bilinearly.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def segment(
     fit = learn_patches(encoder, train, reading, world, device)
     k, strength = (one[0] if one else None for one in (neighbours, strengths))
     if len(neighbours) > 1 or len(strengths) > 1:
-        k, strength = choose(fit, len(train), seed, neighbours, strengths)
+        k, strength = choose(fit, seed, neighbours, strengths)
     methods: dict[str, KnnSegmenter | LinearSegmenter] = {}
     if k is not None:
         methods[f"k-NN segmentation, k={k}"] = KnnSegmenter(fit, k)
@@ -245,7 +245,7 @@ def most_frequent(pixels: Tensor) -> Tensor:
 
 
 def choose(
-    fit: Training, num_images: int, seed: int, neighbours: Sequence[int], strengths: Sequence[float]
+    fit: Training, seed: int, neighbours: Sequence[int], strengths: Sequence[float]
 ) -> tuple[int | None, float | None]:
     """Choose k and C by the mIoU over the patches of held-out training images. A collective.
 
@@ -253,31 +253,41 @@ def choose(
         The first of the best values; ``None`` where there is none to choose from.
 
     Raises:
-        ConfigError: for a single training image.
+        ConfigError: if only one training image has labelled patches.
     """
-    if num_images < 2:
+    images = gather_from_ranks(fit.table.images.unique()).sort().values
+    if len(images) < 2:
         raise ConfigError(
-            "one training image: none can be held out to choose k and C on; give more images"
+            "one training image has patches with a class, and none can be held out to choose k and "
+            "C on; give more images"
         )
-    order, _ = sample_ids(num_images, seed + HELD_OUT_SALT, np.arange(num_images))
-    held = torch.from_numpy(order[: max(round(HELD_OUT * num_images), 1)])
-    is_held = torch.isin(fit.table.images, held.to(fit.table.images))
+    order, _ = sample_ids(len(images), seed + HELD_OUT_SALT, np.arange(len(images)))
+    held = torch.from_numpy(order[: max(round(HELD_OUT * len(images)), 1)])
+    is_held = torch.isin(fit.table.images, images[held.to(images.device)])
     rest, queries = fit._replace(table=fit.table.where(~is_held)), fit.table.where(is_held)
-    totals: dict[int | float, Tensor] = {}
+    by_k: dict[int, Tensor] = {}
+    by_strength: dict[float, Tensor] = {}
     if neighbours:
         segmenter = KnnSegmenter(rest, max(neighbours))
         near = segmenter.find(queries.features)
         for k in neighbours:
-            totals[k] = count_classes(segmenter.vote(near[:, :k]), queries.pixels, fit.classes)
+            by_k[k] = count_classes(segmenter.vote(near[:, :k]), queries.pixels, fit.classes)
     for strength in strengths:
         linear = LinearSegmenter(rest, strength)
         labels = linear.classifier(queries.features.double()).argmax(1)
         predicted = labels[:, None].expand_as(queries.pixels)
-        totals[strength] = count_classes(predicted, queries.pixels, fit.classes)
-    found = {value: sum_over_ranks(one).cpu().numpy() for value, one in totals.items()}
+        by_strength[strength] = count_classes(predicted, queries.pixels, fit.classes)
+    return best_of(by_k), best_of(by_strength)
+
+
+Value = TypeVar("Value", int, float)
+
+
+def best_of(counts: Mapping[Value, Tensor]) -> Value | None:
+    """Return the first value of the largest mIoU from counts ``[3, C]``. A collective."""
+    found = {value: sum_over_ranks(one).cpu().numpy() for value, one in counts.items()}
     scores = {value: float(np.nan_to_num(mean_iou(*one))) for value, one in found.items()}
-    best = (max(each, key=scores.__getitem__) if each else None for each in (neighbours, strengths))
-    return tuple(best)  # pyright: ignore[reportReturnType] - the two values in their order
+    return max(scores, key=scores.__getitem__, default=None)
 
 
 def count_classes(predicted: Tensor, pixels: Tensor, classes: Tensor) -> Tensor:

@@ -66,3 +66,9 @@ def write_clip(root: Path, name: str, frames: int, seed: int = 0) -> None:
         palette = Image.fromarray(mask).convert("P")
         palette.putpalette([0, 0, 0, 200, 0, 0])
         palette.save(root / "Annotations" / "480p" / name / f"{file}.png")
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Width and height."""
+    with Image.open(file) as opened:
+        return opened.size

@@ -1,5 +1,6 @@
 """Segmentation of patches: the plain version's predictions, the same at any number of ranks."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,15 @@ from cmtmae_scale.evaluation.segmentation import (
     segment,
 )
 from dataloading.errors import DataError
-from tests.evaluation.dense_case import ENCODER, GRID, PATCH, SIDE, encode_tokens, write_masked
+from tests.evaluation.dense_case import (
+    ENCODER,
+    GRID,
+    PATCH,
+    SIDE,
+    encode_tokens,
+    size_of,
+    write_masked,
+)
 from tests.evaluation.evaluation_case import world
 from tests.processes import run_ranks
 from tests.references import dense as reference
@@ -123,7 +132,7 @@ def test_few_patches_of_many_images_still_tell_the_classes(place: Path) -> None:
 def test_hyperparameters_need_an_image_to_hold_out(place: Path) -> None:
     train = open_masked(str(place / "train"), "train")
     train.pairs = train.pairs[:1]
-    with pytest.raises(ConfigError, match="one training image: none can be held out"):
+    with pytest.raises(ConfigError, match="one training image has patches with a class, and none"):
         segment(ENCODER, train, train, READING, 0, world(), CPU)
     rows, _ = segment(ENCODER, train, train, READING, 0, world(), CPU, [1], [])
     assert rows[0].method == "k-NN segmentation, k=1" and rows[0].value > 0.9
@@ -169,7 +178,7 @@ def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> 
         open_masked(str(tmp_path), "train")
     with pytest.raises(ConfigError, match="nothing to test on; give --test PATH or"):
         open_masked_pair(str(folder), None, None, 0)
-    size = Image.open(folder / "images" / "00.png").size
+    size = size_of(folder / "images" / "00.png")
     Image.new("RGB", size).save(folder / "masks" / "00.png")
     with pytest.raises(
         DataError, match=r"00.png: the mask is in colours \(mode RGB\).* one number"
@@ -192,7 +201,7 @@ def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> 
 def test_masks_of_one_class_are_refused(tmp_path: Path, value: int, message: str) -> None:
     folder = write_masked(tmp_path / "set", 2)
     for file in (folder / "masks").iterdir():
-        Image.new("L", Image.open(file).size, value).save(file)
+        Image.new("L", size_of(file), value).save(file)
     found = open_masked(str(folder), "train")
     with pytest.raises(DataError, match=f"{message}.* save a foreground as 1 on 0, not as 255"):
         learn_patches(ENCODER, found, READING, world(), CPU)
@@ -202,7 +211,8 @@ def test_a_palette_gives_class_numbers_and_a_split_no_image_twice(tmp_path: Path
     folder = write_masked(tmp_path / "set", 5)
     expected = read_all(folder)[1]
     for file in (folder / "masks").iterdir():
-        mask = Image.open(file).convert("P")
+        with Image.open(file) as opened:
+            mask = opened.convert("P")
         mask.putpalette(list(range(255, -1, -1)) * 3)
         mask.save(file)
     assert torch.equal(read_all(folder)[1], expected)
@@ -217,9 +227,9 @@ def test_the_layout_of_pascal_voc_is_read(tmp_path: Path) -> None:
     for part in (root / "JPEGImages", root / "SegmentationClass", lists):
         part.mkdir(parents=True)
     for file in (folder / "images").iterdir():
-        Image.open(file).save(root / "JPEGImages" / f"{file.stem}.jpg", quality=95)
-        mask = Image.open(folder / "masks" / file.name)
-        mask.save(root / "SegmentationClass" / file.name)
+        with Image.open(file) as opened:
+            opened.save(root / "JPEGImages" / f"{file.stem}.jpg", quality=95)
+        shutil.copy(folder / "masks" / file.name, root / "SegmentationClass")
     (lists / "train.txt").write_text("00\n01\n")
     (lists / "val.txt").write_text("02\nabsent\n")
     (lists / "trainaug.txt").write_text("03\n02\n")

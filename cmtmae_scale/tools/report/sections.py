@@ -320,7 +320,16 @@ def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
         if "value" in one
     ]
     if dense:
-        head = ("weights", "features", "method", "measure", "value", "95 % interval", "count", "file")
+        head = (
+            "weights",
+            "features",
+            "method",
+            "measure",
+            "value",
+            "95 % interval",
+            "count",
+            "file",
+        )
         parts.append(table(head, dense))
     if rows:
         head = ("weights", "features", "method", "accuracy", "95 % interval", "correct", "file")
