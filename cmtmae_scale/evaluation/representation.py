@@ -28,6 +28,8 @@ from dataloading.views import Boxes, crop_boxes
 
 MAX_TOKENS = 2048
 """Patches, evenly over the images, whose pairs give the uniformity."""
+PAIRS = 1 << 22
+"""Pairs of patches whose cosines are in memory at once."""
 SHARPNESS = 2.0
 """t of the uniformity."""
 LIDAR_IMAGES, LIDAR_VIEWS = 1000, 10
@@ -129,11 +131,15 @@ def patch_similarity(patches: Tensor) -> tuple[Tensor, Tensor]:
     """
     unit = normalize(patches.double(), dim=-1)
     count = unit.shape[1]
-    cosines = unit @ unit.mT  # [B, N, N]
-    distinct = 1 - torch.eye(count, dtype=cosines.dtype, device=cosines.device)
-    potential = torch.exp(-SHARPNESS * (2 - 2 * cosines).clamp_min(0.0))
-    pairs = count * (count - 1)
-    return tuple((x * distinct).sum((1, 2)) / pairs for x in (cosines, potential))  # pyright: ignore[reportReturnType]
+    distinct = 1 - torch.eye(count, dtype=unit.dtype, device=unit.device)
+    sums = [unit.new_zeros(0, 2)]
+    for part in unit.split(max(PAIRS // count**2, 1)):
+        cosines = part @ part.mT  # [b, N, N]
+        potential = torch.exp(-SHARPNESS * (2 - 2 * cosines).clamp_min(0.0))
+        both = [(x * distinct).sum((1, 2)) for x in (cosines, potential)]
+        sums.append(torch.stack(both, dim=1))
+    cosine, potential = (torch.cat(sums) / (count * (count - 1))).unbind(1)
+    return cosine, potential
 
 
 class Representation:

@@ -95,7 +95,7 @@ def rows_of(folder: Path) -> list[tuple[Any, ...]]:
     rows += measure_lidar([ENCODER], index, READING, world(), CPU)
     ends = [row.interval or (0.0, 0.0) for row in rows]
     return [
-        (*row[1:4], round(row.value, 8), *(round(end, 8) for end in both), row.count)
+        (*row[1:4], round(row.value, 6), *(round(end, 6) for end in both), row.count)
         for row, both in zip(rows, ends, strict=True)
     ]
 
