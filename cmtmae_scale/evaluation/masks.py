@@ -31,6 +31,8 @@ VOID = 255
 """Value of pixels without a class, as in Pascal VOC."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MASK_FOLDERS = ("masks", "annotations")
+TURNED, ORIENTATION = ("JPEG", "MPO", "WEBP"), 0x0112
+"""Formats whose images are turned upright, and EXIF's tag; a PNG's header may not hold it."""
 CLASS_MODES = ("P", "L", "1", "I", "I;16")
 """Modes of Pillow with one number per pixel."""
 NO_MASK, NO_IMAGE = "without a mask", "without an image"
@@ -221,7 +223,8 @@ def compare_headers(image: Path, mask: Path) -> str:
         with Image.open(mask) as opened:
             mode, size = opened.mode, opened.size
         with Image.open(image) as opened:
-            upright = ImageOps.exif_transpose(opened).size if opened.getexif() else opened.size
+            turned = opened.format in TURNED and opened.getexif().get(ORIENTATION, 1) >= 5
+            upright = opened.size[::-1] if turned else opened.size
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
         return BROKEN
     if mode not in CLASS_MODES:
@@ -264,7 +267,8 @@ def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded
     try:
         mask = read_mask(images.root / pair.mask)
         with Image.open(images.root / pair.image) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened) if opened.format in TURNED else opened
+            image = image.convert("RGB")
     except FileNotFoundError as error:
         raise ReadError(
             f"{error.filename}: the file has gone; put it back and try again"
@@ -341,5 +345,6 @@ def pack_batch(
 def cut_patches(masks: Tensor, rows: int, columns: int) -> Tensor:
     """Return the pixels of each patch, uint8 ``[B, N, p * p]``, from masks ``[B, S, S]``."""
     batch, height, width = masks.shape
-    cut = masks.reshape(batch, rows, height // rows, columns, width // columns)
-    return cut.permute(0, 1, 3, 2, 4).reshape(batch, rows * columns, -1)
+    tall, wide = height // rows, width // columns
+    cut = masks.reshape(batch, rows, tall, columns, wide)
+    return cut.permute(0, 1, 3, 2, 4).reshape(batch, rows * columns, tall * wide)

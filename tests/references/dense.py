@@ -72,7 +72,7 @@ def knn_pixels(
         votes = []
         for place in range(pixels.shape[1]):
             labels = [int(pixels[i, place]) for i in nearest if pixels[i, place] != VOID]
-            votes.append(max(sorted(set(labels)), key=labels.count))
+            votes.append(max(sorted(set(labels)), key=labels.count, default=0))
         found.append(votes)
     return found
 
