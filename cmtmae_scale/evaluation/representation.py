@@ -81,15 +81,14 @@ def entropy_rank(values: Tensor, epsilon: float = 0.0) -> float:
 def rank_of_moment(second: Tensor, scale: Tensor | None = None) -> float:
     """Effective rank of rows from their second moment ``[D, D]``: of their singular values.
 
-    The singular values are the roots of its eigenvalues. Eigenvalues below 1e-12 of ``scale``, the
-    trace before rows were centred, are rounding errors and count as 0; without it those below
-    1e-16 of the largest are not resolved, which changes the rank by less than a thousandth.
+    The singular values are the roots of its eigenvalues. Eigenvalues below 1e-12 of ``scale``, its
+    trace or the trace before rows were centred, are rounding errors and count as 0.
 
     Source: O. Roy, M. Vetterli, The effective rank (EUSIPCO 2007). RankMe (arXiv 2210.02885) is
     this number of the features of images, not centred.
     """
     eigenvalues = torch.linalg.eigvalsh(second.double().cpu()).clamp_min(0.0)
-    floor = 0.0 if scale is None else ROUNDING * float(scale)
+    floor = ROUNDING * float(second.trace() if scale is None else scale)
     return entropy_rank(torch.where(eigenvalues > floor, eigenvalues, 0.0).sqrt())
 
 
