@@ -93,7 +93,7 @@ def measure_attention(
             found[name].append(agreement(attention, inside, known))
         if shown is None:
             part = slice(0, SHOWN)
-            kept = {name: x[part].view(-1, height, width).cpu() for name, x in computed.items()}
+            kept = {name: computed[name][part].view(-1, height, width).cpu() for name in maps.names}
             shown = ShownMaps(batch.images[0][part].cpu(), batch.masks[part].cpu(), kept)
     order = gather_from_ranks(torch.cat(numbers)).argsort()
     rows: list[Measured] = []
