@@ -127,19 +127,19 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_options(
-    parser: argparse.ArgumentParser, what: str = "labelled images, folder or tars", key: str = ""
+    parser: argparse.ArgumentParser,
+    train: str = "labelled images, folder or tars; default: the run's eval.train_path",
+    test: str = "labelled images; default: the run's eval.test_path",
+    fraction: str = "of each class",
 ) -> None:
-    """Add the options that name a training and a test set."""
-    keys = ("eval.train_path", "eval.test_path") if not key else (key, key)
-    parser.add_argument("--train", help=f"{what}; default: the run's {keys[0]}")
-    parser.add_argument("--test", help=f"the same; default: the run's {keys[1]}")
+    """Add the options that name a training and a test set, or one that is split."""
+    parser.add_argument("--train", help=train)
+    parser.add_argument("--test", help=test)
     parser.add_argument(
         "--split",
         type=float,
         metavar="FRACTION",
-        help="without --test: train on this fraction of each class of --train, test on the rest"
-        if not key
-        else "without --test: train on this fraction of the images of --train, test on the rest",
+        help=f"without --test: train on this fraction {fraction} of --train, test on the rest",
     )
 
 
@@ -179,7 +179,12 @@ def add_dense_methods(methods: "argparse._SubParsersAction[Parser]") -> None:
     for method in (segmentation, representation, propagation):
         add_weight_options(method)
     masked = "images/ and masks/ in a folder, or Pascal VOC's folder or list"
-    add_image_options(segmentation, masked, "eval.segmentation_path")
+    add_image_options(
+        segmentation,
+        f"{masked}; default: the run's eval.segmentation_path",
+        "the same; default: val.txt of Pascal VOC's folder, or test/ beside train/ in --train",
+        "of the images",
+    )
     representation.add_argument(
         "--images",
         help="images, folder or tars, no labels needed; default: the run's eval.test_path",
