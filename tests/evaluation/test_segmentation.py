@@ -106,7 +106,7 @@ def segment_place(place: Path, limit: int = 1 << 19) -> list[tuple[Any, ...]]:
     try:
         train, test = open_masked_pair(str(place), None, None, 0)
         reading = ReadOptions(1, 2, "torch")
-        rows, shown = segment(ENCODER, train, test, reading, 0, world(), CPU, [1, 5], [1e-4])
+        rows, shown = segment(ENCODER, train, test, reading, 0, world(), CPU, [1, 5], [1e-2])
     finally:
         segmentation.MAX_PATCHES = before
     assert shown is None or set(shown.predicted) == {row.method for row in rows}
