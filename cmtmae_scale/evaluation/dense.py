@@ -155,9 +155,10 @@ def run_representation(
     upright = subject.config.data.exif_orientation if subject.config is not None else True
     index = open_shared_index(path, None, upright)
     reading = ReadOptions(options.batch, options.threads, options.decode)
-    rows = represent(encoders, index, np.arange(len(index)), reading, world, device)
-    if rows[0].count > 1:
-        rows += measure_lidar(encoders, index, reading, world, device)
+    ids = np.arange(len(index), dtype=np.int64)
+    rows, decoded = represent(encoders, index, ids, reading, world, device)
+    if len(decoded) > 1:
+        rows += measure_lidar(encoders, index, decoded, reading, world, device)
     records: dict[str, Any] = {
         "images": {"path": path, "images": len(index), "digest": index.digest}
     }

@@ -111,7 +111,7 @@ class RunEvaluation:
         images, world, device = self.sets.test, self.world, self.device
         places = np.linspace(0, len(images) - 1, min(RANK_IMAGES, len(images))).round()
         ids = images.ids[places.astype(np.int64)]
-        rows = represent([encoder], images.index, ids, self.reading, world, device)
+        rows, _ = represent([encoder], images.index, ids, self.reading, world, device)
         values: dict[str, float] = {}
         for row in rows:
             name = LABEL_FREE.get((row.features, row.measure))

@@ -155,6 +155,8 @@ class Representation:
         self.every = max(num_images // MAX_TOKENS, 1)
         self.per_image = min(max(MAX_TOKENS // num_images, 1), length)
         self.bad = 0
+        self.decoded = np.zeros(0, np.int64)
+        """Places of all ranks' images, once ``rows`` has been called."""
 
     def add(self, tokens: Tokens, positions: Tensor) -> None:
         """Add images of this rank; ``positions`` are their numbers in the set, ``[B]``."""
@@ -182,7 +184,8 @@ class Representation:
         by_image = gather_from_ranks(torch.cat(self.similarity)).cpu()
         refuse_non_finite(self.encoder, self.bad, len(by_image))
         count = len(by_image)
-        _, cosine, potential = by_image[by_image[:, 0].argsort()].numpy().T
+        places, cosine, potential = by_image[by_image[:, 0].argsort()].numpy().T
+        self.decoded = places.astype(np.int64)
         found: list[Measured] = []
         for kind, moments in self.images.items():
             moments.reduce()
@@ -222,10 +225,13 @@ def represent(
     reading: ReadOptions,
     world: World,
     device: torch.device,
-) -> list[Measured]:
+) -> tuple[list[Measured], NDArray[np.int64]]:
     """Measure the features of listed images of an index, centre crops as for k-NN. A collective.
 
     The encoders have one image size.
+
+    Returns:
+        The measures, the same on every rank; and those of ``ids`` that can be decoded.
 
     Raises:
         DataError: on every rank: no image can be decoded, or features are not finite.
@@ -238,23 +244,25 @@ def represent(
             one.add(encode_tokens(one.encoder, images), positions)
 
     read_views(add, index, ids, 1, encoders[0].size, reading, world, device)
-    return [row for one in found for row in one.rows()]
+    rows = [row for one in found for row in one.rows()]
+    return rows, ids[found[0].decoded]
 
 
 def measure_lidar(
     encoders: Sequence[Encoder],
     index: Index,
+    ids: NDArray[np.int64],
     reading: ReadOptions,
     world: World,
     device: torch.device,
 ) -> list[Measured]:
     """Measure LiDAR of every encoder and kind of features. A collective; see ``represent``.
 
-    Views are ten random crops of each of at most 1,000 images, evenly over the index; at least two
+    Views are ten random crops of each of at most 1,000 images, evenly over ``ids``; at least two
     images are needed.
     """
-    count = min(LIDAR_IMAGES, len(index))
-    ids = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
+    places = np.linspace(0, len(ids) - 1, min(LIDAR_IMAGES, len(ids))).round()
+    ids = ids[places.astype(np.int64)]
     kinds: list[tuple[Encoder, str]] = []
     moments: dict[tuple[str, str], tuple[Moments, Moments]] = {}
     for encoder in encoders:

@@ -194,7 +194,7 @@ def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> N
     mixed = {name for name in found if name.startswith("mixed, alpha ")}
     own = {f"momentum, step {STEPS}", "random weights", "teacher"}
     assert len(mixed) == 1 and found - mixed == own | {"uniform", "centre prior"}
-    assert (tmp_path / "out.png").is_file() and record["images"]["images"] == 26
+    assert (tmp_path / "out.png").is_file() and record["images"]["images"]["images"] == 26
 
 
 MISTAKES = {

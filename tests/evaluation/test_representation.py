@@ -91,8 +91,8 @@ def test_similarities_are_those_of_every_pair() -> None:
 def rows_of(folder: Path) -> list[tuple[Any, ...]]:
     index = build_index(str(folder))
     ids = np.arange(len(index))
-    rows = represent([ENCODER], index, ids, READING, world(), CPU)
-    rows += measure_lidar([ENCODER], index, READING, world(), CPU)
+    rows, decoded = represent([ENCODER], index, ids, READING, world(), CPU)
+    rows += measure_lidar([ENCODER], index, decoded, READING, world(), CPU)
     ends = [row.interval or (0.0, 0.0) for row in rows]
     return [
         (*row[1:4], round(row.value, 6), *(round(end, 6) for end in both), row.count)
@@ -131,7 +131,7 @@ def test_features_that_are_not_finite_and_empty_sets_are_refused(tmp_path: Path)
     with pytest.raises(DataError, match="features of bad weights are not finite for 2 of 4 images"):
         represent([bad], index, ids, READING, world(), CPU)
     with pytest.raises(DataError, match="bad weights are not finite for 4 of 4 images"):
-        measure_lidar([bad], index, ReadOptions(LIDAR_VIEWS, 2, "torch"), world(), CPU)
+        measure_lidar([bad], index, ids, ReadOptions(LIDAR_VIEWS, 2, "torch"), world(), CPU)
     for file in folder.rglob("*.jpg"):
         file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(DataError, match="none of the images could be decoded"):
