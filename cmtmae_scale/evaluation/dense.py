@@ -162,7 +162,7 @@ def run_representation(
     records: dict[str, Any] = {
         "images": {"path": path, "images": len(index), "digest": index.digest}
     }
-    lines = [f"images: {rows[0].count} of {len(index)} ({path}), centre crops"]
+    lines = [f"images: {rows[0].total} of {len(index)} ({path}), centre crops"]
     panels: ShownMaps | None = None
     if options.masks is not None:
         masked = open_masked(options.masks, "val")

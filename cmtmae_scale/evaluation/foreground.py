@@ -217,10 +217,11 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
             return found
         theirs = required(teacher(images[1]).attention)
         settings = config.attention
-        both = (
-            sharpen(x, settings.temperature, settings.clip_quantile) for x in (theirs, found[own])
+        first, second = (
+            sharpen(one, settings.temperature, settings.clip_quantile)
+            for one in (theirs, found[own])
         )
-        mixed = collaborative_attention(*both, alpha, settings.norm)
+        mixed = collaborative_attention(first, second, alpha, settings.norm)
         return found | {TEACHER: theirs, names[-1]: mixed}
 
     return Maps(names, sizes, grid, compute)

@@ -21,7 +21,7 @@ class Measured(NamedTuple):
     value: float
     interval: tuple[float, float] | None
     """95 %, from a bootstrap over images or objects; ``None``: one value of all images."""
-    count: int
+    total: int
     """Images or objects."""
     parts: dict[str, float] | None = None
     """Values by class, clip or object."""
@@ -68,7 +68,7 @@ def format_measured(rows: Sequence[Measured]) -> str:
     for row, texts in zip(rows, cells, strict=True):
         line = "  ".join(text.ljust(w) for text, w in zip(texts, wide, strict=True))
         interval = "-" if row.interval is None else "{:.4g} to {:.4g}".format(*row.interval)
-        lines.append(f"{line}  {row.value:8.4g}  {interval:16}  {row.count:5d}")
+        lines.append(f"{line}  {row.value:8.4g}  {interval:16}  {row.total:5d}")
     return "\n".join(lines)
 
 
@@ -110,6 +110,6 @@ def measured_record(row: Measured) -> dict[str, Any]:
         "measure": row.measure,
         "value": row.value,
         "interval_95": row.interval,
-        "count": row.count,
+        "count": row.total,
     }
     return record if row.parts is None else record | {"parts": row.parts}

@@ -204,7 +204,10 @@ class Representation:
             ("patches of an image", "uniformity", math.log(spread), logs),
             (ALL_IMAGES, "uniformity", uniformity(sample), None),
         ]
-        return found + [Measured(self.encoder.name, "tokens", *one, count) for one in values]
+        for method, measure, value, ends in values:
+            row = Measured(self.encoder.name, "tokens", method, measure, value, ends, count)
+            found.append(row)
+        return found
 
 
 def uniformity(tokens: Tensor) -> float:

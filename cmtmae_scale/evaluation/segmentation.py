@@ -10,7 +10,7 @@ upsampled bilinearly.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -134,7 +134,8 @@ def segment(
         DataError: features that are not finite, or fewer than two classes.
     """
     fit = learn_patches(encoder, train, reading, world, device)
-    k, strength = (one[0] if one else None for one in (neighbours, strengths))
+    k = neighbours[0] if neighbours else None
+    strength = strengths[0] if strengths else None
     if len(neighbours) > 1 or len(strengths) > 1:
         k, strength = choose(fit, seed, neighbours, strengths)
     methods: dict[str, KnnSegmenter | LinearSegmenter] = {}
@@ -154,7 +155,8 @@ def segment(
         if shown is None and len(features):
             part = slice(0, SHOWN)
             cut = {name: one[part].cpu() for name, one in predicted.items()}
-            shown = Shown(*(x[part].cpu() for x in (batch.images[0], batch.masks, features)), cut)
+            images, masks = batch.images[0][part].cpu(), batch.masks[part].cpu()
+            shown = Shown(images, masks, features[part].cpu(), cut)
     rows: list[Measured] = []
     for name, found in parts.items():
         counts = gather_from_ranks(torch.cat(found))
@@ -402,7 +404,7 @@ def count_pixels(numbers: Tensor, masks: Tensor, predicted: Tensor) -> Tensor:
 
 
 def mean_iou(
-    hits: NDArray[np.generic], predicted: NDArray[np.generic], truth: NDArray[np.generic]
+    hits: NDArray[Any], predicted: NDArray[Any], truth: NDArray[Any]
 ) -> NDArray[np.float64]:
     """Return the mean IoU over the classes that are present or predicted, from pixels ``[..., C]``.
 

@@ -62,7 +62,7 @@ def test_the_label_of_a_patch_is_each_classes_fraction() -> None:
 def rows_of(root: Path) -> list[Any]:
     rows, shown = propagate_clips(ENCODER, open_clips(str(root)).clips, world(), CPU)
     assert shown is None or shown.predicted.shape == (24, 24)
-    return [(row.measure, row.value, row.interval, row.count, row.parts) for row in rows]
+    return [(row.measure, row.value, row.interval, row.total, row.parts) for row in rows]
 
 
 @pytest.mark.gloo
@@ -100,7 +100,7 @@ def test_unusable_clips_are_counted_or_refused(tmp_path: Path) -> None:
         "frames without a mask": 1,
     }
     rows = propagate_clips(ENCODER, found.clips, world(), CPU)[0]
-    assert rows[0].interval is None and rows[0].count == 1
+    assert rows[0].interval is None and rows[0].total == 1
     frame = tmp_path / "JPEGImages" / "480p" / "good" / "00002.jpg"
     frame.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"00002.jpg: cannot be decoded .*take its clip away"):

@@ -95,7 +95,7 @@ def rows_of(folder: Path) -> list[tuple[Any, ...]]:
     rows += measure_lidar([ENCODER], index, decoded, READING, world(), CPU)
     ends = [row.interval or (0.0, 0.0) for row in rows]
     return [
-        (*row[1:4], round(row.value, 6), *(round(end, 6) for end in both), row.count)
+        (*row[1:4], round(row.value, 6), *(round(end, 6) for end in both), row.total)
         for row, both in zip(rows, ends, strict=True)
     ]
 
@@ -166,4 +166,4 @@ def test_a_map_that_is_the_mask_agrees_and_a_uniform_one_is_chance(tmp_path: Pat
     assert unclear == 0 and shown is not None and set(shown.maps) == {"red"}
     assert values["red", "AUC"] > 0.95 and values["uniform", "AUC"] == 0.5
     assert values["red", "mass inside"] > 2 * values["uniform", "mass inside"]
-    assert {row.count for row in rows} == {4}
+    assert {row.total for row in rows} == {4}

@@ -87,7 +87,7 @@ def test_scores_are_the_plain_versions_pixel_after_pixel(place: Path) -> None:
     assert overlap.value == pytest.approx(reference.mean_iou(predicted.numpy(), masks.numpy()))
     known = masks != 255
     assert accuracy.value == pytest.approx(float((predicted == masks)[known].double().mean()))
-    assert overlap.interval is not None and overlap.count == 5
+    assert overlap.interval is not None and overlap.total == 5
     assert overlap.interval[0] < overlap.value < overlap.interval[1]
     assert score_rows("made up", "any", counts[:1])[0].interval is None
     assert set(overlap.parts or {}) == {"0", "1", "2", "3"}
@@ -112,7 +112,7 @@ def segment_place(
     finally:
         segmentation.MAX_PATCHES = before
     assert shown is None or set(shown.predicted) == {row.method for row in rows}
-    return [(*row[:4], round(row.value, 12), row.interval, row.count) for row in rows]
+    return [(*row[:4], round(row.value, 12), row.interval, row.total) for row in rows]
 
 
 @pytest.mark.gloo
