@@ -1,7 +1,8 @@
-"""Centre crops of listed samples, each once: the images of evaluation."""
+"""Crops of listed samples, each once: the images of evaluation."""
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 from typing import Self
 
@@ -16,16 +17,26 @@ from dataloading.plan import Plan
 from dataloading.reading import Decoder, Reader, to_device
 from dataloading.stream import LOOK_AHEAD, Batch, DecoderName, make_decoder
 from dataloading.torch_decode import TorchDecoder
-from dataloading.views import centre_boxes
+from dataloading.views import Boxes, centre_boxes
 
 logger = logging.getLogger(__name__)
 
 CENTRE = 224 / 256
 """Side of the centre crop as a fraction of the shorter side."""
 
+Crop = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], Boxes]
+"""From positions in the list, widths and heights, ``[B]`` each, to boxes ``[B, 4]``."""
+
+
+def centre_crop(
+    positions: NDArray[np.int64], widths: NDArray[np.int64], heights: NDArray[np.int64]
+) -> Boxes:
+    """Return the centre crops of images of these sizes."""
+    return centre_boxes(widths, heights, CENTRE)
+
 
 class OnePass:
-    """Iterator of ``Batch``: each listed sample once over all ranks, resized from its centre.
+    """Iterator of ``Batch``: each listed sample once over all ranks, cut and resized.
 
     Block b of ``micro_batch`` samples is rank ``b mod world_size``'s. All ranks get equally many
     batches of one size; padding repeats the last sample, is not valid, and has a
@@ -43,6 +54,7 @@ class OnePass:
         decode: as ``Stream``'s.
         device: where batches are put; ``None``: the CPU.
         patience_s: seconds for which a failed read is retried.
+        crop: box of each listed sample; the centre crop by default.
 
     Raises:
         DataError: if DALI is asked for and not installed.
@@ -64,11 +76,13 @@ class OnePass:
         decode: DecoderName = "auto",
         device: torch.device | str | None = None,
         patience_s: float = PATIENCE_S,
+        crop: Crop = centre_crop,
     ) -> None:
         if not len(ids):
             raise ValueError("no samples are listed")
         self._index, self._ids, self._micro_batch = index, ids, micro_batch
         self._rank, self._world_size = rank, world_size
+        self._crop = crop
         self._number = -(-len(ids) // (micro_batch * world_size))
         self._device = torch.device("cpu" if device is None else device)
         self._decoder: Decoder | None = make_decoder(
@@ -117,7 +131,7 @@ class OnePass:
         positions = block * self._micro_batch + np.arange(self._micro_batch, dtype=np.int64)
         ids = self._ids[np.minimum(positions, len(self._ids) - 1)]
         rows = self._index.entries[ids]
-        boxes = centre_boxes(rows["width"], rows["height"], CENTRE)
+        boxes = self._crop(positions, rows["width"], rows["height"])
         zeros = np.zeros_like(positions)
         return Plan(positions, ids, zeros, boxes, zeros.astype(np.bool_))
 

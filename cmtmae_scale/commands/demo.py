@@ -18,6 +18,8 @@ from cmtmae_scale.errors import EXIT_CONFIG
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 
 RECIPE = "demo"
+MASKS = "datasets/demo/masks"
+"""Images with masks; the recipe's ``eval.segmentation_path`` is inside."""
 RANDOM = "random teacher"
 ROWS = 8
 COLUMNS = ("loss/total", "loss/teacher", "loss/student", "images_s")
@@ -34,12 +36,14 @@ def show_demo(options: argparse.Namespace) -> int:
     """Prepare, train and show; returns the exit code."""
     config = load_config(RECIPE, options.overrides)
     from cmtmae_scale.tools.demo.cached import train_from_cache
+    from cmtmae_scale.tools.demo.masks import prepare_masks
     from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
     from cmtmae_scale.tools.demo.teacher import prepare_teacher
 
     print_line("images and teacher ...")
     images = prepare_photos(Path(config.data.path))
     prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
+    prepare_masks(Path(MASKS))
     teacher = prepare_teacher(Path(str(config.teacher.weights)))
     overrides = derive_overrides(config, teacher is None, options)
     config = load_config(RECIPE, overrides)
@@ -137,6 +141,9 @@ checkpoints  {run_dir / "checkpoints"}
 
 try next
   {cmtmae} evaluate knn --checkpoint {run_dir}
+  {cmtmae} evaluate segmentation --checkpoint {run_dir}
+  {cmtmae} evaluate representation --checkpoint {run_dir} --masks {MASKS}/objects
+  {cmtmae} evaluate propagation --checkpoint {run_dir} --clips {MASKS}/clips
   {cmtmae} {pretrain} --dry-run
   {cmtmae} {pretrain} {hiding}
   {cmtmae} report {run_dir} runs/demo-hide

@@ -1,9 +1,10 @@
-"""``cmtmae evaluate METHOD``: accuracy of frozen features or of fine-tuned weights."""
+"""``cmtmae evaluate METHOD``: frozen features, or accuracy of fine-tuned weights."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.rank import run_as_rank
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
@@ -15,11 +16,16 @@ from cmtmae_scale.runtime.arguments import (
     seed_number,
     without_local_rank,
 )
-from cmtmae_scale.runtime.launch import find_world
+from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import set_up_logging
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = ("student", "momentum", "teacher", "random")
 DECODERS = ("auto", "dali", "torch")
+DENSE = ("segmentation", "representation", "propagation")
+"""Methods of ``evaluation/dense.py``."""
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +46,6 @@ def launch(arguments: Sequence[str]) -> int:
     check_weight_options(options)
     check_image_options(options)
     from cmtmae_scale.engine.agreement import REMEDY, code_facts, require_equal
-    from cmtmae_scale.evaluation.frozen import evaluate_frozen
     from cmtmae_scale.runtime.collectives import pick_device, process_group
 
     device = pick_device(world)
@@ -48,10 +53,25 @@ def launch(arguments: Sequence[str]) -> int:
         given = {f"option {name}": value for name, value in vars(options).items()}
         given.pop("option local_rank", None)  # the launcher's, and never the same
         require_equal(given | code_facts(device), REMEDY)
-        text = evaluate_frozen(options, world, device)
+        text = run_method(options, world, device)
     if world.rank == 0:
         sys.stdout.write(text + "\n")
     return EXIT_DONE
+
+
+def run_method(options: argparse.Namespace, world: World, device: "torch.device") -> str:
+    """Evaluate, and draw a figure beside the result file; returns the report for people."""
+    if options.method not in DENSE:
+        from cmtmae_scale.evaluation.frozen import evaluate_frozen
+
+        return evaluate_frozen(options, world, device)
+    from cmtmae_scale.evaluation.dense import evaluate_dense
+    from cmtmae_scale.tools.figures.dense import draw_panels
+
+    text, panels, file = evaluate_dense(options, world, device)
+    if world.rank != 0 or file is None or panels is None:
+        return text
+    return f"{text}\nfigure: {draw_panels(panels, file.with_suffix('.png'))}"
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -64,6 +84,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for method in (knn, linear):
         add_weight_options(method)
         add_image_options(method)
+        add_run_options(method)
+        add_decoder(method)
+    add_dense_methods(methods)
     knn.add_argument("--k", type=at_least_one, nargs="+", default=[10, 20])
     knn.add_argument(
         "--temperature",
@@ -104,32 +127,76 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     add_launcher_options(parser)
 
 
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for images, baselines and the result file."""
-    parser.add_argument(
-        "--no-baselines", action="store_true", help="without raw pixels and random weights"
-    )
-    parser.add_argument(
-        "--train", help="labelled images, folder or tars; default: the run's eval.train_path"
-    )
-    parser.add_argument("--test", help="labelled images; default: the run's eval.test_path")
+def add_image_options(
+    parser: argparse.ArgumentParser,
+    train: str = "labelled images, folder or tars; default: the run's eval.train_path",
+    test: str = "labelled images; default: the run's eval.test_path",
+    fraction: str = "of each class",
+) -> None:
+    """Add the options that name a training and a test set, or one that is split."""
+    parser.add_argument("--train", help=train)
+    parser.add_argument("--test", help=test)
     parser.add_argument(
         "--split",
         type=float,
         metavar="FRACTION",
-        help="without --test: train on this fraction of each class of --train, test on the rest",
+        help=f"without --test: train on this fraction {fraction} of --train, test on the rest",
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options for baselines, batches and the result file."""
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="without raw pixels and random weights"
     )
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="of the split and of the probe; 0"
+        "--seed", type=seed_number, default=0, help="of splits, of the probe, of timm's baseline; 0"
     )
     parser.add_argument(
         "--batch", type=at_least_one, default=64, help="images per rank and forward"
     )
     parser.add_argument("--threads", type=at_least_one, default=4, help="reader threads per rank")
-    parser.add_argument("--decode", choices=DECODERS, default="auto", help="as data.decode")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON; default: RUN_DIR/evaluation/..."
     )
+
+
+def add_decoder(parser: argparse.ArgumentParser) -> None:
+    """Add the option that chooses the decoder."""
+    parser.add_argument("--decode", choices=DECODERS, default="auto", help="as data.decode")
+
+
+def add_dense_methods(methods: "argparse._SubParsersAction[Parser]") -> None:
+    """Add the methods that need masks or no labels."""
+    segmentation = methods.add_parser(
+        "segmentation", help="k-NN and linear segmentation of patches", allow_abbrev=False
+    )
+    representation = methods.add_parser(
+        "representation", help="ranks, uniformity, attention on masks", allow_abbrev=False
+    )
+    propagation = methods.add_parser(
+        "propagation", help="masks of clips from their first frame", allow_abbrev=False
+    )
+    for method in (segmentation, representation, propagation):
+        add_weight_options(method)
+    masked = "images/ and masks/ in a folder, or Pascal VOC's folder or list"
+    add_image_options(
+        segmentation,
+        f"{masked}; default: the run's eval.segmentation_path",
+        "the same; default: val.txt of Pascal VOC's folder, or test/ beside train/ in --train",
+        "of the images",
+    )
+    representation.add_argument(
+        "--images",
+        help="images, folder or tars, no labels needed; default: the run's eval.test_path",
+    )
+    representation.add_argument(
+        "--masks", help=f"compare attention maps with masks: {masked}; default: not compared"
+    )
+    add_decoder(representation)
+    propagation.add_argument("--clips", required=True, help="a folder in DAVIS's layout")
+    for method in (segmentation, representation, propagation):
+        add_run_options(method)
 
 
 def check_weight_options(options: argparse.Namespace) -> None:
@@ -155,5 +222,6 @@ def check_image_options(options: argparse.Namespace) -> None:
         fraction = getattr(options, name, None)
         if fraction is not None and not 0 < fraction < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={fraction} must be between 0 and 1")
-    if options.split is not None and options.test is not None:
+    given = vars(options)
+    if given.get("split") is not None and given.get("test") is not None:
         raise ConfigError("--split makes the test set out of --train; drop --split or --test")

@@ -23,7 +23,9 @@ COMMANDS = {
     "pretrain": Command("pretrain", "pretrain", "pre-train a student, or resume"),
     "precompute": Command("precompute", "precompute_teacher", "compute a teacher cache"),
     "finetune": Command("finetune", "finetune", "fine-tune an encoder on labelled images"),
-    "evaluate": Command("evaluate", "evaluate", "k-NN and linear probes of frozen features"),
+    "evaluate": Command(
+        "evaluate", "evaluate", "k-NN, probes and dense measures of frozen features"
+    ),
     "export": Command("export", "export_weights", "write weights for timm or transformers"),
     "check-data": Command("check_data", "check_data", "decode, report and pack a data set"),
     "report": Command("report", "write_report", "one page about one run or several"),

@@ -516,7 +516,7 @@ class Cache:
 
 @dataclass
 class Eval:
-    """k-NN and a small linear probe of the encoder during the run."""
+    """k-NN, a small linear probe and label-free measures of the encoder during the run."""
 
     every: int | None = positive(None)
     """Steps between evaluations; ``None``: never."""
@@ -525,6 +525,10 @@ class Eval:
     ``cmtmae evaluate --train``."""
     test_path: str | None = None
     """Labelled images to test on; also the default of ``cmtmae evaluate --test``."""
+    segmentation_path: str | None = None
+    """Images with masks for k-NN segmentation: Pascal VOC's folder, or one with ``train/`` and
+    ``test/``, each with ``images/`` and ``masks/``; ``None``: not measured. Also the default of
+    ``cmtmae evaluate segmentation --train``."""
 
 
 @dataclass

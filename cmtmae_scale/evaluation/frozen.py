@@ -46,7 +46,7 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
     sets = open_sets(options, subject)
     encoders = [subject.encoder]
     if not options.no_baselines:
-        baselines = (subject.random, pixel_encoder(subject.encoder.size))
+        baselines = (subject.random, pixel_encoder(subject.encoder.size, subject.encoder.grid))
         encoders += [encoder for encoder in baselines if encoder]
     reading = ReadOptions(options.batch, options.threads, options.decode)
     train = extract_features(sets.train, encoders, reading, world, device)

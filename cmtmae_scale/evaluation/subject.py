@@ -19,6 +19,7 @@ from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
+from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
 from cmtmae_scale.evaluation.encoders import (
     Encoder,
@@ -51,6 +52,8 @@ class Subject:
     """Folder of the run that the weights belong to."""
     config: Config | None = None
     """Settings of that run."""
+    fraction: float = 1.0
+    """Progress of that run at the checkpoint, u = position / horizon."""
 
 
 def open_subject(options: argparse.Namespace, world: World, device: torch.device) -> Subject:
@@ -112,7 +115,8 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     tensors = read_tensors(folder, ENCODERS[weights])
     encoder = load_student(config, tensors, f"{weights}, step {step}", str(folder), device)
     facts |= {"arch": config.student.arch, "sha256": encoder.digest}
-    return Subject(encoder, random_student(config, device), facts, run_dir, config)
+    fraction = Progress.from_dict(state["progress"]).fraction
+    return Subject(encoder, random_student(config, device), facts, run_dir, config, fraction)
 
 
 def saved_config(folder: Path, state: dict[str, Any]) -> Config:

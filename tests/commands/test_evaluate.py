@@ -23,6 +23,7 @@ from cmtmae_scale.evaluation.result import (
 )
 from cmtmae_scale.export.encoder import export_encoder
 from tests.engine.run_case import STEPS, run, write_recipe
+from tests.evaluation.dense_case import write_masked
 from tests.evaluation.evaluation_case import command, command_apart, labelled_photographs
 from tests.finetuning.finetune_case import write_encoder
 from tests.processes import run_ranks
@@ -183,6 +184,31 @@ def test_the_initial_weights_of_a_run_are_its_baseline(place: Path, tmp_path: Pa
     )
     assert own == baseline and own
     assert results["random"]["subject"]["sha256"] != results["student"]["subject"]["sha256"]
+
+
+def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> None:
+    masked = write_masked(tmp_path / "masked", 5)
+    text = evaluate(
+        "segmentation", "--checkpoint", place / "run", "--train", masked, "--split", 0.6
+    )
+    file = place / "run" / "evaluation" / f"segmentation-momentum-step-{STEPS:08d}.json"
+    assert f"written to {file}" in text and file.with_suffix(".png").is_file()
+    record = json.loads(file.read_text())
+    names = {f"momentum, step {STEPS}", "random weights", "raw pixels"}
+    assert {row["weights"] for row in record["results"]} == names
+    assert [record["images"][part]["images"] for part in ("train", "test")] == [3, 2]
+    for row in record["results"]:
+        assert row["interval_95"][0] <= row["value"] <= row["interval_95"][1]
+        assert row["measure"] in ("mIoU", "pixel accuracy") and row["count"] == 2
+    assert record["verdict"] in text and "bootstrap resamples of the test images" in text
+    what = ["--checkpoint", place / "run", "--masks", masked, "--out", tmp_path / "out.json"]
+    evaluate("representation", "--no-baselines", *what)
+    record = json.loads((tmp_path / "out.json").read_text())
+    found = {row["weights"] for row in record["results"] if row["features"] == "attention"}
+    mixed = {name for name in found if name.startswith("mixed, alpha ")}
+    own = {f"momentum, step {STEPS}", "random weights", "teacher"}
+    assert len(mixed) == 1 and found - mixed == own | {"uniform", "centre prior"}
+    assert (tmp_path / "out.png").is_file() and record["images"]["images"]["images"] == 26
 
 
 MISTAKES = {

@@ -123,6 +123,7 @@ EXCEPTIONS = {
     "guard.hang_seconds": "when a rank hangs: engine/test_hangs.py",
     "eval.train_path": "with eval.every: evaluation/test_periodic.py",
     "eval.test_path": "with eval.every: evaluation/test_periodic.py",
+    "eval.segmentation_path": "with eval.every: evaluation/test_periodic.py",
     "cache.dir": "with a cache: pretraining/test_cached_runs.py",
     "cache.codec": "when a cache is built: cache/test_build.py",
     "cache.on_miss": "with a cache: pretraining/test_cached_runs.py",

@@ -58,12 +58,11 @@ def labelled_photographs(folder: Path, count: int, seed: int, classes: int = 3) 
 
 def command(*arguments: Any) -> str:
     """Evaluate as the command does inside an open process group; returns the printed text."""
-    from cmtmae_scale.commands.evaluate import parse_options
-    from cmtmae_scale.evaluation.frozen import evaluate_frozen
+    from cmtmae_scale.commands.evaluate import parse_options, run_method
 
     torch.set_num_threads(1)
     options = parse_options([str(word) for word in arguments])
-    return evaluate_frozen(options, world(), torch.device("cpu"))
+    return run_method(options, world(), torch.device("cpu"))
 
 
 def command_apart(*cases: list[list[str]]) -> list[str]:

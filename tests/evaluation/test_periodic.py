@@ -10,9 +10,12 @@ import torch
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.telemetry import Telemetry
+from cmtmae_scale.evaluation.periodic import LABEL_FREE
+from cmtmae_scale.evaluation.representation import ALL_IMAGES
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from tests.engine.run_case import STEPS, run, same, write_recipe
+from tests.evaluation.dense_case import write_masked
 from tests.evaluation.evaluation_case import command, labelled_photographs
 from tests.processes import run_ranks
 
@@ -28,12 +31,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("during")
     labelled_photographs(folder / "train", 41, 0, 6)
     labelled_photographs(folder / "test", 23, 1, 6)
+    write_masked(folder / "masked" / "train", 4)
+    write_masked(folder / "masked" / "test", 3, 50)
     return write_recipe(folder)
 
 
 def asking(recipe: Path, run_dir: Path, *more: str) -> list[str]:
     """Overrides of a run that evaluates every third step."""
     paths = [f"eval.{name}_path={recipe.parent / name}" for name in ("train", "test")]
+    paths.append(f"eval.segmentation_path={recipe.parent / 'masked'}")
     return [f"run.output_dir={run_dir}", "eval.every=3", *paths, *more]
 
 
@@ -48,6 +54,7 @@ def both_methods(run_dir: Path) -> None:
     options = ["--checkpoint", run_dir, "--no-baselines", "--batch", "7"]
     command("knn", *options, "--out", run_dir / "knn.json")
     command("linear", *options, "--epochs", "1", "--out", run_dir / "linear.json")
+    command("representation", *options, "--out", run_dir / "representation.json")
 
 
 def accuracies_of_the_command(run_dir: Path) -> dict[str, float]:
@@ -60,6 +67,10 @@ def accuracies_of_the_command(run_dir: Path) -> dict[str, float]:
             prefix = "eval/" if row["features"] == "patches" else "eval/cls/"
             if row["method"] in names:
                 found[prefix + names[row["method"]]] = row["accuracy"]
+    for row in json.loads((run_dir / "representation.json").read_text())["results"]:
+        name = LABEL_FREE.get((row["features"], row["measure"]))
+        if name is not None and row["method"] != ALL_IMAGES:
+            found[f"eval/{name}"] = pytest.approx(row["value"], rel=1e-9)
     return found
 
 
@@ -91,8 +102,9 @@ def test_training_is_the_same_bit_for_bit_and_the_numbers_are_the_commands(
     found = evaluations(asked)
     assert [entry["step"] for entry in found] == [3, STEPS]
     last = {name: value for name, value in found[-1].items() if name != "step"}
+    assert 0 < last.pop("eval/segmentation_knn") <= 1
     assert last == accuracies_of_the_command(asked)
-    assert len(last) == 6
+    assert len(last) == 12
     assert not (quiet / "evaluation").exists()
 
 
@@ -145,6 +157,7 @@ def test_images_that_cannot_be_read_skip_the_evaluation(recipe: Path, tmp_path: 
         ("eval.train_path=null", "eval.train_path must be given: eval.every=3"),
         ("eval.test_path=nowhere", "nowhere"),
         ("eval.every=0", "eval.every=0 must be above 0"),
+        ("eval.segmentation_path=nowhere", "nowhere: nothing to test on"),
     ],
 )
 def test_evaluations_that_cannot_work_are_refused_before_the_first_step(

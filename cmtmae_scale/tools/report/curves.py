@@ -12,6 +12,12 @@ from cmtmae_scale.tools.report.run import Run
 
 Level = tuple[float, str]
 TERMS = {"loss/teacher": "teacher", "loss/student": "momentum student", "loss/pixel": "pixels"}
+RANKS = {
+    "eval/effective_rank": "patch tokens",
+    "eval/effective_rank_centred": "patch tokens, centred",
+    "eval/rankme": "images, mean of patches (RankMe)",
+    "eval/cls/rankme": "images, class token (RankMe)",
+}
 EVALUATIONS = {"knn10": "k-NN, k = 10", "knn20": "k-NN, k = 20", "linear": "linear"}
 
 
@@ -57,6 +63,12 @@ def evaluation_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
     for prefix, features in (("eval/", "mean of patches"), ("eval/cls/", "class token")):
         names = {prefix + name: label for name, label in EVALUATIONS.items()}
         charts.append(measured_chart(run, others, f"Accuracy, {features}", names, "", levels))
+    plots = (
+        ("Segmentation", {"eval/segmentation_knn": "mIoU, k-NN, k = 10"}, ""),
+        ("Effective rank of the features", RANKS, "Low: few directions hold all the variation."),
+        ("Cosine of the patches of an image", {"eval/patch_cosine": "mean over pairs"}, ""),
+    )
+    charts += [measured_chart(run, others, title, names, note) for title, names, note in plots]
     return [chart for chart in charts if chart.lines]
 
 

@@ -312,12 +312,36 @@ def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
             name,
         )
         for name, one in result_rows(run)
+        if "value" not in one
     ]
+    dense = [
+        (
+            *(one.get(key, "-") for key in ("weights", "features", "method", "measure")),
+            format_number(one.get("value")),
+            " to ".join(format_number(end) for end in one.get("interval_95") or ()),
+            str(one.get("count", "-")),
+            name,
+        )
+        for name, one in result_rows(run)
+        if "value" in one
+    ]
+    if dense:
+        head = (
+            "weights",
+            "features",
+            "method",
+            "measure",
+            "value",
+            "95 % interval",
+            "count",
+            "file",
+        )
+        parts.append(table(head, dense))
     if rows:
         head = ("weights", "features", "method", "accuracy", "95 % interval", "correct", "file")
         parts.append(table(head, rows))
         verdicts = {str(result["verdict"]) for _, result in run.results if result.get("verdict")}
         parts += [paragraph(one, "note") for one in sorted(verdicts)]
-    else:
+    elif not dense:
         parts.append(paragraph("The run's folder holds no result of cmtmae evaluate."))
     return section("Evaluation", anchor, *parts)

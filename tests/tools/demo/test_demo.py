@@ -4,6 +4,7 @@ import logging
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cmtmae_scale.commands import demo as command
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.tools.demo import photos, teacher
+from cmtmae_scale.tools.demo import masks, photos, teacher
 
 FEW = tuple(p for p in photos.PHOTOGRAPHS if p.name in ("china", "coins"))
 ROOT = Path(__file__).resolve().parents[3]
@@ -166,3 +167,39 @@ def test_only_folders_of_runs_are_deleted(tmp_path: Path) -> None:
     (other / "config.yaml").touch()
     command.delete_run(other)
     assert not other.exists()
+
+
+def pixels_of(file: Path) -> np.ndarray:
+    with Image.open(file) as opened:
+        return np.asarray(opened)
+
+
+def test_masks_are_the_same_every_time_and_fit_their_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("skimage", "sklearn"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    monkeypatch.setattr(masks, "MOSAICS", {"train": 3, "test": 2})
+    few = {name: masks.OBJECTS[name] for name in ("flower", "motorcycle", "coins")}
+    monkeypatch.setattr(masks, "OBJECTS", few)
+    first, second = (masks.prepare_masks(tmp_path / name / "masks") for name in "ab")
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.*g")}
+
+    assert read(first) == read(second) and len(read(first)) == 2 * (5 + 3 + 6 + 6 + 2)
+    before = first.stat().st_ino
+    assert masks.prepare_masks(first).stat().st_ino == before
+    for part in ("textures/train", "textures/test", "objects"):
+        images = sorted((first / part / "images").iterdir())
+        for file in images:
+            mask = pixels_of(first / part / "masks" / f"{file.stem}.png")
+            assert pixels_of(file).shape[:2] == mask.shape
+            values = set(np.unique(mask).tolist())
+            assert values <= ({1, 2, 3} if "textures" in part else {0, 1, 255})
+            assert len(values - {255}) > 1
+    clip = first / "clips" / "Annotations" / "480p" / "motorcycle"
+    left, right = (pixels_of(clip / f"0000{number}.png") for number in (0, 1))
+    places = [float(np.nonzero(mask == 1)[1].mean()) for mask in (left, right)]
+    assert 20 < places[0] - places[1] < 80  # the object moves to the left by its disparity

@@ -1,0 +1,350 @@
+"""Images with masks of classes: find them, check them, read them together.
+
+Legend: B images in a batch, S their side in pixels, n images of the set.
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from cmtmae_scale.evaluation.features import ReadOptions
+from cmtmae_scale.runtime.collectives import broadcast_bytes, is_first, on_all_ranks
+from cmtmae_scale.runtime.launch import World
+from dataloading.errors import DataError, ReadError
+from dataloading.order import sample_ids
+
+logger = logging.getLogger(__name__)
+
+VOID = 255
+"""Value of pixels without a class, as in Pascal VOC."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+MASK_FOLDERS = ("masks", "annotations")
+TURNED, ORIENTATION = ("JPEG", "MPO", "WEBP"), 0x0112
+"""Formats whose images are turned upright, and EXIF's tag; a PNG's header may not hold it."""
+CLASS_MODES = ("P", "L", "1", "I", "I;16")
+"""Modes of Pillow with one number per pixel."""
+NO_MASK, NO_IMAGE = "without a mask", "without an image"
+OTHER_SIZE, BROKEN = "with a mask of another size", "that cannot be decoded"
+LAYOUTS = (
+    "name a folder with images/ and masks/ (the same names, masks as PNG), or Pascal VOC's folder "
+    "(JPEGImages/, SegmentationClass/, ImageSets/Segmentation/*.txt) or one of its lists"
+)
+SPLIT_SALT = 0x3A5C
+
+
+class Pair(NamedTuple):
+    """An image and its mask, both relative to the root."""
+
+    image: str
+    mask: str
+
+
+@dataclass
+class MaskedSet:
+    """Images with masks."""
+
+    root: Path
+    pairs: list[Pair]
+    excluded: dict[str, int] = field(default_factory=dict)
+    """Number of images that were not listed, by reason."""
+    digest: str = ""
+    """SHA-256 over names and file sizes."""
+    broken: set[int] = field(default_factory=set)
+    """Listed images of this rank that could not be decoded."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class Decoded(NamedTuple):
+    """A decoded image and its mask, squeezed into squares."""
+
+    views: list[NDArray[np.uint8]]
+    """The image at each requested size, ``[S, S, 3]``."""
+    mask: NDArray[np.uint8]
+    """Classes at the first size, ``[S, S]``."""
+
+
+class MaskedBatch(NamedTuple):
+    """Decoded images of this rank, whole, resized to squares."""
+
+    images: tuple[Tensor, ...]
+    """uint8 ``[B, S, S, 3]`` for each requested size."""
+    masks: Tensor
+    """Classes of the first size, uint8 ``[B, S, S]``; 255: void."""
+    numbers: Tensor
+    """Index of each image in the set, int64 ``[B]``."""
+
+
+def open_masked(path: str, part: str) -> MaskedSet:
+    """List images with masks and compare their headers on rank 0, for all ranks. A collective.
+
+    Args:
+        path: a folder of one of the two layouts, or a list of Pascal VOC's layout.
+        part: list of Pascal VOC that a folder stands for, ``train`` or ``val``.
+
+    Raises:
+        DataError: on every rank: unknown layout, masks in colours, or no usable image.
+    """
+    found = on_all_ranks(lambda: list_pairs(Path(path), part) if is_first() else None)
+    text = "" if found is None else json.dumps([found.pairs, found.excluded, found.digest])
+    pairs, excluded, digest = json.loads(broadcast_bytes(text.encode()))
+    root = on_all_ranks(lambda: find_root(Path(path)))
+    return MaskedSet(root, [Pair(*pair) for pair in pairs], excluded, digest)
+
+
+def split_masked(whole: MaskedSet, fraction: float, seed: int) -> tuple[MaskedSet, MaskedSet]:
+    """Split a set in two, a fraction of the images in the first, both with one at least.
+
+    Raises:
+        DataError: for a set of one image.
+    """
+    if len(whole) < 2:
+        raise DataError(f"{whole.root}: one image cannot be split in two; give --test a set too")
+    order, _ = sample_ids(len(whole), seed + SPLIT_SALT, np.arange(len(whole)))
+    count = min(max(round(fraction * len(whole)), 1), len(whole) - 1)
+    train, test = ([whole.pairs[row] for row in np.sort(part)] for part in np.split(order, [count]))
+    first = MaskedSet(whole.root, train, whole.excluded, whole.digest)
+    return first, MaskedSet(whole.root, test, {}, whole.digest)
+
+
+def is_voc(path: Path) -> bool:
+    """Return whether a folder has Pascal VOC's layout."""
+    return (path / "JPEGImages").is_dir() and (path / "SegmentationClass").is_dir()
+
+
+def find_root(path: Path) -> Path:
+    """Return the folder that holds images and masks.
+
+    Raises:
+        DataError: if the path has none of the layouts.
+    """
+    if path.suffix == ".txt" and path.is_file() and is_voc(path.resolve().parents[2]):
+        return path.resolve().parents[2]
+    if is_voc(path) or mask_folder(path) is not None:
+        return path
+    problem = "no images with masks are here" if path.exists() else "no such file or folder"
+    raise DataError(f"{path}: {problem}; {LAYOUTS}")
+
+
+def mask_folder(path: Path) -> Path | None:
+    """Return the folder of masks beside ``images/``."""
+    if not (path / "images").is_dir():
+        return None
+    return next((path / name for name in MASK_FOLDERS if (path / name).is_dir()), None)
+
+
+def list_pairs(path: Path, part: str) -> MaskedSet:
+    """List the images with a mask of their size; see ``open_masked``."""
+    root = find_root(path)
+    found = MaskedSet(root, [])
+    excluded: Counter[str] = Counter()
+    digest = hashlib.sha256()
+    first: dict[str, str] = {}
+    candidates = list(list_voc(root, path, part) if is_voc(root) else list_folder(root))
+    for image, mask in candidates:
+        problem = NO_IMAGE if image is None else NO_MASK if mask is None else ""
+        if image is not None and mask is not None:
+            problem = compare_headers(image, mask)
+        if problem:
+            excluded[problem] += 1
+            first.setdefault(problem, (image or mask or root).name)
+        elif image is not None and mask is not None:
+            pair = Pair(*(str(file.relative_to(root)) for file in (image, mask)))
+            found.pairs.append(pair)
+            sizes = image.stat().st_size, mask.stat().st_size
+            digest.update(f"{pair.image} {pair.mask} {sizes}\n".encode())
+    reasons = [f"{n} {reason} (first: {first[reason]})" for reason, n in sorted(excluded.items())]
+    if not found.pairs:
+        listed = f" of {len(candidates)} images: {', '.join(reasons)}" if reasons else ""
+        raise DataError(f"{path}: no image with a mask{listed}; {LAYOUTS}")
+    if reasons:
+        logger.warning("%s: excluded images: %s", path, ", ".join(reasons))
+    found.excluded, found.digest = dict(excluded), digest.hexdigest()
+    return found
+
+
+Candidate = tuple[Path | None, Path | None]
+"""Image and mask; ``None``: it does not exist."""
+
+
+def list_voc(root: Path, path: Path, part: str) -> Iterator[Candidate]:
+    """Yield the images of a list of Pascal VOC, in the order of the list.
+
+    Raises:
+        DataError: if there is no list.
+    """
+    listed = root / "ImageSets" / "Segmentation" / f"{part}.txt" if path.is_dir() else path
+    try:
+        names = listed.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listed}: the list cannot be read ({error}); {LAYOUTS}") from error
+    for name in dict.fromkeys(names):
+        files = root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png"
+        image, mask = (file if file.is_file() else None for file in files)
+        yield image, mask
+
+
+def list_folder(root: Path) -> Iterator[Candidate]:
+    """Yield the images of a folder, and masks without an image."""
+    masks = mask_folder(root) or root
+    images = {
+        file.relative_to(root / "images").with_suffix(""): file
+        for file in sorted((root / "images").rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    }
+    for name, image in images.items():
+        mask = masks / f"{name}.png"
+        yield image, mask if mask.is_file() else None
+    for mask in sorted(masks.rglob("*.png")):
+        if mask.relative_to(masks).with_suffix("") not in images:
+            yield None, mask
+
+
+def compare_headers(image: Path, mask: Path) -> str:
+    """Return why a pair is excluded, or ``""``.
+
+    Raises:
+        DataError: for a mask in colours.
+    """
+    try:
+        with Image.open(mask) as opened:
+            mode, size = opened.mode, opened.size
+        with Image.open(image) as opened:
+            turned = opened.format in TURNED and opened.getexif().get(ORIENTATION, 1) >= 5
+            upright = opened.size[::-1] if turned else opened.size
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
+        return BROKEN
+    if mode not in CLASS_MODES:
+        raise DataError(
+            f"{mask}: the mask is in colours (mode {mode}), and colours are no class numbers; save "
+            "masks as PNG with a palette or with one channel of 8 bits, one number per class"
+        )
+    return "" if size == upright else OTHER_SIZE
+
+
+def read_mask(file: Path) -> Image.Image:
+    """Read a mask as classes 0 to 254 and 255 for void, mode ``L``.
+
+    Raises:
+        DataError: for class numbers above 255.
+        OSError, ValueError: if it cannot be decoded.
+    """
+    with Image.open(file) as opened:
+        values = np.array(opened).astype(np.int64)
+    if values.size and not 0 <= values.min() <= values.max() <= VOID:
+        raise DataError(
+            f"{file}: class numbers from {values.min()} to {values.max()}; expected 0 to 254, and "
+            "255 for void: renumber the classes"
+        )
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded | None:
+    """Read an image at each size and its mask at the first; ``None``: it cannot be decoded.
+
+    The whole image is squeezed into a square: the image bicubic, the mask by its nearest pixels.
+
+    Raises:
+        DataError: for class numbers above 255.
+        ReadError: if storage fails.
+
+    Source: CAPI (arXiv 2502.08769), ``eval_segmentation.py``.
+    """
+    pair = images.pairs[number]
+    try:
+        mask = read_mask(images.root / pair.mask)
+        with Image.open(images.root / pair.image) as opened:
+            image = ImageOps.exif_transpose(opened) if opened.format in TURNED else opened
+            image = image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ReadError(
+            f"{error.filename}: the file has gone; put it back and try again"
+        ) from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            text = f"{images.root / pair.image}: cannot be read ({error.strerror}); try again"
+            raise ReadError(text) from error
+        logger.warning("%s is excluded: %s", pair.image, error)
+        return None
+    views = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sizes]
+    square = mask.resize((sizes[0], sizes[0]), Image.Resampling.NEAREST)
+    return Decoded(views, np.asarray(square))
+
+
+def masked_batches(
+    images: MaskedSet,
+    sizes: tuple[int, ...],
+    reading: ReadOptions,
+    world: World,
+    device: torch.device,
+) -> Iterator[MaskedBatch]:
+    """Yield every image once over all ranks; equally many batches per rank. A collective.
+
+    Block b of ``reading.micro_batch`` images is rank ``b mod world_size``'s. The next block is
+    read while the present one is used. A batch may be empty. Images that cannot be decoded are
+    logged, added to ``images.broken``, and have no row.
+
+    Raises:
+        DataError, ReadError: on every rank; see ``read_pair``.
+    """
+    block = reading.micro_batch
+    rounds = -(-len(images) // (block * world.world_size))
+    pending: deque[tuple[list[int], list[Future[Decoded | None]]]] = deque()
+    with ThreadPoolExecutor(reading.threads) as pool:
+
+        def submit(turn: int) -> None:
+            start = (turn * world.world_size + world.rank) * block
+            numbers = list(range(start, min(start + block, len(images))))
+            pending.append((numbers, [pool.submit(read_pair, images, i, sizes) for i in numbers]))
+
+        submit(0)
+        for turn in range(rounds):
+            numbers, futures = pending.popleft()
+            if turn + 1 < rounds:
+                submit(turn + 1)
+            found = on_all_ranks(lambda each=futures: [future.result() for future in each])
+            yield pack_batch(images, sizes, numbers, found, device)
+
+
+def pack_batch(
+    images: MaskedSet,
+    sizes: tuple[int, ...],
+    numbers: list[int],
+    found: list[Decoded | None],
+    device: torch.device,
+) -> MaskedBatch:
+    """Stack what ``read_pair`` returned, and count what it excluded."""
+    kept = [(number, one) for number, one in zip(numbers, found, strict=True) if one is not None]
+    images.broken.update(set(numbers) - {number for number, _ in kept})
+    views = [np.zeros((len(kept), side, side, 3), np.uint8) for side in sizes]
+    masks = np.zeros((len(kept), sizes[0], sizes[0]), np.uint8)
+    for row, (_, one) in enumerate(kept):
+        masks[row] = one.mask
+        for view, pixels in zip(views, one.views, strict=True):
+            view[row] = pixels
+    return MaskedBatch(
+        tuple(torch.from_numpy(view).to(device) for view in views),
+        torch.from_numpy(masks).to(device),
+        torch.tensor([number for number, _ in kept], dtype=torch.int64, device=device),
+    )
+
+
+def cut_patches(masks: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the pixels of each patch, uint8 ``[B, N, p * p]``, from masks ``[B, S, S]``."""
+    batch, height, width = masks.shape
+    tall, wide = height // rows, width // columns
+    cut = masks.reshape(batch, rows, tall, columns, wide)
+    return cut.permute(0, 1, 3, 2, 4).reshape(batch, rows * columns, tall * wide)
