@@ -225,8 +225,8 @@ def suggest_fix(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> str:
     if there[:2] == here[:2] and there != here:
         return f"set student.patch_size={there[-1]}, or take a file of patches of {here[-1]} pixels"
     return (
-        "set student.arch to the file's model (student.width, depth and heads where timm names "
-        "none of its sizes), or take a whole file of the configured one"
+        "set student.arch (or student.width, student.depth and student.heads) to the file's model, "
+        "or take a whole file of the configured one"
     )
 
 

@@ -24,12 +24,11 @@ from cmtmae_scale.checkpoint.layout import (
     replace_checkpoint,
 )
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
+from cmtmae_scale.config.derive import SIZES
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.storage import read_inside, read_json, sync, write_atomic
 
 DONE, FAILED = ".done", ".failed"
-SIZES = ("width", "depth", "heads")
-"""Keys of ``student`` that replace sizes of the architecture."""
 ENCODERS = {"student": "model.encoder.", "momentum": "momentum."}
 """Prefix of the names of an encoder's tensors."""
 
@@ -70,7 +69,7 @@ def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
     """Write an encoder under timm's names, one tensor at a time in memory.
 
     Where a run replaces sizes of its architecture, the file's metadata holds them under
-    ``student``: no tensor tells the number of heads.
+    ``student``: no tensor shows the number of heads.
 
     Args:
         folder: a checkpoint, or a draft that has its index, state and shards.

@@ -8,6 +8,10 @@ from cmtmae_scale.config.schema import Config, Schedule, Student, Trained
 from cmtmae_scale.errors import ConfigError
 
 
+SIZES = ("width", "depth", "heads")
+"""Keys of ``student`` that replace sizes of its architecture."""
+
+
 class Needs(NamedTuple):
     """Attention maps and features that a run uses; nothing else is built."""
 
@@ -185,7 +189,7 @@ def total_steps(config: Trained, num_images: int) -> int:
 
 def replaced_sizes(student: Student) -> dict[str, int]:
     """Return width, depth and heads, where they are not the architecture's own."""
-    sizes = {"width": student.width, "depth": student.depth, "heads": student.heads}
+    sizes: dict[str, int | None] = {name: getattr(student, name) for name in SIZES}
     return {name: size for name, size in sizes.items() if size is not None}
 
 

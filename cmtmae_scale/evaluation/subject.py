@@ -54,7 +54,7 @@ class Subject:
     config: Config | None = None
     """Settings of that run."""
     student: StudentConfig | None = None
-    """Settings that build the encoder; ``None``: not a plain ViT of timm."""
+    """Settings that build the encoder; ``None``: it is not a student."""
 
 
 def open_subject(options: argparse.Namespace, world: World, device: torch.device) -> Subject:
@@ -292,7 +292,7 @@ def recorded_student(file: Path, tensors: dict[str, Tensor]) -> StudentConfig:
         student = StudentConfig(**read_json(text.encode()))
     except (ValueError, TypeError):
         student = StudentConfig(width=0)
-    most = max(len(tensors), *(side for tensor in tensors.values() for side in tensor.shape))
+    most = max([len(tensors), *(side for value in tensors.values() for side in value.shape)])
     sizes = replaced_sizes(student).values()
     if not isinstance(student.arch, str) or not all(
         type(size) is int and 0 < size <= most for size in sizes
@@ -380,8 +380,7 @@ def subject_from_timm(
         raise ConfigError(text) from error
     encoder = wrap_network(name, tower, side, device)
     facts = {"timm": name, "file": file, "arch": model, "sha256": encoder.digest}
-    baseline = wrap_network(RANDOM, untrained, side, device)
-    return Subject(encoder, baseline, facts, student=StudentConfig(model, source.patch))
+    return Subject(encoder, wrap_network(RANDOM, untrained, side, device), facts)
 
 
 def wrap_network(name: str, model: Student | Tower, size: int, device: torch.device) -> Encoder:

@@ -65,17 +65,18 @@ def take_encoder(
     """
     encoder = subject.encoder
     network = encoder.network
-    student = subject.student
-    if student is not None and isinstance(network, Student):
+    if subject.student is not None and isinstance(network, Student):
+        student = replace(subject.student, init_weights=None)
         mean, std, state = IMAGENET_MEAN, IMAGENET_STD, network.state_dict()
-    elif student is not None and isinstance(network, TimmTower):
+    elif isinstance(network, TimmTower):
+        patch = int(network.vit.patch_embed.patch_size[0])
+        student = StudentConfig(subject.facts["arch"], patch)
         mean, std, state = network.mean, network.std, network.vit.state_dict()
     else:
         raise ConfigError(
             f"{encoder.name} cannot be fine-tuned: it is neither a student nor a ViT of timm; name "
             "a teacher of timm with --timm"
         )
-    student = replace(student, init_weights=None)
     initial = InitialEncoder(options, encoder.name, student, encoder.size, mean, std, subject.facts)
     return initial, {key: value.detach().cpu().clone() for key, value in state.items()}
 
