@@ -7,7 +7,6 @@ from typing import NamedTuple
 from cmtmae_scale.config.schema import Config, Schedule, Student, Trained
 from cmtmae_scale.errors import ConfigError
 
-
 SIZES = ("width", "depth", "heads")
 """Keys of ``student`` that replace sizes of its architecture."""
 

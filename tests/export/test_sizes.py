@@ -52,11 +52,19 @@ def save_run(folder: Path, sizes: dict[str, int]) -> Path:
     facts = {name: write_chunks(chunks, draft / name)}
     progress = {"step": 2, "position": 16, "step0": 0, "position0": 0, "applied": 2}
     progress |= {"end_step": 2, "horizon": 16}
-    state = {"task": "pre-training", "config": config_to_dict(config), "progress": progress}
+    state = {
+        "task": "pre-training",
+        "config": config_to_dict(config),
+        "index_digest": "x",
+        "versions": {},
+        "world_size": 1,
+        "progress": progress,
+        "skips": {"in_succession": 0, "losses": [], "scheduled": []},
+    }
     checkpoints = folder / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     target = layout.folder_of(checkpoints, 2)
-    publish_checkpoint(draft, target, facts, state | {"index_digest": "x"}, lambda: None)
+    publish_checkpoint(draft, target, facts, state, lambda: None)
     return target
 
 
