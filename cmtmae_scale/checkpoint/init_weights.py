@@ -224,7 +224,10 @@ def suggest_fix(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> str:
     here, there = own[PATCHES].shape, pieces[PATCHES].value.shape
     if there[:2] == here[:2] and there != here:
         return f"set student.patch_size={there[-1]}, or take a file of patches of {here[-1]} pixels"
-    return "set student.arch to the file's model, or take a whole file of the configured one"
+    return (
+        "set student.arch (or student.width, student.depth and student.heads) to the file's model, "
+        "or take a whole file of the configured one"
+    )
 
 
 def decoder_mismatch(

@@ -24,8 +24,9 @@ from cmtmae_scale.checkpoint.layout import (
     replace_checkpoint,
 )
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
+from cmtmae_scale.config.derive import SIZES
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.runtime.storage import sync, write_atomic
+from cmtmae_scale.runtime.storage import read_inside, read_json, sync, write_atomic
 
 DONE, FAILED = ".done", ".failed"
 ENCODERS = {"student": "model.encoder.", "momentum": "momentum."}
@@ -67,8 +68,11 @@ def publish_checkpoint(
 def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
     """Write an encoder under timm's names, one tensor at a time in memory.
 
+    Where a run replaces sizes of its architecture, the file's metadata holds them under
+    ``student``: no tensor shows the number of heads.
+
     Args:
-        folder: a checkpoint, or a draft that has its index and shards.
+        folder: a checkpoint, or a draft that has its index, state and shards.
         file: the safetensors file to write.
         weights: ``student`` or ``momentum``.
 
@@ -82,7 +86,15 @@ def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
             for key in reader.index
             if key.startswith(prefix)
         ]
-        return write_tensors(file, entries, {"format": "pt"})
+        return write_tensors(file, entries, {"format": "pt"} | student_metadata(folder))
+
+
+def student_metadata(folder: Path) -> dict[str, str]:
+    """Return architecture and sizes of a checkpoint's student, if it replaces any of them."""
+    student = read_json(read_inside(folder, folder / STATE)).get("config", {}).get("student", {})
+    if not any(student.get(name) for name in SIZES):
+        return {}
+    return {"student": json.dumps({name: student.get(name) for name in ("arch", *SIZES)})}
 
 
 def mark_shard_done(draft: Path, rank: int, facts: dict[str, Any]) -> None:

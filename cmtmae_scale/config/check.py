@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_cache
-from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Train
+from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Student, Train
 from cmtmae_scale.errors import ConfigError
 
 LARGEST = 2**63
@@ -29,6 +29,7 @@ def find_problems(config: Config) -> Iterator[str]:
     yield from check_length(config.train)
     yield from check_schedules(config)
     yield from check_masks(config)
+    yield from check_student(config.student)
     yield from check_decoder(config)
     yield from check_losses(config)
     yield from check_teacher(config)
@@ -161,6 +162,12 @@ def alpha_warmup(schedule: Schedule | float) -> float:
     if schedule.kind == "constant":
         return 1.0
     return schedule.switch or 0.0 if schedule.kind == "two_stage" else schedule.u0
+
+
+def check_student(student: Student) -> Iterator[str]:
+    """Width against positional embedding; ``method.student`` checks it against the heads."""
+    if student.width is not None and student.width % 4:
+        yield f"student.width={student.width} must be a multiple of 4 (sine-cosine embedding)"
 
 
 def check_decoder(config: Config) -> Iterator[str]:

@@ -4,8 +4,11 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from cmtmae_scale.config.schema import Config, Schedule, Trained
+from cmtmae_scale.config.schema import Config, Schedule, Student, Trained
 from cmtmae_scale.errors import ConfigError
+
+SIZES = ("width", "depth", "heads")
+"""Keys of ``student`` that replace sizes of its architecture."""
 
 
 class Needs(NamedTuple):
@@ -181,6 +184,18 @@ def total_steps(config: Trained, num_images: int) -> int:
     if config.train.epochs is None:
         raise ConfigError("train.epochs and train.steps are both missing; give one of them")
     return max(1, math.ceil(config.train.epochs * num_images / config.train.global_batch_size))
+
+
+def replaced_sizes(student: Student) -> dict[str, int]:
+    """Return width, depth and heads, where they are not the architecture's own."""
+    sizes: dict[str, int | None] = {name: getattr(student, name) for name in SIZES}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def name_student(student: Student) -> str:
+    """Return the architecture's name, with the sizes that replace its own."""
+    sizes = ", ".join(f"{name} {size}" for name, size in replaced_sizes(student).items())
+    return f"{student.arch} of {sizes}" if sizes else student.arch
 
 
 def peak_lr(config: Config) -> float:

@@ -58,7 +58,7 @@ def list_groups(schema: type) -> list[Group]:
 
 def list_keys(group: Any, prefix: str) -> Iterator[Key]:
     """Yield the keys of a group, an instance that holds the defaults."""
-    owner: type[Any] = type(group)
+    owner: type[Any] = group.__class__
     docs, hints = field_docs(owner.__module__)[owner.__name__], get_type_hints(owner)
     for one in fields(group):
         value, name = getattr(group, one.name), f"{prefix}{one.name}"

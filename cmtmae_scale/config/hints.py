@@ -52,6 +52,8 @@ HABITS = {
     "model": "student.arch",
     "arch": "student.arch",
     "student.model": "student.arch",
+    "student.embed_dim": "student.width",
+    "student.num_heads": "student.heads",
     "mask_ratio": "mask.ratio",
     "output_dir": "run.output_dir",
     "seed": "run.seed",

@@ -198,6 +198,14 @@ class Student:
     """A timm VisionTransformer name."""
     patch_size: int | None = positive(None)
     """Patch side in pixels; ``None``: the architecture's own."""
+    width: int | None = positive(None)
+    """Channels, timm's ``embed_dim``, a multiple of ``heads`` and of 4; ``None``: the
+    architecture's own."""
+    depth: int | None = positive(None)
+    """Blocks; ``None``: the architecture's own."""
+    heads: int | None = positive(None)
+    """Attention heads; ``None``: as many as give each head the architecture's channels, which is
+    the architecture's own number at its own width."""
     init_weights: str | None = None
     """Path of a file with the initial weights, .safetensors, .pt, .pth, .bin, .ckpt or .tar, under
     the names of timm, MAE or transformers, also as MAE, DINO, DINOv2 or Lightning save them;

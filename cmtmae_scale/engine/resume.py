@@ -41,6 +41,8 @@ LATER_KEYS = {"teacher.precision": "bf16", "momentum.precision": "bf16"}
 RESHAPING_KEYS = (
     "student.arch",
     "student.patch_size",
+    "student.width",
+    "student.depth",
     "decoder.depth",
     "decoder.width",
     "head.pool",

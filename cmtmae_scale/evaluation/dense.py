@@ -1,4 +1,4 @@
-"""Segmentation, propagation and label-free measures: what ``launchers/evaluate.py`` computes."""
+"""Segmentation, propagation and label-free measures: what ``cmtmae evaluate`` computes."""
 
 import argparse
 from collections.abc import Callable

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import name_student, needs, replaced_sizes
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
@@ -52,6 +54,8 @@ class Subject:
     """Folder of the run that the weights belong to."""
     config: Config | None = None
     """Settings of that run."""
+    student: StudentConfig | None = None
+    """Settings that build the encoder; ``None``: it is not a student."""
     fraction: float = 1.0
     """Progress of that run at the checkpoint, u = position / horizon."""
 
@@ -107,16 +111,19 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
         return subject_from_teacher(config, facts, run_dir, device)
     if weights == "random":
         encoder = random_student(config, device)
-        facts |= {"arch": config.student.arch, "sha256": encoder.digest}
-        return Subject(encoder, None, facts, run_dir, config)
+        student = config.student
+        facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
+        return Subject(encoder, None, facts, run_dir, config, student)
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(f"{folder}: the run has no momentum student; use --weights student")
     check_encoder(folder, config, ENCODERS[weights])
     tensors = read_tensors(folder, ENCODERS[weights])
     encoder = load_student(config, tensors, f"{weights}, step {step}", str(folder), device)
-    facts |= {"arch": config.student.arch, "sha256": encoder.digest}
+    student = config.student
+    facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
     fraction = Progress.from_dict(state["progress"]).fraction
-    return Subject(encoder, random_student(config, device), facts, run_dir, config, fraction)
+    random = random_student(config, device)
+    return Subject(encoder, random, facts, run_dir, config, student, fraction)
 
 
 def saved_config(folder: Path, state: dict[str, Any]) -> Config:
@@ -220,7 +227,7 @@ def check_encoder(folder: Path, config: Config, prefix: str) -> None:
     if wrong:
         name = wrong[0]
         raise CheckpointError(
-            f"{folder}: does not fit its own config, {config.student.arch} at "
+            f"{folder}: does not fit its own config, {name_student(config.student)} at "
             f"{config.views.image_size} pixels: {prefix}{name} has shape "
             f"{found.get(name, 'none')}, expected {expected.get(name, 'none')}; copy the "
             "checkpoint again, or name another"
@@ -259,11 +266,11 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
         tensors = read_weights(file, "--checkpoint")
     except TeacherError as error:
         raise CheckpointError(str(error)) from error
-    arch = arch or read_arch(file)
-    if not timm.is_model(arch):
-        raise ConfigError(f"--arch={arch} is not a model of timm {timm.__version__}")
     config = Config()
-    config.student.arch = arch
+    student = config.student = recorded_student(file, tensors)
+    student.arch = arch or student.arch or read_arch(file)
+    if not timm.is_model(student.arch):
+        raise ConfigError(f"--arch={student.arch} is not a model of timm {timm.__version__}")
     for name, dims in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
         if name not in tensors or tensors[name].ndim != dims:
             raise CheckpointError(
@@ -272,13 +279,40 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
     patch = int(tensors["patch_embed.proj.weight"].shape[-1])
     positions = int(tensors["pos_embed"].shape[1])
     with torch.device("meta"):
-        probe = cast(VisionTransformer, timm.create_model(arch, num_classes=0))
+        probe = cast(VisionTransformer, timm.create_model(student.arch, num_classes=0))
     prefix = 0 if probe.no_embed_class else probe.num_prefix_tokens
-    config.student.patch_size = patch
+    student.patch_size = patch
     config.views.image_size = patch * math.isqrt(max(positions - prefix, 1))
     encoder = load_student(config, tensors, file.name, str(file), device)
-    facts = {"file": str(file), "arch": arch, "sha256": encoder.digest}
-    return Subject(encoder, random_student(config, device), facts)
+    sizes = {"arch": student.arch, **replaced_sizes(student)}
+    facts = {"file": str(file), **sizes, "sha256": encoder.digest}
+    return Subject(encoder, random_student(config, device), facts, student=student)
+
+
+def recorded_student(file: Path, tensors: dict[str, Tensor]) -> StudentConfig:
+    """Return architecture and sizes in the metadata of an encoder's file; no name if it has none.
+
+    Raises:
+        CheckpointError: if the file's tensors cannot have them.
+    """
+    with safe_open(file, "pt") as opened:  # pyright: ignore[reportUnknownVariableType]
+        text = cast(dict[str, str], opened.metadata() or {}).get("student")
+    if text is None:
+        return StudentConfig(arch="")
+    try:
+        student = StudentConfig(**read_json(text.encode()))
+    except (ValueError, TypeError):
+        student = StudentConfig(width=0)
+    most = max([len(tensors), *(side for value in tensors.values() for side in value.shape)])
+    sizes = replaced_sizes(student).values()
+    if not isinstance(student.arch, str) or not all(
+        type(size) is int and 0 < size <= most for size in sizes
+    ):
+        raise CheckpointError(
+            f"{file}: its metadata has student={text[:100]}, which its tensors cannot have; export "
+            "the encoder again"
+        )
+    return student
 
 
 def read_arch(file: Path) -> str:
@@ -314,7 +348,7 @@ def load_student(
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{place}: does not fit {config.student.arch} with patches of "
+            f"{place}: does not fit {name_student(config.student)} with patches of "
             f"{student.patch_side} at {config.views.image_size} pixels ({first}); give its own "
             "architecture"
         ) from error

@@ -6,7 +6,7 @@ Absolute paths are reduced to their last component.
 from pathlib import Path
 from typing import NamedTuple
 
-from cmtmae_scale.config.derive import Needs, needs, peak_lr
+from cmtmae_scale.config.derive import Needs, name_student, needs, peak_lr
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.results import escape_markdown, find_results
@@ -51,7 +51,7 @@ def model_card(origin: Origin, card: CardFacts) -> str:
             "",
             f"# {name}: {card.title}",
             "",
-            f"{config.student.arch}{patches} at {config.views.image_size} pixels, "
+            f"{name_student(config.student)}{patches} at {config.views.image_size} pixels, "
             f"trained by {title}{hint}; "
             f"step {origin.step} of {origin.state['progress']['end_step']}.",
             "",

@@ -24,7 +24,7 @@ from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.encoder import timm_call
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.method.student import timm_options
+from cmtmae_scale.method.student import probe_student, timm_options
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 
@@ -41,12 +41,10 @@ def write_timm(draft: Path, origin: Origin) -> None:
     """
     write_encoder(origin.folder, draft / WEIGHTS, origin.weights)
     config, options = origin.config, timm_options(origin.config)
-    with torch.device("meta"):
-        width = cast(VisionTransformer, timm.create_model(config.student.arch)).num_features
     tree = {
         "architecture": config.student.arch.split(".")[0],  # a tag would name other weights
         "num_classes": options.pop("num_classes"),
-        "num_features": width,
+        "num_features": probe_student(config).num_features,
         "global_pool": options["global_pool"],
         "model_args": options,
         "pretrained_cfg": {

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.student import Student, build_student, run_block
 
@@ -79,7 +80,7 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    arch: str, patch_size: int, size: int, *, classes: int, pool: Literal["mean", "cls"], seed: int
+    settings: StudentConfig, size: int, *, classes: int, pool: Literal["mean", "cls"], seed: int
 ) -> Classifier:
     """Put a fresh head on an architecture; the encoder's own weights are to be loaded.
 
@@ -87,8 +88,7 @@ def build_classifier(
     the patch tokens, and the positions are trained.
 
     Args:
-        arch: a name of timm.
-        patch_size: side of a patch, pixels.
+        settings: architecture and sizes of the encoder.
         size: side of the pictures, pixels.
         classes: C.
         pool: what the head sees; see ``Head.pool``.
@@ -104,7 +104,7 @@ def build_classifier(
     Source: MAE's public code, ``models_vit.py`` and ``main_finetune.py``.
     """
     config = Config()
-    config.student.arch, config.student.patch_size, config.views.image_size = arch, patch_size, size
+    config.student, config.views.image_size, arch = settings, size, settings.arch
     with torch.random.fork_rng(devices=[]):
         student = build_student(config, ClassifyingStudent)
         if pool == "cls" and not student.has_class_token:

@@ -1,11 +1,12 @@
 """The encoder that a fine-tuning starts from, and what must be known to build it again."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.subject import Subject
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
@@ -24,10 +25,8 @@ class InitialEncoder:
     """``WEIGHT_OPTIONS`` as given on the command line."""
     name: str
     """Name for messages and results."""
-    arch: str
-    """timm's name."""
-    patch_size: int
-    """Side of a patch, pixels."""
+    student: StudentConfig
+    """Architecture and sizes."""
     size: int
     """Side of an image, pixels."""
     mean: tuple[float, ...]
@@ -43,8 +42,11 @@ class InitialEncoder:
 
 def encoder_from_dict(saved: dict[str, Any]) -> InitialEncoder:
     """Rebuild what ``to_dict`` returned."""
-    tuples: dict[str, Any] = {key: tuple(saved[key]) for key in ("mean", "std")}
-    return InitialEncoder(**{**saved, **tuples})
+    values: dict[str, Any] = {**saved}
+    if "student" not in values:  # older checkpoints name architecture and patch size alone
+        values["student"] = {key: values.pop(key) for key in ("arch", "patch_size")}
+    values["student"] = StudentConfig(**values["student"])
+    return InitialEncoder(**values | {key: tuple(saved[key]) for key in ("mean", "std")})
 
 
 def weight_options(options: argparse.Namespace) -> dict[str, str | None]:
@@ -63,21 +65,19 @@ def take_encoder(
     """
     encoder = subject.encoder
     network = encoder.network
-    if isinstance(network, Student):
-        patch, mean, std = network.patch_side, IMAGENET_MEAN, IMAGENET_STD
-        state = network.state_dict()
+    if subject.student is not None and isinstance(network, Student):
+        student = replace(subject.student, init_weights=None)
+        mean, std, state = IMAGENET_MEAN, IMAGENET_STD, network.state_dict()
     elif isinstance(network, TimmTower):
-        patch, mean, std = int(network.vit.patch_embed.patch_size[0]), network.mean, network.std
-        state = network.vit.state_dict()
+        patch = int(network.vit.patch_embed.patch_size[0])
+        student = StudentConfig(subject.facts["arch"], patch)
+        mean, std, state = network.mean, network.std, network.vit.state_dict()
     else:
         raise ConfigError(
             f"{encoder.name} cannot be fine-tuned: it is neither a student nor a ViT of timm; name "
             "a teacher of timm with --timm"
         )
-    facts = subject.facts
-    initial = InitialEncoder(
-        options, encoder.name, facts["arch"], patch, encoder.size, mean, std, facts
-    )
+    initial = InitialEncoder(options, encoder.name, student, encoder.size, mean, std, subject.facts)
     return initial, {key: value.detach().cpu().clone() for key, value in state.items()}
 
 

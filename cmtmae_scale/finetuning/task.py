@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.build import make_backend
-from cmtmae_scale.config.derive import batch_plan, total_steps
+from cmtmae_scale.config.derive import batch_plan, name_student, total_steps
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.engine.agreement import REMEDY, require_equal, require_equal_weights
@@ -142,8 +142,7 @@ class Finetuning:
         """Build a classifier of the run's shape with an untrained head."""
         encoder, config = self.encoder, self.config
         return build_classifier(
-            encoder.arch,
-            encoder.patch_size,
+            encoder.student,
             encoder.size,
             classes=len(self.sets.classes),
             pool=config.head.pool,
@@ -247,8 +246,8 @@ class Finetuning:
         config, encoder, sets = self.config, self.encoder, self.sets
         excluded = len(sets.test) - row.score.total
         return [
-            f"{encoder.name}: {encoder.arch} at {encoder.size} pixels, {progress.end_step} steps "
-            f"of {config.train.global_batch_size}",
+            f"{encoder.name}: {name_student(encoder.student)} at {encoder.size} pixels, "
+            f"{progress.end_step} steps of {config.train.global_batch_size}",
             f"train: {len(sets.train)} images of {len(sets.classes)} classes ({config.data.path})",
             f"test:  {row.score.total} images ({config.data.test_path})",
             *([f"excluded: {excluded} images that cannot be decoded"] if excluded else []),

@@ -11,6 +11,7 @@ Source: docs/method.md, sections "Attention maps", "Student" and "Momentum encod
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 # timm and parts of torch are only partly typed.
+import math
 from typing import Any, TypeVar, cast
 
 import timm
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.attention import attend, mean_query_row, patch_map
 from cmtmae_scale.method.initialisation import TOKENS, fix_positions
@@ -133,7 +135,9 @@ def gather_rows(patches: Tensor, ids: Tensor) -> Tensor:
 class BlockAttention(Attention):
     """timm's attention without dropout, computed by ``attend`` where no mask is given."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
         """From ``[B, T, D]`` to ``[B, T, D]``."""
         if attn_mask is not None or any(options.values()):  # is_causal of a later timm
             return super().forward(x, attn_mask, **options)
@@ -326,7 +330,8 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
         vit_large and vit_huge.
 
     Raises:
-        ConfigError: if timm has no such model, or it is not a plain VisionTransformer.
+        ConfigError: if timm has no such model, it is not a plain VisionTransformer, or the sizes
+            do not fit each other.
     """
     options = timm_options(config)
     created = timm.create_model(config.student.arch, **options, weight_init="skip")
@@ -355,11 +360,52 @@ def timm_options(config: Config) -> dict[str, Any]:
 
 
 def size_options(config: Config) -> dict[str, Any]:
-    """Return those of timm's arguments that set image and patch size and drop the classifier."""
-    options: dict[str, Any] = {"num_classes": 0, "img_size": config.views.image_size}
-    if config.student.patch_size is not None:
-        options["patch_size"] = config.student.patch_size
-    return options
+    """Return those of timm's arguments that set the sizes and drop the classifier.
+
+    Raises:
+        ConfigError: if the heads do not divide the width.
+    """
+    student = config.student
+    sizes = {
+        "patch_size": student.patch_size,
+        "embed_dim": student.width,
+        "depth": student.depth,
+        "num_heads": count_heads(student),
+    }
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return {"num_classes": 0, "img_size": config.views.image_size} | given
+
+
+def count_heads(student: StudentConfig) -> int | None:
+    """Return the attention heads of a student; ``None``: the architecture's own.
+
+    Raises:
+        ConfigError: if they do not divide the width.
+    """
+    if student.width is None and student.heads is None:
+        return None
+    with torch.device("meta"):
+        created = timm.create_model(student.arch, num_classes=0, weight_init="skip")
+    own = check_plain(created, student.arch)
+    own_heads = next(int(m.num_heads) for m in own.blocks.modules() if hasattr(m, "num_heads"))
+    head_width = own.embed_dim // own_heads
+    width = student.width or own.embed_dim
+    if student.heads is None:
+        if width % head_width:
+            below = width // head_width * head_width
+            raise ConfigError(
+                f"student.width={width} is not a multiple of {head_width}, the channels per head "
+                f"of {student.arch}; use {f'{below} or ' if below else ''}{below + head_width}, or "
+                f"set student.heads to a divisor of {width}"
+            )
+        return width // head_width
+    if width % student.heads:
+        fits = math.gcd(width, student.heads) if width % head_width else width // head_width
+        raise ConfigError(
+            f"student.heads={student.heads} does not divide the student's width {width}; set "
+            f"student.heads to a divisor of {width}, such as {fits}"
+        )
+    return student.heads
 
 
 def probe_student(config: Config) -> VisionTransformer:

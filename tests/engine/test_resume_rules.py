@@ -145,11 +145,11 @@ def test_positions_count_anew_from_an_allowed_change() -> None:
     assert (other.step, other.position) == (5, 48)
 
 
-@pytest.mark.parametrize("key", ["student.arch", "decoder.width"])
+@pytest.mark.parametrize("key", ["student.arch", "student.width", "decoder.width"])
 def test_no_permission_is_advised_that_cannot_work(key: str) -> None:
     config = load_config(ROOT / "configs" / "vit_base.yaml", ["run.allow_change=[mask.ratio]"])
     group, name = key.split(".")
-    other = {"student.arch": "vit_large_patch16_224", "decoder.width": 768}[key]
+    other = {"arch": "vit_large_patch16_224", "width": 768}[name]
     setattr(getattr(config, group), name, other)
     saved = {"task": "pre-training", "config": TREE, "index_digest": "digest"}
     names = ("pre-training", ALL_FREE, saved, "digest")

@@ -13,6 +13,7 @@ import torch
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.commands.evaluate import parse_options
 from cmtmae_scale.config.finetune import Finetune
+from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.evaluation import frozen
 from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.images import open_pair
@@ -121,7 +122,7 @@ def test_logits_of_fine_tuned_weights_that_are_not_finite_are_refused(tmp_path: 
         str(labelled_photographs(tmp_path / "test", 7, 1)),
         tmp_path,
     )
-    classifier = build_classifier("test_vit", 16, 64, classes=3, pool="mean", seed=0)
+    classifier = build_classifier(StudentConfig("test_vit", 16), 64, classes=3, pool="mean", seed=0)
     encoder: Any = SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD, size=64)
     accuracy = Accuracy(classifier, encoder, sets.test, Finetune(), world(), torch.device("cpu"))
 

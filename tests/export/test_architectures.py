@@ -8,6 +8,7 @@ import timm
 import torch
 
 from cmtmae_scale.checkpoint.chunks import INDEX, HostChunk, index_chunks, write_chunks
+from cmtmae_scale.checkpoint.layout import STATE
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.export.hugging_face import check_hf, vit_config, write_hf
@@ -42,6 +43,7 @@ def saved(folder: Path, arch: str, size: int, patch: int) -> Origin:
     ]
     write_chunks(chunks, folder / "rank.safetensors")
     (folder / INDEX).write_text(json.dumps(index_chunks(folder, ["rank.safetensors"])))
+    (folder / STATE).write_text("{}")
     return Origin(folder, {}, config, "student")
 
 

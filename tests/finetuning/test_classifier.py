@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cmtmae_scale.backends.adamw import parameter_groups, trainable
+from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.finetuning.classifier import (
     Classifier,
@@ -22,7 +23,7 @@ every_pool = pytest.mark.parametrize("pool", POOLS)
 
 def classifier(pool: str = "mean", arch: str = ARCH) -> Classifier:
     """One with weights that are all different from zero."""
-    found = build_classifier(arch, 16, SIZE, classes=CLASSES, pool=pool, seed=0)  # pyright: ignore
+    found = build_classifier(StudentConfig(arch, 16), SIZE, classes=CLASSES, pool=pool, seed=0)  # pyright: ignore
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.parameters():
@@ -151,7 +152,7 @@ def test_drop_path_is_timms_law_whatever_the_batch() -> None:
 @every_pool
 def test_the_encoders_weights_arrive_and_the_head_is_fresh(pool: str) -> None:
     encoder = timm.create_model(ARCH, num_classes=0, img_size=SIZE)
-    own = build_classifier(ARCH, 16, SIZE, classes=CLASSES, pool=pool, seed=5)  # pyright: ignore
+    own = build_classifier(StudentConfig(ARCH, 16), SIZE, classes=CLASSES, pool=pool, seed=5)  # pyright: ignore
     load_encoder(own, encoder.state_dict(), "x")
     state = own.encoder.state_dict()
     for name, value in encoder.state_dict().items():
@@ -160,8 +161,8 @@ def test_the_encoders_weights_arrive_and_the_head_is_fresh(pool: str) -> None:
     assert ("norm.weight" in state) == (pool == "cls")
     head = state["head.weight"]
     assert 1e-5 < head.std() < 4e-5 and not state["head.bias"].any()
-    again = build_classifier(ARCH, 16, SIZE, classes=CLASSES, pool=pool, seed=5)  # pyright: ignore
-    other = build_classifier(ARCH, 16, SIZE, classes=CLASSES, pool=pool, seed=6)  # pyright: ignore
+    again = build_classifier(StudentConfig(ARCH, 16), SIZE, classes=CLASSES, pool=pool, seed=5)  # pyright: ignore
+    other = build_classifier(StudentConfig(ARCH, 16), SIZE, classes=CLASSES, pool=pool, seed=6)  # pyright: ignore
     assert torch.equal(again.encoder.head.weight, head)
     assert not torch.equal(other.encoder.head.weight, head)
 
@@ -176,4 +177,4 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ConfigError, match=r"FILE does not fit: .*pos_embed"):
         load_encoder(own, small, "FILE")
     with pytest.raises(ConfigError, match=r"head.pool=cls: \w+ has no class token; set head.pool"):
-        build_classifier("test_vit4", 16, SIZE, classes=2, pool="cls", seed=0)
+        build_classifier(StudentConfig("test_vit4", 16), SIZE, classes=2, pool="cls", seed=0)

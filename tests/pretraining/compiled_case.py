@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.config.schema import Config, Schedule
+from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.finetuning.augment import Examples, cross_entropy
 from cmtmae_scale.finetuning.classifier import build_classifier
 from cmtmae_scale.pretraining.build import build_models, fetch_teacher
@@ -84,7 +85,7 @@ def pretrain(config: Config) -> Iterator[list[float]]:
 
 def finetune(config: Config) -> Iterator[list[float]]:
     """Train a classifier with drop path on random pixels; yields losses."""
-    model = build_classifier("test_vit", 16, SIZE, classes=3, pool="mean", seed=0)
+    model = build_classifier(StudentConfig("test_vit", 16), SIZE, classes=3, pool="mean", seed=0)
     backend = make_backend(config, find_world(), CPU, model, None, cross_entropy, rows=BATCH)
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import SIZES, name_student, needs
+from cmtmae_scale.config.schema import Student
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
 from cmtmae_scale.runtime.storage import read_inside
 from cmtmae_scale.tools.report.chart import Chart, draw_chart
@@ -131,10 +132,12 @@ def key_settings(run: Run) -> list[tuple[str, object]]:
     length = f"{get(f'train.{unit}')} {unit}"
     backend = f"{get('backend.name')}, {get('backend.precision')}"
     patch = f", patches of {get('student.patch_size')}" if get("student.patch_size") else ""
+    sizes = {name: get(f"student.{name}") for name in SIZES}
+    student = Student(str(get("student.arch")), **sizes)
     ratio, masks = format_percent(get("mask.ratio")), get("mask.masks_per_view", 1)
     return [
         ("folder", run.dir),
-        ("student", f"{get('student.arch')} at {get('views.image_size')} pixels{patch}"),
+        ("student", f"{name_student(student)} at {get('views.image_size')} pixels{patch}"),
         ("teacher", teacher_setting(run)),
         ("masks", f"{get('mask.sampler')}, {ratio} masked, {masks} per view"),
         ("decoder", f"{get('decoder.type')}, {get('decoder.depth')} blocks"),
