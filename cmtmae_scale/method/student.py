@@ -387,7 +387,7 @@ def count_heads(student: StudentConfig) -> int | None:
     with torch.device("meta"):
         created = timm.create_model(student.arch, num_classes=0, weight_init="skip")
     own = check_plain(created, student.arch)
-    own_heads = next(int(m.num_heads) for m in own.blocks.modules() if hasattr(m, "num_heads"))
+    own_heads = next(one.num_heads for one in own.blocks.modules() if isinstance(one, Attention))
     head_width = own.embed_dim // own_heads
     width = student.width or own.embed_dim
     if student.heads is None:
