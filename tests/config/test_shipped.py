@@ -54,7 +54,7 @@ def test_what_is_not_there_is_answered_with_the_names(
     assert refusal(place) == f"{place}: no such file; {hint}{end}"
     assert refusal("x.yaml") == f"x.yaml: no such file; {end}"
     assert refusal("smok", STUDIES).endswith(
-        "study smoke? Give a path, or one of: first, pilot, smoke"
+        "study smoke? Give a path, or one of: cpu, cpu_finetune, first, pilot, smoke"
     )
     for odd in ("", "a\0b", "n" * 300, "../demo", str(tmp_path)):
         assert refusal(odd).endswith(end)

@@ -114,7 +114,7 @@ def wait_for(path: Path, limit_s: float = 60) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["torchrun"], ["deepspeed", "torch.distributed.run", "supervise"]]
+    "names", [["torchrun"], ["deepspeed", "torch.distributed.run", "supervise.py"]]
 )
 def test_the_outermost_launchers_death_is_a_request(tmp_path: Path, names: list[str]) -> None:
     launcher = run_under(tmp_path, names)

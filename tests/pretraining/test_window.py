@@ -27,7 +27,9 @@ def config_of(folder: Path, overrides: list[str]) -> Config:
 
 
 def test_class_folders_are_refused_before_anything_is_built(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"photos: sorted by class.*check_data\.py .* --pack OUT"):
+    with pytest.raises(
+        DataError, match=r"photos: sorted by class.*cmtmae check-data .* --pack OUT"
+    ):
         open_index(config_of(tmp_path, WINDOW), tmp_path, ALONE)
 
 

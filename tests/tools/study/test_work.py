@@ -132,8 +132,8 @@ def test_the_weights_of_one_study_are_fine_tuned_by_another(tmp_path: Path) -> N
     assert mae.folder == random.folder == before.folder
     assert len({mae.tuned, random.tuned, None}) == 3 and mae.linear != random.linear
     words = random.jobs[-1].arguments
-    assert words[:3] == ("launchers/finetune.py", "--config", "configs/finetune_tiny.yaml")
-    assert load_finetune(words[2], [word for word in words[3:] if "=" in word]).run.seed == 0
+    assert words[2:5] == ("finetune", "--config", "configs/finetune_tiny.yaml")
+    assert load_finetune(words[4], [word for word in words[5:] if "=" in word]).run.seed == 0
     assert words[words.index("--weights") + 1] == "random"
     assert words[words.index("--checkpoint") + 1] == str(mae.folder)
 
