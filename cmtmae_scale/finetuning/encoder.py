@@ -46,7 +46,8 @@ def encoder_from_dict(saved: dict[str, Any]) -> InitialEncoder:
     if "student" not in values:  # older checkpoints name architecture and patch size alone
         values["student"] = {key: values.pop(key) for key in ("arch", "patch_size")}
     values["student"] = StudentConfig(**values["student"])
-    return InitialEncoder(**values | {key: tuple(saved[key]) for key in ("mean", "std")})
+    values["mean"], values["std"] = tuple(saved["mean"]), tuple(saved["std"])
+    return InitialEncoder(**values)
 
 
 def weight_options(options: argparse.Namespace) -> dict[str, str | None]:
