@@ -1,0 +1,444 @@
+"""The plan of a run: memory, time, cost and traffic on a number of GPUs, as one dataclass.
+
+Counted: parameters, saved activations, FLOPs and bytes of every kernel, collectives and their
+bytes. Modelled: every time, from a fraction of the rates of a data sheet.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from cmtmae_scale.backends.fsdp import ranks_per_shard_group
+from cmtmae_scale.backends.traffic import HOP_S
+from cmtmae_scale.config.derive import (
+    BatchPlan,
+    batch_plan,
+    needs,
+    online_fraction,
+    split_batch,
+    total_steps,
+)
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.tools.cache_plan import (
+    VIEWS_PER_IMAGE,
+    Job,
+    Outlook,
+    Rates,
+    plan_manifest,
+    usable_codecs,
+    weigh_cache,
+)
+from cmtmae_scale.tools.estimate import (
+    MetaNetworks,
+    build_meta_networks,
+    count_shards,
+    saved_bytes,
+    state_bytes,
+)
+from cmtmae_scale.tools.plan.devices import KNOWN, Device
+from cmtmae_scale.tools.plan.kernels import (
+    StepKernels,
+    StepTime,
+    count_kernels,
+    device_seconds,
+    flops_per_view,
+)
+from cmtmae_scale.tools.plan.network import Exchange, step_traffic, time_exchanges
+
+GIB = 2**30
+DAY_S = 86400.0
+LAUNCH_S = 4e-6
+"""Host seconds per kernel; assumed, as by ``benchmark model``."""
+DECODE_VIEWS_S = 465.0
+"""Views of 224 pixels per CPU-second of ``data.decode=torch``; measured, docs/performance.md."""
+LAUNCHES, COMMUNICATION = "launches", "communication"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and their assumed rates."""
+
+    gpus: int
+    node_size: int
+    """GPUs per node."""
+    device: Device
+    fraction: float
+    """Fraction of the data sheet's FLOP/s and memory bandwidth that kernels reach."""
+    fraction_origin: str
+    link_fraction: float
+    """Fraction of the bandwidth of links and network that collectives reach."""
+    network_bytes_s: float
+    """Bytes per second of the network per GPU and direction, at best."""
+    price: float | None
+    """Of a GPU-hour, in any currency."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of a run."""
+
+    count: int | None
+    """``None``: unknown, which only a run with ``train.steps`` may leave open."""
+    origin: str
+    bytes_each: float
+    bytes_origin: str
+
+
+class Counted(NamedTuple):
+    """What is counted once for all numbers of GPUs."""
+
+    networks: MetaNetworks
+    kernels: StepKernels
+    saved_view: float
+    """Bytes of activations per view."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A run on a number of GPUs; all times are modelled."""
+
+    gpus: int
+    batch: BatchPlan
+    memory: dict[str, float]
+    """Bytes per GPU by part."""
+    device_s: float
+    """Kernels of a step."""
+    host_s: float
+    """Launches of a step."""
+    exchanges: list[Exchange]
+    steps: int
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes per GPU at the peak."""
+        return sum(self.memory.values())
+
+    @property
+    def communication_s(self) -> float:
+        """Seconds of the collectives of a step."""
+        return sum(one.seconds for one in self.exchanges)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step; collectives overlap with nothing."""
+        return max(self.device_s, self.host_s) + self.communication_s
+
+    @property
+    def images_s(self) -> float:
+        """Views per second of all GPUs."""
+        return self.batch.global_batch_size / self.step_s
+
+    @property
+    def days(self) -> float:
+        """Days of all steps."""
+        return self.steps * self.step_s / DAY_S
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of all steps."""
+        return 24 * self.days * self.gpus
+
+    @property
+    def limit(self) -> str | None:
+        """What takes longer than the kernels, if anything: more GPUs gain little then."""
+        if max(self.host_s, self.communication_s) <= self.device_s:
+            return None
+        return LAUNCHES if self.host_s > self.communication_s else COMMUNICATION
+
+
+@dataclass(frozen=True)
+class NodeData:
+    """What reading and decoding must deliver to a node; modelled."""
+
+    views_s: float
+    bytes_s: float
+    cores: float
+    """Cores that decode."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan; see ``make_plan``."""
+
+    name: str
+    cluster: Cluster
+    images: Images
+    chosen: Scale
+    scales: list[Scale]
+    """By number of GPUs."""
+    stop: str
+    """Where the global batch stops scaling, and why."""
+    flops_fraction: float
+    """FLOPs of a step by those of the data sheet in its time."""
+    data: NodeData
+    caches: list[Outlook]
+    refusal: str | None
+    """Why the run cannot work, and what to change."""
+
+
+def make_plan(config: Config, cluster: Cluster, images: Images) -> Plan:
+    """Plan a run on a cluster.
+
+    Args:
+        config: checked settings.
+        cluster: GPUs, and the rates that are assumed.
+        images: their number and size.
+
+    Raises:
+        ConfigError: a batch that the ranks cannot share, nodes of unequal size under
+            ``backend.sharding=hybrid``, or networks that cannot be built.
+    """
+    batch_plan(config, cluster.gpus)  # refused before anything is counted
+    if config.backend.name == "fsdp":
+        node_size = min(cluster.node_size, cluster.gpus)
+        ranks_per_shard_group(config.backend.sharding, cluster.gpus, node_size)
+    networks = build_meta_networks(config)
+    counted = Counted(networks, count_kernels(config), saved_bytes(config, networks.teacher))
+    chosen = plan_scale(config, counted, cluster, images, cluster.gpus)
+    scales = [
+        chosen if gpus == cluster.gpus else plan_scale(config, counted, cluster, images, gpus)
+        for gpus in list_gpus(config, cluster)
+    ]
+    flops = flops_per_view(counted.kernels, online_fraction(config)) * chosen.images_s
+    return Plan(
+        config.run.name,
+        cluster,
+        images,
+        chosen,
+        scales,
+        explain_stop(config, scales),
+        flops / cluster.gpus / peak_flops_s(config, cluster.device),
+        feed_node(chosen, cluster, images),
+        weigh_caches(config, counted, cluster, images, chosen),
+        refuse_memory(config, counted, cluster, chosen),
+    )
+
+
+def list_gpus(config: Config, cluster: Cluster) -> list[int]:
+    """Return the numbers of GPUs of the table: 1, nodes by powers of two, and the chosen number.
+
+    A number by which the global batch or a node cannot be divided is not listed.
+    """
+    total, found = config.train.global_batch_size, {1, cluster.gpus}
+    gpus = cluster.node_size
+    while gpus <= total:
+        found.add(gpus)
+        gpus *= 2
+    return sorted(one for one in found if total % one == 0)
+
+
+def peak_flops_s(config: Config, device: Device) -> float:
+    """Return the data sheet's FLOP/s in the compute dtype of a config."""
+    return device.bf16_flops_s if config.backend.precision == "bf16" else device.fp32_flops_s
+
+
+def plan_scale(
+    config: Config, counted: Counted, cluster: Cluster, images: Images, gpus: int
+) -> Scale:
+    """Plan the run on a number of GPUs that share the batch."""
+    node_size = min(cluster.node_size, gpus)
+    batch = batch_plan(config, gpus)
+    memory = state_bytes(config, gpus, counted.networks, node_size)
+    memory["activations"] = counted.saved_view * batch.micro_batch_size
+    shards = count_shards(config, gpus, node_size).states
+    time = time_step(config, counted.kernels, cluster, batch, shards, online_fraction(config))
+    traffic = step_traffic(config, counted.networks, gpus, node_size, batch.accumulation)
+    link = cluster.link_fraction * cluster.device.link_bytes_s
+    network = cluster.link_fraction * cluster.network_bytes_s
+    exchanges = time_exchanges(config, traffic, gpus, node_size, link, network)
+    steps = total_steps(config, images.count or 1)
+    return Scale(gpus, batch, memory, time.device_s, time.host_s, exchanges, steps)
+
+
+def time_step(
+    config: Config,
+    kernels: StepKernels,
+    cluster: Cluster,
+    batch: BatchPlan,
+    shards: int,
+    online: float,
+) -> StepTime:
+    """Model a step without communication.
+
+    Args:
+        config: for the compute dtype.
+        kernels: of the step.
+        cluster: rates.
+        batch: split of the batch.
+        shards: ranks that share the states; each updates its part.
+        online: fraction of micro-steps with a teacher's forward.
+    """
+    flops_s = cluster.fraction * peak_flops_s(config, cluster.device)
+    bytes_s = cluster.fraction * cluster.device.memory_bytes_s
+    views, times = batch.micro_batch_size, batch.accumulation
+
+    def run(group: str) -> float:
+        return device_seconds(getattr(kernels, group), views, flops_s, bytes_s)
+
+    micro_s = run("micro") + online * run("teacher")
+    launches = times * (len(kernels.micro) + online * len(kernels.teacher)) + len(kernels.update)
+    return StepTime(times * micro_s + run("update") / shards, launches * LAUNCH_S)
+
+
+def explain_stop(config: Config, scales: list[Scale]) -> str:
+    """Return where the global batch stops scaling, and why."""
+    total = config.train.global_batch_size
+    for one in scales:
+        if one.limit is None:
+            continue
+        slow_s = one.host_s if one.limit == LAUNCHES else one.communication_s
+        views = total // one.gpus
+        return (
+            f"train.global_batch_size={total} stops scaling at {one.gpus} GPUs: with {views} "
+            f"view{'s' if views > 1 else ''} per GPU and step, {one.limit} take {1e3 * slow_s:.1f} "
+            f"ms, kernels {1e3 * one.device_s:.1f} ms"
+        )
+    return (
+        f"train.global_batch_size={total} scales to {scales[-1].gpus} GPUs; above {total} GPUs "
+        "there are fewer views than ranks"
+    )
+
+
+def feed_node(scale: Scale, cluster: Cluster, images: Images) -> NodeData:
+    """Return what a node must read and decode."""
+    views_s = scale.images_s / scale.gpus * min(cluster.node_size, scale.gpus)
+    return NodeData(views_s, views_s * images.bytes_each, views_s / DECODE_VIEWS_S)
+
+
+def weigh_caches(
+    config: Config, counted: Counted, cluster: Cluster, images: Images, chosen: Scale
+) -> list[Outlook]:
+    """Weigh caches of the teacher against the online teacher; none without a teacher.
+
+    Decoding uses the workers of the recipe; the store is as fast as it must be.
+    """
+    teacher = counted.networks.teacher
+    if teacher is None or not needs(config).teacher or images.count is None:
+        return []
+    views = chosen.batch.micro_batch_size
+    shards = count_shards(config, chosen.gpus, min(cluster.node_size, chosen.gpus)).states
+    times = [
+        time_step(config, counted.kernels, cluster, chosen.batch, shards, online).seconds
+        + chosen.communication_s
+        for online in (0.0, 1.0)
+    ]
+    share = views * chosen.batch.accumulation
+    rates = Rates(
+        teacher=share / max(times[1] - times[0], 1e-12),
+        train=share / times[0],
+        decode=DECODE_VIEWS_S * config.data.workers,
+        write=float("inf"),
+        read=float("inf"),
+    )
+    draws = chosen.steps * config.train.global_batch_size
+    job = Job(images.count, draws, chosen.gpus, config.cache.spot_check)
+    return [
+        weigh_cache(job, rates, codec, count, plan_manifest(teacher, codec).row_bytes(), None)
+        for codec in usable_codecs(config)
+        for count in sorted({*VIEWS_PER_IMAGE, config.views.views_per_image or 1})
+    ]
+
+
+def refuse_memory(config: Config, counted: Counted, cluster: Cluster, chosen: Scale) -> str | None:
+    """Return why a run does not fit the device, and what to change; ``None``: it fits."""
+    usable = cluster.device.usable_bytes
+    if chosen.memory_bytes <= usable:
+        return None
+    remedies = list(find_remedies(config, counted, cluster, chosen))
+    remedies += [
+        f"--device {device.name}"
+        for device in sorted(KNOWN, key=lambda one: one.memory_bytes)
+        if device.usable_bytes >= chosen.memory_bytes
+    ][:1]
+    if not remedies:
+        remedies = ["a smaller student.arch"]
+    return (
+        f"{chosen.memory_bytes / GIB:.1f} GiB per GPU (modelled), but {cluster.device.name} has "
+        f"{usable / GIB:.1f} GiB for a run; use {' or '.join(remedies)}"
+    )
+
+
+def find_remedies(
+    config: Config, counted: Counted, cluster: Cluster, chosen: Scale
+) -> Iterator[str]:
+    """Yield overrides with which the run fits the device."""
+    usable, node_size = cluster.device.usable_bytes, min(cluster.node_size, chosen.gpus)
+    states = chosen.memory_bytes - chosen.memory["activations"]
+    most = int((usable - states) // counted.saved_view)
+    if most >= 1:
+        micro = split_batch(config.train.global_batch_size, most, chosen.gpus).micro_batch_size
+        yield f"train.micro_batch_size={micro}"
+    saved_view = {config.backend.activation_checkpointing: counted.saved_view}
+    teacher = counted.networks.teacher
+
+    def fit_views(changed: Config) -> int:
+        """Return the views per micro-batch that fit with other settings."""
+        key = changed.backend.activation_checkpointing
+        if key not in saved_view:
+            saved_view[key] = saved_bytes(changed, teacher)
+        held = state_bytes(changed, chosen.gpus, counted.networks, node_size)
+        return int((usable - sum(held.values())) // saved_view[key])
+
+    singles = list(list_changes(config, chosen.gpus))
+    pairs = [one | two for n, one in enumerate(singles) for two in singles[n + 1 :]]
+    views, is_found = chosen.batch.micro_batch_size, most >= 1
+    for changes in singles:
+        if fit_views(change_backend(config, changes)) >= views:
+            is_found = True
+            yield name_changes(changes)
+    for changes in () if is_found else (*singles, *pairs):
+        fitting = fit_views(change_backend(config, changes))
+        if fitting >= 1:
+            total = config.train.global_batch_size
+            micro = split_batch(total, fitting, chosen.gpus).micro_batch_size
+            yield f"{name_changes(changes)} train.micro_batch_size={min(micro, views)}"
+
+
+def list_changes(config: Config, gpus: int) -> Iterator[dict[str, object]]:
+    """Yield changes of the backend that save memory, by key."""
+    backend = config.backend
+    if not backend.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+    if gpus > 1 and backend.name == "fsdp" and backend.sharding != "full":
+        if backend.sharding == "replicate":
+            yield {"sharding": "hybrid"}
+        yield {"sharding": "full"}
+    if gpus > 1 and backend.name == "deepspeed":
+        if backend.zero_stage < 2:
+            yield {"zero_stage": 2}
+        if backend.zero_stage < 3:
+            yield {"zero_stage": 3, "compile": False}
+
+
+def change_backend(config: Config, changes: dict[str, object]) -> Config:
+    """Return a config with other settings of the backend."""
+    return replace(config, backend=replace(config.backend, **changes))  # pyright: ignore
+
+
+def name_changes(changes: dict[str, object]) -> str:
+    """Return changes as overrides."""
+    return " ".join(f"backend.{key}={str(value).lower()}" for key, value in changes.items())
+
+
+def list_assumptions(config: Config, cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """Yield what a plan assumes, by subject."""
+    device, dtype = cluster.device, config.backend.precision
+    yield (
+        "device",
+        f"{device.name}: {peak_flops_s(config, device) / 1e12:g} TFLOP/s in {dtype}, "
+        f"{device.memory_bytes / 1e9:g} GB at {device.memory_bytes_s / 1e12:g} TB/s, "
+        f"{device.link_bytes_s / 1e9:g} GB/s to the GPUs of its node ({device.source})",
+    )
+    yield "kernels", f"{cluster.fraction:.0%} of both rates: {cluster.fraction_origin}"
+    yield (
+        "network",
+        f"{cluster.network_bytes_s / 1e9:g} GB/s per GPU and direction (--network-gbit), of which "
+        f"and of the node's links {cluster.link_fraction:.0%} are reached, {1e6 * HOP_S:g} us per "
+        "hop of a ring; nothing overlaps",
+    )
+    yield "host", f"{1e6 * LAUNCH_S:g} us per launch of a kernel, ahead of the device"
+    yield (
+        "decoding",
+        f"{DECODE_VIEWS_S:g} views/s per core: measured on a CPU (docs/performance.md)",
+    )
+    yield "not in", "start-up, evaluation, checkpoints, failures, other users of the network"
