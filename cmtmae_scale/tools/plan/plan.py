@@ -51,7 +51,7 @@ LAUNCH_S = 4e-6
 """Host seconds per kernel; assumed, as by ``benchmark model``."""
 DECODE_VIEWS_S = 465.0
 """Views of 224 pixels per CPU-second of ``data.decode=torch``; measured, docs/performance.md."""
-LAUNCHES, COMMUNICATION = "launches", "communication"
+LAUNCHES, COLLECTIVES = "launches", "collectives"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Scale:
         """What takes longer than the kernels, if anything: more GPUs gain little then."""
         if max(self.host_s, self.communication_s) <= self.device_s:
             return None
-        return LAUNCHES if self.host_s > self.communication_s else COMMUNICATION
+        return LAUNCHES if self.host_s > self.communication_s else COLLECTIVES
 
 
 @dataclass(frozen=True)
@@ -289,14 +289,19 @@ def explain_stop(config: Config, scales: list[Scale]) -> str:
         slow_s = one.host_s if one.limit == LAUNCHES else one.communication_s
         views = total // one.gpus
         return (
-            f"train.global_batch_size={total} stops scaling at {one.gpus} GPUs: with {views} "
-            f"view{'s' if views > 1 else ''} per GPU and step, {one.limit} take {1e3 * slow_s:.1f} "
+            f"train.global_batch_size={total} stops scaling at {name_count(one.gpus, 'GPU')}: with "
+            f"{name_count(views, 'view')} per GPU and step, {one.limit} take {1e3 * slow_s:.1f} "
             f"ms, kernels {1e3 * one.device_s:.1f} ms"
         )
     return (
         f"train.global_batch_size={total} scales to {scales[-1].gpus} GPUs; above {total} GPUs "
         "there are fewer views than ranks"
     )
+
+
+def name_count(number: int, word: str) -> str:
+    """Return a number and a word, in the plural if need be."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def feed_node(scale: Scale, cluster: Cluster, images: Images) -> NodeData:

@@ -7,7 +7,7 @@ from cmtmae_scale.config.derive import explain_batch
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.cache_plan import format_bytes, format_hours, format_rate, outlook_table
 from cmtmae_scale.tools.plan.devices import RESERVE
-from cmtmae_scale.tools.plan.plan import GIB, Plan, Scale, list_assumptions
+from cmtmae_scale.tools.plan.plan import GIB, Plan, Scale, list_assumptions, name_count
 
 COLUMNS = 100
 LABEL = 17
@@ -39,8 +39,8 @@ def heading_lines(config: Config, plan: Plan) -> Iterator[str]:
     nodes = -(-cluster.gpus // cluster.node_size)
     size = min(cluster.node_size, cluster.gpus)
     yield (
-        f"{plan.name} on {count(cluster.gpus, cluster.device.name)}, "
-        f"{count(nodes, 'node')} of {size}; nothing here is measured on them"
+        f"{plan.name} on {cluster.gpus} x {cluster.device.name}, "
+        f"{name_count(nodes, 'node')} of {size}; nothing here is measured on them"
     )
     yield ""
     yield "assumed"
@@ -53,11 +53,6 @@ def heading_lines(config: Config, plan: Plan) -> Iterator[str]:
         yield labelled("images", f"{plan.images.count:,} ({plan.images.origin})")
     views = chosen.steps * chosen.batch.global_batch_size
     yield labelled("steps", f"{chosen.steps:,}, {views / 1e6:,.6g} M views")
-
-
-def count(number: int, word: str) -> str:
-    """Return a number and a word, in the plural if need be."""
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def memory_lines(plan: Plan) -> Iterator[str]:
@@ -79,7 +74,7 @@ def step_lines(plan: Plan) -> Iterator[str]:
     yield "time and cost, modelled"
     yield labelled("kernels", f"{1e3 * chosen.device_s:.1f} ms per step")
     yield labelled("launches", f"{1e3 * chosen.host_s:.1f} ms of the host, beside the kernels")
-    yield labelled("communication", f"{1e3 * chosen.communication_s:.1f} ms, after the kernels")
+    yield labelled("collectives", f"{1e3 * chosen.communication_s:.1f} ms, after the kernels")
     yield labelled("step", f"{1e3 * chosen.step_s:.1f} ms")
     yield labelled(
         "images/s",
@@ -88,7 +83,9 @@ def step_lines(plan: Plan) -> Iterator[str]:
     )
     cost = "" if price is None else f", which cost {format_cost(price * chosen.gpu_hours)}"
     yield labelled(
-        "whole run", f"{chosen.days:.3g} days, {format_hours(chosen.gpu_hours)} GPU-hours{cost}"
+        "whole run",
+        f"{format_hours(24 * chosen.days)} h, {chosen.days:.3g} days; "
+        f"{format_hours(chosen.gpu_hours)} GPU-hours{cost}",
     )
 
 
@@ -146,10 +143,11 @@ def cache_lines(config: Config, plan: Plan) -> Iterator[str]:
 
 def scaling_lines(plan: Plan) -> Iterator[str]:
     """Yield the table over numbers of GPUs, and where scaling stops."""
-    yield "scaling of this batch, modelled"
-    price, alone = plan.cluster.price, plan.scales[0].images_s
-    header = ["GPUs", "micro x acc.", "GiB", "kernels", "launches", "comm.", "step, ms"]
-    rows = [[*header, "images/s", "of linear", "days", *(["cost"] if price else []), "limit"]]
+    yield "scaling of this batch, modelled: kernels, launches and collectives in ms per step"
+    alone = plan.scales[0].images_s
+    header = ["GPUs", "micro x acc.", "GiB", "kernels", "launches", "collectives", "images/s"]
+    has_price = plan.cluster.price is not None
+    rows = [[*header, "of linear", "days", *(["cost"] if has_price else []), "limit"]]
     rows += [scale_row(one, plan, alone) for one in plan.scales]
     yield from aligned(rows)
     yield textwrap.fill(plan.stop, COLUMNS, initial_indent="  ", subsequent_indent="  ")
@@ -159,7 +157,7 @@ def scale_row(one: Scale, plan: Plan, alone: float) -> list[str]:
     """Return a row of the scaling table."""
     price, usable = plan.cluster.price, plan.cluster.device.usable_bytes
     limits = [one.limit or "", "memory" if one.memory_bytes > usable else ""]
-    parts = (one.device_s, one.host_s, one.communication_s, one.step_s)
+    parts = (one.device_s, one.host_s, one.communication_s)
     row = [str(one.gpus), f"{one.batch.micro_batch_size} x {one.batch.accumulation}"]
     row += [f"{one.memory_bytes / GIB:.1f}", *(f"{1e3 * seconds:,.1f}" for seconds in parts)]
     row += [format_rate(one.images_s), f"{one.images_s / one.gpus / alone:.0%}"]
