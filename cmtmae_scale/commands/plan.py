@@ -82,11 +82,10 @@ def show_plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     device = find_device(options.device)
     # Imported here so that --help and errors of the recipe cost no torch.
-    from cmtmae_scale.config.derive import batch_plan
-    from cmtmae_scale.tools.plan.plan import Cluster, make_plan
+    from cmtmae_scale.tools.plan.plan import Cluster, check_split, count_work, make_plan
     from cmtmae_scale.tools.plan.render import render_plan
 
-    batch_plan(config, options.gpus)  # before measured rows are modelled
+    check_split(config, options.gpus, options.gpus_per_node)
     images = count_run_images(config, options.image_kb)
     reached, origin = choose_fraction(options, config, device)
     network_bytes_s = options.network_gbit * 1e9 / 8
@@ -100,7 +99,7 @@ def show_plan(options: argparse.Namespace) -> int:
         network_bytes_s,
         options.price,
     )
-    plan = make_plan(config, cluster, images)
+    plan = make_plan(config, count_work(config), cluster, images)
     sys.stdout.write(render_plan(config, plan))
     if plan.refusal is None:
         return EXIT_DONE
@@ -120,11 +119,13 @@ def choose_fraction(
         return options.fraction, "given by --fraction"
     file = options.suite or SUITE
     if options.suite is not None or file.exists():
-        from cmtmae_scale.tools.plan.measured import find_fraction
+        from cmtmae_scale.tools.plan.kernels import count_kernels
+        from cmtmae_scale.tools.plan.measured import find_step, reached_fraction
 
-        found = find_fraction(file, config, device)
-        if found is not None:
-            return found
+        step = find_step(file, config, device)
+        if step is not None:
+            reached = reached_fraction(step, count_kernels(step.config), device)
+            return reached, f"row {step.row} of {file}, {step.images_s:,.0f} images/s measured"
     return FRACTION, "assumed (--fraction); no measured row of this student and device"
 
 

@@ -119,13 +119,14 @@ def state_bytes(
     if teacher is not None and builds_teacher(config):
         frozen = sum(p.numel() for p in teacher.model.parameters())
     copied = compute < 4 or shards.states > 1
-    # ZeRO keeps the whole momentum encoder on every rank, at every stage.
+    # ZeRO keeps the whole momentum encoder on every rank, at every stage. The module is a copy of
+    # the float32 EMA weights also in float32.
     averages = 1 if config.backend.name == "deepspeed" else shards.gathered
     return {
         "weights, moments": trained * 12 / shards.states,
         "gradients": trained * 4 / shards.gradients,
         "momentum": average * 4 / shards.states,
-        "gathered copies": copied * compute * (trained / shards.gathered + average / averages),
+        "gathered copies": compute * (copied * trained / shards.gathered + average / averages),
         "teacher": frozen * compute,
     }
 

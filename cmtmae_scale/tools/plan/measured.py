@@ -4,20 +4,26 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.plan.devices import Device
-from cmtmae_scale.tools.plan.kernels import StepKernels, count_kernels, device_seconds
+from cmtmae_scale.tools.plan.kernels import StepKernels, device_seconds
 from cmtmae_scale.tools.plan.plan import peak_flops_s
 
 
-def find_fraction(file: Path, config: Config, device: Device) -> tuple[float, str] | None:
-    """Return the fraction that a measured step of the same student reaches, and where it is from.
+class MeasuredStep(NamedTuple):
+    """A training step that the suite measured on one GPU."""
 
-    ``None``: the suite has no such row. A row with the same backend is preferred.
+    row: str
+    config: Config
+    images_s: float
+
+
+def find_step(file: Path, config: Config, device: Device) -> MeasuredStep | None:
+    """Return the measured step of the same student, if any; one of the same backend is preferred.
 
     Args:
         file: results of ``cmtmae benchmark suite``.
@@ -28,24 +34,18 @@ def find_fraction(file: Path, config: Config, device: Device) -> tuple[float, st
         ConfigError: if the file holds something else.
     """
     try:
-        rows = json.loads(file.read_text())["rows"]
-        found = list(list_rows(rows, device))
+        found = list(list_steps(json.loads(file.read_text())["rows"], device))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ConfigError(
             f"--suite {file}: not a result of cmtmae benchmark suite; name another file"
         ) from error
-    usable = [one for one in found if one[1].student.arch == config.student.arch]
-    usable.sort(key=lambda one: one[1].backend.name != config.backend.name)
-    if not usable:
-        return None
-    name, measured, images_s = usable[0]
-    bound_s = shortest_step_s(measured, count_kernels(measured), device)
-    step_s = measured.train.micro_batch_size / images_s
-    return bound_s / step_s, f"row {name} of {file}, {images_s:,.0f} images/s measured on one GPU"
+    usable = [one for one in found if one.config.student.arch == config.student.arch]
+    usable.sort(key=lambda one: one.config.backend.name != config.backend.name)
+    return usable[0] if usable else None
 
 
-def list_rows(rows: dict[str, Any], device: Device) -> Iterator[tuple[str, Config, float]]:
-    """Yield name, config and images per second of the training steps measured on a device."""
+def list_steps(rows: dict[str, Any], device: Device) -> Iterator[MeasuredStep]:
+    """Yield the training steps measured on a device."""
     for name, row in rows.items():
         is_own = device.name.split("-")[0] in str(row.get("device")).lower()
         results = row.get("results")
@@ -56,7 +56,10 @@ def list_rows(rows: dict[str, Any], device: Device) -> Iterator[tuple[str, Confi
             continue
         images_s = results[0].get("images_s", 0.0)
         if images_s > 0:
-            yield name, load_config(*recipe_of(words[words.index("train") + 1 :])), images_s
+            recipe, overrides = recipe_of(words[words.index("train") + 1 :])
+            # The suite runs in a clone; elsewhere its path stands for the shipped recipe.
+            found = recipe if Path(recipe).exists() else Path(recipe).stem
+            yield MeasuredStep(name, load_config(found, overrides), images_s)
 
 
 def recipe_of(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -73,8 +76,14 @@ def recipe_of(words: Sequence[str]) -> tuple[str, list[str]]:
     return recipe, overrides
 
 
-def shortest_step_s(config: Config, kernels: StepKernels, device: Device) -> float:
-    """Return the seconds of the kernels of a step of one micro-batch at the full rates."""
+def reached_fraction(step: MeasuredStep, kernels: StepKernels, device: Device) -> float:
+    """Return the seconds of a step's kernels at the full rates, divided by those measured.
+
+    Args:
+        step: one micro-batch on one GPU.
+        kernels: of its config.
+        device: that of the measurement.
+    """
     own = [*kernels.teacher, *kernels.micro, *kernels.update]
-    views, flops_s = config.train.micro_batch_size, peak_flops_s(config, device)
-    return device_seconds(own, views, flops_s, device.memory_bytes_s)
+    views, flops_s = step.config.train.micro_batch_size, peak_flops_s(step.config, device)
+    return device_seconds(own, views, flops_s, device.memory_bytes_s) / (views / step.images_s)

@@ -176,24 +176,36 @@ class Plan:
     """Why the run cannot work, and what to change."""
 
 
-def make_plan(config: Config, cluster: Cluster, images: Images) -> Plan:
+def check_split(config: Config, gpus: int, node_size: int) -> None:
+    """Refuse a number of GPUs that cannot share the batch or the weights, before all else.
+
+    Raises:
+        ConfigError: names what can.
+    """
+    batch_plan(config, gpus)
+    if config.backend.name == "fsdp":
+        ranks_per_shard_group(config.backend.sharding, gpus, min(node_size, gpus))
+
+
+def count_work(config: Config) -> Counted:
+    """Count the work of a run; takes seconds.
+
+    Raises:
+        ConfigError: networks that cannot be built.
+    """
+    networks = build_meta_networks(config)
+    return Counted(networks, count_kernels(config), saved_bytes(config, networks.teacher))
+
+
+def make_plan(config: Config, counted: Counted, cluster: Cluster, images: Images) -> Plan:
     """Plan a run on a cluster.
 
     Args:
-        config: checked settings.
+        config: checked settings that ``check_split`` accepts.
+        counted: of the config.
         cluster: GPUs, and the rates that are assumed.
         images: their number and size.
-
-    Raises:
-        ConfigError: a batch that the ranks cannot share, nodes of unequal size under
-            ``backend.sharding=hybrid``, or networks that cannot be built.
     """
-    batch_plan(config, cluster.gpus)  # refused before anything is counted
-    if config.backend.name == "fsdp":
-        node_size = min(cluster.node_size, cluster.gpus)
-        ranks_per_shard_group(config.backend.sharding, cluster.gpus, node_size)
-    networks = build_meta_networks(config)
-    counted = Counted(networks, count_kernels(config), saved_bytes(config, networks.teacher))
     chosen = plan_scale(config, counted, cluster, images, cluster.gpus)
     scales = [
         chosen if gpus == cluster.gpus else plan_scale(config, counted, cluster, images, gpus)

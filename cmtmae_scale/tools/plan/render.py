@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from cmtmae_scale.config.derive import explain_batch
+from cmtmae_scale.config.derive import explain_batch, needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.cache_plan import format_bytes, format_hours, format_rate, outlook_table
 from cmtmae_scale.tools.plan.devices import RESERVE
@@ -52,7 +52,7 @@ def heading_lines(config: Config, plan: Plan) -> Iterator[str]:
     if plan.images.count is not None:
         yield labelled("images", f"{plan.images.count:,} ({plan.images.origin})")
     views = chosen.steps * chosen.batch.global_batch_size
-    yield labelled("steps", f"{chosen.steps:,}, {views / 1e6:,.6g} M views")
+    yield labelled("steps", f"{chosen.steps:,}, {views:,} views")
 
 
 def memory_lines(plan: Plan) -> Iterator[str]:
@@ -127,10 +127,11 @@ def cache_lines(config: Config, plan: Plan) -> Iterator[str]:
     """Yield the size of a teacher cache, and when it pays."""
     yield "teacher cache against the online teacher, modelled"
     if not plan.caches:
-        yield "  nothing to weigh: the run uses no teacher, or the number of images is unknown"
+        unknown = "the number of images is unknown; give data.expected_images=N"
+        yield f"  none: {unknown if needs(config).teacher else 'the run uses no teacher'}"
         return
     node = min(plan.cluster.node_size, plan.cluster.gpus)
-    yield from (f"  {line}" for line in outlook_table(plan.caches, node).splitlines())
+    yield outlook_table(plan.caches, node)  # up to all columns
     yield from textwrap.wrap(
         f"Per GPU, node: bytes that training reads; the store is assumed to give them. Building "
         f"decodes with data.workers={config.data.workers} cores per GPU. #: no view is seen twice. "
@@ -143,11 +144,11 @@ def cache_lines(config: Config, plan: Plan) -> Iterator[str]:
 
 def scaling_lines(plan: Plan) -> Iterator[str]:
     """Yield the table over numbers of GPUs, and where scaling stops."""
-    yield "scaling of this batch, modelled: kernels, launches and collectives in ms per step"
+    yield "scaling of this batch, modelled: kernels, launches and communication in ms per step"
     alone = plan.scales[0].images_s
-    header = ["GPUs", "micro x acc.", "GiB", "kernels", "launches", "collectives", "images/s"]
+    header = ["GPUs", "micro x acc.", "GiB", "kernels", "launch", "comm.", "images/s"]
     has_price = plan.cluster.price is not None
-    rows = [[*header, "of linear", "days", *(["cost"] if has_price else []), "limit"]]
+    rows = [[*header, "linear", "days", *(["cost"] if has_price else []), "limit"]]
     rows += [scale_row(one, plan, alone) for one in plan.scales]
     yield from aligned(rows)
     yield textwrap.fill(plan.stop, COLUMNS, initial_indent="  ", subsequent_indent="  ")

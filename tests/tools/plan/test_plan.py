@@ -8,22 +8,25 @@ import pytest
 
 from cmtmae_scale.backends.traffic import Traffic, fsdp_traffic, zero_traffic
 from cmtmae_scale.commands.plan import FRACTION, plan_run
-from cmtmae_scale.config.derive import BatchPlan
+from cmtmae_scale.config.derive import BatchPlan, batch_plan
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
 from cmtmae_scale.tools.benchmark.step_model import NEVER_FUSED, TEACHER, record_step
-from cmtmae_scale.tools.estimate import build_meta_networks, memory_bytes
+from cmtmae_scale.tools.estimate import saved_bytes, state_bytes
+from cmtmae_scale.tools.plan import plan as plan_module
 from cmtmae_scale.tools.plan.devices import DEVICES, Device, find_device
-from cmtmae_scale.tools.plan.kernels import Kernel, StepKernels, count_kernels, moved_bytes
-from cmtmae_scale.tools.plan.measured import find_fraction, shortest_step_s
+from cmtmae_scale.tools.plan.kernels import Kernel, StepKernels, moved_bytes
+from cmtmae_scale.tools.plan.measured import find_step, reached_fraction
 from cmtmae_scale.tools.plan.network import step_traffic, sum_groups, time_exchanges
 from cmtmae_scale.tools.plan.plan import (
     DECODE_VIEWS_S,
     LAUNCH_S,
     Cluster,
+    Counted,
     Images,
     Plan,
+    count_work,
     make_plan,
     time_step,
 )
@@ -49,30 +52,30 @@ def config(recipe: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def kernels(config: Config) -> StepKernels:
-    return count_kernels(config)
+def counted(config: Config) -> Counted:
+    return count_work(config)
 
 
 @pytest.fixture(scope="module")
-def plan(config: Config) -> Plan:
-    return make_plan(config, CLUSTER, IMAGES)
+def plan(config: Config, counted: Counted) -> Plan:
+    return make_plan(config, counted, CLUSTER, IMAGES)
 
 
 def test_kernels_of_any_micro_batch_are_those_that_are_recorded(
-    config: Config, kernels: StepKernels
+    config: Config, counted: Counted
 ) -> None:
     train = replace(config.train, micro_batch_size=7)
     recorded = record_step(replace(config, train=train))
     for group, parts in (("teacher", (TEACHER,)), ("update", NEVER_FUSED)):
         own = [one for one in recorded if one.part in parts]
-        found = getattr(kernels, group)
+        found = getattr(counted.kernels, group)
         assert len(own) == len(found) > 0
         assert [one.flops for one in own] == [one.flops + 7 * one.flops_view for one in found]
         moved = [one.bytes + 7 * one.bytes_view for one in found]
         assert [moved_bytes(one) for one in own] == pytest.approx(moved)
     rest = [one for one in recorded if one.part not in (TEACHER, *NEVER_FUSED)]
     assert sum(one.flops for one in rest) == sum(
-        one.flops + 7 * one.flops_view for one in kernels.micro
+        one.flops + 7 * one.flops_view for one in counted.kernels.micro
     )
 
 
@@ -93,8 +96,8 @@ def test_the_time_of_a_step_is_that_of_a_loop_over_kernels(config: Config) -> No
     assert found.seconds == found.device_s
 
 
-def test_micro_steps_repeat_what_each_of_them_gathers(recipe: Path) -> None:
-    networks = build_meta_networks(load_config(recipe))
+def test_micro_steps_repeat_what_each_of_them_gathers(recipe: Path, counted: Counted) -> None:
+    networks = counted.networks
     model, momentum = networks.model, networks.momentum
     assert momentum is not None
     momentum.requires_grad_(False)
@@ -150,10 +153,11 @@ def test_collectives_take_the_links_of_a_node_or_the_adapters_of_all_its_ranks(
     assert found.path == "node"
 
 
-def test_a_plan_is_that_of_a_hand_calculation(plan: Plan, config: Config) -> None:
+def test_a_plan_is_that_of_a_hand_calculation(plan: Plan, config: Config, counted: Counted) -> None:
     chosen = plan.chosen
     assert chosen.batch == (64, 4, 8, 2)
-    expected = memory_bytes(config, 4, build_meta_networks(config))  # hybrid: the 4 of a node
+    expected = state_bytes(config, 4, counted.networks)  # hybrid: the 4 of a node
+    expected["activations"] = 4 * counted.saved_view
     assert chosen.memory == pytest.approx(expected)
     seconds = max(chosen.device_s, chosen.host_s)
     for one in chosen.exchanges:
@@ -182,55 +186,65 @@ def test_the_batch_scales_up_to_the_stop(plan: Plan) -> None:
         assert f"=64 stops scaling at {gpus[stop]} GPUs: with {64 // gpus[stop]} view" in plan.stop
 
 
-def test_a_batch_that_stays_busy_ends_where_views_do(config: Config) -> None:
-    fast = TINY._replace(link_bytes_s=1e15)
-    found = make_plan(config, replace(CLUSTER, device=fast, network_bytes_s=1e15), IMAGES)
-    limited = [one for one in found.scales if one.limit]
-    if limited:
-        assert limited[0].gpus > 16 and "hops" not in found.stop
-    else:
-        assert "above 64 GPUs there are fewer views than ranks" in found.stop
+def test_a_batch_that_stays_busy_ends_where_views_do(config: Config, counted: Counted) -> None:
+    slow = TINY._replace(bf16_flops_s=1e7, link_bytes_s=1e15)  # kernels take the longest
+    found = make_plan(config, counted, replace(CLUSTER, device=slow, network_bytes_s=1e15), IMAGES)
+    assert [one.limit for one in found.scales] == [None] * 6
+    assert "scales to 64 GPUs; above 64 GPUs there are fewer views than ranks" in found.stop
 
 
-@pytest.mark.parametrize("setting", [["backend.name=fsdp"], ["backend.name=deepspeed"]])
-def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, setting: list[str]) -> None:
-    config = load_config(recipe, [*BATCH, *setting])
-    networks = build_meta_networks(config)
-    parts = memory_bytes(config, 8, networks)
-    states = sum(parts.values()) - parts["activations"]
-    for room in (states + 0.6 * parts["activations"], 0.9 * states):
-        device = TINY._replace(memory_bytes=room / 0.92)
-        found = make_plan(config, replace(CLUSTER, node_size=8, device=device), IMAGES)
-        assert found.refusal is not None and " GiB for a run; use " in found.refusal
-        remedies = found.refusal.split("; use ")[1].split(" or ")
-        own = [one for one in remedies if not one.startswith("--device")]
-        assert own and "--device" in remedies[-1]
-        for remedy in own:
-            changed = load_config(recipe, [*BATCH, *setting, *remedy.split()])
-            assert sum(memory_bytes(changed, 8, networks).values()) <= room, remedy
+def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, counted: Counted) -> None:
+    checkpointing = load_config(recipe, [*HYBRID, "backend.activation_checkpointing=true"])
+    saved_view = {
+        False: counted.saved_view,
+        True: saved_bytes(checkpointing, counted.networks.teacher),
+    }
+
+    def held_bytes(config: Config) -> float:
+        views = batch_plan(config, 8).micro_batch_size
+        states = sum(state_bytes(config, 8, counted.networks).values())
+        return states + views * saved_view[config.backend.activation_checkpointing]
+
+    for name in ("fsdp", "deepspeed"):
+        line = [*BATCH, "backend.precision=bf16", f"backend.name={name}"]
+        config = load_config(recipe, line)
+        activations = 4 * counted.saved_view
+        states = held_bytes(config) - activations
+        for room in (states + 0.6 * activations, 0.9 * states):
+            cluster = replace(CLUSTER, node_size=8, device=TINY._replace(memory_bytes=room / 0.92))
+            found = make_plan(config, counted, cluster, IMAGES)
+            assert found.refusal is not None and " GiB for a run; use " in found.refusal
+            *remedies, device = found.refusal.split("; use ")[1].split(" or ")
+            assert remedies and device == "--device a100-40gb"
+            for remedy in remedies:
+                changed = load_config(recipe, [*line, *remedy.split()])
+                assert held_bytes(changed) <= room, remedy
 
 
-def test_a_measured_row_gives_the_fraction(recipe: Path, tmp_path: Path) -> None:
+def test_a_measured_row_gives_the_fraction(recipe: Path, counted: Counted, tmp_path: Path) -> None:
     command = (
         f"python launchers/benchmark.py train --config {recipe} --warm-up 5 --sweep "
-        "train.micro_batch_size=2,8 train.micro_batch_size=4"
+        "train.micro_batch_size=2,8 train.micro_batch_size=4 backend.precision=bf16"
     )
-    config, device = load_config(recipe, ["train.micro_batch_size=4"]), DEVICES["h200"]
-    bound_s = shortest_step_s(config, count_kernels(config), device)
+    config, device = load_config(recipe), DEVICES["h200"]
     row = {"state": "done", "small": False, "device": "1 x NVIDIA H200", "command": command}
-    row["results"] = [{"images_s": 4 / (bound_s / 0.25)}]
+    row["results"] = [{"images_s": 123.0}]
     rows = {"smoke": row | {"results": None}, "open": row | {"state": "failed"}, "large": row}
     file = tmp_path / "suite.json"
     file.write_text(json.dumps({"rows": rows}))
-    found = find_fraction(file, config, device)
-    assert found is not None and found[0] == pytest.approx(0.25)
-    assert "row large" in found[1] and "measured on one GPU" in found[1]
-    assert find_fraction(file, config, DEVICES["a100"]) is None
+    found = find_step(file, config, device)
+    assert found is not None and (found.row, found.images_s) == ("large", 123.0)
+    assert found.config.train.micro_batch_size == 4
+    kernels = StepKernels([Kernel(0, 989e12, 0, 0)], [Kernel(0, 0, 4.8e12, 0)], [])
+    # 4 s of matrix products and 1 s of traffic, measured as 4 views in 20 s.
+    assert reached_fraction(found._replace(images_s=0.2), kernels, device) == pytest.approx(0.25)
+    assert find_step(file, config, DEVICES["a100"]) is None
     other = load_config(recipe, ["student.arch=vit_tiny_patch16_224"])
-    assert find_fraction(file, other, device) is None
-    file.write_text("[]")
-    with pytest.raises(ConfigError, match="not a result of cmtmae benchmark suite"):
-        find_fraction(file, config, device)
+    assert find_step(file, other, device) is None
+    for text in ("[]", "{", '{"rows": {"large": 1}}'):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="not a result of cmtmae benchmark suite"):
+            find_step(file, config, device)
 
 
 @pytest.mark.parametrize(
@@ -261,19 +275,28 @@ def test_a_fraction_lies_above_zero_and_up_to_one(recipe: Path, value: str) -> N
 
 def test_the_command_prints_every_section(
     recipe: Path,
+    counted: Counted,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # without results of the suite
+    monkeypatch.setattr(plan_module, "count_kernels", lambda config: counted.kernels)
     line = ["--config", str(recipe), "--gpus", "2", "--price", "2", *BATCH]
     assert plan_run(line) == EXIT_DONE
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= COLUMNS
-    headings = [one for one in text.splitlines() if one and not one.startswith(" ")]
-    assert len(headings) == 9
-    for one in headings[3:]:
-        assert "modelled" in one, one
+    starts = ("memory", "time", "communication", "data", "teacher cache", "scaling")
+    headings = [one for one in text.splitlines() if one.startswith(starts)]
+    assert [one.split(",")[0].split(" per")[0].split(" against")[0] for one in headings] == [
+        "memory",
+        "time and cost",
+        "communication",
+        "data",
+        "teacher cache",
+        "scaling of this batch",
+    ]
+    assert all("modelled" in one for one in headings)
     assert f"{FRACTION:.0%} of both rates: assumed (--fraction)" in text
     assert "64 = 4 micro x 2 ranks x 8 accumulation" in text and ", which cost " in text
 
@@ -287,9 +310,13 @@ def test_the_rate_of_decoding_is_the_measured_one() -> None:
     assert f"`data.worker_type=process` | {DECODE_VIEWS_S:.0f} (" in page
 
 
-def test_a_plan_without_teacher_has_no_cache(plan: Plan, config: Config) -> None:
+def test_a_plan_without_caches_says_why(plan: Plan, config: Config) -> None:
     text = render_plan(config, replace(plan, caches=[]))
-    assert "nothing to weigh: the run uses no teacher" in text
+    assert "none: the number of images is unknown; give data.expected_images=N" in text
+    alone = replace(config.loss, teacher=0.0)
+    mask = replace(config.mask, sampler="random")
+    text = render_plan(replace(config, loss=alone, mask=mask), replace(plan, caches=[]))
+    assert "none: the run uses no teacher" in text
 
 
 @pytest.mark.slow
