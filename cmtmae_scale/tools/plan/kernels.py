@@ -78,7 +78,7 @@ def count_kernels(config: Config) -> StepKernels:
     )
 
 
-def kernels_by_part(config: Config, size: int) -> dict[str, list[Operation]]:
+def kernels_by_part(config: Config, size: int) -> dict[str, Sequence[Operation]]:
     """Return the kernels of a step of one micro-batch of a size, by part."""
     sized = replace(config, train=replace(config.train, micro_batch_size=size))
     return {part: kernels for part, _, kernels in list_kernels(sized, record_step(sized), ())}

@@ -35,7 +35,9 @@ def find_step(file: Path, config: Config, device: Device) -> MeasuredStep | None
     """
     try:
         found = list(list_steps(json.loads(file.read_text())["rows"], device))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(f"--suite {file}: {error.strerror}; name another file") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--suite {file}: not a result of cmtmae benchmark suite; name another file"
         ) from error

@@ -6,7 +6,7 @@ bytes. Modelled: every time, from a fraction of the rates of a data sheet.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cmtmae_scale.backends.fsdp import ranks_per_shard_group
 from cmtmae_scale.backends.traffic import HOP_S
@@ -306,8 +306,8 @@ def explain_stop(config: Config, scales: list[Scale]) -> str:
             f"ms, kernels {1e3 * one.device_s:.1f} ms"
         )
     return (
-        f"train.global_batch_size={total} scales to {scales[-1].gpus} GPUs; above {total} GPUs "
-        "there are fewer views than ranks"
+        f"train.global_batch_size={total} scales to {name_count(scales[-1].gpus, 'GPU')}; above "
+        f"{name_count(total, 'GPU')} there are fewer views than ranks"
     )
 
 
@@ -341,7 +341,7 @@ def weigh_caches(
     ]
     share = views * chosen.batch.accumulation
     rates = Rates(
-        teacher=share / max(times[1] - times[0], 1e-12),
+        teacher=share / (times[1] - times[0]),
         train=share / times[0],
         decode=DECODE_VIEWS_S * config.data.workers,
         write=float("inf"),
@@ -411,7 +411,7 @@ def find_remedies(
             yield f"{name_changes(changes)} train.micro_batch_size={min(micro, views)}"
 
 
-def list_changes(config: Config, gpus: int) -> Iterator[dict[str, object]]:
+def list_changes(config: Config, gpus: int) -> Iterator[dict[str, Any]]:
     """Yield changes of the backend that save memory, by key."""
     backend = config.backend
     if not backend.activation_checkpointing:
@@ -427,12 +427,12 @@ def list_changes(config: Config, gpus: int) -> Iterator[dict[str, object]]:
             yield {"zero_stage": 3, "compile": False}
 
 
-def change_backend(config: Config, changes: dict[str, object]) -> Config:
+def change_backend(config: Config, changes: dict[str, Any]) -> Config:
     """Return a config with other settings of the backend."""
-    return replace(config, backend=replace(config.backend, **changes))  # pyright: ignore
+    return replace(config, backend=replace(config.backend, **changes))
 
 
-def name_changes(changes: dict[str, object]) -> str:
+def name_changes(changes: dict[str, Any]) -> str:
     """Return changes as overrides."""
     return " ".join(f"backend.{key}={str(value).lower()}" for key, value in changes.items())
 
