@@ -83,6 +83,7 @@ def show_plan(options: argparse.Namespace) -> int:
     device = find_device(options.device)
     # Imported here so that --help and errors of the recipe cost no torch.
     from cmtmae_scale.tools.plan.plan import Cluster, check_split, count_work, make_plan
+    from cmtmae_scale.tools.plan.remedies import refuse_memory
     from cmtmae_scale.tools.plan.render import render_plan
 
     check_split(config, options.gpus, options.gpus_per_node)
@@ -99,11 +100,13 @@ def show_plan(options: argparse.Namespace) -> int:
         network_bytes_s,
         options.price,
     )
-    plan = make_plan(config, count_work(config), cluster, images)
+    counted = count_work(config)
+    plan = make_plan(config, counted, cluster, images)
     sys.stdout.write(render_plan(config, plan))
-    if plan.refusal is None:
+    refusal = refuse_memory(config, counted, cluster, plan.chosen)
+    if refusal is None:
         return EXIT_DONE
-    sys.stderr.write(f"{options.config} cannot work: {plan.refusal}\n")
+    show_error(f"{options.config} cannot work: {refusal}")
     return EXIT_CONFIG
 
 

@@ -4,20 +4,11 @@ Counted: parameters, saved activations, FLOPs and bytes of every kernel, collect
 bytes. Modelled: every time, from a fraction of the rates of a data sheet.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from cmtmae_scale.backends.fsdp import ranks_per_shard_group
-from cmtmae_scale.backends.traffic import HOP_S
-from cmtmae_scale.config.derive import (
-    BatchPlan,
-    batch_plan,
-    needs,
-    online_fraction,
-    split_batch,
-    total_steps,
-)
+from cmtmae_scale.config.derive import BatchPlan, batch_plan, needs, online_fraction, total_steps
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.cache_plan import (
     VIEWS_PER_IMAGE,
@@ -35,7 +26,7 @@ from cmtmae_scale.tools.estimate import (
     saved_bytes,
     state_bytes,
 )
-from cmtmae_scale.tools.plan.devices import KNOWN, Device
+from cmtmae_scale.tools.plan.devices import Device
 from cmtmae_scale.tools.plan.kernels import (
     StepKernels,
     StepTime,
@@ -45,7 +36,6 @@ from cmtmae_scale.tools.plan.kernels import (
 )
 from cmtmae_scale.tools.plan.network import Exchange, step_traffic, time_exchanges
 
-GIB = 2**30
 DAY_S = 86400.0
 LAUNCH_S = 4e-6
 """Host seconds per kernel; assumed, as by ``benchmark model``."""
@@ -172,8 +162,6 @@ class Plan:
     """FLOPs of a step by those of the data sheet in its time."""
     data: NodeData
     caches: list[Outlook]
-    refusal: str | None
-    """Why the run cannot work, and what to change."""
 
 
 def check_split(config: Config, gpus: int, node_size: int) -> None:
@@ -222,7 +210,6 @@ def make_plan(config: Config, counted: Counted, cluster: Cluster, images: Images
         flops / cluster.gpus / peak_flops_s(config, cluster.device),
         feed_node(chosen, cluster, images),
         weigh_caches(config, counted, cluster, images, chosen),
-        refuse_memory(config, counted, cluster, chosen),
     )
 
 
@@ -354,108 +341,3 @@ def weigh_caches(
         for codec in usable_codecs(config)
         for count in sorted({*VIEWS_PER_IMAGE, config.views.views_per_image or 1})
     ]
-
-
-def refuse_memory(config: Config, counted: Counted, cluster: Cluster, chosen: Scale) -> str | None:
-    """Return why a run does not fit the device, and what to change; ``None``: it fits."""
-    usable = cluster.device.usable_bytes
-    if chosen.memory_bytes <= usable:
-        return None
-    remedies = list(find_remedies(config, counted, cluster, chosen))
-    remedies += [
-        f"--device {device.name}"
-        for device in sorted(KNOWN, key=lambda one: one.memory_bytes)
-        if device.usable_bytes >= chosen.memory_bytes
-    ][:1]
-    if not remedies:
-        remedies = ["a smaller student.arch"]
-    return (
-        f"{chosen.memory_bytes / GIB:.1f} GiB per GPU (modelled), but {cluster.device.name} has "
-        f"{usable / GIB:.1f} GiB for a run; use {' or '.join(remedies)}"
-    )
-
-
-def find_remedies(
-    config: Config, counted: Counted, cluster: Cluster, chosen: Scale
-) -> Iterator[str]:
-    """Yield overrides with which the run fits the device."""
-    usable, node_size = cluster.device.usable_bytes, min(cluster.node_size, chosen.gpus)
-    states = chosen.memory_bytes - chosen.memory["activations"]
-    most = int((usable - states) // counted.saved_view)
-    if most >= 1:
-        micro = split_batch(config.train.global_batch_size, most, chosen.gpus).micro_batch_size
-        yield f"train.micro_batch_size={micro}"
-    saved_view = {config.backend.activation_checkpointing: counted.saved_view}
-    teacher = counted.networks.teacher
-
-    def fit_views(changed: Config) -> int:
-        """Return the views per micro-batch that fit with other settings."""
-        key = changed.backend.activation_checkpointing
-        if key not in saved_view:
-            saved_view[key] = saved_bytes(changed, teacher)
-        held = state_bytes(changed, chosen.gpus, counted.networks, node_size)
-        return int((usable - sum(held.values())) // saved_view[key])
-
-    singles = list(list_changes(config, chosen.gpus))
-    pairs = [one | two for n, one in enumerate(singles) for two in singles[n + 1 :]]
-    views, is_found = chosen.batch.micro_batch_size, most >= 1
-    for changes in singles:
-        if fit_views(change_backend(config, changes)) >= views:
-            is_found = True
-            yield name_changes(changes)
-    for changes in () if is_found else (*singles, *pairs):
-        fitting = fit_views(change_backend(config, changes))
-        if fitting >= 1:
-            total = config.train.global_batch_size
-            micro = split_batch(total, fitting, chosen.gpus).micro_batch_size
-            yield f"{name_changes(changes)} train.micro_batch_size={min(micro, views)}"
-
-
-def list_changes(config: Config, gpus: int) -> Iterator[dict[str, Any]]:
-    """Yield changes of the backend that save memory, by key."""
-    backend = config.backend
-    if not backend.activation_checkpointing:
-        yield {"activation_checkpointing": True}
-    if gpus > 1 and backend.name == "fsdp" and backend.sharding != "full":
-        if backend.sharding == "replicate":
-            yield {"sharding": "hybrid"}
-        yield {"sharding": "full"}
-    if gpus > 1 and backend.name == "deepspeed":
-        if backend.zero_stage < 2:
-            yield {"zero_stage": 2}
-        if backend.zero_stage < 3:
-            yield {"zero_stage": 3, "compile": False}
-
-
-def change_backend(config: Config, changes: dict[str, Any]) -> Config:
-    """Return a config with other settings of the backend."""
-    return replace(config, backend=replace(config.backend, **changes))
-
-
-def name_changes(changes: dict[str, Any]) -> str:
-    """Return changes as overrides."""
-    return " ".join(f"backend.{key}={str(value).lower()}" for key, value in changes.items())
-
-
-def list_assumptions(config: Config, cluster: Cluster) -> Iterator[tuple[str, str]]:
-    """Yield what a plan assumes, by subject."""
-    device, dtype = cluster.device, config.backend.precision
-    yield (
-        "device",
-        f"{device.name}: {peak_flops_s(config, device) / 1e12:g} TFLOP/s in {dtype}, "
-        f"{device.memory_bytes / 1e9:g} GB at {device.memory_bytes_s / 1e12:g} TB/s, "
-        f"{device.link_bytes_s / 1e9:g} GB/s to the GPUs of its node ({device.source})",
-    )
-    yield "kernels", f"{cluster.fraction:.0%} of both rates: {cluster.fraction_origin}"
-    yield (
-        "network",
-        f"{cluster.network_bytes_s / 1e9:g} GB/s per GPU and direction (--network-gbit), of which "
-        f"and of the node's links {cluster.link_fraction:.0%} are reached, {1e6 * HOP_S:g} us per "
-        "hop of a ring; nothing overlaps",
-    )
-    yield "host", f"{1e6 * LAUNCH_S:g} us per launch of a kernel, ahead of the device"
-    yield (
-        "decoding",
-        f"{DECODE_VIEWS_S:g} views/s per core: measured on a CPU (docs/performance.md)",
-    )
-    yield "not in", "start-up, evaluation, checkpoints, failures, other users of the network"

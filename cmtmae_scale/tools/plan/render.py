@@ -3,11 +3,21 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from cmtmae_scale.backends.traffic import HOP_S
 from cmtmae_scale.config.derive import explain_batch, needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.cache_plan import format_bytes, format_hours, format_rate, outlook_table
 from cmtmae_scale.tools.plan.devices import RESERVE
-from cmtmae_scale.tools.plan.plan import GIB, Plan, Scale, list_assumptions, name_count
+from cmtmae_scale.tools.plan.plan import (
+    DECODE_VIEWS_S,
+    LAUNCH_S,
+    Cluster,
+    Plan,
+    Scale,
+    name_count,
+    peak_flops_s,
+)
+from cmtmae_scale.tools.plan.remedies import GIB
 
 COLUMNS = 100
 LABEL = 17
@@ -53,6 +63,30 @@ def heading_lines(config: Config, plan: Plan) -> Iterator[str]:
         yield labelled("images", f"{plan.images.count:,} ({plan.images.origin})")
     views = chosen.steps * chosen.batch.global_batch_size
     yield labelled("steps", f"{chosen.steps:,}, {views:,} views")
+
+
+def list_assumptions(config: Config, cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """Yield what a plan assumes, by subject."""
+    device, dtype = cluster.device, config.backend.precision
+    yield (
+        "device",
+        f"{device.name}: {peak_flops_s(config, device) / 1e12:g} TFLOP/s in {dtype}, "
+        f"{device.memory_bytes / 1e9:g} GB at {device.memory_bytes_s / 1e12:g} TB/s, "
+        f"{device.link_bytes_s / 1e9:g} GB/s to the GPUs of its node ({device.source})",
+    )
+    yield "kernels", f"{cluster.fraction:.0%} of both rates: {cluster.fraction_origin}"
+    yield (
+        "network",
+        f"{cluster.network_bytes_s / 1e9:g} GB/s per GPU and direction (--network-gbit), of which "
+        f"and of the node's links {cluster.link_fraction:.0%} are reached, {1e6 * HOP_S:g} us per "
+        "hop of a ring; nothing overlaps",
+    )
+    yield "host", f"{1e6 * LAUNCH_S:g} us per launch of a kernel, ahead of the device"
+    yield (
+        "decoding",
+        f"{DECODE_VIEWS_S:g} views/s per core: measured on a CPU (docs/performance.md)",
+    )
+    yield "not in", "start-up, evaluation, checkpoints, failures, other users of the network"
 
 
 def memory_lines(plan: Plan) -> Iterator[str]:

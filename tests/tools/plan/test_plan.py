@@ -28,8 +28,10 @@ from cmtmae_scale.tools.plan.plan import (
     Plan,
     count_work,
     make_plan,
+    plan_scale,
     time_step,
 )
+from cmtmae_scale.tools.plan.remedies import refuse_memory
 from cmtmae_scale.tools.plan.render import COLUMNS, render_plan
 from tests.engine.run_case import write_recipe
 
@@ -169,7 +171,8 @@ def test_a_plan_is_that_of_a_hand_calculation(plan: Plan, config: Config, counte
     assert plan.data.views_s == pytest.approx(64 / seconds / 2)  # two nodes
     assert plan.data.bytes_s == pytest.approx(plan.data.views_s * 2e5)
     assert plan.data.cores == pytest.approx(plan.data.views_s / DECODE_VIEWS_S)
-    assert 0 < plan.flops_fraction < 0.5 and plan.refusal is None
+    assert 0 < plan.flops_fraction < 0.5
+    assert refuse_memory(config, counted, CLUSTER, chosen) is None
     cache = plan.caches[0]
     assert cache.online_h == pytest.approx(100 * seconds / 3600)
 
@@ -212,9 +215,10 @@ def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, counted: Counte
         states = held_bytes(config) - activations
         for room in (states + 0.6 * activations, 0.9 * states):
             cluster = replace(CLUSTER, node_size=8, device=TINY._replace(memory_bytes=room / 0.92))
-            found = make_plan(config, counted, cluster, IMAGES)
-            assert found.refusal is not None and " GiB for a run; use " in found.refusal
-            *remedies, device = found.refusal.split("; use ")[1].split(" or ")
+            scale = plan_scale(config, counted, cluster, IMAGES, 8)
+            refusal = refuse_memory(config, counted, cluster, scale)
+            assert refusal is not None and " GiB for a run; use " in refusal
+            *remedies, device = refusal.split("; use ")[1].split(" or ")
             assert remedies and device == "--device a100-40gb"
             for remedy in remedies:
                 changed = load_config(recipe, [*line, *remedy.split()])
