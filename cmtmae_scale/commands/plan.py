@@ -49,21 +49,27 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         hint=key_hint,
     )
     parser.add_argument("--config", required=True, help=RECIPE_HELP)
-    parser.add_argument("--gpus", required=True, type=at_least_one, metavar="N")
-    parser.add_argument("--gpus-per-node", type=at_least_one, default=8, metavar="N", help="8")
-    parser.add_argument("--device", default="h100", help=f"{', '.join(DEVICES)}; h100")
+    parser.add_argument(
+        "--gpus", required=True, type=at_least_one, metavar="N", help="one rank on each"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=at_least_one, default=8, metavar="N", help="default: 8"
+    )
+    parser.add_argument("--device", default="h100", help=f"{', '.join(DEVICES)}; default: h100")
     parser.add_argument("--price", type=not_negative, help="of a GPU-hour, in any currency")
     parser.add_argument(
-        "--network-gbit", type=above_zero, default=400.0, help="per GPU and direction; 400 Gbit/s"
+        "--network-gbit", type=above_zero, default=400.0, help="per GPU and direction; default: 400"
     )
     parser.add_argument(
         "--fraction",
         type=fraction,
-        help=f"of the data sheet's rates that a step reaches; {FRACTION:g}, or as measured",
+        help=f"of the data sheet's rates that kernels reach; default: measured, else {FRACTION:g}",
     )
-    parser.add_argument("--image-kb", type=above_zero, help=f"mean size of a file; {IMAGE_KB:g}")
     parser.add_argument(
-        "--suite", type=Path, help=f"results of cmtmae benchmark suite; {SUITE} if it exists"
+        "--image-kb", type=above_zero, help=f"mean size of a file; default: {IMAGE_KB:g}"
+    )
+    parser.add_argument(
+        "--suite", type=Path, help=f"results of cmtmae benchmark suite; default: {SUITE}"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser.parse_intermixed_args(arguments)
@@ -138,7 +144,6 @@ def count_run_images(config: "Config", image_kb: float | None) -> "Images":
     Raises:
         ConfigError: if the length of the run needs their number, and it is unknown.
     """
-    from cmtmae_scale.commands.dry_run import count_images
     from cmtmae_scale.tools.plan.plan import Images
 
     size, origin = 1e3 * (image_kb or IMAGE_KB), "given" if image_kb else "ImageNet-1K's"
@@ -146,6 +151,8 @@ def count_run_images(config: "Config", image_kb: float | None) -> "Images":
         return Images(
             config.data.expected_images, "data.expected_images; not counted", size, origin
         )
+    from cmtmae_scale.commands.dry_run import count_images
+
     reasons: list[str] = []
     index, images, source = count_images(config, reasons)
     if images is None and config.train.steps is None:
