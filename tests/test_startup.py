@@ -26,6 +26,7 @@ RECIPES = {
     "pretrain": ["--config", "configs/demo.yaml", WRONG],
     "precompute": ["--config", "demo", WRONG],
     "finetune": ["--config", "configs/finetune_base.yaml", "--checkpoint", "runs/x", WRONG],
+    "plan": ["--config", "demo", "--gpus", "8", WRONG],
     "study": ["STUDY"],
     "benchmark": ["train", "--config", "configs/demo.yaml", WRONG],
     "demo": [WRONG],

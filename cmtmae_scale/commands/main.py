@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "export": Command("export", "export_weights", "write weights for timm or transformers"),
     "check-data": Command("check_data", "check_data", "decode, report and pack a data set"),
+    "plan": Command("plan", "plan_run", "memory, time, cost and traffic on N GPUs"),
     "report": Command("report", "write_report", "one page about one run or several"),
     "study": Command("study", "run_study", "run a table of runs, with statistics"),
     "benchmark": Command("benchmark", "run_benchmark", "measure speed and memory"),

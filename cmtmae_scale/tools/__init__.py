@@ -1,1 +1,1 @@
-"""Reports, studies, benchmarks, figures and the demo; no training run imports them."""
+"""Reports, studies, benchmarks, plans, figures and the demo; no training run imports them."""

@@ -90,20 +90,28 @@ class Shards(NamedTuple):
     """Copies in the compute dtype."""
 
 
-def count_shards(config: Config, world_size: int) -> Shards:
-    """Return the backend's sharding, for 8 ranks per node."""
+def count_shards(config: Config, world_size: int, node_size: int = 8) -> Shards:
+    """Return the backend's sharding, for ``node_size`` ranks per node."""
     if config.backend.name == "deepspeed":
         stage = config.backend.zero_stage
         return Shards(world_size, world_size if stage >= 2 else 1, world_size if stage >= 3 else 1)
-    counts = {"replicate": 1, "hybrid": min(8, world_size), "full": world_size}
+    counts = {"replicate": 1, "hybrid": min(node_size, world_size), "full": world_size}
     count = counts[config.backend.sharding]
     return Shards(count, count, count if config.backend.sharding == "full" else 1)
 
 
 def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dict[str, float]:
     """Return bytes per GPU by kind at the peak, the end of a forward."""
+    activations = saved_bytes(config, networks.teacher) * views_per_forward(config, world_size)
+    return state_bytes(config, world_size, networks) | {"activations": activations}
+
+
+def state_bytes(
+    config: Config, world_size: int, networks: MetaNetworks, node_size: int = 8
+) -> dict[str, float]:
+    """Return the bytes per GPU, by kind, that do not depend on the micro-batch size."""
     model, momentum, teacher = networks
-    shards = count_shards(config, world_size)
+    shards = count_shards(config, world_size, node_size)
     compute = compute_dtype(config).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     average = sum(p.numel() for p in momentum.parameters()) if momentum is not None else 0
@@ -111,15 +119,15 @@ def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dic
     if teacher is not None and builds_teacher(config):
         frozen = sum(p.numel() for p in teacher.model.parameters())
     copied = compute < 4 or shards.states > 1
-    # ZeRO keeps the whole momentum encoder on every rank, at every stage.
+    # ZeRO keeps the whole momentum encoder on every rank, at every stage. The module is a copy of
+    # the float32 EMA weights also in float32.
     averages = 1 if config.backend.name == "deepspeed" else shards.gathered
     return {
         "weights, moments": trained * 12 / shards.states,
         "gradients": trained * 4 / shards.gradients,
         "momentum": average * 4 / shards.states,
-        "gathered copies": copied * compute * (trained / shards.gathered + average / averages),
+        "gathered copies": compute * (copied * trained / shards.gathered + average / averages),
         "teacher": frozen * compute,
-        "activations": saved_bytes(config, teacher) * views_per_forward(config, world_size),
     }
 
 

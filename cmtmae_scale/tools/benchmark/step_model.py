@@ -226,15 +226,23 @@ def sum_step(
     config: Config, operations: Sequence[Operation], rates: Rates, eager: Sequence[str]
 ) -> ModelledStep:
     """Sum recorded operations by part, see ``model_step``."""
-    last_use = find_last_uses(operations)
     step = ModelledStep(config.train.micro_batch_size, rates)
+    for part, compiled, kernels in list_kernels(config, operations, eager):
+        step.parts.append(sum_work(part, compiled, kernels, rates))
+    return step
+
+
+def list_kernels(
+    config: Config, operations: Sequence[Operation], eager: Sequence[str]
+) -> Iterator[tuple[str, bool, Sequence[Operation]]]:
+    """Yield each part that has kernels, whether it is compiled, and its kernels in order."""
+    last_use = find_last_uses(operations)
     for part in PARTS:
         compiled = config.backend.compile and part not in (*eager, *NEVER_FUSED)
         own = [(n, one) for n, one in enumerate(operations) if one.part == part]
         kernels = fuse(own, last_use) if compiled else [one for _, one in own]
         if kernels:
-            step.parts.append(sum_work(part, compiled, kernels, rates))
-    return step
+            yield part, compiled, kernels
 
 
 def sum_work(part: str, compiled: bool, kernels: Sequence[Operation], rates: Rates) -> Work:

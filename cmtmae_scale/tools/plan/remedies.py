@@ -1,0 +1,94 @@
+"""What to change where a run needs more memory than the device has."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from cmtmae_scale.config.derive import split_batch
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.tools.estimate import saved_bytes, state_bytes
+from cmtmae_scale.tools.plan.devices import KNOWN
+from cmtmae_scale.tools.plan.plan import Cluster, Counted, Scale
+
+GIB = 2**30
+
+
+def refuse_memory(config: Config, counted: Counted, cluster: Cluster, chosen: Scale) -> str | None:
+    """Return why a run does not fit the device, and what to change; ``None``: it fits."""
+    usable = cluster.device.usable_bytes
+    if chosen.memory_bytes <= usable:
+        return None
+    remedies = list(dict.fromkeys(find_remedies(config, counted, cluster, chosen)))
+    remedies += [
+        f"--device {device.name}"
+        for device in sorted(KNOWN, key=lambda one: one.memory_bytes)
+        if device.usable_bytes >= chosen.memory_bytes
+    ][:1]
+    if not remedies:
+        remedies = ["a smaller student.arch"]
+    return (
+        f"{chosen.memory_bytes / GIB:.1f} GiB per GPU (modelled), but {cluster.device.name} has "
+        f"{usable / GIB:.1f} GiB for a run; use {' or '.join(remedies)}"
+    )
+
+
+def find_remedies(
+    config: Config, counted: Counted, cluster: Cluster, chosen: Scale
+) -> Iterator[str]:
+    """Yield overrides with which the run fits the device."""
+    usable, node_size = cluster.device.usable_bytes, min(cluster.node_size, chosen.gpus)
+    states = chosen.memory_bytes - chosen.memory["activations"]
+    most = int((usable - states) // counted.saved_view)
+    if most >= 1:
+        micro = split_batch(config.train.global_batch_size, most, chosen.gpus).micro_batch_size
+        yield f"train.micro_batch_size={micro}"
+    saved_view = {config.backend.activation_checkpointing: counted.saved_view}
+    teacher = counted.networks.teacher
+
+    def fit_views(changed: Config) -> int:
+        """Return the views per micro-batch that fit with other settings."""
+        key = changed.backend.activation_checkpointing
+        if key not in saved_view:
+            saved_view[key] = saved_bytes(changed, teacher)
+        held = state_bytes(changed, chosen.gpus, counted.networks, node_size)
+        return int((usable - sum(held.values())) // saved_view[key])
+
+    singles = list(list_changes(config, chosen.gpus, node_size))
+    pairs = [one | two for n, one in enumerate(singles) for two in singles[n + 1 :]]
+    views, is_found = chosen.batch.micro_batch_size, most >= 1
+    for changes in singles:
+        if fit_views(change_backend(config, changes)) >= views:
+            is_found = True
+            yield name_changes(changes)
+    for changes in () if is_found else (*singles, *pairs):
+        fitting = fit_views(change_backend(config, changes))
+        if fitting >= 1:
+            total = config.train.global_batch_size
+            micro = split_batch(total, fitting, chosen.gpus).micro_batch_size
+            yield f"{name_changes(changes)} train.micro_batch_size={min(micro, views)}"
+
+
+def list_changes(config: Config, gpus: int, node_size: int) -> Iterator[dict[str, Any]]:
+    """Yield changes of the backend that save memory, by key."""
+    backend = config.backend
+    if not backend.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+    if gpus > 1 and backend.name == "fsdp" and backend.sharding != "full":
+        if backend.sharding == "replicate" and gpus % node_size == 0:
+            yield {"sharding": "hybrid"}
+        yield {"sharding": "full"}
+    if gpus > 1 and backend.name == "deepspeed":
+        if backend.zero_stage < 2:
+            yield {"zero_stage": 2}
+        if backend.zero_stage < 3:
+            yield {"zero_stage": 3, "compile": False}
+
+
+def change_backend(config: Config, changes: dict[str, Any]) -> Config:
+    """Return a config with other settings of the backend."""
+    return replace(config, backend=replace(config.backend, **changes))
+
+
+def name_changes(changes: dict[str, Any]) -> str:
+    """Return changes as overrides."""
+    return " ".join(f"backend.{key}={str(value).lower()}" for key, value in changes.items())

@@ -1,0 +1,54 @@
+"""The estimate of the memory is held to the bytes that tensors hold in a real step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmtmae_scale.backends.build import make_backend
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.tools.benchmark.collectives import REPORT
+from cmtmae_scale.tools.estimate import build_meta_networks, make_synthetic_work, memory_bytes
+from tests.engine.run_case import write_recipe
+from tests.tools.plan.live_bytes import LiveBytes
+
+
+def test_live_bytes_counts_each_storage_once_until_it_is_freed() -> None:
+    held = torch.zeros(100)
+    with LiveBytes([held]) as counted:
+        product = held * 2.0
+        view = product.view(10, 10)
+        assert counted.live == 800
+        del product
+        assert counted.live == 800  # the view keeps the storage
+        del view
+        assert counted.live == 400 and counted.peak == 800
+
+
+@pytest.mark.parametrize("changes", [["backend.precision=fp32"], ["backend.precision=bf16"]])
+def test_the_estimate_is_the_measured_peak(changes: list[str], tmp_path: Path) -> None:
+    views = 24
+    recipe = write_recipe(tmp_path)
+    batch = [f"train.micro_batch_size={views}", f"train.global_batch_size={2 * views}"]
+    config = load_config(recipe, [*changes, *batch])
+    networks = build_meta_networks(config)
+    assert networks.teacher is not None
+    parts = memory_bytes(config, 1, networks)
+    expected = sum(parts.values()) - parts["teacher"]
+    model = CollaborativeMAE(config, networks.teacher.width)
+    momentum = build_student(config, MomentumEncoder)
+    momentum.requires_grad_(False)
+    work, objective = make_synthetic_work(config, model, views)
+    inputs = [work.valid, work.inputs[0], *work.inputs[1]]
+    with LiveBytes([*model.parameters(), *momentum.parameters()], inputs) as counted:
+        world, cpu = World(0, 1, 0, 1, "none"), torch.device("cpu")
+        backend = make_backend(config, world, cpu, model, momentum, objective, 2 * views)
+        counted.peak = counted.live
+        for last in (False, True):
+            backend.micro(work, last)
+        backend.step(1e-3, torch.zeros(REPORT))
+        backend.momentum_update(0.9)
+    assert expected == pytest.approx(counted.peak, rel=0.07)
