@@ -25,6 +25,8 @@ COMMANDS = {
     "finetune": Command("finetune", "finetune", "fine-tune an encoder on labelled images"),
     "evaluate": Command("evaluate", "evaluate", "k-NN and linear probes of frozen features"),
     "export": Command("export", "export_weights", "write weights for timm or transformers"),
+    "features": Command("features", "write_features", "features of a folder of images, as a file"),
+    "init": Command("init", "init_recipe", "write a recipe for a folder of images"),
     "check-data": Command("check_data", "check_data", "decode, report and pack a data set"),
     "report": Command("report", "write_report", "one page about one run or several"),
     "study": Command("study", "run_study", "run a table of runs, with statistics"),

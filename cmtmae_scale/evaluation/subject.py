@@ -246,10 +246,34 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
         CheckpointError: no such file, or not an encoder of this architecture.
         ConfigError: if the architecture is not known.
     """
+    tensors = read_file(file)
+    config = file_config(file, tensors, arch)
+    encoder = load_student(config, tensors, file.name, str(file), device)
+    facts = {"file": str(file), "arch": config.student.arch, "sha256": encoder.digest}
+    return Subject(encoder, random_student(config, device), facts)
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of an exported encoder.
+
+    Raises:
+        CheckpointError: if there is no such file, or it holds no tensors.
+    """
     try:
-        tensors = read_weights(file, "--checkpoint")
+        return read_weights(file, "--checkpoint")
     except TeacherError as error:
         raise CheckpointError(str(error)) from error
+
+
+def file_config(file: Path, tensors: dict[str, Tensor], arch: str | None) -> Config:
+    """Return the settings of an exported encoder; sizes follow from the tensors.
+
+    ``arch`` is timm's name; ``None``: as ``config.json`` beside the file names it.
+
+    Raises:
+        CheckpointError: if the tensors are not an encoder's.
+        ConfigError: if the architecture is not known.
+    """
     arch = arch or read_arch(file)
     if not timm.is_model(arch):
         raise ConfigError(f"--arch={arch} is not a model of timm {timm.__version__}")
@@ -267,9 +291,7 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
     prefix = 0 if probe.no_embed_class else probe.num_prefix_tokens
     config.student.patch_size = patch
     config.views.image_size = patch * math.isqrt(max(positions - prefix, 1))
-    encoder = load_student(config, tensors, file.name, str(file), device)
-    facts = {"file": str(file), "arch": arch, "sha256": encoder.digest}
-    return Subject(encoder, random_student(config, device), facts)
+    return config
 
 
 def read_arch(file: Path) -> str:
