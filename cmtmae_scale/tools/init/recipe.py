@@ -22,7 +22,7 @@ BATCHES_PER_EPOCH = 64
 LARGEST_BATCH, USUAL_BATCH, FEWEST_BATCHES = 4096, 16, 4
 MAX_EPOCHS = 800
 """As MAE's longest."""
-MAX_VIEWS = 512_000_000
+MAX_VIEWS = 400 * 1_281_167
 """Views of the recipe ``vit_base``, 400 epochs of ImageNet-1K."""
 SHORT_RUN = 5000
 """Steps below which the EMA weights have a momentum of 0.99."""
@@ -217,7 +217,7 @@ def targets(sizes: Sizes, machine: Machine, steps: int) -> str:
             f"teacher: {TEACHERS[machine.teacher]}\n{prompt}{momentum}"
             "mask: {sampler: reveal_salient, ratio: 0.75}  # salient patches tend to stay visible\n"
         )
-    return f"""# No teacher's weights are on this machine: MAE, which predicts pixels of masked patches.
+    return f"""# No teacher's weights are on this machine: MAE, which predicts the masked pixels.
 teacher: {{mode: none}}
 decoder: {{type: full, {sizes.decoder}}}
 mask: {{sampler: random, ratio: 0.75}}
@@ -257,8 +257,8 @@ def evaluation(survey: Survey, run_dir: str, steps: int) -> str:
 """
     if survey.labels:
         return (
-            "# Labels were found. After training, k-NN on a fifth of the images, with the labels of\n"
-            "# the rest (pre-training has seen the pixels of all):\n"
+            "# Labels were found. After training, k-NN on a fifth of the images, with the labels\n"
+            "# of the rest (pre-training has seen the pixels of all):\n"
             f"#   cmtmae evaluate knn --checkpoint {quote(run_dir)} --train {quote(survey.path)} "
             "--split 0.8\n"
         )
