@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,9 @@ def override_lines(overrides: Mapping[str, Any]) -> list[str]:
             raise ConfigError(f"{name}={group!r} is not a group; give {name}={{'KEY': value}}")
         for key, value in group.items():
             try:
-                lines.append(f"{name}.{key}={json.dumps(value, ensure_ascii=False, default=str)}")
+                lines.append(
+                    f"{name}.{key}={json.dumps(value, ensure_ascii=False, default=os.fspath)}"
+                )
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"{name}.{key}={value!r} is not a value ({error})") from error
     return lines

@@ -57,7 +57,7 @@ def write_timm(draft: Path, origin: Origin) -> None:
 def data_config(size: int) -> dict[str, Any]:
     """Return timm's ``pretrained_cfg`` of an encoder for images of a side in pixels."""
     return {
-        "input_size": [3, size, size],
+        "input_size": (3, size, size),
         "fixed_input_size": True,
         "interpolation": "bicubic",
         "crop_pct": CENTRE,

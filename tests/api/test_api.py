@@ -1,7 +1,7 @@
 """The Python interface, on the run that the snippets of docs/python_api.md leave."""
 
 import errno
-import logging
+import json
 import os
 import re
 import shlex
@@ -66,14 +66,26 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
                     small = BASE | {name: tree[name] for name in ("run", "data")}
                     small["train"] = {"global_batch_size": 4, "steps": 6}
                     path.write_text(yaml.safe_dump(small))
+                    names["stopped"] = stop_early(path)
     finally:
         os.chdir(before)
     return SimpleNamespace(folder=folder, place=folder / "runs" / "photos", **names)
 
 
-def test_the_page_trains_as_it_says(done: Any) -> None:
-    steps = (done.place / "log.jsonl").read_text()
-    assert done.run == Path("runs/photos") and '"step": 20' in steps
+def stop_early(recipe: Path) -> str:
+    """The error of the page's run when it stops after a step."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunStoppedError) as stopped:
+        cmtmae_scale.pretrain(recipe, train={"steps": 20, "stop_after": 1})
+    assert stopped.value.exit_code == 75 and signal.getsignal(signal.SIGTERM) is handler
+    return str(stopped.value)
+
+
+def test_a_run_stops_resumes_and_trains_as_the_page_says(done: Any) -> None:
+    assert done.stopped == "runs/photos: stopped on request; the same call resumes the run"
+    log = (done.place / "log.jsonl").read_text().splitlines()
+    steps = [entry["step"] for entry in map(json.loads, log) if "loss/total" in entry]
+    assert done.run == Path("runs/photos") and steps == list(range(1, 21))
 
 
 def test_features_are_those_of_evaluation(done: Any) -> None:
@@ -209,21 +221,6 @@ def test_features_that_are_not_finite_are_refused(done: Any) -> None:
     broken.norm.weight.data.fill_(torch.nan)
     with pytest.raises(DataError, match=r"features of class0/000\.jpg are not finite"):
         cmtmae_scale.extract_features(broken, done.folder / "photos")
-
-
-def test_a_run_that_stops_says_so_and_resumes(
-    done: Any, monkeypatch: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.chdir(done.folder)
-    before = signal.getsignal(signal.SIGTERM)
-    groups: dict[str, Any] = {"run": {"output_dir": "runs/short"}, "log": {"every": 1}}
-    batch = {"global_batch_size": 8, "steps": 2}
-    with caplog.at_level(logging.WARNING), pytest.raises(RunStoppedError) as stopped:
-        cmtmae_scale.pretrain("photos.yaml", train=batch | {"stop_after": 1}, **groups)
-    assert "runs/short: stopped on request" in str(stopped.value) and stopped.value.exit_code == 75
-    assert "train.global_batch_size=8: an epoch of 20 images has 2.5 batches" in caplog.text
-    assert cmtmae_scale.pretrain("photos.yaml", train=batch, **groups) == Path("runs/short")
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_wrong_settings_are_config_errors(done: Any) -> None:
