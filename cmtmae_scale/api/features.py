@@ -3,7 +3,8 @@
 Legend: n images, D width.
 """
 
-import logging
+import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +29,6 @@ from cmtmae_scale.runtime.log import progress_bar
 from cmtmae_scale.runtime.storage import atomic_path, sync
 from dataloading.errors import DataError
 from dataloading.index import Index, build_index
-
-logger = logging.getLogger(__name__)
 
 ALONE = World(0, 1, 0, 1, "none")
 Allocate = Callable[[str, Any, tuple[int, ...]], NDArray[Any]]
@@ -159,7 +158,10 @@ def stage_arrays(output: Path) -> Iterator[Allocate]:
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
 
         def allocate(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-            return np.memmap(Path(folder, name), dtype, "w+", shape=shape)
+            file, kind = Path(folder, name), np.dtype(dtype)
+            with file.open("wb") as opened:  # a full store fails here, not when a page is written
+                os.posix_fallocate(opened.fileno(), 0, math.prod(shape) * kind.itemsize)
+            return np.memmap(file, kind, "r+", shape=shape)
 
         yield allocate
 

@@ -14,6 +14,7 @@ from cmtmae_scale.config.load import config_from_dict, parse_yaml
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, remedy_for
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.log import escape_controls, set_up_logging
+from cmtmae_scale.runtime.storage import append_whole
 
 if TYPE_CHECKING:
     from cmtmae_scale.tools.init.recipe import Machine
@@ -122,8 +123,12 @@ def write_new(output: Path, text: str) -> None:
         ConfigError: if the file exists or cannot be written.
     """
     try:
-        with output.open("x", encoding="utf-8") as opened:
-            opened.write(text)
+        with output.open("xb", buffering=0) as opened:
+            try:
+                append_whole(opened.fileno(), text.encode())
+            except OSError:
+                output.unlink()
+                raise
     except FileExistsError:
         refuse_existing(output)
     except OSError as error:
