@@ -1,10 +1,13 @@
 """A recipe of ``cmtmae init`` loads and would start, whatever the folder; no file is replaced."""
 
+import shlex
 from pathlib import Path
 
 import pytest
+import timm
 from PIL import Image
 
+from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.commands import dry_run, init
 from cmtmae_scale.commands.init import init_recipe
 from cmtmae_scale.commands.pretrain import launch_pretraining, parse_options
@@ -12,7 +15,9 @@ from cmtmae_scale.config.derive import find_length_problem, needs
 from cmtmae_scale.config.load import config_from_dict, load_config, parse_yaml
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
+from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.teachers.open_clip import find_cached_tag
+from cmtmae_scale.teachers.weights import read_weights
 from cmtmae_scale.tools.init import recipe
 from cmtmae_scale.tools.init.recipe import DEMO_TEACHER, Machine, choose_batch, choose_epochs
 from cmtmae_scale.tools.init.survey import Survey
@@ -195,6 +200,16 @@ def test_two_lines_add_a_teacher() -> None:
     assert config.teacher.model == "ViT-B-16-quickgelu" and config.decoder.type == "prompt"
 
 
+def test_the_line_that_fetches_public_weights_is_python() -> None:
+    text, config = write(3000, Machine(2, True, None))
+    (line,) = [line for line in text.splitlines() if "python -c" in line]
+    code = shlex.split(line.partition("internet: ")[2])[2]
+    assert timm.is_model_pretrained(code.split("'")[1])
+    exec(code.replace("pretrained=True", "pretrained=False"), {})
+    model = CollaborativeMAE(config)
+    load_init_weights(model, read_weights("start.safetensors"), "start.safetensors")
+
+
 def test_the_rules_are_those_of_the_shipped_recipes() -> None:
     assert [choose_batch(n) for n in (300, 30_000, 1_281_167)] == [16, 256, 4096]
     assert [choose_epochs(n) for n in (300, 1_281_167, 5_000_000)] == [800, 400, 102]
@@ -210,6 +225,4 @@ def test_a_recipe_of_four_images_or_more_is_not_warned_about() -> None:
     for images in (4, 5, 8, 20, 63, 64, 100, 500, 1023, 1024, 50_000, 10**6, 10**8, 10**10):
         text, config = write(images, Machine(2, True, None))
         assert find_length_problem(config, images) is None, images
-        assert ("student.init_weights" in text or "init_weights: start" in text) == (
-            images < 100_000
-        )
+        assert ("init_weights: start" in text) == (images < 200_000)

@@ -15,9 +15,7 @@ from cmtmae_scale.tools.init.survey import Survey
 SMALL_SIDE = 128
 """Median shorter side in pixels below which the student sees 64 pixels."""
 MANY_IMAGES = 200_000
-"""Images from which the student is ViT-B, not ViT-S."""
-FEW_IMAGES = 100_000
-"""Images below which public weights are the better start."""
+"""Images from which the student is ViT-B, not ViT-S, and begins with random weights."""
 BATCHES_PER_EPOCH = 64
 LARGEST_BATCH, USUAL_BATCH, FEWEST_BATCHES = 4096, 16, 4
 MAX_EPOCHS = 800
@@ -56,7 +54,7 @@ class Sizes(NamedTuple):
     micro_batch: int
     """Views per forward, on a GPU."""
     start: str | None
-    """timm's name of public weights that fit; ``None``: there are none."""
+    """timm's name of public weights that fit; ``None``: none are advised."""
 
 
 TINY = Sizes("vit_tiny_patch16_224", 8, 64, "depth: 4, width: 192, heads: 6", 256, None)
@@ -68,14 +66,7 @@ SMALL = Sizes(
     128,
     "vit_small_patch16_224.dino",
 )
-BASE = Sizes(
-    "vit_base_patch16_224",
-    16,
-    224,
-    "depth: 8, width: 512, heads: 16",
-    64,
-    "vit_base_patch16_224.mae",
-)
+BASE = Sizes("vit_base_patch16_224", 16, 224, "depth: 8, width: 512, heads: 16", 64, None)
 
 
 def choose_sizes(survey: Survey) -> Sizes:
@@ -195,14 +186,17 @@ def explain_size(survey: Survey) -> str:
 
 def advise_start(survey: Survey, sizes: Sizes) -> str:
     """Return the comment about public weights as initialisation."""
-    if survey.images >= FEW_IMAGES:
+    if survey.images >= MANY_IMAGES:
         return ""
     few = f"  # {survey.images} images are few: start from public weights rather than at random"
     if sizes.start is None:
         return f"{few}, if you have a file for this size.\n  # init_weights: FILE.safetensors\n"
-    return f"""{few}. Once, with internet:
-  #   python -c "import timm; from safetensors.torch import save_file as save;
-  #     save(timm.create_model('{sizes.start}', pretrained=True).state_dict(), 'start.safetensors')"
+    code = (
+        f"import timm, safetensors.torch as s; m = timm.create_model('{sizes.start}', "
+        "pretrained=True); s.save_file(m.state_dict(), 'start.safetensors')"
+    )
+    return f"""{few}.
+  # Once, with internet: python -c "{code}"
   # init_weights: start.safetensors
 """
 
@@ -243,7 +237,7 @@ def explain_batch(images: int, batch: int) -> str:
 def explain_epochs(images: int, epochs: int) -> str:
     """Return where the number of epochs comes from."""
     if epochs == MAX_EPOCHS:
-        return f"{MAX_EPOCHS} epochs are the longest of MAE; fewer images need more, not less"
+        return f"{MAX_EPOCHS} epochs, as MAE's longest on ImageNet-1K"
     return f"{epochs * images / 1e6:.0f} million views, at most as vit_base.yaml"
 
 
