@@ -9,6 +9,11 @@ from typing import Any
 __version__ = "0.2.0"
 
 API = {
+    "pretrain": "cmtmae_scale.api.pretrain",
+    "load_encoder": "cmtmae_scale.api.encoders",
+    "extract_features": "cmtmae_scale.api.features",
+    "attention_maps": "cmtmae_scale.api.attention",
+    "choose_masks": "cmtmae_scale.api.masks",
     "load_config": "cmtmae_scale.config.load",
     "load_finetune": "cmtmae_scale.config.finetune",
     "CollaborativeMAE": "cmtmae_scale.method.model",

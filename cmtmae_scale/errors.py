@@ -32,6 +32,12 @@ class StorageError(CmtMaeError):
     exit_code = EXIT_STOPPED
 
 
+class RunStoppedError(CmtMaeError):
+    """A run that stopped on request; the same call resumes it."""
+
+    exit_code = EXIT_STOPPED
+
+
 class TeacherError(CmtMaeError):
     """The frozen teacher cannot be built as configured."""
 

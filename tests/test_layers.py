@@ -22,6 +22,7 @@ LAYERS = [
     ["cmtmae_scale.evaluation"],
     ["cmtmae_scale.pretraining", "cmtmae_scale.finetuning"],
     ["cmtmae_scale.export", "cmtmae_scale.tools"],
+    ["cmtmae_scale.api"],
     ["cmtmae_scale.commands"],
     ["launchers", "cmtmae_scale.__main__"],
 ]

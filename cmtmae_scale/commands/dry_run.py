@@ -25,6 +25,7 @@ from cmtmae_scale.config.derive import (
     builds_teacher,
     cache_folder,
     explain_batch,
+    find_length_problem,
     peak_lr,
     reads_cache,
     total_steps,
@@ -86,6 +87,9 @@ def dry_run(config: Config, world: World) -> tuple[str, int]:
         f"learning rate   {peak_lr(config):.3g} = {config.optimizer.base_lr:g} base x "
         f"{config.train.global_batch_size} views / 256"
     )
+    problem = None if images is None else find_length_problem(config, images)
+    if problem is not None:
+        lines.append(f"warning         {problem}")
     if networks is not None:
         lines += count_networks(config, world.world_size, networks)
     resumed = "nothing: a new run" if saved is None else saved

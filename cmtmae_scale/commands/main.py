@@ -27,6 +27,8 @@ COMMANDS = {
         "evaluate", "evaluate", "k-NN, probes and dense measures of frozen features"
     ),
     "export": Command("export", "export_weights", "write weights for timm or transformers"),
+    "features": Command("features", "write_features", "features of a folder of images, as a file"),
+    "init": Command("init", "init_recipe", "write a recipe for a folder of images"),
     "check-data": Command("check_data", "check_data", "decode, report and pack a data set"),
     "plan": Command("plan", "plan_run", "memory, time, cost and traffic on N GPUs"),
     "report": Command("report", "write_report", "one page about one run or several"),

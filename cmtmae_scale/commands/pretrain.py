@@ -53,21 +53,6 @@ def launch_pretraining(options: argparse.Namespace) -> int:
         text, code = dry_run(config, world)
         sys.stdout.write(text + "\n")
         return code
-    from cmtmae_scale.engine.run import run_task
-    from cmtmae_scale.pretraining.task import Pretraining
-    from cmtmae_scale.runtime.collectives import pick_device
-    from cmtmae_scale.tools.estimate import peak_bytes
-    from cmtmae_scale.tools.figures.during import open_figures
+    from cmtmae_scale.api.pretrain import train_rank
 
-    device = pick_device(world)
-    task = Pretraining(config, world, device)
-    return run_task(
-        task,
-        config,
-        world,
-        device,
-        options.config,
-        options.overrides,
-        open_figures,
-        lambda: peak_bytes(config, world.world_size),
-    )
+    return train_rank(config, world, options.config, options.overrides)

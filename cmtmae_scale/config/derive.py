@@ -9,6 +9,10 @@ from cmtmae_scale.errors import ConfigError
 
 SIZES = ("width", "depth", "heads")
 """Keys of ``student`` that replace sizes of its architecture."""
+MIN_BATCHES = 4
+"""Batches per epoch below which a run is warned about."""
+MIN_STEPS = 50
+"""Steps of a length in epochs below which a run is warned about."""
 
 
 class Needs(NamedTuple):
@@ -184,6 +188,27 @@ def total_steps(config: Trained, num_images: int) -> int:
     if config.train.epochs is None:
         raise ConfigError("train.epochs and train.steps are both missing; give one of them")
     return max(1, math.ceil(config.train.epochs * num_images / config.train.global_batch_size))
+
+
+def find_length_problem(config: Trained, num_images: int) -> str | None:
+    """Return why a run is unlikely to learn: its batch against its images, or its length.
+
+    A length in steps is as the user wants it, and not judged.
+    """
+    batch, steps = config.train.global_batch_size, total_steps(config, num_images)
+    if batch * MIN_BATCHES > num_images:
+        most = num_images // MIN_BATCHES
+        remedy = f"set train.global_batch_size={most} or less" if most > 1 else "add images"
+        return (
+            f"train.global_batch_size={batch}: an epoch of {num_images} images has "
+            f"{num_images / batch:.2g} batches, fewer than {MIN_BATCHES}; {remedy}"
+        )
+    if config.train.steps is None and steps < MIN_STEPS:
+        return (
+            f"train.epochs={config.train.epochs:g} over {num_images} images are {steps} steps of "
+            f"{batch}; set train.epochs={math.ceil(MIN_STEPS * batch / num_images)} or more"
+        )
+    return None
 
 
 def replaced_sizes(student: Student) -> dict[str, int]:

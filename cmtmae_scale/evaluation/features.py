@@ -3,7 +3,7 @@
 Legend: n rows of this rank, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,6 +101,49 @@ def fit_standardiser(rows: Tensor) -> Standardiser:
 
 
 @torch.no_grad()
+def encode_batches(
+    images: ImageSet,
+    encoders: Sequence[Encoder],
+    reading: ReadOptions,
+    world: World,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, dict[Column, Tensor]]]:
+    """Yield this rank's images batch by batch: positions in the set ``[b]``, features ``[b, D]``.
+
+    Encoders have one image size and are on the device, as the yielded tensors. Images that cannot
+    be decoded are logged and have no row.
+
+    Raises:
+        ReadError: if storage did not return an image.
+    """
+    share, done = -(-len(images) // world.world_size), 0
+    with (
+        progress_bar("encoding", share, "images") as report_done,
+        OnePass(
+            images.index,
+            images.ids,
+            micro_batch=reading.micro_batch,
+            size=encoders[0].size,
+            rank=world.rank,
+            world_size=world.world_size,
+            threads=reading.threads,
+            decode=reading.decode,
+            device=device,
+        ) as batches,
+    ):
+        for batch in batches:
+            yield (
+                batch.position[batch.valid],
+                {
+                    Column(encoder.name, kind): values[batch.valid]
+                    for encoder in encoders
+                    for kind, values in encoder.encode(batch.images[0]).items()
+                },
+            )
+            done = min(done + len(batch.position), share)
+            report_done(done)
+
+
 def extract_features(
     images: ImageSet,
     encoders: Sequence[Encoder],
@@ -110,45 +153,24 @@ def extract_features(
 ) -> FeatureTable:
     """Encode every image once with every encoder. A collective.
 
-    The encoders have one image size, and are on the device, as the returned rows. Images that
-    cannot be decoded are logged and have no row.
+    Encoders, rows and images that cannot be decoded are as in ``encode_batches``.
 
     Raises:
         ReadError: on every rank, if storage did not return an image to one of them.
         DataError: if no image could be decoded.
     """
-    size = encoders[0].size
     positions: list[Tensor] = []
     rows: dict[Column, list[Tensor]] = {}
     problem, failure = "", None
-    share, done = -(-len(images) // world.world_size), 0
-    with (
-        progress_bar("encoding", share, "images") as report_done,
-        OnePass(
-            images.index,
-            images.ids,
-            micro_batch=reading.micro_batch,
-            size=size,
-            rank=world.rank,
-            world_size=world.world_size,
-            threads=reading.threads,
-            decode=reading.decode,
-            device=device,
-        ) as batches,
-    ):
-        try:
-            for batch in batches:
-                positions.append(batch.position[batch.valid])
-                for encoder in encoders:
-                    for kind, values in encoder.encode(batch.images[0]).items():
-                        column = rows.setdefault(Column(encoder.name, kind), [])
-                        column.append(values[batch.valid])
-                done = min(done + len(batch.position), share)
-                report_done(done)
-        except ReadError as error:
-            problem = str(error)
-        except Exception as error:  # the other ranks learn of it before their next collective
-            problem, failure = f"{type(error).__name__}: {error}", error
+    try:
+        for found, columns in encode_batches(images, encoders, reading, world, device):
+            positions.append(found)
+            for column, values in columns.items():
+                rows.setdefault(column, []).append(values)
+    except ReadError as error:
+        problem = str(error)
+    except Exception as error:  # the other ranks learn of it before their next collective
+        problem, failure = f"{type(error).__name__}: {error}", error
     problems = list(filter(None, gather_texts(problem)))
     if failure is not None:
         raise failure

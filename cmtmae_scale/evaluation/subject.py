@@ -262,10 +262,35 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
         CheckpointError: no such file, or not an encoder of this architecture.
         ConfigError: if the architecture is not known.
     """
+    tensors = read_file(file)
+    config = file_config(file, tensors, arch)
+    encoder = load_student(config, tensors, file.name, str(file), device)
+    sizes = {"arch": config.student.arch, **replaced_sizes(config.student)}
+    facts = {"file": str(file), **sizes, "sha256": encoder.digest}
+    return Subject(encoder, random_student(config, device), facts, student=config.student)
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of an exported encoder.
+
+    Raises:
+        CheckpointError: if there is no such file, or it holds no tensors.
+    """
     try:
-        tensors = read_weights(file, "--checkpoint")
+        return read_weights(file, "--checkpoint")
     except TeacherError as error:
         raise CheckpointError(str(error)) from error
+
+
+def file_config(file: Path, tensors: dict[str, Tensor], arch: str | None) -> Config:
+    """Return the settings of an exported encoder; sizes follow from its tensors and metadata.
+
+    ``arch`` is timm's name; ``None``: as the metadata or ``config.json`` beside the file name it.
+
+    Raises:
+        CheckpointError: if the tensors are not an encoder's.
+        ConfigError: if the architecture is not known.
+    """
     config = Config()
     student = config.student = recorded_student(file, tensors)
     student.arch = arch or student.arch or read_arch(file)
@@ -283,10 +308,7 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
     prefix = 0 if probe.no_embed_class else probe.num_prefix_tokens
     student.patch_size = patch
     config.views.image_size = patch * math.isqrt(max(positions - prefix, 1))
-    encoder = load_student(config, tensors, file.name, str(file), device)
-    sizes = {"arch": student.arch, **replaced_sizes(student)}
-    facts = {"file": str(file), **sizes, "sha256": encoder.digest}
-    return Subject(encoder, random_student(config, device), facts, student=student)
+    return config
 
 
 def recorded_student(file: Path, tensors: dict[str, Tensor]) -> StudentConfig:

@@ -9,7 +9,7 @@ Source: ``timm.models._hub`` and ``_factory`` of 1.0.24 to 1.0.31.
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -47,21 +47,26 @@ def write_timm(draft: Path, origin: Origin) -> None:
         "num_features": probe_student(config).num_features,
         "global_pool": options["global_pool"],
         "model_args": options,
-        "pretrained_cfg": {
-            "input_size": [3, config.views.image_size, config.views.image_size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": CENTRE,
-            "crop_mode": "center",
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        "pretrained_cfg": data_config(config.views.image_size),
     }
     write_atomic(draft / "config.json", json.dumps(tree, indent=2) + "\n")
+
+
+def data_config(size: int) -> dict[str, Any]:
+    """Return timm's ``pretrained_cfg`` of an encoder for images of a side in pixels."""
+    return {
+        "input_size": (3, size, size),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": CENTRE,
+        "crop_mode": "center",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
 
 
 def load_timm(folder: Path, origin: Origin) -> VisionTransformer:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
-from cmtmae_scale.config.derive import needs, reads_cache
+from cmtmae_scale.config.derive import find_length_problem, needs, reads_cache
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import StopRequest
@@ -82,6 +82,9 @@ class Pretraining:
 
     def open_index(self, run_dir: Path) -> Index:
         self.index = open_index(self.config, run_dir, self.world)
+        problem = find_length_problem(self.config, len(self.index))
+        if problem is not None and self.world.rank == 0:
+            logger.warning("%s", problem)
         return self.index
 
     def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:

@@ -8,6 +8,7 @@ Source: docs/method.md, sections "Attention maps" and "Teacher".
 import difflib
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from open_clip import transformer
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.model import (
     CLIPVisionCfg,
     _build_vision_tower,  # pyright: ignore[reportPrivateUsage] # avoids building the text tower
@@ -203,6 +206,17 @@ def download_tag(entry: dict[str, Any], tag: str) -> str:
             f"teacher.weights={tag} has no file to download; use teacher.weights=FILE"
         )
     return path
+
+
+def find_cached_tag(model: str, tag: str) -> str | None:
+    """Return a tag's file in the cache of Hugging Face's hub; ``None``: a launch downloads it."""
+    entry = open_clip.get_pretrained_cfg(model.removesuffix("-quickgelu"), tag)
+    repository, name = os.path.split(entry.get("hf_hub", ""))
+    for file in [name] if name else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]:
+        found = try_to_load_from_cache(repository, file) if repository else None
+        if isinstance(found, str):
+            return found
+    return None
 
 
 def resize_positions(state: dict[str, Tensor], visual: nn.Module, path: str) -> None:

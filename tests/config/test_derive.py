@@ -6,6 +6,7 @@ from cmtmae_scale.config.derive import (
     batch_plan,
     explain_batch,
     extremes,
+    find_length_problem,
     needs,
     peak_lr,
     total_steps,
@@ -105,6 +106,24 @@ def test_steps_follow_from_epochs() -> None:
     assert total_steps(config, 1_281_167) == 470
     config.train.steps = 3
     assert total_steps(config, 1) == 3
+
+
+def test_a_batch_or_a_length_that_the_images_cannot_fill_is_a_problem() -> None:
+    config = settled()
+    config.train.global_batch_size, config.train.epochs, config.train.steps = 4096, 400, None
+    problem = find_length_problem(config, 500) or ""
+    assert "an epoch of 500 images has 0.12 batches, fewer than 4" in problem
+    assert problem.endswith("set train.global_batch_size=125 or less")
+    config.train.global_batch_size = 125
+    assert find_length_problem(config, 500) is None
+    config.train.epochs = 12
+    problem = find_length_problem(config, 500) or ""
+    assert problem.startswith("train.epochs=12 over 500 images are 48 steps of 125")
+    assert problem.endswith("set train.epochs=13 or more")
+    config.train.epochs = 13
+    assert find_length_problem(config, 500) is None
+    config.train.epochs, config.train.steps = None, 1  # as the user wants it
+    assert find_length_problem(config, 500) is None
 
 
 def test_lr_is_scaled_by_256() -> None:

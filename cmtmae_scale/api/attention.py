@@ -1,0 +1,151 @@
+"""Attention maps of a run's networks, as its masks use them."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cmtmae_scale.api.features import ALONE
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint.shards import ENCODERS
+from cmtmae_scale.config.derive import needs
+from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.evaluation.encoders import inference_autocast
+from cmtmae_scale.evaluation.subject import (
+    check_encoder,
+    locate_checkpoint,
+    read_tensors,
+    saved_config,
+)
+from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
+from cmtmae_scale.method.student import MomentumEncoder, build_student, probe_student
+from cmtmae_scale.pretraining.prepare import mix_attention
+from cmtmae_scale.pretraining.scalars import scalars_at
+from cmtmae_scale.runtime.collectives import pick_device
+from cmtmae_scale.teachers.base import view_sizes
+from cmtmae_scale.teachers.build import build_teacher, compute_dtype
+from dataloading.errors import DataError
+from dataloading.index import build_index
+from dataloading.one_pass import OnePass
+from dataloading.torch_decode import crop_and_resize
+
+
+class AttentionMaps(NamedTuple):
+    """Attention maps of images, float32 on the CPU; the rows of each sum to 1.
+
+    A run without one of the networks, or whose masks do not use its attention, has ``None``.
+    """
+
+    teacher: Tensor | None
+    """The frozen teacher's, ``[B, N]``."""
+    momentum: Tensor | None
+    """The momentum encoder's, ``[B, N]``."""
+    mixed: Tensor
+    """The collaborative attention map of the checkpoint's step, ``[B, N]``, which masks follow."""
+    grid: tuple[int, int]
+    """Rows and columns of the patches; N is their product."""
+    views: Tensor
+    """The student's views, uint8 ``[B, S, S, 3]``."""
+
+
+@torch.no_grad()
+def attention_maps(
+    run: str | Path,
+    images: str | Path | Tensor | NDArray[np.uint8],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+) -> AttentionMaps:
+    """Compute the attention maps of teacher and momentum encoder, and their mix.
+
+    Args:
+        run: a run (its newest intact checkpoint), or a checkpoint.
+        images: a folder of images or tars, of which centre crops are taken; or square views, uint8
+            ``[B, S, S, 3]`` of any side, which are resized to that of each network.
+        batch_size: images per forward.
+        device: ``None``: the GPU where there is one.
+
+    Returns:
+        Maps of all images that can be decoded, in the order of the index.
+
+    Raises:
+        ConfigError: if the run's masks use no attention.
+        CheckpointError: no checkpoint, or a damaged one.
+        TeacherError: if the teacher's weights cannot be found.
+        DataError: if no image is usable.
+        ValueError: for views of another shape or dtype.
+    """
+    folder = locate_checkpoint(Path(run))
+    state = layout.read_state(folder)
+    config = saved_config(folder, state)
+    need = needs(config)
+    if not (need.teacher_attention or need.student_attention):
+        raise ConfigError(f"{folder}: the run's masks use no attention (mask.sampler=random)")
+    place = pick_device(ALONE) if device is None else torch.device(device)
+    teacher = None
+    if need.teacher_attention:
+        only_map = need._replace(teacher_features=False)
+        teacher = build_teacher(config, place, compute_dtype(config), only_map)
+    momentum = None
+    if need.student_attention:
+        check_encoder(folder, config, ENCODERS["momentum"])
+        momentum = build_student(config, MomentumEncoder)
+        momentum.load_state_dict(read_tensors(folder, ENCODERS["momentum"]), strict=True)
+        momentum = momentum.to(place).eval()
+    views = read_views(images, view_sizes(config.views.image_size, teacher), batch_size)
+    teacher_map = momentum_map = None
+    with inference_autocast(place):
+        if teacher is not None:
+            batches = views[-1].split(batch_size)
+            teacher_map = gather_maps(teacher(one.to(place)).attention for one in batches)
+        if momentum is not None:
+            pixels = (
+                normalise_images(one.to(place), IMAGENET_MEAN, IMAGENET_STD)
+                for one in views[0].split(batch_size)
+            )
+            momentum_map = gather_maps(momentum(one)[1] for one in pixels)
+    fraction = Progress.from_dict(state["progress"]).fraction
+    alpha = torch.tensor(scalars_at(config, fraction).alpha_attention)
+    mixed = cast(Tensor, mix_attention(config.attention, teacher_map, momentum_map, alpha))
+    rows, columns = probe_student(config).patch_embed.grid_size
+    return AttentionMaps(teacher_map, momentum_map, mixed, (int(rows), int(columns)), views[0])
+
+
+def gather_maps(maps: Iterable[Tensor | None]) -> Tensor:
+    """Concatenate the attention maps of batches, on the CPU."""
+    return torch.cat([cast(Tensor, one).float().cpu() for one in maps])
+
+
+def read_views(
+    images: str | Path | Tensor | NDArray[np.uint8], sizes: Sequence[int], batch_size: int
+) -> list[Tensor]:
+    """Return the views in each size, uint8 ``[B, S, S, 3]``; see ``attention_maps``.
+
+    Raises:
+        DataError: if no image is usable.
+        ValueError: for views of another shape or dtype.
+    """
+    if not isinstance(images, str | Path):
+        given = torch.as_tensor(images)
+        is_square = given.ndim == 4 and given.shape[1] == given.shape[2] and given.shape[3] == 3
+        if not is_square or given.dtype != torch.uint8 or not len(given):
+            raise ValueError(
+                f"views are {given.dtype} {tuple(given.shape)}; expected uint8 [B, S, S, 3]"
+            )
+        whole = [0, 0, given.shape[2], given.shape[1]]
+        resized = [crop_and_resize(one.permute(2, 0, 1), whole, sizes, False) for one in given]
+        return [torch.as_tensor(np.stack(views)) for views in zip(*resized, strict=True)]
+    index = build_index(images)
+    found: list[Tensor] = []
+    for size in sizes:
+        ids = np.arange(len(index), dtype=np.int64)
+        with OnePass(index, ids, micro_batch=min(batch_size, len(ids)), size=size) as batches:
+            found.append(torch.cat([batch.images[0][batch.valid].cpu() for batch in batches]))
+    if not len(found[0]):
+        raise DataError(f"{images}: none of {len(index)} images could be decoded")
+    return found

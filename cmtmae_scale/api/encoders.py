@@ -1,0 +1,83 @@
+"""Load an encoder as a module of timm."""
+
+from pathlib import Path
+from typing import cast
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint.shards import ENCODERS
+from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.evaluation.subject import (
+    check_encoder,
+    file_config,
+    locate_checkpoint,
+    read_file,
+    read_tensors,
+    saved_config,
+)
+from cmtmae_scale.export.encoder import build_timm
+from cmtmae_scale.export.timm_folder import WEIGHTS, data_config
+
+
+def load_encoder(
+    place: str | Path, weights: str | None = None, *, arch: str | None = None
+) -> VisionTransformer:
+    """Load the encoder of a run or of a file as timm's own model.
+
+    Args:
+        place: a run (its newest intact checkpoint), a checkpoint, a folder of
+            ``cmtmae export timm``, or a .safetensors file of ``cmtmae export encoder``.
+        weights: ``student`` or ``momentum``, of a run or checkpoint; ``None``: the EMA weights
+            where the run has them.
+        arch: timm's name, for a .safetensors file without ``config.json`` beside it.
+
+    Returns:
+        On the CPU, float32, in eval mode and without gradients. ``forward_features`` maps images
+        ``[B, 3, S, S]`` to tokens ``[B, P + N, D]`` after the last norm, prefix tokens first; the
+        model itself returns ``[B, D]``, the class token, or the mean of the patches where there is
+        none. ``timm.data.resolve_model_data_config`` returns its size, mean and standard deviation.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, one without these weights, or a file that is
+            not an encoder.
+        ConfigError: arguments that do not fit what the path holds.
+    """
+    place = Path(place)
+    if (place / "config.json").is_file() and (place / WEIGHTS).is_file():
+        place = place / WEIGHTS
+    if place.suffix == ".safetensors":
+        if weights is not None:
+            raise ConfigError(f"weights={weights} belongs to a run or a checkpoint; found {place}")
+        tensors = read_file(place)
+        return load_strictly(file_config(place, tensors, arch), tensors, str(place))
+    if arch is not None:
+        raise ConfigError(f"arch={arch} belongs to a .safetensors file; found {place}")
+    folder = locate_checkpoint(place)
+    config = saved_config(folder, layout.read_state(folder))
+    weights = weights or ("momentum" if needs(config).momentum else "student")
+    if weights not in ENCODERS:
+        raise ConfigError(f"weights={weights} is not one of {', '.join(ENCODERS)}")
+    if weights == "momentum" and not needs(config).momentum:
+        raise CheckpointError(f"{folder}: the run has no momentum encoder; use weights=student")
+    check_encoder(folder, config, ENCODERS[weights])
+    return load_strictly(config, read_tensors(folder, ENCODERS[weights]), str(folder))
+
+
+def load_strictly(config: Config, tensors: dict[str, Tensor], place: str) -> VisionTransformer:
+    """Build timm's model of a config's student and load these weights strictly.
+
+    Raises:
+        CheckpointError: if names or shapes differ.
+    """
+    model, call = build_timm(config)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{place}: does not fit {call} ({first})") from error
+    model.pretrained_cfg = data_config(config.views.image_size)
+    return cast(VisionTransformer, model.eval().requires_grad_(False))

@@ -1,0 +1,1 @@
+"""First recipe for a folder of images."""

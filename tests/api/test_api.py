@@ -1,0 +1,235 @@
+"""The Python interface, on the run that the snippets of docs/python_api.md leave."""
+
+import errno
+import json
+import os
+import re
+import shlex
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import cmtmae_scale
+from cmtmae_scale.api import features as features_module
+from cmtmae_scale.api.features import save_features
+from cmtmae_scale.commands.main import run_command
+from cmtmae_scale.config.schema import Mask
+from cmtmae_scale.errors import (
+    EXIT_CONFIG,
+    EXIT_DONE,
+    CheckpointError,
+    ConfigError,
+    RunStoppedError,
+    exit_code_of,
+)
+from cmtmae_scale.evaluation.features import ReadOptions, extract_features
+from cmtmae_scale.evaluation.images import ImageSet
+from cmtmae_scale.evaluation.subject import subject_from_checkpoint
+from cmtmae_scale.method import masking
+from cmtmae_scale.runtime.launch import World
+from dataloading.errors import DataError
+from dataloading.index import build_index
+from tests.engine.run_case import BASE, make_photographs
+
+ROOT = Path(__file__).resolve().parents[2]
+ALONE, CPU = World(0, 1, 0, 1, "none"), torch.device("cpu")
+
+
+def snippets(page: Path) -> list[tuple[str, str]]:
+    return re.findall(r"^```(sh|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the page's snippets leave: their names, and ``folder``, where they ran."""
+    folder = tmp_path_factory.mktemp("api")
+    make_photographs(folder / "photos")
+    names: dict[str, Any] = {}
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for language, text in snippets(ROOT / "docs" / "python_api.md"):
+            if language == "python":
+                exec(compile(text, "docs/python_api.md", "exec"), names)
+                continue
+            for line in text.splitlines():
+                assert run_command(shlex.split(line)[1:]) == EXIT_DONE, line
+                if " init " in line:  # the run is that of a smaller student, with a teacher
+                    path = Path("photos.yaml")
+                    tree = yaml.safe_load(path.read_text())
+                    small = BASE | {name: tree[name] for name in ("run", "data")}
+                    small["train"] = {"global_batch_size": 4, "steps": 6}
+                    path.write_text(yaml.safe_dump(small))
+                    names["stopped"] = stop_early(path)
+    finally:
+        os.chdir(before)
+    return SimpleNamespace(folder=folder, place=folder / "runs" / "photos", **names)
+
+
+def stop_early(recipe: Path) -> str:
+    """The error of the page's run when it stops after a step."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RunStoppedError) as stopped:
+        cmtmae_scale.pretrain(recipe, train={"steps": 20, "stop_after": 1})
+    assert stopped.value.exit_code == 75 and signal.getsignal(signal.SIGTERM) is handler
+    return str(stopped.value)
+
+
+def test_a_run_stops_resumes_and_trains_as_the_page_says(done: Any) -> None:
+    assert done.stopped == "runs/photos: stopped on request; the same call resumes the run"
+    log = (done.place / "log.jsonl").read_text().splitlines()
+    steps = [entry["step"] for entry in map(json.loads, log) if "loss/total" in entry]
+    assert done.run == Path("runs/photos") and steps == list(range(1, 21))
+
+
+def test_features_are_those_of_evaluation(done: Any) -> None:
+    index = build_index(done.folder / "photos")
+    encoder = subject_from_checkpoint(done.place, "momentum", ALONE, CPU).encoder
+    images = ImageSet(index, np.arange(len(index)), index.entries["label"].astype(np.int64))
+    table = extract_features(images, [encoder], ReadOptions(7, 2, "torch"), ALONE, CPU)
+    found = done.features
+    for kind in ("patches", "cls"):
+        (expected,) = [rows for column, rows in table.columns.items() if column.kind == kind]
+        np.testing.assert_allclose(getattr(found, kind), expected, rtol=1e-4, atol=1e-5)
+    assert found.names.tolist() == list(index.names)
+    assert found.classes == ("class0", "class1", "class2") and found.excluded == ()
+    assert [found.classes[label] for label in found.labels] == [
+        name.partition("/")[0] for name in found.names
+    ]
+
+
+def test_the_default_weights_are_the_ema(done: Any) -> None:
+    student = cmtmae_scale.load_encoder(done.place, "student").state_dict()
+    default = cmtmae_scale.load_encoder(done.place).state_dict()
+    momentum = cmtmae_scale.load_encoder(done.place, "momentum").state_dict()
+    assert all(torch.equal(default[name], momentum[name]) for name in momentum)
+    assert any(not torch.equal(default[name], student[name]) for name in student)
+    (newest,) = (done.place / "checkpoints").glob("step-*20")
+    file = newest / "encoder.safetensors"
+    loaded = cmtmae_scale.load_encoder(file, arch="test_vit")
+    assert all(torch.equal(value, student[name]) for name, value in loaded.state_dict().items())
+    assert not loaded.training and done.settings["input_size"] == (3, 64, 64)
+
+
+def test_what_is_no_encoder_is_refused(done: Any, tmp_path: Path) -> None:
+    (newest,) = (done.place / "checkpoints").glob("step-*20")
+    file = newest / "encoder.safetensors"
+    for place, weights, arch, error, text in (
+        (tmp_path, None, None, CheckpointError, "neither a run"),
+        (tmp_path / "absent.safetensors", None, "test_vit", CheckpointError, "no such file"),
+        (done.place, "teacher", None, ConfigError, "weights=teacher is not one of student, mom"),
+        (done.place, None, "test_vit", ConfigError, "arch=test_vit belongs to a .safetensors"),
+        (file, "student", "test_vit", ConfigError, "weights=student belongs to a run"),
+        (file, None, None, ConfigError, "give --arch NAME"),
+        (file, None, "vit_tiny_patch16_224", CheckpointError, "does not fit timm.create_model"),
+    ):
+        with pytest.raises(error, match=re.escape(text)):
+            cmtmae_scale.load_encoder(place, weights, arch=arch)
+
+
+def test_the_maps_are_those_that_masks_follow(done: Any) -> None:
+    maps = done.maps
+    assert maps.grid == (4, 4) and maps.views.shape == (20, 64, 64, 3)
+    assert maps.teacher.shape == maps.momentum.shape == maps.mixed.shape == (20, 16)
+    torch.testing.assert_close(maps.mixed.sum(1), torch.ones(20))
+    half = BASE["collaboration"]["alpha_attention"]
+    torch.testing.assert_close(maps.mixed, half * maps.teacher + (1 - half) * maps.momentum)
+    assert not torch.allclose(maps.teacher, maps.momentum)
+    again = cmtmae_scale.attention_maps(done.place, maps.views[:3].numpy(), batch_size=2)
+    torch.testing.assert_close(again.mixed, maps.mixed[:3])
+    with pytest.raises(ValueError, match=re.escape("expected uint8 [B, S, S, 3]")):
+        cmtmae_scale.attention_maps(done.place, maps.views[0])
+
+
+def test_masks_are_those_of_the_method(done: Any) -> None:
+    positions = torch.tensor([5, 9, 13])
+    attention = done.maps.mixed[:3]
+    settings = {"sampler": "reveal_salient", "ratio": 0.5, "masks_per_view": 2}
+    found = cmtmae_scale.choose_masks(
+        attention.numpy(), positions=positions, seed=3, salient_fraction=0.0, **settings
+    )
+    expected = masking.choose_masks(Mask(**settings), attention, positions, 3, 0.0)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    most = cmtmae_scale.choose_masks(attention, sampler="hide_salient", ratio=0.25).ids_hidden
+    assert torch.equal(most.sort().values, attention.topk(4).indices.sort().values)
+    for arguments, error in (
+        ({"attention": attention, "sampler": "absent"}, ValueError),
+        ({"attention": attention, "ratios": 0.5}, TypeError),
+        ({"attention": attention[0]}, ValueError),
+        ({"sampler": "random"}, ValueError),
+    ):
+        with pytest.raises(error):
+            cmtmae_scale.choose_masks(**arguments)
+
+
+def test_images_without_a_row_are_named(done: Any, tmp_path: Path, capsys: Any) -> None:
+    photos = make_photographs(tmp_path / "photos", 5)
+    (photos / "class0" / "empty.jpg").write_bytes(b"")
+    cut = photos / "class1" / "001.jpg"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    output = tmp_path / "new" / "features.npz"
+    line = ["features", "--checkpoint", str(done.place), "--images", str(photos), "--batch", "2"]
+    assert run_command([*line, "--output", str(output)]) == EXIT_DONE
+    assert "4 images x 64 (patches and cls), 2 images excluded" in capsys.readouterr().out
+    with np.load(output) as table:
+        assert table["excluded"].tolist() == ["class0/empty.jpg", "class1/001.jpg"]
+        assert table["names"].tolist() == [
+            "class0/000.jpg",
+            "class0/003.jpg",
+            "class1/004.jpg",
+            "class2/002.jpg",
+        ]
+        assert table["classes"][table["labels"]].tolist() == [
+            "class0",
+            "class0",
+            "class1",
+            "class2",
+        ]
+        assert (
+            np.isfinite(table["patches"]).all()
+            and len({row.tobytes() for row in table["cls"]}) == 4
+        )
+    assert os.listdir(output.parent) == [output.name]
+    assert run_command([*line, "--output", str(output)]) == EXIT_CONFIG
+    assert "features.npz exists" in capsys.readouterr().err
+    assert run_command([*line, "--output", str(tmp_path / "f.csv")]) == EXIT_CONFIG
+    for name in ("class0/000.jpg", "class0/003.jpg", "class1/004.jpg", "class2/002.jpg"):
+        (photos / name).write_bytes((photos / name).read_bytes()[:-200])
+    with pytest.raises(DataError, match="none of 5 images could be decoded"):
+        save_features(tmp_path / "none.npz", done.encoder, photos)
+    assert sorted(os.listdir(tmp_path)) == ["new", "photos"]
+
+
+def test_a_full_store_leaves_nothing(done: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features_module, "write_arrays", fail)
+    with pytest.raises(ConfigError, match="make room there") as raised:
+        save_features(tmp_path / "features.npz", done.encoder, done.folder / "photos")
+    assert exit_code_of(raised.value) == 75 and os.listdir(tmp_path) == []
+
+
+def test_features_that_are_not_finite_are_refused(done: Any) -> None:
+    broken = cmtmae_scale.load_encoder(done.place)
+    broken.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(DataError, match=r"features of class0/000\.jpg are not finite"):
+        cmtmae_scale.extract_features(broken, done.folder / "photos")
+
+
+def test_wrong_settings_are_config_errors(done: Any) -> None:
+    recipe = done.folder / "photos.yaml"
+    for groups, text in (
+        ({"train": {"step": 2}}, "train.step is not a key of train; did you mean steps?"),
+        ({"train": 20}, "train=20 is not a group; give train={'KEY': value}"),
+        ({"model": {"arch": "x"}}, "model is not a key"),
+        ({"run": {"name": {1, 2}}}, "run.name"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            cmtmae_scale.pretrain(recipe, **groups)
