@@ -1,7 +1,7 @@
 """Load an encoder as a module of timm."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -79,5 +79,5 @@ def load_strictly(config: Config, tensors: dict[str, Tensor], place: str) -> Vis
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{place}: does not fit {call} ({first})") from error
-    model.pretrained_cfg = data_config(config.views.image_size)
-    return cast(VisionTransformer, model.eval().requires_grad_(False))
+    cast(Any, model).pretrained_cfg = data_config(config.views.image_size)
+    return model.eval().requires_grad_(False)

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from cmtmae_scale.api.encoders import load_encoder
 from cmtmae_scale.errors import ConfigError, remedy_for
-from cmtmae_scale.evaluation.encoders import Encoder, inference_autocast, pool_tokens
+from cmtmae_scale.evaluation.encoders import (
+    Encoder,
+    Tokens,
+    inference_autocast,
+    split_tokens,
+    token_encoder,
+)
 from cmtmae_scale.evaluation.features import ReadOptions, encode_batches
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
@@ -260,9 +266,9 @@ def wrap_timm(model: VisionTransformer, device: torch.device) -> Encoder:
         raise ConfigError(f"the encoder takes images of {height} x {width}; expected a square")
     network = model.to(device).eval()
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
+    def encode_tokens(images: Tensor) -> Tokens:
         with inference_autocast(device):
             tokens = network.forward_features(normalise_images(images, mean, std))
-        return pool_tokens(tokens, network.num_prefix_tokens, network.has_class_token)
+        return split_tokens(tokens, network.num_prefix_tokens, network.has_class_token)
 
-    return Encoder("encoder", height, encode)
+    return token_encoder("encoder", height, network.patch_embed.grid_size, encode_tokens)

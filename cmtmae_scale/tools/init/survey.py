@@ -93,7 +93,8 @@ def decode_sample(index: Index) -> list[tuple[str, str]]:
     faults: list[tuple[str, str]] = []
     reader, decode = Reader(index), make_decode(find_codec())
     try:
-        for row in np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(np.int64)).tolist():
+        rows: list[int] = np.linspace(0, len(index) - 1, SAMPLE).astype(np.int64).tolist()
+        for row in dict.fromkeys(rows):
             try:
                 decode(reader.read(row))
             except UndecodableError as error:
