@@ -1,9 +1,11 @@
 # make setup | demo | demo-ci | test | test-all | test-oldest | test-slurm | soak | lint | lint-manifests
+#      docs | lock
 # Everything is installed into VENV, a folder of this clone.
 
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 MANIFESTS ?= .venv-manifests
+DOCS ?= .venv-docs
 EXTRAS = dali,deepspeed,demo,dev,hf
 PYTHON = $(VENV)/bin/python
 
@@ -14,7 +16,7 @@ FIND_UV = UV="$$(command -v uv || true)"; \
 		[ -x "$$UV" ] || python3 -m pip install --quiet --target .venv-uv uv; \
 	fi
 
-.PHONY: setup demo demo-ci test test-all test-oldest test-slurm soak lint lint-manifests
+.PHONY: setup demo demo-ci test test-all test-oldest test-slurm soak lint lint-manifests docs lock
 
 setup: $(VENV)/.stamp
 
@@ -67,6 +69,17 @@ $(MANIFESTS)/.stamp: pyproject.toml
 lint-manifests: $(MANIFESTS)/.stamp
 	$(MANIFESTS)/bin/python tests/manifests/check.py
 	$(MANIFESTS)/bin/python -m pytest --noconftest tests/manifests/test_check.py
+
+# The site of docs/, in build/site.
+$(DOCS)/.stamp: pyproject.toml
+	@set -eu; $(FIND_UV); \
+	[ -x "$(DOCS)/bin/python" ] || "$$UV" venv --quiet "$(DOCS)"; \
+	"$$UV" pip install --quiet --compile-bytecode --python "$(DOCS)/bin/python" --group docs
+	@touch $@
+
+docs: $(DOCS)/.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+	$(DOCS)/bin/python tests/site/check_links.py build/site
 
 lint: setup
 	$(VENV)/bin/ruff check .
