@@ -1,10 +1,14 @@
 # make setup | demo | demo-ci | test | test-all | test-oldest | test-slurm | soak | lint | lint-manifests
-# Everything is installed into VENV, a folder of this clone.
+#      docs | lock
+# Everything is installed into VENV, a folder of this clone; LOCK=/dev/null takes the newest versions.
 
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 MANIFESTS ?= .venv-manifests
+DOCS ?= .venv-docs
+LOCK ?= requirements/lock.txt
 EXTRAS = dali,deepspeed,demo,dev,hf
+comma = ,
 PYTHON = $(VENV)/bin/python
 
 # uv where there is one that runs, else a private one brought by pip.
@@ -14,15 +18,16 @@ FIND_UV = UV="$$(command -v uv || true)"; \
 		[ -x "$$UV" ] || python3 -m pip install --quiet --target .venv-uv uv; \
 	fi
 
-.PHONY: setup demo demo-ci test test-all test-oldest test-slurm soak lint lint-manifests
+.PHONY: setup demo demo-ci test test-all test-oldest test-slurm soak lint lint-manifests docs lock
 
 setup: $(VENV)/.stamp
 
-$(VENV)/.stamp: pyproject.toml
+$(VENV)/.stamp: pyproject.toml $(LOCK)
 	@set -eu; $(FIND_UV); \
 	[ -x "$(PYTHON)" ] || "$$UV" venv --quiet "$(VENV)"; \
 	echo "installing into $(VENV) (some GB at the first time)"; \
-	"$$UV" pip install --quiet --compile-bytecode --python "$(PYTHON)" -e '.[$(EXTRAS)]'
+	"$$UV" pip install --quiet --compile-bytecode --python "$(PYTHON)" --constraint "$(LOCK)" \
+		-e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: setup
@@ -57,16 +62,43 @@ test-slurm: setup
 soak: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PYTHON) tests/soak.py --minutes 10
 
-# Manifests, Dockerfile and scripts, against published schemas and rules; no cluster is needed.
-$(MANIFESTS)/.stamp: pyproject.toml
+# Manifests, Dockerfile, scripts, workflows and forms, against published schemas and rules; no cluster is needed.
+$(MANIFESTS)/.stamp: pyproject.toml $(LOCK)
 	@set -eu; $(FIND_UV); \
 	[ -x "$(MANIFESTS)/bin/python" ] || "$$UV" venv --quiet "$(MANIFESTS)"; \
-	"$$UV" pip install --quiet --compile-bytecode --python "$(MANIFESTS)/bin/python" --group manifests
+	"$$UV" pip install --quiet --compile-bytecode --python "$(MANIFESTS)/bin/python" --constraint "$(LOCK)" \
+		--group manifests
 	@touch $@
+
+CHECK_SCHEMA = $(MANIFESTS)/bin/check-jsonschema --builtin-schema vendor.
 
 lint-manifests: $(MANIFESTS)/.stamp
 	$(MANIFESTS)/bin/python tests/manifests/check.py
 	$(MANIFESTS)/bin/python -m pytest --noconftest tests/manifests/test_check.py
+	$(CHECK_SCHEMA)github-workflows .github/workflows/*.yml
+	$(CHECK_SCHEMA)github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(CHECK_SCHEMA)dependabot .github/dependabot.yml
+	$(CHECK_SCHEMA)citation-file-format CITATION.cff
+
+# The site of docs/, in build/site.
+$(DOCS)/.stamp: pyproject.toml $(LOCK)
+	@set -eu; $(FIND_UV); \
+	[ -x "$(DOCS)/bin/python" ] || "$$UV" venv --quiet "$(DOCS)"; \
+	"$$UV" pip install --quiet --compile-bytecode --python "$(DOCS)/bin/python" --constraint "$(LOCK)" \
+		--group docs
+	@touch $@
+
+docs: $(DOCS)/.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+	$(DOCS)/bin/python tests/site/check_links.py build/site
+
+# Versions and hashes of what make setup, lint-manifests and docs install, for any platform.
+lock:
+	@set -eu; $(FIND_UV); mkdir -p requirements; \
+	"$$UV" pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+		--no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+		$(foreach extra,$(subst $(comma), ,$(EXTRAS)),--extra $(extra)) --group docs --group manifests \
+		--output-file requirements/lock.txt pyproject.toml
 
 lint: setup
 	$(VENV)/bin/ruff check .

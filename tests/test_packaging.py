@@ -7,9 +7,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 from cmtmae_scale import __version__
@@ -20,6 +23,8 @@ from tests.test_layers import MODULES
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+LOCK = (ROOT / "requirements/lock.txt").read_text()
 
 
 def project_files() -> list[Path]:
@@ -175,8 +180,30 @@ def test_command_points_at_a_function() -> None:
 
 def test_setup_installs_every_extra_but_cuda_12_and_trackers() -> None:
     extras = set(PROJECT["project"]["optional-dependencies"])
+    assert setup_extras() == extras - {"dali12", *TRACKERS}
+
+
+def setup_extras() -> set[str]:
     line = next(x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("EXTRAS"))
-    assert set(line.split("=")[1].strip().split(",")) == extras - {"dali12", *TRACKERS}
+    return set(line.split("=")[1].strip().split(","))
+
+
+def test_the_lock_file_has_what_make_installs() -> None:
+    """``make lock`` refreshes it after a change of dependencies."""
+    locked: dict[str, list[str]] = {}
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)", LOCK, re.MULTILINE):
+        locked.setdefault(canonicalize_name(name), []).append(version)
+    extras = PROJECT["project"]["optional-dependencies"]
+    groups = [
+        PROJECT["project"]["dependencies"],
+        *PROJECT["dependency-groups"].values(),
+        *(extras[name] for name in setup_extras()),
+    ]
+    for requirement in map(Requirement, chain.from_iterable(groups)):
+        versions = locked.get(canonicalize_name(requirement.name), [])
+        assert versions, f"{requirement} is not locked; run make lock"
+        assert all(map(requirement.specifier.contains, versions)), f"{requirement}: {versions}"
+    assert "://" not in LOCK and LOCK.count("--hash=sha256:") > len(locked)
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:
