@@ -145,14 +145,14 @@ SCENARIOS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
 
 
 def crash_everywhere(folder: Path, scenario: str) -> int:
-    """End a process at each operation of a save: once killed, once with its power cut.
+    """End a process at each operation of a save; check what stays, and what a power cut leaves.
 
     Args:
         folder: an empty folder.
         scenario: key of ``SCENARIOS``.
 
     Returns:
-        Number of operations, each of which was the last one twice.
+        Number of operations, each of which was the last one, killed and without power.
     """
     operations = Operations()
     before, act = SCENARIOS[scenario]
