@@ -17,7 +17,7 @@ from tests.checkpoint.save_case import Lines
 from tests.engine.fault_case import command_on_ranks
 
 
-def launch_each(recipe: Path, cases: list[tuple[str, str]]) -> list[tuple[int, str]]:
+def launch_each(recipe: Path, cases: list[tuple[str, Any]]) -> list[tuple[int, str]]:
     """Launch once per case, (kind, value) of what rank 1 has; exit codes and last log lines."""
     log = Lines()
     found = []
@@ -26,8 +26,8 @@ def launch_each(recipe: Path, cases: list[tuple[str, str]]) -> list[tuple[int, s
         overrides: list[str] = []
         with ExitStack() as stack:
             if dist.get_rank() == 1 and kind != "initial weights":
-                if kind == "override":
-                    overrides.append(value)
+                if kind == "overrides":
+                    overrides += value
                 else:
                     stack.enter_context(change(kind, value))
             stack.enter_context(mock.patch.object(agreement, "SHARED_WAIT_S", 0.3))
@@ -42,14 +42,15 @@ def launch_each(recipe: Path, cases: list[tuple[str, str]]) -> list[tuple[int, s
     return found
 
 
-def change(kind: str, value: str) -> Any:
+def change(kind: str, value: Any) -> Any:
     """Return a context in which this rank has something else."""
     if kind == "variable":
         return mock.patch.dict(os.environ, {"NVIDIA_TF32_OVERRIDE": value})
-    if kind == "version":
-        return mock.patch("cmtmae_scale.runtime.versions.__version__", value)
-    if kind == "python":
-        return mock.patch("platform.python_version", lambda: value)
+    if kind == "versions":
+        stack = ExitStack()
+        stack.enter_context(mock.patch("cmtmae_scale.runtime.versions.__version__", value[0]))
+        stack.enter_context(mock.patch("platform.python_version", lambda: value[1]))
+        return stack
     if kind == "teacher":
         return mock.patch.object(build, "build_teacher", mock.Mock(side_effect=TeacherError(value)))
     if kind == "folder":

@@ -210,7 +210,7 @@ WAYS: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any, list[str]]]:
-    recipe = write_recipe(tmp_path_factory.mktemp("resume"))
+    recipe = write_recipe(tmp_path_factory.mktemp("resume"), depth=2)
     first = ["train.stop_after=2"]
     (found,) = run_ranks(1, resume_each, recipe, first, list(WAYS.values()))
     return dict(zip(WAYS, found, strict=True))
