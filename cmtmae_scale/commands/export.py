@@ -41,6 +41,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "encoder": "one file of safetensors under timm's names",
         "timm": "a folder for timm.create_model('local-dir:FOLDER', pretrained=True)",
         "hf": "a folder for transformers' AutoModel.from_pretrained",
+        "onnx": "a folder with model.onnx, of any batch size",
         "full": "a folder with encoder, decoder and heads, for load_full",
     }
     for what, text in helps.items():

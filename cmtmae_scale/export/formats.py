@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import weights_digest
-from cmtmae_scale.export import full, hugging_face, timm_folder
+from cmtmae_scale.export import full, hugging_face, onnx_folder, timm_folder
 from cmtmae_scale.export.card import CardFacts, model_card
 from cmtmae_scale.export.compare import TOLERANCE, Agreement
 from cmtmae_scale.export.hub import Target, require_hub, upload
@@ -34,7 +34,8 @@ class Format(NamedTuple):
     hub_name: str
     title: str
     write: Callable[[Path, Origin], None]
-    check: Callable[[Path, Origin, Tensor], Agreement]
+    check: Callable[[Path, Origin, Tensor], Agreement | None]
+    """Return the difference of the outputs; ``None``: what computes them is not installed."""
     snippet: Callable[[Origin, str | None], str]
     """Return Python code that loads the folder, or the repository of the hub."""
 
@@ -63,6 +64,14 @@ FORMATS = {
         full.write_full,
         full.check_full,
         lambda *_: full.SNIPPET,
+    ),
+    "onnx": Format(
+        onnx_folder.onnx_version,
+        "onnx",
+        "an encoder as an ONNX graph",
+        onnx_folder.write_onnx,
+        onnx_folder.check_onnx,
+        lambda *_: onnx_folder.SNIPPET,
     ),
 }
 
@@ -116,12 +125,14 @@ def export_folder(
         checked = (
             f"loaded back by {library}; largest difference on {len(views.images)} images "
             f"{found} (allowed: {TOLERANCE:g} of that)"
+            if found
+            else onnx_folder.UNVERIFIED
         )
         facts = CardFacts(
             kind.hub_name,
             kind.title,
             kind.snippet(origin, target.repo if target else None),
-            f"Checked when exported: {checked}.",
+            f"{'Checked when exported: ' if found else ''}{checked}.",
             weights_digest(origin.encoder().state_dict()),
             views.num_images,
         )
