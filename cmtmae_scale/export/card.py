@@ -6,6 +6,8 @@ Absolute paths are reduced to their last component.
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from cmtmae_scale.config.derive import Needs, name_student, needs, peak_lr
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.export.origin import Origin
@@ -39,30 +41,32 @@ def model_card(origin: Origin, card: CardFacts) -> str:
     hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
     side = config.student.patch_size
     patches = "" if side is None else f" with patches of {side}"
-    return "\n".join(
-        [
-            "---",
-            "license: other",
-            "license_name: terms-of-teacher-and-data",
-            f"library_name: {card.library}",
-            "pipeline_tag: image-feature-extraction",
-            f"tags: [{tag}, masked-image-modeling, self-supervised, vision-transformer]",
-            "---",
-            "",
-            f"# {name}: {card.title}",
-            "",
-            f"{name_student(config.student)}{patches} at {config.views.image_size} pixels, "
-            f"trained by {title}{hint}; "
-            f"step {origin.step} of {origin.state['progress']['end_step']}.",
-            "",
-            *card_section("Load", ["```python", card.snippet.rstrip(), "```", "", card.checked]),
-            *card_section("Method", fact_table(method_rows(config, need))),
-            *card_section("Run", fact_table(run_rows(origin, card.num_images))),
-            *card_section("Results", result_lines(origin, card.sha256)),
-            *card_section("Licence", licence_lines(config, need)),
-            *card_section("Identity", fact_table(identity_rows(origin, card.sha256))),
-        ]
+    data = ModelCardData(
+        license="other",
+        license_name="terms-of-teacher-and-data",
+        library_name=card.library,
+        pipeline_tag="image-feature-extraction",
+        tags=[tag, "masked-image-modeling", "self-supervised", "vision-transformer"],
     )
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {name}: {card.title}",
+        "",
+        f"{name_student(config.student)}{patches} at {config.views.image_size} pixels, "
+        f"trained by {title}{hint}; "
+        f"step {origin.step} of {origin.state['progress']['end_step']}.",
+        "",
+        *card_section("Load", ["```python", card.snippet.rstrip(), "```", "", card.checked]),
+        *card_section("Method", fact_table(method_rows(config, need))),
+        *card_section("Run", fact_table(run_rows(origin, card.num_images))),
+        *card_section("Results", result_lines(origin, card.sha256)),
+        *card_section("Licence", licence_lines(config, need)),
+        *card_section("Identity", fact_table(identity_rows(origin, card.sha256))),
+    ]
+    return str(ModelCard("\n".join(lines)))
 
 
 def card_section(title: str, lines: list[str]) -> list[str]:
