@@ -107,8 +107,8 @@ def describe_unreachable(
         )
     first = str(error).strip().split("\n")[0]
     return TeacherError(
-        f"teacher.weights={tag} cannot be downloaded ({type(error).__name__}: {first}); where there "
-        f"is internet, run `{command}`, then set {' '.join(settings)}"
+        f"teacher.weights={tag} cannot be downloaded ({type(error).__name__}: {first}); where "
+        f"there is internet, run `{command}`, then set {' '.join(settings)}"
     )
 
 
