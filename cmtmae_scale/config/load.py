@@ -213,7 +213,7 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
     """
     key, sign, value = text.partition("=")
     if not sign or "." not in key:
-        hint = key_hint(key.strip(), keys) or "expected group.key=value"
+        hint = key_hint(key.strip(), keys) or "expected group.key=value, without spaces"
         raise ConfigError(f"{text}: is not an override; {hint}")
     try:
         tree: Any = parse_yaml(value) if value else None
