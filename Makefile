@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 MANIFESTS ?= .venv-manifests
 DOCS ?= .venv-docs
 LOCK ?= requirements/lock.txt
-EXTRAS = dali,deepspeed,demo,dev,hf
+EXTRAS = dali,deepspeed,demo,dev,hf,onnx
 comma = ,
 PYTHON = $(VENV)/bin/python
 
