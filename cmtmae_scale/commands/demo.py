@@ -161,7 +161,7 @@ def next_steps(run_dir: Path, report: Path) -> str:
 report       {report}  (curves, figures, time, accuracy: one page for any browser)
 figures      {run_dir / "figures"}  (attention of teacher, student and both, masks, features)
 curves       {tensorboard} --logdir {run_dir}
-segmentation {run_dir / "evaluation" / "demo-segmentation.png"}  (images, masks, predictions, PCA)
+segmentation {run_dir / "evaluation" / "demo-segmentation.png"}  (images, masks, predictions)
 checkpoints  {run_dir / "checkpoints"}
 
 try next

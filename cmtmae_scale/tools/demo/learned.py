@@ -11,8 +11,7 @@ MEASURES = {
     "segmentation": ("textures of patches, linear, mIoU", "linear segmentation", "value"),
     "linear": ("photograph of a crop, linear probe", "linear", "accuracy"),
 }
-"""Method -> what it tells, beginning of the name of its rows, key of the number. Chosen before the
-demo's final settings were trained; patches' features only."""
+"""Method -> what is measured, beginning of the name of its rows, key of the number."""
 OTHERS = ("random weights", "raw pixels")
 
 
