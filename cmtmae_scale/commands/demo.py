@@ -85,7 +85,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=at_least_one, help="a shorter or longer run, in its own folder"
     )
-    parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="delete an earlier run of the demo and its teacher cache",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser.parse_intermixed_args(arguments)
 

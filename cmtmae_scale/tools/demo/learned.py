@@ -1,4 +1,4 @@
-"""What the demo's student learned: its measures beside those of random weights and of pixels."""
+"""What the demo's student learned, beside random weights and raw pixels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,8 @@ def find_measures(results: Sequence[Mapping[str, Any]], method: str) -> list[Map
         and row["features"] in ("patches", "pixels")
         and row.get("measure", "mIoU") == "mIoU"
     ]
-    order = ("", *OTHERS)
-    return sorted(
-        rows, key=lambda row: order.index(row["weights"] if row["weights"] in order else "")
-    )
+    others = [next(row for row in rows if row["weights"] == name) for name in OTHERS]
+    return [next(row for row in rows if row["weights"] not in OTHERS), *others]
 
 
 def learned_table(files: Mapping[str, Path]) -> str:
@@ -37,7 +35,7 @@ def learned_table(files: Mapping[str, Path]) -> str:
     Args:
         files: method -> result file of ``cmtmae evaluate``, in the order of the table.
     """
-    lines = ["", f"{'what was learned':36}{'student':>22}{'random weights':>22}{'raw pixels':>22}"]
+    lines = ["", f"{'measure':36}{'student':>22}{'random weights':>22}{'raw pixels':>22}"]
     verdicts: list[str] = []
     for method, file in files.items():
         title, _, key = MEASURES[method]
