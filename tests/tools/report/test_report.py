@@ -126,7 +126,7 @@ def test_a_run_that_has_just_begun_says_what_is_not_there_yet(tmp_path: Path) ->
         "not ended: still running, or killed",
         "0 of 60",
         "The log has no entry yet.",
-        "There are no figures: the first is due at step 60.",
+        "There are no figures: the first is due at step 200.",
         "No time was logged yet.",
         "Recipe, overrides and versions were not recorded.",
         "The run was not evaluated during training",
