@@ -5,7 +5,7 @@ The token is that of huggingface_hub's own login or environment; it is neither r
 
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from cmtmae_scale import __version__
 from cmtmae_scale.errors import AGAIN, CmtMaeError, ConfigError, UploadError
@@ -70,7 +70,8 @@ def upload(folder: Path, target: Target) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     # httpx.HTTPError or, in huggingface_hub before 1.0, requests.HTTPError
-    errors = (HfHubHTTPError.__bases__[0], OSError, ValueError, RuntimeError)
+    transport = cast(type[Exception], HfHubHTTPError.__bases__[0])
+    errors = (transport, OSError, ValueError, RuntimeError)
     api = HfApi(library_name="cmtmae-scale", library_version=__version__)
     try:
         url = api.create_repo(target.repo, private=target.private or None, exist_ok=True)
