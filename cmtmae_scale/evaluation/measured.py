@@ -95,7 +95,7 @@ def judge_measured(rows: Sequence[Measured], subject: str) -> str:
     ]
     if unbeaten:
         return (
-            f"SMOKE TEST: the program runs, but {subject} is not clearly better than "
+            f"{subject} is NOT clearly better than "
             f"{' and '.join(sorted(unbeaten))} ({measure}; intervals overlap)"
         )
     return f"{subject} is clearly better than {' and '.join(sorted(others))} ({measure})"

@@ -126,7 +126,7 @@ def judge_rows(rows: Sequence[Row], subject: str) -> str:
         return f"no baseline was requested ({measure})"
     if unbeaten:
         return (
-            f"SMOKE TEST: the program runs, but {subject} is not clearly better than "
+            f"{subject} is NOT clearly better than "
             f"{' and '.join(sorted(unbeaten))} ({measure}; intervals overlap)"
         )
     return f"{subject} is clearly better than {' and '.join(sorted(baselines))} ({measure})"

@@ -78,7 +78,7 @@ def test_a_finished_run_is_reported_completely(finished: Path) -> None:
         "Step 60",
         "None: one launch, no bad file, no recorded incident.",
         "60/128",
-        "SMOKE TEST: it ran",
+        "student is NOT clearly better",
         "chance 25.0 %",
     ):
         assert phrase in words, phrase
