@@ -33,6 +33,7 @@ from cmtmae_scale.evaluation.knn import find_neighbours
 from cmtmae_scale.evaluation.logistic import fit_logistic
 from cmtmae_scale.evaluation.masks import VOID, MaskedSet, cut_patches, masked_batches
 from cmtmae_scale.evaluation.measured import Measured, bootstrap_interval
+from cmtmae_scale.method.diagnostics import spread_patches
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError
 from dataloading.order import sample_ids
@@ -51,8 +52,6 @@ VOTERS = 256
 """Patches whose pixels vote at once."""
 SHOWN = 6
 """Images whose predictions are kept for a figure."""
-PATCH_STRIDE = 89
-"""Offset between the patches taken of consecutive images; a prime, so that it meets all patches."""
 HELD_OUT_SALT = 0x4E1D
 COLUMN = Column("segmentation", "patches")
 
@@ -203,8 +202,7 @@ def learn_patches(
     for batch in masked_batches(train, (encoder.size,), reading, world, device):
         features = encode_patches(encoder, batch.images[0])
         refuse_bad(encoder, features, "training")
-        patch = torch.arange(per_image, device=device) * length // per_image
-        patch = (patch + batch.numbers[:, None] * PATCH_STRIDE) % length  # [B, per_image]
+        patch = spread_patches(batch.numbers[:, None], per_image, length)
         patch = patch.sort(1).values if per_image < length else patch.new_tensor(range(length))
         patch = patch.expand(len(features), -1)
         every = torch.arange(len(features), device=device)[:, None]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmtmae_scale.config.schema import Attention
+
 Grid = tuple[int, int]
 
 EMPTY_MASS = 1e-12
@@ -291,6 +293,22 @@ def collaborative_attention(
             f"{tuple(student.shape)}"
         )
     return alpha * normalise_map(teacher, norm) + (1.0 - alpha) * normalise_map(student, norm)
+
+
+def mix_attention(
+    settings: Attention, teacher: Tensor | None, student: Tensor | None, alpha: float | Tensor
+) -> Tensor | None:
+    """Mix attention maps ``[B, N]`` as the config's group ``attention`` says.
+
+    ``None`` where no mask needs one; see ``sharpen`` and ``collaborative_attention``.
+    """
+    if teacher is None and student is None:
+        return None
+    teacher, student = (
+        None if one is None else sharpen(one, settings.temperature, settings.clip_quantile)
+        for one in (teacher, student)
+    )
+    return collaborative_attention(teacher, student, alpha, settings.norm)
 
 
 @torch.no_grad()

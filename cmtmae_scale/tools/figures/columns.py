@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.encoders import inference_autocast
-from cmtmae_scale.method.attention import normalise_map
+from cmtmae_scale.method.attention import mix_attention, normalise_map
 from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import EPS, Predictions, TokenLayout, patchify
-from cmtmae_scale.pretraining.prepare import gather_targets, mix_attention
+from cmtmae_scale.pretraining.prepare import gather_targets
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.teachers.base import Teacher, TeacherView
 
