@@ -75,14 +75,16 @@ def format_measured(rows: Sequence[Measured]) -> str:
 def judge_measured(rows: Sequence[Measured], subject: str) -> str:
     """State whether the subject is clearly better than each baseline: disjoint intervals.
 
-    The compared measure is that of the subject's first row; more is better.
+    The compared measure is that of the subject's first row, whatever settings each row chose; more
+    is better.
     """
     own = next(row for row in rows if row.weights == subject)
-    measure = f"{own.method}, {own.measure}"
+    compared = method_family(own.method), own.measure
+    measure = ", ".join(compared)
     others = {
         row.weights: row
         for row in reversed(rows)
-        if row.weights != subject and (row.method, row.measure) == (own.method, own.measure)
+        if row.weights != subject and (method_family(row.method), row.measure) == compared
     }
     if own.interval is None and others:
         return f"no interval, so no comparison ({measure})"
@@ -92,6 +94,11 @@ def judge_measured(rows: Sequence[Measured], subject: str) -> str:
         if row.interval is None or own.interval is None or row.interval[1] >= own.interval[0]
     ]
     return state_verdict(subject, others, unbeaten, measure)
+
+
+def method_family(method: str) -> str:
+    """Return a row's method without its chosen settings."""
+    return method.split(",")[0]
 
 
 def state_verdict(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmtmae_scale.errors import ConfigError, StorageError, may_pass
 from cmtmae_scale.evaluation.images import ImageSet
-from cmtmae_scale.evaluation.measured import state_verdict
+from cmtmae_scale.evaluation.measured import method_family, state_verdict
 from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.runtime.versions import library_versions
 
@@ -123,11 +123,6 @@ def judge_rows(rows: Sequence[Row], subject: str) -> str:
         if wilson_interval(row.score.correct, row.score.total)[1] >= low
     ]
     return state_verdict(subject, baselines, unbeaten, f"{method}, mean of patches")
-
-
-def method_family(method: str) -> str:
-    """Return a row's method without its chosen settings."""
-    return method.split(",")[0]
 
 
 def result_record(rows: Sequence[Row], num_classes: int, **facts: Any) -> dict[str, Any]:
