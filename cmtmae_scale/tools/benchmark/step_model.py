@@ -8,6 +8,7 @@ were one kernel, which reads what others wrote and writes what others read.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -177,7 +178,9 @@ class Recorder(TorchDispatchMode):
             if key not in self.numbers:
                 self.numbers[key] = len(self.numbers)
                 self.alive.append(storage)  # a storage that is kept keeps its key unique
-            used = min(tensor.numel() * tensor.itemsize, storage.nbytes())
+            sides = zip(tensor.shape, tensor.stride(), strict=True)
+            distinct = math.prod(side for side, stride in sides if stride or not side)
+            used = min(distinct * tensor.itemsize, storage.nbytes())
             number = self.numbers[key]
             found[number] = max(found.get(number, 0), used)
         return found
