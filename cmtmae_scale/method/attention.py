@@ -9,6 +9,8 @@ Source: docs/method.md, sections "Attention maps", "Normalisation", "Grids" and 
 attention".
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -23,6 +25,20 @@ EMPTY_MASS = 1e-12
 """An attention map whose sum is at most this carries no information and becomes uniform."""
 
 
+_keeps_dtype = False
+
+
+@contextmanager
+def attention_of_a_gpu() -> Iterator[None]:
+    """Let ``attend`` keep the compute dtype on a CPU too, to count what a GPU would be given."""
+    global _keeps_dtype
+    before, _keeps_dtype = _keeps_dtype, True
+    try:
+        yield
+    finally:
+        _keeps_dtype = before
+
+
 def attention_dtype(device: str, dtype: torch.dtype, has_backward: bool) -> torch.dtype:
     """Return the dtype in which ``attend`` calls the fused kernel: on a CPU bf16 may become fp32.
 
@@ -34,7 +50,7 @@ def attention_dtype(device: str, dtype: torch.dtype, has_backward: bool) -> torc
         dtype: compute dtype.
         has_backward: whether a backward follows the forward.
     """
-    if device == "cpu" and dtype == torch.bfloat16 and has_backward:
+    if device == "cpu" and dtype == torch.bfloat16 and has_backward and not _keeps_dtype:
         return torch.float32
     return dtype
 
