@@ -9,7 +9,7 @@ Source: docs/method.md, sections "Attention maps", "Normalisation", "Grids" and 
 attention".
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ _keeps_dtype = False
 
 
 @contextmanager
-def attention_of_a_gpu() -> Iterator[None]:
+def attention_of_a_gpu() -> Generator[None]:
     """Let ``attend`` keep the compute dtype on a CPU too, to count what a GPU would be given."""
     global _keeps_dtype
     before, _keeps_dtype = _keeps_dtype, True
