@@ -271,6 +271,16 @@ def check_backend(backend: Backend) -> Iterator[str]:
         extra_keys(backend.deepspeed)
     except ConfigError as error:
         yield str(error)
+    if backend.reduce_every_micro_step and backend.name == "deepspeed":
+        yield (
+            "backend.reduce_every_micro_step=true belongs to backend.name=fsdp; DeepSpeed reduces "
+            "by stage: set backend.zero_stage=2, which reduces at every micro-step"
+        )
+    elif backend.reduce_every_micro_step and backend.sharding == "replicate":
+        yield (
+            "backend.reduce_every_micro_step=true: with backend.sharding=replicate every rank "
+            "keeps all gradients; set backend.sharding=hybrid or full"
+        )
     if backend.compile and backend.name == "deepspeed" and backend.zero_stage == 3:
         yield (
             "backend.compile=true: ZeRO-3 gathers weights between the operations of a block, which "

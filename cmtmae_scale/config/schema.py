@@ -443,6 +443,11 @@ class Backend:
     sharding: Literal["replicate", "hybrid", "full"] = "hybrid"
     """Replicate; shard within a node and replicate across nodes; or shard over all ranks
     (``fsdp``)."""
+    reduce_every_micro_step: bool = False
+    """Reduce gradients to shards at every micro-step (``fsdp``, ``hybrid`` or ``full``): between
+    micro-steps a rank holds its shard of the gradients, not all in float32, for one reduce-scatter
+    more per further micro-step. Gradients are equal to rounding. ZeRO's stages 2 and 3 always do
+    so."""
     zero_stage: Literal[1, 2, 3] = 1
     """What is sharded over all ranks (``deepspeed``): 1 moments and float32 weights, 2 gradients
     too, 3 everything."""
