@@ -55,7 +55,7 @@ def find_address_problem(url: str) -> str | None:
         )
     if not host:
         return f"{where}: names no {'host' if 'http' in scheme else 'bucket'}"
-    if "//" in key:
+    if "//" in f"/{key}":
         return f"{where}: has an empty part (//) behind {host}; write one /"
     try:
         urlsplit(f"http://{host}").port  # noqa: B018  # raises

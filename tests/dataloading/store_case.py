@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 Fault = Callable[["Request"], str | int | None]
-"""From a request to a status, "truncate", "hang up", "wrong length", "wrong range" or ``None``."""
+"""From a request to a status, the name of a fault as in ``_Handler``, or ``None``."""
 
 
 class Request:
@@ -30,11 +30,11 @@ class RangeServer:
         latency_s: before each answer.
         requests: all that came in.
         most: the most that were in progress at the same time.
-        etags: whether ETags are sent.
+        is_versioned: whether ETag and Last-Modified are sent.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.latency_s, self.etags = root, 0.0, True
+        self.root, self.latency_s, self.is_versioned = root, 0.0, True
         self.fault: Fault = lambda request: None
         self.requests: list[Request] = []
         self.most = self.now = 0
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-Match", etag) != etag:
             return self._fail(412)
         whole = len(data)
-        if span is not None:
+        if span is not None and fault != "whole":
             first, last = span[0], min(span[1], whole - 1)
             if fault == "wrong range":
                 first -= 1
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(len(data) + (7 if fault == "wrong length" else 0)))
-        if owner.etags:
+        if owner.is_versioned:
             self.send_header("ETag", etag)
             self.send_header("Last-Modified", formatdate(path.stat().st_mtime, usegmt=True))
         self.end_headers()
