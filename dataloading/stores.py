@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -42,7 +43,9 @@ _REQUEST = timedelta(seconds=20)  # for an answer, to its last byte
 _CONNECT = timedelta(seconds=5)
 _QUIET_RETRIES = 2  # by the client, before a failure is logged and retried as that of a file
 _QUIET = timedelta(seconds=5)
+_HUNG_S = 5.0  # in which no further request is made after one without an answer
 _FIRST_WINDOW, _LAST_WINDOW = 16 << 10, 1 << 20  # bytes of a request for headers
+_NO_ANSWER = f"no answer within {_REQUEST.seconds} s"
 _TEMPORARY = frozenset({408, 425, 429})  # statuses below 500 that may differ at the next try
 _SEPARATOR = "\t"  # in the text of a remote tar
 _STATUS = re.compile(r"status code: (\d{3}) ([A-Za-z ]+)")
@@ -260,6 +263,7 @@ class StoreSource:
         self._in_flight = in_flight
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._hung_until = 0.0
         self._coming: dict[tuple[int, int], tuple[int, Future[memoryview]]] = {}
 
     def prefetch(self, rows: Sequence[int]) -> None:
@@ -273,7 +277,7 @@ class StoreSource:
             wanted = [row for row in set(rows) if self._place_of(row) not in self._coming]
             for group in merge_neighbours(self._entries, np.array(wanted, np.int64)):
                 tar, start, size = self._range_of(group)
-                future = self._pool.submit(_read_view, tar, start, size)
+                future = self._pool.submit(self._fetch, tar, start, size)
                 for row in group:
                     place = self._place_of(row)
                     self._coming[place] = (place[1] - start, future)
@@ -282,7 +286,7 @@ class StoreSource:
         with self._lock:
             coming = self._coming.pop(self._place_of(i), None)
         if coming is None:
-            return bytes(read_range(*self._range_of([i])))
+            return bytes(self._fetch(*self._range_of([i])))
         at, future = coming
         return bytes(future.result()[at : at + int(self._entries[i]["size"])])
 
@@ -293,6 +297,20 @@ class StoreSource:
                 self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
             self._coming.clear()
+
+    def _fetch(self, tar: RemoteTar, offset: int, size: int) -> memoryview:
+        """Read a range, unless the store did not answer a moment ago.
+
+        Reads that have waited in a queue would otherwise wait for the same store one after another.
+        """
+        if time.monotonic() < self._hung_until:
+            raise OSError(errno.ETIMEDOUT, _NO_ANSWER, tar.url)
+        try:
+            return memoryview(read_range(tar, offset, size))
+        except OSError as error:
+            if error.errno == errno.ETIMEDOUT:
+                self._hung_until = time.monotonic() + _HUNG_S
+            raise
 
     def _place_of(self, row: int) -> tuple[int, int]:
         entry = self._entries[row]
@@ -365,9 +383,10 @@ def explain_error(error: Exception) -> tuple[int, str]:
         return errno.EPERM, "the certificate of the server is not accepted"
     if "dns error" in text:
         return errno.EIO, "the name of the host is not found"
+    if "kind: Timeout" in text:
+        return errno.ETIMEDOUT, _NO_ANSWER
     for mark, reason in (
         ("kind: Connect", "the store cannot be reached"),
-        ("kind: Timeout", f"no answer within {_REQUEST.seconds} s"),
         ("UnexpectedRange", "the store sent another range than that asked for"),
         ("kind: Interrupted", "the answer ended early"),
         ("kind: Body", "the answer ended early"),
@@ -395,10 +414,6 @@ def _find_tar(url: str) -> RemoteTar:
     except _errors() as error:
         raise _os_error(error, url) from None
     return RemoteTar(url, meta["size"], _version(meta))
-
-
-def _read_view(tar: RemoteTar, offset: int, size: int) -> memoryview:
-    return memoryview(read_range(tar, offset, size))
 
 
 def _version(meta: Any) -> str:

@@ -112,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hang up":
             self.close_connection = True
             return
+        if fault == "stall":
+            time.sleep(1.5)
         if isinstance(fault, int):
             return self._fail(fault)
         path = owner.root / key

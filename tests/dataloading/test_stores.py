@@ -5,13 +5,14 @@ import random
 import shutil
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dataloading import shards, webdataset
+from dataloading import shards, stores, webdataset
 from dataloading.addresses import find_address_problem, hide_secrets
 from dataloading.errors import DataError, ReadError
 from dataloading.exchange import index_from_bytes, index_to_bytes
@@ -143,6 +144,21 @@ def test_a_store_that_stays_away_ends_with_75_and_its_address(server: RangeServe
     server.fault = lambda request: 503
     with pytest.raises(ReadError, match=r"train-00\d.tar, byte \d+: 503 Service Unav.*Failure"):
         draw(remote, 1, patience_s=0.2)
+
+
+def test_a_store_that_hangs_is_not_waited_for_by_one_read_after_another(
+    server: RangeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = build_index(server.url + PATTERN)
+    monkeypatch.setattr(stores, "_REQUEST", timedelta(seconds=0.3))
+    monkeypatch.setattr(stores, "_QUIET_RETRIES", 0)
+    stores.open_store.cache_clear()
+    number = len(server.requests)
+    server.fault = lambda request: "stall"
+    with pytest.raises(ReadError, match="no answer within"):
+        draw(remote, 1, patience_s=0.2)
+    stores.open_store.cache_clear()
+    assert number < len(server.requests) <= number + 2 * TARS + 2 * 8
 
 
 def test_a_tar_that_is_replaced_is_noticed(tars: Path, tmp_path: Path, caplog) -> None:
