@@ -15,8 +15,10 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def hide_secrets(url: str) -> str:
-    """Return an address without user, password and query."""
-    scheme, _, rest = url.partition("://")
+    """Return an address, or a text that ends with one, without user, password and query."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
     host, slash, key = rest.partition("/")
     visible = f"{scheme}://{host.rpartition('@')[2]}{slash}{key}"
     return visible.partition("?")[0]
