@@ -281,7 +281,7 @@ def _examine(
             root, shards, max_pixels, exif_orientation, passed, is_detected, parts
         )
     else:
-        findings = examine_folder(root, files, max_pixels, exif_orientation, parts)
+        findings = examine_folder(Path(root), files, max_pixels, exif_orientation, parts)
         findings = findings._replace(passed_over=sort_counts([passed]))
     logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
     turned, as_stored = count_turned(findings.entries["flags"])

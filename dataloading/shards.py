@@ -7,7 +7,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -193,7 +193,7 @@ def list_remote_shards(url: str, passed: Counts | None = None) -> list[Shard]:
 
 
 @contextmanager
-def open_shard(path: TarPlace) -> Iterator[tuple[int | Readable, int]]:
+def open_shard(path: TarPlace) -> Generator[tuple[int | Readable, int], None, None]:
     """Open a tar for reading its headers; yields it for ``read_at``, and its size.
 
     Raises:
