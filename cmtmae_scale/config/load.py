@@ -21,6 +21,7 @@ from cmtmae_scale.config.hints import key_hint, value_hint
 from cmtmae_scale.config.schema import Config, Schedule, Trained, walk_fields
 from cmtmae_scale.config.shipped import find_recipe
 from cmtmae_scale.errors import ConfigError
+from dataloading.addresses import hide_secrets
 from dataloading.files import atomic_path
 
 Recipe = TypeVar("Recipe")
@@ -516,7 +517,11 @@ def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
         key = re.escape(override.partition("=")[0].strip())
         return re.search(rf"(?<![\w.]){key}(?!\w)", problem) is not None
 
-    last = {override.partition("=")[0]: override for override in overrides if names(override)}
+    last = {
+        override.partition("=")[0]: hide_secrets(override)
+        for override in overrides
+        if names(override)
+    }
     return " ".join(last.values()) or place
 
 

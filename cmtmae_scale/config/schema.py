@@ -143,7 +143,8 @@ class Data:
     """Layout under ``path``: a folder of images or WebDataset tars; auto: detected."""
     path: str = MISSING
     """Folder of images (sub-folders are labels); or tars (``KEY.jpg``, ``KEY.cls``): a folder of
-    tars, one tar, or a pattern such as ``train-{000..146}.tar`` or ``train-*.tar``."""
+    tars, one tar, or a pattern such as ``train-{000..146}.tar`` or ``train-*.tar``; or the address
+    of tars in a store (``s3://``, ``gs://``, ``https://``), without credentials."""
     index: str | None = None
     """Folder of the index; ``None``: ``RUN_DIR/index``."""
     expected_images: int | None = positive(None)
