@@ -103,6 +103,16 @@ def test_heavy_packages_are_imported_in_one_place() -> None:
         assert users <= allowed, package
 
 
+def test_a_stream_without_dali_imports_nothing_that_needs_it() -> None:
+    needs_dali = {"dataloading.dali", "dataloading.own_thread"}
+    for path in (ROOT / "dataloading").glob("*.py"):
+        imports = [
+            one for one in ast.parse(path.read_text()).body if isinstance(one, ast.ImportFrom)
+        ]
+        if module_name(path) not in needs_dali:
+            assert needs_dali.isdisjoint(one.module for one in imports), path
+
+
 def test_no_rank_unpickles_what_another_rank_sends() -> None:
     """torch's collectives on objects are those with ``object`` in their names."""
     for top in ("cmtmae_scale", "dataloading", "launchers"):

@@ -86,7 +86,7 @@ def method_name(need: Needs) -> tuple[str, str]:
     if need.teacher and need.momentum:
         return "collaborative masking and targets (CMT-MAE, arXiv 2412.17566)", "cmt-mae"
     if need.teacher:
-        return "masked distillation of a frozen teacher, without a momentum student", "distillation"
+        return "masked distillation of a frozen teacher, without a momentum encoder", "distillation"
     if need.momentum:
         return "masked self-distillation from its own momentum encoder", "self-distillation"
     return "masked autoencoding of pixels (MAE, arXiv 2111.06377)", "mae"
@@ -113,7 +113,7 @@ def method_rows(config: Config, need: Needs) -> dict[str, str]:
     guided = need.teacher_attention or need.student_attention
     targets = {
         "the teacher's features": need.teacher_features,
-        "the momentum student's features": need.student_features,
+        "the momentum encoder's features": need.student_features,
         "pixels": need.pixels,
     }
     rows = {

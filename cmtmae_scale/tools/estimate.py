@@ -17,6 +17,7 @@ from cmtmae_scale.backends.base import Objective
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError, ConfigError
+from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
@@ -172,7 +173,7 @@ def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -
     model.to(compute_dtype(config))
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     # Fake CPU tensors take the fused attention kernel, meta tensors do not.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), attention_of_a_gpu():
         model.to_empty(device="cpu")
         return count_saved_bytes(model, lambda: forward_with_loss(config, model, views)) / views
 

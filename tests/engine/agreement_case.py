@@ -9,10 +9,10 @@ from unittest import mock
 import torch.distributed as dist
 
 from cmtmae_scale.engine import agreement
-from cmtmae_scale.errors import CmtMaeError, TeacherError
+from cmtmae_scale.errors import CmtMaeError, TeacherError, exit_code_of
 from cmtmae_scale.pretraining import build
 from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
-from dataloading.errors import DataError
+from dataloading.errors import DataError, ReadError
 from tests.checkpoint.save_case import Lines
 from tests.engine.fault_case import command_on_ranks
 
@@ -84,10 +84,21 @@ def exchange() -> list[Any]:
         broadcast_bytes(b"\x80\0x" if rank == 0 else b""),
         on_all_ranks(lambda: rank),
     ]
-    try:
-        on_all_ranks(fails)
-    except DataError as error:
-        found.append((error.exit_code, str(error)))
+
+    def crashes() -> None:
+        if rank == 2:
+            raise TypeError("no such thing")
+
+    def waits() -> None:
+        if rank == 0:
+            raise ReadError("not now")
+
+    own = {fails: DataError, crashes: (CmtMaeError, TypeError), waits: ReadError}
+    for action, expected in own.items():
+        try:
+            on_all_ranks(action)
+        except expected as error:
+            found.append((exit_code_of(error), str(error)))
     agreement.require_equal_weights(lambda: {"digest": "abc"})
     try:
         agreement.require_equal_weights(lambda: {"digest": "other" if rank == 2 else "abc"})

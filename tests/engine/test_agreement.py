@@ -14,7 +14,7 @@ from cmtmae_scale.engine.agreement import (
     name_ranks,
     source_digest,
 )
-from cmtmae_scale.errors import EXIT_CONFIG
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
 from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import build_index
 from tests.engine.agreement_case import exchange, launch_each
@@ -71,10 +71,13 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
 @pytest.mark.gloo
 def test_bytes_failures_and_weights_are_compared_over_ranks() -> None:
     results = run_ranks(3, exchange)
-    for rank, (gathered, empty, sent, own, failure, weights) in enumerate(results):
+    for rank, (gathered, empty, sent, own, failure, crash, unread, weights) in enumerate(results):
         assert gathered == [b"", b"\0", b"\0\0"] and empty == [b""] * 3
         assert (sent, own) == (b"\x80\0x", rank)
         assert failure == (EXIT_CONFIG, "gone" if rank == 1 else "rank 1: gone")
+        told = "no such thing" if rank == 2 else "rank 2: TypeError: no such thing"
+        assert crash == (EXIT_CRASH, told)
+        assert unread == (EXIT_STOPPED, "not now")
         assert 'digest: "abc" on ranks 0, 1, "other" on rank 2; ' in weights
 
 

@@ -68,7 +68,7 @@ def test_a_random_teacher_is_never_called_by_the_weights_it_lacks() -> None:
     ("recipe", "tag", "present", "absent"),
     [
         ("mae_base", "mae", "mean square of pixels", "teacher's weight"),
-        ("milan_base", "distillation", "without a momentum student", "weight in the loss"),
+        ("milan_base", "distillation", "without a momentum encoder", "weight in the loss"),
     ],
 )
 def test_other_methods_are_not_called_cmt_mae(

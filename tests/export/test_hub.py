@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download, utils
 
 from cmtmae_scale.commands.export import export_weights
 from cmtmae_scale.errors import ConfigError, UploadError
@@ -25,17 +25,24 @@ pytestmark = [
 REPO = "someone/photos"
 
 
+# huggingface_hub 1.0 and before it; a session remembers that the hub is off-line
+CLOSE_SESSIONS = getattr(utils, "close_session", None) or utils.reset_sessions
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with open_hub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)  # what HF_ENDPOINT sets
         template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):  # a copy in huggingface_hub before 1.0
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        CLOSE_SESSIONS()
         yield server
+        CLOSE_SESSIONS()
 
 
 def test_a_verified_export_is_uploaded_and_loads_from_the_hub(
