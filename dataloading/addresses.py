@@ -7,6 +7,10 @@ from urllib.parse import unquote, urlsplit
 SCHEMES = ("s3", "gs", "https", "http")
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# What is before @ in a host; a secret key of S3 may hold a /, which ends the host: then there is no
+# port behind the colon.
+_USER = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d*(?:[/\s?:]|$))\S*@)")
+_QUERY = re.compile(r"(://[^\s?]*)\?[^\s'\"]*")
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -14,14 +18,9 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return _ADDRESS.match(os.fspath(path)) is not None
 
 
-def hide_secrets(url: str) -> str:
-    """Return an address, or a text that ends with one, without user, password and query."""
-    scheme, mark, rest = url.partition("://")
-    if not mark:
-        return url
-    host, slash, key = rest.partition("/")
-    visible = f"{scheme}://{host.rpartition('@')[2]}{slash}{key}"
-    return visible.partition("?")[0]
+def hide_secrets(text: str) -> str:
+    """Return an address, or a text with some, without users, passwords and queries."""
+    return _QUERY.sub(r"\1", _USER.sub("", text))
 
 
 def split_address(url: str) -> tuple[str, str]:
@@ -44,7 +43,7 @@ def find_address_problem(url: str) -> str | None:
             f"{where}: {scheme}:// is not read; use s3://, gs:// or https:// (any store with the "
             "protocol of S3: s3:// and AWS_ENDPOINT_URL), or copy or mount the data as files"
         )
-    if "@" in host:
+    if "@" in host or where.partition("?")[0] != url.partition("?")[0]:
         return (
             f"{where}: an address must not hold a user or a password, which would get into logs "
             "and checkpoints; set the variables of the store (AWS_..., GOOGLE_...) instead"

@@ -12,7 +12,7 @@ from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_cache
 from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Student, Train
 from cmtmae_scale.errors import ConfigError
-from dataloading.addresses import find_address_problem, hide_secrets, is_url
+from dataloading.addresses import find_address_problem, is_url
 
 LARGEST = 2**63
 """Whole numbers are computed in 64 bits, and so are steps and nanoseconds of a length."""
@@ -64,7 +64,7 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
                 yield f"{key}: {problem}"
             if key in FILE_SYSTEM_KEYS:
                 yield (
-                    f"{key}={hide_secrets(value)} is an address; only tars of images are read from "
+                    f"{key}={value} is an address; only tars of images are read from "
                     "stores: set a path of a file system, local or shared"
                 )
         if "empty" in one.metadata and not value:

@@ -7,7 +7,8 @@ import copy
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -109,6 +110,12 @@ class Draft(Generic[Recipe]):
 
         A schedule with a ``kind`` replaces the whole of the one before.
         """
+        with hidden_secrets():
+            values = self.values | self.convert(tree, place)
+        return dataclasses.replace(self, values=values)
+
+    def convert(self, tree: dict[str, Any], place: str) -> dict[str, Any]:
+        """Return the values of a tree by full key, in the types of their keys; see ``merge``."""
         refuse_interpolation(tree, place)
         check_keys(tree, self.schema, self.schema, place)
         given: dict[str, Any] = {}
@@ -119,18 +126,17 @@ class Draft(Generic[Recipe]):
                 value = value if replaces else merged(before, cast(dict[str, Any], value))
             if value != MISSING:
                 given[key] = value
-        values = self.values | convert_values(self.types, given, self.schema, place)
-        return dataclasses.replace(self, values=values)
+        return convert_values(self.types, given, self.schema, place)
 
     def override(self, overrides: Sequence[str]) -> "Draft[Recipe]":
         """Return the draft with ``group.key=value`` applied, in order."""
-        draft = self
+        draft, keys = self, key_fields(self.schema)
         for override in overrides:
-            update = parse_override(override, key_fields(self.schema))
-            draft = draft.merge(update, override)
+            update, place = parse_override(override, keys), name_override(override, keys)
+            draft = draft.merge(update, place)
             cleared = other_length(update)
             if cleared:
-                draft = draft.merge({"train": {cleared: None}}, override)
+                draft = draft.merge({"train": {cleared: None}}, place)
         return dataclasses.replace(draft, overrides=(*self.overrides, *overrides))
 
     def build(self) -> Recipe:
@@ -143,16 +149,26 @@ class Draft(Generic[Recipe]):
         if absent:
             raise ConfigError(f"{self.place}: {', '.join(absent)} must be given")
         values = dict(self.values)
-        for key in schedule_keys(self.schema):
-            text = repr(values[key])
-            if text not in self.schedules:
-                at = blame(key, self.place, self.overrides)
-                self.schedules[text] = parse_schedule(values[key], at, key)
-            values[key] = self.schedules[text]
-        config = instantiate(self.schema, values)
-        for problem in self.check(config):
-            raise ConfigError(f"{blame(problem, self.place, self.overrides)}: {problem}")
+        with hidden_secrets():
+            for key in schedule_keys(self.schema):
+                text = repr(values[key])
+                if text not in self.schedules:
+                    at = blame(key, self.place, self.overrides)
+                    self.schedules[text] = parse_schedule(values[key], at, key)
+                values[key] = self.schedules[text]
+            config = instantiate(self.schema, values)
+            for problem in self.check(config):
+                raise ConfigError(f"{blame(problem, self.place, self.overrides)}: {problem}")
         return config
+
+
+@contextmanager
+def hidden_secrets() -> Generator[None, None, None]:
+    """Take users, passwords and queries of addresses out of errors, which repeat values."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(hide_secrets(str(error))) from None
 
 
 def leaves(
@@ -378,23 +394,29 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
         keys: the schema's keys, to which hints are limited; ``None``: all hints.
     """
     key, sign, value = text.partition("=")
+    place = name_override(text, keys or ())
     if not sign or "." not in key:
         hint = key_hint(key.strip(), keys) or "expected group.key=value, without spaces"
-        raise ConfigError(f"{text}: is not an override; {hint}")
+        raise ConfigError(f"{place}: is not an override; {hint}")
     try:
         tree: Any = parse_yaml(value) if value else None
     except ValueError as error:
         if not is_path_key(key):
-            raise ConfigError(
-                f"{text}: the value is not YAML: {' '.join(str(error).split())}"
-            ) from error
+            reason = hide_secrets(" ".join(str(error).split()))
+            raise ConfigError(f"{place}: the value is not YAML: {reason}") from error
         tree = value
     if is_path_key(key) and isinstance(cast(object, tree), dict):
         tree = value
-    refuse_interpolation(tree, text)
+    refuse_interpolation(tree, place)
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     return cast(dict[str, Any], tree)
+
+
+def name_override(text: str, keys: Collection[str]) -> str:
+    """Return an override for messages, without the value of an unknown key: it may be a secret."""
+    key, sign, _ = text.partition("=")
+    return hide_secrets(text) if key.strip() in keys or not sign else f"{hide_secrets(key)}=..."
 
 
 def is_path_key(key: str) -> bool:
@@ -517,11 +539,7 @@ def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
         key = re.escape(override.partition("=")[0].strip())
         return re.search(rf"(?<![\w.]){key}(?!\w)", problem) is not None
 
-    last = {
-        override.partition("=")[0]: hide_secrets(override)
-        for override in overrides
-        if names(override)
-    }
+    last = {override.partition("=")[0]: override for override in overrides if names(override)}
     return " ".join(last.values()) or place
 
 

@@ -269,6 +269,7 @@ def test_progress_is_a_bar_on_a_terminal(caplog, monkeypatch) -> None:
 def test_tars_of_a_web_server_are_checked_and_nothing_is_written_to_one(
     photos: Path, tmp_path: Path, capsys
 ) -> None:
+    pytest.importorskip("obstore", reason="the extra stores is not installed")
     write_tar(tmp_path / "a.tar", [(f"{p.stem}.jpg", p.read_bytes()) for p in photos.rglob("*.*")])
     server = RangeServer(tmp_path)
     assert check_data([f"{server.url}/a.tar", "--threads", "2"]) == EXIT_DONE

@@ -18,6 +18,8 @@ from tests.dataloading.conftest import smooth
 from tests.dataloading.tar_case import write_tar
 
 pytestmark = pytest.mark.slow
+for name in ("obstore", "moto"):
+    pytest.importorskip(name, reason="the extras stores and dev are not installed")
 
 
 @pytest.fixture(scope="module")
