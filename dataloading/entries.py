@@ -28,11 +28,10 @@ EXTENSIONS = frozenset(
     | {".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 100_000_000
-READERS = 8
-"""Threads that read the headers of files."""
 SIDEWAYS = 5
 """First of the EXIF orientations that exchange width and height."""
 
+_READERS = 8  # threads that read the headers of files
 _ORIENTATION, _TURNED = 7, 8  # of the flags
 
 Piece = TypeVar("Piece")
@@ -163,17 +162,18 @@ def map_in_threads(
     pieces: Sequence[Piece],
     sizes: Sequence[int],
     unit: str,
-    threads: int = READERS,
+    threads: int | None = None,
 ) -> list[Result]:
     """Examine pieces of a data set in threads; return the results in the order of the pieces.
 
-    Progress is shown in units, of which ``sizes`` has the number per piece.
+    Progress is shown in units, of which ``sizes`` has the number per piece. ``threads`` is for
+    pieces that are not files.
     """
     Image.init()
     results: list[Result] = []
     with (
         warnings.catch_warnings(),
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(threads or _READERS) as pool,
         progress_bar("indexing", sum(sizes), unit) as report_done,
     ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from dataloading.entries import (
     ENTRY,
     EXTENSIONS,
-    READERS,
     Findings,
     Passed,
     encode_name,
@@ -102,8 +101,7 @@ def examine_shards(
             parts.keep([shard.file], _samples_to_json(samples))
         return samples
 
-    is_remote = isinstance(shards[0].path, RemoteTar)
-    threads = LISTING_IN_FLIGHT if is_remote else READERS
+    threads = LISTING_IN_FLIGHT if isinstance(shards[0].path, RemoteTar) else None
     found = map_in_threads(work, range(len(shards)), [1] * len(shards), "tars", threads)
     excluded = tuple(fault for samples in found for fault in samples.excluded)
     entries = np.concatenate([samples.entries for samples in found])
