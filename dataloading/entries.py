@@ -31,7 +31,7 @@ MAX_PIXELS = 100_000_000
 SIDEWAYS = 5
 """First of the EXIF orientations that exchange width and height."""
 
-_READERS = 8
+_READERS = 8  # threads that read the headers of files
 _ORIENTATION, _TURNED = 7, 8  # of the flags
 
 Piece = TypeVar("Piece")
@@ -158,17 +158,22 @@ def examine(
 
 
 def map_in_threads(
-    work: Callable[[Piece], Result], pieces: Sequence[Piece], sizes: Sequence[int], unit: str
+    work: Callable[[Piece], Result],
+    pieces: Sequence[Piece],
+    sizes: Sequence[int],
+    unit: str,
+    threads: int | None = None,
 ) -> list[Result]:
     """Examine pieces of a data set in threads; return the results in the order of the pieces.
 
-    Progress is shown in units, of which ``sizes`` has the number per piece.
+    Progress is shown in units, of which ``sizes`` has the number per piece. ``threads`` is for
+    pieces that are not files.
     """
     Image.init()
     results: list[Result] = []
     with (
         warnings.catch_warnings(),
-        ThreadPoolExecutor(_READERS) as pool,
+        ThreadPoolExecutor(threads or _READERS) as pool,
         progress_bar("indexing", sum(sizes), unit) as report_done,
     ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from dataloading.addresses import hide_secrets
 from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, Passed, count_turned, encode_name
 from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path
@@ -22,8 +23,16 @@ from dataloading.folders import examine_folder, list_folder
 from dataloading.name_checks import find_equal_labels, find_split_folders, find_splits
 from dataloading.parts import Parts
 from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
-from dataloading.shards import Shard, TarNames, is_glob, is_tar_path, list_shards
+from dataloading.shards import Shard, TarNames, is_listed, is_tar_path, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
+from dataloading.stores import (
+    RemoteTar,
+    StoreSource,
+    TarPlace,
+    as_root,
+    place_from_text,
+    place_to_text,
+)
 from dataloading.webdataset import examine_shards
 
 logger = logging.getLogger(__name__)
@@ -40,7 +49,7 @@ class Index:
     """Usable samples of a data set; row i is sample id i.
 
     Attributes:
-        root: the data set as the caller named it: folder, tar or pattern.
+        root: the data set as the caller named it: folder, tar or pattern; the address of such.
         source: layout under it.
         entries: structured array of ``ENTRY``, one row per sample, ordered by path in a folder, by
             shard and offset in tars.
@@ -55,7 +64,7 @@ class Index:
         shards: the tars, in order; none for a folder.
     """
 
-    root: Path
+    root: Path | str
     source: Literal["folder", "webdataset"]
     entries: NDArray[np.void]
     names: Sequence[str]
@@ -63,34 +72,38 @@ class Index:
     excluded: tuple[tuple[str, str], ...]
     digest: str
     passed_over: tuple[Passed, ...] = ()
-    shards: tuple[Path, ...] = ()
+    shards: tuple[TarPlace, ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def open(self) -> Source:
-        if self.source == "webdataset":
-            return TarSource(self.shards, self.entries)
-        return FolderSource(self.root, self.names, self.entries)
+        if self.source == "folder":
+            return FolderSource(self.root, self.names, self.entries)
+        remote = [tar for tar in self.shards if isinstance(tar, RemoteTar)]
+        if remote:
+            return StoreSource(remote, self.entries)
+        return TarSource([tar for tar in self.shards if isinstance(tar, Path)], self.entries)
 
     def list_shards(self) -> Shards:
         """Return name and path of every tar, for ``open_kept``."""
         if not isinstance(self.names, TarNames):
             return []
-        return [(name, str(p)) for name, p in zip(self.names.shards, self.shards, strict=True)]
+        places = map(place_to_text, self.shards)
+        return list(zip(self.names.shards, places, strict=True))
 
-    def where(self, i: int) -> tuple[Path, int | None]:
+    def where(self, i: int) -> tuple[TarPlace, int | None]:
         """Return the file of row ``i`` and, in a tar, the byte at which it begins."""
         row = self.entries[i]
         if self.source == "webdataset":
             return self.shards[int(row["shard"])], int(row["offset"])
-        return self.root / self.names[i], None
+        return Path(self.root, self.names[i]), None
 
 
 class _Listing(NamedTuple):
     """The files of a data set before they are examined; one of the two lists is empty."""
 
-    root: Path
+    root: Path | str
     files: list[File]
     shards: list[Shard]
     passed: Counts
@@ -117,7 +130,7 @@ def build_index(
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
             holds them directly, one of them, or a pattern such as ``train-{000..146}.tar`` or
-            ``train-*.tar``.
+            ``train-*.tar``; or the address of such tars, ``s3://``, ``gs://``, ``https://``.
         source: "folder", "webdataset", or "auto", which detects it, and refuses to mix folders or
             tars of a training and of a test set.
         max_pixels: images with more pixels (width x height) are excluded.
@@ -130,7 +143,7 @@ def build_index(
         ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """
-    return _examine(_list(Path(path), source), max_pixels, exif_orientation)
+    return _examine(_list(as_root(path), source), max_pixels, exif_orientation)
 
 
 def load_or_build(
@@ -156,7 +169,7 @@ def load_or_build(
         ValueError: if ``source`` is not a known layout.
     """
     folder = Path(directory)
-    listing = _list(Path(path), source)
+    listing = _list(as_root(path), source)
     digest = _listing_digest(listing, max_pixels, exif_orientation)
     kept = _load(listing, folder, digest)
     parts = Parts(folder / "parts", _FORMAT, max_pixels, exif_orientation)
@@ -200,17 +213,22 @@ def open_kept(
         raise DataError(f"{folder}: the index of {path} cannot be opened ({error})") from error
     names = [name for name, _ in shards]
     findings = _findings(facts, entries, TarNames(names, entries) if shards else facts["names"])
-    return Index(Path(path), facts["source"], *findings, shards=tuple(Path(p) for _, p in shards))
+    places = tuple(place_from_text(text) for _, text in shards)
+    return Index(as_root(path), facts["source"], *findings, shards=places)
 
 
-def _list(root: Path, source: str) -> _Listing:
+def _list(root: Path | str, source: str) -> _Listing:
     if source not in get_args(SourceName):
         raise ValueError(f"source is {source!r}; expected one of {get_args(SourceName)}")
-    if source == "webdataset" or (source == "auto" and is_tar_path(root)):
+    if isinstance(root, str) and source == "folder":
+        raise DataError(
+            f"{hide_secrets(root)}: images are read from a store as tars only; pack them (cmtmae "
+            "check-data FOLDER --pack OUT) and set data.source=auto"
+        )
+    if isinstance(root, str) or source == "webdataset" or (source == "auto" and is_tar_path(root)):
         passed: Counts = {}
         listing = _Listing(root, [], list_shards(root, passed), passed, source == "auto")
-        is_listed = root.is_dir() or (is_glob(root) and "{" not in str(root))
-        problem = _mixed_tars(listing) if is_listed else None
+        problem = _mixed_tars(listing) if is_listed(root) else None
     else:
         files, passed = list_folder(root)
         listing = _Listing(root, files, [], passed, source == "auto")
@@ -230,7 +248,7 @@ def _mixed_folders(listing: _Listing) -> str | None:
     if splits is None:
         return None
     train, test = splits
-    remedy = f"set data.path={listing.root / train}"
+    remedy = f"set data.path={Path(listing.root, train)}"
     if "*/" in train:
         remedy = "set data.path to a folder with links to the training images alone"
     return (
@@ -246,7 +264,8 @@ def _mixed_tars(listing: _Listing) -> str | None:
     if splits is None:
         return None
     train, test = splits
-    folder = os.path.commonpath([os.path.dirname(shard.path) for shard in listing.shards])
+    first = listing.shards[0]
+    folder = str(first.path).removesuffix(first.file.name)
     return (
         f"holds tars of a training and of a test set, {train} and {test}; set "
         f"data.path={os.path.join(folder, train)}, or data.source=webdataset to use all tars"
@@ -262,7 +281,7 @@ def _examine(
             root, shards, max_pixels, exif_orientation, passed, is_detected, parts
         )
     else:
-        findings = examine_folder(root, files, max_pixels, exif_orientation, parts)
+        findings = examine_folder(Path(root), files, max_pixels, exif_orientation, parts)
         findings = findings._replace(passed_over=sort_counts([passed]))
     logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
     turned, as_stored = count_turned(findings.entries["flags"])

@@ -22,6 +22,7 @@ from dataloading.entries import (
     turns_bytes,
 )
 from dataloading.errors import DataError
+from dataloading.files import Readable, read_at
 from dataloading.headers import header_of_range
 from dataloading.name_checks import find_split_folders
 from dataloading.parts import Parts
@@ -38,6 +39,7 @@ from dataloading.passed_over import (
 )
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, TarNames, open_shard, place
+from dataloading.stores import LISTING_IN_FLIGHT, RemoteTar
 from dataloading.tars import NOT_A_FILE, find_tar_problem, list_members
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class _Samples(NamedTuple):
 
 
 def examine_shards(
-    path: Path,
+    path: Path | str,
     shards: Sequence[Shard],
     max_pixels: int,
     exif_orientation: bool = True,
@@ -99,7 +101,8 @@ def examine_shards(
             parts.keep([shard.file], _samples_to_json(samples))
         return samples
 
-    found = map_in_threads(work, range(len(shards)), [1] * len(shards), "tars")
+    threads = LISTING_IN_FLIGHT if isinstance(shards[0].path, RemoteTar) else None
+    found = map_in_threads(work, range(len(shards)), [1] * len(shards), "tars", threads)
     excluded = tuple(fault for samples in found for fault in samples.excluded)
     entries = np.concatenate([samples.entries for samples in found])
     if excluded:
@@ -149,7 +152,7 @@ def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[n
     return total.hexdigest()
 
 
-def _check_splits(path: Path, folders: set[bytes], refuse: bool) -> None:
+def _check_splits(path: Path | str, folders: set[bytes], refuse: bool) -> None:
     splits = find_split_folders({tuple(_text(folder).split("/")[:-1]) for folder in folders})
     if splits is None:
         return
@@ -189,23 +192,22 @@ def _in_order(texts: set[str]) -> tuple[str, ...]:
 
 
 def _examine_shard(number: int, shard: Shard, max_pixels: int, exif_orientation: bool) -> _Samples:
-    descriptor = open_shard(shard.path)
-    try:
-        size = os.fstat(descriptor).st_size
-        fault = find_tar_problem(descriptor, size)
+    with open_shard(shard.path) as (file, size):
+        fault = find_tar_problem(file, size)
         if fault is not None:
             raise DataError(
                 f"{shard.path}: {fault}; data.source=webdataset expects plain .tar files"
             )
-        return _read_samples(
-            descriptor, size, number, shard.file.name, max_pixels, exif_orientation
-        )
-    finally:
-        os.close(descriptor)
+        return _read_samples(file, size, number, shard.file.name, max_pixels, exif_orientation)
 
 
 def _read_samples(
-    descriptor: int, size: int, number: int, shard: str, max_pixels: int, exif_orientation: bool
+    file: int | Readable,
+    size: int,
+    number: int,
+    shard: str,
+    max_pixels: int,
+    exif_orientation: bool,
 ) -> _Samples:
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     keys: list[bytes] = []  # of the rows
@@ -220,7 +222,7 @@ def _read_samples(
         text = _text(name)
         excluded.append((place(shard, offset) + (f" ({text})" if text else ""), reason))
 
-    for name, offset, length, fault in list_members(descriptor, size):
+    for name, offset, length, fault in list_members(file, size):
         if not name:
             exclude(offset, name, fault or "a member without a name")
             continue
@@ -241,7 +243,7 @@ def _read_samples(
             folders.add(name[:base])
             width, height, unfit, flags = examine(
                 length,
-                lambda o=offset, n=length: header_of_range(descriptor, o, n),
+                lambda o=offset, n=length: header_of_range(file, o, n),
                 max_pixels,
                 exif_orientation,
             )
@@ -254,7 +256,7 @@ def _read_samples(
             if key in classes:
                 exclude(offset, name, "a second class of its sample; the first is used")
             elif 0 < length <= _MAX_CLASS:
-                classes[key] = decode_class(os.pread(descriptor, length, offset))
+                classes[key] = decode_class(read_at(file, length, offset))
                 if not classes[key]:
                     exclude(offset, name, "a class without text; its image has no label")
             else:

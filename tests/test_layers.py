@@ -35,6 +35,7 @@ ONLY_IN = {
     "deepspeed": {"cmtmae_scale.backends.deepspeed"},
     "torch.distributed.fsdp": {"cmtmae_scale.backends.fsdp"},
     "torch.distributed._composable": set(),
+    "obstore": {"dataloading.stores"},
     "open_clip": {"cmtmae_scale.teachers.open_clip"},
 }
 

@@ -13,6 +13,7 @@ from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.results import escape_markdown, find_results
 from cmtmae_scale.runtime.versions import library_versions
+from dataloading.addresses import is_url
 
 
 class CardFacts(NamedTuple):
@@ -209,5 +210,5 @@ def join_versions(versions: dict[str, str]) -> str:
 
 
 def public_path(path: str) -> str:
-    """Return a relative path as it is, and the last component of an absolute path."""
-    return Path(path).name if Path(path).is_absolute() else path
+    """Return a relative path as it is, and the last component of an absolute path or address."""
+    return Path(path).name if is_url(path) or Path(path).is_absolute() else path

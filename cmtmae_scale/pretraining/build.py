@@ -43,6 +43,7 @@ from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
+from dataloading.addresses import is_url
 from dataloading.index import Index, load_or_build, open_kept
 from dataloading.mixing import require_mixed
 from dataloading.stream import Stream
@@ -124,7 +125,12 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
 
 
 def identify_place(path: str) -> str:
-    """Return device and inode of a folder or file, of a pattern those of its folder."""
+    """Return device and inode of a folder or file, of a pattern those of its folder.
+
+    An address is its own place.
+    """
+    if is_url(path):
+        return path
     place = Path(path)
     while not place.exists() and place != place.parent:
         place = place.parent

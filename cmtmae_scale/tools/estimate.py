@@ -87,6 +87,7 @@ class Shards(NamedTuple):
     states: int
     """Float32 weights, moments, EMA weights."""
     gradients: int
+    """Between two micro-steps, where a step has several."""
     gathered: int
     """Copies in the compute dtype."""
 
@@ -98,7 +99,9 @@ def count_shards(config: Config, world_size: int, node_size: int = 8) -> Shards:
         return Shards(world_size, world_size if stage >= 2 else 1, world_size if stage >= 3 else 1)
     counts = {"replicate": 1, "hybrid": min(node_size, world_size), "full": world_size}
     count = counts[config.backend.sharding]
-    return Shards(count, count, count if config.backend.sharding == "full" else 1)
+    # FSDP2 adds up whole float32 gradients until the micro-step that reduces them.
+    waits = accumulation(config, world_size) > 1 and not config.backend.reduce_every_micro_step
+    return Shards(count, 1 if waits else count, count if config.backend.sharding == "full" else 1)
 
 
 def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dict[str, float]:
@@ -155,6 +158,12 @@ def views_per_forward(config: Config, world_size: int) -> int:
         return batch_plan(config, world_size).micro_batch_size
     except ConfigError:
         return config.train.micro_batch_size
+
+
+def accumulation(config: Config, world_size: int) -> int:
+    """Return the micro-steps per step, at least; also where the ranks cannot share the batch."""
+    views = views_per_forward(config, world_size)
+    return max(1, config.train.global_batch_size // (views * world_size))
 
 
 def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -> float:
