@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
@@ -253,13 +253,20 @@ class StoreSource:
         tars: the shards.
         entries: rows of the index.
         in_flight: most requests of ``prefetch`` at the same time.
+        read_cached: reads as ``read_range``, from pieces that a ``StoreCache`` keeps; ``None``:
+            each range is requested.
     """
 
     def __init__(
-        self, tars: Sequence[RemoteTar], entries: NDArray[np.void], in_flight: int = IN_FLIGHT
+        self,
+        tars: Sequence[RemoteTar],
+        entries: NDArray[np.void],
+        in_flight: int = IN_FLIGHT,
+        read_cached: Callable[[RemoteTar, int, int], bytes] | None = None,
     ) -> None:
         self._tars = tars
         self._entries = entries
+        self._read_cached = read_cached
         self._in_flight = in_flight
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -275,7 +282,7 @@ class StoreSource:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._in_flight, thread_name_prefix="store")
             wanted = [row for row in set(rows) if self._place_of(row) not in self._coming]
-            for group in merge_neighbours(self._entries, np.array(wanted, np.int64)):
+            for group in self._group(wanted):
                 tar, start, size = self._range_of(group)
                 future = self._pool.submit(self._fetch, tar, start, size)
                 for row in group:
@@ -298,6 +305,12 @@ class StoreSource:
             self._pool = None
             self._coming.clear()
 
+    def _group(self, rows: list[int]) -> list[list[int]]:
+        """Group rows so that one request reads each group; a cache has requests of its own."""
+        if self._read_cached is not None:
+            return [[row] for row in rows]
+        return merge_neighbours(self._entries, np.array(rows, np.int64))
+
     def _fetch(self, tar: RemoteTar, offset: int, size: int) -> memoryview:
         """Read a range, unless the store did not answer a moment ago.
 
@@ -306,7 +319,7 @@ class StoreSource:
         if time.monotonic() < self._hung_until:
             raise OSError(errno.ETIMEDOUT, _NO_ANSWER, tar.url)
         try:
-            return memoryview(read_range(tar, offset, size))
+            return memoryview((self._read_cached or read_range)(tar, offset, size))
         except OSError as error:
             if error.errno == errno.ETIMEDOUT:
                 self._hung_until = time.monotonic() + _HUNG_S
