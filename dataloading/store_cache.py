@@ -5,6 +5,7 @@ has 65,536 draws, which all ranks share. A piece is therefore kept when it has b
 first of them, by whichever process.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -14,12 +15,9 @@ from pathlib import Path
 
 from dataloading.errors import DataError
 from dataloading.files import atomic_path
-from dataloading.stores import RemoteTar, read_range
+from dataloading.stores import PIECE, RemoteTar, read_range
 
 logger = logging.getLogger(__name__)
-
-PIECE = 4 << 20
-"""Bytes of a piece: some 36 images of ImageNet, and one request."""
 
 _LEAST_FREE = 0.1  # of the file system, below which the oldest pieces are removed
 _REMOVED = 0.05  # of the pieces, at a time
@@ -44,8 +42,8 @@ class StoreCache:
         self._is_reported = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(folder / "writable", durable=False) as draft:
-                draft.touch()
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise DataError(
                 f"data.store_cache={folder}: cannot be written ({error.strerror}); name a folder "

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataloading import store_cache
+from dataloading import store_cache, stores
 from dataloading.errors import DataError
 from dataloading.index import Index, build_index
 from dataloading.store_cache import StoreCache, remove_oldest
@@ -47,7 +47,8 @@ def server(tars: Path) -> Iterator[RangeServer]:
 @pytest.fixture
 def index(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> Index:
     """The pieces are smaller than most images."""
-    monkeypatch.setattr(store_cache, "PIECE", 1000)
+    for module in (store_cache, stores):
+        monkeypatch.setattr(module, "PIECE", 1000)
     return build_index(f"{server.url}/train-{{0..1}}.tar")
 
 
