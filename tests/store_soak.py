@@ -60,7 +60,10 @@ def serve(root: Path, latency_s: float, share: float, pipe: Any) -> None:
     server.fault = fail
     pipe.send(server.port)
     while True:
-        share = pipe.recv()
+        try:
+            share = pipe.recv()
+        except EOFError:
+            return
         pipe.send((len(server.requests), server.most))
         server.requests.clear()
         server.most = 0
@@ -152,28 +155,34 @@ def run(root: Path, options: argparse.Namespace) -> None:
             f"{requests / (2 * n):.3f} requests per image, {again / len(half):.3f} after the resume"
         )
     reset(0)
-    rate(local, remote, options, reset)
+    rate(local, remote, root / "kept", options, reset)
 
 
-def rate(local: Index, remote: Index, options: argparse.Namespace, reset: Any) -> None:
-    """Print images per second of the files, and of the store by order and requests in flight."""
+def rate(local: Index, remote: Index, kept: Path, options: argparse.Namespace, reset: Any) -> None:
+    """Print images per second of the files, and of the store by order and requests in flight.
+
+    The last row reads from a cache that holds all tars.
+    """
     number, threads, n = options.rate_images, options.threads, len(local)
     size = float(local.entries["size"].mean())
     orders = {"full": sample_ids(n, 0, np.arange(number))[0].tolist(), "none": list(range(number))}
+    read(local.open(), orders["full"], threads)  # into the page cache
     began = time.monotonic()
     read(local.open(), orders["full"], threads)
     files = number / (time.monotonic() - began)
     print(f"files: {files:.0f} images/s\n")
     print("| order | in flight | images/s | of files | requests per image | MB/s |")
     print("|---|---|---|---|---|---|")
-    for order, in_flight in [*(("full", k) for k in options.in_flight), ("none", 32)]:
+    cases = [("full", k, None) for k in options.in_flight]
+    for order, in_flight, cache in [*cases, ("none", 32, None), ("full", 32, kept)]:
         began = time.monotonic()
-        read(open_source(remote, in_flight), orders[order], threads)
+        read(open_source(remote, in_flight, cache), orders[order], threads)
         speed = number / (time.monotonic() - began)
         requests, most = reset(0)
         assert most <= in_flight + threads
         print(
-            f"| {order} | {in_flight} | {speed:.0f} | {speed / files:.2f} | "
+            f"| {order}{', from data.store_cache' if cache else ''} | {in_flight} | {speed:.0f} | "
+            f"{speed / files:.2f} | "
             f"{requests / number:.3f} | {speed * size / 1e6:.1f} |"
         )
 

@@ -137,14 +137,16 @@ def state_bytes(
     # ZeRO keeps the whole momentum encoder on every rank, at every stage. The module is a copy of
     # the float32 EMA weights also in float32.
     averages = 1 if config.backend.name == "deepspeed" else shards.gathered
-    return {
+    found = {
         "weights, moments": trained * 12 / shards.states,
         "gradients": trained * 4 / shards.gradients,
         "momentum": average * 4 / shards.states,
         "gathered copies": compute * (copied * trained / shards.gathered + average / averages),
-        "gathered blocks": compute * gathered_values(config, model) * (shards.gathered > 1),
         "teacher": frozen * compute,
     }
+    if shards.gathered > 1:
+        found["gathered blocks"] = compute * gathered_values(config, model)
+    return found
 
 
 def gathered_values(config: Config, model: CollaborativeMAE) -> int:

@@ -57,6 +57,9 @@ class RangeServer:
         class Server(ThreadingHTTPServer):
             allow_reuse_address, daemon_threads, request_queue_size = True, True, 256
 
+            def handle_error(self, *request: Any) -> None:
+                """Nothing: clients drop connections whose answers are wrong."""
+
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
