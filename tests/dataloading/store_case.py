@@ -57,7 +57,7 @@ class RangeServer:
         class Server(ThreadingHTTPServer):
             allow_reuse_address, daemon_threads, request_queue_size = True, True, 256
 
-            def handle_error(self, *request: Any) -> None:
+            def handle_error(self, request: Any, client_address: Any) -> None:
                 """Nothing: clients drop connections whose answers are wrong."""
 
         self._server = Server(("127.0.0.1", self.port), Handler)
