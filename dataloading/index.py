@@ -25,6 +25,7 @@ from dataloading.parts import Parts
 from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
 from dataloading.shards import Shard, TarNames, is_listed, is_tar_path, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
+from dataloading.store_cache import StoreCache
 from dataloading.stores import (
     RemoteTar,
     StoreSource,
@@ -77,12 +78,18 @@ class Index:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def open(self) -> Source:
+    def is_remote(self) -> bool:
+        """Return whether the samples are in a store."""
+        return bool(self.shards) and isinstance(self.shards[0], RemoteTar)
+
+    def open(self, store_cache: Path | None = None) -> Source:
+        """Open the samples; those of a store through a ``StoreCache`` in a folder, if any."""
         if self.source == "folder":
             return FolderSource(self.root, self.names, self.entries)
         remote = [tar for tar in self.shards if isinstance(tar, RemoteTar)]
         if remote:
-            return StoreSource(remote, self.entries)
+            cached = None if store_cache is None else StoreCache(store_cache).read
+            return StoreSource(remote, self.entries, read_cached=cached)
         return TarSource([tar for tar in self.shards if isinstance(tar, Path)], self.entries)
 
     def list_shards(self) -> Shards:

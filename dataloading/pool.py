@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections import deque
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,15 +146,18 @@ class WorkerPool:
         index: the samples.
         patience_s: seconds for which a failed read is retried.
         layout: of the slots.
+        store_cache: see ``Reader``.
     """
 
-    def __init__(self, index: Index, patience_s: float, layout: Layout) -> None:
+    def __init__(
+        self, index: Index, patience_s: float, layout: Layout, store_cache: Path | None = None
+    ) -> None:
         self._index, self._layout = index, layout
         self._memory = new_memory(layout)
         weakref.finalize(self, os.close, self._memory)
         self._busy = map_head(self._memory, layout)
         bare = replace(index, entries=np.zeros(0, ENTRY), names=(), labels=(), excluded=())
-        self._job = Job(bare, layout, self._memory, 0, 0, patience_s)
+        self._job = Job(bare, layout, self._memory, 0, 0, patience_s, store_cache)
         self._processes = Processes(self._job)
         self._ending = False
         self._slots: list[Slot] = []
@@ -273,7 +277,7 @@ def make_readers(reader: Reader, micro_batch: int, workers: int) -> WorkerPool:
     """Make workers that read and check, and decode nothing; arguments as ``ProcessDecoder``'s."""
     largest = int(reader.index.entries["size"].max())
     layout = Layout(micro_batch, (), micro_batch * largest, workers)
-    return WorkerPool(reader.index, reader.patience_s, layout)
+    return WorkerPool(reader.index, reader.patience_s, layout, reader.store_cache)
 
 
 class ProcessDecoder:
@@ -300,7 +304,7 @@ class ProcessDecoder:
         self._device = device
         self._reader = reader
         layout = Layout(micro_batch, sizes, 0, workers)
-        self._pool = WorkerPool(reader.index, reader.patience_s, layout)
+        self._pool = WorkerPool(reader.index, reader.patience_s, layout, reader.store_cache)
         self._copies = copy_stream(device)
         self._cuda: Any = torch.cuda.cudart() if device.type == "cuda" else None
         self._pinned: set[Slot] = set()

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -72,12 +73,16 @@ class Reader:
     Args:
         index: the samples.
         patience_s: seconds for which a failed read is retried.
+        store_cache: folder for pieces of remote tars; ``None``: each read is a request.
     """
 
-    def __init__(self, index: Index, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, index: Index, patience_s: float = PATIENCE_S, store_cache: Path | None = None
+    ) -> None:
         self.patience_s = patience_s
+        self.store_cache = store_cache
         self.index = index
-        self._source = index.open()
+        self._source = index.open(store_cache)
         self._patience = Patience(patience_s)
 
     def read(self, sample: int) -> bytes:

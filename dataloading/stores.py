@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
@@ -36,6 +36,9 @@ IN_FLIGHT = 32
 """Most requests for samples that a process has in flight."""
 LISTING_IN_FLIGHT = 64
 """Most requests for headers that the build of an index has in flight, each for another tar."""
+
+PIECE = 4 << 20
+"""Bytes that a ``StoreCache`` keeps as a whole: some 36 images of ImageNet, and one request."""
 
 _MERGED_GAP = 64 << 10  # bytes between samples up to which one request reads both
 _MERGED_BYTES = 8 << 20  # most bytes of a request for several samples
@@ -253,18 +256,25 @@ class StoreSource:
         tars: the shards.
         entries: rows of the index.
         in_flight: most requests of ``prefetch`` at the same time.
+        read_cached: reads as ``read_range``, from pieces that a ``StoreCache`` keeps; ``None``:
+            each range is requested.
     """
 
     def __init__(
-        self, tars: Sequence[RemoteTar], entries: NDArray[np.void], in_flight: int = IN_FLIGHT
+        self,
+        tars: Sequence[RemoteTar],
+        entries: NDArray[np.void],
+        in_flight: int = IN_FLIGHT,
+        read_cached: Callable[[RemoteTar, int, int], bytes] | None = None,
     ) -> None:
         self._tars = tars
         self._entries = entries
+        self._read_cached = read_cached
         self._in_flight = in_flight
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._hung_until = 0.0
-        self._coming: dict[tuple[int, int], tuple[int, Future[memoryview]]] = {}
+        self._coming: dict[tuple[int, int], tuple[int, Future[list[memoryview]]]] = {}
 
     def prefetch(self, rows: Sequence[int]) -> None:
         """Begin to read rows, neighbours with one request; returns at once.
@@ -275,20 +285,19 @@ class StoreSource:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._in_flight, thread_name_prefix="store")
             wanted = [row for row in set(rows) if self._place_of(row) not in self._coming]
-            for group in merge_neighbours(self._entries, np.array(wanted, np.int64)):
-                tar, start, size = self._range_of(group)
-                future = self._pool.submit(self._fetch, tar, start, size)
-                for row in group:
-                    place = self._place_of(row)
-                    self._coming[place] = (place[1] - start, future)
+            for group in self._group(wanted):
+                places = [self._range_of(row) for row in group]
+                future = self._pool.submit(self._fetch_all, places)
+                for k, row in enumerate(group):
+                    self._coming[self._place_of(row)] = k, future
 
     def read(self, i: int) -> bytes:
         with self._lock:
             coming = self._coming.pop(self._place_of(i), None)
         if coming is None:
-            return bytes(self._fetch(*self._range_of([i])))
-        at, future = coming
-        return bytes(future.result()[at : at + int(self._entries[i]["size"])])
+            return bytes(self._fetch(*self._range_of(i)))
+        k, future = coming
+        return bytes(future.result()[k])
 
     def close(self) -> None:
         """Drop what was prefetched; requests in flight end by themselves."""
@@ -298,6 +307,20 @@ class StoreSource:
             self._pool = None
             self._coming.clear()
 
+    def _group(self, rows: list[int]) -> list[list[int]]:
+        """Group rows so that one request reads each group, or one piece of the cache holds it."""
+        if self._read_cached is not None:
+            return split_by_piece(self._entries, np.array(rows, np.int64))
+        return merge_neighbours(self._entries, np.array(rows, np.int64))
+
+    def _fetch_all(self, places: list[tuple[RemoteTar, int, int]]) -> list[memoryview]:
+        """Read ranges of one tar in ascending order, without a cache as one range."""
+        if self._read_cached is not None:
+            return [self._fetch(*place) for place in places]
+        tar, start, _ = places[0]
+        data = self._fetch(tar, start, places[-1][1] + places[-1][2] - start)
+        return [data[at - start : at - start + size] for _, at, size in places]
+
     def _fetch(self, tar: RemoteTar, offset: int, size: int) -> memoryview:
         """Read a range, unless the store did not answer a moment ago.
 
@@ -306,7 +329,7 @@ class StoreSource:
         if time.monotonic() < self._hung_until:
             raise OSError(errno.ETIMEDOUT, _NO_ANSWER, tar.url)
         try:
-            return memoryview(read_range(tar, offset, size))
+            return memoryview((self._read_cached or read_range)(tar, offset, size))
         except OSError as error:
             if error.errno == errno.ETIMEDOUT:
                 self._hung_until = time.monotonic() + _HUNG_S
@@ -316,12 +339,10 @@ class StoreSource:
         entry = self._entries[row]
         return int(entry["shard"]), int(entry["offset"])
 
-    def _range_of(self, group: Sequence[int]) -> tuple[RemoteTar, int, int]:
-        """Return tar, first byte and number of bytes of rows in ascending order."""
-        first, last = self._entries[group[0]], self._entries[group[-1]]
-        start = int(first["offset"])
-        size = int(last["offset"]) + int(last["size"]) - start
-        return self._tars[int(first["shard"])], start, size
+    def _range_of(self, row: int) -> tuple[RemoteTar, int, int]:
+        """Return tar, first byte and number of bytes of a row."""
+        entry = self._entries[row]
+        return self._tars[int(entry["shard"])], int(entry["offset"]), int(entry["size"])
 
 
 def merge_neighbours(entries: NDArray[np.void], rows: NDArray[np.int64]) -> list[list[int]]:
@@ -354,6 +375,17 @@ def merge_neighbours(entries: NDArray[np.void], rows: NDArray[np.int64]) -> list
             first = here
         groups[-1].append(int(rows[here]))
     return groups
+
+
+def split_by_piece(entries: NDArray[np.void], rows: NDArray[np.int64]) -> list[list[int]]:
+    """Group rows, distinct and in any order, that begin in the same piece of the cache."""
+    if not len(rows):
+        return []
+    shards, offsets = entries["shard"][rows], entries["offset"][rows].astype(np.int64)
+    order = np.lexsort((offsets, shards))
+    keys = np.stack([shards[order].astype(np.int64), offsets[order] // PIECE])
+    ends = np.flatnonzero((np.diff(keys) != 0).any(0)) + 1
+    return [group.tolist() for group in np.split(rows[order], ends)]
 
 
 def explain_error(error: Exception) -> tuple[int, str]:

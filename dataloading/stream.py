@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dataloading.errors import DataError
 from dataloading.index import Index
-from dataloading.order import Shuffle
+from dataloading.order import WINDOW, Shuffle
 from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan, Planner
 from dataloading.pool import ProcessDecoder, make_readers
@@ -21,6 +22,7 @@ from dataloading.quarantine import Quarantine
 from dataloading.reading import LOOK_AHEAD as LOOK_AHEAD
 from dataloading.reading import Decoder, Reader, to_device
 from dataloading.resident import ResidentDecoder
+from dataloading.store_cache import StoreCache
 from dataloading.torch_decode import TorchDecoder
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ class Stream:
             current stream, from pinned memory.
         quarantine: JSON-lines file of failed samples; ``None``: the log alone names them.
         patience_s: seconds for which a failed read is retried.
+        store_cache: folder of this node for pieces of tars of a store, which its processes share;
+            ``None``: each sample is requested.
         watch: called with each plan as its images begin to be read, ahead of its batch.
 
     Attributes:
@@ -121,6 +125,7 @@ class Stream:
         device: torch.device | str | None = None,
         quarantine: str | os.PathLike[str] | None = None,
         patience_s: float = PATIENCE_S,
+        store_cache: Path | None = None,
         watch: Callable[[Plan], None] | None = None,
     ) -> None:
         _at_least_one(micro_batch=micro_batch, world_size=world_size, threads=threads)
@@ -142,7 +147,11 @@ class Stream:
         self.bad = 0
         self._quarantine = Quarantine(index, quarantine)
         in_processes = use_processes(worker_type, resident, self._device)
-        reader = Reader(index, patience_s)
+        if store_cache is not None:
+            whole = float(index.entries["size"].sum(dtype=np.int64))
+            near = whole if shuffle == "full" else min(whole, 2 * WINDOW / len(index) * whole)
+            StoreCache(store_cache).require_room(near, f"data.shuffle={shuffle}")
+        reader = Reader(index, patience_s, store_cache)
         self._decoder: Decoder | None
         if resident:
             if decode == "dali":

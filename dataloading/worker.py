@@ -17,8 +17,10 @@ import signal
 import struct
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,7 @@ class Job:
         tasks: descriptor of the pipe that requests come from.
         results: descriptor of the pipe that answers go to.
         patience_s: seconds for which a failed read is retried.
+        store_cache: see ``Reader``.
     """
 
     index: Index
@@ -65,6 +68,7 @@ class Job:
     tasks: int
     results: int
     patience_s: float
+    store_cache: Path | None = None
 
 
 def serve(job: Job) -> None:
@@ -99,27 +103,53 @@ def _run_worker(job: Job, number: int, server: int) -> None:
 
 
 def work(job: Job, number: int) -> None:
-    """Answer requests until their pipe is closed."""
+    """Answer requests until their pipe is closed.
+
+    Of a store the samples of the next request, if there is one, are read while those of the present
+    one are decoded.
+    """
     layout, chunk = job.layout, chunk_of(job.layout)
-    rows, names = np.zeros(chunk, ENTRY), [""] * chunk  # the samples of the present request
+    most = 2 if job.index.is_remote() else 1  # requests taken; others wait for what this one takes
+    rows, names = np.zeros(most * chunk, ENTRY), [""] * (most * chunk)  # the samples of those
     index = replace(job.index, entries=rows, names=names)
-    fill, prefetch = _make_filler(index, layout, job.patience_s)
+    fill, prefetch = _make_filler(index, job)
     busy = map_head(job.memory, layout)
     slots: dict[int, Slot] = {}
-    while record := os.read(job.tasks, RECORD.size):
-        place, first = RECORD.unpack(record)
-        if place not in slots:
-            slots[place] = Slot(job.memory, layout, place)
-        slot, last = slots[place], min(first + chunk, layout.views)
-        rows[: last - first] = slot.rows[first:last]
-        if index.source == "folder":
-            names[: last - first] = slot.read_names(first, last)
-        prefetch(range(last - first))
-        for view in range(first, last):
-            busy[number] = place * layout.views + view + 1
-            _fill_view(fill, slot, view, view - first)
+    taken: deque[tuple[bytes, Slot, range, int]] = deque()  # request, slot, views, first row
+    start = 0
+    if most > 1:
+        os.set_blocking(job.tasks, False)  # another worker may be faster
+    while True:
+        while len(taken) < most and (record := _take(job.tasks, wait=not taken)) is not None:
+            if not record:
+                return
+            place, first = RECORD.unpack(record)
+            if place not in slots:
+                slots[place] = Slot(job.memory, layout, place)
+            slot, views = slots[place], range(first, min(first + chunk, layout.views))
+            rows[start : start + len(views)] = slot.rows[first : views.stop]
+            if index.source == "folder":
+                names[start : start + len(views)] = slot.read_names(first, views.stop)
+            prefetch(range(start, start + len(views)))
+            taken.append((record, slot, views, start))
+            start = (start + chunk) % len(rows)
+        record, slot, views, row = taken.popleft()
+        for view in views:
+            busy[number] = slot.number * layout.views + view + 1
+            _fill_view(fill, slot, view, row + view - views.start)
         busy[number] = 0
         os.write(job.results, record)
+
+
+def _take(tasks: int, wait: bool) -> bytes | None:
+    """Return the next request, empty when the pipe is closed; ``None``: none is there."""
+    while True:
+        try:
+            return os.read(tasks, RECORD.size)
+        except BlockingIOError:
+            if not wait:
+                return None
+            select.select([tasks], [], [])
 
 
 Filler = Callable[[Slot, int, int], str | None]
@@ -142,12 +172,12 @@ def _fill_view(fill: Filler, slot: Slot, view: int, row: int) -> None:
             slot.write_reason(view, UNDECODABLE, reason)
 
 
-def _make_filler(index: Index, layout: Layout, patience_s: float) -> tuple[Filler, Prefetch]:
+def _make_filler(index: Index, job: Job) -> tuple[Filler, Prefetch]:
     """Return what is done for each view, decode it, or read it where DALI decodes; and before."""
     from dataloading.reading import Reader, UndecodableError
     from dataloading.torch_decode import ViewMaker
 
-    reader = Reader(index, patience_s)
+    reader, layout = Reader(index, job.patience_s, job.store_cache), job.layout
     if not layout.sizes:
 
         def read(slot: Slot, view: int, row: int) -> str | None:

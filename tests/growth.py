@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("what", choices=("study", "like", "report"))
     parser.add_argument("sizes", nargs="+", type=int)
     options = parser.parse_args()
-    cases = {
+    cases: dict[str, tuple[Callable[[Path, int], list[str]], Any]] = {
         "study": (lambda folder, size: write_study(folder, size, False), study.run_study),
         "like": (lambda folder, size: write_study(folder, size, True), study.run_study),
         "report": (write_logs, report.write_report),

@@ -1,9 +1,9 @@
 """Read tars from a web server with latency and faults, and compare with the files.
 
-``python tests/store_soak.py --images 10000`` draws two epochs in the order of training while a
+``python -m tests.store_soak --images 10000`` draws two epochs in the order of training while a
 share of the requests fails, verifies that every image arrives once per epoch with the bytes of the
-file, and again from the middle; then prints the rate by requests in flight, without faults, beside
-that of the files.
+file, and again from the middle; the same through ``data.store_cache``. Then it prints the rate of
+``--rate-images`` by requests in flight, without faults, beside that of the files.
 """
 
 import argparse
@@ -23,16 +23,16 @@ import numpy as np
 from PIL import Image
 
 from dataloading.index import Index, build_index
-from dataloading.order import sample_ids, sequential_ids, window_ids
+from dataloading.order import sample_ids
 from dataloading.patience import Patience
 from dataloading.sources import Source
+from dataloading.store_cache import StoreCache
 from dataloading.stores import RemoteTar, StoreSource
 from tests.dataloading.store_case import RangeServer, Request
 from tests.dataloading.tar_case import write_tar
 
 BATCH, AHEAD, PER_TAR = 64, 4, 500
 FAULTS = (503, 500, 429, "truncate", "hang up", "wrong length", "wrong range")
-ORDERS = {"full": sample_ids, "window": window_ids}
 
 
 def make_tars(root: Path, images: int, kilobytes: int) -> None:
@@ -60,7 +60,10 @@ def serve(root: Path, latency_s: float, share: float, pipe: Any) -> None:
     server.fault = fail
     pipe.send(server.port)
     while True:
-        share = pipe.recv()
+        try:
+            share = pipe.recv()
+        except EOFError:
+            return
         pipe.send((len(server.requests), server.most))
         server.requests.clear()
         server.most = 0
@@ -88,9 +91,14 @@ def read(source: Source, ids: list[int], threads: int) -> list[str]:
     return found
 
 
-def open_source(index: Index, in_flight: int) -> StoreSource:
+def open_source(index: Index, in_flight: int, kept: Path | None = None) -> StoreSource:
     tars = [tar for tar in index.shards if isinstance(tar, RemoteTar)]
-    return StoreSource(tars, index.entries, in_flight)
+    cached = None if kept is None else StoreCache(kept).read
+    return StoreSource(tars, index.entries, in_flight, cached)
+
+
+def count_differences(one: list[str], other: list[str]) -> int:
+    return sum(a != b for a, b in zip(one, other, strict=True))
 
 
 def main() -> None:
@@ -100,6 +108,7 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=float, default=20)
     parser.add_argument("--fault-share", type=float, default=0.05)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument("--rate-images", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=4)
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # one line per failed read
@@ -131,41 +140,50 @@ def run(root: Path, options: argparse.Namespace) -> None:
         f"{time.monotonic() - began:.1f} s"
     )
     ids, _ = sample_ids(n, 0, np.arange(2 * n))
-    expected = read(local.open(), ids.tolist(), threads)
-    found = read(open_source(remote, 32), ids.tolist(), threads)
-    requests, most = reset(options.fault_share)
     for epoch in (ids[:n], ids[n:]):
         assert sorted(epoch.tolist()) == list(range(n))
-    lost = sum(a != b for a, b in zip(expected, found, strict=True))
-    half = ids[n // 2 :].tolist()
-    resumed = read(open_source(remote, 32), half, threads)
+    expected, half = read(local.open(), ids.tolist(), threads), ids[n // 2 :].tolist()
+    for name, kept in (("without a cache", None), ("with data.store_cache", root / "kept")):
+        found = read(open_source(remote, 32, kept), ids.tolist(), threads)
+        requests, most = reset(options.fault_share)
+        resumed = read(open_source(remote, 32, kept), half, threads)
+        again, _ = reset(options.fault_share)
+        print(
+            f"{name}: two epochs, {options.fault_share:.0%} of the requests fail: "
+            f"{count_differences(expected, found)} of {2 * n} differ from the files, and "
+            f"{count_differences(expected[n // 2 :], resumed)} of those from the middle on; "
+            f"{requests / (2 * n):.3f} requests per image, {again / len(half):.3f} after the resume"
+        )
     reset(0)
-    print(
-        f"two epochs, {options.fault_share:.0%} of the requests fail: {lost} of {2 * n} differ "
-        f"from the files, {sum(a != b for a, b in zip(expected[n // 2 :], resumed, strict=True))} "
-        f"from the middle on; {requests / (2 * n):.3f} requests per image"
-    )
+    rate(local, remote, root / "kept", options, reset)
+
+
+def rate(local: Index, remote: Index, kept: Path, options: argparse.Namespace, reset: Any) -> None:
+    """Print images per second of the files, and of the store by order and requests in flight.
+
+    The last row reads from a cache that holds all tars.
+    """
+    number, threads, n = options.rate_images, options.threads, len(local)
+    size = float(local.entries["size"].mean())
+    orders = {"full": sample_ids(n, 0, np.arange(number))[0].tolist(), "none": list(range(number))}
+    read(local.open(), orders["full"], threads)  # into the page cache
     began = time.monotonic()
-    read(local.open(), ids[:n].tolist(), threads)
-    files = n / (time.monotonic() - began)
+    read(local.open(), orders["full"], threads)
+    files = number / (time.monotonic() - began)
     print(f"files: {files:.0f} images/s\n")
     print("| order | in flight | images/s | of files | requests per image | MB/s |")
     print("|---|---|---|---|---|---|")
-    cases = [("full", number) for number in options.in_flight]
-    for order, number in [*cases, ("window", 32), ("none", 32)]:
-        positions = np.arange(n)
-        chosen, _ = (
-            sequential_ids(n, positions) if order == "none" else ORDERS[order](n, 0, positions)
-        )
+    cases = [("full", k, None) for k in options.in_flight]
+    for order, in_flight, cache in [*cases, ("none", 32, None), ("full", 32, kept)]:
         began = time.monotonic()
-        read(open_source(remote, number), chosen.tolist(), threads)
-        rate = n / (time.monotonic() - began)
+        read(open_source(remote, in_flight, cache), orders[order], threads)
+        speed = number / (time.monotonic() - began)
         requests, most = reset(0)
-        assert most <= number + threads
-        size = float(local.entries["size"].mean())
+        assert most <= in_flight + threads
         print(
-            f"| {order} | {number} | {rate:.0f} | {rate / files:.2f} | {requests / n:.3f} | "
-            f"{rate * size / 1e6:.1f} |"
+            f"| {order}{', from data.store_cache' if cache else ''} | {in_flight} | {speed:.0f} | "
+            f"{speed / files:.2f} | "
+            f"{requests / number:.3f} | {speed * size / 1e6:.1f} |"
         )
 
 

@@ -51,6 +51,7 @@ from cmtmae_scale.tools.estimate import (
     count_shards,
     memory_bytes,
 )
+from cmtmae_scale.tools.plan.devices import RESERVE
 from dataloading.addresses import is_url
 from dataloading.errors import DataError
 from dataloading.index import Index, build_index, load_or_build
@@ -208,7 +209,8 @@ def count_networks(config: Config, world_size: int, networks: MetaNetworks) -> l
     shards = count_shards(config, world_size).states
     lines.append(
         f"memory per GPU  {'at the peak':<17}{sum(memory.values()) / GIB:8.2f} GiB (modelled, "
-        f"{shards} shards; states exact, activations of the eager student)"
+        f"{shards} shards; states exact, activations of the eager student; beside it {RESERVE:.0%} "
+        "of the device, assumed, for CUDA's context, NCCL and fragmentation)"
     )
     return lines
 

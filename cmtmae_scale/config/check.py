@@ -23,7 +23,7 @@ TRACKERS = ("wandb", "mlflow", "trackio")
 IMAGE_SETS = ("data.path", "data.test_path", "eval.train_path", "eval.test_path")
 """Keys that may be the address of tars in a store."""
 FILE_SYSTEM_KEYS = (
-    *("run.output_dir", "data.index", "cache.dir", "student.init_weights"),
+    *("run.output_dir", "data.index", "data.store_cache", "cache.dir", "student.init_weights"),
     "eval.segmentation_path",
 )
 """Keys that need files: locks, renames and mapped memory, which stores do not have."""
@@ -87,7 +87,12 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
 
 
 def check_data(config: Config) -> Iterator[str]:
-    """Settings of decoding and order that exclude each other."""
+    """Settings of decoding, order and store that exclude each other."""
+    if config.data.store_cache is not None and not is_url(config.data.path):
+        yield (
+            f"data.store_cache={config.data.store_cache} is for tars of a store, and "
+            f"data.path={config.data.path} is a path of a file system: set data.store_cache=null"
+        )
     if config.data.resident and config.data.worker_type == "process":
         yield (
             "data.resident=true decodes each image once, in threads; found "

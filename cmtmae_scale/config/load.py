@@ -65,13 +65,13 @@ def load_recipe(
 def read_recipe(schema: type[Recipe], check: Check[Recipe], path: str | Path) -> "Draft[Recipe]":
     """Read a recipe's file without checking the whole, see ``load_recipe``."""
     tree = read_yaml(find_recipe(path))
-    return Draft.of_defaults(schema, check, str(path)).merge(tree, str(path))
+    return Draft[Recipe].of_defaults(schema, check, str(path)).merge(tree, str(path))
 
 
 def config_from_dict(tree: dict[str, Any], place: str) -> Config:
     """Rebuild a config that ``config_to_dict`` wrote; for resuming and evaluation."""
     try:
-        return Draft.of_defaults(Config, find_problems, place).merge(tree, place).build()
+        return Draft[Config].of_defaults(Config, find_problems, place).merge(tree, place).build()
     except RecursionError as error:
         raise ConfigError(f"{place}: the config is nested too deeply") from error
 
@@ -122,8 +122,9 @@ class Draft(Generic[Recipe]):
         for key, value in leaves(tree, key_fields(self.schema)):
             before = self.values[key]
             if isinstance(value, dict) and isinstance(before, dict):
-                replaces = key in schedule_keys(self.schema) and "kind" in value
-                value = value if replaces else merged(before, cast(dict[str, Any], value))
+                whole, update = cast(dict[str, Any], before), cast(dict[str, Any], value)
+                replaces = key in schedule_keys(self.schema) and "kind" in update
+                value = update if replaces else merged(whole, update)
             if value != MISSING:
                 given[key] = value
         return convert_values(self.types, given, self.schema, place)
@@ -188,7 +189,7 @@ def merged(before: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     found = dict(before)
     for name, value in update.items():
         both = isinstance(found.get(name), dict) and isinstance(value, dict)
-        found[name] = merged(found[name], value) if both else value
+        found[name] = merged(found[name], cast(Any, value)) if both else value
     return found
 
 
@@ -251,7 +252,7 @@ def instantiate(schema: type[Recipe], values: dict[str, Any], prefix: str = "") 
     for name, kind in field_types(schema).items():
         key = f"{prefix}{name}"
         if key not in values:
-            given[name] = instantiate(cast(Any, kind), values, f"{key}.")
+            given[name] = instantiate(kind, values, f"{key}.")
         else:
             value = values[key]  # drafts share lists and schedules
             given[name] = value if isinstance(value, PLAIN) else copy.deepcopy(value)

@@ -147,6 +147,9 @@ class Data:
     of tars in a store (``s3://``, ``gs://``, ``https://``), without credentials."""
     index: str | None = None
     """Folder of the index; ``None``: ``RUN_DIR/index``."""
+    store_cache: str | None = None
+    """Folder on a disk of each node for pieces of the tars of a store, which the ranks of the node
+    share and later epochs and runs read; ``None``: each image is requested from the store."""
     expected_images: int | None = positive(None)
     """Number of usable images; checked, and used by ``--dry-run`` when ``path`` is absent."""
     decode: Literal["auto", "dali", "torch"] = "auto"

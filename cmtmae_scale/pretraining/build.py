@@ -330,6 +330,7 @@ def open_stream(
         resident=config.data.resident,
         device=device,
         quarantine=Path(config.run.output_dir) / "quarantine.jsonl",
+        store_cache=None if config.data.store_cache is None else Path(config.data.store_cache),
         watch=teacher.submit if isinstance(teacher, CachedTeacher | SidecarTeacher) else None,
     )
 

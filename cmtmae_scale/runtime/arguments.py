@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cmtmae_scale.errors import EXIT_CONFIG
+from dataloading.addresses import hide_secrets
 
 PROGRAM = "cmtmae"
 SCRIPTS = (PROGRAM, "__main__.py")
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(EXIT_CONFIG, f"{self.prog}: {self.with_hint(message)}\n")
+        self.exit(EXIT_CONFIG, f"{self.prog}: {hide_secrets(self.with_hint(message))}\n")
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
         """Parse, and refuse addresses where a file or a folder is written or read as such."""

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmtmae_scale.backends.base import Objective
+from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError, ConfigError
@@ -24,8 +25,12 @@ from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
 from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
+from dataloading.stream import LOOK_AHEAD
 
 logger = logging.getLogger(__name__)
+
+DECODED_BYTES = 3 * 500 * 400
+"""Of a decoded image; assumed, some mean of ImageNet-1K."""
 
 
 class MetaNetworks(NamedTuple):
@@ -105,9 +110,15 @@ def count_shards(config: Config, world_size: int, node_size: int = 8) -> Shards:
 
 
 def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dict[str, float]:
-    """Return bytes per GPU by kind at the peak, the end of a forward."""
-    activations = saved_bytes(config, networks.teacher) * views_per_forward(config, world_size)
-    return state_bytes(config, world_size, networks) | {"activations": activations}
+    """Return bytes per GPU by kind at the peak, the end of a forward.
+
+    CUDA's context, NCCL's buffers and fragmentation are beside them, see ``RESERVE``.
+    """
+    views = views_per_forward(config, world_size)
+    return state_bytes(config, world_size, networks) | {
+        "input images": input_bytes(config, networks.teacher) * views,
+        "activations": saved_bytes(config, networks.teacher) * views,
+    }
 
 
 def state_bytes(
@@ -126,13 +137,48 @@ def state_bytes(
     # ZeRO keeps the whole momentum encoder on every rank, at every stage. The module is a copy of
     # the float32 EMA weights also in float32.
     averages = 1 if config.backend.name == "deepspeed" else shards.gathered
-    return {
+    found = {
         "weights, moments": trained * 12 / shards.states,
         "gradients": trained * 4 / shards.gradients,
         "momentum": average * 4 / shards.states,
         "gathered copies": compute * (copied * trained / shards.gathered + average / averages),
         "teacher": frozen * compute,
     }
+    if shards.gathered > 1:
+        found["gathered blocks"] = compute * gathered_values(config, model)
+    return found
+
+
+def gathered_values(config: Config, model: CollaborativeMAE) -> int:
+    """Return the values that are gathered at a time where copies of weights are sharded.
+
+    FSDP2 gathers what belongs to no block, one block, and the next one ahead. ZeRO-3 releases none
+    of some first 1e9, unless the config of DeepSpeed says otherwise.
+    """
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+    if config.backend.name == "deepspeed":
+        zero = extra_keys(config.backend.deepspeed).get("zero_optimization", {})
+        return min(count(model), int(zero.get("stage3_max_live_parameters", 1e9)))
+    blocks = sorted(map(count, model.transformer_blocks()))
+    return count(model) - sum(blocks[:-2])
+
+
+def input_bytes(config: Config, teacher: OnlineTeacher | None) -> float:
+    """Return the bytes per view of images before they are normalised.
+
+    Two micro-batches of uint8 views, the present one and that drawn ahead. Where DALI decodes on
+    the GPU, also those that it has prepared, and the decoded images of one.
+    """
+    sides = {config.views.image_size}
+    if teacher is not None and builds_teacher(config):
+        sides.add(teacher.image_size)
+    view = 3 * sum(side * side for side in sides)
+    if config.data.decode == "torch" or config.data.resident:
+        return 2 * view
+    return (2 + LOOK_AHEAD) * view + DECODED_BYTES
 
 
 def peak_bytes(config: Config, world_size: int) -> float | None:

@@ -22,6 +22,7 @@ def accumulate(always: bool) -> dict[str, Any]:
     backend = case.make_backend(config, "node2")
     rank, held = dist.get_rank(), [*backend.model.parameters()]
     kinds: Counter[str] = Counter()
+    between = 0
     with LiveBytes([]) as live:
         for step in range(MICRO_STEPS):
             batch = case.make_micro_batch(config, backend, [2 * step + rank])

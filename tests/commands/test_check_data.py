@@ -278,5 +278,8 @@ def test_tars_of_a_web_server_are_checked_and_nothing_is_written_to_one(
     assert len(server.data_requests()) < 10
     with pytest.raises(SystemExit, match="78"):
         check_data([str(photos), "--pack", "s3://id:hush@bucket/out"])
+    with pytest.raises(SystemExit, match="78"):
+        check_data([str(photos), "--pck=s3://id:hush@bucket/out"])
     error = capsys.readouterr().err
     assert "pack is an address; only tars" in error and "hush" not in error
+    assert "unrecognized arguments: --pck=s3://bucket/out" in error

@@ -98,6 +98,8 @@ def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None
         ("teacher.library=open_clip", "teacher.quick_gelu must be given"),
         ("run.output_dir=null", "run.output_dir"),
         ("run.output_dir=s3://b/runs", "run.output_dir=s3://b/runs is an address; only tars"),
+        ("data.store_cache=/x", "data.store_cache=/x is for tars of a store, and data.path="),
+        ("data.store_cache=s3://b/x", "data.store_cache=s3://b/x is an address; only tars"),
         ("cache.dir=gs://b/cache", "cache.dir=gs://b/cache is an address; only tars"),
         ("data.path=s3://ID:KEY@b/a.tar", "data.path: s3://b/a.tar: an address must not hold a"),
         ("eval.test_path=https://h/a.tar?sig=KEY", "eval.test_path: https://h/a.tar: an address"),

@@ -6,12 +6,14 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dataloading import pool
+from dataloading.entries import ENTRY
 from dataloading.errors import ReadError
-from dataloading.index import build_index
+from dataloading.index import Index, build_index
 from dataloading.pool import WorkerDiedError, find_faults
 from dataloading.ring import (
     FAILED,
@@ -23,7 +25,9 @@ from dataloading.ring import (
     map_head,
     new_memory,
 )
+from dataloading.stores import RemoteTar
 from dataloading.stream import Stream
+from dataloading.worker import RECORD, Job, work
 
 OPTIONS = {"seed": 5, "micro_batch": 4, "sizes": (32, 24), "decode": "torch", "patience_s": 0.2}
 
@@ -213,3 +217,35 @@ def test_no_worker_and_no_memory_outlive_a_kill(photographs, victim):
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     wait_until_gone([server])
+
+
+def test_a_worker_reads_the_next_request_of_a_store_ahead(monkeypatch):
+    layout = Layout(views=6, sizes=(4,), encoded_bytes=0, workers=3)
+    rows = np.zeros(6, ENTRY)
+    rows["offset"] = range(6)
+    tar = RemoteTar("s3://b/a.tar", 1, "")
+    index = Index("s3://b/a.tar", "webdataset", rows[:0], (), (), (), "", shards=(tar,))
+    memory = new_memory(layout)
+    os.ftruncate(memory, layout.head_bytes() + layout.slot_bytes())
+    Slot(memory, layout, 0).rows[:] = rows
+    (tasks, ask), (answers, results) = os.pipe(), os.pipe()
+    done = []
+
+    def make_filler(index, job):
+        offsets = index.entries["offset"]
+        return (
+            lambda slot, view, row: done.append(("decoded", view, int(offsets[row]))),
+            lambda rows: done.append(("read", *offsets[list(rows)].tolist())),
+        )
+
+    monkeypatch.setattr("dataloading.worker._make_filler", make_filler)
+    for first in chunks(layout):
+        os.write(ask, RECORD.pack(0, first))
+    os.close(ask)
+    work(Job(index, layout, memory, tasks, results, 1.0), 0)
+    assert done == [
+        *(("read", 0, 1), ("read", 2, 3), ("decoded", 0, 0), ("decoded", 1, 1)),
+        *(("read", 4, 5), ("decoded", 2, 2), ("decoded", 3, 3)),
+    ]  # then the pipe is closed
+    for descriptor in (memory, tasks, answers, results):
+        os.close(descriptor)

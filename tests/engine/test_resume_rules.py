@@ -41,6 +41,7 @@ FREE = {
         "data.worker_type",
         "data.path",
         "data.index",
+        "data.store_cache",
         "data.source",
         "data.resident",
     ),

@@ -23,6 +23,7 @@ from cmtmae_scale.tools.estimate import (
     MetaNetworks,
     build_meta_networks,
     count_shards,
+    input_bytes,
     saved_bytes,
     state_bytes,
 )
@@ -81,6 +82,8 @@ class Counted(NamedTuple):
     kernels: StepKernels
     saved_view: float
     """Bytes of activations per view."""
+    input_view: float
+    """Bytes of images per view before they are normalised."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,12 @@ def count_work(config: Config) -> Counted:
         ConfigError: networks that cannot be built.
     """
     networks = build_meta_networks(config)
-    return Counted(networks, count_kernels(config), saved_bytes(config, networks.teacher))
+    return Counted(
+        networks,
+        count_kernels(config),
+        saved_bytes(config, networks.teacher),
+        input_bytes(config, networks.teacher),
+    )
 
 
 def make_plan(config: Config, counted: Counted, cluster: Cluster, images: Images) -> Plan:
@@ -238,6 +246,7 @@ def plan_scale(
     node_size = min(cluster.node_size, gpus)
     batch = batch_plan(config, gpus)
     memory = state_bytes(config, gpus, counted.networks, node_size)
+    memory["input images"] = counted.input_view * batch.micro_batch_size
     memory["activations"] = counted.saved_view * batch.micro_batch_size
     shards = count_shards(config, gpus, node_size).states
     time = time_step(config, counted.kernels, cluster, batch, shards, online_fraction(config))

@@ -37,8 +37,8 @@ def find_remedies(
 ) -> Iterator[str]:
     """Yield overrides with which the run fits the device."""
     usable, node_size = cluster.device.usable_bytes, min(cluster.node_size, chosen.gpus)
-    states = chosen.memory_bytes - chosen.memory["activations"]
-    most = int((usable - states) // counted.saved_view)
+    states = chosen.memory_bytes - chosen.memory["activations"] - chosen.memory["input images"]
+    most = int((usable - states) // (counted.saved_view + counted.input_view))
     if most >= 1:
         micro = split_batch(config.train.global_batch_size, most, chosen.gpus).micro_batch_size
         yield f"train.micro_batch_size={micro}"
@@ -51,7 +51,7 @@ def find_remedies(
         if key not in saved_view:
             saved_view[key] = saved_bytes(changed, teacher)
         held = state_bytes(changed, chosen.gpus, counted.networks, node_size)
-        return int((usable - sum(held.values())) // saved_view[key])
+        return int((usable - sum(held.values())) // (saved_view[key] + counted.input_view))
 
     singles = list(list_changes(config, chosen.gpus, node_size))
     pairs = [one | two for n, one in enumerate(singles) for two in singles[n + 1 :]]

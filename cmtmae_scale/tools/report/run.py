@@ -5,6 +5,7 @@ the folder are opened: no pipe, no device, and no link that leads out.
 """
 
 import errno
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,10 +92,12 @@ class Run:
     def series(self, name: str) -> list[tuple[float, float]]:
         """Return steps and values of one logged name; ``entries`` are read once for all names."""
         if not self._series:
+            found: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
             for entry in self.entries:
                 step = entry["step"]
                 for key, value in entry.items():
-                    self._series.setdefault(key, []).append((step, value))
+                    found[key].append((step, value))
+            self._series = dict(found)
         return self._series.get(name, [])
 
     def last(self, name: str) -> float | None:
@@ -144,7 +147,9 @@ def read_records(run: Run) -> None:
         elif "incident" in line:
             run.incidents.append(line)
         else:
-            run.entries.append({key: value for key, value in line.items() if is_drawable(value)})
+            if not all(map(is_drawable, line.values())):
+                line = {key: value for key, value in line.items() if is_drawable(value)}
+            run.entries.append(line)
     run.entries.sort(key=lambda entry: entry["step"])
     run.launches = [valid_launch(launch) for launch in json_lines(run, "starts.jsonl")]
     run.bad_files = list(json_lines(run, "quarantine.jsonl"))

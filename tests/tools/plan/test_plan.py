@@ -174,6 +174,7 @@ def test_a_plan_is_that_of_a_hand_calculation(plan: Plan, config: Config, counte
     chosen = plan.chosen
     assert chosen.batch == (64, 4, 8, 2)
     expected = state_bytes(config, 4, counted.networks)  # hybrid: the 4 of a node
+    expected["input images"] = 4 * (5 * 3 * 64 * 64 + 600_000)  # uint8, of 64 pixels and decoded
     expected["activations"] = 4 * counted.saved_view
     assert chosen.memory == pytest.approx(expected)
     seconds = max(chosen.device_s, chosen.host_s)
@@ -221,12 +222,13 @@ def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, counted: Counte
     def held_bytes(config: Config) -> float:
         views = batch_plan(config, 8).micro_batch_size
         states = sum(state_bytes(config, 8, counted.networks).values())
-        return states + views * saved_view[config.backend.activation_checkpointing]
+        saved = saved_view[config.backend.activation_checkpointing]
+        return states + views * (saved + counted.input_view)
 
     for name in ("fsdp", "deepspeed"):
         line = [*BATCH, "backend.precision=bf16", f"backend.name={name}"]
         config = load_config(recipe, line)
-        activations = 4 * counted.saved_view
+        activations = 4 * (counted.saved_view + counted.input_view)
         states = held_bytes(config) - activations
         for room in (states + 0.6 * activations, 0.9 * states):
             cluster = replace(CLUSTER, node_size=8, device=TINY._replace(memory_bytes=room / 0.92))
@@ -238,6 +240,24 @@ def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, counted: Counte
             for remedy in remedies:
                 changed = load_config(recipe, [*line, *remedy.split()])
                 assert held_bytes(changed) <= room, remedy
+
+
+def test_sharded_copies_are_gathered_by_blocks(recipe: Path, counted: Counted) -> None:
+    model = counted.networks.model
+    sizes = [sum(p.numel() for p in one.parameters()) for one in model.transformer_blocks()]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    expected = trained - sum(sizes) + sum(sorted(sizes)[-2:])  # the rest, a block and the next
+
+    def gathered(*overrides: str) -> float | None:
+        config = load_config(recipe, [*BATCH, "backend.precision=bf16", *overrides])
+        return state_bytes(config, 8, counted.networks).get("gathered blocks")
+
+    assert gathered("backend.sharding=hybrid") is None
+    assert gathered("backend.sharding=full") == 2 * expected
+    zero = ("backend.name=deepspeed", "backend.zero_stage=3")
+    assert gathered(*zero) == 2 * trained
+    limit = "backend.deepspeed={zero_optimization: {stage3_max_live_parameters: 1000}}"
+    assert gathered(*zero, limit) == 2000
 
 
 def test_a_measured_row_gives_the_fraction(recipe: Path, counted: Counted, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_a_long_line_keeps_its_ends_and_its_peaks() -> None:
     assert {points[31_415], points[77_777]} <= set(kept)
     assert kept == sorted(kept)
     assert thin_out(points[:50]) == points[:50]
+    assert thin_out(kept) == kept
 
 
 def coordinates(svg: str) -> list[tuple[float, float]]:

@@ -4,12 +4,15 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cmtmae_scale.commands.report import write_page, write_report
 from cmtmae_scale.tools.report import ranges
+from cmtmae_scale.tools.report.chart import BUCKETS, Frame, Line
+from cmtmae_scale.tools.report.page import render_page
 from cmtmae_scale.tools.report.run import Run, read_run
 from cmtmae_scale.tools.report.sections import curves_section, headline, identity_section
 from cmtmae_scale.tools.report.spent import time_fractions
@@ -367,3 +370,31 @@ def test_logs_of_runs_of_other_settings_stay_unread(
     real = ranges.read_records
     monkeypatch.setattr(ranges, "read_records", lambda one: read.append(one.dir.name) or real(one))
     assert [other.dir.name for other in ranges.finished_siblings(run, [run])] == read == ["same"]
+
+
+def test_a_long_log_is_passed_a_few_times_and_drawn_by_few_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of charts."""
+    run = read_run(write_run(tmp_path / "run", steps=6000))
+    passes: list[int] = []
+
+    class Counted(list[dict[str, float]]):
+        def __iter__(self):
+            passes.append(len(self))
+            return super().__iter__()
+
+    drawn: list[int] = []
+    real = Frame.around
+
+    def around(lines: list[Line], *others: Any) -> Frame:
+        drawn.extend(len(line.points) for line in lines)
+        return real(lines, *others)
+
+    monkeypatch.setattr(Frame, "around", around)
+    assert len(run.entries) == 3600
+    run.entries = Counted(run.entries)
+    page = render_page([run])
+    assert page.count('<figure class="chart">') > 10
+    assert len(passes) <= 3
+    assert len(drawn) > 12 and max(drawn) <= 2 * BUCKETS + 2
