@@ -126,7 +126,7 @@ def read_run(folder: Path) -> Run:
             run.results.append((path.name, found))
     states = sorted((folder / "checkpoints").glob("step-*/state.json"))
     run.state = (read_object(run, states[-1]) if states else None) or {}
-    run.num_images = list_length(read_object(run, folder / "index" / "index.json"), "names")
+    run.num_images = count_images(read_object(run, folder / "index" / "index.json"))
     evaluated = folder / "evaluation" / "train-index" / "index.json"
     run.num_classes = list_length(read_object(run, evaluated), "labels")
     return run
@@ -226,6 +226,12 @@ def find_figures(run: Run) -> list[tuple[int, Path]]:
 def is_drawable(value: Any) -> TypeGuard[int | float]:
     """Return whether a log value is a finite number that a chart can place."""
     return isinstance(value, int | float) and -LARGEST <= value <= LARGEST
+
+
+def count_images(index: dict[str, Any] | None) -> int | None:
+    """Return the number of images of a kept index; of format 3 that of its names."""
+    number = None if index is None else index.get("images")
+    return number if type(number) is int and number > 0 else list_length(index, "names") or None
 
 
 def list_length(found: dict[str, Any] | None, key: str) -> int | None:
