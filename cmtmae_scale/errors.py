@@ -32,6 +32,12 @@ class StorageError(CmtMaeError):
     exit_code = EXIT_STOPPED
 
 
+class UploadError(CmtMaeError):
+    """A hub that cannot be reached or fails; the same command works when the hub does."""
+
+    exit_code = EXIT_STOPPED
+
+
 class RunStoppedError(CmtMaeError):
     """A run that stopped on request; the same call resumes it."""
 

@@ -68,6 +68,7 @@ def check_samples(
         read: list[int] = []
         digests: list[Digests] = []
         scaled = 0
+        reader.prefetch(chunk)
         for sample in chunk:
             try:
                 data = reader.read(sample)

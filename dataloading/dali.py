@@ -141,6 +141,7 @@ class DaliDecoder:
             self._workers.submit(plan)
             self._works.append(_Work(plan, []))
             return
+        self._reader.prefetch(plan.ids.tolist())
         rows = zip(plan.ids.tolist(), plan.boxes.tolist(), strict=True)
         self._works.append(_Work(plan, [self._pool.submit(self._fetch, *row) for row in rows]))
 

@@ -28,10 +28,11 @@ EXTENSIONS = frozenset(
     | {".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 100_000_000
+READERS = 8
+"""Threads that read the headers of files."""
 SIDEWAYS = 5
 """First of the EXIF orientations that exchange width and height."""
 
-_READERS = 8
 _ORIENTATION, _TURNED = 7, 8  # of the flags
 
 Piece = TypeVar("Piece")
@@ -158,7 +159,11 @@ def examine(
 
 
 def map_in_threads(
-    work: Callable[[Piece], Result], pieces: Sequence[Piece], sizes: Sequence[int], unit: str
+    work: Callable[[Piece], Result],
+    pieces: Sequence[Piece],
+    sizes: Sequence[int],
+    unit: str,
+    threads: int = READERS,
 ) -> list[Result]:
     """Examine pieces of a data set in threads; return the results in the order of the pieces.
 
@@ -168,7 +173,7 @@ def map_in_threads(
     results: list[Result] = []
     with (
         warnings.catch_warnings(),
-        ThreadPoolExecutor(_READERS) as pool,
+        ThreadPoolExecutor(threads) as pool,
         progress_bar("indexing", sum(sizes), unit) as report_done,
     ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +10,7 @@ from dataloading.columns import FileNames
 from dataloading.entries import ENTRY, Passed
 from dataloading.index import Index
 from dataloading.shards import TarNames
+from dataloading.stores import as_root, place_from_text, place_to_text
 
 APART = ("entries", "names", "root", "shards")
 """Fields that are not plain JSON, or are computed from others."""
@@ -21,7 +21,7 @@ def index_to_bytes(index: Index) -> bytes:
     fields = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
     facts = {name: value for name, value in fields.items() if name not in APART}
     facts["root"] = str(index.root)
-    facts["shards"] = [str(path) for path in index.shards]
+    facts["shards"] = [place_to_text(place) for place in index.shards]
     names = index.names
     facts["tars"] = list(names.shards) if isinstance(names, TarNames) else None
     facts["images"] = len(index)
@@ -42,9 +42,9 @@ def index_from_bytes(data: bytes) -> Index:
     images: int = facts.pop("images")
     entries = np.frombuffer(columns, ENTRY, images)
     at = entries.nbytes
-    facts["root"] = Path(facts["root"])
+    facts["root"] = as_root(facts["root"])
     facts["passed_over"] = tuple(Passed(*one) for one in facts["passed_over"])
-    facts["shards"] = tuple(Path(path) for path in facts["shards"])
+    facts["shards"] = tuple(map(place_from_text, facts["shards"]))
     tars = facts.pop("tars")
     if tars is not None:
         facts["names"] = TarNames(tars, entries)

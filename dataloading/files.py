@@ -7,6 +7,7 @@ import stat
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
@@ -27,6 +28,21 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+
+
+class Readable(Protocol):
+    """A file that is not on a file system."""
+
+    def read(self, size: int, offset: int) -> bytes: ...
+
+
+def read_at(file: int | Readable, size: int, offset: int) -> bytes:
+    """Read as ``os.pread``, from a descriptor or from a file that is not on a file system.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    return os.pread(file, size, offset) if isinstance(file, int) else file.read(size, offset)
 
 
 def read_range(descriptor: int, offset: int, size: int) -> bytes:

@@ -100,6 +100,8 @@ def explain_path(path: Path) -> str:
     """Return why a path that is no folder and no tar was written in vain; empty if unknown."""
     text = str(path)
     if path.exists():
+        if extension_of(path.name) in EXTENSIONS:
+            return " but an image: put it, or a link to it, into a folder"
         is_packed = is_archive(extension_of(path.name))
         return " but an archive, which is not unpacked: unpack it first" if is_packed else ""
     if re.match(r"[A-Za-z][\w+.-]+:(/|\S+ )", text):

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, TiffImagePlugin
 
-from dataloading.files import open_regular
+from dataloading.files import Readable, open_regular, read_at
 
 _FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "AVIF"]
 """Formats that Pillow may try. Its other formats include documents, some of which run a program."""
@@ -92,7 +92,7 @@ def size_of_bytes(data: bytes) -> tuple[int, int]:
     return _header(io.BytesIO(data))[:2]
 
 
-def header_of_range(descriptor: int, offset: int, size: int) -> Header:
+def header_of_range(source: int | Readable, offset: int, size: int) -> Header:
     """Read the header of an image of ``size`` bytes within an open file.
 
     Reads at given places only: the file's own position does not move.
@@ -101,13 +101,13 @@ def header_of_range(descriptor: int, offset: int, size: int) -> Header:
         HeaderError: if it is not a readable image.
         OSError: if the file cannot be read.
     """
-    with io.BufferedReader(_Range(descriptor, offset, size), _PREFIXES[0]) as file:
+    with io.BufferedReader(_Range(source, offset, size), _PREFIXES[0]) as file:
         return _header(file)
 
 
-def size_of_range(descriptor: int, offset: int, size: int) -> tuple[int, int]:
+def size_of_range(source: int | Readable, offset: int, size: int) -> tuple[int, int]:
     """Read (width, height), as in ``size_of_file``, of an image within an open file."""
-    return header_of_range(descriptor, offset, size)[:2]
+    return header_of_range(source, offset, size)[:2]
 
 
 def open_image(file: BinaryIO | io.BufferedReader) -> Image.Image:
@@ -132,8 +132,8 @@ def is_common(data: bytes) -> bool:
 class _Range(io.RawIOBase):
     """A part of a file as a file."""
 
-    def __init__(self, descriptor: int, offset: int, size: int) -> None:
-        self._descriptor, self._offset, self._size, self._at = descriptor, offset, size, 0
+    def __init__(self, source: int | Readable, offset: int, size: int) -> None:
+        self._source, self._offset, self._size, self._at = source, offset, size, 0
 
     def readable(self) -> bool:
         return True
@@ -143,7 +143,7 @@ class _Range(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         length = min(len(buffer), self._size - self._at)
-        data = os.pread(self._descriptor, length, self._offset + self._at) if length > 0 else b""
+        data = read_at(self._source, length, self._offset + self._at) if length > 0 else b""
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

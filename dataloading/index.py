@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading import index_file
+from dataloading.addresses import hide_secrets
 from dataloading.columns import FileNames, NewBuffer, folders_of, new_memory
 from dataloading.entries import MAX_PIXELS, Passed, count_turned
 from dataloading.errors import DataError, ReadError
@@ -24,8 +25,16 @@ from dataloading.listing import Files, collect_files
 from dataloading.name_checks import find_equal_labels, find_split_folders, find_splits
 from dataloading.parts import Part, Parts
 from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
-from dataloading.shards import Shard, TarNames, is_glob, is_tar_path, list_shards
+from dataloading.shards import Shard, TarNames, is_listed, is_tar_path, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
+from dataloading.stores import (
+    RemoteTar,
+    StoreSource,
+    TarPlace,
+    as_root,
+    place_from_text,
+    place_to_text,
+)
 from dataloading.webdataset import gather_shards
 
 logger = logging.getLogger(__name__)
@@ -45,7 +54,7 @@ class Index:
     """Usable samples of a data set; row i is sample id i.
 
     Attributes:
-        root: the data set as the caller named it: folder, tar or pattern.
+        root: the data set as the caller named it: folder, tar or pattern; the address of such.
         source: layout under it.
         entries: structured array of ``ENTRY``, one row per sample, ordered by path in a folder, by
             shard and offset in tars.
@@ -60,7 +69,7 @@ class Index:
         shards: the tars, in order; none for a folder.
     """
 
-    root: Path
+    root: Path | str
     source: Literal["folder", "webdataset"]
     entries: NDArray[np.void]
     names: Sequence[str]
@@ -68,34 +77,38 @@ class Index:
     excluded: tuple[tuple[str, str], ...]
     digest: str
     passed_over: tuple[Passed, ...] = ()
-    shards: tuple[Path, ...] = ()
+    shards: tuple[TarPlace, ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def open(self) -> Source:
-        if self.source == "webdataset":
-            return TarSource(self.shards, self.entries)
-        return FolderSource(self.root, self.names, self.entries)
+        if self.source == "folder":
+            return FolderSource(self.root, self.names, self.entries)
+        remote = [tar for tar in self.shards if isinstance(tar, RemoteTar)]
+        if remote:
+            return StoreSource(remote, self.entries)
+        return TarSource([tar for tar in self.shards if isinstance(tar, Path)], self.entries)
 
     def list_shards(self) -> Shards:
         """Return name and path of every tar, for ``open_kept``."""
         if not isinstance(self.names, TarNames):
             return []
-        return [(name, str(p)) for name, p in zip(self.names.shards, self.shards, strict=True)]
+        places = map(place_to_text, self.shards)
+        return list(zip(self.names.shards, places, strict=True))
 
-    def where(self, i: int) -> tuple[Path, int | None]:
+    def where(self, i: int) -> tuple[TarPlace, int | None]:
         """Return the file of row ``i`` and, in a tar, the byte at which it begins."""
         row = self.entries[i]
         if self.source == "webdataset":
             return self.shards[int(row["shard"])], int(row["offset"])
-        return self.root / self.names[i], None
+        return Path(self.root, self.names[i]), None
 
 
 class Request(NamedTuple):
     """What an index is built from; the arguments of ``build_index``."""
 
-    path: Path
+    path: Path | str
     source: str = "auto"
     max_pixels: int = MAX_PIXELS
     exif_orientation: bool = True
@@ -143,7 +156,7 @@ def build_index(
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
             holds them directly, one of them, or a pattern such as ``train-{000..146}.tar`` or
-            ``train-*.tar``.
+            ``train-*.tar``; or the address of such tars, ``s3://``, ``gs://``, ``https://``.
         source: "folder", "webdataset", or "auto", which detects it, and refuses to mix folders or
             tars of a training and of a test set.
         max_pixels: images with more pixels (width x height) are excluded.
@@ -156,7 +169,7 @@ def build_index(
         ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """
-    listing = list_data(Request(Path(path), source, max_pixels, exif_orientation))
+    listing = list_data(Request(as_root(path), source, max_pixels, exif_orientation))
     parts = _parts(listing, None)
     recall = build_parts(listing.request.path, listing.shards, parts, *listing.request[2:])
     return _gather(listing, recall, new_memory)
@@ -192,7 +205,7 @@ def load_or_build(
         ReadError: as ``build_index``, or if the directory's store is full or fails.
         ValueError: if ``source`` is not a known layout.
     """
-    request, folder = Request(Path(path), source, max_pixels, exif_orientation), Path(directory)
+    request, folder = Request(as_root(path), source, max_pixels, exif_orientation), Path(directory)
     found = find_kept(request, folder, verify)
     return found[0] if found[0] is not None else build_kept(found[1], folder)
 
@@ -324,7 +337,8 @@ def open_kept(
             f"{folder}: the index of {path} cannot be opened ({error}); set data.index to a folder "
             "that all machines share"
         ) from error
-    return _index_of(Path(path), kept, [name for name, _ in shards], [Path(p) for _, p in shards])
+    places = [place_from_text(text) for _, text in shards]
+    return _index_of(as_root(path), kept, [name for name, _ in shards], places)
 
 
 def _open(folder: Path, request: Request) -> tuple[index_file.Kept | None, str | None]:
@@ -354,7 +368,7 @@ def _make(request: Request, kept: index_file.Kept, listing: Listing | None) -> I
 
 
 def _index_of(
-    root: Path, kept: index_file.Kept, names: Sequence[str], paths: Sequence[Path]
+    root: Path | str, kept: index_file.Kept, names: Sequence[str], places: Sequence[TarPlace]
 ) -> Index:
     facts, entries = kept.facts, kept.entries
     return Index(
@@ -366,7 +380,7 @@ def _index_of(
         tuple((name, reason) for name, reason in facts["excluded"]),
         facts["digest"],
         tuple(Passed(*item) for item in facts["passed_over"]),
-        tuple(paths),
+        tuple(places),
     )
 
 
@@ -391,14 +405,18 @@ def list_data(request: Request) -> Listing:
     root, source = request.path, request.source
     if source not in get_args(SourceName):
         raise ValueError(f"source is {source!r}; expected one of {get_args(SourceName)}")
+    if isinstance(root, str) and source == "folder":
+        raise DataError(
+            f"{hide_secrets(root)}: images are read from a store as tars only; pack them (cmtmae "
+            "check-data FOLDER --pack OUT) and set data.source=auto"
+        )
     passed: Counts = {}
     if _is_tars(request):
         shards = list_shards(root, passed)
         listing = Listing(request, collect_files(shard.file for shard in shards), shards, passed)
-        is_listed = root.is_dir() or (is_glob(root) and "{" not in str(root))
-        problem = _mixed_tars(listing) if is_listed else None
+        problem = _mixed_tars(listing) if is_listed(root) else None
     else:
-        files, passed = list_folder(root)
+        files, passed = list_folder(Path(root))
         listing = Listing(request, files, [], passed)
         problem = _mixed_folders(listing)
     if problem is None:
@@ -410,8 +428,9 @@ def list_data(request: Request) -> Listing:
 
 
 def _is_tars(request: Request) -> bool:
-    return request.source == "webdataset" or (
-        request.source == "auto" and is_tar_path(request.path)
+    root, source = request.path, request.source
+    return (
+        isinstance(root, str) or source == "webdataset" or (source == "auto" and is_tar_path(root))
     )
 
 
@@ -422,7 +441,7 @@ def _mixed_folders(listing: Listing) -> str | None:
     if splits is None:
         return None
     train, test = splits
-    remedy = f"set data.path={listing.request.path / train}"
+    remedy = f"set data.path={Path(listing.request.path, train)}"
     if "*/" in train:
         remedy = "set data.path to a folder with links to the training images alone"
     return (
@@ -438,7 +457,8 @@ def _mixed_tars(listing: Listing) -> str | None:
     if splits is None:
         return None
     train, test = splits
-    folder = os.path.commonpath([os.path.dirname(shard.path) for shard in listing.shards])
+    first = listing.shards[0]
+    folder = str(first.path).removesuffix(first.file.name)
     return (
         f"holds tars of a training and of a test set, {train} and {test}; set "
         f"data.path={os.path.join(folder, train)}, or data.source=webdataset to use all tars"
@@ -452,7 +472,7 @@ def _gather(listing: Listing, recall: Callable[[int], Part], new_buffer: NewBuff
         findings = gather_shards(root, shards, recall, new_buffer, passed, source == "auto")
     else:
         pieces = make_pieces(files, shards)
-        findings = gather_folder(root, files, pieces, recall, new_buffer)
+        findings = gather_folder(Path(root), files, pieces, recall, new_buffer)
         findings = findings._replace(passed_over=sort_counts([passed]))
     logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
     turned, as_stored = count_turned(findings.entries["flags"])

@@ -16,13 +16,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dataloading.entries import File, map_in_threads
+from dataloading.entries import READERS, File, map_in_threads
 from dataloading.errors import DataError, ReadError
 from dataloading.folders import FOLDER_PIECE, examine_files
 from dataloading.listing import Files, map_files, write_files
 from dataloading.parts import Part, Parts
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard
+from dataloading.stores import LISTING_IN_FLIGHT, RemoteTar, as_root, place_from_text, place_to_text
 from dataloading.webdataset import examine_shard
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,11 @@ def make_pieces(files: Files, shards: Sequence[Shard]) -> list[range]:
 def write_listing(files: Files, shards: Sequence[Shard], folder: Path) -> None:
     """Write a listing into the folder of parts, for ``help_build``; where it cannot, do without."""
     with contextlib.suppress(OSError):
-        write_files(files, [str(shard.path) for shard in shards], folder / LISTING)
+        write_files(files, [place_to_text(shard.path) for shard in shards], folder / LISTING)
 
 
 def build_parts(
-    root: Path, shards: Sequence[Shard], parts: Parts, max_pixels: int, exif_orientation: bool
+    root: Path | str, shards: Sequence[Shard], parts: Parts, max_pixels: int, exif_orientation: bool
 ) -> Callable[[int], Part]:
     """Examine all pieces that are missing, with helper processes where there are many.
 
@@ -72,7 +73,7 @@ def build_parts(
 
 
 def help_build(
-    root: Path, folder: Path, share: tuple[int, int], max_pixels: int, exif_orientation: bool
+    root: Path | str, folder: Path, share: tuple[int, int], max_pixels: int, exif_orientation: bool
 ) -> None:
     """Examine this process's share of the missing pieces of a listing that is shared.
 
@@ -94,7 +95,7 @@ def help_build(
     except (OSError, ValueError):  # another machine's folder: whoever wrote it does the work
         return
     names = zip(paths, files.names if paths else (), files.sizes.tolist(), strict=False)
-    shards = [Shard(Path(path), File(name, size, 0)) for path, name, size in names]
+    shards = [Shard(place_from_text(path), File(name, size, 0)) for path, name, size in names]
     parts = Parts(folder, files, make_pieces(files, shards), max_pixels, exif_orientation)
     work = _Examiner(root, shards, parts, max_pixels, exif_orientation, helps=True)
     number, count = share
@@ -106,7 +107,7 @@ class _Examiner:
 
     def __init__(
         self,
-        root: Path,
+        root: Path | str,
         shards: Sequence[Shard],
         parts: Parts,
         max_pixels: int,
@@ -121,7 +122,9 @@ class _Examiner:
         parts = self._parts
         missing = [piece for piece in pieces if not parts.has(piece)]
         sizes = [len(parts.pieces[piece]) for piece in missing]
-        map_in_threads(self._work, missing, sizes, "tars" if self._shards else "files")
+        is_remote = bool(self._shards) and isinstance(self._shards[0].path, RemoteTar)
+        threads = LISTING_IN_FLIGHT if is_remote else READERS
+        map_in_threads(self._work, missing, sizes, "tars" if self._shards else "files", threads)
 
     def recall(self, piece: int) -> Part:
         part = self._parts.recall(piece)
@@ -146,9 +149,9 @@ class _Examiner:
                 raise
 
     def _is_as_listed(self, piece: int) -> bool:
-        if not self._shards:
+        path, file = self._shards[piece] if self._shards else (None, None)
+        if not isinstance(path, Path) or file is None:  # a store compares the version
             return True
-        path, file = self._shards[piece]
         try:
             return path.stat().st_size == file.size
         except OSError:
@@ -158,12 +161,14 @@ class _Examiner:
         if self._shards:
             return examine_shard(self._shards[piece], *self._settings, self._patience)
         rows = self._parts.pieces[piece]
-        return examine_files(self._root, self._parts.files, rows, *self._settings, self._patience)
+        return examine_files(
+            Path(self._root), self._parts.files, rows, *self._settings, self._patience
+        )
 
 
 @contextmanager
 def _helpers(
-    root: Path, folder: Path, count: int, max_pixels: int, exif_orientation: bool
+    root: Path | str, folder: Path, count: int, max_pixels: int, exif_orientation: bool
 ) -> Generator[None, None, None]:
     """Run helper processes; they end with the block, or with this process."""
     started: list[subprocess.Popen[bytes]] = []
@@ -201,7 +206,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="[index helper] %(message)s")
     root, folder, number, count, max_pixels, exif_orientation = json.loads(sys.argv[1])
-    help_build(Path(root), Path(folder), (number, count), max_pixels, exif_orientation)
+    help_build(as_root(root), Path(folder), (number, count), max_pixels, exif_orientation)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def hash_samples(tar: Path, number: int, max_pixels: int) -> str:
     if len(found.entries) != number or found.excluded:
         raise DataError(f"{tar}: {len(found.entries)} samples, {number} were written")
     labels = [label.encode("utf-8", "surrogateescape") for label in found.labels]
-    source = TarSource([shard.path for shard in shards], found.entries)
+    source = TarSource([tar], found.entries)
     total = hashlib.sha256()
     try:
         for row in range(number):

@@ -107,6 +107,10 @@ class Reader:
             raise UndecodableError(f"JPEG with more than {MAX_SCANS} scans, which takes minutes")
         return data
 
+    def prefetch(self, samples: Sequence[int]) -> None:
+        """Begin to read samples that are read soon, where reads take long; returns at once."""
+        self._source.prefetch(samples)
+
     def _place_of(self, sample: int) -> str:
         path, offset = self.index.where(sample)
         return str(path) if offset is None else f"{path}, byte {offset}"

@@ -2,20 +2,23 @@
 
 import glob
 import itertools
+import logging
 import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataloading.addresses import split_address
 from dataloading.entries import File
 from dataloading.errors import DataError
-from dataloading.files import open_regular
+from dataloading.files import Readable, open_regular
 from dataloading.folders import explain_path, walk
 from dataloading.passed_over import (
     Counts,
@@ -26,7 +29,19 @@ from dataloading.passed_over import (
     is_archive,
     sort_counts,
 )
-from dataloading.patience import LASTING
+from dataloading.patience import LASTING, PATIENCE_S, Patience
+from dataloading.stores import (
+    HeaderReader,
+    RemoteTar,
+    TarPlace,
+    explain_remedy,
+    find_tars,
+    has_magic,
+    list_tars,
+    require_address,
+)
+
+logger = logging.getLogger(__name__)
 
 _MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -37,7 +52,7 @@ _TAR_FILE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 class Shard(NamedTuple):
     """A tar file: where it is, and its facts under a name that its copy elsewhere has too."""
 
-    path: Path
+    path: TarPlace
     file: File
 
 
@@ -62,18 +77,24 @@ def is_tar_path(path: Path) -> bool:
     return bool(tars)
 
 
+def is_listed(path: Path | str) -> bool:
+    """Return whether all tars of a path are found by listing, and none is named."""
+    is_pattern = is_glob(path) if isinstance(path, Path) else _is_remote_list(path)
+    return (is_pattern and "{" not in str(path)) or (isinstance(path, Path) and path.is_dir())
+
+
 def is_glob(path: Path) -> bool:
     """Return whether a path that does not exist is a pattern with ``*``, ``?`` or ``[...]``."""
     return glob.has_magic(str(path)) and not os.path.lexists(path)
 
 
-def list_shards(path: Path, passed: Counts | None = None) -> list[Shard]:
+def list_shards(path: Path | str, passed: Counts | None = None) -> list[Shard]:
     """List the tars of a data set.
 
     Args:
         path: folder (its .tar files by name), one tar, or a pattern with ``{000..146}`` or
             ``{a,b}`` (in the order written; of several braces the last moves first), with ``*``,
-            ``?`` or ``[...]`` (by name), or with both.
+            ``?`` or ``[...]`` (by name), or with both; or the address of such in a store.
         passed: takes the counts of other files in the folder or of the pattern.
 
     Returns:
@@ -83,6 +104,8 @@ def list_shards(path: Path, passed: Counts | None = None) -> list[Shard]:
         DataError: if there is none, one is named twice, or one is missing, or if there are more
             archives of other kinds than tars.
     """
+    if isinstance(path, str):
+        return list_remote_shards(path, passed)
     counts: Counts = {}
     try:
         if path.is_dir():
@@ -96,17 +119,7 @@ def list_shards(path: Path, passed: Counts | None = None) -> list[Shard]:
         raise DataError(
             f"{path}: cannot be listed ({error.strerror}); make data.path readable"
         ) from error
-    archives = sum(item.number for item in counts.values() if is_archive(item.extension))
-    if not tars or archives > len(tars):
-        found = "no .tar files found"
-        if tars:
-            found = f"only {len(tars)} of {len(tars) + archives} archives are .tar files"
-        others = f"; {format_passed(sort_counts([counts]))}" if counts else ""
-        raise DataError(
-            f"{path}: {found}{explain_path(path)}{_near(path)}{others}; set data.path to a folder "
-            "that holds them directly, to one of them, or to a pattern such as "
-            "train-{000..146}.tar or train-*.tar"
-        )
+    _require_tars(path, len(tars), counts, f"{explain_path(path)}{_near(path)}")
     if passed is not None:
         passed.update(counts)
     parents = [os.path.dirname(os.path.abspath(tar)) for tar in tars]
@@ -121,27 +134,85 @@ def list_shards(path: Path, passed: Counts | None = None) -> list[Shard]:
             raise DataError(f"{tar}: is not a regular file; set data.path to .tar files")
         name = Path(os.path.relpath(os.path.abspath(tar), common)).as_posix()
         shards.append(Shard(tar, File(name, facts.st_size, facts.st_mtime_ns)))
-    seen: set[str] = set()
-    for shard in shards:
-        if shard.file.name in seen:
-            raise DataError(f"{path}: names {shard.file.name} twice; name each tar once")
-        seen.add(shard.file.name)
-    return shards
+    return _require_distinct(path, shards)
 
 
-def open_shard(path: Path) -> int:
-    """Open a tar for reading.
+def list_remote_shards(url: str, passed: Counts | None = None) -> list[Shard]:
+    """List the tars of a data set in a store, as ``list_shards``; a folder ends with no ``.tar``.
+
+    Raises:
+        DataError: as ``list_shards``, or for an address or a store that cannot be used as it is.
+        ReadError: if the store fails for longer than reads are retried.
+    """
+    require_address(url)
+    texts = list(_expand(url)) if "{" in url else [url]
+    counts: Counts = {}
+
+    def listed() -> list[RemoteTar]:
+        counts.clear()
+        tars: list[RemoteTar] = []
+        for is_list, some in itertools.groupby(texts, key=_is_remote_list):
+            if not is_list:
+                tars += find_tars(list(some))
+                continue
+            for text in some:
+                found, others = list_tars(text)
+                tars += found
+                count_files(counts, "", others, [])
+        return tars
+
+    def refused() -> list[RemoteTar]:
+        try:
+            return listed()
+        except OSError as error:
+            if error.errno not in LASTING:
+                raise
+            name = error.filename
+            raise DataError(f"{name}: {error.strerror}; {explain_remedy(name, error)}") from error
+
+    tars = Patience(PATIENCE_S).retry(refused, url)
+    _require_tars(url, len(tars), counts, "")
+    if passed is not None:
+        passed.update(counts)
+    unversioned = [tar.url for tar in tars if not tar.version]
+    if unversioned:
+        text = "%s: the server gives neither ETag nor Last-Modified (%d of %d tars); a tar that is "
+        text += "replaced by another of equal size is not noticed"
+        logger.warning(text, unversioned[0], len(unversioned), len(tars))
+    common = os.path.commonpath([os.path.dirname(_key_path(tar.url)) for tar in tars])
+    return _require_distinct(
+        url,
+        [
+            Shard(
+                tar,
+                File(os.path.relpath(_key_path(tar.url), common), tar.size, tar.version_number()),
+            )
+            for tar in tars
+        ],
+    )
+
+
+@contextmanager
+def open_shard(path: TarPlace) -> Generator[tuple[int | Readable, int], None, None]:
+    """Open a tar for reading its headers; yields it for ``read_at``, and its size.
 
     Raises:
         DataError: if it does not exist or may not be read.
         OSError: if storage fails.
     """
     try:
-        return open_regular(path)
+        if isinstance(path, RemoteTar):
+            yield HeaderReader(path), path.size
+            return
+        descriptor = open_regular(path)
     except OSError as error:
         if error.errno not in LASTING:
             raise
         raise _unreadable(path, error) from error
+    try:
+        yield descriptor, os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
 
 
 class TarNames(Sequence[str]):
@@ -221,7 +292,43 @@ def _near(path: Path) -> str:
     return f" ({path.parent} holds {len(tars)}: {tars[0].name} ...)" if tars else ""
 
 
-def _unreadable(path: Path, error: OSError, explained: str = "") -> DataError:
+def _is_remote_list(text: str) -> bool:
+    """Return whether an address is that of a folder or of a pattern, and not of one tar."""
+    return has_magic(text) or _TAR_FILE.search(text) is None
+
+
+def _key_path(url: str) -> str:
+    """Return the place of a tar behind scheme and host, as the path of a file."""
+    root, key = split_address(url)
+    return f"/{root.partition('://')[2]}/{key}"
+
+
+def _require_tars(path: Path | str, tars: int, counts: Counts, explained: str) -> None:
+    archives = sum(item.number for item in counts.values() if is_archive(item.extension))
+    if tars and archives <= tars:
+        return
+    found = "no .tar files found"
+    if tars:
+        found = f"only {tars} of {tars + archives} archives are .tar files"
+    others = f"; {format_passed(sort_counts([counts]))}" if counts else ""
+    raise DataError(
+        f"{path}: {found}{explained}{others}; set data.path to a folder that holds them directly, "
+        "to one of them, or to a pattern such as train-{000..146}.tar or train-*.tar"
+    )
+
+
+def _require_distinct(path: Path | str, shards: list[Shard]) -> list[Shard]:
+    seen: set[str] = set()
+    for shard in shards:
+        if shard.file.name in seen:
+            raise DataError(f"{path}: names {shard.file.name} twice; name each tar once")
+        seen.add(shard.file.name)
+    return shards
+
+
+def _unreadable(path: TarPlace, error: OSError, explained: str = "") -> DataError:
+    if isinstance(path, RemoteTar):
+        return DataError(f"{path}: {error.strerror}; {explain_remedy(path.url, error)}")
     return DataError(
         f"{path}: this tar cannot be read ({error.strerror}){explained}; "
         "make it readable or correct data.path (a folder of .tar files, one, or a pattern "
@@ -229,7 +336,7 @@ def _unreadable(path: Path, error: OSError, explained: str = "") -> DataError:
     )
 
 
-def _expand(path: Path) -> Iterator[str]:
+def _expand(path: Path | str) -> Iterator[str]:
     """Yield the file names that a pattern means."""
     pieces = _BRACES.split(str(path))  # texts at even places, insides of braces at odd ones
     choices = [_choices(path, piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
@@ -240,7 +347,7 @@ def _expand(path: Path) -> Iterator[str]:
         yield "".join(texts)
 
 
-def _choices(path: Path, inside: str) -> Sequence[str]:
+def _choices(path: Path | str, inside: str) -> Sequence[str]:
     bounds = _RANGE.fullmatch(inside)
     if bounds is None:
         if "," in inside:

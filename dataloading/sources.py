@@ -30,6 +30,10 @@ class Source(Protocol):
         """
         ...
 
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Begin to read rows where reads take long; returns at once."""
+        ...
+
     def close(self) -> None:
         """Close open files; no read may be in progress. May be repeated."""
         ...
@@ -51,6 +55,9 @@ class FolderSource:
             return read_range(descriptor, 0, int(self._entries[i]["size"]) + 1)
         finally:
             os.close(descriptor)
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Do nothing: the page cache of the system reads ahead."""
 
     def close(self) -> None:
         """Do nothing: no file stays open."""
@@ -84,6 +91,9 @@ class TarSource:
             return read_range(descriptor, offset, size)
         finally:
             os.close(descriptor)
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Do nothing: the page cache of the system reads ahead."""
 
     def close(self) -> None:
         """Close the tars; no read may be in progress. A later read opens its tar again."""

@@ -4,10 +4,10 @@ Several times faster than the standard library's ``tarfile``. Damage is returned
 that the members before the damage can be used.
 """
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dataloading.files import Readable, read_at
 from dataloading.headers import explain_other_file
 
 BLOCK = 512
@@ -48,13 +48,13 @@ class _DamageError(Exception):
     """A header cannot be trusted; the message says why."""
 
 
-def find_tar_problem(descriptor: int, size: int) -> str | None:
+def find_tar_problem(file: int | Readable, size: int) -> str | None:
     """Return what is wrong with the start of an open file of ``size`` bytes; ``None`` for a tar.
 
     Raises:
         OSError: if the file cannot be read.
     """
-    block = os.pread(descriptor, BLOCK, 0)
+    block = read_at(file, BLOCK, 0)
     for magic, name in _COMPRESSED.items():
         if block.startswith(magic):
             return f"is compressed ({name}) and cannot be read in place; decompress it"
@@ -71,7 +71,7 @@ def find_tar_problem(descriptor: int, size: int) -> str | None:
     return None
 
 
-def list_members(descriptor: int, size: int) -> Iterator[Member]:
+def list_members(file: int | Readable, size: int) -> Iterator[Member]:
     """Walk the headers of a tar: ustar, GNU, pax and the old format without a magic.
 
     Folders are skipped; links, devices and kinds that are not known have the fault ``NOT_A_FILE``.
@@ -84,9 +84,9 @@ def list_members(descriptor: int, size: int) -> Iterator[Member]:
     at = 0
     extensions = _Extensions()
     while at < size:
-        block = os.pread(descriptor, BLOCK, at)
+        block = read_at(file, BLOCK, at)
         if block == _ZEROS:
-            if os.pread(descriptor, 21 * BLOCK, at).strip(b"\0"):  # padding ends before that
+            if read_at(file, 21 * BLOCK, at).strip(b"\0"):  # padding ends before that
                 yield Member(b"", at, 0, "more follows the end of the archive and is excluded")
             return
         start = at + BLOCK
@@ -95,7 +95,7 @@ def list_members(descriptor: int, size: int) -> Iterator[Member]:
             kind = block[156:157]
             length = _number(block[124:136], "size")
             if kind in _EXTENDED:
-                extensions.add(kind, _read_extended(descriptor, start, length))
+                extensions.add(kind, _read_extended(file, start, length))
                 at = start + _padded(length)
                 continue
             name, length, is_sparse = extensions.apply(block, length)
@@ -108,7 +108,7 @@ def list_members(descriptor: int, size: int) -> Iterator[Member]:
             at = start
             continue
         if kind == b"S":
-            is_sparse, start = True, _end_of_map(descriptor, block, start)
+            is_sparse, start = True, _end_of_map(file, block, start)
         missing = start + length - size
         if missing > 0:
             yield Member(name, start, length, f"the tar is cut short: {missing} bytes are missing")
@@ -153,11 +153,11 @@ class _Extensions:
         return name, length, is_sparse
 
 
-def _end_of_map(descriptor: int, block: bytes, start: int) -> int:
+def _end_of_map(file: int | Readable, block: bytes, start: int) -> int:
     """Skip the blocks that continue the header of a sparse member."""
     more = block[482:483]
     while more not in (b"", b"\0"):
-        more = os.pread(descriptor, BLOCK, start)[504:505]
+        more = read_at(file, BLOCK, start)[504:505]
         start += BLOCK
     return start
 
@@ -203,10 +203,10 @@ def _header_name(block: bytes) -> bytes:
     return name
 
 
-def _read_extended(descriptor: int, start: int, length: int) -> bytes:
+def _read_extended(file: int | Readable, start: int, length: int) -> bytes:
     if length > _MAX_EXTENDED:
         raise _DamageError(f"extended header of {length} bytes, expected at most {_MAX_EXTENDED}")
-    content = os.pread(descriptor, length, start)
+    content = read_at(file, length, start)
     if len(content) < length:
         raise _DamageError("the tar is cut short within an extended header")
     return content

@@ -123,6 +123,7 @@ class TorchDecoder:
     def submit(self, plan: Plan) -> None:
         images = tuple(self._blank((len(plan.ids), size, size, 3)) for size in self._sizes)
         arrays: list[Pixels] = [image.numpy() for image in images]
+        self._reader.prefetch(plan.ids.tolist())
         rows = zip(plan.ids.tolist(), plan.boxes.tolist(), plan.flips.tolist(), strict=True)
         faults = [
             self._pool.submit(self._make, *row, [array[k] for array in arrays])

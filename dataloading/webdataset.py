@@ -22,6 +22,7 @@ from dataloading.entries import (
     turns_bytes,
 )
 from dataloading.errors import DataError
+from dataloading.files import Readable, read_at
 from dataloading.headers import header_of_range
 from dataloading.name_checks import find_split_folders
 from dataloading.parts import Part
@@ -81,7 +82,7 @@ def examine_shard(
 
 
 def gather_shards(
-    path: Path,
+    path: Path | str,
     shards: Sequence[Shard],
     recall: Callable[[int], Part],
     new_buffer: NewBuffer,
@@ -178,7 +179,7 @@ def _feed(total: Any, entries: NDArray[np.void]) -> None:
     total.update(rows.tobytes())
 
 
-def _check_splits(path: Path, folders: set[str], refuse: bool) -> None:
+def _check_splits(path: Path | str, folders: set[str], refuse: bool) -> None:
     splits = find_split_folders({tuple(folder.split("/")[:-1]) for folder in folders})
     if splits is None:
         return
@@ -198,21 +199,17 @@ def _in_order(texts: set[str]) -> tuple[str, ...]:
 
 
 def _examine_shard(shard: Shard, max_pixels: int, exif_orientation: bool) -> Part:
-    descriptor = open_shard(shard.path)
-    try:
-        size = os.fstat(descriptor).st_size
-        fault = find_tar_problem(descriptor, size)
+    with open_shard(shard.path) as (file, size):
+        fault = find_tar_problem(file, size)
         if fault is not None:
             raise DataError(
                 f"{shard.path}: {fault}; data.source=webdataset expects plain .tar files"
             )
-        return _read_samples(descriptor, size, shard.file.name, max_pixels, exif_orientation)
-    finally:
-        os.close(descriptor)
+        return _read_samples(file, size, shard.file.name, max_pixels, exif_orientation)
 
 
 def _read_samples(
-    descriptor: int, size: int, shard: str, max_pixels: int, exif_orientation: bool
+    file: int | Readable, size: int, shard: str, max_pixels: int, exif_orientation: bool
 ) -> Part:
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     keys: list[bytes] = []  # of the rows
@@ -227,7 +224,7 @@ def _read_samples(
         text = _text(name)
         excluded.append((place(shard, offset) + (f" ({text})" if text else ""), reason))
 
-    for name, offset, length, fault in list_members(descriptor, size):
+    for name, offset, length, fault in list_members(file, size):
         if not name:
             exclude(offset, name, fault or "a member without a name")
             continue
@@ -248,7 +245,7 @@ def _read_samples(
             folders.add(name[:base])
             width, height, unfit, flags = examine(
                 length,
-                lambda o=offset, n=length: header_of_range(descriptor, o, n),
+                lambda o=offset, n=length: header_of_range(file, o, n),
                 max_pixels,
                 exif_orientation,
             )
@@ -261,7 +258,7 @@ def _read_samples(
             if key in classes:
                 exclude(offset, name, "a second class of its sample; the first is used")
             elif 0 < length <= _MAX_CLASS:
-                classes[key] = decode_class(os.pread(descriptor, length, offset))
+                classes[key] = decode_class(read_at(file, length, offset))
                 if not classes[key]:
                     exclude(offset, name, "a class without text; its image has no label")
             else:

@@ -17,7 +17,7 @@ import signal
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,7 +103,7 @@ def work(job: Job, number: int) -> None:
     layout, chunk = job.layout, chunk_of(job.layout)
     rows, names = np.zeros(chunk, ENTRY), [""] * chunk  # the samples of the present request
     index = replace(job.index, entries=rows, names=names)
-    fill = _make_filler(index, layout, job.patience_s)
+    fill, prefetch = _make_filler(index, layout, job.patience_s)
     busy = map_head(job.memory, layout)
     slots: dict[int, Slot] = {}
     while record := os.read(job.tasks, RECORD.size):
@@ -114,6 +114,7 @@ def work(job: Job, number: int) -> None:
         rows[: last - first] = slot.rows[first:last]
         if index.source == "folder":
             names[: last - first] = slot.read_names(first, last)
+        prefetch(range(last - first))
         for view in range(first, last):
             busy[number] = place * layout.views + view + 1
             _fill_view(fill, slot, view, view - first)
@@ -123,6 +124,7 @@ def work(job: Job, number: int) -> None:
 
 Filler = Callable[[Slot, int, int], str | None]
 """From slot, view and row to its pixels or bytes in the slot, or to why the view is grey."""
+Prefetch = Callable[[Sequence[int]], None]
 
 
 def _fill_view(fill: Filler, slot: Slot, view: int, row: int) -> None:
@@ -140,8 +142,8 @@ def _fill_view(fill: Filler, slot: Slot, view: int, row: int) -> None:
             slot.write_reason(view, UNDECODABLE, reason)
 
 
-def _make_filler(index: Index, layout: Layout, patience_s: float) -> Filler:
-    """Return what is done for each view: decode it, or read it where DALI decodes."""
+def _make_filler(index: Index, layout: Layout, patience_s: float) -> tuple[Filler, Prefetch]:
+    """Return what is done for each view, decode it, or read it where DALI decodes; and before."""
     from dataloading.reading import Reader, UndecodableError
     from dataloading.torch_decode import ViewMaker
 
@@ -157,14 +159,14 @@ def _make_filler(index: Index, layout: Layout, patience_s: float) -> Filler:
             slot.encoded[start : start + len(data)] = np.frombuffer(data, np.uint8)
             return None
 
-        return read
+        return read, reader.prefetch
     make = ViewMaker(reader, layout.sizes)
 
     def decode(slot: Slot, view: int, row: int) -> str | None:
         places = [images[view] for images in slot.images]
         return make(row, slot.boxes[view].tolist(), bool(slot.flips[view]), places)
 
-    return decode
+    return decode, reader.prefetch
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 python launchers/export.py timm --checkpoint RUN_DIR [--weights momentum] [--output FOLDER]
 python launchers/export.py hf --checkpoint RUN_DIR
+python launchers/export.py onnx --checkpoint RUN_DIR
 python launchers/export.py full --checkpoint RUN_DIR
 python launchers/export.py encoder --checkpoint RUN_DIR [--output FILE]
 """

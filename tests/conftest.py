@@ -26,15 +26,22 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def quiet_again() -> Iterator[None]:
-    """Commands set up the packages' loggers; the tests that follow want them as they were."""
-    loggers = [logging.getLogger(name) for name in ("cmtmae_scale", "dataloading")]
-    before = [(one.propagate, one.level, list(one.handlers)) for one in loggers]
-    yield
-    for one, (propagate, level, handlers) in zip(loggers, before, strict=True):
+LOGGERS = [logging.getLogger(name) for name in ("cmtmae_scale", "dataloading")]
+UNTOUCHED = [(one.propagate, one.level, list(one.handlers)) for one in LOGGERS]
+
+
+def reset_loggers() -> None:
+    for one, (propagate, level, handlers) in zip(LOGGERS, UNTOUCHED, strict=True):
         one.propagate, one.handlers[:] = propagate, handlers
         one.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def quiet_again() -> Iterator[None]:
+    """Commands set up the packages' loggers, in fixtures of modules too; no other test sees it."""
+    reset_loggers()
+    yield
+    reset_loggers()
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ ONLY_IN = {
     "deepspeed": {"cmtmae_scale.backends.deepspeed"},
     "torch.distributed.fsdp": {"cmtmae_scale.backends.fsdp"},
     "torch.distributed._composable": set(),
+    "obstore": {"dataloading.stores"},
     "open_clip": {"cmtmae_scale.teachers.open_clip"},
 }
 
@@ -100,6 +101,16 @@ def test_heavy_packages_are_imported_in_one_place() -> None:
     for package, allowed in ONLY_IN.items():
         users = {m for m, names in MODULES.items() if any(is_within(package, n) for n in names)}
         assert users <= allowed, package
+
+
+def test_a_stream_without_dali_imports_nothing_that_needs_it() -> None:
+    needs_dali = {"dataloading.dali", "dataloading.own_thread"}
+    for path in (ROOT / "dataloading").glob("*.py"):
+        imports = [
+            one for one in ast.parse(path.read_text()).body if isinstance(one, ast.ImportFrom)
+        ]
+        if module_name(path) not in needs_dali:
+            assert needs_dali.isdisjoint(one.module for one in imports), path
 
 
 def test_no_rank_unpickles_what_another_rank_sends() -> None:

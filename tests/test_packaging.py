@@ -121,7 +121,7 @@ def test_a_wheel_holds_the_packages_and_what_is_shipped(wheel: Path) -> None:
         name = str(path.relative_to(ROOT))
         if name.startswith(("cmtmae_scale/", "dataloading/")):
             expected[name] = path.read_bytes()
-        elif name.startswith("configs/") or Path(name).parent.name in TEMPLATES:
+        elif name.startswith(("configs/", *(f"launchers/{one}/" for one in TEMPLATES))):
             expected[f"cmtmae_scale/shipped/{name}"] = path.read_bytes()
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]

@@ -78,6 +78,7 @@ class Fsdp:
         self.writes = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
         self.num_copies = self.mesh.size() // self.num_shards
         self.is_full = settings.sharding == "full"
+        self.reduces_always = settings.reduce_every_micro_step
         self.model = wrap(model, self.mesh, settings, device)
         self.units = find_units(self.model)
         self.objective = objective
@@ -126,12 +127,15 @@ class Fsdp:
     def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; communicates gradients at the last micro-step only.
 
-        Except with ``sharding=full`` weights are gathered once per step.
+        With ``reduce_every_micro_step`` they are scattered at each, and all-reduced over the copies
+        of the shards at the last. Except with ``sharding=full`` weights are gathered once per step.
         """
+        reduces = last or self.reduces_always
         for unit in self.units:  # a recursive call would visit every module
-            unit.set_requires_gradient_sync(last, recurse=False)
+            unit.set_requires_gradient_sync(reduces, recurse=False)
+            unit.set_requires_all_reduce(last, recurse=False)
             unit.set_reshard_after_backward(last or self.is_full, recurse=False)
-        cast(FSDPModule, self.model).set_is_last_backward(last)
+        cast(FSDPModule, self.model).set_is_last_backward(reduces)
         losses = self.objective(self.model(*batch.inputs), batch)
         (losses.total * self.loss_scale).backward()
         return detached(losses)

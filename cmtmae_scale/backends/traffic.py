@@ -11,6 +11,8 @@ of the compute dtype. Each parameter's first dimension is padded to a multiple o
 | reduce-scatter of the gradients, per step | s | 4 P |
 | all-reduce of the gradients, per step | replicas | 4 P / s |
 
+With ``backend.reduce_every_micro_step`` the reduce-scatter is issued per micro-step.
+
 DeepSpeed's stages 1 and 2 keep the weights of each parameter group as one flat tensor, F values
 with padding; stage 3 pads each parameter. All groups are of all ranks.
 

@@ -1,4 +1,4 @@
-"""``cmtmae demo``: prepare, train the recipe ``demo`` in a process of its own, show."""
+"""``cmtmae demo``: prepare, train the recipe ``demo`` from a teacher cache, evaluate, show."""
 
 import argparse
 import logging
@@ -33,9 +33,9 @@ def run_demo(arguments: Sequence[str] | None = None) -> int:
 
 
 def show_demo(options: argparse.Namespace) -> int:
-    """Prepare, train and show; returns the exit code."""
+    """Prepare, cache the teacher, train, evaluate and show; returns the exit code."""
     config = load_config(RECIPE, options.overrides)
-    from cmtmae_scale.tools.demo.cached import train_from_cache
+    from cmtmae_scale.tools.demo.learned import METHODS, learned_table
     from cmtmae_scale.tools.demo.masks import prepare_masks
     from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
     from cmtmae_scale.tools.demo.teacher import prepare_teacher
@@ -45,23 +45,30 @@ def show_demo(options: argparse.Namespace) -> int:
     prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
     prepare_masks(Path(MASKS))
     teacher = prepare_teacher(Path(str(config.teacher.weights)))
-    overrides = derive_overrides(config, teacher is None, options)
+    overrides = derive_overrides(config, images, teacher is None, options)
     config = load_config(RECIPE, overrides)
     run_dir = Path(config.run.output_dir)
     if options.fresh:
         delete_run(run_dir)
+        delete_cache(config)
     label = RANDOM if teacher is None else f"teacher {config.teacher.model}"
     print_line(f"{images} images in {config.data.path}; {label}; training in {run_dir}")
-    command = [sys.executable, "-m", "cmtmae_scale", "pretrain", "--config", RECIPE, *overrides]
-    code = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
-    if code:
-        hint = "; --fresh starts it anew" if code == EXIT_CONFIG else ""
-        print_line(f"the run ended with exit code {code}{hint}")
-        return code
-    code = train_from_cache(RECIPE, overrides, run_dir, int(config.train.steps or 0), print_line)
-    if code:
-        return code
+    results = {name: run_dir / "evaluation" / f"demo-{name}.json" for name in METHODS}
+    commands = [[name, "--config", RECIPE, *overrides] for name in ("precompute", "pretrain")]
+    if config.teacher.mode != "cached":
+        del commands[0]
+    for name, file in results.items():
+        given = ["--checkpoint", str(run_dir), "--weights", "student", "--out", str(file)]
+        commands.append(["evaluate", name, *given])
+    for command in commands:
+        words = [sys.executable, "-m", "cmtmae_scale", *command]
+        code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
+        if code:
+            hint = "; --fresh starts the demo anew" if code == EXIT_CONFIG else ""
+            print_line(f"cmtmae {command[0]} ended with exit code {code}{hint}")
+            return code
     print_line(loss_table(read_losses(run_dir / "log.jsonl"), label))
+    print_line(learned_table(results))
     print_line(next_steps(run_dir, write_page([run_dir])))
     return 0
 
@@ -78,29 +85,50 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=at_least_one, help="a shorter or longer run, in its own folder"
     )
-    parser.add_argument("--fresh", action="store_true", help="delete an earlier run of the demo")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="delete an earlier run of the demo and its teacher cache",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser.parse_intermixed_args(arguments)
 
 
-def derive_overrides(config: Config, is_random: bool, options: argparse.Namespace) -> list[str]:
-    """Return overrides of the recipe; another length or a random teacher gets its own folder."""
+def derive_overrides(
+    config: Config, images: int, is_random: bool, options: argparse.Namespace
+) -> list[str]:
+    """Return overrides of the recipe; another length or a random teacher gets its own folders.
+
+    A run that is too short to train on all views of the images gets a cache of fewer.
+    """
     overrides: list[str] = []
-    folder = config.run.output_dir
+    suffix = ""
     if options.steps is not None:
         every = min(config.log.every, max(1, options.steps // ROWS))
+        epochs = options.steps * config.train.global_batch_size // max(images, 1)
+        views = max(1, min(config.views.views_per_image or 1, epochs))
         overrides += [f"train.steps={options.steps}", f"log.every={every}"]
-        folder += f"-{options.steps}-steps"
+        overrides.append(f"views.views_per_image={views}")
+        suffix += f"-{options.steps}-steps"
     if is_random:
         overrides += ["teacher.weights=random", f"run.name={config.run.name} ({RANDOM})"]
-        folder += "-random-teacher"
-    return [*overrides, f"run.output_dir={folder}", *options.overrides]
+        suffix += "-random-teacher"
+    if suffix:
+        overrides.append(f"cache.dir={config.cache.dir}{suffix}")
+    return [*overrides, f"run.output_dir={config.run.output_dir}{suffix}", *options.overrides]
 
 
 def delete_run(run_dir: Path) -> None:
     """Delete a folder if it is a run's."""
     if (run_dir / "config.yaml").is_file() or (run_dir / "exit.json").is_file():
         shutil.rmtree(run_dir)
+
+
+def delete_cache(config: Config) -> None:
+    """Delete the folder of the teacher cache if it is a cache's."""
+    folder = Path(str(config.cache.dir))
+    if (folder / "manifest.json").is_file():
+        shutil.rmtree(folder)
 
 
 def read_losses(file: Path) -> list[dict[str, float]]:
@@ -132,16 +160,17 @@ def next_steps(run_dir: Path, report: Path) -> str:
     """Return the places of the results, and commands to try next."""
     cmtmae, tensorboard, torchrun = map(find_program, ("cmtmae", "tensorboard", "torchrun"))
     pretrain = f"pretrain --config {RECIPE}"
-    hiding = "run.output_dir=runs/demo-hide mask.sampler=hide_salient mask.masks_per_view=1"
+    hiding = "run.output_dir=runs/demo-hide mask.sampler=hide_salient"
     return f"""
 report       {report}  (curves, figures, time, accuracy: one page for any browser)
 figures      {run_dir / "figures"}  (attention of teacher, student and both, masks, features)
 curves       {tensorboard} --logdir {run_dir}
+segmentation {run_dir / "evaluation" / "demo-segmentation.png"}  (images, masks, predictions)
 checkpoints  {run_dir / "checkpoints"}
 
 try next
   {cmtmae} evaluate knn --checkpoint {run_dir}
-  {cmtmae} evaluate segmentation --checkpoint {run_dir}
+  {cmtmae} evaluate segmentation --checkpoint {run_dir} --weights teacher
   {cmtmae} evaluate representation --checkpoint {run_dir} --masks {MASKS}/objects
   {cmtmae} evaluate propagation --checkpoint {run_dir} --clips {MASKS}/clips
   {cmtmae} {pretrain} --dry-run

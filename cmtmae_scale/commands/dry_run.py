@@ -51,6 +51,7 @@ from cmtmae_scale.tools.estimate import (
     count_shards,
     memory_bytes,
 )
+from dataloading.addresses import is_url
 from dataloading.errors import DataError
 from dataloading.index import Index, build_index, load_or_build
 from dataloading.stream import require_decoder
@@ -240,7 +241,7 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
 def is_absent(path: str) -> bool:
     """Return whether no file or folder is at a path, and none matches it as a pattern of tars."""
     whole = Path(path)
-    if whole.exists():
+    if is_url(path) or whole.exists():
         return False
     pattern = re.sub(r"\{[^}]*\}", "*", whole.name)
     return pattern == whole.name or not any(whole.parent.glob(pattern))

@@ -1,14 +1,20 @@
 """``cmtmae export KIND``: weights for other libraries, verified before publication."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cmtmae_scale.commands.alone import run_alone
-from cmtmae_scale.errors import EXIT_DONE
+from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.runtime.arguments import Parser
-from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.log import escape_controls, set_up_logging
+
+logger = logging.getLogger(__name__)
+
+ON_HUB = ("timm", "hf")
+"""Kinds that a library loads from the hub; the config of ``full`` holds paths of the machine."""
 
 
 def export_weights(arguments: Sequence[str] | None = None) -> int:
@@ -17,10 +23,14 @@ def export_weights(arguments: Sequence[str] | None = None) -> int:
     set_up_logging(0, 1)
 
     def export() -> int:
-        sys.stdout.write(options.run(options) + "\n")
+        sys.stdout.write(escape_controls(options.run(options)) + "\n")
         return EXIT_DONE
 
-    return run_alone(export)
+    try:
+        return run_alone(export)
+    except KeyboardInterrupt:
+        logger.warning("stopped; a finished export stays, and the same command may be repeated")
+        return EXIT_STOPPED
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -31,21 +41,31 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "encoder": "one file of safetensors under timm's names",
         "timm": "a folder for timm.create_model('local-dir:FOLDER', pretrained=True)",
         "hf": "a folder for transformers' AutoModel.from_pretrained",
+        "onnx": "a folder with model.onnx, of any batch size",
         "full": "a folder with encoder, decoder and heads, for load_full",
     }
     for what, text in helps.items():
         command = commands.add_parser(what, help=text, allow_abbrev=False)
         place = "a checkpoint, or a run: its newest intact"
         command.add_argument("--checkpoint", type=Path, required=True, help=place)
-        default = f"WEIGHTS-{what}-STEP" + (".safetensors" if what == "encoder" else "")
-        command.add_argument("--output", type=Path, help=f"what to write; default: {default} here")
+        end = f"{what}.safetensors" if what == "encoder" else what
+        default = f"RUN_DIR/export/NAME-WEIGHTS-STEP-{end}, NAME of run.name"
+        command.add_argument("--output", type=Path, help=f"what to write; default: {default}")
         if what != "full":
             command.add_argument("--weights", choices=("student", "momentum"), default="student")
         if what != "encoder":
             images = "images to verify on, folder or tars; default: the run's"
             command.add_argument("--images", type=Path, help=images)
+        if what in ON_HUB:
+            hub = "upload the verified folder to this repository of the Hugging Face hub"
+            command.add_argument("--push-to-hub", metavar="OWNER/NAME", help=hub)
+            private = "the repository must be private; else a new one is public"
+            command.add_argument("--private", action="store_true", help=private)
         command.set_defaults(run=run_encoder if what == "encoder" else run_folder)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if getattr(options, "private", False) and options.push_to_hub is None:
+        parser.error("--private belongs to --push-to-hub")
+    return options
 
 
 def run_encoder(options: argparse.Namespace) -> str:
@@ -62,6 +82,11 @@ def run_encoder(options: argparse.Namespace) -> str:
 def run_folder(options: argparse.Namespace) -> str:
     """Export a folder; returns the text to print."""
     from cmtmae_scale.export.formats import export_folder
+    from cmtmae_scale.export.hub import Target
 
     weights = "student" if options.what == "full" else options.weights
-    return export_folder(options.what, options.checkpoint, options.output, weights, options.images)
+    repo = getattr(options, "push_to_hub", None)
+    target = None if repo is None else Target(repo, options.private)
+    return export_folder(
+        options.what, options.checkpoint, options.output, weights, options.images, target
+    )

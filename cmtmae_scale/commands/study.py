@@ -140,9 +140,9 @@ def select_runs(study: Study, runs: "Sequence[Run]", rows: Sequence[str] | None)
 def list_missing(runs: "Sequence[Run]") -> str:
     """List the missing commands, in the order of execution."""
     lines: list[str] = []
-    incomplete = 0
+    incomplete, known = 0, dict[Path, bool]()
     for run in runs:
-        jobs = run.missing()
+        jobs = run.missing(known)
         incomplete += bool(jobs)
         state = ", ".join(job.kind for job in jobs) if jobs else "done"
         lines.append(f"# {run.row}, seed {run.seed}: {state}")

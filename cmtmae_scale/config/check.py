@@ -12,6 +12,7 @@ from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_cache
 from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Student, Train
 from cmtmae_scale.errors import ConfigError
+from dataloading.addresses import find_address_problem, hide_secrets, is_url
 
 LARGEST = 2**63
 """Whole numbers are computed in 64 bits, and so are steps and nanoseconds of a length."""
@@ -19,6 +20,13 @@ LENGTHS = ("epochs", "warmup_epochs", "time_limit_s", "hang_seconds")
 """Fields with fractions that become whole numbers."""
 TRACKERS = ("wandb", "mlflow", "trackio")
 """Experiment trackers that ``log.trackers`` may name."""
+IMAGE_SETS = ("data.path", "data.test_path", "eval.train_path", "eval.test_path")
+"""Keys that may be the address of tars in a store."""
+FILE_SYSTEM_KEYS = (
+    *("run.output_dir", "data.index", "cache.dir", "student.init_weights"),
+    "eval.segmentation_path",
+)
+"""Keys that need files: locks, renames and mapped memory, which stores do not have."""
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
 
 
@@ -50,6 +58,15 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
             continue
         if isinstance(value, str) and value.startswith("~/"):
             yield f"{key}={value}: ~ does not become the home folder; write the path out"
+        if isinstance(value, str) and is_url(value):
+            problem = find_address_problem(value) if key in IMAGE_SETS else None
+            if problem is not None:
+                yield f"{key}: {problem}"
+            if key in FILE_SYSTEM_KEYS:
+                yield (
+                    f"{key}={hide_secrets(value)} is an address; only tars of images are read from "
+                    "stores: set a path of a file system, local or shared"
+                )
         if "empty" in one.metadata and not value:
             yield f"{key} is empty; {one.metadata['empty']}"
         items = cast(list[Any], [*value] if isinstance(value, tuple | list) else [value])
@@ -271,6 +288,16 @@ def check_backend(backend: Backend) -> Iterator[str]:
         extra_keys(backend.deepspeed)
     except ConfigError as error:
         yield str(error)
+    if backend.reduce_every_micro_step and backend.name == "deepspeed":
+        yield (
+            "backend.reduce_every_micro_step=true belongs to backend.name=fsdp; DeepSpeed reduces "
+            "by stage: set backend.zero_stage=2, which reduces at every micro-step"
+        )
+    elif backend.reduce_every_micro_step and backend.sharding == "replicate":
+        yield (
+            "backend.reduce_every_micro_step=true: with backend.sharding=replicate every rank "
+            "keeps all gradients; set backend.sharding=hybrid or full"
+        )
     if backend.compile and backend.name == "deepspeed" and backend.zero_stage == 3:
         yield (
             "backend.compile=true: ZeRO-3 gathers weights between the operations of a block, which "

@@ -49,6 +49,7 @@ HABITS = {
     "train.batch_size": "train.global_batch_size",
     "data.batch_size": "train.global_batch_size",
     "epochs": "train.epochs",
+    "steps": "train.steps",
     "model": "student.arch",
     "arch": "student.arch",
     "student.model": "student.arch",
@@ -77,16 +78,17 @@ VALUE_REMEDIES = {
 
 
 def key_hint(key: str, keys: Collection[str] | None = None) -> str | None:
-    """Return the present name of a renamed key, or of a key of another program.
+    """Return the present name of a renamed key, of a key of another program, or of a bare key.
 
     Args:
         key: full name, ``group.key``, or a bare name.
-        keys: keys that may be named; ``None``: all.
+        keys: keys that may be named; ``None``: all, and a bare name is not searched for in them.
     """
     for table, hint in ((RENAMED, "it is now {}"), (HABITS, "did you mean {}?")):
         if key in table and (keys is None or table[key] in keys):
             return hint.format(table[key])
-    return None
+    whole = [one for one in keys or () if one.rpartition(".")[2] == key]
+    return f"did you mean {' or '.join(whole)}?" if whole and "." not in key else None
 
 
 def value_hint(key: str, value: str) -> str | None:

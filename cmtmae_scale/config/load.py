@@ -3,15 +3,17 @@
 Precedence: default < YAML < override. A YAML file is read alone: no inheritance, no interpolation.
 """
 
+import copy
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from cmtmae_scale.config.check import find_problems
@@ -19,6 +21,7 @@ from cmtmae_scale.config.hints import key_hint, value_hint
 from cmtmae_scale.config.schema import Config, Schedule, Trained, walk_fields
 from cmtmae_scale.config.shipped import find_recipe
 from cmtmae_scale.errors import ConfigError
+from dataloading.addresses import hide_secrets
 from dataloading.files import atomic_path
 
 Recipe = TypeVar("Recipe")
@@ -28,6 +31,7 @@ MAX_YAML_VALUES = 100_000
 """Most values of a YAML text, with its aliases written out."""
 CONSTRUCTOR_ERRORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """Raised by PyYAML for values such as ``2024-13-01`` or ``!!bool x``."""
+PLAIN = (str, bool, int, float, type(None))
 Check = Callable[[Recipe], Iterable[str]]
 """Function that yields the problems of a config."""
 
@@ -54,26 +58,188 @@ def load_recipe(
     Raises:
         ConfigError: names the file or override, the key, what was found and the remedy.
     """
-    keys = [key for key, _ in walk_fields(schema)]
-    config = OmegaConf.structured(schema)
-    merge(config, read_yaml(find_recipe(path)), schema, str(path))
-    for override in overrides:
-        update = parse_override(override, keys)
-        merge(config, update, schema, override)
-        cleared = other_length(update)
-        if cleared:
-            merge(config, {"train": {cleared: None}}, schema, override)
-    return build_config(config, schema, check, str(path), overrides)
+    return read_recipe(schema, check, path).override(overrides).build()
+
+
+def read_recipe(schema: type[Recipe], check: Check[Recipe], path: str | Path) -> "Draft[Recipe]":
+    """Read a recipe's file without checking the whole, see ``load_recipe``."""
+    tree = read_yaml(find_recipe(path))
+    return Draft.of_defaults(schema, check, str(path)).merge(tree, str(path))
 
 
 def config_from_dict(tree: dict[str, Any], place: str) -> Config:
     """Rebuild a config that ``config_to_dict`` wrote; for resuming and evaluation."""
-    config = OmegaConf.structured(Config)
     try:
-        merge(config, tree, Config, place)
+        return Draft.of_defaults(Config, find_problems, place).merge(tree, place).build()
     except RecursionError as error:
         raise ConfigError(f"{place}: the config is nested too deeply") from error
-    return build_config(config, Config, find_problems, place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft(Generic[Recipe]):
+    """A config to which settings are still added; its combinations are not checked yet.
+
+    Each method returns another draft, so that many configs start from one that is read once.
+    """
+
+    schema: type[Recipe]
+    check: Check[Recipe]
+    place: str
+    """Name of the recipe, for messages."""
+    types: Any
+    """OmegaConf's typed config of the schema, which converts values; its own values mean nothing.
+    """
+    values: dict[str, Any]
+    """Converted value of each full key; ``MISSING`` where the recipe must give it."""
+    overrides: tuple[str, ...] = ()
+    schedules: dict[str, Schedule | float] = dataclasses.field(
+        default_factory=dict[str, Schedule | float]
+    )
+    """Parsed schedules by their text, which the drafts of a recipe share."""
+
+    @classmethod
+    def of_defaults(cls, schema: type[Recipe], check: Check[Recipe], place: str) -> "Draft[Recipe]":
+        """Return the draft of a recipe without keys."""
+        types = OmegaConf.structured(schema)
+        tree = OmegaConf.to_container(types, structured_config_mode=SCMode.DICT)
+        return cls(schema, check, place, types, dict(leaves(cast(Any, tree), key_fields(schema))))
+
+    def merge(self, tree: dict[str, Any], place: str) -> "Draft[Recipe]":
+        """Return the draft with the values of a tree; a mapping is merged into the one before.
+
+        A schedule with a ``kind`` replaces the whole of the one before.
+        """
+        refuse_interpolation(tree, place)
+        check_keys(tree, self.schema, self.schema, place)
+        given: dict[str, Any] = {}
+        for key, value in leaves(tree, key_fields(self.schema)):
+            before = self.values[key]
+            if isinstance(value, dict) and isinstance(before, dict):
+                replaces = key in schedule_keys(self.schema) and "kind" in value
+                value = value if replaces else merged(before, cast(dict[str, Any], value))
+            if value != MISSING:
+                given[key] = value
+        values = self.values | convert_values(self.types, given, self.schema, place)
+        return dataclasses.replace(self, values=values)
+
+    def override(self, overrides: Sequence[str]) -> "Draft[Recipe]":
+        """Return the draft with ``group.key=value`` applied, in order."""
+        draft = self
+        for override in overrides:
+            update = parse_override(override, key_fields(self.schema))
+            draft = draft.merge(update, override)
+            cleared = other_length(update)
+            if cleared:
+                draft = draft.merge({"train": {cleared: None}}, override)
+        return dataclasses.replace(draft, overrides=(*self.overrides, *overrides))
+
+    def build(self) -> Recipe:
+        """Build the dataclasses, resolve schedules, refuse missing keys, run the checks.
+
+        Raises:
+            ConfigError: names the overrides that set the keys of a problem, else the recipe.
+        """
+        absent = sorted(key for key, value in self.values.items() if has_missing(value))
+        if absent:
+            raise ConfigError(f"{self.place}: {', '.join(absent)} must be given")
+        values = dict(self.values)
+        for key in schedule_keys(self.schema):
+            text = repr(values[key])
+            if text not in self.schedules:
+                at = blame(key, self.place, self.overrides)
+                self.schedules[text] = parse_schedule(values[key], at, key)
+            values[key] = self.schedules[text]
+        config = instantiate(self.schema, values)
+        for problem in self.check(config):
+            raise ConfigError(f"{blame(problem, self.place, self.overrides)}: {problem}")
+        return config
+
+
+def leaves(
+    tree: dict[str, Any], keys: Collection[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a tree by full key; ``keys`` are the schema's, all others are groups."""
+    for name, value in tree.items():
+        full = f"{prefix}{name}"
+        if full in keys:
+            yield full, value
+        else:
+            yield from leaves(value, keys, f"{full}.")
+
+
+def merged(before: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """Return a mapping with another one laid over it, recursively."""
+    found = dict(before)
+    for name, value in update.items():
+        both = isinstance(found.get(name), dict) and isinstance(value, dict)
+        found[name] = merged(found[name], value) if both else value
+    return found
+
+
+def convert_values(types: Any, values: dict[str, Any], schema: type, place: str) -> dict[str, Any]:
+    """Return values by full key in the types of their keys, as plain Python.
+
+    Raises:
+        ConfigError: names the key, what was found and what is expected.
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        kind = key_fields(schema)[key].type
+        if is_of_type(value, kind):
+            found[key] = value
+            continue
+        group, _, name = key.rpartition(".")
+        owner = OmegaConf.select(types, group)
+        if kind is Any:
+            owner[name] = None  # else a mapping would be merged into the one before
+        try:
+            owner.merge_with({name: value})
+        except OmegaConfBaseException as error:
+            first = str(error.msg if error.msg else error).splitlines()[0]
+            inner = error.full_key or ""
+            at = inner if inner.startswith(key) else key + inner.removeprefix(name)
+            at = key if inner in (group, "") else at
+            if "ListConfig" in first and is_path_key(key):
+                first = (
+                    "is a list, expected one path: a pattern such as train-*.tar or {a,b}.tar, or "
+                    "a folder with links to all"
+                )
+            else:
+                first += expected_type(at, schema)
+            raise ConfigError(f"{place}: {at}: {first}") from error
+        result = owner[name]
+        found[key] = OmegaConf.to_container(result) if OmegaConf.is_config(result) else result
+    return found
+
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Return whether a value is a plain one of exactly a field's type, which nothing converts."""
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(one) and value == one for one in get_args(kind))
+    allowed = PLAIN if kind is Any else (kind, *get_args(kind))
+    return type(value) in PLAIN and type(value) in allowed
+
+
+def has_missing(value: Any) -> bool:
+    """Return whether a value, or one that it holds, must still be given."""
+    if isinstance(value, dict):
+        return any(map(has_missing, cast(dict[Any, Any], value).values()))
+    if isinstance(value, list | tuple):
+        return any(map(has_missing, cast(Sequence[Any], value)))
+    return isinstance(value, str) and value == MISSING
+
+
+def instantiate(schema: type[Recipe], values: dict[str, Any], prefix: str = "") -> Recipe:
+    """Build the dataclasses of a schema from values by full key."""
+    given: dict[str, Any] = {}
+    for name, kind in field_types(schema).items():
+        key = f"{prefix}{name}"
+        if key not in values:
+            given[name] = instantiate(cast(Any, kind), values, f"{key}.")
+        else:
+            value = values[key]  # drafts share lists and schedules
+            given[name] = value if isinstance(value, PLAIN) else copy.deepcopy(value)
+    return schema(**given)
 
 
 def config_to_dict(config: Trained) -> dict[str, Any]:
@@ -213,7 +379,7 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
     """
     key, sign, value = text.partition("=")
     if not sign or "." not in key:
-        hint = key_hint(key.strip(), keys) or "expected group.key=value"
+        hint = key_hint(key.strip(), keys) or "expected group.key=value, without spaces"
         raise ConfigError(f"{text}: is not an override; {hint}")
     try:
         tree: Any = parse_yaml(value) if value else None
@@ -252,14 +418,14 @@ def check_keys(
     tree: dict[str, Any], group: type, schema: type, place: str, prefix: str = ""
 ) -> None:
     """Refuse keys that a group of the schema lacks, with the nearest key that it has."""
-    hints = get_type_hints(group)
+    hints = field_types(group)
     scheduled = schedule_keys(schema)
     for key, value in tree.items():
         full = f"{prefix}{key}"
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(hints)}"
-            hint = key_hint(full, [known for known, _ in walk_fields(schema)]) or hint
+            hint = key_hint(full, key_fields(schema)) or hint
             name = prefix.rstrip(".") or "the config"
             raise ConfigError(f"{place}: {full} is not a key of {name}; {hint}")
         kind = Schedule if full in scheduled else hints[key]
@@ -285,7 +451,7 @@ def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> Non
     if items is not None and not nested and (not fixed or len(items) == len(get_args(kind))):
         return
     if fixed:
-        default = plain(dict(walk_fields(schema))[key].default)
+        default = plain(key_fields(schema)[key].default)
         raise ConfigError(
             f"{place}: {key}={value} is not a list of {len(get_args(kind))} numbers, such as "
             f"'{key}={default}'"
@@ -295,9 +461,22 @@ def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> Non
     raise ConfigError(f"{place}: {key}={value} {what}; write '{key}=[{item}]'")
 
 
-def schedule_keys(schema: type) -> list[str]:
+@cache
+def key_fields(schema: type) -> Mapping[str, "dataclasses.Field[Any]"]:
+    """Return the fields of a schema by full key."""
+    return dict(walk_fields(schema))
+
+
+@cache
+def field_types(group: type) -> Mapping[str, Any]:
+    """Return the types of the fields of a group."""
+    return get_type_hints(group)
+
+
+@cache
+def schedule_keys(schema: type) -> Sequence[str]:
     """Return the keys of a schema whose values are numbers or schedules."""
-    return [key for key, one in walk_fields(schema) if one.metadata.get("schedule")]
+    return [key for key, one in key_fields(schema).items() if one.metadata.get("schedule")]
 
 
 def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -312,31 +491,6 @@ def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> 
     raise ConfigError(f"{place}: {key}={value!r} is not one of {listed}{hint}")
 
 
-def merge(config: Any, tree: dict[str, Any], schema: type, place: str) -> None:
-    """Lay a tree over a typed config, in place; a schedule replaces the whole of the one before."""
-    refuse_interpolation(tree, place)
-    check_keys(tree, schema, schema, place)
-    for key in schedule_keys(schema):
-        group, name = key.split(".")
-        value = cast(dict[str, Any], tree.get(group) or {}).get(name)
-        partial = isinstance(value, dict) and "kind" not in value
-        if value is not None and not partial:
-            config[group][name] = None
-    try:
-        config.merge_with(OmegaConf.create(tree))
-    except OmegaConfBaseException as error:
-        first = str(error.msg if error.msg else error).splitlines()[0]
-        key = getattr(error, "full_key", None) or next(iter(leaf_keys(tree)), "a value")
-        if "ListConfig" in first and is_path_key(key):
-            first = (
-                "is a list, expected one path: a pattern such as train-*.tar or {a,b}.tar, or a "
-                "folder with links to all"
-            )
-        else:
-            first += expected_type(key, schema)
-        raise ConfigError(f"{place}: {key}: {first}") from error
-
-
 TYPES = {
     bool: "true or false",
     int: "a whole number",
@@ -348,22 +502,12 @@ TYPES = {
 
 def expected_type(key: str, schema: type) -> str:
     """Return what a key takes, as the end of a message; empty for a key with a set of values."""
-    one = dict(walk_fields(schema)).get(key.partition("[")[0])
+    one = key_fields(schema).get(key.partition("[")[0])
     kinds = () if one is None else (one.type, *get_args(one.type))
     name = next((text for kind, text in TYPES.items() if kind in kinds), None)
     if name is None:
         return ""
     return f"; expected {name}" + (", or null" if type(None) in kinds else "")
-
-
-def leaf_keys(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the full keys of a tree."""
-    found: list[str] = []
-    for key, value in tree.items():
-        full = f"{prefix}{key}"
-        inner = cast(dict[str, Any], value) if isinstance(value, dict) else {}
-        found += leaf_keys(inner, f"{full}.") or [full]
-    return found
 
 
 def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
@@ -373,29 +517,12 @@ def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
         key = re.escape(override.partition("=")[0].strip())
         return re.search(rf"(?<![\w.]){key}(?!\w)", problem) is not None
 
-    last = {override.partition("=")[0]: override for override in overrides if names(override)}
+    last = {
+        override.partition("=")[0]: hide_secrets(override)
+        for override in overrides
+        if names(override)
+    }
     return " ".join(last.values()) or place
-
-
-def build_config(
-    tree: Any, schema: type[Recipe], check: Check[Recipe], place: str, overrides: Sequence[str] = ()
-) -> Recipe:
-    """Build the dataclasses, resolve schedules, refuse missing keys, run the checks.
-
-    An error names the overrides that set its keys, else ``place``.
-    """
-    absent = sorted(OmegaConf.missing_keys(tree))
-    if absent:
-        raise ConfigError(f"{place}: {', '.join(absent)} must be given")
-    config = cast(Recipe, OmegaConf.to_object(tree))
-    for key in schedule_keys(schema):
-        group, name = key.split(".")
-        owner = getattr(config, group)
-        at = blame(key, place, overrides)
-        setattr(owner, name, parse_schedule(getattr(owner, name), at, key))
-    for problem in check(config):
-        raise ConfigError(f"{blame(problem, place, overrides)}: {problem}")
-    return config
 
 
 def parse_schedule(value: Any, place: str, key: str) -> Schedule | float:

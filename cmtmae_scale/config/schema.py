@@ -143,7 +143,8 @@ class Data:
     """Layout under ``path``: a folder of images or WebDataset tars; auto: detected."""
     path: str = MISSING
     """Folder of images (sub-folders are labels); or tars (``KEY.jpg``, ``KEY.cls``): a folder of
-    tars, one tar, or a pattern such as ``train-{000..146}.tar`` or ``train-*.tar``."""
+    tars, one tar, or a pattern such as ``train-{000..146}.tar`` or ``train-*.tar``; or the address
+    of tars in a store (``s3://``, ``gs://``, ``https://``), without credentials."""
     index: str | None = None
     """Folder of the index, for all ranks; ``None``: ``RUN_DIR/index``."""
     verify_index: Literal["never", "changed", "always"] = "changed"
@@ -446,6 +447,11 @@ class Backend:
     sharding: Literal["replicate", "hybrid", "full"] = "hybrid"
     """Replicate; shard within a node and replicate across nodes; or shard over all ranks
     (``fsdp``)."""
+    reduce_every_micro_step: bool = False
+    """Reduce gradients to shards at every micro-step (``fsdp``, ``hybrid`` or ``full``): between
+    micro-steps a rank holds its shard of the gradients, not all in float32, for one reduce-scatter
+    more per further micro-step. Gradients are equal to rounding. ZeRO's stages 2 and 3 always do
+    so."""
     zero_stage: Literal[1, 2, 3] = 1
     """What is sharded over all ranks (``deepspeed``): 1 moments and float32 weights, 2 gradients
     too, 3 everything."""

@@ -5,6 +5,8 @@ A wheel holds them inside the package, a clone at its top; the paths below are t
 
 import difflib
 import os
+import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from cmtmae_scale.errors import ConfigError
@@ -45,9 +47,26 @@ def find_recipe(text: str | Path, folder: str = RECIPES) -> Path:
     if str(text) in names:
         copied = Path(folder, f"{text}.yaml")
         return copied if copied.is_file() else shipped_root() / copied
-    near = difflib.get_close_matches(given.stem, names, 1)
-    hint = f"did you mean the shipped {what} {near[0]}? " if near else ""
+    is_folder = os.path.isdir(given)
     problem = "no such file" if given.suffix in ENDINGS else f"neither a file nor a shipped {what}"
-    raise ConfigError(
-        f"{text}: {problem}; {hint}Give a path, or one of: {', '.join(names) or 'none'}"
-    )
+    problem = "is a folder" if is_folder else problem
+    beside = list_beside(given)
+    near = difflib.get_close_matches(given.stem, names, 1)
+    if beside:
+        hint = f"did you mean {beside[0]}? Give"
+    elif is_folder and what == "recipe":
+        hint = (
+            f"if it holds images, cmtmae init {shlex.quote(str(text))} writes a recipe; else give"
+        )
+    else:
+        hint = f"did you mean the shipped {what} {near[0]}? Give" if near else "give"
+    raise ConfigError(f"{text}: {problem}; {hint} a path, or one of: {', '.join(names) or 'none'}")
+
+
+def list_beside(given: Path) -> list[Path]:
+    """Return the YAML files in the folder of a path whose names are like the path's, best first."""
+    with suppress(OSError, ValueError):  # a path that no file can have
+        files = [one for one in given.parent.iterdir() if one.suffix in ENDINGS]
+        stems = difflib.get_close_matches(given.stem, [one.stem for one in files])
+        return [one for stem in stems for one in files if one.stem == stem]
+    return []

@@ -53,7 +53,7 @@ class StepProfile:
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history()
-        self.profiler = profile(activities=activities)
+        self.profiler = profile(activities=activities, acc_events=True)
         self.profiler.start()
 
     def end(self, step: int) -> None:

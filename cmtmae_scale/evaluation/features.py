@@ -13,10 +13,10 @@ from torch import Tensor
 from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.images import ImageSet
-from cmtmae_scale.runtime.collectives import gather_texts
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.log import progress_bar
-from dataloading.errors import DataError, ReadError
+from dataloading.errors import DataError
 from dataloading.one_pass import OnePass
 from dataloading.stream import DecoderName
 
@@ -161,21 +161,14 @@ def extract_features(
     """
     positions: list[Tensor] = []
     rows: dict[Column, list[Tensor]] = {}
-    problem, failure = "", None
-    try:
+
+    def encode() -> None:
         for found, columns in encode_batches(images, encoders, reading, world, device):
             positions.append(found)
             for column, values in columns.items():
                 rows.setdefault(column, []).append(values)
-    except ReadError as error:
-        problem = str(error)
-    except Exception as error:  # the other ranks learn of it before their next collective
-        problem, failure = f"{type(error).__name__}: {error}", error
-    problems = list(filter(None, gather_texts(problem)))
-    if failure is not None:
-        raise failure
-    if problems:
-        raise ReadError(problems[0])
+
+    on_all_ranks(encode)
     order = torch.cat(positions)
     total = torch.tensor([len(order)], device=device)
     if not int(sum_over_ranks(total)):

@@ -19,7 +19,7 @@ from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.masks import VOID, MaskedSet, cut_patches, masked_batches
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.subject import Subject
-from cmtmae_scale.method.attention import Grid, collaborative_attention, sharpen
+from cmtmae_scale.method.attention import Grid, mix_attention
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import Student
@@ -216,12 +216,7 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
         if teacher is None or config is None:
             return found
         theirs = required(teacher(images[1]).attention)
-        settings = config.attention
-        first, second = (
-            sharpen(one, settings.temperature, settings.clip_quantile)
-            for one in (theirs, found[own])
-        )
-        mixed = collaborative_attention(first, second, alpha, settings.norm)
+        mixed = required(mix_attention(config.attention, theirs, found[own], alpha))
         return found | {TEACHER: theirs, names[-1]: mixed}
 
     return Maps(names, sizes, grid, compute)

@@ -1,6 +1,6 @@
 """Measured values with bootstrap intervals: the rows of a dense or label-free evaluation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,30 +75,42 @@ def format_measured(rows: Sequence[Measured]) -> str:
 def judge_measured(rows: Sequence[Measured], subject: str) -> str:
     """State whether the subject is clearly better than each baseline: disjoint intervals.
 
-    The compared measure is that of the subject's first row; more is better.
+    The compared measure is that of the subject's first row, whatever settings each row chose; more
+    is better.
     """
     own = next(row for row in rows if row.weights == subject)
-    measure = f"{own.method}, {own.measure}"
+    compared = method_family(own.method), own.measure
+    measure = ", ".join(compared)
     others = {
         row.weights: row
         for row in reversed(rows)
-        if row.weights != subject and (row.method, row.measure) == (own.method, own.measure)
+        if row.weights != subject and (method_family(row.method), row.measure) == compared
     }
-    if not others:
-        return f"no baseline was requested ({measure})"
-    if own.interval is None:
+    if own.interval is None and others:
         return f"no interval, so no comparison ({measure})"
     unbeaten = [
         name
         for name, row in others.items()
-        if row.interval is None or row.interval[1] >= own.interval[0]
+        if row.interval is None or own.interval is None or row.interval[1] >= own.interval[0]
     ]
+    return state_verdict(subject, others, unbeaten, measure)
+
+
+def method_family(method: str) -> str:
+    """Return a row's method without its chosen settings."""
+    return method.split(",")[0]
+
+
+def state_verdict(
+    subject: str, baselines: Collection[str], unbeaten: Collection[str], measure: str
+) -> str:
+    """State which baselines the subject is clearly better than."""
+    if not baselines:
+        return f"no baseline was requested ({measure})"
     if unbeaten:
-        return (
-            f"SMOKE TEST: the program runs, but {subject} is not clearly better than "
-            f"{' and '.join(sorted(unbeaten))} ({measure}; intervals overlap)"
-        )
-    return f"{subject} is clearly better than {' and '.join(sorted(others))} ({measure})"
+        names = " and ".join(sorted(unbeaten))
+        return f"{subject} is NOT clearly better than {names} ({measure}; intervals overlap)"
+    return f"{subject} is clearly better than {' and '.join(sorted(baselines))} ({measure})"
 
 
 def measured_record(row: Measured) -> dict[str, Any]:

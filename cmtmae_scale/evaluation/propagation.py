@@ -27,7 +27,7 @@ from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.masks import CLASS_MODES, VOID, read_mask
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.representation import encode_tokens
-from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 
@@ -178,19 +178,15 @@ def propagate_clips(
     """
     own: list[tuple[int, Score]] = []
     shown: ShownClip | None = None
-    problem: Exception | None = None
-    try:
+
+    def propagate_own() -> None:
+        nonlocal shown
         for number in range(world.rank, len(clips), world.world_size):
             scores, seen = propagate_clip(encoder, clips[number], device)
-            own += [(number, score) for score in scores]
+            own.extend((number, score) for score in scores)
             shown = shown or seen
-    except Exception as error:  # the other ranks learn of it before their next collective
-        problem = error
-    texts = list(filter(None, gather_texts(str(problem) if problem else "")))
-    if problem is not None:
-        raise problem
-    if texts:
-        raise DataError(texts[0])
+
+    on_all_ranks(propagate_own)
     flat = [[float(number), float(x.object), x.j, x.f] for number, x in own]
     scored = gather_from_ranks(torch.tensor(flat, dtype=torch.float64).view(-1, 4))
     scored = scored[np.lexsort((scored[:, 1].numpy(), scored[:, 0].numpy()))].numpy()

@@ -19,9 +19,10 @@ from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.encoders import CLS, PATCHES, Encoder, Tokens
 from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
-from cmtmae_scale.runtime.collectives import gather_texts
+from cmtmae_scale.method.diagnostics import spread_patches
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
-from dataloading.errors import DataError, ReadError
+from dataloading.errors import DataError
 from dataloading.index import Index
 from dataloading.one_pass import OnePass, centre_crop
 from dataloading.views import Boxes, crop_boxes
@@ -40,8 +41,6 @@ LIDAR_DELTA, LIDAR_EPSILON = 1e-4, 1e-7
 CROP_SCALE, ASPECT_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 """LiDAR's views: MAE's crops."""
 ALL_IMAGES = "patches of all images"
-PATCH_STRIDE = 89
-"""Offset between the patches taken of consecutive images; a prime, so that it meets all patches."""
 
 
 class Moments:
@@ -171,8 +170,7 @@ class Representation:
         self.similarity.append(torch.stack([positions.double(), *patch_similarity(patches)], 1))
         chosen = (positions % self.every == 0).nonzero()  # [b, 1]
         length = patches.shape[1]
-        start = torch.arange(self.per_image, device=patches.device) * length // self.per_image
-        place = (start + positions[chosen] * PATCH_STRIDE) % length  # other places in each image
+        place = spread_patches(positions[chosen], self.per_image, length)
         self.sample.append(patches[chosen, place].flatten(0, 1))
 
     def rows(self) -> list[Measured]:
@@ -375,31 +373,23 @@ def read_views(
         )
         return boxes
 
-    problem, failure = "", None
-    with OnePass(
-        index,
-        np.repeat(ids, views),
-        micro_batch=views * max(reading.micro_batch // views, 1),
-        size=size,
-        rank=world.rank,
-        world_size=world.world_size,
-        threads=reading.threads,
-        decode=reading.decode,
-        device=device,
-        crop=centre_crop if views == 1 else crop,
-    ) as batches:
-        try:
+    def read() -> None:
+        with OnePass(
+            index,
+            np.repeat(ids, views),
+            micro_batch=views * max(reading.micro_batch // views, 1),
+            size=size,
+            rank=world.rank,
+            world_size=world.world_size,
+            threads=reading.threads,
+            decode=reading.decode,
+            device=device,
+            crop=centre_crop if views == 1 else crop,
+        ) as batches:
             for batch in batches:
                 whole = batch.valid.unflatten(0, (-1, views)).all(1)
                 if bool(whole.any()):
                     images = batch.images[0].unflatten(0, (-1, views))[whole].flatten(0, 1)
                     use(images, batch.position[::views][whole] // views)
-        except ReadError as error:
-            problem = str(error)
-        except Exception as error:  # the other ranks learn of it before their next collective
-            problem, failure = f"{type(error).__name__}: {error}", error
-    problems = list(filter(None, gather_texts(problem)))
-    if failure is not None:
-        raise failure
-    if problems:
-        raise ReadError(problems[0])
+
+    on_all_ranks(read)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cmtmae_scale.errors import ConfigError, StorageError, may_pass
 from cmtmae_scale.evaluation.images import ImageSet
+from cmtmae_scale.evaluation.measured import method_family, state_verdict
 from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.runtime.versions import library_versions
 
@@ -121,20 +122,7 @@ def judge_rows(rows: Sequence[Row], subject: str) -> str:
         for name, row in baselines.items()
         if wilson_interval(row.score.correct, row.score.total)[1] >= low
     ]
-    measure = f"{method}, mean of patches"
-    if not baselines:
-        return f"no baseline was requested ({measure})"
-    if unbeaten:
-        return (
-            f"SMOKE TEST: the program runs, but {subject} is not clearly better than "
-            f"{' and '.join(sorted(unbeaten))} ({measure}; intervals overlap)"
-        )
-    return f"{subject} is clearly better than {' and '.join(sorted(baselines))} ({measure})"
-
-
-def method_family(method: str) -> str:
-    """Return a row's method without its chosen settings."""
-    return method.split(",")[0]
+    return state_verdict(subject, baselines, unbeaten, f"{method}, mean of patches")
 
 
 def result_record(rows: Sequence[Row], num_classes: int, **facts: Any) -> dict[str, Any]:

@@ -10,13 +10,12 @@ upsampled bilinearly.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cmtmae_scale.errors import ConfigError
@@ -32,7 +31,9 @@ from cmtmae_scale.evaluation.features import (
 from cmtmae_scale.evaluation.knn import find_neighbours
 from cmtmae_scale.evaluation.logistic import fit_logistic
 from cmtmae_scale.evaluation.masks import VOID, MaskedSet, cut_patches, masked_batches
-from cmtmae_scale.evaluation.measured import Measured, bootstrap_interval
+from cmtmae_scale.evaluation.measured import Measured
+from cmtmae_scale.evaluation.overlap import VALUES, count_pixels, mean_iou, score_rows
+from cmtmae_scale.method.diagnostics import spread_patches
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError
 from dataloading.order import sample_ids
@@ -45,14 +46,10 @@ MAX_PATCHES = 1 << 19
 """Training patches over all ranks; of more images each gives fewer patches."""
 QUERIES = 2048
 """Patches whose neighbours are found at once."""
-VALUES = 256
-"""Possible values of a mask, void among them."""
 VOTERS = 256
 """Patches whose pixels vote at once."""
 SHOWN = 6
 """Images whose predictions are kept for a figure."""
-PATCH_STRIDE = 89
-"""Offset between the patches taken of consecutive images; a prime, so that it meets all patches."""
 HELD_OUT_SALT = 0x4E1D
 COLUMN = Column("segmentation", "patches")
 
@@ -203,8 +200,7 @@ def learn_patches(
     for batch in masked_batches(train, (encoder.size,), reading, world, device):
         features = encode_patches(encoder, batch.images[0])
         refuse_bad(encoder, features, "training")
-        patch = torch.arange(per_image, device=device) * length // per_image
-        patch = (patch + batch.numbers[:, None] * PATCH_STRIDE) % length  # [B, per_image]
+        patch = spread_patches(batch.numbers[:, None], per_image, length)
         patch = patch.sort(1).values if per_image < length else patch.new_tensor(range(length))
         patch = patch.expand(len(features), -1)
         every = torch.arange(len(features), device=device)[:, None]
@@ -378,71 +374,3 @@ def join_patches(pixels: Tensor, encoder: Encoder) -> Tensor:
     tall, wide = encoder.size // rows, encoder.size // columns
     grid = pixels.to(torch.uint8).view(-1, rows, columns, tall, wide)
     return grid.permute(0, 1, 3, 2, 4).reshape(-1, encoder.size, encoder.size)
-
-
-def count_pixels(numbers: Tensor, masks: Tensor, predicted: Tensor) -> Tensor:
-    """Count the pixels of each image by class, without void.
-
-    Args:
-        numbers: index of each image, ``[B]``.
-        masks: truth, uint8 ``[B, S, S]``.
-        predicted: uint8 ``[B, S, S]``.
-
-    Returns:
-        int64 ``[B, 1 + 3 * 256]``: the number, then hits, predicted and true pixels per value.
-    """
-    every = torch.arange(len(masks), device=masks.device)[:, None] * VALUES
-    truth, known = masks.flatten(1).long(), masks.flatten(1) != VOID
-    guess = predicted.flatten(1).long()
-
-    def count(values: Tensor, chosen: Tensor) -> Tensor:
-        found = (values + every)[chosen].bincount(minlength=len(masks) * VALUES)
-        return found.view(len(masks), VALUES)
-
-    three = (count(truth, known & (truth == guess)), count(guess, known), count(truth, known))
-    return torch.cat([numbers[:, None], *three], dim=1)
-
-
-def mean_iou(
-    hits: NDArray[Any], predicted: NDArray[Any], truth: NDArray[Any]
-) -> NDArray[np.float64]:
-    """Return the mean IoU over the classes that are present or predicted, from pixels ``[..., C]``.
-
-    NaN without any. The mean is scikit-learn's ``jaccard_score(average="macro")``, as CAPI's.
-    """
-    union = predicted + truth - hits
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = np.where(union > 0, hits / union, 0.0)
-        return iou.sum(-1) / (union > 0).sum(-1)
-
-
-def score_rows(weights: str, method: str, counts: NDArray[np.int64]) -> list[Measured]:
-    """Return mIoU and pixel accuracy from the counts ``[I, 3 * 256]`` of all images.
-
-    Raises:
-        DataError: if no test image has a pixel with a class.
-    """
-    images = len(counts)
-    by_image = counts.reshape(images, 3, VALUES).astype(np.float64)
-    whole = by_image.sum(0)
-    if not whole[2].sum():
-        raise DataError(f"no pixel of the {images} test images has a class; all are void")
-
-    def resampled(draws: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = draws @ by_image.reshape(images, -1)
-        return sums.reshape(len(draws), 3, VALUES).transpose(1, 0, 2)
-
-    def accuracy(draws: NDArray[np.float64]) -> NDArray[np.float64]:
-        hits, _, truth = resampled(draws)
-        return hits.sum(-1) / truth.sum(-1)
-
-    present = np.flatnonzero(whole[1] + whole[2] - whole[0])
-    parts = {str(v): float(mean_iou(*whole[:, v : v + 1])) for v in present}
-    interval = bootstrap_interval(lambda draws: mean_iou(*resampled(draws)), images)
-    overlap = float(mean_iou(*whole))
-    share = float(whole[0].sum() / whole[2].sum())
-    between = bootstrap_interval(accuracy, images)
-    return [
-        Measured(weights, "patches", method, "mIoU", overlap, interval, images, parts),
-        Measured(weights, "patches", method, "pixel accuracy", share, between, images),
-    ]

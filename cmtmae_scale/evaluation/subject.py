@@ -115,7 +115,7 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
         facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
         return Subject(encoder, None, facts, run_dir, config, student)
     if weights == "momentum" and not needs(config).momentum:
-        raise CheckpointError(f"{folder}: the run has no momentum student; use --weights student")
+        raise CheckpointError(f"{folder}: the run has no momentum encoder; use --weights student")
     check_encoder(folder, config, ENCODERS[weights])
     tensors = read_tensors(folder, ENCODERS[weights])
     encoder = load_student(config, tensors, f"{weights}, step {step}", str(folder), device)

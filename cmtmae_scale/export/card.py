@@ -6,11 +6,14 @@ Absolute paths are reduced to their last component.
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from cmtmae_scale.config.derive import Needs, name_student, needs, peak_lr
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.results import escape_markdown, find_results
 from cmtmae_scale.runtime.versions import library_versions
+from dataloading.addresses import is_url
 
 
 class CardFacts(NamedTuple):
@@ -39,30 +42,32 @@ def model_card(origin: Origin, card: CardFacts) -> str:
     hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
     side = config.student.patch_size
     patches = "" if side is None else f" with patches of {side}"
-    return "\n".join(
-        [
-            "---",
-            "license: other",
-            "license_name: terms-of-teacher-and-data",
-            f"library_name: {card.library}",
-            "pipeline_tag: image-feature-extraction",
-            f"tags: [{tag}, masked-image-modeling, self-supervised, vision-transformer]",
-            "---",
-            "",
-            f"# {name}: {card.title}",
-            "",
-            f"{name_student(config.student)}{patches} at {config.views.image_size} pixels, "
-            f"trained by {title}{hint}; "
-            f"step {origin.step} of {origin.state['progress']['end_step']}.",
-            "",
-            *card_section("Load", ["```python", card.snippet.rstrip(), "```", "", card.checked]),
-            *card_section("Method", fact_table(method_rows(config, need))),
-            *card_section("Run", fact_table(run_rows(origin, card.num_images))),
-            *card_section("Results", result_lines(origin, card.sha256)),
-            *card_section("Licence", licence_lines(config, need)),
-            *card_section("Identity", fact_table(identity_rows(origin, card.sha256))),
-        ]
+    data = ModelCardData(
+        license="other",
+        license_name="terms-of-teacher-and-data",
+        library_name=card.library,
+        pipeline_tag="image-feature-extraction",
+        tags=[tag, "masked-image-modeling", "self-supervised", "vision-transformer"],
     )
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {name}: {card.title}",
+        "",
+        f"{name_student(config.student)}{patches} at {config.views.image_size} pixels, "
+        f"trained by {title}{hint}; "
+        f"step {origin.step} of {origin.state['progress']['end_step']}.",
+        "",
+        *card_section("Load", ["```python", card.snippet.rstrip(), "```", "", card.checked]),
+        *card_section("Method", fact_table(method_rows(config, need))),
+        *card_section("Run", fact_table(run_rows(origin, card.num_images))),
+        *card_section("Results", result_lines(origin, card.sha256)),
+        *card_section("Licence", licence_lines(config, need)),
+        *card_section("Identity", fact_table(identity_rows(origin, card.sha256))),
+    ]
+    return str(ModelCard("\n".join(lines)))
 
 
 def card_section(title: str, lines: list[str]) -> list[str]:
@@ -81,7 +86,7 @@ def method_name(need: Needs) -> tuple[str, str]:
     if need.teacher and need.momentum:
         return "collaborative masking and targets (CMT-MAE, arXiv 2412.17566)", "cmt-mae"
     if need.teacher:
-        return "masked distillation of a frozen teacher, without a momentum student", "distillation"
+        return "masked distillation of a frozen teacher, without a momentum encoder", "distillation"
     if need.momentum:
         return "masked self-distillation from its own momentum encoder", "self-distillation"
     return "masked autoencoding of pixels (MAE, arXiv 2111.06377)", "mae"
@@ -108,7 +113,7 @@ def method_rows(config: Config, need: Needs) -> dict[str, str]:
     guided = need.teacher_attention or need.student_attention
     targets = {
         "the teacher's features": need.teacher_features,
-        "the momentum student's features": need.student_features,
+        "the momentum encoder's features": need.student_features,
         "pixels": need.pixels,
     }
     rows = {
@@ -205,5 +210,5 @@ def join_versions(versions: dict[str, str]) -> str:
 
 
 def public_path(path: str) -> str:
-    """Return a relative path as it is, and the last component of an absolute path."""
-    return Path(path).name if Path(path).is_absolute() else path
+    """Return a relative path as it is, and the last component of an absolute path or address."""
+    return Path(path).name if is_url(path) or Path(path).is_absolute() else path

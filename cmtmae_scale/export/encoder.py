@@ -9,10 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import CheckpointError, ConfigError, remedy_for
+from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.export.origin import Weights, open_origin
+from cmtmae_scale.export.place import default_output, publish
 from cmtmae_scale.method.student import timm_options
-from cmtmae_scale.runtime.storage import atomic_path
 
 
 class Exported(NamedTuple):
@@ -32,7 +32,7 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
 
     Args:
         place: a checkpoint's folder, or a run's for its newest intact checkpoint.
-        output: file to write; ``None``: named after weights and step, in the working folder.
+        output: file to write; ``None``: see ``default_output``.
         weights: student or momentum encoder.
 
     Raises:
@@ -40,19 +40,11 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
         ConfigError: an output that exists or cannot be written.
     """
     origin = open_origin(place, weights)
-    output = output or Path(f"{weights}-encoder-{origin.folder.name}.safetensors")
-    if output.exists():
-        raise ConfigError(f"--output={output} exists; delete it or name another file")
-    try:
-        with atomic_path(output) as draft:
-            write_encoder(origin.folder, draft, weights)
-            model, call = build_timm(origin.config)
-            tensors = load_strictly(model, draft)
-    except OSError as error:
-        raise ConfigError(
-            f"--output={output} cannot be written ({error}); "
-            f"{remedy_for(error, 'name another file')}"
-        ) from error
+    output = output or default_output(origin, "encoder.safetensors")
+    with publish(output) as draft:
+        write_encoder(origin.folder, draft, weights)
+        model, call = build_timm(origin.config)
+        tensors = load_strictly(model, draft)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Exported(output, origin.step, call, tensors, parameters)
 

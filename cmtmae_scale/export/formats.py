@@ -1,21 +1,29 @@
 """The formats of exported folders, and how a folder is verified before publication."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from torch import Tensor
 
-from cmtmae_scale.errors import ConfigError, remedy_for
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import weights_digest
-from cmtmae_scale.export import full, hugging_face, timm_folder
+from cmtmae_scale.export import full, hugging_face, onnx_folder, timm_folder
 from cmtmae_scale.export.card import CardFacts, model_card
 from cmtmae_scale.export.compare import TOLERANCE, Agreement
+from cmtmae_scale.export.hub import Target, require_hub, upload
 from cmtmae_scale.export.origin import Origin, Weights, open_origin
+from cmtmae_scale.export.place import default_output, explain_refusal, publish
 from cmtmae_scale.export.views import open_views
 from cmtmae_scale.runtime.log import progress_bar
-from cmtmae_scale.runtime.storage import atomic_path, sync, write_atomic
+from cmtmae_scale.runtime.storage import digest, write_atomic
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
 
 
 class Format(NamedTuple):
@@ -26,8 +34,10 @@ class Format(NamedTuple):
     hub_name: str
     title: str
     write: Callable[[Path, Origin], None]
-    check: Callable[[Path, Origin, Tensor], Agreement]
-    snippet: Callable[[Origin], str]
+    check: Callable[[Path, Origin, Tensor], Agreement | None]
+    """Return the difference of the outputs; ``None``: what computes them is not installed."""
+    snippet: Callable[[Origin, str | None], str]
+    """Return Python code that loads the folder, or the repository of the hub."""
 
 
 FORMATS = {
@@ -45,7 +55,7 @@ FORMATS = {
         "an encoder for transformers",
         hugging_face.write_hf,
         hugging_face.check_hf,
-        lambda _: hugging_face.SNIPPET,
+        lambda _, repo: hugging_face.SNIPPET.replace("FOLDER", repo or "FOLDER"),
     ),
     "full": Format(
         lambda: "CollaborativeMAE",
@@ -53,22 +63,37 @@ FORMATS = {
         "encoder, decoder and prediction heads",
         full.write_full,
         full.check_full,
-        lambda _: full.SNIPPET,
+        lambda *_: full.SNIPPET,
+    ),
+    "onnx": Format(
+        onnx_folder.onnx_version,
+        "onnx",
+        "an encoder as an ONNX graph",
+        onnx_folder.write_onnx,
+        onnx_folder.check_onnx,
+        lambda *_: onnx_folder.SNIPPET,
     ),
 }
 
 
 def export_folder(
-    what: str, place: Path, output: Path | None, weights: Weights, images: Path | None
+    what: str,
+    place: Path,
+    output: Path | None,
+    weights: Weights,
+    images: Path | None,
+    target: Target | None = None,
 ) -> str:
     """Write a folder, load it back, compare its outputs on images, then publish it.
 
     Args:
         what: one of ``FORMATS``.
         place: a checkpoint's folder, or a run's for its newest intact checkpoint.
-        output: ``None``: named after weights, format and step, in the working folder.
+        output: ``None``: see ``default_output``.
         weights: student or momentum encoder.
         images: images to verify on; ``None``: the run's own.
+        target: repository of the hub to which the published folder is uploaded. An output that
+            exists is uploaded as it is, if it holds the same weights and settings.
 
     Returns:
         Location and verification of the export.
@@ -76,15 +101,21 @@ def export_folder(
     Raises:
         CheckpointError: no checkpoint, a broken one, one without these weights, or an export that
             computes something else.
-        ConfigError: an output that exists or cannot be written, no images, a missing library, or
-            an architecture that the library does not know.
+        ConfigError: an output that exists or cannot be written, no images, a missing library, an
+            architecture that the library does not know, or an upload that the hub refuses.
         DataError: unusable images.
+        UploadError: if the hub cannot be reached or fails; the published folder stays.
     """
     kind = FORMATS[what]
     library = kind.library()
+    if target is not None:
+        require_hub(target)
     origin = open_origin(place, weights)
-    output = output or Path(f"{weights}-{what}-{origin.folder.name}")
-    with publish_folder(output) as draft, progress_bar("exporting", 3, "stages") as report_done:
+    output = output or default_output(origin, what)
+    is_repeated = target is not None and output.is_dir()
+    draft_folder = open_twin(output) if is_repeated else publish(output)
+    with draft_folder as draft, progress_bar("exporting", 3, "stages") as report_done:
+        draft.mkdir(exist_ok=True)
         kind.write(draft, origin)
         report_done(1)
         views = open_views(images, origin)
@@ -94,37 +125,51 @@ def export_folder(
         checked = (
             f"loaded back by {library}; largest difference on {len(views.images)} images "
             f"{found} (allowed: {TOLERANCE:g} of that)"
+            if found
+            else onnx_folder.UNVERIFIED
         )
         facts = CardFacts(
             kind.hub_name,
             kind.title,
-            kind.snippet(origin),
-            f"Checked when exported: {checked}.",
+            kind.snippet(origin, target.repo if target else None),
+            f"{'Checked when exported: ' if found else ''}{checked}.",
             weights_digest(origin.encoder().state_dict()),
             views.num_images,
         )
-        write_atomic(draft / "README.md", model_card(origin, facts))
-    return (
-        f"{output}: {kind.title}, {weights} at step {origin.step}, {checked}\nimages: {views.place}"
-    )
+        write_atomic(draft / CARD, model_card(origin, facts))
+    lines = [
+        f"{output}: {kind.title}, {weights} at step {origin.step}, {checked}",
+        f"images: {views.place}",
+    ]
+    if target is not None:
+        logger.info("uploading %s to %s", output, target.repo)
+        lines.append(f"uploaded to {upload(output, target)}")
+    return "\n".join(lines)
 
 
 @contextmanager
-def publish_folder(output: Path) -> Iterator[Path]:
-    """Yield a draft folder; rename it when the block ends, remove it when the block fails.
+def open_twin(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder for the same export again, and compare it with ``output``.
+
+    The card may differ: it may have been edited.
 
     Raises:
-        ConfigError: if the output exists or cannot be written.
+        ConfigError: if a file of the export is absent or differs, or nothing can be written there.
     """
-    if output.exists() or output.is_symlink():
-        raise ConfigError(f"--output={output} exists; delete it or name another folder")
-    try:
-        with atomic_path(output) as draft:
-            draft.mkdir()
-            yield draft
-        sync(output.parent)
-    except OSError as error:
+    with (
+        explain_refusal(output),
+        TemporaryDirectory(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent) as twin,
+    ):
+        yield Path(twin)
+        names = sorted(path.name for path in Path(twin).iterdir() if path.name != CARD)
+        other = [name for name in names if not has_same_bytes(output / name, Path(twin) / name)]
+    if other:
         raise ConfigError(
-            f"--output={output} cannot be written ({error}); "
-            f"{remedy_for(error, 'name another folder')}"
-        ) from error
+            f"{output} exists and is another export: {', '.join(other)} is absent or differs; "
+            "delete it, or name another place with --output"
+        )
+
+
+def has_same_bytes(path: Path, other: Path) -> bool:
+    """Return whether the first file is there and equal to the second."""
+    return path.is_file() and digest(path) == digest(other)

@@ -65,7 +65,7 @@ def open_origin(place: Path, weights: Weights) -> Origin:
     config = saved_config(folder, state)
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(
-            f"{folder}: the run has no momentum student; export --weights student"
+            f"{folder}: the run has no momentum encoder; export --weights student"
         )
     check_encoder(folder, config, ENCODERS[weights])
     return Origin(folder, state, config, weights)

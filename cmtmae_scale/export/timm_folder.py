@@ -31,6 +31,7 @@ from dataloading.one_pass import CENTRE
 WEIGHTS = "model.safetensors"
 LOCAL_DIR_VERSION = "1.0.26"
 """First timm that reads safetensors from a local folder."""
+TRANSFORM = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
 
 
 def write_timm(draft: Path, origin: Origin) -> None:
@@ -116,13 +117,16 @@ def check_timm(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     return require_agreement(tokens, model.forward_features(pixels), library)
 
 
-def timm_snippet(origin: Origin) -> str:
-    """Return Python code that loads the folder, also for older versions."""
-    older = timm_call(origin.config, checkpoint_path=f"FOLDER/{WEIGHTS}")
-    return (
-        "import timm\n"
-        'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
-        f"  # timm >= {LOCAL_DIR_VERSION}\n"
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-        f"# timm < {LOCAL_DIR_VERSION}: {older}\n"
-    )
+def timm_snippet(origin: Origin, repo: str | None) -> str:
+    """Return Python code that loads the folder, also for older versions, or from the hub."""
+    if repo is not None:
+        lines = [f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()', TRANSFORM]
+    else:
+        older = timm_call(origin.config, checkpoint_path=f"FOLDER/{WEIGHTS}")
+        lines = [
+            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
+            f"  # timm >= {LOCAL_DIR_VERSION}",
+            TRANSFORM,
+            f"# timm < {LOCAL_DIR_VERSION}: {older}",
+        ]
+    return "\n".join(["import timm", *lines]) + "\n"

@@ -12,10 +12,10 @@ from cmtmae_scale.evaluation.result import Score, score_predictions
 from cmtmae_scale.finetuning.classifier import Classifier
 from cmtmae_scale.finetuning.encoder import InitialEncoder
 from cmtmae_scale.method.images import normalise_images
-from cmtmae_scale.runtime.collectives import gather_texts
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.log import progress_bar
-from dataloading.errors import DataError, ReadError
+from dataloading.errors import DataError
 from dataloading.one_pass import OnePass
 
 
@@ -63,10 +63,11 @@ class Accuracy:
         model.load_state_dict(state, strict=True)
         labels = torch.as_tensor(self.images.labels, device=self.device)
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
-        problem, failure = "", None
-        share, done = -(-len(self.images) // self.world.world_size), 0
-        with progress_bar("testing", share, "images") as report_done, self.batches() as batches:
-            try:
+        share = -(-len(self.images) // self.world.world_size)
+
+        def count() -> None:
+            done = 0
+            with progress_bar("testing", share, "images") as report_done, self.batches() as batches:
                 for batch in batches:
                     images = normalise_images(batch.images[0], self.encoder.mean, self.encoder.std)
                     with inference_autocast(self.device):
@@ -75,19 +76,14 @@ class Accuracy:
                     logits = logits[batch.valid].float()
                     found = score_predictions(logits, labels[place])
                     unusable = int((~logits.isfinite().all(1)).sum())
-                    counts += torch.tensor([*found, unusable], device=self.device)
+                    counts.add_(torch.tensor([*found, unusable], device=self.device))
                     done = min(done + len(batch.position), share)
                     report_done(done)
-            except ReadError as error:
-                problem = str(error)
-            except Exception as error:  # the other ranks learn of it before their next collective
-                problem, failure = f"{type(error).__name__}: {error}", error
-        model.cpu()
-        problems = list(filter(None, gather_texts(problem)))
-        if failure is not None:
-            raise failure
-        if problems:
-            raise ReadError(problems[0])
+
+        try:
+            on_all_ranks(count)
+        finally:  # a failed evaluation leaves nothing on the device
+            model.cpu()
         *found, unusable = sum_over_ranks(counts).tolist()
         total = Score(*found)
         if not total.total:

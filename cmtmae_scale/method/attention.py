@@ -9,16 +9,34 @@ Source: docs/method.md, sections "Attention maps", "Normalisation", "Grids" and 
 attention".
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmtmae_scale.config.schema import Attention
+
 Grid = tuple[int, int]
 
 EMPTY_MASS = 1e-12
 """An attention map whose sum is at most this carries no information and becomes uniform."""
+
+
+_keeps_dtype = False
+
+
+@contextmanager
+def attention_of_a_gpu() -> Generator[None]:
+    """Let ``attend`` keep the compute dtype on a CPU too, to count what a GPU would be given."""
+    global _keeps_dtype
+    before, _keeps_dtype = _keeps_dtype, True
+    try:
+        yield
+    finally:
+        _keeps_dtype = before
 
 
 def attention_dtype(device: str, dtype: torch.dtype, has_backward: bool) -> torch.dtype:
@@ -32,7 +50,7 @@ def attention_dtype(device: str, dtype: torch.dtype, has_backward: bool) -> torc
         dtype: compute dtype.
         has_backward: whether a backward follows the forward.
     """
-    if device == "cpu" and dtype == torch.bfloat16 and has_backward:
+    if device == "cpu" and dtype == torch.bfloat16 and has_backward and not _keeps_dtype:
         return torch.float32
     return dtype
 
@@ -291,6 +309,22 @@ def collaborative_attention(
             f"{tuple(student.shape)}"
         )
     return alpha * normalise_map(teacher, norm) + (1.0 - alpha) * normalise_map(student, norm)
+
+
+def mix_attention(
+    settings: Attention, teacher: Tensor | None, student: Tensor | None, alpha: float | Tensor
+) -> Tensor | None:
+    """Mix attention maps ``[B, N]`` as the config's group ``attention`` says.
+
+    ``None`` where no mask needs one; see ``sharpen`` and ``collaborative_attention``.
+    """
+    if teacher is None and student is None:
+        return None
+    teacher, student = (
+        None if one is None else sharpen(one, settings.temperature, settings.clip_quantile)
+        for one in (teacher, student)
+    )
+    return collaborative_attention(teacher, student, alpha, settings.norm)
 
 
 @torch.no_grad()

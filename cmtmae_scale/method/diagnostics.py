@@ -87,6 +87,20 @@ def spread_tokens(tokens: Tensor) -> Tensor:
     images = min(batch, MAX_TOKENS)
     per_image = min(length, MAX_TOKENS // images)
     number = torch.arange(images, device=tokens.device)[:, None]
-    patch = torch.arange(per_image, device=tokens.device) * length // per_image
-    patch = (patch + number * PATCH_STRIDE) % length  # [images, per_image]
+    patch = spread_patches(number, per_image, length)
     return tokens[number * batch // images, patch].flatten(0, 1)
+
+
+def spread_patches(number: Tensor, per_image: int, length: int) -> Tensor:
+    """Choose evenly spread patches of N = ``length``, other ones in each image.
+
+    Args:
+        number: of the image, int64 ``[B, 1]``.
+        per_image: patches to choose of each image, at most N.
+        length: N.
+
+    Returns:
+        Patches, int64 ``[B, per_image]``.
+    """
+    start = torch.arange(per_image, device=number.device) * length // per_image
+    return (start + number * PATCH_STRIDE) % length

@@ -42,6 +42,7 @@ from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
+from dataloading.addresses import is_url
 from dataloading.index import (
     Index,
     Listing,
@@ -54,6 +55,7 @@ from dataloading.index import (
     share_listing,
 )
 from dataloading.mixing import require_mixed
+from dataloading.stores import as_root
 from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -109,7 +111,7 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
     """
     data = config.data
     folder = Path(data.index) if data.index else run_dir / "index"
-    request = Request(Path(data.path), data.source, data.max_pixels, data.exif_orientation)
+    request = Request(as_root(data.path), data.source, data.max_pixels, data.exif_orientation)
     first = on_all_ranks_for_long(lambda: begin_index(request, folder, config, world))
     kept, listing = first if first is not None else (None, None)
     facts = [kept is not None, listing.digest(with_times=False) if listing is not None else None]
@@ -118,6 +120,7 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
     checks = world.rank != 0 and (
         world.local_rank == 0 or places[world.rank] != places[world.rank - world.local_rank]
     )
+    checks = checks and not is_url(data.path)  # a read compares the tar's version
     if contents is not None and data.verify_index != "never":
         on_all_ranks_for_long(lambda: require_files(request, contents) if checks else None)
     if not is_kept:
@@ -149,7 +152,12 @@ def begin_index(
 
 
 def identify_place(path: str) -> str:
-    """Return device and inode of a folder or file, of a pattern those of its folder."""
+    """Return device and inode of a folder or file, of a pattern those of its folder.
+
+    An address is its own place.
+    """
+    if is_url(path):
+        return path
     place = Path(path)
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -9,13 +9,8 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.config.derive import needs
-from cmtmae_scale.config.schema import Attention, Config
-from cmtmae_scale.method.attention import (
-    collaborative_attention,
-    map_agreement,
-    sharpen,
-    visible_mass,
-)
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.method.attention import map_agreement, mix_attention, visible_mass
 from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
@@ -222,19 +217,6 @@ def find_unsound(view: TeacherView, valid: Tensor) -> Tensor:
         if output is not None:
             unsound = unsound | ~output.isfinite().flatten(1).all(1)
     return unsound & valid
-
-
-def mix_attention(
-    settings: Attention, teacher: Tensor | None, student: Tensor | None, alpha: Tensor
-) -> Tensor | None:
-    """Return the collaborative attention ``[B, N]``; ``None`` where no mask needs it."""
-    if teacher is None and student is None:
-        return None
-    teacher, student = (
-        None if one is None else sharpen(one, settings.temperature, settings.clip_quantile)
-        for one in (teacher, student)
-    )
-    return collaborative_attention(teacher, student, alpha, settings.norm)
 
 
 def gather_targets(

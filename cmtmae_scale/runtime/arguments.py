@@ -13,6 +13,8 @@ PROGRAM = "cmtmae"
 SCRIPTS = (PROGRAM, "__main__.py")
 """Files that take the command's name as their first argument."""
 RECIPE_HELP = "a YAML file, or the name of a shipped recipe (cmtmae copy lists them)"
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins as a ``Path``, which makes one slash of two."""
 UNKNOWN = "unrecognized arguments: "
 """How argparse begins the message about options that a parser lacks."""
 
@@ -34,6 +36,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(EXIT_CONFIG, f"{self.prog}: {self.with_hint(message)}\n")
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """Parse, and refuse addresses where a file or a folder is written or read as such."""
+        found, rest = super().parse_known_args(*arguments, **options)
+        for name, value in vars(found).items():
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, Path) and ADDRESS.match(str(one)):
+                    self.error(
+                        f"{name.replace('_', '-')} is an address; only tars of images are read "
+                        "from stores: give a path of a file system"
+                    )
+        return found, rest
 
     def with_hint(self, message: str) -> str:
         """Return a message; about an unknown option, with the setting that was meant."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmtmae_scale.errors import CmtMaeError, ConfigError, describe_store, exit_code_of, may_pass
 from cmtmae_scale.runtime.launch import World
-from dataloading.errors import DataError
+from dataloading.errors import DataError, ReadError
 
 T = TypeVar("T")
 
@@ -173,31 +173,33 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         action: takes part in no collective.
 
     Raises:
-        CmtMaeError, DataError: the action's own; on the other ranks one of the two with the exit
-            code and the message of the first rank that failed.
+        Exception: the action's own; on the other ranks a ``ReadError`` or ``DataError`` for one of
+            them, else a ``CmtMaeError``, with the exit code and the message of the first rank that
+            failed.
         StorageError: for an ``OSError`` of a store that is full or fails.
     """
     found: list[T] = []
-    own: CmtMaeError | DataError | None = None
+    own: Exception | None = None
+    failure: list[Any] | None = None
     try:
         found.append(action())
-    except (CmtMaeError, DataError) as error:
+    except Exception as error:  # the other ranks learn of it before their next collective
         own = error
-    except OSError as error:
-        if not may_pass(error):
-            raise
-        own = describe_store(error)
-        own.__cause__ = error
-    failure = None if own is None else [isinstance(own, DataError), exit_code_of(own), str(own)]
+        if isinstance(error, OSError) and may_pass(error):
+            own = describe_store(error)
+            own.__cause__ = error
+        is_named = isinstance(own, CmtMaeError | DataError)
+        text = str(own) if is_named else f"{type(own).__name__}: {own}"
+        failure = [isinstance(own, DataError), exit_code_of(own), text]
     everyone = [json.loads(text) for text in gather_texts(json.dumps(failure))]
     if own is not None:
         raise own
     for rank, other in enumerate(everyone):
         if other is not None:
             is_data, code, text = other
-            error = (DataError if is_data else CmtMaeError)(
-                f"rank {rank}: {text}" if rank else text
-            )
+            kind = DataError if is_data else CmtMaeError
+            kind = ReadError if is_data and code == ReadError.exit_code else kind
+            error = kind(f"rank {rank}: {text}" if rank else text)
             error.exit_code = int(code)
             raise error
     return found[0]
@@ -214,7 +216,7 @@ def on_all_ranks_for_long(action: Callable[[], T], pause_s: float = 1.0) -> T:
         pause_s: seconds between two meetings.
 
     Raises:
-        CmtMaeError, DataError, StorageError: see ``on_all_ranks``.
+        Exception: see ``on_all_ranks``.
     """
     if ranks() == 1:
         return on_all_ranks(action)

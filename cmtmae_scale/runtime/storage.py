@@ -118,7 +118,7 @@ def read_regular(path: Path, limit: int = MAX_BYTES) -> bytes:
         return opened.read(limit)
 
 
-def read_json(data: bytes) -> Any:
+def read_json(data: bytes | str) -> Any:
     """Parse JSON.
 
     Raises:

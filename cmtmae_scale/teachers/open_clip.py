@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from open_clip import transformer
-from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.model import (
     CLIPVisionCfg,
     _build_vision_tower,  # pyright: ignore[reportPrivateUsage] # avoids building the text tower
@@ -33,6 +33,7 @@ from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
 from cmtmae_scale.runtime.storage import read_json, read_regular
 from cmtmae_scale.teachers.base import QueryKey, Tower
 from cmtmae_scale.teachers.weights import (
+    describe_unreachable,
     image_state,
     is_file_name,
     keep_blocks,
@@ -193,13 +194,16 @@ def download_tag(entry: dict[str, Any], tag: str) -> str:
     Raises:
         TeacherError: if it is not reachable; names the remedy.
     """
+    repository, name = os.path.split(entry.get("hf_hub", ""))
+    files = {"teacher.weights": name or HF_SAFE_WEIGHTS_NAME}
+    if (tuple(entry["mean"]), tuple(entry["std"])) != (CLIP_MEAN, CLIP_STD):
+        files["teacher.model"] = HF_CONFIG_NAME  # of a model's name the pixels are CLIP's
+    url = entry.get("url", "")
     try:
         path = open_clip.download_pretrained(entry)
     except Exception as error:  # each transport has its own errors; all end the run with the remedy
-        first = str(error).strip().split("\n")[0]
-        raise TeacherError(
-            f"teacher.weights={tag} cannot be downloaded ({type(error).__name__}: {first}); "
-            "fetch the file elsewhere and set teacher.weights=FILE"
+        raise describe_unreachable(
+            tag, error, repository=repository, url=url, files=files
         ) from error
     if not path:
         raise TeacherError(

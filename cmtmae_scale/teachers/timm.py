@@ -16,6 +16,7 @@ from timm.layers import QuickGELU
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models import get_arch_pretrained_cfgs, is_model_in_modules
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.student import VIT_MODULES
 from cmtmae_scale.teachers.base import QueryKey, Tower
 from cmtmae_scale.teachers.weights import (
+    describe_unreachable,
     find_non_finite,
     is_file_name,
     keep_blocks,
@@ -275,10 +277,14 @@ class TimmSource:
         except TeacherError:
             raise
         except Exception as error:  # each transport has its own; all end the run with the remedy
-            first = str(error).strip().split("\n")[0]
-            raise TeacherError(
-                f"teacher.weights={self.tag} cannot be downloaded ({type(error).__name__}: "
-                f"{first}); fetch the file elsewhere and set teacher.weights=FILE"
+            published: Any = timm.get_pretrained_cfg(self.full_name)
+            raise describe_unreachable(
+                self.tag,
+                error,
+                repository=published.hf_hub_id or "",
+                url=published.url or "",
+                files={"teacher.weights": published.hf_hub_filename or HF_SAFE_WEIGHTS_NAME},
+                settings=[f"teacher.model={self.full_name}"],  # its tag determines the pixels
             ) from error
 
     def load(self, vit: VisionTransformer, path: str, full_depth: int) -> None:

@@ -62,12 +62,54 @@ PLAIN_CLASSES: list[Any] = [
     ),
 ]
 """Classes without side effects that pickles may hold: options of a program, and paths."""
+DOWNLOADS = "datasets/teachers"
+"""Folder in which messages and guides place weights for machines without internet."""
 TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks.0.ln_1.weight")
 
 
 def is_file_name(weights: str) -> bool:
     """Return whether ``teacher.weights`` names a file and not a tag."""
     return Path(weights).suffix in (".safetensors", *PICKLED) or Path(weights).is_file()
+
+
+def describe_unreachable(
+    tag: str,
+    error: Exception,
+    *,
+    repository: str,
+    url: str,
+    files: Mapping[str, str],
+    settings: Sequence[str] = (),
+) -> TeacherError:
+    """Return what to raise where published weights cannot be downloaded.
+
+    Args:
+        tag: ``teacher.weights``.
+        error: of the library's download.
+        repository: of the Hugging Face hub; empty: none, and ``url`` is the file.
+        url: the file's address; empty: none.
+        files: keys of the config, and the files of the repository that they are set to.
+        settings: other ``key=value`` that a file needs and a tag does not.
+
+    Returns:
+        An error with a command for a machine with internet, and the settings that name its files.
+    """
+    if repository:
+        folder = f"{DOWNLOADS}/{repository.rpartition('/')[2]}"
+        command = f"hf download {repository} {' '.join(files.values())} --local-dir {folder}"
+        settings = [*(f"{key}={folder}/{name}" for key, name in files.items()), *settings]
+    elif url:
+        command = f"wget --directory-prefix {DOWNLOADS} {url}"
+        settings = [f"teacher.weights={DOWNLOADS}/{url.rpartition('/')[2]}", *settings]
+    else:
+        return TeacherError(
+            f"teacher.weights={tag} was not published as a file; set teacher.weights=FILE"
+        )
+    first = str(error).strip().split("\n")[0]
+    return TeacherError(
+        f"teacher.weights={tag} cannot be downloaded ({type(error).__name__}: {first}); where "
+        f"there is internet, run `{command}`, then set {' '.join(settings)}"
+    )
 
 
 def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from cmtmae_scale.backends.base import Objective
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError, ConfigError
+from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
@@ -86,6 +87,7 @@ class Shards(NamedTuple):
     states: int
     """Float32 weights, moments, EMA weights."""
     gradients: int
+    """Between two micro-steps, where a step has several."""
     gathered: int
     """Copies in the compute dtype."""
 
@@ -97,7 +99,9 @@ def count_shards(config: Config, world_size: int, node_size: int = 8) -> Shards:
         return Shards(world_size, world_size if stage >= 2 else 1, world_size if stage >= 3 else 1)
     counts = {"replicate": 1, "hybrid": min(node_size, world_size), "full": world_size}
     count = counts[config.backend.sharding]
-    return Shards(count, count, count if config.backend.sharding == "full" else 1)
+    # FSDP2 adds up whole float32 gradients until the micro-step that reduces them.
+    waits = accumulation(config, world_size) > 1 and not config.backend.reduce_every_micro_step
+    return Shards(count, 1 if waits else count, count if config.backend.sharding == "full" else 1)
 
 
 def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dict[str, float]:
@@ -156,6 +160,12 @@ def views_per_forward(config: Config, world_size: int) -> int:
         return config.train.micro_batch_size
 
 
+def accumulation(config: Config, world_size: int) -> int:
+    """Return the micro-steps per step, at least; also where the ranks cannot share the batch."""
+    views = views_per_forward(config, world_size)
+    return max(1, config.train.global_batch_size // (views * world_size))
+
+
 def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -> float:
     """Return the bytes per view that autograd keeps of the student's forward and loss."""
     with torch.device("meta"):
@@ -163,7 +173,7 @@ def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -
     model.to(compute_dtype(config))
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     # Fake CPU tensors take the fused attention kernel, meta tensors do not.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), attention_of_a_gpu():
         model.to_empty(device="cpu")
         return count_saved_bytes(model, lambda: forward_with_loss(config, model, views)) / views
 

@@ -260,7 +260,7 @@ def run_overwritten(kind: str, micro: int) -> Any:
 
 
 def live_weights(backend: Any) -> dict[str, Any]:
-    """What the forward uses, whole, and the momentum student's."""
+    """What the forward uses, whole, and the momentum encoder's."""
     from torch.distributed.tensor import DTensor
 
     found = {}

@@ -73,17 +73,22 @@ def test_plain_does_not_depend_on_the_micro_batch(plain: Any) -> None:
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(
-    ("world_size", "kind", "micro"),
+    ("world_size", "kind", "micro", "always"),
     [
-        (1, "replicate", 4),
-        (2, "full", 2),
-        (2, "replicate", 4),
-        (4, "node2", 1),
-        pytest.param(4, "full", 2, marks=pytest.mark.slow),
+        (1, "replicate", 4, False),
+        (2, "full", 2, False),
+        (2, "replicate", 4, False),
+        (4, "node2", 1, True),  # reduces at every micro-step
+        pytest.param(4, "node2", 1, False, marks=pytest.mark.slow),
+        pytest.param(4, "full", 1, True, marks=pytest.mark.slow),
+        pytest.param(4, "full", 2, False, marks=pytest.mark.slow),
     ],
 )
-def test_fsdp_equals_plain(plain: Any, world_size: int, kind: str, micro: int) -> None:
-    results = run_ranks(world_size, case.run_case, kind, micro, STEPS, {})
+def test_fsdp_equals_plain(
+    plain: Any, world_size: int, kind: str, micro: int, always: bool
+) -> None:
+    changes = {"backend__reduce_every_micro_step": always}
+    results = run_ranks(world_size, case.run_case, kind, micro, STEPS, changes)
     close(plain, (results[0][0], case.assemble([part for _, part in results])))
 
 

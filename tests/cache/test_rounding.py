@@ -65,7 +65,7 @@ def test_fifty_steps_on_a_cache_have_the_losses_of_the_online_teacher(tmp_path: 
     for codec, folder in caches.items():
         line = ["--config", str(RECIPE), *own, f"cache.codec={codec}", f"cache.dir={folder}"]
         assert precompute.precompute_teacher(line) == 0
-    ways = [(tmp_path / "run-online", own, "")]
+    ways = [(tmp_path / "run-online", [*own, "teacher.mode=online"], "")]
     for codec, folder in caches.items():
         read = ["teacher.mode=cached", f"cache.dir={folder}", "cache.on_miss=stop"]
         ways.append((tmp_path / f"run-{codec}", [*own, *read], "alone"))

@@ -145,14 +145,14 @@ SCENARIOS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
 
 
 def crash_everywhere(folder: Path, scenario: str) -> int:
-    """End a process at each operation of a save: once killed, once with its power cut.
+    """End a process at each operation of a save; check what stays, and what a power cut leaves.
 
     Args:
         folder: an empty folder.
         scenario: key of ``SCENARIOS``.
 
     Returns:
-        Number of operations, each of which was the last one twice.
+        Number of operations, each of which was the last one, killed and without power.
     """
     operations = Operations()
     before, act = SCENARIOS[scenario]
@@ -160,28 +160,34 @@ def crash_everywhere(folder: Path, scenario: str) -> int:
     shutil.copytree(folder / "before", folder / "counted")
     total = operations.during(lambda number, event: None, lambda: act(folder / "counted"))
     for last in range(1, total + 1):
-        for left in (1.0, (0.5, 0.0)[last % 2]):  # of files that were not forced to storage
-            root = folder / f"{last} {left}"
-            shutil.copytree(folder / "before", root)
-            if os.fork() == 0:
-                crash_at(last, left, root, operations, act)
-            _, status = os.wait()
-            assert os.waitstatus_to_exitcode(status) == 9
-            check_after_crash(root, f"{scenario}, operation {last} of {total}, {left} left")
+        left = (0.5, 0.0)[last % 2]  # of files that were not forced to storage
+        killed, dark = folder / f"{last} killed", folder / f"{last} without power"
+        shutil.copytree(folder / "before", killed)
+        if os.fork() == 0:
+            crash_at(last, left, killed, dark, operations, act)
+        _, status = os.wait()
+        assert os.waitstatus_to_exitcode(status) == 9
+        for root in (killed, dark):
+            check_after_crash(root, f"{scenario}, operation {last} of {total}, {root.name}, {left}")
             shutil.rmtree(root)
     return total
 
 
 def crash_at(
-    last: int, left: float, root: Path, operations: Operations, act: Callable[[Path], Any]
+    last: int,
+    left: float,
+    root: Path,
+    dark: Path,
+    operations: Operations,
+    act: Callable[[Path], Any],
 ) -> None:
-    """Save until an operation, and end this process there."""
+    """Save until an operation, and end this process there; ``dark`` is what a power cut leaves."""
     old = {path.stat().st_ino for path in root.rglob("*")}
 
     def crash(number: int, event: str) -> None:
         if number == last:
             operations.act = None
-            lose(root, old | operations.synced, left)
+            cut_power(root, dark, old | operations.synced, left)
             os._exit(9)
 
     try:
@@ -190,11 +196,12 @@ def crash_at(
         os._exit(1)
 
 
-def lose(root: Path, kept: set[int], left: float) -> None:
-    """Cut the files that were not forced to storage."""
+def cut_power(root: Path, dark: Path, kept: set[int], left: float) -> None:
+    """Copy a folder, with the files cut that were not forced to storage."""
+    shutil.copytree(root, dark)
     for path in root.rglob("*"):
         if path.is_file() and path.stat().st_ino not in kept:
-            os.truncate(path, int(path.stat().st_size * left))
+            os.truncate(dark / path.relative_to(root), int(path.stat().st_size * left))
 
 
 def check_after_crash(root: Path, place: str) -> None:

@@ -16,6 +16,7 @@ from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from dataloading import progress as bars
 from dataloading.index import build_index
 from dataloading.mixing import require_mixed
+from tests.dataloading.store_case import RangeServer
 from tests.dataloading.tar_case import write_tar
 from tests.engine.run_case import make_photographs
 
@@ -263,3 +264,18 @@ def test_progress_is_a_bar_on_a_terminal(caplog, monkeypatch) -> None:
     assert first.startswith("packing:   0%") and "0/72000" in first
     assert last.isspace() and not end  # a finished bar is erased: the log has the result
     assert not caplog.records
+
+
+def test_tars_of_a_web_server_are_checked_and_nothing_is_written_to_one(
+    photos: Path, tmp_path: Path, capsys
+) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{p.stem}.jpg", p.read_bytes()) for p in photos.rglob("*.*")])
+    server = RangeServer(tmp_path)
+    assert check_data([f"{server.url}/a.tar", "--threads", "2"]) == EXIT_DONE
+    server.stop()
+    assert f"{server.url}/a.tar: 1 tars, 20 images" in capsys.readouterr().out
+    assert len(server.data_requests()) < 10
+    with pytest.raises(SystemExit, match="78"):
+        check_data([str(photos), "--pack", "s3://id:hush@bucket/out"])
+    error = capsys.readouterr().err
+    assert "pack is an address; only tars" in error and "hush" not in error

@@ -53,10 +53,7 @@ def test_a_key_is_described_with_its_uses(capsys: pytest.CaptureFixture[str]) ->
 def test_a_module_may_read_a_key_of_a_group_that_is_passed_to_it() -> None:
     keys = KEYS["pre-training"]
     assert find_uses(keys["guard.spike_factor"]) == ["engine/skips.py"]
-    assert find_uses(keys["attention.temperature"]) == [
-        "evaluation/foreground.py",
-        "pretraining/prepare.py",
-    ]
+    assert find_uses(keys["attention.temperature"]) == ["method/attention.py"]
     assert "method/masking.py" in find_uses(keys["mask.temperature"])
 
 

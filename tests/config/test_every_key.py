@@ -118,6 +118,7 @@ EXCEPTIONS = {
     "backend.deepspeed": "with DeepSpeed: backends/test_zero.py",
     "backend.compile": "speed; numbers agree: backends/test_parity.py",
     "backend.activation_checkpointing": "memory; numbers agree: backends/test_parity.py",
+    "backend.reduce_every_micro_step": "memory; gradients agree: backends/test_accumulation.py",
     "checkpoint.background": "speed: checkpoint/test_writer.py",
     "log.trackers": "with their packages: engine/test_trackers.py",
     "log.profile_steps": "a trace beside the run: engine/test_profile.py",

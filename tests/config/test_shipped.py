@@ -47,17 +47,30 @@ def test_what_is_not_there_is_answered_with_the_names(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = ", ".join(shipped_names())
-    end = f"Give a path, or one of: {names}"
-    hint = "did you mean the shipped recipe vit_base? "
+    end = f"ive a path, or one of: {names}"
+    hint = "did you mean the shipped recipe vit_base? G"
     assert refusal("vit_bas") == f"vit_bas: neither a file nor a shipped recipe; {hint}{end}"
     place = "configs/vit_base.yaml"
     assert refusal(place) == f"{place}: no such file; {hint}{end}"
-    assert refusal("x.yaml") == f"x.yaml: no such file; {end}"
+    assert refusal("x.yaml") == f"x.yaml: no such file; g{end}"
     assert refusal("smok", STUDIES).endswith(
         "study smoke? Give a path, or one of: cpu, cpu_finetune, first, pilot, smoke"
     )
     for odd in ("", "a\0b", "n" * 300, "../demo", str(tmp_path)):
         assert refusal(odd).endswith(end)
+
+
+def test_a_file_beside_it_or_the_command_for_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    command = "is a folder; if it holds images, cmtmae init photos/ writes a recipe; else give a "
+    assert refusal("photos/").startswith(f"photos/: {command}")
+    (tmp_path / "photos.yaml").write_text("")
+    for wrong in ("photos", "photo.yaml", "photos.yml"):
+        assert "did you mean photos.yaml? Give a path" in refusal(wrong)
+    assert f"did you mean {tmp_path}/photos.yaml?" in refusal(f"{tmp_path}/photo.yaml")
 
 
 def test_a_wheel_holds_them_inside_the_package(

@@ -1,9 +1,9 @@
 """DALI gives what the other decoder gives: the same draws, and pixels within stated bounds."""
 
 import functools
+import importlib.util
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataloading.errors import ReadError
+from dataloading import stream as stream_module
+from dataloading.errors import DataError, ReadError
 from dataloading.index import build_index
 from dataloading.reading import GREY
 from dataloading.stream import Stream
@@ -207,25 +208,20 @@ def test_processes_read_what_threads_read(photographs, tmp_path, picture):
     assert same_draws(ours, theirs) and same_pixels(ours, theirs)
 
 
-def test_without_dali_the_message_names_the_extra(photographs):
-    code = (
-        "import sys\n"
-        "sys.modules['nvidia.dali'] = None\n"
-        "import importlib.util\n"
-        "found = importlib.util.find_spec\n"
-        "hide = lambda name, *a: None if name.startswith('nvidia.dali') else found(name, *a)\n"
-        "importlib.util.find_spec = hide\n"
-        "from dataloading.index import build_index\n"
-        "from dataloading.stream import Stream\n"
-        "index = build_index(sys.argv[1])\n"
-        "with Stream(index, seed=0, micro_batch=2, sizes=(16,)) as stream:\n"
-        "    next(stream)\n"
-        "Stream(index, seed=0, micro_batch=2, decode='dali')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(photographs)], capture_output=True, text=True
-    )
-    assert "data.decode=dali, but DALI is not installed; install the extra dali" in done.stderr
+def test_without_dali_the_message_names_the_extra(photographs, monkeypatch):
+    found = importlib.util.find_spec
+
+    def hide(name, package=None):
+        return None if name.startswith("nvidia.dali") else found(name, package)
+
+    monkeypatch.setattr(stream_module, "find_spec", hide)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # what imports it fails
+    monkeypatch.delitem(sys.modules, "dataloading.dali")
+    index = build_index(photographs)
+    with Stream(index, seed=0, micro_batch=2, sizes=(16,)) as stream:
+        next(stream)
+    with pytest.raises(DataError, match="DALI is not installed; install the extra dali"):
+        Stream(index, seed=0, micro_batch=2, decode="dali")
 
 
 @pytest.mark.gpu

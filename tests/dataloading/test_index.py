@@ -93,6 +93,13 @@ def test_missing_or_empty_folder_is_the_users_error(tmp_path, make, message):
     assert caught.value.exit_code == 78
 
 
+def test_a_single_image_is_told_to_go_into_a_folder(tmp_path):
+    path = tmp_path / "a b.JPG"
+    path.touch()
+    with pytest.raises(DataError, match=r"is not a folder but an image: put it, or a link to it"):
+        build_index(path)
+
+
 def test_folder_without_a_usable_image_is_the_users_error(tmp_path):
     (tmp_path / "a.jpg").touch()
     with pytest.raises(DataError, match=r"none of 1 image files is usable; first: a.jpg \(empty"):

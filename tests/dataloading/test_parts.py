@@ -58,7 +58,7 @@ def test_a_killed_build_continues(
         path = make_tars(photographs, tmp_path / "tars")
         module, name = dataloading.webdataset, "_examine_shard"
     monkeypatch.setattr("dataloading.index_build.FOLDER_PIECE", 3)
-    monkeypatch.setattr("dataloading.entries._READERS", 1)
+    monkeypatch.setattr("dataloading.index_build.READERS", 1)
     original = getattr(module, name)
     examined: list[Any] = []
     limit = 2 if kind == "tars" else 6

@@ -9,16 +9,16 @@ from unittest import mock
 import torch.distributed as dist
 
 from cmtmae_scale.engine import agreement
-from cmtmae_scale.errors import CmtMaeError, TeacherError
+from cmtmae_scale.errors import CmtMaeError, TeacherError, exit_code_of
 from cmtmae_scale.pretraining import build
 from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
-from dataloading.errors import DataError
+from dataloading.errors import DataError, ReadError
 from dataloading.index import Request
 from tests.checkpoint.save_case import Lines
 from tests.engine.fault_case import command_on_ranks
 
 
-def launch_each(recipe: Path, cases: list[tuple[str, str]]) -> list[tuple[int, str]]:
+def launch_each(recipe: Path, cases: list[tuple[str, Any]]) -> list[tuple[int, str]]:
     """Launch once per case, (kind, value) of what rank 1 has; exit codes and last log lines."""
     log = Lines()
     found = []
@@ -27,8 +27,8 @@ def launch_each(recipe: Path, cases: list[tuple[str, str]]) -> list[tuple[int, s
         overrides: list[str] = []
         with ExitStack() as stack:
             if dist.get_rank() == 1 and kind != "initial weights":
-                if kind == "override":
-                    overrides.append(value)
+                if kind == "overrides":
+                    overrides += value
                 else:
                     stack.enter_context(change(kind, value))
             stack.enter_context(mock.patch.object(agreement, "SHARED_WAIT_S", 0.3))
@@ -43,14 +43,15 @@ def launch_each(recipe: Path, cases: list[tuple[str, str]]) -> list[tuple[int, s
     return found
 
 
-def change(kind: str, value: str) -> Any:
+def change(kind: str, value: Any) -> Any:
     """Return a context in which this rank has something else."""
     if kind == "variable":
         return mock.patch.dict(os.environ, {"NVIDIA_TF32_OVERRIDE": value})
-    if kind == "version":
-        return mock.patch("cmtmae_scale.runtime.versions.__version__", value)
-    if kind == "python":
-        return mock.patch("platform.python_version", lambda: value)
+    if kind == "versions":
+        stack = ExitStack()
+        stack.enter_context(mock.patch("cmtmae_scale.runtime.versions.__version__", value[0]))
+        stack.enter_context(mock.patch("platform.python_version", lambda: value[1]))
+        return stack
     if kind == "teacher":
         return mock.patch.object(build, "build_teacher", mock.Mock(side_effect=TeacherError(value)))
     if kind == "folder":
@@ -84,10 +85,21 @@ def exchange() -> list[Any]:
         broadcast_bytes(b"\x80\0x" if rank == 0 else b""),
         on_all_ranks(lambda: rank),
     ]
-    try:
-        on_all_ranks(fails)
-    except DataError as error:
-        found.append((error.exit_code, str(error)))
+
+    def crashes() -> None:
+        if rank == 2:
+            raise TypeError("no such thing")
+
+    def waits() -> None:
+        if rank == 0:
+            raise ReadError("not now")
+
+    own = {fails: DataError, crashes: (CmtMaeError, TypeError), waits: ReadError}
+    for action, expected in own.items():
+        try:
+            on_all_ranks(action)
+        except expected as error:
+            found.append((exit_code_of(error), str(error)))
     agreement.require_equal_weights(lambda: {"digest": "abc"})
     try:
         agreement.require_equal_weights(lambda: {"digest": "other" if rank == 2 else "abc"})

@@ -46,12 +46,19 @@ def make_photographs(folder: Path, count: int = 20) -> Path:
     return folder
 
 
-def write_recipe(folder: Path) -> Path:
-    """Photographs and a recipe under a folder; returns the recipe's path."""
+def write_recipe(folder: Path, depth: int | None = None) -> Path:
+    """Photographs and a recipe under a folder; returns the recipe's path.
+
+    Args:
+        folder: of both.
+        depth: blocks of student and teacher; ``None``: all six of the model.
+    """
     photographs = make_photographs(folder / "photos")
     tree = BASE | {
         "run": {"output_dir": str(folder / "run")},
         "data": BASE["data"] | {"path": str(photographs)},
+        "student": BASE["student"] | {"depth": depth},
+        "teacher": BASE["teacher"] | {"depth": depth},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -77,10 +84,14 @@ TASKS = ("pre-training", "fine-tuning")
 
 
 def write_task_recipe(task: str, folder: Path) -> Path:
-    """A recipe of a task with its images under a folder; its run is ``folder/run``."""
+    """A small recipe of a task with its images under a folder; its run is ``folder/run``."""
     from tests.finetuning import finetune_case
 
-    return write_recipe(folder) if task == "pre-training" else finetune_case.write_recipe(folder)
+    return (
+        write_recipe(folder, depth=2)
+        if task == "pre-training"
+        else finetune_case.write_recipe(folder)
+    )
 
 
 def is_finetuning(recipe: Path) -> bool:

@@ -14,7 +14,7 @@ from cmtmae_scale.engine.agreement import (
     name_ranks,
     source_digest,
 )
-from cmtmae_scale.errors import EXIT_CONFIG
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
 from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import build_index
 from tests.engine.agreement_case import exchange, launch_each
@@ -31,19 +31,18 @@ OVERRIDES = {
 
 @pytest.mark.gloo
 def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
+    recipe = write_recipe(tmp_path, depth=2)
     fewer = make_photographs(tmp_path / "fewer", 20)
     next(fewer.rglob("*.jpg")).unlink()
     (tmp_path / "elsewhere").mkdir()
-    cases = [("override", text) for text in OVERRIDES]
-    cases += [
+    cases = [
+        ("overrides", [*OVERRIDES]),
+        ("versions", ["9.9", "2.7.18"]),
         ("variable", "0"),
-        ("version", "9.9"),
         ("index", str(fewer)),
         ("index", str(tmp_path / "absent")),
         ("teacher", "t.safetensors: there is no such file"),
         ("initial weights", "s.safetensors: there is no such file"),
-        ("python", "2.7.18"),
         ("folder", str(tmp_path / "elsewhere")),
     ]
     previous = Path.cwd()
@@ -54,18 +53,17 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
         os.chdir(previous)
     assert [code for code, _ in first + second] == [EXIT_CONFIG] * 2 * len(cases)
     expected = [
-        *OVERRIDES.values(),
-        'NVIDIA_TF32_OVERRIDE: null on rank 0, "0" on rank 1; ',
-        'on rank 0, "9.9" on rank 1; ',
-        "fewer: names or sizes of the 19 files on host ",
-        "absent",
-        "t.safetensors: there is no such file",
-        "s.safetensors: there is no such file",
-        'on rank 0, "2.7.18" on rank 1; ',
-        "run.output_dir=relative is not shared: a file that rank 0 on host ",
+        [*OVERRIDES.values()],
+        ['on rank 0, "9.9" on rank 1; ', 'on rank 0, "2.7.18" on rank 1; '],
+        ['NVIDIA_TF32_OVERRIDE: null on rank 0, "0" on rank 1; '],
+        ["fewer: names or sizes of the 19 files on host "],
+        ["absent"],
+        ["t.safetensors: there is no such file"],
+        ["s.safetensors: there is no such file"],
+        ["run.output_dir=relative is not shared: a file that rank 0 on host "],
     ]
-    for (_, mine), (_, other), text in zip(first, second, expected, strict=True):
-        assert text in mine and text in other
+    for (_, mine), (_, other), texts in zip(first, second, expected, strict=True):
+        assert all(text in mine and text in other for text in texts), (mine, other)
     assert "is not there for rank 1 on host" in first[-1][1]
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
@@ -73,10 +71,13 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
 @pytest.mark.gloo
 def test_bytes_failures_and_weights_are_compared_over_ranks() -> None:
     results = run_ranks(3, exchange)
-    for rank, (gathered, empty, sent, own, failure, weights) in enumerate(results):
+    for rank, (gathered, empty, sent, own, failure, crash, unread, weights) in enumerate(results):
         assert gathered == [b"", b"\0", b"\0\0"] and empty == [b""] * 3
         assert (sent, own) == (b"\x80\0x", rank)
         assert failure == (EXIT_CONFIG, "gone" if rank == 1 else "rank 1: gone")
+        told = "no such thing" if rank == 2 else "rank 2: TypeError: no such thing"
+        assert crash == (EXIT_CRASH, told)
+        assert unread == (EXIT_STOPPED, "not now")
         assert 'digest: "abc" on ranks 0, 1, "other" on rank 2; ' in weights
 
 

@@ -26,7 +26,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.gloo
 def test_a_full_store_ends_no_run_and_counts_no_launch(tmp_path: Path, disk: Path) -> None:
     ((codes, warnings),) = run_ranks(
-        1, launches_on_a_full_store, write_recipe(tmp_path), disk, (2, 14)
+        1, launches_on_a_full_store, write_recipe(tmp_path, depth=2), disk, (2, 14)
     )
     assert codes == [75] * 5 + [0]
     run_dir = disk / "run"

@@ -23,9 +23,10 @@ from tests.engine.fault_case import build_after_takeover, commands_on_ranks, lea
 from tests.engine.run_case import TASKS, write_task_recipe
 from tests.processes import run_ranks, started
 
-CRASH = ["optimizer.base_lr=1e30", "guard.skip_limit=0", "checkpoint.every=100"]
-STOP = ["train.stop_after=1", "checkpoint.every=100"]
-LATER = ["train.stop_after=2", "checkpoint.every=100"]
+SHORT = ["checkpoint.every=100", "train.micro_batch_size=8"]
+CRASH = ["optimizer.base_lr=1e30", "guard.skip_limit=0", *SHORT]
+STOP = ["train.stop_after=1", *SHORT]
+LATER = ["train.stop_after=2", *SHORT]
 
 
 @pytest.mark.gloo
@@ -63,8 +64,7 @@ def test_a_launch_after_train_stop_after_trains_nothing_and_says_what_to_change(
     tmp_path: Path, task: str
 ) -> None:
     recipe = write_task_recipe(task, tmp_path)
-    lower = ["train.stop_after=1", "checkpoint.every=100"]
-    launches = [LATER, LATER, lower, ["checkpoint.every=100"], LATER]
+    launches = [LATER, LATER, STOP, SHORT, LATER]
     (codes,) = run_ranks(1, commands_on_ranks, recipe, launches[:3])
     assert codes == [75, 0, 0]
     record = json.loads((tmp_path / "run" / "exit.json").read_text())

@@ -60,7 +60,7 @@ def note_order(recipe: Path) -> list[str]:
 
 def test_the_teacher_runs_before_the_host_waits_and_alone_is_own_time(tmp_path: Path) -> None:
     """The momentum encoder may wait for other ranks. After the last step nothing is drawn."""
-    (events,) = run_ranks(1, note_order, write_recipe(tmp_path))
+    (events,) = run_ranks(1, note_order, write_recipe(tmp_path, depth=2))
     drawn, applied = ["lap", "teacher", "end"], ["read", "update"]
     step = ["momentum", *drawn, *applied]
     assert events == [*drawn, *step, *step, "momentum", *applied]
@@ -81,7 +81,7 @@ def run_both_ways(recipe: Path, folders: tuple[Path, Path]) -> list[Any]:
 def test_a_batch_drawn_ahead_changes_nothing(tmp_path: Path) -> None:
     """Weights, moments, EMA, log, skipped steps and the data after a roll-back are the same."""
     folders = tmp_path / "ahead", tmp_path / "usual"
-    for ahead, usual in run_ranks(2, run_both_ways, write_recipe(tmp_path), folders):
+    for ahead, usual in run_ranks(2, run_both_ways, write_recipe(tmp_path, depth=2), folders):
         assert ahead["error"] == "" and ahead["progress"] == usual["progress"]
     same(*folders)
     logs = []

@@ -28,7 +28,7 @@ GATHER_ANEW = "backend.deepspeed.zero_optimization.stage3_param_persistence_thre
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("case"))
+    return write_recipe(tmp_path_factory.mktemp("case"), depth=2)
 
 
 def losses(run_dir: Path) -> list[float]:

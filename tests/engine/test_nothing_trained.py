@@ -90,7 +90,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("nothing")
-    return folder, run_ranks(2, run_cases, write_recipe(folder), CASES)
+    return folder, run_ranks(2, run_cases, write_recipe(folder, depth=2), CASES)
 
 
 @pytest.mark.parametrize("name", ["teacher attention", "teacher features"])

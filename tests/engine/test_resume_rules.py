@@ -211,10 +211,14 @@ WAYS: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any, list[str]]]:
-    recipe = write_recipe(tmp_path_factory.mktemp("resume"))
+    recipe = write_recipe(tmp_path_factory.mktemp("resume"), depth=2)
     first = ["train.stop_after=2"]
+    small = "train.global_batch_size=8: an epoch of 20 images has 2.5 batches"  # is warned about
     (found,) = run_ranks(1, resume_each, recipe, first, list(WAYS.values()))
-    return dict(zip(WAYS, found, strict=True))
+    return {
+        way: (error, state, [text for text in warnings if not text.startswith(small)])
+        for way, (error, state, warnings) in zip(WAYS, found, strict=True)
+    }
 
 
 @pytest.mark.gloo

@@ -14,8 +14,9 @@ import pytest
 
 from cmtmae_scale.checkpoint import layout
 from tests.backends.backend_case import trained
+from tests.engine.fault_case import leave
 from tests.engine.run_case import STEPS, run, run_twice, same, tensors, write_recipe
-from tests.processes import run_ranks
+from tests.processes import run_ranks, started
 
 pytestmark = pytest.mark.gloo
 ROOT = Path(__file__).parents[2]
@@ -154,50 +155,45 @@ def test_bad_images_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> Non
     assert min(entry["valid_rows"] for entry in log(tmp_path / "relaxed")) < 8
 
 
-def command(recipe: Path, *overrides: str) -> list[str]:
-    script = str(ROOT / "launchers" / "pretrain.py")
-    return [sys.executable, script, "--config", str(recipe), *overrides]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def wait_for(path: Path, child: Any) -> None:
+    limit = time.monotonic() + 120
+    while not path.exists():
+        assert child.exitcode is None and time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def test_killed_after_a_checkpoint_and_started_again_is_bit_identical(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    line = command(recipe, f"run.output_dir={run_dir}", "checkpoint.every=1")
-    child = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
-    while not (run_dir / "checkpoints" / layout.LATEST).exists():
-        assert child.poll() is None and time.monotonic() < limit
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    line = [f"run.output_dir={run_dir}", "checkpoint.every=1"]
+    with started(1, leave, recipe, line) as ((child,), _):
+        wait_for(run_dir / "checkpoints" / layout.LATEST, child)
+        child.kill()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
     assert run_ranks(1, run, recipe, [f"run.output_dir={run_dir}"]) == [None]
     same(run_dir, undisturbed[1])
 
 
 def test_sigterm_saves_and_leaves_with_75(recipe: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    line = command(recipe, f"run.output_dir={run_dir}", "train.steps=100000")
-    child = subprocess.Popen(line, env=environment(), stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
-    while not (run_dir / "log.jsonl").exists():
-        assert child.poll() is None and time.monotonic() < limit
-        time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 75
+    line = [f"run.output_dir={run_dir}", "train.steps=100000"]
+    with started(1, leave, recipe, line) as ((child,), _):
+        wait_for(run_dir / "log.jsonl", child)
+        child.terminate()
+        child.join(60)
+        assert child.exitcode == 75
     record = json.loads((run_dir / "exit.json").read_text())
     assert record["code"] == 75 and record["reason"] == "SIGTERM"
     assert layout.list_checkpoints(run_dir / "checkpoints")[0].name == f"step-{record['step']:08d}"
 
 
 def test_a_misspelt_key_leaves_with_78_and_one_line(recipe: Path) -> None:
-    done = subprocess.run(
-        command(recipe, "mask.samplr=random"), env=environment(), capture_output=True, text=True
-    )
+    script = str(ROOT / "launchers" / "pretrain.py")
+    line = [sys.executable, script, "--config", str(recipe), "mask.samplr=random"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 78
     assert "mask.samplr is not a key of mask; did you mean sampler?" in done.stderr
     assert "Traceback" not in done.stderr

@@ -21,15 +21,8 @@ from cmtmae_scale.evaluation.masks import (
     open_masked,
     split_masked,
 )
-from cmtmae_scale.evaluation.segmentation import (
-    KnnSegmenter,
-    count_pixels,
-    join_patches,
-    learn_patches,
-    mean_iou,
-    score_rows,
-    segment,
-)
+from cmtmae_scale.evaluation.overlap import count_pixels, mean_iou, score_rows
+from cmtmae_scale.evaluation.segmentation import KnnSegmenter, join_patches, learn_patches, segment
 from dataloading.errors import DataError
 from tests.evaluation.dense_case import (
     ENCODER,

@@ -25,13 +25,13 @@ def student(arch: str, size: int = 224) -> Student:
         return build_student(config)
 
 
-def saved(folder: Path, arch: str, size: int, patch: int) -> Origin:
+def saved(folder: Path, arch: str, size: int, patch: int, seed: int = 1) -> Origin:
     """A checkpoint's weights of a student that differs in every value from its initialisation."""
     config = Config()
     config.student.arch, config.student.patch_size, config.views.image_size = arch, patch, size
     model = build_student(config)
     initialise(model, 0)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     chunks = [
         HostChunk(
             f"model.encoder.{name}",

@@ -43,10 +43,10 @@ def test_recipe_data_length_and_identity_are_written() -> None:
         "CMT-MAE",
         "step 30 of 60",
         "vit_small_patch14_dinov2 of timm, weights datasets/demo/teacher.safetensors",
-        "reveal_salient, 75% masked, 4 per view",
+        "reveal_salient, 75% masked, 1 per view",
         "datasets/demo/photos, 1000 images, index digest a1b2",
         "30 steps, 480 views, 0.48 epochs",
-        "16 views per step",
+        "64 views per step",
         "ranks: 4",
         "f" * 64,
         "torch 2.15.0",
@@ -68,7 +68,7 @@ def test_a_random_teacher_is_never_called_by_the_weights_it_lacks() -> None:
     ("recipe", "tag", "present", "absent"),
     [
         ("mae_base", "mae", "mean square of pixels", "teacher's weight"),
-        ("milan_base", "distillation", "without a momentum student", "weight in the loss"),
+        ("milan_base", "distillation", "without a momentum encoder", "weight in the loss"),
     ],
 )
 def test_other_methods_are_not_called_cmt_mae(

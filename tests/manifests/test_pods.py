@@ -19,7 +19,8 @@ from tests.engine.run_case import same, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
-TEACHER = "teacher.weights=datasets/teachers/ViT-L-14-openai.safetensors"
+FOLDER = "datasets/teachers/vit_large_patch14_clip_224.openai"
+TEACHER = f"teacher.weights={FOLDER}/open_clip_model.safetensors"
 OVERRIDES = [f"train.steps={STEPS}", "checkpoint.every=5"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.gloo]

@@ -35,6 +35,7 @@ def train_beside(
 
     def paced(run: Any, scalars: Any) -> Any:
         progress = run.progress
+        run.writer.wait()  # slow storage would skip saves, which hold the sidecar back
         if progress.step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         limit = time.monotonic() + 20

@@ -272,14 +272,32 @@ def test_quick_gelu_is_settled_or_refused(tiny: str, tmp_path: Path) -> None:
     assert "quick.json is built with QuickGELU" in refusal(make_config(model=described))
 
 
-def test_an_unreachable_tag_names_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without internet, and without the weights."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_unreachable_tag_names_the_download_and_its_file() -> None:
     text = refusal(make_config(224, 16, model="ViT-B-16", weights="openai", quick_gelu=True))
     assert "teacher.weights=openai cannot be downloaded" in text
-    assert "teacher.weights=FILE" in text
+    folder = "datasets/teachers/vit_base_patch16_clip_224.openai"
+    assert (
+        "run `hf download timm/vit_base_patch16_clip_224.openai open_clip_model.safetensors "
+        f"--local-dir {folder}`, then set teacher.weights={folder}/open_clip_model.safetensors"
+    ) in text and text.endswith("open_clip_model.safetensors")
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_unreachable_tag_with_pixels_of_its_own_names_its_description_too() -> None:
+    text = refusal(
+        make_config(224, 14, model="ViT-L-14", weights="laion2b_s32b_b82k", quick_gelu=False)
+    )
+    folder = "datasets/teachers/CLIP-ViT-L-14-laion2B-s32B-b82K"
+    assert "open_clip_model.safetensors open_clip_config.json --local-dir" in text
+    assert text.endswith(f" teacher.model={folder}/open_clip_config.json")
 
 
 def test_unknown_names_list_what_there_is() -> None:

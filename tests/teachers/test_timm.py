@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
 from cmtmae_scale.teachers.timm import TimmTower
+from cmtmae_scale.teachers.weights import describe_unreachable
 from tests.teachers.cases import BOTH, random_images, real_teacher, timm_config
 
 
@@ -245,14 +247,36 @@ def test_quick_gelu_is_compared_with_the_model() -> None:
     assert "with QuickGELU" in text
 
 
-def test_an_unreachable_tag_names_the_remedy(
+def test_the_remedy_for_an_unreachable_tag_works(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    text = refusal(timm_config("vit_small_patch14_dinov2", weights="lvd142m"))
-    assert "teacher.weights=lvd142m cannot be downloaded" in text
-    assert "teacher.weights=FILE" in text
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    text = refusal(timm_config("vit_tiny_patch16_224", 32, 16, weights="augreg_in21k"))
+    assert "teacher.weights=augreg_in21k cannot be downloaded" in text
+    found = re.search(
+        r"run `hf download timm/vit_tiny_patch16_224\.augreg_in21k (\S+) --local-dir (\S+)`, "
+        r"then set teacher\.weights=(\S+) teacher\.model=(\S+)$",
+        text,
+    )
+    assert found is not None, text
+    name, folder, weights, model = found.groups()
+    Path(folder).mkdir(parents=True)  # as the command does
+    published = timm.create_model("vit_tiny_patch16_224")  # with a classifier
+    save_file(published.state_dict(), Path(folder, name))
+    teacher = build_teacher(timm_config(model, 32, 16, weights=weights), "cpu", torch.float32, BOTH)
+    assert teacher.mean == (0.5, 0.5, 0.5)  # the tag's
+
+
+def test_an_unreachable_address_names_the_download() -> None:
+    address = "https://example.org/vit.pth"
+    error = describe_unreachable("tag", OSError("no route"), repository="", url=address, files={})
+    assert str(error) == (
+        "teacher.weights=tag cannot be downloaded (OSError: no route); where there is internet, "
+        f"run `wget --directory-prefix datasets/teachers {address}`, then set "
+        "teacher.weights=datasets/teachers/vit.pth"
+    )
 
 
 def test_skeleton_on_meta_allocates_nothing() -> None:

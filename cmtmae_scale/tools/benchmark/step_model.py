@@ -8,6 +8,7 @@ were one kernel, which reads what others wrote and writes what others read.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.config.derive import needs, online_fraction
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.momentum import update_momentum
 from cmtmae_scale.method.targets import TokenLayout, objective
@@ -177,7 +179,9 @@ class Recorder(TorchDispatchMode):
             if key not in self.numbers:
                 self.numbers[key] = len(self.numbers)
                 self.alive.append(storage)  # a storage that is kept keeps its key unique
-            used = min(tensor.numel() * tensor.itemsize, storage.nbytes())
+            sides = zip(tensor.shape, tensor.stride(), strict=True)
+            distinct = math.prod(side for side, stride in sides if stride or not side)
+            used = min(distinct * tensor.itemsize, storage.nbytes())
             number = self.numbers[key]
             found[number] = max(found.get(number, 0), used)
         return found
@@ -295,7 +299,8 @@ def record_step(config: Config) -> list[Operation]:
     for module in modules:
         module.to(compute_dtype(config))
     # Fake CPU tensors take the fused attention kernel, meta tensors do not.
-    with FakeTensorMode(allow_non_fake_inputs=True), without_mha_fast_path():
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, without_mha_fast_path(), attention_of_a_gpu():
         for module in modules:
             module.to_empty(device="cpu")
         recorder = Recorder()

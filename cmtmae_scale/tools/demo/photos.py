@@ -21,7 +21,7 @@ from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-RECIPE = 2
+RECIPE = 3
 """Version of the crops; folders of another version are written anew."""
 SIDE_PIXELS = (160, 256)
 SCALE = (0.4, 1.0)
@@ -35,7 +35,6 @@ class Photograph(NamedTuple):
     name: str
     folder: str
     file: str
-    crops: int
 
 
 class Strip(NamedTuple):
@@ -45,30 +44,30 @@ class Strip(NamedTuple):
     left: float
     right: float
     """Edges, fractions of the width."""
-    max_crops: int
-    """Largest number of crops per photograph."""
+    crops: int
+    """Crops per photograph."""
 
 
 TRAINING = Strip("training", 0.0, 0.6, 26)
-EVALUATION = Strip("evaluation", 0.63, 1.0, 8)
+EVALUATION = Strip("evaluation", 0.63, 1.0, 24)
 SKIMAGE, SKLEARN = "skimage/data", "sklearn/datasets/images"
 PHOTOGRAPHS = (
-    Photograph("astronaut", SKIMAGE, "astronaut.png", 26),
-    Photograph("chelsea", SKIMAGE, "chelsea.png", 26),
-    Photograph("china", SKLEARN, "china.jpg", 26),
-    Photograph("coffee", SKIMAGE, "coffee.png", 26),
-    Photograph("flower", SKLEARN, "flower.jpg", 26),
-    Photograph("rocket", SKIMAGE, "rocket.jpg", 26),
-    Photograph("hubble_deep_field", SKIMAGE, "hubble_deep_field.jpg", 24),
-    Photograph("immunohistochemistry", SKIMAGE, "ihc.png", 24),
-    Photograph("retina", SKIMAGE, "retina.jpg", 24),
-    Photograph("stereo_motorcycle", SKIMAGE, "motorcycle_left.png", 24),
-    Photograph("brick", SKIMAGE, "brick.png", 8),
-    Photograph("camera", SKIMAGE, "camera.png", 8),
-    Photograph("coins", SKIMAGE, "coins.png", 8),
-    Photograph("grass", SKIMAGE, "grass.png", 8),
-    Photograph("gravel", SKIMAGE, "gravel.png", 8),
-    Photograph("moon", SKIMAGE, "moon.png", 8),
+    Photograph("astronaut", SKIMAGE, "astronaut.png"),
+    Photograph("chelsea", SKIMAGE, "chelsea.png"),
+    Photograph("china", SKLEARN, "china.jpg"),
+    Photograph("coffee", SKIMAGE, "coffee.png"),
+    Photograph("flower", SKLEARN, "flower.jpg"),
+    Photograph("rocket", SKIMAGE, "rocket.jpg"),
+    Photograph("hubble_deep_field", SKIMAGE, "hubble_deep_field.jpg"),
+    Photograph("immunohistochemistry", SKIMAGE, "ihc.png"),
+    Photograph("retina", SKIMAGE, "retina.jpg"),
+    Photograph("stereo_motorcycle", SKIMAGE, "motorcycle_left.png"),
+    Photograph("brick", SKIMAGE, "brick.png"),
+    Photograph("camera", SKIMAGE, "camera.png"),
+    Photograph("coins", SKIMAGE, "coins.png"),
+    Photograph("grass", SKIMAGE, "grass.png"),
+    Photograph("gravel", SKIMAGE, "gravel.png"),
+    Photograph("moon", SKIMAGE, "moon.png"),
 )
 
 
@@ -128,7 +127,7 @@ def write_crops(photograph: Photograph, strip: Strip, folder: Path) -> None:
     image = image.crop(edges)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(zlib.crc32(f"{strip.name}/{photograph.name}".encode()))
-    for number in range(min(photograph.crops, strip.max_crops)):
+    for number in range(strip.crops):
         random_crop(image, rng).save(folder / f"{number:03d}.jpg", quality=QUALITY)
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.encoders import inference_autocast
-from cmtmae_scale.method.attention import normalise_map
+from cmtmae_scale.method.attention import mix_attention, normalise_map
 from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import EPS, Predictions, TokenLayout, patchify
-from cmtmae_scale.pretraining.prepare import gather_targets, mix_attention
+from cmtmae_scale.pretraining.prepare import gather_targets
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.teachers.base import Teacher, TeacherView
 
@@ -105,7 +105,7 @@ def compute_columns(
         tokens = model.encoder(pixels)[:, model.encoder.num_prefix :]
     model.cpu()
     columns = [Column("view", views, smooth=True)]
-    maps = {"teacher": view.attention, "momentum student": attention}
+    maps = {"teacher": view.attention, "EMA weights": attention}
     both = view.attention is not None and attention is not None
     maps["collaborative"] = mixed if both else None
     for name, attention_map in maps.items():
@@ -129,7 +129,7 @@ def compute_columns(
         if prediction is not None and target is not None:
             cosine = F.cosine_similarity(prediction.float(), target, dim=-1)
             patches = place_on_grid(cosine[:, int(layout.cls) :], layout, choice)
-            whose = "momentum student" if name == "student" else name
+            whose = "EMA weights" if name == "student" else name
             note = f"cosine, mean {cosine.mean():.2f}"
             patches = patches.view(-1, height, width).clamp(0, 1)
             columns.append(Column(whose, patches, note, COSINE))

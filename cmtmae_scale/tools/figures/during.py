@@ -146,7 +146,7 @@ def read_crops(
 
 def sheet_title(config: Config, progress: Progress) -> str:
     """Return a title with step, teacher, sampler and mixing weight."""
-    parts = [f"step {progress.step}", f"{config.mask.ratio:.0%} hidden by {config.mask.sampler}"]
+    parts = [f"step {progress.step}", f"{config.mask.ratio:.0%} masked by {config.mask.sampler}"]
     need = needs(config)
     if need.teacher:
         random = " (RANDOM WEIGHTS)" if config.teacher.weights == "random" else ""

@@ -60,6 +60,8 @@ def step_traffic(
 
     is_fsdp = config.backend.name == "fsdp"
     repeated = {"all-gather"} if is_fsdp else PER_MICRO_STEP[config.backend.zero_stage]
+    if config.backend.reduce_every_micro_step:
+        repeated = repeated | {"reduce-scatter"}
     ema_times = accumulation if is_fsdp and config.backend.sharding == "full" else 1
     (calls, payloads), (all_calls, all_payloads) = count(False), count(True)
     found: list[Traffic] = []

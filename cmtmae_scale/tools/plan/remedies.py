@@ -6,7 +6,7 @@ from typing import Any
 
 from cmtmae_scale.config.derive import split_batch
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.tools.estimate import saved_bytes, state_bytes
+from cmtmae_scale.tools.estimate import accumulation, saved_bytes, state_bytes
 from cmtmae_scale.tools.plan.devices import KNOWN
 from cmtmae_scale.tools.plan.plan import Cluster, Counted, Scale
 
@@ -77,6 +77,9 @@ def list_changes(config: Config, gpus: int, node_size: int) -> Iterator[dict[str
         if backend.sharding == "replicate" and gpus % node_size == 0:
             yield {"sharding": "hybrid"}
         yield {"sharding": "full"}
+    waits = not backend.reduce_every_micro_step and accumulation(config, gpus) > 1
+    if gpus > 1 and backend.name == "fsdp" and backend.sharding != "replicate" and waits:
+        yield {"reduce_every_micro_step": True}
     if gpus > 1 and backend.name == "deepspeed":
         if backend.zero_stage < 2:
             yield {"zero_stage": 2}

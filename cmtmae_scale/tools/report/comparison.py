@@ -18,7 +18,7 @@ from cmtmae_scale.tools.report.sections import draw_charts, run_outcome
 METRICS = {
     "loss/total": "Loss",
     "loss/teacher": "Loss against the teacher",
-    "loss/student": "Loss against the momentum student",
+    "loss/student": "Loss against the momentum encoder",
     "loss/pixel": "Loss of pixels",
     "attention/agreement": "Agreement of the two attentions",
     "mask/visible_mass": "Attention that stays visible",

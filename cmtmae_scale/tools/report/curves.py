@@ -11,7 +11,7 @@ from cmtmae_scale.tools.report.ranges import expected_range, scheduled_values
 from cmtmae_scale.tools.report.run import Run
 
 Level = tuple[float, str]
-TERMS = {"loss/teacher": "teacher", "loss/student": "momentum student", "loss/pixel": "pixels"}
+TERMS = {"loss/teacher": "teacher", "loss/student": "momentum encoder", "loss/pixel": "pixels"}
 RANKS = {
     "eval/effective_rank": "patch tokens",
     "eval/effective_rank_centred": "patch tokens, centred",
@@ -24,7 +24,7 @@ EVALUATIONS = {"knn10": "k-NN, k = 10", "knn20": "k-NN, k = 20", "linear": "line
 def training_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
     """Return charts of losses, attention, gradient norm and schedules."""
     measured = partial(measured_chart, run, others)
-    agreement = {"attention/agreement": "teacher and momentum student"}
+    agreement = {"attention/agreement": "teacher and momentum encoder"}
     correlation = "Rank correlation of their maps: 1 the same, 0 unrelated."
     mass = {"mask/visible_mass": "fraction of the map"}
     has_momentum = run.config is None or needs(run.config).momentum
@@ -32,7 +32,7 @@ def training_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
         measured("Loss", loss_names(run), loss_note(run), loss_levels(run)),
         measured("Agreement of the two attentions", agreement, correlation),
         measured("Attention that stays visible", mass, "", mass_levels(run)),
-        measured("Effective rank of the targets", {RANK: "momentum student"}, "", rank_levels(run)),
+        measured("Effective rank of the targets", {RANK: "momentum encoder"}, "", rank_levels(run)),
         measured("Gradient norm", {"grad_norm": "before clipping"}, "", clip_levels(run)),
         scheduled_chart(run, "Learning rate", {"lr": "learning rate"}),
         scheduled_chart(run, "Momentum", {"momentum": "EMA momentum"} if has_momentum else {}),
@@ -106,7 +106,7 @@ def loss_names(run: Run) -> dict[str, str]:
     """Return the total and its terms, a single term without total, and the constant's loss."""
     used = {k: v for k, v in TERMS.items() if any(value for _, value in run.series(k))}
     names = used if len(used) == 1 else {"loss/total": "total", **used}
-    constant = {CONSTANT: "momentum student, by its mean token alone"}
+    constant = {CONSTANT: "momentum encoder, by its mean token alone"}
     return names | constant if run.series(CONSTANT) else names
 
 

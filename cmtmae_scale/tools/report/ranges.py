@@ -11,7 +11,7 @@ from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.report.chart import Band, Line, Point
-from cmtmae_scale.tools.report.run import Run, is_drawable, read_run
+from cmtmae_scale.tools.report.run import Run, is_drawable, open_run, read_records
 
 KEPT = ("data.path", "data.source")
 """Free at a resume, which compares the images themselves; here they must be equal."""
@@ -32,20 +32,22 @@ def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
     if not run.settings:
         return []
     known = {other.dir.resolve(): other for other in given}
-    own = run.dir.resolve()
+    own, wanted = run.dir.resolve(), recipe_settings(run.settings)
+
+    def is_sibling(other: Run) -> bool:
+        return other.is_complete and recipe_settings(other.settings) == wanted
+
+    found = [other for folder, other in known.items() if folder != own and is_sibling(other)]
     for folder in sorted(own.parent.iterdir()):
         if folder not in known and (folder / "exit.json").exists():
             try:
-                known[folder] = read_run(folder)
+                other = open_run(folder)
+                if is_sibling(other):  # the logs of all others stay unread
+                    read_records(other)
+                    found.append(other)
             except (ConfigError, OSError):
                 continue  # not a run, or not readable
-    return [
-        other
-        for folder, other in known.items()
-        if folder != own
-        and other.is_complete
-        and recipe_settings(other.settings) == recipe_settings(run.settings)
-    ]
+    return found
 
 
 def read_reference(file: Path, row: str) -> list[Run]:

@@ -55,6 +55,9 @@ class Run:
     """Of the evaluation during the run."""
     problems: list[str] = field(default_factory=list[str])
     """Files that could not be read."""
+    _series: dict[str, list[tuple[float, float]]] = field(
+        default_factory=dict[str, list[tuple[float, float]]], repr=False
+    )
 
     @property
     def last_step(self) -> int:
@@ -84,8 +87,13 @@ class Run:
         return cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """Return steps and values of one logged name."""
-        return [(entry["step"], entry[name]) for entry in self.entries if name in entry]
+        """Return steps and values of one logged name; ``entries`` are read once for all names."""
+        if not self._series:
+            for entry in self.entries:
+                step = entry["step"]
+                for key, value in entry.items():
+                    self._series.setdefault(key, []).append((step, value))
+        return self._series.get(name, [])
 
     def last(self, name: str) -> float | None:
         """Return the newest value of one logged name."""
@@ -94,6 +102,17 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read a run.
+
+    Raises:
+        ConfigError: if the folder is not a run's.
+    """
+    run = open_run(folder)
+    read_records(run)
+    return run
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run's settings and outcome, without its log.
 
     Raises:
         ConfigError: if the folder is not a run's.
@@ -107,6 +126,15 @@ def read_run(folder: Path) -> Run:
         )
     run = Run(folder, folder.resolve().name)
     read_settings(run)
+    run.exit = read_object(run, folder / "exit.json")
+    states = sorted((folder / "checkpoints").glob("step-*/state.json"))
+    run.state = (read_object(run, states[-1]) if states else None) or {}
+    return run
+
+
+def read_records(run: Run) -> None:
+    """Read the log and the other records of a run that ``open_run`` returned."""
+    folder = run.dir
     for line in json_lines(run, "log.jsonl"):
         step = line.get("step")
         if not is_drawable(step):
@@ -116,7 +144,6 @@ def read_run(folder: Path) -> Run:
         else:
             run.entries.append({key: value for key, value in line.items() if is_drawable(value)})
     run.entries.sort(key=lambda entry: entry["step"])
-    run.exit = read_object(run, folder / "exit.json")
     run.launches = [valid_launch(launch) for launch in json_lines(run, "starts.jsonl")]
     run.bad_files = list(json_lines(run, "quarantine.jsonl"))
     run.figures = find_figures(run)
@@ -124,12 +151,9 @@ def read_run(folder: Path) -> Run:
         found = read_object(run, path)
         if found is not None:
             run.results.append((path.name, found))
-    states = sorted((folder / "checkpoints").glob("step-*/state.json"))
-    run.state = (read_object(run, states[-1]) if states else None) or {}
     run.num_images = count_images(read_object(run, folder / "index" / "index.json"))
     evaluated = folder / "evaluation" / "train-index" / "index.json"
     run.num_classes = list_length(read_object(run, evaluated), "labels")
-    return run
 
 
 def read_settings(run: Run) -> None:
@@ -165,7 +189,7 @@ def json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
     broken: list[int] = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            found = read_json(line.encode())
+            found = read_json(line)
         except ValueError:
             found = None
         if isinstance(found, dict):
@@ -225,7 +249,7 @@ def find_figures(run: Run) -> list[tuple[int, Path]]:
 
 def is_drawable(value: Any) -> TypeGuard[int | float]:
     """Return whether a log value is a finite number that a chart can place."""
-    return isinstance(value, int | float) and -LARGEST <= value <= LARGEST
+    return isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST
 
 
 def count_images(index: dict[str, Any] | None) -> int | None:

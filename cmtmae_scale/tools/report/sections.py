@@ -140,7 +140,7 @@ def key_settings(run: Run) -> list[tuple[str, object]]:
         ("student", f"{name_student(student)} at {get('views.image_size')} pixels{patch}"),
         ("teacher", teacher_setting(run)),
         ("masks", f"{get('mask.sampler')}, {ratio} masked, {masks} per view"),
-        ("decoder", f"{get('decoder.type')}, {get('decoder.depth')} blocks"),
+        ("decoder", f"{get('decoder.type')}, depth {get('decoder.depth')}"),
         ("data", f"{get('data.path')}: {count} images"),
         ("length", f"{length} of {format_number(get('train.global_batch_size'))} views"),
         ("backend", backend + (", compiled" if get("backend.compile") else "")),

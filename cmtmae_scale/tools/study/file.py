@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -68,9 +69,12 @@ class Study:
 
     def settings_of(self, name: str) -> list[str]:
         """Return all settings of a row, in the order in which they apply."""
-        row = self.rows[name]
-        inherited = self.settings if row.like is None else self.settings_of(row.like)
-        return [*inherited, *row.settings]
+        found: list[list[str]] = []
+        like: str | None = name
+        while like is not None:
+            found.append(self.rows[like].settings)
+            like = self.rows[like].like
+        return [*self.settings, *chain.from_iterable(reversed(found))]
 
     def seeds_of(self, name: str) -> list[int]:
         """Return the seeds of a row."""
@@ -140,7 +144,7 @@ def check_study(study: Study, place: str) -> None:
     check_choice(study.evaluation.features, Features, f"{place}: evaluation.features")
     check_choice(study.evaluation.weights, Weights, f"{place}: evaluation.weights")
     check_settings(study.settings, place, "settings")
-    earlier: list[str] = []
+    earlier: set[str] = set()
     for name, row in study.rows.items():
         key = f"rows.{name}"
         check_settings(row.settings, place, f"{key}.settings")
@@ -151,7 +155,7 @@ def check_study(study: Study, place: str) -> None:
         seeds = study.seeds_of(name)
         if not is_list_of(seeds, int) or not seeds or len(set(seeds)) < len(seeds):
             raise ConfigError(f"{place}: {key}: seeds={seeds} must be distinct integers")
-        earlier.append(name)
+        earlier.add(name)
     for pair in study.comparisons:
         if not is_list_of(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
             raise ConfigError(f"{place}: comparisons: {pair} must be two rows, [better, other]")

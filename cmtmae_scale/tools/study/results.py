@@ -141,10 +141,11 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
     if len(by_images) > 1:
         places = " and ".join(str(one.run.linear) for one in by_images.values())
         raise ConfigError(f"{places} were evaluated on different images; delete the results of one")
+    by_row: dict[str, list[RunResult]] = {name: [] for name in study.rows}
+    for one in found:
+        by_row[one.run.row].append(one)
     rows = [
-        StudyRow(
-            name, row.note, [one for one in found if one.run.row == name], len(study.seeds_of(name))
-        )
+        StudyRow(name, row.note, by_row[name], len(study.seeds_of(name)))
         for name, row in study.rows.items()
     ]
     by_name = {row.name: row.found for row in rows}

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
+from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.finetune import load_finetune
-from cmtmae_scale.config.load import config_to_dict, load_config
+from cmtmae_scale.config.load import Draft, config_to_dict, load_config, read_recipe
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
 from cmtmae_scale.runtime.storage import read_json
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 SILENT = ("name", "output_dir", "allow_change")
 """Keys of ``run`` without an effect on results."""
+ADDED = (("backend", "reduce_every_micro_step"), ("data", "verify_index"))
+"""Keys that later versions added. At their default they are left out of the digest, so that the
+folders of earlier runs keep their names."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,25 @@ class Run:
     teacher: Path | None = None
     """Result file of the teacher's probe, for the run that includes it."""
 
-    def missing(self) -> list[Job]:
-        """Return the jobs to run, in order: none where all results exist, no cache once trained."""
-        if all(job.done() for job in self.jobs if job.kind == "evaluate"):
+    def missing(self, known: dict[Path, bool] | None = None) -> list[Job]:
+        """Return the jobs to run, in order: none where all results exist, no cache once trained.
+
+        Args:
+            known: whether the job of an output is done, to which this adds; runs that share a cache
+                then count its shards once.
+        """
+        known = {} if known is None else known
+
+        def is_done(job: Job) -> bool:
+            if job.output not in known:
+                known[job.output] = job.done()
+            return known[job.output]
+
+        if all(is_done(job) for job in self.jobs if job.kind == "evaluate"):
             return []
-        has_weights = any(job.kind == "train" and job.done() for job in self.jobs)
+        has_weights = any(job.kind == "train" and is_done(job) for job in self.jobs)
         unneeded = "cache" if has_weights else None
-        return [job for job in self.jobs if not job.done() and job.kind != unneeded]
+        return [job for job in self.jobs if job.kind != unneeded and not is_done(job)]
 
 
 def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
@@ -90,11 +106,14 @@ def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     """
     runs: list[Run] = []
     trained = read_trained(Path(study.dir) / "runs")
+    drafts = read_rows(study)
+    if study.evaluation.finetune is not None:
+        check_finetuning(study.evaluation)
     for _, block in groupby(study.rows, key=study.seeds_of):
         names = list(block)
         for seed in study.seeds_of(names[0]):
             for name in names:
-                runs.append(plan_run(study, name, seed, trained, first=not runs))
+                runs.append(plan_run(study, name, seed, drafts[name], trained, first=not runs))
     for number, run in enumerate(runs):
         if with_teacher and needs(run.config).teacher and run.config.teacher.mode != "none":
             runs[number] = add_teacher_job(run, study.evaluation)
@@ -102,23 +121,42 @@ def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     return runs
 
 
-def read_trained(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Return the effective settings of the runs in a folder, as this version reads them.
+def read_rows(study: Study) -> dict[str, Draft[Config]]:
+    """Return the settings of each row: the recipe's, the study's, those of ``like`` and its own.
+
+    The recipe is read once, and a row adds to the settings of the row above.
+    """
+    common = read_recipe(Config, find_problems, study.recipe).override(study.settings)
+    drafts: dict[str, Draft[Config]] = {}
+    for name, row in study.rows.items():
+        inherited = common if row.like is None else drafts[row.like]
+        drafts[name] = inherited.override(row.settings)
+    return drafts
+
+
+def read_trained(folder: Path) -> dict[str, Path]:
+    """Return the folder of runs by the digest of their settings, as this version reads them.
 
     A key that was added since a run began has its default there, so that the run is found again
     although its settings have another digest now.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    found: dict[str, Path] = {}
     for file in sorted(folder.glob("*/config.yaml")):
         try:
-            found[file.parent] = effective_settings(load_config(file))
+            settings = effective_settings(load_config(file))
+            found.setdefault(short_digest(settings), file.parent)
         except ConfigError as error:
             logger.warning("%s: not a run of this version, and not used (%s)", file.parent, error)
     return found
 
 
 def plan_run(
-    study: Study, name: str, seed: int, trained: Mapping[Path, dict[str, Any]], first: bool
+    study: Study,
+    name: str,
+    seed: int,
+    draft: Draft[Config],
+    trained: Mapping[str, Path],
+    first: bool,
 ) -> Run:
     """Return one run.
 
@@ -126,22 +164,23 @@ def plan_run(
         study: the study.
         name: row.
         seed: value of ``run.seed``.
+        draft: settings of the row.
         trained: see ``read_trained``.
         first: whether the baselines belong to its evaluation.
     """
     title = re.sub(r"[^\w.=-]+", "_", name)  # a candidate of a pre-flight has any characters
-    overrides = [*study.settings_of(name), f"run.seed={seed}", f"run.name={title}-{seed}"]
+    own = [f"run.seed={seed}", f"run.name={title}-{seed}"]
+    overrides = [*draft.overrides, *own]
     caches = Path(study.dir) / "caches"
-    given = [*overrides, "run.output_dir=none", f"cache.dir={caches / 'none'}"]
-    config = load_config(study.recipe, given)
+    places = ["run.output_dir=none", f"cache.dir={caches / 'none'}"]
+    config = draft.override([*own, *places]).build()
     if config.train.stop_after is not None:
         raise ConfigError(
             f"{study.recipe}: train.stop_after={config.train.stop_after}: the runs of a study "
             "train to their end; remove the key from the recipe"
         )
-    settings = effective_settings(config)
-    found = (folder for folder, known in trained.items() if known == settings)
-    folder = next(found, Path(study.dir) / "runs" / short_digest(settings))
+    digest = short_digest(effective_settings(config))
+    folder = trained.get(digest, Path(study.dir) / "runs" / digest)
     overrides.append(f"run.output_dir={folder}")
     config.run.output_dir = str(folder)
     jobs: list[Job] = []
@@ -156,11 +195,13 @@ def plan_run(
     arguments = (*CMTMAE, "pretrain", "--config", study.recipe, *overrides)
     jobs.append(Job("train", arguments, folder, lambda: is_trained(folder), True))
     extra = [] if first else ["--no-baselines"]
-    own = ["--weights", study.rows[name].weights or study.evaluation.weights]
-    linear = evaluation_job(study.evaluation, folder, "linear", [*own, *extra])
-    knn = evaluation_job(study.evaluation, folder, "knn", [*own, *extra])
+    weights = ["--weights", study.rows[name].weights or study.evaluation.weights]
+    linear = evaluation_job(study.evaluation, folder, "linear", [*weights, *extra])
+    knn = evaluation_job(study.evaluation, folder, "knn", [*weights, *extra])
     run = Run(name, seed, folder, config, (*jobs, linear, knn), linear.output, knn.output)
-    return run if study.evaluation.finetune is None else add_finetuning(run, study.evaluation, own)
+    return (
+        run if study.evaluation.finetune is None else add_finetuning(run, study.evaluation, weights)
+    )
 
 
 def add_teacher_job(run: Run, settings: Evaluation) -> Run:
@@ -171,20 +212,29 @@ def add_teacher_job(run: Run, settings: Evaluation) -> Run:
 
 
 def add_finetuning(run: Run, settings: Evaluation, weights: Sequence[str]) -> Run:
-    """Return the run with a fine-tuning of its weights at the end, in a folder of its own.
-
-    Raises:
-        ConfigError: if the recipe of the fine-tuning cannot be used.
-    """
-    images = [f"data.path={settings.train}", f"data.test_path={settings.test}"]
+    """Return the run with a fine-tuning of its weights at the end, in a folder of its own."""
+    images = tuning_images(settings)
     words = ["--config", str(settings.finetune), *weights, *images, f"run.seed={run.seed}"]
     folder = run.folder / "evaluation" / f"finetune-{short_digest(words)}"
     places = ["--checkpoint", str(run.folder), f"run.output_dir={folder}"]
-    load_finetune(str(settings.finetune), [*images, f"run.output_dir={folder}"])
     result = folder / "result.json"
     arguments = (*CMTMAE, "finetune", *words, *places)
     job = Job("evaluate", arguments, folder, result.exists, True)
     return replace(run, jobs=(*run.jobs, job), tuned=result)
+
+
+def tuning_images(settings: Evaluation) -> list[str]:
+    """Return the overrides that name the images of a fine-tuning."""
+    return [f"data.path={settings.train}", f"data.test_path={settings.test}"]
+
+
+def check_finetuning(settings: Evaluation) -> None:
+    """Refuse a recipe of the fine-tuning that cannot be used.
+
+    Raises:
+        ConfigError: names the recipe and the problem.
+    """
+    load_finetune(str(settings.finetune), [*tuning_images(settings), "run.output_dir=none"])
 
 
 def evaluation_job(settings: Evaluation, folder: Path, method: str, options: Sequence[str]) -> Job:
@@ -206,6 +256,10 @@ def effective_settings(config: Config) -> dict[str, Any]:
     del tree["cache"]["dir"]
     for key in SILENT:
         del tree["run"][key]
+    defaults = config_to_dict(Config())
+    for group, key in ADDED:
+        if tree[group][key] == defaults[group][key]:
+            del tree[group][key]
     return tree
 
 

@@ -79,6 +79,7 @@ def test_full_sharding_over_many_ranks_is_warned_about_with_the_figure(
 ) -> None:
     config = load_config(recipe, ["backend.sharding=full"])
     model, momentum, _ = build_meta_networks(config)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         warn_of_latency(config, model, momentum, 64)
         assert not caplog.messages

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmtmae_scale.commands import demo as command
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.tools.demo import masks, photos, teacher
+from cmtmae_scale.tools.demo import learned, masks, photos, teacher
 
 FEW = tuple(p for p in photos.PHOTOGRAPHS if p.name in ("china", "coins"))
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("few")
 def test_photographs_are_the_same_every_time(tmp_path: Path) -> None:
     first, second = tmp_path / "a" / "photos", tmp_path / "b" / "photos"
-    assert photos.prepare_photos(first) == photos.prepare_photos(second) == 34
+    assert photos.prepare_photos(first) == photos.prepare_photos(second) == 52
     assert contents(first) == contents(second)
     with Image.open(first / "coins" / "000.jpg") as grey:
         assert grey.mode == "L"
@@ -50,7 +50,7 @@ def test_second_preparation_writes_nothing_and_a_lost_file_is_made_again(tmp_pat
     photos.prepare_photos(folder)
     assert folder.stat().st_ino == before
     (folder / "china" / "003.jpg").unlink()
-    assert photos.prepare_photos(folder) == 34
+    assert photos.prepare_photos(folder) == 52
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "photos.json"]
 
 
@@ -58,9 +58,9 @@ def test_second_preparation_writes_nothing_and_a_lost_file_is_made_again(tmp_pat
 def test_photograph_that_a_package_lacks_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lost = photos.Photograph("lost", photos.SKIMAGE, "lost.png", 5)
+    lost = photos.Photograph("lost", photos.SKIMAGE, "lost.png")
     monkeypatch.setattr(photos, "PHOTOGRAPHS", (*FEW, lost))
-    assert photos.prepare_photos(tmp_path / "photos") == 34
+    assert photos.prepare_photos(tmp_path / "photos") == 52
     assert "lost.png is not inside the installed skimage" in caplog.text
 
 
@@ -140,13 +140,15 @@ def test_unreachable_index_causes_a_warning_and_leaves_nothing(
 
 def test_random_teacher_has_its_own_folder_and_label() -> None:
     recipe = command.RECIPE
-    options = argparse.Namespace(steps=3, overrides=["run.seed=1"])
-    overrides = command.derive_overrides(load_config(recipe), True, options)
+    options = argparse.Namespace(steps=10, overrides=["run.seed=1"])
+    overrides = command.derive_overrides(load_config(recipe), 400, True, options)
     config = load_config(recipe, overrides)
     assert config.run.name == "demo (random teacher)"
-    assert config.run.output_dir == "runs/demo-3-steps-random-teacher"
+    assert config.run.output_dir == "runs/demo-10-steps-random-teacher"
     assert config.teacher.weights == "random"
-    assert (config.train.steps, config.log.every, config.run.seed) == (3, 1, 1)
+    assert config.cache.dir == "datasets/demo/cache-10-steps-random-teacher"
+    assert (config.train.steps, config.log.every, config.run.seed) == (10, 1, 1)
+    assert config.views.views_per_image == 1  # 640 views are 1.6 epochs of 400 images
 
 
 def test_table_says_whether_the_loss_fell(tmp_path: Path) -> None:
@@ -157,6 +159,33 @@ def test_table_says_whether_the_loss_fell(tmp_path: Path) -> None:
     assert "loss (random teacher)" in table
     assert "loss/total fell: 1.95 -> 1.4" in table
     assert "loss/total did NOT fall" in command.loss_table(entries[::-1], "x")
+
+
+def test_a_measure_is_called_better_only_above_both_intervals(tmp_path: Path) -> None:
+    file = tmp_path / "segmentation.json"
+    rows = [
+        {
+            "weights": name,
+            "features": features,
+            "method": f"{kind} segmentation",
+            "measure": measure,
+        }
+        | {"value": value, "interval_95": [value - 0.04, value + 0.04]}
+        for name, features, value in (
+            ("raw pixels", "pixels", 0.2),
+            ("random weights", "patches", 0.3),
+            ("student, step 3", "patches", 0.4),
+        )
+        for kind in ("k-NN", "linear")
+        for measure in ("pixel accuracy", "mIoU")
+    ]
+    file.write_text(json.dumps({"results": rows}))
+    table = learned.learned_table({"segmentation": file})
+    assert "0.400 [0.360, 0.440]  0.300 [0.260, 0.340]  0.200 [0.160, 0.240]" in table
+    assert "mIoU: clearly better than random weights and raw pixels" in table
+    rows[-1]["interval_95"] = [0.33, 0.47]
+    file.write_text(json.dumps({"results": rows}))
+    assert "mIoU: NOT clearly better than" in learned.learned_table({"segmentation": file})
 
 
 def test_only_folders_of_runs_are_deleted(tmp_path: Path) -> None:

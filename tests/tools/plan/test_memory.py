@@ -7,6 +7,7 @@ import torch
 
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.runtime.launch import World
@@ -43,7 +44,8 @@ def test_the_estimate_is_the_measured_peak(changes: list[str], tmp_path: Path) -
     momentum.requires_grad_(False)
     work, objective = make_synthetic_work(config, model, views)
     inputs = [work.valid, work.inputs[0], *work.inputs[1]]
-    with LiveBytes([*model.parameters(), *momentum.parameters()], inputs) as counted:
+    held = [*model.parameters(), *momentum.parameters()]
+    with attention_of_a_gpu(), LiveBytes(held, inputs) as counted:
         world, cpu = World(0, 1, 0, 1, "none"), torch.device("cpu")
         backend = make_backend(config, world, cpu, model, momentum, objective, 2 * views)
         counted.peak = counted.live

@@ -81,6 +81,21 @@ def test_kernels_of_any_micro_batch_are_those_that_are_recorded(
     )
 
 
+def test_attention_is_counted_as_a_gpu_computes_it(config: Config) -> None:
+    """A CPU computes it in float32 where a backward follows."""
+    single = replace(config, backend=replace(config.backend, precision="fp32"))
+    half_reads, single_reads = (
+        [
+            sum(one.reads.values())
+            for one in record_step(each)
+            if one.part in ("student", "decoder") and one.name.startswith("_scaled_dot_product")
+            if not one.name.endswith("backward")
+        ]
+        for each in (config, single)
+    )
+    assert len(half_reads) > 1 and [2 * moved for moved in half_reads] == single_reads
+
+
 def test_the_time_of_a_step_is_that_of_a_loop_over_kernels(config: Config) -> None:
     teacher, update = Kernel(0, 6e6, 0, 1e3), Kernel(0, 0, 8e6, 0)
     micro = [Kernel(4e6, 1e6, 2e3, 1e6), Kernel(0, 5e7, 0, 1e4)]

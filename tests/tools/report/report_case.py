@@ -88,6 +88,6 @@ def write_run(run_dir: Path, *overrides: str, steps: int = 60, seed: int = 0) ->
         "correct": 60,
         "count": 128,
     }
-    result = {"method": "knn", "results": [row], "verdict": "SMOKE TEST: it ran"}
+    result = {"method": "knn", "results": [row], "verdict": "student is NOT clearly better"}
     (evaluation / "knn-momentum-step-00000060.json").write_text(json.dumps(result))
     return run_dir

@@ -5,11 +5,13 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cmtmae_scale.commands.report import write_page, write_report
+from cmtmae_scale.tools.report import ranges
 from cmtmae_scale.tools.report.run import Run, read_run
-from cmtmae_scale.tools.report.sections import curves_section, headline
+from cmtmae_scale.tools.report.sections import curves_section, headline, identity_section
 from cmtmae_scale.tools.report.spent import time_fractions
 from tests.tools.report.report_case import entries, write_figure, write_lines, write_run
 
@@ -78,7 +80,7 @@ def test_a_finished_run_is_reported_completely(finished: Path) -> None:
         "Step 60",
         "None: one launch, no bad file, no recorded incident.",
         "60/128",
-        "SMOKE TEST: it ran",
+        "student is NOT clearly better",
         "chance 25.0 %",
     ):
         assert phrase in words, phrase
@@ -126,7 +128,7 @@ def test_a_run_that_has_just_begun_says_what_is_not_there_yet(tmp_path: Path) ->
         "not ended: still running, or killed",
         "0 of 60",
         "The log has no entry yet.",
-        "There are no figures: the first is due at step 60.",
+        "There are no figures: the first is due at step 200.",
         "No time was logged yet.",
         "Recipe, overrides and versions were not recorded.",
         "The run was not evaluated during training",
@@ -341,3 +343,27 @@ def test_grey_lines_are_explained_only_where_they_are(tmp_path: Path) -> None:
     assert "Thin grey lines are schedules" in curves_section(run, [], "curves")
     run.config = None  # the settings of another version: no schedule is known
     assert "grey" not in curves_section(run, [], "curves")
+
+
+def test_the_images_of_a_run_are_the_rows_of_its_index(tmp_path: Path) -> None:
+    """Names are in the index of a folder only, not in that of tars."""
+    folder = write_run(tmp_path / "run")
+    (folder / "index").mkdir()
+    np.save(folder / "index" / "index.npy", np.zeros(12345, [("offset", np.int64)]))
+    run = read_run(folder)
+    assert run.num_images == 12345
+    assert "unknown number of" not in identity_section(run, "run")
+    (folder / "index" / "index.npy").write_bytes(b"x")
+    assert "index/index.npy cannot be read" in read_run(folder).problems
+
+
+def test_logs_of_runs_of_other_settings_stay_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    write_run(tmp_path / "same", seed=1)
+    write_run(tmp_path / "other", "mask.ratio=0.6")
+    read: list[str] = []
+    real = ranges.read_records
+    monkeypatch.setattr(ranges, "read_records", lambda one: read.append(one.dir.name) or real(one))
+    assert [other.dir.name for other in ranges.finished_siblings(run, [run])] == read == ["same"]

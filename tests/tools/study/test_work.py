@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from cmtmae_scale.commands.study import list_missing
+from cmtmae_scale.config import load
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.tools.study import work
 from cmtmae_scale.tools.study.file import load_study
-from cmtmae_scale.tools.study.work import Run, plan_runs
+from cmtmae_scale.tools.study.work import Run, plan_runs, short_digest
 from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree, write_study
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,6 +57,37 @@ def test_every_row_of_a_study_that_is_shipped_can_be_run(
         for job in run.jobs:
             if job.kind in ("train", "cache"):
                 load_config(job.arguments[4], job.arguments[5:])
+
+
+def test_the_folders_of_a_study_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that is added belongs into ``ADDED``: else every study would train again."""
+    monkeypatch.chdir(ROOT)
+    runs = plan_runs(load_study("configs/studies/cpu.yaml"))
+    names = [[run.row, run.seed, run.folder.name, run.config.cache.dir] for run in runs]
+    assert short_digest(names) == "7ea01abe7750"
+
+
+def test_a_long_chain_of_rows_is_one_file_read_and_one_count_per_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deeper than Python's recursion limit."""
+    rows: dict[str, Any] = {"r0": {"settings": ["teacher.mode=cached"]}}
+    rows |= {f"r{k}": {"like": f"r{k - 1}"} for k in range(1, 1200)}
+    study = load_study(
+        write_study(tmp_path, study_tree(tmp_path) | {"rows": rows, "comparisons": []})
+    )
+    assert study.settings_of("r1199") == [*study.settings, "teacher.mode=cached"]
+    study.rows = {name: study.rows[name] for name in list(study.rows)[:20]}
+    reads: list[Any] = []
+    real = load.read_yaml
+    monkeypatch.setattr(load, "read_yaml", lambda path: reads.append(path) or real(path))
+    counts: list[Path] = []
+    monkeypatch.setattr(work, "is_complete", lambda cache: counts.append(cache) or False)
+    runs = plan_runs(study)
+    assert len(runs) == 40 and len(reads) == 1
+    text = list_missing(runs)
+    assert text.endswith("40 of 40 runs are incomplete\n") and text.count("precompute") == 40
+    assert len(counts) == len(set(counts)) == 2  # one per seed
 
 
 def test_neighbours_with_the_same_seeds_go_seed_by_seed(tmp_path: Path) -> None:

@@ -1,0 +1,453 @@
+"""Tars in object stores and on web servers, read by ranges through obstore.
+
+An address is ``s3://BUCKET/KEY``, ``gs://BUCKET/KEY`` or ``https://HOST/PATH``. Credentials, region
+and endpoint are those of the store's own environment (``AWS_...``, ``GOOGLE_...``, the role of the
+machine); an address never holds any. A store belongs to the process that opened it: its threads do
+not survive a fork.
+"""
+
+import errno
+import fnmatch
+import functools
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.addresses import find_address_problem, is_url, split_address
+from dataloading.errors import DataError, ReadError
+
+logger = logging.getLogger(__name__)
+
+IN_FLIGHT = 32
+"""Most requests for samples that a process has in flight."""
+LISTING_IN_FLIGHT = 64
+"""Most requests for headers that a process has in flight while an index is built, each for another
+tar."""
+
+_MERGED_GAP = 64 << 10  # bytes between samples up to which one request reads both
+_MERGED_BYTES = 8 << 20  # most bytes of a request for several samples
+_REQUEST = timedelta(seconds=20)  # for an answer, to its last byte
+_CONNECT = timedelta(seconds=5)
+_QUIET_RETRIES = 2  # by the client, before a failure is logged and retried as that of a file
+_QUIET = timedelta(seconds=5)
+_HUNG_S = 5.0  # in which no further request is made after one without an answer
+_FIRST_WINDOW, _LAST_WINDOW = 16 << 10, 1 << 20  # bytes of a request for headers
+_NO_ANSWER = f"no answer within {_REQUEST.seconds} s"
+_TEMPORARY = frozenset({408, 425, 429})  # statuses below 500 that may differ at the next try
+_SEPARATOR = "\t"  # in the text of a remote tar
+_STATUS = re.compile(r"status code: (\d{3}) ([A-Za-z ]+)")
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+_VARIABLES = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+}
+
+
+class RemoteTar(NamedTuple):
+    """A tar in a store, as it was listed.
+
+    Attributes:
+        url: its address.
+        size: bytes.
+        version: its ETag; where the store gives none, when it was modified; else empty.
+    """
+
+    url: str
+    size: int
+    version: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def version_number(self) -> int:
+        """Return the version in the place of a file's modification time."""
+        return int.from_bytes(hashlib.sha256(self.version.encode()).digest()[:7], "big")
+
+
+TarPlace = Path | RemoteTar
+
+
+def as_root(path: str | os.PathLike[str]) -> Path | str:
+    """Return ``data.path`` as a path; an address as it is."""
+    return os.fspath(path) if is_url(path) else Path(path)
+
+
+def place_to_text(place: TarPlace) -> str:
+    """Return the place of a tar as text, for other processes."""
+    return _SEPARATOR.join(map(str, place)) if isinstance(place, RemoteTar) else str(place)
+
+
+def place_from_text(text: str) -> TarPlace:
+    """Return the place that ``place_to_text`` was given."""
+    if not is_url(text):
+        return Path(text)
+    url, size, version = text.split(_SEPARATOR)
+    return RemoteTar(url, int(size), version)
+
+
+def require_address(url: str) -> None:
+    """Refuse an address that cannot be read, and a store without its library.
+
+    Raises:
+        DataError: for an address with credentials, of another scheme, or without obstore.
+    """
+    problem = find_address_problem(url)
+    if problem is not None:
+        raise DataError(problem)
+    if importlib.util.find_spec("obstore") is None:
+        raise DataError(
+            f"{url}: obstore is not installed; install the extra stores "
+            "(pip install 'cmtmae-scale[stores]')"
+        )
+
+
+@functools.cache
+def open_store(root: str) -> Any:
+    """Open the store of an address's scheme and bucket or host, once per process.
+
+    Raises:
+        DataError: if the variables of the store are not understood.
+    """
+    stores = importlib.import_module("obstore.store")
+    scheme, _, bucket = root.partition("://")
+    kinds = {"s3": (stores.S3Store, bucket), "gs": (stores.GCSStore, bucket)}
+    kind, place = kinds.get(scheme, (stores.HTTPStore, root))
+    # http:// is used only where the address, or the variable of the endpoint, says so.
+    client = {"timeout": _REQUEST, "connect_timeout": _CONNECT, "allow_http": True}
+    retries = {"max_retries": _QUIET_RETRIES, "retry_timeout": _QUIET}
+    try:
+        return kind(place, client_options=client, retry_config=retries)
+    except _errors() as error:
+        raise DataError(
+            f"{root}: the store cannot be opened ({type(error).__name__}); correct "
+            f"{_VARIABLES.get(scheme, 'the address')}"
+        ) from None
+
+
+def find_tars(urls: Sequence[str]) -> list[RemoteTar]:
+    """Return size and version of tars, asked for with many requests in flight.
+
+    Raises:
+        OSError: for the first that the store does not give.
+    """
+    with ThreadPoolExecutor(LISTING_IN_FLIGHT) as pool:
+        return list(pool.map(_find_tar, urls))
+
+
+def list_tars(pattern: str) -> tuple[list[RemoteTar], list[str]]:
+    """List the tars of a folder, ``s3://BUCKET/FOLDER/``, or of a pattern with ``*``, by name.
+
+    Returns:
+        The tars, and the keys of other objects there.
+
+    Raises:
+        DataError: for the address of a web server, which lists nothing.
+        OSError: if the store does not list it.
+    """
+    root, key = split_address(pattern)
+    if root.startswith("http"):
+        raise DataError(
+            f"{pattern}: a web server does not list its files; name the tars, for example "
+            "https://HOST/train-{000..146}.tar"
+        )
+    wanted = key.rstrip("/").split("/") if has_magic(key) else [*key.strip("/").split("/"), "*"]
+    wanted = [part for part in wanted if part]
+    known = next(i for i, part in enumerate(wanted) if has_magic(part))
+    prefix = "/".join(wanted[:known]) or None
+    obstore = importlib.import_module("obstore")
+    store = open_store(root)
+    try:
+        if known == len(wanted) - 1:
+            found = obstore.list_with_delimiter(store, prefix)["objects"]
+        else:
+            found = [one for some in obstore.list(store, prefix, chunk_size=1000) for one in some]
+    except _errors() as error:
+        raise _os_error(error, pattern) from None
+    tars: list[RemoteTar] = []
+    others: list[str] = []
+    for meta in sorted(found, key=lambda one: one["path"]):
+        path: str = meta["path"]
+        if not _matches(path.split("/"), wanted):
+            continue
+        if path.lower().endswith(".tar") and not path.rpartition("/")[2].startswith("."):
+            tars.append(RemoteTar(f"{root}/{path}", meta["size"], _version(meta)))
+        else:
+            others.append(path)
+    return tars, others
+
+
+def has_magic(text: str) -> bool:
+    """Return whether an address is a pattern with ``*`` or ``[...]``."""
+    return "*" in text or "[" in text
+
+
+def read_range(tar: RemoteTar, offset: int, size: int) -> Any:
+    """Read ``size`` bytes of a tar from ``offset`` on; fewer only where it ends.
+
+    Returns:
+        The bytes, as an object with the buffer protocol.
+
+    Raises:
+        OSError: if the store does not give them.
+        ReadError: if the tar is not the one that was listed.
+    """
+    end = min(offset + size, tar.size)
+    if end <= offset:
+        return b""
+    root, key = split_address(tar.url)
+    options: dict[str, Any] = {"range": (offset, end)}
+    if tar.version.startswith('"'):  # a strong ETag
+        options["if_match"] = tar.version
+    try:
+        answer = importlib.import_module("obstore").get(open_store(root), key, options=options)
+        found = RemoteTar(tar.url, answer.meta["size"], _version(answer.meta))
+        data = answer.bytes()
+    except _errors() as error:
+        if type(error).__name__ == "PreconditionError":
+            raise _changed(tar) from None
+        raise _os_error(error, tar.url) from None
+    if found != tar:
+        raise _changed(tar)
+    return data
+
+
+class HeaderReader:
+    """Reads places of a tar in ascending order, a window of it at a time; for one thread.
+
+    The window is small where headers are far apart, and grows where the tar is read nearly whole.
+    """
+
+    def __init__(self, tar: RemoteTar) -> None:
+        self.size = tar.size
+        self._tar = tar
+        self._start, self._data, self._window = 0, b"", _FIRST_WINDOW
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Read as ``os.pread``; errors are those of ``read_range``."""
+        at = offset - self._start
+        if at < 0 or at + size > len(self._data):
+            is_near = 0 <= at <= len(self._data) + self._window
+            self._window = min(2 * self._window, _LAST_WINDOW) if is_near else _FIRST_WINDOW
+            data = read_range(self._tar, offset, max(size, self._window))
+            self._start, self._data, at = offset, bytes(data), 0
+        return self._data[at : at + size]
+
+
+class StoreSource:
+    """Samples within tars of a store; ``prefetch`` has many requests in flight.
+
+    Args:
+        tars: the shards.
+        entries: rows of the index.
+        in_flight: most requests of ``prefetch`` at the same time.
+    """
+
+    def __init__(
+        self, tars: Sequence[RemoteTar], entries: NDArray[np.void], in_flight: int = IN_FLIGHT
+    ) -> None:
+        self._tars = tars
+        self._entries = entries
+        self._in_flight = in_flight
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._hung_until = 0.0
+        self._coming: dict[tuple[int, int], tuple[int, Future[memoryview]]] = {}
+
+    def prefetch(self, rows: Sequence[int]) -> None:
+        """Begin to read rows, neighbours with one request; returns at once.
+
+        Each is kept until it is read; a failure is raised then.
+        """
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._in_flight, thread_name_prefix="store")
+            wanted = [row for row in set(rows) if self._place_of(row) not in self._coming]
+            for group in merge_neighbours(self._entries, np.array(wanted, np.int64)):
+                tar, start, size = self._range_of(group)
+                future = self._pool.submit(self._fetch, tar, start, size)
+                for row in group:
+                    place = self._place_of(row)
+                    self._coming[place] = (place[1] - start, future)
+
+    def read(self, i: int) -> bytes:
+        with self._lock:
+            coming = self._coming.pop(self._place_of(i), None)
+        if coming is None:
+            return bytes(self._fetch(*self._range_of([i])))
+        at, future = coming
+        return bytes(future.result()[at : at + int(self._entries[i]["size"])])
+
+    def close(self) -> None:
+        """Drop what was prefetched; requests in flight end by themselves."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+            self._coming.clear()
+
+    def _fetch(self, tar: RemoteTar, offset: int, size: int) -> memoryview:
+        """Read a range, unless the store did not answer a moment ago.
+
+        Reads that have waited in a queue would otherwise wait for the same store one after another.
+        """
+        if time.monotonic() < self._hung_until:
+            raise OSError(errno.ETIMEDOUT, _NO_ANSWER, tar.url)
+        try:
+            return memoryview(read_range(tar, offset, size))
+        except OSError as error:
+            if error.errno == errno.ETIMEDOUT:
+                self._hung_until = time.monotonic() + _HUNG_S
+            raise
+
+    def _place_of(self, row: int) -> tuple[int, int]:
+        entry = self._entries[row]
+        return int(entry["shard"]), int(entry["offset"])
+
+    def _range_of(self, group: Sequence[int]) -> tuple[RemoteTar, int, int]:
+        """Return tar, first byte and number of bytes of rows in ascending order."""
+        first, last = self._entries[group[0]], self._entries[group[-1]]
+        start = int(first["offset"])
+        size = int(last["offset"]) + int(last["size"]) - start
+        return self._tars[int(first["shard"])], start, size
+
+
+def merge_neighbours(entries: NDArray[np.void], rows: NDArray[np.int64]) -> list[list[int]]:
+    """Group rows so that one request reads each group.
+
+    Args:
+        entries: rows of the index.
+        rows: distinct rows, in any order.
+
+    Returns:
+        Groups in the order of shard and offset; rows of a group are at most 64 KiB apart in one
+        shard, and are 8 MiB together at most, unless one row alone is more.
+    """
+    if not len(rows):
+        return []
+    chosen = entries[rows]
+    order = np.lexsort((chosen["offset"], chosen["shard"]))
+    rows, chosen = rows[order], chosen[order]
+    starts = chosen["offset"].astype(np.int64)
+    ends = starts + chosen["size"]
+    groups = [[int(rows[0])]]
+    first = 0
+    for before, here in pairwise(range(len(rows))):
+        if (
+            chosen["shard"][here] != chosen["shard"][before]
+            or starts[here] - ends[before] > _MERGED_GAP
+            or ends[here] - starts[first] > _MERGED_BYTES
+        ):
+            groups.append([])
+            first = here
+        groups[-1].append(int(rows[here]))
+    return groups
+
+
+def explain_error(error: Exception) -> tuple[int, str]:
+    """Return an ``errno`` and a short reason for an error of obstore.
+
+    Its own text holds addresses, signed ones after a redirection, and bodies of answers: nothing of
+    it is passed on but a status and the store's code.
+    """
+    text = str(error)
+    status = _STATUS.search(text)
+    if re.search(r"http://(169\.254\.|metadata\.)", text.partition("\n")[0]):
+        return errno.EACCES, "no credentials were found in the environment or for this machine"
+    if "without LOCATION" in text:
+        return errno.EPERM, "the bucket is in another region"
+    if status is not None:
+        number, code = int(status[1]), _CODE.search(text)
+        reason = f"{number} {status[2].strip()}{f', {code[1]}' if code else ''}"
+        if number in (401, 403):
+            return errno.EACCES, reason
+        if number == 404:
+            return errno.ENOENT, reason
+        is_lasting = number < 500 and number not in _TEMPORARY
+        return (errno.EPERM if is_lasting else errno.EIO), reason
+    if type(error).__name__ == "NotSupportedError":
+        return errno.EPERM, "the server does not answer requests for a range of bytes"
+    if "invalid peer certificate" in text:
+        return errno.EPERM, "the certificate of the server is not accepted"
+    if "dns error" in text:
+        return errno.EIO, "the name of the host is not found"
+    if "kind: Timeout" in text:
+        return errno.ETIMEDOUT, _NO_ANSWER
+    for mark, reason in (
+        ("kind: Connect", "the store cannot be reached"),
+        ("UnexpectedRange", "the store sent another range than that asked for"),
+        ("kind: Interrupted", "the answer ended early"),
+        ("kind: Body", "the answer ended early"),
+    ):
+        if mark in text:
+            return errno.EIO, reason
+    return errno.EIO, f"the store failed ({type(error).__name__})"
+
+
+def explain_remedy(url: str, error: OSError) -> str:
+    """Return what to correct for a lasting error of a store."""
+    scheme = url.partition("://")[0]
+    variables = _VARIABLES.get(scheme)
+    if error.errno == errno.EACCES and variables:
+        return f"set {variables} to an account that may list and read it"
+    if variables:
+        return f"correct data.path, or {variables}"
+    return "correct data.path, or serve the tars to this machine without a login"
+
+
+def _find_tar(url: str) -> RemoteTar:
+    root, key = split_address(url)
+    try:
+        meta = importlib.import_module("obstore").head(open_store(root), key)
+    except _errors() as error:
+        raise _os_error(error, url) from None
+    return RemoteTar(url, meta["size"], _version(meta))
+
+
+def _version(meta: Any) -> str:
+    """Return ETag or time of modification of an object; empty where the store gives neither."""
+    if meta["e_tag"]:
+        return str(meta["e_tag"])
+    modified = meta["last_modified"]
+    return modified.isoformat() if modified.timestamp() > 0 else ""
+
+
+def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Return whether the parts of a key match those of a pattern; ``**``: any number of parts."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return any(_matches(parts[k:], wanted[1:]) for k in range(len(parts) + 1))
+    return (
+        bool(parts) and fnmatch.fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+    )
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """Return what obstore raises."""
+    return (importlib.import_module("obstore.exceptions").BaseError, OSError, ValueError)
+
+
+def _os_error(error: Exception, url: str) -> OSError:
+    number, reason = explain_error(error)
+    return OSError(number, reason, url)
+
+
+def _changed(tar: RemoteTar) -> ReadError:
+    return ReadError(
+        f"{tar.url}: is no longer the tar that was indexed (size and ETag differ); put that tar "
+        "back, or launch again, which indexes the new one"
+    )

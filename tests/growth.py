@@ -1,0 +1,100 @@
+"""CPU time of `cmtmae study --dry-run` and `cmtmae report` as their input grows.
+
+    python tests/growth.py study 250 500 1000
+    python tests/growth.py like 250 500 1000
+    python tests/growth.py report 25000 50000 100000
+
+``study``: rows of one learning rate each, three seeds in turn, over a teacher cache that all rows
+of a seed share. ``like``: each row applies the settings of the row before. ``report``: lines of the
+log of a run with 15 logged values and an evaluation each tenth line, beside 8 finished runs of
+other settings with as many lines. Prints seconds of this process without its imports, and the
+exponent: 1 is linear.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cmtmae_scale.commands import report, study
+from cmtmae_scale.config.load import load_config
+from cmtmae_scale.tools.report import page, ranges, run  # noqa: F401  imports of a report
+from tests.tools.report.report_case import entries, write_lines, write_run
+
+RECIPE = "cpu"
+SIBLINGS = 8
+
+
+def write_study(folder: Path, rows: int, chained: bool) -> list[str]:
+    """Write a study of so many rows; returns the arguments of its dry run."""
+    own = [f"optimizer.base_lr={1e-4 * (1 + k / rows):.10f}" for k in range(rows)]
+    table: dict[str, Any] = {
+        f"row{k}": {"settings": [own[k]], "seeds": [k % 3]} for k in range(rows)
+    }
+    if chained:
+        for k in range(1, rows):
+            table[f"row{k}"]["like"] = f"row{k - 1}"
+    tree = yaml.safe_load(Path("configs/studies/cpu.yaml").read_text())
+    tree |= {"dir": str(folder / "study"), "comparisons": [], "rows": table}
+    tree["settings"] += ["teacher.mode=cached"]
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return [str(file), "--dry-run"]
+
+
+def write_logs(folder: Path, lines: int) -> list[str]:
+    """Write a run with a log of so many lines and its siblings; returns the report's arguments."""
+    for k in range(SIBLINGS + 1):
+        place = write_run(folder / f"run{k}", f"optimizer.base_lr={1e-3 * (1 + k)}")
+        write_lines(place / "log.jsonl", entries(2 * lines * 5 // 6, seed=k)[:lines])
+        exit_file = {"code": 0, "step": 10**9, "reason": "done"}
+        (place / "exit.json").write_text(json.dumps(exit_file))
+    return [str(folder / "run0")]
+
+
+def measure(prepare: Callable[[Path, int], list[str]], command: Any, size: int) -> float:
+    """Return the CPU seconds of a command on input of a size."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = prepare(Path(folder), size)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            begun = time.process_time()
+            code = command(words)
+            seconds = time.process_time() - begun
+    if code:
+        raise SystemExit(f"exit code {code}: {printed.getvalue()}")
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("study", "like", "report"))
+    parser.add_argument("sizes", nargs="+", type=int)
+    options = parser.parse_args()
+    cases = {
+        "study": (lambda folder, size: write_study(folder, size, False), study.run_study),
+        "like": (lambda folder, size: write_study(folder, size, True), study.run_study),
+        "report": (write_logs, report.write_report),
+    }
+    load_config("demo")  # what a first call imports and caches
+    before: tuple[int, float] | None = None
+    for size in options.sizes:
+        seconds = measure(*cases[options.what], size)
+        text = f"{options.what} {size}: {seconds:.2f} s"
+        if before is not None:
+            text += f", exponent {math.log(seconds / before[1]) / math.log(size / before[0]):.2f}"
+        before = size, seconds
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    main()
