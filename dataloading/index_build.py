@@ -199,7 +199,7 @@ def main() -> None:
     import signal
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # a lock of sys.stdin would be held when this process ends
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
