@@ -17,7 +17,8 @@ from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.pretraining.build import build_model
+from cmtmae_scale.pretraining.build import build_models
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.weights import read_weights
 from tests.engine.run_case import run, tensors, write_recipe
 from tests.processes import run_ranks
@@ -25,6 +26,7 @@ from tests.references import vit_mae
 from tests.references.decoders import sincos_table
 
 State = dict[str, Tensor]
+ALONE, CPU = World(0, 1, 0, 1, "none"), torch.device("cpu")
 
 
 def make_config(decoder: Any = "full", size: int = 64, **student: Any) -> Config:
@@ -300,11 +302,14 @@ def test_the_momentum_encoder_gets_the_initial_weights_too(
     state = timm_state()
     save_file(state, tmp_path / "w.safetensors")
     with caplog.at_level(logging.INFO):
-        model, average = build_model(start_config(tmp_path / "w.safetensors"), None)
-    assert average is not None
-    for name, value in average.state_dict().items():
-        assert torch.equal(value, state[name])
-        assert torch.equal(value, model.encoder.state_dict()[name])
+        models = build_models(start_config(tmp_path / "w.safetensors"), ALONE, CPU, None)
+    fragments = models.backend.fragments()
+    averages = [key for key in fragments if key.startswith("momentum.")]
+    assert len(averages) == 78
+    for key in averages:
+        name = key.removeprefix("momentum.")
+        for prefix in ("momentum.", "model.encoder."):
+            assert torch.equal(fragments[prefix + name].local, state[name].flatten())
     (line,) = [line for line in caplog.messages if "student.init_weights" in line]
     assert f"{tmp_path / 'w.safetensors'}: 78 tensors loaded, 0 resampled, 2 skipped" in line
 
@@ -329,7 +334,7 @@ def test_files_that_cannot_be_read_are_named_with_a_remedy(tmp_path: Path) -> No
     }
     for name, remedy in said.items():
         with pytest.raises(ConfigError) as caught:
-            build_model(start_config(tmp_path / name), None)
+            build_models(start_config(tmp_path / name), ALONE, CPU, None)
         assert caught.value.exit_code == EXIT_CONFIG
         assert str(caught.value).startswith(f"student.init_weights={tmp_path / name}: ")
         assert remedy in str(caught.value)
