@@ -37,11 +37,15 @@ def make_backend(
         config: checked settings.
         world: this process's rank and world size.
         device: this rank's device.
-        model: ``Blocked``, on the CPU, the same values on every rank.
-        momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
+        model: ``Blocked``, on the meta device.
+        momentum_encoder: of ``model.encoder``'s shapes, on the meta device, or ``None``.
         objective: from predictions to losses, sums over rows.
         rows: constant number of rows per step, over all ranks.
         lr_scale: factor of the learning rate of each parameter.
+
+    Returns:
+        A backend whose weights have no values yet: ``initialise_backend`` or a checkpoint, with
+        ``after_load``, gives them.
 
     Raises:
         ConfigError: if the backend is not installed, or the ranks do not fit its sharding.

@@ -47,21 +47,21 @@ from cmtmae_scale.backends.deepspeed_internals import (
     renew_compute_copies,
 )
 from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard
+from cmtmae_scale.backends.initial import ENCODER, materialise
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
 
 TESTED = "0.19"
 """Minor version of DeepSpeed whose private names ``deepspeed_internals.py`` reads."""
-ENCODER = "encoder."
 
 
 class Zero:
     """ZeRO over all ranks of the default process group.
 
     Args:
-        model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
-        momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
+        model: ``CollaborativeMAE`` or ``Classifier`` on the meta device.
+        momentum_encoder: of ``model.encoder``'s shapes, on the meta device, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: stage, precision, compilation.
@@ -100,12 +100,16 @@ class Zero:
         self.loss_scale = loss_scale * dist.get_world_size()
         self.model = model
         self.shapes = {name: tuple(one.shape) for name, one in model.named_parameters()}
-        start = {name: one.detach().clone() for name, one in model.named_parameters()}
         compile_blocks(model, settings)
         if settings.compile and momentum_encoder is not None:
             momentum_encoder.compile(dynamic=False)
+        for parameter in model.parameters():  # on the meta device; buffers keep their dtype
+            parameter.data = parameter.data.to(self.dtype)
         if self.stage == 3:
+            partition(model, device, engine_config)
             gather_by_block(model)
+        else:
+            materialise(model, device)
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory several times
             self.engine, self.optimizer, *_ = cast(
                 tuple[Any, ...],
@@ -119,12 +123,12 @@ class Zero:
         self.adamw = cast(torch.optim.AdamW, self.engine.basic_optimizer)
         start_state(self.adamw, flat_tensors(self.optimizer, self.stage))
         self.shards = locate_shards(self.optimizer, self.stage, trainable(model), dist.get_rank())
-        # ZeRO rounded its float32 values to the compute dtype, and keeps no frozen parameters.
-        for name, shard in self.shards.items():
-            values = start[name].view(-1).narrow(0, shard.offset, shard.length)
-            shard.view(shard.flat).copy_(values)
-        self.frozen = {n: start[n].to(device) for n in start if n not in self.shards}
-        renew_compute_copies(self.optimizer, self.stage)
+        # ZeRO keeps no float32 values of frozen parameters.
+        self.frozen = {
+            name: torch.zeros(shape, device=device)
+            for name, shape in self.shapes.items()
+            if name not in self.shards
+        }
         self.momentum = None
         if momentum_encoder is not None:
             self.shard_momentum(momentum_encoder, device)
@@ -138,8 +142,8 @@ class Zero:
         ranges = {n: self.shards[ENCODER + n] for n in self.averaged}
         shards = [Shard(n, own.offset, own.length) for n, own in ranges.items()]
         ema_device = ranges[self.averaged[0]].flat.device
-        module = momentum_encoder.to(device)
-        self.momentum = GatheredMomentum(module, shards, self.dtype, ema_device)
+        module = materialise(momentum_encoder.to(self.dtype), device)
+        self.momentum = GatheredMomentum(module, shards, ema_device)
 
     def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; stages 2 and 3 reduce gradients at every micro-step."""
@@ -248,6 +252,15 @@ def check_version() -> None:
             f"backend.name=deepspeed: DeepSpeed {found} is installed, but weights are read through "
             f"private names of {TESTED}.*; install the extra deepspeed, or use backend.name=fsdp"
         )
+
+
+def partition(model: nn.Module, device: torch.device, engine_config: dict[str, Any]) -> None:
+    """Allocate a model of the meta device module by module, and keep stage 3's shards of each."""
+    deepspeed.init_distributed(dist_init_required=False)
+    for module in reversed(list(model.modules())):  # those within a module come before it
+        materialise(module, device, recurse=False)
+        if next(module.parameters(recurse=False), None) is not None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=engine_config)
 
 
 def gather_by_block(model: nn.Module) -> None:

@@ -33,6 +33,7 @@ from cmtmae_scale.backends.base import (
     detached,
 )
 from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard
+from cmtmae_scale.backends.initial import materialise
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
@@ -47,8 +48,8 @@ class Fsdp:
     """FSDP2 over all ranks of the default process group.
 
     Args:
-        model: ``CollaborativeMAE`` or ``Classifier`` on the CPU, the same values on every rank.
-        momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
+        model: ``CollaborativeMAE`` or ``Classifier`` on the meta device.
+        momentum_encoder: of ``model.encoder``'s shapes, on the meta device, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: precision, sharding, compilation, activation checkpointing.
@@ -115,9 +116,8 @@ class Fsdp:
             if settings.compile:
                 encoder.compile(dynamic=False)
             self.momentum = GatheredMomentum(
-                encoder.to(device),
+                materialise(encoder.to(compute_dtype(settings)), device),
                 [Shard(n, w.offset, w.local.numel()) for n, w in zip(names, like, strict=True)],
-                compute_dtype(settings),
                 device,
                 self.mesh.get_group("shard"),
             )
@@ -197,7 +197,7 @@ class ShardedMomentum:
     """Momentum encoder of ``backend.sharding=full``, gathered block by block in its forward.
 
     Args:
-        encoder: the momentum encoder, on the CPU.
+        encoder: the momentum encoder, on the meta device.
         mesh: the student's.
         settings: precision and compilation.
         device: this rank's device.
@@ -276,7 +276,7 @@ def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> Dev
 def wrap(
     module: nn.Module, mesh: DeviceMesh, settings: BackendSettings, device: torch.device
 ) -> nn.Module:
-    """Shard groups of blocks of a module, then its other parameters.
+    """Shard groups of blocks of a module, then its other parameters; allocate the shards.
 
     Compilation comes after activation checkpointing, which is the model's own, and before sharding.
     """
@@ -285,20 +285,16 @@ def wrap(
     )
     reshard = settings.sharding == "full"
     fixed = fixed_positions(module)
-    for parameter in fixed:
-        parameter.data = parameter.data.to(device)
     compile_blocks(module, settings)
     blocks = cast(Blocked, module).transformer_blocks()
     size = 1 if reshard else BLOCKS_PER_GROUP
     for i in range(0, len(blocks), size):
         group = blocks[i : i + size]
         fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    return cast(
-        nn.Module,
-        fully_shard(
-            module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=fixed
-        ),
+    fully_shard(
+        module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=fixed
     )
+    return materialise(module, device)
 
 
 def fixed_positions(module: nn.Module) -> set[nn.Parameter]:

@@ -46,9 +46,9 @@ class GatheredMomentum:
     renews the whole encoder on every rank.
 
     Args:
-        module: the momentum encoder, on its device, in float32.
+        module: the momentum encoder, on its device, in the compute dtype; ``renew`` gives it its
+            first weights, once ``views`` have their values.
         shards: this rank's shard of every updated parameter.
-        dtype: compute dtype of the forward.
         ema_device: device of the float32 shards: that of the student's float32 weights.
         group: the ranks that share one copy of the shards; ``None``: all.
     """
@@ -57,18 +57,14 @@ class GatheredMomentum:
         self,
         module: nn.Module,
         shards: list[Shard],
-        dtype: torch.dtype,
         ema_device: torch.device,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         weights = dict(module.named_parameters())
-        values = [
-            weights[shard.name].detach().reshape(-1).narrow(0, shard.offset, shard.length)
-            for shard in shards
-        ]
-        self.ema = torch.cat(values).to(ema_device, torch.float32)
-        self.views = list(self.ema.split([shard.length for shard in shards]))
-        self.module = module.to(dtype)
+        lengths = [shard.length for shard in shards]
+        self.ema = torch.zeros(sum(lengths), device=ema_device)
+        self.views = list(self.ema.split(lengths))
+        self.module = module
         self.group = group
         table = gather_ranges(shards, group)
         self.size = len(table)
@@ -88,8 +84,8 @@ class GatheredMomentum:
         pieces.sort(key=lambda piece: piece[0])
         self.targets = [target for _, target in pieces]
         self.cuts = cut_rows([(place, target.numel()) for place, target in pieces])
-        self.device = next(module.parameters()).device
-        self.dtype = dtype
+        like = next(module.parameters())
+        self.device, self.dtype = like.device, like.dtype
 
     def update(self, weights: list[Tensor], momentum: float) -> None:
         """Update this rank's shards and renew the whole encoder; a collective.

@@ -28,6 +28,7 @@ from cmtmae_scale.backends.base import (
     detached,
 )
 from cmtmae_scale.backends.gathered_momentum import GatheredMomentum, Shard
+from cmtmae_scale.backends.initial import materialise
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 
@@ -39,8 +40,8 @@ class Plain:
     over micro-steps in float32, which gives the bits of FSDP2 without its hooks.
 
     Args:
-        model: ``CollaborativeMAE`` or ``Classifier`` on the CPU.
-        momentum_encoder: initialised as a copy of ``model.encoder``, or ``None``.
+        model: ``CollaborativeMAE`` or ``Classifier`` on the meta device.
+        momentum_encoder: of ``model.encoder``'s shapes, on the meta device, or ``None``.
         objective: from predictions to losses, sums over rows.
         optimizer: AdamW's settings.
         settings: precision and compilation.
@@ -60,7 +61,7 @@ class Plain:
         device: torch.device,
         lr_scale: LrScale = unscaled,
     ) -> None:
-        self.model = model.to(device)
+        self.model = materialise(model, device)
         self.objective = objective
         self.clip = optimizer.grad_clip
         self.loss_scale = loss_scale
@@ -87,8 +88,8 @@ class Plain:
             names = [name for name, _ in momentum_encoder.named_parameters()]
             self.encoder = [self.found[f"model.encoder.{name}"].local for name in names]
             shards = [Shard(n, 0, one.numel()) for n, one in zip(names, self.encoder, strict=True)]
-            module = momentum_encoder.to(device)
-            self.momentum = GatheredMomentum(module, shards, self.dtype, device)
+            module = materialise(momentum_encoder.to(self.dtype), device)
+            self.momentum = GatheredMomentum(module, shards, device)
             for name, view in zip(names, self.momentum.views, strict=True):
                 whole = self.found[f"model.encoder.{name}"]
                 self.found[f"momentum.{name}"] = whole._replace(local=view)

@@ -3,7 +3,7 @@
 Supported are the names of timm's VisionTransformer, of MAE's public code (timm's, with
 ``mask_token`` and ``decoder_*``) and of transformers' ViTMAE and ViT, in files and as modules.
 
-Runs once, on the CPU, before the first step of a new run.
+Runs once, before the first step of a new run.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.decoder import FullDecoder
-from cmtmae_scale.method.initialisation import sincos_positions
+from cmtmae_scale.method.initialisation import Values, sincos_positions, write_range
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.teachers.weights import SAVE_FLOATS, find_non_finite, find_other_dtype
 
@@ -61,9 +61,19 @@ T = TypeVar("T")
 class Piece(NamedTuple):
     """The value for one tensor of the model."""
 
-    value: Tensor
+    parts: list[Tensor]
+    """Joined in the first dimension."""
     names: list[str]
     """Names in the file that it is made of."""
+
+    @property
+    def value(self) -> Tensor:
+        """The whole tensor, read into memory if it has several parts."""
+        return torch.cat(self.parts) if self.parts[1:] else self.parts[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._replace(parts=[part.to("meta") for part in self.parts]).value.shape
 
 
 class InitReport(NamedTuple):
@@ -93,29 +103,58 @@ class InitReport(NamedTuple):
 def load_init_weights(
     model: CollaborativeMAE, state: Mapping[str, Tensor], file: str
 ) -> InitReport:
-    """Overwrite the encoder's weights, and those of MAE's decoder where it is configured.
+    """Overwrite the weights of a model that is not sharded, as ``match_init_weights`` says.
+
+    The model is unchanged if an error is raised.
+
+    Raises:
+        ConfigError: see there; also for values that are not finite.
+    """
+    refuse_non_finite(state, file)
+    values, report = match_init_weights(model, state, file)
+    own: dict[str, Tensor] = model.state_dict()
+    for name, pieces in values:
+        write_range(pieces, 0, own[name].view(-1))
+    return report
+
+
+def refuse_non_finite(state: Mapping[str, Tensor], file: str) -> None:
+    """Refuse tensors of ``student.init_weights`` that hold values that are not finite.
+
+    Raises:
+        ConfigError: naming file, tensor and remedy.
+    """
+    bad = find_non_finite(state)
+    if bad:
+        raise ConfigError(
+            f"student.init_weights={file}: {bad}; take a sound copy of the file, or other weights"
+        )
+
+
+def match_init_weights(
+    model: CollaborativeMAE, state: Mapping[str, Tensor], file: str
+) -> tuple[Values, InitReport]:
+    """Find the values of the encoder, and those of MAE's decoder where it is configured.
 
     A positional embedding of another square grid is resampled. The decoder is loaded as a whole or
     not at all: names, shapes and its sine-cosine positions must fit. The number of heads and the
     epsilon of norms are not in a file and cannot be compared.
 
     Args:
-        model: on the CPU, already initialised; unchanged if an error is raised.
-        state: the file's tensors under the names of timm, MAE or transformers.
+        model: only shapes are read.
+        state: the file's tensors under the names of timm, MAE or transformers; may be mapped.
         file: its name, for messages.
 
     Returns:
-        The names of the file's tensors that were loaded, resampled and skipped.
+        Values by the model's names, as views of the file's tensors, and the names of the file's
+        tensors that are loaded, resampled and skipped.
 
     Raises:
         ConfigError: for unknown names, or a tensor of the encoder that is missing, unexpected or of
-            another shape; names file, tensor, both shapes and the remedy. Also for values that are
-            not finite, and for tensors of another type, such as quantised weights.
+            another shape; names file, tensor, both shapes and the remedy. Also for tensors of
+            another type, such as quantised weights.
     """
     where = f"student.init_weights={file}"
-    bad = find_non_finite(state)
-    if bad:
-        raise ConfigError(f"{where}: {bad}; take a sound copy of the file, or other weights")
     pieces = rename_tensors(state)
     if PATCHES not in pieces:
         raise ConfigError(
@@ -135,18 +174,19 @@ def load_init_weights(
             f"{where} does not fit: {summarise_texts(found)}; {suggest_fix(own, pieces)}"
         )
     unfit = decoder_mismatch(model, own, pieces)
+    values: Values = []
     report = InitReport([], {}, {})
     for name, piece in pieces.items():
         reason = skip_reason(name, own, unfit)
         if reason:
             report.skipped.update(dict.fromkeys(piece.names, reason))
             continue
-        own[name].copy_(piece.value)
+        values.append((name, [part.detach().reshape(-1) for part in piece.parts]))
         if grids and name == POSITIONS:
             report.resampled.update(dict.fromkeys(piece.names, grids))
         else:
             report.loaded.extend(piece.names)
-    return report
+    return values, report
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> dict[str, Piece]:
@@ -157,10 +197,7 @@ def rename_tensors(state: Mapping[str, Tensor]) -> dict[str, Piece]:
         for pattern, replacement in RENAMES:
             ours = re.sub(pattern, replacement, ours)
         sources.setdefault(ours, []).append(name)
-    return {
-        ours: Piece(torch.cat([state[n] for n in names]) if names[1:] else state[names[0]], names)
-        for ours, names in sources.items()
-    }
+    return {ours: Piece([state[name] for name in names], names) for ours, names in sources.items()}
 
 
 def number_in_qkv(name: str) -> int:
@@ -178,16 +215,16 @@ def resample_positions(
     """
     rows, columns = model.encoder.grid
     piece, here = pieces.get(POSITIONS), own[POSITIONS].shape
-    if piece is None or piece.value.ndim != 3 or piece.value.shape[::2] != here[::2]:
+    if piece is None or len(piece.shape) != 3 or piece.shape[::2] != here[::2]:
         return ""
     prefix = here[1] - rows * columns
-    side = square_side(piece.value.shape[1] - prefix)
+    side = square_side(piece.shape[1] - prefix)
     if not side or (side, side) == (rows, columns):
         return ""
     table = resample_abs_pos_embed(
         piece.value.float(), [rows, columns], [side, side], num_prefix_tokens=prefix
     )
-    pieces[POSITIONS] = piece._replace(value=table)
+    pieces[POSITIONS] = piece._replace(parts=[table])
     return f"{side} x {side} to {rows} x {columns} patches"
 
 
@@ -209,10 +246,10 @@ def select_component(tensors: Mapping[str, T], *prefixes: str) -> dict[str, T]:
 def list_mismatches(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> list[str]:
     """Return why the pieces and a component of the model do not match one to one."""
     shapes = [
-        f"{' + '.join(piece.names)} is {list(piece.value.shape)}, the configured {name} "
+        f"{' + '.join(piece.names)} is {list(piece.shape)}, the configured {name} "
         f"{list(own[name].shape)}"
         for name, piece in pieces.items()
-        if name in own and piece.value.shape != own[name].shape
+        if name in own and piece.shape != own[name].shape
     ]
     missing = [f"no tensor for {name} {list(own[name].shape)}" for name in own.keys() - pieces]
     unexpected = [f"{' + '.join(pieces[name].names)} is unexpected" for name in pieces.keys() - own]
@@ -221,7 +258,7 @@ def list_mismatches(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> l
 
 def suggest_fix(own: Mapping[str, Tensor], pieces: Mapping[str, Piece]) -> str:
     """Return what to change when an encoder does not fit."""
-    here, there = own[PATCHES].shape, pieces[PATCHES].value.shape
+    here, there = own[PATCHES].shape, pieces[PATCHES].shape
     if there[:2] == here[:2] and there != here:
         return f"set student.patch_size={there[-1]}, or take a file of patches of {here[-1]} pixels"
     return (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.build import make_backend
+from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.config.derive import batch_plan, name_student, total_steps
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict
@@ -39,6 +40,7 @@ from cmtmae_scale.finetuning.classifier import (
     load_encoder,
 )
 from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, refuse_other_encoder
+from cmtmae_scale.method.initialisation import whole_values
 from cmtmae_scale.runtime.launch import World
 from dataloading.index import Index
 from dataloading.stream import Batch, Stream
@@ -99,13 +101,14 @@ class Finetuning:
         return self.sets.train.index
 
     def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:
-        config = self.config
+        config, values = self.config, None
         if saved is None:
             self.encoder, weights = self.open_encoder()
             name, sha256 = self.encoder.name, self.encoder.facts.get("sha256")
             require_equal_weights(lambda: {f"digest of {name}": sha256})
             classifier = self.build_classifier()
             load_encoder(classifier, weights, name)
+            values = whole_values(classifier)
         else:
             self.encoder = encoder_from_dict(saved["encoder"])
             if self.options != self.encoder.options:
@@ -127,16 +130,19 @@ class Finetuning:
         self.accuracy = Accuracy(
             self.build_classifier(), self.encoder, self.sets.test, config, self.world, self.device
         )
-        return make_backend(
+        backend = make_backend(
             config,
             self.world,
             self.device,
-            classifier,
+            classifier.to("meta"),
             None,
             cross_entropy,
             rows=config.train.global_batch_size,
             lr_scale=layer_scale(len(student.blocks), config.optimizer.layer_decay),
         )
+        if values is not None:
+            initialise_backend(backend, values)
+        return backend
 
     def build_classifier(self) -> Classifier:
         """Build a classifier of the run's shape with an untrained head."""

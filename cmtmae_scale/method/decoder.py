@@ -142,6 +142,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.num_prefix = num_prefix
         self.layout = layout
+        self.grid = grid
         self.grad_checkpointing = False
         self.embed = nn.Linear(student_width, width) if embed else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))

@@ -6,6 +6,8 @@ Source: docs/method.md, section "Initialisation"; MAE (arXiv 2111.06377).
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 # timm and parts of torch are only partly typed.
+import math
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -14,6 +16,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 TOKENS = ("cls_token", "reg_token", "mask_token")
+PIECE = 1 << 20
+"""Values that are drawn at a time."""
+
+Values = list[tuple[str, Iterable[Tensor]]]
+"""Names of parameters and their values: successive flat pieces on the CPU. All are read once, in
+order, and a piece may be overwritten by the next."""
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
@@ -43,26 +51,41 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def fix_positions(model: VisionTransformer) -> None:
-    """Write the sine-cosine embedding into ``pos_embed`` (zeros for the prefix) and freeze it."""
+    """Write the sine-cosine embedding into ``pos_embed`` and freeze it."""
     positions = cast(nn.Parameter, model.pos_embed).requires_grad_(False)
-    rows, columns = model.patch_embed.grid_size
-    code = sincos_positions(positions.shape[-1], (rows, columns))
     with torch.no_grad():
-        positions.zero_()
-        positions[0, positions.shape[1] - code.shape[0] :] = code
+        positions.copy_(positional_embedding(model))
+
+
+def positional_embedding(model: VisionTransformer) -> Tensor:
+    """Return the sine-cosine embedding of a model, ``[1, P + N, D]``, zeros for the prefix."""
+    shape = cast(nn.Parameter, model.pos_embed).shape
+    rows, columns = model.patch_embed.grid_size
+    code = sincos_positions(shape[-1], (rows, columns))
+    return torch.cat([code.new_zeros(shape[1] - len(code), shape[-1]), code])[None]
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
-    """Initialise every weight of a student, decoder or both as MAE does.
+    """Write ``initial_values`` into a module that is not sharded; arguments and errors as there."""
+    own = dict(module.named_parameters())
+    for name, pieces in initial_values(module, seed):
+        write_range(pieces, 0, own[name].view(-1))
+
+
+def initial_values(module: nn.Module, seed: int) -> Values:
+    """Return the initial values of every parameter of a student, decoder or both, as MAE's.
 
     Linear and patch embedding: Xavier uniform, zero bias; class, register and mask tokens: normal
     with standard deviation 0.02; norms: one and zero; layer scale: its configured value;
-    positional embeddings: fixed.
+    positional embeddings: fixed. Matrices and tokens are drawn while they are read, all from one
+    stream of random numbers, so that every rank draws the whole model, 5 ns per weight, and keeps
+    its ranges.
 
     Args:
-        module: on the CPU, any combination of this project's models.
-        seed: the same seed gives the same weights on every rank; the global random generator is
+        module: any combination of this project's models; only shapes are read, and only now, so
+            that it may be on the meta device, and sharded afterwards.
+        seed: the same seed gives the same weights in any sharding; the global random generator is
             neither read nor advanced.
 
     Raises:
@@ -71,23 +94,64 @@ def initialise(module: nn.Module, seed: int) -> None:
     Source: docs/method.md, section "Initialisation"; MAE's public code.
     """
     generator = torch.Generator().manual_seed(seed)
+    values: Values = []
     for name, part in module.named_modules():
         own = dict(part.named_parameters(recurse=False))
+        found: dict[str, Iterable[Tensor]] = {}
         if isinstance(part, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(part.weight.flatten(1), generator=generator)
+            rows, columns = part.weight.flatten(1).shape
+            bound = math.sqrt(3.0) * math.sqrt(2.0 / (rows + columns))
+            found["weight"] = draw_uniform(rows * columns, bound, generator)
             if part.bias is not None:
-                part.bias.zero_()
+                found["bias"] = [torch.zeros(rows)]
         elif isinstance(part, LayerScale):
-            part.gamma.fill_(part.init_values)
+            found["gamma"] = [torch.full((part.gamma.numel(),), part.init_values)]
         elif "norm" in type(part).__name__.lower():
             for key, value in own.items():
-                value.fill_(1.0 if key == "weight" else 0.0)
+                found[key] = [torch.full((value.numel(),), float(key == "weight"))]
         else:
             for key in TOKENS:
                 if key in own:
-                    own.pop(key).normal_(std=0.02, generator=generator)
+                    found[key] = draw_normal(own[key].numel(), 0.02, generator)
             if isinstance(part, VisionTransformer):
-                fix_positions(part)
-                own.pop("pos_embed", None)
-            if own:
-                raise TypeError(f"no rule to initialise {', '.join(own)} of {name or 'the model'}")
+                found["pos_embed"] = [positional_embedding(part).flatten()]
+        if own.keys() - found:
+            unknown = ", ".join(key for key in own if key not in found)
+            raise TypeError(f"no rule to initialise {unknown} of {name or 'the model'}")
+        values += [(f"{name}.{key}" if name else key, pieces) for key, pieces in found.items()]
+    return values
+
+
+def whole_values(module: nn.Module) -> Values:
+    """Return the values that a module has, as flat views of its memory."""
+    return [(name, [one.detach().flatten()]) for name, one in module.named_parameters()]
+
+
+def draw_uniform(count: int, bound: float, generator: torch.Generator) -> Iterator[Tensor]:
+    """Draw numbers from [-bound, bound), ``PIECE`` at a time in the same memory."""
+    memory = torch.empty(min(count, PIECE))
+    for begin in range(0, count, PIECE):
+        yield memory[: count - begin].uniform_(-bound, bound, generator=generator)
+
+
+def draw_normal(count: int, std: float, generator: torch.Generator) -> Iterator[Tensor]:
+    """Draw normal numbers in one piece: torch's numbers depend on how many are drawn at a time."""
+    yield torch.empty(count).normal_(std=std, generator=generator)
+
+
+@torch.no_grad()
+def write_range(pieces: Iterable[Tensor], offset: int, local: Tensor) -> None:
+    """Write a range of a flat tensor that comes in pieces; other values are not read.
+
+    Args:
+        pieces: the whole tensor, as in ``Values``.
+        offset: first value of the range.
+        local: 1-D memory of the range, of any dtype, on any device.
+    """
+    begin, last = 0, offset + local.numel()
+    for piece in pieces:
+        end = begin + piece.numel()
+        low, high = max(begin, offset), min(end, last)
+        if low < high:
+            local[low - offset : high - offset].copy_(piece[low - begin : high - begin])
+        begin = end

@@ -1,6 +1,5 @@
 """Data, teacher, models and stream of pre-training, from a config."""
 
-import copy
 import hashlib
 import json
 import logging
@@ -13,17 +12,18 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Objective
 from cmtmae_scale.backends.build import make_backend
+from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
 from cmtmae_scale.cache.format import manifest_text
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
-from cmtmae_scale.checkpoint.init_weights import load_init_weights
+from cmtmae_scale.checkpoint.init_weights import match_init_weights, refuse_non_finite
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, cache_folder, needs, reads_cache
 from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.method.float8 import use_float8, warn_about_emulation
-from cmtmae_scale.method.initialisation import initialise
+from cmtmae_scale.method.initialisation import Values, initial_values
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
@@ -41,7 +41,7 @@ from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
-from cmtmae_scale.teachers.weights import read_weights
+from cmtmae_scale.teachers.weights import map_weights
 from dataloading.addresses import is_url
 from dataloading.index import (
     Index,
@@ -68,20 +68,21 @@ def build_models(
     teacher: TeacherSource | None,
     resumed: bool = False,
 ) -> Models:
-    """Build student and momentum encoder, and hand them to the backend.
+    """Build student and momentum encoder, shard them with the backend, and initialise the shards.
 
     Args:
         config: checked settings.
         world: place of this process.
         device: device of this rank.
         teacher: where the teacher's views come from.
-        resumed: a checkpoint overwrites all weights, so ``student.init_weights`` is not read.
+        resumed: a checkpoint will give all weights, so none are initialised or read.
 
     Raises:
         ConfigError: settings that the models cannot meet, or an unfit ``student.init_weights``.
     """
     warn_about_emulation(config, device)
-    model, momentum_encoder = build_model(config, teacher, resumed)
+    model, momentum_encoder = build_model(config, teacher)
+    values = None if resumed else find_initial_values(config, world, model)
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
@@ -94,6 +95,8 @@ def build_models(
         make_objective(config, layout),
         rows=config.train.global_batch_size * config.mask.masks_per_view,
     )
+    if values is not None:
+        initialise_backend(backend, values)
     channels = open_channels(config, teacher, model.encoder, device)
     return Models(teacher, backend, layout, length, model.encoder.patch_side, channels)
 
@@ -259,23 +262,17 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
 
 
 def build_model(
-    config: Config, teacher: TeacherSource | None, resumed: bool = False
+    config: Config, teacher: TeacherSource | None
 ) -> tuple[CollaborativeMAE, MomentumEncoder | None]:
-    """Build student and decoder on the CPU, with equal weights on every rank, and the EMA."""
+    """Build student and decoder, and the momentum encoder, on the meta device."""
     refuse_missing_cls(config, teacher)
-    model = CollaborativeMAE(config, teacher.width if teacher else None)
-    initialise(model, config.run.seed)
-    if config.student.init_weights is not None and not resumed:
-        file = Path(config.student.init_weights)
-        on_all_ranks(lambda: load_student(model, str(file)))
-        require_equal_weights(lambda: {"digest of student.init_weights": digest(file)[:12]})
+    with torch.device("meta"):
+        model = CollaborativeMAE(config, teacher.width if teacher else None)
+        momentum_encoder = (
+            build_student(config, MomentumEncoder) if needs(config).momentum else None
+        )
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
-    if not needs(config).momentum:
-        return model, None
-    momentum_encoder = build_student(config, MomentumEncoder)
-    momentum_encoder.load_state_dict(copy.deepcopy(model.encoder.state_dict()))
-    momentum_encoder.requires_grad_(False).eval()
-    if config.momentum.precision == "fp8":
+    if momentum_encoder is not None and config.momentum.precision == "fp8":
         for block in momentum_encoder.transformer_blocks():
             use_float8(block)
     return model, momentum_encoder
@@ -295,17 +292,38 @@ def refuse_missing_cls(config: Config, teacher: TeacherSource | None) -> None:
         )
 
 
-def load_student(model: CollaborativeMAE, file: str) -> None:
-    """Load ``student.init_weights`` on every rank, and log which of its tensors were used.
+def find_initial_values(config: Config, world: World, model: CollaborativeMAE) -> Values:
+    """Return the seed's values of every parameter, then those of ``student.init_weights``.
+
+    A collective.
+
+    Raises:
+        ConfigError: on every rank, if the file cannot be used on one, or differs between ranks.
+    """
+    values = initial_values(model, config.run.seed)
+    if config.student.init_weights is not None:
+        file = Path(config.student.init_weights)
+        values += on_all_ranks(lambda: open_init_weights(model, str(file), world))
+        require_equal_weights(lambda: {"digest of student.init_weights": digest(file)[:12]})
+    return values
+
+
+def open_init_weights(model: CollaborativeMAE, file: str, world: World) -> Values:
+    """Map ``student.init_weights``, and log which of its tensors are used.
+
+    Each rank verifies its share of the tensors, so that no rank reads the whole file into memory.
 
     Raises:
         ConfigError: a file that is absent, broken, of unknown names or of another architecture.
     """
     try:
-        state = read_weights(file, "student.init_weights")
+        state = map_weights(file, "student.init_weights")
     except TeacherError as error:
         raise ConfigError(str(error)) from error
-    logger.info("student.init_weights=%s: %s", file, load_init_weights(model, state, file))
+    refuse_non_finite(dict(list(state.items())[world.rank :: world.world_size]), file)
+    values, report = match_init_weights(model, state, file)
+    logger.info("student.init_weights=%s: %s", file, report)
+    return values
 
 
 def make_objective(config: Config, layout: TokenLayout) -> Objective:

@@ -113,7 +113,24 @@ def describe_unreachable(
 
 
 def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Tensor]:
-    """Read a state dict on the CPU.
+    """Read a state dict on the CPU as ``map_weights``, and refuse values that are not finite.
+
+    Raises:
+        TeacherError: see ``map_weights``; also for values that are not finite.
+    """
+    tensors = map_weights(path, key)
+    found = find_non_finite(tensors)
+    if found:
+        raise TeacherError(
+            f"{key}={path}: {found}; take a sound copy of the file, or other weights"
+        )
+    return tensors
+
+
+def map_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Tensor]:
+    """Open a state dict on the CPU, whose values are read from the file where they are used.
+
+    Files of torch's format before 1.6 cannot be mapped, and are read.
 
     Args:
         path: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.tar`` read with
@@ -124,7 +141,7 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
 
     Raises:
         TeacherError: for a missing or unreadable file, a TorchScript archive, a pickled model, a
-            file of another kind, several encoders, no tensors in it, or values that are not finite.
+            file of another kind, several encoders, or no tensors in it.
     """
     path = Path(path)
     where = f"{key}={path}"
@@ -158,9 +175,6 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
     for name, value in tensors.items():
         if value.is_floating_point() and value.itemsize == 1:
             raise TeacherError(f"{where}: {name} is {value.dtype}; {SAVE_FLOATS}")
-    found = find_non_finite(tensors)
-    if found:
-        raise TeacherError(f"{where}: {found}; take a sound copy of the file, or other weights")
     return tensors
 
 

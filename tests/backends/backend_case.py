@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from cmtmae_scale.backends.fsdp import Fsdp
+from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.backends.plain import Plain
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.attention import collaborative_attention
-from cmtmae_scale.method.initialisation import initialise
+from cmtmae_scale.method.initialisation import initial_values, initialise
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
@@ -67,8 +68,8 @@ def make_models(config: Config) -> tuple[CollaborativeMAE, MomentumEncoder]:
 
 
 def make_backend(config: Config, kind: str) -> Any:
-    model, momentum = make_models(config)
-    layout = make_layout(config)
+    model, momentum = (one.to("meta") for one in make_models(config))
+    layout, values = make_layout(config), initial_values(model, 0)
 
     def compute(predictions: Predictions, batch: MicroBatch) -> Any:
         return objective(
@@ -77,13 +78,18 @@ def make_backend(config: Config, kind: str) -> Any:
 
     scale = 1 / (GLOBAL * config.mask.masks_per_view)
     cpu = torch.device("cpu")
+    backend: Any
+    shared = (model, momentum, compute, config.optimizer, config.backend)
     if kind == "plain":
-        return Plain(model, momentum, compute, config.optimizer, config.backend, scale, cpu)
-    if kind.startswith("zero"):
-        return make_zero(config, model, momentum, compute, scale, kind)
-    local = int(kind.removeprefix("node")) if kind.startswith("node") else 1
-    config.backend.sharding = "hybrid" if kind.startswith("node") else kind  # pyright: ignore
-    return Fsdp(model, momentum, compute, config.optimizer, config.backend, scale, cpu, local)
+        backend = Plain(*shared, scale, cpu)
+    elif kind.startswith("zero"):
+        backend = make_zero(config, model, momentum, compute, scale, kind)
+    else:
+        local = int(kind.removeprefix("node")) if kind.startswith("node") else 1
+        config.backend.sharding = "hybrid" if kind.startswith("node") else kind  # pyright: ignore
+        backend = Fsdp(*shared, scale, cpu, local)
+    initialise_backend(backend, values)
+    return backend
 
 
 def make_zero(

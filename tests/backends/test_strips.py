@@ -67,7 +67,7 @@ def renewed(few_ranks: int) -> list[float]:
         length = min(part, one.numel() - offset)
         shards.append(Shard(name, offset, length))
         values.append(torch.arange(offset, offset + length, dtype=torch.float32))
-    momentum = GatheredMomentum(module, shards, torch.float32, torch.device("cpu"))
+    momentum = GatheredMomentum(module, shards, torch.device("cpu"))
     momentum.update(values, 0.0)
     return [value for one in module.parameters() for value in one.flatten().tolist()]
 

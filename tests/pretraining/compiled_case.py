@@ -13,10 +13,12 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from cmtmae_scale.backends.build import make_backend
+from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.finetuning.augment import Examples, cross_entropy
 from cmtmae_scale.finetuning.classifier import build_classifier
+from cmtmae_scale.method.initialisation import whole_values
 from cmtmae_scale.pretraining.build import build_models, fetch_teacher
 from cmtmae_scale.pretraining.prepare import prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
@@ -86,11 +88,14 @@ def pretrain(config: Config) -> Iterator[list[float]]:
 def finetune(config: Config) -> Iterator[list[float]]:
     """Train a classifier with drop path on random pixels; yields losses."""
     model = build_classifier(StudentConfig("test_vit", 16), SIZE, classes=3, pool="mean", seed=0)
+    values, depth = whole_values(model), len(model.encoder.blocks)
+    model.to("meta")
     backend = make_backend(config, find_world(), CPU, model, None, cross_entropy, rows=BATCH)
+    initialise_backend(backend, values)
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
-        keep = torch.rand(BATCH, len(model.encoder.blocks), 2, generator=generator).round()
+        keep = torch.rand(BATCH, depth, 2, generator=generator).round()
         targets = torch.full((BATCH, 3), 1 / 3)
         examples = Examples(images, keep, targets, torch.ones(BATCH, dtype=torch.bool))
         losses = backend.micro(examples, last=True)

@@ -60,6 +60,8 @@ def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float], d
 
     The third are the diagnostics of the same micro-batch if no view of it can be decoded.
     """
+    from cmtmae_scale.backends.initial import materialise
+    from cmtmae_scale.method.initialisation import initialise
     from cmtmae_scale.method.targets import objective
     from cmtmae_scale.pretraining.build import build_model
 
@@ -74,7 +76,8 @@ def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float], d
         diagnostics = task.diagnostics
         nothing = diagnostics.measure_tokens(built, grey)
         nothing |= diagnostics.measure_gradients(built, grey)
-        model, _ = build_model(config, task.models.teacher)
+        model = materialise(build_model(config, task.models.teacher)[0], torch.device("cpu"))
+        initialise(model, config.run.seed)
         losses = objective(
             model(*micro_batch.inputs),
             micro_batch.targets,

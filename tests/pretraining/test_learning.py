@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.backends.plain import Plain
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.attention import collaborative_attention
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
+from cmtmae_scale.method.initialisation import initial_values
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, normalise
 from cmtmae_scale.pretraining.build import build_model, make_objective
@@ -41,9 +43,11 @@ def learn(tmp_path, sampler: str, alpha_target: float) -> tuple[list[float], lis
     view = teacher(batch.images[1])
     images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
     model, momentum = build_model(config, teacher)
+    values = initial_values(model, config.run.seed)
     layout = TokenLayout.from_config(config, *token_counts(LENGTH, config.mask.ratio))
     compute, cpu = make_objective(config, layout), torch.device("cpu")
     backend = Plain(model, momentum, compute, config.optimizer, config.backend, 1 / VIEWS, cpu)
+    initialise_backend(backend, values)
     curve: list[Losses] = []
     for step in range(STEPS):
         features, attention = backend.momentum_forward(images)

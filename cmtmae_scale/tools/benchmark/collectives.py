@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.build import make_backend
+from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.backends.traffic import HOP_S, Traffic, zero_traffic
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.method.initialisation import initial_values
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.table import markdown_table
 from cmtmae_scale.tools.estimate import (
@@ -132,16 +134,17 @@ def count_collectives(
     fake = nullcontext() if is_real else FakeTensorMode(allow_non_fake_inputs=True)
     with fake_group(world_size):
         with fake:
-            model, momentum = networks.model.to_empty(device="cpu"), networks.momentum
-            if momentum is not None:
-                momentum.to_empty(device="cpu").requires_grad_(False).eval()
-            for network in filter(None, (model, momentum)):
-                for tensor in (*network.parameters(), *network.buffers()):
-                    tensor.data.uniform_(-0.1, 0.1)
+            model, momentum = networks.model, networks.momentum
+            if not is_real:  # of a fake tensor ``materialise`` makes a fake tensor
+                for network in filter(None, (model, momentum)):
+                    network.to_empty(device="cpu")
+            values = initial_values(model, config.run.seed)
             work, objective = make_synthetic_work(config, model, views=1)
         cpu = torch.device("cpu")
         with patch.object(torch.utils, "swap_tensors", set_data):
             backend = make_backend(config, world, cpu, model, momentum, objective, rows=1)
+        if is_real:
+            initialise_backend(backend, values)
         with fake, CountCollectives() as counted:
             take_step(backend, work)
     return counted.traffic()

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cmtmae_scale.backends.build import make_backend
+from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.method.attention import attention_of_a_gpu
-from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.method.initialisation import initial_values
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.collectives import REPORT
 from cmtmae_scale.tools.estimate import build_meta_networks, make_synthetic_work, memory_bytes
@@ -39,15 +39,16 @@ def test_the_estimate_is_the_measured_peak(changes: list[str], tmp_path: Path) -
     assert networks.teacher is not None
     parts = memory_bytes(config, 1, networks)
     expected = sum(parts.values()) - parts["teacher"] - parts["input images"]
-    model = CollaborativeMAE(config, networks.teacher.width)
-    momentum = build_student(config, MomentumEncoder)
-    momentum.requires_grad_(False)
+    model, momentum, _ = networks
+    values = initial_values(model, 0)
     work, objective = make_synthetic_work(config, model, views)
     inputs = [work.valid, work.inputs[0], *work.inputs[1]]
-    held = [*model.parameters(), *momentum.parameters()]
-    with attention_of_a_gpu(), LiveBytes(held, inputs) as counted:
+    assert momentum is not None
+    meta = [one for net in (model, momentum) for one in (*net.parameters(), *net.buffers())]
+    with attention_of_a_gpu(), LiveBytes([], [*inputs, *meta]) as counted:
         world, cpu = World(0, 1, 0, 1, "none"), torch.device("cpu")
         backend = make_backend(config, world, cpu, model, momentum, objective, 2 * views)
+        initialise_backend(backend, values)
         counted.peak = counted.live
         for last in (False, True):
             backend.micro(work, last)
