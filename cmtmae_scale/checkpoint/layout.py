@@ -19,6 +19,7 @@ from typing import Any, cast
 from cmtmae_scale.checkpoint.chunks import INDEX, load_index
 from cmtmae_scale.checkpoint.chunks import rank_file as rank_file
 from cmtmae_scale.errors import CheckpointError, describe_store, may_pass
+from cmtmae_scale.runtime.log import progress_bar
 from cmtmae_scale.runtime.storage import digest, read_inside, read_json, require_inside, sync
 
 MANIFEST = "manifest.json"
@@ -27,6 +28,7 @@ ENCODER = "encoder.safetensors"
 LATEST = "latest"
 FORMAT = 2
 """Format of the state file; 1, which had no number, used other config keys."""
+MIB = 2**20
 TASKS = ("pre-training", "fine-tuning")
 COUNTS = {
     "progress": ("step", "position", "step0", "position0", "applied", "end_step", "horizon"),
@@ -75,13 +77,15 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """
     try:
         files = load_manifest(folder)
-        for number, (name, facts) in enumerate(sorted(files.items())):
+        for name, facts in sorted(files.items()):
             path = folder / name
             require_inside(folder, path)
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['size']}"
-            if number % share[1] == share[0] and digest(path) != facts["sha256"]:
-                return f"{name} differs from its SHA-256"
+        chosen = [n for k, n in enumerate(sorted(files)) if k % share[1] == share[0]]
+        altered = find_altered(folder, {name: files[name]["sha256"] for name in chosen})
+        if altered is not None:
+            return altered
         load_index(folder, {name: facts["size"] for name, facts in files.items()})
         if not isinstance(read_json(read_inside(folder, folder / STATE)), dict):
             return f"{STATE} is not a JSON object"
@@ -93,13 +97,26 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
 def find_altered(folder: Path, digests: Mapping[str, str]) -> str | None:
     """Return which of some files differs from its SHA-256, or cannot be read, or ``None``.
 
+    Progress is shown in MiB, since a rank's file may have many GB.
+
     Raises:
         StorageError: as ``find_damage``.
     """
+    if not digests:
+        return None
+    num_read = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal num_read
+        num_read += num_bytes
+        report_done(-(-num_read // MIB))
+
     try:
-        for name, sha256 in digests.items():
-            if digest(folder / name) != sha256:
-                return f"{name} differs from its SHA-256"
+        total = sum((folder / name).stat().st_size for name in digests)
+        with progress_bar(f"verifying {folder.name}", -(-total // MIB), "MiB") as report_done:
+            for name, sha256 in digests.items():
+                if digest(folder / name, count) != sha256:
+                    return f"{name} differs from its SHA-256"
     except OSError as error:
         return describe_unreadable(error)
     return None

@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,14 @@ def optional_write(path: Path, at_launch: bool = False) -> Iterator[None]:
         warn_unwritten(path, error)
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def digest(path: Path, report: Callable[[int], object] = lambda _: None) -> str:
+    """Return the SHA-256 of a file; ``report`` is called with the number of bytes of each block."""
+    sha256 = hashlib.sha256()
+    with path.open("rb", buffering=0) as opened:
+        while block := opened.read(2**20):
+            sha256.update(block)
+            report(len(block))
+    return sha256.hexdigest()
 
 
 def require_inside(folder: Path, path: Path) -> None:

@@ -137,10 +137,10 @@ def test_a_store_that_fails_while_checkpoints_are_read_is_tried_again(
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     failing, real = [newer], layout.digest
 
-    def digest(path: Path) -> str:
+    def digest(path: Path, report: Callable[[int], object]) -> str:
         if path.parent in failing:
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return real(path)
+        return real(path, report)
 
     monkeypatch.setattr(layout, "digest", digest)
     assert find_checkpoint(tmp_path, 0, 1) == older
