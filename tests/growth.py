@@ -1,14 +1,18 @@
-"""CPU time of `cmtmae study --dry-run` and `cmtmae report` as their input grows.
+"""CPU time of `cmtmae study --dry-run`, `cmtmae report` and a save as their input grows.
 
     python tests/growth.py study 250 500 1000
     python tests/growth.py like 250 500 1000
     python tests/growth.py report 25000 50000 100000
+    python tests/growth.py save 8 64 512
 
 ``study``: rows of one learning rate each, three seeds in turn, over a teacher cache that all rows
 of a seed share. ``like``: each row applies the settings of the row before. ``report``: lines of the
 log of a run with 15 logged values and an evaluation each tenth line, beside 8 finished runs of
-other settings with as many lines. Prints seconds of this process without its imports, and the
-exponent: 1 is linear.
+other settings with as many lines. ``save``: writers of a checkpoint that has the names of ViT-H's
+tensors and moments, but one value per row, so that names and chunks alone cost something;
+the seconds are rank 0's, which publishes the checkpoint when the other shards are there, and then
+those of the processes that it starts. Prints CPU seconds of this process without its imports, and
+the exponent: 1 is linear.
 """
 
 import argparse
@@ -17,21 +21,31 @@ import io
 import json
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from cmtmae_scale.backends.base import Fragment
+from cmtmae_scale.checkpoint.layout import folder_of
+from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.commands import report, study
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.tools.report import page, ranges, run  # noqa: F401  imports of a report
+from tests.checkpoint.save_case import state_of
 from tests.tools.report.report_case import entries, write_lines, write_run
 
 RECIPE = "cpu"
 SIBLINGS = 8
+ROWS = 5120
+"""Rows of a matrix in ViT-H's MLP."""
+BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+KINDS = ("model.encoder", "exp_avg.encoder", "exp_avg_sq.encoder", "momentum")
 
 
 def write_study(folder: Path, rows: int, chained: bool) -> list[str]:
@@ -61,6 +75,34 @@ def write_logs(folder: Path, lines: int) -> list[str]:
     return [str(folder / "run0")]
 
 
+def fragments_of(rank: int, writers: int) -> dict[str, Fragment]:
+    """Return a rank's share of the rows of every tensor, a value per row."""
+    rows = -(-ROWS // writers)
+    low = min(rank * rows, ROWS)
+    local = torch.ones(min(rows, ROWS - low))
+    names = [f"blocks.{k}.{part}.{one}" for k in range(32) for part in BLOCK for one in "wb"]
+    return {
+        f"{kind}.{name}": Fragment(low, (ROWS,), local, True) for kind in KINDS for name in names
+    }
+
+
+def measure_save(writers: int) -> float:
+    """Return the CPU seconds of rank 0 while it publishes a checkpoint; print all seconds."""
+    with tempfile.TemporaryDirectory() as place:
+        for rank in reversed(range(writers)):
+            writer = Writer(Path(place), rank, writers, 1, background=True, token=1)
+            own = fragments_of(rank, writers)
+            begun, cpu, clock = os.times(), time.process_time(), time.monotonic()
+            writer.save(1, own, state_of(1))
+            writer.settle()
+        seconds, wall, ended = time.process_time() - cpu, time.monotonic() - clock, os.times()
+        if not folder_of(Path(place), 1).exists():
+            raise SystemExit("the checkpoint was not published")
+    children = ended[2] + ended[3] - begun[2] - begun[3]
+    print(f"{wall:.2f} s by the clock, {children:.2f} s in processes of rank 0", end="; ")
+    return seconds
+
+
 def measure(prepare: Callable[[Path, int], list[str]], command: Any, size: int) -> float:
     """Return the CPU seconds of a command on input of a size."""
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +118,7 @@ def measure(prepare: Callable[[Path, int], list[str]], command: Any, size: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("study", "like", "report"))
+    parser.add_argument("what", choices=("study", "like", "report", "save"))
     parser.add_argument("sizes", nargs="+", type=int)
     options = parser.parse_args()
     cases = {
@@ -87,7 +129,8 @@ def main() -> None:
     load_config("demo")  # what a first call imports and caches
     before: tuple[int, float] | None = None
     for size in options.sizes:
-        seconds = measure(*cases[options.what], size)
+        is_save = options.what == "save"
+        seconds = measure_save(size) if is_save else measure(*cases[options.what], size)
         text = f"{options.what} {size}: {seconds:.2f} s"
         if before is not None:
             text += f", exponent {math.log(seconds / before[1]) / math.log(size / before[0]):.2f}"

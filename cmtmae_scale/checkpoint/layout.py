@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from cmtmae_scale.checkpoint.chunks import INDEX, load_index
-from cmtmae_scale.checkpoint.chunks import rank_file as rank_file
+from cmtmae_scale.checkpoint.index import INDEX, load_index
+from cmtmae_scale.checkpoint.index import rank_file as rank_file
 from cmtmae_scale.errors import CheckpointError, describe_store, may_pass
 from cmtmae_scale.runtime.log import progress_bar
 from cmtmae_scale.runtime.storage import digest, read_inside, read_json, require_inside, sync

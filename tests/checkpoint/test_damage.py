@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.checkpoint.chunks import INDEX, load_fragments
+from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.index import INDEX
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_STOPPED, CheckpointError, StorageError
 from cmtmae_scale.export.encoder import export_encoder
 from cmtmae_scale.runtime.storage import digest

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.checkpoint.chunks import INDEX, ChunkReader, load_fragments
+from cmtmae_scale.checkpoint.chunks import ChunkReader, load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.index import INDEX
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.storage import digest
 from tests.checkpoint.save_case import fragments, save
