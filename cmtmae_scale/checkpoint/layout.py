@@ -11,10 +11,10 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from cmtmae_scale.checkpoint.index import INDEX, load_index
 from cmtmae_scale.checkpoint.index import rank_file as rank_file
@@ -65,12 +65,49 @@ def format_manifest(files: dict[str, Any]) -> str:
     return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
 
-def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+class Block(NamedTuple):
+    """A range of a file's bytes that has a digest of its own."""
+
+    name: str
+    """Of the file."""
+    offset: int
+    size: int
+    """In bytes."""
+    sha256: str
+
+
+def list_blocks(files: Mapping[str, Any]) -> Iterator[Block]:
+    """Yield every block of the files of a manifest; each byte is in one block."""
+    for name, facts in sorted(files.items()):
+        size, digests = facts["size"], facts["sha256"]
+        if isinstance(digests, str):
+            yield Block(name, 0, size, digests)
+            continue
+        step = facts["block_bytes"]
+        for number, sha256 in enumerate(digests):
+            yield Block(name, step * number, min(step, size - step * number), sha256)
+
+
+def share_blocks(files: Mapping[str, Any], rank: int, world_size: int) -> list[Block]:
+    """Return the blocks that a rank verifies: equally many bytes per rank, but for a block."""
+    blocks = list(list_blocks(files))
+    total = max(1, sum(block.size for block in blocks))
+    mine: list[Block] = []
+    before = 0
+    for block in blocks:
+        middle = 2 * before + block.size  # in half bytes
+        if min(world_size - 1, middle * world_size // (2 * total)) == rank:
+            mine.append(block)
+        before += block.size
+    return mine
+
+
+def find_damage(folder: Path, hashes: bool = True) -> str | None:
     """Verify a checkpoint; return what is damaged, or ``None``.
 
     Args:
         folder: the checkpoint.
-        share: (i, n): hash every n-th file from the i-th on; all sizes are compared.
+        hashes: read all files and compare their digests; else sizes and small files alone.
 
     Raises:
         StorageError: if the store fails: whether the checkpoint is damaged is not known then.
@@ -82,8 +119,7 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
             require_inside(folder, path)
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['size']}"
-        chosen = [n for k, n in enumerate(sorted(files)) if k % share[1] == share[0]]
-        altered = find_altered(folder, {name: files[name]["sha256"] for name in chosen})
+        altered = find_altered(folder, list(list_blocks(files))) if hashes else None
         if altered is not None:
             return altered
         load_index(folder, {name: facts["size"] for name, facts in files.items()})
@@ -94,15 +130,15 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return describe_unreadable(error)
 
 
-def find_altered(folder: Path, digests: Mapping[str, str]) -> str | None:
-    """Return which of some files differs from its SHA-256, or cannot be read, or ``None``.
+def find_altered(folder: Path, blocks: Sequence[Block]) -> str | None:
+    """Return which file differs from the SHA-256 of one of some blocks, or cannot be read.
 
-    Progress is shown in MiB, since a rank's file may have many GB.
+    ``None``: none of them. Progress is shown in MiB, since a rank's file may have many GB.
 
     Raises:
         StorageError: as ``find_damage``.
     """
-    if not digests:
+    if not blocks:
         return None
     num_read = 0
 
@@ -112,10 +148,10 @@ def find_altered(folder: Path, digests: Mapping[str, str]) -> str | None:
         report_done(-(-num_read // MIB))
 
     try:
-        total = sum((folder / name).stat().st_size for name in digests)
+        total = sum(block.size for block in blocks)
         with progress_bar(f"verifying {folder.name}", -(-total // MIB), "MiB") as report_done:
-            for name, sha256 in digests.items():
-                if digest(folder / name, count) != sha256:
+            for name, offset, size, sha256 in blocks:
+                if digest(folder / name, offset, size, count) != sha256:
                     return f"{name} differs from its SHA-256"
     except OSError as error:
         return describe_unreadable(error)
@@ -177,13 +213,22 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not files.keys() >= {INDEX, STATE, ENCODER} or not all(map(is_file_name, files)):
         raise ValueError(f"{MANIFEST} does not name the files of a checkpoint")
     for name, facts in files.items():
-        if not (
-            isinstance(facts, dict)
-            and is_count(facts.get("size"))
-            and isinstance(facts.get("sha256"), str)
-        ):
+        if not (isinstance(facts, dict) and is_count(facts.get("size")) and has_digests(facts)):
             raise ValueError(f"{MANIFEST} does not give size and SHA-256 of {name}")
     return files
+
+
+def has_digests(facts: Mapping[str, Any]) -> bool:
+    """Return whether a file has one SHA-256, or one per block."""
+    digests, step = facts.get("sha256"), facts.get("block_bytes")
+    if not isinstance(digests, list):
+        return isinstance(digests, str)
+    return (
+        is_count(step)
+        and step > 0
+        and len(digests) == -(-facts["size"] // step)
+        and all(isinstance(sha256, str) for sha256 in digests)
+    )
 
 
 def is_file_name(name: str) -> bool:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BLOCK_BYTES = 2**24
+"""Bytes of a file that have a digest of their own: 16 MiB, so that ranks can share a file."""
+
+
 class Entry(NamedTuple):
     """One tensor of a file."""
 
@@ -53,7 +57,7 @@ def write_raw(path: Path, entries: Sequence[RawEntry], metadata: dict[str, str])
     """Write float32 tensors and force them to storage.
 
     Returns:
-        The file's size and SHA-256, as in a manifest.
+        The file's size and SHA-256, as in a manifest: one digest, or one per block.
 
     Raises:
         OSError: if the store refuses; a partial file may be left.
@@ -71,7 +75,7 @@ def write_raw(path: Path, entries: Sequence[RawEntry], metadata: dict[str, str])
         size = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8 bytes
-    sha256 = hashlib.sha256()
+    sha256 = BlockDigests()
     with path.open("wb") as opened:
         for data in (struct.pack("<Q", len(text)), text):
             opened.write(data)
@@ -86,4 +90,35 @@ def write_raw(path: Path, entries: Sequence[RawEntry], metadata: dict[str, str])
                 raise ValueError(f"{entry.name} has {num_bytes // 4} values, not {entry.shape}")
         opened.flush()
         os.fsync(opened.fileno())
-    return {"size": 8 + len(text) + size, "sha256": sha256.hexdigest()}
+    return sha256.facts()
+
+
+class BlockDigests:
+    """SHA-256 of each block of ``BLOCK_BYTES`` of a file that is written as a stream."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.digests: list[str] = []
+        self.block_bytes = BLOCK_BYTES
+        self.block = hashlib.sha256()
+        self.left = self.block_bytes
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Add bytes."""
+        rest = memoryview(data).cast("B")
+        self.size += len(rest)
+        while rest:
+            if not self.left:
+                self.digests.append(self.block.hexdigest())
+                self.block, self.left = hashlib.sha256(), self.block_bytes
+            part, rest = rest[: self.left], rest[self.left :]
+            self.block.update(part)
+            self.left -= len(part)
+
+    def facts(self) -> dict[str, Any]:
+        """Return size and SHA-256, for a manifest; a file of one block has one digest."""
+        last = self.block.hexdigest()
+        if not self.digests:
+            return {"size": self.size, "sha256": last}
+        blocks = [*self.digests, last]
+        return {"size": self.size, "block_bytes": self.block_bytes, "sha256": blocks}

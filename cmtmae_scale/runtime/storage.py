@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,13 +71,28 @@ def optional_write(path: Path, at_launch: bool = False) -> Iterator[None]:
         warn_unwritten(path, error)
 
 
-def digest(path: Path, report: Callable[[int], object] = lambda _: None) -> str:
-    """Return the SHA-256 of a file; ``report`` is called with the number of bytes of each block."""
+def digest(
+    path: Path,
+    offset: int = 0,
+    size: int | None = None,
+    report: Callable[[int], object] = lambda _: None,
+) -> str:
+    """Return the SHA-256 of a file, or of some of its bytes.
+
+    Args:
+        path: the file.
+        offset: first byte.
+        size: number of bytes; ``None``: up to the end.
+        report: called with the number of bytes of each piece that is read.
+    """
     sha256 = hashlib.sha256()
+    left = sys.maxsize if size is None else size
     with path.open("rb", buffering=0) as opened:
-        while block := opened.read(2**20):
-            sha256.update(block)
-            report(len(block))
+        opened.seek(offset)
+        while piece := opened.read(min(2**20, left)):
+            sha256.update(piece)
+            left -= len(piece)
+            report(len(piece))
     return sha256.hexdigest()
 
 

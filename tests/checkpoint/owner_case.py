@@ -31,9 +31,9 @@ def save_and_verify(folder: Path) -> tuple[list[str], list[str], list[str | None
         if event in ("open", "os.mkdir") and str(folder) in str(arguments[0]):
             opened.append(Path(str(arguments[0])).name)
 
-    def count(checked: Path, *share: Any) -> str | None:
+    def count(checked: Path, hashes: bool = True) -> str | None:
         examined.append(checked)
-        return find_damage(checked, *share)
+        return find_damage(checked, hashes)
 
     layout.find_damage = count
     sys.addaudithook(note)

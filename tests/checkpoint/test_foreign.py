@@ -237,6 +237,11 @@ def test_deep_json_is_damage(tmp_path: Path) -> None:
         {PART: {"size": "1", "sha256": "x"}},
         {PART: {"size": 1}},
         {PART: {"size": True, "sha256": "x"}},
+        {PART: {"size": 9, "sha256": ["x"]}},
+        {PART: {"size": 9, "sha256": ["x"], "block_bytes": 8}},
+        {PART: {"size": 9, "sha256": ["x", 3], "block_bytes": 8}},
+        {PART: {"size": 9, "sha256": ["x"], "block_bytes": 0}},
+        {PART: {"size": 9, "sha256": ["x"], "block_bytes": "9"}},
     ],
 )
 def test_a_manifest_of_wrong_types_is_damage(tmp_path: Path, files: dict[str, Any]) -> None:

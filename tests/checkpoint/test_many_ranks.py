@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint import layout, tensor_file
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.encoder_copy import copy_encoder_apart
 from cmtmae_scale.checkpoint.index import INDEX, Span, rank_file
@@ -33,8 +33,56 @@ def test_owners_write_and_rank_0_verifies_for_all(tmp_path: Path) -> None:
         assert names == ["step-00000002", "step-00000001"]
     assert first[3] == 3 and second[3] == third[3] == 0  # whole folders examined
     folder = layout.folder_of(tmp_path / "checkpoints", 1)
-    files = sorted({path.name for path in folder.iterdir()} - {layout.MANIFEST})
-    assert second[1] == files[1::3] and third[1] == files[2::3]  # each its share of the digests
+    files = layout.load_manifest(folder)
+    for rank, names in enumerate((first[1], second[1], third[1])):
+        mine = [block.name for block in layout.share_blocks(files, rank, 3)]
+        assert names[-len(mine) :] == mine  # each its share of the bytes
+        assert not rank or names == mine
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 64])
+def test_all_ranks_together_verify_each_byte_once_and_equally_many(
+    tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 64)
+    folder = save(tmp_path / "c", ranks=2)
+    files = layout.load_manifest(folder)
+    read: list[tuple[str, int]] = []
+    digest, most = layout.digest, 0
+
+    def note(path: Path, offset: int, size: int, report: Any) -> str:
+        read.extend((path.name, offset + k) for k in range(size))
+        return digest(path, offset, size, report)
+
+    monkeypatch.setattr(layout, "digest", note)
+    for rank in range(world_size):
+        before = len(read)
+        assert layout.find_altered(folder, layout.share_blocks(files, rank, world_size)) is None
+        most = max(most, len(read) - before)
+    total = sum(facts["size"] for facts in files.values())
+    assert len(read) == len(set(read)) == total
+    largest = max(block.size for block in layout.list_blocks(files))
+    assert most <= total / world_size + largest
+    last = folder / rank_file(1)
+    data = bytearray(last.read_bytes())
+    data[-1] ^= 1
+    last.write_bytes(data)
+    found = [
+        layout.find_altered(folder, layout.share_blocks(files, rank, world_size))
+        for rank in range(world_size)
+    ]
+    assert [text for text in found if text] == [f"{rank_file(1)} differs from its SHA-256"]
+
+
+def test_a_manifest_with_one_digest_per_file_still_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 64)
+    folder = save(tmp_path / "c", ranks=2)
+    assert isinstance(layout.load_manifest(folder)[rank_file(1)]["sha256"], list)
+    change(folder, layout.STATE, lambda tree: None)  # signs every file as a whole
+    assert isinstance(layout.load_manifest(folder)[rank_file(1)]["sha256"], str)
+    assert layout.find_damage(folder) is None
 
 
 def spans_of(rows: int, shards: dict[int, list[tuple[int, int]]]) -> list[Span]:
