@@ -16,9 +16,16 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint.index import INDEX, Located, Span, load_index
+from cmtmae_scale.checkpoint.replicas import broadcast_copies, find_copies
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError
-from cmtmae_scale.runtime.collectives import broadcast_text, gather_texts, is_first, on_all_ranks
+from cmtmae_scale.runtime.collectives import (
+    broadcast_text,
+    gather_texts,
+    is_first,
+    on_all_ranks,
+    own_rank,
+)
 from cmtmae_scale.runtime.storage import require_inside
 from cmtmae_scale.teachers.weights import find_non_finite
 
@@ -154,14 +161,15 @@ def share_index(folder: Path) -> dict[str, Located]:
 def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
     """Fill live fragments from a checkpoint; read only the ranges that this rank needs.
 
-    A collective.
+    Of the ranks that hold the same range one reads it, and sends it to the others: all ranks
+    together read each byte once. A collective.
 
     Raises:
         CheckpointError: if names or shapes differ; no fragment is changed then. On every rank, if
             one of them reads values that are not finite.
+        CmtMaeError: on every rank, if one of them cannot read its ranges.
     """
-    found_bad = ""
-    with ChunkReader(folder, share_index(folder)) as reader:
+    with find_copies(fragments) as copies, ChunkReader(folder, share_index(folder)) as reader:
         found, wanted = set(reader.index), set(fragments)
         if found != wanted:
             absent = sorted(wanted - found)[:3]
@@ -173,14 +181,24 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
             shape = reader.shape(key)
             if shape != own.shape:
                 raise CheckpointError(f"{folder}: {key} has shape {shape}, the model {own.shape}")
-        for key, own in fragments.items():
-            if own.local.numel():
-                values = reader.read_values(key, own.offset, own.local.numel())
-                found_bad = found_bad or find_non_finite({key: values})
-                own.local.copy_(values)
-    everyone = list(filter(None, gather_texts(found_bad)))
-    if everyone:
-        raise CheckpointError(
-            f"{folder}: {everyone[0]}; move this folder away, and the run continues from the "
-            "checkpoint before"
-        )
+        here = own_rank()
+        mine = [key for one in copies for key, rank in one.sources.items() if rank == here]
+        found_bad = on_all_ranks(lambda: read_fragments(reader, {k: fragments[k] for k in mine}))
+        everyone = list(filter(None, gather_texts(found_bad)))
+        if everyone:
+            raise CheckpointError(
+                f"{folder}: {everyone[0]}; move this folder away, and the run continues from the "
+                "checkpoint before"
+            )
+        broadcast_copies(fragments, copies)
+
+
+def read_fragments(reader: ChunkReader, fragments: Mapping[str, Fragment]) -> str:
+    """Fill fragments; returns the first tensor of which values are not finite, or nothing."""
+    found_bad = ""
+    for key, own in fragments.items():
+        if own.local.numel():
+            values = reader.read_values(key, own.offset, own.local.numel())
+            found_bad = found_bad or find_non_finite({key: values})
+            own.local.copy_(values)
+    return found_bad

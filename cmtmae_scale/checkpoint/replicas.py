@@ -1,14 +1,25 @@
-"""Verify before a save that tensors held by several ranks have the same bits on all of them."""
+"""Tensors that several ranks hold: compared before a save, read by one of the ranks at a load."""
 
+import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.errors import ReplicaError
-from cmtmae_scale.runtime.collectives import gather_texts, ranks
+from cmtmae_scale.runtime.collectives import (
+    all_ranks_agree_on_each,
+    broadcast_tensor,
+    gather_texts,
+    own_rank,
+    ranks,
+)
+from cmtmae_scale.runtime.groups import make_group
 
 
 def verify_replicas(step: int, fragments: Mapping[str, Fragment]) -> None:
@@ -74,3 +85,55 @@ def format_difference(by_rank: Mapping[int, str]) -> str:
     others = [rank for rank, sums in by_rank.items() if sums != usual]
     rest = [rank for rank in by_rank if rank not in others]
     return f"replicas on ranks {join_ranks(others)} {text} from those on {join_ranks(rest)}"
+
+
+class Copies(NamedTuple):
+    """Tensors of which some ranks, this one among them, hold the same ranges."""
+
+    sources: dict[str, int]
+    """By tensor the rank that reads it for the others."""
+    group: dist.ProcessGroup | None
+    """The ranks; ``None``: all of them, or this one alone."""
+    num_ranks: int
+
+
+@contextmanager
+def find_copies(fragments: Mapping[str, Fragment]) -> Iterator[list[Copies]]:
+    """Find which ranks hold the same ranges, and divide these among them; a collective.
+
+    With ``backend.sharding=replicate`` all ranks hold everything, with ``hybrid`` the ranks of the
+    same place in each node; with ``full`` and with ZeRO all ranks hold the frozen tensors alone.
+    """
+    names = list(fragments)
+    is_whole = all_ranks_agree_on_each(
+        [own.local.numel() == math.prod(own.shape) for own in fragments.values()]
+    )
+    everywhere = [name for name, whole in zip(names, is_whole, strict=True) if whole]
+    elsewhere = {name: fragments[name] for name in names if name not in set(everywhere)}
+    texts = gather_texts(str(hash_ranges(elsewhere)))
+    holders = [rank for rank, text in enumerate(texts) if text == texts[own_rank()]]
+    group = make_group(holders) if 1 < len(holders) < len(texts) else None
+    try:
+        yield [
+            Copies(divide(fragments, everywhere, range(len(texts))), None, len(texts)),
+            Copies(divide(fragments, list(elsewhere), holders), group, len(holders)),
+        ]
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
+
+
+def divide(
+    fragments: Mapping[str, Fragment], names: Iterable[str], holders: Sequence[int]
+) -> dict[str, int]:
+    """Return by tensor the rank that reads it: all read about equally many values."""
+    ordered = sorted(names, key=lambda name: -math.prod(fragments[name].shape))
+    return {name: holders[number % len(holders)] for number, name in enumerate(ordered)}
+
+
+def broadcast_copies(fragments: Mapping[str, Fragment], copies: Iterable[Copies]) -> None:
+    """Send what one rank has read to the ranks that hold the same range; a collective."""
+    for sources, group, num_ranks in copies:
+        for name, source in sources.items():
+            if num_ranks > 1 and fragments[name].local.numel():
+                broadcast_tensor(fragments[name].local, source, group)

@@ -5,14 +5,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.checkpoint.chunks import ChunkReader, load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.schema import Checkpoint
+from cmtmae_scale.errors import CheckpointError, CmtMaeError
 from cmtmae_scale.runtime.launch import World
-from tests.checkpoint.save_case import fragments, state_of
+from tests.checkpoint.save_case import fragments, state_of, values
 
 
 def save_and_verify(folder: Path) -> tuple[list[str], list[str], list[str | None], int]:
@@ -60,3 +63,49 @@ def save_and_verify(folder: Path) -> tuple[list[str], list[str], list[str | None
     after = find_checkpoint(root, rank, size)
     names = [None if found is None else found.name for found in (before, after)]
     return written, read, names, len(examined)
+
+
+def load_counted(folder: Path, cases: list[int]) -> list[tuple[int, int, bool, str]]:
+    """Load on ranks of which some hold the same shard, and all one tensor whole.
+
+    Args:
+        folder: a checkpoint.
+        cases: numbers of different shards.
+
+    Returns:
+        By case: values that this rank read and holds, whether all are right, and the error of a
+        second load, of which rank 1 cannot read its share.
+    """
+    rank, results = dist.get_rank(), []
+    read: list[int] = []
+    read_values = ChunkReader.read_values
+
+    def count(self: ChunkReader, key: str, offset: int, length: int) -> torch.Tensor:
+        read.append(length)
+        return read_values(self, key, offset, length)
+
+    def refuse(self: ChunkReader, key: str, *rest: int) -> torch.Tensor:
+        if rank == 1:
+            raise CheckpointError(f"{key}: not there")
+        return read_values(self, key, *rest)
+
+    for shards in cases:
+        blank = fragments(shards, rank % shards, fill=False)
+        blank["model.decoder.b"] = fragments(fill=False)["model.decoder.b"]
+        read.clear()
+        ChunkReader.read_values = count
+        load_fragments(folder, blank)
+        is_right = all(
+            torch.equal(own.local, values(key)[own.offset : own.offset + own.local.numel()])
+            for key, own in blank.items()
+        )
+        ChunkReader.read_values = refuse
+        error = ""
+        try:
+            load_fragments(folder, blank)
+        except CmtMaeError as raised:
+            error = str(raised)
+        held = sum(own.local.numel() for own in blank.values())
+        results.append((sum(read), held, is_right, error))
+    ChunkReader.read_values = read_values
+    return results

@@ -16,7 +16,7 @@ from cmtmae_scale.checkpoint.encoder_copy import copy_encoder_apart
 from cmtmae_scale.checkpoint.index import INDEX, Span, rank_file
 from cmtmae_scale.checkpoint.shards import ENCODERS, Shard, build_index, hash_shapes, write_encoder
 from cmtmae_scale.errors import CheckpointError
-from tests.checkpoint.owner_case import save_and_verify
+from tests.checkpoint.owner_case import load_counted, save_and_verify
 from tests.checkpoint.save_case import fragments, save, values
 from tests.checkpoint.test_foreign import change
 from tests.processes import run_ranks
@@ -38,6 +38,21 @@ def test_owners_write_and_rank_0_verifies_for_all(tmp_path: Path) -> None:
         mine = [block.name for block in layout.share_blocks(files, rank, 3)]
         assert names[-len(mine) :] == mine  # each its share of the bytes
         assert not rank or names == mine
+
+
+@pytest.mark.gloo
+def test_what_several_ranks_hold_is_read_once_and_sent_to_the_others(tmp_path: Path) -> None:
+    """37 values, of which every rank holds the 7 of a frozen tensor whole."""
+    folder = save(tmp_path / "c", ranks=2)
+    held_by_shards = {1: 4 * 37, 2: 2 * 37 + 2 * 7, 4: 37 + 3 * 7}  # replicate, hybrid, full
+    by_rank = run_ranks(4, load_counted, folder, list(held_by_shards))
+    for results, expected in zip(zip(*by_rank, strict=True), held_by_shards.values(), strict=True):
+        assert all(is_right for _, _, is_right, _ in results)
+        assert sum(held for _, held, _, _ in results) == expected  # was read before
+        assert sum(read for read, _, _, _ in results) == 37
+        assert max(read for read, _, _, _ in results) <= 15
+        for rank, (_, _, _, error) in enumerate(results):
+            assert error.endswith(": not there") and error.startswith("rank 1: ") == (rank != 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 64])
