@@ -39,10 +39,9 @@ from cmtmae_scale.runtime.collectives import (
 )
 from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
-from cmtmae_scale.teachers.weights import read_weights
+from cmtmae_scale.teachers.weights import digest_weights, read_weights
 from dataloading.addresses import is_url
 from dataloading.index import Index, load_or_build, open_kept
 from dataloading.mixing import require_mixed
@@ -241,7 +240,7 @@ def build_model(
     if config.student.init_weights is not None and not resumed:
         file = Path(config.student.init_weights)
         on_all_ranks(lambda: load_student(model, str(file)))
-        require_equal_weights(lambda: {"digest of student.init_weights": digest(file)[:12]})
+        require_equal_weights(lambda: {"digest of student.init_weights": digest_weights(file)[:12]})
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     if not needs(config).momentum:
         return model, None

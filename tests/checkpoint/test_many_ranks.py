@@ -104,7 +104,11 @@ def spans_of(rows: int, shards: dict[int, list[tuple[int, int]]]) -> list[Span]:
     """The index of one tensor from offset and length of its chunks by rank."""
     shapes = {"w": (rows,)}
     sealed = {
-        rank: Shard({}, hash_shapes(shapes), np.array([(0, *chunk) for chunk in chunks]))
+        rank: Shard(
+            {},
+            hash_shapes(shapes),
+            np.array([(0, *chunk) for chunk in chunks], np.int64).reshape(-1, 3),
+        )
         for rank, chunks in shards.items()
     }
     return [Span(*span) for span in build_index(sealed, shapes)["w"]["chunks"]]
