@@ -28,8 +28,8 @@ SPARE_FILES = 64
 """Descriptors that are left for anything but shards."""
 
 
-class KilledError(Exception):
-    """The process ended by a signal."""
+class ProcessError(Exception):
+    """The process could not be started, or ended without an answer."""
 
 
 def copy_encoder_apart(
@@ -49,22 +49,25 @@ def copy_encoder_apart(
     Raises:
         OSError: if the store refuses.
         CheckpointError: if a shard has other chunks than the index.
-        KilledError: if the process was ended from outside.
+        ProcessError: if the process could not be started, was killed, or failed otherwise.
     """
     words = json.dumps([str(folder), str(file), prefix, dict(metadata)])
-    done = subprocess.run(
-        # Neither the user's environment nor site-packages: the standard library alone.
-        [sys.executable, "-I", "-S", "-c", CHILD],
-        input=words,
-        capture_output=True,
-        text=True,
-        start_new_session=True,  # a signal to the group of the ranks is none to this process
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            # Neither the user's environment nor site-packages: the standard library alone.
+            [sys.executable, "-I", "-S", "-c", CHILD],
+            input=words,
+            capture_output=True,
+            text=True,
+            start_new_session=True,  # a signal to the group of the ranks is none to this process
+            check=False,
+        )
+    except OSError as error:
+        raise ProcessError(str(error)) from error
     if done.returncode < 0:
-        raise KilledError(f"signal {-done.returncode}")
+        raise ProcessError(f"ended by signal {-done.returncode}")
     if done.returncode:
-        raise RuntimeError(f"the process that copies the encoder failed: {done.stderr}")
+        raise ProcessError(done.stderr.strip().rpartition("\n")[2])
     found = json.loads(done.stdout)
     if "errno" in found:
         raise OSError(found["errno"], found["error"], found["file"])

@@ -8,11 +8,11 @@ written and holds the reason.
 
 import hashlib
 import json
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cmtmae_scale.checkpoint.chunks import ChunkReader, HostChunk
-from cmtmae_scale.checkpoint.encoder_copy import KilledError, copy_encoder_apart
+from cmtmae_scale.checkpoint.encoder_copy import ProcessError, copy_encoder_apart
 from cmtmae_scale.checkpoint.index import INDEX
 from cmtmae_scale.checkpoint.layout import (
     ENCODER,
@@ -35,6 +35,8 @@ from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.config.derive import SIZES
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.storage import read_inside, read_json, sync, write_atomic
+
+logger = logging.getLogger(__name__)
 
 DONE, FAILED = ".done", ".failed"
 ENCODERS = {"student": "model.encoder.", "momentum": "momentum."}
@@ -169,9 +171,15 @@ def add_encoder(draft: Path, num_shards: int) -> dict[str, Any]:
     shards are copied by another process (``encoder_copy.py``).
     """
     if num_shards > 1:
-        with suppress(KilledError):  # else copied here: a save at a stop must not fail
-            return copy_encoder_apart(
-                draft, draft / ENCODER, ENCODERS["student"], encoder_metadata(draft)
+        prefix, metadata = ENCODERS["student"], encoder_metadata(draft)
+        try:
+            return copy_encoder_apart(draft, draft / ENCODER, prefix, metadata)
+        except ProcessError as error:
+            logger.warning(
+                "the process that copies the encoder of a checkpoint failed (%s); a thread of "
+                "rank 0 copies it, which may delay steps meanwhile; see that this node has memory "
+                "and processes left",
+                error,
             )
     return write_encoder(draft, draft / ENCODER, "student")
 
@@ -211,8 +219,8 @@ def encoder_metadata(folder: Path) -> dict[str, str]:
 
 def mark_shard_done(draft: Path, rank: int, shard: Shard) -> None:
     """Publish that a rank's shard is on storage."""
-    mark = shard._replace(chunks=shard.chunks.ravel().tolist())
-    write_atomic(draft / (rank_file(rank) + DONE), json.dumps(mark))
+    mark = json.dumps([shard.facts, shard.tensors, shard.chunks.ravel().tolist()])
+    write_atomic(draft / (rank_file(rank) + DONE), mark)
 
 
 def read_mark(path: Path) -> Shard:

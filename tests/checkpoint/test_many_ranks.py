@@ -1,7 +1,7 @@
 """What a checkpoint costs does not grow with the number of ranks that own nothing."""
 
 import json
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmtmae_scale.checkpoint import layout, tensor_file
+from cmtmae_scale.checkpoint import encoder_copy, layout, tensor_file
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.encoder_copy import copy_encoder_apart
 from cmtmae_scale.checkpoint.index import INDEX, Span, rank_file
@@ -158,36 +158,45 @@ def test_the_process_that_copies_the_encoder_writes_the_same_file(tmp_path: Path
     folder = save(tmp_path / "c", ranks=4)
     write_encoder(folder, tmp_path / "here.safetensors", "student")
     assert (folder / layout.ENCODER).read_bytes() == (tmp_path / "here.safetensors").read_bytes()
-    whole = subprocess.run
-
-    def few_files(words: list[str], **more: Any) -> Any:
-        words[-1] = f"import resource; resource.setrlimit(7, (66, 66)); {words[-1]}"
-        return whole(words, **more)
-
+    few_files = f"import resource; resource.setrlimit(7, (66, 66)); {encoder_copy.CHILD}"
     with pytest.MonkeyPatch.context() as patch:  # two shards stay open, the others are reopened
-        patch.setattr(subprocess, "run", few_files)
+        patch.setattr(encoder_copy, "CHILD", few_files)
         copy_encoder_apart(folder, tmp_path / "few.safetensors", ENCODERS["student"], METADATA)
     assert (folder / layout.ENCODER).read_bytes() == (tmp_path / "few.safetensors").read_bytes()
 
 
-def test_a_copy_of_the_encoder_that_fails_or_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "ended by signal 9"),
+        ("import torch", "No module named 'torch'"),
+    ],
+)
+def test_rank_0_copies_the_encoder_itself_where_the_process_fails(
+    tmp_path: Path,
+    code: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(encoder_copy, "CHILD", code)
     folder = save(tmp_path / "c", ranks=2)
-    prefix, whole = ENCODERS["student"], subprocess.run
+    assert reason in caplog.text and "rank 0 copies it" in caplog.text
+    assert torch.equal(load_file(folder / layout.ENCODER)["w"].view(-1), values("model.encoder.w"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "none"))
+    save(tmp_path / "d", ranks=2)
+    assert "No such file" in caplog.messages[-1]
+
+
+def test_a_copy_of_the_encoder_that_the_store_or_a_shard_refuses(tmp_path: Path) -> None:
+    folder = save(tmp_path / "c", ranks=2)
+    prefix = ENCODERS["student"]
     with pytest.raises(FileNotFoundError) as raised:
         copy_encoder_apart(folder, tmp_path / "no" / "x", prefix, METADATA)
     assert raised.value.filename == str(tmp_path / "no" / "x")
     (folder / rank_file(1)).write_bytes((folder / rank_file(0)).read_bytes())
     with pytest.raises(CheckpointError, match=r"model\.encoder\.w@8"):
         copy_encoder_apart(folder, tmp_path / "x", prefix, METADATA)
-
-    def killed(words: list[str], **more: Any) -> Any:
-        return whole([*words[:-1], "import os; os.kill(os.getpid(), 9)"], **more)
-
-    monkeypatch.setattr(subprocess, "run", killed)
-    again = save(tmp_path / "d", ranks=2)  # rank 0 copies it itself
-    assert torch.equal(load_file(again / layout.ENCODER)["w"].view(-1), values("model.encoder.w"))
 
 
 def test_an_index_with_one_entry_per_chunk_still_loads(tmp_path: Path) -> None:
