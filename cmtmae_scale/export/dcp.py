@@ -13,7 +13,7 @@ from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.export.encoder import Exported, timm_call
 from cmtmae_scale.export.origin import Weights, open_origin
 from cmtmae_scale.export.place import default_output, publish
-from cmtmae_scale.teachers.dcp import read_dcp
+from cmtmae_scale.teachers.dcp import read_dcp, without_group
 
 
 def export_dcp(place: Path, output: Path | None, weights: Weights) -> Exported:
@@ -36,7 +36,8 @@ def export_dcp(place: Path, output: Path | None, weights: Weights) -> Exported:
     output = output or default_output(origin, "dcp")
     tensors = origin.tensors(ENCODERS[weights])
     with publish(output) as draft:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(draft), no_dist=True)
+        with without_group():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(draft), no_dist=True)
         found = read_dcp(draft)
         if found.keys() != tensors.keys() or not all(
             torch.equal(found[name].view(torch.int32), value.view(torch.int32))

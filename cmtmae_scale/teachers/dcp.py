@@ -7,8 +7,10 @@ chunk. ``FileSystemReader`` unpickles anything there; here only the classes that
 import math
 import pathlib
 import pickle
+import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,14 @@ class Reader(dcp.FileSystemReader):
         return found
 
 
+@contextmanager
+def without_group() -> Iterator[None]:
+    """Call DCP with ``no_dist=True`` in the block: it would warn that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
 def read_dcp(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a folder on the CPU, without those of an optimizer.
 
@@ -100,7 +110,8 @@ def read_dcp(folder: Path) -> dict[str, Tensor]:
         name: torch.zeros(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with without_group():
+        dcp.load(state, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
