@@ -25,6 +25,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +89,26 @@ def fragments_of(rank: int, writers: int) -> dict[str, Fragment]:
 
 def measure_save(writers: int) -> float:
     """Return the CPU seconds of rank 0 while it publishes a checkpoint; print all seconds."""
+
+    def write(place: str, rank: int) -> None:
+        writer = Writer(Path(place), rank, writers, 1, background=True, token=1)
+        writer.save(1, fragments_of(rank, writers), state_of(1))
+        writer.settle()
+
     with tempfile.TemporaryDirectory() as place:
-        for rank in reversed(range(writers)):
-            writer = Writer(Path(place), rank, writers, 1, background=True, token=1)
-            own = fragments_of(rank, writers)
-            begun, cpu, clock = os.times(), time.process_time(), time.monotonic()
-            writer.save(1, own, state_of(1))
-            writer.settle()
-        seconds, wall, ended = time.process_time() - cpu, time.monotonic() - clock, os.times()
+        for rank in range(1, writers):
+            write(place, rank)
+        begun = os.times()
+        write(place, 0)
+        ended = os.times()
         if not folder_of(Path(place), 1).exists():
             raise SystemExit("the checkpoint was not published")
-    children = ended[2] + ended[3] - begun[2] - begun[3]
-    print(f"{wall:.2f} s by the clock, {children:.2f} s in processes of rank 0", end="; ")
-    return seconds
+    user, system, child_user, child_system, clock = (
+        after - before for before, after in zip(begun, ended, strict=True)
+    )
+    children = child_user + child_system
+    print(f"{clock:.2f} s by the clock, {children:.2f} s in processes of rank 0", end="; ")
+    return user + system
 
 
 def measure(prepare: Callable[[Path, int], list[str]], command: Any, size: int) -> float:
@@ -117,20 +125,20 @@ def measure(prepare: Callable[[Path, int], list[str]], command: Any, size: int) 
 
 
 def main() -> None:
+    cases: dict[str, Callable[[int], float]] = {
+        "study": partial(measure, partial(write_study, chained=False), study.run_study),
+        "like": partial(measure, partial(write_study, chained=True), study.run_study),
+        "report": partial(measure, write_logs, report.write_report),
+        "save": measure_save,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("study", "like", "report", "save"))
+    parser.add_argument("what", choices=tuple(cases))
     parser.add_argument("sizes", nargs="+", type=int)
     options = parser.parse_args()
-    cases = {
-        "study": (lambda folder, size: write_study(folder, size, False), study.run_study),
-        "like": (lambda folder, size: write_study(folder, size, True), study.run_study),
-        "report": (write_logs, report.write_report),
-    }
     load_config("demo")  # what a first call imports and caches
     before: tuple[int, float] | None = None
     for size in options.sizes:
-        is_save = options.what == "save"
-        seconds = measure_save(size) if is_save else measure(*cases[options.what], size)
+        seconds = cases[options.what](size)
         text = f"{options.what} {size}: {seconds:.2f} s"
         if before is not None:
             text += f", exponent {math.log(seconds / before[1]) / math.log(size / before[0]):.2f}"

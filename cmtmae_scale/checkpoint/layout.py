@@ -224,7 +224,7 @@ def has_digests(facts: Mapping[str, Any]) -> bool:
     if not isinstance(digests, list):
         return isinstance(digests, str)
     return (
-        is_count(step)
+        type(step) is int
         and step > 0
         and len(digests) == -(-facts["size"] // step)
         and all(isinstance(sha256, str) for sha256 in digests)

@@ -6,7 +6,8 @@ Programs on FSDP2, such as torchtitan, load the folder into shards of any layout
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.errors import CheckpointError
@@ -37,7 +38,7 @@ def export_dcp(place: Path, output: Path | None, weights: Weights) -> Exported:
     tensors = origin.tensors(ENCODERS[weights])
     with publish(output) as draft:
         with without_group():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(draft), no_dist=True)
+            save(tensors, storage_writer=FileSystemWriter(draft), no_dist=True)
         found = read_dcp(draft)
         if found.keys() != tensors.keys() or not all(
             torch.equal(found[name].view(torch.int32), value.view(torch.int32))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from cmtmae_scale.runtime.storage import require_inside
 from dataloading.files import open_regular
@@ -57,7 +57,7 @@ class MetadataUnpickler(pickle.Unpickler):
         return found
 
 
-class Reader(dcp.FileSystemReader):
+class Reader(filesystem.FileSystemReader):
     """Reads files of one folder alone."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -111,7 +111,7 @@ def read_dcp(folder: Path) -> dict[str, Tensor]:
         for name, entry in stored.items()
     }
     with without_group():
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 

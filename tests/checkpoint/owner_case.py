@@ -84,10 +84,10 @@ def load_counted(folder: Path, cases: list[int]) -> list[tuple[int, int, bool, s
         read.append(length)
         return read_values(self, key, offset, length)
 
-    def refuse(self: ChunkReader, key: str, *rest: int) -> torch.Tensor:
+    def refuse(self: ChunkReader, key: str, offset: int, length: int) -> torch.Tensor:
         if rank == 1:
             raise CheckpointError(f"{key}: not there")
-        return read_values(self, key, *rest)
+        return read_values(self, key, offset, length)
 
     for shards in cases:
         blank = fragments(shards, rank % shards, fill=False)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
@@ -38,7 +40,7 @@ def test_a_programs_model_loads_the_folder_and_the_next_run_starts_from_it(
     theirs = eval(call, {"timm": timm})
     state = {name: torch.zeros_like(value) for name, value in theirs.state_dict().items()}
     with without_group():
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        load(state, checkpoint_id=folder, no_dist=True)
     theirs.load_state_dict(state, strict=True)
     with ChunkReader(layout.folder_of(run_dir / "checkpoints", STEPS)) as reader:
         for name, value in state.items():
@@ -51,7 +53,7 @@ def test_a_programs_model_loads_the_folder_and_the_next_run_starts_from_it(
 
 def write(folder: Path, state: dict[str, Any]) -> Path:
     with without_group():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+        save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
     return folder
 
 
