@@ -210,7 +210,8 @@ class Zero:
 
     def replicated(self, tensor: Tensor) -> Fragment:
         """Return the fragment of a tensor that every rank holds and rank 0 writes."""
-        return Fragment(0, tuple(tensor.shape), tensor.view(-1), dist.get_rank() == 0)
+        is_first = dist.get_rank() == 0
+        return Fragment(0, tuple(tensor.shape), tensor.view(-1), is_first, dist.group.WORLD)
 
     def after_load(self, step: int) -> None:
         set_step(self.adamw, step)

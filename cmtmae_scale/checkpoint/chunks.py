@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.checkpoint.index import INDEX, Located, Span, load_index
-from cmtmae_scale.checkpoint.replicas import broadcast_copies, find_copies
+from cmtmae_scale.checkpoint.replicas import broadcast_copies, choose_readers
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.collectives import (
@@ -169,7 +169,7 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
             one of them reads values that are not finite.
         CmtMaeError: on every rank, if one of them cannot read its ranges.
     """
-    with find_copies(fragments) as copies, ChunkReader(folder, share_index(folder)) as reader:
+    with ChunkReader(folder, share_index(folder)) as reader:
         found, wanted = set(reader.index), set(fragments)
         if found != wanted:
             absent = sorted(wanted - found)[:3]
@@ -181,16 +181,16 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
             shape = reader.shape(key)
             if shape != own.shape:
                 raise CheckpointError(f"{folder}: {key} has shape {shape}, the model {own.shape}")
-        here = own_rank()
-        mine = [key for one in copies for key, rank in one.sources.items() if rank == here]
-        found_bad = on_all_ranks(lambda: read_fragments(reader, {k: fragments[k] for k in mine}))
+        readers = choose_readers(fragments)
+        mine = {key: fragments[key] for key, rank in readers.items() if rank == own_rank()}
+        found_bad = on_all_ranks(lambda: read_fragments(reader, mine))
         everyone = list(filter(None, gather_texts(found_bad)))
         if everyone:
             raise CheckpointError(
                 f"{folder}: {everyone[0]}; move this folder away, and the run continues from the "
                 "checkpoint before"
             )
-        broadcast_copies(fragments, copies)
+        broadcast_copies(fragments, readers)
 
 
 def read_fragments(reader: ChunkReader, fragments: Mapping[str, Fragment]) -> str:

@@ -3,23 +3,14 @@
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.errors import ReplicaError
-from cmtmae_scale.runtime.collectives import (
-    all_ranks_agree_on_each,
-    broadcast_tensor,
-    gather_texts,
-    own_rank,
-    ranks,
-)
-from cmtmae_scale.runtime.groups import make_group
+from cmtmae_scale.runtime.collectives import broadcast_tensor, gather_texts, own_rank, ranks
 
 
 def verify_replicas(step: int, fragments: Mapping[str, Fragment]) -> None:
@@ -87,53 +78,25 @@ def format_difference(by_rank: Mapping[int, str]) -> str:
     return f"replicas on ranks {join_ranks(others)} {text} from those on {join_ranks(rest)}"
 
 
-class Copies(NamedTuple):
-    """Tensors of which some ranks, this one among them, hold the same ranges."""
+def choose_readers(fragments: Mapping[str, Fragment]) -> dict[str, int]:
+    """Return by tensor the rank that reads it at a load, for all ranks that hold the same range.
 
-    sources: dict[str, int]
-    """By tensor the rank that reads it for the others."""
-    group: dist.ProcessGroup | None
-    """The ranks; ``None``: all of them, or this one alone."""
-    num_ranks: int
-
-
-@contextmanager
-def find_copies(fragments: Mapping[str, Fragment]) -> Iterator[list[Copies]]:
-    """Find which ranks hold the same ranges, and divide these among them; a collective.
-
-    With ``backend.sharding=replicate`` all ranks hold everything, with ``hybrid`` the ranks of the
-    same place in each node; with ``full`` and with ZeRO all ranks hold the frozen tensors alone.
+    These ranks take turns, from the largest tensor to the smallest, so that all read about equally
+    many values at the same time.
     """
-    names = list(fragments)
-    is_whole = all_ranks_agree_on_each(
-        [own.local.numel() == math.prod(own.shape) for own in fragments.values()]
-    )
-    everywhere = [name for name, whole in zip(names, is_whole, strict=True) if whole]
-    elsewhere = {name: fragments[name] for name in names if name not in set(everywhere)}
-    texts = gather_texts(str(hash_ranges(elsewhere)))
-    holders = [rank for rank, text in enumerate(texts) if text == texts[own_rank()]]
-    group = make_group(holders) if 1 < len(holders) < len(texts) else None
-    try:
-        yield [
-            Copies(divide(fragments, everywhere, range(len(texts))), None, len(texts)),
-            Copies(divide(fragments, list(elsewhere), holders), group, len(holders)),
-        ]
-    finally:
-        if group is not None:
-            dist.destroy_process_group(group)
+    turns: Counter[dist.ProcessGroup | None] = Counter()
+    readers: dict[str, int] = {}
+    for name in sorted(fragments, key=lambda name: -math.prod(fragments[name].shape)):
+        group = fragments[name].copies
+        holders = [own_rank()] if group is None else dist.get_process_group_ranks(group)
+        readers[name] = holders[turns[group] % len(holders)]
+        turns[group] += 1
+    return readers
 
 
-def divide(
-    fragments: Mapping[str, Fragment], names: Iterable[str], holders: Sequence[int]
-) -> dict[str, int]:
-    """Return by tensor the rank that reads it: all read about equally many values."""
-    ordered = sorted(names, key=lambda name: -math.prod(fragments[name].shape))
-    return {name: holders[number % len(holders)] for number, name in enumerate(ordered)}
-
-
-def broadcast_copies(fragments: Mapping[str, Fragment], copies: Iterable[Copies]) -> None:
+def broadcast_copies(fragments: Mapping[str, Fragment], readers: Mapping[str, int]) -> None:
     """Send what one rank has read to the ranks that hold the same range; a collective."""
-    for sources, group, num_ranks in copies:
-        for name, source in sources.items():
-            if num_ranks > 1 and fragments[name].local.numel():
-                broadcast_tensor(fragments[name].local, source, group)
+    for name, reader in readers.items():
+        own = fragments[name]
+        if own.copies is not None and ranks(own.copies) > 1 and own.local.numel():
+            broadcast_tensor(own.local, reader, own.copies)

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
@@ -104,15 +104,6 @@ def all_ranks_agree(mine: bool) -> bool:
     with waiting():
         dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag.item())
-
-
-def all_ranks_agree_on_each(mine: Sequence[bool]) -> list[bool]:
-    """Return which of some flags are true on every rank; equally many on each. A collective."""
-    flags = torch.tensor(mine, dtype=torch.uint8)
-    if ranks() > 1:
-        with waiting():
-            dist.all_reduce(flags, dist.ReduceOp.MIN)
-    return [bool(flag) for flag in flags]
 
 
 def broadcast_tensor(values: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:

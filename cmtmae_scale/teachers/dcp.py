@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -82,10 +83,17 @@ class Reader(filesystem.FileSystemReader):
 
 @contextmanager
 def without_group() -> Iterator[None]:
-    """Call DCP with ``no_dist=True`` in the block: it would warn that there is no process group."""
+    """Call DCP with ``no_dist=True`` in the block, without its warning of just that.
+
+    Raises:
+        Exception: what went wrong, where DCP raises a ``BaseException`` around it.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            raise error.failures[0][0] from error
 
 
 def read_dcp(folder: Path) -> dict[str, Tensor]:

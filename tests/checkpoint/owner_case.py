@@ -14,6 +14,7 @@ from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.schema import Checkpoint
 from cmtmae_scale.errors import CheckpointError, CmtMaeError
+from cmtmae_scale.runtime.groups import make_group
 from cmtmae_scale.runtime.launch import World
 from tests.checkpoint.save_case import fragments, state_of, values
 
@@ -90,8 +91,13 @@ def load_counted(folder: Path, cases: list[int]) -> list[tuple[int, int, bool, s
         return read_values(self, key, offset, length)
 
     for shards in cases:
-        blank = fragments(shards, rank % shards, fill=False)
-        blank["model.decoder.b"] = fragments(fill=False)["model.decoder.b"]
+        same = make_group(list(range(rank % shards, dist.get_world_size(), shards)))
+        blank = {
+            key: own._replace(copies=same)
+            for key, own in fragments(shards, rank % shards, fill=False).items()
+        }
+        whole = fragments(fill=False)["model.decoder.b"]
+        blank["model.decoder.b"] = whole._replace(copies=dist.group.WORLD)
         read.clear()
         ChunkReader.read_values = count
         load_fragments(folder, blank)
