@@ -37,7 +37,7 @@ from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.momentum import update_momentum
-from cmtmae_scale.runtime.groups import make_grid
+from cmtmae_scale.runtime.groups import make_grid, world_group
 
 BLOCKS_PER_GROUP = 4
 """Blocks that are gathered and reduced together where weights stay gathered after the forward."""
@@ -178,7 +178,7 @@ class Fsdp:
         local = local_shard(parameter).view(-1)
         if not isinstance(parameter, DTensor):
             owner = self.writes and not self.shard_rank
-            return Fragment(0, tuple(parameter.shape), local, owner, dist.group.WORLD)
+            return Fragment(0, tuple(parameter.shape), local, owner, world_group())
         rows_per_rank = -(-parameter.shape[0] // self.num_shards)
         row_size = parameter.numel() // parameter.shape[0]
         offset = min(self.shard_rank * rows_per_rank, parameter.shape[0]) * row_size

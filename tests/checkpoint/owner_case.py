@@ -14,7 +14,7 @@ from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.schema import Checkpoint
 from cmtmae_scale.errors import CheckpointError, CmtMaeError
-from cmtmae_scale.runtime.groups import make_group
+from cmtmae_scale.runtime.groups import make_group, world_group
 from cmtmae_scale.runtime.launch import World
 from tests.checkpoint.save_case import fragments, state_of, values
 
@@ -97,7 +97,7 @@ def load_counted(folder: Path, cases: list[int]) -> list[tuple[int, int, bool, s
             for key, own in fragments(shards, rank % shards, fill=False).items()
         }
         whole = fragments(fill=False)["model.decoder.b"]
-        blank["model.decoder.b"] = whole._replace(copies=dist.group.WORLD)
+        blank["model.decoder.b"] = whole._replace(copies=world_group())
         read.clear()
         ChunkReader.read_values = count
         load_fragments(folder, blank)
