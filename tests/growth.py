@@ -1,14 +1,18 @@
-"""CPU time of `cmtmae study --dry-run` and `cmtmae report` as their input grows.
+"""CPU time of `cmtmae study --dry-run`, `cmtmae report` and a save as their input grows.
 
     python tests/growth.py study 250 500 1000
     python tests/growth.py like 250 500 1000
     python tests/growth.py report 25000 50000 100000
+    python tests/growth.py save 8 64 512
 
 ``study``: rows of one learning rate each, three seeds in turn, over a teacher cache that all rows
 of a seed share. ``like``: each row applies the settings of the row before. ``report``: lines of the
 log of a run with 15 logged values and an evaluation each tenth line, beside 8 finished runs of
-other settings with as many lines. Prints seconds of this process without its imports, and the
-exponent: 1 is linear.
+other settings with as many lines. ``save``: writers of a checkpoint that has the names of ViT-H's
+tensors and moments, but one value per row, so that names and chunks alone cost something;
+the seconds are rank 0's, which publishes the checkpoint when the other shards are there, and then
+those of the processes that it starts. Prints CPU seconds of this process without its imports, and
+the exponent: 1 is linear.
 """
 
 import argparse
@@ -17,21 +21,32 @@ import io
 import json
 import logging
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from cmtmae_scale.backends.base import Fragment
+from cmtmae_scale.checkpoint.layout import folder_of
+from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.commands import report, study
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.tools.report import page, ranges, run  # noqa: F401  imports of a report
+from tests.checkpoint.save_case import state_of
 from tests.tools.report.report_case import entries, write_lines, write_run
 
 RECIPE = "cpu"
 SIBLINGS = 8
+ROWS = 5120
+"""Rows of a matrix in ViT-H's MLP."""
+BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+KINDS = ("model.encoder", "exp_avg.encoder", "exp_avg_sq.encoder", "momentum")
 
 
 def write_study(folder: Path, rows: int, chained: bool) -> list[str]:
@@ -61,6 +76,41 @@ def write_logs(folder: Path, lines: int) -> list[str]:
     return [str(folder / "run0")]
 
 
+def fragments_of(rank: int, writers: int) -> dict[str, Fragment]:
+    """Return a rank's share of the rows of every tensor, a value per row."""
+    rows = -(-ROWS // writers)
+    low = min(rank * rows, ROWS)
+    local = torch.ones(min(rows, ROWS - low))
+    names = [f"blocks.{k}.{part}.{one}" for k in range(32) for part in BLOCK for one in "wb"]
+    return {
+        f"{kind}.{name}": Fragment(low, (ROWS,), local, True) for kind in KINDS for name in names
+    }
+
+
+def measure_save(writers: int) -> float:
+    """Return the CPU seconds of rank 0 while it publishes a checkpoint; print all seconds."""
+
+    def write(place: str, rank: int) -> None:
+        writer = Writer(Path(place), rank, writers, 1, background=True, token=1)
+        writer.save(1, fragments_of(rank, writers), state_of(1))
+        writer.settle()
+
+    with tempfile.TemporaryDirectory() as place:
+        for rank in range(1, writers):
+            write(place, rank)
+        begun = os.times()
+        write(place, 0)
+        ended = os.times()
+        if not folder_of(Path(place), 1).exists():
+            raise SystemExit("the checkpoint was not published")
+    user, system, child_user, child_system, clock = (
+        after - before for before, after in zip(begun, ended, strict=True)
+    )
+    children = child_user + child_system
+    print(f"{clock:.2f} s by the clock, {children:.2f} s in processes of rank 0", end="; ")
+    return user + system
+
+
 def measure(prepare: Callable[[Path, int], list[str]], command: Any, size: int) -> float:
     """Return the CPU seconds of a command on input of a size."""
     with tempfile.TemporaryDirectory() as folder:
@@ -75,19 +125,20 @@ def measure(prepare: Callable[[Path, int], list[str]], command: Any, size: int) 
 
 
 def main() -> None:
+    cases: dict[str, Callable[[int], float]] = {
+        "study": partial(measure, partial(write_study, chained=False), study.run_study),
+        "like": partial(measure, partial(write_study, chained=True), study.run_study),
+        "report": partial(measure, write_logs, report.write_report),
+        "save": measure_save,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("study", "like", "report"))
+    parser.add_argument("what", choices=tuple(cases))
     parser.add_argument("sizes", nargs="+", type=int)
     options = parser.parse_args()
-    cases: dict[str, tuple[Callable[[Path, int], list[str]], Any]] = {
-        "study": (lambda folder, size: write_study(folder, size, False), study.run_study),
-        "like": (lambda folder, size: write_study(folder, size, True), study.run_study),
-        "report": (write_logs, report.write_report),
-    }
     load_config("demo")  # what a first call imports and caches
     before: tuple[int, float] | None = None
     for size in options.sizes:
-        seconds = measure(*cases[options.what], size)
+        seconds = cases[options.what](size)
         text = f"{options.what} {size}: {seconds:.2f} s"
         if before is not None:
             text += f", exponent {math.log(seconds / before[1]) / math.log(size / before[0]):.2f}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Backend as BackendSettings
@@ -53,6 +54,8 @@ class Fragment(NamedTuple):
     """The values: a 1-D float32 view of live memory."""
     owner: bool
     """Whether this rank writes the values to a checkpoint; replicas do not."""
+    copies: dist.ProcessGroup | None = None
+    """The ranks that hold the same range, this one among them; ``None``: this rank alone."""
 
 
 class Outcome(NamedTuple):

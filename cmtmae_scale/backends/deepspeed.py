@@ -51,6 +51,7 @@ from cmtmae_scale.backends.initial import ENCODER, materialise
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime.groups import world_group
 
 TESTED = "0.19"
 """Minor version of DeepSpeed whose private names ``deepspeed_internals.py`` reads."""
@@ -214,7 +215,8 @@ class Zero:
 
     def replicated(self, tensor: Tensor) -> Fragment:
         """Return the fragment of a tensor that every rank holds and rank 0 writes."""
-        return Fragment(0, tuple(tensor.shape), tensor.view(-1), dist.get_rank() == 0)
+        is_first = dist.get_rank() == 0
+        return Fragment(0, tuple(tensor.shape), tensor.view(-1), is_first, world_group())
 
     def after_load(self, step: int) -> None:
         set_step(self.adamw, step)

@@ -38,7 +38,7 @@ from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.momentum import update_momentum
-from cmtmae_scale.runtime.groups import make_grid
+from cmtmae_scale.runtime.groups import make_grid, world_group
 
 BLOCKS_PER_GROUP = 4
 """Blocks that are gathered and reduced together where weights stay gathered after the forward."""
@@ -77,6 +77,7 @@ class Fsdp:
         self.num_shards = self.mesh["shard"].size()
         self.shard_rank = self.mesh.get_local_rank("shard")
         self.writes = "replicate" not in names or self.mesh.get_local_rank("replicate") == 0
+        self.copies = self.mesh.get_group("replicate") if "replicate" in names else None
         self.num_copies = self.mesh.size() // self.num_shards
         self.is_full = settings.sharding == "full"
         self.reduces_always = settings.reduce_every_micro_step
@@ -176,11 +177,12 @@ class Fsdp:
         """Locate this rank's shard within the flattened parameter."""
         local = local_shard(parameter).view(-1)
         if not isinstance(parameter, DTensor):
-            return Fragment(0, tuple(parameter.shape), local, self.writes and not self.shard_rank)
+            owner = self.writes and not self.shard_rank
+            return Fragment(0, tuple(parameter.shape), local, owner, world_group())
         rows_per_rank = -(-parameter.shape[0] // self.num_shards)
         row_size = parameter.numel() // parameter.shape[0]
         offset = min(self.shard_rank * rows_per_rank, parameter.shape[0]) * row_size
-        return Fragment(offset, tuple(parameter.shape), local, self.writes)
+        return Fragment(offset, tuple(parameter.shape), local, self.writes, self.copies)
 
     def after_load(self, step: int) -> None:
         set_step(self.optimizer, step)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.errors import CheckpointError, StorageError
@@ -64,27 +65,26 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
 def verify_together(folder: Path, rank: int, world_size: int) -> tuple[str, bool]:
     """Verify a checkpoint on all ranks; a collective.
 
-    Rank 0 compares names, sizes and index, and broadcasts the digests; each rank reads its share of
-    the files, and no other file.
+    Rank 0 compares names, sizes and index, and broadcasts the manifest; each rank reads its share
+    of the bytes, and no other file, so that all ranks together read each byte once.
 
     Returns:
         What is damaged, empty if the checkpoint is intact, and whether the store failed, so that
         the damage is not known; the same on every rank.
     """
-    digests: dict[str, str] = {}
+    files: dict[str, Any] = {}
 
     def compare() -> str | None:
-        damage = layout.find_damage(folder, (-1, 1))
+        damage = layout.find_damage(folder, hashes=False)
         if damage is None:
-            files = layout.load_manifest(folder)
-            digests.update({name: facts["sha256"] for name, facts in sorted(files.items())})
+            files.update(layout.load_manifest(folder))
         return damage
 
     first = attempt(compare) if rank == 0 else ("", False)
-    (damage, is_unknown), digests = json.loads(broadcast_text(json.dumps([first, digests])))
+    (damage, is_unknown), files = json.loads(broadcast_text(json.dumps([first, files])))
     if damage:
         return damage, is_unknown
-    mine = dict(list(digests.items())[rank::world_size])
+    mine = layout.share_blocks(files, rank, world_size)
     found = attempt(lambda: layout.find_altered(folder, mine))
     everyone = [json.loads(text) for text in gather_texts(json.dumps(found))]
     return next(((text, unknown) for text, unknown in everyone if text), ("", False))

@@ -11,14 +11,15 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from cmtmae_scale.checkpoint.chunks import INDEX, load_index
-from cmtmae_scale.checkpoint.chunks import rank_file as rank_file
+from cmtmae_scale.checkpoint.index import INDEX, load_index
+from cmtmae_scale.checkpoint.index import rank_file as rank_file
 from cmtmae_scale.errors import CheckpointError, describe_store, may_pass
+from cmtmae_scale.runtime.log import progress_bar
 from cmtmae_scale.runtime.storage import digest, read_inside, read_json, require_inside, sync
 
 MANIFEST = "manifest.json"
@@ -27,6 +28,7 @@ ENCODER = "encoder.safetensors"
 LATEST = "latest"
 FORMAT = 2
 """Format of the state file; 1, which had no number, used other config keys."""
+MIB = 2**20
 TASKS = ("pre-training", "fine-tuning")
 COUNTS = {
     "progress": ("step", "position", "step0", "position0", "applied", "end_step", "horizon"),
@@ -63,25 +65,63 @@ def format_manifest(files: dict[str, Any]) -> str:
     return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
 
-def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+class Block(NamedTuple):
+    """A range of a file's bytes that has a digest of its own."""
+
+    name: str
+    """Of the file."""
+    offset: int
+    size: int
+    """In bytes."""
+    sha256: str
+
+
+def list_blocks(files: Mapping[str, Any]) -> Iterator[Block]:
+    """Yield every block of the files of a manifest; each byte is in one block."""
+    for name, facts in sorted(files.items()):
+        size, digests = facts["size"], facts["sha256"]
+        if isinstance(digests, str):
+            yield Block(name, 0, size, digests)
+            continue
+        step = facts["block_bytes"]
+        for number, sha256 in enumerate(digests):
+            yield Block(name, step * number, min(step, size - step * number), sha256)
+
+
+def share_blocks(files: Mapping[str, Any], rank: int, world_size: int) -> list[Block]:
+    """Return the blocks that a rank verifies: equally many bytes per rank, but for a block."""
+    blocks = list(list_blocks(files))
+    total = max(1, sum(block.size for block in blocks))
+    mine: list[Block] = []
+    before = 0
+    for block in blocks:
+        middle = 2 * before + block.size  # in half bytes
+        if min(world_size - 1, middle * world_size // (2 * total)) == rank:
+            mine.append(block)
+        before += block.size
+    return mine
+
+
+def find_damage(folder: Path, hashes: bool = True) -> str | None:
     """Verify a checkpoint; return what is damaged, or ``None``.
 
     Args:
         folder: the checkpoint.
-        share: (i, n): hash every n-th file from the i-th on; all sizes are compared.
+        hashes: read all files and compare their digests; else sizes and small files alone.
 
     Raises:
         StorageError: if the store fails: whether the checkpoint is damaged is not known then.
     """
     try:
         files = load_manifest(folder)
-        for number, (name, facts) in enumerate(sorted(files.items())):
+        for name, facts in sorted(files.items()):
             path = folder / name
             require_inside(folder, path)
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['size']}"
-            if number % share[1] == share[0] and digest(path) != facts["sha256"]:
-                return f"{name} differs from its SHA-256"
+        altered = find_altered(folder, list(list_blocks(files))) if hashes else None
+        if altered is not None:
+            return altered
         load_index(folder, {name: facts["size"] for name, facts in files.items()})
         if not isinstance(read_json(read_inside(folder, folder / STATE)), dict):
             return f"{STATE} is not a JSON object"
@@ -90,16 +130,29 @@ def find_damage(folder: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return describe_unreadable(error)
 
 
-def find_altered(folder: Path, digests: Mapping[str, str]) -> str | None:
-    """Return which of some files differs from its SHA-256, or cannot be read, or ``None``.
+def find_altered(folder: Path, blocks: Sequence[Block]) -> str | None:
+    """Return which file differs from the SHA-256 of one of some blocks, or cannot be read.
+
+    ``None``: none of them. Progress is shown in MiB, since a rank's file may have many GB.
 
     Raises:
         StorageError: as ``find_damage``.
     """
+    if not blocks:
+        return None
+    num_read = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal num_read
+        num_read += num_bytes
+        report_done(-(-num_read // MIB))
+
     try:
-        for name, sha256 in digests.items():
-            if digest(folder / name) != sha256:
-                return f"{name} differs from its SHA-256"
+        total = sum(block.size for block in blocks)
+        with progress_bar(f"verifying {folder.name}", -(-total // MIB), "MiB") as report_done:
+            for name, offset, size, sha256 in blocks:
+                if digest(folder / name, offset, size, count) != sha256:
+                    return f"{name} differs from its SHA-256"
     except OSError as error:
         return describe_unreadable(error)
     return None
@@ -160,13 +213,22 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not files.keys() >= {INDEX, STATE, ENCODER} or not all(map(is_file_name, files)):
         raise ValueError(f"{MANIFEST} does not name the files of a checkpoint")
     for name, facts in files.items():
-        if not (
-            isinstance(facts, dict)
-            and is_count(facts.get("size"))
-            and isinstance(facts.get("sha256"), str)
-        ):
+        if not (isinstance(facts, dict) and is_count(facts.get("size")) and has_digests(facts)):
             raise ValueError(f"{MANIFEST} does not give size and SHA-256 of {name}")
     return files
+
+
+def has_digests(facts: Mapping[str, Any]) -> bool:
+    """Return whether a file has one SHA-256, or one per block."""
+    digests, step = facts.get("sha256"), facts.get("block_bytes")
+    if not isinstance(digests, list):
+        return isinstance(digests, str)
+    return (
+        type(step) is int
+        and step > 0
+        and len(digests) == -(-facts["size"] // step)
+        and all(isinstance(sha256, str) for sha256 in digests)
+    )
 
 
 def is_file_name(name: str) -> bool:

@@ -1,14 +1,16 @@
-"""Verify before a save that tensors held by several ranks have the same bits on all of them."""
+"""Tensors that several ranks hold: compared before a save, read by one of the ranks at a load."""
 
+import math
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 
 from cmtmae_scale.backends.base import Fragment
 from cmtmae_scale.errors import ReplicaError
-from cmtmae_scale.runtime.collectives import gather_texts, ranks
+from cmtmae_scale.runtime.collectives import broadcast_tensor, gather_texts, own_rank, ranks
 
 
 def verify_replicas(step: int, fragments: Mapping[str, Fragment]) -> None:
@@ -74,3 +76,27 @@ def format_difference(by_rank: Mapping[int, str]) -> str:
     others = [rank for rank, sums in by_rank.items() if sums != usual]
     rest = [rank for rank in by_rank if rank not in others]
     return f"replicas on ranks {join_ranks(others)} {text} from those on {join_ranks(rest)}"
+
+
+def choose_readers(fragments: Mapping[str, Fragment]) -> dict[str, int]:
+    """Return by tensor the rank that reads it at a load, for all ranks that hold the same range.
+
+    These ranks take turns, from the largest tensor to the smallest, so that all read about equally
+    many values at the same time.
+    """
+    turns: Counter[dist.ProcessGroup | None] = Counter()
+    readers: dict[str, int] = {}
+    for name in sorted(fragments, key=lambda name: -math.prod(fragments[name].shape)):
+        group = fragments[name].copies
+        holders = [own_rank()] if group is None else dist.get_process_group_ranks(group)
+        readers[name] = holders[turns[group] % len(holders)]
+        turns[group] += 1
+    return readers
+
+
+def broadcast_copies(fragments: Mapping[str, Fragment], readers: Mapping[str, int]) -> None:
+    """Send what one rank has read to the ranks that hold the same range; a collective."""
+    for name, reader in readers.items():
+        own = fragments[name]
+        if own.copies is not None and ranks(own.copies) > 1 and own.local.numel():
+            broadcast_tensor(own.local, reader, own.copies)

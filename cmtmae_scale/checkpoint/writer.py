@@ -15,7 +15,9 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import HostChunk, copy_to_host, write_chunks
 from cmtmae_scale.checkpoint.replicas import verify_replicas
 from cmtmae_scale.checkpoint.shards import (
+    Shapes,
     await_shards,
+    describe_shard,
     mark_shard_done,
     mark_shard_failed,
     publish_checkpoint,
@@ -112,14 +114,17 @@ class Writer:
             self.saved_step = step  # as for a shard that is written
             return True
         self.shard_done.clear()
-        work = (step, copy_to_host(fragments), state)
+        shapes = {key: own.shape for key, own in fragments.items()}
+        work = (step, copy_to_host(fragments), shapes, state)
         self.thread = threading.Thread(target=self.write, args=work, name="checkpoint", daemon=True)
         self.thread.start()
         if not self.background:
             self.wait()
         return True
 
-    def write(self, step: int, chunks: list[HostChunk], state: dict[str, Any]) -> None:
+    def write(
+        self, step: int, chunks: list[HostChunk], shapes: Shapes, state: dict[str, Any]
+    ) -> None:
         """Write this rank's shard; on rank 0 publish the checkpoint when all shards are there."""
         draft = self.root / f".draft-{step:08d}-{self.token:016x}-{self.number}"
         target = layout.folder_of(self.root, step)
@@ -130,11 +135,11 @@ class Writer:
             draft.mkdir(parents=True, exist_ok=True)
             if self.rank in self.writers:
                 facts = write_chunks(chunks, draft / layout.rank_file(self.rank))
-                mark_shard_done(draft, self.rank, facts)
+                mark_shard_done(draft, self.rank, describe_shard(facts, chunks, shapes))
             self.shard_done.set()
             if self.rank == 0:
                 shards = await_shards(draft, self.writers, self.abandoned, self.timeout_s)
-                publish_checkpoint(draft, target, shards, state, self.require_lock)
+                publish_checkpoint(draft, target, shards, shapes, state, self.require_lock)
                 self.update_latest(target)
             self.saved_step = step
         except LockLostError as error:

@@ -261,7 +261,7 @@ def find_saved_state(config: Config, index: Index | None) -> str | None:
     root = Path(config.run.output_dir) / "checkpoints"
     folders = checkpoints.list_checkpoints(root)
     for folder in folders:
-        if checkpoints.find_damage(folder, (-1, 1)) is None:
+        if checkpoints.find_damage(folder, hashes=False) is None:
             state: dict[str, Any] = checkpoints.read_state(folder)
             name = f"{folder} (step {state['progress']['step']})"
             try:

@@ -39,6 +39,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="what", required=True)
     helps = {
         "encoder": "one file of safetensors under timm's names",
+        "dcp": "a folder of torch.distributed.checkpoint under timm's names, as for torchtitan",
         "timm": "a folder for timm.create_model('local-dir:FOLDER', pretrained=True)",
         "hf": "a folder for transformers' AutoModel.from_pretrained",
         "onnx": "a folder with model.onnx, of any batch size",
@@ -53,7 +54,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--output", type=Path, help=f"what to write; default: {default}")
         if what != "full":
             command.add_argument("--weights", choices=("student", "momentum"), default="student")
-        if what != "encoder":
+        if what not in UNSEEN:
             images = "images to verify on, folder or tars; default: the run's"
             command.add_argument("--images", type=Path, help=images)
         if what in ON_HUB:
@@ -61,7 +62,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--push-to-hub", metavar="OWNER/NAME", help=hub)
             private = "the repository must be private; else a new one is public"
             command.add_argument("--private", action="store_true", help=private)
-        command.set_defaults(run=run_encoder if what == "encoder" else run_folder)
+        command.set_defaults(run=UNSEEN.get(what, run_folder))
     options = parser.parse_args(arguments)
     if getattr(options, "private", False) and options.push_to_hub is None:
         parser.error("--private belongs to --push-to-hub")
@@ -77,6 +78,21 @@ def run_encoder(options: argparse.Namespace) -> str:
         f"{done.file}: {options.weights} encoder at step {done.step}, {done.num_tensors} tensors, "
         f"{done.num_parameters} parameters, loaded back strictly into\n{done.call}"
     )
+
+
+def run_dcp(options: argparse.Namespace) -> str:
+    """Export a folder of torch.distributed.checkpoint; returns the text to print."""
+    from cmtmae_scale.export.dcp import export_dcp
+
+    done = export_dcp(options.checkpoint, options.output, options.weights)
+    return (
+        f"{done.file}: {options.weights} encoder at step {done.step}, {done.num_tensors} tensors, "
+        f"{done.num_parameters} parameters, read back equal to the bit; they fit\n{done.call}"
+    )
+
+
+UNSEEN = {"encoder": run_encoder, "dcp": run_dcp}
+"""Kinds that are verified without images."""
 
 
 def run_folder(options: argparse.Namespace) -> str:

@@ -214,9 +214,9 @@ class Student:
     """Attention heads; ``None``: as many as give each head the architecture's channels, which is
     the architecture's own number at its own width."""
     init_weights: str | None = None
-    """Path of a file with the initial weights, .safetensors, .pt, .pth, .bin, .ckpt or .tar, under
-    the names of timm, MAE or transformers, also as MAE, DINO, DINOv2 or Lightning save them;
-    ``None``: random initialisation."""
+    """Path of a file with the initial weights, .safetensors, .pt, .pth, .bin, .ckpt or .tar, or of
+    a folder of torch.distributed.checkpoint, under the names of timm, MAE or transformers, also as
+    MAE, DINO, DINOv2 or Lightning save them; ``None``: random initialisation."""
 
 
 @dataclass

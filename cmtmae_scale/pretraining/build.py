@@ -38,10 +38,9 @@ from cmtmae_scale.runtime.collectives import (
 )
 from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
-from cmtmae_scale.teachers.weights import map_weights
+from cmtmae_scale.teachers.weights import digest_weights, map_weights
 from dataloading.addresses import is_url
 from dataloading.index import (
     Index,
@@ -304,7 +303,7 @@ def find_initial_values(config: Config, world: World, model: CollaborativeMAE) -
     if config.student.init_weights is not None:
         file = Path(config.student.init_weights)
         values += on_all_ranks(lambda: open_init_weights(model, str(file), world))
-        require_equal_weights(lambda: {"digest of student.init_weights": digest(file)[:12]})
+        require_equal_weights(lambda: {"digest of student.init_weights": digest_weights(file)[:12]})
     return values
 
 

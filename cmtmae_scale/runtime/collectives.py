@@ -79,9 +79,14 @@ def ranks(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
+def own_rank() -> int:
+    """Return this process's rank; 0 without a process group."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
 def is_first() -> bool:
     """Return whether this is rank 0; true without a process group."""
-    return ranks() == 1 or dist.get_rank() == 0
+    return own_rank() == 0
 
 
 def barrier() -> None:
@@ -99,6 +104,18 @@ def all_ranks_agree(mine: bool) -> bool:
     with waiting():
         dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def broadcast_tensor(values: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
+    """Overwrite a tensor of each rank of a group with that of one of them. A collective.
+
+    Args:
+        values: contiguous, of the same shape and dtype on all of these ranks, on their devices.
+        source: the rank whose values are taken, as counted in the default group.
+        group: the ranks; ``None``: all.
+    """
+    with waiting():
+        dist.broadcast(values, source, group)
 
 
 def broadcast_int(value: int) -> int:

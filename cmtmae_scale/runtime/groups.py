@@ -27,5 +27,10 @@ def make_grid(device_type: str, rows: int, columns: int, names: tuple[str, str])
 def make_group(ranks: list[int]) -> dist.ProcessGroup:
     """Return a group that this rank is in; made by its members alone."""
     if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD  # pyright: ignore
+        return world_group()
     return dist.new_group(ranks, use_local_synchronization=True)  # pyright: ignore
+
+
+def world_group() -> dist.ProcessGroup:
+    """Return the default group, of all ranks."""
+    return dist.group.WORLD  # pyright: ignore

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import stat
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,29 @@ def optional_write(path: Path, at_launch: bool = False) -> Iterator[None]:
         warn_unwritten(path, error)
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def digest(
+    path: Path,
+    offset: int = 0,
+    size: int | None = None,
+    report: Callable[[int], object] = lambda _: None,
+) -> str:
+    """Return the SHA-256 of a file, or of some of its bytes.
+
+    Args:
+        path: the file.
+        offset: first byte.
+        size: number of bytes; ``None``: up to the end.
+        report: called with the number of bytes of each piece that is read.
+    """
+    sha256 = hashlib.sha256()
+    left = sys.maxsize if size is None else size
+    with path.open("rb", buffering=0) as opened:
+        opened.seek(offset)
+        while piece := opened.read(min(2**20, left)):
+            sha256.update(piece)
+            left -= len(piece)
+            report(len(piece))
+    return sha256.hexdigest()
 
 
 def require_inside(folder: Path, path: Path) -> None:

@@ -130,21 +130,24 @@ def read_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Te
 def map_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Tensor]:
     """Open a state dict on the CPU, whose values are read from the file where they are used.
 
-    Files of torch's format before 1.6 cannot be mapped, and are read.
+    Files of torch's format before 1.6 and folders cannot be mapped, and are read.
 
     Args:
         path: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.tar`` read with
-            ``weights_only=True``. A dict under one of ``WRAPPERS`` is unwrapped, what wrappers add
-            to names is dropped, and of a larger model its only encoder is taken (``backbone.*`` of
-            DINO, ``model.*`` of Lightning); the log names the other tensors.
+            ``weights_only=True``, or a folder of ``torch.distributed.checkpoint``. A dict under one
+            of ``WRAPPERS`` is unwrapped, what wrappers add to names is dropped, and of a larger
+            model its only encoder is taken (``backbone.*`` of DINO, ``model.*`` of Lightning); the
+            log names the other tensors.
         key: the config's key that names the file, for messages.
 
     Raises:
         TeacherError: for a missing or unreadable file, a TorchScript archive, a pickled model, a
-            file of another kind, several encoders, or no tensors in it.
+            file of another kind, several encoders, quantised values, or no tensors.
     """
     path = Path(path)
     where = f"{key}={path}"
+    if path.is_dir():
+        return check_tensors(read_folder(path, where), where)
     if not path.is_file():
         raise TeacherError(f"{where}: there is no such file; correct the path")
     if path.suffix in (".safetensors", *PICKLED):
@@ -171,6 +174,41 @@ def map_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Ten
             )
     tensors = dict(state)
     bound_storage(tensors, path, where)
+    return check_tensors(tensors, where)
+
+
+def read_folder(path: Path, where: str) -> dict[str, Tensor]:
+    """Read a folder of ``torch.distributed.checkpoint``.
+
+    Raises:
+        TeacherError: if the folder is another one, or damaged.
+    """
+    from cmtmae_scale.teachers.dcp import METADATA, read_dcp  # 0.5 s, and rarely needed
+
+    if not (path / METADATA).exists():
+        raise TeacherError(
+            f"{where}: is a folder, and none of torch.distributed.checkpoint (it has no "
+            f"{METADATA}); name a file of weights in it"
+        )
+    try:
+        tensors = read_dcp(path)
+    except Exception as error:  # a pickle of any bytes raises anything; each ends with the remedy
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        raise TeacherError(
+            f"{where}: cannot be read as a folder of torch.distributed.checkpoint ({first}); copy "
+            "it again, or save the state dict as .safetensors"
+        ) from error
+    if not tensors:
+        raise TeacherError(f"{where}: holds no weights; name a folder that does")
+    return tensors
+
+
+def check_tensors(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return the encoder of tensors that were read, without what wrappers add to names.
+
+    Raises:
+        TeacherError: for several encoders, or quantised values.
+    """
     tensors = take_encoder(drop_wrappers(tensors), where)
     for name, value in tensors.items():
         if value.is_floating_point() and value.itemsize == 1:
@@ -435,6 +473,14 @@ def sha256(path: str | Path) -> str:
     """Return the SHA-256 digest of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_weights(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and digests of a folder's files."""
+    if not path.is_dir():
+        return sha256(path)
+    files = sorted(one for one in path.iterdir() if one.is_file())
+    return hashlib.sha256(repr([(one.name, sha256(one)) for one in files]).encode()).hexdigest()
 
 
 def image_state(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:

@@ -8,13 +8,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.checkpoint.chunks import INDEX, load_fragments
+from cmtmae_scale.checkpoint import layout, tensor_file
+from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.index import INDEX
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_STOPPED, CheckpointError, StorageError
 from cmtmae_scale.export.encoder import export_encoder
 from cmtmae_scale.runtime.storage import digest
@@ -24,8 +26,12 @@ FLIPS = 1000
 PART = layout.rank_file(0)
 
 
-def test_each_of_a_thousand_flipped_bits_is_found(tmp_path: Path) -> None:
+def test_each_of_a_thousand_flipped_bits_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 300)
     folder = save(tmp_path / "c", ranks=2)
+    assert len(layout.load_manifest(folder)[PART]["sha256"]) > 2  # the JSON files have one
     assert layout.find_damage(folder) is None
     files = sorted(folder.iterdir())
     generator = np.random.default_rng(0)
@@ -137,10 +143,10 @@ def test_a_store_that_fails_while_checkpoints_are_read_is_tried_again(
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     failing, real = [newer], layout.digest
 
-    def digest(path: Path) -> str:
+    def digest(path: Path, *rest: Any) -> str:
         if path.parent in failing:
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return real(path)
+        return real(path, *rest)
 
     monkeypatch.setattr(layout, "digest", digest)
     assert find_checkpoint(tmp_path, 0, 1) == older

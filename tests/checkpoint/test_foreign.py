@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.checkpoint.chunks import INDEX, ChunkReader, load_fragments
+from cmtmae_scale.checkpoint.chunks import ChunkReader, load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.index import INDEX
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.storage import digest
 from tests.checkpoint.save_case import fragments, save
@@ -236,6 +237,11 @@ def test_deep_json_is_damage(tmp_path: Path) -> None:
         {PART: {"size": "1", "sha256": "x"}},
         {PART: {"size": 1}},
         {PART: {"size": True, "sha256": "x"}},
+        {PART: {"size": 9, "sha256": ["x"]}},
+        {PART: {"size": 9, "sha256": ["x"], "block_bytes": 8}},
+        {PART: {"size": 9, "sha256": ["x", 3], "block_bytes": 8}},
+        {PART: {"size": 9, "sha256": ["x"], "block_bytes": 0}},
+        {PART: {"size": 9, "sha256": ["x"], "block_bytes": "9"}},
     ],
 )
 def test_a_manifest_of_wrong_types_is_damage(tmp_path: Path, files: dict[str, Any]) -> None:

@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 
-from cmtmae_scale.checkpoint.chunks import INDEX, HostChunk, index_chunks, write_chunks
+from cmtmae_scale.checkpoint.chunks import HostChunk, write_chunks
+from cmtmae_scale.checkpoint.index import INDEX, rank_file
 from cmtmae_scale.checkpoint.layout import STATE
+from cmtmae_scale.checkpoint.shards import build_index, describe_shard
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.export.hugging_face import check_hf, vit_config, write_hf
@@ -41,8 +43,10 @@ def saved(folder: Path, arch: str, size: int, patch: int, seed: int = 1) -> Orig
         )
         for name, value in model.state_dict().items()
     ]
-    write_chunks(chunks, folder / "rank.safetensors")
-    (folder / INDEX).write_text(json.dumps(index_chunks(folder, ["rank.safetensors"])))
+    shapes = {chunk.key: chunk.shape for chunk in chunks}
+    facts = write_chunks(chunks, folder / rank_file(0))
+    index = build_index({0: describe_shard(facts, chunks, shapes)}, shapes)
+    (folder / INDEX).write_text(json.dumps(index))
     (folder / STATE).write_text("{}")
     return Origin(folder, {}, config, "student")
 

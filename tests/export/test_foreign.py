@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.checkpoint.chunks import INDEX
+from cmtmae_scale.checkpoint.index import INDEX
 from cmtmae_scale.commands.export import export_weights
 from cmtmae_scale.errors import EXIT_CONFIG, CheckpointError
 from cmtmae_scale.evaluation.subject import subject_from_checkpoint

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import HostChunk, write_chunks
-from cmtmae_scale.checkpoint.shards import publish_checkpoint
+from cmtmae_scale.checkpoint.shards import describe_shard, publish_checkpoint
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.evaluation.subject import Subject, subject_from_checkpoint, subject_from_file
@@ -48,8 +48,9 @@ def save_run(folder: Path, sizes: dict[str, int]) -> Path:
         for prefix in ("model.encoder.", "momentum.")
         for name, value in student.state_dict().items()
     ]
-    name = layout.rank_file(0)
-    facts = {name: write_chunks(chunks, draft / name)}
+    shapes = {chunk.key: chunk.shape for chunk in chunks}
+    facts = write_chunks(chunks, draft / layout.rank_file(0))
+    shards = {0: describe_shard(facts, chunks, shapes)}
     progress = {"step": 2, "position": 16, "step0": 0, "position0": 0, "applied": 2}
     progress |= {"end_step": 2, "horizon": 16}
     state = {
@@ -64,7 +65,7 @@ def save_run(folder: Path, sizes: dict[str, int]) -> Path:
     checkpoints = folder / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     target = layout.folder_of(checkpoints, 2)
-    publish_checkpoint(draft, target, facts, state, lambda: None)
+    publish_checkpoint(draft, target, shards, shapes, state, lambda: None)
     return target
 
 
