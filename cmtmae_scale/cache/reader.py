@@ -8,7 +8,7 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 THREADS = 4
 MAX_OPEN = 4096
 HEADER_LIMIT = 1 << 20
+MAX_RUN = 1024
+"""Rows in one read: the most buffers that the system takes (IOV_MAX)."""
 INCOMPLETE = "it is not complete"
 UNDECODED = "its image could not be decoded when it was built"
 UNDAMAGED = (None, INCOMPLETE, UNDECODED)
@@ -86,35 +88,75 @@ class ShardFile:
         return found
 
     def read_row(self, row: int, into: Mapping[str, Tensor], at: int) -> str | None:
-        """Read one row into a batch and verify it.
+        """Read one row; see ``read_rows``."""
+        return self.read_rows([row], into, [at])[0]
+
+    def read_rows(
+        self, rows: Sequence[int], into: Mapping[str, Tensor], places: Sequence[int]
+    ) -> list[str | None]:
+        """Read rows of this shard into a batch and verify each; neighbours in one read per tensor.
 
         Args:
-            row: its number in the cache.
+            rows: their numbers in the cache, in any order.
             into: tensors ``[B, ...]`` of ``Manifest.fields``, on the CPU.
-            at: index in the batch.
+            places: index in the batch of each row.
 
         Returns:
-            ``None``, or why the row cannot be used.
+            Per row ``None``, or why it cannot be used.
 
         Raises:
             OSError: if the store fails.
         """
-        number = row - self.rows.start
-        memory: list[memoryview] = []
+        faults: list[str | None] = [None] * len(rows)
+        for run in adjacent_runs(rows):
+            found = self._read_run([rows[k] for k in run], into, [places[k] for k in run])
+            for k, fault in zip(run, found, strict=True):
+                faults[k] = fault
+        return faults
+
+    def _read_run(
+        self, rows: list[int], into: Mapping[str, Tensor], places: list[int]
+    ) -> list[str | None]:
+        """Read successive rows; a run that is cut short is read again row by row."""
+        memory: list[list[memoryview]] = []
         for name, field in self.fields.items():
-            target = row_memory(into[name], at)
-            place = field.offset + number * field.row_bytes
-            if os.preadv(self.descriptor, [target], place) != field.row_bytes:
-                return "it is cut short"
-            memory.append(target)
-        if row_checksum(self.identity, row, memory[:-1]) != int(into["checksum"][at]):
+            targets = [row_memory(into[name], at) for at in places]
+            start = field.offset + (rows[0] - self.rows.start) * field.row_bytes
+            if os.preadv(self.descriptor, targets, start) != field.row_bytes * len(rows):
+                if len(rows) == 1:
+                    return ["it is cut short"]
+                return [
+                    fault
+                    for row, at in zip(rows, places, strict=True)
+                    for fault in self._read_run([row], into, [at])
+                ]
+            memory.append(targets)
+        return [
+            self._check_row(row, into, at, [targets[k] for targets in memory[:-1]])
+            for k, (row, at) in enumerate(zip(rows, places, strict=True))
+        ]
+
+    def _check_row(
+        self, row: int, into: Mapping[str, Tensor], at: int, memory: list[memoryview]
+    ) -> str | None:
+        """Verify a row that was read; ``memory`` is its bytes without the checksum."""
+        if row_checksum(self.identity, row, memory) != int(into["checksum"][at]):
             return "it differs from its checksum"
-        if not into["valid"][at]:
-            return UNDECODED
-        return None
+        return None if into["valid"][at] else UNDECODED
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def adjacent_runs(rows: Sequence[int]) -> list[list[int]]:
+    """Return the places of rows in runs of successive numbers, at most ``MAX_RUN`` each."""
+    runs: list[list[int]] = []
+    for k in sorted(range(len(rows)), key=rows.__getitem__):
+        if runs and len(runs[-1]) < MAX_RUN and rows[k] == rows[runs[-1][-1]] + 1:
+            runs[-1].append(k)
+        else:
+            runs.append([k])
+    return runs
 
 
 class CachedRows(NamedTuple):
@@ -149,18 +191,25 @@ class CacheReader:
         self.pin = pin
         self.limit = min(MAX_OPEN, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
-        self._pending: deque[tuple[Plan, CachedRows, list[Future[str | None]]]] = deque()
+        self._pending: deque[tuple[Plan, CachedRows, list[Future[None]]]] = deque()
         self._lock = threading.Lock()
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._warned: set[int] = set()
 
     def submit(self, plan: Plan) -> None:
         """Start to read the rows of a micro-batch; returns at once."""
-        places = plan.positions if self.count is None else plan.ids * self.count + plan.views
-        numbers: list[int] = places.tolist()
+        chosen = plan.positions if self.count is None else plan.ids * self.count + plan.views
+        numbers: list[int] = chosen.tolist()
         fields = self.manifest.empty_rows(len(numbers), pin_memory=self.pin)
-        futures = [self._pool.submit(self._fill_row, n, fields, k) for k, n in enumerate(numbers)]
-        self._pending.append((plan, CachedRows(fields, numbers, []), futures))
+        rows = CachedRows(fields, numbers, [None] * len(numbers))
+        self._pending.append((plan, rows, self._start_reading(rows, range(len(numbers)))))
+
+    def _start_reading(self, rows: CachedRows, places: Iterable[int]) -> list[Future[None]]:
+        """Start to read some rows of a micro-batch, each shard on one thread."""
+        shards: dict[int, list[int]] = {}
+        for at in places:
+            shards.setdefault(self.shard_of(rows.numbers[at]), []).append(at)
+        return [self._pool.submit(self._fill_rows, n, rows, some) for n, some in shards.items()]
 
     def collect(self, plan: Plan) -> CachedRows:
         """Wait for the rows of a plan; drops the plans that were submitted before it.
@@ -172,7 +221,8 @@ class CacheReader:
             submitted, rows, futures = self._pending.popleft()
             wait(futures)
             if submitted is plan:
-                rows = rows._replace(faults=[future.result() for future in futures])
+                for future in futures:
+                    future.result()
                 return rows if self.count is not None else self._retry_incomplete(rows)
         raise RuntimeError("rows were collected that were never submitted; please report this")
 
@@ -188,15 +238,10 @@ class CacheReader:
         with self._lock:
             for number in [n for n in self._open if n < self.shard_of(rows.numbers[0])]:
                 del self._open[number]
-        faults = list(rows.faults)
-        again = {
-            k: self._pool.submit(self._fill_row, rows.numbers[k], rows.fields, k)
-            for k, fault in enumerate(faults)
-            if fault == INCOMPLETE
-        }
-        for k, future in again.items():
-            faults[k] = future.result()
-        return rows._replace(faults=faults)
+        incomplete = [at for at, fault in enumerate(rows.faults) if fault == INCOMPLETE]
+        for future in self._start_reading(rows, incomplete):
+            future.result()
+        return rows
 
     def close(self) -> None:
         """Stop the threads and close all files; may be repeated."""
@@ -207,30 +252,33 @@ class CacheReader:
     def shard_of(self, row: int) -> int:
         return row // self.manifest.rows_per_shard
 
-    def _fill_row(self, row: int, fields: dict[str, Tensor], at: int) -> str | None:
-        """Read one row into a batch, on a thread. Returns why it cannot be used, if so."""
-        fault = self._try_row(row, fields, at)
-        if fault not in UNDAMAGED:
+    def _fill_rows(self, shard: int, rows: CachedRows, places: list[int]) -> None:
+        """Read the rows of a shard that a micro-batch has, on a thread."""
+        faults = self._try_rows(shard, rows, places)
+        if any(fault not in UNDAMAGED for fault in faults):
             # The shard may have been repaired since it was opened: read the present file once.
             with self._lock:
-                self._open.pop(self.shard_of(row), None)
-            fault = self._try_row(row, fields, at)
-        if fault is not None:
-            blank_row(fields, at)
-        if fault not in UNDAMAGED:
-            self._warn_once(row, fault)
-        return fault
+                self._open.pop(shard, None)
+            faults = self._try_rows(shard, rows, places)
+        for at, fault in zip(places, faults, strict=True):
+            rows.faults[at] = fault
+            if fault is not None:
+                blank_row(rows.fields, at)
+            if fault not in UNDAMAGED:
+                self._warn_once(rows.numbers[at], fault)
 
-    def _try_row(self, row: int, fields: dict[str, Tensor], at: int) -> str | None:
-        """Read one row; returns why it cannot be used, if so."""
+    def _try_rows(self, shard: int, rows: CachedRows, places: list[int]) -> list[str | None]:
+        """Read rows of a shard; returns per row why it cannot be used, if so."""
+        numbers = [rows.numbers[at] for at in places]
         try:
-            return self._open_shard(self.shard_of(row)).read_row(row, fields, at)
+            return self._open_shard(shard).read_rows(numbers, rows.fields, places)
         except FileNotFoundError:
-            return INCOMPLETE
+            fault = INCOMPLETE
         except OSError as error:
-            return f"it cannot be read ({error.strerror})"
+            fault = f"it cannot be read ({error.strerror})"
         except ValueError as error:
-            return str(error)
+            fault = str(error)
+        return [fault] * len(places)
 
     def _open_shard(self, number: int) -> ShardFile:
         """Return an open shard.

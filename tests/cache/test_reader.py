@@ -15,7 +15,7 @@ import torch
 
 from cmtmae_scale.cache.codecs import Calibration, calibration_path, load_calibration
 from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, seal_path, shard_path
-from cmtmae_scale.cache.reader import CachedRows, CacheReader
+from cmtmae_scale.cache.reader import CachedRows, CacheReader, ShardFile
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError
@@ -215,6 +215,35 @@ def test_pipes_and_devices_in_a_cache_are_not_read(
         with pytest.raises(CacheError, match="cannot be trusted"):
             load_calibration(tmp_path, manifest.calibration_sha256, manifest.width)
             read_manifest(tmp_path)
+
+
+def test_a_shard_is_opened_once_per_micro_batch_and_neighbours_are_read_together(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = fill(recipe, tmp_path, 6)
+    opened: list[int] = []
+    reads: list[int] = []
+    init, preadv = ShardFile.__init__, os.preadv
+
+    def counted(file: ShardFile, folder: Path, manifest: Manifest, shard: int) -> None:
+        opened.append(shard)
+        init(file, folder, manifest, shard)
+
+    def read_into(descriptor: int, buffers: Any, offset: int) -> int:
+        reads.append(len(buffers))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(ShardFile, "__init__", counted)
+    monkeypatch.setattr(os, "preadv", read_into)
+    rows = [9, 20, 8, 2, 7, 12, 9, 3]  # shards of 7 rows: 1, 2 and 0
+    with reading(tmp_path, read_manifest(tmp_path)) as read:
+        found = read(rows)
+    assert found.faults == [None] * len(rows)
+    for name, values in truth.items():
+        assert torch.equal(found.fields[name], values[rows])
+    assert sorted(opened) == [0, 1, 2]
+    # runs 2-3, 7-9, 9, 12 and 20, of each of five tensors
+    assert sorted(reads) == sorted([2, 3, 1, 1, 1] * 5)
 
 
 def test_few_shards_are_open_at_a_time_and_none_after_the_end(recipe: Path, tmp_path: Path) -> None:
