@@ -38,7 +38,7 @@ from cmtmae_scale.cache.format import (
     manifest_text,
     missing_shards,
     read_manifest,
-    read_seal,
+    shard_exists,
     write_shard,
 )
 from cmtmae_scale.config.derive import needs
@@ -424,7 +424,7 @@ def build_shards(
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: Future[None] | None = None
         for shard in shards:
-            if read_seal(folder, shard) is None:
+            if not shard_exists(folder, manifest, shard):
                 fields = builder.compute_shard(manifest, shard)
                 await_write(writing, folder, manifest)
                 writing = pool.submit(write_shard, folder, manifest, shard, fields)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmtmae_scale.cache.format import Manifest, read_seal, row_checksum, row_memory, shard_path
+from cmtmae_scale.cache.format import HEADER_LIMIT, Manifest, row_checksum, row_memory, shard_path
 from dataloading.files import open_regular
 from dataloading.plan import Plan
 
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 THREADS = 4
 MAX_OPEN = 4096
-HEADER_LIMIT = 1 << 20
+FIRST_READ = 4096
+"""Bytes of a shard that are read at first; a header has fewer."""
 MAX_RUN = 1024
 """Rows in one read: the most buffers that the system takes (IOV_MAX)."""
 INCOMPLETE = "it is not complete"
@@ -45,36 +46,36 @@ class ShardFile:
 
     Raises:
         OSError: if the file is absent or cannot be read.
-        ValueError: if the shard is not complete, or its layout is not that of the manifest.
+        ValueError: if its layout is not that of the manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shard: int) -> None:
         self.manifest = manifest
         self.rows = manifest.shard_rows(shard)
         self.identity = manifest.identity
-        seal = read_seal(folder, shard)
-        if seal is None:
-            raise ValueError(INCOMPLETE)
-        path = shard_path(folder, shard)
+        path = shard_path(folder, manifest, shard)
         if path.is_symlink():
             raise OSError(errno.ELOOP, "Is a link", str(path))
         self.descriptor = open_regular(path)
         try:
-            size = os.fstat(self.descriptor).st_size
-            if size != seal.size:
-                raise ValueError(f"it has {size} bytes, its seal expects {seal.size}")
-            self.fields = self.locate_fields(size)
+            self.fields = self.locate_fields(os.fstat(self.descriptor).st_size)
         except BaseException:
             os.close(self.descriptor)
             raise
 
     def locate_fields(self, size: int) -> dict[str, Field]:
         """Find every tensor from the file's header, which is not trusted."""
-        length = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
+        head = os.pread(self.descriptor, FIRST_READ, 0)
+        length = int.from_bytes(head[:8], "little")
         if not 0 < length <= min(HEADER_LIMIT, size - 8):
             raise ValueError("its header is damaged")
+        if 8 + length > len(head):
+            head += os.pread(self.descriptor, 8 + length - len(head), len(head))
+        expected = 8 + length + self.manifest.row_bytes() * len(self.rows)
+        if size != expected:
+            raise ValueError(f"it has {size} bytes, its rows need {expected}")
         try:
-            header: Any = json.loads(os.pread(self.descriptor, length, 8))
+            header: Any = json.loads(head[8 : 8 + length])
             starts = {name: header[name]["data_offsets"][0] for name in self.manifest.fields()}
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             raise ValueError("its header is damaged") from None
@@ -308,7 +309,7 @@ class CacheReader:
             new = number not in self._warned
             self._warned.add(number)
         if new:
-            path = shard_path(self.folder, number)
+            path = shard_path(self.folder, self.manifest, number)
             logger.warning("%s, row %d: %s; build this shard again", path, row, fault)
 
 

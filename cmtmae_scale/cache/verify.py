@@ -11,10 +11,9 @@ from torch import Tensor
 
 from cmtmae_scale.cache.build import Builder
 from cmtmae_scale.cache.codecs import Encoded, Fidelity, calibrate, decode, measure_fidelity
-from cmtmae_scale.cache.format import Manifest, read_seal, shard_path
+from cmtmae_scale.cache.format import Manifest, read_seal
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
 from cmtmae_scale.runtime.log import progress_bar
-from cmtmae_scale.runtime.storage import digest
 
 MIN_COSINE = 0.9995
 """Least 1st percentile of the cosine of standardised features."""
@@ -38,15 +37,14 @@ def damaged_shards(
 
 def shard_fault(folder: Path, manifest: Manifest, shard: int) -> str | None:
     """Return why a shard cannot be trusted; ``None``: it is intact."""
-    seal = read_seal(folder, shard)
-    if seal is None:
-        return "it is missing"
     try:
-        intact = digest(shard_path(folder, shard)) == seal.sha256
+        seal = read_seal(folder, manifest, shard)
         rows = bad_rows(folder, manifest, shard)
+    except FileNotFoundError:
+        return "it is missing"
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
-    if not intact:
+    if seal.stored != seal.found:
         return "it differs from its SHA-256" + (f", at rows {rows}" if rows else "")
     return f"rows {rows} differ from their checksums" if rows else None
 

@@ -166,7 +166,7 @@ def run_options(config: Config, options: argparse.Namespace, world: World) -> in
     """Build, verify, repair or price the cache of a config; return the exit code."""
     # Imported here so that --help and config errors cost no torch.
     from cmtmae_scale.cache.build import make_builder, stripe_of
-    from cmtmae_scale.cache.format import seal_path
+    from cmtmae_scale.cache.format import shard_path
     from cmtmae_scale.cache.verify import damaged_shards
     from cmtmae_scale.runtime.collectives import pick_device
 
@@ -187,7 +187,7 @@ def run_options(config: Config, options: argparse.Namespace, world: World) -> in
             with progress_bar("reading", len(shards), "shards") as report_shards:
                 for shard, reason in damaged_shards(folder, manifest, shards, report_shards):
                     logger.warning("shard %d: %s; it is built again", shard, reason)
-                    seal_path(folder, shard).unlink(missing_ok=True)
+                    shard_path(folder, manifest, shard).unlink(missing_ok=True)
         build_assigned(builder, folder, manifest, shards)
     finally:
         builder.close()

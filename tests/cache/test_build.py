@@ -1,24 +1,28 @@
 """Any number of processes build a cache and may be killed; only intact shards are trusted."""
 
 import errno
+import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from cmtmae_scale.cache import build
 from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
-from cmtmae_scale.cache.format import missing_shards, read_manifest, seal_path, shard_path
+from cmtmae_scale.cache.format import missing_shards, old_seal_path, read_manifest, shard_path
 from cmtmae_scale.cache.reader import ShardFile
 from cmtmae_scale.cache.verify import damaged_shards
 from cmtmae_scale.commands import precompute
 from cmtmae_scale.errors import CacheError, TeacherError
+from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import TeacherView
 from tests.cache import cache_case as case
 from tests.processes import CONTEXT, run_ranks
@@ -124,7 +128,7 @@ def test_a_flipped_bit_is_found_named_and_repaired(
     folder = copy(whole, tmp_path)
     assert run(recipe, folder, "--verify", "1") == 0
     assert "verdict: good" in capsys.readouterr().out
-    path = shard_path(folder, 1)
+    path = shard_path(folder, read_manifest(folder), 1)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
@@ -141,13 +145,52 @@ def test_a_flipped_bit_is_found_named_and_repaired(
 def test_missing_and_foreign_shards_are_named(recipe: Path, whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
     manifest = read_manifest(folder)
-    seal_path(folder, 0).unlink()
-    for path in (shard_path, seal_path):
-        shutil.copy(path(folder, 1), path(folder, 2))
+    paths = [shard_path(folder, manifest, shard) for shard in range(3)]
+    paths[0].unlink()
+    shutil.copy(paths[1], paths[2])
     found = dict(damaged_shards(folder, manifest, range(manifest.num_shards)))
     assert found[0] == "it is missing"
     assert found[2].startswith("rows 12, 13, 14, 15, 16, ... differ")
     assert set(found) == {0, 2}
+
+
+def test_a_cache_of_format_1_is_continued_verified_repaired_and_read(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, make = tmp_path / "cache", build.Builder.make_manifest
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            build.Builder, "make_manifest", lambda *given: replace(make(*given), format=1)
+        )
+        case.build_cache(recipe, folder, share=(0, 2))
+    manifest = read_manifest(folder)
+    first = shard_path(folder, manifest, 0)
+    assert first == folder / "parts" / "00000000.safetensors"
+    save_file(load_file(first), first)  # version 0.1 wrote no digest in the header
+    seal = {"size": first.stat().st_size, "sha256": digest(first)}
+    old_seal_path(first).write_text(json.dumps(seal))
+    case.build_cache(recipe, folder)
+    assert run(recipe, folder, "--verify", "1") == 0
+    assert [path.suffix for path in sorted((folder / "parts").iterdir())] == [
+        ".json",
+        ".safetensors",
+    ] * manifest.num_shards
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 4
+    first.write_bytes(data)
+    old_seal_path(shard_path(folder, manifest, 1)).unlink()
+    found = dict(damaged_shards(folder, manifest, range(manifest.num_shards)))
+    assert found[0].startswith("it differs from its SHA-256")
+    assert found[1].startswith("its seal cannot be read") and set(found) == {0, 1}
+    assert run(recipe, folder, "--repair") == 0 and run(recipe, folder, "--verify", "0") == 0
+    new = read_manifest(whole)
+    for shard in range(manifest.num_shards):
+        old_rows, new_rows = (
+            load_file(shard_path(folder, manifest, shard)),
+            load_file(shard_path(whole, new, shard)),
+        )
+        for name in ("attention", "features", "scales", "valid"):
+            assert torch.equal(old_rows[name], new_rows[name])
 
 
 def test_another_run_is_refused_with_the_field(recipe: Path, whole: Path) -> None:
@@ -208,7 +251,7 @@ def test_a_command_on_a_full_disk_can_be_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(tensors, path: Path) -> None:
+    def full(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(cache_format, "save_file", full)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cmtmae_scale.cache.codecs import Calibration, calibration_path, load_calibration
-from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, seal_path, shard_path
+from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, shard_path
 from cmtmae_scale.cache.reader import CachedRows, CacheReader, ShardFile
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.config.load import load_config
@@ -82,8 +82,8 @@ def file_of(folder: Path, name: str) -> Path:
 def mutate(random: random.Random, folder: Path, good: Path, other: Path) -> Path:
     """Damage one file of a cache; return which."""
     names = [MANIFEST, MANIFEST, CALIBRATION]
-    for shard in range(6):
-        names += [str(find(Path(), shard)) for find in (shard_path, seal_path)]
+    manifest = read_manifest(good)
+    names += [str(shard_path(Path(), manifest, shard)) for shard in range(6)] * 2
     name = random.choice(names)
     path, data = folder / file_of(good, name).name, file_of(good, name).read_bytes()
     if name not in (MANIFEST, CALIBRATION):
@@ -172,12 +172,12 @@ def test_a_shard_that_appears_later_is_found_and_a_damaged_one_is_logged_once(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     truth = fill(recipe, tmp_path, 3)
-    seal = seal_path(tmp_path, 1)
-    seal.rename(tmp_path / "later")
-    path = shard_path(tmp_path, 2)
+    manifest = read_manifest(tmp_path)
+    absent, path = (shard_path(tmp_path, manifest, shard) for shard in (1, 2))
+    absent.rename(tmp_path / "later")
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the checksum of the last row
-    with reading(tmp_path, read_manifest(tmp_path)) as read:
+    with reading(tmp_path, manifest) as read:
         assert read([7, 20]).faults == ["it is not complete", "it differs from its checksum"]
         damaged = read([20, 19])
         assert damaged.faults == ["it differs from its checksum", None]
@@ -185,7 +185,7 @@ def test_a_shard_that_appears_later_is_found_and_a_damaged_one_is_logged_once(
         assert not damaged.fields["features"][0].any()
         (line,) = caplog.messages
         assert line == f"{path}, row 20: it differs from its checksum; build this shard again"
-        (tmp_path / "later").rename(seal)
+        (tmp_path / "later").rename(absent)
         draft = tmp_path / "draft"
         draft.write_bytes(data)
         draft.replace(path)
@@ -200,12 +200,12 @@ def test_pipes_and_devices_in_a_cache_are_not_read(
 ) -> None:
     fill(recipe, tmp_path, 5)
     manifest = read_manifest(tmp_path)
-    for path in (shard_path(tmp_path, 0), seal_path(tmp_path, 1)):
-        path.unlink()
-        make(path)
+    path = shard_path(tmp_path, manifest, 0)
+    path.unlink()
+    make(path)
     with reading(tmp_path, manifest) as read:
-        faults = read([0, 7, 14]).faults
-    assert faults[0] and faults[1] == "it is not complete" and faults[2] is None
+        faults = read([0, 7]).faults
+    assert str(faults[0]).startswith("it cannot be read (") and faults[1] is None
     for path in (
         calibration_path(tmp_path, manifest.calibration_sha256 or ""),
         tmp_path / MANIFEST,

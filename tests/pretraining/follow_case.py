@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cmtmae_scale.cache.format import read_seal
+from cmtmae_scale.cache.format import list_shard_folders, list_shards
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.load import load_config
 from tests.pretraining.cached_run_case import observe
@@ -40,7 +40,7 @@ def train_beside(
             os.kill(os.getpid(), signal.SIGKILL)
         limit = time.monotonic() + 20
         wanted = progress.position // ROWS_PER_SHARD + 1
-        while warm_at <= progress.step < last and read_seal(folder, wanted) is None:
+        while warm_at <= progress.step < last and wanted not in shards_on_storage(folder):
             time.sleep(0.01)
             if time.monotonic() > limit:
                 break
@@ -76,6 +76,5 @@ def follow_run(run_dir: Path, share: str, ahead: int, die_at: int | None = None)
         return precompute.precompute_teacher([*arguments, "--rows-per-shard", str(ROWS_PER_SHARD)])
 
 
-def shards_on_storage(folder: Path) -> int:
-    """Return the number of shards, complete or not."""
-    return len(list(folder.glob("parts/*.safetensors")))
+def shards_on_storage(folder: Path) -> set[int]:
+    return set[int]().union(*map(list_shards, list_shard_folders(folder)))
