@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import threading
+import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmtmae_scale.cache.format import HEADER_LIMIT, Manifest, row_checksum, row_memory, shard_path
+from cmtmae_scale.cache.format import (
+    HEADER_LIMIT,
+    Manifest,
+    list_shards,
+    row_checksum,
+    row_memory,
+    shard_path,
+)
 from dataloading.files import open_regular
 from dataloading.plan import Plan
 
@@ -24,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 THREADS = 4
 MAX_OPEN = 4096
+SIDECAR_POLL_S = 0.2
+"""Shortest time between two listings of a folder, seconds; a sidecar finishes shards that often."""
+BUILD_POLL_S = 10.0
+"""The same for a cache of views, where a micro-batch may miss shards of every folder."""
 FIRST_READ = 4096
 """Bytes of a shard that are read at first; a header has fewer."""
 MAX_RUN = 1024
@@ -175,8 +187,8 @@ class CacheReader:
     """Reads the rows of crop plans, several micro-batches at a time.
 
     A row's number is ``sample * count + view``, or the position if the cache belongs to a run's
-    stream. A shard that is not open is searched again for every row, so a shard that is written
-    later is found.
+    stream. Where a shard is missing, the folder of the shard is listed, and no shard that the list
+    lacks is opened until ``poll_s`` have passed and a new list has it.
 
     Args:
         folder: ``cache.dir``.
@@ -190,12 +202,15 @@ class CacheReader:
         self.manifest = manifest
         self.count = count
         self.pin = pin
+        self.poll_s = SIDECAR_POLL_S if count is None else BUILD_POLL_S
         self.limit = min(MAX_OPEN, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
         self._pending: deque[tuple[Plan, CachedRows, list[Future[None]]]] = deque()
         self._lock = threading.Lock()
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._warned: set[int] = set()
+        self._listing = threading.Lock()
+        self._listed: dict[Path, tuple[float, set[int]]] = {}
 
     def submit(self, plan: Plan) -> None:
         """Start to read the rows of a micro-batch; returns at once."""
@@ -293,7 +308,14 @@ class CacheReader:
             if found is not None:
                 self._open.move_to_end(number)
                 return found
-        found = ShardFile(self.folder, self.manifest, number)
+        place = shard_path(self.folder, self.manifest, number).parent
+        if self._is_absent(place, number):
+            raise FileNotFoundError
+        try:
+            found = ShardFile(self.folder, self.manifest, number)
+        except FileNotFoundError:
+            self._list_folder(place)
+            raise
         # Another thread may still read a shard that is dropped: the last reference closes it.
         weakref.finalize(found, os.close, found.descriptor)
         with self._lock:
@@ -301,6 +323,25 @@ class CacheReader:
             while len(self._open) > self.limit:
                 self._open.popitem(last=False)
         return found
+
+    def _is_absent(self, place: Path, number: int) -> bool:
+        """Return whether the list of a shard's folder, if there is one, lacks the shard."""
+        with self._listing:
+            if place not in self._listed:
+                return False
+            listed_at, shards = self._listed[place]
+        if number not in shards and time.monotonic() - listed_at >= self.poll_s:
+            shards = self._list_folder(place)
+        return number not in shards
+
+    def _list_folder(self, place: Path) -> set[int]:
+        """List the complete shards of a folder, and keep the list."""
+        called_at = time.monotonic()
+        with self._listing:
+            listed = self._listed.get(place)
+            if listed is None or listed[0] < called_at:  # else another thread has just listed it
+                listed = self._listed[place] = (time.monotonic(), list_shards(place))
+        return listed[1]
 
     def _warn_once(self, row: int, fault: str | None) -> None:
         """Log a damaged shard, once per shard."""

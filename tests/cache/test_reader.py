@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmtmae_scale.cache import reader as reader_module
 from cmtmae_scale.cache.codecs import Calibration, calibration_path, load_calibration
 from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, shard_path
 from cmtmae_scale.cache.reader import CachedRows, CacheReader, ShardFile
@@ -60,6 +63,7 @@ def reading(
 ) -> Iterator[Callable[[Any], CachedRows]]:
     reader = CacheReader(folder, manifest, 2, pin=False)
     reader.limit = limit
+    reader.poll_s = 0.0
 
     def read(rows: Any) -> CachedRows:
         plan = plan_of(rows)
@@ -215,6 +219,50 @@ def test_pipes_and_devices_in_a_cache_are_not_read(
         with pytest.raises(CacheError, match="cannot be trusted"):
             load_calibration(tmp_path, manifest.calibration_sha256, manifest.width)
             read_manifest(tmp_path)
+
+
+def test_a_missing_shard_is_not_searched_again_until_its_folder_may_have_changed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(recipe, tmp_path, 7)
+    manifest = read_manifest(tmp_path)
+    away = tmp_path / "away"
+    away.mkdir()
+    moved = {shard_path(tmp_path, manifest, n): away / str(n) for n in (3, 4)}
+    for path, to in moved.items():
+        path.rename(to)
+    calls: Counter[str] = Counter()
+    now = 0.0
+    for name in ("open_regular", "list_shards"):
+        real = getattr(reader_module, name)
+
+        def counted(path: Path, name: str = name, real: Any = real) -> Any:
+            calls[name] += 1
+            return real(path)
+
+        monkeypatch.setattr(reader_module, name, counted)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    reader = CacheReader(tmp_path, manifest, None, pin=False)
+
+    def read(rows: Any) -> list[str | None]:
+        plan = plan_of(rows)
+        reader.submit(plan)
+        return reader.collect(plan).faults
+
+    missing = range(21, 35)  # shards 3 and 4, of 7 rows each
+    for _ in range(50):
+        assert read(missing) == ["it is not complete"] * 14
+    assert calls["open_regular"] <= 2 and calls["list_shards"] == 1
+    for path, to in moved.items():
+        to.rename(path)
+    calls.clear()
+    assert read(missing) == ["it is not complete"] * 14 and not calls
+    now = reader.poll_s
+    assert read(missing) == [None] * 14
+    assert calls == {"open_regular": 2, "list_shards": 1}
+    shard_path(tmp_path, manifest, 5).unlink()  # deleted since the folder was listed
+    assert read([35]) == read([35]) == ["it is not complete"]
+    reader.close()
 
 
 def test_a_shard_is_opened_once_per_micro_batch_and_neighbours_are_read_together(

@@ -25,7 +25,7 @@ def train_beside(
     From step ``warm_at`` on each step waits for the shard of the next step, so that hits do not
     depend on the speed of this machine.
     """
-    from cmtmae_scale.cache import teacher
+    from cmtmae_scale.cache import reader, teacher
     from cmtmae_scale.engine import loop
     from cmtmae_scale.runtime import progress_file
 
@@ -48,9 +48,10 @@ def train_beside(
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(loop, "take_step", paced))
-        # Every step publishes its progress, and finds the cache at once.
+        # Every step publishes its progress, and finds cache and shards at once.
         stack.enter_context(mock.patch.object(progress_file, "PAUSE_S", 0.0))
         stack.enter_context(mock.patch.object(teacher, "POLL_S", 0.0))
+        stack.enter_context(mock.patch.object(reader, "SIDECAR_POLL_S", 0.0))
         seen = observe(recipe, run_dir, overrides)
     assert not seen.error, seen.error
     return [entry["cache/hit"] for entry in seen.log]
