@@ -149,12 +149,13 @@ def run_sidecar(
     stripe: tuple[int, int],
     device: torch.device,
     ahead: int,
-    rows_per_shard: int,
+    rows_per_shard: int | None,
     patience_s: float,
 ) -> bool:
     """Compute the shards that a run needs next; return whether the run is complete.
 
-    ``rows_per_shard`` holds for a cache that is begun here; see ``Sidecar`` for the others.
+    ``rows_per_shard`` holds for a cache that is begun here, by default ``SHARD_ROWS``; see
+    ``Sidecar`` for the others.
 
     Raises:
         CacheError: a folder that holds another cache, or a store that refuses a shard.

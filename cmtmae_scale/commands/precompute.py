@@ -76,8 +76,13 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
         metavar="i/n",
         help="compute every n-th shard, i from 0; default: a SLURM array's share, else all",
     )
-    rows_help = "views in one file; 1024 (some 200 MB)"
-    parser.add_argument("--rows-per-shard", type=at_least_one, default=1024, help=rows_help)
+    parser.add_argument(
+        "--rows-per-shard",
+        type=at_least_one,
+        metavar="N",
+        help="views in one file; default: those of a cache that was begun, else 1024 (some 200 "
+        "MB), doubled until there are at most 10,000 files, while a file has at most 1 GiB",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--verify",

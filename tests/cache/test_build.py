@@ -193,6 +193,38 @@ def test_a_cache_of_format_1_is_continued_verified_repaired_and_read(
             assert torch.equal(old_rows[name], new_rows[name])
 
 
+@pytest.mark.parametrize(
+    ("views", "row_bytes", "rows", "shards"),
+    [
+        (10_000, 152_091, 1024, 10),
+        (1_281_167 * 4, 152_091, 1024, 5005),
+        (14_197_122 * 4, 152_091, 4096, 13_865),  # 8,192 rows would have 1.2 GiB
+        (1_000_000_000, 401, 131_072, 7630),
+        (1_000_000_000, 2_000_000, 1024, 976_563),
+    ],
+)
+def test_large_caches_have_larger_shards(
+    views: int, row_bytes: int, rows: int, shards: int
+) -> None:
+    assert build.choose_shard_rows(views, row_bytes) == rows
+    assert -(-views // rows) == shards
+
+
+def test_a_cache_that_was_begun_keeps_the_size_of_its_shards(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = case.make_builder(recipe)
+    assert builder.begin_cache(whole, "int8").rows_per_shard == case.ROWS_PER_SHARD
+    with pytest.raises(CacheError, match="was begun with rows_per_shard=6, now it is 7"):
+        builder.begin_cache(whole, "int8", 7)
+    monkeypatch.setattr(build, "SHARD_ROWS", 2)
+    monkeypatch.setattr(build, "MAX_SHARDS", 5)
+    assert builder.make_manifest("int8").rows_per_shard == 4
+    builder.keyed = "positions"
+    assert builder.make_manifest("int8").rows_per_shard == 2
+    builder.close()
+
+
 def test_another_run_is_refused_with_the_field(recipe: Path, whole: Path) -> None:
     with pytest.raises(
         CacheError, match=r"views\.crop_scale: the cache was built with \[0.2, 1.0\]"
