@@ -100,10 +100,6 @@ class ShardFile:
             found[name] = Field(8 + length + start, row_bytes)
         return found
 
-    def read_row(self, row: int, into: Mapping[str, Tensor], at: int) -> str | None:
-        """Read one row; see ``read_rows``."""
-        return self.read_rows([row], into, [at])[0]
-
     def read_rows(
         self, rows: Sequence[int], into: Mapping[str, Tensor], places: Sequence[int]
     ) -> list[str | None]:

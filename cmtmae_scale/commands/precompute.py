@@ -204,15 +204,17 @@ def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shard
     from cmtmae_scale.cache.build import build_shards
     from cmtmae_scale.cache.format import missing_shards
 
-    rows = sum(len(manifest.shard_rows(shard)) for shard in shards)
+    missing = set(missing_shards(folder, manifest))
+    own = [shard for shard in shards if shard in missing]
+    rows = sum(len(manifest.shard_rows(shard)) for shard in own)
     size = f"{manifest.num_rows} rows, {manifest.num_rows * manifest.row_bytes() / 1e9:.2f} GB"
-    count = f"{manifest.num_shards} shards; this process has {len(shards)} of them"
+    count = f"{manifest.num_shards} shards; this process has {len(shards)}, {len(own)} to compute"
     logger.info("%s: %s in %s", folder, size, count)
     with progress_bar("computing", rows, "rows") as report_rows:
-        build_shards(builder, folder, manifest, shards, report_rows)
-    missing = missing_shards(folder, manifest)
-    if missing:
-        logger.info("%d of %d shards are still missing", len(missing), manifest.num_shards)
+        build_shards(builder, folder, manifest, own, report_rows)
+    left = missing_shards(folder, manifest)
+    if left:
+        logger.info("%d of %d shards are still missing", len(left), manifest.num_shards)
     else:
         logger.info("%s is complete; check it with --verify", folder)
 

@@ -18,8 +18,8 @@ from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
 from cmtmae_scale.cache.format import missing_shards, old_seal_path, read_manifest, shard_path
-from cmtmae_scale.cache.reader import ShardFile
-from cmtmae_scale.cache.verify import damaged_shards
+from cmtmae_scale.cache.reader import UNDECODED, ShardFile
+from cmtmae_scale.cache.verify import choose_rows, damaged_shards
 from cmtmae_scale.commands import precompute
 from cmtmae_scale.errors import CacheError, TeacherError
 from cmtmae_scale.runtime.storage import digest
@@ -58,7 +58,7 @@ def test_rows_are_the_teachers_outputs(recipe: Path, whole: Path) -> None:
         (online,) = builder.forward_plans([plan])
         into = manifest.empty_rows(1)
         shard = ShardFile(whole, manifest, row // case.ROWS_PER_SHARD)
-        assert shard.read_row(row, into, 0) is None
+        assert shard.read_rows([row], into, [0]) == [None]
         shard.close()
         assert torch.equal(into["attention"], online.attention.half())
         features = decode(Encoded(into["features"], into["scales"]), calibration)
@@ -225,6 +225,14 @@ def test_a_cache_that_was_begun_keeps_the_size_of_its_shards(
     builder.close()
 
 
+def test_rows_that_are_computed_again_are_those_of_the_intact_shards(whole: Path) -> None:
+    manifest = read_manifest(whole)  # 20 rows, 6 per shard
+    assert choose_rows(manifest, [1, 3], 1.0, 1).tolist() == [6, 7, 8, 9, 10, 11, 18, 19]
+    some = choose_rows(manifest, [0, 2], 0.25, 2).tolist()
+    assert len(set(some)) == 3 and set(some) <= {*range(6), *range(12, 18)} and some == sorted(some)
+    assert choose_rows(manifest, [], 0.5, 4).tolist() == []
+
+
 def test_another_run_is_refused_with_the_field(recipe: Path, whole: Path) -> None:
     with pytest.raises(
         CacheError, match=r"views\.crop_scale: the cache was built with \[0.2, 1.0\]"
@@ -320,7 +328,7 @@ def test_an_image_that_cannot_be_decoded_is_an_invalid_row(recipe: Path, tmp_pat
     into = manifest.empty_rows(1)
     for row in rows.tolist():
         shard = ShardFile(tmp_path / "cache", manifest, row // case.ROWS_PER_SHARD)
-        assert "could not be decoded" in (shard.read_row(row, into, 0) or "")
+        assert shard.read_rows([row], into, [0]) == [UNDECODED]
         shard.close()
 
 
