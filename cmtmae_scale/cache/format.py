@@ -169,13 +169,23 @@ def list_shard_folders(folder: Path) -> list[Path]:
     """Return the sub-folders of a cache that hold shards.
 
     Raises:
-        OSError: if they cannot be listed.
+        CacheError: if they cannot be listed.
     """
     try:
         with os.scandir(folder / SHARDS) as entries:
             return [Path(entry) for entry in entries if entry.name.isdecimal() and entry.is_dir()]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise listing_error(folder, error) from error
+
+
+def listing_error(folder: Path, error: OSError) -> CacheError:
+    """Return the error of a folder in a cache that cannot be listed."""
+    return CacheError(
+        f"cache.dir={folder}: {error.filename} cannot be listed ({error.strerror}); "
+        f"{remedy_for(error, 'correct its permissions')}"
+    )
 
 
 def row_checksum(identity: int, row: int, fields: list[memoryview]) -> int:
@@ -199,11 +209,8 @@ def read_manifest(folder: Path) -> Manifest:
         CacheError: the manifest is absent or damaged, or everyone may write to the folder or
             to its shards.
     """
-    refuse_world_writable(folder)
-    if (folder / SHARDS).exists():
-        refuse_world_writable(folder / SHARDS)
-        for place in list_shard_folders(folder):
-            refuse_world_writable(place)
+    for place in (folder, folder / SHARDS, *list_shard_folders(folder)):
+        refuse_world_writable(place)
     try:
         tree = read_json(read_regular(folder / MANIFEST))
         stored = tree.pop("sha256")
@@ -263,6 +270,8 @@ def refuse_world_writable(folder: Path) -> None:
     """
     try:
         mode = os.stat(folder).st_mode
+    except FileNotFoundError:  # a sidecar may have deleted it
+        return
     except OSError as error:
         raise CacheError(f"cache.dir={folder}: cannot be opened ({error.strerror})") from error
     if mode & 0o002:
@@ -279,10 +288,7 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     try:
         complete = set[int]().union(*map(list_shards, places))
     except OSError as error:
-        raise CacheError(
-            f"cache.dir={folder}: {error.filename} cannot be listed ({error.strerror}); "
-            f"{remedy_for(error, 'correct its permissions')}"
-        ) from error
+        raise listing_error(folder, error) from error
     return [shard for shard in range(manifest.num_shards) if shard not in complete]
 
 
