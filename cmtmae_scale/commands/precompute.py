@@ -16,7 +16,15 @@ from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, ConfigError
+from cmtmae_scale.errors import (
+    AGAIN,
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    CacheError,
+    ConfigError,
+    remedy_for,
+)
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, share
 from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import progress_bar, set_up_logging
@@ -192,11 +200,26 @@ def run_options(config: Config, options: argparse.Namespace, world: World) -> in
             with progress_bar("reading", len(shards), "shards") as report_shards:
                 for shard, reason in damaged_shards(folder, manifest, shards, report_shards):
                     logger.warning("shard %d: %s; it is built again", shard, reason)
-                    shard_path(folder, manifest, shard).unlink(missing_ok=True)
+                    delete_shard(shard_path(folder, manifest, shard))
         build_assigned(builder, folder, manifest, shards)
     finally:
         builder.close()
     return EXIT_DONE
+
+
+def delete_shard(path: Path) -> None:
+    """Delete a damaged shard.
+
+    Raises:
+        CacheError: if the store refuses.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"{path}: cannot be deleted ({error.strerror}); "
+            f"{remedy_for(error, f'delete it yourself, and {AGAIN}')}"
+        ) from error
 
 
 def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shards: range) -> None:

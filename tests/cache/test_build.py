@@ -346,6 +346,24 @@ def test_a_folder_that_everyone_may_write_is_refused(
         case.build_cache(recipe, folder)
 
 
+def test_what_is_no_folder_of_shards_and_no_shard_is_named(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    manifest = read_manifest(folder)
+    path = shard_path(folder, manifest, 1)
+    path.unlink()
+    path.mkdir()
+    assert list(damaged_shards(folder, manifest, range(4))) == [(1, "Is a directory")]
+    with pytest.raises(
+        CacheError, match=r"1\.safetensors: cannot be deleted .* delete it yourself"
+    ):
+        precompute.delete_shard(path)
+    shutil.rmtree(folder / "parts")
+    assert missing_shards(folder, manifest) == [0, 1, 2, 3]
+    (folder / "parts").touch()
+    with pytest.raises(CacheError, match=r"parts cannot be listed \(Not a directory\); correct"):
+        read_manifest(folder)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
