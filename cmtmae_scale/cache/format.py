@@ -6,8 +6,8 @@ this name when it is complete, so that listing the folders finds the complete sh
 holds its seal: the SHA-256 of the file with zeros in place of these 64 digits. The checksum of a
 row covers its bytes, its number and the identity of the cache, and is verified at every read.
 
-Format 1, which is read and continued, has all shards in ``parts``, and the seal of each beside it:
-``parts/00000012.json``, size and SHA-256.
+Format 1, which is read and continued, has all shards in ``parts``. A shard counts with its seal
+beside it: ``parts/00000012.json``, size and SHA-256.
 """
 
 import errno
@@ -49,6 +49,7 @@ SHARDS_PER_FOLDER = 1000
 SUFFIX = ".safetensors"
 HEADER_LIMIT = 1 << 20
 NO_DIGEST = b"0" * 64
+SEAL_SUFFIX = ".json"
 SEAL_BYTES = 4096
 """Largest seal of format 1 that is read."""
 STORED_NAMES = {"rows_per_shard": "rows_a_part"}
@@ -148,10 +149,11 @@ def shard_path(folder: Path, manifest: Manifest, shard: int) -> Path:
 
 def shard_exists(folder: Path, manifest: Manifest, shard: int) -> bool:
     """Return whether a shard is complete."""
-    return os.path.exists(shard_path(folder, manifest, shard))
+    path = shard_path(folder, manifest, shard)
+    return os.path.exists(path) and (manifest.format > 1 or os.path.exists(old_seal_path(path)))
 
 
-def list_shards(place: Path) -> set[int]:
+def list_shards(place: Path, suffix: str = SUFFIX) -> set[int]:
     """Return the complete shards in one folder of shards; none if it is absent.
 
     Raises:
@@ -161,7 +163,7 @@ def list_shards(place: Path) -> set[int]:
         names = os.listdir(place)
     except FileNotFoundError:
         return set()
-    stems = (name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
+    stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
     return {int(stem) for stem in stems if stem.isdecimal()}
 
 
@@ -284,9 +286,11 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     Raises:
         CacheError: if the folders of the shards cannot be listed.
     """
-    places = [folder / SHARDS] if manifest.format == 1 else list_shard_folders(folder)
     try:
-        complete = set[int]().union(*map(list_shards, places))
+        if manifest.format == 1:
+            complete = list_shards(folder / SHARDS) & list_shards(folder / SHARDS, SEAL_SUFFIX)
+        else:
+            complete = set[int]().union(*map(list_shards, list_shard_folders(folder)))
     except OSError as error:
         raise listing_error(folder, error) from error
     return [shard for shard in range(manifest.num_shards) if shard not in complete]
@@ -315,13 +319,13 @@ def read_seal(folder: Path, manifest: Manifest, shard: int) -> Seal:
     try:
         tree = read_json(read_regular(old_seal_path(path), SEAL_BYTES))
         return Seal(str(tree["sha256"]), found)
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its seal cannot be read ({error})") from None
 
 
 def old_seal_path(path: Path) -> Path:
     """Return the seal of a shard of format 1."""
-    return path.with_suffix(".json")
+    return path.with_suffix(SEAL_SUFFIX)
 
 
 def read_header(opened: BinaryIO) -> tuple[bytes, int]:
@@ -396,7 +400,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], has_seal_file: bool) -
             sha256 = unsealed_digest(opened)
             opened.seek(at)
             opened.write(sha256.encode())
+        seal = None
         if has_seal_file:
-            seal = {"size": draft.stat().st_size, "sha256": digest(draft)}
-            write_atomic(old_seal_path(path), json.dumps(seal))
+            seal = json.dumps({"size": draft.stat().st_size, "sha256": digest(draft)})
+            old_seal_path(path).unlink(missing_ok=True)
+    if seal is not None:
+        write_atomic(old_seal_path(path), seal)
     sync(path.parent)
