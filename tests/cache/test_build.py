@@ -183,7 +183,8 @@ def test_a_cache_of_format_1_is_continued_verified_repaired_and_read(
     assert found[0].startswith("it differs from its SHA-256")
     assert found[1].startswith("its seal cannot be read") and set(found) == {0, 1}
     assert missing_shards(folder, manifest) == [1]
-    assert run(recipe, folder, "--repair") == 0 and run(recipe, folder, "--verify", "0") == 0
+    assert run(recipe, folder, "--repair") == 0
+    assert not dict(damaged_shards(folder, manifest, range(manifest.num_shards)))
     new = read_manifest(whole)
     for shard in range(manifest.num_shards):
         old_rows, new_rows = (
