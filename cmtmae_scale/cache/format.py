@@ -18,6 +18,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self, get_args
 
@@ -97,7 +98,7 @@ class Manifest:
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    @property
+    @cached_property
     def identity(self) -> int:
         """Initial value of every row's checksum: the first four bytes of ``sha256``."""
         return int(self.sha256[:8], 16)
