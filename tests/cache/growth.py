@@ -5,10 +5,11 @@
 Prints CPU seconds of this process, attempts to open a file, listed folders, and the exponent of the
 CPU seconds: 1 is linear, 0 does not grow.
 
-``write`` writes all shards. ``missing`` finds what is missing of a complete cache. ``full`` and
-``window`` read 10,000 rows in micro-batches of 128, in the order of ``data.shuffle``. ``absent``
-reads 100 micro-batches of a sidecar's cache whose rows are missing, with as many shards elsewhere.
-``save`` deletes the ten shards that a save has passed, with all others ahead.
+``missing`` finds what is missing of a complete cache. ``full`` and ``window`` read 20
+micro-batches of 128 rows in the order of ``data.shuffle``. ``absent`` reads 100 micro-batches of a
+sidecar's cache whose rows are missing, with all shards elsewhere. ``write`` writes 100 more shards.
+``save`` deletes the ten shards that a save has passed, with all others ahead. Shards of which no
+row is read are copies of the first shard.
 """
 
 import argparse
@@ -18,21 +19,23 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from cmtmae_scale.cache.format import ENDLESS, Manifest, missing_shards, write_shard
+from cmtmae_scale.cache.format import ENDLESS, Manifest, missing_shards, shard_path, write_shard
 from cmtmae_scale.cache.reader import CacheReader
 from cmtmae_scale.cache.sidecar import delete_shards_before
 from dataloading.order import sample_ids, window_ids
 from dataloading.plan import Plan
 
-ROWS, BATCH, READ, STEPS = 100, 128, 10_000, 100
+ROWS, BATCH, STEPS, MORE = 100, 128, 100, 100
+READ = 20 * BATCH
 LISTINGS = ("os.scandir", "os.listdir")
 
 
@@ -63,8 +66,24 @@ def read_rows(folder: Path, manifest: Manifest, rows: NDArray[np.int64], count: 
     return faults
 
 
+def write(
+    folder: Path, manifest: Manifest, shards: Iterable[int], fields: dict[str, Tensor]
+) -> None:
+    for shard in shards:
+        write_shard(folder, manifest, shard, fields)
+
+
+def fill(folder: Path, manifest: Manifest) -> None:
+    """Copy the first shard to all that are missing."""
+    data = shard_path(folder, manifest, 0).read_bytes()
+    for shard in missing_shards(folder, manifest):
+        path = shard_path(folder, manifest, shard)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+
+
 def measure_cache(folder: Path, shards: int, counts: Counter[str]) -> dict[str, Cost]:
-    """Write a cache of so many shards and use it; returns the cost of each use."""
+    """Make a cache of so many shards and use it; returns the cost of each use."""
     manifest = Manifest({}, {}, "attention", shards * ROWS, ROWS, 16, 0, 0, None)
     endless = Manifest({}, {}, "attention", ENDLESS, ROWS, 16, 0, 0, None)
     fields = {
@@ -72,11 +91,10 @@ def measure_cache(folder: Path, shards: int, counts: Counter[str]) -> dict[str, 
         "valid": torch.ones(ROWS, dtype=torch.uint8),
     }
     positions = np.arange(READ, dtype=np.int64)
+    full, window = (order(manifest.num_rows, 0, positions)[0] for order in (sample_ids, window_ids))
+    write(folder, manifest, {0, *(np.concatenate([full, window]) // ROWS).tolist()}, fields)
+    fill(folder, manifest)
     absent = manifest.num_rows + np.arange(STEPS * BATCH, dtype=np.int64)
-
-    def write() -> None:
-        for shard in range(shards):
-            write_shard(folder, manifest, shard, fields)
 
     def read(rows: NDArray[np.int64], count: int | None, expected: int) -> None:
         used = manifest if count else endless
@@ -84,11 +102,11 @@ def measure_cache(folder: Path, shards: int, counts: Counter[str]) -> dict[str, 
             raise SystemExit("rows cannot be used as they should be")
 
     uses: dict[str, Callable[[], object]] = {
-        "write": write,
         "missing": lambda: missing_shards(folder, manifest),
-        "full": lambda: read(sample_ids(manifest.num_rows, 0, positions)[0], 1, 0),
-        "window": lambda: read(window_ids(manifest.num_rows, 0, positions)[0], 1, 0),
+        "full": lambda: read(full, 1, 0),
+        "window": lambda: read(window, 1, 0),
         "absent": lambda: read(absent, None, len(absent)),
+        "write": lambda: write(folder, endless, range(shards, shards + MORE), fields),
         "save": lambda: delete_shards_before(folder, 10),
     }
     return {name: measure(use, counts) for name, use in uses.items()}
