@@ -322,7 +322,7 @@ class Faults:
 
     def damage_part(self) -> None:
         cache = self.job.run_dir / "cache"
-        parts = sorted((cache / SHARDS).glob("*.safetensors"))
+        parts = sorted((cache / SHARDS).rglob("0*.safetensors"))
         if not parts or read_manifest(cache).num_rows != ENDLESS:
             return
         try:

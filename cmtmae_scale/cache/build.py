@@ -38,7 +38,7 @@ from cmtmae_scale.cache.format import (
     manifest_text,
     missing_shards,
     read_manifest,
-    read_seal,
+    shard_exists,
     write_shard,
 )
 from cmtmae_scale.config.derive import needs
@@ -57,6 +57,10 @@ from dataloading.stream import LOOK_AHEAD, make_decoder
 logger = logging.getLogger(__name__)
 
 CALIBRATION_ROWS = 1024
+SHARD_ROWS = 1024
+MAX_SHARDS = 10_000
+MAX_SHARD_BYTES = 1 << 30
+"""A process holds two shards in memory: one is written while the next is computed."""
 Rows = NDArray[np.int64]
 
 
@@ -122,8 +126,10 @@ class Builder:
         )
         self.calibration: Calibration | None = None
 
-    def make_manifest(self, codec: Codec, rows_per_shard: int) -> Manifest:
+    def make_manifest(self, codec: Codec, rows_per_shard: int | None = None) -> Manifest:
         """Return the manifest of a cache of these rows, without its calibration.
+
+        ``rows_per_shard`` is derived by default: see ``choose_shard_rows``.
 
         Raises:
             CacheError: if the run uses nothing that the codec stores.
@@ -139,26 +145,35 @@ class Builder:
                 "cache.codec=attention, but the mask does not use the teacher's attention"
             )
         teacher = self.teacher.fingerprint()
-        return Manifest(
+        manifest = Manifest(
             fingerprint=cache_fingerprint(self.config, teacher, self.index, self.keyed),
             recorded=provenance(self.config, self.device),
             codec=codec,
             num_rows=num_rows(self.config, self.index, self.keyed),
-            rows_per_shard=rows_per_shard,
+            rows_per_shard=rows_per_shard or SHARD_ROWS,
             patches=patches,
             tokens=tokens,
             width=width,
             calibration_sha256=None,
         )
+        if rows_per_shard is None and manifest.num_rows != ENDLESS:
+            rows = choose_shard_rows(manifest.num_rows, manifest.row_bytes())
+            manifest = replace(manifest, rows_per_shard=rows)
+        return manifest
 
-    def begin_cache(self, folder: Path, codec: Codec, rows_per_shard: int) -> Manifest:
+    def begin_cache(
+        self, folder: Path, codec: Codec, rows_per_shard: int | None = None
+    ) -> Manifest:
         """Begin a cache, or join a cache that another process began.
 
-        The first process calibrates and publishes the manifest, the others wait for it.
+        The first process calibrates and publishes the manifest, the others wait for it. Without
+        ``rows_per_shard`` a cache that was begun keeps its own.
 
         Raises:
             CacheError: if the folder holds another cache, or cannot be written.
         """
+        if rows_per_shard is None and (folder / MANIFEST).exists():
+            rows_per_shard = read_manifest(folder).rows_per_shard
         wanted = self.make_manifest(codec, rows_per_shard)
         try:
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -366,6 +381,17 @@ def num_rows(config: Config, index: Index, keyed: Keyed) -> int:
     return ENDLESS if keyed == "positions" else len(index) * (config.views.views_per_image or 1)
 
 
+def choose_shard_rows(num_rows: int, row_bytes: int) -> int:
+    """Return the rows per shard of a cache: ``SHARD_ROWS``, doubled for large caches.
+
+    Doubled until there are at most ``MAX_SHARDS``, while a shard has at most ``MAX_SHARD_BYTES``.
+    """
+    rows = SHARD_ROWS
+    while num_rows > rows * MAX_SHARDS and 2 * rows * row_bytes <= MAX_SHARD_BYTES:
+        rows *= 2
+    return rows
+
+
 def zero_invalid(values: Tensor, valid: Tensor) -> Tensor:
     """Set rows that are not valid to zero."""
     return values.masked_fill(~valid.view(-1, *[1] * (values.ndim - 1)), 0)
@@ -424,7 +450,7 @@ def build_shards(
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         writing: Future[None] | None = None
         for shard in shards:
-            if read_seal(folder, shard) is None:
+            if not shard_exists(folder, manifest, shard):
                 fields = builder.compute_shard(manifest, shard)
                 await_write(writing, folder, manifest)
                 writing = pool.submit(write_shard, folder, manifest, shard, fields)

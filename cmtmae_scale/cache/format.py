@@ -1,9 +1,13 @@
 """On-disk format of a teacher cache: one manifest, and shards of a fixed number of rows.
 
 ``cache.dir/manifest.json`` records what the rows are computed from. The calibration file is beside
-it. ``parts/00000012.safetensors`` holds rows ``[12 * rows_per_shard, ...)`` and counts only with
-its seal ``parts/00000012.json``, which holds size and SHA-256. The checksum of a row covers its
-bytes, its number and the identity of the cache, and is verified at every read.
+it. ``parts/00001/00001234.safetensors`` holds rows ``[1234 * rows_per_shard, ...)``. A shard gets
+this name when it is complete, so that listing the folders finds the complete shards, and its header
+holds its seal: the SHA-256 of the file with zeros in place of these 64 digits. The checksum of a
+row covers its bytes, its number and the identity of the cache, and is verified at every read.
+
+Format 1, which is read and continued, has all shards in ``parts``. A shard counts with its seal
+beside it: ``parts/00000012.json``, size and SHA-256.
 """
 
 import errno
@@ -14,8 +18,9 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast, get_args
+from typing import Any, BinaryIO, NamedTuple, Self, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmtmae_scale.cache.codecs import Codec
-from cmtmae_scale.errors import CacheError
+from cmtmae_scale.errors import CacheError, remedy_for
 from cmtmae_scale.runtime.storage import (
     atomic_path,
     digest,
@@ -32,16 +37,24 @@ from cmtmae_scale.runtime.storage import (
     sync,
     write_atomic,
 )
+from dataloading.files import open_regular
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, FORMAT)
+"""Formats that are read."""
 ENDLESS = 1 << 62
 """``num_rows`` of a cache whose rows are the positions of a run's stream."""
 MANIFEST = "manifest.json"
 SHARDS = "parts"
+SHARDS_PER_FOLDER = 1000
+SUFFIX = ".safetensors"
+HEADER_LIMIT = 1 << 20
+NO_DIGEST = b"0" * 64
+SEAL_SUFFIX = ".json"
 SEAL_BYTES = 4096
-"""Largest seal that is read."""
+"""Largest seal of format 1 that is read."""
 STORED_NAMES = {"rows_per_shard": "rows_a_part"}
-"""Fields whose name in ``manifest.json`` differs; format 1 keeps it."""
+"""Fields whose name in ``manifest.json`` differs."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ class Manifest:
     def sha256(self) -> str:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
-    @property
+    @cached_property
     def identity(self) -> int:
         """Initial value of every row's checksum: the first four bytes of ``sha256``."""
         return int(self.sha256[:8], 16)
@@ -127,14 +140,55 @@ class Manifest:
         }
 
 
-def shard_path(folder: Path, shard: int) -> Path:
+def shard_path(folder: Path, manifest: Manifest, shard: int) -> Path:
     """Return the file of a shard."""
-    return folder / SHARDS / f"{shard:08d}.safetensors"
+    name = f"{shard:08d}{SUFFIX}"
+    if manifest.format == 1:
+        return folder / SHARDS / name
+    return folder / SHARDS / f"{shard // SHARDS_PER_FOLDER:05d}" / name
 
 
-def seal_path(folder: Path, shard: int) -> Path:
-    """Return the file that marks a shard as complete."""
-    return folder / SHARDS / f"{shard:08d}.json"
+def shard_exists(folder: Path, manifest: Manifest, shard: int) -> bool:
+    """Return whether a shard is complete."""
+    path = shard_path(folder, manifest, shard)
+    return os.path.exists(path) and (manifest.format > 1 or os.path.exists(old_seal_path(path)))
+
+
+def list_shards(place: Path, suffix: str = SUFFIX) -> set[int]:
+    """Return the complete shards in one folder of shards; none if it is absent.
+
+    Raises:
+        OSError: if it cannot be listed.
+    """
+    try:
+        names = os.listdir(place)
+    except FileNotFoundError:
+        return set()
+    stems = (name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    return {int(stem) for stem in stems if stem.isdecimal()}
+
+
+def list_shard_folders(folder: Path) -> list[Path]:
+    """Return the sub-folders of a cache that hold shards.
+
+    Raises:
+        CacheError: if they cannot be listed.
+    """
+    try:
+        with os.scandir(folder / SHARDS) as entries:
+            return [Path(entry) for entry in entries if entry.name.isdecimal() and entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise listing_error(folder, error) from error
+
+
+def listing_error(folder: Path, error: OSError) -> CacheError:
+    """Return the error of a folder in a cache that cannot be listed."""
+    return CacheError(
+        f"cache.dir={folder}: {error.filename} cannot be listed ({error.strerror}); "
+        f"{remedy_for(error, 'correct its permissions')}"
+    )
 
 
 def row_checksum(identity: int, row: int, fields: list[memoryview]) -> int:
@@ -158,9 +212,8 @@ def read_manifest(folder: Path) -> Manifest:
         CacheError: the manifest is absent or damaged, or everyone may write to the folder or
             to its shards.
     """
-    refuse_world_writable(folder)
-    if (folder / SHARDS).exists():
-        refuse_world_writable(folder / SHARDS)
+    for place in (folder, folder / SHARDS, *list_shard_folders(folder)):
+        refuse_world_writable(place)
     try:
         tree = read_json(read_regular(folder / MANIFEST))
         stored = tree.pop("sha256")
@@ -168,8 +221,8 @@ def read_manifest(folder: Path) -> Manifest:
         if stored != found.sha256:
             raise ValueError("it differs from its own digest")
         check_manifest(found)
-        if found.format != FORMAT:
-            raise ValueError(f"its format is {found.format}, this version reads {FORMAT}")
+        if found.format not in FORMATS:
+            raise ValueError(f"its format is {found.format}, this version reads {FORMATS}")
     except FileNotFoundError as error:
         raise CacheError(
             f"cache.dir={folder}: holds no {MANIFEST}; build it with "
@@ -220,31 +273,84 @@ def refuse_world_writable(folder: Path) -> None:
     """
     try:
         mode = os.stat(folder).st_mode
+    except FileNotFoundError:  # a sidecar may have deleted it
+        return
     except OSError as error:
         raise CacheError(f"cache.dir={folder}: cannot be opened ({error.strerror})") from error
     if mode & 0o002:
         raise CacheError(f"cache.dir={folder}: everyone may write to it; run chmod o-w {folder}")
 
 
-class Seal(NamedTuple):
-    """Size and digest of a complete shard."""
-
-    size: int
-    sha256: str
-
-
-def read_seal(folder: Path, shard: int) -> Seal | None:
-    """Return the seal of a shard; ``None``: the shard is not complete."""
-    try:
-        tree = cast(dict[str, Any], read_json(read_regular(seal_path(folder, shard), SEAL_BYTES)))
-        return Seal(int(tree["size"]), str(tree["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-
-
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
-    """Return the shards that are not complete."""
-    return [shard for shard in range(manifest.num_shards) if read_seal(folder, shard) is None]
+    """Return the shards that are not complete.
+
+    Raises:
+        CacheError: if the folders of the shards cannot be listed.
+    """
+    try:
+        if manifest.format == 1:
+            complete = list_shards(folder / SHARDS) & list_shards(folder / SHARDS, SEAL_SUFFIX)
+        else:
+            complete = set[int]().union(*map(list_shards, list_shard_folders(folder)))
+    except OSError as error:
+        raise listing_error(folder, error) from error
+    return [shard for shard in range(manifest.num_shards) if shard not in complete]
+
+
+class Seal(NamedTuple):
+    """The SHA-256 that a shard should have, and the SHA-256 that it has."""
+
+    stored: str
+    found: str
+
+
+def read_seal(folder: Path, manifest: Manifest, shard: int) -> Seal:
+    """Read every byte of a shard and return its seal.
+
+    Raises:
+        OSError: if it is absent or cannot be read.
+        ValueError: if its header is damaged, or the seal of format 1 cannot be read.
+    """
+    path = shard_path(folder, manifest, shard)
+    with open(open_regular(path), "rb") as opened:
+        if manifest.format > 1:
+            head, at = read_header(opened)
+            return Seal(head[at : at + len(NO_DIGEST)].decode(), unsealed_digest(opened))
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    try:
+        tree = read_json(read_regular(old_seal_path(path), SEAL_BYTES))
+        return Seal(str(tree["sha256"]), found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"its seal cannot be read ({error})") from None
+
+
+def old_seal_path(path: Path) -> Path:
+    """Return the seal of a shard of format 1."""
+    return path.with_suffix(SEAL_SUFFIX)
+
+
+def read_header(opened: BinaryIO) -> tuple[bytes, int]:
+    """Return the header of a shard from its start on, and where in it the digest is.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    opened.seek(0)
+    start = opened.read(8)
+    head = start + opened.read(min(int.from_bytes(start, "little"), HEADER_LIMIT))
+    found = re.search(rb'"sha256":"([0-9a-f]{64})"', head)
+    if found is None:
+        raise ValueError("its header is damaged")
+    return head, found.start(1)
+
+
+def unsealed_digest(opened: BinaryIO) -> str:
+    """Return the SHA-256 of a shard with zeros in place of the digest in its header."""
+    head, at = read_header(opened)
+    found = hashlib.sha256(head[:at] + NO_DIGEST + head[at + len(NO_DIGEST) :])
+    while block := opened.read(1 << 20):
+        found.update(block)
+    return found.hexdigest()
 
 
 def as_os_error(error: SafetensorError, path: Path) -> OSError:
@@ -255,15 +361,13 @@ def as_os_error(error: SafetensorError, path: Path) -> OSError:
 
 
 def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[str, Tensor]) -> None:
-    """Write a shard, then its seal.
+    """Write a shard; it gets its name when it is on storage.
 
     ``fields`` holds all tensors of the manifest on the CPU, without the checksums.
 
     Raises:
         OSError: if the store refuses; the shard does not count then.
     """
-    path = shard_path(folder, shard)
-    path.parent.mkdir(parents=True, exist_ok=True)
     names = [name for name in manifest.fields() if name != "checksum"]
     identity = manifest.identity
     sums = [
@@ -271,13 +375,36 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[st
         for i, row in enumerate(manifest.shard_rows(shard))
     ]
     tensors = {name: fields[name].contiguous() for name in names}
+    tensors["checksum"] = torch.tensor(sums)
+    path = shard_path(folder, manifest, shard)
+    try:
+        write_tensors(path, tensors, manifest.format == 1)
+    except FileNotFoundError:  # a sidecar deleted the folder, which was still empty
+        write_tensors(path, tensors, manifest.format == 1)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], has_seal_file: bool) -> None:
+    """Write the file of a shard with its seal.
+
+    Raises:
+        OSError: if the store refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as draft:
         try:
-            save_file(tensors | {"checksum": torch.tensor(sums)}, draft)
+            save_file(tensors, draft, {"sha256": NO_DIGEST.decode()})
         except SafetensorError as error:
             raise as_os_error(error, path) from error
         draft.chmod(0o644)  # safetensors creates files that only their owner may read
-        seal = {"size": draft.stat().st_size, "sha256": digest(draft)}
-        seal_path(folder, shard).unlink(missing_ok=True)
-    write_atomic(seal_path(folder, shard), json.dumps(seal))
+        with draft.open("r+b") as opened:
+            _, at = read_header(opened)
+            sha256 = unsealed_digest(opened)
+            opened.seek(at)
+            opened.write(sha256.encode())
+        seal = None
+        if has_seal_file:
+            seal = json.dumps({"size": draft.stat().st_size, "sha256": digest(draft)})
+            old_seal_path(path).unlink(missing_ok=True)
+    if seal is not None:
+        write_atomic(old_seal_path(path), seal)
     sync(path.parent)

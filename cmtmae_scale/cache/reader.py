@@ -6,9 +6,10 @@ import logging
 import os
 import resource
 import threading
+import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmtmae_scale.cache.format import Manifest, read_seal, row_checksum, row_memory, shard_path
+from cmtmae_scale.cache.format import (
+    HEADER_LIMIT,
+    Manifest,
+    list_shards,
+    row_checksum,
+    row_memory,
+    shard_path,
+)
 from dataloading.files import open_regular
 from dataloading.plan import Plan
 
@@ -24,7 +32,14 @@ logger = logging.getLogger(__name__)
 
 THREADS = 4
 MAX_OPEN = 4096
-HEADER_LIMIT = 1 << 20
+SIDECAR_POLL_S = 0.2
+"""Shortest time between two listings of a folder, seconds; a sidecar finishes shards that often."""
+BUILD_POLL_S = 10.0
+"""The same for a cache of views, where a micro-batch may miss shards of every folder."""
+FIRST_READ = 4096
+"""Bytes of a shard that are read at first; a header has fewer."""
+MAX_RUN = 1024
+"""Rows in one read: the most buffers that the system takes (IOV_MAX)."""
 INCOMPLETE = "it is not complete"
 UNDECODED = "its image could not be decoded when it was built"
 UNDAMAGED = (None, INCOMPLETE, UNDECODED)
@@ -43,36 +58,36 @@ class ShardFile:
 
     Raises:
         OSError: if the file is absent or cannot be read.
-        ValueError: if the shard is not complete, or its layout is not that of the manifest.
+        ValueError: if its layout is not that of the manifest.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shard: int) -> None:
         self.manifest = manifest
         self.rows = manifest.shard_rows(shard)
         self.identity = manifest.identity
-        seal = read_seal(folder, shard)
-        if seal is None:
-            raise ValueError(INCOMPLETE)
-        path = shard_path(folder, shard)
+        path = shard_path(folder, manifest, shard)
         if path.is_symlink():
             raise OSError(errno.ELOOP, "Is a link", str(path))
         self.descriptor = open_regular(path)
         try:
-            size = os.fstat(self.descriptor).st_size
-            if size != seal.size:
-                raise ValueError(f"it has {size} bytes, its seal expects {seal.size}")
-            self.fields = self.locate_fields(size)
+            self.fields = self.locate_fields(os.fstat(self.descriptor).st_size)
         except BaseException:
             os.close(self.descriptor)
             raise
 
     def locate_fields(self, size: int) -> dict[str, Field]:
         """Find every tensor from the file's header, which is not trusted."""
-        length = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
+        head = os.pread(self.descriptor, FIRST_READ, 0)
+        length = int.from_bytes(head[:8], "little")
         if not 0 < length <= min(HEADER_LIMIT, size - 8):
             raise ValueError("its header is damaged")
+        if 8 + length > len(head):
+            head += os.pread(self.descriptor, 8 + length - len(head), len(head))
+        expected = 8 + length + self.manifest.row_bytes() * len(self.rows)
+        if size != expected:
+            raise ValueError(f"it has {size} bytes, its rows need {expected}")
         try:
-            header: Any = json.loads(os.pread(self.descriptor, length, 8))
+            header: Any = json.loads(head[8 : 8 + length])
             starts = {name: header[name]["data_offsets"][0] for name in self.manifest.fields()}
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             raise ValueError("its header is damaged") from None
@@ -85,36 +100,72 @@ class ShardFile:
             found[name] = Field(8 + length + start, row_bytes)
         return found
 
-    def read_row(self, row: int, into: Mapping[str, Tensor], at: int) -> str | None:
-        """Read one row into a batch and verify it.
+    def read_rows(
+        self, rows: Sequence[int], into: Mapping[str, Tensor], places: Sequence[int]
+    ) -> list[str | None]:
+        """Read rows of this shard into a batch and verify each; neighbours in one read per tensor.
 
         Args:
-            row: its number in the cache.
+            rows: their numbers in the cache, in any order.
             into: tensors ``[B, ...]`` of ``Manifest.fields``, on the CPU.
-            at: index in the batch.
+            places: index in the batch of each row.
 
         Returns:
-            ``None``, or why the row cannot be used.
+            Per row ``None``, or why it cannot be used.
 
         Raises:
             OSError: if the store fails.
         """
-        number = row - self.rows.start
-        memory: list[memoryview] = []
+        faults: list[str | None] = [None] * len(rows)
+        for run in adjacent_runs(rows):
+            found = self._read_run([rows[k] for k in run], into, [places[k] for k in run])
+            for k, fault in zip(run, found, strict=True):
+                faults[k] = fault
+        return faults
+
+    def _read_run(
+        self, rows: list[int], into: Mapping[str, Tensor], places: list[int]
+    ) -> list[str | None]:
+        """Read successive rows; a run that is cut short is read again row by row."""
+        memory: list[list[memoryview]] = []
         for name, field in self.fields.items():
-            target = row_memory(into[name], at)
-            place = field.offset + number * field.row_bytes
-            if os.preadv(self.descriptor, [target], place) != field.row_bytes:
-                return "it is cut short"
-            memory.append(target)
-        if row_checksum(self.identity, row, memory[:-1]) != int(into["checksum"][at]):
+            targets = [row_memory(into[name], at) for at in places]
+            start = field.offset + (rows[0] - self.rows.start) * field.row_bytes
+            if os.preadv(self.descriptor, targets, start) != field.row_bytes * len(rows):
+                if len(rows) == 1:
+                    return ["it is cut short"]
+                return [
+                    fault
+                    for row, at in zip(rows, places, strict=True)
+                    for fault in self._read_run([row], into, [at])
+                ]
+            memory.append(targets)
+        return [
+            self._check_row(row, into, at, [targets[k] for targets in memory[:-1]])
+            for k, (row, at) in enumerate(zip(rows, places, strict=True))
+        ]
+
+    def _check_row(
+        self, row: int, into: Mapping[str, Tensor], at: int, memory: list[memoryview]
+    ) -> str | None:
+        """Verify a row that was read; ``memory`` is its bytes without the checksum."""
+        if row_checksum(self.identity, row, memory) != int(into["checksum"][at]):
             return "it differs from its checksum"
-        if not into["valid"][at]:
-            return UNDECODED
-        return None
+        return None if into["valid"][at] else UNDECODED
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+def adjacent_runs(rows: Sequence[int]) -> list[list[int]]:
+    """Return the places of rows in runs of successive numbers, at most ``MAX_RUN`` each."""
+    runs: list[list[int]] = []
+    for k in sorted(range(len(rows)), key=rows.__getitem__):
+        if runs and len(runs[-1]) < MAX_RUN and rows[k] == rows[runs[-1][-1]] + 1:
+            runs[-1].append(k)
+        else:
+            runs.append([k])
+    return runs
 
 
 class CachedRows(NamedTuple):
@@ -132,8 +183,8 @@ class CacheReader:
     """Reads the rows of crop plans, several micro-batches at a time.
 
     A row's number is ``sample * count + view``, or the position if the cache belongs to a run's
-    stream. A shard that is not open is searched again for every row, so a shard that is written
-    later is found.
+    stream. Where a shard is missing, the folder of the shard is listed, and no shard that the list
+    lacks is opened until ``poll_s`` have passed and a new list has it.
 
     Args:
         folder: ``cache.dir``.
@@ -147,20 +198,30 @@ class CacheReader:
         self.manifest = manifest
         self.count = count
         self.pin = pin
+        self.poll_s = SIDECAR_POLL_S if count is None else BUILD_POLL_S
         self.limit = min(MAX_OPEN, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
-        self._pending: deque[tuple[Plan, CachedRows, list[Future[str | None]]]] = deque()
+        self._pending: deque[tuple[Plan, CachedRows, list[Future[None]]]] = deque()
         self._lock = threading.Lock()
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._warned: set[int] = set()
+        self._listing = threading.Lock()
+        self._listed: dict[Path, tuple[float, set[int]]] = {}
 
     def submit(self, plan: Plan) -> None:
         """Start to read the rows of a micro-batch; returns at once."""
-        places = plan.positions if self.count is None else plan.ids * self.count + plan.views
-        numbers: list[int] = places.tolist()
+        chosen = plan.positions if self.count is None else plan.ids * self.count + plan.views
+        numbers: list[int] = chosen.tolist()
         fields = self.manifest.empty_rows(len(numbers), pin_memory=self.pin)
-        futures = [self._pool.submit(self._fill_row, n, fields, k) for k, n in enumerate(numbers)]
-        self._pending.append((plan, CachedRows(fields, numbers, []), futures))
+        rows = CachedRows(fields, numbers, [None] * len(numbers))
+        self._pending.append((plan, rows, self._start_reading(rows, range(len(numbers)))))
+
+    def _start_reading(self, rows: CachedRows, places: Iterable[int]) -> list[Future[None]]:
+        """Start to read some rows of a micro-batch, each shard on one thread."""
+        shards: dict[int, list[int]] = {}
+        for at in places:
+            shards.setdefault(self.shard_of(rows.numbers[at]), []).append(at)
+        return [self._pool.submit(self._fill_rows, n, rows, some) for n, some in shards.items()]
 
     def collect(self, plan: Plan) -> CachedRows:
         """Wait for the rows of a plan; drops the plans that were submitted before it.
@@ -172,7 +233,8 @@ class CacheReader:
             submitted, rows, futures = self._pending.popleft()
             wait(futures)
             if submitted is plan:
-                rows = rows._replace(faults=[future.result() for future in futures])
+                for future in futures:
+                    future.result()
                 return rows if self.count is not None else self._retry_incomplete(rows)
         raise RuntimeError("rows were collected that were never submitted; please report this")
 
@@ -188,15 +250,10 @@ class CacheReader:
         with self._lock:
             for number in [n for n in self._open if n < self.shard_of(rows.numbers[0])]:
                 del self._open[number]
-        faults = list(rows.faults)
-        again = {
-            k: self._pool.submit(self._fill_row, rows.numbers[k], rows.fields, k)
-            for k, fault in enumerate(faults)
-            if fault == INCOMPLETE
-        }
-        for k, future in again.items():
-            faults[k] = future.result()
-        return rows._replace(faults=faults)
+        incomplete = [at for at, fault in enumerate(rows.faults) if fault == INCOMPLETE]
+        for future in self._start_reading(rows, incomplete):
+            future.result()
+        return rows
 
     def close(self) -> None:
         """Stop the threads and close all files; may be repeated."""
@@ -207,30 +264,33 @@ class CacheReader:
     def shard_of(self, row: int) -> int:
         return row // self.manifest.rows_per_shard
 
-    def _fill_row(self, row: int, fields: dict[str, Tensor], at: int) -> str | None:
-        """Read one row into a batch, on a thread. Returns why it cannot be used, if so."""
-        fault = self._try_row(row, fields, at)
-        if fault not in UNDAMAGED:
+    def _fill_rows(self, shard: int, rows: CachedRows, places: list[int]) -> None:
+        """Read the rows of a shard that a micro-batch has, on a thread."""
+        faults = self._try_rows(shard, rows, places)
+        if any(fault not in UNDAMAGED for fault in faults):
             # The shard may have been repaired since it was opened: read the present file once.
             with self._lock:
-                self._open.pop(self.shard_of(row), None)
-            fault = self._try_row(row, fields, at)
-        if fault is not None:
-            blank_row(fields, at)
-        if fault not in UNDAMAGED:
-            self._warn_once(row, fault)
-        return fault
+                self._open.pop(shard, None)
+            faults = self._try_rows(shard, rows, places)
+        for at, fault in zip(places, faults, strict=True):
+            rows.faults[at] = fault
+            if fault is not None:
+                blank_row(rows.fields, at)
+            if fault not in UNDAMAGED:
+                self._warn_once(rows.numbers[at], fault)
 
-    def _try_row(self, row: int, fields: dict[str, Tensor], at: int) -> str | None:
-        """Read one row; returns why it cannot be used, if so."""
+    def _try_rows(self, shard: int, rows: CachedRows, places: list[int]) -> list[str | None]:
+        """Read rows of a shard; returns per row why it cannot be used, if so."""
+        numbers = [rows.numbers[at] for at in places]
         try:
-            return self._open_shard(self.shard_of(row)).read_row(row, fields, at)
+            return self._open_shard(shard).read_rows(numbers, rows.fields, places)
         except FileNotFoundError:
-            return INCOMPLETE
+            fault = INCOMPLETE
         except OSError as error:
-            return f"it cannot be read ({error.strerror})"
+            fault = f"it cannot be read ({error.strerror})"
         except ValueError as error:
-            return str(error)
+            fault = str(error)
+        return [fault] * len(places)
 
     def _open_shard(self, number: int) -> ShardFile:
         """Return an open shard.
@@ -244,7 +304,14 @@ class CacheReader:
             if found is not None:
                 self._open.move_to_end(number)
                 return found
-        found = ShardFile(self.folder, self.manifest, number)
+        place = shard_path(self.folder, self.manifest, number).parent
+        if self._is_absent(place, number):
+            raise FileNotFoundError
+        try:
+            found = ShardFile(self.folder, self.manifest, number)
+        except FileNotFoundError:
+            self._list_folder(place)
+            raise
         # Another thread may still read a shard that is dropped: the last reference closes it.
         weakref.finalize(found, os.close, found.descriptor)
         with self._lock:
@@ -253,6 +320,25 @@ class CacheReader:
                 self._open.popitem(last=False)
         return found
 
+    def _is_absent(self, place: Path, number: int) -> bool:
+        """Return whether the list of a shard's folder, if there is one, lacks the shard."""
+        with self._listing:
+            if place not in self._listed:
+                return False
+            listed_at, shards = self._listed[place]
+        if number not in shards and time.monotonic() - listed_at >= self.poll_s:
+            shards = self._list_folder(place)
+        return number not in shards
+
+    def _list_folder(self, place: Path) -> set[int]:
+        """List the complete shards of a folder, and keep the list."""
+        called_at = time.monotonic()
+        with self._listing:
+            listed = self._listed.get(place)
+            if listed is None or listed[0] < called_at:  # else another thread has just listed it
+                listed = self._listed[place] = (time.monotonic(), list_shards(place))
+        return listed[1]
+
     def _warn_once(self, row: int, fault: str | None) -> None:
         """Log a damaged shard, once per shard."""
         number = self.shard_of(row)
@@ -260,7 +346,7 @@ class CacheReader:
             new = number not in self._warned
             self._warned.add(number)
         if new:
-            path = shard_path(self.folder, number)
+            path = shard_path(self.folder, self.manifest, number)
             logger.warning("%s, row %d: %s; build this shard again", path, row, fault)
 
 

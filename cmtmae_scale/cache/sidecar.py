@@ -1,20 +1,28 @@
 """Sidecar of a run: computes the shards that the run needs next, and deletes those behind it.
 
 Run and sidecar communicate through files only: the run publishes its position in
-``RUN_DIR/progress.json``, the sidecar publishes shards with their seals in the cache. Sidecars
-share the shards by number.
+``RUN_DIR/progress.json``, the sidecar publishes shards in the cache. Sidecars share the shards by
+number.
 """
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from cmtmae_scale.cache.build import Builder, build_shards, make_builder
-from cmtmae_scale.cache.format import SHARDS, Manifest, read_seal
+from cmtmae_scale.cache.format import (
+    SHARDS,
+    SHARDS_PER_FOLDER,
+    Manifest,
+    list_shard_folders,
+    shard_exists,
+)
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.runtime.progress_file import PublishedProgress, read_published_progress
@@ -129,7 +137,7 @@ class Sidecar:
         first = max(min(math.ceil(reached / size), last_useful), position // size)
         first += (self.number - first) % self.count
         for shard in range(first, last_useful + 1, self.count):
-            if shard != last and read_seal(self.folder, shard) is None:
+            if shard != last and not shard_exists(self.folder, self.manifest, shard):
                 return shard
         return None
 
@@ -141,12 +149,13 @@ def run_sidecar(
     stripe: tuple[int, int],
     device: torch.device,
     ahead: int,
-    rows_per_shard: int,
+    rows_per_shard: int | None,
     patience_s: float,
 ) -> bool:
     """Compute the shards that a run needs next; return whether the run is complete.
 
-    ``rows_per_shard`` holds for a cache that is begun here; see ``Sidecar`` for the others.
+    ``rows_per_shard`` holds for a cache that is begun here, by default ``SHARD_ROWS``; see
+    ``Sidecar`` for the others.
 
     Raises:
         CacheError: a folder that holds another cache, or a store that refuses a shard.
@@ -194,11 +203,30 @@ def build_ahead(builder: Builder, sidecar: Sidecar) -> None:
 
 
 def delete_shards_before(folder: Path, first: int) -> None:
-    """Delete shards below ``first``, seals before files, and abandoned drafts."""
+    """Delete shards below ``first``, abandoned drafts beside them, and folders without shards.
+
+    Folders that hold later shards only are not listed.
+    """
+    delete_files_before(folder / SHARDS, first)  # format 1; else only the folders are there
+    for place in list_shard_folders(folder):
+        if int(place.name) <= first // SHARDS_PER_FOLDER:
+            delete_files_before(place, first)
+        if int(place.name) < first // SHARDS_PER_FOLDER:
+            with suppress(OSError):  # another sidecar has deleted it, or is writing a shard late
+                place.rmdir()
+
+
+def delete_files_before(place: Path, first: int) -> None:
+    """Delete the shards below ``first`` in one folder, seals before files."""
+    try:
+        paths = [place / name for name in os.listdir(place)]
+    except FileNotFoundError:
+        return
     behind: list[Path] = []
-    for path in (folder / SHARDS).glob("*"):
-        number = path.name.lstrip(".").partition(".")[0]
-        if number.isdigit() and int(number) < first and not is_recent_draft(path):
+    for path in paths:
+        number, dot, _ = path.name.lstrip(".").partition(".")
+        is_behind = dot and number.isdecimal() and int(number) < first
+        if is_behind and not is_recent_draft(path):
             behind.append(path)
     for path in sorted(behind, key=lambda path: path.suffix != ".json"):
         path.unlink(missing_ok=True)

@@ -1,21 +1,24 @@
 """Verify a cache: every checksum, and a random share of the rows computed again."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cmtmae_scale.cache.build import Builder
 from cmtmae_scale.cache.codecs import Encoded, Fidelity, calibrate, decode, measure_fidelity
-from cmtmae_scale.cache.format import Manifest, read_seal, shard_path
+from cmtmae_scale.cache.format import Manifest, read_seal
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
 from cmtmae_scale.runtime.log import progress_bar
-from cmtmae_scale.runtime.storage import digest
 
+BLOCK = 64
+"""Rows that are verified at a time."""
 MIN_COSINE = 0.9995
 """Least 1st percentile of the cosine of standardised features."""
 MIN_AGREEMENT = 0.99
@@ -38,26 +41,29 @@ def damaged_shards(
 
 def shard_fault(folder: Path, manifest: Manifest, shard: int) -> str | None:
     """Return why a shard cannot be trusted; ``None``: it is intact."""
-    seal = read_seal(folder, shard)
-    if seal is None:
-        return "it is missing"
     try:
-        intact = digest(shard_path(folder, shard)) == seal.sha256
+        seal = read_seal(folder, manifest, shard)
         rows = bad_rows(folder, manifest, shard)
+    except FileNotFoundError:
+        return "it is missing"
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
-    if not intact:
+    if seal.stored != seal.found:
         return "it differs from its SHA-256" + (f", at rows {rows}" if rows else "")
     return f"rows {rows} differ from their checksums" if rows else None
 
 
 def bad_rows(folder: Path, manifest: Manifest, shard: int) -> str:
     """Return the first rows of a shard whose checksum is wrong; empty: none."""
-    into = manifest.empty_rows(1)
+    into = manifest.empty_rows(BLOCK)
+    found: list[int] = []
     opened = ShardFile(folder, manifest, shard)
     try:
-        faults = ((row, opened.read_row(row, into, 0)) for row in opened.rows)
-        found = [row for row, fault in faults if fault not in (None, UNDECODED)]
+        for at in range(0, len(opened.rows), BLOCK):
+            rows = opened.rows[at : at + BLOCK]
+            faults = opened.read_rows(rows, into, range(len(rows)))
+            pairs = zip(rows, faults, strict=True)
+            found += [row for row, fault in pairs if fault not in (None, UNDECODED)]
     finally:
         opened.close()
     return ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
@@ -113,41 +119,28 @@ def compare_rows(
 
     The builder has joined the cache.
     """
-    ranges = [manifest.shard_rows(shard) for shard in shards]
-    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in ranges)])
-    count = min(len(rows), max(builder.config.train.micro_batch_size, round(share * len(rows))))
-    chosen = np.sort(np.random.default_rng().choice(rows, count, replace=False))
-    size = manifest.rows_per_shard
-    files = {shard: ShardFile(folder, manifest, shard) for shard in {*(chosen // size).tolist()}}
+    chosen = choose_rows(manifest, shards, share, builder.config.train.micro_batch_size)
+    count = len(chosen)
     features: list[tuple[Tensor, Tensor]] = []
     attention: list[tuple[Tensor, Tensor]] = []
     validity = 0
-    try:
-        compared = 0
-        with progress_bar("computing again", count, "rows") as report_rows:
-            for online in builder.forward_plans(map(builder.plan_rows, builder.split_rows(chosen))):
-                stored = manifest.empty_rows(len(online.rows))
-                readable = torch.tensor(
-                    [
-                        files[row // size].read_row(row, stored, at) is None
-                        for at, row in enumerate(online.rows.tolist())
-                    ]
-                )
-                valid = online.valid.cpu()
-                validity += int((readable != valid).sum())
-                both = readable & valid
-                if "features" in stored and online.features is not None:
-                    encoded = Encoded(stored["features"], stored.get("scales"))
-                    kept = decode(encoded, builder.calibration)[both].float()
-                    features.append((online.features.cpu()[both].float(), kept))
-                if "attention" in stored and online.attention is not None:
-                    kept = stored["attention"][both].float()
-                    attention.append((online.attention.cpu()[both], kept))
-                compared += len(online.rows)
-                report_rows(compared)
-    finally:
-        for file in files.values():
-            file.close()
+    compared = 0
+    with progress_bar("computing again", count, "rows") as report_rows:
+        for online in builder.forward_plans(map(builder.plan_rows, builder.split_rows(chosen))):
+            stored = manifest.empty_rows(len(online.rows))
+            readable = read_stored(folder, manifest, online.rows.tolist(), stored)
+            valid = online.valid.cpu()
+            validity += int((readable != valid).sum())
+            both = readable & valid
+            if "features" in stored and online.features is not None:
+                encoded = Encoded(stored["features"], stored.get("scales"))
+                kept = decode(encoded, builder.calibration)[both].float()
+                features.append((online.features.cpu()[both].float(), kept))
+            if "attention" in stored and online.attention is not None:
+                kept = stored["attention"][both].float()
+                attention.append((online.attention.cpu()[both], kept))
+            compared += len(online.rows)
+            report_rows(compared)
     fidelity = error = agreement = None
     if sum(len(ours) for ours, _ in features):
         ours, kept = map(torch.cat, zip(*features, strict=True))
@@ -158,6 +151,37 @@ def compare_rows(
         error = float(((ours - kept).abs() / ours.clamp_min(1e-8)).max())
         agreement = salient_overlap(ours, kept)
     return Comparison(count, fidelity, error, agreement, validity)
+
+
+def choose_rows(
+    manifest: Manifest, shards: Sequence[int], share: float, least: int
+) -> NDArray[np.int64]:
+    """Choose a random share of the rows of shards, ``least`` if there are so many; ascending.
+
+    ``shards`` ascend; only the last shard of a cache has fewer rows than the others.
+    """
+    total = sum(len(manifest.shard_rows(shard)) for shard in shards)
+    count = min(total, max(least, round(share * total)))
+    chosen = np.sort(np.random.default_rng().choice(total, count, replace=False))
+    number, within = np.divmod(chosen, manifest.rows_per_shard)
+    return np.array(shards, np.int64)[number] * manifest.rows_per_shard + within
+
+
+def read_stored(
+    folder: Path, manifest: Manifest, rows: Sequence[int], into: Mapping[str, Tensor]
+) -> Tensor:
+    """Read ascending rows, with one shard open at a time; return which can be used, ``[B]``."""
+    usable: list[bool] = []
+    size = manifest.rows_per_shard
+    for shard, group in groupby(range(len(rows)), key=lambda at: rows[at] // size):
+        places = list(group)
+        opened = ShardFile(folder, manifest, shard)
+        try:
+            faults = opened.read_rows([rows[at] for at in places], into, places)
+        finally:
+            opened.close()
+        usable += [fault is None for fault in faults]
+    return torch.tensor(usable)
 
 
 def salient_overlap(one: Tensor, two: Tensor) -> float:

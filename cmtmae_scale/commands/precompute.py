@@ -16,7 +16,15 @@ from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, ConfigError
+from cmtmae_scale.errors import (
+    AGAIN,
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    CacheError,
+    ConfigError,
+    remedy_for,
+)
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, share
 from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import progress_bar, set_up_logging
@@ -76,8 +84,13 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
         metavar="i/n",
         help="compute every n-th shard, i from 0; default: a SLURM array's share, else all",
     )
-    rows_help = "views in one file; 1024 (some 200 MB)"
-    parser.add_argument("--rows-per-shard", type=at_least_one, default=1024, help=rows_help)
+    parser.add_argument(
+        "--rows-per-shard",
+        type=at_least_one,
+        metavar="N",
+        help="views in one file; default: those of a cache that was begun, else 1024 (some 200 "
+        "MB), doubled until there are at most 10,000 files, while a file has at most 1 GiB",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--verify",
@@ -166,7 +179,7 @@ def run_options(config: Config, options: argparse.Namespace, world: World) -> in
     """Build, verify, repair or price the cache of a config; return the exit code."""
     # Imported here so that --help and config errors cost no torch.
     from cmtmae_scale.cache.build import make_builder, stripe_of
-    from cmtmae_scale.cache.format import seal_path
+    from cmtmae_scale.cache.format import shard_path
     from cmtmae_scale.cache.verify import damaged_shards
     from cmtmae_scale.runtime.collectives import pick_device
 
@@ -187,11 +200,26 @@ def run_options(config: Config, options: argparse.Namespace, world: World) -> in
             with progress_bar("reading", len(shards), "shards") as report_shards:
                 for shard, reason in damaged_shards(folder, manifest, shards, report_shards):
                     logger.warning("shard %d: %s; it is built again", shard, reason)
-                    seal_path(folder, shard).unlink(missing_ok=True)
+                    delete_shard(shard_path(folder, manifest, shard))
         build_assigned(builder, folder, manifest, shards)
     finally:
         builder.close()
     return EXIT_DONE
+
+
+def delete_shard(path: Path) -> None:
+    """Delete a damaged shard.
+
+    Raises:
+        CacheError: if the store refuses.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"{path}: cannot be deleted ({error.strerror}); "
+            f"{remedy_for(error, f'delete it yourself, and {AGAIN}')}"
+        ) from error
 
 
 def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shards: range) -> None:
@@ -199,15 +227,17 @@ def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shard
     from cmtmae_scale.cache.build import build_shards
     from cmtmae_scale.cache.format import missing_shards
 
-    rows = sum(len(manifest.shard_rows(shard)) for shard in shards)
+    missing = set(missing_shards(folder, manifest))
+    own = [shard for shard in shards if shard in missing]
+    rows = sum(len(manifest.shard_rows(shard)) for shard in own)
     size = f"{manifest.num_rows} rows, {manifest.num_rows * manifest.row_bytes() / 1e9:.2f} GB"
-    count = f"{manifest.num_shards} shards; this process has {len(shards)} of them"
+    count = f"{manifest.num_shards} shards; this process has {len(shards)}, {len(own)} to compute"
     logger.info("%s: %s in %s", folder, size, count)
     with progress_bar("computing", rows, "rows") as report_rows:
-        build_shards(builder, folder, manifest, shards, report_rows)
-    missing = missing_shards(folder, manifest)
-    if missing:
-        logger.info("%d of %d shards are still missing", len(missing), manifest.num_shards)
+        build_shards(builder, folder, manifest, own, report_rows)
+    left = missing_shards(folder, manifest)
+    if left:
+        logger.info("%d of %d shards are still missing", len(left), manifest.num_shards)
     else:
         logger.info("%s is complete; check it with --verify", folder)
 

@@ -134,7 +134,7 @@ def store_rates(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".rates-") as made:
             place = Path(made)
             rows, write_rate = measure_writing(place, manifest)
-            dropped = [drop_from_memory(path) for path in sorted((place / SHARDS).glob("*.safe*"))]
+            dropped = [drop_from_memory(path) for path in sorted((place / SHARDS).rglob("*.safe*"))]
             in_memory = max((share for share in dropped if share is not None), default=None)
             order = np.random.default_rng(0).permutation(rows)
             read_rate = measure_reading(place, manifest, order, micro_batch)

@@ -1,24 +1,28 @@
 """Any number of processes build a cache and may be killed; only intact shards are trusted."""
 
 import errno
+import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from cmtmae_scale.cache import build
 from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
-from cmtmae_scale.cache.format import missing_shards, read_manifest, seal_path, shard_path
-from cmtmae_scale.cache.reader import ShardFile
-from cmtmae_scale.cache.verify import damaged_shards
+from cmtmae_scale.cache.format import missing_shards, old_seal_path, read_manifest, shard_path
+from cmtmae_scale.cache.reader import UNDECODED, ShardFile
+from cmtmae_scale.cache.verify import choose_rows, damaged_shards
 from cmtmae_scale.commands import precompute
 from cmtmae_scale.errors import CacheError, TeacherError
+from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import TeacherView
 from tests.cache import cache_case as case
 from tests.processes import CONTEXT, run_ranks
@@ -54,7 +58,7 @@ def test_rows_are_the_teachers_outputs(recipe: Path, whole: Path) -> None:
         (online,) = builder.forward_plans([plan])
         into = manifest.empty_rows(1)
         shard = ShardFile(whole, manifest, row // case.ROWS_PER_SHARD)
-        assert shard.read_row(row, into, 0) is None
+        assert shard.read_rows([row], into, [0]) == [None]
         shard.close()
         assert torch.equal(into["attention"], online.attention.half())
         features = decode(Encoded(into["features"], into["scales"]), calibration)
@@ -124,7 +128,7 @@ def test_a_flipped_bit_is_found_named_and_repaired(
     folder = copy(whole, tmp_path)
     assert run(recipe, folder, "--verify", "1") == 0
     assert "verdict: good" in capsys.readouterr().out
-    path = shard_path(folder, 1)
+    path = shard_path(folder, read_manifest(folder), 1)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
@@ -141,13 +145,95 @@ def test_a_flipped_bit_is_found_named_and_repaired(
 def test_missing_and_foreign_shards_are_named(recipe: Path, whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
     manifest = read_manifest(folder)
-    seal_path(folder, 0).unlink()
-    for path in (shard_path, seal_path):
-        shutil.copy(path(folder, 1), path(folder, 2))
+    paths = [shard_path(folder, manifest, shard) for shard in range(3)]
+    paths[0].unlink()
+    shutil.copy(paths[1], paths[2])
     found = dict(damaged_shards(folder, manifest, range(manifest.num_shards)))
     assert found[0] == "it is missing"
     assert found[2].startswith("rows 12, 13, 14, 15, 16, ... differ")
     assert set(found) == {0, 2}
+
+
+def test_a_cache_of_format_1_is_continued_verified_repaired_and_read(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, make = tmp_path / "cache", build.Builder.make_manifest
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            build.Builder, "make_manifest", lambda *given: replace(make(*given), format=1)
+        )
+        case.build_cache(recipe, folder, share=(0, 2))
+    manifest = read_manifest(folder)
+    first = shard_path(folder, manifest, 0)
+    assert first == folder / "parts" / "00000000.safetensors"
+    save_file(load_file(first), first)  # version 0.1 wrote no digest in the header
+    seal = {"size": first.stat().st_size, "sha256": digest(first)}
+    old_seal_path(first).write_text(json.dumps(seal))
+    case.build_cache(recipe, folder)
+    shards = range(manifest.num_shards)
+    assert not dict(damaged_shards(folder, manifest, shards))
+    assert [path.suffix for path in sorted((folder / "parts").iterdir())] == [
+        ".json",
+        ".safetensors",
+    ] * manifest.num_shards
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 4
+    first.write_bytes(data)
+    old_seal_path(shard_path(folder, manifest, 1)).unlink()
+    found = dict(damaged_shards(folder, manifest, shards))
+    assert found[0].startswith("it differs from its SHA-256")
+    assert found[1].startswith("its seal cannot be read") and set(found) == {0, 1}
+    assert missing_shards(folder, manifest) == [1]
+    assert run(recipe, folder, "--repair") == 0
+    assert not dict(damaged_shards(folder, manifest, shards))
+    new = read_manifest(whole)
+    for shard in shards:
+        old_rows, new_rows = (
+            load_file(shard_path(folder, manifest, shard)),
+            load_file(shard_path(whole, new, shard)),
+        )
+        for name in ("attention", "features", "scales", "valid"):
+            assert torch.equal(old_rows[name], new_rows[name])
+
+
+@pytest.mark.parametrize(
+    ("views", "row_bytes", "rows", "shards"),
+    [
+        (10_000, 152_091, 1024, 10),
+        (1_281_167 * 4, 152_091, 1024, 5005),
+        (14_197_122 * 4, 152_091, 4096, 13_865),  # 8,192 rows would have 1.2 GiB
+        (1_000_000_000, 401, 131_072, 7630),
+        (1_000_000_000, 2_000_000, 1024, 976_563),
+    ],
+)
+def test_large_caches_have_larger_shards(
+    views: int, row_bytes: int, rows: int, shards: int
+) -> None:
+    assert build.choose_shard_rows(views, row_bytes) == rows
+    assert -(-views // rows) == shards
+
+
+def test_a_cache_that_was_begun_keeps_the_size_of_its_shards(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builder = case.make_builder(recipe)
+    assert builder.begin_cache(whole, "int8").rows_per_shard == case.ROWS_PER_SHARD
+    with pytest.raises(CacheError, match="was begun with rows_per_shard=6, now it is 7"):
+        builder.begin_cache(whole, "int8", 7)
+    monkeypatch.setattr(build, "SHARD_ROWS", 2)
+    monkeypatch.setattr(build, "MAX_SHARDS", 5)
+    assert builder.make_manifest("int8").rows_per_shard == 4
+    builder.keyed = "positions"
+    assert builder.make_manifest("int8").rows_per_shard == 2
+    builder.close()
+
+
+def test_rows_that_are_computed_again_are_those_of_the_intact_shards(whole: Path) -> None:
+    manifest = read_manifest(whole)  # 20 rows, 6 per shard
+    assert choose_rows(manifest, [1, 3], 1.0, 1).tolist() == [6, 7, 8, 9, 10, 11, 18, 19]
+    some = choose_rows(manifest, [0, 2], 0.25, 2).tolist()
+    assert len(set(some)) == 3 and set(some) <= {*range(6), *range(12, 18)} and some == sorted(some)
+    assert choose_rows(manifest, [], 0.5, 4).tolist() == []
 
 
 def test_another_run_is_refused_with_the_field(recipe: Path, whole: Path) -> None:
@@ -208,7 +294,7 @@ def test_a_command_on_a_full_disk_can_be_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(tensors, path: Path) -> None:
+    def full(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(cache_format, "save_file", full)
@@ -245,7 +331,7 @@ def test_an_image_that_cannot_be_decoded_is_an_invalid_row(recipe: Path, tmp_pat
     into = manifest.empty_rows(1)
     for row in rows.tolist():
         shard = ShardFile(tmp_path / "cache", manifest, row // case.ROWS_PER_SHARD)
-        assert "could not be decoded" in (shard.read_row(row, into, 0) or "")
+        assert shard.read_rows([row], into, [0]) == [UNDECODED]
         shard.close()
 
 
@@ -261,6 +347,24 @@ def test_a_folder_that_everyone_may_write_is_refused(
     folder.chmod(0o777)
     with pytest.raises(CacheError, match="everyone may write to it"):
         case.build_cache(recipe, folder)
+
+
+def test_what_is_no_folder_of_shards_and_no_shard_is_named(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    manifest = read_manifest(folder)
+    path = shard_path(folder, manifest, 1)
+    path.unlink()
+    path.mkdir()
+    assert list(damaged_shards(folder, manifest, range(4))) == [(1, "Is a directory")]
+    with pytest.raises(
+        CacheError, match=r"1\.safetensors: cannot be deleted .* delete it yourself"
+    ):
+        precompute.delete_shard(path)
+    shutil.rmtree(folder / "parts")
+    assert missing_shards(folder, manifest) == [0, 1, 2, 3]
+    (folder / "parts").touch()
+    with pytest.raises(CacheError, match=r"parts cannot be listed \(Not a directory\); correct"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from cmtmae_scale.cache.fingerprint import provenance
-from cmtmae_scale.cache.format import MANIFEST, SHARDS, manifest_text, shard_path
+from cmtmae_scale.cache.format import MANIFEST, SHARDS, manifest_text, read_manifest, shard_path
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.commands.dry_run import render_dry_run
 from cmtmae_scale.config.load import load_config
@@ -115,7 +115,7 @@ def test_other_weights_of_the_same_name_are_refused_and_absent_ones_are_compared
         check(recipe, tmp_path / "cache", f"teacher.weights={tmp_path / 'named.safetensors'}")
 
 
-@pytest.mark.parametrize("inner", ["", SHARDS])
+@pytest.mark.parametrize("inner", ["", SHARDS, f"{SHARDS}/00000"])
 def test_a_folder_that_everyone_may_write_to_is_refused(
     recipe: Path, good: Path, tmp_path: Path, inner: str
 ) -> None:
@@ -129,7 +129,7 @@ def test_a_symlink_in_place_of_a_shard_is_refused(
     recipe: Path, good: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
     folder = shutil.copytree(good, tmp_path / "cache")
-    path = shard_path(folder, 1)
+    path = shard_path(folder, read_manifest(folder), 1)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     opened = open_outside(recipe, cached(folder, "cache.on_miss=stop"), stack)

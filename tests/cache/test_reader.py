@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from cmtmae_scale.cache import reader as reader_module
 from cmtmae_scale.cache.codecs import Calibration, calibration_path, load_calibration
-from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, seal_path, shard_path
-from cmtmae_scale.cache.reader import CachedRows, CacheReader
+from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, shard_path
+from cmtmae_scale.cache.reader import CachedRows, CacheReader, ShardFile
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError
@@ -60,6 +63,7 @@ def reading(
 ) -> Iterator[Callable[[Any], CachedRows]]:
     reader = CacheReader(folder, manifest, 2, pin=False)
     reader.limit = limit
+    reader.poll_s = 0.0
 
     def read(rows: Any) -> CachedRows:
         plan = plan_of(rows)
@@ -82,8 +86,8 @@ def file_of(folder: Path, name: str) -> Path:
 def mutate(random: random.Random, folder: Path, good: Path, other: Path) -> Path:
     """Damage one file of a cache; return which."""
     names = [MANIFEST, MANIFEST, CALIBRATION]
-    for shard in range(6):
-        names += [str(find(Path(), shard)) for find in (shard_path, seal_path)]
+    manifest = read_manifest(good)
+    names += [str(shard_path(Path(), manifest, shard)) for shard in range(6)] * 2
     name = random.choice(names)
     path, data = folder / file_of(good, name).name, file_of(good, name).read_bytes()
     if name not in (MANIFEST, CALIBRATION):
@@ -172,12 +176,12 @@ def test_a_shard_that_appears_later_is_found_and_a_damaged_one_is_logged_once(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     truth = fill(recipe, tmp_path, 3)
-    seal = seal_path(tmp_path, 1)
-    seal.rename(tmp_path / "later")
-    path = shard_path(tmp_path, 2)
+    manifest = read_manifest(tmp_path)
+    absent, path = (shard_path(tmp_path, manifest, shard) for shard in (1, 2))
+    absent.rename(tmp_path / "later")
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the checksum of the last row
-    with reading(tmp_path, read_manifest(tmp_path)) as read:
+    with reading(tmp_path, manifest) as read:
         assert read([7, 20]).faults == ["it is not complete", "it differs from its checksum"]
         damaged = read([20, 19])
         assert damaged.faults == ["it differs from its checksum", None]
@@ -185,7 +189,7 @@ def test_a_shard_that_appears_later_is_found_and_a_damaged_one_is_logged_once(
         assert not damaged.fields["features"][0].any()
         (line,) = caplog.messages
         assert line == f"{path}, row 20: it differs from its checksum; build this shard again"
-        (tmp_path / "later").rename(seal)
+        (tmp_path / "later").rename(absent)
         draft = tmp_path / "draft"
         draft.write_bytes(data)
         draft.replace(path)
@@ -200,12 +204,12 @@ def test_pipes_and_devices_in_a_cache_are_not_read(
 ) -> None:
     fill(recipe, tmp_path, 5)
     manifest = read_manifest(tmp_path)
-    for path in (shard_path(tmp_path, 0), seal_path(tmp_path, 1)):
-        path.unlink()
-        make(path)
+    path = shard_path(tmp_path, manifest, 0)
+    path.unlink()
+    make(path)
     with reading(tmp_path, manifest) as read:
-        faults = read([0, 7, 14]).faults
-    assert faults[0] and faults[1] == "it is not complete" and faults[2] is None
+        faults = read([0, 7]).faults
+    assert str(faults[0]).startswith("it cannot be read (") and faults[1] is None
     for path in (
         calibration_path(tmp_path, manifest.calibration_sha256 or ""),
         tmp_path / MANIFEST,
@@ -215,6 +219,79 @@ def test_pipes_and_devices_in_a_cache_are_not_read(
         with pytest.raises(CacheError, match="cannot be trusted"):
             load_calibration(tmp_path, manifest.calibration_sha256, manifest.width)
             read_manifest(tmp_path)
+
+
+def test_a_missing_shard_is_not_searched_again_until_its_folder_may_have_changed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(recipe, tmp_path, 7)
+    manifest = read_manifest(tmp_path)
+    away = tmp_path / "away"
+    away.mkdir()
+    moved = {shard_path(tmp_path, manifest, n): away / str(n) for n in (3, 4)}
+    for path, to in moved.items():
+        path.rename(to)
+    calls: Counter[str] = Counter()
+    now = 0.0
+    for name in ("open_regular", "list_shards"):
+        real = getattr(reader_module, name)
+
+        def counted(path: Path, name: str = name, real: Any = real) -> Any:
+            calls[name] += 1
+            return real(path)
+
+        monkeypatch.setattr(reader_module, name, counted)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    reader = CacheReader(tmp_path, manifest, None, pin=False)
+
+    def read(rows: Any) -> list[str | None]:
+        plan = plan_of(rows)
+        reader.submit(plan)
+        return reader.collect(plan).faults
+
+    missing = range(21, 35)  # shards 3 and 4, of 7 rows each
+    for _ in range(50):
+        assert read(missing) == ["it is not complete"] * 14
+    assert calls["open_regular"] <= 2 and calls["list_shards"] == 1
+    for path, to in moved.items():
+        to.rename(path)
+    calls.clear()
+    assert read(missing) == ["it is not complete"] * 14 and not calls
+    now = reader.poll_s
+    assert read(missing) == [None] * 14
+    assert calls == {"open_regular": 2, "list_shards": 1}
+    shard_path(tmp_path, manifest, 5).unlink()  # deleted since the folder was listed
+    assert read([35]) == read([35]) == ["it is not complete"]
+    reader.close()
+
+
+def test_a_shard_is_opened_once_per_micro_batch_and_neighbours_are_read_together(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = fill(recipe, tmp_path, 6)
+    opened: list[int] = []
+    reads: list[int] = []
+    init, preadv = ShardFile.__init__, os.preadv
+
+    def counted(file: ShardFile, folder: Path, manifest: Manifest, shard: int) -> None:
+        opened.append(shard)
+        init(file, folder, manifest, shard)
+
+    def read_into(descriptor: int, buffers: Any, offset: int) -> int:
+        reads.append(len(buffers))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(ShardFile, "__init__", counted)
+    monkeypatch.setattr(os, "preadv", read_into)
+    rows = [9, 20, 8, 2, 7, 12, 9, 3]  # shards of 7 rows: 1, 2 and 0
+    with reading(tmp_path, read_manifest(tmp_path)) as read:
+        found = read(rows)
+    assert found.faults == [None] * len(rows)
+    for name, values in truth.items():
+        assert torch.equal(found.fields[name], values[rows])
+    assert sorted(opened) == [0, 1, 2]
+    # runs 2-3, 7-9, 9, 12 and 20, of each of five tensors
+    assert sorted(reads) == sorted([2, 3, 1, 1, 1] * 5)
 
 
 def test_few_shards_are_open_at_a_time_and_none_after_the_end(recipe: Path, tmp_path: Path) -> None:

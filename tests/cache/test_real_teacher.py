@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cmtmae_scale.cache.build import make_builder
-from cmtmae_scale.cache.format import SHARDS, shard_path
+from cmtmae_scale.cache.format import SHARDS, read_manifest, shard_path
 from cmtmae_scale.commands.precompute import precompute_teacher
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
@@ -58,15 +58,15 @@ def test_built_by_one_killed_finished_by_two_verified_repaired_and_refused(
     own = [f"cache.dir={folder}", f"data.index={index}", f"data.path={PHOTOGRAPHS}"]
     own += ["views.views_per_image=4"]
     one = subprocess.Popen(command(*own, "--rows-per-shard", "64"), cwd=ROOT)
-    while len(list(folder.glob(f"{SHARDS}/*.json"))) < 3:
+    while len(list(folder.glob(f"{SHARDS}/*/0*.safetensors"))) < 3:
         assert one.poll() is None
         time.sleep(0.05)
     one.send_signal(signal.SIGKILL)
     assert one.wait() == -9
-    half = len(list(folder.glob(f"{SHARDS}/*.json")))
+    half = len(list(folder.glob(f"{SHARDS}/*/0*.safetensors")))
     finished = run(*own, "--rows-per-shard", "64", ranks=2)
     assert finished.returncode == 0, finished.stderr
-    found = len(list(folder.glob(f"{SHARDS}/*.json")))
+    found = len(list(folder.glob(f"{SHARDS}/*/0*.safetensors")))
     images = len(load_or_build(PHOTOGRAPHS, index))
     assert 3 <= half < found == -(-4 * images // 64)
 
@@ -74,7 +74,7 @@ def test_built_by_one_killed_finished_by_two_verified_repaired_and_refused(
     show(capsys, verified.stdout)
     assert verified.returncode == 0 and "verdict: good" in verified.stdout
 
-    with shard_path(folder, 2).open("r+b") as file:
+    with shard_path(folder, read_manifest(folder), 2).open("r+b") as file:
         file.seek(300_000)
         byte = file.read(1)
         file.seek(300_000)

@@ -1,13 +1,14 @@
 """Which shards a sidecar computes and deletes, on a simulated clock."""
 
-import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cmtmae_scale.cache.format import ENDLESS, SHARDS, Manifest, seal_path, shard_path
+from cmtmae_scale.cache import format as cache_format
+from cmtmae_scale.cache.format import ENDLESS, SHARDS, Manifest, shard_path, write_shard
 from cmtmae_scale.cache.sidecar import ABANDONED_S, Sidecar, delete_shards_before
 from cmtmae_scale.runtime.progress_file import (
     ProgressFile,
@@ -16,6 +17,7 @@ from cmtmae_scale.runtime.progress_file import (
 )
 
 SIZE = 10
+MANIFEST = Manifest({}, {}, "bf16", ENDLESS, SIZE, 4, 4, 8, None)
 
 
 class Clock:
@@ -37,24 +39,23 @@ def clock() -> Clock:
 
 
 def make(folder: Path, clock: Clock, **options: Any) -> Sidecar:
-    manifest = Manifest({}, {}, "bf16", ENDLESS, SIZE, 4, 4, 8, None)
-    (folder / SHARDS).mkdir(exist_ok=True)
     options = {"stripe": (0, 1), "ahead": 3, "between": 2, "patience_s": 60} | options
-    return Sidecar(folder, manifest, folder, clock=clock, pause=clock.pause, **options)
+    return Sidecar(folder, MANIFEST, folder, clock=clock, pause=clock.pause, **options)
 
 
 def publish(folder: Path, position: int, saved: int = 0, end: int = 1000) -> None:
     ProgressFile(folder).publish(PublishedProgress(position, saved, end))
 
 
-def seal(folder: Path, *shards: int) -> None:
+def complete(folder: Path, *shards: int) -> None:
     for shard in shards:
-        shard_path(folder, shard).touch()
-        seal_path(folder, shard).write_text(json.dumps({"size": 0, "sha256": ""}))
+        path = shard_path(folder, MANIFEST, shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
-def sealed(folder: Path) -> list[int]:
-    return sorted(int(path.stem) for path in (folder / SHARDS).glob("*.json"))
+def found(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in (folder / SHARDS).rglob("0*.safetensors"))
 
 
 def test_shards_come_in_order_up_to_the_bound_and_continue_with_the_run(
@@ -64,7 +65,7 @@ def test_shards_come_in_order_up_to_the_bound_and_continue_with_the_run(
     publish(tmp_path, 0)
     for expected in range(4):
         assert next(shards) == expected
-        seal(tmp_path, expected)
+        complete(tmp_path, expected)
     sidecar = make(tmp_path, clock)
     sidecar.pause = lambda seconds: publish(tmp_path, 20)
     shards = sidecar.shards()
@@ -112,9 +113,9 @@ def test_shards_on_storage_are_bounded_even_if_no_save_succeeds(
         sidecar.update_progress()
         shard = sidecar.choose_shard(None)
         if shard is not None:
-            seal(tmp_path, shard)
-        assert len(sealed(tmp_path)) <= sidecar.max_shards == 8
-    assert sealed(tmp_path) == list(range(8))
+            complete(tmp_path, shard)
+        assert len(found(tmp_path)) <= sidecar.max_shards == 8
+    assert found(tmp_path) == list(range(8))
     shards.close()
 
 
@@ -126,7 +127,7 @@ def test_sidecars_share_the_shards_and_take_none_twice(tmp_path: Path, clock: Cl
         sidecar.update_progress()
         while (shard := sidecar.choose_shard(None)) is not None:
             assert shard % 3 == number
-            seal(tmp_path, shard)
+            complete(tmp_path, shard)
             taken.append(shard)
     assert sorted(taken) == list(range(12))
 
@@ -135,19 +136,19 @@ def test_only_shards_before_the_last_saved_position_are_deleted(
     tmp_path: Path, clock: Clock
 ) -> None:
     sidecar = make(tmp_path, clock)
-    seal(tmp_path, *range(6))
-    old, young = (tmp_path / SHARDS / f".{n:08d}.safetensors.7" for n in (0, 1))
+    complete(tmp_path, *range(6))
+    place = tmp_path / SHARDS / "00000"
+    old, young = (place / f".{n:08d}.safetensors.7.tmp" for n in (0, 1))
     for path in (old, young):
         path.touch()
     os.utime(old, (1, path.stat().st_mtime - ABANDONED_S - 1))
     publish(tmp_path, 55, saved=39)
     sidecar.update_progress()
-    assert sealed(tmp_path) == [3, 4, 5]
-    assert not shard_path(tmp_path, 2).exists() and shard_path(tmp_path, 3).exists()
+    assert found(tmp_path) == [3, 4, 5]
     assert not old.exists() and young.exists()
     publish(tmp_path, 20, saved=20)  # the run resumed from an older checkpoint
     sidecar.update_progress()
-    assert sealed(tmp_path) == [3, 4, 5] and sidecar.choose_shard(None) == 2
+    assert found(tmp_path) == [3, 4, 5] and sidecar.choose_shard(None) == 2
 
 
 def test_a_sidecar_ends_with_its_run_or_after_a_long_stall(tmp_path: Path, clock: Clock) -> None:
@@ -162,9 +163,9 @@ def test_no_shard_is_beyond_the_end_of_the_run(tmp_path: Path, clock: Clock) -> 
     sidecar = make(tmp_path, clock, ahead=9, between=9)
     publish(tmp_path, 0, end=31)
     sidecar.update_progress()
-    seal(tmp_path, 0, 1, 2)
+    complete(tmp_path, 0, 1, 2)
     assert sidecar.choose_shard(None) == 3
-    seal(tmp_path, 3)
+    complete(tmp_path, 3)
     assert sidecar.choose_shard(None) is None
 
 
@@ -177,10 +178,63 @@ def test_a_damaged_or_absent_progress_file_is_ignored(tmp_path: Path, clock: Clo
     assert sidecar.progress is None and sidecar.choose_shard(None) is None
 
 
-def test_deleting_survives_another_sidecar_that_deletes_too(tmp_path: Path, clock: Clock) -> None:
-    make(tmp_path, clock)
+def test_a_save_lists_only_the_folders_that_hold_shards_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete(tmp_path, 3, 998, 1000, 1002, 2000, 7000)
+    listed: list[str] = []
+    listdir = os.listdir
+
+    def counted(place: Path) -> list[str]:
+        listed.append(place.name)
+        return listdir(place)
+
+    monkeypatch.setattr(os, "listdir", counted)
+    delete_shards_before(tmp_path, 1001)
+    assert sorted(listed) == ["00000", "00001", SHARDS]
+    assert found(tmp_path) == [1002, 2000, 7000]
+    assert not (tmp_path / SHARDS / "00000").exists()
+    listed.clear()
+    delete_shards_before(tmp_path, 1003)
+    assert sorted(listed) == ["00001", SHARDS]
+    delete_shards_before(tmp_path, 2000)
+    assert found(tmp_path) == [2000, 7000]
+    complete(tmp_path, 5)  # another sidecar was slow
+    delete_shards_before(tmp_path, 2000)
+    assert found(tmp_path) == [2000, 7000]
+
+
+def test_deleting_survives_another_sidecar_that_deletes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     delete_shards_before(tmp_path, 5)
-    seal(tmp_path, 1)
-    shard_path(tmp_path, 1).unlink()
-    delete_shards_before(tmp_path, 5)
-    assert sealed(tmp_path) == []
+    complete(tmp_path, 1)
+    listdir = os.listdir
+
+    def faster(place: Path) -> list[str]:
+        names = listdir(place)
+        if place.name == "00000":
+            shutil.rmtree(place)
+        return names
+
+    monkeypatch.setattr(os, "listdir", faster)
+    delete_shards_before(tmp_path, 1005)
+    assert found(tmp_path) == []
+
+
+def test_a_folder_that_a_sidecar_deletes_while_a_shard_is_written_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = MANIFEST.empty_rows(SIZE)
+    del fields["checksum"]
+    save, calls = cache_format.save_file, []
+
+    def late(*arguments: Any) -> None:
+        if not calls:
+            delete_shards_before(tmp_path, 1000)
+        calls.append(1)
+        save(*arguments)
+
+    monkeypatch.setattr(cache_format, "save_file", late)
+    write_shard(tmp_path, MANIFEST, 7, fields)
+    assert found(tmp_path) == [7] and len(calls) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cmtmae_scale.cache.format import read_seal
+from cmtmae_scale.cache.format import list_shard_folders, list_shards
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.load import load_config
 from tests.pretraining.cached_run_case import observe
@@ -25,7 +25,7 @@ def train_beside(
     From step ``warm_at`` on each step waits for the shard of the next step, so that hits do not
     depend on the speed of this machine.
     """
-    from cmtmae_scale.cache import teacher
+    from cmtmae_scale.cache import reader, teacher
     from cmtmae_scale.engine import loop
     from cmtmae_scale.runtime import progress_file
 
@@ -40,7 +40,7 @@ def train_beside(
             os.kill(os.getpid(), signal.SIGKILL)
         limit = time.monotonic() + 20
         wanted = progress.position // ROWS_PER_SHARD + 1
-        while warm_at <= progress.step < last and read_seal(folder, wanted) is None:
+        while warm_at <= progress.step < last and wanted not in shards_on_storage(folder):
             time.sleep(0.01)
             if time.monotonic() > limit:
                 break
@@ -48,9 +48,10 @@ def train_beside(
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(loop, "take_step", paced))
-        # Every step publishes its progress, and finds the cache at once.
+        # Every step publishes its progress, and finds cache and shards at once.
         stack.enter_context(mock.patch.object(progress_file, "PAUSE_S", 0.0))
         stack.enter_context(mock.patch.object(teacher, "POLL_S", 0.0))
+        stack.enter_context(mock.patch.object(reader, "SIDECAR_POLL_S", 0.0))
         seen = observe(recipe, run_dir, overrides)
     assert not seen.error, seen.error
     return [entry["cache/hit"] for entry in seen.log]
@@ -76,6 +77,5 @@ def follow_run(run_dir: Path, share: str, ahead: int, die_at: int | None = None)
         return precompute.precompute_teacher([*arguments, "--rows-per-shard", str(ROWS_PER_SHARD)])
 
 
-def shards_on_storage(folder: Path) -> int:
-    """Return the number of shards, complete or not."""
-    return len(list(folder.glob("parts/*.safetensors")))
+def shards_on_storage(folder: Path) -> set[int]:
+    return set[int]().union(*map(list_shards, list_shard_folders(folder)))

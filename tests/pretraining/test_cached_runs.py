@@ -75,7 +75,7 @@ def test_the_micro_batches_of_a_missing_shard_are_forwarded_online(
     recipe: Path, tmp_path: Path
 ) -> None:
     manifest = make_cache(recipe, tmp_path / "cache")
-    shard_path(tmp_path / "cache", 2).unlink()
+    shard_path(tmp_path / "cache", manifest, 2).unlink()
     ways = [
         (tmp_path / "online", [VIEWS], "rounded"),
         (tmp_path / "cached", cached(tmp_path / "cache"), "rounded"),
@@ -94,9 +94,9 @@ def test_the_micro_batches_of_a_missing_shard_are_forwarded_online(
 def test_a_row_that_one_rank_misses_stops_all_of_them_and_an_online_teacher_continues(
     recipe: Path, tmp_path: Path
 ) -> None:
-    make_cache(recipe, tmp_path / "cache", rows_per_shard=1)
+    manifest = make_cache(recipe, tmp_path / "cache", rows_per_shard=1)
     row = int(rows_of(1)[2, 0])  # the second micro-batch of rank 0 in the second step
-    away = shard_path(tmp_path / "cache", row).rename(tmp_path / "away")
+    away = shard_path(tmp_path / "cache", manifest, row).rename(tmp_path / "away")
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     stop = (run_dir, cached(tmp_path / "cache", "cache.on_miss=stop"), "alone")
     for (seen,) in run_ranks(2, observe_each, recipe, [stop]):

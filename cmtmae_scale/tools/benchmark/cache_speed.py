@@ -59,7 +59,7 @@ class BuiltCache(NamedTuple):
     def drop(self) -> list[float | None]:
         """Drop its pages from memory; see ``drop_from_memory``."""
         shards = range(self.manifest.num_shards)
-        return [drop_from_memory(shard_path(self.folder, shard)) for shard in shards]
+        return [drop_from_memory(shard_path(self.folder, self.manifest, shard)) for shard in shards]
 
 
 def measure_views(
