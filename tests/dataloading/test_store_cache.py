@@ -123,8 +123,9 @@ def test_a_full_disk_costs_requests_only(
     monkeypatch.setattr(store_cache, "atomic_path", refuse)
     assert [source.read(i) for i in range(SAMPLES)] == expected
     assert caplog.text.count("nearly full; the oldest pieces are removed") == 1
-    with pytest.raises(DataError, match=r"keeps at most 0.0 GB, and data.shuffle=full needs 1.0"):
+    with pytest.raises(DataError, match=r"has room for 0.0 GB, and data.shuffle=full needs 1.0"):
         kept.require_room(1e9, "data.shuffle=full")
+    kept.require_room(0.9 * sum(file.stat().st_size for file in tmp_path.glob("*/*")), "")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
