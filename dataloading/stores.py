@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT = 32
 """Most requests for samples that a process has in flight."""
 LISTING_IN_FLIGHT = 64
-"""Most requests for headers that the build of an index has in flight, each for another tar."""
+"""Most requests for headers that a process has in flight while an index is built, each for another
+tar."""
 
 PIECE = 4 << 20
 """Bytes that a ``StoreCache`` keeps as a whole: some 36 images of ImageNet, and one request."""

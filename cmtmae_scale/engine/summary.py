@@ -130,12 +130,17 @@ def log_result(config: Trained, task: str, progress: Progress) -> None:
     """Log what a complete run reached, its newest checkpoint, and what to type next."""
     run_dir = Path(config.run.output_dir)
     values = last_values(run_dir / LOG_FILE)
-    shown = [
-        f"{name} {value:.4g} at step {step}"
-        for name, (step, value) in values.items()
-        if name == "loss/total" or (name.startswith("eval/") and name not in NOT_RESULTS)
-    ]
-    logger.info("%s", "; ".join([f"done: {progress.step} of {progress.end_step} steps", *shown]))
+    done = f"done: {progress.step} of {progress.end_step} steps"
+    if "loss/total" in values:
+        step, loss = values["loss/total"]
+        done += f"; loss/total {loss:.4g} at step {step}"
+    logger.info("%s", done)
+    results: dict[int, list[str]] = {}
+    for name, (step, value) in values.items():
+        if name.startswith("eval/") and name not in NOT_RESULTS:
+            results.setdefault(step, []).append(f"{name.removeprefix('eval/')} {value:.4g}")
+    for step, shown in sorted(results.items()):
+        logger.info("evaluation at step %d: %s", step, ", ".join(shown))
     folder = folder_of(run_dir / "checkpoints", progress.step)
     if folder.is_dir():
         logger.info("checkpoint: %s; weights under timm's names: %s", folder, folder / ENCODER)

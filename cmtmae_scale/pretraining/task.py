@@ -57,6 +57,7 @@ class Pretraining:
         "data.resident",
         "data.index",
         "data.store_cache",
+        "data.verify_index",
         "data.source",
         "data.expected_images",
         "data.window_on_sorted",

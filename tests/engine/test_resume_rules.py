@@ -42,6 +42,7 @@ FREE = {
         "data.path",
         "data.index",
         "data.store_cache",
+        "data.verify_index",
         "data.source",
         "data.resident",
     ),

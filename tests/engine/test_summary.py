@@ -69,7 +69,7 @@ def test_the_last_lines_say_what_came_out_and_what_to_type_next(tmp_path: Path, 
     (tmp_path / "checkpoints" / "step-00000006").mkdir(parents=True)
     entries = [
         {"step": 4, "loss/total": 2.0},
-        {"step": 4, "eval/knn10": 0.25, "eval/time_fraction": 0.1},
+        {"step": 4, "eval/knn10": 0.25, "eval/cls/linear": 0.5, "eval/time_fraction": 0.1},
         {"step": 5, "incident": "step skipped", "why": "spike", "loss/total": 99},
         {"step": 6, "loss/total": 1.5},
     ]
@@ -77,7 +77,8 @@ def test_the_last_lines_say_what_came_out_and_what_to_type_next(tmp_path: Path, 
     (tmp_path / "log.jsonl").write_text(f"{text}{{half a li")
     log_result(config, "pre-training", Progress(6, 48, 0, 0, 6, 6, 48))
     text = lines(caplog)
-    assert "done: 6 of 6 steps; loss/total 1.5 at step 6; eval/knn10 0.25 at step 4\n" in text
+    assert "done: 6 of 6 steps; loss/total 1.5 at step 6\n" in text
+    assert "evaluation at step 4: knn10 0.25, cls/linear 0.5\n" in text
     assert f"checkpoint: {tmp_path}/checkpoints/step-00000006" in text
     assert f"knn --checkpoint {tmp_path} --train IMAGES --test IMAGES" in text
     assert f"next: cmtmae report {tmp_path}; cmtmae evaluate knn" in text

@@ -185,7 +185,9 @@ def test_a_measure_is_called_better_only_above_both_intervals(tmp_path: Path) ->
     assert "mIoU: clearly better than random weights and raw pixels" in table
     rows[-1]["interval_95"] = [0.33, 0.47]
     file.write_text(json.dumps({"results": rows}))
-    assert "mIoU: NOT clearly better than" in learned.learned_table({"segmentation": file})
+    assert "mIoU: NOT clearly better than random weights; " in learned.learned_table(
+        {"segmentation": file}
+    )
 
 
 def test_only_folders_of_runs_are_deleted(tmp_path: Path) -> None:
