@@ -51,17 +51,20 @@ class StoreCache:
             ) from error
 
     def require_room(self, needed: float, why: str) -> None:
-        """Refuse a file system that is too small to keep so many bytes of pieces.
+        """Refuse a file system without room for so many bytes of pieces, with those that it has.
 
         Raises:
             DataError: with ``why`` so many are needed.
         """
         space = os.statvfs(self.folder)
-        room = (1 - _LEAST_FREE) * space.f_blocks * space.f_frsize
+        room = max(space.f_bavail - _LEAST_FREE * space.f_blocks, 0) * space.f_frsize
+        if needed > room:
+            room += sum(size for _, size, _ in list_pieces(self.folder))
         if needed > room:
             raise DataError(
-                f"data.store_cache={self.folder}: its file system keeps at most {room / 1e9:.1f} "
-                f"GB, and {why} needs {needed / 1e9:.1f} GB; name a larger disk, or null"
+                f"data.store_cache={self.folder}: its file system has room for {room / 1e9:.1f} "
+                f"GB, and {why} needs {needed / 1e9:.1f} GB; free space, name a larger disk, or "
+                "set null"
             )
 
     def read(self, tar: RemoteTar, offset: int, size: int) -> bytes:
@@ -107,12 +110,19 @@ class StoreCache:
 
 def remove_oldest(folder: Path) -> None:
     """Remove the pieces that were written first, also while other processes do."""
-    pieces: list[tuple[float, Path]] = []
+    pieces = sorted(list_pieces(folder))
+    for _, _, file in pieces[: 1 + int(_REMOVED * len(pieces))]:
+        file.unlink(missing_ok=True)
+
+
+def list_pieces(folder: Path) -> list[tuple[float, int, Path]]:
+    """Return time of writing, bytes and path of each piece."""
+    found: list[tuple[float, int, Path]] = []
     for file in folder.glob("*/*"):
         with suppress(FileNotFoundError):
-            pieces.append((file.stat().st_mtime, file))
-    for _, file in sorted(pieces)[: 1 + int(_REMOVED * len(pieces))]:
-        file.unlink(missing_ok=True)
+            facts = file.stat()
+            found.append((facts.st_mtime, facts.st_size, file))
+    return found
 
 
 def _folder_of(tar: RemoteTar) -> str:

@@ -23,6 +23,7 @@ from dataloading.reading import LOOK_AHEAD as LOOK_AHEAD
 from dataloading.reading import Decoder, Reader, to_device
 from dataloading.resident import ResidentDecoder
 from dataloading.store_cache import StoreCache
+from dataloading.stores import RemoteTar
 from dataloading.torch_decode import TorchDecoder
 
 logger = logging.getLogger(__name__)
@@ -148,9 +149,9 @@ class Stream:
         self._quarantine = Quarantine(index, quarantine)
         in_processes = use_processes(worker_type, resident, self._device)
         if store_cache is not None:
-            whole = float(index.entries["size"].sum(dtype=np.int64))
-            near = whole if shuffle == "full" else min(whole, 2 * WINDOW / len(index) * whole)
-            StoreCache(store_cache).require_room(near, f"data.shuffle={shuffle}")
+            whole = sum(tar.size for tar in index.shards if isinstance(tar, RemoteTar))
+            near = 1.0 if shuffle == "full" else min(1.0, 2 * WINDOW / len(index))
+            StoreCache(store_cache).require_room(near * whole, f"data.shuffle={shuffle}")
         reader = Reader(index, patience_s, store_cache)
         self._decoder: Decoder | None
         if resident:

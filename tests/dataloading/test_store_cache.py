@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from dataloading import store_cache, stores
+from dataloading.entries import ENTRY
 from dataloading.errors import DataError
 from dataloading.index import Index, build_index
+from dataloading.order import WINDOW, window_ids
 from dataloading.store_cache import StoreCache, remove_oldest
 from dataloading.stores import RemoteTar
 from dataloading.stream import Stream
@@ -123,11 +125,27 @@ def test_a_full_disk_costs_requests_only(
     monkeypatch.setattr(store_cache, "atomic_path", refuse)
     assert [source.read(i) for i in range(SAMPLES)] == expected
     assert caplog.text.count("nearly full; the oldest pieces are removed") == 1
-    with pytest.raises(DataError, match=r"keeps at most 0.0 GB, and data.shuffle=full needs 1.0"):
+    with pytest.raises(DataError, match=r"has room for 0.0 GB, and data.shuffle=full needs 1.0"):
         kept.require_room(1e9, "data.shuffle=full")
+    kept.require_room(0.9 * sum(file.stat().st_size for file in tmp_path.glob("*/*")), "")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data.store_cache=.*file/kept: cannot be written \(Not a"):
         StoreCache(tmp_path / "file" / "kept")
+
+
+def test_a_window_of_a_large_set_needs_a_request_per_24_images() -> None:
+    """Images of 110 kB in tars of 1,000; docs/data.md has the figure."""
+    n, size = 12 * WINDOW, 110_000
+    ids, _ = window_ids(n, 0, np.arange(WINDOW))
+    entries = np.zeros(n, ENTRY)
+    entries["shard"], entries["size"] = np.arange(n) // 1000, size
+    entries["offset"] = np.arange(n) % 1000 * (size + 1024)
+    first = entries["offset"][ids].astype(np.int64)
+    pieces = [entries["shard"][ids] * 1000.0 + at // (4 << 20) for at in (first, first + size)]
+    assert WINDOW / len(np.unique(pieces)) == pytest.approx(24, abs=0.5)
+    groups = stores.split_by_piece(entries, ids)
+    assert len(groups) < WINDOW / 23
+    assert sorted(row for group in groups for row in group) == sorted(ids.tolist())
