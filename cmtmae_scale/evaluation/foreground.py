@@ -24,10 +24,10 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import Student
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import Tower
+from cmtmae_scale.teachers.base import TeacherOutputs, Tower
 from cmtmae_scale.teachers.build import assemble_teacher
-from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
-from cmtmae_scale.teachers.timm import TimmTower
+from cmtmae_scale.teachers.online import OnlineTeacher
+from cmtmae_scale.teachers.timm_towers import TimmTower
 from dataloading.errors import DataError
 
 MEASURES = ("AUC", "IoU at equal area", "mass inside")
