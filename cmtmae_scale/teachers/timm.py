@@ -196,7 +196,7 @@ class TimmSource:
             tower = TimmTower(model, self.full_name, source)
         else:
             kept, shape = self.last_stage(image_size)
-            model.prune_intermediate_layers(kept - 1, prune_norm=True)
+            model.prune_intermediate_layers([kept - 1], prune_norm=True)
             tower = FeatureTower(model, self.full_name, shape, source | {"stages": kept})
         logger.info(
             "teacher: %s, pixels with mean %s and std %s", tower.name, tower.mean, tower.std

@@ -60,6 +60,7 @@ class Family(NamedTuple):
     source: str
     feature: str
     more: tuple[str, ...] = ("teacher.library=timm", "teacher.weights=random")
+    has_cls: bool = True
 
     def overrides(self, folder: Path) -> list[str]:
         """Overrides of a recipe; ``folder`` takes a model's description."""
@@ -71,6 +72,7 @@ class Family(NamedTuple):
             f"teacher.model={model}",
             f"attention.source={self.source}",
             f"teacher.feature={self.feature}",
+            f"loss.include_cls={str(self.has_cls).lower()}",
             *self.more,
         ]
 
@@ -79,12 +81,13 @@ FAMILIES = {
     "DINOv3": Family("small_dinov3", "cls", "ln_post"),
     "EVA-02": Family("small_eva02", "mean_query", "block"),
     "PE": Family("small_pe", "pool", "ln_post"),
-    "SigLIP 2": Family("small_siglip2", "pool", "ln_post"),
+    "SigLIP 2": Family("small_siglip2", "pool", "ln_post", has_cls=False),
     "ConvNeXt": Family(
         "small_convnext",
         "activation_norm",
         "block",
         ("teacher.library=timm", "teacher.weights=random", "teacher.depth=3"),
+        has_cls=False,
     ),
     "CLIP": Family(
         "clip.json",
