@@ -22,7 +22,13 @@ from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.student import VIT_MODULES
 from cmtmae_scale.teachers.base import Tower
-from cmtmae_scale.teachers.timm_towers import EvaTower, FeatureTower, TimmTower, stage_shapes
+from cmtmae_scale.teachers.timm_towers import (
+    EvaTower,
+    FeatureTower,
+    TimmTower,
+    set_size,
+    stage_shapes,
+)
 from cmtmae_scale.teachers.weights import (
     describe_unreachable,
     find_non_finite,
@@ -162,6 +168,8 @@ class TimmSource:
             TeacherError: for weights that are missing, not reachable or do not fit.
         """
         config = self.config
+        is_transformer = isinstance(self.probe, VisionTransformer | Eva)
+        kept, shape = (0, ()) if is_transformer else self.last_stage(image_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: Any = (
@@ -172,13 +180,10 @@ class TimmSource:
         found = find_non_finite(model.state_dict()) if self.tag and load else ""
         if found:
             raise TeacherError(f"teacher.weights={self.tag}: {found}; choose another tag")
-        is_transformer = isinstance(model, VisionTransformer | Eva)
         if is_transformer:
             full = len(model.blocks)
             model.blocks = model.blocks[: self.resolve_depth(full, "blocks")]
-        for each in [model] if is_transformer else [model, self.probe]:
-            if hasattr(each, "set_input_size"):
-                each.set_input_size(img_size=(image_size, image_size))
+        set_size(model, image_size)
         if self.local and load:
             self.load(model, str(config.weights))
         source: dict[str, object] = {
@@ -195,7 +200,6 @@ class TimmSource:
         elif isinstance(model, VisionTransformer):
             tower = TimmTower(model, self.full_name, source)
         else:
-            kept, shape = self.last_stage(image_size)
             model.prune_intermediate_layers([kept - 1], prune_norm=True)
             tower = FeatureTower(model, self.full_name, shape, source | {"stages": kept})
         logger.info(

@@ -264,8 +264,14 @@ class FeatureTower(Tower):
             )
 
 
+def set_size(network: Any, size: int) -> None:
+    """Set the side of a network's images, where it has one."""
+    if hasattr(network, "set_input_size"):
+        network.set_input_size(img_size=(size, size))
+
+
 def stage_shapes(network: nn.Module, size: int) -> list[tuple[int, ...]]:
-    """Return C, rows and columns of each stage of a network on the meta device.
+    """Set the size of a network on the meta device; return C, rows and columns of each stage.
 
     Raises:
         TeacherError: if it has no stages with features on a grid, or does not take the size.
@@ -274,10 +280,10 @@ def stage_shapes(network: nn.Module, size: int) -> list[tuple[int, ...]]:
     kind = type(network).__name__
     if forward is None:
         raise TeacherError(f"{kind} returns no features on a grid; choose another model")
-    images = torch.empty(1, 3, size, size, device="meta")
     try:
-        with torch.no_grad():
-            stages = forward(images, intermediates_only=True)
+        with torch.device("meta"), torch.no_grad():
+            set_size(network, size)
+            stages = forward(torch.empty(1, 3, size, size), intermediates_only=True)
     except Exception as error:  # each network has its own checks of the size
         first = str(error).strip().split("\n")[0]
         raise TeacherError(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timm.models import convnext, eva, register_model, vision_transformer
+from timm.models import convnext, eva, mlp_mixer, register_model, vision_transformer
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 CLIP = {
@@ -51,6 +51,11 @@ def small_siglip2(pretrained: bool = False, **options: Any) -> Any:
 def small_convnext(pretrained: bool = False, **options: Any) -> Any:
     sizes = {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}
     return convnext.convnext_tiny(pretrained, **(sizes | options))
+
+
+@register_model
+def small_mixer(pretrained: bool = False, **options: Any) -> Any:
+    return mlp_mixer.mixer_s32_224(pretrained, **({"embed_dim": 16, "num_blocks": 1} | options))
 
 
 class Family(NamedTuple):

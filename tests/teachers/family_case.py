@@ -1,9 +1,9 @@
 """One small teacher of each family through cache, sidecar, three steps and export."""
 
-import json
 import math
 from pathlib import Path
 
+import pytest
 import torch
 
 from cmtmae_scale.cache.build import build_shards, make_builder
@@ -11,7 +11,8 @@ from cmtmae_scale.commands.export import export_weights
 from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.teachers.build import build_teacher
-from tests.engine.run_case import run, write_recipe
+from tests.engine.run_case import write_recipe
+from tests.pretraining.cached_run_case import Seen, observe
 from tests.teachers.cases import random_images
 from tests.teachers.families import FAMILIES, Family
 
@@ -34,6 +35,7 @@ def try_families(folder: Path) -> dict[str, dict[str, str]]:
 
 def try_family(recipe: Path, folder: Path, family: Family) -> dict[str, str]:
     overrides = [*SIZES, *SMALL, *family.overrides(folder)]
+    seen: dict[str, Seen] = {}
     losses: dict[str, list[float]] = {}
     cells = {"built": try_building(recipe, overrides)}
     for mode in ("online", "cached", "sidecar"):
@@ -42,18 +44,16 @@ def try_family(recipe: Path, folder: Path, family: Family) -> dict[str, str]:
         if mode != "online":
             settings += ["cache.codec=bf16", f"cache.dir={folder / 'rows' / mode}"]
             write_rows(recipe, settings, mode)
-        run(recipe, settings)
-        log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-        log = [entry for entry in log if "loss" in entry]
-        losses[mode] = [entry["loss"] for entry in log]
+        seen[mode] = observe(recipe, run_dir, settings, "rounded" if mode == "online" else "")
+        losses[mode] = [entry["loss/total"] for entry in seen[mode].log if "loss/total" in entry]
         if mode != "online":
-            hits = [entry["cache/hit"] for entry in log]
-            same = torch.allclose(
-                torch.tensor(losses[mode]), torch.tensor(losses["online"]), rtol=1e-2
-            )
-            cells[mode] = "yes" if hits == [1.0] * STEPS and same else f"{hits}, {losses}"
+            hits = [entry["cache/hit"] for entry in seen[mode].log if "cache/hit" in entry]
+            masks = seen[mode].masks == seen["online"].masks
+            same = masks and losses[mode] == pytest.approx(losses["online"], rel=1e-4)
+            is_right = same and hits == [1.0] * STEPS
+            cells[mode] = "yes" if is_right else f"{seen[mode].error} {hits} {losses} {masks}"
     finite = len(losses["online"]) == STEPS and all(map(math.isfinite, losses["online"]))
-    cells["trained three steps"] = "yes" if finite else str(losses)
+    cells["trained three steps"] = "yes" if finite else f"{seen['online'].error} {losses}"
     arguments = ["timm", "--checkpoint", str(folder / "online"), "--output", str(folder / "out")]
     code = export_weights(arguments)
     cells["exported"] = "yes" if code == 0 else f"exit code {code}"

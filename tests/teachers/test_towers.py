@@ -312,5 +312,5 @@ def test_networks_that_give_no_grid_or_no_such_map_are_refused() -> None:
         config_of("small_convnext", "activation_norm", "ln_post")
     )
     assert "has 4 stages" in refusal(config_of("small_convnext", "activation_norm", depth=5))
-    mixer = config_of("mixer_s32_224", "activation_norm")
+    mixer = config_of("small_mixer", "activation_norm")
     assert "MlpMixer does not run at 128 pixels" in refusal(mixer)
