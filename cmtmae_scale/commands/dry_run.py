@@ -194,7 +194,7 @@ def count_networks(config: Config, world_size: int, networks: MetaNetworks) -> l
         origin = f", read from {cache_folder(config)}" if reads_cache(config) else ""
         origin += "" if builds_teacher(config) else " and not built"
         lines.append(f"teacher         {format_millions(teacher.model)} parameters, frozen{origin}")
-        weights = str(config.teacher.weights)
+        weights = config.teacher.weights or "random"
         if builds_teacher(config) and weights != "random" and not is_file_name(weights):
             lines.append(
                 f"                weights {weights}: a launch takes them from the library's cache, "

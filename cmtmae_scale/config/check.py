@@ -250,7 +250,10 @@ def check_teacher(config: Config) -> Iterator[str]:
             "set teacher.mode=online, or mask.sampler=random and loss.teacher=0"
         )
         return
-    if not teacher.model or not teacher.weights:
+    if teacher.library == "python":
+        if not teacher.model:
+            yield "teacher.model=package.module:factory must be given for teacher.library=python"
+    elif not teacher.model or not teacher.weights:
         yield (
             "teacher.model and teacher.weights must be given: the mask or the loss uses the teacher"
         )

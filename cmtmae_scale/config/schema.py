@@ -242,18 +242,20 @@ class Decoder:
 class Teacher:
     """The frozen teacher."""
 
-    library: Literal["open_clip", "timm"] = "open_clip"
-    """Library that builds the teacher."""
+    library: Literal["open_clip", "timm", "python"] = "open_clip"
+    """Library that builds the teacher; python: a function of yours (docs/teachers.md)."""
     model: str | None = None
-    """Model name, or for open_clip the path of a model's JSON description."""
+    """Model name; for open_clip also the path of a model's JSON description; for python
+    ``package.module:factory``."""
     weights: str | None = None
-    """Pretrained tag, path of a .safetensors or .pt file, or ``random`` (tests)."""
+    """Pretrained tag, path of a .safetensors or .pt file, or ``random`` (tests); for python a file,
+    or ``None`` for the weights that the factory returns."""
     quick_gelu: bool | None = None
     """Whether the weights were trained with QuickGELU; must be given for open_clip."""
     image_size: int | None = positive(None)
     """Side of the teacher's view, pixels; ``None``: chosen so that its grid is the student's."""
     depth: int | None = positive(None)
-    """Keep only the first blocks; ``None``: all."""
+    """Keep only the first blocks, or stages of a convolutional network; ``None``: all."""
     feature: Literal["proj", "ln_post", "block"] = "proj"
     """Token features: projected, after the last norm, or a block's output before that norm."""
     precision: Literal["bf16", "fp8"] = "bf16"
@@ -283,9 +285,10 @@ class Momentum:
 class Attention:
     """How a model's attention becomes an attention map over patches."""
 
-    source: Literal["cls", "pool", "mean_query"] = "cls"
-    """Teacher's attention map: class-token row, attention-pool query, or mean over patch queries.
-    The momentum encoder's is its class-token row, or mean_query if it has no class token."""
+    source: Literal["cls", "pool", "mean_query", "activation_norm"] = "cls"
+    """Teacher's attention map: class-token row, attention-pool query, or mean over patch queries;
+    activation_norm: the norm of each patch's features, for teachers without attention. The momentum
+    encoder's is its class-token row, or mean_query if it has no class token."""
     layers: list[int] = blocks()
     """Blocks whose normalised attention maps are averaged; negative counts from the end."""
     norm: Literal["prob", "minmax", "rank", "zscore"] = "prob"

@@ -75,10 +75,7 @@ def encoder_from_tower(name: str, tower: Tower, size: int, device: torch.device)
     def encode_tokens(images: Tensor) -> Tokens:
         pixels = normalise_images(images, tower.mean, tower.std)
         with inference_autocast(device):
-            tokens = tower.embed(pixels)
-            for block in tower.blocks:
-                tokens = block(tokens)
-            tokens = tower.norm(tokens)
+            tokens = tower.normed_tokens(pixels)
         return split_tokens(tokens, tower.num_prefix, tower.has_cls)
 
     return token_encoder(name, size, tower.grid, encode_tokens)

@@ -24,10 +24,10 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import Student
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import Tower
+from cmtmae_scale.teachers.base import TeacherOutputs, Tower, Transformer
 from cmtmae_scale.teachers.build import assemble_teacher
-from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
-from cmtmae_scale.teachers.timm import TimmTower
+from cmtmae_scale.teachers.online import OnlineTeacher
+from cmtmae_scale.teachers.timm_towers import TimmTower
 from dataloading.errors import DataError
 
 MEASURES = ("AUC", "IoU at equal area", "mass inside")
@@ -192,7 +192,7 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
     """
     config, network = subject.config, subject.encoder.network
     size, grid = subject.encoder.size, subject.encoder.grid
-    if network is None:
+    if network is None or (config is None and not isinstance(network, Student | Transformer)):
         raise ConfigError(f"{subject.encoder.name} has no attention")
     sources = {subject.encoder.name: attention_of(network, size, config)}
     if subject.random is not None and subject.random.network is not None:
@@ -208,7 +208,9 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
     alpha = 1.0
     if teacher is not None and config is not None:
         alpha = evaluate(config.collaboration.alpha_attention, fraction)
-        names += (TEACHER, f"mixed, alpha {alpha:g}")
+        is_norm = config.attention.source == "activation_norm"
+        label = f"{TEACHER} (activation norm)" if is_norm else TEACHER
+        names += (label, f"mixed, alpha {alpha:g}")
         sizes = (size, teacher.image_size)
 
     def compute(images: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -217,7 +219,7 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
             return found
         theirs = required(teacher(images[1]).attention)
         mixed = required(mix_attention(config.attention, theirs, found[own], alpha))
-        return found | {TEACHER: theirs, names[-1]: mixed}
+        return found | {names[-2]: theirs, names[-1]: mixed}
 
     return Maps(names, sizes, grid, compute)
 

@@ -387,7 +387,7 @@ def random_student(config: Config, device: torch.device) -> Encoder:
 def subject_from_timm(
     name: str, file: str | None, size: int | None, seed: int, world: World, device: torch.device
 ) -> Subject:
-    """Open a vision transformer of timm, with weights of a tag or of a file.
+    """Open a network of timm, with weights of a tag or of a file.
 
     ``name`` is ``MODEL.TAG``, or ``MODEL`` with a local file; ``size`` is the side of the images,
     ``None``: the model's own; the seed is of the random weights of the baseline.

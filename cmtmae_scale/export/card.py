@@ -101,8 +101,9 @@ def teacher_text(config: Config, need: Needs) -> str:
         model = str(teacher.model).split(".")[0]  # a tag would name weights that were not used
         return f"RANDOM WEIGHTS, architecture {model}: untrained, for tests only"
     depth = f", its first {teacher.depth} blocks" if teacher.depth else ""
+    weights = "of the factory" if teacher.weights is None else public_path(teacher.weights)
     return (
-        f"{teacher.model} of {teacher.library}, weights {public_path(str(teacher.weights))}{depth}"
+        f"{teacher.model} of {teacher.library}, weights {weights}{depth}"
         f", features {teacher.feature}"
     )
 

@@ -130,6 +130,21 @@ def patch_map(row: Tensor, num_prefix: int) -> Tensor:
     return normalise_map(row[:, num_prefix:], "prob")
 
 
+@torch.no_grad()
+def activation_map(tokens: Tensor) -> Tensor:
+    """Return the length of each patch's features as a map, for networks without attention.
+
+    Args:
+        tokens: features of the patches, ``[B, N, C]``.
+
+    Returns:
+        Euclidean norm over channels, ``[B, N]``, float32, rows sum to 1.
+
+    Source: docs/method.md, section "Attention maps"; arXiv 1612.03928, activation-based attention.
+    """
+    return normalise_map(torch.linalg.vector_norm(tokens.float(), dim=-1), "prob")
+
+
 def sanitise(attention: Tensor) -> Tensor:
     """Replace NaN, infinities and negative values by 0; float32."""
     return torch.nan_to_num(attention.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0.0)

@@ -103,3 +103,5 @@ def use_float8(block: nn.Module) -> None:
             module.__class__ = Float8Linear
         elif type(module) in (nn.MultiheadAttention, SelfAttention):
             module.__class__ = Float8SelfAttention
+        elif hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True  # timm's Eva then calls its layer, not its weights

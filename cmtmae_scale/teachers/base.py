@@ -1,4 +1,4 @@
-"""Protocols of a teacher, its output, and the abstract image tower of a library.
+"""Protocols of a teacher, its outputs, and the abstract image towers of a library.
 
 Legend: B views in a micro-batch, S side of the teacher's images, N patches, P prefix tokens (class
 token first, then registers), T tokens = P + N, H heads, d head width, D tower width, F feature
@@ -12,6 +12,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from cmtmae_scale.config.derive import Needs
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.method.attention import activation_map, mean_query_row, patch_map
 from dataloading.stream import Batch
 
 
@@ -90,23 +94,72 @@ class Teacher(TeacherSource, Protocol):
         ...
 
 
-class QueryKey(NamedTuple):
-    """Inputs of an attention row: query ``[B, H, Q, d]``, key ``[B, H, T, d]``, scale."""
+class TeacherOutputs(NamedTuple):
+    """Which outputs of a tower are computed; blocks count from 0, no blocks: not computed."""
 
-    query: Tensor
-    key: Tensor
-    scale: float
+    source: str
+    attention_layers: tuple[int, ...]
+    feature: str
+    feature_layers: tuple[int, ...]
+
+    @classmethod
+    def from_config(cls, config: Config, needs: Needs, depth: int) -> "TeacherOutputs":
+        """Return the outputs that a run needs from a tower of ``depth`` blocks.
+
+        Raises:
+            TeacherError: for a block that the tower lacks, or layers with ``source=pool``.
+        """
+        source, layers = config.attention.source, config.attention.layers
+        if needs.teacher_attention and source == "pool" and list(layers) != [-1]:
+            raise TeacherError(
+                f"attention.layers={list(layers)}: attention.source=pool reads the pooling head, "
+                "not a block; set attention.layers=[-1]"
+            )
+        attention = features = ()
+        if needs.teacher_attention:
+            attention = resolve_teacher_layers(layers, depth, "attention.layers")
+        if needs.teacher_features:
+            key, layers = "target.teacher.layers", config.target.teacher.layers
+            features = resolve_teacher_layers(layers, depth, key)
+        return cls(source, attention, config.teacher.feature, features)
+
+
+def resolve_teacher_layers(layers: list[int], depth: int, key: str) -> tuple[int, ...]:
+    """Return block numbers counted from 0.
+
+    Raises:
+        TeacherError: for a block that the tower lacks.
+    """
+    for layer in layers:
+        if not -depth <= layer < depth:
+            raise TeacherError(
+                f"{key}={list(layers)}: the teacher has {depth} blocks, "
+                f"{-depth} to {depth - 1}; found {layer}"
+            )
+    return tuple(layer % depth for layer in layers)
+
+
+class TowerOutput(NamedTuple):
+    """Output of a tower's forward, in the tower's grid.
+
+    Attributes:
+        maps: attention maps over patches, one per layer asked for, ``[B, N]``, float32.
+        layers: tokens of each feature layer, before the final norm, ``[B, T, D]``.
+    """
+
+    maps: list[Tensor]
+    layers: list[Tensor]
 
 
 class Tower(ABC):
-    """A library's image transformer as embedding, blocks, final norm and projection.
+    """A frozen image network: images to attention maps and tokens on a grid of patches.
 
-    A new library is one subclass. Attention rows are computed from the queries and keys of a
-    block's input, so that the blocks keep their fused attention.
+    A new library is one subclass; of a transformer, one of ``Transformer``.
 
     Attributes:
         model: the network.
-        blocks: its transformer blocks, called on tokens ``[B, T, D]``.
+        blocks: its parts that outputs are numbered by; ``teacher.precision`` is that of their
+            linear layers.
         grid: rows and columns of its patches.
         num_prefix: P.
         has_cls: whether token 0 is a class token.
@@ -125,19 +178,8 @@ class Tower(ABC):
     source: dict[str, object]
 
     @abstractmethod
-    def embed(self, images: Tensor) -> Tensor:
-        """Map normalised images ``[B, 3, S, S]`` to the first block's input ``[B, T, D]``."""
-
-    @abstractmethod
-    def query_key(self, block: int, tokens: Tensor, queries: slice) -> QueryKey:
-        """Return queries of some tokens and keys of all, from a block's input ``[B, T, D]``."""
-
-    @abstractmethod
-    def pool_query_key(self, tokens: Tensor) -> tuple[QueryKey, int]:
-        """Return query and keys of the pooling head, and the number of prefix tokens in its keys.
-
-        ``tokens``: output of the final norm, ``[B, T, D]``.
-        """
+    def forward(self, images: Tensor, outputs: TeacherOutputs) -> TowerOutput:
+        """Compute outputs from normalised images ``[B, 3, S, S]``; no host synchronisation."""
 
     @abstractmethod
     def norm(self, tokens: Tensor) -> Tensor:
@@ -164,9 +206,98 @@ class Tower(ABC):
         """Refuse attention maps that the model lacks.
 
         Args:
-            source: ``cls``, ``pool`` or ``mean_query``.
+            source: a value of ``attention.source``.
             layers: blocks, counted from 0.
 
         Raises:
             TeacherError: naming ``attention.source``.
         """
+
+    def fuse_attention(self) -> None:  # noqa: B027 - most networks need nothing
+        """Prepare modules for ``torch.compile``."""
+
+    def normed_tokens(self, images: Tensor) -> Tensor:
+        """Return the tokens of the last block after the final norm, ``[B, T, D]``."""
+        last = TeacherOutputs("cls", (), "block", (len(self.blocks) - 1,))
+        return self.norm(self.forward(images, last).layers[0])
+
+
+class QueryKey(NamedTuple):
+    """Inputs of an attention row: query ``[B, H, Q, d]``, key ``[B, H, T, d]``, scale."""
+
+    query: Tensor
+    key: Tensor
+    scale: float
+
+
+class Transformer(Tower):
+    """A library's vision transformer as embedding, blocks, final norm and projection.
+
+    Attention rows are computed from the queries and keys of a block's input, so that the blocks
+    keep their fused attention.
+    """
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embed normalised images ``[B, 3, S, S]``.
+
+        Returns:
+            The first block's input ``[B, T, D]``, and the table of rotary positions that every
+            block takes, or ``None``.
+        """
+
+    @abstractmethod
+    def run_block(self, block: int, tokens: Tensor, rotary: Tensor | None) -> Tensor:
+        """Apply a block, ``[B, T, D]``."""
+
+    @abstractmethod
+    def query_key(
+        self, block: int, tokens: Tensor, queries: slice, rotary: Tensor | None
+    ) -> QueryKey:
+        """Return queries of some tokens and keys of all, from a block's input ``[B, T, D]``.
+
+        ``queries`` is the class token, ``slice(0, 1)``, or all patches, ``slice(P, None)``.
+        """
+
+    @abstractmethod
+    def pool_query_key(self, tokens: Tensor) -> tuple[QueryKey, int]:
+        """Return query and keys of the pooling head, and the number of prefix tokens in its keys.
+
+        ``tokens``: output of the final norm, ``[B, T, D]``.
+        """
+
+    def forward(self, images: Tensor, outputs: TeacherOutputs) -> TowerOutput:
+        """Run the blocks up to the last one that an output depends on."""
+        tokens, rotary = self.embed(images)
+        reads_pool = outputs.source == "pool" and bool(outputs.attention_layers)
+        found = TowerOutput([], [])
+        for number in range(len(self.blocks)):
+            has_map = number in outputs.attention_layers
+            if has_map and outputs.source in ("cls", "mean_query"):
+                found.maps.append(self.block_attention(number, tokens, rotary, outputs.source))
+            if not reads_pool and not needs_block(outputs, number):
+                break
+            tokens = self.run_block(number, tokens, rotary)
+            if has_map and outputs.source == "activation_norm":
+                found.maps.append(activation_map(tokens[:, self.num_prefix :]))
+            if number in outputs.feature_layers:
+                found.layers.append(tokens)
+        if reads_pool:
+            (query, key, scale), prefix = self.pool_query_key(self.norm(tokens))
+            found.maps.append(patch_map(mean_query_row(query, key, scale), prefix))
+        return found
+
+    def block_attention(
+        self, number: int, tokens: Tensor, rotary: Tensor | None, source: str
+    ) -> Tensor:
+        """Return the attention map of a block from its input, ``[B, N]``."""
+        queries = slice(0, 1) if source == "cls" else slice(self.num_prefix, None)
+        query, key, scale = self.query_key(number, tokens, queries, rotary)
+        return patch_map(mean_query_row(query, key, scale), self.num_prefix)
+
+
+def needs_block(outputs: TeacherOutputs, number: int) -> bool:
+    """Return whether an output depends on the output of block ``number``."""
+    first = number if outputs.source == "activation_norm" else number + 1
+    maps_left = any(layer >= first for layer in outputs.attention_layers)
+    return maps_left or any(layer >= number for layer in outputs.feature_layers)

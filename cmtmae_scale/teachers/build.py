@@ -10,8 +10,9 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.float8 import use_float8
 from cmtmae_scale.method.student import probe_student
-from cmtmae_scale.teachers.base import Teacher
-from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
+from cmtmae_scale.teachers.base import Teacher, TeacherOutputs
+from cmtmae_scale.teachers.online import OnlineTeacher
+from cmtmae_scale.teachers.python import PythonSource
 from cmtmae_scale.teachers.timm import TimmSource
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,12 @@ def build_teacher_skeleton(config: Config, needs: Needs | None = None) -> Online
 def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeacher:
     """Choose library, size and outputs, and build the teacher."""
     settings = config.teacher
-    for key in ("model", "weights"):
+    for key in ("model",) if settings.library == "python" else ("model", "weights"):
         if not getattr(settings, key):
             raise TeacherError(f"teacher.{key} must be given: mask or loss use the teacher")
-    if settings.library == "open_clip":
+    if settings.library == "python":
+        source = PythonSource(settings, config.run.seed)
+    elif settings.library == "open_clip":
         # imported here, so that runs with other teachers do not load the library
         from cmtmae_scale.teachers.open_clip import OpenClipSource
 

@@ -2,73 +2,18 @@
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cmtmae_scale.config.derive import Needs
-from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import TeacherError
-from cmtmae_scale.method.attention import (
-    SelfAttention,
-    mean_query_row,
-    patch_map,
-    resize_map,
-    resize_tokens,
-)
+from cmtmae_scale.method.attention import resize_map, resize_tokens
 from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.runtime.compilation import compiled
-from cmtmae_scale.teachers.base import TeacherView, Tower
+from cmtmae_scale.teachers.base import TeacherOutputs, TeacherView, Tower
 from cmtmae_scale.teachers.weights import sha256
 from dataloading.stream import Batch
 
 logger = logging.getLogger(__name__)
-
-
-class TeacherOutputs(NamedTuple):
-    """Which outputs of a tower are computed; blocks count from 0, no blocks: not computed."""
-
-    source: str
-    attention_layers: tuple[int, ...]
-    feature: str
-    feature_layers: tuple[int, ...]
-
-    @classmethod
-    def from_config(cls, config: Config, needs: Needs, depth: int) -> "TeacherOutputs":
-        """Return the outputs that a run needs from a tower of ``depth`` blocks.
-
-        Raises:
-            TeacherError: for a block that the tower lacks, or layers with ``source=pool``.
-        """
-        source, layers = config.attention.source, config.attention.layers
-        if needs.teacher_attention and source == "pool" and list(layers) != [-1]:
-            raise TeacherError(
-                f"attention.layers={list(layers)}: attention.source=pool reads the pooling head, "
-                "not a block; set attention.layers=[-1]"
-            )
-        attention = features = ()
-        if needs.teacher_attention:
-            attention = resolve_teacher_layers(layers, depth, "attention.layers")
-        if needs.teacher_features:
-            key, layers = "target.teacher.layers", config.target.teacher.layers
-            features = resolve_teacher_layers(layers, depth, key)
-        return cls(source, attention, config.teacher.feature, features)
-
-
-def resolve_teacher_layers(layers: list[int], depth: int, key: str) -> tuple[int, ...]:
-    """Return block numbers counted from 0.
-
-    Raises:
-        TeacherError: for a block that the tower lacks.
-    """
-    for layer in layers:
-        if not -depth <= layer < depth:
-            raise TeacherError(
-                f"{key}={list(layers)}: the teacher has {depth} blocks, "
-                f"{-depth} to {depth - 1}; found {layer}"
-            )
-    return tuple(layer % depth for layer in layers)
 
 
 class OnlineTeacher:
@@ -123,9 +68,7 @@ class OnlineTeacher:
 
     def compile(self) -> None:
         """Compile ``forward_batch``, whose batches have one shape, as one graph."""
-        for module in self.model.modules():
-            if type(module) is nn.MultiheadAttention:
-                module.__class__ = SelfAttention
+        self.tower.fuse_attention()
         self.is_compiled = True
 
     def forward_batch(self, batch: Batch) -> TeacherView:
@@ -141,7 +84,8 @@ class OnlineTeacher:
 
         Returns:
             attention: ``[B, N]``, float32, rows sum to 1: softmax in float32 from queries and keys
-                of the compute dtype, mean over heads, prefix dropped, renormalised, mean of layers.
+                of the compute dtype, mean over heads, prefix dropped, renormalised, mean of layers;
+                or the activation norm.
             features: ``[B, 1 + N, F]`` or ``[B, N, F]``, registers dropped, in the compute dtype
                 (float32 where they were resized), not normalised.
 
@@ -158,37 +102,8 @@ class OnlineTeacher:
                 f"teacher's images have shape {list(images.shape)}; expected [B, {size}, {size}, 3]"
             )
         pixels = normalise_images(images, self.mean, self.std)
-        tokens = self.tower.embed(pixels.to(self.dtype))
-        maps: list[Tensor] = []
-        features: list[Tensor] = []
-        for number, block in enumerate(self.tower.blocks):
-            if self.outputs.source != "pool" and number in self.outputs.attention_layers:
-                maps.append(self.block_attention(number, tokens))
-            if self.can_stop_before(number):
-                break
-            tokens = block(tokens)
-            if number in self.outputs.feature_layers:
-                features.append(tokens)
-        if self.outputs.source == "pool" and self.outputs.attention_layers:
-            (query, key, scale), prefix = self.tower.pool_query_key(self.tower.norm(tokens))
-            maps.append(patch_map(mean_query_row(query, key, scale), prefix))
-        return TeacherView(self.finish_attention(maps), self.finish_features(features))
-
-    def can_stop_before(self, number: int) -> bool:
-        """Return whether no output depends on block ``number`` or a later one."""
-        outputs = self.outputs
-        if outputs.source == "pool" and outputs.attention_layers:
-            return False
-        maps_left = any(layer > number for layer in outputs.attention_layers)
-        features_left = any(layer >= number for layer in outputs.feature_layers)
-        return not maps_left and not features_left
-
-    def block_attention(self, number: int, tokens: Tensor) -> Tensor:
-        """Return the attention map of a block from its input, ``[B, N]`` on the tower's grid."""
-        prefix = self.tower.num_prefix
-        queries = slice(0, 1) if self.outputs.source == "cls" else slice(prefix, None)
-        query, key, scale = self.tower.query_key(number, tokens, queries)
-        return patch_map(mean_query_row(query, key, scale), prefix)
+        maps, layers = self.tower.forward(pixels.to(self.dtype), self.outputs)
+        return TeacherView(self.finish_attention(maps), self.finish_features(layers))
 
     def finish_attention(self, maps: list[Tensor]) -> Tensor | None:
         """Average over layers and resize to the student's grid."""

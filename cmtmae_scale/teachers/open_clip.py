@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.method.attention import SelfAttention
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
 from cmtmae_scale.runtime.storage import read_json, read_regular
-from cmtmae_scale.teachers.base import QueryKey, Tower
+from cmtmae_scale.teachers.base import QueryKey, Transformer
 from cmtmae_scale.teachers.weights import (
     describe_unreachable,
     image_state,
@@ -243,7 +244,7 @@ def resize_positions(state: dict[str, Tensor], visual: nn.Module, path: str) -> 
     state[POSITIONS] = holder[f"visual.{POSITIONS}"]
 
 
-class OpenClipTower(Tower):
+class OpenClipTower(Transformer):
     """open_clip's plain ``VisionTransformer``; see ``Tower`` for the attributes."""
 
     num_prefix = 1
@@ -262,11 +263,22 @@ class OpenClipTower(Tower):
         self.grid = (rows, columns)
         self.mean, self.std, self.source = mean, std, source
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> tuple[Tensor, None]:
         """Embed patches, add class token and positions, apply the norm before the blocks."""
-        return self.visual._embeds(images)
+        return self.visual._embeds(images), None
 
-    def query_key(self, block: int, tokens: Tensor, queries: slice) -> QueryKey:
+    def run_block(self, block: int, tokens: Tensor, rotary: Tensor | None) -> Tensor:
+        return self.blocks[block](tokens)
+
+    def fuse_attention(self) -> None:
+        """Let the blocks multiply queries, keys and values at once when they are compiled."""
+        for module in self.visual.modules():
+            if type(module) is nn.MultiheadAttention:
+                module.__class__ = SelfAttention
+
+    def query_key(
+        self, block: int, tokens: Tensor, queries: slice, rotary: Tensor | None
+    ) -> QueryKey:
         """Compute them from ``in_proj_weight`` of ``nn.MultiheadAttention``, rows q, k, v."""
         layer: Any = self.blocks[block]
         attention: nn.MultiheadAttention = layer.attn

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.errors import ConfigError, TeacherError
+from cmtmae_scale.teachers.base import TeacherOutputs
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
-from cmtmae_scale.teachers.online import OnlineTeacher, TeacherOutputs
-from cmtmae_scale.teachers.timm import TimmTower
+from cmtmae_scale.teachers.online import OnlineTeacher
+from cmtmae_scale.teachers.timm_towers import TimmTower
 from cmtmae_scale.teachers.weights import describe_unreachable
 from tests.teachers.cases import BOTH, random_images, real_teacher, timm_config
 
@@ -225,7 +226,7 @@ def test_files_and_names_that_do_not_fit_are_named(tmp_path: Path) -> None:
         timm_config("vit_tiny_patch16_224", 64, 16, weights=str(path), depth=13)
     )
     assert "did you mean" in refusal(timm_config("vit_tinny_patch16_224"))
-    assert "not timm's VisionTransformer" in refusal(timm_config("resnet18"))
+    assert "(ResNet) has no attention over all patches" in refusal(timm_config("resnet18"))
     text = refusal(timm_config("vit_small_patch14_dinov2", weights="nope"))
     assert "neither a file nor a tag" in text and "lvd142m" in text
     both = timm_config("vit_small_patch16_224.dino", weights="augreg_in1k")

@@ -105,7 +105,9 @@ def compute_columns(
         tokens = model.encoder(pixels)[:, model.encoder.num_prefix :]
     model.cpu()
     columns = [Column("view", views, smooth=True)]
-    maps = {"teacher": view.attention, "EMA weights": attention}
+    is_norm = config.attention.source == "activation_norm"
+    theirs = "teacher, activation norm" if is_norm else "teacher"
+    maps = {theirs: view.attention, "EMA weights": attention}
     both = view.attention is not None and attention is not None
     maps["collaborative"] = mixed if both else None
     for name, attention_map in maps.items():

@@ -155,6 +155,8 @@ def teacher_setting(run: Run) -> str:
     if unused or get("teacher.mode") == "none":
         return "none"
     weights = "RANDOM WEIGHTS" if get("teacher.weights") == "random" else get("teacher.weights")
+    if get("teacher.library") == "python" and not weights:
+        weights = "weights of the factory"
     return f"{get('teacher.model')} of {get('teacher.library')} ({weights}), {get('teacher.mode')}"
 
 
