@@ -18,7 +18,6 @@ N, d]``, as they are multiplied in its attention, with a scale of ``d ** -0.5``.
 
 import hashlib
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +62,7 @@ class PythonTower(Tower):
         Raises:
             TeacherError: for outputs of another form than its attributes promise.
         """
-        returned = self.model(images)
+        returned = self.forward_on_meta(images) if images.is_meta else self.model(images)
         has_attention = self.attention_source is not None
         parts = returned if isinstance(returned, tuple) else (returned,)
         if len(parts) != (3 if has_attention else 1) or not all(
@@ -81,13 +80,32 @@ class PythonTower(Tower):
             maps = [activation_map(tokens[:, self.num_prefix :])]
         elif outputs.attention_layers:
             _, query, key = parts
+            if query.ndim != 4:
+                raise TeacherError(
+                    f"teacher.model={self.name}: its forward returned query of shape "
+                    f"{list(query.shape)}; expected four dimensions, [B, H, Q, d]"
+                )
             with_prefix = key.shape[2:3] == (self.num_prefix + patches,)
             prefix = self.num_prefix if with_prefix else 0
             heads, depth = query.shape[1], query.shape[-1]
             self.check_shape("key", key, (len(images), heads, prefix + patches, depth))
-            self.check_shape("query", query, (len(images), heads, query.shape[-2], depth))
             maps = [patch_map(mean_query_row(query, key, depth**-0.5), prefix)]
         return TowerOutput(maps, [tokens for _ in outputs.feature_layers])
+
+    def forward_on_meta(self, images: Tensor) -> Any:
+        """Run the module where FLOPs and memory are counted.
+
+        Raises:
+            TeacherError: if it does not run on the meta device.
+        """
+        try:
+            return self.model(images)
+        except Exception as error:  # the user's code raises anything; it ends the command
+            raise TeacherError(
+                f"teacher.model={self.name}: its forward failed on the meta device "
+                f"({type(error).__name__}: {error}), where sizes are counted; create tensors on "
+                "the device of the images, and read no values"
+            ) from error
 
     def check_shape(self, what: str, found: Tensor, expected: tuple[int, ...]) -> None:
         """Refuse an output of another shape.
@@ -285,7 +303,7 @@ def code_digest(place: ModuleType, module: nn.Module) -> str:
     names = {name for name in names if name.partition(".")[0] == package} | {place.__name__}
     total = hashlib.sha256()
     for name in sorted(names):
-        file = inspect.getsourcefile(sys.modules[name])
+        file = getattr(sys.modules.get(name), "__file__", None)
         total.update(f"{name}\n".encode())
         if file is not None:
             total.update(hashlib.sha256(Path(file).read_bytes()).digest())

@@ -50,6 +50,17 @@ class WrongShape(FeaturesOnly):
     embed_dim = 32
 
 
+class ReadsValues(FeaturesOnly):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * float(images.mean())
+
+
+class FlatQuery(OwnTeacher):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, query, key = super().forward(images)
+        return tokens, query.flatten(1), key
+
+
 class WrongSource(FeaturesOnly):
     attention_source = "mean_query"
 

@@ -301,6 +301,15 @@ def test_an_output_of_another_form_is_named() -> None:
         teacher(random_images(1, 64))
 
 
+def test_a_query_of_another_form_and_a_forward_that_reads_values_are_named() -> None:
+    with pytest.raises(TeacherError, match=r"query of shape \[1, 24\]; expected four"):
+        build(own_config("FlatQuery"))(random_images(1, 64))
+    with torch.device("meta"):
+        skeleton = build_teacher_skeleton(own_config("ReadsValues", "activation_norm"), BOTH)
+        with pytest.raises(TeacherError, match="its forward failed on the meta device"):
+            skeleton(torch.zeros(1, 64, 64, 3).byte())
+
+
 def test_an_attribute_of_another_kind_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_teacher.OwnTeacher, "patch_size", "16")
     assert "its patch_size is '16'; expected a whole number" in refusal(own_config("OwnTeacher"))
