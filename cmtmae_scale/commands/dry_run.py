@@ -38,7 +38,7 @@ from cmtmae_scale.engine.stop import STOP_FILE
 from cmtmae_scale.engine.trackers import refuse_missing_trackers
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
 from cmtmae_scale.evaluation.periodic import RunEvaluation
-from cmtmae_scale.pretraining.build import load_student, refuse_bad_index, refuse_missing_cls
+from cmtmae_scale.pretraining.build import open_init_weights, refuse_bad_index, refuse_missing_cls
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import refuse_living_holder
@@ -146,7 +146,7 @@ def check_launch(
         attempt(reasons, lambda: check_cache(config, index))
     weights = config.student.init_weights
     if weights is not None and is_new:
-        attempt(reasons, lambda: load_student(networks.model, weights))
+        attempt(reasons, lambda: open_init_weights(networks.model, weights))
     if config.eval.every is not None:
         attempt(reasons, lambda: check_evaluation(config))
 

@@ -302,15 +302,20 @@ def find_initial_values(config: Config, world: World, model: CollaborativeMAE) -
     values = initial_values(model, config.run.seed)
     if config.student.init_weights is not None:
         file = Path(config.student.init_weights)
-        values += on_all_ranks(lambda: open_init_weights(model, str(file), world))
+        values += on_all_ranks(
+            lambda: open_init_weights(model, str(file), world.rank, world.world_size)
+        )
         require_equal_weights(lambda: {"digest of student.init_weights": digest_weights(file)[:12]})
     return values
 
 
-def open_init_weights(model: CollaborativeMAE, file: str, world: World) -> Values:
+def open_init_weights(
+    model: CollaborativeMAE, file: str, rank: int = 0, world_size: int = 1
+) -> Values:
     """Map ``student.init_weights``, and log which of its tensors are used.
 
-    Each rank verifies its share of the tensors, so that no rank reads the whole file into memory.
+    Each of ``world_size`` ranks verifies its share of the tensors, so that no rank reads the whole
+    file into memory.
 
     Raises:
         ConfigError: a file that is absent, broken, of unknown names or of another architecture.
@@ -319,7 +324,7 @@ def open_init_weights(model: CollaborativeMAE, file: str, world: World) -> Value
         state = map_weights(file, "student.init_weights")
     except TeacherError as error:
         raise ConfigError(str(error)) from error
-    refuse_non_finite(dict(list(state.items())[world.rank :: world.world_size]), file)
+    refuse_non_finite(dict(list(state.items())[rank::world_size]), file)
     values, report = match_init_weights(model, state, file)
     logger.info("student.init_weights=%s: %s", file, report)
     return values

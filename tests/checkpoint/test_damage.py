@@ -29,7 +29,7 @@ PART = layout.rank_file(0)
 def test_each_of_a_thousand_flipped_bits_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 150)
     folder = save(tmp_path / "c", ranks=2)
     assert len(layout.load_manifest(folder)[PART]["sha256"]) > 2  # the JSON files have one
     assert layout.find_damage(folder) is None

@@ -35,7 +35,7 @@ def launch_each(recipe: Path, cases: list[tuple[str, Any]]) -> list[tuple[int, s
             if kind == "initial weights":
                 overrides.append("student.init_weights=s.safetensors")
                 load = mock.Mock(side_effect=TeacherError(value) if dist.get_rank() else None)
-                stack.enter_context(mock.patch.object(build, "load_student", load))
+                stack.enter_context(mock.patch.object(build, "open_init_weights", load))
             if kind == "folder":
                 overrides.append("run.output_dir=relative")
             code = command_on_ranks(recipe, overrides)

@@ -55,7 +55,7 @@ def small_convnext(pretrained: bool = False, **options: Any) -> Any:
 
 @register_model
 def small_mixer(pretrained: bool = False, **options: Any) -> Any:
-    return mlp_mixer.mixer_s32_224(pretrained, **({"embed_dim": 16, "num_blocks": 1} | options))
+    return mlp_mixer.mixer_s32_224(pretrained, **options)
 
 
 class Family(NamedTuple):
