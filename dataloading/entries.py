@@ -28,10 +28,11 @@ EXTENSIONS = frozenset(
     | {".gif", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 100_000_000
+READERS = 8
+"""Threads that read the headers of files."""
 SIDEWAYS = 5
 """First of the EXIF orientations that exchange width and height."""
 
-_READERS = 8  # threads that read the headers of files
 _ORIENTATION, _TURNED = 7, 8  # of the flags
 
 Piece = TypeVar("Piece")
@@ -162,18 +163,17 @@ def map_in_threads(
     pieces: Sequence[Piece],
     sizes: Sequence[int],
     unit: str,
-    threads: int | None = None,
+    threads: int = READERS,
 ) -> list[Result]:
     """Examine pieces of a data set in threads; return the results in the order of the pieces.
 
-    Progress is shown in units, of which ``sizes`` has the number per piece. ``threads`` is for
-    pieces that are not files.
+    Progress is shown in units, of which ``sizes`` has the number per piece.
     """
     Image.init()
     results: list[Result] = []
     with (
         warnings.catch_warnings(),
-        ThreadPoolExecutor(threads or _READERS) as pool,
+        ThreadPoolExecutor(threads) as pool,
         progress_bar("indexing", sum(sizes), unit) as report_done,
     ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides

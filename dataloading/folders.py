@@ -5,12 +5,14 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataloading.columns import NewBuffer, new_columns
 from dataloading.entries import (
     ENTRY,
     EXTENSIONS,
@@ -19,12 +21,12 @@ from dataloading.entries import (
     Findings,
     encode_name,
     examine,
-    map_in_threads,
     turns_bytes,
 )
 from dataloading.errors import DataError
 from dataloading.headers import header_of_file
-from dataloading.parts import Parts
+from dataloading.listing import Files, collect_files
+from dataloading.parts import Part
 from dataloading.passed_over import (
     Counts,
     count_files,
@@ -39,10 +41,13 @@ from dataloading.patience import LASTING, PATIENCE_S, Patience
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 512
+FOLDER_PIECE = 4096
+"""Files whose headers are read in one piece of work."""
+
+_DIGEST_BEGINS = b"dataloading index 1\n"
 
 
-def list_folder(root: Path) -> tuple[list[File], Counts]:
+def list_folder(root: Path) -> tuple[Files, Counts]:
     """List the image files under a folder, by name.
 
     Returns:
@@ -61,10 +66,10 @@ def list_folder(root: Path) -> tuple[list[File], Counts]:
         )
     passed: Counts = {}
 
-    def listed() -> list[File]:
+    def listed() -> Files:
         passed.clear()
         try:
-            return sorted(walk(root, passed=passed), key=lambda file: file.name)
+            return collect_files(walk(root, passed=passed))
         except OSError as error:
             if error.errno not in LASTING:
                 raise
@@ -76,8 +81,8 @@ def list_folder(root: Path) -> tuple[list[File], Counts]:
     files = Patience(PATIENCE_S).retry(listed, str(root))
     counts = sort_counts([passed])
     others = f"; {format_passed(counts)}" if counts else ""
-    if all(file.fault is not None for file in files):
-        first = f" (but {files[0].name}: {files[0].fault})" if files else ""
+    if len(files.faults) == len(files):
+        first = f" (but {files.names[0]}: {files.faults[0]})" if len(files) else ""
         raise DataError(
             f"{root}: no image files (.jpg, .png, .webp ...) found{first}{others}; "
             "set data.path to a folder of images, sub-folders are labels"
@@ -117,7 +122,7 @@ def walk(
     above: frozenset[tuple[int, int]] = frozenset(),
     passed: Counts | None = None,
 ) -> Iterator[File]:
-    """Yield the image files under a folder; hidden files are skipped.
+    """Yield the image files under a folder, by name; hidden files are skipped.
 
     Links are followed wherever they lead, since many copies of a data set are made of links into
     one store; but not back to a folder above, and a link to nothing is yielded with its fault.
@@ -133,8 +138,9 @@ def walk(
     """
     facts = folder.stat()
     above |= {(facts.st_dev, facts.st_ino)}
-    images: list[str] = []
+    images: list[File] = []
     others: list[str] = []
+    folders: list[str] = []
     item = None
     with os.scandir(folder) as items:
         for item in items:
@@ -149,97 +155,151 @@ def walk(
                 if error.errno not in LASTING:
                     raise
                 if is_image or not ending:  # the latter may have been a folder of a whole class
-                    yield File(name, -1, 0, f"cannot be read: {error.strerror}")
+                    images.append(File(name, -1, 0, f"cannot be read: {error.strerror}"))
                 else:
                     others.append(item.name)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 if (status.st_dev, status.st_ino) in above:
-                    yield File(name, -1, 0, "a link to a folder above it")
+                    images.append(File(name, -1, 0, "a link to a folder above it"))
                     continue
                 if is_image:
-                    yield File(name, -1, 0, "a folder; the files in it are listed")
-                yield from walk(Path(item.path), f"{name}/", above, passed)
+                    images.append(File(name, -1, 0, "a folder; the files in it are listed"))
+                folders.append(f"{name}/")
             elif is_image and stat.S_ISREG(status.st_mode):
-                images.append(item.name)
-                yield File(name, status.st_size, status.st_mtime_ns)
+                images.append(File(name, status.st_size, status.st_mtime_ns))
             elif is_image:
-                yield File(name, -1, 0, "not a regular file")
+                images.append(File(name, -1, 0, "not a regular file"))
             else:
                 others.append(item.name)
     if passed is not None and item is None and prefix:
         count_passed(passed, "empty", "", prefix)
     if passed is not None and others:
-        count_files(passed, prefix, others, images)
+        beside = [file.name[len(prefix) :] for file in images if file.fault is None]
+        count_files(passed, prefix, others, beside)
+    del others
+    # A folder sorts by its name with a slash, so that all files together are in order.
+    images.sort(key=lambda file: file.name, reverse=True)
+    for name in sorted(folders):
+        while images and images[-1].name < name:
+            yield images.pop()
+        yield from walk(folder / name[len(prefix) : -1], name, above, passed)
+    while images:
+        yield images.pop()
 
 
-def examine_folder(
+def examine_files(
     root: Path,
-    files: Sequence[File],
+    files: Files,
+    rows: range,
     max_pixels: int,
-    exif_orientation: bool = True,
-    parts: Parts | None = None,
-) -> Findings:
-    """Read the headers of listed files; images with more than ``max_pixels`` are excluded.
+    exif_orientation: bool,
+    patience: Patience,
+) -> Part:
+    """Read the headers of some listed files; images with more than ``max_pixels`` are excluded.
 
-    ``parts`` keeps what is known of the files.
+    Raises:
+        ReadError: if storage fails for longer than reads are retried.
+    """
+    found: list[tuple[int, int, int, int]] = []
+    excluded: list[tuple[int, str]] = []
+    names = files.names.encoded(rows.start, rows.stop)
+    sizes = files.sizes[rows.start : rows.stop].tolist()
+    for place, (encoded, size) in enumerate(zip(names, sizes, strict=True)):
+        fault = files.faults.get(rows[place]) if size < 0 else None
+        file = File(encoded.decode("utf-8", "surrogateescape"), size, 0, fault)
+        result = _examine(root, file, max_pixels, exif_orientation, patience)
+        if result.fault is None:
+            found.append((size, result.width, result.height, result.flags))
+        else:
+            excluded.append((place, result.fault))
+    entries = np.zeros(len(found), ENTRY)
+    if found:
+        columns = ("size", "width", "height", "flags")
+        for column, values in zip(columns, zip(*found, strict=True), strict=True):
+            entries[column] = values
+    return Part({"excluded": excluded}, entries)
+
+
+def gather_folder(
+    root: Path,
+    files: Files,
+    pieces: Sequence[range],
+    recall: Callable[[int], Part],
+    new_buffer: NewBuffer,
+) -> Findings:
+    """Put the parts of a folder together.
 
     Returns:
-        Rows in the order of ``files``; labels are the folders directly under the root.
+        Rows in the order of ``files``; labels are the folders directly under the root. The columns
+        are in one buffer.
 
     Raises:
         DataError: if no file is usable.
-        ReadError: if storage fails for longer than reads are retried.
     """
-    patience = Patience(PATIENCE_S)
-    chunks = [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)]
+    excluded: list[tuple[str, str]] = []
+    labels: set[bytes] = set()
 
-    def work(chunk: Sequence[File]) -> list[Examined]:
-        known = parts.recall(chunk) if parts else None
-        if known is not None:
-            return [Examined(*one) for one in known]
-        found = [_examine(root, file, max_pixels, exif_orientation, patience) for file in chunk]
-        if parts:
-            parts.keep(chunk, found)
-        return found
+    def usable_names(piece: int, part: Part) -> list[bytes]:
+        rows = pieces[piece]
+        names = files.names.encoded(rows.start, rows.stop)
+        bad = {place for place, _ in part.facts["excluded"]}
+        return [name for place, name in enumerate(names) if place not in bad] if bad else names
 
-    parted = map_in_threads(work, chunks, [*map(len, chunks)], "files")
-    examined = [result for results in parted for result in results]
-    excluded = tuple(
-        (file.name, result.fault)
-        for file, result in zip(files, examined, strict=True)
-        if result.fault is not None
-    )
-    usable = [(f, r) for f, r in zip(files, examined, strict=True) if r.fault is None]
+    number, name_bytes = 0, 0
+    for piece, rows in enumerate(pieces):
+        part = recall(piece)
+        names = usable_names(piece, part)
+        number += len(names)
+        name_bytes += sum(map(len, names))
+        labels.update(name.partition(b"/")[0] for name in names if b"/" in name)
+        for place, reason in part.facts["excluded"]:
+            excluded.append((files.names[rows.start + place], reason))
     if excluded:
         name, reason = excluded[0]
         text = "%s: %d of %d files are excluded; first: %s (%s)"
         logger.warning(text, root, len(excluded), len(files), name, reason)
-        if not usable:
+        if not number:
             raise DataError(
                 f"{root}: none of {len(files)} image files is usable; first: {name} ({reason}); "
                 "replace them, raise data.max_pixels or set data.path to another folder"
             )
-    names = [file.name for file, _ in usable]
-    labels = tuple(sorted({name.partition("/")[0] for name in names if "/" in name}))
-    number = {label: i for i, label in enumerate(labels)}
-    entries = np.zeros(len(usable), dtype=ENTRY)
-    entries["size"] = [file.size for file, _ in usable]
-    entries["width"] = [result.width for _, result in usable]
-    entries["height"] = [result.height for _, result in usable]
-    entries["flags"] = [result.flags for _, result in usable]
-    entries["label"] = [number[n.partition("/")[0]] if "/" in n else -1 for n in names]
-    return Findings(entries, names, labels, excluded, folder_digest(names, entries))
+    sorted_labels = sorted(label.decode("utf-8", "surrogateescape") for label in labels)
+    label_of = {encode_name(label): i for i, label in enumerate(sorted_labels)}
+    entries, stored = new_columns(number, name_bytes, new_buffer)
+    total = hashlib.sha256(_DIGEST_BEGINS)
+    at, end = 0, 0
+    for piece in range(len(pieces)):
+        part = recall(piece)
+        names = usable_names(piece, part)
+        rows = entries[at : at + len(names)]
+        rows[:] = part.rows
+        rows["label"] = [
+            label_of[name.partition(b"/")[0]] if b"/" in name else -1 for name in names
+        ]
+        text = b"".join(names)
+        stored.text[end : end + len(text)] = np.frombuffer(text, np.uint8)
+        stored.ends[at : at + len(names)] = end + np.cumsum([*map(len, names)], dtype=np.uint64)
+        _feed(total, names, rows)
+        at += len(names)
+        end += len(text)
+    total.update(turns_bytes(entries))
+    found = tuple(excluded)
+    return Findings(entries, stored, tuple(sorted_labels), found, total.hexdigest())
 
 
 def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
     """Hash keys, sizes (bytes, width, height) and turns of all rows, sha256, hexadecimal."""
-    total = hashlib.sha256(b"dataloading index 1\n")
-    columns = (entries[column].tolist() for column in ("size", "width", "height"))
-    for name, size, width, height in zip(names, *columns, strict=True):
-        total.update(encode_name(name) + b"\0%d %d %d\n" % (size, width, height))
+    total = hashlib.sha256(_DIGEST_BEGINS)
+    _feed(total, [encode_name(name) for name in names], entries)
     total.update(turns_bytes(entries))
     return total.hexdigest()
+
+
+def _feed(total: Any, names: Sequence[bytes], rows: NDArray[np.void]) -> None:
+    columns = (rows[column].tolist() for column in ("size", "width", "height"))
+    for name, size, width, height in zip(names, *columns, strict=True):
+        total.update(name + b"\0%d %d %d\n" % (size, width, height))
 
 
 def _examine(

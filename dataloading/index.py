@@ -2,26 +2,28 @@
 
 import errno
 import hashlib
-import io
-import json
 import logging
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataloading import index_file
 from dataloading.addresses import hide_secrets
-from dataloading.entries import ENTRY, MAX_PIXELS, File, Findings, Passed, count_turned, encode_name
+from dataloading.columns import FileNames, NewBuffer, folders_of, new_memory
+from dataloading.entries import MAX_PIXELS, Passed, count_turned
 from dataloading.errors import DataError, ReadError
-from dataloading.files import atomic_path
-from dataloading.folders import examine_folder, list_folder
+from dataloading.folders import gather_folder, list_folder
+from dataloading.index_build import build_parts, help_build, make_pieces, write_listing
+from dataloading.listing import Files, collect_files
 from dataloading.name_checks import find_equal_labels, find_split_folders, find_splits
-from dataloading.parts import Parts
+from dataloading.parts import Part, Parts
 from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
 from dataloading.shards import Shard, TarNames, is_listed, is_tar_path, list_shards
 from dataloading.sources import FolderSource, Source, TarSource
@@ -33,7 +35,7 @@ from dataloading.stores import (
     place_from_text,
     place_to_text,
 )
-from dataloading.webdataset import examine_shards
+from dataloading.webdataset import gather_shards
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,10 @@ SourceName = Literal["auto", "folder", "webdataset"]
 Shards = Sequence[tuple[str, str]]
 """Name and path of every tar; none for a folder."""
 
-_FORMAT = 3
+Verify = Literal["never", "changed", "always"]
+"""What of a kept index is verified before it is used."""
+
+PARTS = "parts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +58,8 @@ class Index:
         source: layout under it.
         entries: structured array of ``ENTRY``, one row per sample, ordered by path in a folder, by
             shard and offset in tars.
-        names: name of each row. Folder: path relative to the root, with ``/``. Tars: the place,
-            "byte 1536 of train-000.tar", made when asked for.
+        names: name of each row, made when asked for. Folder: path relative to the root, with
+            ``/``. Tars: the place, "byte 1536 of train-000.tar".
         labels: names of the labels, sorted. Folder: the folders directly under the root. Tars: the
             texts of ``.cls`` members.
         excluded: (name, reason) of files and members that look like images and cannot be used.
@@ -100,19 +105,40 @@ class Index:
         return Path(self.root, self.names[i]), None
 
 
-class _Listing(NamedTuple):
-    """The files of a data set before they are examined; one of the two lists is empty."""
+class Request(NamedTuple):
+    """What an index is built from; the arguments of ``build_index``."""
 
-    root: Path | str
-    files: list[File]
+    path: Path | str
+    source: str = "auto"
+    max_pixels: int = MAX_PIXELS
+    exif_orientation: bool = True
+
+
+class Listing(NamedTuple):
+    """The files of a data set before they are examined.
+
+    Attributes:
+        request: what was asked for.
+        files: images of a folder, or tars.
+        shards: the tars; none for a folder.
+        passed: counts of what is passed over beside them.
+    """
+
+    request: Request
+    files: Files
     shards: list[Shard]
     passed: Counts
-    is_detected: bool
-    """Whether the layout is detected, and not named."""
 
     @property
     def source(self) -> Literal["folder", "webdataset"]:
         return "webdataset" if self.shards else "folder"
+
+    def digest(self, with_times: bool) -> str:
+        """Hash settings, names and sizes, and times if wanted, hexadecimal."""
+        settings = (index_file.FORMAT, *self.request[2:], self.source, with_times)
+        total = hashlib.sha256(repr(settings).encode("ascii"))
+        total.update(self.files.digest_of(0, len(self.files), with_times))
+        return total.hexdigest()
 
 
 def build_index(
@@ -143,7 +169,10 @@ def build_index(
         ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """
-    return _examine(_list(as_root(path), source), max_pixels, exif_orientation)
+    listing = list_data(Request(as_root(path), source, max_pixels, exif_orientation))
+    parts = _parts(listing, None)
+    recall = build_parts(listing.request.path, listing.shards, parts, *listing.request[2:])
+    return _gather(listing, recall, new_memory)
 
 
 def load_or_build(
@@ -152,47 +181,142 @@ def load_or_build(
     source: SourceName = "auto",
     max_pixels: int = MAX_PIXELS,
     exif_orientation: bool = True,
+    verify: Verify = "changed",
 ) -> Index:
-    """Load the index kept in a directory, or build it there.
+    """Open the index kept in a directory, or build it there.
 
-    It is kept as ``index.npy`` and ``index.json``, both replaced atomically, and used again while
-    names, sizes and modification times of all files (images or tars), ``max_pixels`` and
-    ``exif_orientation`` are as they were. The entries of a kept index are mapped, so that
-    processes share their memory. Until it is complete, a folder ``parts`` keeps what is known, so
-    that a build that is killed continues.
-
+    It is kept as ``index.json`` and one file of columns, which is mapped, so that processes share
+    its memory. Until it is complete, a folder ``parts`` keeps what is known, so that a build that
+    is killed continues.
     ``directory`` is made if it does not exist; the other arguments are those of ``build_index``.
+
+    Args:
+        path: the data set.
+        directory: the folder that keeps the index.
+        source: as for ``build_index``.
+        max_pixels: as for ``build_index``.
+        exif_orientation: as for ``build_index``.
+        verify: never: a kept index of these settings is used as it is; a folder is not listed, of
+            tars names and sizes are compared. changed: it is used while names, sizes and times of
+            all files (images or tars) are as they were. always: the same, and its digests too.
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
         ReadError: as ``build_index``, or if the directory's store is full or fails.
         ValueError: if ``source`` is not a known layout.
     """
-    folder = Path(directory)
-    listing = _list(as_root(path), source)
-    digest = _listing_digest(listing, max_pixels, exif_orientation)
-    kept = _load(listing, folder, digest)
-    parts = Parts(folder / "parts", _FORMAT, max_pixels, exif_orientation)
+    request, folder = Request(as_root(path), source, max_pixels, exif_orientation), Path(directory)
+    found = find_kept(request, folder, verify)
+    return found[0] if found[0] is not None else build_kept(found[1], folder)
+
+
+def find_kept(
+    request: Request, folder: Path, verify: Verify
+) -> tuple[Index, Listing | None] | tuple[None, Listing]:
+    """Return the index that may be used as it is, and the listing it was compared with.
+
+    With ``verify="never"`` an index of a folder is compared with none.
+
+    Raises:
+        DataError, ReadError, ValueError: as ``build_index``.
+    """
+    kept, problem = _open(folder, request)
+    if kept is not None and verify == "always" and not kept.is_intact():
+        kept, problem = None, "its columns are damaged"
+    if kept is not None and verify == "never" and not _is_tars(request):
+        return _make(request, kept, None), None
+    listing = list_data(request)
+    contents = listing.digest(with_times=False)
     if kept is not None:
-        parts.remove()
-        _log_passed(kept, logging.INFO)
-        return kept
-    index = _examine(listing, max_pixels, exif_orientation, parts)
+        times = verify == "never" or kept.facts["listing"] == listing.digest(with_times=True)
+        if times and kept.facts["contents"] == contents:
+            index = _make(request, kept, listing)
+            _log_passed(index, logging.INFO)
+            return index, listing
+        problem = "the files have changed"
+    if problem is not None:
+        logger.warning("%s: the index is built again: %s", folder, problem)
+    return None, listing
+
+
+def require_files(request: Request, contents: str) -> None:
+    """Compare names and sizes of the files here with those of another machine.
+
+    Times are not compared: those of a copy differ.
+
+    Args:
+        request: what the index is of.
+        contents: ``Listing.digest(with_times=False)`` there.
+
+    Raises:
+        DataError: if they differ, or as ``build_index``.
+    """
+    listing = list_data(request)
+    if listing.digest(with_times=False) != contents:
+        raise DataError(
+            f"{request.path}: names or sizes of the {len(listing.files)} files on host "
+            f"{socket.gethostname()} are not those that rank 0 found; copy them again, or set "
+            "data.path to a folder that all machines share"
+        )
+
+
+def share_listing(listing: Listing, folder: Path) -> None:
+    """Write what is needed to ``help_index`` beside an index that is to be built."""
+    write_listing(listing.files, listing.shards, folder / PARTS)
+
+
+def help_index(request: Request, folder: Path, share: tuple[int, int]) -> None:
+    """Examine a share of what ``build_kept`` would, of a listing that is shared.
+
+    Args:
+        request: what the index is of.
+        folder: that keeps the index.
+        share: number of this process, and how many there are.
+
+    Raises:
+        ReadError: if storage fails for longer than reads are retried.
+    """
+    help_build(request.path, folder / PARTS, share, *request[2:])
+
+
+def build_kept(listing: Listing, folder: Path) -> Index:
+    """Build an index and keep it in a folder.
+
+    Raises:
+        DataError: as ``build_index``, or if the folder cannot be written.
+        ReadError: as ``build_index``, or if the folder's store is full or fails.
+    """
+    request, parts = listing.request, _parts(listing, folder / PARTS)
+    recall = build_parts(request.path, listing.shards, parts, *request[2:])
+    digest = listing.digest(with_times=True)
     try:
-        _save(index, folder, digest)
+        with index_file.new_file(folder, digest) as new_buffer:
+            index = _gather(listing, recall, new_buffer)
+            facts: dict[str, Any] = {
+                "settings": [*request[2:]],
+                "listing": digest,
+                "contents": listing.digest(with_times=False),
+                **_facts_of(index),
+            }
+        kept = index_file.publish(folder, facts)
         parts.remove()
     except OSError as error:
         text = f"{folder}: the index cannot be written ({error.strerror})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise ReadError(f"{text}; make room there and try again") from error
         raise DataError(f"{text}; set data.index to a folder that can") from error
-    return index
+    return _make(request, kept, listing)
+
+
+def _parts(listing: Listing, folder: Path | None) -> Parts:
+    pieces = make_pieces(listing.files, listing.shards)
+    return Parts(folder, listing.files, pieces, *listing.request[2:])
 
 
 def open_kept(
     path: str | os.PathLike[str], directory: str | os.PathLike[str], digest: str, shards: Shards
 ) -> Index:
-    """Open an index that another process of this machine has just verified; nothing is hashed.
+    """Open an index that another process has just verified; nothing is listed or hashed.
 
     Args:
         path: the data set.
@@ -205,19 +329,80 @@ def open_kept(
     """
     folder = Path(directory)
     try:
-        facts: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="ascii"))
-        entries = _map_entries(folder)
-        if facts["digest"] != digest:
-            raise ValueError(f"its digest is {facts['digest'][:12]}, not {digest[:12]}")
+        kept = index_file.open_file(folder)
+        if kept.facts["digest"] != digest:
+            raise ValueError(f"its digest is {kept.facts['digest'][:12]}, not {digest[:12]}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: the index of {path} cannot be opened ({error})") from error
-    names = [name for name, _ in shards]
-    findings = _findings(facts, entries, TarNames(names, entries) if shards else facts["names"])
-    places = tuple(place_from_text(text) for _, text in shards)
-    return Index(as_root(path), facts["source"], *findings, shards=places)
+        raise DataError(
+            f"{folder}: the index of {path} cannot be opened ({error}); set data.index to a folder "
+            "that all machines share"
+        ) from error
+    places = [place_from_text(text) for _, text in shards]
+    return _index_of(as_root(path), kept, [name for name, _ in shards], places)
 
 
-def _list(root: Path | str, source: str) -> _Listing:
+def _open(folder: Path, request: Request) -> tuple[index_file.Kept | None, str | None]:
+    """Return the index of a folder if it is of these settings; else why it is not, if there is one.
+
+    Whether its files are as they were is not looked at.
+    """
+    try:
+        kept = index_file.open_file(folder)
+        if kept.facts["settings"] != [*request[2:]]:
+            return None, "it is of other settings"
+        _ = kept.entries, kept.facts["contents"], kept.facts["digest"], kept.facts["tree"]
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"it cannot be used ({error})"
+    return kept, None
+
+
+def _make(request: Request, kept: index_file.Kept, listing: Listing | None) -> Index:
+    shards = listing.shards if listing is not None else []
+    names = [shard.file.name for shard in shards]
+    index = _index_of(request.path, kept, names, [shard.path for shard in shards])
+    if index.source == "folder" and listing is not None:
+        return replace(index, passed_over=sort_counts([listing.passed]))
+    return index
+
+
+def _index_of(
+    root: Path | str, kept: index_file.Kept, names: Sequence[str], places: Sequence[TarPlace]
+) -> Index:
+    facts, entries = kept.facts, kept.entries
+    return Index(
+        root,
+        facts["source"],
+        entries,
+        TarNames(names, entries) if names else kept.names,
+        tuple(facts["labels"]),
+        tuple((name, reason) for name, reason in facts["excluded"]),
+        facts["digest"],
+        tuple(Passed(*item) for item in facts["passed_over"]),
+        tuple(places),
+    )
+
+
+def _facts_of(index: Index) -> dict[str, Any]:
+    return {
+        "source": index.source,
+        "digest": index.digest,
+        "images": len(index),
+        "name_bytes": len(index.names.text) if isinstance(index.names, FileNames) else 0,
+        "labels": index.labels,
+        "excluded": index.excluded,
+        "passed_over": index.passed_over,
+    }
+
+
+def list_data(request: Request) -> Listing:
+    """List the files of a data set.
+
+    Raises:
+        DataError, ReadError, ValueError: as ``build_index``.
+    """
+    root, source = request.path, request.source
     if source not in get_args(SourceName):
         raise ValueError(f"source is {source!r}; expected one of {get_args(SourceName)}")
     if isinstance(root, str) and source == "folder":
@@ -225,13 +410,14 @@ def _list(root: Path | str, source: str) -> _Listing:
             f"{hide_secrets(root)}: images are read from a store as tars only; pack them (cmtmae "
             "check-data FOLDER --pack OUT) and set data.source=auto"
         )
-    if isinstance(root, str) or source == "webdataset" or (source == "auto" and is_tar_path(root)):
-        passed: Counts = {}
-        listing = _Listing(root, [], list_shards(root, passed), passed, source == "auto")
+    passed: Counts = {}
+    if _is_tars(request):
+        shards = list_shards(root, passed)
+        listing = Listing(request, collect_files(shard.file for shard in shards), shards, passed)
         problem = _mixed_tars(listing) if is_listed(root) else None
     else:
-        files, passed = list_folder(root)
-        listing = _Listing(root, files, [], passed, source == "auto")
+        files, passed = list_folder(Path(root))
+        listing = Listing(request, files, [], passed)
         problem = _mixed_folders(listing)
     if problem is None:
         return listing
@@ -241,14 +427,21 @@ def _list(root: Path | str, source: str) -> _Listing:
     return listing
 
 
-def _mixed_folders(listing: _Listing) -> str | None:
+def _is_tars(request: Request) -> bool:
+    root, source = request.path, request.source
+    return (
+        isinstance(root, str) or source == "webdataset" or (source == "auto" and is_tar_path(root))
+    )
+
+
+def _mixed_folders(listing: Listing) -> str | None:
     """Return what to do if the folders are a training and a test set and no classes."""
-    names = {file.name.rpartition("/")[0] for file in listing.files}
+    names = folders_of(listing.files.names)
     splits = find_split_folders({tuple(name.split("/")) if name else () for name in names})
     if splits is None:
         return None
     train, test = splits
-    remedy = f"set data.path={Path(listing.root, train)}"
+    remedy = f"set data.path={Path(listing.request.path, train)}"
     if "*/" in train:
         remedy = "set data.path to a folder with links to the training images alone"
     return (
@@ -257,7 +450,7 @@ def _mixed_folders(listing: _Listing) -> str | None:
     )
 
 
-def _mixed_tars(listing: _Listing) -> str | None:
+def _mixed_tars(listing: Listing) -> str | None:
     """Return what to do if the tars are of a training and of a test set."""
     patterns = {re.sub(r"\d+", "*", shard.file.name) for shard in listing.shards}
     splits = find_splits(patterns)
@@ -272,16 +465,14 @@ def _mixed_tars(listing: _Listing) -> str | None:
     )
 
 
-def _examine(
-    listing: _Listing, max_pixels: int, exif_orientation: bool, parts: Parts | None = None
-) -> Index:
-    root, files, shards, passed, is_detected = listing
+def _gather(listing: Listing, recall: Callable[[int], Part], new_buffer: NewBuffer) -> Index:
+    """Put the parts together and log what was found."""
+    (root, source, *_), files, shards, passed = listing
     if shards:
-        findings = examine_shards(
-            root, shards, max_pixels, exif_orientation, passed, is_detected, parts
-        )
+        findings = gather_shards(root, shards, recall, new_buffer, passed, source == "auto")
     else:
-        findings = examine_folder(Path(root), files, max_pixels, exif_orientation, parts)
+        pieces = make_pieces(files, shards)
+        findings = gather_folder(Path(root), files, pieces, recall, new_buffer)
         findings = findings._replace(passed_over=sort_counts([passed]))
     logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
     turned, as_stored = count_turned(findings.entries["flags"])
@@ -294,7 +485,7 @@ def _examine(
             "%s: the labels %s and %s are the same number and count as two classes; write one form"
         )
         logger.warning(text, root, *equal)
-    index = _make(listing, findings)
+    index = Index(root, listing.source, *findings, shards=tuple(shard.path for shard in shards))
     _log_passed(index, logging.WARNING if lost_images(index.passed_over) else logging.INFO)
     return index
 
@@ -304,82 +495,3 @@ def _log_passed(index: Index, level: int) -> None:
     if index.passed_over:
         what = "member" if index.source == "webdataset" else "file"
         logger.log(level, "%s: %s", index.root, format_passed(index.passed_over, what))
-
-
-def _make(listing: _Listing, findings: Findings) -> Index:
-    paths = tuple(shard.path for shard in listing.shards)
-    return Index(listing.root, listing.source, *findings, shards=paths)
-
-
-def _listing_digest(listing: _Listing, max_pixels: int, exif_orientation: bool) -> str:
-    total = hashlib.sha256(b"listing %d %d %d\n" % (_FORMAT, max_pixels, exif_orientation))
-    for file in listing.files or [shard.file for shard in listing.shards]:
-        total.update(encode_name(file.name) + b"\0%d %d\n" % (file.size, file.mtime_ns))
-    return total.hexdigest()
-
-
-def _load(listing: _Listing, folder: Path, digest: str) -> Index | None:
-    """Return the kept index, or ``None`` if there is none, it is damaged or no longer true."""
-    try:
-        facts: dict[str, Any] = json.loads((folder / "index.json").read_text(encoding="ascii"))
-        if facts["listing"] != digest:
-            logger.info("%s: the files have changed, the index is built again", listing.root)
-            return None
-        with (folder / "index.npy").open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts["npy_sha256"]:
-                raise ValueError("index.npy does not belong to index.json")
-        entries = _map_entries(folder)
-        shards = [shard.file.name for shard in listing.shards]
-        findings = _findings(
-            facts, entries, TarNames(shards, entries) if shards else facts["names"]
-        )
-        if not shards:
-            findings = findings._replace(passed_over=sort_counts([listing.passed]))
-        return _make(listing, findings)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s: the index cannot be used (%s) and is built again", folder, error)
-        return None
-
-
-def _map_entries(folder: Path) -> NDArray[np.void]:
-    path = folder / "index.npy"
-    entries: NDArray[np.void] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    if entries.dtype != ENTRY:
-        raise ValueError("index.npy has other columns")
-    return entries
-
-
-def _findings(facts: dict[str, Any], entries: NDArray[np.void], names: Sequence[str]) -> Findings:
-    return Findings(
-        entries=entries,
-        names=names,
-        labels=tuple(facts["labels"]),
-        excluded=tuple((name, reason) for name, reason in facts["excluded"]),
-        digest=facts["digest"],
-        passed_over=tuple(Passed(*item) for item in facts["passed_over"]),
-    )
-
-
-def _save(index: Index, folder: Path, listing: str) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, index.entries, allow_pickle=False)
-    facts: dict[str, Any] = {
-        "format": _FORMAT,
-        "source": index.source,
-        "digest": index.digest,
-        "listing": listing,
-        "npy_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-        "labels": index.labels,
-        "excluded": index.excluded,
-        "passed_over": index.passed_over,
-        "names": [] if index.source == "webdataset" else index.names,  # made from the entries
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in (
-        ("index.npy", buffer.getvalue()),
-        ("index.json", json.dumps(facts, indent=0).encode("ascii")),
-    ):
-        with atomic_path(folder / name) as draft:
-            draft.write_bytes(data)

@@ -6,51 +6,86 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dataloading.entries import File, encode_name
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.entries import ENTRY
 from dataloading.files import atomic_path
+from dataloading.listing import Files
+
+
+class Part(NamedTuple):
+    """What the headers of one piece say.
+
+    Attributes:
+        facts: plain JSON beside the rows.
+        rows: of its usable images, in order, ``ENTRY``.
+    """
+
+    facts: dict[str, Any]
+    rows: NDArray[np.void]
 
 
 class Parts:
-    """What is known of the files of a data set, one small file of JSON per piece of them.
+    """Results for the pieces of a data set, one small file per piece, named by what it is made of.
 
     Args:
-        folder: created when it is needed; ``None``: nothing is kept.
+        folder: created when it is needed; ``None``: results are kept in memory.
+        files: the listing.
+        pieces: rows of the listing that belong together.
         settings: what the results depend on beside the files.
     """
 
-    def __init__(self, folder: Path | None, *settings: int) -> None:
+    def __init__(
+        self, folder: Path | None, files: Files, pieces: Sequence[range], *settings: int
+    ) -> None:
         self.folder = folder
-        self.settings = settings
+        self.files = files
+        self.pieces = pieces
+        self._settings = repr(settings).encode("ascii")
+        self._memory: dict[int, Part] = {}
 
-    def recall(self, files: Sequence[File]) -> Any:
-        """Return what was kept of these files; ``None``: nothing, or they differ by now."""
-        if self.folder is None:
-            return None
+    def has(self, piece: int) -> bool:
+        """Return whether there is a result; it may be damaged."""
+        path = self._path(piece)
+        return piece in self._memory or (path is not None and path.exists())
+
+    def recall(self, piece: int) -> Part | None:
+        """Return the result; ``None``: there is none, or it is damaged."""
+        path = self._path(piece)
+        if piece in self._memory or path is None:
+            return self._memory.get(piece)
         try:
-            sha256, _, text = (self.folder / self._name(files)).read_bytes().partition(b"\n")
+            sha256, _, data = path.read_bytes().partition(b"\n")
         except OSError:
             return None
-        return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == sha256 else None
+        if hashlib.sha256(data).hexdigest().encode() != sha256:
+            return None
+        facts, _, rows = data.partition(b"\n")
+        return Part(json.loads(facts), np.frombuffer(rows, ENTRY))
 
-    def keep(self, files: Sequence[File], facts: Any) -> None:
-        """Keep what is known of some files; where the store refuses, nothing is kept."""
-        if self.folder is None:
-            return
-        text = json.dumps(facts).encode("ascii")
-        with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(self.folder / self._name(files), durable=False) as draft:
-                draft.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    def keep(self, piece: int, part: Part) -> None:
+        """Keep a result; in memory where the store refuses."""
+        path = self._path(piece)
+        if path is not None:
+            data = json.dumps(part.facts).encode("ascii") + b"\n" + part.rows.tobytes()
+            with suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path, durable=False) as draft:
+                    draft.write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+                return
+        self._memory[piece] = part
 
     def remove(self) -> None:
         """Delete all pieces, when the index itself is kept."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _name(self, files: Sequence[File]) -> str:
-        total = hashlib.sha256(repr(self.settings).encode())
-        for file in files:
-            total.update(encode_name(file.name) + b"\0%d %d\n" % (file.size, file.mtime_ns))
-        return total.hexdigest()
+    def _path(self, piece: int) -> Path | None:
+        if self.folder is None:
+            return None
+        rows = self.pieces[piece]
+        total = hashlib.sha256(self._settings + self.files.digest_of(rows.start, rows.stop))
+        return self.folder / total.hexdigest()

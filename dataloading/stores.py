@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 IN_FLIGHT = 32
 """Most requests for samples that a process has in flight."""
 LISTING_IN_FLIGHT = 64
-"""Most requests for headers that the build of an index has in flight, each for another tar."""
+"""Most requests for headers that a process has in flight while an index is built, each for another
+tar."""
 
 _MERGED_GAP = 64 << 10  # bytes between samples up to which one request reads both
 _MERGED_BYTES = 8 << 20  # most bytes of a request for several samples

@@ -4,13 +4,14 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataloading.columns import NewBuffer, new_columns, new_memory
 from dataloading.entries import (
     ENTRY,
     EXTENSIONS,
@@ -18,14 +19,13 @@ from dataloading.entries import (
     Passed,
     encode_name,
     examine,
-    map_in_threads,
     turns_bytes,
 )
 from dataloading.errors import DataError
 from dataloading.files import Readable, read_at
 from dataloading.headers import header_of_range
 from dataloading.name_checks import find_split_folders
-from dataloading.parts import Parts
+from dataloading.parts import Part
 from dataloading.passed_over import (
     Counts,
     count_passed,
@@ -39,7 +39,6 @@ from dataloading.passed_over import (
 )
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, TarNames, open_shard, place
-from dataloading.stores import LISTING_IN_FLIGHT, RemoteTar
 from dataloading.tars import NOT_A_FILE, find_tar_problem, list_members
 
 logger = logging.getLogger(__name__)
@@ -50,91 +49,110 @@ _MAX_CLASS = 256  # bytes of a class's text
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
-class _Samples(NamedTuple):
-    """Usable samples of one shard; a label is a row of ``classes``."""
+def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Findings:
+    """Walk tars and read the headers of their images, in this thread; see ``gather_shards``.
 
-    entries: NDArray[np.void]
-    classes: tuple[str, ...]
-    excluded: list[tuple[str, str]]
-    passed: Counts
-    folders: set[bytes]
-    """In the names of the images, with a slash at the end."""
+    Raises:
+        DataError, ReadError: see ``examine_shard`` and ``gather_shards``.
+    """
+    patience = Patience(PATIENCE_S)
+    parts = [examine_shard(shard, max_pixels, True, patience) for shard in shards]
+    return gather_shards(path, shards, parts.__getitem__, new_memory)
 
 
-def examine_shards(
-    path: Path | str,
-    shards: Sequence[Shard],
-    max_pixels: int,
-    exif_orientation: bool = True,
-    beside: Counts | None = None,
-    refuse_splits: bool = False,
-    parts: Parts | None = None,
-) -> Findings:
-    """Walk tars and read the headers of their images.
+def examine_shard(
+    shard: Shard, max_pixels: int, exif_orientation: bool, patience: Patience
+) -> Part:
+    """Walk a tar and read the headers of its images.
 
     The key of a member is its name up to the first dot behind the last slash; the image of a sample
     is its first member whose extension is one of an image, its label the text of ``KEY.cls``.
-    Images with more than ``max_pixels`` are excluded; messages name ``path``. ``beside`` counts the
-    files beside the tars that are passed over. With ``refuse_splits`` the images must not be in
-    folders of a training and of a test set. ``parts`` keeps what is known of each tar.
+    Images with more than ``max_pixels`` are excluded.
+
+    Returns:
+        Rows whose labels are rows of the fact ``classes`` and whose shard is 0.
+
+    Raises:
+        DataError: if the file is not a tar or cannot be read.
+        ReadError: if storage fails for longer than reads are retried.
+    """
+    return patience.retry(
+        lambda: _examine_shard(shard, max_pixels, exif_orientation), str(shard.path)
+    )
+
+
+def gather_shards(
+    path: Path | str,
+    shards: Sequence[Shard],
+    recall: Callable[[int], Part],
+    new_buffer: NewBuffer,
+    beside: Counts | None = None,
+    refuse_splits: bool = False,
+) -> Findings:
+    """Put the parts of tars together; messages name ``path``.
+
+    ``beside`` counts the files beside the tars that are passed over. With ``refuse_splits`` the
+    images must not be in folders of a training and of a test set.
 
     Returns:
         Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members,
         in numerical order if all are integers.
 
     Raises:
-        DataError: if a file is not a tar or cannot be read, no image is usable, more than half of
-            the images are passed over, or there are images of two sets.
-        ReadError: if storage fails for longer than reads are retried.
+        DataError: if no image is usable, more than half of the images are passed over, or there
+            are images of two sets.
     """
-    patience = Patience(PATIENCE_S)
-
-    def work(number: int) -> _Samples:
-        shard = shards[number]
-        known = parts.recall([shard.file]) if parts else None
-        if known is not None:
-            return _samples_from_json(known, number)
-        samples = patience.retry(
-            lambda: _examine_shard(number, shard, max_pixels, exif_orientation), str(shard.path)
-        )
-        if parts:
-            parts.keep([shard.file], _samples_to_json(samples))
-        return samples
-
-    threads = LISTING_IN_FLIGHT if isinstance(shards[0].path, RemoteTar) else None
-    found = map_in_threads(work, range(len(shards)), [1] * len(shards), "tars", threads)
-    excluded = tuple(fault for samples in found for fault in samples.excluded)
-    entries = np.concatenate([samples.entries for samples in found])
+    excluded: list[tuple[str, str]] = []
+    counts: Counts = dict(beside or {})
+    texts: set[str] = set()
+    folders: set[str] = set()
+    rows = 0
+    for number in range(len(shards)):
+        part = recall(number)
+        rows += len(part.rows)
+        excluded += [(name, reason) for name, reason in part.facts["excluded"]]
+        for one in part.facts["passed"]:
+            item = Passed(*one)
+            count_passed(counts, item.kind, item.extension, item.first, item.number)
+        texts.update(part.facts["classes"])
+        folders.update(part.facts["folders"])
     if excluded:
         text = "%s: %d images, %d members excluded or damaged; first: %s (%s)"
-        logger.warning(text, path, len(entries), len(excluded), *excluded[0])
-    passed = sort_counts([beside or {}, *(samples.passed for samples in found)])
+        logger.warning(text, path, rows, len(excluded), *excluded[0])
+    passed = sort_counts([counts])
     others = f"; {format_passed(passed, 'member')}" if passed else ""
-    if not len(entries):
+    if not rows:
         first = f"; first problem: {excluded[0][0]} ({excluded[0][1]})" if excluded else ""
         raise DataError(
             f"{path}: no usable image in {len(shards)} tar files{first}{others}; "
             "set data.path to WebDataset tars with members such as KEY.jpg and KEY.cls"
         )
-    lost, images = lost_images(passed), len(entries) + len(excluded)
+    lost, images = lost_images(passed), rows + len(excluded)
     if lost > images:
         raise DataError(
             f"{path}: more than half of the members, {lost} of {lost + images}, are not taken as "
             f"images{others}; correct them, or set data.path to other tars"
         )
-    folders = {folder for samples in found for folder in samples.folders}
     _check_splits(path, folders, refuse_splits)
-    labels = _in_order({text for samples in found for text in samples.classes})
-    number = {label: i for i, label in enumerate(labels)}
-    entries["label"] = np.concatenate(
-        [
-            np.array([*(number[text] for text in samples.classes), -1])[samples.entries["label"]]
-            for samples in found  # -1 takes the last, which is -1
-        ]
-    )
+    labels = _in_order(texts)
+    label_of = {label: i for i, label in enumerate(labels)}
+    entries, _ = new_columns(rows, 0, new_buffer)
     names = [shard.file.name for shard in shards]
-    digest = shards_digest(names, [shard.file.size for shard in shards], entries)
-    return Findings(entries, TarNames(names, entries), labels, excluded, digest, passed)
+    total = _begin_digest(names, [shard.file.size for shard in shards])
+    at = 0
+    for number in range(len(shards)):
+        part = recall(number)
+        own = entries[at : at + len(part.rows)]
+        own[:] = part.rows
+        own["shard"] = number
+        classes = [*(label_of[text] for text in part.facts["classes"]), -1]
+        own["label"] = np.array(classes)[part.rows["label"]]  # -1 takes the last, which is -1
+        _feed(total, own)
+        at += len(own)
+    total.update(turns_bytes(entries))
+    return Findings(
+        entries, TarNames(names, entries), labels, tuple(excluded), total.hexdigest(), passed
+    )
 
 
 def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[np.void]) -> str:
@@ -142,18 +160,27 @@ def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[n
 
     Returns the sha256, hexadecimal.
     """
-    total = hashlib.sha256(b"dataloading index of tars 1\n")
-    for name, size in zip(names, sizes, strict=True):
-        total.update(encode_name(name) + b"\0%d\n" % size)
-    rows = entries.copy()
-    rows["label"], rows["flags"] = 0, 0
-    total.update(rows.tobytes())
+    total = _begin_digest(names, sizes)
+    _feed(total, entries)
     total.update(turns_bytes(entries))
     return total.hexdigest()
 
 
-def _check_splits(path: Path | str, folders: set[bytes], refuse: bool) -> None:
-    splits = find_split_folders({tuple(_text(folder).split("/")[:-1]) for folder in folders})
+def _begin_digest(names: Sequence[str], sizes: Sequence[int]) -> Any:
+    total = hashlib.sha256(b"dataloading index of tars 1\n")
+    for name, size in zip(names, sizes, strict=True):
+        total.update(encode_name(name) + b"\0%d\n" % size)
+    return total
+
+
+def _feed(total: Any, entries: NDArray[np.void]) -> None:
+    rows = entries.copy()
+    rows["label"], rows["flags"] = 0, 0
+    total.update(rows.tobytes())
+
+
+def _check_splits(path: Path | str, folders: set[str], refuse: bool) -> None:
+    splits = find_split_folders({tuple(folder.split("/")[:-1]) for folder in folders})
     if splits is None:
         return
     text = f"{path}: the members are of {splits[0]}/ and {splits[1]}/, a training and a test set"
@@ -165,50 +192,25 @@ def _check_splits(path: Path | str, folders: set[bytes], refuse: bool) -> None:
     logger.info("%s; all are used, since data.source=webdataset", text)
 
 
-def _samples_to_json(samples: _Samples) -> list[Any]:
-    entries, classes, excluded, passed, folders = samples
-    names = [_text(folder) for folder in sorted(folders)]
-    return [entries.tolist(), classes, excluded, list(passed.values()), names]
-
-
-def _samples_from_json(tree: list[Any], number: int) -> _Samples:
-    rows, classes, excluded, passed, folders = tree
-    entries = np.array([tuple(row) for row in rows], dtype=ENTRY)
-    entries["shard"] = number
-    counts = [Passed(*one) for one in passed]
-    return _Samples(
-        entries,
-        tuple(classes),
-        [(name, reason) for name, reason in excluded],
-        {(one.kind, one.extension): one for one in counts},
-        {folder.encode("utf-8", "surrogateescape") for folder in folders},
-    )
-
-
 def _in_order(texts: set[str]) -> tuple[str, ...]:
     if all(_INTEGER.fullmatch(text) for text in texts):
         return tuple(sorted(texts, key=lambda text: (int(text), text)))
     return tuple(sorted(texts))
 
 
-def _examine_shard(number: int, shard: Shard, max_pixels: int, exif_orientation: bool) -> _Samples:
+def _examine_shard(shard: Shard, max_pixels: int, exif_orientation: bool) -> Part:
     with open_shard(shard.path) as (file, size):
         fault = find_tar_problem(file, size)
         if fault is not None:
             raise DataError(
                 f"{shard.path}: {fault}; data.source=webdataset expects plain .tar files"
             )
-        return _read_samples(file, size, number, shard.file.name, max_pixels, exif_orientation)
+        return _read_samples(file, size, shard.file.name, max_pixels, exif_orientation)
 
 
 def _read_samples(
-    file: int | Readable,
-    size: int,
-    number: int,
-    shard: str,
-    max_pixels: int,
-    exif_orientation: bool,
-) -> _Samples:
+    file: int | Readable, size: int, shard: str, max_pixels: int, exif_orientation: bool
+) -> Part:
     rows: list[tuple[int, int, int, int, int, int, int]] = []
     keys: list[bytes] = []  # of the rows
     images: set[bytes] = set()
@@ -249,7 +251,7 @@ def _read_samples(
             )
             if unfit is None:
                 keys.append(key)
-                rows.append((number, offset, length, width, height, -1, flags))
+                rows.append((0, offset, length, width, height, -1, flags))
             else:
                 exclude(offset, name, unfit)
         elif extension == _CLASS:
@@ -277,7 +279,13 @@ def _read_samples(
             ("link", last) if last in EXTENSIONS else ("beside", extension_of(f"a{last}"))
         )
         count_passed(passed, kind, extension, f"{shard}/{_text(name)}")
-    return _Samples(entries, tuple(labels), excluded, passed, folders)
+    facts: dict[str, Any] = {
+        "classes": list(labels),
+        "excluded": excluded,
+        "passed": list(passed.values()),
+        "folders": [_text(folder) for folder in sorted(folders)],
+    }
+    return Part(facts, entries)
 
 
 def decode_class(data: bytes) -> str:

@@ -146,7 +146,10 @@ class Data:
     tars, one tar, or a pattern such as ``train-{000..146}.tar`` or ``train-*.tar``; or the address
     of tars in a store (``s3://``, ``gs://``, ``https://``), without credentials."""
     index: str | None = None
-    """Folder of the index; ``None``: ``RUN_DIR/index``."""
+    """Folder of the index, for all ranks; ``None``: ``RUN_DIR/index``."""
+    verify_index: Literal["never", "changed", "always"] = "changed"
+    """Before a kept index is used - never: of a folder nothing is listed, of tars names and sizes
+    are compared; changed: names, sizes and times of all files; always: its digests too."""
     expected_images: int | None = positive(None)
     """Number of usable images; checked, and used by ``--dry-run`` when ``path`` is absent."""
     decode: Literal["auto", "dali", "torch"] = "auto"

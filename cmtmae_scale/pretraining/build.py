@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -44,8 +43,19 @@ from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import read_weights
 from dataloading.addresses import is_url
-from dataloading.index import Index, load_or_build, open_kept
+from dataloading.index import (
+    Index,
+    Listing,
+    Request,
+    build_kept,
+    find_kept,
+    help_index,
+    open_kept,
+    require_files,
+    share_listing,
+)
 from dataloading.mixing import require_mixed
+from dataloading.stores import as_root
 from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -89,39 +99,56 @@ def build_models(
 
 
 def open_index(config: Config, run_dir: Path, world: World) -> Index:
-    """Let rank 0 build or check the index, then open it on every rank. A collective.
+    """Let rank 0 find or build the index, with the help of all ranks; open it on every rank.
 
-    One rank per machine compares the index with the files; the others open what that rank has
-    verified, unless ``data.path`` is another folder for them. A build may take longer than a
-    collective.
+    One rank per machine compares names and sizes of the files with those that rank 0 accepted,
+    and so does a rank for which ``data.path`` is another folder; the others open the index. No
+    rank builds what rank 0 accepted. All this may take longer than a collective. A collective.
 
     Raises:
         ConfigError: on every rank, if the images differ between ranks or from the settings.
         DataError: on every rank, if the images cannot be used on one.
     """
-    folder = Path(config.data.index) if config.data.index else run_dir / "index"
-    build = partial(
-        load_or_build,
-        config.data.path,
-        folder,
-        source=config.data.source,
-        max_pixels=config.data.max_pixels,
-        exif_orientation=config.data.exif_orientation,
-    )
-    first = on_all_ranks_for_long(lambda: build() if world.rank == 0 else None)
-    facts = [first.digest, first.list_shards()] if first is not None else None
-    digest, shards = json.loads(broadcast_text(json.dumps(facts)))
-    places = gather_texts(identify_place(config.data.path))
-    checks = first is None and (
+    data = config.data
+    folder = Path(data.index) if data.index else run_dir / "index"
+    request = Request(as_root(data.path), data.source, data.max_pixels, data.exif_orientation)
+    first = on_all_ranks_for_long(lambda: begin_index(request, folder, config, world))
+    kept, listing = first if first is not None else (None, None)
+    facts = [kept is not None, listing.digest(with_times=False) if listing is not None else None]
+    is_kept, contents = json.loads(broadcast_text(json.dumps(facts)))
+    places = gather_texts(identify_place(data.path))
+    checks = world.rank != 0 and (
         world.local_rank == 0 or places[world.rank] != places[world.rank - world.local_rank]
     )
-    own = on_all_ranks_for_long(lambda: build() if checks else first)
-    index = on_all_ranks(
-        lambda: open_kept(config.data.path, folder, digest, shards) if own is None else own
+    checks = checks and not is_url(data.path)  # a read compares the tar's version
+    if contents is not None and data.verify_index != "never":
+        on_all_ranks_for_long(lambda: require_files(request, contents) if checks else None)
+    if not is_kept:
+        share = world.rank, world.world_size
+        on_all_ranks_for_long(lambda: help_index(request, folder, share))
+    index = on_all_ranks_for_long(
+        lambda: build_kept(listing, folder) if listing is not None and kept is None else kept
     )
-    require_equal_images(index, config.data.path)
+    agreed = [index.digest, index.list_shards()] if index is not None else None
+    digest, shards = json.loads(broadcast_text(json.dumps(agreed)))
+    index = on_all_ranks(
+        lambda: open_kept(data.path, folder, digest, shards) if index is None else index
+    )
+    require_equal_images(index, data.path)
     refuse_bad_index(config, index)
     return index
+
+
+def begin_index(
+    request: Request, folder: Path, config: Config, world: World
+) -> tuple[Index | None, Listing | None] | None:
+    """On rank 0: return the index that may be used, or share the listing to build it from."""
+    if world.rank != 0:
+        return None
+    kept, listing = find_kept(request, folder, config.data.verify_index)
+    if kept is None and listing is not None and world.world_size > 1:
+        share_listing(listing, folder)
+    return kept, listing
 
 
 def identify_place(path: str) -> str:

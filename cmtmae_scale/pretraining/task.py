@@ -56,6 +56,7 @@ class Pretraining:
         "train.micro_batch_size",
         "data.resident",
         "data.index",
+        "data.verify_index",
         "data.source",
         "data.expected_images",
         "data.window_on_sorted",

@@ -103,6 +103,7 @@ EXCEPTIONS = {
     "run.name": "a label in the log and the report: tools/report/test_report.py",
     "run.allow_change": "at a resume: engine/test_resume_rules.py",
     "run.deterministic": "kernels of GPUs: runtime/test_determinism.py",
+    "data.verify_index": "what is compared before: dataloading/test_index.py",
     "data.source": "other layouts: dataloading/test_index.py",
     "data.decode": "speed; pixels are the same on a CPU: dataloading/test_dali.py",
     "data.resident": "speed; pixels are the same on a CPU: dataloading/test_resident.py",

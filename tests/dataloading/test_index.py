@@ -6,14 +6,15 @@ import pytest
 from PIL import Image
 
 import dataloading.folders
+from dataloading.entries import ENTRY
 from dataloading.errors import DataError
 from dataloading.headers import HeaderError, size_of_bytes, size_of_file, size_of_range
-from dataloading.index import ENTRY, build_index, load_or_build
+from dataloading.index import build_index, load_or_build
 
 
 def test_folder_is_listed_in_order_with_sizes_and_labels(photographs):
     index = build_index(photographs)
-    assert index.names == sorted(index.names) and len(index) == 12
+    assert list(index.names) == sorted(index.names) and len(index) == 12
     assert index.labels == ("class0", "class1", "class2")
     assert index.entries.dtype == ENTRY
     source = index.open()
@@ -32,7 +33,7 @@ def test_files_directly_under_the_folder_have_no_label(tmp_path, picture):
     (tmp_path / "a").mkdir()
     picture(1, 20, 30).save(tmp_path / "a" / "c.webp")
     index = build_index(tmp_path, source="folder")
-    assert index.names == ["a/c.webp", "b.png"]
+    assert list(index.names) == ["a/c.webp", "b.png"]
     assert index.entries["label"].tolist() == [0, -1]
 
 
@@ -67,7 +68,7 @@ def test_unusable_files_are_excluded_with_reasons(photographs, picture):
         "large.png": "300 x 200 has more than 59999 pixels (max_pixels)",
         "text.jpg": "not an image of a known format",
     }
-    assert index.names == good.names and index.digest == good.digest
+    assert list(index.names) == list(good.names) and index.digest == good.digest
 
 
 def test_link_to_a_folder_above_ends(photographs):
@@ -113,11 +114,11 @@ def test_unknown_source_is_refused(photographs):
 def test_kept_index_is_used_while_the_files_are_the_same(photographs, tmp_path, monkeypatch):
     (photographs / "empty.jpg").touch()
     built = load_or_build(photographs, tmp_path / "kept")
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["index.json", "index.npy"]
+    assert [p.suffix for p in sorted((tmp_path / "kept").iterdir())] == [".bin", ".json"]
     monkeypatch.delattr(dataloading.folders, "header_of_file")  # reading a header would fail
     loaded = load_or_build(photographs, tmp_path / "kept")
     assert loaded.digest == built.digest == build_digest(loaded)
-    assert loaded.names == built.names and loaded.labels == built.labels
+    assert list(loaded.names) == list(built.names) and loaded.labels == built.labels
     assert loaded.excluded == built.excluded
     assert np.array_equal(loaded.entries, built.entries)
 
@@ -146,14 +147,33 @@ def test_other_pixel_limit_builds_again(photographs, tmp_path):
     assert 0 < len(fewer) < 12
 
 
-@pytest.mark.parametrize("name", ["index.npy", "index.json"])
+@pytest.mark.parametrize("name", ["index-*.bin", "index.json"])
 def test_damaged_index_is_built_again(photographs, tmp_path, name):
     kept = tmp_path / "kept"
     digest = load_or_build(photographs, kept).digest
-    data = (kept / name).read_bytes()
-    (kept / name).write_bytes(data[: len(data) // 2])
+    (path,) = kept.glob(name)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
     assert load_or_build(photographs, kept).digest == digest
-    assert (kept / name).read_bytes() == data
+    assert path.read_bytes() == data
+
+
+def test_what_is_verified_of_a_kept_index(photographs, tmp_path, picture):
+    kept = tmp_path / "kept"
+    load_or_build(photographs, kept)
+    built = build_index(photographs)  # not mapped from what is damaged now
+    (path,) = kept.glob("index-*.bin")
+    data = bytearray(path.read_bytes())
+    data[12] ^= 1  # of the first row's size, as a failing disk may
+    path.write_bytes(data)
+    changed = load_or_build(photographs, kept)  # names, sizes and times are as they were
+    assert changed.entries["size"][0] != built.entries["size"][0]
+    always = load_or_build(photographs, kept, verify="always")
+    assert always.entries.tobytes() == build_index(photographs).entries.tobytes()
+    picture(5, 61, 47).save(photographs / built.names[0])
+    never = load_or_build(photographs, kept, verify="never")
+    assert never.digest == built.digest and never.passed_over == built.passed_over
+    assert load_or_build(photographs, kept, "folder", 12_500, verify="never").digest != built.digest
 
 
 def test_index_folder_that_cannot_be_made_is_the_users_error(photographs, tmp_path):

@@ -1,5 +1,6 @@
 """A build of an index that is killed continues, and other processes open what one has verified."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,19 @@ import pytest
 import dataloading.folders
 import dataloading.webdataset
 from dataloading.errors import DataError
-from dataloading.index import Index, build_index, load_or_build, open_kept
+from dataloading.index import (
+    Index,
+    Request,
+    build_index,
+    build_kept,
+    find_kept,
+    help_index,
+    list_data,
+    load_or_build,
+    open_kept,
+    require_files,
+    share_listing,
+)
 from tests.dataloading.tar_case import write_tar
 
 
@@ -44,8 +57,8 @@ def test_a_killed_build_continues(
     if kind == "tars":
         path = make_tars(photographs, tmp_path / "tars")
         module, name = dataloading.webdataset, "_examine_shard"
-    monkeypatch.setattr(dataloading.folders, "_CHUNK", 3)
-    monkeypatch.setattr("dataloading.entries._READERS", 1)
+    monkeypatch.setattr("dataloading.index_build.FOLDER_PIECE", 3)
+    monkeypatch.setattr("dataloading.index_build.READERS", 1)
     original = getattr(module, name)
     examined: list[Any] = []
     limit = 2 if kind == "tars" else 6
@@ -80,11 +93,56 @@ def test_other_processes_open_what_one_has_verified(
 ) -> None:
     path = make_tars(photographs, tmp_path / "tars") if kind == "tars" else photographs
     first = load_or_build(path, tmp_path / "kept")
-    monkeypatch.setattr("dataloading.index._list", None)  # nothing is listed
-    monkeypatch.setattr("dataloading.index.hashlib", None)  # and nothing is hashed
+    monkeypatch.setattr("dataloading.index.list_data", None)  # nothing is listed
+    monkeypatch.setattr("dataloading.index_file.hashlib", None)  # and nothing is hashed
     other = open_kept(path, tmp_path / "kept", first.digest, first.list_shards())
     assert equal(first, other) and other.open().read(3) == first.open().read(3)
     with pytest.raises(DataError, match=r"its digest is .*, not 00000000"):
         open_kept(path, tmp_path / "kept", "0" * 64, first.list_shards())
     with pytest.raises(DataError, match="cannot be opened"):
         open_kept(path, tmp_path / "elsewhere", first.digest, first.list_shards())
+
+
+@pytest.mark.parametrize("kind", ["tars", "folder"])
+def test_ranks_share_the_work_of_a_build(
+    photographs: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tars(photographs, tmp_path / "tars") if kind == "tars" else photographs
+    (photographs / "empty.jpg").touch()
+    monkeypatch.setattr("dataloading.index_build.FOLDER_PIECE", 4)
+    request, kept = Request(path), tmp_path / "kept"
+    help_index(request, kept, (0, 2))  # no listing is shared: nothing to do
+    found, listing = find_kept(request, kept, "changed")
+    assert found is None and listing is not None
+    share_listing(listing, kept)
+    moved = path.rename(tmp_path / "moved")  # a rank that does not see the data keeps nothing
+    help_index(request, kept, (0, 2))
+    assert {one.suffix for one in (kept / "parts").iterdir()} == {".bin", ".json"}
+    moved.rename(path)
+    for rank in range(2):
+        help_index(request, kept, (rank, 2))
+    assert len(list((kept / "parts").iterdir())) == 2 + 4
+    with monkeypatch.context() as patch:
+        patch.setattr("dataloading.index_build.examine_shard", None)
+        patch.setattr("dataloading.index_build.examine_files", None)
+        index = build_kept(listing, kept)
+    assert equal(index, build_index(path)) and not (kept / "parts").exists()
+
+
+def test_helper_processes_build_the_same_index(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars = make_tars(photographs, tmp_path / "tars")
+    monkeypatch.setattr("dataloading.index_build._PIECES_PER_HELPER", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert equal(load_or_build(tars, tmp_path / "kept"), build_index(tars))
+
+
+def test_another_machine_must_see_the_same_files(photographs: Path) -> None:
+    request = Request(photographs)
+    contents = list_data(request).digest(with_times=False)
+    os.utime(next(photographs.rglob("*.jpg")), (1, 1))  # a copy
+    require_files(request, contents)
+    next(photographs.rglob("*.jpg")).unlink()
+    with pytest.raises(DataError, match=r"names or sizes of the 11 files on host .* copy them"):
+        require_files(request, contents)

@@ -42,7 +42,7 @@ def test_files_of_a_folder_are_counted_by_extension(tmp_path: Path, caplog) -> N
     (root / "empty").mkdir()
     with caplog.at_level(logging.INFO):
         index = build_index(root)
-    assert index.names == sorted(good) and not index.excluded
+    assert list(index.names) == sorted(good) and not index.excluded
     assert counts(index) == {
         ("file", ".heic"): 3,
         ("file", ".png.1"): 1,

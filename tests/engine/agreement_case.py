@@ -13,6 +13,7 @@ from cmtmae_scale.errors import CmtMaeError, TeacherError, exit_code_of
 from cmtmae_scale.pretraining import build
 from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
 from dataloading.errors import DataError, ReadError
+from dataloading.index import Request
 from tests.checkpoint.save_case import Lines
 from tests.engine.fault_case import command_on_ranks
 
@@ -58,13 +59,13 @@ def change(kind: str, value: Any) -> Any:
         stack.callback(os.chdir, os.getcwd())
         os.chdir(value)
         return stack
-    usual = build.load_or_build
+    usual = build.require_files
 
-    def elsewhere(path: str, folder: Path, **settings: Any) -> Any:
-        return usual(value, folder.with_name("index1"), **settings)
+    def elsewhere(request: Request, contents: str) -> None:
+        usual(request._replace(path=Path(value)), contents)
 
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(build, "load_or_build", elsewhere))
+    stack.enter_context(mock.patch.object(build, "require_files", elsewhere))
     stack.enter_context(mock.patch.object(build, "identify_place", lambda path: "elsewhere"))
     return stack
 

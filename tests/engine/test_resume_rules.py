@@ -41,6 +41,7 @@ FREE = {
         "data.worker_type",
         "data.path",
         "data.index",
+        "data.verify_index",
         "data.source",
         "data.resident",
     ),

@@ -38,5 +38,5 @@ def test_every_index_of_a_run_turns_what_the_key_says(
     assert {sets.train.index.digest, sets.test.index.digest} == {expected}
     assert open_split(str(photos), 0.5, 0, key).train.index.digest == expected
     # The dry run reads the run's kept index instead of building another.
-    monkeypatch.delattr(indexing, "examine_folder")
+    monkeypatch.delattr(indexing, "build_parts")
     assert count_images(config, [])[1] == 20

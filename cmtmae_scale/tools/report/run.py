@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-import numpy as np
-
 from cmtmae_scale.config.load import load_config, parse_yaml
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.resume import flatten
@@ -153,7 +151,7 @@ def read_records(run: Run) -> None:
         found = read_object(run, path)
         if found is not None:
             run.results.append((path.name, found))
-    run.num_images = count_images(run, folder / "index" / "index.npy")
+    run.num_images = count_images(read_object(run, folder / "index" / "index.json"))
     evaluated = folder / "evaluation" / "train-index" / "index.json"
     run.num_classes = list_length(read_object(run, evaluated), "labels")
 
@@ -254,16 +252,10 @@ def is_drawable(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST
 
 
-def count_images(run: Run, path: Path) -> int | None:
-    """Return the rows of the index of a folder or of tars; ``None`` where there is none."""
-    if not exists(path):
-        return None
-    try:
-        require_inside(run.dir, path)
-        return len(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, TypeError):
-        run.problems.append(f"{path.relative_to(run.dir)} cannot be read")
-        return None
+def count_images(index: dict[str, Any] | None) -> int | None:
+    """Return the number of images of a kept index; of format 3 that of its names."""
+    number = None if index is None else index.get("images")
+    return number if type(number) is int and number > 0 else list_length(index, "names") or None
 
 
 def list_length(found: dict[str, Any] | None, key: str) -> int | None:
