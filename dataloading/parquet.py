@@ -102,9 +102,9 @@ def require_pyarrow(path: Path | str) -> None:
 def examine_parquet(
     shard: Shard, max_pixels: int, exif_orientation: bool, patience: Patience
 ) -> Part:
-    """Decode all images of a file up to their headers; see ``webdataset.examine_shard``.
+    """Read a whole file and the headers of its images; see ``webdataset.examine_shard``.
 
-    Bounded in memory, whatever the size of row groups.
+    Memory does not grow with the size of row groups.
 
     Returns:
         Rows whose labels are rows of the fact ``classes``, whose shard is 0 and whose offset is the
@@ -258,13 +258,13 @@ def _examine_file(path: Path, name: str, max_pixels: int, exif_orientation: bool
         row, group_bytes = first, 0
         try:
             for batch in _batches(path, footer, group, columns):
-                for image, was, label in zip(*_unpack(batch, columns), strict=True):
+                for image, has_path, label in zip(*_unpack(batch, columns), strict=True):
                     where = place(name, row)
                     number, fault = classes.number_of(label)
                     if fault is not None:
                         excluded.append((where, f"{fault}; its image has no label"))
                     if not image.is_valid:
-                        count_passed(passed, "null" if was is None else "path", "", where)
+                        count_passed(passed, "path" if has_path else "null", "", where)
                     else:
                         data: bytes = image.as_py()
                         group_bytes += len(data)
@@ -287,6 +287,7 @@ def _examine_file(path: Path, name: str, max_pixels: int, exif_orientation: bool
     facts: dict[str, Any] = {
         "classes": classes.texts,
         "is_named": columns.names is not None,
+        "columns": f"images in {columns.image}, labels in {columns.label or 'none'}",
         "excluded": excluded,
         "passed": list(passed.values()),
         "folders": [],
@@ -443,10 +444,7 @@ class _Group:
         self.kept_bytes = 0
 
     def _decode_more(self) -> None:
-        batch = next(self._batches, None)
-        if batch is None:
-            raise UndecodableError("its row group has fewer rows than its file says")
-        array = _images(batch, self._footer.columns)
+        array = _images(next(self._batches), self._footer.columns)
         self._starts.append(self._end)
         self._arrays.append(array)
         self._end += len(array)
@@ -468,6 +466,8 @@ def _batches(
 ) -> Generator[Any, None, None]:
     """Yield the rows of a row group, a few at a time, as record batches of the columns.
 
+    There are as many rows as the footer says.
+
     Raises:
         UndecodableError: if it is damaged.
         OSError: if it cannot be read.
@@ -476,24 +476,45 @@ def _batches(
         file = _arrow_parquet().ParquetFile(
             source, metadata=footer.metadata, buffer_size=_BUFFER, page_checksum_verification=True
         )
-        yield from file.iter_batches(
+        batches = file.iter_batches(
             _BATCH, row_groups=[group], columns=columns.leaves(), use_threads=False
         )
+        left = footer.starts[group + 1] - footer.starts[group]
+        for batch in batches:
+            left -= len(batch)
+            if left < 0:
+                break
+            yield batch
+        if left:
+            raise UndecodableError("its row group has other rows than its footer says")
 
 
-def _unpack(batch: Any, columns: Columns) -> tuple[Any, list[Any], list[Any]]:
-    """Return images, former paths and labels of a batch."""
-    nothing = [None] * len(batch)
+def _unpack(batch: Any, columns: Columns) -> tuple[Any, list[bool], list[Any]]:
+    """Return images, whether there are paths beside them, and labels of a batch."""
     image = batch.column(columns.image)
-    paths = _child(image, "path").to_pylist() if "path" in columns.fields else nothing
-    labels = nothing if columns.label is None else batch.column(columns.label).to_pylist()
+    paths = [False] * len(batch)
+    if "path" in columns.fields:
+        paths = _child(image, "path").is_valid().to_pylist()
+    labels = [None] * len(batch)
+    if columns.label is not None:
+        labels = [_value(one) for one in _plain(batch.column(columns.label))]
     return _images(batch, columns), paths, labels
+
+
+def _value(label: Any) -> Any:
+    """Return an integer or text; bytes that are not UTF-8 are kept as in file names."""
+    if not label.is_valid or not _is_text(label.type):
+        return label.as_py()
+    return label.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
 
 
 def _images(batch: Any, columns: Columns) -> Any:
     """Return the images of a batch, of a struct its bytes."""
     image = batch.column(columns.image)
-    array = _child(image, "bytes") if columns.fields else image
+    return _plain(_child(image, "bytes") if columns.fields else image)
+
+
+def _plain(array: Any) -> Any:
     return array.dictionary_decode() if _arrow().types.is_dictionary(array.type) else array
 
 

@@ -127,6 +127,7 @@ def gather_shards(
     folders: set[str] = set()
     class_lists: dict[tuple[str, ...] | None, str] = {}  # None: no ClassLabel, but labels
     row_group: tuple[int, str] | None = None
+    columns: dict[str, None] = {}  # in order
     rows = 0
     for number, shard in enumerate(shards):
         part = recall(number)
@@ -136,6 +137,7 @@ def gather_shards(
         elif part.facts["classes"]:
             class_lists.setdefault(None, shard.file.name)
         if "row_group" in part.facts:
+            columns[part.facts["columns"]] = None
             group_bytes, first = part.facts["row_group"]
             if row_group is None or group_bytes > row_group[0]:
                 row_group = group_bytes, place(shard.file.name, first)
@@ -145,6 +147,8 @@ def gather_shards(
             count_passed(counts, item.kind, item.extension, item.first, item.number)
         texts.update(part.facts["classes"])
         folders.update(part.facts["folders"])
+    if columns:
+        logger.info("%s: columns: %s", path, "; ".join(columns))
     if excluded:
         text = "%s: %d images, %d %ss excluded or damaged; first: %s (%s)"
         logger.warning(text, path, rows, len(excluded), words.unit, *excluded[0])
