@@ -151,7 +151,8 @@ class Data:
     """Folder of the index, for all ranks; ``None``: ``RUN_DIR/index``."""
     verify_index: Literal["never", "changed", "always"] = "changed"
     """Before a kept index is used - never: of a folder nothing is listed, of tars and Parquet files
-    names and sizes are compared; changed: names, sizes and times of all files; always: its digests too."""
+    names and sizes are compared; changed: names, sizes and times of all files; always: its digests
+    too."""
     expected_images: int | None = positive(None)
     """Number of usable images; checked, and used by ``--dry-run`` when ``path`` is absent."""
     decode: Literal["auto", "dali", "torch"] = "auto"
