@@ -474,7 +474,11 @@ def _batches(
     """
     with _damage(), _arrow().OSFile(str(path)) as source:
         file = _arrow_parquet().ParquetFile(
-            source, metadata=footer.metadata, buffer_size=_BUFFER, page_checksum_verification=True
+            source,
+            metadata=footer.metadata,
+            buffer_size=_BUFFER,
+            pre_buffer=False,  # which would read the whole row group, in pyarrow's threads
+            page_checksum_verification=True,
         )
         batches = file.iter_batches(
             _BATCH, row_groups=[group], columns=columns.leaves(), use_threads=False
@@ -529,13 +533,14 @@ def _damage() -> Generator[None, None, None]:
 
     pyarrow raises an ``OSError`` with a number only where the system did.
     """
+    damage = _arrow().ArrowException  # nothing can be imported while the interpreter ends
     try:
         yield
     except OSError as error:
         if error.errno is not None:
             raise
         raise UndecodableError(_first_line(error)) from error
-    except _arrow().ArrowException as error:
+    except damage as error:
         if isinstance(error, MemoryError):
             raise
         raise UndecodableError(_first_line(error)) from error
