@@ -1,7 +1,7 @@
 """Images in Parquet files, as Hugging Face datasets writes them, read by row group with pyarrow.
 
-A row group is the least that pyarrow decodes: a read decodes its row group from the first row on, a
-batch of rows at a time, as far as the row that is asked for. Files are read by positional reads and
+pyarrow reads a row group in order only: a read decodes its row group from the first row to the row
+that is asked for, page by page. Files are read by positional reads and
 not mapped: a mapped file that is cut short, or whose server fails, ends the process. Nothing here
 uses pyarrow's threads, which do not survive a fork.
 """
@@ -31,12 +31,10 @@ from dataloading.passed_over import Counts, count_passed
 from dataloading.patience import LASTING, Patience
 from dataloading.shards import Shard, place
 
-FULL_BYTES = 32 << 20
-"""Most image bytes of a row group with ``shuffle="full"``: each image costs the decoding of half a
-row group on average, and its reading where no cache holds the file."""
-WINDOW_BYTES = 128 << 20
-"""The same with ``shuffle="window"``, where a page cache holds the files of a window, so that
-storage is read once per window."""
+LARGEST_GROUP = 32 << 20
+"""Most image bytes of a row group where images are shuffled: each image costs the decoding of up to
+its row group. A window of the order is much larger than what is kept decoded, and changes that for
+storage only."""
 
 _BATCH = 16  # rows that are decoded together
 _BUFFER = 1 << 20  # bytes that are read together
@@ -104,7 +102,7 @@ def examine_parquet(
 ) -> Part:
     """Read a whole file and the headers of its images; see ``webdataset.examine_shard``.
 
-    Memory does not grow with the size of row groups.
+    Memory grows with the size of pages, and not of row groups.
 
     Returns:
         Rows whose labels are rows of the fact ``classes``, whose shard is 0 and whose offset is the
@@ -133,7 +131,7 @@ def examine_parquet(
 def require_small_groups(
     root: Path | str, row_group: tuple[int, str] | None, shuffle: Shuffle
 ) -> None:
-    """Refuse row groups that are too large for an order; any are read with ``"none"``.
+    """Refuse row groups that are too large for random access; any are read with ``"none"``.
 
     Args:
         root: the data set.
@@ -143,17 +141,14 @@ def require_small_groups(
     Raises:
         DataError: names the row group and the command that rewrites the data set.
     """
-    limit = {"full": FULL_BYTES, "window": WINDOW_BYTES}.get(shuffle)
-    if row_group is None or limit is None or row_group[0] <= limit:
+    if shuffle == "none" or row_group is None or row_group[0] <= LARGEST_GROUP:
         return
     size, where = row_group
-    larger = shuffle == "full" and size <= WINDOW_BYTES
     raise DataError(
-        f"{root}: the row group that begins at {where} has {size / 2**20:.0f} MiB of images, of "
-        "which each image decodes half on average; expected at most "
-        f"{limit >> 20} MiB with data.shuffle={shuffle}. Write the images as tars (cmtmae "
-        f"check-data {root} --pack OUT, which reads row groups in order) and set data.path=OUT"
-        + (", or use data.shuffle=window if the rows are shuffled" if larger else "")
+        f"{root}: the row group that begins at {where} has {size / 2**20:.1f} MiB of images, and "
+        f"every shuffled image costs the decoding of one; at most {LARGEST_GROUP >> 20} MiB are "
+        f"read with data.shuffle={shuffle}. Write the images as tars (cmtmae check-data {root} "
+        "--pack OUT, which reads row groups in order) and set data.path=OUT"
     )
 
 

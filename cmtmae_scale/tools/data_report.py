@@ -12,7 +12,7 @@ from dataloading.check import Fault
 from dataloading.entries import count_turned
 from dataloading.index import UNITS, Index
 from dataloading.mixing import Mixing, class_mixing, expected_labels
-from dataloading.parquet import DAMAGED, FULL_BYTES, WINDOW_BYTES
+from dataloading.parquet import DAMAGED, LARGEST_GROUP
 from dataloading.passed_over import format_passed, lost_images
 from dataloading.values import Survey
 
@@ -208,7 +208,7 @@ def render_data_report(report: DataReport) -> str:
     if index.row_group is not None:
         size, where = index.row_group
         lines.append(f"row groups: at most {size / 2**20:.1f} MiB of images (from {where} on)")
-        full = "refused, pack the images first" if size > FULL_BYTES else "possible"
+        full = "refused, pack the images first" if size > LARGEST_GROUP else "possible"
         lines.append(f"data.shuffle=full: {full}")
     lines.append(f"data.shuffle=window: {_window_shuffle(report)}")
     lines += ["", f"verdict: {_verdict(report)}"]
@@ -266,7 +266,7 @@ def format_passed_over(index: Index) -> str:
 
 
 def _window_shuffle(report: DataReport) -> str:
-    if report.index.row_group is not None and report.index.row_group[0] > WINDOW_BYTES:
+    if report.index.row_group is not None and report.index.row_group[0] > LARGEST_GROUP:
         return "refused, pack the images first"
     if report.mixing is None:
         return "safe only if the images were shuffled when they were stored"
