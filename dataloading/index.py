@@ -403,7 +403,7 @@ def _index_of(
         tuple((name, reason) for name, reason in facts["excluded"]),
         facts["digest"],
         tuple(Passed(*item) for item in facts["passed_over"]),
-        tuple(facts["row_group"]) if facts["row_group"] is not None else None,
+        tuple(facts["row_group"]) if facts.get("row_group") else None,
         tuple(places),
     )
 
