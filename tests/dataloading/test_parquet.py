@@ -324,15 +324,13 @@ def test_a_row_group_larger_than_memory_is_read_in_order(
     monkeypatch.setattr(dataloading.parquet, "_BUFFER", 4096)
     monkeypatch.setattr(dataloading.parquet, "_BATCH", 4)
     monkeypatch.setattr(dataloading.parquet, "_BACK_BYTES", 8 * len(IMAGES[0]))
-    pages = {"write_batch_size": 1, "data_page_size": 1, "use_dictionary": False}
-    index = build_index(write(tmp_path / "a.parquet", IMAGES, row_group_size=1000, **pages))
-    source, before = index.open(), pa.total_allocated_bytes()
-    assert source.read(0) == IMAGES[0]  # and its page, not the row group
-    assert pa.total_allocated_bytes() - before < sum(map(len, IMAGES)) / 2
-    assert [source.read(i) for i in range(len(IMAGES))] == IMAGES
-    (group,) = source._groups.values()
-    assert 0 < group.kept_bytes < sum(map(len, IMAGES)) / 2
-    assert source.read(2) == IMAGES[2]  # decodes again from the first row on
+    images, pages = IMAGES * 10, {"write_batch_size": 1, "data_page_size": 1}
+    write(tmp_path / "a.parquet", images, row_group_size=1000, use_dictionary=False, **pages)
+    source, before = build_index(tmp_path).open(), pa.total_allocated_bytes()
+    for i, image in enumerate(images):
+        assert source.read(i) == image
+        assert pa.total_allocated_bytes() - before < sum(map(len, images)) / 4
+    assert source.read(2) == images[2]  # decodes again from the first row on
 
 
 def test_large_row_groups_are_refused_with_the_command_that_rewrites_them(data: Path) -> None:
