@@ -322,9 +322,8 @@ def test_a_row_group_larger_than_memory_is_read_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataloading.parquet, "_BUFFER", 4096)
-    monkeypatch.setattr(dataloading.parquet, "_BATCH", 4)
-    monkeypatch.setattr(dataloading.parquet, "_BACK_BYTES", 8 * len(IMAGES[0]))
-    images, pages = IMAGES * 10, {"write_batch_size": 1, "data_page_size": 1}
+    monkeypatch.setattr(dataloading.parquet, "_BACK_BYTES", 40 * len(IMAGES[0]))
+    images, pages = IMAGES * 10, {"write_batch_size": 16, "data_page_size": 1}
     write(tmp_path / "a.parquet", images, row_group_size=1000, use_dictionary=False, **pages)
     source, before = build_index(tmp_path).open(), pa.total_allocated_bytes()
     for i, image in enumerate(images):
