@@ -203,7 +203,7 @@ def main() -> None:
     import signal
 
     def end_with_parent() -> None:
-        os.read(0, 1)  # not sys.stdin, whose lock the interpreter takes when it ends
+        os.read(0, 1)  # a lock of sys.stdin would be held when this process ends
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

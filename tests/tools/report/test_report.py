@@ -5,7 +5,6 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cmtmae_scale.commands.report import write_page, write_report
@@ -345,16 +344,19 @@ def test_grey_lines_are_explained_only_where_they_are(tmp_path: Path) -> None:
     assert "grey" not in curves_section(run, [], "curves")
 
 
-def test_the_images_of_a_run_are_the_rows_of_its_index(tmp_path: Path) -> None:
-    """Names are in the index of a folder only, not in that of tars."""
+def test_the_images_of_a_run_are_those_of_its_index(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     (folder / "index").mkdir()
-    np.save(folder / "index" / "index.npy", np.zeros(12345, [("offset", np.int64)]))
-    run = read_run(folder)
-    assert run.num_images == 12345
-    assert "unknown number of" not in identity_section(run, "run")
-    (folder / "index" / "index.npy").write_bytes(b"x")
-    assert "index/index.npy cannot be read" in read_run(folder).problems
+    facts = folder / "index" / "index.json"
+    for content in ({"format": 4, "images": 12345}, {"format": 3, "names": ["a.jpg"] * 12345}):
+        facts.write_text(json.dumps(content))
+        run = read_run(folder)
+        assert run.num_images == 12345
+        assert "unknown number of" not in identity_section(run, "run")
+    for content, problems in (("{}", []), ("x", ["index/index.json cannot be read"])):
+        facts.write_text(content)
+        run = read_run(folder)
+        assert run.num_images is None and run.problems == problems
 
 
 def test_logs_of_runs_of_other_settings_stay_unread(
