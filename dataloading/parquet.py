@@ -7,6 +7,7 @@ uses pyarrow's threads, which do not survive a fork.
 """
 
 import bisect
+import functools
 import importlib
 import importlib.util
 import json
@@ -110,7 +111,7 @@ def examine_parquet(
         ``row_group`` has the image bytes of the largest row group and its first row.
 
     Raises:
-        DataError: if it is no Parquet file, has no image column or cannot be read.
+        DataError: if the file is no Parquet file, has no image column or cannot be read.
         ReadError: if storage fails for longer than reads are retried.
     """
     path = Path(str(shard.path))
@@ -189,7 +190,9 @@ def find_columns(path: Path, schema: Any) -> Columns:
         DataError: if there is no image column, or which one is meant is unknown.
     """
     features = _features(schema)
-    by_feature, structs, binaries = [], [], []
+    by_feature: list[str] = []
+    structs: list[str] = []
+    binaries: list[str] = []
     for field in schema:
         has_bytes = _struct_child(field.type, "bytes") is not None
         if has_bytes or _is_binary(field.type):
@@ -265,7 +268,7 @@ def _examine_file(path: Path, name: str, max_pixels: int, exif_orientation: bool
                         group_bytes += len(data)
                         found = examine(
                             len(data),
-                            lambda data=data: header_of_bytes(data),
+                            functools.partial(header_of_bytes, data),
                             max_pixels,
                             exif_orientation,
                         )
@@ -296,7 +299,7 @@ DAMAGED = "from here on cannot be decoded"
 
 
 class _Classes:
-    """Numbers the labels of a file: rows of a ClassLabel's names, or of the texts of all values."""
+    """Numbers the labels of a file: by a ClassLabel's names, or by the texts that occur."""
 
     def __init__(self, names: tuple[str, ...] | None) -> None:
         self.texts = list(names or ())
@@ -304,7 +307,7 @@ class _Classes:
         self._known: dict[str, int] = {}
 
     def number_of(self, label: Any) -> tuple[int, str | None]:
-        """Return the row of ``texts``, -1 for no label, and what is wrong with the label."""
+        """Return the row of ``texts`` (-1: no label), and what is wrong with the label."""
         if self._is_named:
             if label is None or label == -1:
                 return -1, None
@@ -514,11 +517,12 @@ def _images(batch: Any, columns: Columns) -> Any:
 
 
 def _plain(array: Any) -> Any:
+    """Return the values of a column, which may be a dictionary's."""
     return array.dictionary_decode() if _arrow().types.is_dictionary(array.type) else array
 
 
 def _child(array: Any, name: str) -> Any:
-    """Return a field of a struct column, null where the struct is."""
+    """Return a field of a struct column, null where the struct is null."""
     return array.flatten()[array.type.get_field_index(name)]
 
 

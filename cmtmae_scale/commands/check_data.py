@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ("auto", "folder", "webdataset", "parquet")
 
-_EXITS = """exit code: 0 usable; 78 unusable: too many bad images, a damaged tar, or no image;
+_EXITS = """exit code: 0 usable; 78 unusable: too many bad images, damaged files, or no image;
 75 stopped by Ctrl-C or a full store, the same command restarts and a pack resumes"""
 
 
