@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 MANIFESTS ?= .venv-manifests
 DOCS ?= .venv-docs
 LOCK ?= requirements/lock.txt
-EXTRAS = dali,deepspeed,demo,dev,hf,onnx,stores
+EXTRAS = dali,deepspeed,demo,dev,hf,onnx,parquet,stores
 comma = ,
 PYTHON = $(VENV)/bin/python
 
@@ -48,7 +48,7 @@ $(OLDEST)/.stamp: pyproject.toml
 	@set -eu; $(FIND_UV); \
 	[ -x "$(OLDEST)/bin/python" ] || "$$UV" venv --quiet --python 3.11 "$(OLDEST)"; \
 	"$$UV" pip install --quiet --compile-bytecode --python "$(OLDEST)/bin/python" --resolution lowest-direct \
-		-e '.[deepspeed,demo,dev,hf,stores]'
+		-e '.[deepspeed,demo,dev,hf,parquet,stores]'
 	@touch $@
 
 test-oldest: $(OLDEST)/.stamp

@@ -52,11 +52,14 @@ class File(NamedTuple):
     fault: str | None = None
 
 
-Kind = Literal["file", "beside", "hidden", "key", "second", "label", "link", "empty"]
+Kind = Literal[
+    "file", "beside", "hidden", "key", "second", "label", "link", "empty", "null", "path"
+]
 """file: no known extension; beside: a document, or of the same name as an image; hidden: its name
 begins with a dot; key: an image in a tar with a dot in its key; second: the same, beside an image
 of its sample; label: a text beside an image in a tar that has no ``.cls`` member; link: in a tar, a
-link or a device that is named like an image; empty: an empty folder."""
+link or a device that is named like an image; empty: an empty folder; null: a row of a Parquet file
+whose image is null; path: a row that has the path of an image and not its bytes."""
 
 
 class Passed(NamedTuple):
@@ -76,7 +79,7 @@ class Passed(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """Result of examining a data set; the fields are those of ``Index``."""
+    """Result of examining a data set; the fields are those of ``Index``, in its order."""
 
     entries: NDArray[np.void]
     names: Sequence[str]
@@ -84,6 +87,7 @@ class Findings(NamedTuple):
     excluded: tuple[tuple[str, str], ...]
     digest: str
     passed_over: tuple[Passed, ...] = ()
+    row_group: tuple[int, str] | None = None
 
 
 class Examined(NamedTuple):

@@ -18,3 +18,7 @@ class ReadError(DataError):
     """
 
     exit_code = 75
+
+
+class UndecodableError(ValueError):
+    """An image cannot be used; the message is a short reason without a path."""

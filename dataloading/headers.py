@@ -89,7 +89,16 @@ def size_of_bytes(data: bytes) -> tuple[int, int]:
     Raises:
         HeaderError: if it is not a readable image.
     """
-    return _header(io.BytesIO(data))[:2]
+    return header_of_bytes(data)[:2]
+
+
+def header_of_bytes(data: bytes) -> Header:
+    """Read the header of a whole encoded image in memory.
+
+    Raises:
+        HeaderError: if it is not a readable image.
+    """
+    return _header(io.BytesIO(data))
 
 
 def header_of_range(source: int | Readable, offset: int, size: int) -> Header:

@@ -23,9 +23,18 @@ from dataloading.folders import gather_folder, list_folder
 from dataloading.index_build import build_parts, help_build, make_pieces, write_listing
 from dataloading.listing import Files, collect_files
 from dataloading.name_checks import find_equal_labels, find_split_folders, find_splits
+from dataloading.parquet import ParquetSource, require_pyarrow
 from dataloading.parts import Part, Parts
 from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
-from dataloading.shards import Shard, TarNames, is_listed, is_tar_path, list_shards
+from dataloading.shards import (
+    Shard,
+    ShardSource,
+    TarNames,
+    detect_source,
+    is_listed,
+    is_parquet,
+    list_shards,
+)
 from dataloading.sources import FolderSource, Source, TarSource
 from dataloading.store_cache import StoreCache
 from dataloading.stores import (
@@ -40,12 +49,15 @@ from dataloading.webdataset import gather_shards
 
 logger = logging.getLogger(__name__)
 
-SourceName = Literal["auto", "folder", "webdataset"]
+SourceName = Literal["auto", "folder", "webdataset", "parquet"]
 Shards = Sequence[tuple[str, str]]
-"""Name and path of every tar; none for a folder."""
+"""Name and path of every shard; none for a folder."""
 
 Verify = Literal["never", "changed", "always"]
 """What of a kept index is verified before it is used."""
+
+UNITS = {"folder": "file", "webdataset": "member", "parquet": "row"}
+"""What is counted where an index passes it over, by ``Index.source``."""
 
 PARTS = "parts"
 
@@ -54,30 +66,35 @@ PARTS = "parts"
 class Index:
     """Usable samples of a data set; row i is sample id i.
 
+    Its shards are tars or Parquet files.
+
     Attributes:
-        root: the data set as the caller named it: folder, tar or pattern; the address of such.
+        root: the data set as the caller named it: folder, shard or pattern; the address of such.
         source: layout under it.
         entries: structured array of ``ENTRY``, one row per sample, ordered by path in a folder, by
-            shard and offset in tars.
+            shard and offset in shards; in a Parquet file the offset is the row.
         names: name of each row, made when asked for. Folder: path relative to the root, with
-            ``/``. Tars: the place, "byte 1536 of train-000.tar".
+            ``/``. Shards: the place, "byte 1536 of train-000.tar", "row 15 of train-000.parquet".
         labels: names of the labels, sorted. Folder: the folders directly under the root. Tars: the
-            texts of ``.cls`` members.
+            texts of ``.cls`` members. Parquet: the values of a column, or the names of a
+            ClassLabel, in its order.
         excluded: (name, reason) of files and members that look like images and cannot be used.
         digest: sha256 over keys and sizes (bytes, width, height) of all rows, and their turns if
             there are any, hexadecimal; the same for every copy of the data set.
         passed_over: counts of the files and members that are not taken as images, by extension.
-        shards: the tars, in order; none for a folder.
+        row_group: of Parquet files the largest row group: bytes of its images, and its place.
+        shards: the files that hold the samples, in order; none for a folder.
     """
 
     root: Path | str
-    source: Literal["folder", "webdataset"]
+    source: Literal["folder", "webdataset", "parquet"]
     entries: NDArray[np.void]
     names: Sequence[str]
     labels: tuple[str, ...]
     excluded: tuple[tuple[str, str], ...]
     digest: str
     passed_over: tuple[Passed, ...] = ()
+    row_group: tuple[int, str] | None = None
     shards: tuple[TarPlace, ...] = ()
 
     def __len__(self) -> int:
@@ -95,21 +112,23 @@ class Index:
         if remote:
             cached = None if store_cache is None else StoreCache(store_cache).read
             return StoreSource(remote, self.entries, read_cached=cached)
-        return TarSource([tar for tar in self.shards if isinstance(tar, Path)], self.entries)
+        files = [shard for shard in self.shards if isinstance(shard, Path)]
+        make = ParquetSource if self.source == "parquet" else TarSource
+        return make(files, self.entries)
 
     def list_shards(self) -> Shards:
-        """Return name and path of every tar, for ``open_kept``."""
+        """Return name and path of every shard, for ``open_kept``."""
         if not isinstance(self.names, TarNames):
             return []
         places = map(place_to_text, self.shards)
         return list(zip(self.names.shards, places, strict=True))
 
     def where(self, i: int) -> tuple[TarPlace, int | None]:
-        """Return the file of row ``i`` and, in a tar, the byte at which it begins."""
+        """Return the file of row ``i`` and, in a shard, the byte at which it begins, or the row."""
         row = self.entries[i]
-        if self.source == "webdataset":
-            return self.shards[int(row["shard"])], int(row["offset"])
-        return Path(self.root, self.names[i]), None
+        if self.source == "folder":
+            return Path(self.root, self.names[i]), None
+        return self.shards[int(row["shard"])], int(row["offset"])
 
 
 class Request(NamedTuple):
@@ -126,8 +145,8 @@ class Listing(NamedTuple):
 
     Attributes:
         request: what was asked for.
-        files: images of a folder, or tars.
-        shards: the tars; none for a folder.
+        files: images of a folder, or shards.
+        shards: tars or Parquet files; none for a folder.
         passed: counts of what is passed over beside them.
     """
 
@@ -137,8 +156,10 @@ class Listing(NamedTuple):
     passed: Counts
 
     @property
-    def source(self) -> Literal["folder", "webdataset"]:
-        return "webdataset" if self.shards else "folder"
+    def source(self) -> Literal["folder", "webdataset", "parquet"]:
+        if not self.shards:
+            return "folder"
+        return "parquet" if is_parquet(self.shards[0].file.name) else "webdataset"
 
     def digest(self, with_times: bool) -> str:
         """Hash settings, names and sizes, and times if wanted, hexadecimal."""
@@ -154,18 +175,20 @@ def build_index(
     max_pixels: int = MAX_PIXELS,
     exif_orientation: bool = True,
 ) -> Index:
-    """List the images of a folder or of WebDataset tars; headers are read, nothing is decoded.
+    """List the images of a folder, WebDataset tars or Parquet files; no image is decoded.
 
     Files are taken by their extension, links are followed, hidden files are skipped. Empty,
     unreadable and oversized images are excluded and reported in ``Index.excluded``, as are damaged
-    parts of tars. Other files and members are counted by extension in one log line.
+    parts of tars. Other files and members are counted by extension in one log line. Headers are
+    read, but a Parquet file whole: pyarrow reads no part of an image.
 
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
             holds them directly, one of them, or a pattern such as ``train-{000..146}.tar`` or
-            ``train-*.tar``; or the address of such tars, ``s3://``, ``gs://``, ``https://``.
-        source: "folder", "webdataset", or "auto", which detects it, and refuses to mix folders or
-            tars of a training and of a test set.
+            ``train-*.tar``; or the address of such tars, ``s3://``, ``gs://``, ``https://``; or
+            Parquet files, in the same ways but without an address.
+        source: "folder", "webdataset", "parquet", or "auto", which detects it, and refuses to mix
+            folders or shards of a training and of a test set.
         max_pixels: images with more pixels (width x height) are excluded.
         exif_orientation: turn images upright as their EXIF orientation says; rows then have width
             and height of the upright image. The orientation is recorded in any case.
@@ -230,7 +253,7 @@ def find_kept(
     kept, problem = _open(folder, request)
     if kept is not None and verify == "always" and not kept.is_intact():
         kept, problem = None, "its columns are damaged"
-    if kept is not None and verify == "never" and not _is_tars(request):
+    if kept is not None and verify == "never" and _shard_source(request) is None:
         return _make(request, kept, None), None
     listing = list_data(request)
     contents = listing.digest(with_times=False)
@@ -387,6 +410,7 @@ def _index_of(
         tuple((name, reason) for name, reason in facts["excluded"]),
         facts["digest"],
         tuple(Passed(*item) for item in facts["passed_over"]),
+        tuple(facts["row_group"]) if facts.get("row_group") else None,
         tuple(places),
     )
 
@@ -400,6 +424,7 @@ def _facts_of(index: Index) -> dict[str, Any]:
         "labels": index.labels,
         "excluded": index.excluded,
         "passed_over": index.passed_over,
+        "row_group": index.row_group,
     }
 
 
@@ -412,16 +437,19 @@ def list_data(request: Request) -> Listing:
     root, source = request.path, request.source
     if source not in get_args(SourceName):
         raise ValueError(f"source is {source!r}; expected one of {get_args(SourceName)}")
-    if isinstance(root, str) and source == "folder":
+    if isinstance(root, str) and (source in ("folder", "parquet") or is_parquet(root)):
         raise DataError(
             f"{hide_secrets(root)}: images are read from a store as tars only; pack them (cmtmae "
-            "check-data FOLDER --pack OUT) and set data.source=auto"
+            "check-data FOLDER --pack OUT, of files on a disk) and set data.source=auto"
         )
     passed: Counts = {}
-    if _is_tars(request):
-        shards = list_shards(root, passed)
+    shard_source = _shard_source(request)
+    if shard_source is not None:
+        if shard_source == "parquet":
+            require_pyarrow(root)
+        shards = list_shards(root, passed, shard_source)
         listing = Listing(request, collect_files(shard.file for shard in shards), shards, passed)
-        problem = _mixed_tars(listing) if is_listed(root) else None
+        problem = _mixed_shards(listing) if is_listed(root) else None
     else:
         files, passed = list_folder(Path(root))
         listing = Listing(request, files, [], passed)
@@ -434,11 +462,14 @@ def list_data(request: Request) -> Listing:
     return listing
 
 
-def _is_tars(request: Request) -> bool:
+def _shard_source(request: Request) -> ShardSource | None:
+    """Return what kind of shards is to be read; ``None``: the files of a folder."""
     root, source = request.path, request.source
-    return (
-        isinstance(root, str) or source == "webdataset" or (source == "auto" and is_tar_path(root))
-    )
+    if source == "webdataset" or source == "parquet":
+        return source
+    if isinstance(root, str):
+        return "webdataset"
+    return detect_source(root) if source == "auto" else None
 
 
 def _mixed_folders(listing: Listing) -> str | None:
@@ -457,8 +488,8 @@ def _mixed_folders(listing: Listing) -> str | None:
     )
 
 
-def _mixed_tars(listing: Listing) -> str | None:
-    """Return what to do if the tars are of a training and of a test set."""
+def _mixed_shards(listing: Listing) -> str | None:
+    """Return what to do if the shards are of a training and of a test set."""
     patterns = {re.sub(r"\d+", "*", shard.file.name) for shard in listing.shards}
     splits = find_splits(patterns)
     if splits is None:
@@ -466,9 +497,11 @@ def _mixed_tars(listing: Listing) -> str | None:
     train, test = splits
     first = listing.shards[0]
     folder = str(first.path).removesuffix(first.file.name)
+    files = "tars" if listing.source == "webdataset" else "files"
     return (
-        f"holds tars of a training and of a test set, {train} and {test}; set "
-        f"data.path={os.path.join(folder, train)}, or data.source=webdataset to use all tars"
+        f"holds {files} of a training and of a test set, {train} and {test}; set "
+        f"data.path={os.path.join(folder, train)}, or data.source={listing.source} to use all "
+        f"{files}"
     )
 
 
@@ -500,5 +533,5 @@ def _gather(listing: Listing, recall: Callable[[int], Part], new_buffer: NewBuff
 def _log_passed(index: Index, level: int) -> None:
     """Log what is passed over, in one line."""
     if index.passed_over:
-        what = "member" if index.source == "webdataset" else "file"
-        logger.log(level, "%s: %s", index.root, format_passed(index.passed_over, what))
+        text = format_passed(index.passed_over, UNITS[index.source])
+        logger.log(level, "%s: %s", index.root, text)

@@ -1,6 +1,6 @@
 """Build the pieces of an index: in threads, in helper processes, and on the ranks of a launch.
 
-A piece is a tar or some thousand files of a folder. Every process takes each n-th piece and keeps
+A piece is a shard or some thousand files of a folder. Every process takes each n-th piece and keeps
 its result in ``parts``; who puts them together examines what is still missing, so that a helper may
 be killed, or refuse a piece, at any time.
 """
@@ -20,9 +20,10 @@ from dataloading.entries import READERS, File, map_in_threads
 from dataloading.errors import DataError, ReadError
 from dataloading.folders import FOLDER_PIECE, examine_files
 from dataloading.listing import Files, map_files, write_files
+from dataloading.parquet import examine_parquet
 from dataloading.parts import Part, Parts
 from dataloading.patience import PATIENCE_S, Patience
-from dataloading.shards import Shard
+from dataloading.shards import Shard, is_parquet
 from dataloading.stores import LISTING_IN_FLIGHT, RemoteTar, as_root, place_from_text, place_to_text
 from dataloading.webdataset import examine_shard
 
@@ -35,7 +36,7 @@ _MAX_HELPERS = 31
 
 
 def make_pieces(files: Files, shards: Sequence[Shard]) -> list[range]:
-    """Return the rows of a listing that are examined together: one tar, or neighbours."""
+    """Return the rows of a listing that are examined together: one shard, or neighbours."""
     step = 1 if shards else FOLDER_PIECE
     return [range(at, min(at + step, len(files))) for at in range(0, len(files), step)]
 
@@ -124,7 +125,8 @@ class _Examiner:
         sizes = [len(parts.pieces[piece]) for piece in missing]
         is_remote = bool(self._shards) and isinstance(self._shards[0].path, RemoteTar)
         threads = LISTING_IN_FLIGHT if is_remote else READERS
-        map_in_threads(self._work, missing, sizes, "tars" if self._shards else "files", threads)
+        is_tars = bool(self._shards) and not is_parquet(self._shards[0].file.name)
+        map_in_threads(self._work, missing, sizes, "tars" if is_tars else "files", threads)
 
     def recall(self, piece: int) -> Part:
         part = self._parts.recall(piece)
@@ -159,7 +161,9 @@ class _Examiner:
 
     def _examine(self, piece: int) -> Part:
         if self._shards:
-            return examine_shard(self._shards[piece], *self._settings, self._patience)
+            shard = self._shards[piece]
+            examine = examine_parquet if is_parquet(shard.file.name) else examine_shard
+            return examine(shard, *self._settings, self._patience)
         rows = self._parts.pieces[piece]
         return examine_files(
             Path(self._root), self._parts.files, rows, *self._settings, self._patience

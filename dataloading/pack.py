@@ -3,6 +3,8 @@
 The content of a tar is a pure function of ``pack.json``, so that an interrupted pack continues with
 the next tar and ends with the same files. A tar counts when ``pack.json`` names it: each tar is
 written to a draft, synced, read back and only then renamed.
+
+Images of Parquet files are first copied in their order, into a file that is deleted at the end.
 """
 
 import fcntl
@@ -11,12 +13,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataloading.check import Fault, ReportDone, map_in_order
 from dataloading.errors import DataError
@@ -31,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "pack.json"
 _LOCK = ".pack.lock"
+_COPY = ".images-"
 _FORMAT = 2
 
 
@@ -187,7 +192,7 @@ class Pack:
             draft.unlink()
         bad = [fault.sample for fault in record.excluded]
         rows = np.delete(np.arange(len(self._index), dtype=np.int64), bad)
-        reader = Reader(self._index, self._patience_s)
+        reader: Reader | None = None
         pool = start_threads(threads)
         try:
             for shard in range(record.shards):
@@ -200,6 +205,11 @@ class Pack:
                     if fault is not None:
                         logger.warning("%s: %s; it is written again", self._out / name, fault)
                 if fault is not None:
+                    if reader is None:
+                        index = self._index
+                        if index.source == "parquet":
+                            index = self._copy_images(rows, pool, threads)
+                        reader = Reader(index, self._patience_s)
                     ids, _ = sample_ids(len(rows), record.seed, np.arange(first, last))
                     chosen = zip(range(first, last), rows[ids].tolist(), strict=True)
                     samples = map_in_order(pool, threads, self._reading(reader), chosen)
@@ -210,7 +220,10 @@ class Pack:
                 report_done(last)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            reader.close()
+            if reader is not None:
+                reader.close()
+        for copy in self._out.glob(f"{_COPY}*"):
+            copy.unlink()
 
     def verify_index(self, record: PackRecord, max_pixels: int) -> Index:
         """Index the folder as a run would.
@@ -226,6 +239,35 @@ class Pack:
                 f"in {record.shards} were packed; remove what this pack did not write"
             )
         return packed
+
+    def _copy_images(
+        self, rows: NDArray[np.int64], pool: ThreadPoolExecutor, threads: int
+    ) -> Index:
+        """Copy the images into one file, in the order of the index; return an index of the copy.
+
+        A row group is so decoded once. In the order of a pack, each of its images would decode it.
+        """
+        name = f"{_COPY}{hashlib.sha256(self._index.digest.encode() + rows.tobytes()).hexdigest()}"
+        for other in self._out.glob(f"{_COPY}*"):
+            if other.name != name:
+                other.unlink()
+        entries = self._index.entries.copy()
+        ends = np.cumsum(entries["size"][rows], dtype=np.uint64)
+        entries["shard"] = 0
+        entries["offset"][rows] = ends - entries["size"][rows]
+        if not (self._out / name).exists():
+            text = "%s: the images are copied there first, %.1f GB in the order of the files"
+            logger.info(text, self._out, int(ends[-1]) / 1e9)
+            reader = Reader(self._index, self._patience_s)
+            chosen = ((0, row) for row in rows.tolist())
+            samples = map_in_order(pool, threads, self._reading(reader), chosen)
+            try:
+                self._publish(name, lambda file: file.writelines(one.data for one in samples))
+            finally:
+                reader.close()
+        return replace(
+            self._index, source="webdataset", entries=entries, shards=(self._out / name,)
+        )
 
     def _make_record(self, excluded: Sequence[Fault]) -> PackRecord:
         labels = hashlib.sha256(json.dumps(self._index.labels).encode("ascii"))

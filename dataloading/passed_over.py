@@ -124,7 +124,7 @@ def lost_images(passed: Iterable[Passed]) -> int:
     return sum(
         item.number
         for item in passed
-        if item.kind in ("key", "link")
+        if item.kind in ("key", "link", "null", "path")
         or (item.kind == "file" and item.extension not in _DOCUMENTS)
     )
 
@@ -158,6 +158,10 @@ def _label(item: Passed) -> str:
         return f"{item.extension} behind a second dot beside an image of the same key"
     if item.kind == "link":
         return f"{item.extension} that are links or devices"
+    if item.kind == "null":
+        return "without an image (null)"
+    if item.kind == "path":
+        return "with the path of an image and without its bytes"
     return item.extension or "without extension"
 
 
@@ -178,6 +182,11 @@ def _remedy(item: Passed) -> str:
             f"{name}: links within a tar are not followed; write the tar with "
             "tar --dereference --hard-dereference"
         )
+    if item.kind == "path":
+        return (
+            f"{name}: paths are not followed; embed the bytes (Dataset.push_to_hub of Hugging Face "
+            "datasets does), or set data.path to the folder of the images"
+        )
     if item.kind != "file" or extension in _DOCUMENTS:
         return ""
     if extension in _UNREAD:
@@ -186,6 +195,11 @@ def _remedy(item: Passed) -> str:
         return (
             f"{name}: tars are read where data.path is their folder or a pattern of tars; unpack "
             "a tar that is within another"
+        )
+    if extension == ".parquet":
+        return (
+            f"{name}: Parquet files are read from a file system, where data.path is their folder, "
+            "one of them or a pattern of them"
         )
     if extension in _CONTAINERS:
         return f"{name}: this container is not read; write its images as files, or as .tar files"

@@ -10,20 +10,18 @@ import torch
 from torch import Tensor
 
 from dataloading.entries import SIDEWAYS, orientation_of
+from dataloading.errors import UndecodableError as UndecodableError
 from dataloading.headers import MAX_SCANS, HeaderError, has_many_scans, size_of_bytes
 from dataloading.index import Index
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
+from dataloading.shards import unit_of
 from dataloading.turns import Box, turn_box
 
 LOOK_AHEAD = 3
 """Micro-batches in preparation beside the returned one."""
 GREY = 128
 """Value of every pixel of an undecodable view."""
-
-
-class UndecodableError(ValueError):
-    """An image cannot be used; the message is a short reason without a path."""
 
 
 class Views(NamedTuple):
@@ -118,7 +116,7 @@ class Reader:
 
     def _place_of(self, sample: int) -> str:
         path, offset = self.index.where(sample)
-        return str(path) if offset is None else f"{path}, byte {offset}"
+        return str(path) if offset is None else f"{path}, {unit_of(str(path))} {offset}"
 
     def orientation(self, sample: int) -> int:
         """Return the EXIF orientation by which a sample is turned, 1 to 8; 1: as stored."""

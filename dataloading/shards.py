@@ -1,4 +1,4 @@
-"""Which tar files are the shards of a data set, and what their samples are called."""
+"""Which files are the shards of a data set, tars or Parquet files, and what samples are called."""
 
 import glob
 import itertools
@@ -10,7 +10,7 @@ import stat
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,38 +47,62 @@ _MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 _TAR_FILE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+_BESIDE_IMAGES = "metadata.parquet"  # of an image folder of Hugging Face datasets
+
+ShardSource = Literal["webdataset", "parquet"]
+ENDINGS: dict[ShardSource, str] = {"webdataset": ".tar", "parquet": ".parquet"}
 
 
 class Shard(NamedTuple):
-    """A tar file: where it is, and its facts under a name that its copy elsewhere has too."""
+    """A tar or Parquet file: where it is, and its facts under a name that a copy has too."""
 
     path: TarPlace
     file: File
 
 
-def is_tar_path(path: Path) -> bool:
-    """Return whether a path means tars: a tar file, a pattern of tars, or a folder that holds tars.
+def is_parquet(name: str) -> bool:
+    """Return whether a name is that of a Parquet file."""
+    return name.lower().endswith(".parquet")
+
+
+def detect_source(path: Path) -> ShardSource | None:
+    """Return of which files a path is one, a pattern, or the folder; ``None``: of neither.
 
     Raises:
-        DataError: if a folder holds both tars and images.
+        DataError: if a folder holds both, or images beside them.
     """
     if not path.is_dir():
-        return _TAR_FILE.search(path.name) is not None or is_glob(path)
+        if is_parquet(path.name):
+            return "parquet"
+        if _TAR_FILE.search(path.name) is not None:
+            return "webdataset"
+        if not is_glob(path):
+            return None
     try:
-        tars = _tars_in(path)
-        image = next((file for file in walk(path) if file.fault is None), None) if tars else None
+        found: dict[ShardSource, str] = {}
+        for source, ending in ENDINGS.items():
+            files = _files_in(path, ending) if path.is_dir() else _match(path, {}, ending)
+            if files:
+                found[source] = f"{ending} files ({files[0].name} ...)"
+        if not path.is_dir():
+            return "parquet" if list(found) == ["parquet"] else "webdataset"
+        image = next((file for file in walk(path) if file.fault is None), None) if found else None
     except OSError:  # whoever lists the folder says so
-        return False
+        return None
+    sources: list[str] = [*found]
     if image is not None:
+        sources.append("folder")
+    if len(sources) > 1:
+        images = [f"images ({image.name} ...)"] if image is not None else []
         raise DataError(
-            f"{path}: holds both .tar files ({tars[0].name} ...) and images ({image.name} ...); "
-            "set data.source to webdataset or folder"
+            f"{path}: holds both {' and '.join([*found.values(), *images])}; "
+            f"set data.source to {' or '.join(sources)}"
         )
-    return bool(tars)
+    return next(iter(found), None)
 
 
 def is_listed(path: Path | str) -> bool:
-    """Return whether all tars of a path are found by listing, and none is named."""
+    """Return whether all files of a path are found by listing, and none is named."""
     is_pattern = is_glob(path) if isinstance(path, Path) else _is_remote_list(path)
     return (is_pattern and "{" not in str(path)) or (isinstance(path, Path) and path.is_dir())
 
@@ -88,14 +112,17 @@ def is_glob(path: Path) -> bool:
     return glob.has_magic(str(path)) and not os.path.lexists(path)
 
 
-def list_shards(path: Path | str, passed: Counts | None = None) -> list[Shard]:
-    """List the tars of a data set.
+def list_shards(
+    path: Path | str, passed: Counts | None = None, source: ShardSource = "webdataset"
+) -> list[Shard]:
+    """List the tars, or the Parquet files, of a data set.
 
     Args:
         path: folder (its .tar files by name), one tar, or a pattern with ``{000..146}`` or
             ``{a,b}`` (in the order written; of several braces the last moves first), with ``*``,
             ``?`` or ``[...]`` (by name), or with both; or the address of such in a store.
         passed: takes the counts of other files in the folder or of the pattern.
+        source: "parquet" lists .parquet files, which are in no store.
 
     Returns:
         The shards in order. Names are relative to the folder that all have in common.
@@ -107,19 +134,26 @@ def list_shards(path: Path | str, passed: Counts | None = None) -> list[Shard]:
     if isinstance(path, str):
         return list_remote_shards(path, passed)
     counts: Counts = {}
+    ending = ENDINGS[source]
     try:
         if path.is_dir():
-            tars = _tars_in(path, counts)
+            tars = _files_in(path, ending, counts)
         elif path.exists():
             tars = [path]
         else:
             texts = _expand(path) if "{" in str(path) else [str(path)]
-            tars = [tar for text in texts for tar in _match(Path(text), counts)]
+            tars = [tar for text in texts for tar in _match(Path(text), counts, ending)]
     except OSError as error:
         raise DataError(
             f"{path}: cannot be listed ({error.strerror}); make data.path readable"
         ) from error
-    _require_tars(path, len(tars), counts, f"{explain_path(path)}{_near(path)}")
+    _require_files(path, len(tars), counts, f"{explain_path(path)}{_near(path, ending)}", ending)
+    odd = next((tar for tar in tars if is_parquet(tar.name) != (source == "parquet")), None)
+    if odd is not None:
+        raise DataError(
+            f"{odd}: data.source={source} reads {ending} files; "
+            + ("rename it" if source == "parquet" else "set data.source=parquet")
+        )
     if passed is not None:
         passed.update(counts)
     parents = [os.path.dirname(os.path.abspath(tar)) for tar in tars]
@@ -131,7 +165,7 @@ def list_shards(path: Path | str, passed: Counts | None = None) -> list[Shard]:
         except OSError as error:
             raise _unreadable(tar, error, explain_path(path)) from error
         if not stat.S_ISREG(facts.st_mode):
-            raise DataError(f"{tar}: is not a regular file; set data.path to .tar files")
+            raise DataError(f"{tar}: is not a regular file; set data.path to {ending} files")
         name = Path(os.path.relpath(os.path.abspath(tar), common)).as_posix()
         shards.append(Shard(tar, File(name, facts.st_size, facts.st_mtime_ns)))
     return _require_distinct(path, shards)
@@ -171,7 +205,7 @@ def list_remote_shards(url: str, passed: Counts | None = None) -> list[Shard]:
             raise DataError(f"{name}: {error.strerror}; {explain_remedy(name, error)}") from error
 
     tars = Patience(PATIENCE_S).retry(refused, url)
-    _require_tars(url, len(tars), counts, "")
+    _require_files(url, len(tars), counts, "", ".tar")
     if passed is not None:
         passed.update(counts)
     unversioned = [tar.url for tar in tars if not tar.version]
@@ -216,7 +250,7 @@ def open_shard(path: TarPlace) -> Generator[tuple[int | Readable, int], None, No
 
 
 class TarNames(Sequence[str]):
-    """Names of samples in tars, made when they are asked for.
+    """Names of samples in tars or Parquet files, made when they are asked for.
 
     ``tar -tvRf SHARD`` lists the member with its block: byte / 512 - 1 is that of its header.
     """
@@ -242,17 +276,22 @@ class TarNames(Sequence[str]):
 
 
 def place(shard: str, offset: int) -> str:
-    """Name a place in a tar."""
-    return f"byte {offset} of {shard}"
+    """Name a place in a tar, or a row of a Parquet file."""
+    return f"{unit_of(shard)} {offset} of {shard}"
 
 
-def _tars_in(folder: Path, passed: Counts | None = None) -> list[Path]:
+def unit_of(shard: str) -> str:
+    """Return what the offsets of a file's samples count."""
+    return "row" if is_parquet(shard) else "byte"
+
+
+def _files_in(folder: Path, ending: str, passed: Counts | None = None) -> list[Path]:
     names: list[str] = []
     others: list[str] = []
     with os.scandir(folder) as items:
         for item in items:
-            is_hidden, is_tar = item.name.startswith("."), item.name.lower().endswith(".tar")
-            if is_tar and not is_hidden and not item.is_dir():
+            is_hidden, is_shard = item.name.startswith("."), _is_shard(item.name, ending)
+            if is_shard and not is_hidden and not item.is_dir():
                 names.append(item.name)
             elif passed is not None and not is_hidden and item.is_dir():
                 for file in walk(Path(item.path), f"{item.name}/", passed=passed):
@@ -264,8 +303,12 @@ def _tars_in(folder: Path, passed: Counts | None = None) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _match(path: Path, passed: Counts) -> list[Path]:
-    """Return the tars that a pattern with ``*`` matches, by name; any other path as it is."""
+def _is_shard(name: str, ending: str) -> bool:
+    return name.lower().endswith(ending) and name.lower() != _BESIDE_IMAGES
+
+
+def _match(path: Path, passed: Counts, ending: str) -> list[Path]:
+    """Return the files that a pattern with ``*`` matches, by name; any other path as it is."""
     if not is_glob(path):
         return [path]
     known, parts = Path(*path.parts[:1]), path.parts[1:]
@@ -275,18 +318,18 @@ def _match(path: Path, passed: Counts) -> list[Path]:
         known, parts = known / parts[0], parts[1:]
     found = glob.glob(os.path.join(glob.escape(str(known)), *parts), recursive=True)
     files = [Path(text) for text in sorted(found) if not os.path.isdir(text)]
-    tars = [file for file in files if file.name.lower().endswith(".tar")]
-    others = [str(file) for file in files if not file.name.lower().endswith(".tar")]
+    tars = [file for file in files if _is_shard(file.name, ending)]
+    others = [str(file) for file in files if not _is_shard(file.name, ending)]
     for name in others:
         extension = extension_of(name)
         count_passed(passed, "file" if is_archive(extension) else "beside", extension, name)
     return tars
 
 
-def _near(path: Path) -> str:
-    """Return which tars are in the folder of a pattern that matches none."""
+def _near(path: Path, ending: str) -> str:
+    """Return which files are in the folder of a pattern that matches none."""
     try:
-        tars = _tars_in(path.parent) if is_glob(path) else []
+        tars = _files_in(path.parent, ending) if is_glob(path) else []
     except OSError:
         return ""
     return f" ({path.parent} holds {len(tars)}: {tars[0].name} ...)" if tars else ""
@@ -303,17 +346,20 @@ def _key_path(url: str) -> str:
     return f"/{root.partition('://')[2]}/{key}"
 
 
-def _require_tars(path: Path | str, tars: int, counts: Counts, explained: str) -> None:
+def _require_files(
+    path: Path | str, found: int, counts: Counts, explained: str, ending: str
+) -> None:
     archives = sum(item.number for item in counts.values() if is_archive(item.extension))
-    if tars and archives <= tars:
+    if found and archives <= found:
         return
-    found = "no .tar files found"
-    if tars:
-        found = f"only {tars} of {tars + archives} archives are .tar files"
+    problem = f"no {ending} files found"
+    if found:
+        problem = f"only {found} of {found + archives} archives are {ending} files"
     others = f"; {format_passed(sort_counts([counts]))}" if counts else ""
     raise DataError(
-        f"{path}: {found}{explained}{others}; set data.path to a folder that holds them directly, "
-        "to one of them, or to a pattern such as train-{000..146}.tar or train-*.tar"
+        f"{path}: {problem}{explained}{others}; set data.path to a folder that holds them "
+        f"directly, to one of them, or to a pattern such as train-{{000..146}}{ending} or "
+        f"train-*{ending}"
     )
 
 
@@ -321,7 +367,7 @@ def _require_distinct(path: Path | str, shards: list[Shard]) -> list[Shard]:
     seen: set[str] = set()
     for shard in shards:
         if shard.file.name in seen:
-            raise DataError(f"{path}: names {shard.file.name} twice; name each tar once")
+            raise DataError(f"{path}: names {shard.file.name} twice; name each file once")
         seen.add(shard.file.name)
     return shards
 
@@ -329,10 +375,11 @@ def _require_distinct(path: Path | str, shards: list[Shard]) -> list[Shard]:
 def _unreadable(path: TarPlace, error: OSError, explained: str = "") -> DataError:
     if isinstance(path, RemoteTar):
         return DataError(f"{path}: {error.strerror}; {explain_remedy(path.url, error)}")
+    kind, ending = ("file", ".parquet") if is_parquet(path.name) else ("tar", ".tar")
     return DataError(
-        f"{path}: this tar cannot be read ({error.strerror}){explained}; "
-        "make it readable or correct data.path (a folder of .tar files, one, or a pattern "
-        "such as train-{000..146}.tar or train-*.tar)"
+        f"{path}: this {kind} cannot be read ({error.strerror}){explained}; "
+        f"make it readable or correct data.path (a folder of {ending} files, one, or a pattern "
+        f"such as train-{{000..146}}{ending} or train-*{ending})"
     )
 
 

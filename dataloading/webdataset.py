@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ from dataloading.passed_over import (
     sort_counts,
 )
 from dataloading.patience import PATIENCE_S, Patience
-from dataloading.shards import Shard, TarNames, open_shard, place
+from dataloading.shards import Shard, TarNames, is_parquet, open_shard, place
 from dataloading.tars import NOT_A_FILE, find_tar_problem, list_members
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,22 @@ _IMAGES = frozenset(name.encode("ascii") for name in EXTENSIONS)
 _CLASS = b".cls"
 _MAX_CLASS = 256  # bytes of a class's text
 _INTEGER = re.compile(r"-?[0-9]+")
+
+
+class _Words(NamedTuple):
+    """How messages call the files of a data set and what is in them."""
+
+    files: str
+    unit: str
+    expected: str
+
+
+_TAR_WORDS = _Words(
+    "tar files", "member", "WebDataset tars with members such as KEY.jpg and KEY.cls"
+)
+_PARQUET_WORDS = _Words(
+    "Parquet files", "row", "Parquet files with encoded images, as Hugging Face datasets writes"
+)
 
 
 def examine_shards(path: Path, shards: Sequence[Shard], max_pixels: int) -> Findings:
@@ -89,52 +105,75 @@ def gather_shards(
     beside: Counts | None = None,
     refuse_splits: bool = False,
 ) -> Findings:
-    """Put the parts of tars together; messages name ``path``.
+    """Put the parts of tars, or of Parquet files, together; messages name ``path``.
 
     ``beside`` counts the files beside the tars that are passed over. With ``refuse_splits`` the
     images must not be in folders of a training and of a test set.
 
     Returns:
-        Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members,
-        in numerical order if all are integers.
+        Rows in the order of shard and offset; labels are the distinct texts of ``.cls`` members or
+        of a column, in numerical order if all are integers, or the names of a ClassLabel column in
+        its order.
 
     Raises:
-        DataError: if no image is usable, more than half of the images are passed over, or there
-            are images of two sets.
+        DataError: if no image is usable, more than half of the images are passed over, there
+            are images of two sets, or files have different ClassLabels.
     """
+    name = shards[0].file.name
+    words = _PARQUET_WORDS if is_parquet(name) else _TAR_WORDS
     excluded: list[tuple[str, str]] = []
     counts: Counts = dict(beside or {})
     texts: set[str] = set()
     folders: set[str] = set()
+    class_lists: dict[tuple[str, ...] | None, str] = {}  # None: no ClassLabel, but labels
+    row_group: tuple[int, str] | None = None
+    columns: dict[str, None] = {}  # in order
     rows = 0
-    for number in range(len(shards)):
+    for number, shard in enumerate(shards):
         part = recall(number)
         rows += len(part.rows)
+        if part.facts.get("is_named"):
+            class_lists.setdefault(tuple(part.facts["classes"]), shard.file.name)
+        elif part.facts["classes"]:
+            class_lists.setdefault(None, shard.file.name)
+        if "row_group" in part.facts:
+            columns[part.facts["columns"]] = None
+            group_bytes, first = part.facts["row_group"]
+            if row_group is None or group_bytes > row_group[0]:
+                row_group = group_bytes, place(shard.file.name, first)
         excluded += [(name, reason) for name, reason in part.facts["excluded"]]
         for one in part.facts["passed"]:
             item = Passed(*one)
             count_passed(counts, item.kind, item.extension, item.first, item.number)
         texts.update(part.facts["classes"])
         folders.update(part.facts["folders"])
+    if columns:
+        logger.info("%s: columns: %s", path, "; ".join(columns))
     if excluded:
-        text = "%s: %d images, %d members excluded or damaged; first: %s (%s)"
-        logger.warning(text, path, rows, len(excluded), *excluded[0])
+        text = "%s: %d images, %d %ss excluded or damaged; first: %s (%s)"
+        logger.warning(text, path, rows, len(excluded), words.unit, *excluded[0])
     passed = sort_counts([counts])
-    others = f"; {format_passed(passed, 'member')}" if passed else ""
+    others = f"; {format_passed(passed, words.unit)}" if passed else ""
     if not rows:
         first = f"; first problem: {excluded[0][0]} ({excluded[0][1]})" if excluded else ""
         raise DataError(
-            f"{path}: no usable image in {len(shards)} tar files{first}{others}; "
-            "set data.path to WebDataset tars with members such as KEY.jpg and KEY.cls"
+            f"{path}: no usable image in {len(shards)} {words.files}{first}{others}; "
+            f"set data.path to {words.expected}"
         )
     lost, images = lost_images(passed), rows + len(excluded)
     if lost > images:
         raise DataError(
-            f"{path}: more than half of the members, {lost} of {lost + images}, are not taken as "
-            f"images{others}; correct them, or set data.path to other tars"
+            f"{path}: more than half of the {words.unit}s, {lost} of {lost + images}, are not "
+            f"taken as images{others}; correct them, or set data.path to other {words.files}"
         )
     _check_splits(path, folders, refuse_splits)
-    labels = _in_order(texts)
+    if len(class_lists) > 1:
+        raise DataError(
+            f"{path}: {' and '.join(list(class_lists.values())[:2])} have other classes "
+            "(ClassLabel); write them as one data set, or set data.path to files of one"
+        )
+    named = next(iter(class_lists), None)
+    labels = _in_order(texts) if named is None else named
     label_of = {label: i for i, label in enumerate(labels)}
     entries, _ = new_columns(rows, 0, new_buffer)
     names = [shard.file.name for shard in shards]
@@ -151,7 +190,13 @@ def gather_shards(
         at += len(own)
     total.update(turns_bytes(entries))
     return Findings(
-        entries, TarNames(names, entries), labels, tuple(excluded), total.hexdigest(), passed
+        entries,
+        TarNames(names, entries),
+        labels,
+        tuple(excluded),
+        total.hexdigest(),
+        passed,
+        row_group,
     )
 
 
@@ -167,7 +212,8 @@ def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[n
 
 
 def _begin_digest(names: Sequence[str], sizes: Sequence[int]) -> Any:
-    total = hashlib.sha256(b"dataloading index of tars 1\n")
+    kind = b"parquet" if is_parquet(names[0]) else b"tars"
+    total = hashlib.sha256(b"dataloading index of %s 1\n" % kind)
     for name, size in zip(names, sizes, strict=True):
         total.update(encode_name(name) + b"\0%d\n" % size)
     return total

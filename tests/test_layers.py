@@ -36,6 +36,7 @@ ONLY_IN = {
     "torch.distributed.fsdp": {"cmtmae_scale.backends.fsdp"},
     "torch.distributed._composable": set(),
     "obstore": {"dataloading.stores"},
+    "pyarrow": {"dataloading.parquet"},
     "open_clip": {"cmtmae_scale.teachers.open_clip"},
 }
 

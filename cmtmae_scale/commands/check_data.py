@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("auto", "folder", "webdataset")
+SOURCES = ("auto", "folder", "webdataset", "parquet")
 
-_EXITS = """exit code: 0 usable; 78 unusable: too many bad images, a damaged tar, or no image;
+_EXITS = """exit code: 0 usable; 78 unusable: too many bad images, damaged files, or no image;
 75 stopped by Ctrl-C or a full store, the same command restarts and a pack resumes"""
 
 
@@ -49,7 +49,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EXITS,
         allow_abbrev=False,
     )
-    parser.add_argument("path", nargs="+", help="as data.path: folder of images, or tars")
+    parser.add_argument("path", nargs="+", help="as data.path: images, tars or Parquet files")
     parser.add_argument("--source", choices=SOURCES, default="auto", help="its layout")
     parser.add_argument(
         "--max-pixels", type=at_least_one, default=Data.max_pixels, help="as data.max_pixels"

@@ -73,7 +73,7 @@ def write_recipe(images: str, output: Path | None) -> int:
 def name_run(images: str) -> str:
     """Return a name for run and recipe: the folder's, in letters that need no quotes."""
     path = Path(images).resolve()
-    stem = path.parent.name if re.search(r"[*?{\[]|\.tar$", path.name) else path.name
+    stem = path.parent.name if re.search(r"[*?{\[]|\.(tar|parquet)$", path.name) else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "images"
 
 

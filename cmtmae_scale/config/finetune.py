@@ -32,8 +32,8 @@ class LabelledData:
     """Where the labelled images are and how they are read."""
 
     path: str = MISSING
-    """Training images: a folder whose sub-folders are labels, or tars with ``.cls``
-    members."""
+    """Training images: a folder whose sub-folders are labels, tars with ``.cls`` members, or
+    Parquet files with a column of labels."""
     test_path: str = MISSING
     """Test images, of the same labels."""
     decode: Literal["auto", "dali", "torch"] = "auto"

@@ -139,17 +139,20 @@ class Run:
 class Data:
     """Where the images are and how they are read."""
 
-    source: Literal["auto", "folder", "webdataset"] = "auto"
-    """Layout under ``path``: a folder of images or WebDataset tars; auto: detected."""
+    source: Literal["auto", "folder", "webdataset", "parquet"] = "auto"
+    """Layout under ``path``: a folder of images, WebDataset tars or Parquet files; auto:
+    detected."""
     path: str = MISSING
     """Folder of images (sub-folders are labels); or tars (``KEY.jpg``, ``KEY.cls``): a folder of
     tars, one tar, or a pattern such as ``train-{000..146}.tar`` or ``train-*.tar``; or the address
-    of tars in a store (``s3://``, ``gs://``, ``https://``), without credentials."""
+    of tars in a store (``s3://``, ``gs://``, ``https://``), without credentials; or Parquet files
+    with a column of encoded images: their folder, one, or a pattern such as ``train-*.parquet``."""
     index: str | None = None
     """Folder of the index, for all ranks; ``None``: ``RUN_DIR/index``."""
     verify_index: Literal["never", "changed", "always"] = "changed"
-    """Before a kept index is used - never: of a folder nothing is listed, of tars names and sizes
-    are compared; changed: names, sizes and times of all files; always: its digests too."""
+    """Before a kept index is used - never: of a folder nothing is listed, of tars and Parquet files
+    names and sizes are compared; changed: names, sizes and times of all files; always: its digests
+    too."""
     store_cache: str | None = None
     """Folder on a disk of each node for pieces of the tars of a store, which the ranks of the node
     share and later epochs and runs read; ``None``: each image is requested from the store."""

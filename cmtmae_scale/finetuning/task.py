@@ -43,6 +43,7 @@ from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, r
 from cmtmae_scale.method.initialisation import whole_values
 from cmtmae_scale.runtime.launch import World
 from dataloading.index import Index
+from dataloading.parquet import require_small_groups
 from dataloading.stream import Batch, Stream
 
 RESULT_FILE = "result.json"
@@ -95,6 +96,7 @@ class Finetuning:
         self.sets = open_pair(
             data.path, data.test_path, run_dir, exif_orientation=data.exif_orientation
         )
+        require_small_groups(data.path, self.sets.train.index.row_group, "full")
         require_decodable(self.sets.test, f"data.test_path={data.test_path}")
         num_images = len(self.sets.train)
         check_warmup(self.config, total_steps(self.config, num_images), num_images)

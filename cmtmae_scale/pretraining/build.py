@@ -54,6 +54,7 @@ from dataloading.index import (
     share_listing,
 )
 from dataloading.mixing import require_mixed
+from dataloading.parquet import require_small_groups
 from dataloading.stores import as_root
 from dataloading.stream import Stream
 
@@ -172,7 +173,7 @@ def refuse_bad_index(config: Config, index: Index) -> None:
 
     Raises:
         ConfigError: another number of images than ``data.expected_images``.
-        DataError: images that ``data.shuffle=window`` refuses.
+        DataError: images that ``data.shuffle`` refuses.
     """
     expected = config.data.expected_images
     if expected is not None and expected != len(index):
@@ -180,6 +181,7 @@ def refuse_bad_index(config: Config, index: Index) -> None:
             f"data.path={config.data.path} has {len(index)} usable images, "
             f"data.expected_images={expected}; correct one of them"
         )
+    require_small_groups(config.data.path, index.row_group, config.data.shuffle)
     if config.data.shuffle == "window":
         require_mixed(index, config.data.window_on_sorted)
 

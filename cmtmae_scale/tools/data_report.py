@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 
 from dataloading.check import Fault
 from dataloading.entries import count_turned
-from dataloading.index import Index
+from dataloading.index import UNITS, Index
 from dataloading.mixing import Mixing, class_mixing, expected_labels
+from dataloading.parquet import DAMAGED, LARGEST_GROUP
 from dataloading.passed_over import format_passed, lost_images
 from dataloading.values import Survey
 
 _NAMED = 3  # files named for each reason
 _LISTED = 20  # undecodable images listed
-_LOST = ("cut short", "rest of this tar", "end of the archive")
-"""Reasons with which an unknown number of further images is lost."""
+_LOST = ("cut short", "rest of this tar", "end of the archive", DAMAGED)
+"""Reasons with which further images are lost."""
 
 
 class Range(NamedTuple):
@@ -75,7 +76,7 @@ class DataReport:
 
     @property
     def lost(self) -> list[str]:
-        """Damaged tars, according to the index."""
+        """Damaged tars or row groups, according to the index."""
         return [
             f"{name}: {reason}"
             for name, reason in self.index.excluded
@@ -112,6 +113,7 @@ class DataReport:
             "digest": self.index.digest,
             "images": len(self.index),
             "tars": len(self.index.shards),
+            "row_group": self.index.row_group,
             "excluded": [{"name": name, "reason": why} for name, why in self.index.excluded],
             "passed_over": [passed._asdict() for passed in self.index.passed_over],
             "undecodable": [fault._asdict() for fault in self.undecodable],
@@ -175,7 +177,8 @@ def measure_range(values: NDArray[Any]) -> Range:
 def render_data_report(report: DataReport) -> str:
     """Return the report as text."""
     index = report.index
-    kind = f"{len(index.shards)} tars" if index.shards else "folder"
+    files = "Parquet files" if index.source == "parquet" else "tars"
+    kind = f"{len(index.shards)} {files}" if index.shards else "folder"
     lines = [f"{index.root}: {kind}, {len(index)} images, index digest {index.digest[:12]}", ""]
     lines += _fault_lines(report)
     lines += ["", f"{'':8}{'min':>12}{'median':>12}{'95 %':>12}{'max':>12}"]
@@ -196,11 +199,17 @@ def render_data_report(report: DataReport) -> str:
         )
     if report.labels_per_tar is not None:
         low, middle, high = report.labels_per_tar
+        file = "file" if index.source == "parquet" else "tar"
         lines.append(
-            f"labels per tar: {low} to {high}, median {middle}; {report.labels_expected:.1f} in a "
-            "full shuffle"
+            f"labels per {file}: {low} to {high}, median {middle}; {report.labels_expected:.1f} in "
+            "a full shuffle"
         )
     lines.append(f"order: {report.mixing or 'unknown without labels'}")
+    if index.row_group is not None:
+        size, where = index.row_group
+        lines.append(f"row groups: at most {size / 2**20:.1f} MiB of images (from {where} on)")
+        full = "refused, pack the images first" if size > LARGEST_GROUP else "possible"
+        lines.append(f"data.shuffle=full: {full}")
     lines.append(f"data.shuffle=window: {_window_shuffle(report)}")
     lines += ["", f"verdict: {_verdict(report)}"]
     return "\n".join(lines)
@@ -253,10 +262,12 @@ def _survey_lines(index: Index, survey: Survey) -> list[str]:
 
 def format_passed_over(index: Index) -> str:
     """Format what the index passes over, by extension; empty for nothing."""
-    return format_passed(index.passed_over, "member" if index.source == "webdataset" else "file")
+    return format_passed(index.passed_over, UNITS[index.source])
 
 
 def _window_shuffle(report: DataReport) -> str:
+    if report.index.row_group is not None and report.index.row_group[0] > LARGEST_GROUP:
+        return "refused, pack the images first"
     if report.mixing is None:
         return "safe only if the images were shuffled when they were stored"
     return "refused, pack the images first" if report.mixing.is_sorted else "safe"
@@ -268,7 +279,10 @@ def _verdict(report: DataReport) -> str:
     lost = lost_images(report.index.passed_over)
     bad += f"; {lost} more files are not taken as images" if lost else ""
     if report.lost:
-        return f"unusable: {len(report.lost)} tars are damaged or cut short; {bad}"
+        what = "row groups are damaged"
+        if report.index.source == "webdataset":
+            what = "tars are damaged or cut short"
+        return f"unusable: {len(report.lost)} {what}; {bad}"
     if len(report.undecodable) == len(report.index):
         return "unusable: no image can be decoded"
     return f"{'usable' if report.is_usable else 'unusable'}: {bad}"

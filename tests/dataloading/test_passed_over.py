@@ -92,8 +92,8 @@ def test_a_folder_without_images_names_what_it_holds(tmp_path: Path) -> None:
         build_index(write_files(tmp_path / "a", [f"{i}.tar.gz" for i in range(3)]))
     with pytest.raises(DataError, match=r"2 \.tar; train/x.tar: tars are read where data.path is"):
         build_index(write_files(tmp_path / "b", ["train/x.tar", "val/x.tar"]))
-    with pytest.raises(DataError, match=r"1 .parquet; a.parquet: this container is not read"):
-        build_index(write_files(tmp_path / "c", ["a.parquet"]))
+    with pytest.raises(DataError, match=r"1 .parquet; d/a.parquet: Parquet files are read from a "):
+        build_index(write_files(tmp_path / "c", ["d/a.parquet"]))
     with pytest.raises(DataError, match=r"x.zip: is not a folder but an archive.*unpack it"):
         build_index(write_files(tmp_path, ["x.zip"]) / "x.zip")
 
