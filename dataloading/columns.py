@@ -1,6 +1,7 @@
 """Columns of a data set in one buffer: in memory, or a file that processes map together."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -28,6 +29,18 @@ def buffer_bytes(fields: Fields) -> int:
 def new_memory(size: int) -> Buffer:
     """Return a buffer of this process, ``[size]``."""
     return np.zeros(size, np.uint8)
+
+
+def new_mapping(path: Path, size: int) -> Buffer:
+    """Create a file of ``size`` bytes, at least one, and map it.
+
+    Raises:
+        OSError: if it cannot be written, or there is no room: a store that is full while the
+            mapping is written would end the process.
+    """
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    return np.memmap(path, np.uint8, "r+")
 
 
 def map_buffer(path: Path, size: int) -> Buffer:

@@ -254,7 +254,7 @@ def gather_folder(
         name_bytes += sum(map(len, names))
         labels.update(name.partition(b"/")[0] for name in names if b"/" in name)
         for place, reason in part.facts["excluded"]:
-            excluded.append((files.names[rows.start + place], reason))
+            excluded.append((files.names[rows.start + int(place)], reason))
     if excluded:
         name, reason = excluded[0]
         text = "%s: %d of %d files are excluded; first: %s (%s)"

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,6 +27,7 @@ from dataloading.name_checks import find_equal_labels, find_split_folders, find_
 from dataloading.parquet import ParquetSource, require_pyarrow
 from dataloading.parts import Part, Parts
 from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
+from dataloading.published import take_published, write_published
 from dataloading.shards import (
     Shard,
     ShardSource,
@@ -60,6 +62,8 @@ UNITS = {"folder": "file", "webdataset": "member", "parquet": "row"}
 """What is counted where an index passes it over, by ``Index.source``."""
 
 PARTS = "parts"
+MANY_FILES = 2_000_000
+"""Files of a folder above which tars are recommended."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +203,15 @@ def build_index(
         ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """
-    listing = list_data(Request(as_root(path), source, max_pixels, exif_orientation))
+    return build_listed(list_data(Request(as_root(path), source, max_pixels, exif_orientation)))
+
+
+def build_listed(listing: Listing) -> Index:
+    """Build the index of a listing in memory.
+
+    Raises:
+        DataError, ReadError: as ``build_index``.
+    """
     parts = _parts(listing, None)
     recall = build_parts(listing.request.path, listing.shards, parts, *listing.request[2:])
     return _gather(listing, recall, new_memory)
@@ -217,7 +229,7 @@ def load_or_build(
 
     It is kept as ``index.json`` and one file of columns, which is mapped, so that processes share
     its memory. Until it is complete, a folder ``parts`` keeps what is known, so that a build that
-    is killed continues.
+    is killed continues. An index that is published beside tars is copied there, and no header read.
     ``directory`` is made if it does not exist; the other arguments are those of ``build_index``.
 
     Args:
@@ -245,10 +257,11 @@ def find_kept(
 ) -> tuple[Index, Listing | None] | tuple[None, Listing]:
     """Return the index that may be used as it is, and the listing it was compared with.
 
-    With ``verify="never"`` an index of a folder is compared with none.
+    That is the index that ``folder`` keeps, or else the one that is published beside the tars. With
+    ``verify="never"`` an index of a folder is compared with none.
 
     Raises:
-        DataError, ReadError, ValueError: as ``build_index``.
+        DataError, ReadError, ValueError: as ``load_or_build``.
     """
     kept, problem = _open(folder, request)
     if kept is not None and verify == "always" and not kept.is_intact():
@@ -256,17 +269,64 @@ def find_kept(
     if kept is not None and verify == "never" and _shard_source(request) is None:
         return _make(request, kept, None), None
     listing = list_data(request)
-    contents = listing.digest(with_times=False)
+    warn_of_many_files(listing)
+    own = _own_facts(listing)
     if kept is not None:
-        times = verify == "never" or kept.facts["listing"] == listing.digest(with_times=True)
-        if times and kept.facts["contents"] == contents:
+        times = verify == "never" or kept.facts["listing"] == own["listing"]
+        if times and kept.facts["contents"] == own["contents"]:
             index = _make(request, kept, listing)
             _log_passed(index, logging.INFO)
             return index, listing
         problem = "the files have changed"
     if problem is not None:
         logger.warning("%s: the index is built again: %s", folder, problem)
+    if listing.shards:
+        with _written(folder):
+            kept = take_published(listing.shards, own, folder)
+        if kept is not None:
+            return _make(request, kept, listing), listing
     return None, listing
+
+
+def warn_of_many_files(listing: Listing) -> None:
+    """Recommend tars for a folder of millions of files."""
+    if not listing.shards and len(listing.files) > MANY_FILES:
+        text = "%s: %d files, which every launch lists; pack them into tars (cmtmae check-data %s "
+        text += "--pack OUT), or set data.verify_index=never"
+        logger.warning(text, listing.request.path, len(listing.files), listing.request.path)
+
+
+def require_publishable(listing: Listing, into_folder: bool) -> None:
+    """Refuse to publish the index of a folder of images, or to write to a store.
+
+    Raises:
+        DataError: with what to do.
+    """
+    path = listing.request.path
+    if not listing.shards:
+        raise DataError(
+            f"{path}: an index is published beside tars only; keep it for data.index (--index "
+            "FOLDER), or pack the images (--pack OUT)"
+        )
+    if isinstance(path, str) and not into_folder:
+        raise DataError(
+            f"{path}: nothing is written to stores; write the index into a folder (--write-index "
+            "FOLDER) and copy it beside the tars"
+        )
+
+
+def write_index(listing: Listing, index: Index, folder: Path | None = None) -> Path:
+    """Publish an index beside its tars, or write it into a folder to be copied there.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: as ``require_publishable``, or if it cannot be written.
+    """
+    require_publishable(listing, folder is not None)
+    facts = {**_own_facts(listing), **_facts_of(index)}
+    return write_published(facts, index.entries, listing.shards, folder)
 
 
 def require_files(request: Request, contents: str) -> None:
@@ -318,24 +378,25 @@ def build_kept(listing: Listing, folder: Path) -> Index:
     """
     request, parts = listing.request, _parts(listing, folder / PARTS)
     recall = build_parts(request.path, listing.shards, parts, *request[2:])
-    digest = listing.digest(with_times=True)
-    try:
-        with index_file.new_file(folder, digest) as new_buffer:
+    own = _own_facts(listing)
+    with _written(folder):
+        with index_file.new_file(folder, own["listing"]) as new_buffer:
             index = _gather(listing, recall, new_buffer)
-            facts: dict[str, Any] = {
-                "settings": [*request[2:]],
-                "listing": digest,
-                "contents": listing.digest(with_times=False),
-                **_facts_of(index),
-            }
-        kept = index_file.publish(folder, facts)
+        kept = index_file.publish(folder, {**own, **_facts_of(index)})
         parts.remove()
+    return _make(request, kept, listing)
+
+
+@contextmanager
+def _written(folder: Path) -> Generator[None, None, None]:
+    """Say what to do where the folder of an index cannot be written."""
+    try:
+        yield
     except OSError as error:
         text = f"{folder}: the index cannot be written ({error.strerror})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise ReadError(f"{text}; make room there and try again") from error
         raise DataError(f"{text}; set data.index to a folder that can") from error
-    return _make(request, kept, listing)
 
 
 def _parts(listing: Listing, folder: Path | None) -> Parts:
@@ -413,6 +474,15 @@ def _index_of(
         tuple(facts["row_group"]) if facts.get("row_group") else None,
         tuple(places),
     )
+
+
+def _own_facts(listing: Listing) -> dict[str, Any]:
+    """Return what an index is of: settings, and digests of the files with and without times."""
+    return {
+        "settings": [*listing.request[2:]],
+        "listing": listing.digest(with_times=True),
+        "contents": listing.digest(with_times=False),
+    }
 
 
 def _facts_of(index: Index) -> dict[str, Any]:

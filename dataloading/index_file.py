@@ -5,6 +5,7 @@ that a reader finds both of one index, whenever a writer is killed. ``tree`` has
 block of 16 MiB: blocks are verified in threads, and only where that is asked for.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Generator
@@ -23,6 +24,7 @@ from dataloading.columns import (
     buffer_bytes,
     index_fields,
     map_buffer,
+    new_mapping,
     view_columns,
 )
 from dataloading.files import atomic_path
@@ -87,11 +89,7 @@ def new_file(folder: Path, listing: str) -> Generator[NewBuffer, None, None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / _columns_name(listing)) as draft:
-
-        def new_buffer(size: int) -> Buffer:
-            return np.memmap(draft, np.uint8, "w+", shape=size)
-
-        yield new_buffer
+        yield functools.partial(new_mapping, draft)
 
 
 def publish(folder: Path, facts: dict[str, Any]) -> Kept:
@@ -117,7 +115,7 @@ def hash_blocks(buffer: Buffer) -> list[str]:
     """Return the sha256 of each block of a buffer."""
 
     def work(start: int) -> str:
-        return hashlib.sha256(buffer[start : start + _BLOCK]).hexdigest()
+        return hashlib.sha256(buffer[start : start + _BLOCK].data).hexdigest()
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, range(0, len(buffer), _BLOCK)))

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.columns import Fields, FileNames, buffer_bytes, map_buffer, view_columns
+from dataloading.columns import (
+    Fields,
+    FileNames,
+    buffer_bytes,
+    map_buffer,
+    new_mapping,
+    view_columns,
+)
 from dataloading.entries import File, encode_name
 from dataloading.files import atomic_path
 
@@ -87,11 +94,10 @@ def write_files(files: Files, shards: Sequence[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = _fields(len(files), len(files.names.text))
     with atomic_path(path, durable=False) as draft:
-        buffer = np.memmap(draft, np.uint8, "w+", shape=max(1, buffer_bytes(fields)))
+        buffer = new_mapping(draft, max(1, buffer_bytes(fields)))
         columns = view_columns(buffer, fields)
         columns["ends"][:], columns["text"][:] = files.names.ends, files.names.text
         columns["sizes"][:], columns["times"][:] = files.sizes, files.times
-        buffer.flush()
     with atomic_path(path.with_suffix(".json"), durable=False) as draft:
         draft.write_text(json.dumps(facts), encoding="ascii")
 

@@ -43,6 +43,9 @@ from dataloading.stores import (
 
 logger = logging.getLogger(__name__)
 
+PUBLISHED = "image-index-"
+"""Begins the names of indexes that are published beside tars; see ``published``."""
+
 _MAX_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
@@ -192,6 +195,7 @@ def list_remote_shards(url: str, passed: Counts | None = None) -> list[Shard]:
             for text in some:
                 found, others = list_tars(text)
                 tars += found
+                others = [key for key in others if not key.rpartition("/")[2].startswith(PUBLISHED)]
                 count_files(counts, "", others, [])
         return tars
 
@@ -296,7 +300,7 @@ def _files_in(folder: Path, ending: str, passed: Counts | None = None) -> list[P
             elif passed is not None and not is_hidden and item.is_dir():
                 for file in walk(Path(item.path), f"{item.name}/", passed=passed):
                     count_passed(passed, "beside", extension_of(file.name), file.name)
-            elif is_hidden or not item.is_dir():
+            elif is_hidden or not (item.name.startswith(PUBLISHED) or item.is_dir()):
                 others.append(item.name)
     if passed is not None:
         count_files(passed, "", others, [])

@@ -352,7 +352,14 @@ def open_or_build_index(config: Config, folder: Path) -> Index:
 
     def load() -> Index:
         data = config.data
-        return load_or_build(data.path, folder, data.source, data.max_pixels, data.exif_orientation)
+        return load_or_build(
+            data.path,
+            folder,
+            data.source,
+            data.max_pixels,
+            data.exif_orientation,
+            data.verify_index,
+        )
 
     def find() -> Index | None:
         return load() if (folder / "index.json").exists() else None

@@ -20,7 +20,7 @@ from dataloading.errors import DataError
 
 if TYPE_CHECKING:
     from dataloading.check import Fault
-    from dataloading.index import Index
+    from dataloading.index import Index, Listing
     from dataloading.values import Survey
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,18 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="also write all as JSON")
     parser.add_argument(
+        "--index", type=Path, metavar="FOLDER", help="keep the index there, for data.index"
+    )
+    parser.add_argument(
+        "--write-index",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
+        help="publish the index of usable tars (of --pack: of the packed ones) beside them, or "
+        "write it into a folder to be copied there: runs then read no headers",
+    )
+    parser.add_argument(
         "--pack", type=Path, metavar="OUT", help="then write shuffled tars into this folder"
     )
     parser.add_argument(
@@ -96,10 +108,29 @@ def check_images(options: argparse.Namespace) -> int:
     Raises:
         DataError: no usable image, or a file that cannot be read or written.
     """
-    from dataloading.index import build_index
+    from dataloading.index import (
+        Request,
+        build_kept,
+        build_listed,
+        list_data,
+        require_publishable,
+        warn_of_many_files,
+    )
     from dataloading.sheet import draw_sheet
+    from dataloading.stores import as_root
 
-    index = build_index(options.path, options.source, options.max_pixels, options.exif_orientation)
+    root = as_root(options.path)
+    request = Request(root, options.source, options.max_pixels, options.exif_orientation)
+    listing = list_data(request)
+    if options.pack is None:
+        warn_of_many_files(listing)
+        if options.write_index is not None:
+            require_publishable(listing, options.write_index is not True)
+    if options.index is None:
+        index = build_listed(listing)
+    else:
+        index = build_kept(listing, options.index)
+        logger.info("%s: the index is kept there; data.index=%s", options.index, options.index)
     if options.sheet is not None:
         views = Views()
         draw_sheet(
@@ -114,8 +145,23 @@ def check_images(options: argparse.Namespace) -> int:
         logger.info("%s: views as a run with run.seed=%d cuts them", options.sheet, options.seed)
     if options.pack is None:
         usable = report_data(index, *decode_all(index, options.threads), options)
+        if usable:
+            publish(listing, index, options)
         return EXIT_DONE if usable else EXIT_CONFIG
     return pack_images(index, options)
+
+
+def publish(listing: "Listing", index: "Index", options: argparse.Namespace) -> None:
+    """Write the index beside its tars, if that is asked for.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    from dataloading.index import write_index
+
+    if options.write_index is not None:
+        folder = None if options.write_index is True else options.write_index
+        logger.info("%s: the index of %d images", write_index(listing, index, folder), len(index))
 
 
 def decode_all(index: "Index", threads: int) -> "tuple[list[Fault], Survey]":
@@ -156,6 +202,7 @@ def report_data(
 
 def pack_images(index: "Index", options: argparse.Namespace) -> int:
     """Report, and pack the decodable images; returns the exit code."""
+    from dataloading.index import Request, list_data
     from dataloading.mixing import class_mixing
     from dataloading.pack import Pack
 
@@ -177,6 +224,7 @@ def pack_images(index: "Index", options: argparse.Namespace) -> int:
             record, threads=options.threads, max_pixels=options.max_pixels, report_done=progress
         )
     packed = job.verify_index(record, options.max_pixels)
+    publish(list_data(Request(options.pack, "webdataset", options.max_pixels)), packed, options)
     mixing = class_mixing(packed.entries["label"])
     sys.stdout.write(
         f"\npacked and read back: {len(packed)} images in {len(packed.shards)} tars, "

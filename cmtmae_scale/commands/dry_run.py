@@ -229,7 +229,12 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
     def open_images() -> Index:
         if folder.is_dir():
             return load_or_build(
-                data.path, folder, data.source, data.max_pixels, data.exif_orientation
+                data.path,
+                folder,
+                data.source,
+                data.max_pixels,
+                data.exif_orientation,
+                data.verify_index,
             )
         return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
 

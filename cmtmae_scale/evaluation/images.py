@@ -16,12 +16,14 @@ from cmtmae_scale.runtime.collectives import (
     on_all_ranks_for_long,
     ranks,
 )
+from cmtmae_scale.runtime.shared_index import open_on_all_ranks
 from dataloading.errors import DataError, ReadError
 from dataloading.exchange import index_from_bytes, index_to_bytes
-from dataloading.index import Index, build_index, load_or_build
+from dataloading.index import Index, Request, Verify, build_index
 from dataloading.name_checks import as_integer, find_equal_labels
 from dataloading.order import sample_ids
 from dataloading.reading import Reader, UndecodableError
+from dataloading.stores import as_root
 from dataloading.torch_decode import find_codec, make_decode
 
 logger = logging.getLogger(__name__)
@@ -56,40 +58,48 @@ class Sets(NamedTuple):
     """Description of the split of one set; empty for two sets."""
 
 
-def open_shared_index(path: str, kept: Path | None, exif_orientation: bool = True) -> Index:
-    """Build an index on rank 0 and broadcast it. A collective.
+def open_shared_index(
+    path: str, kept: Path | None, exif_orientation: bool = True, verify: Verify = "changed"
+) -> Index:
+    """Open an index on all ranks. A collective.
 
-    The folder ``kept`` keeps the index between launches; ``None``: it is not kept.
+    Args:
+        path: the images.
+        kept: folder that keeps the index between launches, for all ranks, which map it;
+            ``None``: rank 0 builds it and broadcasts it.
+        exif_orientation: as for ``build_index``.
+        verify: as for ``load_or_build``.
 
     Raises:
         DataError: on every rank, if there is no usable image.
     """
+    if kept is not None:
+        request = Request(as_root(path), exif_orientation=exif_orientation)
+        return open_on_all_ranks(request, kept, verify)
     is_first = ranks() == 1 or dist.get_rank() == 0
-
-    def open_index() -> Index | None:
-        if not is_first:
-            return None
-        if kept is None:
-            return build_index(path, exif_orientation=exif_orientation)
-        return load_or_build(path, kept, exif_orientation=exif_orientation)
-
-    index = on_all_ranks_for_long(open_index)
+    index = on_all_ranks_for_long(
+        lambda: build_index(path, exif_orientation=exif_orientation) if is_first else None
+    )
     data = broadcast_bytes(b"" if index is None or ranks() == 1 else index_to_bytes(index))
     return index_from_bytes(data) if index is None else index
 
 
 def open_pair(
-    train: str, test: str, kept: Path | None = None, exif_orientation: bool = True
+    train: str,
+    test: str,
+    kept: Path | None = None,
+    exif_orientation: bool = True,
+    verify: Verify = "changed",
 ) -> Sets:
-    """Open two sets with the same class names. A collective.
+    """Open two sets with the same class names; see ``open_shared_index``. A collective.
 
     Raises:
         DataError: images without labels, or a label of the test set that the training set lacks.
     """
-    train_index = open_shared_index(train, kept and kept / "train-index", exif_orientation)
+    train_index = open_shared_index(train, kept and kept / "train-index", exif_orientation, verify)
     train_set = label_images(train_index, train, np.arange(len(train_index.labels)))
     require_classes(train_index, train)
-    test_index = open_shared_index(test, kept and kept / "test-index", exif_orientation)
+    test_index = open_shared_index(test, kept and kept / "test-index", exif_orientation, verify)
     classes = train_index.labels
     for name in sorted(set(test_index.labels) - set(classes)):
         number = as_integer(name)

@@ -51,7 +51,9 @@ class RunEvaluation:
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
         train, test = str(config.eval.train_path), str(config.eval.test_path)
         folder = Path(config.run.output_dir) / "evaluation"
-        self.sets = open_pair(train, test, folder, config.data.exif_orientation)
+        self.sets = open_pair(
+            train, test, folder, config.data.exif_orientation, config.data.verify_index
+        )
         require_decodable(self.sets.train, f"eval.train_path={train}")
         require_decodable(self.sets.test, f"eval.test_path={test}")
         self.masked = None

@@ -58,7 +58,12 @@ def open_run_index(origin: Origin) -> Index:
     try:
         if folder and folder.is_dir():
             return load_or_build(
-                data.path, folder, data.source, data.max_pixels, data.exif_orientation
+                data.path,
+                folder,
+                data.source,
+                data.max_pixels,
+                data.exif_orientation,
+                data.verify_index,
             )
         return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
     except DataError as error:

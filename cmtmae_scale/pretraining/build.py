@@ -1,7 +1,6 @@
 """Data, teacher, models and stream of pre-training, from a config."""
 
 import hashlib
-import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,29 +29,14 @@ from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
 from cmtmae_scale.pretraining.channels import open_channels
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
-from cmtmae_scale.runtime.collectives import (
-    broadcast_text,
-    gather_texts,
-    on_all_ranks,
-    on_all_ranks_for_long,
-)
+from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
 from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.shared_index import open_on_all_ranks
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import digest_weights, map_weights
-from dataloading.addresses import is_url
-from dataloading.index import (
-    Index,
-    Listing,
-    Request,
-    build_kept,
-    find_kept,
-    help_index,
-    open_kept,
-    require_files,
-    share_listing,
-)
+from dataloading.index import Index, Request
 from dataloading.mixing import require_mixed
 from dataloading.parquet import require_small_groups
 from dataloading.stores import as_root
@@ -101,12 +85,8 @@ def build_models(
     return Models(teacher, backend, layout, length, model.encoder.patch_side, channels)
 
 
-def open_index(config: Config, run_dir: Path, world: World) -> Index:
-    """Let rank 0 find or build the index, with the help of all ranks; open it on every rank.
-
-    One rank per machine compares names and sizes of the files with those that rank 0 accepted,
-    and so does a rank for which ``data.path`` is another folder; the others open the index. No
-    rank builds what rank 0 accepted. All this may take longer than a collective. A collective.
+def open_index(config: Config, run_dir: Path) -> Index:
+    """Open the index of ``data.path`` on every rank; see ``open_on_all_ranks``. A collective.
 
     Raises:
         ConfigError: on every rank, if the images differ between ranks or from the settings.
@@ -115,57 +95,10 @@ def open_index(config: Config, run_dir: Path, world: World) -> Index:
     data = config.data
     folder = Path(data.index) if data.index else run_dir / "index"
     request = Request(as_root(data.path), data.source, data.max_pixels, data.exif_orientation)
-    first = on_all_ranks_for_long(lambda: begin_index(request, folder, config, world))
-    kept, listing = first if first is not None else (None, None)
-    facts = [kept is not None, listing.digest(with_times=False) if listing is not None else None]
-    is_kept, contents = json.loads(broadcast_text(json.dumps(facts)))
-    places = gather_texts(identify_place(data.path))
-    checks = world.rank != 0 and (
-        world.local_rank == 0 or places[world.rank] != places[world.rank - world.local_rank]
-    )
-    checks = checks and not is_url(data.path)  # a read compares the tar's version
-    if contents is not None and data.verify_index != "never":
-        on_all_ranks_for_long(lambda: require_files(request, contents) if checks else None)
-    if not is_kept:
-        share = world.rank, world.world_size
-        on_all_ranks_for_long(lambda: help_index(request, folder, share))
-    index = on_all_ranks_for_long(
-        lambda: build_kept(listing, folder) if listing is not None and kept is None else kept
-    )
-    agreed = [index.digest, index.list_shards()] if index is not None else None
-    digest, shards = json.loads(broadcast_text(json.dumps(agreed)))
-    index = on_all_ranks(
-        lambda: open_kept(data.path, folder, digest, shards) if index is None else index
-    )
+    index = open_on_all_ranks(request, folder, data.verify_index)
     require_equal_images(index, data.path)
     refuse_bad_index(config, index)
     return index
-
-
-def begin_index(
-    request: Request, folder: Path, config: Config, world: World
-) -> tuple[Index | None, Listing | None] | None:
-    """On rank 0: return the index that may be used, or share the listing to build it from."""
-    if world.rank != 0:
-        return None
-    kept, listing = find_kept(request, folder, config.data.verify_index)
-    if kept is None and listing is not None and world.world_size > 1:
-        share_listing(listing, folder)
-    return kept, listing
-
-
-def identify_place(path: str) -> str:
-    """Return device and inode of a folder or file, of a pattern those of its folder.
-
-    An address is its own place.
-    """
-    if is_url(path):
-        return path
-    place = Path(path)
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    found = place.stat()
-    return f"{found.st_dev} {found.st_ino}"
 
 
 def refuse_bad_index(config: Config, index: Index) -> None:

@@ -83,7 +83,7 @@ class Pretraining:
         self.logged = ("loss/total", *terms, *found)
 
     def open_index(self, run_dir: Path) -> Index:
-        self.index = open_index(self.config, run_dir, self.world)
+        self.index = open_index(self.config, run_dir)
         problem = find_length_problem(self.config, len(self.index))
         if problem is not None and self.world.rank == 0:
             logger.warning("%s", problem)

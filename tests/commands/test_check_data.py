@@ -14,7 +14,7 @@ from PIL import Image
 from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from dataloading import progress as bars
-from dataloading.index import build_index
+from dataloading.index import build_index, load_or_build
 from dataloading.mixing import require_mixed
 from tests.dataloading.store_case import RangeServer
 from tests.dataloading.tar_case import write_tar
@@ -169,6 +169,25 @@ def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) 
     captured = capsys.readouterr()
     assert "undecodable: 1\n  class2/002.jpg" in captured.out
     assert "all images were decoded before" in captured.err and "decoding:" not in captured.err
+
+
+def test_the_index_is_kept_and_published(photos, tmp_path, capsys, monkeypatch) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    assert check_data([str(photos), "--write-index"]) == EXIT_CONFIG
+    captured = capsys.readouterr()
+    assert "beside tars only; keep it for data.index" in captured.err and not captured.out
+    line = [str(photos), "--index", str(kept), "--pack", str(out), "--write-index"]
+    assert check_data(line) == EXIT_DONE
+    assert f"the index is kept there; data.index={kept}" in capsys.readouterr().err
+    tars = write_tars(photos, tmp_path / "tars")
+    assert check_data([str(tars), "--write-index", str(tmp_path / "new")]) == EXIT_DONE
+    (path,) = (tmp_path / "new").iterdir()
+    path.rename(tars / path.name)
+    expected = [build_index(place).digest for place in (photos, out, tars)]
+    monkeypatch.delattr("dataloading.index.build_parts")  # no header is read
+    found = [load_or_build(photos, kept)]
+    found += [load_or_build(place, tmp_path / place.name / "index") for place in (out, tars)]
+    assert [index.digest for index in found] == expected
 
 
 def test_too_bad_data_are_not_packed(photos: Path, tmp_path: Path, capsys) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from cmtmae_scale.engine import agreement
 from cmtmae_scale.errors import CmtMaeError, TeacherError, exit_code_of
 from cmtmae_scale.pretraining import build
+from cmtmae_scale.runtime import shared_index
 from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
 from dataloading.errors import DataError, ReadError
 from dataloading.index import Request
@@ -59,14 +60,14 @@ def change(kind: str, value: Any) -> Any:
         stack.callback(os.chdir, os.getcwd())
         os.chdir(value)
         return stack
-    usual = build.require_files
+    usual = shared_index.require_files
 
     def elsewhere(request: Request, contents: str) -> None:
         usual(request._replace(path=Path(value)), contents)
 
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(build, "require_files", elsewhere))
-    stack.enter_context(mock.patch.object(build, "identify_place", lambda path: "elsewhere"))
+    stack.enter_context(mock.patch.object(shared_index, "require_files", elsewhere))
+    stack.enter_context(mock.patch.object(shared_index, "identify_place", lambda path: "elsewhere"))
     return stack
 
 

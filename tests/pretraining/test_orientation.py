@@ -10,7 +10,6 @@ from cmtmae_scale.commands.dry_run import count_images
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.evaluation.images import open_pair, open_split
 from cmtmae_scale.pretraining.build import open_index
-from cmtmae_scale.runtime.launch import World
 from dataloading import index as indexing
 from dataloading.index import build_index
 from tests.engine.run_case import write_recipe
@@ -31,8 +30,7 @@ def test_every_index_of_a_run_turns_what_the_key_says(
 
     config = load_config(recipe, [f"data.exif_orientation={str(key).lower()}"])
     run_dir = tmp_path / "run"
-    world = World(0, 1, 0, 1, "none")
-    assert open_index(config, run_dir, world).digest == expected
+    assert open_index(config, run_dir).digest == expected
     assert open_or_build_index(config, tmp_path / "cache").digest == expected
     sets = open_pair(str(photos), str(photos), None, key)
     assert {sets.train.index.digest, sets.test.index.digest} == {expected}

@@ -227,7 +227,7 @@ class Rig:
         self.loss = float("nan")
         plan = batch_plan(config, world.world_size)
         stop = StopRequest(folder)
-        index = open_index(config, folder, world) if real else None
+        index = open_index(config, folder) if real else None
         if teacher is not None:
             pass
         elif index is not None:

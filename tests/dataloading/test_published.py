@@ -1,0 +1,140 @@
+"""An index that is published beside tars is taken as it is, where the tars are those it is of."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataloading.errors import DataError
+from dataloading.index import (
+    Index,
+    Request,
+    build_index,
+    build_listed,
+    list_data,
+    load_or_build,
+    warn_of_many_files,
+    write_index,
+)
+from tests.dataloading.store_case import RangeServer
+from tests.dataloading.test_parts import equal, make_tars
+
+
+@pytest.fixture
+def tars(photographs: Path, tmp_path: Path) -> Path:
+    """A copy of tars with their index, in other folders and of other times than the original."""
+    make_tars(photographs, tmp_path / "tars" / "deep")
+    listing = list_data(Request(tmp_path / "tars" / "deep"))
+    path = write_index(listing, build_listed(listing))
+    assert path.parent == tmp_path / "tars" / "deep" and path.name.startswith("image-index-")
+    shutil.copytree(tmp_path / "tars", tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "tars")
+    return tmp_path / "copy" / "deep"
+
+
+def no_headers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("dataloading.index_build.examine_shard", None)
+
+
+@pytest.mark.parametrize("pattern", ["", "train-*.tar", "train-{0..3}.tar"])
+def test_it_is_taken_without_reading_headers(
+    tars: Path, tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build_index(tars / pattern)
+    assert not any(item.extension == ".bin" for item in built.passed_over)
+    no_headers(monkeypatch)
+    taken = load_or_build(tars / pattern, tmp_path / "kept")
+    assert equal(taken, built) and taken.open().read(3) == built.open().read(3)
+    for path in tars.glob("image-index-*"):
+        path.unlink()  # the copy in the folder is complete
+    assert equal(load_or_build(tars / pattern, tmp_path / "kept", verify="always"), built)
+
+
+def test_it_is_found_from_the_folder_of_the_tars(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tars)
+    built = build_index("train-{0..3}.tar")
+    no_headers(monkeypatch)
+    assert equal(load_or_build("train-{0..3}.tar", tmp_path / "kept"), built)
+
+
+def test_another_of_other_tars_or_settings_is_not_taken(tars: Path, tmp_path: Path) -> None:
+    fewer = load_or_build(tars / "train-{0..2}.tar", tmp_path / "fewer")
+    assert len(fewer) == 9
+    small = load_or_build(tars, tmp_path / "small", max_pixels=12_500)
+    assert small.digest == build_index(tars, max_pixels=12_500).digest != fewer.digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("cut", "bytes, not those of 12 rows"),
+        ("flip", "its rows are damaged"),
+        ("text", "cannot be used"),
+        ("empty", "it is cut short"),
+        ("rows", "bytes, not those of 13 rows"),
+        ("labels", "names tars or labels"),
+        ("format", "of another format"),
+        ("line", "cannot be used"),
+    ],
+)
+def test_damaged_it_is_named_and_the_headers_are_read(
+    tars: Path, tmp_path: Path, kind: str, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = tars.glob("image-index-*")
+    line, _, rows = path.read_bytes().partition(b"\n")
+    facts = json.loads(line)
+    facts |= {"rows": {"images": 13}, "labels": {"labels": []}, "format": {"format": 3}}.get(
+        kind, {}
+    )
+    flipped = rows[:40] + bytes([rows[40] ^ 1]) + rows[41:]
+    whole = json.dumps(facts).encode() + b"\n"
+    data = {"cut": line + b"\n" + rows[:-1], "flip": whole + flipped, "text": b"<html>\n"}
+    data |= {"empty": b"", "line": b"x" * 100}
+    path.write_bytes(data.get(kind, whole + rows))
+    index = load_or_build(tars, tmp_path / "kept")
+    assert equal(index, build_index(tars))
+    assert reason in caplog.text
+    assert not list((tmp_path / "kept").glob(".*"))
+
+
+def test_it_is_taken_from_a_store(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = RangeServer(tars.parent)
+    try:
+        url = f"{server.url}/deep/train-{{0..3}}.tar"
+        local, remote = build_index(tars), build_index(url)
+        asked = len(server.requests)
+        no_headers(monkeypatch)
+        taken = load_or_build(url, tmp_path / "kept")
+        assert equal(taken, remote) and taken.digest == local.digest
+        read = {request.key for request in server.requests[asked:] if request.method == "GET"}
+        assert len(read) == 1 and read.pop().startswith("deep/image-index-")
+        assert np.array_equal(taken.entries, local.entries)
+        listing = list_data(Request(url))
+        with pytest.raises(DataError, match="nothing is written to stores; write the index into"):
+            write_index(listing, taken)
+        (path,) = tars.glob("image-index-*")
+        again = write_index(listing, taken, tmp_path / "out")
+        assert again.name == path.name
+    finally:
+        server.stop()
+
+
+def test_a_folder_has_none_and_many_files_are_a_warning(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    listing = list_data(Request(photographs))
+    index: Index = build_listed(listing)
+    with pytest.raises(DataError, match=r"beside tars only; .*--pack OUT"):
+        write_index(listing, index)
+    warn_of_many_files(listing)
+    assert "--pack" not in caplog.text
+    monkeypatch.setattr("dataloading.index.MANY_FILES", 11)
+    warn_of_many_files(listing)
+    text = "12 files, which every launch lists; pack them into tars (cmtmae check-data"
+    assert f"{text} {photographs} --pack OUT)" in caplog.text
