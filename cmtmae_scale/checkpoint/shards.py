@@ -69,7 +69,8 @@ def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
     """Write an encoder under timm's names, one tensor at a time in memory.
 
     Where a run replaces sizes of its architecture, the file's metadata holds them under
-    ``student``: no tensor shows the number of heads.
+    ``student``: no tensor shows the number of heads. ``image_size`` is there where no positional
+    embedding shows the grid.
 
     Args:
         folder: a checkpoint, or a draft that has its index, state and shards.
@@ -86,15 +87,19 @@ def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
             for key in reader.index
             if key.startswith(prefix)
         ]
-        return write_tensors(file, entries, {"format": "pt"} | student_metadata(folder))
+        has_positions = f"{prefix}pos_embed" in reader.index
+        metadata = {"format": "pt"} | student_metadata(folder, has_positions)
+        return write_tensors(file, entries, metadata)
 
 
-def student_metadata(folder: Path) -> dict[str, str]:
-    """Return architecture and sizes of a checkpoint's student, if it replaces any of them."""
-    student = read_json(read_inside(folder, folder / STATE)).get("config", {}).get("student", {})
-    if not any(student.get(name) for name in SIZES):
-        return {}
-    return {"student": json.dumps({name: student.get(name) for name in ("arch", *SIZES)})}
+def student_metadata(folder: Path, has_positions: bool) -> dict[str, str]:
+    """Return what the tensors of a checkpoint's student do not show; see ``write_encoder``."""
+    config = read_json(read_inside(folder, folder / STATE)).get("config", {})
+    student, size = config.get("student", {}), config.get("views", {}).get("image_size")
+    found = {} if has_positions or size is None else {"image_size": str(size)}
+    if any(student.get(name) for name in SIZES):
+        found["student"] = json.dumps({name: student.get(name) for name in ("arch", *SIZES)})
+    return found
 
 
 def mark_shard_done(draft: Path, rank: int, facts: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ Source: docs/method.md, sections "Attention maps", "Student" and "Momentum encod
 # pyright: reportUnknownArgumentType=false
 # timm and parts of torch are only partly typed.
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -81,6 +81,9 @@ class Student(nn.Module):
     num_features: int
     num_prefix_tokens: int
     grad_checkpointing: bool
+    set_grad_checkpointing: Callable[[bool], None]
+    forward_head: Callable[[Tensor], Tensor]
+    reset_classifier: Callable[[int, str], None]
 
     @property
     def num_prefix(self) -> int:
@@ -506,7 +509,10 @@ def count_heads(student: StudentConfig) -> int | None:
     if student.width is None and student.heads is None:
         return None
     with torch.device("meta"):
-        created = create_model(student.arch, num_classes=0)
+        try:
+            created = create_model(student.arch, num_classes=0, depth=1)
+        except AssertionError:  # an architecture that lists settings of every block
+            created = create_model(student.arch, num_classes=0)
     own = check_supported(created, student.arch)
     own_heads = next(one.num_heads for one in own.blocks.modules() if isinstance(one, ATTENTIONS))
     head_width = own.embed_dim // own_heads

@@ -365,9 +365,12 @@ def test_timms_models_are_built_initialised_and_equal_timm(arch: str) -> None:
         ({"student__arch": "vit_basic"}, "vit_basic is not a model of timm"),
         (
             {"student__arch": "resnet18"},
-            "student.arch=resnet18 is another kind of model; use a plain",
+            "student.arch=resnet18 is another kind of model; use a Vis",
         ),
-        ({"student__arch": "eva02_tiny_patch14_224"}, "student.arch=eva02.* use a plain timm"),
+        (
+            {"student__arch": "eva02_tiny_patch14_224", "student__heads": 32},
+            "heads=32 gives each head 6 channels of 192; rotary .* multiple of 4, such as 64",
+        ),
         ({"views__image_size": 70}, "views.image_size=70 is not a multiple .* 16; use 64 or 80"),
         ({"student__width": 40}, "width=40 .* 32, .* of test_vit; use 32 or 64, or set .*heads"),
         ({"student__width": 16}, "width=16 is not a multiple of 32, .*; use 32, or set"),
