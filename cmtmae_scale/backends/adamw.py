@@ -34,7 +34,8 @@ def parameter_groups(
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        exempt = parameter.ndim < 2 or name.endswith(("_token", "pos_embed", "freqs"))
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # the first: a shard of ZeRO-3
+        exempt = len(shape) < 2 or name.endswith(("_token", "pos_embed", "freqs"))
         found.setdefault((lr_scale(name), exempt), []).append(parameter)
     return [
         {

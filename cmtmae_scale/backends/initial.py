@@ -58,7 +58,7 @@ def initialise_backend(backend: Backend, values: Values) -> None:
     fragments = backend.fragments()
     absent = {key for key in fragments if key.startswith(MODEL)} - {MODEL + n for n, _ in values}
     if absent:
-        raise ValueError(f"no initial values for {', '.join(sorted(absent))}")
+        raise ValueError(f"no initial values for {len(absent)} parameters, first {min(absent)}")
     for name, pieces in values:
         own = fragments[MODEL + name]
         write_range(pieces, own.offset, own.local)

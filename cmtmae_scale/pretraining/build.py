@@ -73,7 +73,7 @@ def build_models(
     warn_about_emulation(config, device)
     model, momentum_encoder = build_model(config, teacher)
     values = None if resumed else find_initial_values(config, world, model)
-    length, patch_side = grid_length(model), model.encoder.patch_side
+    length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
     backend = make_backend(
@@ -88,7 +88,7 @@ def build_models(
     if values is not None:
         initialise_backend(backend, values)
     channels = open_channels(config, teacher, model.encoder, device)
-    return Models(teacher, backend, layout, length, patch_side, channels)
+    return Models(teacher, backend, layout, length, model.encoder.patch_side, channels)
 
 
 def open_index(config: Config, run_dir: Path, world: World) -> Index:

@@ -20,7 +20,7 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.pretraining.build import build_models
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.weights import read_weights
-from tests.engine.run_case import run, tensors, write_recipe
+from tests.engine.run_case import run, tensors, this_world, write_recipe
 from tests.processes import run_ranks
 from tests.references import vit_mae
 from tests.references.decoders import sincos_table
@@ -293,6 +293,7 @@ def start_config(file: Path) -> Config:
     config = make_config("prompt", init_weights=str(file))
     config.loss.student, config.loss.tokens = 1.0, "all"
     config.collaboration.alpha_target = 0.5
+    config.backend.sharding = "full"
     return config
 
 
@@ -312,6 +313,45 @@ def test_the_momentum_encoder_gets_the_initial_weights_too(
             assert torch.equal(fragments[prefix + name].local, state[name].flatten())
     (line,) = [line for line in caplog.messages if "student.init_weights" in line]
     assert f"{tmp_path / 'w.safetensors'}: 78 tensors loaded, 0 resampled, 2 skipped" in line
+
+
+def split_qkv(state: State) -> State:
+    """Queries, keys and values as three matrices, as transformers names them."""
+    found: State = {}
+    for name, value in state.items():
+        thirds = zip(("query", "key", "value"), value.chunk(3), strict=False)
+        if ".attn.qkv." in name:
+            found |= {name.replace("attn.qkv", f"attention.attention.{k}"): v for k, v in thirds}
+        else:
+            found[name] = value
+    return {name: value.contiguous() for name, value in found.items()}
+
+
+def start_shards(file: Path) -> dict[str, tuple[int, Any]]:
+    """Offset and values of this rank's shards of the encoder and of the EMA weights."""
+    world = this_world()
+    fragments = build_models(start_config(file), world, CPU, None).backend.fragments()
+    return {
+        key.removeprefix("model.encoder."): (own.offset, own.local.numpy())
+        for key, own in fragments.items()
+        if key.startswith(("model.encoder.", "momentum."))
+    }
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_each_rank_takes_its_ranges_of_the_file(suffix: str, tmp_path: Path) -> None:
+    state, file = timm_state(num_classes=0), tmp_path / f"w.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(split_qkv(state), file)
+    found: State = {}
+    for rank in run_ranks(2, start_shards, file):
+        for key, (offset, local) in rank.items():
+            name = key.removeprefix("momentum.")
+            found.setdefault(key, torch.full((state[name].numel(),), torch.nan))
+            found[key][offset : offset + len(local)] = torch.from_numpy(local)
+    assert len(found) == 2 * len(state)
+    for key, value in found.items():
+        assert torch.equal(value, state[key.removeprefix("momentum.")].flatten()), key
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated, but such files exist

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cmtmae_scale.checkpoint.layout import folder_of
 from tests.backends.backend_case import trained
 from tests.engine.run_case import run, run_noting, same, tensors, write_recipe
-from tests.processes import kill_ranks, run_ranks
+from tests.processes import kill_ranks, run_ranks, started
 
 pytestmark = pytest.mark.gloo
 
@@ -138,3 +139,39 @@ def test_killed_at_twenty_moments_is_bit_identical(
     for number in range(20):
         moment = moments.uniform(0.1, 1.0)
         kill_and_finish(recipe, tmp_path / str(number), undisturbed, backend, moment)
+
+
+WIDE = [
+    *("student.width=2048", "student.heads=32", "student.depth=1"),
+    *("train.global_batch_size=2", "train.micro_batch_size=1", "train.steps=3"),
+    *("checkpoint.every=1", "checkpoint.keep=3"),
+]
+"""A block of a student of 2 billion parameters, for three steps."""
+
+
+def kill_after_save(recipe: Path, run_dir: Path, overrides: list[str]) -> None:
+    """Kill all ranks once the run holds its first checkpoint, before it is done."""
+    with started(2, run, recipe, [f"run.output_dir={run_dir}", *overrides]) as (children, _):
+        while not folder_of(run_dir, 1).exists():
+            assert all(child.is_alive() for child in children)
+            time.sleep(0.05)
+        for child in children:
+            child.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [FSDP, ZERO3], ids=["fsdp", "zero3"])
+@needs_deepspeed
+@pytest.mark.deepspeed
+def test_a_wide_model_is_killed_resumed_and_moved(
+    recipe: Path, tmp_path: Path, backend: list[str]
+) -> None:
+    other = ZERO3 if backend is FSDP else FSDP
+    whole = [f"run.output_dir={tmp_path / 'whole'}", *WIDE]
+    run_ranks(2, run, recipe, [*whole, *backend], timeout_s=600)
+    kill_after_save(recipe, tmp_path / "run", [*WIDE, *backend])
+    where = [f"run.output_dir={tmp_path / 'run'}", *WIDE]
+    run_ranks(2, run, recipe, [*where, *backend, "train.stop_after=2"], timeout_s=600)
+    same(tmp_path / "run", tmp_path / "whole", 2)
+    run_ranks(2, run, recipe, [*where, *other], timeout_s=600)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)

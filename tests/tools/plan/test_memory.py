@@ -43,7 +43,8 @@ def test_the_estimate_is_the_measured_peak(changes: list[str], tmp_path: Path) -
     values = initial_values(model, 0)
     work, objective = make_synthetic_work(config, model, views)
     inputs = [work.valid, work.inputs[0], *work.inputs[1]]
-    meta = [one for net in networks for one in (*net.parameters(), *net.buffers())]
+    assert momentum is not None
+    meta = [one for net in (model, momentum) for one in (*net.parameters(), *net.buffers())]
     with attention_of_a_gpu(), LiveBytes([], [*inputs, *meta]) as counted:
         world, cpu = World(0, 1, 0, 1, "none"), torch.device("cpu")
         backend = make_backend(config, world, cpu, model, momentum, objective, 2 * views)
