@@ -9,7 +9,6 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import safe_open
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from cmtmae_scale.checkpoint import layout
@@ -30,7 +29,7 @@ from cmtmae_scale.evaluation.encoders import (
     weights_digest,
 )
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import Student, build_student, probe_student
+from cmtmae_scale.method.student import Student, build_student, probe_arch, probe_student
 from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import read_inside, read_json
@@ -297,8 +296,7 @@ def file_config(file: Path, tensors: dict[str, Tensor], arch: str | None) -> Con
     student.arch = arch or student.arch or read_arch(file)
     if not timm.is_model(student.arch):
         raise ConfigError(f"--arch={student.arch} is not a model of timm {timm.__version__}")
-    with torch.device("meta"):
-        probe = cast(VisionTransformer, timm.create_model(student.arch, num_classes=0))
+    probe = probe_arch(student.arch)
     needed = {"patch_embed.proj.weight": 4} | ({} if probe.pos_embed is None else {"pos_embed": 3})
     for name, dims in needed.items():
         if name not in tensors or tensors[name].ndim != dims:

@@ -508,12 +508,7 @@ def count_heads(student: StudentConfig) -> int | None:
     """
     if student.width is None and student.heads is None:
         return None
-    with torch.device("meta"):
-        try:
-            created = create_model(student.arch, num_classes=0, depth=1)
-        except AssertionError:  # an architecture that lists settings of every block
-            created = create_model(student.arch, num_classes=0)
-    own = check_supported(created, student.arch)
+    own = probe_arch(student.arch)
     own_heads = next(one.num_heads for one in own.blocks.modules() if isinstance(one, ATTENTIONS))
     head_width = own.embed_dim // own_heads
     width = student.width or own.embed_dim
@@ -540,6 +535,21 @@ def count_heads(student: StudentConfig) -> int | None:
     return student.heads
 
 
+def probe_arch(arch: str) -> VisionTransformer | Eva:
+    """Build an architecture at its own sizes on the meta device, of one block where it can be.
+
+    Raises:
+        ConfigError: if the student's forward does not support it.
+    """
+    check_name(arch)
+    with torch.device("meta"):
+        try:
+            model = create_model(arch, num_classes=0, depth=1)
+        except AssertionError:  # settings of every block are listed
+            model = create_model(arch, num_classes=0)
+    return check_supported(model, arch)
+
+
 def probe_student(config: Config) -> VisionTransformer | Eva:
     """Build ``student.arch`` on the meta device, for its shapes alone.
 
@@ -547,13 +557,7 @@ def probe_student(config: Config) -> VisionTransformer | Eva:
         ConfigError: as ``build_student``.
     """
     arch, size = config.student.arch, config.views.image_size
-    if not timm.is_model(arch):
-        raise ConfigError(
-            f"student.arch={arch} is not a model of timm {timm.__version__}; "
-            "timm.list_models('vit_*') lists them"
-        )
-    if not is_model_in_modules(arch, VIT_MODULES | EVA_MODULES):
-        raise unsupported_arch(arch, "another kind of model")
+    check_name(arch)
     options = size_options(config)
     try:
         with torch.device("meta"):
@@ -561,7 +565,7 @@ def probe_student(config: Config) -> VisionTransformer | Eva:
     except AssertionError as error:  # timm's check of sizes against each other
         raise ConfigError(
             f"student.arch={arch}: timm does not build it with {options} ({error}); set "
-            "student.depth and student.heads to the architecture's own"
+            "student.width, student.depth and student.heads to the architecture's own"
         ) from error
     probe = check_supported(model, arch)
     side = probe.patch_embed.patch_size[0]
@@ -572,6 +576,21 @@ def probe_student(config: Config) -> VisionTransformer | Eva:
             f"use {f'{below} or ' if below else ''}{below + side}"
         )
     return probe
+
+
+def check_name(arch: str) -> None:
+    """Refuse names of no model of timm, and of other kinds of models.
+
+    Raises:
+        ConfigError: names what was found.
+    """
+    if not timm.is_model(arch):
+        raise ConfigError(
+            f"student.arch={arch} is not a model of timm {timm.__version__}; "
+            "timm.list_models('vit_*') lists them"
+        )
+    if not is_model_in_modules(arch, VIT_MODULES | EVA_MODULES):
+        raise unsupported_arch(arch, "another kind of model")
 
 
 def unsupported_arch(arch: str, found: str) -> ConfigError:

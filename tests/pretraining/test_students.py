@@ -58,10 +58,10 @@ FAMILIES = {
 
 
 def make_config(arch: str) -> Config:
-    """Two blocks of two heads of 32 channels, on 4 x 4 patches; no teacher."""
+    """Two blocks of two heads of 48 channels, on 4 x 4 patches; no teacher."""
     config = Config()
     config.student.arch = arch
-    config.student.width, config.student.depth, config.student.heads = 64, 2, 2
+    config.student.width, config.student.depth, config.student.heads = 96, 2, 2
     config.student.patch_size = 8
     config.views.image_size = 8 * SIDE
     config.decoder.depth, config.decoder.width, config.decoder.heads = 1, 32, 2
@@ -107,7 +107,7 @@ def publish(family: Family, side: int) -> Any:
         "num_classes": family.num_classes,
         "img_size": 8 * side,
         "patch_size": 8,
-        "embed_dim": 64,
+        "embed_dim": 96,
         "depth": 2,
         "num_heads": 2,
     }
