@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from cmtmae_scale.export.timm_folder import WEIGHTS, data_config
 
 def load_encoder(
     place: str | Path, weights: str | None = None, *, arch: str | None = None
-) -> VisionTransformer:
+) -> VisionTransformer | Eva:
     """Load the encoder of a run or of a file as timm's own model.
 
     Args:
@@ -67,7 +68,9 @@ def load_encoder(
     return load_strictly(config, read_tensors(folder, ENCODERS[weights]), str(folder))
 
 
-def load_strictly(config: Config, tensors: dict[str, Tensor], place: str) -> VisionTransformer:
+def load_strictly(
+    config: Config, tensors: dict[str, Tensor], place: str
+) -> VisionTransformer | Eva:
     """Build timm's model of a config's student and load these weights strictly.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -60,7 +61,7 @@ class Features(NamedTuple):
 
 
 def extract_features(
-    encoder: VisionTransformer | str | Path,
+    encoder: VisionTransformer | Eva | str | Path,
     images: str | Path | Index,
     *,
     batch_size: int = 64,
@@ -98,7 +99,7 @@ def extract_features(
 
 def save_features(
     output: Path,
-    encoder: VisionTransformer | str | Path,
+    encoder: VisionTransformer | Eva | str | Path,
     images: str | Path | Index,
     *,
     batch_size: int = 64,
@@ -186,15 +187,15 @@ def write_arrays(draft: Path, suffix: str, features: Features) -> None:
 
 
 def open_both(
-    encoder: VisionTransformer | str | Path, images: str | Path | Index
-) -> tuple[VisionTransformer, Index]:
+    encoder: VisionTransformer | Eva | str | Path, images: str | Path | Index
+) -> tuple[VisionTransformer | Eva, Index]:
     """Load an encoder and list the images, where paths are given."""
     model = encoder if isinstance(encoder, torch.nn.Module) else load_encoder(encoder)
     return model, images if isinstance(images, Index) else build_index(images)
 
 
 def fill_arrays(
-    model: VisionTransformer,
+    model: VisionTransformer | Eva,
     index: Index,
     reading: ReadOptions,
     device: torch.device | str | None,
@@ -256,7 +257,7 @@ def refuse_non_finite(values: Tensor, positions: Tensor, index: Index) -> None:
         )
 
 
-def wrap_timm(model: VisionTransformer, device: torch.device) -> Encoder:
+def wrap_timm(model: VisionTransformer | Eva, device: torch.device) -> Encoder:
     """Wrap a ViT of timm as an encoder; it moves to the device, in eval mode."""
     settings = cast(dict[str, Any], model.pretrained_cfg or {})
     mean = settings.get("mean") or IMAGENET_MEAN
@@ -269,6 +270,6 @@ def wrap_timm(model: VisionTransformer, device: torch.device) -> Encoder:
     def encode_tokens(images: Tensor) -> Tokens:
         with inference_autocast(device):
             tokens = network.forward_features(normalise_images(images, mean, std))
-        return split_tokens(tokens, network.num_prefix_tokens, network.has_class_token)
+        return split_tokens(tokens, network.num_prefix_tokens, network.cls_token is not None)
 
     return token_encoder("encoder", height, network.patch_embed.grid_size, encode_tokens)

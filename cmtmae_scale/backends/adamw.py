@@ -29,13 +29,13 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group named parameters by learning rate factor and weight decay.
 
-    Vectors, class, register and mask tokens and positional embeddings have no weight decay
-    (docs/method.md, section "Optimizer").
+    Vectors, class, register and mask tokens, positional embeddings and rotary frequencies have no
+    weight decay (docs/method.md, section "Optimizer").
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # the first: a shard of ZeRO-3
-        exempt = len(shape) < 2 or name.endswith(("_token", "pos_embed"))
+        exempt = len(shape) < 2 or name.endswith(("_token", "pos_embed", "freqs"))
         found.setdefault((lr_scale(name), exempt), []).append(parameter)
     return [
         {

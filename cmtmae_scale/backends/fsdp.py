@@ -1,5 +1,6 @@
 """FSDP2: weights, moments and EMA weights as float32 shards, computed in bf16 or fp32."""
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -285,6 +286,7 @@ def wrap(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(settings), reduce_dtype=torch.float32, cast_forward_inputs=True
     )
+    tokens = replace(policy, cast_forward_inputs=False)  # rotary positions stay float32
     reshard = settings.sharding == "full"
     fixed = fixed_positions(module)
     compile_blocks(module, settings)
@@ -292,7 +294,7 @@ def wrap(
     size = 1 if reshard else BLOCKS_PER_GROUP
     for i in range(0, len(blocks), size):
         group = blocks[i : i + size]
-        fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(group, mesh=mesh, mp_policy=tokens, reshard_after_forward=reshard)
     fully_shard(
         module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=fixed
     )

@@ -3,11 +3,13 @@
 from typing import TypeVar
 
 import torch
+from timm.models.eva import EvaAttention
 from torch import nn
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.method.decoder import Decoder
 from cmtmae_scale.method.initialisation import Values, sincos_positions, write_range
+from cmtmae_scale.method.rotary import Constant
 
 M = TypeVar("M", bound=nn.Module)
 ENCODER, MODEL, MOMENTUM = "encoder.", "model.", "momentum."
@@ -26,7 +28,11 @@ def materialise(module: M, device: torch.device, recurse: bool = True) -> M:
     """
     module.to_empty(device=device, recurse=recurse)
     for name, part in module.named_modules() if recurse else [("", module)]:
+        if isinstance(part, Constant):
+            continue  # keeps its values
         buffers = dict(part.named_buffers(recurse=False))
+        if isinstance(part, EvaAttention) and part.k_bias is not None:
+            buffers.pop("k_bias").zero_()
         if isinstance(part, Decoder):
             positions = buffers.pop("positions")
             positions.copy_(sincos_positions(positions.shape[1], part.grid))

@@ -1,6 +1,6 @@
 """Initial weights of the student from files of other programs; every tensor is accounted for.
 
-Supported are the names of timm's VisionTransformer, of MAE's public code (timm's, with
+Supported are the names of timm's VisionTransformer and Eva, of MAE's public code (timm's, with
 ``mask_token`` and ``decoder_*``) and of transformers' ViTMAE and ViT, in files and as modules.
 
 Runs once, before the first step of a new run.
@@ -47,8 +47,10 @@ RENAMES = (
 """Applied in this order; the first group leaves names of MAE and timm unchanged."""
 QKV = (r"\.(?:query|q_proj)\.", r"\.(?:key|k_proj)\.", r"\.(?:value|v_proj)\.")
 """Three matrices of transformers that are one in timm, in timm's order."""
-HEAD = re.compile(r"encoder\.(?:head|head_dist|classifier|pooler)\.")
+HEAD = re.compile(r"encoder\.(?:head|head_dist|classifier|pooler|attn_pool)\.")
 """Heads of other programs on top of an encoder."""
+TABLES = re.compile(r"encoder\.rope\.(?!freqs$)")
+"""Rotary positions that some files hold and that no setting changes."""
 PATCHES = "encoder.patch_embed.proj.weight"
 POSITIONS = "encoder.pos_embed"
 DECODER_POSITIONS = "decoder.positions"
@@ -197,6 +199,10 @@ def rename_tensors(state: Mapping[str, Tensor]) -> dict[str, Piece]:
         for pattern, replacement in RENAMES:
             ours = re.sub(pattern, replacement, ours)
         sources.setdefault(ours, []).append(name)
+    if "encoder.norm.weight" not in sources:  # the norm of a model that pools before it
+        for kind in ("weight", "bias"):
+            if f"encoder.fc_norm.{kind}" in sources:
+                sources[f"encoder.norm.{kind}"] = sources.pop(f"encoder.fc_norm.{kind}")
     return {ours: Piece([state[name] for name in names], names) for ours, names in sources.items()}
 
 
@@ -214,6 +220,8 @@ def resample_positions(
         Both grids as text; empty where the embedding fits or cannot be resampled.
     """
     rows, columns = model.encoder.grid
+    if POSITIONS not in own:
+        return ""
     piece, here = pieces.get(POSITIONS), own[POSITIONS].shape
     if piece is None or len(piece.shape) != 3 or piece.shape[::2] != here[::2]:
         return ""
@@ -235,11 +243,11 @@ def square_side(count: int) -> int:
 
 
 def select_component(tensors: Mapping[str, T], *prefixes: str) -> dict[str, T]:
-    """Return the tensors of one component of the model, without heads of other programs."""
+    """Return the tensors of one component of the model, without those that are skipped."""
     return {
         name: value
         for name, value in tensors.items()
-        if name.startswith(prefixes) and not HEAD.match(name)
+        if name.startswith(prefixes) and not HEAD.match(name) and not TABLES.match(name)
     }
 
 
@@ -295,6 +303,8 @@ def skip_reason(name: str, own: Mapping[str, Tensor], unfit: str) -> str:
     """Return why a tensor is skipped, ``unfit`` for the whole decoder; empty if it is loaded."""
     if HEAD.match(name):
         return "a head on top of the encoder"
+    if TABLES.match(name):
+        return "the encoder computes its rotary positions"
     if name.startswith("encoder."):
         return ""
     if unfit:

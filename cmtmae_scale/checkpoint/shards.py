@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,21 +157,21 @@ def publish_checkpoint(
     files = {rank_file(rank): shard.facts for rank, shard in shards.items()}
     files[INDEX] = write_atomic(draft / INDEX, json.dumps(build_index(shards, shapes)))
     files[STATE] = write_atomic(draft / STATE, json.dumps({"format": FORMAT} | state, indent=1))
-    files[ENCODER] = add_encoder(draft, len(shards))
+    files[ENCODER] = add_encoder(draft, len(shards), shapes)
     write_atomic(draft / MANIFEST, format_manifest(files))
     sync(draft)
     require_lock()
     replace_checkpoint(draft, target)
 
 
-def add_encoder(draft: Path, num_shards: int) -> dict[str, Any]:
+def add_encoder(draft: Path, num_shards: int, names: Collection[str]) -> dict[str, Any]:
     """Write the student's encoder beside the shards; returns the file's size and SHA-256.
 
     One shard has one chunk per tensor, and this thread copies them; the many chunks of several
     shards are copied by another process (``encoder_copy.py``).
     """
     if num_shards > 1:
-        prefix, metadata = ENCODERS["student"], encoder_metadata(draft)
+        prefix, metadata = ENCODERS["student"], encoder_metadata(draft, names)
         try:
             return copy_encoder_apart(draft, draft / ENCODER, prefix, metadata)
         except ProcessError as error:
@@ -188,7 +188,8 @@ def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
     """Write an encoder under timm's names, one tensor at a time in memory.
 
     Where a run replaces sizes of its architecture, the file's metadata holds them under
-    ``student``: no tensor shows the number of heads.
+    ``student``: no tensor shows the number of heads. ``image_size`` is there where no positional
+    embedding shows the grid.
 
     Args:
         folder: a checkpoint, or a draft that has its index, state and shards.
@@ -205,16 +206,24 @@ def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
             for key in reader.index
             if key.startswith(prefix)
         ]
-        return write_tensors(file, entries, encoder_metadata(folder))
+        return write_tensors(file, entries, encoder_metadata(folder, reader.index))
 
 
-def encoder_metadata(folder: Path) -> dict[str, str]:
-    """Return the metadata of an encoder's file; sizes of the student, if it replaces any."""
-    student = read_json(read_inside(folder, folder / STATE)).get("config", {}).get("student", {})
-    if not any(student.get(name) for name in SIZES):
-        return {"format": "pt"}
-    sizes = json.dumps({name: student.get(name) for name in ("arch", *SIZES)})
-    return {"format": "pt", "student": sizes}
+def encoder_metadata(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """Return the metadata of an encoder's file: what its tensors do not show.
+
+    Args:
+        folder: a checkpoint, or a draft that has its state.
+        names: of the checkpoint's tensors.
+    """
+    config = read_json(read_inside(folder, folder / STATE)).get("config", {})
+    student, size = config.get("student", {}), config.get("views", {}).get("image_size")
+    found = {"format": "pt"}
+    if f"{ENCODERS['student']}pos_embed" not in names and size is not None:
+        found["image_size"] = str(size)
+    if any(student.get(name) for name in SIZES):
+        found["student"] = json.dumps({name: student.get(name) for name in ("arch", *SIZES)})
+    return found
 
 
 def mark_shard_done(draft: Path, rank: int, shard: Shard) -> None:

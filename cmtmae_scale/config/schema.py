@@ -205,7 +205,7 @@ class Student:
     """The trained encoder."""
 
     arch: str = "vit_base_patch16_224"
-    """A timm VisionTransformer name."""
+    """A timm name of a VisionTransformer or of an Eva, such as DINOv3, EVA-02 or PE."""
     patch_size: int | None = positive(None)
     """Patch side in pixels; ``None``: the architecture's own."""
     width: int | None = positive(None)

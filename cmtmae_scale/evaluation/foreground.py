@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -230,8 +231,17 @@ def uses_teacher_map(config: Config) -> bool:
 
 
 def attention_of(network: Student | Tower, size: int, config: Config | None) -> OnlineTeacher:
-    """Wrap a network so that it returns an attention map, on its own grid."""
+    """Wrap a network so that it returns an attention map, on its own grid.
+
+    Raises:
+        ConfigError: a student with rotary positions.
+    """
     tower = network
+    if isinstance(network, Eva):
+        raise ConfigError(
+            "the attention of a student of timm's Eva class is not compared with foreground masks; "
+            "cmtmae_scale.attention_maps returns that of a run"
+        )
     if isinstance(network, Student):
         tower = TimmTower(cast(VisionTransformer, network), "student", {})
         tower.mean, tower.std = IMAGENET_MEAN, IMAGENET_STD

@@ -9,7 +9,6 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import safe_open
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from cmtmae_scale.checkpoint import layout
@@ -30,7 +29,7 @@ from cmtmae_scale.evaluation.encoders import (
     weights_digest,
 )
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import Student, build_student, probe_student
+from cmtmae_scale.method.student import Student, build_student, probe_arch, probe_student
 from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import read_inside, read_json
@@ -214,8 +213,9 @@ def check_encoder(folder: Path, config: Config, prefix: str) -> None:
         probe = probe_student(config)
     except ConfigError as error:
         raise CheckpointError(f"{folder / layout.STATE}: {error}") from error
-    expected = {"pos_embed": tuple(cast(Tensor, probe.pos_embed).shape)}
-    if found.get("pos_embed") == expected["pos_embed"]:
+    positions = probe.pos_embed
+    expected = {} if positions is None else {"pos_embed": tuple(positions.shape)}
+    if found.get("pos_embed") == expected.get("pos_embed"):
         with torch.device("meta"):
             state = build_student(config).state_dict()
         expected = {name: tuple(value.shape) for name, value in state.items()}
@@ -296,19 +296,38 @@ def file_config(file: Path, tensors: dict[str, Tensor], arch: str | None) -> Con
     student.arch = arch or student.arch or read_arch(file)
     if not timm.is_model(student.arch):
         raise ConfigError(f"--arch={student.arch} is not a model of timm {timm.__version__}")
-    for name, dims in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
+    probe = probe_arch(student.arch)
+    needed = {"patch_embed.proj.weight": 4} | ({} if probe.pos_embed is None else {"pos_embed": 3})
+    for name, dims in needed.items():
         if name not in tensors or tensors[name].ndim != dims:
             raise CheckpointError(
                 f"{file} has no {name} of {dims} dimensions: not an encoder of cmtmae export"
             )
-    patch = int(tensors["patch_embed.proj.weight"].shape[-1])
+    student.patch_size = patch = int(tensors["patch_embed.proj.weight"].shape[-1])
+    if probe.pos_embed is None:  # rotary positions are in no tensor
+        config.views.image_size = recorded_size(file, patch)
+        return config
     positions = int(tensors["pos_embed"].shape[1])
-    with torch.device("meta"):
-        probe = cast(VisionTransformer, timm.create_model(student.arch, num_classes=0))
     prefix = 0 if probe.no_embed_class else probe.num_prefix_tokens
-    student.patch_size = patch
     config.views.image_size = patch * math.isqrt(max(positions - prefix, 1))
     return config
+
+
+def recorded_size(file: Path, patch: int) -> int:
+    """Return the side of the images in the metadata of an encoder's file, in pixels.
+
+    Raises:
+        CheckpointError: if it is absent, or does not fit the patches.
+    """
+    with safe_open(file, "pt") as opened:  # pyright: ignore[reportUnknownVariableType]
+        text = cast(dict[str, str], opened.metadata() or {}).get("image_size", "")
+    size = int(text) if text.isdecimal() and len(text) < 6 else 0
+    if not size or size % patch:
+        raise CheckpointError(
+            f"{file}: its metadata has image_size={text[:20] or 'none'}, not a multiple of its "
+            f"patches of {patch} pixels; export the encoder again"
+        )
+    return size
 
 
 def recorded_student(file: Path, tensors: dict[str, Tensor]) -> StudentConfig:

@@ -5,6 +5,7 @@ from typing import NamedTuple, cast
 
 import timm
 from safetensors.torch import load_file
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from cmtmae_scale.checkpoint.shards import write_encoder
@@ -49,10 +50,10 @@ def export_encoder(place: Path, output: Path | None, weights: Weights) -> Export
     return Exported(output, origin.step, call, tensors, parameters)
 
 
-def build_timm(config: Config) -> tuple[VisionTransformer, str]:
+def build_timm(config: Config) -> tuple[VisionTransformer | Eva, str]:
     """Build timm's own model of a config's student; also return the Python call."""
     options = timm_options(config)
-    model = cast(VisionTransformer, timm.create_model(config.student.arch, **options))
+    model = cast(VisionTransformer | Eva, timm.create_model(config.student.arch, **options))
     return model, timm_call(config)
 
 
@@ -63,7 +64,7 @@ def timm_call(config: Config, **more: str) -> str:
     return f"timm.create_model({config.student.arch!r}, {shown})"
 
 
-def load_strictly(model: VisionTransformer, file: Path) -> int:
+def load_strictly(model: VisionTransformer | Eva, file: Path) -> int:
     """Load a file strictly into a model; returns the number of tensors.
 
     Raises:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def unsupported_block_parts(block: Any) -> Iterator[str]:
     """Yield the parts of a block that a ``ViTLayer`` cannot compute."""
     if not (isinstance(block.ls1, nn.Identity) and isinstance(block.ls2, nn.Identity)):
         yield "layer scale"
-    if type(block.attn) is not BlockAttention:
+    if not isinstance(block.attn, BlockAttention) or not isinstance(block.attn, Attention):
         yield f"attention of another kind ({type(block.attn).__name__})"
     else:
         attn = block.attn

@@ -14,6 +14,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.data.config import resolve_data_config
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.torch_version import TorchVersion
@@ -70,14 +71,14 @@ def data_config(size: int) -> dict[str, Any]:
     }
 
 
-def load_timm(folder: Path, origin: Origin) -> VisionTransformer:
+def load_timm(folder: Path, origin: Origin) -> VisionTransformer | Eva:
     """Load a folder as a user of the installed timm would."""
     if reads_folders():
         model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
     else:
         arch, options = origin.config.student.arch, timm_options(origin.config)
         model = timm.create_model(arch, **options, checkpoint_path=folder / WEIGHTS)
-    return cast(VisionTransformer, model).eval()
+    return cast(VisionTransformer | Eva, model).eval()
 
 
 def reads_folders() -> bool:

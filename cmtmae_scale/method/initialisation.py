@@ -12,8 +12,11 @@ from typing import cast
 
 import torch
 from timm.layers.layer_scale import LayerScale
+from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from cmtmae_scale.method.rotary import MixedRotary
 
 TOKENS = ("cls_token", "reg_token", "mask_token")
 PIECE = 1 << 20
@@ -50,14 +53,15 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()
 
 
-def fix_positions(model: VisionTransformer) -> None:
-    """Write the sine-cosine embedding into ``pos_embed`` and freeze it."""
-    positions = cast(nn.Parameter, model.pos_embed).requires_grad_(False)
-    with torch.no_grad():
-        positions.copy_(positional_embedding(model))
+def fix_positions(model: VisionTransformer | Eva) -> None:
+    """Write the sine-cosine embedding into ``pos_embed``, if there is one, and freeze it."""
+    if model.pos_embed is not None:
+        positions = model.pos_embed.requires_grad_(False)
+        with torch.no_grad():
+            positions.copy_(positional_embedding(model))
 
 
-def positional_embedding(model: VisionTransformer) -> Tensor:
+def positional_embedding(model: VisionTransformer | Eva) -> Tensor:
     """Return the sine-cosine embedding of a model, ``[1, P + N, D]``, zeros for the prefix."""
     shape = cast(nn.Parameter, model.pos_embed).shape
     rows, columns = model.patch_embed.grid_size
@@ -78,9 +82,9 @@ def initial_values(module: nn.Module, seed: int) -> Values:
 
     Linear and patch embedding: Xavier uniform, zero bias; class, register and mask tokens: normal
     with standard deviation 0.02; norms: one and zero; layer scale: its configured value;
-    positional embeddings: fixed. Matrices and tokens are drawn while they are read, all from one
-    stream of random numbers, so that every rank draws the whole model, 5 ns per weight, and keeps
-    its ranges.
+    positional embeddings: fixed; rotary frequencies: see ``MixedRotary``. Matrices and tokens are
+    drawn while they are read, all from one stream of random numbers, so that every rank draws the
+    whole model, 5 ns per weight, and keeps its ranges.
 
     Args:
         module: any combination of this project's models; only shapes are read, and only now, so
@@ -106,6 +110,14 @@ def initial_values(module: nn.Module, seed: int) -> Values:
                 found["bias"] = [torch.zeros(rows)]
         elif isinstance(part, LayerScale):
             found["gamma"] = [torch.full((part.gamma.numel(),), part.init_values)]
+        elif isinstance(part, EvaBlock):
+            for key, value in own.items():  # gamma_1, gamma_2
+                found[key] = [torch.full((value.numel(),), cast(float, part.init_values))]
+        elif isinstance(part, EvaAttention):
+            for key, value in own.items():  # q_bias, v_bias
+                found[key] = [torch.zeros(value.numel())]
+        elif isinstance(part, MixedRotary):
+            found["freqs"] = [part.draw(generator).flatten()]
         elif "norm" in type(part).__name__.lower():
             for key, value in own.items():
                 found[key] = [torch.full((value.numel(),), float(key == "weight"))]
@@ -113,7 +125,7 @@ def initial_values(module: nn.Module, seed: int) -> Values:
             for key in TOKENS:
                 if key in own:
                     found[key] = draw_normal(own[key].numel(), 0.02, generator)
-            if isinstance(part, VisionTransformer):
+            if isinstance(part, VisionTransformer | Eva) and part.pos_embed is not None:
                 found["pos_embed"] = [positional_embedding(part).flatten()]
         if own.keys() - found:
             unknown = ", ".join(key for key in own if key not in found)

@@ -1,4 +1,4 @@
-"""Student and momentum encoder: timm's VisionTransformer with added methods.
+"""Student and momentum encoder: timm's VisionTransformer or Eva with added methods.
 
 The state dicts are timm's, so an exported encoder loads with ``timm.create_model``.
 
@@ -12,13 +12,17 @@ Source: docs/method.md, sections "Attention maps", "Student" and "Momentum encod
 # pyright: reportUnknownArgumentType=false
 # timm and parts of torch are only partly typed.
 import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import is_model_in_modules
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,9 +33,26 @@ from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.attention import attend, mean_query_row, patch_map
 from cmtmae_scale.method.initialisation import TOKENS, fix_positions
+from cmtmae_scale.method.rotary import rotate_patches, supports_rotary, use_rotary
 
 VIT_MODULES = {"vision_transformer", "deit"}
 """Modules of timm whose models may be a plain VisionTransformer."""
+EVA_MODULES = {"eva"}
+"""Modules of timm whose models are an Eva: DINOv3, EVA-02, PE and ViTs with rotary positions."""
+ATTENTIONS = (Attention, EvaAttention, AttentionRope)
+M = TypeVar("M", bound=nn.Module)
+
+
+@cache
+def join_classes(added: type, own: type) -> type:
+    """Return a subclass of both, whose methods are those of ``added`` where it has them."""
+    return type(added.__name__, (added, own), {})
+
+
+def become(module: nn.Module, added: type[M]) -> M:
+    """Add the methods of ``added`` to a module; in place, state and names stay."""
+    module.__class__ = join_classes(added, type(module))
+    return cast(M, module)
 
 
 def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
@@ -43,13 +64,40 @@ def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
     return block(*inputs)
 
 
-class Student(VisionTransformer):
-    """timm's VisionTransformer, computing on the visible patches only."""
+class Student(nn.Module):
+    """What is added to timm's VisionTransformer or Eva: computing on the visible patches only."""
+
+    blocks: nn.Sequential
+    norm: nn.Module
+    norm_pre: nn.Module
+    fc_norm: nn.Module
+    head: nn.Module
+    patch_embed: PatchEmbed
+    pos_embed: nn.Parameter | None
+    cls_token: nn.Parameter | None
+    reg_token: nn.Parameter | None
+    no_embed_class: bool
+    embed_dim: int
+    num_features: int
+    num_prefix_tokens: int
+    grad_checkpointing: bool
+    set_grad_checkpointing: Callable[[bool], None]
+    forward_head: Callable[[Tensor], Tensor]
+    reset_classifier: Callable[[int, str], None]
 
     @property
     def num_prefix(self) -> int:
         """P: number of class token and registers."""
         return self.num_prefix_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.cls_token is not None
+
+    @property
+    def num_reg_tokens(self) -> int:
+        """Number of registers."""
+        return 0 if self.reg_token is None else self.reg_token.shape[1]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -83,9 +131,15 @@ class Student(VisionTransformer):
             ValueError: if the shapes do not fit.
         """
         x = self.embed(images, ids_keep)
-        for block in self.blocks:
-            x = run_block(block, x, recompute=self.grad_checkpointing)
+        for block, rotary in zip(self.blocks, self.rotary_tables(ids_keep), strict=True):
+            x = run_block(block, x, *rotary, recompute=self.grad_checkpointing)
         return self.norm(x)
+
+    def rotary_tables(self, ids_keep: Tensor | None = None) -> Sequence[tuple[Tensor, ...]]:
+        """Return the rotary positions of each block, if it has any; arguments as in ``forward``."""
+        if getattr(self, "rope", None) is None:
+            return [()] * len(self.blocks)
+        return [(table,) for table in cast(Any, self).rope(ids_keep)]
 
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Return the input of the first block, ``[R, P + K, D]``; arguments as in ``forward``."""
@@ -96,17 +150,16 @@ class Student(VisionTransformer):
         x = F.linear(patches, projection.weight.flatten(1), projection.bias)
         x = self.patch_embed.norm(x)
 
-        # FSDP2 leaves them in float32.
-        positions = cast(nn.Parameter, self.pos_embed)[0].to(x.dtype)
-        num_coded = 0 if self.no_embed_class else self.num_prefix
-        code = positions[num_coded:]
-        x = x + (code if ids_keep is None else F.embedding(ids_keep, code))
-
         tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
-        if tokens:
-            prefix = torch.cat(tokens, dim=1)  # [1, P, D]
-            if num_coded:
+        prefix = torch.cat(tokens, dim=1) if tokens else None  # [1, P, D]
+        if self.pos_embed is not None:
+            positions = self.pos_embed[0].to(x.dtype)  # FSDP2 leaves them in float32
+            num_coded = 0 if self.no_embed_class else self.num_prefix
+            code = positions[num_coded:]
+            x = x + (code if ids_keep is None else F.embedding(ids_keep, code))
+            if prefix is not None and num_coded:
                 prefix = prefix + positions[:num_coded]
+        if prefix is not None:
             x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return self.norm_pre(x)
 
@@ -132,23 +185,50 @@ def gather_rows(patches: Tensor, ids: Tensor) -> Tensor:
     return patches.gather(1, index).reshape(rows, count, width)
 
 
-class BlockAttention(Attention):
-    """timm's attention without dropout, computed by ``attend`` where no mask is given."""
+class BlockAttention(nn.Module):
+    """What is added to timm's attention: without dropout, by ``attend`` where no mask is given."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, attn_mask: Tensor | None = None, **options: Any
+    num_heads: int
+    head_dim: int
+    scale: float
+    num_prefix_tokens: int
+    qkv: nn.Module | None
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
-        """From ``[B, T, D]`` to ``[B, T, D]``."""
+        """From ``[B, T, D]`` to ``[B, T, D]``; ``rope`` as in ``rotate_patches``."""
         if attn_mask is not None or any(options.values()):  # is_causal of a later timm
-            return super().forward(x, attn_mask, **options)
-        return self.combine(*self.project(x))
+            rotary = {} if rope is None else {"rope": rope}
+            return super().forward(x, attn_mask=attn_mask, **rotary, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.combine(*self.project(x, rope))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values ``[B, H, T, d]`` of ``[B, T, D]``."""
+        own = cast(Any, self)
         batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.q_norm(q), self.k_norm(k), v
+        if self.qkv is None:
+            layers = (own.q_proj, own.k_proj, own.v_proj)
+            q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in layers)
+        else:
+            qkv = self.qkv(x)
+            if getattr(self, "q_bias", None) is not None:
+                qkv = qkv + torch.cat([own.q_bias, torch.zeros_like(own.q_bias), own.v_bias])
+            qkv = qkv.reshape(batch, length, 3, self.num_heads, self.head_dim)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            half = getattr(self, "rotate_half", False)
+            q, k = (rotate_patches(one, rope, self.num_prefix_tokens, half) for one in (q, k))
+        if k.shape[1] < self.num_heads:  # several heads share a key and a value
+            groups = self.num_heads // k.shape[1]
+            k, v = (one.repeat_interleave(groups, dim=1) for one in (k, v))
+        return q, k, v
 
     def combine(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the output ``[B, T, D]`` of queries, keys and values ``[B, H, T, d]``."""
@@ -157,10 +237,10 @@ class BlockAttention(Attention):
 
 
 def use_attend(module: nn.Module) -> None:
-    """Let every ``Attention`` of timm within a module compute by ``attend``; in place."""
+    """Let every attention of timm within a module compute by ``attend``; in place."""
     for one in module.modules():
-        if type(one) is Attention:
-            one.__class__ = BlockAttention
+        if type(one) in ATTENTIONS:
+            become(one, BlockAttention)
 
 
 class RowAttention(BlockAttention):
@@ -170,19 +250,20 @@ class RowAttention(BlockAttention):
     """Tokens whose attention is averaged: the class token, else all patches."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
-        self, x: Tensor
+        self, x: Tensor, rope: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Attend.
 
         Args:
             x: ``[B, P + N, D]``.
+            rope: as in ``rotate_patches``.
 
         Returns:
             timm's output, and the row, float32 ``[B, P + N]``, mean over heads, no gradient.
 
         Source: docs/method.md, section "Attention maps".
         """
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, rope)
         row = mean_query_row(q[:, :, self.queries], k, self.scale)
         return self.combine(q, k, v), row
 
@@ -197,6 +278,39 @@ class RowBlock(Block):
         attended, row = self.attn(self.norm1(x))
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), row
+
+
+class RowEvaBlock(EvaBlock):
+    """``RowBlock`` of timm's Eva."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
+        self, x: Tensor, rope: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """From ``[B, P + N, D]`` to timm's output and the row ``[B, P + N]``."""
+        attended, row = self.attn(self.norm1(x), rope)
+        x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
+        changed = self.mlp(self.norm2(x))
+        return x + self.drop_path2(changed if self.gamma_2 is None else self.gamma_2 * changed), row
+
+
+class RowEvaBlockPostNorm(EvaBlockPostNorm):
+    """``RowBlock`` of an Eva whose branches are normed at their end."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
+        self, x: Tensor, rope: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """From ``[B, P + N, D]`` to timm's output and the row ``[B, P + N]``."""
+        attended, row = self.attn(x, rope)
+        x = x + self.drop_path1(self.norm1(attended))
+        return x + self.drop_path2(self.norm2(self.mlp(x))), row
+
+
+ROW_BLOCKS: dict[type, type] = {
+    Block: RowBlock,
+    EvaBlock: RowEvaBlock,
+    EvaBlockPostNorm: RowEvaBlockPostNorm,
+}
+"""Blocks of timm, and those that also return the attention row."""
 
 
 class MomentumEncoder(Student):
@@ -230,16 +344,16 @@ class MomentumEncoder(Student):
             )
         for i in self.attention_layers:
             block = self.blocks[i]
-            if type(block) is not Block or type(block.attn) is not BlockAttention:
+            if type(block) not in ROW_BLOCKS or not isinstance(block.attn, BlockAttention):
                 raise ConfigError(
                     f"student.arch={config.student.arch}: no attention map can be taken from block "
                     f"{i} ({type(block).__name__}); use a plain timm VisionTransformer such as "
                     "vit_base_patch16_224"
                 )
-            block.__class__ = RowBlock
-            block.attn.__class__ = RowAttention
+            block.__class__ = ROW_BLOCKS[type(block)]
             first = 0 if self.has_class_token else self.num_prefix
-            cast(Any, block.attn).queries = slice(first, 1 if self.has_class_token else None)
+            queries = slice(first, 1 if self.has_class_token else None)
+            become(block.attn, RowAttention).queries = queries
 
     @torch.no_grad()
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - another kind of output
@@ -260,13 +374,13 @@ class MomentumEncoder(Student):
             return None, None
         maps: list[Tensor] = []
         outputs: list[Tensor] = []
-        x = self.embed(images)
+        x, rotary = self.embed(images), self.rotary_tables()
         for i, block in enumerate(self.blocks[:depth]):
             if i in self.attention_layers:
-                x, row = block(x)
+                x, row = block(x, *rotary[i])
                 maps.append(patch_map(row, self.num_prefix))
             else:
-                x = block(x)
+                x = block(x, *rotary[i])
             if i in self.feature_layers:
                 outputs.append(x)
         if self.normed_features:
@@ -324,29 +438,36 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
 
     Returns:
         The model on the default device, with fixed positional embeddings. ``initialise`` or a state
-        dict sets its weights: tokens are zero, the rest is torch's default. Its keys are those of
-        ``timm.create_model(arch, num_classes=0, fc_norm=False, global_pool=...)`` with ``token``
-        for models with class token and ``avg`` for the others, which are the defaults of vit_base,
+        dict sets its weights: tokens are zero, the rest is timm's default. Its keys are those of
+        ``timm.create_model(arch, **timm_options(config))``, which has neither classifier nor
+        pooling head, and its last norm before the pooling; so have the defaults of vit_base,
         vit_large and vit_huge.
 
     Raises:
-        ConfigError: if timm has no such model, it is not a plain VisionTransformer, or the sizes
-            do not fit each other.
+        ConfigError: if timm has no such model, it is neither a plain VisionTransformer nor an Eva,
+            or the sizes do not fit each other.
     """
-    options = timm_options(config)
-    created = timm.create_model(config.student.arch, **options, weight_init="skip")
-    model = cast(VisionTransformer, created)
-    model.__class__ = cls
+    model = create_model(config.student.arch, **timm_options(config))
     with torch.no_grad():
         for name in TOKENS:
             if (token := getattr(model, name, None)) is not None:
                 token.zero_()
         fix_positions(model)
+    if isinstance(model, Eva):
+        use_rotary(model)
     use_attend(model)
-    if isinstance(model, MomentumEncoder):
-        model.configure(config)
-        model.requires_grad_(False).eval()
-    return cast(S, model)
+    student = become(model, cls)
+    if isinstance(student, MomentumEncoder):
+        student.configure(config)
+        student.requires_grad_(False).eval()
+    return student
+
+
+def create_model(arch: str, **options: Any) -> VisionTransformer | Eva:
+    """Call ``timm.create_model``; a VisionTransformer keeps torch's initialisation, the faster."""
+    if is_model_in_modules(arch, VIT_MODULES):
+        options["weight_init"] = "skip"
+    return cast(VisionTransformer | Eva, timm.create_model(arch, **options))
 
 
 def timm_options(config: Config) -> dict[str, Any]:
@@ -355,8 +476,11 @@ def timm_options(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: as ``build_student``.
     """
-    pool = "token" if probe_student(config).has_class_token else "avg"
-    return size_options(config) | {"global_pool": pool, "fc_norm": False}
+    probe = probe_student(config)
+    options = size_options(config) | {"global_pool": "avg" if probe.cls_token is None else "token"}
+    if isinstance(probe, Eva):
+        return options | {"use_fc_norm": False, "use_post_transformer_norm": True}
+    return options | {"fc_norm": False}
 
 
 def size_options(config: Config) -> dict[str, Any]:
@@ -384,10 +508,8 @@ def count_heads(student: StudentConfig) -> int | None:
     """
     if student.width is None and student.heads is None:
         return None
-    with torch.device("meta"):
-        created = timm.create_model(student.arch, num_classes=0, weight_init="skip")
-    own = check_plain(created, student.arch)
-    own_heads = next(one.num_heads for one in own.blocks.modules() if isinstance(one, Attention))
+    own = probe_arch(student.arch)
+    own_heads = next(one.num_heads for one in own.blocks.modules() if isinstance(one, ATTENTIONS))
     head_width = own.embed_dim // own_heads
     width = student.width or own.embed_dim
     if student.heads is None:
@@ -405,26 +527,47 @@ def count_heads(student: StudentConfig) -> int | None:
             f"student.heads={student.heads} does not divide the student's width {width}; set "
             f"student.heads to a divisor of {width}, such as {fits}"
         )
+    if isinstance(own, Eva) and own.rope is not None and width // student.heads % 4:
+        raise ConfigError(
+            f"student.heads={student.heads} gives each head {width // student.heads} channels of "
+            f"{width}; rotary positions need a multiple of 4, such as {head_width}"
+        )
     return student.heads
 
 
-def probe_student(config: Config) -> VisionTransformer:
+def probe_arch(arch: str) -> VisionTransformer | Eva:
+    """Build an architecture at its own sizes on the meta device, of one block where it can be.
+
+    Raises:
+        ConfigError: if the student's forward does not support it.
+    """
+    check_name(arch)
+    with torch.device("meta"):
+        try:
+            model = create_model(arch, num_classes=0, depth=1)
+        except AssertionError:  # settings of every block are listed
+            model = create_model(arch, num_classes=0)
+    return check_supported(model, arch)
+
+
+def probe_student(config: Config) -> VisionTransformer | Eva:
     """Build ``student.arch`` on the meta device, for its shapes alone.
 
     Raises:
         ConfigError: as ``build_student``.
     """
     arch, size = config.student.arch, config.views.image_size
-    if not timm.is_model(arch):
+    check_name(arch)
+    options = size_options(config)
+    try:
+        with torch.device("meta"):
+            model = create_model(arch, **options)
+    except AssertionError as error:  # timm's check of sizes against each other
         raise ConfigError(
-            f"student.arch={arch} is not a model of timm {timm.__version__}; "
-            "timm.list_models('vit_*') lists them"
-        )
-    if not is_model_in_modules(arch, VIT_MODULES):
-        raise unsupported_arch(arch, "another kind of model")
-    with torch.device("meta"):
-        model = timm.create_model(arch, **size_options(config), weight_init="skip")
-    probe = check_plain(model, arch)
+            f"student.arch={arch}: timm does not build it with {options} ({error}); set "
+            "student.width, student.depth and student.heads to the architecture's own"
+        ) from error
+    probe = check_supported(model, arch)
     side = probe.patch_embed.patch_size[0]
     if size % side:
         below = size // side * side
@@ -435,29 +578,47 @@ def probe_student(config: Config) -> VisionTransformer:
     return probe
 
 
+def check_name(arch: str) -> None:
+    """Refuse names of no model of timm, and of other kinds of models.
+
+    Raises:
+        ConfigError: names what was found.
+    """
+    if not timm.is_model(arch):
+        raise ConfigError(
+            f"student.arch={arch} is not a model of timm {timm.__version__}; "
+            "timm.list_models('vit_*') lists them"
+        )
+    if not is_model_in_modules(arch, VIT_MODULES | EVA_MODULES):
+        raise unsupported_arch(arch, "another kind of model")
+
+
 def unsupported_arch(arch: str, found: str) -> ConfigError:
     """Return the error for an unsupported architecture."""
     return ConfigError(
-        f"student.arch={arch} is {found}; use a plain timm VisionTransformer such as "
-        "vit_base_patch16_224"
+        f"student.arch={arch} is {found}; use a VisionTransformer or an Eva of timm, such as "
+        "vit_base_patch16_224 or vit_base_patch16_dinov3"
     )
 
 
-def check_plain(model: nn.Module, arch: str) -> VisionTransformer:
+def check_supported(model: nn.Module, arch: str) -> VisionTransformer | Eva:
     """Return a model that the student's forward supports.
 
     Raises:
-        ConfigError: if it is not a plain VisionTransformer; names what was found.
+        ConfigError: if it is neither a plain VisionTransformer nor an Eva; names what was found.
     """
-    if type(model) is not VisionTransformer:
-        raise unsupported_arch(arch, f"a {type(model).__name__}")
-    if model.pos_embed is None:
+    kind = type(model)
+    if not isinstance(model, VisionTransformer | Eva) or kind not in (VisionTransformer, Eva):
+        raise unsupported_arch(arch, f"a {kind.__name__}")
+    if isinstance(model, Eva) and not supports_rotary(model):
+        raise unsupported_arch(arch, f"a model with {type(model.rope).__name__}")
+    if model.pos_embed is None and getattr(model, "rope", None) is None:
         raise unsupported_arch(arch, "a model without positional embedding")
     if model.embed_dim % 4:
         raise unsupported_arch(
             arch, f"{model.embed_dim} channels wide, which is not a multiple of 4"
         )
-    if not isinstance(model.patch_drop, nn.Identity):
+    if not isinstance(model.patch_drop, nn.Identity | None):
         raise unsupported_arch(arch, "a model that drops patches")
     if len(set(model.patch_embed.patch_size)) != 1:
         raise unsupported_arch(

@@ -1,11 +1,13 @@
-"""The student is timm's VisionTransformer; these tests hold it against timm's own forward."""
+"""The student is timm's model; these tests hold it against timm's own forward."""
 
+import inspect
 from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.layers.attention import Attention
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,10 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.initialisation import fix_positions, initialise, sincos_positions
+from cmtmae_scale.method.rotary import use_rotary
 from cmtmae_scale.method.student import (
     MomentumEncoder,
     RowAttention,
     Student,
+    become,
     build_student,
     use_attend,
 )
@@ -30,6 +34,40 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norm before": {"pre_norm": True},
     "no class token": {"class_token": False, "reg_tokens": 1, "global_pool": ""},
 }
+ROTARY: dict[str, Any] = {"use_rot_pos_emb": True, "use_fc_norm": False}
+EVAS: dict[str, dict[str, Any]] = {
+    "DINOv3": {
+        "use_abs_pos_emb": False,
+        "rope_type": "dinov3",
+        "rope_rotate_half": True,
+        "rope_rescale_coords": 2.0,
+        "num_reg_tokens": 4,
+        "no_embed_class": True,
+        "init_values": 0.3,
+        "dynamic_img_size": True,
+    },
+    "EVA-02": {
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "ref_feat_shape": (3, 3),
+        "rope_grid_offset": 1.0,
+    },
+    "mixed": {"rope_type": "mixed", "attn_type": "rope", "rope_grid_indexing": "xy"},
+    "mean query": {
+        "class_token": False,
+        "num_reg_tokens": 1,
+        "global_pool": "avg",
+        "attn_type": "rope",
+        "qk_norm": True,
+        "rope_grid_indexing": "xy",
+        "use_pre_transformer_norm": True,
+    },
+    "post norm": {"use_post_norm": True, "swiglu_mlp": True},
+    "grouped": {"qkv_fused": False, "attn_type": "rope", "num_kv_heads": 2},
+}
+LATER_TIMM = inspect.signature(Eva).parameters.keys()
+"""Arguments of the installed timm; an older one lacks some."""
 
 
 def make_config(**changes: Any) -> Config:
@@ -47,16 +85,30 @@ def make_config(**changes: Any) -> Config:
     return config
 
 
-def make_vit(variant: str, cls: type[Any] = Student) -> Any:
+def make_timm(variant: str) -> Any:
+    """Build timm's own model, with random weights."""
     torch.manual_seed(1)
     sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_classes": 0}
-    model = VisionTransformer(**sizes, depth=3, num_heads=4, **VARIANTS[variant])
-    model.__class__ = cls
-    use_attend(model)
+    sizes |= {"depth": 3, "num_heads": 4}
+    if variant in VARIANTS:
+        model = VisionTransformer(**sizes, **VARIANTS[variant])
+    else:
+        given = {"global_pool": "token"} | ROTARY | EVAS[variant]
+        if given.keys() - LATER_TIMM:
+            pytest.skip(f"timm {timm.__version__} has no {sorted(given.keys() - LATER_TIMM)}")
+        model = Eva(**sizes, **given)
     for parameter in model.parameters():  # biases and norms too
         nn.init.normal_(parameter, std=0.2)
     fix_positions(model)
     return model.eval()
+
+
+def make_vit(variant: str, cls: type[Any] = Student) -> Any:
+    model = make_timm(variant)
+    if isinstance(model, Eva):
+        use_rotary(model)
+    use_attend(model)
+    return become(model, cls)
 
 
 def make_momentum(variant: str, **changes: Any) -> MomentumEncoder:
@@ -77,14 +129,15 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[*VARIANTS, *EVAS])
 def variant(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 def test_all_tokens_equal_timm(variant: str) -> None:
     model, images = make_vit(variant), make_images()
-    assert difference(model(images), model.forward_features(images)) < 2e-5
+    assert difference(model(images), make_timm(variant).forward_features(images)) < 1e-5
+    assert list(model.state_dict()) == list(make_timm(variant).state_dict())
 
 
 def test_embedding_equals_timms_convolution() -> None:
@@ -96,7 +149,7 @@ def test_embedding_equals_timms_convolution() -> None:
 
 def test_permuted_patches_permute_the_output(variant: str) -> None:
     model, images, ids = make_vit(variant), make_images(), make_ids(2)
-    full, permuted = model.forward_features(images), model(images, ids)
+    full, permuted = make_timm(variant).forward_features(images), model(images, ids)
     prefix = model.num_prefix
     index = ids.unsqueeze(-1).expand(-1, -1, 48)
     assert difference(permuted[:, prefix:], full[:, prefix:].gather(1, index)) < 2e-5
@@ -110,7 +163,7 @@ def test_kept_patches_equal_a_full_run_that_attends_to_them_only(variant: str) -
     allowed[:, :prefix] = True
     allowed.scatter_(1, ids + prefix, True)
     mask = allowed[:, None, None, :].expand(-1, 1, prefix + 16, -1)
-    full = model.forward_features(images, attn_mask=mask)
+    full = make_timm(variant).forward_features(images, attn_mask=mask)
     index = torch.cat([torch.arange(prefix).expand(2, -1), ids + prefix], dim=1)
     kept = full.gather(1, index.unsqueeze(-1).expand(-1, -1, 48))
     assert difference(model(images, ids), kept) < 2e-5
@@ -141,12 +194,34 @@ def test_hidden_pixels_do_not_reach_the_encoder() -> None:
     assert not torch.equal(model(images + noise), model(images))
 
 
-def explicit_rows(attention: Attention, x: Tensor) -> Tensor:
+def explicit_rows(attention: Any, x: Tensor, rope: Tensor | None = None) -> Tensor:
     """Softmax of every query, mean over heads, in float64."""
-    batch, length, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k = attention.q_norm(qkv[0]).double(), attention.k_norm(qkv[1]).double()
+    heads = attention.num_heads
+    if attention.qkv is None:
+        q, k = attention.q_proj(x), attention.k_proj(x)
+    else:
+        q, k, _ = attention.qkv(x).chunk(3, dim=-1)
+        q = q if getattr(attention, "q_bias", None) is None else q + attention.q_bias
+    q, k = (one.unflatten(-1, (-1, q.shape[-1] // heads)).transpose(1, 2) for one in (q, k))
+    q, k = attention.q_norm(q).double(), attention.k_norm(k).double()
+    if rope is not None:
+        prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
+        q, k = (rotate_explicitly(one, rope, prefix, half) for one in (q, k))
+    k = k.repeat_interleave(heads // k.shape[1], dim=1)
     return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+
+
+def rotate_explicitly(x: Tensor, rope: Tensor, prefix: int, half: bool) -> Tensor:
+    """Rotate pairs of channels as complex numbers."""
+    width = x.shape[-1]
+    pairs = [(i, i + width // 2) if half else (2 * i, 2 * i + 1) for i in range(width // 2)]
+    rotated = x.clone()
+    for first, second in pairs:
+        turn = torch.complex(rope[..., width + first].double(), rope[..., first].double())
+        value = torch.complex(x[:, :, prefix:, first], x[:, :, prefix:, second]) * turn
+        rotated[:, :, prefix:, first] = value.real
+        rotated[:, :, prefix:, second] = value.imag
+    return rotated
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -156,25 +231,26 @@ def test_row_attention_keeps_timms_output_and_adds_the_row(norm: bool) -> None:
     x = torch.randn(2, 17, 48)
     expected, rows = attention(x), explicit_rows(attention, x)
     keys = list(attention.state_dict())
-    attention.__class__ = RowAttention
-    attention.queries = slice(0, 1)  # pyright: ignore
+    attention = become(attention, RowAttention)
+    attention.queries = slice(0, 1)
     output, row = attention(x)
     assert torch.equal(output, expected)
     assert row.dtype == torch.float32 and not row.requires_grad
     assert difference(row, rows[:, 0]) < 1e-7
     assert list(attention.state_dict()) == keys
-    attention.queries = slice(1, None)  # pyright: ignore
+    attention.queries = slice(1, None)
     assert difference(attention(x)[1], rows[:, 1:].mean(1)) < 1e-7
 
 
-def reference_momentum(
-    model: VisionTransformer, images: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+def reference_momentum(model: Any, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Raw outputs and patch maps of every block, from timm's own pieces."""
-    caught: list[Tensor] = []
+    caught: list[tuple[Tensor, Tensor | None]] = []
+
+    def catch(module: nn.Module, inputs: Any, options: Any) -> None:
+        caught.append((inputs[0], options.get("rope")))
+
     handles = [
-        block.attn.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
-        for block in model.blocks
+        block.attn.register_forward_pre_hook(catch, with_kwargs=True) for block in model.blocks
     ]
     outputs = model.forward_intermediates(
         images, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
@@ -183,9 +259,9 @@ def reference_momentum(
         handle.remove()
     prefix = model.num_prefix_tokens
     maps = []
-    for block, x in zip(model.blocks, caught, strict=True):
-        rows = explicit_rows(block.attn, x)
-        row = rows[:, 0] if model.has_class_token else rows[:, prefix:].mean(1)
+    for block, inputs in zip(model.blocks, caught, strict=True):
+        rows = explicit_rows(block.attn, *inputs)
+        row = rows[:, 0] if model.cls_token is not None else rows[:, prefix:].mean(1)
         maps.append(row[:, prefix:] / row[:, prefix:].sum(1, keepdim=True))
     return [torch.cat([tokens, patches], dim=1) for patches, tokens in outputs], maps
 
@@ -194,7 +270,7 @@ def reference_momentum(
 def test_momentum_encoder_reads_whole_images(variant: str, layers: list[int]) -> None:
     images = make_images()
     with torch.no_grad():
-        outputs, maps = reference_momentum(make_vit(variant), images)
+        outputs, maps = reference_momentum(make_timm(variant), images)
     model = make_momentum(variant, attention__layers=layers, target__student__layers=layers)
     features, attention = model(images)
     assert features is not None and attention is not None
@@ -289,9 +365,12 @@ def test_timms_models_are_built_initialised_and_equal_timm(arch: str) -> None:
         ({"student__arch": "vit_basic"}, "vit_basic is not a model of timm"),
         (
             {"student__arch": "resnet18"},
-            "student.arch=resnet18 is another kind of model; use a plain",
+            "student.arch=resnet18 is another kind of model; use a Vis",
         ),
-        ({"student__arch": "eva02_tiny_patch14_224"}, "student.arch=eva02.* use a plain timm"),
+        (
+            {"student__arch": "eva02_tiny_patch14_224", "student__heads": 32},
+            "heads=32 gives each head 6 channels of 192; rotary .* multiple of 4, such as 64",
+        ),
         ({"views__image_size": 70}, "views.image_size=70 is not a multiple .* 16; use 64 or 80"),
         ({"student__width": 40}, "width=40 .* 32, .* of test_vit; use 32 or 64, or set .*heads"),
         ({"student__width": 16}, "width=16 is not a multiple of 32, .*; use 32, or set"),
