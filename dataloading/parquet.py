@@ -234,8 +234,8 @@ def _find_label(
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
     """Return the features that Hugging Face datasets describes; empty where it did not write."""
     try:
-        text = (schema.metadata or {})[b"huggingface"]
-        features = json.loads(text)["info"]["features"]
+        metadata: dict[bytes, bytes] = schema.metadata or {}
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {name: one for name, one in features.items() if isinstance(one, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}

@@ -142,7 +142,7 @@ def activation_map(tokens: Tensor) -> Tensor:
 
     Source: docs/method.md, section "Attention maps"; arXiv 1612.03928, activation-based attention.
     """
-    return normalise_map(torch.linalg.vector_norm(tokens.float(), dim=-1), "prob")
+    return normalise_map(tokens.float().square().sum(dim=-1).sqrt(), "prob")
 
 
 def sanitise(attention: Tensor) -> Tensor:

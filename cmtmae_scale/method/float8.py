@@ -7,6 +7,7 @@ per-row recipe, which reaches neither ``nn.MultiheadAttention`` nor weights that
 """
 
 import logging
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,4 +105,4 @@ def use_float8(block: nn.Module) -> None:
         elif type(module) in (nn.MultiheadAttention, SelfAttention):
             module.__class__ = Float8SelfAttention
         elif hasattr(module, "qkv_bias_separate"):
-            module.qkv_bias_separate = True  # timm's Eva then calls its layer, not its weights
+            cast(Any, module).qkv_bias_separate = True  # Eva then calls its layer, not its weights

@@ -108,7 +108,7 @@ class Student(nn.Module):
     @property
     def patch_side(self) -> int:
         """Side of a patch in pixels."""
-        return self.patch_embed.patch_size[0]
+        return cast(int, self.patch_embed.patch_size[0])
 
     def transformer_blocks(self) -> list[nn.Module]:
         return list(self.blocks)
@@ -146,7 +146,7 @@ class Student(nn.Module):
         patches = self.unfold_patches(images)  # [B, N, 3 p p]
         if ids_keep is not None:
             patches = gather_rows(patches, ids_keep)  # [R, K, 3 p p]
-        projection = cast(nn.Conv2d, self.patch_embed.proj)
+        projection = self.patch_embed.proj
         x = F.linear(patches, projection.weight.flatten(1), projection.bias)
         x = self.patch_embed.norm(x)
 
@@ -568,7 +568,7 @@ def probe_student(config: Config) -> VisionTransformer | Eva:
             "student.width, student.depth and student.heads to the architecture's own"
         ) from error
     probe = check_supported(model, arch)
-    side = probe.patch_embed.patch_size[0]
+    side = cast(int, probe.patch_embed.patch_size[0])
     if size % side:
         below = size // side * side
         raise ConfigError(

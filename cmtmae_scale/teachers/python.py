@@ -64,7 +64,7 @@ class PythonTower(Tower):
         """
         returned = self.forward_on_meta(images) if images.is_meta else self.model(images)
         has_attention = self.attention_source is not None
-        parts = returned if isinstance(returned, tuple) else (returned,)
+        parts: tuple[Any, ...] = returned if isinstance(returned, tuple) else (returned,)
         if len(parts) != (3 if has_attention else 1) or not all(
             isinstance(part, Tensor) for part in parts
         ):
@@ -79,7 +79,7 @@ class PythonTower(Tower):
         if outputs.attention_layers and outputs.source == "activation_norm":
             maps = [activation_map(tokens[:, self.num_prefix :])]
         elif outputs.attention_layers:
-            _, query, key = parts
+            query, key = parts[1], parts[2]
             if query.ndim != 4:
                 raise TeacherError(
                     f"teacher.model={self.name}: its forward returned query of shape "
@@ -316,5 +316,5 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.flatten().view(torch.uint8).numpy())
+        total.update(value.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()

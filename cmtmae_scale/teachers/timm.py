@@ -232,12 +232,13 @@ class TimmSource:
         own = model.state_dict()
         fits = own.get("patch_embed.proj.weight")
         for key in ("patch_embed.proj.weight", "visual.conv1.weight"):
-            found = None if fits is None else state.get(key)
-            if found is not None and found.ndim == 4 and found.shape != fits.shape:
-                # timm resamples another patch size silently
+            if fits is None or key not in state:
+                continue
+            here, there = list(fits.shape), list(state[key].shape)
+            if len(there) == 4 and there != here:  # timm resamples another patch size silently
                 raise TeacherError(
                     f"teacher.weights={path} does not fit teacher.model={self.config.model}: {key} "
-                    f"is {list(found.shape)} instead of {list(fits.shape)}; set "
+                    f"is {there} instead of {here}; set "
                     "teacher.model to that of the file"
                 )
         if "pos_embed" in state:
