@@ -12,10 +12,11 @@ from torch import Tensor
 
 from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.backends.plain import Plain
-from cmtmae_scale.checkpoint.chunks import INDEX, HostChunk, index_chunks, write_chunks
+from cmtmae_scale.checkpoint.chunks import HostChunk, write_chunks
+from cmtmae_scale.checkpoint.index import INDEX, rank_file
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.checkpoint.layout import STATE
-from cmtmae_scale.checkpoint.shards import write_encoder
+from cmtmae_scale.checkpoint.shards import build_index, describe_shard, write_encoder
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.subject import subject_from_file
@@ -135,8 +136,10 @@ def test_a_family_is_trained_exported_and_initialised(name: str, tmp_path: Path)
         HostChunk(f"model.{name}", 0, tuple(value.shape), value.flatten())
         for name, value in encoder.items()
     ]
-    write_chunks(chunks, tmp_path / "rank.safetensors")
-    (tmp_path / INDEX).write_text(json.dumps(index_chunks(tmp_path, ["rank.safetensors"])))
+    shapes = {chunk.key: chunk.shape for chunk in chunks}
+    facts = write_chunks(chunks, tmp_path / rank_file(0))
+    index = build_index({0: describe_shard(facts, chunks, shapes)}, shapes)
+    (tmp_path / INDEX).write_text(json.dumps(index))
     (tmp_path / STATE).write_text(json.dumps({"config": config_to_dict(config)}))
     file = tmp_path / "encoder.safetensors"
     write_encoder(tmp_path, file, "student")
