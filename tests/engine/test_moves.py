@@ -143,16 +143,16 @@ def test_killed_at_twenty_moments_is_bit_identical(
 
 WIDE = [
     *("student.width=2048", "student.heads=32", "student.depth=1"),
-    *("train.global_batch_size=2", "train.micro_batch_size=1", "train.steps=3"),
-    *("checkpoint.every=1", "checkpoint.keep=3"),
+    *("train.global_batch_size=2", "train.micro_batch_size=1", "train.steps=8"),
+    *("checkpoint.every=2", "checkpoint.keep=4"),
 ]
-"""A block of a student of 2 billion parameters, for three steps."""
+"""A block of a student of 2 billion parameters, for eight steps."""
 
 
 def kill_after_save(recipe: Path, run_dir: Path, overrides: list[str]) -> None:
     """Kill all ranks once the run holds its first checkpoint, before it is done."""
     with started(2, run, recipe, [f"run.output_dir={run_dir}", *overrides]) as (children, _):
-        while not folder_of(run_dir, 1).exists():
+        while not folder_of(run_dir, 2).exists():
             assert all(child.is_alive() for child in children)
             time.sleep(0.05)
         for child in children:
@@ -171,7 +171,7 @@ def test_a_wide_model_is_killed_resumed_and_moved(
     run_ranks(2, run, recipe, [*whole, *backend], timeout_s=600)
     kill_after_save(recipe, tmp_path / "run", [*WIDE, *backend])
     where = [f"run.output_dir={tmp_path / 'run'}", *WIDE]
-    run_ranks(2, run, recipe, [*where, *backend, "train.stop_after=2"], timeout_s=600)
-    same(tmp_path / "run", tmp_path / "whole", 2)
+    run_ranks(2, run, recipe, [*where, *backend, "train.stop_after=4"], timeout_s=600)
+    same(tmp_path / "run", tmp_path / "whole", 4)
     run_ranks(2, run, recipe, [*where, *other], timeout_s=600)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
