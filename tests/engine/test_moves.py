@@ -150,9 +150,9 @@ WIDE = [
 
 
 def kill_after_save(recipe: Path, run_dir: Path, overrides: list[str]) -> None:
-    """Kill all ranks once the run holds its first checkpoint, before it is done."""
+    """Kill all ranks once the run holds the checkpoint of step 2, before it is done."""
     with started(2, run, recipe, [f"run.output_dir={run_dir}", *overrides]) as (children, _):
-        while not folder_of(run_dir, 2).exists():
+        while not folder_of(run_dir / "checkpoints", 2).exists():
             assert all(child.is_alive() for child in children)
             time.sleep(0.05)
         for child in children:
