@@ -189,7 +189,6 @@ class BlockAttention(nn.Module):
     """What is added to timm's attention: without dropout, by ``attend`` where no mask is given."""
 
     num_heads: int
-    head_dim: int
     scale: float
     num_prefix_tokens: int
     qkv: nn.Module | None
@@ -213,13 +212,14 @@ class BlockAttention(nn.Module):
         own = cast(Any, self)
         batch, length, _ = x.shape
         if self.qkv is None:
-            layers = (own.q_proj, own.k_proj, own.v_proj)
-            q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in layers)
+            q, k, v = own.q_proj(x), own.k_proj(x), own.v_proj(x)
+            depth = q.shape[-1] // self.num_heads
+            q, k, v = (one.unflatten(-1, (-1, depth)).transpose(1, 2) for one in (q, k, v))
         else:
             qkv = self.qkv(x)
             if getattr(self, "q_bias", None) is not None:
                 qkv = qkv + torch.cat([own.q_bias, torch.zeros_like(own.q_bias), own.v_bias])
-            qkv = qkv.reshape(batch, length, 3, self.num_heads, self.head_dim)
+            qkv = qkv.reshape(batch, length, 3, self.num_heads, -1)
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

@@ -166,7 +166,10 @@ def test_images_may_be_a_plain_column_beside_others(tmp_path: Path, kind: str) -
         images.dictionary_encode() if kind == "dictionary" else images.cast(getattr(pa, kind)())
     )
     table = pa.table({"caption": ["a.b"] * 6, "img.jpg": images, "width": [1] * 6})
-    pq.write_table(table, tmp_path / "a.parquet")
+    try:
+        pq.write_table(table, tmp_path / "a.parquet")
+    except pa.ArrowNotImplementedError as error:
+        pytest.skip(f"this pyarrow writes no such column ({error})")
     assert content(build_index(tmp_path)) == [(image, "") for image in IMAGES[:6]]
 
 

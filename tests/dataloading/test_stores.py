@@ -144,7 +144,7 @@ def test_a_store_that_goes_away_and_comes_back_is_waited_for(
 def test_a_store_that_stays_away_ends_with_75_and_its_address(server: RangeServer) -> None:
     remote = build_index(server.url + PATTERN)
     server.fault = lambda request: 503
-    with pytest.raises(ReadError, match=r"train-00\d.tar, byte \d+: 503 Service Unav.*Failure"):
+    with pytest.raises(ReadError, match=r"train-00\d.tar, byte \d+: 503 Service Unav"):
         draw(remote, 1, patience_s=0.2)
 
 
