@@ -355,7 +355,7 @@ def unsealed_digest(opened: BinaryIO) -> str:
 
 def as_os_error(error: SafetensorError, path: Path) -> OSError:
     """Return what the store said to safetensors, whose text alone has the error number."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
+    found = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))  # the second: older versions
     number = int(found[1]) if found else errno.EIO
     return OSError(number, os.strerror(number), str(path))
 
