@@ -154,7 +154,7 @@ class TowerOutput(NamedTuple):
 class Tower(ABC):
     """A frozen image network: images to attention maps and tokens on a grid of patches.
 
-    A new library is one subclass; of a transformer, one of ``Transformer``.
+    A new library is one subclass: of a transformer, of ``Transformer``; else of ``WholeNetwork``.
 
     Attributes:
         model: the network.
@@ -220,6 +220,27 @@ class Tower(ABC):
         """Return the tokens of the last block after the final norm, ``[B, T, D]``."""
         last = TeacherOutputs("cls", (), "block", (len(self.blocks) - 1,))
         return self.norm(self.forward(images, last).layers[0])
+
+
+class WholeNetwork(Tower):
+    """A network that is run as one block; its only features are the tokens that it returns.
+
+    Attributes:
+        channels: F, of the tokens.
+    """
+
+    channels: int
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """Return the tokens, which the network has normed, if at all."""
+        return tokens
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Raise: ``check_feature`` refuses it earlier."""
+        raise TeacherError("teacher.feature=proj: use block")
+
+    def width(self, feature: str) -> int:
+        return self.channels
 
 
 class QueryKey(NamedTuple):

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.attention import activation_map, mean_query_row, patch_map
-from cmtmae_scale.teachers.base import TeacherOutputs, Tower, TowerOutput
+from cmtmae_scale.teachers.base import TeacherOutputs, TowerOutput, WholeNetwork
 from cmtmae_scale.teachers.weights import is_file_name, load_strictly, read_weights
 
 SOURCES = ("cls", "pool", "mean_query")
 
 
-class PythonTower(Tower):
-    """A module of the user's as one block; see ``Tower`` for the attributes."""
+class PythonTower(WholeNetwork):
+    """A module of the user's; see ``Tower`` for the attributes."""
 
     def __init__(
         self, module: nn.Module, name: str, image_size: int, source: dict[str, object]
@@ -119,17 +119,6 @@ class PythonTower(Tower):
                 f"{list(found.shape)}; its attributes promise {list(expected)} for a grid of "
                 f"{self.grid[0]}x{self.grid[1]} patches"
             )
-
-    def norm(self, tokens: Tensor) -> Tensor:
-        """Return the tokens, which the module has normed, if at all."""
-        return tokens
-
-    def project(self, tokens: Tensor) -> Tensor:
-        """Raise: ``check_feature`` refuses it earlier."""
-        raise TeacherError("teacher.feature=proj: use block")
-
-    def width(self, feature: str) -> int:
-        return self.channels
 
     def check_feature(self, feature: str) -> None:
         """Accept ``block`` alone: the tokens as the module returns them."""

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.attention import activation_map
-from cmtmae_scale.teachers.base import QueryKey, TeacherOutputs, Tower, TowerOutput, Transformer
+from cmtmae_scale.teachers.base import (
+    QueryKey,
+    TeacherOutputs,
+    TowerOutput,
+    Transformer,
+    WholeNetwork,
+)
 
 
 class TimmTower(Transformer):
@@ -199,8 +205,8 @@ def rotate_patches(x: Tensor, rotary: Tensor, num_prefix: int, half: bool) -> Te
     return torch.cat([x[:, :, :num_prefix], rotated], dim=2).type_as(x)
 
 
-class FeatureTower(Tower):
-    """Any other network of timm, such as ConvNeXt, as one block that returns features on a grid.
+class FeatureTower(WholeNetwork):
+    """Any other network of timm, such as ConvNeXt, that returns features on a grid.
 
     Its map is the activation norm: it has no attention over all patches.
 
@@ -233,17 +239,6 @@ class FeatureTower(Tower):
         tokens = stage.flatten(2).transpose(1, 2)
         maps = [activation_map(tokens) for _ in outputs.attention_layers]
         return TowerOutput(maps, [tokens for _ in outputs.feature_layers])
-
-    def norm(self, tokens: Tensor) -> Tensor:
-        """Return the tokens: such networks norm what they pool, if anything."""
-        return tokens
-
-    def project(self, tokens: Tensor) -> Tensor:
-        """Raise: ``check_feature`` refuses it earlier."""
-        raise TeacherError("teacher.feature=proj: use block")
-
-    def width(self, feature: str) -> int:
-        return self.channels
 
     def check_feature(self, feature: str) -> None:
         """Accept ``block`` alone."""
