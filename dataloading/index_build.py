@@ -20,7 +20,7 @@ from dataloading.entries import READERS, File, map_in_threads
 from dataloading.errors import DataError, ReadError
 from dataloading.folders import FOLDER_PIECE, examine_files
 from dataloading.listing import Files, map_files, write_files
-from dataloading.parquet import examine_parquet
+from dataloading.parquet_index import examine_parquet
 from dataloading.parts import Part, Parts
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, is_parquet

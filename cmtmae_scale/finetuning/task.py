@@ -43,7 +43,7 @@ from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, r
 from cmtmae_scale.method.initialisation import whole_values
 from cmtmae_scale.runtime.launch import World
 from dataloading.index import Index
-from dataloading.parquet import require_small_groups
+from dataloading.parquet_index import require_small_groups
 from dataloading.stream import Batch, Stream
 
 RESULT_FILE = "result.json"

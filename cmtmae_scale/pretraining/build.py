@@ -38,7 +38,7 @@ from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, c
 from cmtmae_scale.teachers.weights import digest_weights, map_weights
 from dataloading.index import Index, Request
 from dataloading.mixing import require_mixed
-from dataloading.parquet import require_small_groups
+from dataloading.parquet_index import require_small_groups
 from dataloading.stores import as_root
 from dataloading.stream import Stream
 

@@ -12,7 +12,7 @@ from dataloading.check import Fault
 from dataloading.entries import count_turned
 from dataloading.index import UNITS, Index
 from dataloading.mixing import Mixing, class_mixing, expected_labels
-from dataloading.parquet import DAMAGED, LARGEST_GROUP
+from dataloading.parquet_index import DAMAGED, LARGEST_GROUP
 from dataloading.passed_over import format_passed, lost_images
 from dataloading.values import Survey
 

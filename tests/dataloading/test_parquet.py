@@ -19,7 +19,7 @@ from dataloading.errors import DataError, ReadError, UndecodableError
 from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import Index, build_index, load_or_build, open_kept
 from dataloading.pack import Pack
-from dataloading.parquet import require_small_groups
+from dataloading.parquet_index import require_small_groups
 from dataloading.reading import Reader
 from dataloading.stream import Batch, Stream
 from tests.dataloading.conftest import smooth
@@ -298,7 +298,7 @@ def test_neighbours_decode_their_row_group_once(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[int] = []
-    original = dataloading.parquet._batches
+    original = dataloading.parquet.batches
 
     def count(path: Path, footer: Any, group: int, columns: Any) -> Any:
         def batches() -> Any:
@@ -307,7 +307,7 @@ def test_neighbours_decode_their_row_group_once(
 
         return batches()
 
-    monkeypatch.setattr(dataloading.parquet, "_batches", count)
+    monkeypatch.setattr(dataloading.parquet, "batches", count)
     index = build_index(data / "parquet")
     opened.clear()
     source = index.open()
