@@ -156,7 +156,7 @@ def test_a_tar_is_opened_anew_when_its_handle_goes_stale(tmp_path, monkeypatch):
 
 def test_an_index_that_cannot_be_read_is_not_made(photographs, tmp_path, monkeypatch):
     whole = build_index(photographs)
-    monkeypatch.setattr("dataloading.folders.PATIENCE_S", 0.2)
+    monkeypatch.setattr("dataloading.index_build.PATIENCE_S", 0.2)
     Faltering(monkeypatch, whole.names[4], float("inf"))
     with pytest.raises(ReadError, match=f"{whole.names[4]}: Input/output error") as caught:
         load_or_build(photographs, tmp_path / "kept")
