@@ -30,8 +30,10 @@ pytestmark = [
 ]
 
 
-def test_rounding_hardly_turns_the_gradient() -> None:
-    config = load_config(RECIPE, PLACES)
+@pytest.mark.parametrize(("norm", "factor"), [("none", 1.0), ("instance", 2.0)])
+def test_rounding_hardly_turns_the_gradient(norm: str, factor: float) -> None:
+    """What patches have in common is exact, so a target without it has a larger relative error."""
+    config = load_config(RECIPE, [*PLACES, f"target.teacher.norm={norm}"])
     teacher = build_teacher(config, "cpu", torch.float32)
     assert teacher is not None
     index = build_index(config.data.path)
@@ -46,10 +48,11 @@ def test_rounding_hardly_turns_the_gradient() -> None:
         calibration,
         torch.device("cpu"),
     )
-    print(f"\n{rounding.rounding_table(found, 128)}")
+    print(f"\n{norm}\n{rounding.rounding_table(found, 128)}")
     int8, bf16, bare = found
-    assert int8.at_start < 0.01 and int8.near < 0.015 and int8.weights < 0.002
-    assert bf16.at_start < 0.003 and bf16.near < 0.005 and bf16.weights < 0.001
+    for one, scale in ((int8, 4 * factor), (bf16, factor)):
+        assert one.at_start < 0.0025 * scale and one.near < 0.004 * scale
+        assert one.weights < 0.0006 * scale
     assert abs(int8.loss) < 1e-4 and abs(bf16.loss) < 1e-4
     assert bare.at_start > 1.5 * int8.at_start  # why channels are standardised
 
@@ -61,6 +64,7 @@ def test_fifty_steps_on_a_cache_have_the_losses_of_the_online_teacher(tmp_path: 
         shutil.copy(path, tmp_path / "photos" / "all" / f"{number}.jpg")
     own = [*PLACES, f"data.path={tmp_path / 'photos'}", "views.views_per_image=2", "train.steps=50"]
     own += ["train.global_batch_size=8", "checkpoint.every=50", "log.every=1", "eval.every=null"]
+    own += ["log.images_every=null"]
     caches = {codec: tmp_path / codec for codec in ("int8", "bf16")}
     for codec, folder in caches.items():
         line = ["--config", str(RECIPE), *own, f"cache.codec={codec}", f"cache.dir={folder}"]
