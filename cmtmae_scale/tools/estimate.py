@@ -134,14 +134,16 @@ def state_bytes(
     if teacher is not None and builds_teacher(config):
         frozen = sum(p.numel() for p in teacher.model.parameters())
     copied = compute < 4 or shards.states > 1
-    # ZeRO keeps the whole momentum encoder on every rank, at every stage. The module is a copy of
-    # the float32 EMA weights also in float32.
-    averages = 1 if config.backend.name == "deepspeed" else shards.gathered
+    # A gathered momentum encoder is a copy of the float32 EMA weights also in float32; ZeRO-3 casts
+    # its shards whenever it gathers a block.
+    copies = copied * trained / shards.gathered
+    if config.backend.name == "fsdp" or shards.gathered == 1:
+        copies += average / shards.gathered
     found = {
         "weights, moments": trained * 12 / shards.states,
         "gradients": trained * 4 / shards.gradients,
         "momentum": average * 4 / shards.states,
-        "gathered copies": compute * (copied * trained / shards.gathered + average / averages),
+        "gathered copies": compute * copies,
         "teacher": frozen * compute,
     }
     if shards.gathered > 1:

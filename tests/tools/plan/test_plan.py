@@ -125,7 +125,7 @@ def test_micro_steps_repeat_what_each_of_them_gathers(recipe: Path, counted: Cou
         (["backend.name=deepspeed", "backend.zero_stage=2"], {"all-reduce": 3}),
         (
             ["backend.name=deepspeed", "backend.zero_stage=3"],
-            {"all-gather": 2, "reduce-scatter": 3},
+            {"all-gather": 3, "reduce-scatter": 3},
         ),
     ):
         config = load_config(recipe, setting)
