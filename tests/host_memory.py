@@ -5,10 +5,10 @@
 
 No other rank runs: the collectives of torch's ``fake`` process group move nothing. The device is
 the CPU, so that the shards live in host memory too. The variable makes glibc return freed tensors
-to the system, so that the resident memory is that of live tensors. ``shards``: float32 student, EMA weights and
-both moments of the rank. ``beside them``: what the backend allocates for its whole life: with
-ZeRO-3 the student's shards in ``backend.precision``, and those of its float32 gradients. Prints the
-growth of the resident memory, at its peak and after the build, without imports.
+to the system, so that the resident memory is that of live tensors. ``shards``: float32 student, EMA
+weights and both moments of the rank. ``beside them``: what the backend allocates for its whole
+life: with ZeRO-3 the student's shards in ``backend.precision``, and those of its float32 gradients.
+Prints the growth of the resident memory, at its peak and after the build, without imports.
 """
 
 import argparse
