@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmtmae_scale.backends.base import Objective
+from cmtmae_scale.backends.traffic import BUCKET
 from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
@@ -148,6 +149,8 @@ def state_bytes(
     }
     if shards.gathered > 1:
         found["gathered blocks"] = compute * gathered_values(config, model)
+        if config.backend.name == "deepspeed":
+            found["reduction bucket"] = 4 * float(zero_key(config, "reduce_bucket_size", BUCKET))
     return found
 
 
@@ -162,10 +165,14 @@ def gathered_values(config: Config, model: CollaborativeMAE) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     if config.backend.name == "deepspeed":
-        zero = extra_keys(config.backend.deepspeed).get("zero_optimization", {})
-        return min(count(model), int(zero.get("stage3_max_live_parameters", 1e9)))
+        return min(count(model), int(zero_key(config, "stage3_max_live_parameters", 1e9)))
     blocks = sorted(map(count, model.transformer_blocks()))
     return count(model) - sum(blocks[:-2])
+
+
+def zero_key(config: Config, key: str, default: float) -> Any:
+    """Return a key of ``zero_optimization``, or DeepSpeed's default where the config has none."""
+    return extra_keys(config.backend.deepspeed).get("zero_optimization", {}).get(key, default)
 
 
 def input_bytes(config: Config, teacher: OnlineTeacher | None) -> float:
