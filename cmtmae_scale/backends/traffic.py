@@ -138,7 +138,7 @@ def zero_traffic(
             averaged = trained(model.get_submodule("encoder"))
             ema = sum(-(-one.numel() // world_size) * world_size for one in averaged)
             calls = count_units(momentum, True)
-            found.insert(1, Traffic("all-gather", world_size, calls, width * ema))
+            found.append(Traffic("all-gather", world_size, calls, width * ema))
         return found
     groups = parameter_groups(trainable(model), 0.0)
     sizes = [sum(one.numel() for one in group["params"]) for group in groups]
