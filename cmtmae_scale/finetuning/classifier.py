@@ -116,10 +116,10 @@ class Classifier(nn.Module):
 def build_classifier(
     settings: StudentConfig, size: int, *, classes: int, pool: Literal["mean", "cls"]
 ) -> Classifier:
-    """Put a head on an architecture; ``initial_values`` gives the weights.
+    """Put a head on an architecture; ``classifier_values`` gives the weights.
 
-    As in MAE, ``mean`` takes away the encoder's last norm and puts a fresh one behind the mean of
-    the patch tokens, and the positions are trained.
+    As in MAE, ``mean`` removes the encoder's last norm and puts a fresh norm behind the mean of the
+    patch tokens, and the positional embeddings are trained.
 
     Args:
         settings: architecture and sizes of the encoder.
@@ -195,7 +195,7 @@ UNUSED = ("head.", "fc_norm.", "attn_pool.")
 """Beginnings of names in the weights of an encoder that belong to its own classifier."""
 
 
-def initial_values(
+def classifier_values(
     classifier: Classifier, state: Mapping[str, Tensor], place: str, seed: int
 ) -> Values:
     """Return the initial values of every parameter: an encoder's, and those of a fresh head.

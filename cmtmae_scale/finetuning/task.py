@@ -36,7 +36,7 @@ from cmtmae_scale.finetuning.augment import Augmenter, Examples, cross_entropy
 from cmtmae_scale.finetuning.classifier import (
     Classifier,
     build_classifier,
-    initial_values,
+    classifier_values,
     layer_scale,
 )
 from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, refuse_other_encoder
@@ -108,7 +108,7 @@ class Finetuning:
             name, sha256 = self.encoder.name, self.encoder.facts.get("sha256")
             require_equal_weights(lambda: {f"digest of {name}": sha256})
             classifier = self.build_classifier()
-            values = initial_values(classifier, weights, name, config.run.seed)
+            values = classifier_values(classifier, weights, name, config.run.seed)
         else:
             self.encoder = encoder_from_dict(saved["encoder"])
             if self.options != self.encoder.options:

@@ -11,7 +11,7 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.finetuning.classifier import (
     Classifier,
     build_classifier,
-    initial_values,
+    classifier_values,
     layer_scale,
 )
 from cmtmae_scale.finetuning.draws import branch_factors
@@ -197,7 +197,7 @@ def test_the_encoders_weights_arrive_and_the_head_is_fresh(pool: str) -> None:
 
     def start(seed: int) -> dict[str, torch.Tensor]:
         own = classifier(pool)
-        write_values(own, initial_values(own, encoder.state_dict(), "x", seed))
+        write_values(own, classifier_values(own, encoder.state_dict(), "x", seed))
         return own.encoder.state_dict()
 
     state = start(5)
@@ -218,7 +218,7 @@ def test_a_norm_after_the_pooling_becomes_the_last_norm() -> None:
     with torch.no_grad():
         encoder.fc_norm.weight.fill_(2)
     own = classifier("cls")
-    write_values(own, initial_values(own, encoder.state_dict(), "x", 0))
+    write_values(own, classifier_values(own, encoder.state_dict(), "x", 0))
     assert torch.equal(own.encoder.norm.weight, encoder.fc_norm.weight)
 
 
@@ -227,9 +227,9 @@ def test_what_does_not_fit_is_named() -> None:
     state = timm.create_model(ARCH, num_classes=0, img_size=SIZE).state_dict()
     gone = {name: value for name, value in state.items() if name != "blocks.0.norm1.weight"}
     with pytest.raises(ConfigError, match=r"FILE does not fit: absent \['blocks.0.norm1.weight'\]"):
-        initial_values(own, gone, "FILE", 0)
+        classifier_values(own, gone, "FILE", 0)
     small = state | {"pos_embed": torch.zeros(1, 5, 64)}
     with pytest.raises(ConfigError, match=r"FILE does not fit: pos_embed has shape \(1, 5, 64\)"):
-        initial_values(own, small, "FILE", 0)
+        classifier_values(own, small, "FILE", 0)
     with pytest.raises(ConfigError, match=r"head.pool=cls: \w+ has no class token; set head.pool"):
         build_classifier(StudentConfig("test_vit4", 16), SIZE, classes=2, pool="cls")

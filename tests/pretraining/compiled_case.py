@@ -18,7 +18,7 @@ from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.finetuning.augment import Examples, cross_entropy
-from cmtmae_scale.finetuning.classifier import build_classifier, initial_values
+from cmtmae_scale.finetuning.classifier import build_classifier, classifier_values
 from cmtmae_scale.pretraining.build import build_models, fetch_teacher
 from cmtmae_scale.pretraining.prepare import prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
@@ -93,7 +93,7 @@ def finetune(config: Config) -> Iterator[list[float]]:
         weights = timm.create_model("test_vit", num_classes=0, img_size=SIZE).state_dict()
     with torch.device("meta"):
         model = build_classifier(student, SIZE, classes=3, pool="mean")
-    values, depth = initial_values(model, weights, "random", 0), len(model.encoder.blocks)
+    values, depth = classifier_values(model, weights, "random", 0), len(model.encoder.blocks)
     backend = make_backend(config, find_world(), CPU, model, None, cross_entropy, rows=BATCH)
     initialise_backend(backend, values)
     generator = torch.Generator().manual_seed(0)
