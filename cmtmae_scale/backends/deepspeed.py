@@ -40,6 +40,7 @@ from cmtmae_scale.backends.base import (
     detached,
     start_read,
 )
+from cmtmae_scale.backends.blockwise_momentum import BlockwiseMomentum
 from cmtmae_scale.backends.deepspeed_internals import (
     flat_tensors,
     force_skipped_steps,
@@ -51,6 +52,7 @@ from cmtmae_scale.backends.initial import ENCODER, materialise
 from cmtmae_scale.config.schema import AdamWSettings
 from cmtmae_scale.config.schema import Backend as BackendSettings
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.runtime.groups import world_group
 
 TESTED = "0.19"
@@ -78,7 +80,7 @@ class Zero:
     def __init__(
         self,
         model: nn.Module,
-        momentum_encoder: nn.Module | None,
+        momentum_encoder: MomentumEncoder | None,
         objective: Objective,
         optimizer: AdamWSettings,
         settings: BackendSettings,
@@ -134,7 +136,7 @@ class Zero:
         if momentum_encoder is not None:
             self.shard_momentum(momentum_encoder, device)
 
-    def shard_momentum(self, momentum_encoder: nn.Module, device: torch.device) -> None:
+    def shard_momentum(self, momentum_encoder: MomentumEncoder, device: torch.device) -> None:
         """Shard the EMA weights in float32 like the student's weights."""
         names = [name for name, _ in momentum_encoder.named_parameters()]
         self.averaged = [n for n in names if ENCODER + n in self.shards]
@@ -143,8 +145,11 @@ class Zero:
         ranges = {n: self.shards[ENCODER + n] for n in self.averaged}
         shards = [Shard(n, own.offset, own.length) for n, own in ranges.items()]
         ema_device = ranges[self.averaged[0]].flat.device
-        module = materialise(momentum_encoder.to(self.dtype), device)
-        self.momentum = GatheredMomentum(module, shards, ema_device)
+        encoder = momentum_encoder.to(self.dtype)
+        if self.stage == 3:
+            self.momentum = BlockwiseMomentum(encoder, shards, device, ema_device)
+        else:
+            self.momentum = GatheredMomentum(materialise(encoder, device), shards, ema_device)
 
     def micro(self, batch: Work, last: bool) -> Terms:
         """See ``Backend.micro``; stages 2 and 3 reduce gradients at every micro-step."""
@@ -187,7 +192,7 @@ class Zero:
         return float(norms[0]) if norms else float("inf")
 
     def momentum_update(self, momentum: float) -> None:
-        """See ``Backend.momentum_update``; one all-gather in the compute dtype."""
+        """See ``Backend.momentum_update``; at stages 1 and 2 an all-gather in the compute dtype."""
         if self.momentum is not None:
             shards = (self.shards[ENCODER + name] for name in self.averaged)
             self.momentum.update([shard.view(shard.flat) for shard in shards], momentum)

@@ -103,10 +103,24 @@ class GatheredMomentum:
         if self.size == 1:
             torch._foreach_copy_(self.targets, self.views)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             return
+        rows, _ = self.gather_rows()
+        self.fill(rows)
+
+    def gather_rows(self, waits: bool = True) -> tuple[Tensor, dist.Work | None]:
+        """Gather all ranks' shards in the compute dtype, ``[ranks, longest]``; a collective.
+
+        Args:
+            waits: ``False`` returns at once, with the work to wait for before rows are read.
+        """
         own = torch.zeros(self.longest, dtype=self.dtype, device=self.device)
         own[: self.ema.numel()].copy_(self.ema)
         rows = own.new_empty(self.size, self.longest)
-        dist.all_gather_into_tensor(rows.view(-1), own, self.group)
+        work = dist.all_gather_into_tensor(rows.view(-1), own, self.group, async_op=not waits)
+        return rows, work
+
+    @torch.no_grad()
+    def fill(self, rows: Tensor) -> None:
+        """Copy gathered shards into the parameters."""
         if self.targets:
             flat = rows.view(-1)[: sum(self.cuts)]
             torch._foreach_copy_(self.targets, flat.split(self.cuts)[1::2])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

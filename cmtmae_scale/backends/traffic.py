@@ -21,7 +21,7 @@ with padding; stage 3 pads each parameter. All groups are of all ranks.
 | all-reduce of the gradients | 4 F per step | 4 P per micro-step | |
 | reduce-scatter of the gradients | | | 4 P per micro-step |
 | all-gather of the weights | c F per step | c F per step | at most 2 c P per micro-step |
-| all-gather of the EMA weights, per step | c F | c F | c E |
+| all-gather of the EMA weights | c F per step | c F per step | c E per micro-step |
 """
 
 import logging
@@ -129,14 +129,17 @@ def zero_traffic(
     stage, units = config.backend.zero_stage, count_units(model, True)
     if stage == 3:
         split = [-(-one.numel() // world_size) * world_size for one in model.parameters()]
-        encoder = model.get_submodule("encoder") if momentum is not None else nn.Module()
-        ema = sum(-(-one.numel() // world_size) * world_size for one in trained(encoder))
         grads = sum(-(-one.numel() // world_size) * world_size for one in trained(model))
-        return [
+        found = [
             Traffic("all-gather", world_size, 2 * units, 2 * width * sum(split)),
-            Traffic("all-gather", world_size, int(ema > 0), width * ema),
             Traffic("reduce-scatter", world_size, math.ceil(grads / BUCKET), 4 * grads),
         ]
+        if momentum is not None:
+            averaged = trained(model.get_submodule("encoder"))
+            ema = sum(-(-one.numel() // world_size) * world_size for one in averaged)
+            calls = count_units(momentum, True)
+            found.append(Traffic("all-gather", world_size, calls, width * ema))
+        return found
     groups = parameter_groups(trainable(model), 0.0)
     sizes = [sum(one.numel() for one in group["params"]) for group in groups]
     unit = ALIGNMENT * world_size

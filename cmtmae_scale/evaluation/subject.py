@@ -2,7 +2,9 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +48,8 @@ class Subject:
     """The evaluated encoder, and its architecture with random weights as a baseline."""
 
     encoder: Encoder
-    random: Encoder | None
+    build_random: Callable[[], Encoder] | None
+    """Builds the baseline; ``None``: there is none."""
     facts: dict[str, Any]
     """Identity of the weights, for the result file."""
     run_dir: Path | None = None
@@ -57,6 +60,11 @@ class Subject:
     """Settings that build the encoder; ``None``: it is not a student."""
     fraction: float = 1.0
     """Progress of that run at the checkpoint, u = position / horizon."""
+
+    @cached_property
+    def random(self) -> Encoder | None:
+        """The baseline, built when it is first asked for."""
+        return None if self.build_random is None else self.build_random()
 
 
 def open_subject(options: argparse.Namespace, world: World, device: torch.device) -> Subject:
@@ -121,8 +129,8 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     student = config.student
     facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
     fraction = Progress.from_dict(state["progress"]).fraction
-    random = random_student(config, device)
-    return Subject(encoder, random, facts, run_dir, config, student, fraction)
+    build_random = partial(random_student, config, device)
+    return Subject(encoder, build_random, facts, run_dir, config, student, fraction)
 
 
 def saved_config(folder: Path, state: dict[str, Any]) -> Config:
@@ -267,7 +275,8 @@ def subject_from_file(file: Path, arch: str | None, device: torch.device) -> Sub
     encoder = load_student(config, tensors, file.name, str(file), device)
     sizes = {"arch": config.student.arch, **replaced_sizes(config.student)}
     facts = {"file": str(file), **sizes, "sha256": encoder.digest}
-    return Subject(encoder, random_student(config, device), facts, student=config.student)
+    build_random = partial(random_student, config, device)
+    return Subject(encoder, build_random, facts, student=config.student)
 
 
 def read_file(file: Path) -> dict[str, Tensor]:
@@ -426,13 +435,15 @@ def subject_from_timm(
         fetches = world.local_rank == 0
         first = on_all_ranks(lambda: source.build(side, seed) if fetches else None)  # per node
         tower = on_all_ranks(lambda: first or source.build(side, seed))
-        untrained = TimmSource(TeacherConfig("timm", name, "random")).build(side, seed)
+        untrained = TimmSource(TeacherConfig("timm", name, "random"))
     except TeacherError as error:
         text = str(error).replace("teacher.model", "--timm").replace("teacher.weights", "--file")
         raise ConfigError(text) from error
     encoder = wrap_network(name, tower, side, device)
     facts = {"timm": name, "file": file, "arch": model, "sha256": encoder.digest}
-    return Subject(encoder, wrap_network(RANDOM, untrained, side, device), facts)
+    return Subject(
+        encoder, lambda: wrap_network(RANDOM, untrained.build(side, seed), side, device), facts
+    )
 
 
 def wrap_network(name: str, model: Student | Tower, size: int, device: torch.device) -> Encoder:

@@ -4,6 +4,7 @@ import torch
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.gather import gather_tensors
+from cmtmae_scale.backends.initial import materialise
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import inference_autocast, weights_digest
@@ -26,7 +27,7 @@ class Accuracy:
     bfloat16, a CPU in float32, as the other evaluations do.
 
     Args:
-        classifier: one of the trained one's shape; its weights do not matter.
+        classifier: of the trained classifier's shape, on the meta device.
         encoder: how images are normalised and how large they are.
         images: the test set.
         config: how images are read.
@@ -57,10 +58,11 @@ class Accuracy:
             ReadError: on every rank, if storage did not give one of them an image.
             DataError: if no image could be decoded, or if logits are not finite.
         """
-        state = dict(gather_tensors(backend.fragments(), "model.encoder."))
-        digest = weights_digest(state)
-        model = self.classifier.encoder.to(self.device)
-        model.load_state_dict(state, strict=True)
+        model = materialise(self.classifier.encoder, self.device)
+        own = dict(model.named_parameters())
+        for name, tensor in gather_tensors(backend.fragments(), "model.encoder."):
+            own[name].copy_(tensor)
+        digest = weights_digest(own)
         labels = torch.as_tensor(self.images.labels, device=self.device)
         counts = torch.zeros(4, dtype=torch.int64, device=self.device)
         share = -(-len(self.images) // self.world.world_size)
@@ -83,7 +85,7 @@ class Accuracy:
         try:
             on_all_ranks(count)
         finally:  # a failed evaluation leaves nothing on the device
-            model.cpu()
+            model.to("meta")
         *found, unusable = sum_over_ranks(counts).tolist()
         total = Score(*found)
         if not total.total:

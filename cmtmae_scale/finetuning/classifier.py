@@ -3,16 +3,18 @@
 Legend: B views in a micro-batch, C classes, D width, L blocks.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping
+from typing import Literal, cast
 
 import torch
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.initialisation import Values
 from cmtmae_scale.method.student import Student, build_student, run_block
 
 HEAD_STD = 2e-5
@@ -20,35 +22,65 @@ HEAD_STD = 2e-5
 
 
 class DroppingBlock(Block):
-    """timm's block whose branches are left out for views that the caller names."""
+    """timm's block whose branches are dropped for views that the caller names."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole pictures, no mask
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
         self, x: Tensor, keep: Tensor | None = None
     ) -> Tensor:
         """From ``[B, P + N, D]`` to timm's own output.
 
         Args:
             x: tokens.
-            keep: factors of the two branches, ``[B, 2]``; 0 leaves one out. ``None``: all 1.
+            keep: factors of the two branches, ``[B, 2]``; 0 drops a branch. ``None``: all 1.
         """
-        attended = self.ls1(self.attn(self.norm1(x)))
-        x = x + (attended if keep is None else attended * factors(keep, 0, x))
-        grown = self.ls2(self.mlp(self.norm2(x)))
-        return x + (grown if keep is None else grown * factors(keep, 1, x))
+        x = x + weigh(self.ls1(self.attn(self.norm1(x))), keep, 0)
+        return x + weigh(self.ls2(self.mlp(self.norm2(x))), keep, 1)
 
 
-def factors(keep: Tensor, branch: int, like: Tensor) -> Tensor:
-    """Factors of a branch for each view, ``[B, 1, 1]``, of the tokens' type."""
-    return keep[:, branch, None, None].to(like.dtype)
+class DroppingEvaBlock(EvaBlock):
+    """``DroppingBlock`` of timm's Eva."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
+        self, x: Tensor, keep: Tensor | None = None, rope: Tensor | None = None
+    ) -> Tensor:
+        """See ``DroppingBlock.forward``; ``rope`` as in ``rotate_patches``."""
+        attended = self.attn(self.norm1(x), rope)
+        x = x + weigh(attended if self.gamma_1 is None else self.gamma_1 * attended, keep, 0)
+        grown = self.mlp(self.norm2(x))
+        return x + weigh(grown if self.gamma_2 is None else self.gamma_2 * grown, keep, 1)
+
+
+class DroppingEvaBlockPostNorm(EvaBlockPostNorm):
+    """``DroppingBlock`` of an Eva whose branches are normed at their end."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
+        self, x: Tensor, keep: Tensor | None = None, rope: Tensor | None = None
+    ) -> Tensor:
+        """See ``DroppingBlock.forward``; ``rope`` as in ``rotate_patches``."""
+        x = x + weigh(self.norm1(self.attn(x, rope)), keep, 0)
+        return x + weigh(self.norm2(self.mlp(x)), keep, 1)
+
+
+DROPPING_BLOCKS: dict[type, type] = {
+    Block: DroppingBlock,
+    EvaBlock: DroppingEvaBlock,
+    EvaBlockPostNorm: DroppingEvaBlockPostNorm,
+}
+"""Blocks of timm, and those whose branches can be dropped by view."""
+
+
+def weigh(branch: Tensor, keep: Tensor | None, number: int) -> Tensor:
+    """Multiply a branch ``[B, T, D]`` by its factor of each view, column ``number`` of ``keep``."""
+    return branch if keep is None else branch * keep[:, number, None, None].to(branch.dtype)
 
 
 class ClassifyingStudent(Student):
-    """timm's VisionTransformer with its head."""
+    """timm's VisionTransformer or Eva with its head."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole pictures
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
         self, images: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """Classify whole pictures.
+        """Classify whole images.
 
         Args:
             images: normalised, ``[B, 3, S, S]``.
@@ -58,9 +90,11 @@ class ClassifyingStudent(Student):
             Logits, ``[B, C]``.
         """
         x = self.embed(images)
-        for number, block in enumerate(self.blocks):
-            inputs = (x,) if keep is None else (x, keep[:, number])
-            x = run_block(block, *inputs, recompute=self.grad_checkpointing)
+        for number, (block, rotary) in enumerate(
+            zip(self.blocks, self.rotary_tables(), strict=True)
+        ):
+            own = None if keep is None else keep[:, number]
+            x = run_block(block, x, own, *rotary, recompute=self.grad_checkpointing)
         return self.forward_head(self.norm(x))
 
 
@@ -80,23 +114,25 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    settings: StudentConfig, size: int, *, classes: int, pool: Literal["mean", "cls"], seed: int
+    settings: StudentConfig, size: int, *, classes: int, pool: Literal["mean", "cls"]
 ) -> Classifier:
-    """Put a fresh head on an architecture; the encoder's own weights are to be loaded.
+    """Put a head on an architecture; ``classifier_values`` gives the weights.
 
-    As in MAE, ``mean`` takes away the encoder's last norm and puts a fresh one behind the mean of
-    the patch tokens, and the positions are trained.
+    As in MAE, ``mean`` removes the encoder's last norm and puts a fresh norm behind the mean of the
+    patch tokens, and the positional embeddings are trained.
 
     Args:
         settings: architecture and sizes of the encoder.
-        size: side of the pictures, pixels.
+        size: side of the images, pixels.
         classes: C.
         pool: what the head sees; see ``Head.pool``.
-        seed: of the head's weights; the global generator is not moved.
 
     Returns:
-        On the CPU; keys of ``.encoder`` are those of ``timm.create_model(arch, num_classes=C)``
-        with ``global_pool="avg", fc_norm=True``, or with ``"token"``.
+        On the default device, which may be the meta device; the global generator is not moved. Keys
+        of ``.encoder`` are those of ``timm.create_model(arch, num_classes=C)`` with
+        ``global_pool="avg", fc_norm=True``, or with ``"token"``; those of an Eva have
+        ``use_fc_norm=True, use_post_transformer_norm=False`` with ``"avg"``, the reverse with
+        ``"token"``.
 
     Raises:
         ConfigError: an architecture that cannot be trained here.
@@ -113,24 +149,22 @@ def build_classifier(
     if pool == "mean":
         student.fc_norm, student.norm = student.norm, nn.Identity()
     for number, block in enumerate(student.blocks):
-        if type(block) is not Block:
+        if type(block) not in DROPPING_BLOCKS:
             raise ConfigError(
-                f"{arch}: block {number} is a {type(block).__name__}, not timm's plain one; choose "
-                "a plain VisionTransformer"
+                f"{arch}: block {number} is a {type(block).__name__}, whose branches cannot be "
+                "dropped by view; choose a plain VisionTransformer or an Eva of timm"
             )
-        block.__class__ = DroppingBlock
-    head = cast(nn.Linear, student.head)
-    nn.init.trunc_normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
-    nn.init.zeros_(head.bias)
-    cast(nn.Parameter, student.pos_embed).requires_grad_(True)
+        block.__class__ = DROPPING_BLOCKS[type(block)]
+    if student.pos_embed is not None:
+        student.pos_embed.requires_grad_(True)
     return Classifier(student)
 
 
 def layer_scale(depth: int, decay: float) -> Callable[[str], float]:
     """Factor of the learning rate of a parameter of ``Classifier``, by its name.
 
-    Layer 0 is everything before the blocks, layer i + 1 is block i, and what comes after them is
-    layer L + 1; the factor is ``decay ** (L + 1 - layer)``.
+    Layer 0 is everything before the blocks and rotary frequencies, layer i + 1 is block i, and what
+    comes after them is layer L + 1; the factor is ``decay ** (L + 1 - layer)``.
 
     Args:
         depth: L.
@@ -145,7 +179,7 @@ def layer_scale(depth: int, decay: float) -> Callable[[str], float]:
     return scale
 
 
-BEFORE_BLOCKS = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
+BEFORE_BLOCKS = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.", "rope.")
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -157,28 +191,54 @@ def layer_of(name: str, depth: int) -> int:
     return depth + 1
 
 
-def load_encoder(classifier: Classifier, state: dict[str, Any], place: str) -> None:
-    """Fill everything but the fresh head from an encoder without one.
+UNUSED = ("head.", "fc_norm.", "attn_pool.")
+"""Beginnings of names in the weights of an encoder that belong to its own classifier."""
+
+
+def classifier_values(
+    classifier: Classifier, state: Mapping[str, Tensor], place: str, seed: int
+) -> Values:
+    """Return the initial values of every parameter: an encoder's, and those of a fresh head.
+
+    Args:
+        classifier: only names and shapes are read, so that it may be on the meta device.
+        state: tensors of the encoder, under timm's names; its own head is not used.
+        place: name of the encoder, for errors.
+        seed: of the head's weights.
 
     Raises:
         ConfigError: if names or shapes differ.
     """
     encoder = classifier.encoder
-    fresh = ("head.",) if isinstance(encoder.fc_norm, nn.Identity) else ("head.", "fc_norm.")
-    own = encoder.state_dict()
-    wanted = {key for key in own if not key.startswith(fresh)}
-    given = {
-        key: value
-        for key, value in state.items()
-        if not key.startswith(("head.", "fc_norm.", "attn_pool."))
-        and not (key.startswith("norm.") and isinstance(encoder.norm, nn.Identity))
-    }
-    if given.keys() != wanted:
+    fresh = fresh_values(encoder, seed)
+    wanted = {name: one.shape for name, one in encoder.named_parameters() if name not in fresh}
+    given = {name: value for name, value in state.items() if not name.startswith(UNUSED)}
+    if not any(name.startswith("norm.") for name in given):  # its last norm is after the pooling
+        given |= {n.removeprefix("fc_"): v for n, v in state.items() if n.startswith("fc_norm.")}
+    if isinstance(encoder.norm, nn.Identity):
+        given = {name: value for name, value in given.items() if not name.startswith("norm.")}
+    if given.keys() != wanted.keys():
+        absent, other = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
         raise ConfigError(
-            f"{place} does not fit: absent {sorted(wanted - given.keys())[:3]}, not expected "
-            f"{sorted(given.keys() - wanted)[:3]}; choose the weights of a plain VisionTransformer"
+            f"{place} does not fit: absent {absent[:3]}, not expected {other[:3]}; choose the "
+            "weights of a plain VisionTransformer or an Eva of timm"
         )
-    try:
-        encoder.load_state_dict(given, strict=False)
-    except RuntimeError as error:
-        raise ConfigError(f"{place} does not fit: {' '.join(str(error).split())[:300]}") from error
+    for name, shape in wanted.items():
+        if given[name].shape != shape:
+            raise ConfigError(
+                f"{place} does not fit: {name} has shape {tuple(given[name].shape)}, expected "
+                f"{tuple(shape)}; choose the weights of the same architecture and image size"
+            )
+    found = fresh | given
+    return [(f"encoder.{name}", [found[name].detach().flatten()]) for name in (*wanted, *fresh)]
+
+
+def fresh_values(encoder: ClassifyingStudent, seed: int) -> dict[str, Tensor]:
+    """Return the values of the head, and of the norm before it where it is fresh."""
+    head = cast(nn.Linear, encoder.head)
+    weight = torch.empty(head.weight.shape, device="cpu")
+    nn.init.trunc_normal_(weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
+    found = {"head.weight": weight, "head.bias": torch.zeros(head.bias.shape, device="cpu")}
+    for name, one in encoder.fc_norm.named_parameters():
+        found[f"fc_norm.{name}"] = torch.full(one.shape, float(name == "weight"), device="cpu")
+    return found

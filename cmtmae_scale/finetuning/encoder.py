@@ -79,7 +79,7 @@ def take_encoder(
             "a teacher of timm with --timm"
         )
     initial = InitialEncoder(options, encoder.name, student, encoder.size, mean, std, subject.facts)
-    return initial, {key: value.detach().cpu().clone() for key, value in state.items()}
+    return initial, {key: value.detach().cpu() for key, value in state.items()}
 
 
 def refuse_other_encoder(saved: InitialEncoder, found: InitialEncoder, run_dir: str) -> None:

@@ -36,11 +36,10 @@ from cmtmae_scale.finetuning.augment import Augmenter, Examples, cross_entropy
 from cmtmae_scale.finetuning.classifier import (
     Classifier,
     build_classifier,
+    classifier_values,
     layer_scale,
-    load_encoder,
 )
 from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, refuse_other_encoder
-from cmtmae_scale.method.initialisation import whole_values
 from cmtmae_scale.runtime.launch import World
 from dataloading.index import Index
 from dataloading.parquet_index import require_small_groups
@@ -109,8 +108,7 @@ class Finetuning:
             name, sha256 = self.encoder.name, self.encoder.facts.get("sha256")
             require_equal_weights(lambda: {f"digest of {name}": sha256})
             classifier = self.build_classifier()
-            load_encoder(classifier, weights, name)
-            values = whole_values(classifier)
+            values = classifier_values(classifier, weights, name, config.run.seed)
         else:
             self.encoder = encoder_from_dict(saved["encoder"])
             if self.options != self.encoder.options:
@@ -136,7 +134,7 @@ class Finetuning:
             config,
             self.world,
             self.device,
-            classifier.to("meta"),
+            classifier,
             None,
             cross_entropy,
             rows=config.train.global_batch_size,
@@ -147,15 +145,12 @@ class Finetuning:
         return backend
 
     def build_classifier(self) -> Classifier:
-        """Build a classifier of the run's shape with an untrained head."""
-        encoder, config = self.encoder, self.config
-        return build_classifier(
-            encoder.student,
-            encoder.size,
-            classes=len(self.sets.classes),
-            pool=config.head.pool,
-            seed=config.run.seed,
-        )
+        """Build a classifier of the run's shape on the meta device."""
+        student, size = self.encoder.student, self.encoder.size
+        with torch.device("meta"):
+            return build_classifier(
+                student, size, classes=len(self.sets.classes), pool=self.config.head.pool
+            )
 
     def open_stream(self, position: int) -> Stream:
         config = self.config

@@ -69,11 +69,16 @@ def positional_embedding(model: VisionTransformer | Eva) -> Tensor:
     return torch.cat([code.new_zeros(shape[1] - len(code), shape[-1]), code])[None]
 
 
-@torch.no_grad()
 def initialise(module: nn.Module, seed: int) -> None:
     """Write ``initial_values`` into a module that is not sharded; arguments and errors as there."""
+    write_values(module, initial_values(module, seed))
+
+
+@torch.no_grad()
+def write_values(module: nn.Module, values: Values) -> None:
+    """Write values into a module that is not sharded."""
     own = dict(module.named_parameters())
-    for name, pieces in initial_values(module, seed):
+    for name, pieces in values:
         write_range(pieces, 0, own[name].view(-1))
 
 
@@ -132,11 +137,6 @@ def initial_values(module: nn.Module, seed: int) -> Values:
             raise TypeError(f"no rule to initialise {unknown} of {name or 'the model'}")
         values += [(f"{name}.{key}" if name else key, pieces) for key, pieces in found.items()]
     return values
-
-
-def whole_values(module: nn.Module) -> Values:
-    """Return the values that a module has, as flat views of its memory."""
-    return [(name, [one.detach().flatten()]) for name, one in module.named_parameters()]
 
 
 def draw_uniform(count: int, bound: float, generator: torch.Generator) -> Iterator[Tensor]:

@@ -55,7 +55,7 @@ def become(module: nn.Module, added: type[M]) -> M:
     return cast(M, module)
 
 
-def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
+def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
     """Call a block; with ``recompute`` only its inputs are kept for the backward."""
     if recompute and torch.is_grad_enabled():
         return cast(

@@ -248,7 +248,13 @@ class TimmSource:
         else:  # each of timm's modules has its own
             convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
-            state = dict(convert(state, model))
+            try:
+                state = dict(convert(state, model))
+            except Exception as error:  # each of them fails in its own way for another model's file
+                raise TeacherError(
+                    f"teacher.weights={path} does not fit teacher.model={self.config.model} "
+                    f"({type(error).__name__}: {error}); give the file of this model"
+                ) from error
         heads = classifier_names(model)
         state = {name: value for name, value in state.items() if name.split(".")[0] not in heads}
         state |= {name: value for name, value in own.items() if name.split(".")[0] in heads}

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmtmae_scale.backends.base import Objective
+from cmtmae_scale.backends.traffic import BUCKET
 from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
 from cmtmae_scale.config.schema import Config
@@ -134,18 +135,22 @@ def state_bytes(
     if teacher is not None and builds_teacher(config):
         frozen = sum(p.numel() for p in teacher.model.parameters())
     copied = compute < 4 or shards.states > 1
-    # ZeRO keeps the whole momentum encoder on every rank, at every stage. The module is a copy of
-    # the float32 EMA weights also in float32.
-    averages = 1 if config.backend.name == "deepspeed" else shards.gathered
+    # A gathered momentum encoder is a copy of the float32 EMA weights also in float32; ZeRO-3 casts
+    # its shards whenever it gathers a block.
+    copies = copied * trained / shards.gathered
+    if config.backend.name == "fsdp" or shards.gathered == 1:
+        copies += average / shards.gathered
     found = {
         "weights, moments": trained * 12 / shards.states,
         "gradients": trained * 4 / shards.gradients,
         "momentum": average * 4 / shards.states,
-        "gathered copies": compute * (copied * trained / shards.gathered + average / averages),
+        "gathered copies": compute * copies,
         "teacher": frozen * compute,
     }
     if shards.gathered > 1:
         found["gathered blocks"] = compute * gathered_values(config, model)
+        if config.backend.name == "deepspeed":
+            found["reduction bucket"] = 4 * float(zero_key(config, "reduce_bucket_size", BUCKET))
     return found
 
 
@@ -160,10 +165,14 @@ def gathered_values(config: Config, model: CollaborativeMAE) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     if config.backend.name == "deepspeed":
-        zero = extra_keys(config.backend.deepspeed).get("zero_optimization", {})
-        return min(count(model), int(zero.get("stage3_max_live_parameters", 1e9)))
+        return min(count(model), int(zero_key(config, "stage3_max_live_parameters", 1e9)))
     blocks = sorted(map(count, model.transformer_blocks()))
     return count(model) - sum(blocks[:-2])
+
+
+def zero_key(config: Config, key: str, default: float) -> Any:
+    """Return a key of ``zero_optimization``, or DeepSpeed's default where the config has none."""
+    return extra_keys(config.backend.deepspeed).get("zero_optimization", {}).get(key, default)
 
 
 def input_bytes(config: Config, teacher: OnlineTeacher | None) -> float:

@@ -280,6 +280,9 @@ def live_weights(backend: Any) -> dict[str, Any]:
                 found[name] = parameter.detach().float().numpy().copy()
         else:
             found[name] = parameter.detach().float().numpy().copy()
+    parts = getattr(backend.momentum, "parts", [])  # of an encoder that is gathered by block
+    for number in range(len(parts)):
+        backend.momentum.fetch(number)
     for name, parameter in backend.momentum.module.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         found[f"momentum.{name}"] = whole.detach().float().numpy().copy()

@@ -19,7 +19,7 @@ from cmtmae_scale.export.encoder import export_encoder
 from cmtmae_scale.export.hugging_face import vit_config
 from cmtmae_scale.export.origin import open_origin
 from cmtmae_scale.export.timm_folder import check_timm, write_timm
-from cmtmae_scale.finetuning.classifier import build_classifier, load_encoder
+from cmtmae_scale.finetuning.classifier import build_classifier, classifier_values
 from cmtmae_scale.finetuning.encoder import encoder_from_dict, take_encoder
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.student import Student, build_student
@@ -112,8 +112,8 @@ def test_such_a_student_is_evaluated_exported_and_fine_tuned(case: str, tmp_path
         initial, weights = take_encoder(subject, {})
         saved = json.loads(json.dumps(initial.to_dict()))
         assert encoder_from_dict(saved) == initial
-        classifier = build_classifier(initial.student, 64, classes=3, pool="cls", seed=0)
-        load_encoder(classifier, weights, initial.name)
+        classifier = build_classifier(initial.student, 64, classes=3, pool="cls")
+        classifier_values(classifier, weights, initial.name, seed=0)
         assert shape_of(classifier.encoder) == shape
 
 

@@ -55,6 +55,24 @@ def write_encoder(file: Path, seed: int) -> None:
     save_file(student.state_dict(), file)
 
 
+def write_eva(file: Path) -> None:
+    """Write a tiny EVA-02 for images of 64 pixels, as ``cmtmae export`` writes it."""
+    from safetensors.torch import save_file
+
+    from cmtmae_scale.config.schema import Config
+    from cmtmae_scale.config.schema import Student as StudentConfig
+    from cmtmae_scale.method.initialisation import initialise
+    from cmtmae_scale.method.student import build_student
+
+    config = Config()
+    config.student = StudentConfig("eva02_base_patch14_224", 16, 96, 2, 2)
+    config.views.image_size = 64
+    student = build_student(config)
+    initialise(student, 0)
+    sizes = {name: value for name, value in vars(config.student).items() if value is not None}
+    save_file(student.state_dict(), file, {"student": json.dumps(sizes), "image_size": "64"})
+
+
 def arguments(
     recipe: Path, *overrides: str, encoder: str = "encoder.safetensors", words: Sequence[str] = ()
 ) -> list[str]:

@@ -11,10 +11,11 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.finetuning.classifier import (
     Classifier,
     build_classifier,
+    classifier_values,
     layer_scale,
-    load_encoder,
 )
 from cmtmae_scale.finetuning.draws import branch_factors
+from cmtmae_scale.method.initialisation import write_values
 
 ARCH, SIZE, CLASSES = "test_vit", 64, 7
 POOLS = {"mean": {"global_pool": "avg", "fc_norm": True}, "cls": {"global_pool": "token"}}
@@ -23,7 +24,7 @@ every_pool = pytest.mark.parametrize("pool", POOLS)
 
 def classifier(pool: str = "mean", arch: str = ARCH) -> Classifier:
     """One with weights that are all different from zero."""
-    found = build_classifier(StudentConfig(arch, 16), SIZE, classes=CLASSES, pool=pool, seed=0)  # pyright: ignore
+    found = build_classifier(StudentConfig(arch, 16), SIZE, classes=CLASSES, pool=pool)  # pyright: ignore
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.parameters():
@@ -44,6 +45,47 @@ def test_timm_loads_the_weights_and_computes_the_same_logits(pool: str) -> None:
     own, other = classifier(pool).eval(), theirs(pool)
     other.load_state_dict(own.encoder.state_dict(), strict=True)
     torch.testing.assert_close(own(images()), other(images()), rtol=1e-4, atol=1e-5)
+
+
+EVAS = (
+    "vit_base_patch16_dinov3",
+    "eva02_base_patch14_224",
+    "eva02_enormous_patch14_clip_224",  # norms at the end of the branches
+    "vit_pe_core_base_patch16_224",
+    "vit_base_patch16_rope_mixed_224",
+    "eva_giant_patch14_224",  # absolute positions alone
+)
+SIZES = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 2}
+
+
+@every_pool
+@pytest.mark.parametrize("arch", EVAS)
+def test_an_eva_computes_timms_logits_and_drops_branches_by_view(arch: str, pool: str) -> None:
+    own = build_classifier(StudentConfig(arch, 8, 96, 2, 2), 48, classes=CLASSES, pool=pool).eval()  # pyright: ignore
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+    is_mean = pool == "mean"
+    norms = {"use_fc_norm": is_mean, "use_post_transformer_norm": not is_mean}
+    kind = {"num_classes": CLASSES, "img_size": 48, "global_pool": "avg" if is_mean else "token"}
+    other = timm.create_model(arch, **kind, **norms, **SIZES).eval()
+    other.load_state_dict(own.encoder.state_dict(), strict=True)
+    views = torch.randn(3, 3, 48, 48, generator=generator)
+    expected = other(views)
+    torch.testing.assert_close(own(views), expected, rtol=1e-4, atol=1e-4)
+    keep = torch.ones(3, 2, 2)
+    torch.testing.assert_close(own(views, keep), own(views))
+    keep[1, 0, 1] = keep[2] = 0  # an MLP of the second view, all branches of the third
+    dropped = own(views, keep)
+    torch.testing.assert_close(dropped[0], own(views)[0])
+    assert not torch.allclose(dropped[1], expected[1], rtol=1e-2)
+    tokens = own.encoder.norm(own.encoder.embed(views[2:]))
+    torch.testing.assert_close(dropped[2:], own.encoder.forward_head(tokens))
+    scales = {layer_scale(2, 0.5)(name) for name, _ in trainable(own)}
+    assert scales == {1.0, 0.5, 0.25, 0.125}
+    own.train()(views, keep).sum().backward()
+    assert all(one.grad is not None for one in own.parameters())
 
 
 def test_all_weights_are_trained_the_positions_too() -> None:
@@ -152,19 +194,32 @@ def test_drop_path_is_timms_law_whatever_the_batch() -> None:
 @every_pool
 def test_the_encoders_weights_arrive_and_the_head_is_fresh(pool: str) -> None:
     encoder = timm.create_model(ARCH, num_classes=0, img_size=SIZE)
-    own = build_classifier(StudentConfig(ARCH, 16), SIZE, classes=CLASSES, pool=pool, seed=5)  # pyright: ignore
-    load_encoder(own, encoder.state_dict(), "x")
-    state = own.encoder.state_dict()
+
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        own = classifier(pool)
+        write_values(own, classifier_values(own, encoder.state_dict(), "x", seed))
+        return own.encoder.state_dict()
+
+    state = start(5)
     for name, value in encoder.state_dict().items():
         if name in state:
             assert torch.equal(state[name], value), name
     assert ("norm.weight" in state) == (pool == "cls")
+    if pool == "mean":
+        assert (state["fc_norm.weight"] == 1).all() and not state["fc_norm.bias"].any()
     head = state["head.weight"]
     assert 1e-5 < head.std() < 4e-5 and not state["head.bias"].any()
-    again = build_classifier(StudentConfig(ARCH, 16), SIZE, classes=CLASSES, pool=pool, seed=5)  # pyright: ignore
-    other = build_classifier(StudentConfig(ARCH, 16), SIZE, classes=CLASSES, pool=pool, seed=6)  # pyright: ignore
-    assert torch.equal(again.encoder.head.weight, head)
-    assert not torch.equal(other.encoder.head.weight, head)
+    assert torch.equal(start(5)["head.weight"], head)
+    assert not torch.equal(start(6)["head.weight"], head)
+
+
+def test_a_norm_after_the_pooling_becomes_the_last_norm() -> None:
+    encoder = timm.create_model(ARCH, num_classes=0, img_size=SIZE, global_pool="avg", fc_norm=True)
+    with torch.no_grad():
+        encoder.fc_norm.weight.fill_(2)
+    own = classifier("cls")
+    write_values(own, classifier_values(own, encoder.state_dict(), "x", 0))
+    assert torch.equal(own.encoder.norm.weight, encoder.fc_norm.weight)
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -172,9 +227,9 @@ def test_what_does_not_fit_is_named() -> None:
     state = timm.create_model(ARCH, num_classes=0, img_size=SIZE).state_dict()
     gone = {name: value for name, value in state.items() if name != "blocks.0.norm1.weight"}
     with pytest.raises(ConfigError, match=r"FILE does not fit: absent \['blocks.0.norm1.weight'\]"):
-        load_encoder(own, gone, "FILE")
+        classifier_values(own, gone, "FILE", 0)
     small = state | {"pos_embed": torch.zeros(1, 5, 64)}
-    with pytest.raises(ConfigError, match=r"FILE does not fit: .*pos_embed"):
-        load_encoder(own, small, "FILE")
+    with pytest.raises(ConfigError, match=r"FILE does not fit: pos_embed has shape \(1, 5, 64\)"):
+        classifier_values(own, small, "FILE", 0)
     with pytest.raises(ConfigError, match=r"head.pool=cls: \w+ has no class token; set head.pool"):
-        build_classifier(StudentConfig("test_vit4", 16), SIZE, classes=2, pool="cls", seed=0)
+        build_classifier(StudentConfig("test_vit4", 16), SIZE, classes=2, pool="cls")

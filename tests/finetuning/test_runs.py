@@ -17,7 +17,14 @@ from safetensors.torch import load_file
 from cmtmae_scale.checkpoint import layout
 from tests.engine.run_case import same, tensors
 from tests.evaluation.evaluation_case import labelled_photographs
-from tests.finetuning.finetune_case import STEPS, tune, tune_each, write_encoder, write_recipe
+from tests.finetuning.finetune_case import (
+    STEPS,
+    tune,
+    tune_each,
+    write_encoder,
+    write_eva,
+    write_recipe,
+)
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -69,6 +76,26 @@ def test_the_checkpoints_encoder_is_timms_classifier(recipe: Path) -> None:
     model.load_state_dict(state, strict=True)
     start = load_file(recipe.parent / "encoder.safetensors")
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"):
+        assert not torch.equal(state[name], start[name]), name
+
+
+def tune_eva(recipe: Path, folder: Path) -> tuple[str, int]:
+    write_eva(folder / "eva.safetensors")
+    overrides = [f"run.output_dir={folder / 'run'}", "train.steps=2"]
+    return tune(recipe, *overrides, words=["--checkpoint", str(folder / "eva.safetensors")])
+
+
+def test_an_eva_is_fine_tuned_and_timm_loads_it(recipe: Path, tmp_path: Path) -> None:
+    ((_, code),) = run_ranks(1, tune_eva, recipe, tmp_path)
+    assert code == 0
+    sizes = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 2, "num_heads": 2}
+    norms = {"global_pool": "avg", "use_fc_norm": True, "use_post_transformer_norm": False}
+    model = timm.create_model("eva02_base_patch14_224", num_classes=6, **sizes, **norms)
+    folder = layout.folder_of(tmp_path / "run" / "checkpoints", 2)
+    state = load_file(folder / layout.ENCODER)
+    model.load_state_dict(state, strict=True)
+    start = load_file(tmp_path / "eva.safetensors")
+    for name in ("pos_embed", "blocks.0.attn.q_proj.weight", "blocks.1.attn.proj.weight"):
         assert not torch.equal(state[name], start[name]), name
 
 

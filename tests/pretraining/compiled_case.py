@@ -6,6 +6,7 @@ Dynamo traces as for any compiler; here the compiler of the graphs runs them as 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,8 +18,7 @@ from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.finetuning.augment import Examples, cross_entropy
-from cmtmae_scale.finetuning.classifier import build_classifier
-from cmtmae_scale.method.initialisation import whole_values
+from cmtmae_scale.finetuning.classifier import build_classifier, classifier_values
 from cmtmae_scale.pretraining.build import build_models, fetch_teacher
 from cmtmae_scale.pretraining.prepare import prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
@@ -87,9 +87,13 @@ def pretrain(config: Config) -> Iterator[list[float]]:
 
 def finetune(config: Config) -> Iterator[list[float]]:
     """Train a classifier with drop path on random pixels; yields losses."""
-    model = build_classifier(StudentConfig("test_vit", 16), SIZE, classes=3, pool="mean", seed=0)
-    values, depth = whole_values(model), len(model.encoder.blocks)
-    model.to("meta")
+    student = StudentConfig("test_vit", 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = timm.create_model("test_vit", num_classes=0, img_size=SIZE).state_dict()
+    with torch.device("meta"):
+        model = build_classifier(student, SIZE, classes=3, pool="mean")
+    values, depth = classifier_values(model, weights, "random", 0), len(model.encoder.blocks)
     backend = make_backend(config, find_world(), CPU, model, None, cross_entropy, rows=BATCH)
     initialise_backend(backend, values)
     generator = torch.Generator().manual_seed(0)

@@ -225,6 +225,9 @@ def test_files_and_names_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert "teacher.depth=13" in refusal(
         timm_config("vit_tiny_patch16_224", 64, 16, weights=str(path), depth=13)
     )
+    config = timm_config("test_convnext", 64, 32, weights=str(path), feature="block")
+    config.attention.source = "activation_norm"
+    assert "does not fit teacher.model=test_convnext" in refusal(config)
     assert "did you mean" in refusal(timm_config("vit_tinny_patch16_224"))
     assert "(ResNet) has no attention over all patches" in refusal(timm_config("resnet18"))
     text = refusal(timm_config("vit_small_patch14_dinov2", weights="nope"))

@@ -62,7 +62,8 @@ def step_traffic(
     repeated = {"all-gather"} if is_fsdp else PER_MICRO_STEP[config.backend.zero_stage]
     if config.backend.reduce_every_micro_step:
         repeated = repeated | {"reduce-scatter"}
-    ema_times = accumulation if is_fsdp and config.backend.sharding == "full" else 1
+    shards_all = config.backend.sharding == "full" if is_fsdp else config.backend.zero_stage == 3
+    ema_times = accumulation if shards_all else 1
     (calls, payloads), (all_calls, all_payloads) = count(False), count(True)
     found: list[Traffic] = []
     for group in sorted(all_calls):

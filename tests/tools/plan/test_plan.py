@@ -125,7 +125,7 @@ def test_micro_steps_repeat_what_each_of_them_gathers(recipe: Path, counted: Cou
         (["backend.name=deepspeed", "backend.zero_stage=2"], {"all-reduce": 3}),
         (
             ["backend.name=deepspeed", "backend.zero_stage=3"],
-            {"all-gather": 2, "reduce-scatter": 3},
+            {"all-gather": 3, "reduce-scatter": 3},
         ),
     ):
         config = load_config(recipe, setting)
@@ -248,14 +248,18 @@ def test_sharded_copies_are_gathered_by_blocks(recipe: Path, counted: Counted) -
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     expected = trained - sum(sizes) + sum(sorted(sizes)[-2:])  # the rest, a block and the next
 
-    def gathered(*overrides: str) -> float | None:
+    def gathered(*overrides: str, kind: str = "gathered blocks") -> float | None:
         config = load_config(recipe, [*BATCH, "backend.precision=bf16", *overrides])
-        return state_bytes(config, 8, counted.networks).get("gathered blocks")
+        return state_bytes(config, 8, counted.networks).get(kind)
 
     assert gathered("backend.sharding=hybrid") is None
     assert gathered("backend.sharding=full") == 2 * expected
     zero = ("backend.name=deepspeed", "backend.zero_stage=3")
     assert gathered(*zero) == 2 * trained
+    assert gathered(*zero, kind="gathered copies") == 2 * trained / 8  # of the student alone
+    assert gathered(*zero, kind="reduction bucket") == 4 * 500_000_000
+    size = "backend.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"
+    assert gathered(*zero, size, kind="reduction bucket") == 4000
     limit = "backend.deepspeed={zero_optimization: {stage3_max_live_parameters: 1000}}"
     assert gathered(*zero, limit) == 2000
 
