@@ -5,6 +5,7 @@ the folder are opened: no pipe, no device, and no link that leads out.
 """
 
 import errno
+from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -147,10 +148,10 @@ def read_records(run: Run) -> None:
 def read_log(run: Run) -> None:
     """Read the values and the incidents in the log.
 
-    Entries with the same names form a table; a dictionary per entry and a look-up per value would
-    cost as much as parsing the log.
+    Entries with the same names form a table of steps and columns of numbers: an object per entry
+    and value would cost as much as parsing the log.
     """
-    tables: dict[tuple[str, ...], list[list[float]]] = {}
+    tables: dict[tuple[str, ...], tuple[list[float], list[array[float]]]] = {}
     for line in json_lines(run, "log.jsonl"):
         step = line.get("step")
         if not is_drawable(step):
@@ -161,11 +162,13 @@ def read_log(run: Run) -> None:
             if not are_drawable(line.values()):
                 line = {key: value for key, value in line.items() if is_drawable(value)}
             names = tuple(line)
-            columns = tables.get(names) or tables.setdefault(names, [[] for _ in names])
+            if names not in tables:
+                tables[names] = [], [array("d") for _ in names]
+            steps, columns = tables[names]
+            steps.append(step)
             for column, value in zip(columns, line.values(), strict=True):
                 column.append(value)
-    for names, columns in tables.items():
-        steps = columns[names.index("step")]
+    for names, (steps, columns) in tables.items():
         is_sorted = all(map(le, steps, islice(steps, 1, None)))
         for name, values in zip(names, columns, strict=True):
             known = run.logged.setdefault(name, [])
