@@ -203,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-Match", etag) != etag:
             return 412, {}, b""
         first, last = (0, whole - 1) if span is None else (span[0], min(span[1], whole - 1))
+        if first > last:
+            return 416, {}, b""
         with path.open("rb") as file:
             file.seek(first)
             data = file.read(last + 1 - first)

@@ -244,7 +244,7 @@ def test_a_file_that_is_none_is_refused_and_damage_is_named(tmp_path: Path, capl
     ((name, reason),) = index.excluded
     assert name == "row 5 of a.parquet" and reason.startswith("5 rows from here on cannot be dec")
     report = render_data_report(summarise_data(index, [], 0.5))
-    assert "unusable: 1 row groups are damaged" in report and "1 Parquet files, 10 images" in report
+    assert "unusable: 1 damaged row group;" in report and "1 Parquet file, 10 images" in report
 
 
 def test_what_changes_after_the_index_is_seen(tmp_path: Path) -> None:
