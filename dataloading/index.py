@@ -588,7 +588,9 @@ def _gather(listing: Listing, recall: Callable[[int], Part], new_buffer: NewBuff
     logger.info("%s: %s, %s", root, images, format_count(len(findings.labels), "label"))
     turned, as_stored = count_turned(findings.entries["flags"])
     if turned or as_stored:
-        text = "%s: %d images are turned by their EXIF orientation, of %d it is not applied"
+        text = (
+            "%s: images turned by their EXIF orientation: %d; images to which it is not applied: %d"
+        )
         logger.info(text, root, turned, as_stored)
     equal = find_equal_labels(findings.labels)
     if equal is not None:
