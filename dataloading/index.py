@@ -588,9 +588,7 @@ def _gather(listing: Listing, recall: Callable[[int], Part], new_buffer: NewBuff
     logger.info("%s: %s, %s", root, images, format_count(len(findings.labels), "label"))
     turned, as_stored = count_turned(findings.entries["flags"])
     if turned or as_stored:
-        text = (
-            "%s: images turned by their EXIF orientation: %d; images to which it is not applied: %d"
-        )
+        text = "%s: images turned by their EXIF orientation: %d; not turned by it: %d"
         logger.info(text, root, turned, as_stored)
     equal = find_equal_labels(findings.labels)
     if equal is not None:

@@ -151,9 +151,9 @@ def gather_shards(
     if columns:
         logger.info("%s: columns: %s", path, "; ".join(columns))
     if excluded:
-        lost = format_count(len(excluded), words.unit)
+        bad = format_count(len(excluded), words.unit)
         text = "%s: %s, %s excluded or damaged; first: %s (%s)"
-        logger.warning(text, path, format_count(rows, "image"), lost, *excluded[0])
+        logger.warning(text, path, format_count(rows, "image"), bad, *excluded[0])
     passed = sort_counts([counts])
     others = f"; {format_passed(passed, words.unit)}" if passed else ""
     if not rows:
