@@ -165,7 +165,7 @@ def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) 
     line = [str(photos), "--pack", str(out), "--max-bad-fraction", "0.1", "--seed", "1"]
     assert check_data(line) == EXIT_DONE
     text = capsys.readouterr().out
-    assert "packed and read back: 19 images in 1 tars, 1 excluded; shuffled: 4 neighbours" in text
+    assert "packed and read back: 19 images in 1 tar, 1 excluded; shuffled: 4 neighbours" in text
     assert f"data.path={out} data.shuffle=window data.expected_images=19" in text
     require_mixed(build_index(out), on_sorted=False)
     assert check_data(line) == EXIT_DONE  # finished: verified, not decoded again
@@ -296,7 +296,7 @@ def test_tars_of_a_web_server_are_checked_and_nothing_is_written_to_one(
     server = RangeServer(tmp_path)
     assert check_data([f"{server.url}/a.tar", "--threads", "2"]) == EXIT_DONE
     server.stop()
-    assert f"{server.url}/a.tar: 1 tars, 20 images" in capsys.readouterr().out
+    assert f"{server.url}/a.tar: 1 tar, 20 images" in capsys.readouterr().out
     assert len(server.data_requests()) < 10
     with pytest.raises(SystemExit, match="78"):
         check_data([str(photos), "--pack", "s3://id:hush@bucket/out"])
