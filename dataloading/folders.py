@@ -257,7 +257,7 @@ def gather_folder(
             excluded.append((files.names[rows.start + int(place)], reason))
     if excluded:
         name, reason = excluded[0]
-        text = "%s: %d of %d files are excluded; first: %s (%s)"
+        text = "%s: excluded files: %d of %d; first: %s (%s)"
         logger.warning(text, root, len(excluded), len(files), name, reason)
         if not number:
             raise DataError(

@@ -26,7 +26,7 @@ from dataloading.listing import Files, collect_files
 from dataloading.name_checks import find_equal_labels, find_split_folders, find_splits
 from dataloading.parquet import ParquetSource, require_pyarrow
 from dataloading.parts import Part, Parts
-from dataloading.passed_over import Counts, format_passed, lost_images, sort_counts
+from dataloading.passed_over import Counts, format_count, format_passed, lost_images, sort_counts
 from dataloading.published import take_published, write_published
 from dataloading.shards import (
     Shard,
@@ -584,10 +584,11 @@ def _gather(listing: Listing, recall: Callable[[int], Part], new_buffer: NewBuff
         pieces = make_pieces(files, shards)
         findings = gather_folder(Path(root), files, pieces, recall, new_buffer)
         findings = findings._replace(passed_over=sort_counts([passed]))
-    logger.info("%s: %d images, %d labels", root, len(findings.entries), len(findings.labels))
+    images = format_count(len(findings.entries), "image")
+    logger.info("%s: %s, %s", root, images, format_count(len(findings.labels), "label"))
     turned, as_stored = count_turned(findings.entries["flags"])
     if turned or as_stored:
-        text = "%s: %d images are turned by their EXIF orientation, of %d it is not applied"
+        text = "%s: images turned by their EXIF orientation: %d; not turned by it: %d"
         logger.info(text, root, turned, as_stored)
     equal = find_equal_labels(findings.labels)
     if equal is not None:

@@ -129,6 +129,11 @@ def lost_images(passed: Iterable[Passed]) -> int:
     )
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return a number and a noun, in the singular for 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def format_passed(passed: Sequence[Passed], what: str = "file") -> str:
     """Format counts by extension, then a remedy for each kind; empty where there are none."""
     if not passed:
@@ -140,9 +145,7 @@ def format_passed(passed: Sequence[Passed], what: str = "file") -> str:
         remedy = _remedy(item)
         if remedy:
             remedies.setdefault(remedy.partition(": ")[2], remedy)
-    return "; ".join(
-        [f"{total} {what}{'' if total == 1 else 's'} passed over: {counts}", *remedies.values()]
-    )
+    return "; ".join([f"{format_count(total, what)} passed over: {counts}", *remedies.values()])
 
 
 def _label(item: Passed) -> str:

@@ -50,7 +50,9 @@ _QUIET = timedelta(seconds=5)
 _HUNG_S = 5.0  # in which no further request is made after one without an answer
 _FIRST_WINDOW, _LAST_WINDOW = 16 << 10, 1 << 20  # bytes of a request for headers
 _NO_ANSWER = f"no answer within {_REQUEST.seconds} s"
-_TEMPORARY = frozenset({408, 425, 429})  # statuses below 500 that may differ at the next try
+# Statuses below 500 that may differ at the next try. 416: the client went on with an answer that
+# broke off after its last byte, and asked for a range of no bytes.
+_TEMPORARY = frozenset({408, 416, 425, 429})
 _SEPARATOR = "\t"  # in the text of a remote tar
 _STATUS = re.compile(r"status code: (\d{3}) ([A-Za-z ]+)")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")

@@ -30,6 +30,7 @@ from dataloading.passed_over import (
     Counts,
     count_passed,
     extension_of,
+    format_count,
     format_passed,
     is_image_like,
     kind_of_bare,
@@ -52,16 +53,16 @@ _INTEGER = re.compile(r"-?[0-9]+")
 class _Words(NamedTuple):
     """How messages call the files of a data set and what is in them."""
 
-    files: str
+    file: str
     unit: str
     expected: str
 
 
 _TAR_WORDS = _Words(
-    "tar files", "member", "WebDataset tars with members such as KEY.jpg and KEY.cls"
+    "tar file", "member", "WebDataset tars with members such as KEY.jpg and KEY.cls"
 )
 _PARQUET_WORDS = _Words(
-    "Parquet files", "row", "Parquet files with encoded images, as Hugging Face datasets writes"
+    "Parquet file", "row", "Parquet files with encoded images, as Hugging Face datasets writes"
 )
 
 
@@ -150,21 +151,22 @@ def gather_shards(
     if columns:
         logger.info("%s: columns: %s", path, "; ".join(columns))
     if excluded:
-        text = "%s: %d images, %d %ss excluded or damaged; first: %s (%s)"
-        logger.warning(text, path, rows, len(excluded), words.unit, *excluded[0])
+        bad = format_count(len(excluded), words.unit)
+        text = "%s: %s, %s excluded or damaged; first: %s (%s)"
+        logger.warning(text, path, format_count(rows, "image"), bad, *excluded[0])
     passed = sort_counts([counts])
     others = f"; {format_passed(passed, words.unit)}" if passed else ""
     if not rows:
         first = f"; first problem: {excluded[0][0]} ({excluded[0][1]})" if excluded else ""
         raise DataError(
-            f"{path}: no usable image in {len(shards)} {words.files}{first}{others}; "
+            f"{path}: no usable image in {format_count(len(shards), words.file)}{first}{others}; "
             f"set data.path to {words.expected}"
         )
     lost, images = lost_images(passed), rows + len(excluded)
     if lost > images:
         raise DataError(
             f"{path}: more than half of the {words.unit}s, {lost} of {lost + images}, are not "
-            f"taken as images{others}; correct them, or set data.path to other {words.files}"
+            f"taken as images{others}; correct them, or set data.path to other {words.file}s"
         )
     _check_splits(path, folders, refuse_splits)
     if len(class_lists) > 1:

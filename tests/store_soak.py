@@ -1,9 +1,11 @@
-"""Read tars from a web server with latency and faults, and compare with the files.
+"""Read tars from a web server or an S3 server with latency and faults, and compare with the files.
 
 ``python -m tests.store_soak --images 10000`` draws two epochs in the order of training while a
 share of the requests fails, verifies that every image arrives once per epoch with the bytes of the
 file, and again from the middle; the same through ``data.store_cache``. Then it prints the rate of
-``--rate-images`` by requests in flight, without faults, beside that of the files.
+``--rate-images`` by requests in flight, without faults, beside that of the files. ``--s3`` puts
+the tars into a bucket of moto's S3 server, lists and reads them there through a server that adds
+latency and faults, and takes the index that is published beside them.
 """
 
 import argparse
@@ -11,27 +13,43 @@ import hashlib
 import io
 import logging
 import multiprocessing
+import os
 import random
 import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dataloading.index import Index, build_index
+from dataloading.index import (
+    Index,
+    Listing,
+    Request,
+    build_index,
+    build_listed,
+    list_data,
+    load_or_build,
+    write_index,
+)
 from dataloading.order import sample_ids
 from dataloading.patience import Patience
 from dataloading.sources import Source
 from dataloading.store_cache import StoreCache
 from dataloading.stores import RemoteTar, StoreSource
-from tests.dataloading.store_case import RangeServer, Request
+from tests.dataloading.store_case import RangeServer, ask, serve_s3
+from tests.dataloading.store_case import Request as Asked
 from tests.dataloading.tar_case import write_tar
 
 BATCH, AHEAD, PER_TAR = 64, 4, 500
+_SIGNED = {
+    "Authorization": "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, "
+    "SignedHeaders=host, Signature=not-verified"
+}
 FAULTS = (503, 500, 429, "truncate", "hang up", "wrong length", "wrong range")
 
 
@@ -48,13 +66,13 @@ def make_tars(root: Path, images: int, kilobytes: int) -> None:
         write_tar(root / f"train-{shard:04d}.tar", members)
 
 
-def serve(root: Path, latency_s: float, share: float, pipe: Any) -> None:
+def serve(root: Path, origin: str | None, latency_s: float, share: float, pipe: Any) -> None:
     """Serve in a process of its own; each message resets the count and sets the share of faults."""
-    server = RangeServer(root)
+    server = RangeServer(root, origin)
     server.latency_s = latency_s
     draws = random.Random(1)
 
-    def fail(request: Request) -> Any:
+    def fail(request: Asked) -> Any:
         return draws.choice(FAULTS) if request.method == "GET" and draws.random() < share else None
 
     server.fault = fail
@@ -110,27 +128,46 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument("--rate-images", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--s3", action="store_true", help="a bucket of moto's server")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # one line per failed read
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder), options)
+        root = Path(folder)
+        make_tars(root, options.images, options.kilobytes)
+        with serve_s3() if options.s3 else nullcontext() as origin:
+            run(root, origin, options)
 
 
-def run(root: Path, options: argparse.Namespace) -> None:
+def publish(root: Path, listing: Listing, index: Index, origin: str) -> None:
+    """Put tars and their index into a bucket."""
+    ask(origin, "PUT", "/images")
+    for path in [*sorted(root.glob("*.tar")), write_index(listing, index, root / "published")]:
+        answer, _ = ask(origin, "PUT", f"/images/{path.name}", _SIGNED, path.read_bytes())
+        assert answer.status == 200
+
+
+def run(root: Path, origin: str | None, options: argparse.Namespace) -> None:
     n, threads = options.images, options.threads
-    make_tars(root, n, options.kilobytes)
     ours, theirs = multiprocessing.Pipe()
-    arguments = (root, options.latency_ms / 1e3, options.fault_share, theirs)
+    arguments = (root, origin, options.latency_ms / 1e3, options.fault_share, theirs)
     server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments, daemon=True)
     server.start()
     last = -(-n // PER_TAR) - 1
-    url = f"http://127.0.0.1:{ours.recv()}/train-{{0000..{last:04d}}}.tar"
+    host = f"http://127.0.0.1:{ours.recv()}"
+    url = f"{host}/train-{{0000..{last:04d}}}.tar"
+    if origin is not None:
+        url = "s3://images/"
+        os.environ |= {"AWS_ENDPOINT_URL": host, "AWS_REGION": "us-east-1"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "hush"}
 
     def reset(share: float) -> tuple[int, int]:
         ours.send(share)
         return ours.recv()
 
-    local = build_index(root)
+    listing = list_data(Request(root))
+    local = build_listed(listing)
+    if origin is not None:
+        publish(root, listing, local, origin)
     began = time.monotonic()
     remote = build_index(url)
     requests, most = reset(options.fault_share)
@@ -139,6 +176,11 @@ def run(root: Path, options: argparse.Namespace) -> None:
         f"index: {n} images, {requests / n:.3f} requests per image, {most} in flight, "
         f"{time.monotonic() - began:.1f} s"
     )
+    if origin is not None:
+        taken = load_or_build(url, root / "index")
+        requests, _ = reset(options.fault_share)
+        assert (taken.digest, taken.entries.tobytes()) == (local.digest, local.entries.tobytes())
+        print(f"published index: the same rows, {requests} requests in all")
     ids, _ = sample_ids(n, 0, np.arange(2 * n))
     for epoch in (ids[:n], ids[n:]):
         assert sorted(epoch.tolist()) == list(range(n))

@@ -42,6 +42,7 @@ from cmtmae_scale.cache.format import (
     write_shard,
 )
 from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, TeacherError, remedy_for
 from cmtmae_scale.runtime.bf16 import emulation_warning
@@ -49,7 +50,7 @@ from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import sync
 from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
-from dataloading.index import Index, load_or_build
+from dataloading.index import Index
 from dataloading.plan import Plan, Planner
 from dataloading.reading import Reader
 from dataloading.stream import LOOK_AHEAD, make_decoder
@@ -350,23 +351,14 @@ def open_or_build_index(config: Config, folder: Path) -> Index:
         CacheError: if the folder cannot be written.
     """
 
-    def load() -> Index:
-        data = config.data
-        return load_or_build(
-            data.path,
-            folder,
-            data.source,
-            data.max_pixels,
-            data.exif_orientation,
-            data.verify_index,
-        )
-
     def find() -> Index | None:
-        return load() if (folder / "index.json").exists() else None
+        return open_images(config.data, folder) if (folder / "index.json").exists() else None
 
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        return compute_once(folder / ".indexing", find, lambda keep_alive: load())
+        return compute_once(
+            folder / ".indexing", find, lambda keep_alive: open_images(config.data, folder)
+        )
     except OSError as error:
         raise CacheError(
             f"{folder}: cannot be written ({error.strerror}); "

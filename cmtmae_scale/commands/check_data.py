@@ -158,10 +158,12 @@ def publish(listing: "Listing", index: "Index", options: argparse.Namespace) -> 
         DataError: if it cannot be written.
     """
     from dataloading.index import write_index
+    from dataloading.passed_over import format_count
 
     if options.write_index is not None:
         folder = None if options.write_index is True else options.write_index
-        logger.info("%s: the index of %d images", write_index(listing, index, folder), len(index))
+        images = format_count(len(index), "image")
+        logger.info("%s: the index of %s", write_index(listing, index, folder), images)
 
 
 def decode_all(index: "Index", threads: int) -> "tuple[list[Fault], Survey]":
@@ -205,6 +207,7 @@ def pack_images(index: "Index", options: argparse.Namespace) -> int:
     from dataloading.index import Request, list_data
     from dataloading.mixing import class_mixing
     from dataloading.pack import Pack
+    from dataloading.passed_over import format_count
 
     job = Pack(index, options.pack, seed=options.seed, shard_bytes=options.shard_mb * 1_000_000)
     with ExitStack() as stack:
@@ -227,7 +230,8 @@ def pack_images(index: "Index", options: argparse.Namespace) -> int:
     publish(list_data(Request(options.pack, "webdataset", options.max_pixels)), packed, options)
     mixing = class_mixing(packed.entries["label"])
     sys.stdout.write(
-        f"\npacked and read back: {len(packed)} images in {len(packed.shards)} tars, "
+        f"\npacked and read back: {format_count(len(packed), 'image')} in "
+        f"{format_count(len(packed.shards), 'tar')}, "
         f"{len(undecodable)} excluded; {mixing or 'no labels'}\n"
         f"data.path={options.pack} data.shuffle=window data.expected_images={len(packed)}\n"
     )

@@ -30,6 +30,7 @@ from cmtmae_scale.config.derive import (
     reads_cache,
     total_steps,
 )
+from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.launches import refuse_further_launch
@@ -54,7 +55,7 @@ from cmtmae_scale.tools.estimate import (
 from cmtmae_scale.tools.plan.devices import RESERVE
 from dataloading.addresses import is_url
 from dataloading.errors import DataError
-from dataloading.index import Index, build_index, load_or_build
+from dataloading.index import Index
 from dataloading.stream import require_decoder
 
 GIB = 2**30
@@ -225,20 +226,7 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
     if expected is not None and is_absent(data.path):
         return None, expected, "data.expected_images; not counted"
     folder = Path(data.index) if data.index else Path(config.run.output_dir) / "index"
-
-    def open_images() -> Index:
-        if folder.is_dir():
-            return load_or_build(
-                data.path,
-                folder,
-                data.source,
-                data.max_pixels,
-                data.exif_orientation,
-                data.verify_index,
-            )
-        return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
-
-    index = attempt(reasons, open_images)
+    index = attempt(reasons, lambda: open_images(data, folder if folder.is_dir() else None))
     if index is None:
         return None, expected, reasons[-1] if expected is None else "data.expected_images"
     attempt(reasons, lambda: refuse_bad_index(config, index))

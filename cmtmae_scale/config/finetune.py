@@ -38,6 +38,8 @@ class LabelledData:
     """Test images, of the same labels."""
     decode: Literal["auto", "dali", "torch"] = "auto"
     """As ``data.decode`` of pre-training."""
+    verify_index: Literal["never", "changed", "always"] = "changed"
+    """As ``data.verify_index`` of pre-training; for the test images too."""
     exif_orientation: bool = True
     """As ``data.exif_orientation`` of pre-training; for the test images too."""
     max_bad_fraction: float = fraction(0.001)

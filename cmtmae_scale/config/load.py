@@ -101,9 +101,7 @@ class Draft(Generic[Recipe]):
     @classmethod
     def of_defaults(cls, schema: type[Recipe], check: Check[Recipe], place: str) -> "Draft[Recipe]":
         """Return the draft of a recipe without keys."""
-        types = OmegaConf.structured(schema)
-        tree = OmegaConf.to_container(types, structured_config_mode=SCMode.DICT)
-        return cls(schema, check, place, types, dict(leaves(cast(Any, tree), key_fields(schema))))
+        return cls(schema, check, place, *default_values(schema))
 
     def merge(self, tree: dict[str, Any], place: str) -> "Draft[Recipe]":
         """Return the draft with the values of a tree; a mapping is merged into the one before.
@@ -491,6 +489,17 @@ def key_fields(schema: type) -> Mapping[str, "dataclasses.Field[Any]"]:
 
 
 @cache
+def default_values(schema: type) -> tuple[Any, dict[str, Any]]:
+    """Return OmegaConf's typed config of a schema, and its values by full key.
+
+    Drafts share both: they take longer to build than a recipe takes to be read.
+    """
+    types = OmegaConf.structured(schema)
+    tree = OmegaConf.to_container(types, structured_config_mode=SCMode.DICT)
+    return types, dict(leaves(cast(Any, tree), key_fields(schema)))
+
+
+@cache
 def field_types(group: type) -> Mapping[str, Any]:
     """Return the types of the fields of a group."""
     return get_type_hints(group)
@@ -544,6 +553,12 @@ def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
     return " ".join(last.values()) or place
 
 
+@cache
+def typed_schedule() -> Any:
+    """Return OmegaConf's typed config of a schedule, for ``OmegaConf.merge``, which copies it."""
+    return OmegaConf.structured(Schedule)
+
+
 def parse_schedule(value: Any, place: str, key: str) -> Schedule | float:
     """Turn a number, or the fields of a ``Schedule``, into a number or a ``Schedule``."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -557,7 +572,7 @@ def parse_schedule(value: Any, place: str, key: str) -> Schedule | float:
         place, f"{key}.kind", fields.get("kind"), ("constant", "two_stage", "linear", "cosine")
     )
     try:
-        schedule = OmegaConf.merge(OmegaConf.structured(Schedule), OmegaConf.create(fields))
+        schedule = OmegaConf.merge(typed_schedule(), OmegaConf.create(fields))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{place}: {key}: {str(error).splitlines()[0]}") from error
     if OmegaConf.missing_keys(schedule):

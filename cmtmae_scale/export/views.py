@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from cmtmae_scale.config.images import open_images
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.export.origin import Origin
 from dataloading.errors import DataError
-from dataloading.index import Index, build_index, load_or_build
+from dataloading.index import Index, build_index
 from dataloading.one_pass import OnePass
 
 COUNT = 10
@@ -56,16 +57,7 @@ def open_run_index(origin: Origin) -> Index:
     data, run_dir = origin.config.data, origin.run_dir
     folder = Path(data.index) if data.index else run_dir and run_dir / "index"
     try:
-        if folder and folder.is_dir():
-            return load_or_build(
-                data.path,
-                folder,
-                data.source,
-                data.max_pixels,
-                data.exif_orientation,
-                data.verify_index,
-            )
-        return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
+        return open_images(data, folder if folder and folder.is_dir() else None)
     except DataError as error:
         raise ConfigError(
             f"an export is verified on images, and the run's cannot be read ({error}); name others "

@@ -65,7 +65,7 @@ class Finetuning:
     name = "fine-tuning"
     terms: tuple[str, ...] = ("loss/total",)
     logged: tuple[str, ...] = terms
-    free_keys: tuple[str, ...] = ("data.test_path",)
+    free_keys: tuple[str, ...] = ("data.test_path", "data.verify_index")
     # train.micro_batch_size is not free: mixup pairs the views of a micro-batch.
 
     sets: Sets
@@ -93,7 +93,7 @@ class Finetuning:
         require_equal({f"option {name}": value for name, value in self.options.items()}, REMEDY)
         data = self.config.data
         self.sets = open_pair(
-            data.path, data.test_path, run_dir, exif_orientation=data.exif_orientation
+            data.path, data.test_path, run_dir, data.exif_orientation, data.verify_index
         )
         require_small_groups(data.path, self.sets.train.index.row_group, "full")
         require_decodable(self.sets.test, f"data.test_path={data.test_path}")

@@ -17,6 +17,7 @@ from cmtmae_scale.cache.format import manifest_text
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import match_init_weights, refuse_non_finite
 from cmtmae_scale.config.derive import batch_plan, builds_teacher, cache_folder, needs, reads_cache
+from cmtmae_scale.config.images import request_images
 from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
@@ -36,10 +37,9 @@ from cmtmae_scale.runtime.shared_index import open_on_all_ranks
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import digest_weights, map_weights
-from dataloading.index import Index, Request
+from dataloading.index import Index
 from dataloading.mixing import require_mixed
 from dataloading.parquet_index import require_small_groups
-from dataloading.stores import as_root
 from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -94,8 +94,7 @@ def open_index(config: Config, run_dir: Path) -> Index:
     """
     data = config.data
     folder = Path(data.index) if data.index else run_dir / "index"
-    request = Request(as_root(data.path), data.source, data.max_pixels, data.exif_orientation)
-    index = open_on_all_ranks(request, folder, data.verify_index)
+    index = open_on_all_ranks(request_images(data), folder, data.verify_index)
     require_equal_images(index, data.path)
     refuse_bad_index(config, index)
     return index

@@ -13,7 +13,7 @@ from dataloading.entries import count_turned
 from dataloading.index import UNITS, Index
 from dataloading.mixing import Mixing, class_mixing, expected_labels
 from dataloading.parquet_index import DAMAGED, LARGEST_GROUP
-from dataloading.passed_over import format_passed, lost_images
+from dataloading.passed_over import format_count, format_passed, lost_images
 from dataloading.values import Survey
 
 _NAMED = 3  # files named for each reason
@@ -177,17 +177,18 @@ def measure_range(values: NDArray[Any]) -> Range:
 def render_data_report(report: DataReport) -> str:
     """Return the report as text."""
     index = report.index
-    files = "Parquet files" if index.source == "parquet" else "tars"
-    kind = f"{len(index.shards)} {files}" if index.shards else "folder"
-    lines = [f"{index.root}: {kind}, {len(index)} images, index digest {index.digest[:12]}", ""]
+    file = "Parquet file" if index.source == "parquet" else "tar"
+    kind = format_count(len(index.shards), file) if index.shards else "folder"
+    images = format_count(len(index), "image")
+    lines = [f"{index.root}: {kind}, {images}, index digest {index.digest[:12]}", ""]
     lines += _fault_lines(report)
     lines += ["", f"{'':8}{'min':>12}{'median':>12}{'95 %':>12}{'max':>12}"]
     for name, extent in report.sizes.items():
         lines.append(f"{name:8}" + "".join(f"{value:12,}" for value in extent))
     turned, as_stored = report.turned
-    text = f"orientation: {turned} of {len(index)} images are turned upright (EXIF)"
+    text = f"orientation: {turned} of {images} turned upright (EXIF)"
     if as_stored:
-        text += f"; {as_stored} have an EXIF orientation that is not applied"
+        text += f"; the EXIF orientation of {format_count(as_stored, 'image')} is not applied"
     lines += ["", text]
     if report.images_per_label is None:
         lines.append("labels: none")
@@ -252,7 +253,8 @@ def _survey_lines(index: Index, survey: Survey) -> list[str]:
         more = f" and {len(group) - _NAMED} more" if len(group) > _NAMED else ""
         lines.append(f"  {' = '.join(index.names[row] for row in group[:_NAMED])}{more}")
     if len(groups) > _LISTED:
-        lines.append(f"  and {len(groups) - _LISTED} more groups; --report lists them")
+        more = format_count(len(groups) - _LISTED, "more group")
+        lines.append(f"  and {more}; --report lists them")
     if survey.scaled:
         lines.append(
             f"scaled to 8 bits: {survey.scaled}; of b bits, 0 becomes 0 and 2^b - 1 becomes 255"
@@ -274,15 +276,16 @@ def _window_shuffle(report: DataReport) -> str:
 
 
 def _verdict(report: DataReport) -> str:
-    bad = f"{report.bad} of {len(report.index) + len(report.index.excluded)} images are bad"
+    whole = format_count(len(report.index) + len(report.index.excluded), "image")
+    bad = f"{report.bad} of {whole} {'is' if report.bad == 1 else 'are'} bad"
     bad += f" ({report.bad_fraction:.2%}, at most {report.max_bad_fraction:.2%} may be)"
     lost = lost_images(report.index.passed_over)
-    bad += f"; {lost} more files are not taken as images" if lost else ""
+    bad += f"; not taken as images: {format_count(lost, 'more file')}" if lost else ""
     if report.lost:
-        what = "row groups are damaged"
+        what = format_count(len(report.lost), "damaged row group")
         if report.index.source == "webdataset":
-            what = "tars are damaged or cut short"
-        return f"unusable: {len(report.lost)} {what}; {bad}"
+            what = f"{format_count(len(report.lost), 'tar')} damaged or cut short"
+        return f"unusable: {what}; {bad}"
     if len(report.undecodable) == len(report.index):
         return "unusable: no image can be decoded"
     return f"{'usable' if report.is_usable else 'unusable'}: {bad}"

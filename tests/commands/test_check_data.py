@@ -35,7 +35,7 @@ def test_a_whole_folder_is_usable(photos: Path, tmp_path: Path, capsys) -> None:
     for piece in (
         "photos: folder, 20 images",
         "undecodable: 0\nsuspect values: 0\nexact duplicates: 0\n",
-        "orientation: 0 of 20 images are turned upright",
+        "orientation: 0 of 20 images turned upright",
         "labels: 3; images per label: 6 to 7, median 7; without a label: 0",
         "order: sorted by class: 4 neighbours have",
         "data.shuffle=window: refused, pack the images first",
@@ -84,7 +84,7 @@ def test_turned_suspect_and_repeated_images_are_warned_of(photos, tmp_path, caps
         "warning: suspect values: 2\n  2: class1/black.png (constant: every pixel is (0, 0, 0))",
         "warning: exact duplicates: 1\n  class1/copy.jpg = class2/002.jpg\n",
         "scaled to 8 bits: 1; of b bits, 0 becomes 0 and 2^b - 1 becomes 255",
-        "orientation: 1 of 24 images are turned upright (EXIF)\n",
+        "orientation: 1 of 24 images turned upright (EXIF)\n",
     ):
         assert piece in text
     record = json.loads(report.read_text())
@@ -92,7 +92,10 @@ def test_turned_suspect_and_repeated_images_are_warned_of(photos, tmp_path, caps
     assert record["duplicates"] == [["class1/copy.jpg", "class2/002.jpg"]]
     assert [line["name"] for line in record["suspect"]] == ["class1/black.png", "class1/dark.png"]
     assert check_data([str(photos), "--no-exif-orientation"]) == EXIT_DONE
-    assert "0 of 24 images are turned upright (EXIF); 1 have an" in capsys.readouterr().out
+    assert (
+        "0 of 24 images turned upright (EXIF); the EXIF orientation of 1 image is"
+        in capsys.readouterr().out
+    )
 
 
 def test_passed_over_files_are_in_the_report(photos: Path, tmp_path: Path, capsys) -> None:
@@ -101,7 +104,7 @@ def test_passed_over_files_are_in_the_report(photos: Path, tmp_path: Path, capsy
     assert check_data([str(photos), "--report", str(report)]) == EXIT_DONE
     text = capsys.readouterr().out
     assert "1 file passed over: 1 .heic; class0/a.HEIC: this format is not read" in text
-    assert "at most 0.10% may be); 1 more files are not taken as images" in text
+    assert "at most 0.10% may be); not taken as images: 1 more file" in text
     (passed,) = json.loads(report.read_text())["passed_over"]
     assert passed["extension"] == ".heic" and passed["number"] == 1
     for i in range(30):
@@ -152,7 +155,7 @@ def test_a_tar_cut_short_is_unusable_at_any_fraction(photos, tmp_path, capsys, c
     path.write_bytes(used[: len(used) - cut])
     assert check_data([str(tmp_path / "tars"), "--max-bad-fraction", "1"]) == EXIT_CONFIG
     text = capsys.readouterr().out
-    assert "verdict: unusable: 1 tars are damaged or cut short" in text and "of 1.tar" in text
+    assert "verdict: unusable: 1 tar damaged or cut short" in text and "of 1.tar" in text
 
 
 def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) -> None:
@@ -162,7 +165,7 @@ def test_a_pack_is_written_and_may_be_read_by_windows(photos, tmp_path, capsys) 
     line = [str(photos), "--pack", str(out), "--max-bad-fraction", "0.1", "--seed", "1"]
     assert check_data(line) == EXIT_DONE
     text = capsys.readouterr().out
-    assert "packed and read back: 19 images in 1 tars, 1 excluded; shuffled: 4 neighbours" in text
+    assert "packed and read back: 19 images in 1 tar, 1 excluded; shuffled: 4 neighbours" in text
     assert f"data.path={out} data.shuffle=window data.expected_images=19" in text
     require_mixed(build_index(out), on_sorted=False)
     assert check_data(line) == EXIT_DONE  # finished: verified, not decoded again
@@ -293,7 +296,7 @@ def test_tars_of_a_web_server_are_checked_and_nothing_is_written_to_one(
     server = RangeServer(tmp_path)
     assert check_data([f"{server.url}/a.tar", "--threads", "2"]) == EXIT_DONE
     server.stop()
-    assert f"{server.url}/a.tar: 1 tars, 20 images" in capsys.readouterr().out
+    assert f"{server.url}/a.tar: 1 tar, 20 images" in capsys.readouterr().out
     assert len(server.data_requests()) < 10
     with pytest.raises(SystemExit, match="78"):
         check_data([str(photos), "--pack", "s3://id:hush@bucket/out"])

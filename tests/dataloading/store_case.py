@@ -1,11 +1,18 @@
-"""A web server with ranges on the loopback interface, which fails as it is told to."""
+"""A web server with ranges on the loopback interface, which fails as it is told to.
+
+It serves a folder, or stands in front of another server, such as the S3 server of ``serve_s3``.
+"""
 
 import hashlib
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
+from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +20,10 @@ from urllib.parse import unquote
 
 Fault = Callable[["Request"], str | int | None]
 """From a request to a status, the name of a fault as in ``_Handler``, or ``None``."""
+
+
+Answer = tuple[int, dict[str, str], bytes]
+"""Status, headers and body."""
 
 
 class Request:
@@ -23,7 +34,7 @@ class Request:
 
 
 class RangeServer:
-    """Serves the files of a folder.
+    """Serves the files of a folder, or what the server at ``origin`` (HOST:PORT) answers.
 
     Attributes:
         fault: decides how a request fails.
@@ -33,8 +44,8 @@ class RangeServer:
         is_versioned: whether ETag and Last-Modified are sent.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.latency_s, self.is_versioned = root, 0.0, True
+    def __init__(self, root: Path, origin: str | None = None) -> None:
+        self.root, self.origin, self.latency_s, self.is_versioned = root, origin, 0.0, True
         self.fault: Fault = lambda request: None
         self.requests: list[Request] = []
         self.most = self.now = 0
@@ -90,6 +101,43 @@ class RangeServer:
         return [request for request in self.requests if request.method == "GET"]
 
 
+def ask(
+    host: str, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b""
+) -> tuple[HTTPResponse, bytes]:
+    """Send one request; returns the answer and its body."""
+    connection = HTTPConnection(host)
+    try:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return answer, answer.read()
+    finally:
+        connection.close()
+
+
+@contextmanager
+def serve_s3() -> Iterator[str]:
+    """Run moto's S3 server in a process of its own; yields HOST:PORT.
+
+    It answers some 200 requests per second: each on a connection of its own, and a range only after
+    the whole object was read, which takes 0.25 ms per MB.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1
@@ -126,35 +174,52 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(1.5)
         if isinstance(fault, int):
             return self._fail(fault)
-        path = owner.root / key
-        if not path.is_file():
-            return self._fail(404)
-        facts = path.stat()
-        etag, whole = owner.find_etag(path, facts.st_mtime_ns), facts.st_size
-        if self.headers.get("If-Match", etag) != etag:
-            return self._fail(412)
-        first, last = 0, whole - 1
-        if span is not None and fault != "whole":
-            first, last = span[0], min(span[1], last)
-            if fault == "wrong range":
-                first += 1
-        with path.open("rb") as file:
-            file.seek(first)
-            data = file.read(last + 1 - first)
-        if span is not None and fault != "whole":
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{whole}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(data) + (7 if fault == "wrong length" else 0)))
-        if owner.is_versioned:
-            self.send_header("ETag", etag)
-            self.send_header("Last-Modified", formatdate(facts.st_mtime, usegmt=True))
+        if span is not None and fault == "whole":
+            span = None
+        elif span is not None and fault == "wrong range":
+            span = span[0] + 1, span[1]
+        ask = self._read_file if owner.origin is None else self._ask_origin
+        status, headers, data = ask(key, span)
+        if status >= 400 and owner.origin is None:
+            return self._fail(status)
+        length = int(headers.pop("Content-Length", len(data)))
+        self.send_response(status)
+        self.send_header("Content-Length", str(length + (7 if fault == "wrong length" else 0)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(data[: len(data) // 2] if fault == "truncate" else data)
         if fault in ("truncate", "wrong length"):
             self.close_connection = True
+
+    def _read_file(self, key: str, span: tuple[int, int] | None) -> Answer:
+        owner = self.server_of
+        path = owner.root / key
+        if not path.is_file():
+            return 404, {}, b""
+        facts = path.stat()
+        etag, whole = owner.find_etag(path, facts.st_mtime_ns), facts.st_size
+        if self.headers.get("If-Match", etag) != etag:
+            return 412, {}, b""
+        first, last = (0, whole - 1) if span is None else (span[0], min(span[1], whole - 1))
+        if first > last:
+            return 416, {}, b""
+        with path.open("rb") as file:
+            file.seek(first)
+            data = file.read(last + 1 - first)
+        headers = {} if span is None else {"Content-Range": f"bytes {first}-{last}/{whole}"}
+        if owner.is_versioned:
+            modified = formatdate(facts.st_mtime, usegmt=True)
+            headers |= {"ETag": etag, "Last-Modified": modified}
+        return 200 if span is None else 206, headers, data
+
+    def _ask_origin(self, key: str, span: tuple[int, int] | None) -> Answer:
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("range", "host")}
+        headers |= {} if span is None else {"Range": f"bytes={span[0]}-{span[1]}"}
+        found, data = ask(str(self.server_of.origin), self.command, self.path, headers)
+        kept = ("Content-Length", "Content-Range", "ETag", "Last-Modified", "Content-Type")
+        return found.status, {k: found.headers[k] for k in kept if k in found.headers}, data
 
     def _fail(self, status: int) -> None:
         body = b"<Error><Code>Failure</Code><Secret>token=abcdef</Secret></Error>"

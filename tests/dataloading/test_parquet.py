@@ -219,7 +219,7 @@ def test_rows_without_bytes_are_counted_with_a_remedy(tmp_path: Path, caplog) ->
     with pytest.raises(DataError, match=r"more than half of the rows, 2 of 3, .*embed the bytes"):
         build_index(tmp_path)
     write(tmp_path / "a.parquet", absent[1:2] * 3)
-    with pytest.raises(DataError, match=r"no usable image in 1 Parquet files.*3 with the path"):
+    with pytest.raises(DataError, match=r"no usable image in 1 Parquet file.*3 with the path"):
         build_index(tmp_path)
 
 
@@ -244,7 +244,7 @@ def test_a_file_that_is_none_is_refused_and_damage_is_named(tmp_path: Path, capl
     ((name, reason),) = index.excluded
     assert name == "row 5 of a.parquet" and reason.startswith("5 rows from here on cannot be dec")
     report = render_data_report(summarise_data(index, [], 0.5))
-    assert "unusable: 1 row groups are damaged" in report and "1 Parquet files, 10 images" in report
+    assert "unusable: 1 damaged row group;" in report and "1 Parquet file, 10 images" in report
 
 
 def test_what_changes_after_the_index_is_seen(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_columns_that_are_unknown_are_listed(tmp_path: Path) -> None:
     pq.write_table(pa.table({"before": [IMAGES[0]], "image": [IMAGES[1]]}), path)
     assert content(build_index(path)) == [(IMAGES[1], "")]
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), path)
-    with pytest.raises(DataError, match=r"no usable image in 1 Parquet files"):
+    with pytest.raises(DataError, match=r"no usable image in 1 Parquet file"):
         build_index(path)
 
 

@@ -109,7 +109,7 @@ def test_an_image_whose_key_has_a_dot_is_counted_and_named(tmp_path: Path, caplo
     )
     with pytest.raises(DataError, match=r"more than half of the members, 40 of 79, .*img_0_v2_0"):
         build_index(write_tar(tmp_path / "a.tar", [*images(39), *dots]))
-    with pytest.raises(DataError, match=r"no usable image in 1 tar files; 40 members passed over"):
+    with pytest.raises(DataError, match=r"no usable image in 1 tar file; 40 members passed over"):
         build_index(write_tar(tmp_path / "a.tar", dots))
 
 

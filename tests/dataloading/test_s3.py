@@ -2,10 +2,6 @@
 
 import io
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +11,7 @@ from dataloading.errors import DataError
 from dataloading.index import build_index
 from dataloading.stores import open_store
 from tests.dataloading.conftest import smooth
+from tests.dataloading.store_case import ask, serve_s3
 from tests.dataloading.tar_case import write_tar
 
 pytestmark = pytest.mark.slow
@@ -35,21 +32,8 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+    with serve_s3() as host:
+        yield f"http://{host}"
 
 
 @pytest.fixture
@@ -63,8 +47,7 @@ def bucket(endpoint: str, tars: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     open_store.cache_clear()
-    make = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], method='PUT'))"
-    subprocess.run([sys.executable, "-c", make, f"{endpoint}/images"], check=True)
+    ask(endpoint.removeprefix("http://"), "PUT", "/images")
     store = open_store("s3://images")
     for path in tars.iterdir():
         obstore.put(store, f"set/{path.name}", path)

@@ -97,7 +97,7 @@ def test_no_view_is_lost_or_repeated_when_requests_fail(
     tars: Path, server: RangeServer, worker_type: str
 ) -> None:
     random_ = random.Random(5)
-    faults = [503, 500, 429, "truncate", "hang up", "wrong length", "wrong range"]
+    faults = [503, 500, 429, 416, "truncate", "hang up", "wrong length", "wrong range"]
     lock, seen = threading.Lock(), set()
 
     def fail(request: Request) -> str | int | None:

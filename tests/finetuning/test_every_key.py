@@ -51,6 +51,7 @@ EXCEPTIONS = {
     "run.allow_change": "at a resume: engine/test_resume_rules.py",
     "run.deterministic": "kernels of GPUs: runtime/test_determinism.py",
     "data.decode": "speed; pixels are the same on a CPU: dataloading/test_dali.py",
+    "data.verify_index": "of a kept index: dataloading/test_index.py",
     "data.exif_orientation": "with turned images: dataloading/test_orientation.py",
     "data.max_bad_fraction": "with undecodable images: pretraining/test_bad_share.py",
     "data.workers": "speed; the order is the same: dataloading/test_stream.py",

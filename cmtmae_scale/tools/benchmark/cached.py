@@ -15,6 +15,7 @@ from cmtmae_scale.cache.build import Builder, build_shards
 from cmtmae_scale.cache.codecs import Calibration, Codec
 from cmtmae_scale.cache.teacher import CachedTeacher
 from cmtmae_scale.config.derive import batch_plan, needs
+from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, ConfigError
@@ -28,7 +29,7 @@ from cmtmae_scale.tools.benchmark.clock import Spread
 from cmtmae_scale.tools.benchmark.rig import SyntheticTeacher
 from cmtmae_scale.tools.benchmark.table import markdown_table, training_tables
 from cmtmae_scale.tools.benchmark.training import Protocol, Variant
-from dataloading.index import Index, load_or_build
+from dataloading.index import Index
 from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -78,12 +79,7 @@ def compare_cache(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config = online_config(path, overrides, folder)
-        index = load_or_build(
-            config.data.path,
-            folder / "index",
-            config.data.source,
-            exif_orientation=config.data.exif_orientation,
-        )
+        index = open_images(config.data, folder / "index")
         teacher = assemble_teacher(config, needs(config), load=True).to(
             device, compute_dtype(config)
         )

@@ -64,12 +64,14 @@ def read_reference(file: Path, row: str) -> list[Run]:
                 file,
                 label,
                 row,
-                entries=[
-                    {"step": step, name: value}
+                logged={
+                    name: [
+                        (step, value)
+                        for step, value in points
+                        if is_drawable(step) and is_drawable(value)
+                    ]
                     for name, points in one["series"].items()
-                    for step, value in points
-                    if is_drawable(step) and is_drawable(value)
-                ],
+                },
             )
             for label, one in found
         ]

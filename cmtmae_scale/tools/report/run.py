@@ -5,17 +5,20 @@ the folder are opened: no pipe, no device, and no link that leads out.
 """
 
 import errno
-from collections import defaultdict
-from collections.abc import Iterator
+from array import array
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from operator import itemgetter, le
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from cmtmae_scale.config.load import load_config, parse_yaml
+from cmtmae_scale.config.load import config_from_dict, parse_yaml, read_yaml
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.resume import flatten
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
 from cmtmae_scale.runtime.storage import read_inside, read_json, require_inside
+from cmtmae_scale.tools.report.chart import Point
 
 LARGEST = 1e30
 """Larger numbers are not drawn; no logged value comes near."""
@@ -37,8 +40,8 @@ class Run:
     config: Config | None = None
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Resolved settings by full key."""
-    entries: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-    """Entries of the log by step, finite numbers only."""
+    logged: dict[str, list[Point]] = field(default_factory=dict[str, list[Point]])
+    """Steps and finite values of each name in the log, by step; ``step`` is one of the names."""
     incidents: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     exit: dict[str, Any] | None = None
     launches: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -56,14 +59,11 @@ class Run:
     """Of the evaluation during the run."""
     problems: list[str] = field(default_factory=list[str])
     """Files that could not be read."""
-    _series: dict[str, list[tuple[float, float]]] = field(
-        default_factory=dict[str, list[tuple[float, float]]], repr=False
-    )
 
     @property
     def last_step(self) -> int:
         """Step of the last log entry; 0 before the first."""
-        return int(self.entries[-1]["step"]) if self.entries else 0
+        return int(self.last("step") or 0)
 
     @property
     def end_step(self) -> int | None:
@@ -87,20 +87,14 @@ class Run:
         found = self.state.get("progress")
         return cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
-    def series(self, name: str) -> list[tuple[float, float]]:
-        """Return steps and values of one logged name; ``entries`` are read once for all names."""
-        if not self._series:
-            found: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-            for entry in self.entries:
-                step = entry["step"]
-                for key, value in entry.items():
-                    found[key].append((step, value))
-            self._series = dict(found)
-        return self._series.get(name, [])
+    def series(self, name: str) -> list[Point]:
+        """Return steps and values of one logged name."""
+        return self.logged.get(name, [])
 
     def last(self, name: str) -> float | None:
         """Return the newest value of one logged name."""
-        return next((entry[name] for entry in reversed(self.entries) if name in entry), None)
+        points = self.series(name)
+        return points[-1][1] if points else None
 
 
 def read_run(folder: Path) -> Run:
@@ -138,17 +132,7 @@ def open_run(folder: Path) -> Run:
 def read_records(run: Run) -> None:
     """Read the log and the other records of a run that ``open_run`` returned."""
     folder = run.dir
-    for line in json_lines(run, "log.jsonl"):
-        step = line.get("step")
-        if not is_drawable(step):
-            run.problems.append("log.jsonl has an entry without a step; the entry is ignored")
-        elif "incident" in line:
-            run.incidents.append(line)
-        else:
-            if not all(map(is_drawable, line.values())):
-                line = {key: value for key, value in line.items() if is_drawable(value)}
-            run.entries.append(line)
-    run.entries.sort(key=lambda entry: entry["step"])
+    read_log(run)
     run.launches = [valid_launch(launch) for launch in json_lines(run, "starts.jsonl")]
     run.bad_files = list(json_lines(run, "quarantine.jsonl"))
     run.figures = find_figures(run)
@@ -161,21 +145,57 @@ def read_records(run: Run) -> None:
     run.num_classes = list_length(read_object(run, evaluated), "labels")
 
 
+def read_log(run: Run) -> None:
+    """Read the values and the incidents in the log.
+
+    Entries with the same names form a table of steps and columns of numbers: an object per entry
+    and value would cost as much as parsing the log.
+    """
+    tables: dict[tuple[str, ...], tuple[list[float], list[array[float]]]] = {}
+    for line in json_lines(run, "log.jsonl"):
+        step = line.get("step")
+        if not is_drawable(step):
+            run.problems.append("log.jsonl has an entry without a step; the entry is ignored")
+        elif "incident" in line:
+            run.incidents.append(line)
+        else:
+            if not are_drawable(line.values()):
+                line = {key: value for key, value in line.items() if is_drawable(value)}
+            names = tuple(line)
+            if names not in tables:
+                tables[names] = [], [array("d") for _ in names]
+            steps, columns = tables[names]
+            steps.append(step)
+            for column, value in zip(columns, line.values(), strict=True):
+                column.append(value)
+    for names, (steps, columns) in tables.items():
+        is_sorted = all(map(le, steps, islice(steps, 1, None)))
+        for name, values in zip(names, columns, strict=True):
+            known = run.logged.setdefault(name, [])
+            to_sort = bool(known) or not is_sorted
+            known.extend(zip(steps, values, strict=True))
+            if to_sort:
+                known.sort(key=itemgetter(0))
+
+
 def read_settings(run: Run) -> None:
     """Read ``config.yaml``: as a config if it is this version's, else as a plain mapping."""
     path = run.dir / "config.yaml"
     if not path.exists():
         return
+    tree: Any = None
     try:
         require_inside(run.dir, path)
-        run.config = load_config(path)
+        tree = read_yaml(path)
+        run.config = config_from_dict(tree, str(path))
     except OSError as error:
         run.problems.append(f"config.yaml cannot be read ({error.strerror})")
         return
     except ConfigError as error:
         run.problems.append(f"config.yaml is not this version's: {error}")
     try:
-        tree = parse_yaml(read_inside(run.dir, path).decode(errors="replace"))
+        if tree is None:
+            tree = parse_yaml(read_inside(run.dir, path).decode(errors="replace"))
     except (OSError, ValueError):
         return
     if isinstance(tree, dict):
@@ -255,6 +275,17 @@ def find_figures(run: Run) -> list[tuple[int, Path]]:
 def is_drawable(value: Any) -> TypeGuard[int | float]:
     """Return whether a log value is a finite number that a chart can place."""
     return isinstance(value, (int, float)) and -LARGEST <= value <= LARGEST
+
+
+def are_drawable(values: Collection[Any]) -> bool:
+    """Return whether all values are drawable for certain, which takes a fifth of asking for each.
+
+    ``False`` also where large values are drawable, but their sum is not.
+    """
+    try:
+        return sum(map(abs, values)) <= LARGEST
+    except (TypeError, OverflowError):
+        return False
 
 
 def count_images(index: dict[str, Any] | None) -> int | None:

@@ -191,7 +191,7 @@ def draw_charts(found: Sequence[Chart]) -> str:
 
 def curves_section(run: Run, others: Sequence[Run], anchor: str) -> str:
     """Return curves, and the source of the expected range."""
-    if not run.entries:
+    if not run.logged:
         return section("Curves", anchor, paragraph("The log has no entry yet."))
     if others and others[0].row is not None:
         names = ", ".join(other.label for other in others)

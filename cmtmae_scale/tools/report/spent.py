@@ -1,5 +1,10 @@
 """Use of a run's time, from its log."""
 
+from bisect import bisect_right
+from itertools import pairwise
+from operator import itemgetter
+
+from cmtmae_scale.tools.report.chart import Point
 from cmtmae_scale.tools.report.markup import escape, format_percent
 from cmtmae_scale.tools.report.run import Run, is_drawable
 
@@ -13,12 +18,12 @@ def time_fractions(run: Run) -> dict[str, float]:
     rest. Waiting is a fraction of the time of the steps. Launches are added up.
     """
     spent = dict.fromkeys(("computing", "waiting for data", *LOGGED), 0.0)
-    for start, entries in split_launches(run):
-        intervals = log_intervals(entries, start)
+    for start, end in split_launches(run):
+        intervals = log_intervals(run, start, end)
         steps = sum(length for length, _ in intervals)
         if not steps:
             continue
-        aside = {use: min(max(last_value(entries, name), 0.0), 1.0) for use, name in LOGGED.items()}
+        aside = {use: last_fraction(run, name, start, end) for use, name in LOGGED.items()}
         whole = steps / max(1 - sum(aside.values()), 1e-3)
         waiting = min(sum(length * wait for length, wait in intervals), steps)
         spent["computing"] += steps - waiting
@@ -29,31 +34,34 @@ def time_fractions(run: Run) -> dict[str, float]:
     return {use: length / total for use, length in spent.items() if length > 0}
 
 
-def split_launches(run: Run) -> list[tuple[float, list[dict[str, float]]]]:
-    """Return the first step and the log entries of each launch; later launches cut the log."""
+def split_launches(run: Run) -> list[tuple[float, float]]:
+    """Return the steps of each launch: above the first number, up to the second."""
     steps = [launch.get("step") for launch in run.launches[1:]]
     starts = sorted({0.0, *(float(step) for step in steps if is_drawable(step))})
-    ends = [*starts[1:], float("inf")]
-    return [
-        (start, [entry for entry in run.entries if start < entry["step"] <= end])
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    return list(pairwise([*starts, float("inf")]))
 
 
-def last_value(entries: list[dict[str, float]], name: str) -> float:
-    """Return the last value of a name; 0 where it was not logged."""
-    return next((entry[name] for entry in reversed(entries) if name in entry), 0.0)
+def logged_between(run: Run, name: str, start: float, end: float) -> list[Point]:
+    """Return steps and values of one logged name in a launch; a later launch cuts the log."""
+    points, step = run.series(name), itemgetter(0)
+    return points[bisect_right(points, start, key=step) : bisect_right(points, end, key=step)]
 
 
-def log_intervals(entries: list[dict[str, float]], start: float) -> list[tuple[float, float]]:
+def last_fraction(run: Run, name: str, start: float, end: float) -> float:
+    """Return the last fraction of a launch; 0 where it was not logged."""
+    points = logged_between(run, name, start, end)
+    return min(max(points[-1][1], 0.0), 1.0) if points else 0.0
+
+
+def log_intervals(run: Run, start: float, end: float) -> list[tuple[float, float]]:
     """Return the relative length of each interval of the log, and its fraction of waiting."""
+    waits = dict(logged_between(run, "data_wait_fraction", start, end))
     found: list[tuple[float, float]] = []
     before = start
-    for entry in entries:
-        speed = entry.get("images_s", 0.0)
+    for step, speed in logged_between(run, "images_s", start, end):
         if speed > 0:
-            found.append(((entry["step"] - before) / speed, entry.get("data_wait_fraction", 0.0)))
-            before = entry["step"]
+            found.append(((step - before) / speed, waits.get(step, 0.0)))
+            before = step
     return found
 
 

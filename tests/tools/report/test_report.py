@@ -318,12 +318,11 @@ def test_a_file_that_cannot_be_written_is_refused(
 def test_the_use_of_time_counts_every_launch() -> None:
     """The first launch spent half of its time on evaluations, the second a fifth."""
     run = Run(Path("run"), "run", launches=[{"step": 0}, {"step": 10}])
-    run.entries = [
-        {"step": 10.0, "images_s": 2.0, "data_wait_fraction": 0.2},
-        {"step": 10.0, "eval/time_fraction": 0.5},
-        {"step": 20.0, "images_s": 1.0, "data_wait_fraction": 0.0},
-        {"step": 20.0, "eval/time_fraction": 0.2},
-    ]
+    run.logged = {
+        "images_s": [(10.0, 2.0), (20.0, 1.0)],
+        "data_wait_fraction": [(10.0, 0.2), (20.0, 0.0)],
+        "eval/time_fraction": [(10.0, 0.5), (20.0, 0.2)],
+    }
     # steps: 5 + 10; evaluations: 5 + 2.5
     expected = {"computing": 14 / 22.5, "waiting for data": 1 / 22.5, "evaluations": 7.5 / 22.5}
     assert time_fractions(run) == pytest.approx(expected)
@@ -374,18 +373,34 @@ def test_logs_of_runs_of_other_settings_stay_unread(
     assert [other.dir.name for other in ranges.finished_siblings(run, [run])] == read == ["same"]
 
 
-def test_a_long_log_is_passed_a_few_times_and_drawn_by_few_points(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_of_any_log_are_sorted_and_finite(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    lines = [
+        '{"step": 9, "lr": 0.1, "loss/total": NaN, "note": "x", "mask/visible_mass": null}',
+        '{"step": 3, "lr": 0.2, "loss/total": 1e29, "grad_norm": -1e308}',
+        '{"step": 3, "lr": 0.3, "loss/total": 9e29, "images_s": 9e29, "big": 1' + "0" * 400 + "}",
+        '{"step": "7", "lr": 0.4}',
+        '{"step": 5, "incident": "bad", "lr": 0.5}',
+        '{"step": 5, "lr": 0.6',
+    ]
+    (folder / "log.jsonl").write_text("\n".join(lines))
+    run = read_run(folder)
+    assert run.logged == {
+        "step": [(3, 3), (3, 3), (9, 9)],
+        "lr": [(3, 0.2), (3, 0.3), (9, 0.1)],
+        "loss/total": [(3, 1e29), (3, 9e29)],
+        "images_s": [(3, 9e29)],
+    }
+    assert run.last_step == 9 and len(run.incidents) == 1
+    assert run.problems == [
+        "log.jsonl has an entry without a step; the entry is ignored",
+        "log.jsonl: line 6 cannot be read; the rest is used",
+    ]
+
+
+def test_a_long_log_is_drawn_by_few_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of charts."""
     run = read_run(write_run(tmp_path / "run", steps=6000))
-    passes: list[int] = []
-
-    class Counted(list[dict[str, float]]):
-        def __iter__(self):
-            passes.append(len(self))
-            return super().__iter__()
-
     drawn: list[int] = []
     real = Frame.around
 
@@ -394,9 +409,7 @@ def test_a_long_log_is_passed_a_few_times_and_drawn_by_few_points(
         return real(lines, *others)
 
     monkeypatch.setattr(Frame, "around", around)
-    assert len(run.entries) == 3600
-    run.entries = Counted(run.entries)
+    assert len(run.series("step")) == 3600
     page = render_page([run])
     assert page.count('<figure class="chart">') > 10
-    assert len(passes) <= 3
     assert len(drawn) > 12 and max(drawn) <= 2 * BUCKETS + 2
