@@ -42,6 +42,8 @@ def model_card(origin: Origin, card: CardFacts) -> str:
     hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
     side = config.student.patch_size
     patches = "" if side is None else f" with patches of {side}"
+    trained, size = origin.trained_size, config.views.image_size
+    exported = "" if size == trained else f", exported for images of {size} pixels"
     data = ModelCardData(
         license="other",
         license_name="terms-of-teacher-and-data",
@@ -56,9 +58,8 @@ def model_card(origin: Origin, card: CardFacts) -> str:
         "",
         f"# {name}: {card.title}",
         "",
-        f"{name_student(config.student)}{patches} at {config.views.image_size} pixels, "
-        f"trained by {title}{hint}; "
-        f"step {origin.step} of {origin.state['progress']['end_step']}.",
+        f"{name_student(config.student)}{patches} at {trained} pixels, trained by {title}{hint}; "
+        f"step {origin.step} of {origin.state['progress']['end_step']}{exported}.",
         "",
         *card_section("Load", ["```python", card.snippet.rstrip(), "```", "", card.checked]),
         *card_section("Method", fact_table(method_rows(config, need))),
@@ -171,6 +172,8 @@ def run_rows(origin: Origin, num_images: int | None) -> dict[str, str]:
 
 def result_lines(origin: Origin, sha256: str) -> list[str]:
     """Return the table of evaluations of these weights, and the other result files."""
+    if origin.config.views.image_size != origin.trained_size:
+        return ["These weights were not evaluated at this image size."]
     found = find_results(origin.run_dir, sha256)
     lines = ["These weights were not evaluated."]
     if found.rows:
