@@ -106,7 +106,7 @@ def zero_biases(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     own = dict(model.named_parameters())
     zero: list[str] = []
     for name, bias in state.items():
-        if "storage_tokens" not in state or not name.endswith(BIAS):
+        if "storage_tokens" not in state or not name.endswith(BIAS) or name in own:
             continue
         block = name.removesuffix(BIAS)
         mask = state.get(f"{block}{BIAS_MASK}")

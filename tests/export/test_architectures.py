@@ -98,11 +98,7 @@ def test_transformers_computes_students_of_any_patch(arch: str, patch: int, tmp_
 @pytest.mark.filterwarnings("ignore:Using a slow image processor")
 @pytest.mark.parametrize(
     ("arch", "gated", "biased"),
-    [
-        ("vit_small_patch16_dinov3", False, False),
-        ("vit_small_patch16_dinov3_qkvb", False, True),
-        ("vit_7b_patch16_dinov3", True, False),
-    ],
+    [("vit_small_patch16_dinov3_qkvb", False, True), ("vit_7b_patch16_dinov3", True, False)],
 )
 def test_transformers_computes_dinov3_students(
     arch: str, gated: bool, biased: bool, tmp_path: Path
@@ -117,7 +113,7 @@ def test_transformers_computes_dinov3_students(
     names: dict[str, Any] = {}
     exec(hf_snippet(origin, None).replace("FOLDER", str(tmp_path / "x")), names)
     assert type(names["model"]).__name__ == "DINOv3ViTModel"
-    backbone: Any = transformers.AutoBackbone.from_pretrained(tmp_path / "x").eval()
+    backbone: Any = transformers.DINOv3ViTBackbone.from_pretrained(tmp_path / "x").eval()
     for size in (56, 84):  # rotary positions have no grid
         pixels = torch.randn(1, 3, size, size, generator=torch.manual_seed(0))
         origin.config.views.image_size = size
@@ -133,9 +129,9 @@ def test_transformers_computes_dinov3_students(
     [
         (
             "eva02_base_patch14_224",
-            "absolute positions, rotary positions of another kind (RotaryEmbeddingCat), "
-            "no registers, no layer scale, queries, keys and values of separate matrices, a norm within "
-            "the MLP; export it with cmtmae export timm",
+            "absolute positions, rotary positions of another kind (RotaryEmbeddingCat), no "
+            "registers, no layer scale, queries, keys and values of separate matrices, a norm within the MLP; "
+            "export it with cmtmae export timm",
         ),
         (
             "vit_pe_core_base_patch16_224",
@@ -147,7 +143,7 @@ def test_transformers_computes_dinov3_students(
 )
 def test_what_a_dinov3_model_lacks_is_named(arch: str, what: str) -> None:
     config = Config()
-    config.student.arch, config.views.image_size = arch, 224
+    config.student.arch, config.student.depth = arch, 1
     with pytest.raises(ConfigError) as error:
         model_config(config)
     start = f"student.arch={arch} is no DINOv3ViTModel of transformers: it has "

@@ -17,7 +17,7 @@ from cmtmae_scale.method.student import Student, build_student
 from tests.export.test_architectures import saved
 
 pytestmark = pytest.mark.skipif(not reads_folders(), reason="this timm reads no such folder")
-SIDE, SIZES = 16, {"width": 48, "depth": 3, "heads": 2}
+SIDE, SIZES = 16, {"width": 48, "depth": 2, "heads": 2}
 ARCHS = ["deit_tiny_patch16_224", "vit_base_patch16_dinov3", "eva02_base_patch14_224"]
 
 
@@ -30,7 +30,8 @@ def exported(folder: Path, arch: str, size: int) -> Origin:
 
 def at_size(origin: Origin, size: int) -> Student:
     """The run's student with a grid of another size, its absolute positions resampled."""
-    state, prefix = dict(origin.encoder().state_dict()), origin.encoder().num_prefix
+    encoder = origin.encoder()
+    state, prefix = dict(encoder.state_dict()), encoder.num_prefix
     origin.config.views.image_size = size
     if "pos_embed" in state:
         grid = [size // SIDE, size // SIDE]
@@ -57,24 +58,23 @@ def test_timms_feature_maps_are_the_outputs_of_the_students_blocks(
     arch: str, tmp_path: Path
 ) -> None:
     origin = exported(tmp_path, arch, 48)
-    for size in (48, 80):
+    cases: list[tuple[int, dict[str, Any]]]
+    cases = [(48, {}), (80, {"img_size": 80}), (80, {"dynamic_img_size": True})]
+    for size, options in cases:
+        encoder: Any = timm.create_model(
+            f"local-dir:{tmp_path / 'x'}",
+            pretrained=True,
+            features_only=True,
+            out_indices=[0, -1],
+            **options,
+        ).eval()
+        assert encoder.feature_info.channels() == [48, 48]
+        assert encoder.feature_info.reduction() == [SIDE, SIDE]
         images = torch.randn(2, 3, size, size, generator=torch.manual_seed(0))
         ours = block_maps(at_size(origin, size), images)
-        for options in ({"img_size": size}, {"dynamic_img_size": True}):
-            encoder: Any = timm.create_model(
-                f"local-dir:{tmp_path / 'x'}",
-                pretrained=True,
-                features_only=True,
-                out_indices=[0, -1],
-                **options,
-            ).eval()
-            assert encoder.feature_info.channels() == [48, 48]
-            assert encoder.feature_info.reduction() == [SIDE, SIDE]
-            maps = encoder(images)
-            assert [tuple(one.shape) for one in maps] == [(2, 48, size // SIDE, size // SIDE)] * 2
-            for found, expected in zip(maps, (ours[0], ours[-1]), strict=True):
-                scale = float(expected.abs().max())
-                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
+        for found, expected in zip(encoder(images), ours, strict=True):
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
 
 
 def shapes(count: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -99,14 +99,15 @@ def test_the_detector_of_the_docs_learns_on_the_exported_encoder(arch: str, tmp_
     text = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     (block,) = re.findall(r"```python\n(# detect\.py\n.*?)```", text, re.DOTALL)
     block = block.replace("FOLDER", str(tmp_path / "x"))
-    block = block.replace("num_classes=2)", "num_classes=2, min_size=96, max_size=128)")
+    small = "num_classes=2, min_size=96, max_size=128, box_batch_size_per_image=32)"
+    block = block.replace("num_classes=2)", small)
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(block, names)
     images, targets = shapes(2)
     names["model"].train()
     sums = []
-    for _ in range(6):
+    for _ in range(5):
         losses = names["train_step"](images, targets)
         assert len(losses) == 5 and all(math.isfinite(value) for value in losses.values())
         sums.append(sum(losses.values()))
