@@ -171,9 +171,9 @@ def match_init_weights(
     }
     if PATCHES not in pieces:
         raise ConfigError(
-            f"{where}: these are not names of a VisionTransformer of timm, of MAE or of "
-            f"transformers' ViTMAE (first: {', '.join(list(state)[:3])}); take a file of one of "
-            "them"
+            f"{where}: these are not names of a VisionTransformer of timm, of MAE, of "
+            "transformers' ViTMAE, or of DINOv3, DINOv2, PE or CLIP as published (first: "
+            f"{', '.join(list(state)[:3])}); take a file of one of them"
         )
     targets = {n: own[ours] for ours, piece in pieces.items() if ours in own for n in piece.names}
     other = find_other_dtype(targets, state)
@@ -214,9 +214,7 @@ def convert_original(
     Raises:
         ConfigError: for patches of another side, and where timm cannot convert the file.
     """
-    token = state.get("mask_token")
-    is_original = "storage_tokens" in state or (token is not None and token.ndim == 2)
-    if not is_original and not any(name in state for name in PUBLISHED_PATCHES[1:]):
+    if not has_original_names(state):
         return Converted(dict(state), {name: [name] for name in state}, {}), ""
     for name in PUBLISHED_PATCHES:
         if name in state and state[name].shape != own[PATCHES].shape:  # timm would resample them
@@ -233,6 +231,16 @@ def convert_original(
     (name,) = converted.sources["pos_embed"]
     side = square_side(state[name].shape[-2] - ("cls_token" in converted.tensors))
     return converted, describe_grids(side, encoder.grid)
+
+
+def has_original_names(state: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors are named as DINOv3, DINOv2, PE or CLIP were published."""
+    token = state.get("mask_token")  # of MAE it has three dimensions
+    is_dino = "storage_tokens" in state or (token is not None and token.ndim == 2)
+    return is_dino or any(
+        {f"{prefix}conv1.weight", f"{prefix}positional_embedding"} <= state.keys()
+        for prefix in ("", "visual.")
+    )
 
 
 def describe_grids(side: int, grid: tuple[int, int]) -> str:

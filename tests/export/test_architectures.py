@@ -130,8 +130,8 @@ def test_transformers_computes_dinov3_students(
         (
             "eva02_base_patch14_224",
             "absolute positions, rotary positions of another kind (RotaryEmbeddingCat), no "
-            "registers, no layer scale, queries, keys and values of separate matrices, a norm within the MLP; "
-            "export it with cmtmae export timm",
+            "registers, no layer scale, queries, keys and values of separate matrices, a norm within "
+            "the MLP; export it with cmtmae export timm",
         ),
         (
             "vit_pe_core_base_patch16_224",

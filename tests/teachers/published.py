@@ -69,6 +69,13 @@ def as_clip(state: State, prefix: str = "visual.") -> State:
     )
     for kind in ("weight", "bias"):
         found[f"ln_post.{kind}"] = found.pop(f"norm.{kind}")
+    if "attn_pool.latent" in found:
+        found["attn_pool.probe"] = found.pop("attn_pool.latent")
+        for kind in ("weight", "bias"):
+            parts = [found.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
+            found[f"attn_pool.attn.in_proj_{kind}"] = torch.cat(parts)
+            found[f"attn_pool.attn.out_proj.{kind}"] = found.pop(f"attn_pool.proj.{kind}")
+            found[f"attn_pool.layernorm.{kind}"] = found.pop(f"attn_pool.norm.{kind}")
     found["positional_embedding"] = found.pop("pos_embed")[0]
     found["class_embedding"] = found.pop("cls_token").flatten()
     return {f"{prefix}{name}": value for name, value in found.items()}
