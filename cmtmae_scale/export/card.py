@@ -42,7 +42,8 @@ def model_card(origin: Origin, card: CardFacts) -> str:
     hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
     side = config.student.patch_size
     patches = "" if side is None else f" with patches of {side}"
-    trained, size = origin.trained_size, config.views.image_size
+    size = config.views.image_size
+    trained = origin.trained_size or size
     exported = "" if size == trained else f", exported for images of {size} pixels"
     data = ModelCardData(
         license="other",
@@ -172,7 +173,7 @@ def run_rows(origin: Origin, num_images: int | None) -> dict[str, str]:
 
 def result_lines(origin: Origin, sha256: str) -> list[str]:
     """Return the table of evaluations of these weights, and the other result files."""
-    if origin.config.views.image_size != origin.trained_size:
+    if origin.trained_size not in (None, origin.config.views.image_size):
         return ["These weights were not evaluated at this image size."]
     found = find_results(origin.run_dir, sha256)
     lines = ["These weights were not evaluated."]

@@ -74,7 +74,7 @@ def model_config(student: Eva, size: int) -> dict[str, Any]:
         "image_size": size,
         "patch_size": int(student.patch_embed.patch_size[0]),
         "num_channels": 3,
-        "num_register_tokens": 0 if student.reg_token is None else student.reg_token.shape[1],
+        "num_register_tokens": student.num_prefix_tokens - 1,
         "query_bias": biased,
         "key_bias": False,
         "value_bias": biased,

@@ -34,16 +34,13 @@ class Origin(NamedTuple):
     config: Config
     """The run's, but for ``views.image_size``, which is that of the exported network."""
     weights: Weights
+    trained_size: int | None = None
+    """Side of the run's images in pixels; ``None``: that of the exported network."""
 
     @property
     def step(self) -> int:
         """Optimizer steps taken."""
         return int(self.state["progress"]["step"])
-
-    @property
-    def trained_size(self) -> int:
-        """Side of the run's images in pixels."""
-        return int(self.state["config"]["views"]["image_size"])
 
     @property
     def run_dir(self) -> Path | None:
@@ -88,10 +85,11 @@ def open_origin(place: Path, weights: Weights, image_size: int | None = None) ->
             f"{folder}: the run has no momentum encoder; export --weights student"
         )
     check_encoder(folder, config, ENCODERS[weights])
+    trained_size = config.views.image_size
     if image_size is not None:
         config = replace(config, views=replace(config.views, image_size=image_size))
         try:
             probe_student(config)
         except ConfigError as error:
             raise ConfigError(str(error).replace("views.image_size", "--image-size")) from error
-    return Origin(folder, state, config, weights)
+    return Origin(folder, state, config, weights, trained_size)

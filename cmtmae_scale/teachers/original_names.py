@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 LEFT_OUT = "timm's model does not use it"
 ZERO_BIAS = "it is zero, and the model has none"
+POSITIONS = ("pos_embed", "positional_embedding")
 BIAS, BIAS_MASK = ".attn.qkv.bias", ".attn.qkv.bias_mask"
 
 
@@ -39,15 +40,13 @@ def convert_names(model: nn.Module, state: Mapping[str, Tensor]) -> Converted:
         ValueError: for biases of queries, keys or values that timm would drop although they are not
             zero, and for tensors that timm's function does not expect.
     """
-    zero = zero_biases(model, state)
-    leaves = {
-        name: follow(value.float() if name == "pos_embed" and value.is_floating_point() else value)
-        for name, value in state.items()
-        if name not in zero
-    }
     try:
+        zero = zero_biases(model, state)
+        leaves = {name: follow(name, value) for name, value in state.items() if name not in zero}
         with torch.enable_grad():
             found: dict[str, Tensor] = dict(find_filter(model)(dict(leaves), model))
+    except ValueError:
+        raise
     except Exception as error:  # other shapes and absent tensors fail anywhere in timm's function
         first = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -73,9 +72,12 @@ def find_filter(model: nn.Module) -> Any:
     return next(filter(None, filters), None)
 
 
-def follow(value: Tensor) -> Tensor:
-    """Return a view whose use autograd records."""
-    return value.detach().requires_grad_(value.is_floating_point())
+def follow(name: str, value: Tensor) -> Tensor:
+    """Return a tensor whose use autograd records; positions, which may be resampled, in float32."""
+    is_float = value.is_floating_point()
+    if is_float and name.endswith(POSITIONS):
+        value = value.float()
+    return value.detach().requires_grad_(is_float)
 
 
 def trace_sources(value: Tensor, names: Mapping[int, str]) -> list[str]:
@@ -109,8 +111,8 @@ def zero_biases(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         if "storage_tokens" not in state or not name.endswith(BIAS) or name in own:
             continue
         block = name.removesuffix(BIAS)
-        mask = state.get(f"{block}{BIAS_MASK}")
-        query, key, value = (bias if mask is None else bias * mask.to(bias.dtype)).chunk(3)
+        mask = state.get(f"{block}{BIAS_MASK}", torch.ones(()))
+        query, key, value = (bias * mask.to(bias.dtype)).unflatten(0, (3, -1))
         has_bias = f"{block}.attn.q_bias" in own
         if bool(key.any()):
             raise ValueError(

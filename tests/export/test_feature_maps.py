@@ -13,10 +13,9 @@ from torch import Tensor
 
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.timm_folder import reads_folders, write_timm
-from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.student import Student, build_student, timm_options
 from tests.export.test_architectures import saved
 
-pytestmark = pytest.mark.skipif(not reads_folders(), reason="this timm reads no such folder")
 SIDE, SIZES = 16, {"width": 48, "depth": 2, "heads": 2}
 ARCHS = ["deit_tiny_patch16_224", "vit_base_patch16_dinov3", "eva02_base_patch14_224"]
 
@@ -58,15 +57,15 @@ def test_timms_feature_maps_are_the_outputs_of_the_students_blocks(
     arch: str, tmp_path: Path
 ) -> None:
     origin = exported(tmp_path, arch, 48)
-    cases: list[tuple[int, dict[str, Any]]]
-    cases = [(48, {}), (80, {"img_size": 80}), (80, {"dynamic_img_size": True})]
-    for size, options in cases:
+    file = tmp_path / "x" / "model.safetensors"
+    call = timm_options(origin.config) | {"pretrained_cfg_overlay": {"file": str(file)}}
+    cases: list[tuple[str, int, dict[str, Any]]] = [(arch, 80, call | {"img_size": 80})]
+    if reads_folders():
+        place = f"local-dir:{tmp_path / 'x'}"
+        cases += [(place, 48, {}), (place, 80, {"dynamic_img_size": True})]
+    for name, size, options in cases:
         encoder: Any = timm.create_model(
-            f"local-dir:{tmp_path / 'x'}",
-            pretrained=True,
-            features_only=True,
-            out_indices=[0, -1],
-            **options,
+            name, pretrained=True, features_only=True, out_indices=[0, -1], **options
         ).eval()
         assert encoder.feature_info.channels() == [48, 48]
         assert encoder.feature_info.reduction() == [SIDE, SIDE]
@@ -93,6 +92,7 @@ def shapes(count: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not reads_folders(), reason="this timm reads no such folder")
 @pytest.mark.parametrize("arch", ARCHS[:2])
 def test_the_detector_of_the_docs_learns_on_the_exported_encoder(arch: str, tmp_path: Path) -> None:
     exported(tmp_path, arch, 64)
