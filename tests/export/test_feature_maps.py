@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.timm_folder import reads_folders, write_timm
-from cmtmae_scale.method.student import Student, build_student, timm_options
+from cmtmae_scale.method.student import Student, timm_options
 from tests.export.test_architectures import saved
 
 SIDE, SIZES = 16, {"width": 48, "depth": 2, "heads": 2}
@@ -25,21 +24,6 @@ def exported(folder: Path, arch: str, size: int) -> Origin:
     (folder / "x").mkdir()
     write_timm(folder / "x", origin)
     return origin
-
-
-def at_size(origin: Origin, size: int) -> Student:
-    """The run's student with a grid of another size, its absolute positions resampled."""
-    encoder = origin.encoder()
-    state, prefix = dict(encoder.state_dict()), encoder.num_prefix
-    origin.config.views.image_size = size
-    if "pos_embed" in state:
-        grid = [size // SIDE, size // SIDE]
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"], grid, num_prefix_tokens=prefix
-        )
-    student = build_student(origin.config)
-    student.load_state_dict(state)
-    return student.eval()
 
 
 def block_maps(student: Student, images: Tensor) -> list[Tensor]:
@@ -70,7 +54,8 @@ def test_timms_feature_maps_are_the_outputs_of_the_students_blocks(
         assert encoder.feature_info.channels() == [48, 48]
         assert encoder.feature_info.reduction() == [SIDE, SIDE]
         images = torch.randn(2, 3, size, size, generator=torch.manual_seed(0))
-        ours = block_maps(at_size(origin, size), images)
+        origin.config.views.image_size = size
+        ours = block_maps(origin.encoder(), images)
         for found, expected in zip(encoder(images), ours, strict=True):
             scale = float(expected.abs().max())
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
