@@ -1,7 +1,8 @@
 """Initial weights of the student from files of other programs; every tensor is accounted for.
 
 Supported are the names of timm's VisionTransformer and Eva, of MAE's public code (timm's, with
-``mask_token`` and ``decoder_*``) and of transformers' ViTMAE and ViT, in files and as modules.
+``mask_token`` and ``decoder_*``) and of transformers' ViTMAE and ViT, in files and as modules; and
+those under which DINOv3, DINOv2, PE and CLIP were published, which timm converts.
 
 Runs once, before the first step of a new run.
 """
@@ -19,6 +20,8 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.decoder import FullDecoder
 from cmtmae_scale.method.initialisation import Values, sincos_positions, write_range
 from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.method.student import Student
+from cmtmae_scale.teachers.original_names import Converted, convert_names
 from cmtmae_scale.teachers.weights import SAVE_FLOATS, find_non_finite, find_other_dtype
 
 RENAMES = (
@@ -51,6 +54,8 @@ HEAD = re.compile(r"encoder\.(?:head|head_dist|classifier|pooler|attn_pool)\.")
 """Heads of other programs on top of an encoder."""
 TABLES = re.compile(r"encoder\.rope\.(?!freqs$)")
 """Rotary positions that some files hold and that no setting changes."""
+PUBLISHED_PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "conv1.weight")
+"""Weights of the patch embedding: of DINOv3 and DINOv2, and of PE and CLIP."""
 PATCHES = "encoder.patch_embed.proj.weight"
 POSITIONS = "encoder.pos_embed"
 DECODER_POSITIONS = "decoder.positions"
@@ -144,7 +149,8 @@ def match_init_weights(
 
     Args:
         model: only shapes are read.
-        state: the file's tensors under the names of timm, MAE or transformers; may be mapped.
+        state: the file's tensors under the names of timm, MAE, transformers, or the first
+            publication of DINOv3, DINOv2, PE or CLIP; may be mapped.
         file: its name, for messages.
 
     Returns:
@@ -157,19 +163,23 @@ def match_init_weights(
             another type, such as quantised weights.
     """
     where = f"student.init_weights={file}"
-    pieces = rename_tensors(state)
+    own: dict[str, Tensor] = model.state_dict()
+    converted, grids = convert_original(model.encoder, own, state, where)
+    pieces = {
+        ours: piece._replace(names=[one for name in piece.names for one in converted.sources[name]])
+        for ours, piece in rename_tensors(converted.tensors).items()
+    }
     if PATCHES not in pieces:
         raise ConfigError(
-            f"{where}: these are not names of a VisionTransformer of timm, of MAE or of "
-            f"transformers' ViTMAE (first: {', '.join(list(state)[:3])}); take a file of one of "
-            "them"
+            f"{where}: these are not names of a VisionTransformer of timm, of MAE, of "
+            "transformers' ViTMAE, or of DINOv3, DINOv2, PE or CLIP as published (first: "
+            f"{', '.join(list(state)[:3])}); take a file of one of them"
         )
-    own: dict[str, Tensor] = model.state_dict()
     targets = {n: own[ours] for ours, piece in pieces.items() if ours in own for n in piece.names}
     other = find_other_dtype(targets, state)
     if other:
         raise ConfigError(f"{where}: {summarise_texts(other)}; {SAVE_FLOATS}")
-    grids = resample_positions(model, own, pieces)
+    grids = grids or resample_positions(model, own, pieces)
     found = list_mismatches(select_component(own, "encoder."), select_component(pieces, "encoder."))
     if found:
         raise ConfigError(
@@ -177,7 +187,7 @@ def match_init_weights(
         )
     unfit = decoder_mismatch(model, own, pieces)
     values: Values = []
-    report = InitReport([], {}, {})
+    report = InitReport([], {}, dict(converted.unused))
     for name, piece in pieces.items():
         reason = skip_reason(name, own, unfit)
         if reason:
@@ -188,7 +198,56 @@ def match_init_weights(
             report.resampled.update(dict.fromkeys(piece.names, grids))
         else:
             report.loaded.extend(piece.names)
-    return values, report
+    loaded = [name for name in dict.fromkeys(report.loaded) if name not in report.resampled]
+    return values, report._replace(loaded=loaded)
+
+
+def convert_original(
+    encoder: Student, own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str
+) -> tuple[Converted, str]:
+    """Rename the tensors of DINOv3, DINOv2, PE and CLIP, as published, to timm's names.
+
+    Returns:
+        The renamed tensors, or those of other programs under their own names; and both grids as
+        text where timm resampled the positional embedding.
+
+    Raises:
+        ConfigError: for patches of another side, and where timm cannot convert the file.
+    """
+    if not has_original_names(state):
+        return Converted(dict(state), {name: [name] for name in state}, {}), ""
+    for name in PUBLISHED_PATCHES:
+        if name in state and state[name].shape != own[PATCHES].shape:  # timm would resample them
+            patches = {PATCHES: Piece([state[name]], [name])}
+            (found,) = list_mismatches({PATCHES: own[PATCHES]}, patches)
+            raise ConfigError(f"{where} does not fit: {found}; {suggest_fix(own, patches)}")
+    try:
+        converted = convert_names(encoder, state)
+    except ValueError as error:
+        raise ConfigError(f"{where} does not fit: {error}") from error
+    table = converted.tensors.get("pos_embed")
+    if table is None or POSITIONS not in own or table.shape != own[POSITIONS].shape:
+        return converted, ""
+    (name,) = converted.sources["pos_embed"]
+    side = square_side(state[name].shape[-2] - ("cls_token" in converted.tensors))
+    return converted, describe_grids(side, encoder.grid)
+
+
+def has_original_names(state: Mapping[str, Tensor]) -> bool:
+    """Return whether tensors are named as DINOv3, DINOv2, PE or CLIP were published."""
+    token = state.get("mask_token")  # of MAE it has three dimensions
+    is_dino = "storage_tokens" in state or (token is not None and token.ndim == 2)
+    return is_dino or any(
+        {f"{prefix}conv1.weight", f"{prefix}positional_embedding"} <= state.keys()
+        for prefix in ("", "visual.")
+    )
+
+
+def describe_grids(side: int, grid: tuple[int, int]) -> str:
+    """Return the square grid of a file and the student's as text; empty if they are equal."""
+    rows, columns = grid
+    same = not side or (side, side) == (rows, columns)
+    return "" if same else f"{side} x {side} to {rows} x {columns} patches"
 
 
 def rename_tensors(state: Mapping[str, Tensor]) -> dict[str, Piece]:
@@ -227,13 +286,14 @@ def resample_positions(
         return ""
     prefix = here[1] - rows * columns
     side = square_side(piece.shape[1] - prefix)
-    if not side or (side, side) == (rows, columns):
+    grids = describe_grids(side, model.encoder.grid)
+    if not grids:
         return ""
     table = resample_abs_pos_embed(
         piece.value.float(), [rows, columns], [side, side], num_prefix_tokens=prefix
     )
     pieces[POSITIONS] = piece._replace(parts=[table])
-    return f"{side} x {side} to {rows} x {columns} patches"
+    return grids
 
 
 def square_side(count: int) -> int:

@@ -57,6 +57,11 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         if what not in UNSEEN:
             images = "images to verify on, folder or tars; default: the run's"
             command.add_argument("--images", type=Path, help=images)
+        if what == "onnx":
+            size = (
+                "side of the graph's images in pixels; positions are resampled; default: the run's"
+            )
+            command.add_argument("--image-size", type=int, metavar="PIXELS", help=size)
         if what in ON_HUB:
             hub = "upload the verified folder to this repository of the Hugging Face hub"
             command.add_argument("--push-to-hub", metavar="OWNER/NAME", help=hub)
@@ -66,6 +71,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if getattr(options, "private", False) and options.push_to_hub is None:
         parser.error("--private belongs to --push-to-hub")
+    size = getattr(options, "image_size", None)
+    if size is not None and size < 1:
+        parser.error("--image-size is a number of pixels, such as 448")
     return options
 
 
@@ -104,5 +112,11 @@ def run_folder(options: argparse.Namespace) -> str:
     repo = getattr(options, "push_to_hub", None)
     target = None if repo is None else Target(repo, options.private)
     return export_folder(
-        options.what, options.checkpoint, options.output, weights, options.images, target
+        options.what,
+        options.checkpoint,
+        options.output,
+        weights,
+        options.images,
+        target,
+        getattr(options, "image_size", None),
     )

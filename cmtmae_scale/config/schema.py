@@ -218,8 +218,9 @@ class Student:
     the architecture's own number at its own width."""
     init_weights: str | None = None
     """Path of a file with the initial weights, .safetensors, .pt, .pth, .bin, .ckpt or .tar, or of
-    a folder of torch.distributed.checkpoint, under the names of timm, MAE or transformers, also as
-    MAE, DINO, DINOv2 or Lightning save them; ``None``: random initialisation."""
+    a folder of torch.distributed.checkpoint, under the names of timm, MAE or transformers, or of
+    DINOv3, DINOv2, PE or CLIP as published, also as MAE, DINO, DINOv2 or Lightning save them;
+    ``None``: random initialisation."""
 
 
 @dataclass

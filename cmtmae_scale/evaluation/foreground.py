@@ -28,7 +28,7 @@ from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherOutputs, Tower, Transformer
 from cmtmae_scale.teachers.build import assemble_teacher
 from cmtmae_scale.teachers.online import OnlineTeacher
-from cmtmae_scale.teachers.timm_towers import TimmTower
+from cmtmae_scale.teachers.timm_towers import EvaTower, TimmTower
 from dataloading.errors import DataError
 
 MEASURES = ("AUC", "IoU at equal area", "mass inside")
@@ -231,19 +231,11 @@ def uses_teacher_map(config: Config) -> bool:
 
 
 def attention_of(network: Student | Tower, size: int, config: Config | None) -> OnlineTeacher:
-    """Wrap a network so that it returns an attention map, on its own grid.
-
-    Raises:
-        ConfigError: a student with rotary positions.
-    """
+    """Wrap a network so that it returns an attention map, on its own grid."""
     tower = network
-    if isinstance(network, Eva):
-        raise ConfigError(
-            "the attention of a student of timm's Eva class is not compared with foreground masks; "
-            "cmtmae_scale.attention_maps returns that of a run"
-        )
     if isinstance(network, Student):
-        tower = TimmTower(cast(VisionTransformer, network), "student", {})
+        kind = EvaTower if isinstance(network, Eva) else TimmTower
+        tower = kind(cast(VisionTransformer | Eva, network), "student", {})
         tower.mean, tower.std = IMAGENET_MEAN, IMAGENET_STD
     tower = cast(Tower, tower)
     depth = len(tower.blocks)

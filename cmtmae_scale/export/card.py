@@ -42,6 +42,9 @@ def model_card(origin: Origin, card: CardFacts) -> str:
     hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
     side = config.student.patch_size
     patches = "" if side is None else f" with patches of {side}"
+    size = config.views.image_size
+    trained = origin.trained_size or size
+    exported = "" if size == trained else f", exported for images of {size} pixels"
     data = ModelCardData(
         license="other",
         license_name="terms-of-teacher-and-data",
@@ -56,9 +59,8 @@ def model_card(origin: Origin, card: CardFacts) -> str:
         "",
         f"# {name}: {card.title}",
         "",
-        f"{name_student(config.student)}{patches} at {config.views.image_size} pixels, "
-        f"trained by {title}{hint}; "
-        f"step {origin.step} of {origin.state['progress']['end_step']}.",
+        f"{name_student(config.student)}{patches} at {trained} pixels, trained by {title}{hint}; "
+        f"step {origin.step} of {origin.state['progress']['end_step']}{exported}.",
         "",
         *card_section("Load", ["```python", card.snippet.rstrip(), "```", "", card.checked]),
         *card_section("Method", fact_table(method_rows(config, need))),
@@ -171,6 +173,8 @@ def run_rows(origin: Origin, num_images: int | None) -> dict[str, str]:
 
 def result_lines(origin: Origin, sha256: str) -> list[str]:
     """Return the table of evaluations of these weights, and the other result files."""
+    if origin.trained_size not in (None, origin.config.views.image_size):
+        return ["These weights were not evaluated at this image size."]
     found = find_results(origin.run_dir, sha256)
     lines = ["These weights were not evaluated."]
     if found.rows:

@@ -55,7 +55,7 @@ FORMATS = {
         "an encoder for transformers",
         hugging_face.write_hf,
         hugging_face.check_hf,
-        lambda _, repo: hugging_face.SNIPPET.replace("FOLDER", repo or "FOLDER"),
+        hugging_face.hf_snippet,
     ),
     "full": Format(
         lambda: "CollaborativeMAE",
@@ -83,6 +83,7 @@ def export_folder(
     weights: Weights,
     images: Path | None,
     target: Target | None = None,
+    image_size: int | None = None,
 ) -> str:
     """Write a folder, load it back, compare its outputs on images, then publish it.
 
@@ -94,6 +95,7 @@ def export_folder(
         images: images to verify on; ``None``: the run's own.
         target: repository of the hub to which the published folder is uploaded. An output that
             exists is uploaded as it is, if it holds the same weights and settings.
+        image_size: side of the images that the network takes, in pixels; ``None``: the run's.
 
     Returns:
         Location and verification of the export.
@@ -110,8 +112,9 @@ def export_folder(
     library = kind.library()
     if target is not None:
         require_hub(target)
-    origin = open_origin(place, weights)
-    output = output or default_output(origin, what)
+    origin = open_origin(place, weights, image_size)
+    size = "" if image_size is None else f"-{image_size}"
+    output = output or default_output(origin, f"{what}{size}")
     is_repeated = target is not None and output.is_dir()
     draft_folder = open_twin(output) if is_repeated else publish(output)
     with draft_folder as draft, progress_bar("exporting", 3, "stages") as report_done:

@@ -1,7 +1,8 @@
 """Export of an encoder as a ``ViTModel`` of transformers; written without transformers.
 
-Tensor names are those of transformers 4 and 5. Without ``add_pooling_layer=False`` transformers
-adds an untrained pooling layer, whose output is meaningless.
+A student of timm's ``Eva`` is a ``DINOv3ViTModel``: ``dinov3_vit.py``. Tensor names are those of
+transformers 4 and 5. Without ``add_pooling_layer=False`` transformers adds an untrained pooling
+layer to a ``ViTModel``, whose output is meaningless.
 
 Source: ``transformers.models.vit`` of 4.57 and 5.24.
 """
@@ -17,14 +18,18 @@ from typing import Any
 import torch
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
+from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.export import dinov3_vit
 from cmtmae_scale.export.compare import Agreement, require_agreement
+from cmtmae_scale.export.encoder import build_timm
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.student import BlockAttention, Student, build_student
@@ -45,10 +50,8 @@ NAMES = {
 }
 QKV = ("query", "key", "value")
 ACTIVATIONS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
-SNIPPET = """from transformers import AutoImageProcessor, AutoModel
-model = AutoModel.from_pretrained("FOLDER", add_pooling_layer=False).eval()
-processor = AutoImageProcessor.from_pretrained("FOLDER")
-"""
+WITHOUT_POOLER = {"vit": {"add_pooling_layer": False}}
+"""Arguments of ``from_pretrained`` by ``model_type``."""
 
 
 def require_transformers() -> ModuleType:
@@ -66,18 +69,42 @@ def require_transformers() -> ModuleType:
         ) from error
 
 
+def model_config(config: Config) -> dict[str, Any]:
+    """Return ``config.json`` of the model of transformers that computes a config's student.
+
+    Raises:
+        ConfigError: naming the parts of the student that it lacks.
+    """
+    arch = config.student.arch
+    with torch.device("meta"):
+        model, _ = build_timm(config)
+        if not isinstance(model, Eva):
+            return vit_config(build_student(config), arch)
+    require_parts(arch, "DINOv3ViTModel", dinov3_vit.unsupported_parts(model))
+    return dinov3_vit.model_config(model, config.views.image_size)
+
+
+def require_parts(arch: str, model: str, unsupported: Iterator[str]) -> None:
+    """Refuse a student with parts that a model of transformers lacks.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    found = ", ".join(unsupported)
+    if found:
+        raise ConfigError(
+            f"student.arch={arch} is no {model} of transformers: it has {found}; export it with "
+            "cmtmae export timm"
+        )
+
+
 def vit_config(student: Student, arch: str) -> dict[str, Any]:
     """Return ``config.json`` of a ``ViTModel`` that computes the same as a student.
 
     Raises:
         ConfigError: naming the parts of the student that a ``ViTModel`` lacks.
     """
-    found = list(unsupported_parts(student))
-    if found:
-        raise ConfigError(
-            f"student.arch={arch} is no ViTModel of transformers: it has {', '.join(found)}; "
-            "export it with cmtmae export timm"
-        )
+    require_parts(arch, "ViTModel", unsupported_parts(student))
     first: Any = student.blocks[0]
     rows, _ = student.grid
     return {
@@ -197,14 +224,13 @@ def write_hf(draft: Path, origin: Origin) -> None:
     """Write weights, config and preprocessing.
 
     Raises:
-        ConfigError: if the student cannot be a ``ViTModel``.
+        ConfigError: if no model of transformers computes the student.
         OSError: if the store refuses.
     """
-    with torch.device("meta"):
-        student = build_student(origin.config)
-    config = vit_config(student, origin.config.student.arch)
+    config = model_config(origin.config)
+    rename = dinov3_vit.renamed_entries if config["model_type"] == "dinov3_vit" else renamed_entries
     with ChunkReader(origin.folder) as reader:
-        entries = list(renamed_entries(reader, ENCODERS[origin.weights]))
+        entries = list(rename(reader, ENCODERS[origin.weights]))
         write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
     write_atomic(draft / "config.json", json.dumps(config, indent=2) + "\n")
     processor = processor_config(origin.config.views.image_size)
@@ -223,8 +249,9 @@ def check_hf(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     """
     transformers = require_transformers()
     library = f"transformers {transformers.__version__}"
+    options = WITHOUT_POOLER.get(model_config(origin.config)["model_type"], {})
     model, loading = transformers.AutoModel.from_pretrained(
-        folder, add_pooling_layer=False, output_loading_info=True, local_files_only=True
+        folder, **options, output_loading_info=True, local_files_only=True
     )
     problems = {name: sorted(map(str, keys)) for name, keys in loading.items() if keys}
     if problems:
@@ -240,3 +267,14 @@ def check_hf(folder: Path, origin: Origin, images: Tensor) -> Agreement:
         raise CheckpointError(f"{library} crops to {list(whole.shape)} in place of {size} pixels")
     tokens = model.eval()(pixel_values=pixels).last_hidden_state
     return require_agreement(origin.encoder()(pixels), tokens, library)
+
+
+def hf_snippet(origin: Origin, repo: str | None) -> str:
+    """Return Python code that loads the folder, or the repository of the hub."""
+    options = WITHOUT_POOLER.get(model_config(origin.config)["model_type"], {})
+    place = repo or "FOLDER"
+    arguments = ", ".join([f'"{place}"', *(f"{key}={value}" for key, value in options.items())])
+    return f"""from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained({arguments}).eval()
+processor = AutoImageProcessor.from_pretrained("{place}")
+"""

@@ -1,15 +1,17 @@
 """Source of an export: an intact checkpoint, its settings, and the exported network."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.evaluation.subject import (
     check_encoder,
     locate_checkpoint,
@@ -17,7 +19,7 @@ from cmtmae_scale.evaluation.subject import (
     run_of_checkpoint,
     saved_config,
 )
-from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.student import Student, build_student, probe_student
 
 Weights = Literal["student", "momentum"]
 
@@ -30,7 +32,10 @@ class Origin(NamedTuple):
     state: dict[str, Any]
     """Progress, digest of the images, versions."""
     config: Config
+    """The run's, but for ``views.image_size``, which is that of the exported network."""
     weights: Weights
+    trained_size: int | None = None
+    """Side of the run's images in pixels; ``None``: that of the exported network."""
 
     @property
     def step(self) -> int:
@@ -47,16 +52,28 @@ class Origin(NamedTuple):
         return read_tensors(self.folder, prefix)
 
     def encoder(self) -> Student:
-        """Build the encoder as the run computes it, in eval mode."""
+        """Build the encoder as the run computes it, in eval mode.
+
+        For images of another size, positional embeddings are resampled as timm does.
+        """
         student = build_student(self.config)
-        student.load_state_dict(self.tensors(ENCODERS[self.weights]), strict=True)
+        tensors = self.tensors(ENCODERS[self.weights])
+        if (table := tensors.get("pos_embed")) is not None:
+            prefix = 0 if student.no_embed_class else student.num_prefix
+            tensors["pos_embed"] = resample_abs_pos_embed(
+                table, list(student.grid), num_prefix_tokens=prefix
+            )
+        student.load_state_dict(tensors, strict=True)
         return student.eval().requires_grad_(False)
 
 
-def open_origin(place: Path, weights: Weights) -> Origin:
+def open_origin(place: Path, weights: Weights, image_size: int | None = None) -> Origin:
     """Open a checkpoint, or the newest intact one of a run's folder.
 
+    ``image_size`` is the side of the exported network's images in pixels; ``None``: the run's.
+
     Raises:
+        ConfigError: if the patches do not fill images of that size.
         CheckpointError: no checkpoint, a broken one, one without these weights, or one whose
             settings this version refuses.
     """
@@ -68,4 +85,11 @@ def open_origin(place: Path, weights: Weights) -> Origin:
             f"{folder}: the run has no momentum encoder; export --weights student"
         )
     check_encoder(folder, config, ENCODERS[weights])
-    return Origin(folder, state, config, weights)
+    trained_size = config.views.image_size
+    if image_size is not None:
+        config = replace(config, views=replace(config.views, image_size=image_size))
+        try:
+            probe_student(config)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("views.image_size", "--image-size")) from error
+    return Origin(folder, state, config, weights, trained_size)

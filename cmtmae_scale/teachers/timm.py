@@ -5,7 +5,6 @@ Source: docs/method.md, section "Teacher".
 
 import difflib
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from timm.layers import QuickGELU
 from timm.models import get_arch_pretrained_cfgs, is_model_in_modules
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.student import VIT_MODULES
 from cmtmae_scale.teachers.base import Tower
+from cmtmae_scale.teachers.original_names import convert_names, find_filter
 from cmtmae_scale.teachers.timm_towers import (
     EvaTower,
     FeatureTower,
@@ -36,6 +36,7 @@ from cmtmae_scale.teachers.weights import (
     keep_blocks,
     load_strictly,
     read_weights,
+    summarise_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -241,13 +242,21 @@ class TimmSource:
                     f"is {there} instead of {here}; set "
                     "teacher.model to that of the file"
                 )
-        if "pos_embed" in state:
-            state["pos_embed"] = state["pos_embed"].float()
-        if isinstance(model, VisionTransformer):
-            convert = checkpoint_filter_fn
-        else:  # each of timm's modules has its own
-            convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        if convert is not None:
+        heads = classifier_names(model)
+        if isinstance(model, VisionTransformer | Eva):
+            try:
+                state, _, unused = convert_names(model, state)
+            except ValueError as error:
+                where = f"teacher.weights={path} does not fit teacher.model={self.config.model}"
+                raise TeacherError(f"{where}: {error}") from error
+            if unused:
+                logger.info(
+                    "teacher.weights=%s: %d tensors are not used (%s)",
+                    path,
+                    len(unused),
+                    summarise_names(list(unused)),
+                )
+        elif (convert := find_filter(model)) is not None:
             try:
                 state = dict(convert(state, model))
             except Exception as error:  # each of them fails in its own way for another model's file
@@ -255,7 +264,6 @@ class TimmSource:
                     f"teacher.weights={path} does not fit teacher.model={self.config.model} "
                     f"({type(error).__name__}: {error}); give the file of this model"
                 ) from error
-        heads = classifier_names(model)
         state = {name: value for name, value in state.items() if name.split(".")[0] not in heads}
         state |= {name: value for name, value in own.items() if name.split(".")[0] in heads}
         if isinstance(model, VisionTransformer | Eva):

@@ -12,6 +12,7 @@ from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.foreground import (
     Maps,
     agreement,
+    attention_of,
     foreground_fraction,
     measure_attention,
 )
@@ -28,6 +29,9 @@ from cmtmae_scale.evaluation.representation import (
     represent,
     uniformity,
 )
+from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
+from cmtmae_scale.method.initialisation import initialise
+from cmtmae_scale.method.student import MomentumEncoder, build_student
 from dataloading.errors import DataError
 from dataloading.index import build_index
 from tests.evaluation.dense_case import (
@@ -40,6 +44,7 @@ from tests.evaluation.dense_case import (
     write_masked,
 )
 from tests.evaluation.evaluation_case import labelled_photographs, world
+from tests.pretraining.test_students import make_config
 from tests.processes import run_ranks
 from tests.references import dense as reference
 
@@ -167,3 +172,23 @@ def test_a_map_that_is_the_mask_agrees_and_a_uniform_one_is_chance(tmp_path: Pat
     assert values["red", "AUC"] > 0.95 and values["uniform", "AUC"] == 0.5
     assert values["red", "mass inside"] > 2 * values["uniform", "mass inside"]
     assert {row.total for row in rows} == {4}
+
+
+@pytest.mark.parametrize(
+    "arch", ["vit_base_patch16_dinov3", "eva02_base_patch14_224", "vit_base_patch16_rope_mixed_224"]
+)
+def test_the_map_of_a_rotary_student_is_that_of_the_momentum_encoder(arch: str) -> None:
+    config = make_config(arch)
+    config.attention.layers = [0, 1]
+    momentum = build_student(config, MomentumEncoder)
+    initialise(momentum, 0)
+    for parameter in momentum.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.manual_seed(1)))
+    student = build_student(config)
+    student.load_state_dict(momentum.state_dict())
+    size = config.views.image_size
+    images = torch.randint(256, (2, size, size, 3), generator=torch.manual_seed(2)).byte()
+    found = attention_of(student.eval(), size, config)(images).attention
+    expected = momentum(normalise_images(images, IMAGENET_MEAN, IMAGENET_STD))[1]
+    assert found is not None and expected is not None
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

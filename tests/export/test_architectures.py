@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +14,13 @@ from cmtmae_scale.checkpoint.layout import STATE
 from cmtmae_scale.checkpoint.shards import build_index, describe_shard
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.export.hugging_face import check_hf, vit_config, write_hf
+from cmtmae_scale.export.hugging_face import (
+    check_hf,
+    hf_snippet,
+    model_config,
+    vit_config,
+    write_hf,
+)
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.timm_folder import check_timm, write_timm
 from cmtmae_scale.method.initialisation import initialise
@@ -27,10 +34,14 @@ def student(arch: str, size: int = 224) -> Student:
         return build_student(config)
 
 
-def saved(folder: Path, arch: str, size: int, patch: int, seed: int = 1) -> Origin:
+def saved(
+    folder: Path, arch: str, size: int, patch: int, seed: int = 1, **sizes: int | None
+) -> Origin:
     """A checkpoint's weights of a student that differs in every value from its initialisation."""
     config = Config()
     config.student.arch, config.student.patch_size, config.views.image_size = arch, patch, size
+    for name, value in sizes.items():
+        setattr(config.student, name, value)
     model = build_student(config)
     initialise(model, 0)
     generator = torch.Generator().manual_seed(seed)
@@ -82,6 +93,64 @@ def test_transformers_computes_students_of_any_patch(arch: str, patch: int, tmp_
     (tmp_path / "x").mkdir()
     write_hf(tmp_path / "x", origin)
     assert check_hf(tmp_path / "x", origin, noise(56)).difference < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Using a slow image processor")
+@pytest.mark.parametrize(
+    ("arch", "gated", "biased"),
+    [("vit_small_patch16_dinov3_qkvb", False, True), ("vit_7b_patch16_dinov3", True, False)],
+)
+def test_transformers_computes_dinov3_students(
+    arch: str, gated: bool, biased: bool, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    origin = saved(tmp_path, arch, 56, 14, width=32, depth=2, heads=2)
+    (tmp_path / "x").mkdir()
+    write_hf(tmp_path / "x", origin)
+    assert check_hf(tmp_path / "x", origin, noise(56)).difference < 1e-4
+    found = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert (found["use_gated_mlp"], found["query_bias"]) == (gated, biased)
+    names: dict[str, Any] = {}
+    exec(hf_snippet(origin, None).replace("FOLDER", str(tmp_path / "x")), names)
+    assert type(names["model"]).__name__ == "DINOv3ViTModel"
+    if not hasattr(transformers, "DINOv3ViTBackbone"):
+        return
+    backbone: Any = transformers.DINOv3ViTBackbone.from_pretrained(tmp_path / "x").eval()
+    for size in (56, 84):  # rotary positions have no grid
+        pixels = torch.randn(1, 3, size, size, generator=torch.manual_seed(0))
+        origin.config.views.image_size = size
+        with torch.no_grad():
+            tokens = origin.encoder()(pixels)[:, 5:]
+            (maps,) = backbone(pixels).feature_maps
+        expected = tokens.mT.unflatten(2, (size // 14, size // 14))
+        torch.testing.assert_close(maps, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "what"),
+    [
+        (
+            "eva02_base_patch14_224",
+            "absolute positions, rotary positions of another kind (RotaryEmbeddingCat), no "
+            "registers, no layer scale, queries, keys and values of separate matrices, a norm "
+            "within the MLP; export it with cmtmae export timm",
+        ),
+        (
+            "vit_pe_core_base_patch16_224",
+            "a norm before the blocks, a patch embedding without bias",
+        ),
+        ("vit_medium_patch16_rope_reg1_gap_256", "(RotaryEmbeddingCat), no class token; export"),
+        ("vit_base_patch16_rope_mixed_224", "(RotaryEmbeddingMixed), no registers"),
+    ],
+)
+def test_what_a_dinov3_model_lacks_is_named(arch: str, what: str) -> None:
+    config = Config()
+    config.student.arch, config.student.depth = arch, 1
+    with pytest.raises(ConfigError) as error:
+        model_config(config)
+    start = f"student.arch={arch} is no DINOv3ViTModel of transformers: it has "
+    assert str(error.value).startswith(start)
+    assert what in str(error.value)
 
 
 @pytest.mark.parametrize(

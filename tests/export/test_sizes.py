@@ -1,6 +1,7 @@
 """Students whose sizes timm does not name: saved, evaluated, exported, fine-tuned."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ CASES = {
 }
 
 
-def save_run(folder: Path, sizes: dict[str, int]) -> Path:
+def save_run(folder: Path, sizes: Mapping[str, int | str]) -> Path:
     """A run with one checkpoint of a student with random weights; returns the checkpoint."""
     overrides = [f"student.{name}={size}" for name, size in sizes.items()]
     config = load_config(write_recipe(folder), overrides)

@@ -43,6 +43,11 @@ def small_post_norm(pretrained: bool = False, **options: Any) -> Any:
 
 
 @register_model
+def small_dinov2(pretrained: bool = False, **options: Any) -> Any:
+    return vision_transformer.vit_giant_patch14_reg4_dinov2(pretrained, **(SMALL | options))
+
+
+@register_model
 def small_siglip2(pretrained: bool = False, **options: Any) -> Any:
     return vision_transformer.vit_base_patch16_siglip_224(pretrained, **(SMALL | options))
 
