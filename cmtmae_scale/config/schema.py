@@ -220,6 +220,12 @@ class Student:
     """Path of a file with the initial weights, .safetensors, .pt, .pth, .bin, .ckpt or .tar, or of
     a folder of torch.distributed.checkpoint, under the names of timm, MAE or transformers, also as
     MAE, DINO, DINOv2 or Lightning save them; ``None``: random initialisation."""
+    init_from_run: str | None = None
+    """Folder of another run, for its newest checkpoint, or of a checkpoint: a new run starts from
+    its student, decoder, heads and EMA weights, also at another ``views.image_size``; ``None``: see
+    ``init_weights``."""
+    init_optimizer: bool = False
+    """Take AdamW's moments from ``init_from_run`` too; false: they start at zero."""
 
 
 @dataclass

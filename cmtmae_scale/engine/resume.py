@@ -36,7 +36,11 @@ FREE_KEYS = (
 _ORIENTATION = "data.exif_orientation"  # absent from older checkpoints, which turned no image
 FIXED_KEYS = ("run.seed", "views.", _ORIENTATION)
 """Keys that never change within a run, whatever ``run.allow_change`` holds."""
-LATER_KEYS = {"teacher.precision": "bf16", "momentum.precision": "bf16"}
+LATER_KEYS = {
+    "teacher.precision": "bf16",
+    "momentum.precision": "bf16",
+    "student.init_optimizer": False,
+}
 """Keys that older checkpoints lack, with the values that their runs had."""
 RESHAPING_KEYS = (
     "student.arch",
