@@ -9,7 +9,7 @@ from torch import nn
 
 from cmtmae_scale.backends.base import Backend, Fragment
 from cmtmae_scale.method.decoder import Decoder
-from cmtmae_scale.method.initialisation import Values, sincos_positions, write_range
+from cmtmae_scale.method.initialisation import Values, write_range
 from cmtmae_scale.method.rotary import Constant
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,8 +35,7 @@ def materialise(module: M, device: torch.device, recurse: bool = True) -> M:
         if isinstance(part, EvaAttention) and part.k_bias is not None:
             buffers.pop("k_bias").zero_()
         if isinstance(part, Decoder):
-            positions = buffers.pop("positions")
-            positions.copy_(sincos_positions(positions.shape[1], part.grid))
+            buffers.pop("positions").copy_(part.compute_positions())
         if buffers:
             raise TypeError(
                 f"no rule to compute {', '.join(buffers)} of {name or type(part).__name__}"

@@ -243,6 +243,11 @@ def check_decoder(config: Config) -> Iterator[str]:
                 f"decoder.predict_ratio={decoder.predict_ratio} must lie in "
                 f"(0, mask.ratio={config.mask.ratio}]"
             )
+    if decoder.position_grid is not None and decoder.type == "none":
+        yield (
+            f"decoder.position_grid={decoder.position_grid}: decoder.type=none has no positions; "
+            "set decoder.position_grid=null"
+        )
     if decoder.prompt_norm_context and decoder.type != "prompt":
         yield f"decoder.prompt_norm_context belongs to decoder.type=prompt; found {decoder.type}"
 

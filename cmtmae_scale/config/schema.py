@@ -243,6 +243,9 @@ class Decoder:
     predict_ratio: float | None = fraction(None)
     """Share of all patches that is predicted, above 0 and at most ``mask.ratio`` (``cross`` only);
     ``None``: all masked patches."""
+    position_grid: int | None = positive(None)
+    """Side, in patches, of the grid whose positions are stretched over the student's: that of the
+    run of ``student.init_from_run`` at another image size; ``None``: the student's own grid."""
     prompt_norm_context: bool = False
     """Apply each block's first norm to the context too (``prompt`` only; MILAN does not)."""
 

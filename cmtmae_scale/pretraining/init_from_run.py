@@ -40,8 +40,11 @@ logger = logging.getLogger(__name__)
 KEY = "student.init_from_run"
 PRIOR_STEPS = "prior_steps"
 """Name of ``Task.prior_steps`` in the state of a checkpoint."""
-FREE_KEYS = (KEY, "student.init_weights", "student.init_optimizer", "decoder.predict_ratio")
-"""Keys of student and decoder on which no weight depends."""
+FREE_KEYS = (
+    *(KEY, "student.init_weights", "student.init_optimizer"),
+    *("decoder.predict_ratio", "decoder.position_grid"),
+)
+"""Keys of student and decoder that may differ: no weight depends on them, or not on them alone."""
 TARGET_GROUPS = ("teacher.", "target.", "loss.", "collaboration.alpha_target")
 """Keys on which shapes of the prediction heads depend."""
 POSITIONS = f"{MODEL}encoder.pos_embed"
@@ -103,6 +106,12 @@ def refuse_misfit(config: Config, model: CollaborativeMAE, source: Source) -> No
         ConfigError: names the keys with both values, or the tensors with both shapes.
     """
     found = list_differences(source.config, config, ("student.", "decoder."))
+    there, here = (position_side(one, model) for one in (source.config, config))
+    if there != here and config.decoder.type != "none":
+        found.append(
+            f"decoder.position_grid: the decoder's positions are those of {there} x {there} "
+            f"patches, here of {here} x {here}; set decoder.position_grid={there}"
+        )
     remedy = "set what that run has"
     if not any(text.startswith("student.") for text in found):
         remedy += (
@@ -118,6 +127,11 @@ def refuse_misfit(config: Config, model: CollaborativeMAE, source: Source) -> No
         f"{KEY}={config.student.init_from_run} does not fit: {summarise_texts(found, NAMED)}; "
         f"{remedy}"
     )
+
+
+def position_side(config: Config, model: CollaborativeMAE) -> int:
+    """Return the side, in patches, of the grid of the decoder's positions."""
+    return config.decoder.position_grid or config.views.image_size // model.encoder.patch_side
 
 
 def list_differences(saved: Config, present: Config, groups: tuple[str, ...]) -> list[str]:
