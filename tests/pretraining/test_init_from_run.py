@@ -28,7 +28,8 @@ from tests.processes import run_ranks
 pytestmark = pytest.mark.gloo
 
 ALONE, CPU = World(0, 1, 0, 1, "none"), torch.device("cpu")
-STEPS, TWICE = 8, "views.image_size=128"
+STEPS = 8
+TWICE = ["views.image_size=128", "decoder.position_grid=4"]
 COMMON = [
     *("target.teacher.norm=channel", "target.student.norm=channel"),
     "log.diagnostics_every=null",
@@ -47,7 +48,7 @@ def run_all(recipe: Path) -> None:
     (folder / "run").rename(folder / "away")
     run(recipe, [f"run.output_dir={folder / 'moved'}", *kept])
     (folder / "away").rename(folder / "run")
-    larger = [TWICE, "train.steps=1", *COMMON]
+    larger = [*TWICE, "train.steps=1", *COMMON]
     run(recipe, [f"run.output_dir={folder / 'larger'}", *larger, start])
     run(recipe, [f"run.output_dir={folder / 'random'}", *larger])
 
@@ -107,7 +108,7 @@ def test_at_the_same_size_every_value_is_that_of_the_other_run(
 
 def test_at_twice_the_size_the_encoder_is_timms_own(recipe: Path) -> None:
     saved = tensors(recipe.parent / "run", STEPS)
-    models = start(read_start(recipe, TWICE))
+    models = start(read_start(recipe, *TWICE))
     found = models.backend.fragments()
     for prefix in ("model.encoder.", "momentum."):
         theirs = timm.create_model("test_vit", img_size=128, depth=2, num_classes=0).eval()
@@ -155,8 +156,8 @@ ZERO = (
 )
 def test_two_ranks_start_from_the_run_of_one(recipe: Path, backend: list[str]) -> None:
     saved = tensors(recipe.parent / "run", STEPS)
-    expected = start(read_start(recipe, TWICE)).backend.fragments()
-    overrides = [TWICE, "student.init_optimizer=true", *backend]
+    expected = start(read_start(recipe, *TWICE)).backend.fragments()
+    overrides = [*TWICE, "student.init_optimizer=true", *backend]
     found = {key: np.full(own.local.numel(), np.nan) for key, own in expected.items()}
     for rank in run_ranks(2, read_ranges, recipe, overrides):
         assert rank.keys() == saved.keys()
@@ -168,9 +169,13 @@ def test_two_ranks_start_from_the_run_of_one(recipe: Path, backend: list[str]) -
 
 
 UNFIT = {
-    "architecture": (["student.arch=test_vit2"], "student.arch: that run has test_vit, this one"),
+    "architecture": (
+        ["student.arch=test_vit2", "loss.include_cls=false"],
+        "student.arch: that run has test_vit, this one test_vit2; set what that run has",
+    ),
     "depth": (["student.depth=3"], "student.depth: that run has 2, this one 3"),
     "decoder": (["decoder.width=64"], "decoder.width: that run has 32, this one 64; set what"),
+    "positions": (TWICE[:1], "those of 4 x 4 patches, here of 8 x 8; set decoder.position_grid=4;"),
     "target": (
         ["collaboration.alpha_target=1"],
         "collaboration.alpha_target: that run has 0.7, this one 1.0; heads.student.bias: that run "
