@@ -66,8 +66,8 @@ class Source(NamedTuple):
     """Progress, statistics of the targets."""
     config: Config
     """Settings of its run."""
-    index: dict[str, Located]
-    """Its tensors."""
+    tensors: dict[str, Located]
+    """Where its tensors are, by name."""
 
 
 def open_source(
@@ -119,7 +119,7 @@ def refuse_misfit(config: Config, model: CollaborativeMAE, source: Source) -> No
             f"{KEY}=null student.init_weights={source.folder / ENCODER}"
         )
     if not found:
-        tensors = list_misfits(source.index, model)
+        tensors = list_misfits(source.tensors, model)
         if not tensors:
             return
         found = [*list_differences(source.config, config, TARGET_GROUPS), *tensors]
@@ -189,11 +189,13 @@ def load_source(
     keeps = config.student.init_optimizer
     kinds = (MODEL, MOMENTUM, *(f"{moment}." for moment in MOMENTS if keeps))
     wanted = {
-        key: own for key, own in fragments.items() if key.startswith(kinds) and key in source.index
+        key: own
+        for key, own in fragments.items()
+        if key.startswith(kinds) and key in source.tensors
     }
     here = model.encoder.grid
     there = source.config.views.image_size // model.encoder.patch_side
-    resampled = [key for key, own in wanted.items() if source.index[key].shape != own.shape]
+    resampled = [key for key, own in wanted.items() if source.tensors[key].shape != own.shape]
 
     def read(key: str, own: Fragment) -> Tensor:
         if key not in resampled:
@@ -203,7 +205,7 @@ def load_source(
         )
         return table.flatten()[own.offset : own.offset + own.local.numel()]
 
-    with ChunkReader(source.folder, source.index) as reader:
+    with ChunkReader(source.folder, source.tensors) as reader:
         found_bad = fill_fragments(wanted, read)
     if found_bad:
         raise CheckpointError(f"{source.folder}: {found_bad}; name an older checkpoint")
@@ -225,7 +227,7 @@ def load_source(
         *(there, there, *here),
         ", ".join(resampled) or "none",
         count_kinds(fragments.keys() - wanted),
-        count_kinds(source.index.keys() - wanted),
+        count_kinds(source.tensors.keys() - wanted),
         ", ".join(sorted(statistics)) or "none",
     )
     other = list_differences(source.config, config, TARGETS)

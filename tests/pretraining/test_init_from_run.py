@@ -5,7 +5,7 @@ import logging
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,13 +13,15 @@ import timm
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
+from cmtmae_scale.backends.plain import Plain
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, CmtMaeError, ConfigError
 from cmtmae_scale.method.model import CollaborativeMAE
+from cmtmae_scale.pretraining import init_from_run
 from cmtmae_scale.pretraining.build import build_models, fetch_teacher
-from cmtmae_scale.pretraining.init_from_run import open_source
+from cmtmae_scale.pretraining.init_from_run import load_source, open_source
 from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.runtime.launch import World
 from tests.engine.run_case import run, same, tensors, this_world, write_recipe
@@ -212,6 +214,33 @@ def test_a_teacher_of_another_width_is_refused(recipe: Path) -> None:
         "teacher.model: that run has test_vit, this one test_vit3; heads.teacher.bias: that "
         in (str(caught.value))
     )
+
+
+def test_without_ema_weights_there_the_ema_is_a_copy_of_the_student(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read_start(recipe)
+    models = start(config)
+    backend = cast(Plain, models.backend)
+    model = cast(CollaborativeMAE, backend.model)
+    source = open_source(config, model, ALONE)
+    left = {key: one for key, one in source.tensors.items() if not key.startswith("momentum.")}
+    with caplog.at_level(logging.INFO):
+        load_source(config, model, backend, models.channels, source._replace(tensors=left))
+    found = backend.fragments()
+    names = [key.removeprefix("momentum.") for key in found if key.startswith("momentum.")]
+    assert f", {len(names)} of momentum; not used: " in caplog.text
+    for name in names:
+        assert torch.equal(found[f"momentum.{name}"].local, found[f"model.encoder.{name}"].local)
+
+
+def test_a_run_of_another_task_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_start(recipe)
+    with torch.device("meta"):
+        model = CollaborativeMAE(config, 64)
+    monkeypatch.setattr(init_from_run, "read_state", lambda folder: {"task": "fine-tuning"})
+    with pytest.raises(ConfigError, match="holds checkpoints of fine-tuning; name a run of pre-"):
+        open_source(config, model, ALONE)
 
 
 def test_folders_without_an_intact_checkpoint_are_named(recipe: Path, tmp_path: Path) -> None:
