@@ -19,7 +19,15 @@ RECIPES = [path for path in ALL if path not in TUNINGS]
 HEADER = ("# Purpose:", "# Source and deviations:", "# Hardware and cost:", "# Command:")
 NAMES = {
     *("vit_base", "vit_large", "vit_huge", "vit_base_hide", "vit_large_hide", "vit_huge_hide"),
-    *("vit_base_literal", "mae_base", "mae_large", "milan_base", "demo", "tiny_imagenet"),
+    *(
+        "vit_base_literal",
+        "vit_large_448",
+        "mae_base",
+        "mae_large",
+        "milan_base",
+        "demo",
+        "tiny_imagenet",
+    ),
 }
 OFTEN = ("demo", "vit_huge", "mae_base")
 """Recipes whose dry run every ``make test`` tries."""

@@ -1,14 +1,15 @@
 """Parameters of a backend before its first step: allocated where they belong, filled by ranges."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from timm.models.eva import EvaAttention
 from torch import nn
 
-from cmtmae_scale.backends.base import Backend
+from cmtmae_scale.backends.base import Backend, Fragment
 from cmtmae_scale.method.decoder import Decoder
-from cmtmae_scale.method.initialisation import Values, sincos_positions, write_range
+from cmtmae_scale.method.initialisation import Values, write_range
 from cmtmae_scale.method.rotary import Constant
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,8 +35,7 @@ def materialise(module: M, device: torch.device, recurse: bool = True) -> M:
         if isinstance(part, EvaAttention) and part.k_bias is not None:
             buffers.pop("k_bias").zero_()
         if isinstance(part, Decoder):
-            positions = buffers.pop("positions")
-            positions.copy_(sincos_positions(positions.shape[1], part.grid))
+            buffers.pop("positions").copy_(part.compute_positions())
         if buffers:
             raise TypeError(
                 f"no rule to compute {', '.join(buffers)} of {name or type(part).__name__}"
@@ -62,7 +62,12 @@ def initialise_backend(backend: Backend, values: Values) -> None:
     for name, pieces in values:
         own = fragments[MODEL + name]
         write_range(pieces, own.offset, own.local)
+    start_momentum(fragments)
+    backend.after_load(0)
+
+
+def start_momentum(fragments: Mapping[str, Fragment]) -> None:
+    """Copy this rank's shards of the student's weights to the EMA weights, where there are any."""
     for key, own in fragments.items():
         if key.startswith(MOMENTUM):
             own.local.copy_(fragments[MODEL + ENCODER + key.removeprefix(MOMENTUM)].local)
-    backend.after_load(0)

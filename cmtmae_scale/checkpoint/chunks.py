@@ -6,7 +6,7 @@ index holds.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -127,6 +127,10 @@ class ChunkReader:
                 values[low - offset : high - offset] = found
         return values
 
+    def read_range(self, key: str, own: Fragment) -> Tensor:
+        """Read the values of a fragment; see ``read_values``."""
+        return self.read_values(key, own.offset, own.local.numel())
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self.index[key].shape
 
@@ -181,24 +185,43 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
             shape = reader.shape(key)
             if shape != own.shape:
                 raise CheckpointError(f"{folder}: {key} has shape {shape}, the model {own.shape}")
-        readers = choose_readers(fragments)
-        mine = {key: fragments[key] for key, rank in readers.items() if rank == own_rank()}
-        found_bad = on_all_ranks(lambda: read_fragments(reader, mine))
-        everyone = list(filter(None, gather_texts(found_bad)))
-        if everyone:
+        found_bad = fill_fragments(fragments, reader.read_range)
+        if found_bad:
             raise CheckpointError(
-                f"{folder}: {everyone[0]}; move this folder away, and the run continues from the "
+                f"{folder}: {found_bad}; move this folder away, and the run continues from the "
                 "checkpoint before"
             )
-        broadcast_copies(fragments, readers)
 
 
-def read_fragments(reader: ChunkReader, fragments: Mapping[str, Fragment]) -> str:
-    """Fill fragments; returns the first tensor of which values are not finite, or nothing."""
-    found_bad = ""
-    for key, own in fragments.items():
-        if own.local.numel():
-            values = reader.read_values(key, own.offset, own.local.numel())
-            found_bad = found_bad or find_non_finite({key: values})
-            own.local.copy_(values)
-    return found_bad
+def fill_fragments(
+    fragments: Mapping[str, Fragment], read: Callable[[str, Fragment], Tensor]
+) -> str:
+    """Fill live fragments; of the ranks that hold the same range one reads it. A collective.
+
+    Args:
+        fragments: from ``Backend.fragments``, all or some, the same on every rank.
+        read: returns a fragment's values, 1-D float32 on the CPU, by its name.
+
+    Returns:
+        The first tensor of which a rank read values that are not finite, or nothing.
+
+    Raises:
+        CmtMaeError: on every rank, if one of them cannot read its ranges.
+    """
+    readers = choose_readers(fragments)
+    mine = {key: fragments[key] for key, rank in readers.items() if rank == own_rank()}
+
+    def read_mine() -> str:
+        found_bad = ""
+        for key, own in mine.items():
+            if own.local.numel():
+                values = read(key, own)
+                found_bad = found_bad or find_non_finite({key: values})
+                own.local.copy_(values)
+        return found_bad
+
+    everyone = list(filter(None, gather_texts(on_all_ranks(read_mine))))
+    if everyone:
+        return everyone[0]
+    broadcast_copies(fragments, readers)
+    return ""

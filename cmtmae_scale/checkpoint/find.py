@@ -21,10 +21,17 @@ from cmtmae_scale.runtime.lock import RunLock
 logger = logging.getLogger(__name__)
 
 
-def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
+def find_checkpoint(
+    root: Path, rank: int, world_size: int, otherwise: str | None = None, hashes: bool = True
+) -> Path | None:
     """Return the newest checkpoint that is intact; name and skip broken ones. A collective.
 
-    ``root`` is ``RUN_DIR/checkpoints``.
+    Args:
+        root: ``RUN_DIR/checkpoints``.
+        rank: this rank.
+        world_size: number of ranks.
+        otherwise: what to do where no checkpoint can be restored; ``None``: as a run that resumes.
+        hashes: read all bytes; else sizes and small files alone.
 
     Returns:
         The checkpoint's folder, or ``None`` if the run has never written one.
@@ -38,7 +45,7 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
     count = broadcast_int(len(steps))
     for number in range(count):
         folder = layout.folder_of(root, broadcast_int(steps[number] if rank == 0 else 0))
-        damage, is_unknown = verify_together(folder, rank, world_size)
+        damage, is_unknown = verify_together(folder, rank, world_size, hashes)
         if not damage:
             return folder
         has_failed = has_failed or is_unknown
@@ -51,22 +58,24 @@ def find_checkpoint(root: Path, rank: int, world_size: int) -> Path | None:
         )
     if count:
         raise CheckpointError(
-            f"{root}: none of {count} checkpoints is intact; restore one, or use another "
-            "run.output_dir"
+            f"{root}: none of {count} checkpoints is intact; restore one, or "
+            f"{otherwise or 'use another run.output_dir'}"
         )
     if not all_ranks_agree(not (root / layout.LATEST).exists()):
         raise CheckpointError(
             f"{root}: the file {layout.LATEST} names a checkpoint, but there is none; restore one, "
-            f"or delete {root} to start anew"
+            f"or {otherwise or f'delete {root} to start anew'}"
         )
     return None
 
 
-def verify_together(folder: Path, rank: int, world_size: int) -> tuple[str, bool]:
+def verify_together(
+    folder: Path, rank: int, world_size: int, hashes: bool = True
+) -> tuple[str, bool]:
     """Verify a checkpoint on all ranks; a collective.
 
-    Rank 0 compares names, sizes and index, and broadcasts the manifest; each rank reads its share
-    of the bytes, and no other file, so that all ranks together read each byte once.
+    Rank 0 compares names, sizes and index, and broadcasts the manifest; with ``hashes`` each rank
+    reads its share of the bytes, and no other file, so that all ranks together read each byte once.
 
     Returns:
         What is damaged, empty if the checkpoint is intact, and whether the store failed, so that
@@ -82,7 +91,7 @@ def verify_together(folder: Path, rank: int, world_size: int) -> tuple[str, bool
 
     first = attempt(compare) if rank == 0 else ("", False)
     (damage, is_unknown), files = json.loads(broadcast_text(json.dumps([first, files])))
-    if damage:
+    if damage or not hashes:
         return damage, is_unknown
     mine = layout.share_blocks(files, rank, world_size)
     found = attempt(lambda: layout.find_altered(folder, mine))

@@ -277,6 +277,8 @@ def find_type_problems(state: dict[str, Any]) -> Iterator[str]:
                 yield f"versions.{name}={shorten(version)} is not {JSON_NAMES[str]}"
     if not is_count(state.get("world_size")) or not state["world_size"]:
         yield f"world_size={shorten(state.get('world_size'))} is not a count"
+    if not is_count(state.get("prior_steps", 0)):
+        yield f"prior_steps={shorten(state['prior_steps'])} is not a count"
     for group, counts in COUNTS.items():
         tree = state.get(group)
         if not isinstance(tree, dict):

@@ -40,6 +40,7 @@ from cmtmae_scale.engine.trackers import refuse_missing_trackers
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
 from cmtmae_scale.evaluation.periodic import RunEvaluation
 from cmtmae_scale.pretraining.build import open_init_weights, refuse_bad_index, refuse_missing_cls
+from cmtmae_scale.pretraining.init_from_run import open_source
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import refuse_living_holder
@@ -148,6 +149,9 @@ def check_launch(
     weights = config.student.init_weights
     if weights is not None and is_new:
         attempt(reasons, lambda: open_init_weights(networks.model, weights))
+    if config.student.init_from_run is not None and is_new:
+        alone = World(0, 1, 0, 1, "none")
+        attempt(reasons, lambda: open_source(config, networks.model, alone, hashes=False))
     if config.eval.every is not None:
         attempt(reasons, lambda: check_evaluation(config))
 

@@ -4,8 +4,10 @@ Each problem is one sentence with the key, the value found and the remedy.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.config.deepspeed import extra_keys
@@ -24,7 +26,7 @@ IMAGE_SETS = ("data.path", "data.test_path", "eval.train_path", "eval.test_path"
 """Keys that may be the address of tars in a store."""
 FILE_SYSTEM_KEYS = (
     *("run.output_dir", "data.index", "data.store_cache", "cache.dir", "student.init_weights"),
-    "eval.segmentation_path",
+    *("student.init_from_run", "eval.segmentation_path"),
 )
 """Keys that need files: locks, renames and mapped memory, which stores do not have."""
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
@@ -38,6 +40,7 @@ def find_problems(config: Config) -> Iterator[str]:
     yield from check_schedules(config)
     yield from check_masks(config)
     yield from check_student(config.student)
+    yield from check_start(config)
     yield from check_decoder(config)
     yield from check_losses(config)
     yield from check_teacher(config)
@@ -192,6 +195,29 @@ def check_student(student: Student) -> Iterator[str]:
         yield f"student.width={student.width} must be a multiple of 4 (sine-cosine embedding)"
 
 
+def check_start(config: Config) -> Iterator[str]:
+    """One source of the initial weights, and not the run itself."""
+    student, place = config.student, config.student.init_from_run
+    if place is None:
+        if student.init_optimizer:
+            yield (
+                "student.init_optimizer=true takes the moments of student.init_from_run, which is "
+                "not given; give it, or set student.init_optimizer=false"
+            )
+        return
+    if student.init_weights is not None:
+        yield (
+            f"student.init_from_run={place} and student.init_weights={student.init_weights} both "
+            "give the initial weights; set one of them to null"
+        )
+    source, own = (Path(os.path.abspath(one)) for one in (place, config.run.output_dir))
+    if source == own or source.is_relative_to(own / "checkpoints"):
+        yield (
+            f"student.init_from_run={place} belongs to run.output_dir={config.run.output_dir}, "
+            "which a launch resumes; name another run.output_dir"
+        )
+
+
 def check_decoder(config: Config) -> Iterator[str]:
     """Decoder against mask and loss."""
     decoder, loss = config.decoder, config.loss
@@ -217,6 +243,11 @@ def check_decoder(config: Config) -> Iterator[str]:
                 f"decoder.predict_ratio={decoder.predict_ratio} must lie in "
                 f"(0, mask.ratio={config.mask.ratio}]"
             )
+    if decoder.position_grid is not None and decoder.type == "none":
+        yield (
+            f"decoder.position_grid={decoder.position_grid}: decoder.type=none has no positions; "
+            "set decoder.position_grid=null"
+        )
     if decoder.prompt_norm_context and decoder.type != "prompt":
         yield f"decoder.prompt_norm_context belongs to decoder.type=prompt; found {decoder.type}"
 

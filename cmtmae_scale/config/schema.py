@@ -221,6 +221,12 @@ class Student:
     a folder of torch.distributed.checkpoint, under the names of timm, MAE or transformers, or of
     DINOv3, DINOv2, PE or CLIP as published, also as MAE, DINO, DINOv2 or Lightning save them;
     ``None``: random initialisation."""
+    init_from_run: str | None = None
+    """Folder of another run, for its newest checkpoint, or of a checkpoint: a new run starts from
+    its student, decoder, heads and EMA weights, also at another ``views.image_size``; ``None``: see
+    ``init_weights``."""
+    init_optimizer: bool = False
+    """Take AdamW's moments from ``init_from_run`` too; false: they start at zero."""
 
 
 @dataclass
@@ -238,6 +244,9 @@ class Decoder:
     predict_ratio: float | None = fraction(None)
     """Share of all patches that is predicted, above 0 and at most ``mask.ratio`` (``cross`` only);
     ``None``: all masked patches."""
+    position_grid: int | None = positive(None)
+    """Side, in patches, of the grid whose positions are stretched over the student's: that of the
+    run of ``student.init_from_run`` at another image size; ``None``: the student's own grid."""
     prompt_norm_context: bool = False
     """Apply each block's first norm to the context too (``prompt`` only; MILAN does not)."""
 

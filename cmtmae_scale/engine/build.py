@@ -85,7 +85,7 @@ def build_run(
             load_fragments(folder, backend.fragments())
         except CheckpointError as error:
             raise explain_misfit(error, config.run.allow_change) from error
-        backend.after_load(progress.applied)
+        backend.after_load(task.prior_steps + progress.applied)
         task.restore(saved)
         saved_step = progress.step if progress.step != progress.step0 else None
         logger.info("resuming %s at step %d", folder, progress.step)

@@ -36,7 +36,11 @@ FREE_KEYS = (
 _ORIENTATION = "data.exif_orientation"  # absent from older checkpoints, which turned no image
 FIXED_KEYS = ("run.seed", "views.", _ORIENTATION)
 """Keys that never change within a run, whatever ``run.allow_change`` holds."""
-LATER_KEYS = {"teacher.precision": "bf16", "momentum.precision": "bf16"}
+LATER_KEYS = {
+    "teacher.precision": "bf16",
+    "momentum.precision": "bf16",
+    "student.init_optimizer": False,
+}
 """Keys that older checkpoints lack, with the values that their runs had."""
 RESHAPING_KEYS = (
     "student.arch",
@@ -95,19 +99,19 @@ def compare_configs(
     """
     new = flatten(present)
     old = {key: was for key, was in LATER_KEYS.items() if key in new} | flatten(saved)
-    hint = ""
+    hint = start = ""
+    if "student" in saved:
+        run_dir = old.get("run.output_dir")
+        start = f", there with student.init_from_run={run_dir} to go on from these weights"
     if _ORIENTATION not in old:  # the digests decide whether the key matters
         old[_ORIENTATION] = new.get(_ORIENTATION)
         hint = (
             f", set {_ORIENTATION}=false if they were not turned," if new.get(_ORIENTATION) else ""
         )
     if digests[0] != digests[1] and old[_ORIENTATION] == new.get(_ORIENTATION):
-        encoder = "checkpoints/step-*/encoder.safetensors"
-        start = f"student.init_weights={flatten(saved).get('run.output_dir')}/{encoder}"
         raise ConfigError(
             f"data.path: the images differ from the checkpoint's (digest {digests[0][:12]} against "
-            f"{digests[1][:12]}); restore them{hint} or use another run.output_dir"
-            + (f", there with {start} to go on from this encoder" if "student" in saved else "")
+            f"{digests[1][:12]}); restore them{hint} or use another run.output_dir{start}"
         )
     check_allowed(allowed, new)
     changes: list[str] = []
@@ -117,7 +121,9 @@ def compare_configs(
             continue
         text = f"{key}: the checkpoint has {before}, the config {after}"
         if is_listed(key, FIXED_KEYS):
-            raise ConfigError(f"{text}; it never changes within a run: use another run.output_dir")
+            raise ConfigError(
+                f"{text}; it never changes within a run: use another run.output_dir{start}"
+            )
         if key in RESHAPING_KEYS and key not in allowed:
             raise ConfigError(
                 f"{text}; the weights of the checkpoint do not fit: restore it, or use another "

@@ -41,7 +41,7 @@ def roll_back(run: Run, why: str) -> None:
         )
     run.record_incident("rolled back", why, to_step=saved.step, position=progress.position)
     load_fragments(folder, run.backend.fragments())
-    run.backend.after_load(saved.applied)
+    run.backend.after_load(run.task.prior_steps + saved.applied)
     run.task.restore(state)
     progress.roll_back(saved, run.plan.global_batch_size)
     run.skips.restore(state["skips"])

@@ -71,6 +71,8 @@ class Task(Protocol):
     view_sizes: Sequence[int]
     """Sides of the views in a batch, pixels."""
     side_tasks: list[SideTask]
+    prior_steps: int
+    """Applied steps of another run whose moments this run started with; AdamW counts them too."""
 
     def open_index(self, run_dir: Path) -> Index:
         """Open the training images. A collective."""

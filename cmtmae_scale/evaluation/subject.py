@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
-from cmtmae_scale.checkpoint.find import find_checkpoint
+from cmtmae_scale.checkpoint.find import find_checkpoint, verify_together
 from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import name_student, needs, replaced_sizes
 from cmtmae_scale.config.load import config_from_dict
@@ -23,7 +23,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.engine.progress import Progress
-from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
+from cmtmae_scale.errors import CheckpointError, ConfigError, StorageError, TeacherError
 from cmtmae_scale.evaluation.encoders import (
     Encoder,
     encoder_from_student,
@@ -149,24 +149,39 @@ def saved_config(folder: Path, state: dict[str, Any]) -> Config:
         raise CheckpointError(str(error)) from error
 
 
-def locate_checkpoint(place: Path, rank: int = 0, world_size: int = 1) -> Path:
+def locate_checkpoint(
+    place: Path, rank: int = 0, world_size: int = 1, key: str = "--checkpoint", hashes: bool = True
+) -> Path:
     """Return an intact checkpoint's folder: the path itself, or the newest of the run there.
 
-    A collective where there are several ranks.
+    A collective where there are several ranks, which read each byte once.
+
+    Args:
+        place: folder of a run or of a checkpoint.
+        rank: this rank.
+        world_size: number of ranks.
+        key: option or config key that gives the path, for messages.
+        hashes: read all bytes; else sizes and small files alone.
 
     Raises:
         CheckpointError: if there is none, or the named checkpoint is broken.
+        StorageError: if the store fails.
     """
-    if on_all_ranks(lambda: is_run_folder(place)):
-        folder = find_checkpoint(place / "checkpoints", rank, world_size)
+    if on_all_ranks(lambda: is_run_folder(place, key)):
+        root = place / "checkpoints"
+        folder = find_checkpoint(root, rank, world_size, "name another run", hashes)
         if folder is None:
             raise CheckpointError(f"{place}: no checkpoint yet; train first")
         return folder
-    on_all_ranks(lambda: refuse_damage(place))
+    damage, is_unknown = verify_together(place, rank, world_size, hashes)
+    if is_unknown:
+        raise StorageError(damage)
+    if damage:
+        raise CheckpointError(f"{place} is broken: {damage}; name an older checkpoint or the run")
     return place.resolve()
 
 
-def is_run_folder(place: Path) -> bool:
+def is_run_folder(place: Path, key: str) -> bool:
     """Return whether a path is a run, and not a checkpoint.
 
     Raises:
@@ -176,17 +191,11 @@ def is_run_folder(place: Path) -> bool:
         return True
     if not (place / layout.MANIFEST).exists():
         raise CheckpointError(
-            f"--checkpoint={place} is neither a run (it has no checkpoints/) nor a checkpoint (it "
+            f"{key}={place} is neither a run (it has no checkpoints/) nor a checkpoint (it "
             f"has no {layout.MANIFEST})"
+            + ("" if place.exists() else "; there is no such folder: correct the path")
         )
     return False
-
-
-def refuse_damage(folder: Path) -> None:
-    """Refuse a checkpoint whose files do not verify."""
-    problem = layout.find_damage(folder)
-    if problem is not None:
-        raise CheckpointError(f"{folder} is broken: {problem}; name an older checkpoint or the run")
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:

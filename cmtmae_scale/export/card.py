@@ -134,8 +134,9 @@ def method_rows(config: Config, need: Needs) -> dict[str, str]:
         rows["teacher's weight in the attention map"] = schedule_text(mix.alpha_attention)
     if need.teacher_features and need.student_features:
         rows["teacher's weight in the loss"] = schedule_text(mix.alpha_target)
-    if config.student.init_weights is not None:
-        rows["initialised from"] = public_path(config.student.init_weights)
+    start = config.student.init_weights or config.student.init_from_run
+    if start is not None:
+        rows["initialised from"] = public_path(start)
     return rows
 
 
@@ -191,8 +192,9 @@ def licence_lines(config: Config, need: Needs) -> list[str]:
     sources = [f"of the images ({public_path(config.data.path)})"]
     if need.teacher and config.teacher.weights != "random":
         sources.insert(0, f"of the teacher ({config.teacher.model})")
-    if config.student.init_weights is not None:
-        sources.append(f"of the initial weights ({public_path(config.student.init_weights)})")
+    start = config.student.init_weights or config.student.init_from_run
+    if start is not None:
+        sources.append(f"of the initial weights ({public_path(start)})")
     return [
         "The training code, cmtmae_scale, is under Apache-2.0. Weights inherit the terms "
         f"{escape_markdown(' and '.join(sources))}; check these before you distribute the weights."

@@ -67,7 +67,9 @@ def take_encoder(
     encoder = subject.encoder
     network = encoder.network
     if subject.student is not None and isinstance(network, Student):
-        student = replace(subject.student, init_weights=None)
+        student = replace(
+            subject.student, init_weights=None, init_from_run=None, init_optimizer=False
+        )
         mean, std, state = IMAGENET_MEAN, IMAGENET_STD, network.state_dict()
     elif isinstance(network, TimmTower):
         patch = int(network.vit.patch_embed.patch_size[0])

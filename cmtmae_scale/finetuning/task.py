@@ -67,6 +67,7 @@ class Finetuning:
     logged: tuple[str, ...] = terms
     free_keys: tuple[str, ...] = ("data.test_path", "data.verify_index")
     # train.micro_batch_size is not free: mixup pairs the views of a micro-batch.
+    prior_steps = 0
 
     sets: Sets
     encoder: InitialEncoder

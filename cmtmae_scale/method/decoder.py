@@ -125,6 +125,7 @@ class Decoder(nn.Module):
         num_prefix: P.
         layout: tokens to return; Q of them.
         embed: whether a linear layer maps the encoder's tokens to the decoder's width.
+        position_grid: see the config's key.
     """
 
     positions: Tensor
@@ -138,17 +139,24 @@ class Decoder(nn.Module):
         num_prefix: int,
         layout: TokenLayout,
         embed: bool = True,
+        position_grid: int | None = None,
     ) -> None:
         super().__init__()
         self.num_prefix = num_prefix
         self.layout = layout
         self.grid = grid
+        self.position_grid = position_grid
         self.grad_checkpointing = False
         self.embed = nn.Linear(student_width, width) if embed else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("positions", sincos_positions(width, grid), persistent=False)
+        self.width = width
+        self.register_buffer("positions", self.compute_positions(), persistent=False)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=EPS)
+
+    def compute_positions(self) -> Tensor:
+        """Return the positional embedding of the patches, ``[N, E]``."""
+        return sincos_positions(self.width, self.grid, self.position_grid)
 
     def transformer_blocks(self) -> list[nn.Module]:
         return list(self.blocks)
@@ -287,7 +295,14 @@ def build_decoder(
         ValueError: for an unknown type.
     """
     width, heads = settings.width, settings.heads
-    shared = (width, student_width, grid, num_prefix, layout)
+    shared: Any = {
+        "width": width,
+        "student_width": student_width,
+        "grid": grid,
+        "num_prefix": num_prefix,
+        "layout": layout,
+        "position_grid": settings.position_grid,
+    }
     if settings.type == "none":
         return NoDecoder(num_prefix, layout)
     if settings.type == "full":
@@ -296,7 +311,7 @@ def build_decoder(
         full: list[nn.Module] = [make() for _ in range(settings.depth)]
         if not (layout.cls or layout.num_visible):
             full[-1] = QueryBlock(PromptAttention(width, heads), width, norm_context=True)
-        decoder = FullDecoder(full, *shared)
+        decoder = FullDecoder(full, **shared)
         use_attend(decoder)
         return decoder
     if settings.type == "prompt":
@@ -304,13 +319,13 @@ def build_decoder(
             QueryBlock(PromptAttention(width, heads), width, settings.prompt_norm_context)
             for _ in range(settings.depth)
         ]
-        return PromptDecoder(blocks, *shared)
+        return PromptDecoder(blocks, **shared)
     if settings.type == "cross":
         blocks = [
             QueryBlock(CrossAttention(width, student_width, heads), width)
             for _ in range(settings.depth)
         ]
-        return CrossDecoder(blocks, *shared, embed=layout.cls or layout.num_visible > 0)
+        return CrossDecoder(blocks, **shared, embed=layout.cls or layout.num_visible > 0)
     raise ValueError(f"decoder type {settings.type!r} is not one of prompt, full, cross, none")
 
 

@@ -27,12 +27,14 @@ Values = list[tuple[str, Iterable[Tensor]]]
 order, and a piece may be overwritten by the next."""
 
 
-def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+def sincos_positions(width: int, grid: tuple[int, int], side: int | None = None) -> Tensor:
     """Return the fixed two-dimensional sine-cosine positional embedding.
 
     Args:
         width: channels, a multiple of 4.
         grid: rows and columns of patches.
+        side: rows and columns of the grid that is stretched over ``grid``, so that patches keep
+            their places in the image; ``None``: ``grid`` itself.
 
     Returns:
         float32 ``[N, width]``, row-major: the first half of the channels encodes the column x, the
@@ -47,7 +49,10 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f"width={width} must be a multiple of 4")
     quarter = width // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    rows, columns = (
+        (torch.arange(length, dtype=torch.float64) + 0.5) * ((side or length) / length) - 0.5
+        for length in grid
+    )
     y, x = (axis.flatten() for axis in torch.meshgrid(rows, columns, indexing="ij"))
     angles = [axis[:, None] * frequency for axis in (x, y)]
     return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()

@@ -29,6 +29,7 @@ from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
 from cmtmae_scale.pretraining.channels import open_channels
+from cmtmae_scale.pretraining.init_from_run import load_source, open_source
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
 from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
 from cmtmae_scale.runtime.compilation import compiled
@@ -62,11 +63,17 @@ def build_models(
         resumed: a checkpoint will give all weights, so none are initialised or read.
 
     Raises:
-        ConfigError: settings that the models cannot meet, or an unfit ``student.init_weights``.
+        ConfigError: settings that the models cannot meet, or an unfit ``student.init_weights`` or
+            ``student.init_from_run``.
+        CheckpointError: a checkpoint of ``student.init_from_run`` that is absent or broken.
     """
     warn_about_emulation(config, device)
     model, momentum_encoder = build_model(config, teacher)
-    values = None if resumed else find_initial_values(config, world, model)
+    source, values = None, None
+    if not resumed and config.student.init_from_run is not None:
+        source = open_source(config, model, world)
+    elif not resumed:
+        values = find_initial_values(config, world, model)
     length = grid_length(model)
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     layout = TokenLayout.from_config(config, *counts)
@@ -82,7 +89,11 @@ def build_models(
     if values is not None:
         initialise_backend(backend, values)
     channels = open_channels(config, teacher, model.encoder, device)
-    return Models(teacher, backend, layout, length, model.encoder.patch_side, channels)
+    prior_steps = 0
+    if source is not None:
+        prior_steps = load_source(config, model, backend, channels, source)
+    patch = model.encoder.patch_side
+    return Models(teacher, backend, layout, length, patch, channels, prior_steps)
 
 
 def open_index(config: Config, run_dir: Path) -> Index:

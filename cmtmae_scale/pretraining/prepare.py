@@ -36,6 +36,8 @@ class Models:
     """Side of the student's patches, pixels."""
     channels: TargetChannels = field(default_factory=TargetChannels)
     """Running statistics of the targets that use them."""
+    prior_steps: int = 0
+    """See ``Task.prior_steps``."""
 
 
 class MicroBatch(NamedTuple):

@@ -20,6 +20,7 @@ from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.evaluation.periodic import open_evaluation
 from cmtmae_scale.pretraining.build import build_models, open_index, open_stream, open_teacher
 from cmtmae_scale.pretraining.diagnostics import Diagnostics
+from cmtmae_scale.pretraining.init_from_run import PRIOR_STEPS
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
 from cmtmae_scale.pretraining.scalars import PretrainingScalars, scalars_at
 from cmtmae_scale.runtime.collectives import gather_texts
@@ -66,6 +67,7 @@ class Pretraining:
     index: Index
     models: Models
     view_sizes: Sequence[int]
+    prior_steps: int
 
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
@@ -94,6 +96,7 @@ class Pretraining:
         teacher = open_teacher(config, world, device, self.index, stop, stack)
         self.view_sizes = view_sizes(config.views.image_size, teacher)
         self.models = build_models(config, world, device, teacher, resumed=saved is not None)
+        self.prior_steps = self.models.prior_steps if saved is None else saved.get(PRIOR_STEPS, 0)
         evaluation, every = open_evaluation(config, world, device), config.eval.every
         if evaluation is not None and every is not None:
 
@@ -180,7 +183,8 @@ class Pretraining:
         self.models.channels.update(sums)
 
     def saved_state(self) -> dict[str, Any]:
-        return self.models.channels.to_dict()
+        prior = {PRIOR_STEPS: self.prior_steps} if self.prior_steps else {}
+        return self.models.channels.to_dict() | prior
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.models.channels.restore(saved)

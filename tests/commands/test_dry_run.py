@@ -59,6 +59,7 @@ REFUSED = {
     "blocks kept": (["teacher.depth=40"], "teacher.depth=40"),
     "teacher's model": (["teacher.model=vit_nano"], "vit_nano is not a model of timm"),
     "initial weights": (["student.init_weights=s.safetensors"], "s.safetensors: there is no such"),
+    "another run": (["student.init_from_run=gone"], "student.init_from_run=gone is neither"),
     "another encoder": (["student.init_weights=shallow.safetensors"], "does not fit: "),
     "evaluation": (["eval.every=2", "eval.train_path=photos", "eval.test_path=nowhere"], "nowhere"),
     "cache": (["teacher.mode=cached", "cache.dir=c", "views.views_per_image=1"], "c"),
@@ -136,6 +137,6 @@ def test_a_checkpoint_that_would_be_refused(
     assert dry(recipe, capsys, where) == (EXIT_DONE, [])
     shutil.copytree(recipe.parent / "photos" / "class0", place / "photos" / "class0")
     (reason,) = dry(recipe, capsys, where, f"data.path={place / 'photos'}")[1]
-    assert "images differ" in reason and "student.init_weights=" in reason
+    assert "images differ" in reason and "student.init_from_run=" in reason
     (folder / "manifest.json").unlink()
     assert "none of 1 checkpoints is intact" in dry(recipe, capsys, where)[1][0]

@@ -436,6 +436,18 @@ def test_sincos_positions_of_a_grid_that_is_not_square() -> None:
         sincos_positions(6, (2, 2))
 
 
+def test_sincos_positions_of_a_stretched_grid_keep_their_places() -> None:
+    for grid in ((2, 2), (2, 4)):
+        assert torch.equal(
+            sincos_positions(16, grid, 2)[:2, 8:], sincos_positions(16, (2, 2))[:2, 8:]
+        )
+    assert torch.equal(sincos_positions(16, (3, 3), 3), sincos_positions(16, (3, 3)))
+    table = sincos_positions(4, (4, 4), 2).reshape(4, 4, 4)  # sin x, cos x, sin y, cos y
+    places = torch.tensor([-0.25, 0.25, 0.75, 1.25])
+    assert difference(table[0, :, 0], places.sin()) < 1e-6
+    assert difference(table[:, 0, 2], places.sin()) < 1e-6
+
+
 def test_positions_are_fixed_and_zero_for_the_prefix() -> None:
     model = build_student(make_config())
     assert not model.pos_embed.requires_grad

@@ -26,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 SILENT = ("name", "output_dir", "allow_change")
 """Keys of ``run`` without an effect on results."""
-ADDED = (("backend", "reduce_every_micro_step"), ("data", "store_cache"), ("data", "verify_index"))
+ADDED = (
+    *(("backend", "reduce_every_micro_step"), ("data", "store_cache"), ("data", "verify_index")),
+    *(("student", "init_from_run"), ("student", "init_optimizer"), ("decoder", "position_grid")),
+)
 """Keys that later versions added. At their default they are left out of the digest, so that the
 folders of earlier runs keep their names."""
 
