@@ -92,6 +92,17 @@ def used_teachers(config: Config) -> list[NamedTeacher]:
     ]
 
 
+def term_name(name: str) -> str:
+    """Return the name of a teacher's term in losses, logs and weights; empty: a single teacher."""
+    return f"teacher_{name}" if name else "teacher"
+
+
+def has_pairs(config: Config) -> bool:
+    """Whether the masks use the attention maps of two or more teachers."""
+    maps = [one for one in config.teachers if one.map > 0]
+    return needs(config).teacher_attention and len(maps) > 1
+
+
 def loss_weights(config: Config) -> dict[str, float]:
     """Return the weights of the teachers' terms by name; empty without ``teachers``."""
     used = needs(config).teacher_features
@@ -200,9 +211,14 @@ def entry_errors(name: str) -> Iterator[None]:
         raise type(error)(text) from error.__cause__
 
 
-def reads_cache(config: Config) -> bool:
+def has_rows(teacher: Teacher) -> bool:
     """Whether the rows of a teacher are read from a cache."""
-    return any(one.mode in ("cached", "sidecar") for one in config.teachers or [config.teacher])
+    return teacher.mode in ("cached", "sidecar")
+
+
+def reads_cache(config: Config) -> bool:
+    """Whether the rows of any teacher are read from a cache."""
+    return any(map(has_rows, config.teachers or [config.teacher]))
 
 
 def cache_folder(config: Config) -> Path:
