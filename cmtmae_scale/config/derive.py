@@ -156,8 +156,10 @@ def teacher_configs(config: Config) -> dict[str, Config]:
     return {one.name: teacher_config(config, one) for one in used_teachers(config)}
 
 
-def pick_teacher(config: Config, name: str | None) -> Config:
+def pick_teacher(config: Config, name: str | None, option: str = "--teacher ") -> Config:
     """Return the config of the teacher of a name; without ``teachers`` there is no name to give.
+
+    ``option`` is what gives the name, for messages.
 
     Raises:
         ConfigError: lists the names.
@@ -168,10 +170,10 @@ def pick_teacher(config: Config, name: str | None) -> Config:
     if name in names:
         return teacher_config(config, config.teachers[names.index(name)])
     if not names:
-        raise ConfigError(f"--teacher {name}: the recipe has a single teacher; omit --teacher")
-    found = "" if name is None else f"; found {name}"
+        raise ConfigError(f"{option}{name}: the recipe has a single teacher; omit the name")
+    found = "" if name is None else f"; found {option}{name}"
     raise ConfigError(
-        f"the recipe has several teachers; give --teacher with one of {', '.join(names)}{found}"
+        f"the recipe has several teachers; give {option}NAME, NAME one of {', '.join(names)}{found}"
     )
 
 

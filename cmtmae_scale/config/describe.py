@@ -48,18 +48,22 @@ class Group(NamedTuple):
 
 def list_groups(schema: type) -> list[Group]:
     """Return the groups of a schema, each with all keys below it."""
-    whole = schema()
-    return [
-        Group(one.name, first_line(group), list(list_keys(group, f"{one.name}.")))
-        for one in fields(schema)
-        for group in [getattr(whole, one.name)]
-    ]
+    whole, kinds = schema(), get_type_hints(schema)
+    found: list[Group] = []
+    for one in fields(schema):
+        group, prefix = getattr(whole, one.name), f"{one.name}."
+        if isinstance(group, list):  # of named entries
+            group, prefix = get_args(kinds[one.name])[0](), f"{one.name}.NAME."
+        found.append(Group(one.name, first_line(group), list(list_keys(group, prefix))))
+    return found
 
 
 def list_keys(group: Any, prefix: str) -> Iterator[Key]:
     """Yield the keys of a group, an instance that holds the defaults."""
     owner: type[Any] = group.__class__
-    docs, hints = field_docs(owner.__module__)[owner.__name__], get_type_hints(owner)
+    docs, hints = dict[str, str](), get_type_hints(owner)
+    for base in reversed(owner.__mro__[:-1]):
+        docs |= field_docs(base.__module__)[base.__name__]
     for one in fields(group):
         value, name = getattr(group, one.name), f"{prefix}{one.name}"
         if is_dataclass(value):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmtmae_scale.config.schema import Attention
+from cmtmae_scale.config.derive import used_teachers
+from cmtmae_scale.config.schema import Attention, Config
 
 Grid = tuple[int, int]
 
@@ -377,6 +378,26 @@ def mix_several(
     for one, weight in zip(teachers, weights, strict=True):
         mean = mean + weight / sum(weights) * normalised(one)
     return mean if student is None else alpha * mean + (1.0 - alpha) * normalised(student)
+
+
+def mix_all(
+    config: Config, teachers: Sequence[Tensor], student: Tensor | None, alpha: float | Tensor
+) -> Tensor | None:
+    """Mix the attention maps of a run's teachers and of its momentum encoder.
+
+    Args:
+        config: the run.
+        teachers: attention maps ``[B, N]`` of the teachers that have one, in order.
+        student: attention map of the momentum encoder, or ``None``.
+        alpha: weight of the teachers in [0, 1].
+
+    Returns:
+        ``[B, N]`` as ``mix_attention`` or ``mix_several``; ``None`` without any map.
+    """
+    if len(teachers) < 2:
+        return mix_attention(config.attention, next(iter(teachers), None), student, alpha)
+    weights = [one.map for one in used_teachers(config) if one.map > 0]
+    return mix_several(config.attention, teachers, weights, student, alpha)
 
 
 @torch.no_grad()

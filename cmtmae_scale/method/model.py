@@ -40,6 +40,9 @@ class CollaborativeMAE(nn.Module):
         super().__init__()
         need = needs(config)
         if isinstance(teacher_width, Mapping):
+            absent = [name for name in loss_weights(config) if name not in teacher_width]
+            if absent:
+                raise ValueError(f"teacher_width is needed of {', '.join(absent)}")
             teacher_width = {name: teacher_width[name] for name in loss_weights(config)}
         if need.teacher_features and teacher_width is None:
             raise ValueError("teacher_width is needed: the teacher's features are a target")

@@ -8,7 +8,7 @@ M masked, Q predicted tokens, D student width, F teacher width, P patch side in 
 Source: docs/method.md, sections "Targets" and "Losses".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -44,6 +44,21 @@ class SeveralPredictions(NamedTuple):
     """Those of the momentum encoder and of the pixels."""
     teachers: tuple[Tensor, ...]
     """``[R, Q, F]`` for each teacher whose features are a target, in order."""
+
+
+def feature_terms(
+    found: Predictions | SeveralPredictions, names: Iterable[str]
+) -> dict[str, Tensor | None]:
+    """Return predictions or targets of features by the name of their term.
+
+    Args:
+        found: predictions or targets.
+        names: of several teachers, in order; unused for a single teacher.
+    """
+    if isinstance(found, Predictions):
+        return {"teacher": found.teacher, "student": found.student}
+    each = dict(zip(map(term_name, names), found.teachers, strict=True))
+    return {**each, "student": found.others.student}
 
 
 class Losses(NamedTuple):

@@ -55,9 +55,9 @@ from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.shared_index import open_on_all_ranks
 from cmtmae_scale.teachers.base import (
     AnyTeacher,
-    SeveralTeachers,
     Teacher,
     TeacherSource,
+    join_sources,
     sources_of,
     view_sizes,
 )
@@ -159,16 +159,15 @@ def open_teacher(
 
     Arguments and errors are those of ``open_source``, which opens each. A collective.
     """
-    if not config.teachers:
-        return open_source(config, world, device, index, stop, stack)
     sources: dict[str, TeacherSource] = {}
     for name, alone in teacher_configs(config).items():
-        logger.info("teachers.%s: %s", name, alone.teacher.model)
+        if name:
+            logger.info("teachers.%s: %s", name, alone.teacher.model)
         with entry_errors(name):
             source = open_source(alone, world, device, index, stop, stack)
         if source is not None:
             sources[name] = source
-    return SeveralTeachers(sources) if sources else None
+    return join_sources(sources)
 
 
 def open_source(

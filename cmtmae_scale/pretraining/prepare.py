@@ -10,13 +10,7 @@ from torch import Tensor
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.config.derive import has_rows, needs, term_name, used_teachers
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.method.attention import (
-    map_agreement,
-    mean_agreement,
-    mix_attention,
-    mix_several,
-    visible_mass,
-)
+from cmtmae_scale.method.attention import map_agreement, mean_agreement, mix_all, visible_mass
 from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
@@ -188,7 +182,7 @@ def choose_and_gather(
         attention maps, ``Observed.unsound`` and ``Observed.teacher_agreement``.
     """
     maps = [one.attention for one in teachers if one.attention is not None]
-    mixed = mix_maps(config, maps, momentum.attention, numbers.alpha_attention)
+    mixed = mix_all(config, maps, momentum.attention, numbers.alpha_attention)
     choice = choose_masks(
         config.mask,
         mixed,
@@ -209,33 +203,13 @@ def choose_and_gather(
     mass = zero if mixed is None else visible_mass(mixed, choice.ids_keep)
     agreement = zero
     if maps and momentum.attention is not None:
-        mean = mix_maps(config, maps, None, 1.0) if len(maps) > 1 else maps[0]
+        mean = mix_all(config, maps, None, 1.0) if len(maps) > 1 else maps[0]
         agreement = map_agreement(cast(Tensor, mean), momentum.attention)
     pairs = mean_agreement(maps) if len(maps) > 1 else None
     bad = [find_unsound(one, valid) for one in teachers]
     unsound = torch.stack(bad) if len(bad) > 1 else bad[0][None]
     refusal = torch.where(unsound.any(), torch.inf, zero)
     return (choice, targets, rows, unsound, sums), (mass, agreement, refusal, pairs)
-
-
-def mix_maps(
-    config: Config, maps: list[Tensor], student: Tensor | None, alpha: float | Tensor
-) -> Tensor | None:
-    """Mix the attention maps ``[B, N]`` of all teachers and of the momentum encoder.
-
-    Args:
-        config: checked settings.
-        maps: of the teachers that have one, in order; none where no mask needs one.
-        student: of the momentum encoder, or ``None``.
-        alpha: weight of the teachers.
-
-    Returns:
-        ``[B, N]``, or ``None`` where no mask needs one.
-    """
-    if len(maps) < 2:
-        return mix_attention(config.attention, maps[0] if maps else None, student, alpha)
-    weights = [one.map for one in used_teachers(config) if one.map > 0]
-    return mix_several(config.attention, maps, weights, student, alpha)
 
 
 def gather_features(

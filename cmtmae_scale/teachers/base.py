@@ -87,6 +87,12 @@ def sources_of(teacher: AnyTeacher | None) -> dict[str, TeacherSource]:
     return teacher.sources if isinstance(teacher, SeveralTeachers) else {"": teacher}
 
 
+def join_sources(sources: Mapping[str, TeacherSource]) -> AnyTeacher | None:
+    """Return the inverse of ``sources_of``."""
+    single = "" in sources or not sources
+    return sources.get("") if single else SeveralTeachers(sources)
+
+
 def views_of(view: TeacherView | tuple[TeacherView, ...]) -> tuple[TeacherView, ...]:
     """Return the outputs of one or several teachers as a tuple."""
     return (view,) if isinstance(view, TeacherView) else view
