@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -202,7 +202,7 @@ def entry_text(text: str, name: str) -> str:
 
 
 @contextmanager
-def entry_errors(name: str) -> Iterator[None]:
+def entry_errors(name: str) -> Generator[None, None, None]:
     """Let errors name the keys of an entry of ``teachers``, see ``entry_text``."""
     try:
         yield

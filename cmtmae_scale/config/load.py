@@ -200,7 +200,7 @@ def merged(before: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 def entry_type(kind: Any) -> type | None:
     """Return the dataclass of the entries of a key that lists named entries, else ``None``."""
     item = get_args(kind)[0] if get_origin(kind) is list else None
-    return item if dataclasses.is_dataclass(item) else None
+    return cast(type, item) if dataclasses.is_dataclass(item) else None
 
 
 @cache
@@ -316,9 +316,10 @@ def instantiate(schema: type[Recipe], values: dict[str, Any], prefix: str = "") 
             given[name] = instantiate(kind, values, f"{key}.")
         else:
             value = values[key]  # drafts share lists and schedules
+            given[name] = value if isinstance(value, PLAIN) else copy.deepcopy(value)
             entry = entry_type(kind)
-            value = value if isinstance(value, PLAIN) else copy.deepcopy(value)
-            given[name] = value if entry is None else [entry(**one) for one in value]
+            if entry is not None:
+                given[name] = [entry(**one) for one in given[name]]
     return schema(**given)
 
 

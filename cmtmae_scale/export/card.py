@@ -107,8 +107,8 @@ def teacher_rows(config: Config, need: Needs) -> dict[str, str]:
     if not config.teachers:
         return {"teacher": teacher_text(config.teacher)}
     return {
-        f"teacher {one.name}": f"{teacher_text(one)}; weight {one.map:g} in the mean attention map, "
-        f"{one.loss:g} in the mean loss of the teachers"
+        f"teacher {one.name}": f"{teacher_text(one)}; weight {one.map:g} among the attention maps, "
+        f"{one.loss:g} among the losses of the teachers"
         for one in used_teachers(config)
     }
 

@@ -1,0 +1,114 @@
+"""Runs with several teachers: online, cached, resumed; names in logs, weights and errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.commands.dry_run import render_dry_run
+from cmtmae_scale.config.load import load_config
+from tests.engine.run_case import same, tensors
+from tests.pretraining.several_case import STEPS, entries, same_as_single, try_all, write_several
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.gloo
+Runs = tuple[Path, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("several")
+    (found,) = run_ranks(1, try_all, write_several(folder), timeout_s=300)
+    return folder, found
+
+
+def losses(runs: Runs, name: str, term: str = "total") -> list[float]:
+    return [entry[f"loss/{term}"] for entry in runs[1][name].log if "loss/total" in entry]
+
+
+def test_each_teacher_has_a_term_a_head_and_statistics(runs: Runs) -> None:
+    folder, found = runs
+    for entry in found["online"].log:
+        if "loss/total" in entry:
+            first, second = entry["loss/teacher_first"], entry["loss/teacher_second"]
+            assert entry["loss/teacher"] == pytest.approx((first + 0.5 * second) / 1.5, rel=1e-5)
+            mix = 0.7 * entry["loss/teacher"] + 0.3 * entry["loss/student"]
+            assert entry["loss/total"] == pytest.approx(mix, rel=1e-5)
+            assert -1 <= entry["attention/teacher_agreement"] <= 1 and "cache/hit" not in entry
+    state = tensors(folder / "online", STEPS)
+    assert "model.heads.teacher.weight" not in state
+    heads = {name: state[f"model.heads.teacher_{name}.weight"] for name in ("first", "second")}
+    assert all(len(head) == 64 for head in heads.values())
+    (checkpoint,) = layout.list_checkpoints(folder / "online" / "checkpoints")
+    assert [*layout.read_state(checkpoint)["target_channels"]] == ["teacher_second"]
+
+
+def test_each_term_takes_part_in_the_diagnostics(runs: Runs) -> None:
+    (measured,) = [e for e in runs[1]["online"].log if "diagnostics/gradient/student" in e]
+    shares = {k: v for k, v in measured.items() if k.startswith("diagnostics/gradient/")}
+    names = ("teacher_first", "teacher_second", "student")
+    assert [*shares] == [f"diagnostics/gradient/{name}" for name in names]
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0.01
+
+
+def test_cached_teachers_equal_online_teachers_that_are_rounded_alike(runs: Runs) -> None:
+    folder, found = runs
+    assert found["codes"] == [[0, 0], [0, 0]]
+    assert {path.name for path in (folder / "exact").iterdir()} >= {"first", "second"}
+    one, two = found["rounded"], found["cached"]
+    assert (one.error, two.error) == ("", "") and one.masks == two.masks
+    same(folder / "rounded", folder / "cached", STEPS)
+    assert losses(runs, "rounded") == losses(runs, "cached")
+    assert all(entry["cache/hit"] == 1 for entry in two.log if "loss/total" in entry)
+
+
+@pytest.mark.parametrize("name", ["int8", "mixed"])
+def test_rounding_of_the_codec_keeps_the_losses(runs: Runs, name: str) -> None:
+    """As for a single teacher in ``test_cached_runs.py``; in "mixed" one of two has a cache."""
+    found = losses(runs, name)
+    assert len(found) == STEPS and found == pytest.approx(losses(runs, "online"), rel=0.005)
+    assert found != losses(runs, "online")
+    assert all(e["cache/hit"] == 1 for e in runs[1][name].log if "loss/total" in e)
+
+
+def test_a_resumed_run_continues_statistics_and_may_change_a_mode(runs: Runs) -> None:
+    """The first teacher is read from a cache of bf16 after the resume, in step 3."""
+    assert runs[1]["resumed"].error == ""
+    assert losses(runs, "resumed", "teacher_second")[-1] == pytest.approx(
+        losses(runs, "online", "teacher_second")[-1], rel=1e-4
+    )
+    assert losses(runs, "resumed")[-1] == pytest.approx(losses(runs, "online")[-1], rel=1e-3)
+
+
+def test_a_teacher_that_fails_is_named(runs: Runs) -> None:
+    assert runs[1]["failure"].startswith(
+        "step 1 was not taken: the output of teachers.second.model=test_vit is not finite on "
+        "ranks 0, for samples "
+    )
+    assert runs[1]["failure"].endswith("use other teachers.second.weights in another run")
+
+
+def test_figures_show_each_map_and_the_mix(runs: Runs) -> None:
+    assert list((runs[0] / "online" / "figures").glob("*.png"))
+
+
+def test_one_entry_computes_what_the_single_form_computes(tmp_path: Path) -> None:
+    ((several, single),) = run_ranks(1, same_as_single, tmp_path)
+    renamed = {
+        key.replace("heads.teacher_first.", "heads.teacher."): value
+        for key, value in tensors(several, STEPS).items()
+    }
+    expected = tensors(single, STEPS)
+    assert renamed.keys() == expected.keys()
+    assert all(bool((renamed[key] == value).all()) for key, value in expected.items())
+    terms = [[e["loss/teacher"] for e in entries(place)] for place in (several, single)]
+    assert terms[0] == terms[1]
+    assert "attention/teacher_agreement" not in json.dumps(entries(several))
+
+
+def test_a_dry_run_counts_all_teachers(tmp_path: Path) -> None:
+    text = render_dry_run(load_config(write_several(tmp_path)), 1)
+    assert "teacher first   0." in text and "teacher second  0." in text
+    assert "would not start" not in text
