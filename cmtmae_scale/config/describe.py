@@ -136,8 +136,8 @@ def first_line(group: Any) -> str:
 def find_uses(key: Key) -> list[str]:
     """Return the modules that read a key, relative to the package.
 
-    A module reads ``mask.ratio`` if its code has ``mask.ratio``, or ``settings.ratio`` and names
-    the dataclass of the group.
+    A module reads ``mask.ratio`` if its code has ``mask.ratio``, or ``settings.ratio`` or
+    ``entry.ratio`` and names the dataclass of the group.
     """
     *_, group, name = key.name.split(".")
     found: list[str] = []
@@ -145,7 +145,8 @@ def find_uses(key: Key) -> list[str]:
         text = path.read_text()
         if f".{name}" not in text:  # parsing all modules would take seconds
             continue
-        holders = {group, "settings"} if key.owner.__name__ in text else {group}
+        names_owner = key.owner.__name__ in text
+        holders = {group, "settings", "entry"} if names_owner else {group}
         for node in ast.walk(ast.parse(text)):
             if (
                 isinstance(node, ast.Attribute)

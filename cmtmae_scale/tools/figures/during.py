@@ -169,5 +169,6 @@ def sheet_title(config: Config, progress: Progress) -> str:
     parts.append(f"{config.mask.ratio:.0%} masked by {config.mask.sampler}")
     if need.teacher_attention and need.student_attention:
         alpha = evaluate(config.collaboration.alpha_attention, progress.fraction)
-        parts.append(f"teacher's weight in the mix {alpha:g}")
+        whose = "teachers'" if config.teachers else "teacher's"
+        parts.append(f"{whose} weight in the mix {alpha:g}")
     return ", ".join(parts)
