@@ -68,7 +68,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-            value = {one.get("name"): one for one in value}
+            value = {str(one.get("name")): one for one in value}
         if isinstance(value, dict) and "kind" not in value:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:

@@ -5,10 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cmtmae_scale.api.attention import attention_maps
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands.dry_run import render_dry_run
+from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.export.card import teacher_rows
+from cmtmae_scale.export.full import build_full
+from cmtmae_scale.tools.report.page import render_page
+from cmtmae_scale.tools.report.run import read_run
 from tests.engine.run_case import same, tensors
 from tests.pretraining.several_case import STEPS, entries, same_as_single, try_all, write_several
 from tests.processes import run_ranks
@@ -111,3 +119,32 @@ def test_a_dry_run_counts_all_teachers(tmp_path: Path) -> None:
     text = render_dry_run(load_config(write_several(tmp_path)), 1)
     assert "teacher first   0." in text and "teacher second  0." in text
     assert "would not start" not in text
+
+
+def test_card_export_report_and_api_know_all_teachers(runs: Runs) -> None:
+    run_dir = runs[0] / "online"
+    config = load_config(run_dir / "config.yaml")
+    rows = teacher_rows(config, needs(config))
+    assert [*rows] == ["teacher first", "teacher second"]
+    assert all(text.startswith("RANDOM WEIGHTS") for text in rows.values())
+    assert rows["teacher second"].endswith(
+        "weight 2 among the attention maps, 0.5 among the losses of the teachers"
+    )
+    state = {
+        key.removeprefix("model."): value
+        for key, value in tensors(run_dir, STEPS).items()
+        if key.startswith("model.")
+    }
+    assert build_full(config, state, "here").heads.teacher_names == ("first", "second")
+    del state["heads.teacher_second.weight"]
+    with pytest.raises(CheckpointError, match="differ: teacher_width is needed of second"):
+        build_full(config, state, "here")
+    page = render_page([read_run(run_dir)])
+    assert "first: test_vit of timm (RANDOM WEIGHTS), online; second: " in page
+    assert "teacher second" in page and "several teachers, mean over pairs" in page
+    views = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    maps = attention_maps(run_dir, views, device="cpu")
+    first, second = maps.teachers["first"], maps.teachers["second"]
+    assert maps.teacher is not None and maps.momentum is not None
+    torch.testing.assert_close(maps.teacher, (first + 2 * second) / 3)
+    torch.testing.assert_close(maps.mixed, (maps.teacher + maps.momentum) / 2)
