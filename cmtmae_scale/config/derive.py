@@ -170,10 +170,10 @@ def pick_teacher(config: Config, name: str | None, option: str = "--teacher ") -
     if name in names:
         return teacher_config(config, config.teachers[names.index(name)])
     if not names:
-        raise ConfigError(f"{option}{name}: the recipe has a single teacher; omit the name")
+        raise ConfigError(f"{option}{name}: there is a single teacher; omit the name")
     found = "" if name is None else f"; found {option}{name}"
     raise ConfigError(
-        f"the recipe has several teachers; give {option}NAME, NAME one of {', '.join(names)}{found}"
+        f"there are several teachers; give {option}NAME, NAME one of {', '.join(names)}{found}"
     )
 
 

@@ -115,9 +115,8 @@ def test_a_mistake_names_the_entry_and_the_override(
     with pytest.raises(ConfigError, match=re.escape(MISTAKES[overrides])) as caught:
         load_config(recipe, overrides)
     assert "\n" not in str(caught.value)
-    # the place is the overrides that set the key, not the whole recipe
-    key = overrides[-1].partition("=")[0]
-    assert str(caught.value).split(": ")[0].rpartition(" ")[2].startswith((key, overrides[0]))
+    keys = tuple(override.partition("=")[0] for override in overrides)
+    assert str(caught.value).startswith(keys)  # not the recipe
 
 
 def test_messages_about_a_single_teacher_are_those_of_the_entry() -> None:
@@ -138,7 +137,7 @@ def test_a_command_asks_for_the_name(recipe: Path) -> None:
             pick_teacher(config, name)
     alone = load_config(recipe, ["teachers=[]", "teacher.library=timm", *SINGLE])
     assert pick_teacher(alone, None) == alone
-    with pytest.raises(ConfigError, match="has a single teacher; omit the name"):
+    with pytest.raises(ConfigError, match="there is a single teacher; omit the name"):
         pick_teacher(alone, "clip")
 
 

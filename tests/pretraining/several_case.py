@@ -9,7 +9,10 @@ from typing import Any
 import torch
 import yaml
 
+from cmtmae_scale.cache.build import build_shards, make_builder
 from cmtmae_scale.commands.precompute import precompute_teacher
+from cmtmae_scale.config.derive import pick_teacher
+from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import TeacherError
 from tests.engine.run_case import build, run, write_recipe
 from tests.pretraining.cached_run_case import observe
@@ -65,10 +68,26 @@ def try_all(recipe: Path) -> dict[str, Any]:
     look("rounded", SHORT, "rounded")
     look("cached", [*cache_of(exact, "first", "second"), "cache.on_miss=stop"], "alone")
     look("mixed", cache_of(small, "second"))
+    look("sidecar", compute_ahead(recipe, folder / "sidecar"))
     run(recipe, [f"run.output_dir={folder / 'resumed'}", *SHORT, "train.stop_after=1"])
     look("resumed", cache_of(exact, "first"))
     found["failure"] = fail_on_a_view(recipe, folder / "failing")
     return found
+
+
+def compute_ahead(recipe: Path, run_dir: Path) -> list[str]:
+    """Compute the rows of all steps as the sidecar of each teacher; returns the run's overrides."""
+    names = [one["name"] for one in TEACHERS]
+    modes = [f"teachers.{name}.mode=sidecar" for name in names]
+    settings = [*SHORT, *modes, "cache.codec=bf16"]
+    config = load_config(recipe, [*settings, f"run.output_dir={run_dir}"])
+    for name in names:
+        alone = pick_teacher(config, name)
+        builder = make_builder(alone, run_dir / "index", torch.device("cpu"), "positions")
+        manifest = builder.begin_cache(run_dir / "cache" / name, "bf16", 8)
+        build_shards(builder, run_dir / "cache" / name, manifest, range(STEPS + 1))
+        builder.close()
+    return settings
 
 
 def fail_on_a_view(recipe: Path, run_dir: Path) -> str:
