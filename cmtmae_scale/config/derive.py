@@ -196,7 +196,7 @@ def entry_text(text: str, name: str) -> str:
         return text
     for key, own in ENTRY_KEYS.items():
         text = re.sub(rf"(?<![\w.]){re.escape(key)}\b", f"teachers.{name}.{own}", text)
-    keys = "|".join(one.name for one in fields(Teacher))
+    keys = "|".join(one.name for one in fields(NamedTeacher))
     text = re.sub(rf"(?<![\w.])teacher\.(?=({keys})\b)", f"teachers.{name}.", text)
     return text if f"teachers.{name}" in text else f"teachers.{name}: {text}"
 

@@ -12,7 +12,9 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands.dry_run import render_dry_run
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.evaluation.foreground import maps_of_subject
+from cmtmae_scale.evaluation.subject import locate_checkpoint, open_encoder
 from cmtmae_scale.export.card import teacher_rows
 from cmtmae_scale.export.full import build_full
 from cmtmae_scale.tools.report.page import render_page
@@ -149,3 +151,19 @@ def test_card_export_report_and_api_know_all_teachers(runs: Runs) -> None:
     assert maps.teacher is not None and maps.momentum is not None
     torch.testing.assert_close(maps.teacher, (first + 2 * second) / 3)
     torch.testing.assert_close(maps.mixed, (maps.teacher + maps.momentum) / 2)
+
+
+def test_evaluation_takes_one_teacher_by_name_and_compares_the_maps_of_all(runs: Runs) -> None:
+    cpu, folder = torch.device("cpu"), locate_checkpoint(runs[0] / "online")
+    subject = open_encoder(folder, "teacher:second", cpu)
+    assert (subject.encoder.name, subject.encoder.size) == ("teacher test_vit (random)", 96)
+    for weights in ("teacher", "teacher:third"):
+        with pytest.raises(ConfigError, match="give --weights teacher:NAME, NAME one of first, se"):
+            open_encoder(folder, weights, cpu)
+    maps = maps_of_subject(open_encoder(folder, "momentum", cpu), cpu)
+    names = ("teacher first", "teacher second", "mixed, alpha 0.5")
+    assert maps.names[-3:] == names and maps.sizes == (64, 64, 96)
+    views = (torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8) for side in maps.sizes)
+    found = maps.compute(tuple(views))
+    mean = (found[names[0]] + 2 * found[names[1]]) / 3
+    torch.testing.assert_close(found[names[2]], (mean + found[maps.names[0]]) / 2)
