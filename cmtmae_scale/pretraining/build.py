@@ -5,6 +5,7 @@ import logging
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from cmtmae_scale.config.derive import (
     builds_teacher,
     cache_folder,
     entry_errors,
+    entry_text,
     loss_weights,
     needs,
     reads_cache,
@@ -157,17 +159,24 @@ def open_teacher(
 ) -> AnyTeacher | None:
     """Build the teachers, or open their caches; ``None`` where the run uses neither.
 
-    Arguments and errors are those of ``open_source``, which opens each. A collective.
+    ``stop`` takes the failure of a row that a run without an online teacher lacks; the other
+    arguments, and the errors, are those of ``open_source``, which opens each. A collective.
     """
     sources: dict[str, TeacherSource] = {}
     for name, alone in teacher_configs(config).items():
         if name:
             logger.info("teachers.%s: %s", name, alone.teacher.model)
         with entry_errors(name):
-            source = open_source(alone, world, device, index, stop, stack)
+            fail = partial(record_entry_failure, stop, name)
+            source = open_source(alone, world, device, index, fail, stack)
         if source is not None:
             sources[name] = source
     return join_sources(sources)
+
+
+def record_entry_failure(stop: StopRequest, name: str, error: CacheError) -> None:
+    """Record a failure with the keys of an entry of ``teachers``, see ``entry_text``."""
+    stop.record_failure(CacheError(entry_text(str(error), name)) if name else error)
 
 
 def open_source(
@@ -175,7 +184,7 @@ def open_source(
     world: World,
     device: torch.device,
     index: Index,
-    stop: StopRequest,
+    fail: Callable[[CacheError], None],
     stack: ExitStack,
 ) -> TeacherSource | None:
     """Build the only teacher of a config, or open its cache; ``None`` where it is not used.
@@ -185,7 +194,7 @@ def open_source(
         world: place of this process.
         device: device of this rank.
         index: the images.
-        stop: takes the failure of a row that a run without an online teacher lacks.
+        fail: takes the failure of a row that a run without an online teacher lacks.
         stack: closes the cache.
 
     Raises:
@@ -201,7 +210,7 @@ def open_source(
     found: dict[str, str] = {}
     try:
         if config.teacher.mode == "sidecar" and online is not None:
-            teacher = SidecarTeacher(config, skeleton, online, index, device, stop.record_failure)
+            teacher = SidecarTeacher(config, skeleton, online, index, device, fail)
         else:
             opened = open_cache(config, skeleton, index)
             manifest = hashlib.sha256(manifest_text(opened[0]).encode()).hexdigest()
@@ -209,7 +218,7 @@ def open_source(
             if world.rank == 0:
                 here = provenance(config, device)
                 warn_about_provenance(opened[0], here, str(config.cache.dir))
-            teacher = CachedTeacher(config, *opened, skeleton, online, device, stop.record_failure)
+            teacher = CachedTeacher(config, *opened, skeleton, online, device, fail)
         stack.callback(teacher.close)
     except CacheError as error:
         problem = str(error)

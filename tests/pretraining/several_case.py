@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from cmtmae_scale.cache.build import build_shards, make_builder
+from cmtmae_scale.cache.format import SHARDS
 from cmtmae_scale.commands.precompute import precompute_teacher
 from cmtmae_scale.config.derive import pick_teacher
 from cmtmae_scale.config.load import load_config
@@ -68,6 +70,8 @@ def try_all(recipe: Path) -> dict[str, Any]:
     look("rounded", SHORT, "rounded")
     look("cached", [*cache_of(exact, "first", "second"), "cache.on_miss=stop"], "alone")
     look("mixed", cache_of(small, "second"))
+    shutil.rmtree(small / "second" / SHARDS)
+    look("missing", [*cache_of(small, "second"), "cache.on_miss=stop"])
     look("sidecar", compute_ahead(recipe, folder / "sidecar"))
     run(recipe, [f"run.output_dir={folder / 'resumed'}", *SHORT, "train.stop_after=1"])
     look("resumed", cache_of(exact, "first"))

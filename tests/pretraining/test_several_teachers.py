@@ -83,6 +83,11 @@ def test_one_teacher_may_be_cached_and_the_other_online(runs: Runs) -> None:
     assert all(e["cache/hit"] == 1 for e in runs[1]["mixed"].log if "loss/total" in e)
 
 
+def test_a_missing_row_names_the_teacher(runs: Runs) -> None:
+    folder = runs[0] / "small" / "second"
+    assert runs[1]["missing"].error.startswith(f"78 teachers.second.cache_dir={folder}: row ")
+
+
 def test_a_resumed_run_continues_statistics_and_may_change_a_mode(runs: Runs) -> None:
     """The first teacher is read from a cache of bf16 after the resume, in the last step."""
     assert runs[1]["resumed"].error == ""
