@@ -1,6 +1,6 @@
 """Attention maps of a run's networks, as its masks use them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from cmtmae_scale.api.features import ALONE
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import entry_errors, needs, teacher_configs
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import inference_autocast
@@ -22,12 +22,12 @@ from cmtmae_scale.evaluation.subject import (
     read_tensors,
     saved_config,
 )
-from cmtmae_scale.method.attention import mix_attention
+from cmtmae_scale.method.attention import mix_all, normalise_map
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.student import MomentumEncoder, build_student, probe_student
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import pick_device
-from cmtmae_scale.teachers.base import view_sizes
+from cmtmae_scale.teachers.base import Teacher, images_for, join_sources, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, compute_dtype
 from dataloading.errors import DataError
 from dataloading.index import build_index
@@ -42,7 +42,7 @@ class AttentionMaps(NamedTuple):
     """
 
     teacher: Tensor | None
-    """The frozen teacher's, ``[B, N]``."""
+    """The frozen teacher's, ``[B, N]``; the weighted mean of several teachers."""
     momentum: Tensor | None
     """The momentum encoder's, ``[B, N]``."""
     mixed: Tensor
@@ -51,6 +51,8 @@ class AttentionMaps(NamedTuple):
     """Rows and columns of the patches; N is their product."""
     views: Tensor
     """The student's views, uint8 ``[B, S, S, 3]``."""
+    teachers: Mapping[str, Tensor] = {}
+    """Of several teachers each one's by name, ``[B, N]``."""
 
 
 @torch.no_grad()
@@ -87,22 +89,27 @@ def attention_maps(
     if not (need.teacher_attention or need.student_attention):
         raise ConfigError(f"{folder}: the run's masks use no attention (mask.sampler=random)")
     place = pick_device(ALONE) if device is None else torch.device(device)
-    teacher = None
-    if need.teacher_attention:
-        only_map = need._replace(teacher_features=False)
-        teacher = build_teacher(config, place, compute_dtype(config), only_map)
+    teachers: dict[str, Teacher] = {}
+    for name, alone in teacher_configs(config).items():
+        only_map = needs(alone)._replace(teacher_features=False)
+        with entry_errors(name):
+            teacher = build_teacher(alone, place, compute_dtype(config), only_map)
+        if teacher is not None:
+            teachers[name] = teacher
     momentum = None
     if need.student_attention:
         check_encoder(folder, config, ENCODERS["momentum"])
         momentum = build_student(config, MomentumEncoder)
         momentum.load_state_dict(read_tensors(folder, ENCODERS["momentum"]), strict=True)
         momentum = momentum.to(place).eval()
-    views = read_views(images, view_sizes(config.views.image_size, teacher), batch_size)
-    teacher_map = momentum_map = None
+    sizes = view_sizes(config.views.image_size, join_sources(teachers))
+    views = read_views(images, sizes, batch_size)
+    momentum_map = None
+    maps: dict[str, Tensor] = {}
     with inference_autocast(place):
-        if teacher is not None:
-            batches = views[-1].split(batch_size)
-            teacher_map = gather_maps(teacher(one.to(place)).attention for one in batches)
+        for name, teacher in teachers.items():
+            batches = images_for(teacher, tuple(views))[-1].split(batch_size)
+            maps[name] = gather_maps(teacher(one.to(place)).attention for one in batches)
         if momentum is not None:
             pixels = (
                 normalise_images(one.to(place), IMAGENET_MEAN, IMAGENET_STD)
@@ -111,9 +118,15 @@ def attention_maps(
             momentum_map = gather_maps(momentum(one)[1] for one in pixels)
     fraction = Progress.from_dict(state["progress"]).fraction
     alpha = torch.tensor(scalars_at(config, fraction).alpha_attention)
-    mixed = cast(Tensor, mix_attention(config.attention, teacher_map, momentum_map, alpha))
+    each = list(maps.values())
+    mixed = cast(Tensor, mix_all(config, each, momentum_map, alpha))
+    teacher_map = next(iter(each), None)
+    if len(each) > 1:
+        teacher_map = normalise_map(cast(Tensor, mix_all(config, each, None, 1.0)))
     rows, columns = probe_student(config).patch_embed.grid_size
-    return AttentionMaps(teacher_map, momentum_map, mixed, (int(rows), int(columns)), views[0])
+    named = maps if config.teachers else {}
+    grid = (int(rows), int(columns))
+    return AttentionMaps(teacher_map, momentum_map, mixed, grid, views[0], named)
 
 
 def gather_maps(maps: Iterable[Tensor | None]) -> Tensor:

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +25,12 @@ from cmtmae_scale.config.derive import (
     batch_plan,
     builds_teacher,
     cache_folder,
+    entry_errors,
     explain_batch,
     find_length_problem,
     peak_lr,
     reads_cache,
+    teacher_configs,
     total_steps,
 )
 from cmtmae_scale.config.images import open_images
@@ -45,6 +48,7 @@ from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import refuse_living_holder
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
+from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.teachers.weights import is_file_name
 from cmtmae_scale.tools.estimate import (
     MetaNetworks,
@@ -142,10 +146,12 @@ def check_launch(
         return
     teacher = networks.teacher
     attempt(reasons, lambda: refuse_missing_cls(config, teacher))
-    if builds_teacher(config) and is_file_name(str(config.teacher.weights)):
-        attempt(reasons, lambda: build_teacher(config, "cpu", compute_dtype(config)))
-    if config.teacher.mode == "cached" and index is not None:
-        attempt(reasons, lambda: check_cache(config, index))
+    for name, alone in teacher_configs(config).items():
+        if builds_teacher(alone) and is_file_name(str(alone.teacher.weights)):
+            build = partial(build_teacher, alone, "cpu", compute_dtype(alone))
+            attempt(reasons, partial(in_entry, name, build))
+        if alone.teacher.mode == "cached" and index is not None:
+            attempt(reasons, partial(in_entry, name, partial(check_cache, alone, index)))
     weights = config.student.init_weights
     if weights is not None and is_new:
         attempt(reasons, lambda: open_init_weights(networks.model, weights))
@@ -172,6 +178,12 @@ def refuse_unwritable(run_dir: Path) -> None:
         )
 
 
+def in_entry(name: str, call: Callable[[], T]) -> T:
+    """Return the result of a call; errors name the entry of ``teachers``, if ``name`` is one."""
+    with entry_errors(name):
+        return call()
+
+
 def check_cache(config: Config, index: Index) -> None:
     """Open the cache of ``teacher.mode=cached``; see ``open_cache`` for the errors."""
     with torch.device("meta"):
@@ -188,23 +200,15 @@ def check_evaluation(config: Config) -> None:
 
 def count_networks(config: Config, world_size: int, networks: MetaNetworks) -> list[str]:
     """Return the lines about parameters, FLOPs and memory."""
-    model, _, teacher = networks
+    model = networks.model
     flops = count_flops(config, networks)
     lines = [
         f"encoder         {format_millions(model.encoder)} parameters",
         f"decoder         {format_millions(model.decoder)} parameters",
         f"heads           {format_millions(model.heads)} parameters",
     ]
-    if teacher is not None:
-        origin = f", read from {cache_folder(config)}" if reads_cache(config) else ""
-        origin += "" if builds_teacher(config) else " and not built"
-        lines.append(f"teacher         {format_millions(teacher.model)} parameters, frozen{origin}")
-        weights = config.teacher.weights or "random"
-        if builds_teacher(config) and weights != "random" and not is_file_name(weights):
-            lines.append(
-                f"                weights {weights}: a launch takes them from the library's cache, "
-                "or downloads them; not checked"
-            )
+    for name, alone, teacher in networks.teachers(config):
+        lines += count_teacher(name, alone, teacher)
     lines.append(
         f"GFLOP per view  student {flops.student / 1e9:.1f} (forward and backward), "
         f"momentum {flops.momentum / 1e9:.1f}, teacher {flops.teacher / 1e9:.1f} (2 per MAC)"
@@ -273,6 +277,21 @@ def find_saved_state(config: Config, index: Index | None) -> str | None:
             "run.output_dir"
         )
     return None
+
+
+def count_teacher(name: str, config: Config, teacher: OnlineTeacher) -> list[str]:
+    """Return the lines about the only teacher of a config; ``name`` is empty for a single one."""
+    origin = f", read from {cache_folder(config)}" if reads_cache(config) else ""
+    origin += "" if builds_teacher(config) else " and not built"
+    label = f"teacher {name}".strip()
+    lines = [f"{label:<15} {format_millions(teacher.model)} parameters, frozen{origin}"]
+    weights = config.teacher.weights or "random"
+    if builds_teacher(config) and weights != "random" and not is_file_name(weights):
+        lines.append(
+            f"                weights {weights}: a launch takes them from the library's cache, "
+            "or downloads them; not checked"
+        )
+    return lines
 
 
 def format_millions(module: nn.Module) -> str:

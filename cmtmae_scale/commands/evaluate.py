@@ -117,14 +117,24 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--timm", metavar="MODEL", help="a ViT of timm: MODEL.TAG, or with --file")
     parser.add_argument(
         "--weights",
-        choices=WEIGHTS,
+        type=parse_weights,
+        metavar=f"{{{','.join(WEIGHTS)}}}",
         help="of a checkpoint; default: momentum where the run has it, else student; random: the "
-        "run's architecture with its initial weights",
+        "run's architecture with its initial weights; of several teachers: teacher:NAME",
     )
     parser.add_argument("--arch", help="timm's name, for a .safetensors file without config.json")
     parser.add_argument("--file", help="weights for --timm")
     parser.add_argument("--size", type=at_least_one, help="side of the images for --timm, pixels")
     add_launcher_options(parser)
+
+
+def parse_weights(text: str) -> str:
+    """Parse one of ``WEIGHTS``, or ``teacher:NAME``."""
+    if text not in WEIGHTS and not text.startswith("teacher:"):
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(WEIGHTS)}, teacher:NAME)"
+        )
+    return text
 
 
 def add_image_options(

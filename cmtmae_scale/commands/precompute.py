@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
+from cmtmae_scale.config.derive import entry_errors, pick_teacher
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
@@ -58,9 +59,11 @@ def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
             if options.follow is not None:
                 return follow_run(options, world)
             config = load_config(options.config, options.overrides)
-            if config.cache.dir is None:
-                raise ConfigError("cache.dir is not set; name the folder of the cache")
-            return run_options(config, options, world)
+            config = pick_teacher(config, options.teacher)
+            with entry_errors(options.teacher or ""):
+                if config.cache.dir is None:
+                    raise ConfigError("cache.dir is not set; name the folder of the cache")
+                return run_options(config, options, world)
 
     try:
         return run_alone(compute)
@@ -77,6 +80,9 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
         hint=key_hint,
     )
     parser.add_argument("--config", help="recipe of the runs that will read the cache")
+    parser.add_argument(
+        "--teacher", metavar="NAME", help="the teacher, for a recipe with several teachers"
+    )
     parser.add_argument(
         "--shard",
         type=parse_share,
@@ -291,6 +297,14 @@ def follow_run(options: argparse.Namespace, world: World) -> int:
     if not await_file(recipe, "the run has not started"):
         return EXIT_STOPPED
     config = load_config(recipe, [*options.overrides, f"run.output_dir={run_dir}"])
+    config = pick_teacher(config, options.teacher)
+    with entry_errors(options.teacher or ""):
+        return follow_teacher(config, options, world)
+
+
+def follow_teacher(config: Config, options: argparse.Namespace, world: World) -> int:
+    """Compute what a run needs next of its only teacher; return the exit code."""
+    run_dir: Path = options.follow
     if config.teacher.mode != "sidecar":
         raise ConfigError(
             f"{run_dir}: the run has teacher.mode={config.teacher.mode}; --follow needs "

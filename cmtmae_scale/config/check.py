@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.config.deepspeed import extra_keys
-from cmtmae_scale.config.derive import builds_teacher, extremes, needs, reads_cache
-from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Student, Train
+from cmtmae_scale.config.derive import (
+    builds_teacher,
+    cache_folder,
+    entry_text,
+    extremes,
+    needs,
+    reads_cache,
+    teacher_config,
+)
+from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Student, Teacher, Train
 from cmtmae_scale.errors import ConfigError
 from dataloading.addresses import find_address_problem, is_url
 
@@ -43,12 +51,13 @@ def find_problems(config: Config) -> Iterator[str]:
     yield from check_start(config)
     yield from check_decoder(config)
     yield from check_losses(config)
-    yield from check_teacher(config)
-    yield from check_cache(config)
-    yield from check_precision(config)
+    if config.teachers:
+        yield from check_teachers(config)
+    else:
+        yield from check_single_teacher(config)
+    yield from check_precision("momentum", config.momentum.precision, config.backend.precision)
     yield from check_backend(config.backend)
     yield from check_log(config.log.trackers, config.log.profile_steps)
-    yield from check_figures(config)
     yield from check_evaluation(config)
 
 
@@ -58,6 +67,10 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
         key, value = f"{prefix}{one.name}", getattr(group, one.name)
         if is_dataclass(value):
             yield from check_ranges(value, f"{key}.")
+            continue
+        if isinstance(value, list) and any(map(is_dataclass, cast(list[Any], value))):
+            for entry in cast(list[Any], value):
+                yield from check_ranges(entry, f"{key}.{entry.name}.")
             continue
         if isinstance(value, str) and value.startswith("~/"):
             yield f"{key}={value}: ~ does not become the home folder; write the path out"
@@ -70,7 +83,7 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
                     f"{key}={value} is an address; only tars of images are read from "
                     "stores: set a path of a file system, local or shared"
                 )
-        if "empty" in one.metadata and not value:
+        if "empty" in one.metadata and value is not None and not value:
             yield f"{key} is empty; {one.metadata['empty']}"
         items = cast(list[Any], [*value] if isinstance(value, tuple | list) else [value])
         numbers = [item for item in items if isinstance(item, int | float)]
@@ -257,17 +270,61 @@ def check_losses(config: Config) -> Iterator[str]:
     need, loss = needs(config), config.loss
     if not (need.teacher_features or need.student_features or need.pixels):
         yield "no target has a weight; raise loss.teacher, loss.student or loss.pixel"
-    for name, used in (("teacher", need.teacher_features), ("student", need.student_features)):
-        norm = getattr(config.target, name).norm
-        if used and loss.type != "cosine" and norm in ("center", "none"):
-            yield (
-                f"target.{name}.norm={norm} with loss.type={loss.type} has no scale; use ln, l2, "
-                "instance or channel"
-            )
-    if config.target.teacher.layers != [-1] and config.teacher.feature != "block":
-        yield "target.teacher.layers needs teacher.feature=block"
+    if need.student_features:
+        yield from check_scale("student", config.target.student.norm, loss.type)
     if config.target.student.layers != [-1] and config.target.student.feature != "block":
         yield "target.student.layers needs target.student.feature=block"
+
+
+def check_scale(name: str, norm: str, loss_type: str) -> Iterator[str]:
+    """A target's norm gives it a scale where the loss needs one."""
+    if loss_type != "cosine" and norm in ("center", "none"):
+        yield (
+            f"target.{name}.norm={norm} with loss.type={loss_type} has no scale; use ln, l2, "
+            "instance or channel"
+        )
+
+
+def check_teachers(config: Config) -> Iterator[str]:
+    """Several teachers: each as a single one, none of them useless, and no cache used twice."""
+    for one in fields(Teacher):
+        value = getattr(config.teacher, one.name)
+        if value != one.default:
+            yield (
+                f"teacher.{one.name}={value} is for a single teacher, and the recipe has teachers; "
+                f"set teachers.NAME.{one.name}, NAME one of "
+                f"{', '.join(entry.name for entry in config.teachers)}, or teachers=[]"
+            )
+    folders = dict[str, str]()
+    for entry in config.teachers:
+        key = f"teachers.{entry.name}"
+        if not entry.loss and not entry.map:
+            yield f"{key}.loss=0 and {key}.map=0 leave no use for it; remove the entry"
+        alone = teacher_config(config, entry)
+        for problem in check_ranges(alone.cache, "cache."):
+            yield entry_text(problem, entry.name)
+        for problem in check_single_teacher(alone):
+            yield entry_text(problem, entry.name)
+        if alone.cache.dir:
+            folder = str(cache_folder(alone).absolute())
+            if folder in folders:
+                yield (
+                    f"{key}.cache_dir={alone.cache.dir} is the cache of teachers.{folders[folder]} "
+                    "too; give each teacher its own folder"
+                )
+            folders[folder] = entry.name
+
+
+def check_single_teacher(config: Config) -> Iterator[str]:
+    """Everything about the only teacher of a config."""
+    if needs(config).teacher_features:
+        yield from check_scale("teacher", config.target.teacher.norm, config.loss.type)
+    if config.target.teacher.layers != [-1] and config.teacher.feature != "block":
+        yield "target.teacher.layers needs teacher.feature=block"
+    yield from check_teacher(config)
+    yield from check_cache(config)
+    yield from check_precision("teacher", config.teacher.precision, config.backend.precision)
+    yield from check_figures(config)
 
 
 def check_teacher(config: Config) -> Iterator[str]:
@@ -345,14 +402,10 @@ def check_backend(backend: Backend) -> Iterator[str]:
         )
 
 
-def check_precision(config: Config) -> Iterator[str]:
+def check_precision(group: str, precision: str, backend: str) -> Iterator[str]:
     """Float8 layers take and give bfloat16."""
-    for key, group in (("teacher", config.teacher), ("momentum", config.momentum)):
-        if group.precision == "fp8" and config.backend.precision != "bf16":
-            yield (
-                f"{key}.precision=fp8 needs backend.precision=bf16; found "
-                f"{config.backend.precision}"
-            )
+    if precision == "fp8" and backend != "bf16":
+        yield f"{group}.precision=fp8 needs backend.precision=bf16; found {backend}"
 
 
 def check_log(trackers: list[str], profile_steps: list[int]) -> Iterator[str]:

@@ -1,11 +1,15 @@
 """Numbers and needs that are derived from a config, and never stored."""
 
 import math
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cmtmae_scale.config.schema import Config, Schedule, Student, Trained
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.config.schema import Config, NamedTeacher, Schedule, Student, Teacher, Trained
+from cmtmae_scale.errors import CmtMaeError, ConfigError
 
 SIZES = ("width", "depth", "heads")
 """Keys of ``student`` that replace sizes of its architecture."""
@@ -66,18 +70,157 @@ def needs(config: Config) -> Needs:
     attention = config.mask.sampler != "random"
     attention_low, attention_high = extremes(config.collaboration.alpha_attention)
     target_low, target_high = extremes(config.collaboration.alpha_target)
+    several = config.teachers
+    has_map = not several or any(one.map > 0 for one in several)
+    has_features = not several or any(one.loss > 0 for one in several)
     return Needs(
-        teacher_attention=attention and attention_high > 0,
-        teacher_features=config.loss.teacher > 0 and target_high > 0,
+        teacher_attention=has_map and attention and attention_high > 0,
+        teacher_features=has_features and config.loss.teacher > 0 and target_high > 0,
         student_attention=attention and attention_low < 1,
         student_features=config.loss.student > 0 and target_low < 1,
         pixels=config.loss.pixel > 0,
     )
 
 
+def used_teachers(config: Config) -> list[NamedTeacher]:
+    """Return the entries of ``teachers`` that the mask or the loss uses, in order."""
+    need = needs(config)
+    return [
+        one
+        for one in config.teachers
+        if (one.map > 0 and need.teacher_attention) or (one.loss > 0 and need.teacher_features)
+    ]
+
+
+def term_name(name: str) -> str:
+    """Return the name of a teacher's term in losses, logs and weights; empty: a single teacher."""
+    return f"teacher_{name}" if name else "teacher"
+
+
+def has_pairs(config: Config) -> bool:
+    """Whether the masks use the attention maps of two or more teachers."""
+    maps = [one for one in config.teachers if one.map > 0]
+    return needs(config).teacher_attention and len(maps) > 1
+
+
+def loss_weights(config: Config) -> dict[str, float]:
+    """Return the weights of the teachers' terms by name; empty without ``teachers``."""
+    used = needs(config).teacher_features
+    return {one.name: one.loss for one in config.teachers if used and one.loss > 0}
+
+
+def teacher_config(config: Config, entry: NamedTeacher) -> Config:
+    """Return the config of a run whose only teacher is an entry of ``teachers``.
+
+    Teacher, attention map, target, cache and what the run needs of the teacher are the entry's.
+    """
+    attention, target = config.attention, config.target.teacher
+    mixing, loss = config.collaboration, config.loss
+    return replace(
+        config,
+        teachers=[],
+        teacher=Teacher(**{one.name: getattr(entry, one.name) for one in fields(Teacher)}),
+        attention=replace(
+            attention,
+            source=entry.attention_source or attention.source,
+            layers=entry.attention_layers or attention.layers,
+        ),
+        target=replace(
+            config.target,
+            teacher=replace(
+                target, norm=entry.norm or target.norm, layers=entry.layers or target.layers
+            ),
+        ),
+        collaboration=mixing if entry.map > 0 else replace(mixing, alpha_attention=0.0),
+        loss=loss if entry.loss > 0 else replace(loss, teacher=0.0),
+        cache=replace(config.cache, dir=entry_cache_dir(config, entry)),
+    )
+
+
+def entry_cache_dir(config: Config, entry: NamedTeacher) -> str | None:
+    """Return the folder of the cache of an entry of ``teachers``, if there is one."""
+    if entry.cache_dir:
+        return entry.cache_dir
+    if config.cache.dir or entry.mode == "sidecar":
+        return str(cache_folder(config) / entry.name)
+    return None
+
+
+def teacher_configs(config: Config) -> dict[str, Config]:
+    """Return one config per teacher that the run uses, by name; each has a single teacher.
+
+    Without ``teachers`` it is the config itself under an empty name, whether or not it is used.
+    """
+    if not config.teachers:
+        return {"": config}
+    return {one.name: teacher_config(config, one) for one in used_teachers(config)}
+
+
+def pick_teacher(config: Config, name: str | None, option: str = "--teacher ") -> Config:
+    """Return the config of the teacher of a name; without ``teachers`` there is no name to give.
+
+    ``option`` is what gives the name, for messages.
+
+    Raises:
+        ConfigError: lists the names.
+    """
+    names = [one.name for one in config.teachers]
+    if not names and name is None:
+        return config
+    if name in names:
+        return teacher_config(config, config.teachers[names.index(name)])
+    if not names:
+        raise ConfigError(f"{option}{name}: there is a single teacher; omit the name")
+    found = "" if name is None else f"; found {option}{name}"
+    raise ConfigError(
+        f"there are several teachers; give {option}NAME, NAME one of {', '.join(names)}{found}"
+    )
+
+
+ENTRY_KEYS = {
+    "attention.source": "attention_source",
+    "attention.layers": "attention_layers",
+    "target.teacher.norm": "norm",
+    "target.teacher.layers": "layers",
+    "cache.dir": "cache_dir",
+}
+"""Keys that an entry of ``teachers`` replaces, and their names there."""
+
+
+def entry_text(text: str, name: str) -> str:
+    """Return a message about a single teacher with the keys of an entry of ``teachers``.
+
+    A message without any begins with the entry; ``name`` may be empty, for a single teacher.
+    """
+    if not name:
+        return text
+    for key, own in ENTRY_KEYS.items():
+        text = re.sub(rf"(?<![\w.]){re.escape(key)}\b", f"teachers.{name}.{own}", text)
+    keys = "|".join(one.name for one in fields(NamedTeacher))
+    text = re.sub(rf"(?<![\w.])teacher\.(?=({keys})\b)", f"teachers.{name}.", text)
+    return text if f"teachers.{name}" in text else f"teachers.{name}: {text}"
+
+
+@contextmanager
+def entry_errors(name: str) -> Generator[None, None, None]:
+    """Let errors name the keys of an entry of ``teachers``, see ``entry_text``."""
+    try:
+        yield
+    except CmtMaeError as error:
+        text = entry_text(str(error), name)
+        if text == str(error):
+            raise
+        raise type(error)(text) from error.__cause__
+
+
+def has_rows(teacher: Teacher) -> bool:
+    """Whether the rows of a teacher are read from a cache."""
+    return teacher.mode in ("cached", "sidecar")
+
+
 def reads_cache(config: Config) -> bool:
-    """Whether the teacher's rows are read from a cache."""
-    return config.teacher.mode in ("cached", "sidecar")
+    """Whether the rows of any teacher are read from a cache."""
+    return any(map(has_rows, config.teachers or [config.teacher]))
 
 
 def cache_folder(config: Config) -> Path:
@@ -86,14 +229,16 @@ def cache_folder(config: Config) -> Path:
 
 
 def online_fraction(config: Config) -> float:
-    """Return the expected share of micro-batches in which the teacher runs."""
+    """Return the expected share of micro-batches in which the single teacher runs."""
     if not needs(config).teacher or config.teacher.mode == "none":
         return 0.0
     return config.cache.spot_check if reads_cache(config) else 1.0
 
 
 def builds_teacher(config: Config) -> bool:
-    """Whether a training process builds the teacher, which cache misses may need."""
+    """Whether a training process builds a teacher, which cache misses may need."""
+    if config.teachers:
+        return any(map(builds_teacher, teacher_configs(config).values()))
     misses = reads_cache(config) and config.cache.on_miss == "online"
     return online_fraction(config) > 0 or (misses and needs(config).teacher)
 

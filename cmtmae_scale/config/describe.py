@@ -48,18 +48,22 @@ class Group(NamedTuple):
 
 def list_groups(schema: type) -> list[Group]:
     """Return the groups of a schema, each with all keys below it."""
-    whole = schema()
-    return [
-        Group(one.name, first_line(group), list(list_keys(group, f"{one.name}.")))
-        for one in fields(schema)
-        for group in [getattr(whole, one.name)]
-    ]
+    whole, kinds = schema(), get_type_hints(schema)
+    found: list[Group] = []
+    for one in fields(schema):
+        group, prefix = getattr(whole, one.name), f"{one.name}."
+        if isinstance(group, list):  # of named entries
+            group, prefix = get_args(kinds[one.name])[0](), f"{one.name}.NAME."
+        found.append(Group(one.name, first_line(group), list(list_keys(group, prefix))))
+    return found
 
 
 def list_keys(group: Any, prefix: str) -> Iterator[Key]:
     """Yield the keys of a group, an instance that holds the defaults."""
     owner: type[Any] = group.__class__
-    docs, hints = field_docs(owner.__module__)[owner.__name__], get_type_hints(owner)
+    docs, hints = dict[str, str](), get_type_hints(owner)
+    for base in reversed(owner.__mro__[:-1]):
+        docs |= field_docs(base.__module__)[base.__name__]
     for one in fields(group):
         value, name = getattr(group, one.name), f"{prefix}{one.name}"
         if is_dataclass(value):
@@ -132,8 +136,8 @@ def first_line(group: Any) -> str:
 def find_uses(key: Key) -> list[str]:
     """Return the modules that read a key, relative to the package.
 
-    A module reads ``mask.ratio`` if its code has ``mask.ratio``, or ``settings.ratio`` and names
-    the dataclass of the group.
+    A module reads ``mask.ratio`` if its code has ``mask.ratio``, or ``settings.ratio`` or
+    ``entry.ratio`` and names the dataclass of the group.
     """
     *_, group, name = key.name.split(".")
     found: list[str] = []
@@ -141,7 +145,8 @@ def find_uses(key: Key) -> list[str]:
         text = path.read_text()
         if f".{name}" not in text:  # parsing all modules would take seconds
             continue
-        holders = {group, "settings"} if key.owner.__name__ in text else {group}
+        names_owner = key.owner.__name__ in text
+        holders = {group, "settings", "entry"} if names_owner else {group}
         for node in ast.walk(ast.parse(text)):
             if (
                 isinstance(node, ast.Attribute)

@@ -1,5 +1,6 @@
 """Answers to keys and values that the schema does not have, but that users type."""
 
+import re
 from collections.abc import Collection
 
 RENAMED = {
@@ -93,6 +94,7 @@ def key_hint(key: str, keys: Collection[str] | None = None) -> str | None:
 
 def value_hint(key: str, value: str) -> str | None:
     """Return what to set in place of a value that a closed set no longer has, or never had."""
+    key = re.sub(r"^teachers\.\w+\.", "teacher.", key)
     if (key, value) in RENAMED_VALUES:
         return f"it is now {RENAMED_VALUES[key, value]}"
     return VALUE_REMEDIES.get((key, value))

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.hints import key_hint, value_hint
-from cmtmae_scale.config.schema import Config, Schedule, Trained, walk_fields
+from cmtmae_scale.config.schema import Config, NamedTeacher, Schedule, Trained, walk_fields
 from cmtmae_scale.config.shipped import find_recipe
 from cmtmae_scale.errors import ConfigError
 from dataloading.addresses import hide_secrets
@@ -119,6 +119,10 @@ class Draft(Generic[Recipe]):
         given: dict[str, Any] = {}
         for key, value in leaves(tree, key_fields(self.schema)):
             before = self.values[key]
+            entry = entry_type(field_types(self.schema).get(key))
+            if entry is not None:
+                given[key] = convert_entries(before, value, entry, place, key)
+                continue
             if isinstance(value, dict) and isinstance(before, dict):
                 whole, update = cast(dict[str, Any], before), cast(dict[str, Any], value)
                 replaces = key in schedule_keys(self.schema) and "kind" in update
@@ -191,8 +195,65 @@ def merged(before: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def convert_values(types: Any, values: dict[str, Any], schema: type, place: str) -> dict[str, Any]:
+def entry_type(kind: Any) -> type | None:
+    """Return the dataclass of the entries of a key that lists named entries, else ``None``."""
+    item = get_args(kind)[0] if get_origin(kind) is list else None
+    return cast(type, item) if dataclasses.is_dataclass(item) else None
+
+
+@cache
+def entry_types(entry: type) -> Any:
+    """Return OmegaConf's typed config of an entry, which converts values."""
+    return OmegaConf.structured(entry)
+
+
+def convert_entries(
+    before: list[dict[str, Any]],
+    update: list[dict[str, Any]] | dict[str, dict[str, Any]],
+    entry: type,
+    place: str,
+    key: str,
+) -> list[dict[str, Any]]:
+    """Return the entries of a key, in the types of their fields.
+
+    Args:
+        before: the entries before.
+        update: all entries, or changes by the entry's name, see ``check_entries``.
+        entry: dataclass of an entry.
+        place: for messages.
+        key: that lists the entries.
+
+    Raises:
+        ConfigError: for a name that no entry has, or a value of another type.
+    """
+    if isinstance(update, dict):
+        found = {one["name"]: one for one in before}
+        for name in update:
+            if name not in found:
+                listed = f"its entries are {', '.join(found)}" if found else "it has no entries"
+                near = difflib.get_close_matches(str(name), found, 1, 0.5)
+                hint = f"did you mean {near[0]}?" if near else f"{listed}; give the recipe one"
+                raise ConfigError(f"{place}: {key} has no entry {name}; {hint}")
+        update = [one | update.get(name, {}) for name, one in found.items()]
+    else:
+        update = [{**default_entry(entry), **one} for one in update]
+    return [
+        convert_values(entry_types(entry), one, entry, place, f"{key}.{one['name']}.")
+        for one in update
+    ]
+
+
+def default_entry(entry: type) -> dict[str, Any]:
+    """Return the values of an entry that gives none."""
+    return {name: one.default for name, one in key_fields(entry).items()}
+
+
+def convert_values(
+    types: Any, values: dict[str, Any], schema: type, place: str, prefix: str = ""
+) -> dict[str, Any]:
     """Return values by full key in the types of their keys, as plain Python.
+
+    ``prefix`` begins the keys in messages.
 
     Raises:
         ConfigError: names the key, what was found and what is expected.
@@ -200,7 +261,7 @@ def convert_values(types: Any, values: dict[str, Any], schema: type, place: str)
     found: dict[str, Any] = {}
     for key, value in values.items():
         kind = key_fields(schema)[key].type
-        if is_of_type(value, kind):
+        if is_of_type(value, kind) or entry_type(kind) is not None:
             found[key] = value
             continue
         group, _, name = key.rpartition(".")
@@ -221,7 +282,7 @@ def convert_values(types: Any, values: dict[str, Any], schema: type, place: str)
                 )
             else:
                 first += expected_type(at, schema)
-            raise ConfigError(f"{place}: {at}: {first}") from error
+            raise ConfigError(f"{place}: {prefix}{at}: {first}") from error
         result = owner[name]
         found[key] = OmegaConf.to_container(result) if OmegaConf.is_config(result) else result
     return found
@@ -254,6 +315,9 @@ def instantiate(schema: type[Recipe], values: dict[str, Any], prefix: str = "") 
         else:
             value = values[key]  # drafts share lists and schedules
             given[name] = value if isinstance(value, PLAIN) else copy.deepcopy(value)
+            entry = entry_type(kind)
+            if entry is not None:
+                given[name] = [entry(**one) for one in given[name]]
     return schema(**given)
 
 
@@ -394,7 +458,7 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
     """
     key, sign, value = text.partition("=")
     place = name_override(text, keys or ())
-    if not sign or "." not in key:
+    if not sign or ("." not in key and key.strip() not in (keys or ())):
         hint = key_hint(key.strip(), keys) or "expected group.key=value, without spaces"
         raise ConfigError(f"{place}: is not an override; {hint}")
     try:
@@ -415,7 +479,11 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
 def name_override(text: str, keys: Collection[str]) -> str:
     """Return an override for messages, without the value of an unknown key: it may be a secret."""
     key, sign, _ = text.partition("=")
-    return hide_secrets(text) if key.strip() in keys or not sign else f"{hide_secrets(key)}=..."
+    first, _, rest = key.strip().partition(".")
+    is_known = key.strip() in keys or (
+        first in keys and rest.partition(".")[2] in field_types(NamedTeacher)
+    )
+    return hide_secrets(text) if is_known or not sign else f"{hide_secrets(key)}=..."
 
 
 def is_path_key(key: str) -> bool:
@@ -456,12 +524,52 @@ def check_keys(
                 check_keys(inner, cast(type, kind), schema, place, full + ".")
             elif full not in scheduled:
                 raise ConfigError(f"{place}: {full}={value!r} is a group; give {full}.KEY=value")
-        elif get_origin(kind) is Literal:
+            continue
+        if value is None and type(None) in get_args(kind):
+            continue
+        kind = next((one for one in get_args(kind) if get_origin(one)), kind)
+        if get_origin(kind) is Literal:
             check_choice(place, full, value, get_args(kind))
+        elif entry_type(kind) is not None:
+            check_entries(place, full, value, cast(type, entry_type(kind)))
         elif get_origin(kind) in (list, tuple):
             check_list(place, full, value, kind, schema)
         elif bool in (kind, *get_args(kind)) and type(value) is int and value not in (0, 1):
             raise ConfigError(f"{place}: {full}={value} is neither true nor false")
+
+
+NAME = r"[a-z][a-z0-9_]*"
+"""Name of an entry of a list."""
+
+
+def check_entries(place: str, key: str, value: Any, entry: type) -> None:
+    """Refuse what is neither a list of named entries, nor changes by the entry's name."""
+    if isinstance(value, dict):
+        entries = cast(dict[str, Any], value)
+        for name, one in entries.items():
+            if not isinstance(one, dict):
+                raise ConfigError(f"{place}: {key}.{name} is an entry; give {key}.{name}.KEY=value")
+            if "name" in one:
+                raise ConfigError(
+                    f"{place}: {key}.{name}.name: entries are not renamed; change the recipe"
+                )
+    else:
+        entries = dict[str, Any]()
+        if not isinstance(value, list):
+            raise ConfigError(f"{place}: {key}={value!r} is not a list of entries {{name: ...}}")
+        for number, one in enumerate(cast(list[Any], value)):
+            name = cast(Any, one).get("name") if isinstance(one, dict) else None
+            if not isinstance(name, str) or not re.fullmatch(NAME, name):
+                found = "" if name is None else f"; found {name!r}"
+                raise ConfigError(
+                    f"{place}: {key}[{number}] needs a name of lower-case letters, digits and _, "
+                    f"such as name: clip{found}"
+                )
+            if name in entries:
+                raise ConfigError(f"{place}: {key} has two entries named {name}; rename one")
+            entries[name] = one
+    for name, one in entries.items():
+        check_keys(one, entry, entry, place, f"{key}.{name}.")
 
 
 def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> None:

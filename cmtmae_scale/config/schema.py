@@ -75,6 +75,11 @@ def blocks() -> Any:
     return field(default_factory=lambda: [-1], metadata={"empty": remedy})
 
 
+def given_blocks() -> Any:
+    """Return a field that lists transformer blocks, at least one, or is ``None``."""
+    return field(default=None, metadata={"empty": "give at least one block, or null"})
+
+
 def step_range() -> Any:
     """Return a field that holds a first and a last step, or nothing."""
     return field(default_factory=list[int], metadata={"range": Range(above=0, ascending=True)})
@@ -94,6 +99,12 @@ def walk_fields(schema: Any, prefix: str = "") -> Iterator[tuple[str, "Field[Any
             yield from walk_fields(group, f"{prefix}{one.name}.")
         else:
             yield f"{prefix}{one.name}", one
+
+
+MapSource = Literal["cls", "pool", "mean_query", "activation_norm"]
+"""Where a teacher's attention map comes from."""
+TargetNorm = Literal["l2", "ln", "instance", "channel", "center", "none"]
+"""Normalisation of the features of a target."""
 
 
 @dataclass
@@ -281,6 +292,28 @@ class Teacher:
 
 
 @dataclass
+class NamedTeacher(Teacher):
+    """Several frozen teachers, in place of ``teacher``: a list of entries, each with a name."""
+
+    name: str = MISSING
+    """Name of the entry in keys, logs and weights: lower-case letters, digits and ``_``."""
+    loss: float = non_negative(1.0)
+    """Weight of the entry's features among those of all teachers; 0: its attention map only."""
+    map: float = non_negative(1.0)
+    """Weight of the entry's attention map among those of all teachers; 0: its features only."""
+    attention_source: MapSource | None = None
+    """As ``attention.source``, which it is if ``None``."""
+    attention_layers: list[int] | None = given_blocks()
+    """As ``attention.layers``, which it is if ``None``."""
+    norm: TargetNorm | None = None
+    """As ``target.teacher.norm``, which it is if ``None``."""
+    layers: list[int] | None = given_blocks()
+    """As ``target.teacher.layers``, which it is if ``None``."""
+    cache_dir: str | None = None
+    """Folder of the entry's cache; ``None``: the folder of its name below ``cache.dir``."""
+
+
+@dataclass
 class Momentum:
     """EMA weights of the student: m * old + (1 - m) * new after each applied step."""
 
@@ -298,7 +331,7 @@ class Momentum:
 class Attention:
     """How a model's attention becomes an attention map over patches."""
 
-    source: Literal["cls", "pool", "mean_query", "activation_norm"] = "cls"
+    source: MapSource = "cls"
     """Teacher's attention map: class-token row, attention-pool query, or mean over patch queries;
     activation_norm: the norm of each patch's features, for teachers without attention. The momentum
     encoder's is its class-token row, or mean_query if it has no class token."""
@@ -359,7 +392,7 @@ class Collaboration:
 class TeacherTarget:
     """The teacher's features as a target."""
 
-    norm: Literal["l2", "ln", "instance", "channel", "center", "none"] = "l2"
+    norm: TargetNorm = "l2"
     """l2, ln: each token; instance: each channel over the patches of a view; channel, center: each
     channel by running statistics of all ranks' views, center without division."""
     layers: list[int] = blocks()
@@ -370,7 +403,7 @@ class TeacherTarget:
 class StudentTarget:
     """The momentum encoder's features as a target."""
 
-    norm: Literal["l2", "ln", "instance", "channel", "center", "none"] = "ln"
+    norm: TargetNorm = "ln"
     """As ``target.teacher.norm``."""
     feature: Literal["block", "norm"] = "block"
     """Output of ``layers`` before the final norm, or after it."""
@@ -583,6 +616,8 @@ class Config:
     """Decoder."""
     teacher: Teacher = field(default_factory=Teacher)
     """Frozen teacher."""
+    teachers: list[NamedTeacher] = field(default_factory=list[NamedTeacher])
+    """Several frozen teachers, each with a name, in place of the group ``teacher``."""
     momentum: Momentum = field(default_factory=Momentum)
     """EMA weights."""
     attention: Attention = field(default_factory=Attention)

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+from fnmatch import fnmatchcase
 from typing import Any
 
 from cmtmae_scale.config.derive import BatchPlan, pairs_views, split_batch, total_steps
@@ -40,6 +41,7 @@ LATER_KEYS = {
     "teacher.precision": "bf16",
     "momentum.precision": "bf16",
     "student.init_optimizer": False,
+    "teachers": [],
 }
 """Keys that older checkpoints lack, with the values that their runs had."""
 RESHAPING_KEYS = (
@@ -60,14 +62,18 @@ def format_names(names: list[str]) -> str:
 
 
 def is_listed(key: str, names: tuple[str, ...]) -> bool:
-    """Return whether a key or its group is among names."""
-    return any(key.startswith(name) if name.endswith(".") else key == name for name in names)
+    """Return whether a key or its group is among names; ``*`` is any name of an entry."""
+    return any(
+        key.startswith(name) if name.endswith(".") else fnmatchcase(key, name) for name in names
+    )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested groups into ``a.b`` keys; schedules stay whole."""
+    """Turn nested groups and named entries into ``a.b`` keys; schedules stay whole."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            value = {str(one.get("name")): one for one in value}
         if isinstance(value, dict) and "kind" not in value:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:

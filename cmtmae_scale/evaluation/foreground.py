@@ -11,7 +11,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import entry_errors, needs, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import gather_from_ranks
@@ -20,7 +20,7 @@ from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.masks import VOID, MaskedSet, cut_patches, masked_batches
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.subject import Subject
-from cmtmae_scale.method.attention import Grid, mix_attention
+from cmtmae_scale.method.attention import Grid, mix_all
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import Student
@@ -200,27 +200,32 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
         sources[subject.random.name] = attention_of(subject.random.network, size, config)
     for source in sources.values():
         source.to(device)
-    teacher = None
-    if config is not None and isinstance(network, Student) and uses_teacher_map(config):
-        teacher = assemble_teacher(config, needs(config), load=True).to(device)
+    teachers: dict[str, OnlineTeacher] = {}
+    if config is not None and isinstance(network, Student) and needs(config).teacher_attention:
+        for name, alone in teacher_configs(config).items():
+            if uses_teacher_map(alone):
+                with entry_errors(name):
+                    teacher = assemble_teacher(alone, needs(alone), load=True).to(device)
+                is_norm = alone.attention.source == "activation_norm"
+                label = f"{TEACHER} {name}".strip() + (" (activation norm)" if is_norm else "")
+                teachers[label] = teacher
     own, fraction = subject.encoder.name, subject.fraction
     names = tuple(sources)
     sizes: tuple[int, ...] = (size,)
     alpha = 1.0
-    if teacher is not None and config is not None:
+    if teachers and config is not None:
         alpha = evaluate(config.collaboration.alpha_attention, fraction)
-        is_norm = config.attention.source == "activation_norm"
-        label = f"{TEACHER} (activation norm)" if is_norm else TEACHER
-        names += (label, f"mixed, alpha {alpha:g}")
-        sizes = (size, teacher.image_size)
+        names += (*teachers, f"mixed, alpha {alpha:g}")
+        sizes += tuple(teacher.image_size for teacher in teachers.values())
 
     def compute(images: tuple[Tensor, ...]) -> dict[str, Tensor]:
         found = {name: required(source(images[0]).attention) for name, source in sources.items()}
-        if teacher is None or config is None:
+        if config is None or not teachers:
             return found
-        theirs = required(teacher(images[1]).attention)
-        mixed = required(mix_attention(config.attention, theirs, found[own], alpha))
-        return found | {names[-2]: theirs, names[-1]: mixed}
+        own_images = zip(teachers.items(), images[1:], strict=True)
+        theirs = {name: required(one(image).attention) for (name, one), image in own_images}
+        mixed = required(mix_all(config, list(theirs.values()), found[own], alpha))
+        return found | theirs | {names[-1]: mixed}
 
     return Maps(names, sizes, grid, compute)
 

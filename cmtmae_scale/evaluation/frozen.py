@@ -161,5 +161,6 @@ def result_file(options: argparse.Namespace, subject: Subject) -> Path | None:
     """Return the path of the result file; ``None``: no file."""
     if options.out is not None or subject.run_dir is None:
         return options.out
-    name = f"{options.method}-{subject.facts['weights']}-step-{subject.facts['step']:08d}.json"
+    weights = subject.facts["weights"].replace(":", "-")  # no part of a file's name everywhere
+    name = f"{options.method}-{weights}-step-{subject.facts['step']:08d}.json"
     return subject.run_dir / "evaluation" / name

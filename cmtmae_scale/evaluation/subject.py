@@ -17,7 +17,7 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.find import find_checkpoint, verify_together
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import name_student, needs, replaced_sizes
+from cmtmae_scale.config.derive import name_student, needs, pick_teacher, replaced_sizes
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.schema import Student as StudentConfig
@@ -114,7 +114,8 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     weights = weights or ("momentum" if needs(config).momentum else "student")
     step = int(state["progress"]["step"])
     facts: dict[str, Any] = {"checkpoint": str(folder), "step": step, "weights": weights}
-    if weights == "teacher":
+    if weights.partition(":")[0] == "teacher":
+        config = pick_teacher(config, weights.partition(":")[2] or None, "--weights teacher:")
         return subject_from_teacher(config, facts, run_dir, device)
     if weights == "random":
         encoder = random_student(config, device)

@@ -8,8 +8,15 @@ from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cmtmae_scale.config.derive import Needs, name_student, needs, peak_lr
-from cmtmae_scale.config.schema import Config, Schedule
+from cmtmae_scale.config.derive import (
+    Needs,
+    name_student,
+    needs,
+    peak_lr,
+    teacher_configs,
+    used_teachers,
+)
+from cmtmae_scale.config.schema import Config, Schedule, Teacher
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.results import escape_markdown, find_results
 from cmtmae_scale.runtime.versions import library_versions
@@ -38,7 +45,8 @@ def model_card(origin: Origin, card: CardFacts) -> str:
     config, need = origin.config, needs(origin.config)
     title, tag = method_name(need)
     name = escape_markdown(config.run.name)
-    random = need.teacher and config.teacher.weights == "random"
+    teachers = teacher_configs(config) if need.teacher else {}
+    random = any(one.teacher.weights == "random" for one in teachers.values())
     hint = ", with a teacher of RANDOM WEIGHTS" if random else ""
     side = config.student.patch_size
     patches = "" if side is None else f" with patches of {side}"
@@ -94,11 +102,21 @@ def method_name(need: Needs) -> tuple[str, str]:
     return "masked autoencoding of pixels (MAE, arXiv 2111.06377)", "mae"
 
 
-def teacher_text(config: Config, need: Needs) -> str:
-    """Name the frozen teacher and its weights; random weights carry no tag."""
-    teacher = config.teacher
+def teacher_rows(config: Config, need: Needs) -> dict[str, str]:
+    """Return each frozen teacher, and the weights of several."""
     if not need.teacher:
-        return "none"
+        return {"teacher": "none"}
+    if not config.teachers:
+        return {"teacher": teacher_text(config.teacher)}
+    return {
+        f"teacher {one.name}": f"{teacher_text(one)}; weight {one.map:g} among the attention maps, "
+        f"{one.loss:g} among the losses of the teachers"
+        for one in used_teachers(config)
+    }
+
+
+def teacher_text(teacher: Teacher) -> str:
+    """Name a frozen teacher and its weights; random weights carry no tag."""
     if teacher.weights == "random":
         model = str(teacher.model).split(".")[0]  # a tag would name weights that were not used
         return f"RANDOM WEIGHTS, architecture {model}: untrained, for tests only"
@@ -120,7 +138,7 @@ def method_rows(config: Config, need: Needs) -> dict[str, str]:
         "pixels": need.pixels,
     }
     rows = {
-        "teacher": teacher_text(config, need),
+        **teacher_rows(config, need),
         "masks": f"{mask.sampler}, {mask.ratio:.0%} masked, {mask.masks_per_view} per view",
         "targets": ", ".join(name for name, used in targets.items() if used),
         "decoder": "none"
@@ -190,8 +208,13 @@ def result_lines(origin: Origin, sha256: str) -> list[str]:
 def licence_lines(config: Config, need: Needs) -> list[str]:
     """Return the terms of code, teacher and data."""
     sources = [f"of the images ({public_path(config.data.path)})"]
-    if need.teacher and config.teacher.weights != "random":
-        sources.insert(0, f"of the teacher ({config.teacher.model})")
+    teachers = teacher_configs(config) if need.teacher else {}
+    models = [
+        str(one.teacher.model) for one in teachers.values() if one.teacher.weights != "random"
+    ]
+    if models:
+        whose = "teachers" if len(models) > 1 else "teacher"
+        sources.insert(0, f"of the {whose} ({', '.join(models)})")
     start = config.student.init_weights or config.student.init_from_run
     if start is not None:
         sources.append(f"of the initial weights ({public_path(start)})")

@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
+from cmtmae_scale.config.derive import loss_weights, term_name
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError
@@ -30,7 +32,7 @@ from cmtmae_scale.teachers.weights import find_non_finite
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 PREFIX = "model."
-TEACHER_HEAD = "heads.teacher.weight"
+TEACHER_HEAD = "heads.{}.weight"
 SNIPPET = """from cmtmae_scale.export.full import load_full
 model = load_full("FOLDER").eval()
 tokens = model.encoder(images)  # normalised [B, 3, S, S] to [B, P + N, D]
@@ -66,19 +68,26 @@ def build_full(config: Config, tensors: dict[str, Tensor], place: str) -> Collab
     Raises:
         CheckpointError: if names or shapes differ.
     """
-    head = tensors.get(TEACHER_HEAD)
+    widths = {name: len(head) for name, head in teacher_heads(config, tensors).items()}
     if config.decoder.depth > len(tensors):
         raise CheckpointError(
             f"{place}: weights and config differ: decoder.depth={config.decoder.depth}, but there "
             f"are only {len(tensors)} tensors"
         )
     try:
-        model = CollaborativeMAE(config, None if head is None else len(head))
+        model = CollaborativeMAE(config, widths if config.teachers else widths.get(""))
         model.load_state_dict(tensors, strict=True)
     except (RuntimeError, TypeError, ValueError) as error:
         first = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{place}: weights and config differ: {first}") from error
     return model
+
+
+def teacher_heads(config: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the teachers' heads by name, which is empty for a single teacher."""
+    names = list(loss_weights(config)) if config.teachers else [""]
+    keys = {name: TEACHER_HEAD.format(term_name(name)) for name in names}
+    return {name: tensors[key] for name, key in keys.items() if key in tensors}
 
 
 def write_full(draft: Path, origin: Origin) -> None:
@@ -112,7 +121,7 @@ def check_full(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     theirs = load_full(folder).eval()
     pixels = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
     choice = random_masks(origin.config, ours, len(images))
-    pairs = zip(ours(pixels, choice), theirs(pixels, choice), strict=True)
+    pairs = zip(tree_leaves(ours(pixels, choice)), tree_leaves(theirs(pixels, choice)), strict=True)
     flat = [(a.flatten(), b.flatten()) for a, b in pairs if a is not None and b is not None]
     one, other = (torch.cat(side) for side in zip(*flat, strict=True))
     return require_agreement(one, other, "CollaborativeMAE")

@@ -9,7 +9,8 @@ Source: docs/method.md, sections "Attention maps", "Normalisation", "Grids" and 
 attention".
 """
 
-from collections.abc import Generator
+import itertools
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmtmae_scale.config.schema import Attention
+from cmtmae_scale.config.derive import used_teachers
+from cmtmae_scale.config.schema import Attention, Config
 
 Grid = tuple[int, int]
 
@@ -340,6 +342,69 @@ def mix_attention(
         for one in (teacher, student)
     )
     return collaborative_attention(teacher, student, alpha, settings.norm)
+
+
+@torch.no_grad()
+def mix_several(
+    settings: Attention,
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    student: Tensor | None,
+    alpha: float | Tensor,
+) -> Tensor:
+    """Mix the attention maps of several teachers and of the momentum encoder.
+
+    Each map is sharpened and normalised as a single teacher's in ``mix_attention``; the teachers'
+    weighted mean then takes the place of the teacher's map.
+
+    Args:
+        settings: the config's group ``attention``.
+        teachers: attention maps ``[B, N]``, at least one.
+        weights: weight of each, above 0.
+        student: attention map of the momentum encoder, or ``None``.
+        alpha: weight of the teachers in [0, 1].
+
+    Returns:
+        ``[B, N]``, float32; rows sum to 1 with ``norm=prob``. No host synchronisation.
+
+    Source: docs/method.md, section "Several teachers".
+    """
+
+    def normalised(one: Tensor) -> Tensor:
+        sharp = sharpen(one, settings.temperature, settings.clip_quantile)
+        return normalise_map(sharp, settings.norm)
+
+    mean = torch.zeros_like(teachers[0], dtype=torch.float32)
+    for one, weight in zip(teachers, weights, strict=True):
+        mean = mean + weight / sum(weights) * normalised(one)
+    return mean if student is None else alpha * mean + (1.0 - alpha) * normalised(student)
+
+
+def mix_all(
+    config: Config, teachers: Sequence[Tensor], student: Tensor | None, alpha: float | Tensor
+) -> Tensor | None:
+    """Mix the attention maps of a run's teachers and of its momentum encoder.
+
+    Args:
+        config: the run.
+        teachers: attention maps ``[B, N]`` of the teachers that have one, in order.
+        student: attention map of the momentum encoder, or ``None``.
+        alpha: weight of the teachers in [0, 1].
+
+    Returns:
+        ``[B, N]`` as ``mix_attention`` or ``mix_several``; ``None`` without any map.
+    """
+    if len(teachers) < 2:
+        return mix_attention(config.attention, next(iter(teachers), None), student, alpha)
+    weights = [one.map for one in used_teachers(config) if one.map > 0]
+    return mix_several(config.attention, teachers, weights, student, alpha)
+
+
+@torch.no_grad()
+def mean_agreement(maps: Sequence[Tensor]) -> Tensor:
+    """Return the mean of ``map_agreement`` over all pairs of two or more maps ``[B, N]``, 0-dim."""
+    pairs = [map_agreement(a, b) for a, b in itertools.combinations(maps, 2)]
+    return torch.stack(pairs).mean()
 
 
 @torch.no_grad()

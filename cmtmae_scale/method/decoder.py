@@ -12,7 +12,7 @@ Source: docs/method.md, section "Decoders"; MAE (arXiv 2111.06377), MILAN (2208.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 # timm and parts of torch are only partly typed.
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,13 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from cmtmae_scale.config.derive import term_name
 from cmtmae_scale.config.schema import Decoder as DecoderSettings
 from cmtmae_scale.method.attention import attend
 from cmtmae_scale.method.initialisation import sincos_positions
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.student import run_block, use_attend
-from cmtmae_scale.method.targets import Predictions, TokenLayout
+from cmtmae_scale.method.targets import Predictions, SeveralPredictions, TokenLayout
 
 EPS = 1e-6
 MLP_RATIO = 4
@@ -334,7 +335,7 @@ class Heads(nn.Module):
 
     Args:
         width: E.
-        teacher_width: F, or ``None`` without teacher features.
+        teacher_width: F, or ``None`` without teacher features; of several teachers F by name.
         student_width: D, or ``None`` without momentum features.
         pixel_width: ``3 p p``, or ``None`` without pixels.
         has_cls: whether the first token is the class token, which has no pixels.
@@ -343,24 +344,33 @@ class Heads(nn.Module):
     def __init__(
         self,
         width: int,
-        teacher_width: int | None,
+        teacher_width: int | Mapping[str, int] | None,
         student_width: int | None,
         pixel_width: int | None,
         has_cls: bool,
     ) -> None:
         super().__init__()
         self.has_cls = has_cls
-        self.teacher = make_head(width, teacher_width)
+        several = teacher_width if isinstance(teacher_width, Mapping) else {}
+        self.teacher_names = tuple(several)
+        for name, own in several.items():
+            self.add_module(term_name(name), nn.Linear(width, own))
+        single = None if isinstance(teacher_width, Mapping) else teacher_width
+        self.teacher = make_head(width, single)
         self.student = make_head(width, student_width)
         self.pixel = make_head(width, pixel_width)
 
-    def forward(self, x: Tensor) -> Predictions:
+    def forward(self, x: Tensor) -> Predictions | SeveralPredictions:
         """Predictions from decoder outputs ``[R, Q, E]``."""
-        return Predictions(
+        found = Predictions(
             None if self.teacher is None else self.teacher(x),
             None if self.student is None else self.student(x),
             None if self.pixel is None else self.pixel(x[:, int(self.has_cls) :]),
         )
+        if not self.teacher_names:
+            return found
+        heads = (getattr(self, term_name(name)) for name in self.teacher_names)
+        return SeveralPredictions(found, tuple(head(x) for head in heads))
 
 
 def make_head(width: int, target_width: int | None) -> nn.Linear | None:

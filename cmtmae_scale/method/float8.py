@@ -87,6 +87,7 @@ class Float8SelfAttention(SelfAttention):
 def warn_about_emulation(config: Config, device: torch.device) -> None:
     """Warn where float8 layers are slower than those in bfloat16."""
     keys = {"teacher": config.teacher.precision, "momentum": config.momentum.precision}
+    keys |= {f"teachers.{one.name}": one.precision for one in config.teachers}
     emulated = [f"{group}.precision" for group, precision in keys.items() if precision == "fp8"]
     if emulated and not has_float8_products(device):
         logger.warning(

@@ -4,15 +4,17 @@ Legend: B views in a micro-batch, R rows (masks), P prefix tokens, K visible, Q 
 D student width, E decoder width, F teacher width, p patch side in pixels.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import loss_weights, needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.decoder import Heads, build_decoder
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.student import Student, build_student
-from cmtmae_scale.method.targets import Predictions, TokenLayout
+from cmtmae_scale.method.targets import Predictions, SeveralPredictions, TokenLayout
 
 
 class CollaborativeMAE(nn.Module):
@@ -20,7 +22,8 @@ class CollaborativeMAE(nn.Module):
 
     Args:
         config: checked settings.
-        teacher_width: F; needed where the teacher's features are a target.
+        teacher_width: F; needed where the teacher's features are a target. Of several teachers F
+            by name.
 
     Raises:
         ConfigError: if the class token is a prediction target and the student has none.
@@ -31,9 +34,16 @@ class CollaborativeMAE(nn.Module):
 
     encoder: Student
 
-    def __init__(self, config: Config, teacher_width: int | None = None) -> None:
+    def __init__(
+        self, config: Config, teacher_width: int | Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         need = needs(config)
+        if isinstance(teacher_width, Mapping):
+            absent = [name for name in loss_weights(config) if name not in teacher_width]
+            if absent:
+                raise ValueError(f"teacher_width is needed of {', '.join(absent)}")
+            teacher_width = {name: teacher_width[name] for name in loss_weights(config)}
         if need.teacher_features and teacher_width is None:
             raise ValueError("teacher_width is needed: the teacher's features are a target")
         self.encoder = build_student(config)
@@ -59,7 +69,7 @@ class CollaborativeMAE(nn.Module):
             layout.cls,
         )
 
-    def forward(self, images: Tensor, choice: PatchChoice) -> Predictions:
+    def forward(self, images: Tensor, choice: PatchChoice) -> Predictions | SeveralPredictions:
         """Predict the targets of masked views.
 
         Args:
@@ -68,8 +78,8 @@ class CollaborativeMAE(nn.Module):
 
         Returns:
             Predictions in the order of the config's ``TokenLayout``: ``[R, Q, F]``, ``[R, Q, D]``
-            and without class token ``[R, Q', 3 p p]``; ``None`` where a target is not used. No host
-            synchronisation.
+            and without class token ``[R, Q', 3 p p]``; ``None`` where a target is not used. With
+            several teachers one ``[R, Q, F]`` for each. No host synchronisation.
         """
         tokens = self.encoder(images, choice.ids_keep)  # [R, P + K, D]
         return self.heads(self.decoder(tokens, choice))

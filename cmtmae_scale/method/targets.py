@@ -8,6 +8,7 @@ M masked, Q predicted tokens, D student width, F teacher width, P patch side in 
 Source: docs/method.md, sections "Targets" and "Losses".
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmtmae_scale.config.derive import term_name
 from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.masking import PatchChoice
@@ -33,6 +35,30 @@ class Predictions(NamedTuple):
     """``[R, Q, D]``."""
     pixel: Tensor | None
     """``[R, Q', 3 P P]``, without class token."""
+
+
+class SeveralPredictions(NamedTuple):
+    """Predictions or targets of a run with several teachers."""
+
+    others: Predictions
+    """Those of the momentum encoder and of the pixels."""
+    teachers: tuple[Tensor, ...]
+    """``[R, Q, F]`` for each teacher whose features are a target, in order."""
+
+
+def feature_terms(
+    found: Predictions | SeveralPredictions, names: Iterable[str]
+) -> dict[str, Tensor | None]:
+    """Return predictions or targets of features by the name of their term.
+
+    Args:
+        found: predictions or targets.
+        names: of several teachers, in order; unused for a single teacher.
+    """
+    if isinstance(found, Predictions):
+        return {"teacher": found.teacher, "student": found.student}
+    each = dict(zip(map(term_name, names), found.teachers, strict=True))
+    return {**each, "student": found.others.student}
 
 
 class Losses(NamedTuple):
@@ -326,6 +352,53 @@ def weighted_terms(losses: Losses, loss: Loss, alpha_target: float | Tensor) -> 
         "student": (1.0 - alpha_target) * loss.student * losses.student,
         "pixel": loss.pixel * losses.pixel,
     }
+
+
+def teacher_shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights of several teachers' terms, whose sum is 1, by the term's name."""
+    whole = sum(weights.values())
+    return {term_name(name): weight / whole for name, weight in weights.items()}
+
+
+def several_objective(
+    predictions: SeveralPredictions,
+    targets: SeveralPredictions,
+    valid: Tensor,
+    layout: TokenLayout,
+    loss: Loss,
+    alpha_target: float | Tensor,
+    shares: Sequence[float],
+) -> tuple[Losses, tuple[Tensor, ...]]:
+    """Return ``objective`` with the weighted mean of several teachers' terms as the teacher's.
+
+    Args:
+        predictions: as in ``objective``, one per teacher.
+        targets: likewise.
+        valid: as in ``objective``.
+        layout: as in ``objective``.
+        loss: as in ``objective``.
+        alpha_target: as in ``objective``.
+        shares: weight of each teacher's term, with the sum 1.
+
+    Returns:
+        The losses, and each teacher's term without weight and alpha, a 0-dim float32 sum over valid
+        rows.
+
+    Raises:
+        ValueError: as ``objective``.
+
+    Source: docs/method.md, section "Several teachers".
+    """
+    each = tuple(
+        sum_rows(token_loss(prediction, target, loss.type, loss.beta), valid, layout)
+        for prediction, target in zip(predictions.teachers, targets.teachers, strict=True)
+    )
+    teacher = torch.zeros((), dtype=torch.float32, device=valid.device)
+    for term, share in zip(each, shares, strict=True):
+        teacher = teacher + share * term
+    rest = objective(predictions.others, targets.others, valid, layout, loss, alpha_target)
+    total = (alpha_target * loss.teacher * teacher + rest.total).float()
+    return Losses(total, teacher, rest.student, rest.pixel), each
 
 
 def sum_rows(per_token: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:

@@ -2,9 +2,12 @@
 
 import hashlib
 import logging
+from collections import namedtuple
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +19,17 @@ from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
 from cmtmae_scale.cache.format import manifest_text
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import match_init_weights, refuse_non_finite
-from cmtmae_scale.config.derive import batch_plan, builds_teacher, cache_folder, needs, reads_cache
+from cmtmae_scale.config.derive import (
+    batch_plan,
+    builds_teacher,
+    cache_folder,
+    entry_errors,
+    entry_text,
+    loss_weights,
+    needs,
+    reads_cache,
+    teacher_configs,
+)
 from cmtmae_scale.config.images import request_images
 from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
@@ -27,7 +40,16 @@ from cmtmae_scale.method.initialisation import Values, initial_values
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
-from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective, weighted_terms
+from cmtmae_scale.method.targets import (
+    Losses,
+    Predictions,
+    SeveralPredictions,
+    TokenLayout,
+    objective,
+    several_objective,
+    teacher_shares,
+    weighted_terms,
+)
 from cmtmae_scale.pretraining.channels import open_channels
 from cmtmae_scale.pretraining.init_from_run import load_source, open_source
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
@@ -35,12 +57,20 @@ from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
 from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.shared_index import open_on_all_ranks
-from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
+from cmtmae_scale.teachers.base import (
+    AnyTeacher,
+    Teacher,
+    TeacherSource,
+    join_sources,
+    sources_of,
+    view_sizes,
+)
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import digest_weights, map_weights
 from dataloading.index import Index
 from dataloading.mixing import require_mixed
 from dataloading.parquet_index import require_small_groups
+from dataloading.plan import Plan
 from dataloading.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -50,7 +80,7 @@ def build_models(
     config: Config,
     world: World,
     device: torch.device,
-    teacher: TeacherSource | None,
+    teacher: AnyTeacher | None,
     resumed: bool = False,
 ) -> Models:
     """Build student and momentum encoder, shard them with the backend, and initialise the shards.
@@ -59,7 +89,7 @@ def build_models(
         config: checked settings.
         world: place of this process.
         device: device of this rank.
-        teacher: where the teacher's views come from.
+        teacher: where the teachers' views come from.
         resumed: a checkpoint will give all weights, so none are initialised or read.
 
     Raises:
@@ -136,15 +166,45 @@ def open_teacher(
     index: Index,
     stop: StopRequest,
     stack: ExitStack,
+) -> AnyTeacher | None:
+    """Build the teachers, or open their caches; ``None`` where the run uses neither.
+
+    ``stop`` takes the failure of a row that a run without an online teacher lacks; the other
+    arguments, and the errors, are those of ``open_one_teacher``, which opens each. A collective.
+    """
+    sources: dict[str, TeacherSource] = {}
+    for name, alone in teacher_configs(config).items():
+        if name:
+            logger.info("teachers.%s: %s", name, alone.teacher.model)
+        with entry_errors(name):
+            fail = partial(record_entry_failure, stop, name)
+            source = open_one_teacher(alone, world, device, index, fail, stack)
+        if source is not None:
+            sources[name] = source
+    return join_sources(sources)
+
+
+def record_entry_failure(stop: StopRequest, name: str, error: CacheError) -> None:
+    """Record a failure with the keys of an entry of ``teachers``, see ``entry_text``."""
+    stop.record_failure(CacheError(entry_text(str(error), name)) if name else error)
+
+
+def open_one_teacher(
+    config: Config,
+    world: World,
+    device: torch.device,
+    index: Index,
+    fail: Callable[[CacheError], None],
+    stack: ExitStack,
 ) -> TeacherSource | None:
-    """Build the teacher, or open its cache; ``None`` where the run uses neither.
+    """Build the only teacher of a config, or open its cache; ``None`` where it is not used.
 
     Args:
         config: checked settings.
         world: place of this process.
         device: device of this rank.
         index: the images.
-        stop: takes the failure of a row that a run without an online teacher lacks.
+        fail: takes the failure of a row that a run without an online teacher lacks.
         stack: closes the cache.
 
     Raises:
@@ -160,7 +220,7 @@ def open_teacher(
     found: dict[str, str] = {}
     try:
         if config.teacher.mode == "sidecar" and online is not None:
-            teacher = SidecarTeacher(config, skeleton, online, index, device, stop.record_failure)
+            teacher = SidecarTeacher(config, skeleton, online, index, device, fail)
         else:
             opened = open_cache(config, skeleton, index)
             manifest = hashlib.sha256(manifest_text(opened[0]).encode()).hexdigest()
@@ -168,7 +228,7 @@ def open_teacher(
             if world.rank == 0:
                 here = provenance(config, device)
                 warn_about_provenance(opened[0], here, str(config.cache.dir))
-            teacher = CachedTeacher(config, *opened, skeleton, online, device, stop.record_failure)
+            teacher = CachedTeacher(config, *opened, skeleton, online, device, fail)
         stack.callback(teacher.close)
     except CacheError as error:
         problem = str(error)
@@ -206,7 +266,7 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
 
 
 def build_model(
-    config: Config, teacher: TeacherSource | None
+    config: Config, teacher: AnyTeacher | None
 ) -> tuple[CollaborativeMAE, MomentumEncoder | None]:
     """Build student and decoder, and the momentum encoder, on the meta device."""
     refuse_missing_cls(config, teacher)
@@ -222,18 +282,22 @@ def build_model(
     return model, momentum_encoder
 
 
-def refuse_missing_cls(config: Config, teacher: TeacherSource | None) -> None:
-    """Refuse a class token of the targets that the teacher does not have.
+def refuse_missing_cls(config: Config, teacher: AnyTeacher | None) -> None:
+    """Refuse a class token of the targets that a teacher does not have.
 
     Raises:
         ConfigError: names ``loss.include_cls``.
     """
-    targets = config.loss.include_cls and needs(config).teacher_features
-    if targets and teacher and not teacher.has_cls:
-        raise ConfigError(
-            f"loss.include_cls=true, but teacher.model={config.teacher.model} has no class token; "
-            "set loss.include_cls=false"
-        )
+    configs = teacher_configs(config)
+    for name, source in sources_of(teacher).items():
+        alone = configs[name]
+        targets = alone.loss.include_cls and needs(alone).teacher_features
+        if targets and not source.has_cls:
+            with entry_errors(name):
+                raise ConfigError(
+                    f"loss.include_cls=true, but teacher.model={alone.teacher.model} has no class "
+                    "token; set loss.include_cls=false"
+                )
 
 
 def find_initial_values(config: Config, world: World, model: CollaborativeMAE) -> Values:
@@ -277,6 +341,9 @@ def open_init_weights(
 
 def make_objective(config: Config, layout: TokenLayout) -> Objective:
     """The run's loss as a function of predictions and a micro-batch."""
+    shares = teacher_shares(loss_weights(config))
+    if shares:
+        return make_several_objective(config, layout, shares)
     score = compiled(objective, config.backend.compile)
 
     def compute(predictions: Predictions, batch: MicroBatch) -> Losses:
@@ -288,9 +355,37 @@ def make_objective(config: Config, layout: TokenLayout) -> Objective:
     return compute
 
 
-def isolate_term(losses: Losses, batch: MicroBatch, loss: Loss) -> Losses:
-    """Let one weighted term alone be differentiated; every network still takes part."""
+def make_several_objective(
+    config: Config, layout: TokenLayout, shares: dict[str, float]
+) -> Objective:
+    """The loss of a run with several teachers, whose terms follow those of ``Losses``."""
+    score = compiled(several_objective, config.backend.compile)
+    named: Callable[..., Any] = namedtuple("SeveralLosses", (*Losses._fields, *shares))
+    weights = list(shares.values())
+
+    def compute(predictions: SeveralPredictions, batch: MicroBatch) -> Any:
+        alpha = batch.alpha_target
+        losses, each = score(
+            predictions, batch.targets, batch.valid, layout, config.loss, alpha, weights
+        )
+        found = named(*losses, *each)
+        return found if batch.only_term is None else isolate_term(found, batch, config.loss, shares)
+
+    return compute
+
+
+def isolate_term(
+    losses: Any, batch: MicroBatch, loss: Loss, shares: Mapping[str, float] | None = None
+) -> Any:
+    """Let one weighted term alone be differentiated; every network still takes part.
+
+    ``shares`` are the weights of several teachers' terms, which replace the teacher's.
+    """
     terms = weighted_terms(losses, loss, batch.alpha_target)
+    if shares:
+        whole = batch.alpha_target * loss.teacher
+        each = {name: whole * share * getattr(losses, name) for name, share in shares.items()}
+        terms = each | {name: term for name, term in terms.items() if name != "teacher"}
     factors = [float(name == batch.only_term) for name in terms]
     total = sum(factor * term for factor, term in zip(factors, terms.values(), strict=True))
     return losses._replace(total=cast(Tensor, total))
@@ -301,10 +396,17 @@ def open_stream(
     index: Index,
     world: World,
     device: torch.device,
-    teacher: TeacherSource | None,
+    teacher: AnyTeacher | None,
     position: int,
 ) -> Stream:
     """Open this rank's views of the global stream from a global sample index on."""
+    sources = sources_of(teacher).values()
+    watches = [one.submit for one in sources if isinstance(one, CachedTeacher | SidecarTeacher)]
+
+    def submit_to_all(plan: Plan) -> None:
+        for submit in watches:
+            submit(plan)
+
     return Stream(
         index,
         seed=config.run.seed,
@@ -325,7 +427,7 @@ def open_stream(
         device=device,
         quarantine=Path(config.run.output_dir) / "quarantine.jsonl",
         store_cache=None if config.data.store_cache is None else Path(config.data.store_cache),
-        watch=teacher.submit if isinstance(teacher, CachedTeacher | SidecarTeacher) else None,
+        watch=submit_to_all if watches else None,
     )
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.checkpoint.layout import REMEDY, STATE
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import needs, teacher_configs, term_name
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.method.channels import ChannelMoments, ChannelScaling, merge_moments
 from cmtmae_scale.method.student import Student
 from cmtmae_scale.method.targets import EPS, RUNNING_NORMS
-from cmtmae_scale.teachers.base import TeacherSource
+from cmtmae_scale.teachers.base import AnyTeacher, sources_of
 
 DECAY = 0.9
 """Factor per applied step of the earlier views' weight; DINO's momentum of the centre."""
@@ -80,7 +80,8 @@ class TargetChannels:
     """Running statistics of all targets that use them, and the sums of the present step.
 
     Args:
-        running: statistics by target, ``teacher`` or ``student``; none by default.
+        running: statistics by target, ``teacher``, ``student``, or ``teacher_NAME`` of several
+            teachers; none by default.
         device: of the features.
     """
 
@@ -155,13 +156,13 @@ def read_moments(state: Any, like: ChannelMoments, name: str) -> ChannelMoments:
 
 
 def open_channels(
-    config: Config, teacher: TeacherSource | None, student: Student, device: torch.device
+    config: Config, teacher: AnyTeacher | None, student: Student, device: torch.device
 ) -> TargetChannels:
     """Return the statistics that the targets need, before the first step.
 
     Args:
         config: checked settings.
-        teacher: its feature width and class token are used.
+        teacher: feature width and class token of each teacher are used.
         student: the encoder; likewise.
         device: of the features.
     """
@@ -171,8 +172,11 @@ def open_channels(
         if norm in RUNNING_NORMS:
             running[name] = RunningChannels(norm == "channel", 1 + has_cls, width, device)
 
-    if need.teacher_features and teacher is not None:
-        open_running("teacher", config.target.teacher.norm, teacher.has_cls, teacher.width)
+    configs = teacher_configs(config)
+    for name, source in sources_of(teacher).items():
+        if needs(configs[name]).teacher_features:
+            target, norm = term_name(name), configs[name].target.teacher.norm
+            open_running(target, norm, source.has_cls, source.width)
     if need.student_features:
         norm = config.target.student.norm
         open_running("student", norm, student.has_class_token, student.embed_dim)

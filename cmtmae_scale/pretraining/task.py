@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
-from cmtmae_scale.config.derive import find_length_problem, needs, reads_cache
+from cmtmae_scale.config.derive import (
+    entry_errors,
+    find_length_problem,
+    has_pairs,
+    loss_weights,
+    needs,
+    reads_cache,
+    teacher_configs,
+    term_name,
+)
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import StopRequest
@@ -36,6 +45,7 @@ SHOWN_SAMPLES = 4
 """Samples that an error names per rank."""
 EVALUATION_FRACTION = 0.05
 """Fraction of a run's time above which evaluation causes a warning."""
+TEACHER_AGREEMENT = "attention/teacher_agreement"
 OBSERVED = ("mask/visible_mass", "attention/agreement", "cache/hit", "teacher/not_finite")
 
 
@@ -49,11 +59,13 @@ class Pretraining:
     """
 
     name = "pre-training"
-    terms: tuple[str, ...] = LOSSES + OBSERVED
+    terms: tuple[str, ...]
     logged: tuple[str, ...]
     free_keys: tuple[str, ...] = (
         "cache.",
         "teacher.mode",
+        "teachers.*.mode",
+        "teachers.*.cache_dir",
         "train.micro_batch_size",
         "data.resident",
         "data.index",
@@ -75,14 +87,19 @@ class Pretraining:
         self.has_warned = False
         self.diagnostics = Diagnostics(config)
         self.drawn: list[tuple[Tensor, Tensor | None]] = []
-        """Sample ids of the step's micro-batches, and which of them the teacher fails on."""
+        """Sample ids of the step's micro-batches, and which of them each teacher fails on."""
         needed = needs(config)
         maps = (needed.teacher_attention, needed.student_attention)
         # A term that the run does not have is not logged: a zero would look like a measurement.
         present = (any(maps), all(maps), reads_cache(config), False)
         found = [name for name, is_present in zip(OBSERVED, present, strict=True) if is_present]
         terms = [f"loss/{term}" for term in self.diagnostics.terms]
-        self.logged = ("loss/total", *terms, *found)
+        of_each = [f"loss/{term_name(name)}" for name in loss_weights(config)]
+        if of_each:
+            terms.insert(0, "loss/teacher")
+        of_pairs = [TEACHER_AGREEMENT] if has_pairs(config) else []
+        self.terms = (*LOSSES, *of_each, *OBSERVED, *of_pairs)
+        self.logged = ("loss/total", *terms, *found, *of_pairs)
 
     def open_index(self, run_dir: Path) -> Index:
         self.index = open_index(self.config, run_dir)
@@ -139,30 +156,39 @@ class Pretraining:
         self.models.channels.clear_sums()
         return scalars_at(self.config, progress.fraction)
 
-    def prepare_fixed(self, batch: Batch) -> TeacherView:
-        """See ``Task.prepare_fixed``: the teacher's output."""
+    def prepare_fixed(self, batch: Batch) -> TeacherView | tuple[TeacherView, ...]:
+        """See ``Task.prepare_fixed``: the teachers' outputs."""
         teacher = self.models.teacher
         return TeacherView(None, None) if teacher is None else teacher.forward_batch(batch)
 
     def prepare(
-        self, batch: Batch, fixed: TeacherView, scalars: PretrainingScalars
+        self,
+        batch: Batch,
+        fixed: TeacherView | tuple[TeacherView, ...],
+        scalars: PretrainingScalars,
     ) -> tuple[MicroBatch, Sequence[Tensor]]:
         micro_batch, observed = prepare(self.config, self.models, batch, fixed, scalars)
         self.diagnostics.keep(micro_batch)
         self.drawn.append((batch.sample_id, micro_batch.unsound))
         self.models.channels.add(micro_batch.channel_sums)
-        return micro_batch, observed
+        return micro_batch, [one for one in observed if one is not None]
 
     def check_inputs(self, step: int) -> None:
-        """See ``Task.check_inputs``: refuse views on which the frozen teacher fails."""
-        ids = [int(i) for each, bad in self.drawn if bad is not None for i in each[bad.cpu()].cpu()]
+        """See ``Task.check_inputs``: refuse views on which a frozen teacher fails."""
+        for number, (name, alone) in enumerate(teacher_configs(self.config).items()):
+            with entry_errors(name):
+                self.check_teacher(step, number, alone)
+
+    def check_teacher(self, step: int, number: int, config: Config) -> None:
+        """Refuse views on which the teacher of a number fails; ``config`` has it alone."""
+        drawn = [(ids, bad[number]) for ids, bad in self.drawn if bad is not None]
+        ids = [int(i) for each, bad in drawn for i in each[bad.cpu()].cpu()]
         names = ", ".join(f"{i} ({self.index.names[i]})" for i in ids[:SHOWN_SAMPLES])
         more = f" and {len(ids) - SHOWN_SAMPLES} more" if len(ids) > SHOWN_SAMPLES else ""
         everyone = gather_texts(names + more)
         failed = {str(rank): text for rank, text in enumerate(everyone) if text}
         if not failed:
             return
-        config = self.config
         remedy = "set backend.precision=fp32, or use other teacher.weights in another run"
         source = f"teacher.model={config.teacher.model}"
         if reads_cache(config):

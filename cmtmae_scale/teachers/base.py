@@ -6,7 +6,7 @@ width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,10 +53,60 @@ class TeacherSource(Protocol):
         ...
 
 
-def view_sizes(size: int, teacher: TeacherSource | None) -> tuple[int, ...]:
-    """Return the image sizes of a batch: the student's, then the teacher's if it differs."""
-    own = None if teacher is None else teacher.image_size
-    return (size,) if own is None or own == size else (size, own)
+class SeveralTeachers:
+    """Several teachers as one: each gets the images of its size, and returns its own view.
+
+    Args:
+        sources: where each teacher's views come from, by name, in the order of the config.
+    """
+
+    def __init__(self, sources: Mapping[str, TeacherSource]) -> None:
+        self.sources = dict(sources)
+
+    @property
+    def width(self) -> dict[str, int]:
+        """F by name."""
+        return {name: one.width for name, one in self.sources.items()}
+
+    def forward_batch(self, batch: Batch) -> tuple[TeacherView, ...]:
+        """Return the teachers' outputs for a batch, in order."""
+        return tuple(
+            source.forward_batch(batch._replace(images=images_for(source, batch.images)))
+            for source in self.sources.values()
+        )
+
+
+AnyTeacher = TeacherSource | SeveralTeachers
+"""What a run reads its teachers' views from."""
+
+
+def sources_of(teacher: AnyTeacher | None) -> dict[str, TeacherSource]:
+    """Return the sources of a run by the teacher's name, which is empty for a single teacher."""
+    if teacher is None:
+        return {}
+    return teacher.sources if isinstance(teacher, SeveralTeachers) else {"": teacher}
+
+
+def join_sources(sources: Mapping[str, TeacherSource]) -> AnyTeacher | None:
+    """Return the inverse of ``sources_of``."""
+    single = "" in sources or not sources
+    return sources.get("") if single else SeveralTeachers(sources)
+
+
+def views_of(view: TeacherView | tuple[TeacherView, ...]) -> tuple[TeacherView, ...]:
+    """Return the outputs of one or several teachers as a tuple."""
+    return (view,) if isinstance(view, TeacherView) else view
+
+
+def images_for(source: TeacherSource, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the images of a source's size, ``[B, S, S, 3]``; all images if it needs none."""
+    return tuple(one for one in images if source.image_size in (None, one.shape[1]))
+
+
+def view_sizes(size: int, teacher: AnyTeacher | None) -> tuple[int, ...]:
+    """Return the image sizes of a batch: the student's, then each other size of a teacher."""
+    sizes = (one.image_size for one in sources_of(teacher).values())
+    return tuple(dict.fromkeys([size, *(own for own in sizes if own is not None)]))
 
 
 class Teacher(TeacherSource, Protocol):

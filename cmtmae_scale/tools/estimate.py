@@ -6,25 +6,37 @@ the tensors that autograd saves.
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmtmae_scale.backends.base import Objective
+from cmtmae_scale.backends.base import Objective, Terms
 from cmtmae_scale.backends.traffic import BUCKET
 from cmtmae_scale.config.deepspeed import extra_keys
-from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online_fraction
+from cmtmae_scale.config.derive import (
+    batch_plan,
+    builds_teacher,
+    needs,
+    online_fraction,
+    teacher_configs,
+)
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder, build_student
-from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
-from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
+from cmtmae_scale.method.targets import TokenLayout
+from cmtmae_scale.pretraining.build import make_objective
+from cmtmae_scale.pretraining.prepare import MicroBatch
+from cmtmae_scale.teachers.base import AnyTeacher, sources_of
+from cmtmae_scale.teachers.build import build_skeletons, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.stream import LOOK_AHEAD
 
@@ -39,14 +51,27 @@ class MetaNetworks(NamedTuple):
 
     model: CollaborativeMAE
     momentum: MomentumEncoder | None
-    teacher: OnlineTeacher | None
+    teacher: AnyTeacher | None
     """A run with a cache may not hold it."""
+
+    def teachers(self, config: Config) -> list[tuple[str, Config, OnlineTeacher]]:
+        """Return name and network of each teacher, with the config of a run that has no other."""
+        return list_teachers(config, self.teacher)
+
+
+def list_teachers(
+    config: Config, teacher: AnyTeacher | None
+) -> list[tuple[str, Config, OnlineTeacher]]:
+    """Return name and network of each teacher, with the config of a run that has no other."""
+    configs = teacher_configs(config)
+    sources = sources_of(teacher).items()
+    return [(name, configs[name], cast(OnlineTeacher, one)) for name, one in sources]
 
 
 def build_meta_networks(config: Config) -> MetaNetworks:
     """Build the networks that a run uses, without memory."""
     with torch.device("meta"):
-        teacher = build_teacher_skeleton(config) if needs(config).teacher else None
+        teacher = build_skeletons(config)
         model = CollaborativeMAE(config, teacher.width if teacher else None)
         momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
     return MetaNetworks(model, momentum, teacher)
@@ -63,7 +88,7 @@ class ViewFlops(NamedTuple):
 
 def count_flops(config: Config, networks: MetaNetworks) -> ViewFlops:
     """Count FLOPs per view on meta tensors; the backward is twice the forward."""
-    model, momentum, teacher = networks
+    model, momentum, _ = networks
     size = config.views.image_size
     height, width = model.encoder.grid
     counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
@@ -73,10 +98,10 @@ def count_flops(config: Config, networks: MetaNetworks) -> ViewFlops:
     student = 3.0 * forward_flops(lambda: model(images, choice))
     momentum_flops = forward_flops(lambda: momentum(images)) if momentum is not None else 0.0
     teacher_flops = 0.0
-    if teacher is not None:
+    for _, alone, teacher in networks.teachers(config):
         side = teacher.image_size
         pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8, device="meta")
-        teacher_flops = online_fraction(config) * forward_flops(lambda: teacher(pixels))
+        teacher_flops += online_fraction(alone) * forward_flops(partial(teacher, pixels))
     return ViewFlops(student, momentum_flops, teacher_flops)
 
 
@@ -126,14 +151,13 @@ def state_bytes(
     config: Config, world_size: int, networks: MetaNetworks, node_size: int = 8
 ) -> dict[str, float]:
     """Return the bytes per GPU, by kind, that do not depend on the micro-batch size."""
-    model, momentum, teacher = networks
+    model, momentum, _ = networks
     shards = count_shards(config, world_size, node_size)
     compute = compute_dtype(config).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     average = sum(p.numel() for p in momentum.parameters()) if momentum is not None else 0
-    frozen = 0
-    if teacher is not None and builds_teacher(config):
-        frozen = sum(p.numel() for p in teacher.model.parameters())
+    built = [one for _, alone, one in networks.teachers(config) if builds_teacher(alone)]
+    frozen = sum(p.numel() for one in built for p in one.model.parameters())
     copied = compute < 4 or shards.states > 1
     # A gathered momentum encoder is a copy of the float32 EMA weights also in float32; ZeRO-3 casts
     # its shards whenever it gathers a block.
@@ -175,15 +199,15 @@ def zero_key(config: Config, key: str, default: float) -> Any:
     return extra_keys(config.backend.deepspeed).get("zero_optimization", {}).get(key, default)
 
 
-def input_bytes(config: Config, teacher: OnlineTeacher | None) -> float:
+def input_bytes(config: Config, teacher: AnyTeacher | None) -> float:
     """Return the bytes per view of images before they are normalised.
 
     Two micro-batches of uint8 views, the present one and that drawn ahead. Where DALI decodes on
     the GPU, also those that it has prepared, and the decoded images of one.
     """
     sides = {config.views.image_size}
-    if teacher is not None and builds_teacher(config):
-        sides.add(teacher.image_size)
+    teachers = list_teachers(config, teacher)
+    sides |= {one.image_size for _, alone, one in teachers if builds_teacher(alone)}
     view = 3 * sum(side * side for side in sides)
     if config.data.decode == "torch" or config.data.resident:
         return 2 * view
@@ -221,7 +245,7 @@ def accumulation(config: Config, world_size: int) -> int:
     return max(1, config.train.global_batch_size // (views * world_size))
 
 
-def saved_bytes(config: Config, teacher: OnlineTeacher | None, views: int = 2) -> float:
+def saved_bytes(config: Config, teacher: AnyTeacher | None, views: int = 2) -> float:
     """Return the bytes per view that autograd keeps of the student's forward and loss."""
     with torch.device("meta"):
         model = CollaborativeMAE(config, teacher.width if teacher else None)
@@ -256,10 +280,13 @@ def make_synthetic_work(
     choice = PatchChoice(*(torch.zeros(rows, n, dtype=torch.int64) for n in counts))
     images = torch.zeros(views, 3, size, size, dtype=compute_dtype(config))
     layout = TokenLayout.from_config(config, *counts)
+    eager = replace(config, backend=replace(config.backend, compile=False))
+    score = make_objective(eager, layout)
 
-    def compute_loss(predictions: Predictions, work: SyntheticWork) -> Losses:
-        targets = Predictions(*(p if p is None else torch.ones(p.shape) for p in predictions))
-        return objective(predictions, targets, work.valid, layout, config.loss, torch.tensor(0.5))
+    def compute_loss(predictions: Any, work: SyntheticWork) -> Terms:
+        targets = tree_map(lambda one: None if one is None else torch.ones(one.shape), predictions)
+        batch = MicroBatch(images, choice, targets, work.valid, torch.tensor(0.5))
+        return score(predictions, batch)
 
     return SyntheticWork((images, choice), torch.ones(rows, dtype=torch.bool)), compute_loss
 

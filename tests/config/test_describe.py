@@ -1,12 +1,13 @@
 """``cmtmae config`` and ``docs/config.md`` come from the schema, and are complete."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from cmtmae_scale.commands.config import config_page, describe_config
 from cmtmae_scale.config.describe import TASKS, find_uses, list_groups
-from cmtmae_scale.config.schema import Schedule, walk_fields
+from cmtmae_scale.config.schema import NamedTeacher, Schedule, walk_fields
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,9 @@ def test_the_page_is_current() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_key_is_described(task: str) -> None:
-    assert list(KEYS[task]) == [name for name, _ in walk_fields(TASKS[task])]
+    entries = [f"teachers.NAME.{name}" for name, _ in walk_fields(NamedTeacher)]
+    named = (entries if name == "teachers" else [name] for name, _ in walk_fields(TASKS[task]))
+    assert list(KEYS[task]) == [*itertools.chain.from_iterable(named)]
     page = config_page()
     for key in KEYS[task].values():
         assert len(key.meaning) > 5 and key.values and key.default, key

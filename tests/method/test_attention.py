@@ -5,12 +5,16 @@ import math
 import pytest
 import torch
 
+from cmtmae_scale.config.schema import Attention
 from cmtmae_scale.method.attention import (
     attend,
     attention_dtype,
     collaborative_attention,
     map_agreement,
+    mean_agreement,
     mean_query_row,
+    mix_attention,
+    mix_several,
     normalise_map,
     patch_map,
     resize_map,
@@ -166,6 +170,30 @@ def test_a_missing_map_must_have_no_weight():
 def test_maps_have_no_gradient():
     teacher = TEACHER.clone().requires_grad_()
     assert not collaborative_attention(teacher, STUDENT, 0.5).requires_grad
+
+
+@pytest.mark.parametrize("norm", reference.NORMS)
+def test_several_teachers_are_normalised_each_then_averaged_by_weight(norm):
+    generator = torch.Generator().manual_seed(3)
+    first, second, student = torch.rand(3, 2, 9, generator=generator) ** 3
+    settings = Attention(norm=norm, temperature=0.5)
+    found = mix_several(settings, [first, second], [3.0, 1.0], student, torch.tensor(0.25))
+    for row in range(2):
+        maps = [reference.temper(one[row].tolist(), 0.5) for one in (first, second, student)]
+        a, b, s = (reference.NORMS[norm](one) for one in maps)
+        mean = [0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)]
+        expected = [0.25 * x + 0.75 * y for x, y in zip(mean, s, strict=True)]
+        close(found[row], expected, 1e-5)
+    alone = mix_several(settings, [first], [7.0], student, 0.25)
+    torch.testing.assert_close(alone, mix_attention(settings, first, student, 0.25), rtol=0, atol=0)
+    assert mix_several(settings, [first, second], [1, 1], None, 1.0).requires_grad is False
+
+
+def test_the_agreement_of_several_maps_is_the_mean_over_pairs():
+    first, second, third = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(4))
+    pairs = [(first, second), (first, third), (second, third)]
+    expected = sum(float(map_agreement(*pair)) for pair in pairs) / 3
+    assert float(mean_agreement([first, second, third])) == pytest.approx(expected, abs=1e-6)
 
 
 def test_agreement_and_visible_mass():

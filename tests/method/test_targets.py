@@ -9,11 +9,14 @@ from cmtmae_scale.config.schema import Config, Decoder, Loss
 from cmtmae_scale.method.masking import PatchChoice, select_patches
 from cmtmae_scale.method.targets import (
     Predictions,
+    SeveralPredictions,
     TokenLayout,
     normalise,
     objective,
     patchify,
     pixel_targets,
+    several_objective,
+    teacher_shares,
     token_loss,
     weighted_terms,
 )
@@ -221,6 +224,31 @@ def test_objective_matches_loops(kind):
         assert [float(x) for x in found] == approx([total, *terms], 1e-4)
         assert all(x.shape == () and x.dtype == torch.float32 for x in found)
         assert float(sum(weighted_terms(found, loss, alpha).values())) == approx(total, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
+def test_several_teachers_have_the_weighted_mean_of_their_terms(kind):
+    predictions, targets, layout, loss = case(kind=kind)
+    others, more, _, _ = case(kind=kind, seed=1)
+    valid, alpha = torch.tensor([True, False, True, True]), torch.tensor(0.7)
+    pairs = (
+        SeveralPredictions(one._replace(teacher=None), (one.teacher, two.student))
+        for one, two in ((predictions, others), (targets, more))
+    )
+    shares = teacher_shares({"a": 3.0, "b": 1.0})
+    assert shares == {"teacher_a": 0.75, "teacher_b": 0.25}
+    found, each = several_objective(*pairs, valid, layout, loss, alpha, list(shares.values()))
+    weights = layout.weights().tolist()
+    first, second = (
+        reference.summed_loss(p.tolist(), t.tolist(), valid.tolist(), weights, kind)
+        for p, t in ((predictions.teacher, targets.teacher), (others.student, more.student))
+    )
+    alone = objective(predictions, targets, valid, layout, loss, alpha)
+    teacher = 0.75 * first + 0.25 * second
+    rest = float(alone.total) - 0.7 * 1.5 * float(alone.teacher)
+    expected = [0.7 * 1.5 * teacher + rest, teacher, float(alone.student), float(alone.pixel)]
+    assert [float(x) for x in found] == approx(expected, 1e-4)
+    assert [float(x) for x in each] == approx([first, second], 1e-4)
 
 
 def test_alpha_weighs_the_teacher():

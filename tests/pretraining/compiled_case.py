@@ -19,11 +19,12 @@ from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.finetuning.augment import Examples, cross_entropy
 from cmtmae_scale.finetuning.classifier import build_classifier, classifier_values
-from cmtmae_scale.pretraining.build import build_models, fetch_teacher
+from cmtmae_scale.pretraining.build import build_models
 from cmtmae_scale.pretraining.prepare import prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import TeacherView
+from cmtmae_scale.teachers.base import TeacherView, view_sizes
+from cmtmae_scale.tools.benchmark.rig import open_synthetic
 from dataloading.stream import Batch
 
 BATCH, STEPS, SIZE = 2, 10, 64
@@ -55,8 +56,8 @@ def make_config(**changes: Any) -> Config:
     config.mask.sampler, config.mask.salient_fraction = "hide_salient_mix", ramp
     config.collaboration.alpha_attention = config.collaboration.alpha_target = ramp
     for key, value in changes.items():
-        group, name = key.split("__")
-        setattr(getattr(config, group), name, value)
+        group, _, name = key.partition("__")
+        setattr(getattr(config, group) if name else config, name or group, value)
     return config
 
 
@@ -67,21 +68,23 @@ def find_world() -> World:
 def pretrain(config: Config) -> Iterator[list[float]]:
     """Train on random pixels; yields losses and observations."""
     world = find_world()
-    teacher = fetch_teacher(config, world, CPU)
+    teacher = open_synthetic(config, BATCH, world, CPU)
     models = build_models(config, world, CPU, teacher)
     generator = torch.Generator().manual_seed(world.rank)
     for step in range(STEPS):
-        shape = (BATCH, SIZE, SIZE, 3)
-        views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        shapes = [(BATCH, size, size, 3) for size in view_sizes(SIZE, teacher)]
+        views = tuple(
+            torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes
+        )
         ids = torch.arange(BATCH) + step * BATCH
-        batch = Batch((views,), ids, ids, ids, torch.tensor([True] * (BATCH - 1) + [step < 5]))
+        batch = Batch(views, ids, ids, ids, torch.tensor([True] * (BATCH - 1) + [step < 5]))
         scalars = scalars_at(config, step / STEPS)
         view = TeacherView(None, None) if teacher is None else teacher.forward_batch(batch)
         work, observed = prepare(config, models, batch, view, scalars)
         losses = models.backend.micro(work, last=True)
         assert models.backend.step(1e-3, losses.total[None]).applied
         models.backend.momentum_update(scalars.momentum or 0.0)
-        yield [float(value) for value in (*losses, *observed)]
+        yield [float(value) for value in (*losses, *observed) if value is not None]
     models.backend.close()
 
 

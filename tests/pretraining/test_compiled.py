@@ -7,13 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from cmtmae_scale.config.schema import StudentTarget, TeacherTarget
+from cmtmae_scale.config.schema import NamedTeacher, StudentTarget, TeacherTarget
 from cmtmae_scale.runtime.collectives import process_group
 from tests.pretraining import compiled_case as case
 from tests.processes import run_ranks
 
 # Dynamo hides this warning from users, but pytest raises it before.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
+def several_teachers() -> list[NamedTeacher]:
+    vit = {"library": "timm", "model": "test_vit", "weights": "random", "feature": "block"}
+    return [
+        NamedTeacher(**vit, name="first", depth=1),
+        NamedTeacher(**vit, name="second", depth=2, image_size=96, norm="channel", loss=0.5),
+        NamedTeacher(**vit, name="map", depth=2, loss=0, attention_source="mean_query"),
+    ]
+
 
 DECODERS: dict[str, dict[str, Any]] = {
     "prompt": {},
@@ -34,6 +44,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "random masks alone": {"mask__sampler": "random", "loss__teacher": 0.0, "loss__student": 0.0}
     | {"loss__pixel": 1.0, "teacher__mode": "none", "decoder__type": "full"},
     "several layers": {"attention__layers": [-1, -2], "teacher__depth": 2},
+    "several teachers": {"teachers": several_teachers(), "loss__include_cls": False},
     "recomputed activations": {"backend__activation_checkpointing": True},
     "fp8": {
         "backend__precision": "bf16",

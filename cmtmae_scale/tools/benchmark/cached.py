@@ -107,6 +107,11 @@ def online_config(path: str, overrides: Sequence[str], folder: Path) -> Config:
     """
     own = ["teacher.mode=online", f"cache.dir={folder}", f"data.index={folder / 'index'}"]
     config = load_config(path, [*overrides, *own])
+    if config.teachers:
+        raise ConfigError(
+            f"{path}: the cache of a single teacher is measured, and the recipe has several; set "
+            "teachers=[] and teacher.model"
+        )
     if not needs(config).teacher_features:
         raise ConfigError(f"{path}: the loss does not use the teacher's features")
     config.views.views_per_image = config.views.views_per_image or 1

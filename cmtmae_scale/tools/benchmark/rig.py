@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cmtmae_scale.backends.base import Accept, Backend, Meanwhile, Outcome, Terms, Work
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import batch_plan, reads_cache
+from cmtmae_scale.config.derive import batch_plan, entry_errors, reads_cache, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.loop import take_step
 from cmtmae_scale.engine.progress import Progress
@@ -31,7 +31,14 @@ from cmtmae_scale.pretraining.build import (
 )
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
+from cmtmae_scale.teachers.base import (
+    AnyTeacher,
+    TeacherSource,
+    TeacherView,
+    join_sources,
+    sources_of,
+    view_sizes,
+)
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, elapsed_s
@@ -172,6 +179,23 @@ class SyntheticTeacher:
         return self.view
 
 
+def open_synthetic(
+    config: Config, count: int, world: World, device: torch.device
+) -> AnyTeacher | None:
+    """Return the teachers of a run on random images: models, or rows as caches would give them."""
+    found: dict[str, TeacherSource] = {}
+    for name, alone in teacher_configs(config).items():
+        with entry_errors(name):
+            if reads_cache(alone):  # its rows belong to real images
+                with torch.device("meta"):
+                    like = build_teacher_skeleton(alone)
+                found[name] = SyntheticTeacher(like, count, device)
+            else:
+                online = fetch_teacher(alone, world, device)
+                found |= {} if online is None else {name: online}
+    return join_sources(found)
+
+
 class SyntheticStream:
     """Endless batches of the same random images on the device, at new positions."""
 
@@ -216,7 +240,7 @@ class Rig:
         world: World,
         device: torch.device,
         stack: ExitStack,
-        teacher: TeacherSource | None = None,
+        teacher: AnyTeacher | None = None,
     ) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config.run.output_dir = str(folder)
@@ -232,12 +256,8 @@ class Rig:
             pass
         elif index is not None:
             teacher = open_teacher(config, world, device, index, stop, stack)
-        elif reads_cache(config):  # its rows belong to real images
-            with torch.device("meta"):
-                like = build_teacher_skeleton(config)
-            teacher = SyntheticTeacher(like, plan.micro_batch_size, device)
         else:
-            teacher = fetch_teacher(config, world, device)
+            teacher = open_synthetic(config, plan.micro_batch_size, world, device)
         models = build_models(config, world, device, teacher)
         stack.callback(models.backend.close)
         half, views = HORIZON // 2, plan.global_batch_size
@@ -255,7 +275,9 @@ class Rig:
         task.view_sizes = view_sizes(config.views.image_size, teacher)
         task.models = replace(
             models,
-            teacher=None if teacher is None else TimedTeacher(teacher, self.watch),
+            teacher=join_sources(
+                {name: TimedTeacher(one, self.watch) for name, one in sources_of(teacher).items()}
+            ),
             backend=cast(Backend, TimedBackend(models.backend, self.watch)),
         )
         self.run = Run(

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,11 +29,12 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.momentum import update_momentum
-from cmtmae_scale.method.targets import TokenLayout, objective
+from cmtmae_scale.method.targets import TokenLayout
+from cmtmae_scale.pretraining.build import make_objective
 from cmtmae_scale.pretraining.channels import open_channels
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
-from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
+from cmtmae_scale.teachers.base import TeacherSource, TeacherView, join_sources, view_sizes
 from cmtmae_scale.teachers.build import compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark.table import markdown_table
@@ -44,7 +45,7 @@ TEACHER, MOMENTUM, PREPARE = "teacher", "momentum encoder", "masks and targets"
 STUDENT, DECODER, LOSS = "student", "decoder", "loss"
 CASTS, OPTIMIZER, AVERAGE = "casts of weights and gradients", "optimizer", "EMA update"
 PARTS = (TEACHER, MOMENTUM, PREPARE, STUDENT, DECODER, LOSS, CASTS, OPTIMIZER, AVERAGE)
-"""In the order of a step."""
+"""In the order of a step; of several teachers each is a part, "teacher NAME"."""
 NEVER_FUSED = (CASTS, OPTIMIZER, AVERAGE)
 """Few launches over lists of tensors already."""
 WITHOUT_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "detach"})
@@ -241,8 +242,10 @@ def list_kernels(
 ) -> Iterator[tuple[str, bool, Sequence[Operation]]]:
     """Yield each part that has kernels, whether it is compiled, and its kernels in order."""
     last_use = find_last_uses(operations)
-    for part in PARTS:
-        compiled = config.backend.compile and part not in (*eager, *NEVER_FUSED)
+    teachers = dict.fromkeys(one.part for one in operations if one.part.startswith(TEACHER))
+    for part in (*teachers, *PARTS[1:]):
+        kind = TEACHER if part in teachers else part
+        compiled = config.backend.compile and kind not in (*eager, *NEVER_FUSED)
         own = [(n, one) for n, one in enumerate(operations) if one.part == part]
         kernels = fuse(own, last_use) if compiled else [one for _, one in own]
         if kernels:
@@ -294,8 +297,8 @@ def record_step(config: Config) -> list[Operation]:
     """Call the functions of a step on fake tensors, and return its operations in order."""
     networks = build_meta_networks(config)
     networks.model.set_activation_checkpointing(config.backend.activation_checkpointing)
-    teacher = None if networks.teacher is None else networks.teacher.model
-    modules = [one for one in (networks.model, networks.momentum, teacher) if one is not None]
+    teachers = [one.model for _, _, one in networks.teachers(config)]
+    modules = [one for one in (networks.model, networks.momentum, *teachers) if one is not None]
     for module in modules:
         module.to(compute_dtype(config))
     # Fake CPU tensors take the fused attention kernel, meta tensors do not.
@@ -322,15 +325,20 @@ def without_mha_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def name_part(name: str) -> str:
+    """Return the name of a teacher's part; ``name`` is empty for a single teacher."""
+    return f"{TEACHER} {name}" if name else TEACHER
+
+
 class RecordedTeacher:
     """The teacher, or a reader of its cache, whose rows are tensors that exist."""
 
-    def __init__(self, inner: OnlineTeacher, recorder: Recorder, online: bool) -> None:
-        self.inner, self.recorder, self.online = inner, recorder, online
+    def __init__(self, inner: OnlineTeacher, recorder: Recorder, online: bool, part: str) -> None:
+        self.inner, self.recorder, self.online, self.part = inner, recorder, online, part
         self.width, self.has_cls, self.image_size = inner.width, inner.has_cls, inner.image_size
 
     def forward_batch(self, batch: Batch) -> TeacherView:
-        with self.recorder.counting(TEACHER) if self.online else self.recorder.paused():
+        with self.recorder.counting(self.part) if self.online else self.recorder.paused():
             return self.inner(batch.images[-1])
 
 
@@ -349,14 +357,16 @@ class RecordedBackend:
 
 def record_prepare(config: Config, networks: MetaNetworks, recorder: Recorder) -> MicroBatch:
     """Record teacher, momentum encoder, masks and targets."""
-    teacher = None
-    if networks.teacher is not None:
-        teacher = RecordedTeacher(networks.teacher, recorder, online_fraction(config) > 0)
+    recorded = {
+        name: RecordedTeacher(one, recorder, online_fraction(alone) > 0, name_part(name))
+        for name, alone, one in networks.teachers(config)
+    }
+    teacher = join_sources(cast(dict[str, TeacherSource], recorded))
     encoder = networks.model.encoder
     length = encoder.grid[0] * encoder.grid[1]
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     models = Models(
-        cast(TeacherSource | None, teacher),
+        teacher,
         cast(Backend, RecordedBackend(networks.momentum, recorder, compute_dtype(config))),
         TokenLayout.from_config(config, *counts),
         length,
@@ -391,16 +401,14 @@ def record_student(
     images, *others = batch.inputs
     predictions = model(images.to(compute_dtype(config)), *others)
     recorder.enter(LOSS)
-    for one in predictions:
+    for one in tree_leaves(predictions):
         if one is not None:
             one.register_hook(lambda gradient: recorder.enter(DECODER))
     choice = batch.choice
     counts = (choice.ids_keep.shape[1], choice.ids_hidden.shape[1], choice.ids_thrown.shape[1])
     layout = TokenLayout.from_config(config, *counts)
-    losses = objective(
-        predictions, batch.targets, batch.valid, layout, config.loss, batch.alpha_target
-    )
-    losses.total.backward()
+    eager = replace(config, backend=replace(config.backend, compile=False))
+    make_objective(eager, layout)(predictions, batch).total.backward()
 
 
 def record_update(config: Config, networks: MetaNetworks, recorder: Recorder) -> None:

@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmtmae_scale.config.derive import loss_weights, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.encoders import inference_autocast
-from cmtmae_scale.method.attention import mix_attention, normalise_map
+from cmtmae_scale.method.attention import mix_all, normalise_map
 from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
-from cmtmae_scale.method.targets import EPS, Predictions, TokenLayout, patchify
-from cmtmae_scale.pretraining.prepare import gather_targets
+from cmtmae_scale.method.targets import EPS, Predictions, TokenLayout, feature_terms, patchify
+from cmtmae_scale.pretraining.prepare import gather_features
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
-from cmtmae_scale.teachers.base import Teacher, TeacherView
+from cmtmae_scale.teachers.base import Teacher, TeacherView, images_for
 
 ATTENTION = "Attention: dark to bright, each map over its own range."
 COSINE = "Cosine: 0 or below dark, 1 bright, grey not predicted."
@@ -34,7 +35,8 @@ SPREAD = 2.0
 class Networks:
     """Networks whose outputs are drawn."""
 
-    teacher: Teacher | None
+    teachers: Mapping[str, Teacher]
+    """By name, which is empty for a single teacher."""
     model: CollaborativeMAE
     momentum: MomentumEncoder | None
 
@@ -71,7 +73,7 @@ def compute_columns(
 ) -> list[Column]:
     """Compute all columns with the present weights; mask 0 of positions 0, 1, 2 and so on.
 
-    Images are uint8 ``[n, S, S, 3]``: the student's, then the teacher's if they differ. Networks
+    Images are uint8 ``[n, S, S, 3]``: the student's, then the teachers' if they differ. Networks
     move to the images' device and back to the CPU. ``scalings`` are the targets' running
     statistics.
 
@@ -84,13 +86,14 @@ def compute_columns(
     pixels = normalise_images(images[0], IMAGENET_MEAN, IMAGENET_STD)
     views = images[0].float() / 255
     with inference_autocast(device):
-        view = networks.teacher(images[-1]) if networks.teacher else TeacherView(None, None)
+        seen = {name: one(images_for(one, images)[-1]) for name, one in networks.teachers.items()}
         features = attention = None
         if momentum is not None:
             features, attention = momentum.to(device)(pixels)
             momentum.cpu()
         alpha = torch.full((), scalars.alpha_attention, device=device)
-        mixed = mix_attention(config.attention, view.attention, attention, alpha)
+        theirs = {name: one.attention for name, one in seen.items() if one.attention is not None}
+        mixed = mix_all(config, list(theirs.values()), attention, alpha)
         positions = torch.arange(len(views), device=device)
         choice = choose_masks(
             replace(config.mask, masks_per_view=1),
@@ -105,42 +108,48 @@ def compute_columns(
         tokens = model.encoder(pixels)[:, model.encoder.num_prefix :]
     model.cpu()
     columns = [Column("view", views, smooth=True)]
-    is_norm = config.attention.source == "activation_norm"
-    theirs = "teacher, activation norm" if is_norm else "teacher"
-    maps = {theirs: view.attention, "EMA weights": attention}
-    both = view.attention is not None and attention is not None
-    maps["collaborative"] = mixed if both else None
-    for name, attention_map in maps.items():
-        if attention_map is not None:
-            values = normalise_map(attention_map, "minmax").view(-1, height, width)
-            columns.append(Column(name, values, "attention", ATTENTION))
+    for name, attention_map in name_maps(config, theirs, attention, mixed).items():
+        values = normalise_map(attention_map, "minmax").view(-1, height, width)
+        columns.append(Column(name, values, "attention", ATTENTION))
     all_patches = torch.ones(len(views), height * width, dtype=torch.bool, device=device)
     hidden = all_patches.scatter(1, choice.ids_keep, False).view(-1, height, width)
     columns.append(Column("visible", views, "patches", hidden=hidden, smooth=True))
-    targets = Predictions(
-        gather_targets(
-            layout, view.features, config.target.teacher.norm, choice, scalings.get("teacher")
-        ),
-        gather_targets(
-            layout, features, config.target.student.norm, choice, scalings.get("student")
-        ),
-        None,
-    )
-    for name in ("teacher", "student"):
-        prediction, target = getattr(predictions, name), getattr(targets, name)
+    own = TeacherView(attention, features)
+    views_of_all = tuple(seen.values()) or (TeacherView(None, None),)
+    targets, _ = gather_features(config, layout, scalings, views_of_all, own, choice, None)
+    names = list(loss_weights(config))
+    wanted = feature_terms(targets, names)
+    for name, prediction in feature_terms(predictions, names).items():
+        target = wanted[name]
         if prediction is not None and target is not None:
             cosine = F.cosine_similarity(prediction.float(), target, dim=-1)
             patches = place_on_grid(cosine[:, int(layout.cls) :], layout, choice)
-            whose = "EMA weights" if name == "student" else name
+            whose = "EMA weights" if name == "student" else name.replace("_", " ", 1)
             note = f"cosine, mean {cosine.mean():.2f}"
             patches = patches.view(-1, height, width).clamp(0, 1)
             columns.append(Column(whose, patches, note, COSINE))
-    if predictions.pixel is not None:
-        columns.append(reconstruct(config, predictions.pixel.float(), pixels, layout, choice))
+    others = predictions if isinstance(predictions, Predictions) else predictions.others
+    if others.pixel is not None:
+        columns.append(reconstruct(config, others.pixel.float(), pixels, layout, choice))
     colours = principal_colours(tokens.float(), average_patch_colours(views, height))
     colours = colours.view(-1, height, width, 3)
     columns.append(Column("student's", colours, "features, PCA", COMPONENTS))
     return [column_to_cpu(column) for column in columns]
+
+
+def name_maps(
+    config: Config, teachers: Mapping[str, Tensor], momentum: Tensor | None, mixed: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the attention maps ``[n, N]`` of a sheet by title, each teacher's first."""
+    configs, maps = teacher_configs(config), dict[str, Tensor]()
+    for name, one in teachers.items():
+        is_norm = configs[name].attention.source == "activation_norm"
+        maps[f"teacher {name}".strip() + (", activation norm" if is_norm else "")] = one
+    if momentum is not None:
+        maps["EMA weights"] = momentum
+    if mixed is not None and len(maps) > 1:
+        maps["collaborative"] = mixed
+    return maps
 
 
 def predicted_ids(layout: TokenLayout, choice: PatchChoice) -> Tensor:

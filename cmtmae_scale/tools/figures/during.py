@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import needs, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.task import Run, SideTask
@@ -18,7 +18,14 @@ from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import MomentumEncoder, build_student
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.pretraining.task import Pretraining
-from cmtmae_scale.teachers.base import Teacher, TeacherSource, view_sizes
+from cmtmae_scale.teachers.base import (
+    AnyTeacher,
+    Teacher,
+    TeacherSource,
+    join_sources,
+    sources_of,
+    view_sizes,
+)
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.figures.columns import Networks, compute_columns
 from cmtmae_scale.tools.figures.sheet import draw_sheet
@@ -55,7 +62,7 @@ class RunFigures:
                 model = CollaborativeMAE(self.config, teacher.width if teacher else None)
                 if needs(self.config).momentum:
                     momentum = build_student(self.config, MomentumEncoder)
-            self.networks = Networks(online_teacher(teacher), model.eval(), momentum)
+            self.networks = Networks(online_teachers(teacher), model.eval(), momentum)
 
     def is_due(self, progress: Progress) -> bool:
         if self.every is None:
@@ -87,7 +94,8 @@ class RunFigures:
         if self.networks is None:
             return None
         if self.images is None:
-            sizes = view_sizes(self.config.views.image_size, self.networks.teacher)
+            teacher = join_sources(self.networks.teachers)
+            sizes = view_sizes(self.config.views.image_size, teacher)
             self.images = read_crops(self.index, sizes, self.config.data.workers, self.device)
         scalars = scalars_at(self.config, progress.fraction)
         layout = self.models.layout
@@ -107,8 +115,14 @@ def open_figures(run: Run) -> list[SideTask]:
     return [SideTask("figures", figures.is_due, figures.run)]
 
 
-def online_teacher(source: TeacherSource | None) -> Teacher | None:
-    """Return the teacher model itself: no cache holds the drawn views."""
+def online_teachers(teacher: AnyTeacher | None) -> dict[str, Teacher]:
+    """Return the teacher models themselves by name: no cache holds the drawn views."""
+    models = {name: online_teacher(source) for name, source in sources_of(teacher).items()}
+    return {name: model for name, model in models.items() if model is not None}
+
+
+def online_teacher(source: TeacherSource) -> Teacher | None:
+    """Return the model of a source, if the process has it."""
     if isinstance(source, CachedTeacher | SidecarTeacher):
         return source.online
     return source if isinstance(source, OnlineTeacher) else None
@@ -145,13 +159,16 @@ def read_crops(
 
 
 def sheet_title(config: Config, progress: Progress) -> str:
-    """Return a title with step, teacher, sampler and mixing weight."""
-    parts = [f"step {progress.step}", f"{config.mask.ratio:.0%} masked by {config.mask.sampler}"]
+    """Return a title with step, teachers, sampler and mixing weight."""
+    parts = [f"step {progress.step}"]
     need = needs(config)
-    if need.teacher:
-        random = " (RANDOM WEIGHTS)" if config.teacher.weights == "random" else ""
-        parts.insert(1, f"teacher {config.teacher.model}{random}")
+    for name, alone in teacher_configs(config).items() if need.teacher else ():
+        random = " (RANDOM WEIGHTS)" if alone.teacher.weights == "random" else ""
+        label = f"teacher {name}: " if name else "teacher "
+        parts.append(f"{label}{alone.teacher.model}{random}")
+    parts.append(f"{config.mask.ratio:.0%} masked by {config.mask.sampler}")
     if need.teacher_attention and need.student_attention:
         alpha = evaluate(config.collaboration.alpha_attention, progress.fraction)
-        parts.append(f"teacher's weight in the mix {alpha:g}")
+        whose = "teachers'" if config.teachers else "teacher's"
+        parts.append(f"{whose} weight in the mix {alpha:g}")
     return ", ".join(parts)

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import needs, online_fraction, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.benchmark.step_model import (
     NEVER_FUSED,
     TEACHER,
     Operation,
     list_kernels,
+    name_part,
     record_step,
 )
 
@@ -41,7 +42,8 @@ class StepKernels:
     """Kernels of a step of one rank, in three groups."""
 
     teacher: Sequence[Kernel]
-    """Of the teacher's forward, per micro-step; none if the run uses no teacher."""
+    """Of the teacher's forward, per micro-step; none if the run uses no teacher. Of several
+    teachers each has the weight of its ``online_fraction``."""
     micro: Sequence[Kernel]
     """Of the rest of a micro-step."""
     update: Sequence[Kernel]
@@ -67,15 +69,37 @@ def count_kernels(config: Config) -> StepKernels:
     Raises:
         ConfigError: networks that cannot be built.
     """
-    if needs(config).teacher:
+    fractions = teacher_fractions(config)
+    if config.teachers:
+        entries = [replace(one, mode="online") for one in config.teachers]
+        config = replace(config, teachers=entries)
+    elif needs(config).teacher:
         config = replace(config, teacher=replace(config.teacher, mode="online"))
     small, large = (kernels_by_part(config, size) for size in SIZES)
     found = {part: fit_kernels(small[part], large[part]) for part in small}
     return StepKernels(
-        teacher=found.pop(TEACHER, []),
+        teacher=[
+            Kernel(*(fraction * value for value in one))
+            for part, fraction in fractions.items()
+            for one in found.pop(part, [])
+            if fraction > 0
+        ],
         update=[one for part in NEVER_FUSED for one in found.pop(part, [])],
         micro=[one for kernels in found.values() for one in kernels],
     )
+
+
+def teacher_fractions(config: Config) -> dict[str, float]:
+    """Return the factor of the kernels of each teacher's part, see ``StepKernels.teacher``."""
+    if not config.teachers:
+        return {TEACHER: 1.0}
+    configs = teacher_configs(config).items()
+    return {name_part(name): online_fraction(alone) for name, alone in configs}
+
+
+def kernel_fraction(config: Config) -> float:
+    """Return the fraction of micro-steps with the kernels of ``StepKernels.teacher``."""
+    return 1.0 if config.teachers else online_fraction(config)
 
 
 def kernels_by_part(config: Config, size: int) -> dict[str, Sequence[Operation]]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cmtmae_scale.backends.fsdp import ranks_per_shard_group
-from cmtmae_scale.config.derive import BatchPlan, batch_plan, needs, online_fraction, total_steps
+from cmtmae_scale.config.derive import BatchPlan, batch_plan, total_steps
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.cache_plan import (
     VIEWS_PER_IMAGE,
     Job,
@@ -34,6 +35,7 @@ from cmtmae_scale.tools.plan.kernels import (
     count_kernels,
     device_seconds,
     flops_per_view,
+    kernel_fraction,
 )
 from cmtmae_scale.tools.plan.network import Exchange, step_traffic, time_exchanges
 
@@ -207,7 +209,7 @@ def make_plan(config: Config, counted: Counted, cluster: Cluster, images: Images
         chosen if gpus == cluster.gpus else plan_scale(config, counted, cluster, images, gpus)
         for gpus in list_gpus(config, cluster)
     ]
-    flops = flops_per_view(counted.kernels, online_fraction(config)) * chosen.images_s
+    flops = flops_per_view(counted.kernels, kernel_fraction(config)) * chosen.images_s
     return Plan(
         config.run.name,
         cluster,
@@ -249,7 +251,7 @@ def plan_scale(
     memory["input images"] = counted.input_view * batch.micro_batch_size
     memory["activations"] = counted.saved_view * batch.micro_batch_size
     shards = count_shards(config, gpus, node_size).states
-    time = time_step(config, counted.kernels, cluster, batch, shards, online_fraction(config))
+    time = time_step(config, counted.kernels, cluster, batch, shards, kernel_fraction(config))
     traffic = step_traffic(config, counted.networks, gpus, node_size, batch.accumulation)
     link = cluster.link_fraction * cluster.device.link_bytes_s
     network = cluster.link_fraction * cluster.network_bytes_s
@@ -321,12 +323,12 @@ def feed_node(scale: Scale, cluster: Cluster, images: Images) -> NodeData:
 def weigh_caches(
     config: Config, counted: Counted, cluster: Cluster, images: Images, chosen: Scale
 ) -> list[Outlook]:
-    """Weigh caches of the teacher against the online teacher; none without a teacher.
+    """Weigh caches of the teacher against the online teacher; none without a single teacher.
 
     Decoding uses the workers of the recipe; the store is as fast as it must be.
     """
     teacher = counted.networks.teacher
-    if teacher is None or not needs(config).teacher or images.count is None:
+    if not isinstance(teacher, OnlineTeacher) or images.count is None:
         return []
     views = chosen.batch.micro_batch_size
     shards = count_shards(config, chosen.gpus, min(cluster.node_size, chosen.gpus)).states

@@ -162,6 +162,8 @@ def cache_lines(config: Config, plan: Plan) -> Iterator[str]:
     yield "teacher cache against the online teacher, modelled"
     if not plan.caches:
         unknown = "the number of images is unknown; give data.expected_images=N"
+        several = "for one of several teachers: cmtmae precompute --plan --teacher NAME"
+        unknown = several if config.teachers else unknown
         yield f"  none: {unknown if needs(config).teacher else 'the run uses no teacher'}"
         return
     node = min(plan.cluster.node_size, plan.cluster.gpus)

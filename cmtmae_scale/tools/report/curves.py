@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import loss_weights, needs, term_name
 from cmtmae_scale.pretraining.diagnostics import COLLAPSED_RANK, CONSTANT, RANK
 from cmtmae_scale.tools.report.chart import Chart, Line
 from cmtmae_scale.tools.report.ranges import expected_range, scheduled_values
@@ -24,7 +24,10 @@ EVALUATIONS = {"knn10": "k-NN, k = 10", "knn20": "k-NN, k = 20", "linear": "line
 def training_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
     """Return charts of losses, attention, gradient norm and schedules."""
     measured = partial(measured_chart, run, others)
-    agreement = {"attention/agreement": "teacher and momentum encoder"}
+    agreement = {
+        "attention/agreement": "teacher and momentum encoder",
+        "attention/teacher_agreement": "several teachers, mean over pairs",
+    }
     correlation = "Rank correlation of their maps: 1 the same, 0 unrelated."
     mass = {"mask/visible_mass": "fraction of the map"}
     has_momentum = run.config is None or needs(run.config).momentum
@@ -104,7 +107,9 @@ def scheduled_chart(run: Run, title: str, names: Mapping[str, str]) -> Chart:
 
 def loss_names(run: Run) -> dict[str, str]:
     """Return the total and its terms, a single term without total, and the constant's loss."""
-    used = {k: v for k, v in TERMS.items() if any(value for _, value in run.series(k))}
+    several = [] if run.config is None else list(loss_weights(run.config))
+    terms = TERMS | {f"loss/{term_name(name)}": f"teacher {name}" for name in several}
+    used = {k: v for k, v in terms.items() if any(value for _, value in run.series(k))}
     names = used if len(used) == 1 else {"loss/total": "total", **used}
     constant = {CONSTANT: "momentum encoder, by its mean token alone"}
     return names | constant if run.series(CONSTANT) else names

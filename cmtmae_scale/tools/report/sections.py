@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from cmtmae_scale.config.derive import SIZES, name_student, needs
+from cmtmae_scale.config.derive import SIZES, name_student, needs, used_teachers
 from cmtmae_scale.config.schema import Student
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
 from cmtmae_scale.runtime.storage import read_inside
@@ -154,6 +154,12 @@ def teacher_setting(run: Run) -> str:
     unused = run.config is not None and not needs(run.config).teacher
     if unused or get("teacher.mode") == "none":
         return "none"
+    if run.config is not None and run.config.teachers:
+        return "; ".join(
+            f"{one.name}: {one.model} of {one.library} "
+            f"({'RANDOM WEIGHTS' if one.weights == 'random' else one.weights}), {one.mode}"
+            for one in used_teachers(run.config)
+        )
     weights = "RANDOM WEIGHTS" if get("teacher.weights") == "random" else get("teacher.weights")
     if get("teacher.library") == "python" and not weights:
         weights = "weights of the factory"

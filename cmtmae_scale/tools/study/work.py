@@ -7,13 +7,14 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
 from cmtmae_scale.config.check import find_problems
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import needs, teacher_configs
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import Draft, config_to_dict, load_config, read_recipe
 from cmtmae_scale.config.schema import Config
@@ -118,7 +119,8 @@ def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
             for name in names:
                 runs.append(plan_run(study, name, seed, drafts[name], trained, first=not runs))
     for number, run in enumerate(runs):
-        if with_teacher and needs(run.config).teacher and run.config.teacher.mode != "none":
+        has_one = needs(run.config).teacher and not run.config.teachers
+        if with_teacher and has_one and run.config.teacher.mode != "none":
             runs[number] = add_teacher_job(run, study.evaluation)
             break
     return runs
@@ -187,14 +189,22 @@ def plan_run(
     overrides.append(f"run.output_dir={folder}")
     config.run.output_dir = str(folder)
     jobs: list[Job] = []
-    if config.teacher.mode == "cached":
-        cache = caches / short_digest(cache_settings(config))
-        overrides.append(f"cache.dir={cache}")
-        config.cache.dir = str(cache)
-        arguments = (*CMTMAE, "precompute", "--config", study.recipe, *overrides)
-        jobs.append(Job("cache", arguments, cache, lambda: is_complete(cache), True))
-    else:
-        config.cache.dir = None
+    cached = {
+        name: caches / short_digest(cache_settings(alone))
+        for name, alone in teacher_configs(config).items()
+        if alone.teacher.mode == "cached"
+    }
+    config.cache.dir = str(cached[""]) if "" in cached else None
+    for entry in config.teachers:
+        entry.cache_dir = str(cached[entry.name]) if entry.name in cached else None
+    overrides += [
+        f"teachers.{name}.cache_dir={cache}" if name else f"cache.dir={cache}"
+        for name, cache in cached.items()
+    ]
+    for name, cache in cached.items():
+        chosen = ("--teacher", name) if name else ()
+        arguments = (*CMTMAE, "precompute", "--config", study.recipe, *chosen, *overrides)
+        jobs.append(Job("cache", arguments, cache, partial(is_complete, cache), True))
     arguments = (*CMTMAE, "pretrain", "--config", study.recipe, *overrides)
     jobs.append(Job("train", arguments, folder, lambda: is_trained(folder), True))
     extra = [] if first else ["--no-baselines"]
@@ -263,6 +273,10 @@ def effective_settings(config: Config) -> dict[str, Any]:
     for group, key in ADDED:
         if tree[group][key] == defaults[group][key]:
             del tree[group][key]
+    for entry in tree["teachers"]:
+        del entry["cache_dir"]
+    if not tree["teachers"]:
+        del tree["teachers"]
     return tree
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cmtmae_scale.commands.study import list_missing
 from cmtmae_scale.config import load
+from cmtmae_scale.config.derive import pick_teacher
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.errors import ConfigError
@@ -176,6 +178,28 @@ def test_runs_share_the_cache_of_a_teacher_that_sees_the_same(tmp_path: Path) ->
     caches = {(run.row, run.seed): run.config.cache.dir for run in runs_of(tmp_path)}
     assert caches["mae", 0] is None
     assert caches["cmt", 0] == caches["half", 0] != caches["cmt", 1]
+
+
+def test_each_of_several_teachers_has_its_own_cache(tmp_path: Path) -> None:
+    rows = {"one": {"settings": ["teacher.mode=cached"]}}
+    (alone, *_) = runs_of(tmp_path, rows=rows)
+    tree = study_tree(tmp_path)
+    recipe = yaml.safe_load(Path(tree["recipe"]).read_text())
+    first = {"name": "first", **recipe.pop("teacher")}
+    second = first | {"name": "second", "image_size": 96}
+    Path(tree["recipe"]).write_text(yaml.safe_dump(recipe | {"teachers": [first, second]}))
+    modes = [f"teachers.{name}.mode=cached" for name in ("first", "second")]
+    rows = {"both": {"settings": modes}, "mixed": {"settings": modes[1:]}}
+    runs = plan_runs(load_study(write_study(tmp_path, tree | {"rows": rows, "comparisons": []})))
+    both, mixed = runs[0], runs[2]
+    assert [kinds(both)[:3], kinds(mixed)[:2]] == [["cache", "cache", "train"], ["cache", "train"]]
+    for job, name in zip(both.jobs[:2], ("first", "second"), strict=True):
+        assert job.arguments[5:7] == ("--teacher", name)
+        config = load_config(job.arguments[4], job.arguments[7:])
+        assert pick_teacher(config, name).cache.dir == str(job.output)
+    assert both.jobs[0].output == alone.jobs[0].output  # a single teacher has the same rows
+    assert both.jobs[1].output == mixed.jobs[0].output != both.jobs[0].output
+    assert both.teacher is None
 
 
 def test_other_images_ask_for_another_evaluation_of_the_same_run(tmp_path: Path) -> None:
