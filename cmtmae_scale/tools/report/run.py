@@ -148,10 +148,10 @@ def read_records(run: Run) -> None:
 def read_log(run: Run) -> None:
     """Read the values and the incidents in the log.
 
-    Entries with the same names form a table of steps and columns of numbers: an object per entry
-    and value would cost as much as parsing the log.
+    Entries with the same names form a table of steps and rows of numbers: an object per entry and
+    value would cost as much as parsing the log.
     """
-    tables: dict[tuple[str, ...], tuple[list[float], list[array[float]]]] = {}
+    tables: dict[tuple[str, ...], tuple[list[float], array[float]]] = {}
     for line in json_lines(run, "log.jsonl"):
         step = line.get("step")
         if not is_drawable(step):
@@ -163,17 +163,16 @@ def read_log(run: Run) -> None:
                 line = {key: value for key, value in line.items() if is_drawable(value)}
             names = tuple(line)
             if names not in tables:
-                tables[names] = [], [array("d") for _ in names]
-            steps, columns = tables[names]
+                tables[names] = [], array("d")
+            steps, values = tables[names]
             steps.append(step)
-            for column, value in zip(columns, line.values(), strict=True):
-                column.append(value)
-    for names, (steps, columns) in tables.items():
+            values.extend(line.values())
+    for names, (steps, values) in tables.items():
         is_sorted = all(map(le, steps, islice(steps, 1, None)))
-        for name, values in zip(names, columns, strict=True):
+        for k, name in enumerate(names):
             known = run.logged.setdefault(name, [])
             to_sort = bool(known) or not is_sorted
-            known.extend(zip(steps, values, strict=True))
+            known.extend(zip(steps, values[k :: len(names)], strict=True))
             if to_sort:
                 known.sort(key=itemgetter(0))
 
