@@ -132,7 +132,7 @@ def key_settings(run: Run) -> list[tuple[str, object]]:
     length = f"{get(f'train.{unit}')} {unit}"
     backend = f"{get('backend.name')}, {get('backend.precision')}"
     patch = f", patches of {get('student.patch_size')}" if get("student.patch_size") else ""
-    sizes = {name: get(f"student.{name}") for name in SIZES}
+    sizes: dict[str, Any] = {name: get(f"student.{name}") for name in SIZES}
     student = Student(str(get("student.arch")), **sizes)
     ratio, masks = format_percent(get("mask.ratio")), get("mask.masks_per_view", 1)
     return [
