@@ -10,7 +10,7 @@ Source: docs/method.md, sections "Targets" and "Losses".
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -295,8 +295,7 @@ def objective(
         kind, order = ("mse", layout.without_cls()) if is_pixel else (loss.type, layout)
         per_token = token_loss(prediction, targets[name], kind, loss.beta)
         losses[name] = sum_rows(per_token, valid, order)
-    total = torch.zeros((), dtype=torch.float32, device=valid.device)
-    return {"total": total + weighted_sum(losses, weights), **losses}
+    return {"total": weighted_sum(losses, weights), **losses}
 
 
 def term_weights(config: Config, alpha_target: float | Tensor) -> dict[str, float | Tensor]:
@@ -314,11 +313,9 @@ def term_weights(config: Config, alpha_target: float | Tensor) -> dict[str, floa
     return {name: weights[name] for name in loss_terms(config)}
 
 
-def weighted_sum(
-    losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]
-) -> Tensor | float:
-    """Return the sum of the losses that have a weight, each times its weight, 0-dim."""
-    return sum(weight * losses[name] for name, weight in weights.items())
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
+    """Return the sum of the losses that have a weight, each times its weight, 0-dim float32."""
+    return cast(Tensor, sum(weight * losses[name] for name, weight in weights.items())).float()
 
 
 def sum_rows(per_token: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:

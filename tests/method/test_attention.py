@@ -180,8 +180,8 @@ def test_several_teachers_are_normalised_each_then_averaged_by_weight(norm):
     found = mix_attention(settings, maps, weights, student, torch.tensor(0.25))
     assert found is not None
     for row in range(2):
-        maps = [reference.temper(one[row].tolist(), 0.5) for one in (first, second, student)]
-        a, b, s = (reference.NORMS[norm](one) for one in maps)
+        own = [reference.temper(one[row].tolist(), 0.5) for one in (first, second, student)]
+        a, b, s = (reference.NORMS[norm](one) for one in own)
         mean = [0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)]
         expected = [0.25 * x + 0.75 * y for x, y in zip(mean, s, strict=True)]
         close(found[row], expected, 1e-5)

@@ -224,8 +224,7 @@ def test_predicting_fewer_patches_changes_no_prediction_and_no_target(sampler: s
         count = layout.num_hidden
         choice = choose_masks(config.mask, attention, torch.arange(2), 0, 0.0, num_predicted=count)
         target = layout.gather(pixel_targets(patchify(images, 16), "patch"), choice)
-        prediction = model(images, choice).pixel
-        assert prediction is not None
+        prediction = model(images, choice)["pixel"]
         assert prediction.shape == target.shape == (2, 12 if ratio is None else 4, 768)
         found.append((choice.ids_hidden[:, :count], prediction.detach(), target))
     whole, fewer = found

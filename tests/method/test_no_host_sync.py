@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmtmae_scale.method
-from cmtmae_scale.config.schema import Config, Loss, Mask
+from cmtmae_scale.config.schema import Collaboration, Config, Loss, Mask
 from cmtmae_scale.method.attention import (
     collaborative_attention,
     map_agreement,
@@ -61,6 +61,7 @@ def test_masks_and_losses_run_on_fake_tensors(sampler):
     config = Config(
         mask=Mask(sampler=sampler, masks_per_view=2, hint_fraction=0.1, prob=0.5, throw_ratio=0.1),
         loss=Loss(tokens="weighted", visible_weight=0.5, pixel=1.0),
+        collaboration=Collaboration(alpha_attention=0.5, alpha_target=0.5),
     )
     keep, hidden, thrown = token_counts(16, config.mask.ratio, config.mask.throw_ratio)
     config.mask.hint_pool = 0.5
@@ -144,7 +145,7 @@ def test_maps_and_losses_on_a_gpu_do_not_synchronise():
         cut = layout.without_cls().gather(pixels, choice)
         predictions = {"teacher": taken, "student": taken, "pixel": cut}
         targets = {"teacher": normalise(taken, "l2"), "student": normalise(taken, "ln")}
-        targets, weights = targets | {"pixel": cut}, term_weights(Config(loss=loss), alpha)
+        targets, weights = targets | {"pixel": cut}, dict.fromkeys(predictions, alpha)
         objective(predictions, targets, valid, layout, loss, weights)["total"].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

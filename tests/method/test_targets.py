@@ -1,11 +1,12 @@
 """Targets and losses against plain references."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cmtmae_scale.config.schema import Config, Decoder, Loss, NamedTeacher
+from cmtmae_scale.config.schema import Collaboration, Config, Decoder, Loss, NamedTeacher
 from cmtmae_scale.method.masking import PatchChoice, select_patches
 from cmtmae_scale.method.targets import (
     TokenLayout,
@@ -197,6 +198,7 @@ def make_config(kind="cosine"):
     return Config(
         teachers=[NamedTeacher(name="a", loss=3.0), NamedTeacher(name="b", loss=1.0)],
         loss=Loss(type=kind, teacher=1.5, student=2.0, pixel=0.25),
+        collaboration=Collaboration(alpha_attention=0.5, alpha_target=0.7),
     )
 
 
@@ -237,7 +239,8 @@ def test_objective_matches_loops(kind):
 
 
 def test_alpha_weighs_the_teacher():
-    layout, config = TokenLayout(False, 0, 1), Config(loss=Loss(type="mse"))
+    layout = TokenLayout(False, 0, 1)
+    config = replace(make_config(), teachers=[], loss=Loss(type="mse"))
     zero = torch.zeros(1, 1, 1)
     predictions = {"teacher": zero + 2.0**0.5, "student": zero + 5.0**0.5}
     targets, weights = dict.fromkeys(predictions, zero), term_weights(config, 0.7)
