@@ -26,8 +26,9 @@ from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.origin import Origin
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.method.student import BlockAttention, Student, build_student
+from cmtmae_scale.method.student import BlockAttention, Student
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 

@@ -20,9 +20,10 @@ from cmtmae_scale.config.derive import batch_plan, builds_teacher, needs, online
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.method.attention import attention_of_a_gpu
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, objective
 from cmtmae_scale.teachers.build import build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
