@@ -24,7 +24,7 @@ from cmtmae_scale.evaluation.subject import (
 )
 from cmtmae_scale.method.attention import mix_all, normalise_map
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.method.student import MomentumEncoder, build_student, probe_student
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import pick_device
 from cmtmae_scale.teachers.base import Teacher, images_for, join_sources, view_sizes

@@ -30,8 +30,9 @@ from cmtmae_scale.evaluation.encoders import (
     encoder_from_tower,
     weights_digest,
 )
+from cmtmae_scale.method.build import build_student, probe_arch, probe_student
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import Student, build_student, probe_arch, probe_student
+from cmtmae_scale.method.student import Student
 from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import read_inside, read_json
