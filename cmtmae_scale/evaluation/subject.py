@@ -194,8 +194,12 @@ def is_run_folder(place: Path, key: str) -> bool:
     if not (place / layout.MANIFEST).exists():
         raise CheckpointError(
             f"{key}={place} is neither a run (it has no checkpoints/) nor a checkpoint (it "
-            f"has no {layout.MANIFEST})"
-            + ("" if place.exists() else "; there is no such folder: correct the path")
+            f"has no {layout.MANIFEST}); "
+            + (
+                "name one of them"
+                if place.exists()
+                else "there is no such folder: correct the path"
+            )
         )
     return False
 

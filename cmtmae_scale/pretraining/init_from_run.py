@@ -109,8 +109,8 @@ def refuse_misfit(config: Config, model: CollaborativeMAE, source: Source) -> No
     there, here = (position_side(one, model) for one in (source.config, config))
     if there != here and config.decoder.type != "none":
         found.append(
-            f"decoder.position_grid: the decoder's positions are those of {there} x {there} "
-            f"patches, here of {here} x {here}; set decoder.position_grid={there}"
+            f"decoder.position_grid: that run's positions are those of {there} x {there} patches, "
+            f"this one's of {here} x {here}; decoder.position_grid={there} stretches them"
         )
     remedy = "set what that run has"
     if not any(text.startswith("student.") for text in found):
@@ -167,9 +167,9 @@ def load_source(
 ) -> int:
     """Fill a backend before its first step from a source, by ranges. A collective.
 
-    Positional embeddings of another grid are resampled by timm's function; the decoder computes its
-    own for the new grid, and rotary positions follow it. EMA weights that the source lacks start as
-    a copy of the student.
+    Positional embeddings of another grid are resampled by timm's function; rotary positions and
+    those of the decoder are no weights. EMA weights that the source lacks start as a copy of the
+    student.
 
     Args:
         config: settings of the new run.
