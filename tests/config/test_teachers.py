@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cmtmae_scale.api.pretrain import override_lines
 from cmtmae_scale.config.derive import (
     entry_text,
     needs,
@@ -117,6 +118,13 @@ def test_a_mistake_names_the_entry_and_the_override(
     assert "\n" not in str(caught.value)
     keys = tuple(override.partition("=")[0] for override in overrides)
     assert str(caught.value).startswith(keys)  # not the recipe
+
+
+def test_the_python_interface_takes_the_list_or_entries(recipe: Path) -> None:
+    lines = override_lines({"teachers": {"dino": {"map": 2}}})
+    assert load_config(recipe, lines).teachers[1].map == 2
+    lines = override_lines({"teachers": [CLIP, DINO | {"name": "other"}]})
+    assert [one.name for one in load_config(recipe, lines).teachers] == ["clip", "other"]
 
 
 def test_messages_about_a_single_teacher_are_those_of_the_entry() -> None:

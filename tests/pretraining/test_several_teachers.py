@@ -170,7 +170,7 @@ def test_card_export_report_and_api_know_all_teachers(runs: Runs) -> None:
         for key, value in tensors(run_dir, STEPS).items()
         if key.startswith("model.")
     }
-    assert build_full(config, state, "here").heads.teacher_names == ("first", "second")
+    assert build_full(config, state, "here").heads.several == ("first", "second")
     del state["heads.teacher_second.weight"]
     with pytest.raises(CheckpointError, match="differ: teacher_width is needed of second"):
         build_full(config, state, "here")
