@@ -32,7 +32,7 @@ def pretrain(config: str | Path, **overrides: Mapping[str, Any] | list[Any]) -> 
     Args:
         config: a recipe's path, or the name of a shipped recipe.
         overrides: groups of the recipe with the keys that differ, ``train={"steps": 20}``; of
-            several teachers the list, or the entries that differ, ``teachers={"dino": {"map": 2}}``.
+            several teachers the list, or the entries that differ, ``teachers={"b": {"map": 2}}``.
 
     Returns:
         The run's folder, ``run.output_dir``.
