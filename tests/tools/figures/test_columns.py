@@ -48,6 +48,7 @@ def test_perfect_predictions_give_the_image_back(norm: str, num_visible: int) ->
 
 def test_each_of_several_teachers_has_a_map_beside_the_mix() -> None:
     config, one = Config(), torch.full((2, 4), 0.25)
+    config.collaboration.alpha_attention = config.collaboration.alpha_target = 0.5
     config.teachers = [NamedTeacher(name="a"), NamedTeacher(name="b")]
     config.teachers[1].attention_source = "activation_norm"
     maps = name_maps(config, {"a": one, "b": one}, one, one)

@@ -182,7 +182,7 @@ def test_runs_share_the_cache_of_a_teacher_that_sees_the_same(tmp_path: Path) ->
 
 def test_each_of_several_teachers_has_its_own_cache(tmp_path: Path) -> None:
     rows = {"one": {"settings": ["teacher.mode=cached"]}}
-    (alone, *_) = runs_of(tmp_path, rows=rows)
+    (alone, *_) = runs_of(tmp_path, rows=rows, comparisons=[])
     tree = study_tree(tmp_path)
     recipe = yaml.safe_load(Path(tree["recipe"]).read_text())
     first = {"name": "first", **recipe.pop("teacher")}
