@@ -164,6 +164,8 @@ def test_mode_and_cache_of_an_entry_may_change_at_a_resume(recipe: Path) -> None
         changes([], "teachers.dino.map=2")
     (allowed,) = changes(["teachers.dino.map"], "teachers.dino.map=2")
     assert allowed.startswith("teachers.dino.map: the checkpoint has 1.0, the config 2.0; from")
+    with pytest.raises(ConfigError, match="has clip, dino, the config clip; each has weights"):
+        compare_configs(saved, saved | {"teachers": saved["teachers"][:1]}, [], same, free)
     older = {key: value for key, value in saved.items() if key != "teachers"}
     single = config_to_dict(load_config(recipe, ["teachers=[]", "teacher.library=timm", *SINGLE]))
     older["teacher"] = single["teacher"]
