@@ -23,6 +23,7 @@ from cmtmae_scale.evaluation.subject import (
     saved_config,
 )
 from cmtmae_scale.method.attention import mix_all, normalise_map
+from cmtmae_scale.method.build import build_student, probe_student
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.pretraining.scalars import scalars_at

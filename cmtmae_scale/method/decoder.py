@@ -352,7 +352,7 @@ class Heads(nn.Module):
         super().__init__()
         self.has_cls = has_cls
         several = teacher_width if isinstance(teacher_width, Mapping) else {}
-        self.teacher_names = tuple(several)
+        self.several = tuple(several)
         for name, own in several.items():
             self.add_module(term_name(name), nn.Linear(width, own))
         single = None if isinstance(teacher_width, Mapping) else teacher_width
@@ -367,9 +367,9 @@ class Heads(nn.Module):
             None if self.student is None else self.student(x),
             None if self.pixel is None else self.pixel(x[:, int(self.has_cls) :]),
         )
-        if not self.teacher_names:
+        if not self.several:
             return found
-        heads = (getattr(self, term_name(name)) for name in self.teacher_names)
+        heads = (getattr(self, term_name(name)) for name in self.several)
         return SeveralPredictions(found, tuple(head(x) for head in heads))
 
 
