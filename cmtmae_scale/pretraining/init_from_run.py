@@ -45,13 +45,13 @@ FREE_KEYS = (
     *("decoder.predict_ratio", "decoder.position_grid"),
 )
 """Keys of student and decoder that may differ: no weight depends on them, or not on them alone."""
-TARGET_GROUPS = ("teacher.", "target.", "loss.", "collaboration.alpha_target")
+TARGET_GROUPS = ("teacher.", "teachers", "target.", "loss.", "collaboration.alpha_target")
 """Keys on which shapes of the prediction heads depend."""
 POSITIONS = f"{MODEL}encoder.pos_embed"
 """The student's one tensor whose shape depends on the image size."""
 TARGETS = (
     *("teacher.library", "teacher.model", "teacher.weights", "teacher.depth", "teacher.feature"),
-    "target.",
+    *("teachers", "target."),
 )
 """Keys on which the targets themselves depend."""
 NAMED = 6
