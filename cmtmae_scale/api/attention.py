@@ -24,8 +24,9 @@ from cmtmae_scale.evaluation.subject import (
     saved_config,
 )
 from cmtmae_scale.method.attention import mix_attention, normalise_map
+from cmtmae_scale.method.build import build_student, probe_student
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.method.student import MomentumEncoder, build_student, probe_student
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import pick_device
 from cmtmae_scale.teachers.base import Teacher, images_for, view_sizes

@@ -22,7 +22,7 @@ from cmtmae_scale.tools.estimate import peak_bytes
 from cmtmae_scale.tools.figures.during import open_figures
 
 
-def pretrain(config: str | Path, **overrides: Mapping[str, Any]) -> Path:
+def pretrain(config: str | Path, **overrides: Mapping[str, Any] | list[Any]) -> Path:
     """Pre-train a student in this process, or resume; call from the main thread.
 
     Each process of a launcher, such as torchrun, is a rank. Ctrl-C, SIGTERM and SIGUSR1 save a
@@ -31,7 +31,8 @@ def pretrain(config: str | Path, **overrides: Mapping[str, Any]) -> Path:
 
     Args:
         config: a recipe's path, or the name of a shipped recipe.
-        overrides: groups of the recipe with the keys that differ, ``train={"steps": 20}``.
+        overrides: groups of the recipe with the keys that differ, ``train={"steps": 20}``; of
+            several teachers the list, or the entries that differ, ``teachers={"b": {"map": 2}}``.
 
     Returns:
         The run's folder, ``run.output_dir``.
@@ -78,16 +79,26 @@ def override_lines(overrides: Mapping[str, Any]) -> list[str]:
     """
     lines: list[str] = []
     for name, group in overrides.items():
+        if name == "teachers" and isinstance(group, list):
+            lines.append(f"{name}={to_json(name, group)}")
+            continue
         if not isinstance(group, Mapping):
             raise ConfigError(f"{name}={group!r} is not a group; give {name}={{'KEY': value}}")
         for key, value in group.items():
-            try:
-                lines.append(
-                    f"{name}.{key}={json.dumps(value, ensure_ascii=False, default=os.fspath)}"
-                )
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{name}.{key}={value!r} is not a value ({error})") from error
+            lines.append(f"{name}.{key}={to_json(f'{name}.{key}', value)}")
     return lines
+
+
+def to_json(key: str, value: Any) -> str:
+    """Return the value of a key in JSON.
+
+    Raises:
+        ConfigError: if it is not of YAML's types.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, default=os.fspath)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}={value!r} is not a value ({error})") from error
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def alpha_warmup(schedule: Schedule | float) -> float:
 
 
 def check_student(student: Student) -> Iterator[str]:
-    """Width against positional embedding; ``method.student`` checks it against the heads."""
+    """Width against positional embedding; ``method.build`` checks it against the heads."""
     if student.width is not None and student.width % 4:
         yield f"student.width={student.width} must be a multiple of 4 (sine-cosine embedding)"
 

@@ -120,6 +120,13 @@ def compare_configs(
             f"{digests[1][:12]}); restore them{hint} or use another run.output_dir{start}"
         )
     check_allowed(allowed, new)
+    names, before = list_teachers(new), list_teachers(old)
+    if names != before:
+        raise ConfigError(
+            f"teachers: the checkpoint has {', '.join(before) or 'none'}, the config "
+            f"{', '.join(names) or 'none'}; each has weights of its own: restore the list, or use "
+            "another run.output_dir"
+        )
     changes: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -142,6 +149,11 @@ def compare_configs(
             )
         changes.append(f"{text}; from here on {after} counts")
     return changes
+
+
+def list_teachers(flat: dict[str, Any]) -> list[str]:
+    """Return the names of the entries of ``teachers`` among full keys, sorted."""
+    return sorted({key.split(".")[1] for key in flat if key.startswith("teachers.")})
 
 
 def check_allowed(allowed: list[str], present: dict[str, Any]) -> None:

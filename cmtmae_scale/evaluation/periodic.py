@@ -20,7 +20,8 @@ from cmtmae_scale.evaluation.knn import NEIGHBOURS, count_images, knn_scores, wa
 from cmtmae_scale.evaluation.logistic import logistic_score
 from cmtmae_scale.evaluation.representation import ALL_IMAGES, represent
 from cmtmae_scale.evaluation.segmentation import segment
-from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.build import build_student
+from cmtmae_scale.method.student import Student
 from cmtmae_scale.runtime.launch import World
 
 RANK_IMAGES = 512

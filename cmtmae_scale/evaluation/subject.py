@@ -30,8 +30,9 @@ from cmtmae_scale.evaluation.encoders import (
     encoder_from_tower,
     weights_digest,
 )
+from cmtmae_scale.method.build import build_student, probe_arch, probe_student
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import Student, build_student, probe_arch, probe_student
+from cmtmae_scale.method.student import Student
 from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import read_inside, read_json
@@ -193,8 +194,12 @@ def is_run_folder(place: Path, key: str) -> bool:
     if not (place / layout.MANIFEST).exists():
         raise CheckpointError(
             f"{key}={place} is neither a run (it has no checkpoints/) nor a checkpoint (it "
-            f"has no {layout.MANIFEST})"
-            + ("" if place.exists() else "; there is no such folder: correct the path")
+            f"has no {layout.MANIFEST}); "
+            + (
+                "name one of them"
+                if place.exists()
+                else "there is no such folder: correct the path"
+            )
         )
     return False
 

@@ -13,7 +13,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.export.origin import Weights, open_origin
 from cmtmae_scale.export.place import default_output, publish
-from cmtmae_scale.method.student import timm_options
+from cmtmae_scale.method.build import timm_options
 
 
 class Exported(NamedTuple):

@@ -31,8 +31,9 @@ from cmtmae_scale.export import dinov3_vit
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.encoder import build_timm
 from cmtmae_scale.export.origin import Origin
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.method.student import BlockAttention, Student, build_student
+from cmtmae_scale.method.student import BlockAttention, Student
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 

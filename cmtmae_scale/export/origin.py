@@ -19,7 +19,8 @@ from cmtmae_scale.evaluation.subject import (
     run_of_checkpoint,
     saved_config,
 )
-from cmtmae_scale.method.student import Student, build_student, probe_student
+from cmtmae_scale.method.build import build_student, probe_student
+from cmtmae_scale.method.student import Student
 
 Weights = Literal["student", "momentum"]
 

@@ -24,8 +24,8 @@ from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.encoder import timm_call
 from cmtmae_scale.export.origin import Origin
+from cmtmae_scale.method.build import probe_student, timm_options
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
-from cmtmae_scale.method.student import probe_student, timm_options
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 

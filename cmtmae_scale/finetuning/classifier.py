@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.initialisation import Values
-from cmtmae_scale.method.student import Student, build_student, run_block
+from cmtmae_scale.method.student import Student, run_block
 
 HEAD_STD = 2e-5
 """Deviation of the head's start values, MAE's."""

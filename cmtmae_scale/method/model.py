@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from cmtmae_scale.config.derive import loss_terms, teacher_shares
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.decoder import Heads, build_decoder
 from cmtmae_scale.method.masking import PatchChoice, token_counts
-from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.student import Student
 from cmtmae_scale.method.targets import Predictions, TokenLayout
 
 

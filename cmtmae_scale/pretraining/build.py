@@ -34,11 +34,12 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.float8 import use_float8, warn_about_emulation
 from cmtmae_scale.method.initialisation import Values, initial_values
 from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import (
     Predictions,
     TokenLayout,

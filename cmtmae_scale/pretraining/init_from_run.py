@@ -7,6 +7,7 @@ step; a resume reads nothing of the other run.
 import hashlib
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,14 +46,11 @@ FREE_KEYS = (
     *("decoder.predict_ratio", "decoder.position_grid"),
 )
 """Keys of student and decoder that may differ: no weight depends on them, or not on them alone."""
-TARGET_GROUPS = ("teacher.", "target.", "loss.", "collaboration.alpha_target")
+HEADS = r"teachers?\.|target\.|loss\.|collaboration\.alpha_target"
 """Keys on which shapes of the prediction heads depend."""
 POSITIONS = f"{MODEL}encoder.pos_embed"
 """The student's one tensor whose shape depends on the image size."""
-TARGETS = (
-    *("teacher.library", "teacher.model", "teacher.weights", "teacher.depth", "teacher.feature"),
-    "target.",
-)
+TARGETS = r"target\.|teachers?\.(\w+\.)?(library|model|weights|depth|feature|norm|layers)$"
 """Keys on which the targets themselves depend."""
 NAMED = 6
 """Most differences that a message names."""
@@ -105,12 +103,12 @@ def refuse_misfit(config: Config, model: CollaborativeMAE, source: Source) -> No
     Raises:
         ConfigError: names the keys with both values, or the tensors with both shapes.
     """
-    found = list_differences(source.config, config, ("student.", "decoder."))
+    found = list_differences(source.config, config, r"student\.|decoder\.")
     there, here = (position_side(one, model) for one in (source.config, config))
     if there != here and config.decoder.type != "none":
         found.append(
-            f"decoder.position_grid: the decoder's positions are those of {there} x {there} "
-            f"patches, here of {here} x {here}; set decoder.position_grid={there}"
+            f"decoder.position_grid: that run's positions are those of {there} x {there} patches, "
+            f"this one's of {here} x {here}; decoder.position_grid={there} stretches them"
         )
     remedy = "set what that run has"
     if not any(text.startswith("student.") for text in found):
@@ -122,7 +120,7 @@ def refuse_misfit(config: Config, model: CollaborativeMAE, source: Source) -> No
         tensors = list_misfits(source.tensors, model)
         if not tensors:
             return
-        found = [*list_differences(source.config, config, TARGET_GROUPS), *tensors]
+        found = [*list_differences(source.config, config, HEADS), *tensors]
     raise ConfigError(
         f"{KEY}={config.student.init_from_run} does not fit: {summarise_texts(found, NAMED)}; "
         f"{remedy}"
@@ -134,13 +132,13 @@ def position_side(config: Config, model: CollaborativeMAE) -> int:
     return config.decoder.position_grid or config.views.image_size // model.encoder.patch_side
 
 
-def list_differences(saved: Config, present: Config, groups: tuple[str, ...]) -> list[str]:
-    """Return the keys of groups that differ, each with both values."""
+def list_differences(saved: Config, present: Config, pattern: str) -> list[str]:
+    """Return the keys that match a pattern and differ, each with both values."""
     old, new = flatten(config_to_dict(saved)), flatten(config_to_dict(present))
     return [
         f"{key}: that run has {old.get(key)}, this one {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if key.startswith(groups) and key not in FREE_KEYS and old.get(key) != new.get(key)
+        if re.match(pattern, key) and key not in FREE_KEYS and old.get(key) != new.get(key)
     ]
 
 
@@ -167,9 +165,9 @@ def load_source(
 ) -> int:
     """Fill a backend before its first step from a source, by ranges. A collective.
 
-    Positional embeddings of another grid are resampled by timm's function; the decoder computes its
-    own for the new grid, and rotary positions follow it. EMA weights that the source lacks start as
-    a copy of the student.
+    Positional embeddings of another grid are resampled by timm's function; rotary positions and
+    those of the decoder are no weights. EMA weights that the source lacks start as a copy of the
+    student.
 
     Args:
         config: settings of the new run.

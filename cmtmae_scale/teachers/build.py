@@ -8,8 +8,8 @@ from cmtmae_scale.config import derive
 from cmtmae_scale.config.derive import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.method.build import probe_student
 from cmtmae_scale.method.float8 import use_float8
-from cmtmae_scale.method.student import probe_student
 from cmtmae_scale.teachers.base import Teacher, TeacherOutputs
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.teachers.python import PythonSource

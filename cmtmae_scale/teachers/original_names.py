@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 LEFT_OUT = "timm's model does not use it"
-ZERO_BIAS = "it is zero, and the model has none"
+ZERO_BIAS = "qkv.bias is zero, and the model has none"
+MASK = "qkv.bias_mask masks the biases of keys, and the model has none"
 POSITIONS = ("pos_embed", "positional_embedding")
 BIAS, BIAS_MASK = ".attn.qkv.bias", ".attn.qkv.bias_mask"
 
@@ -56,7 +57,9 @@ def convert_names(model: nn.Module, state: Mapping[str, Tensor]) -> Converted:
     names = {id(value): name for name, value in leaves.items()}
     sources = {ours: trace_sources(value, names) for ours, value in found.items()}
     used = {name for computed_from in sources.values() for name in computed_from}
-    unused = {name: LEFT_OUT for name in leaves if name not in used}
+    unused = {
+        name: MASK if name.endswith(BIAS_MASK) else LEFT_OUT for name in leaves if name not in used
+    }
     tensors = {name: value.detach() for name, value in found.items()}
     return Converted(tensors, sources, unused | dict.fromkeys(zero, ZERO_BIAS))
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
-from cmtmae_scale.method.student import VIT_MODULES
+from cmtmae_scale.method.build import VIT_MODULES
 from cmtmae_scale.teachers.base import Tower
 from cmtmae_scale.teachers.original_names import convert_names, find_filter
 from cmtmae_scale.teachers.timm_towers import (

@@ -28,9 +28,10 @@ from cmtmae_scale.config.derive import (
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.method.attention import attention_of_a_gpu
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import Predictions, TokenLayout
 from cmtmae_scale.pretraining.build import make_objective
 from cmtmae_scale.pretraining.prepare import MicroBatch

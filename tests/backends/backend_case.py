@@ -15,10 +15,11 @@ from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.writer import Writer
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.attention import collaborative_attention
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.initialisation import initial_values, initialise
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective, term_weights
 from cmtmae_scale.pretraining.prepare import MicroBatch
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cmtmae_scale.api.pretrain import override_lines
 from cmtmae_scale.config.derive import (
     entry_text,
     needs,
@@ -119,6 +120,13 @@ def test_a_mistake_names_the_entry_and_the_override(
     assert str(caught.value).startswith(keys)  # not the recipe
 
 
+def test_the_python_interface_takes_the_list_or_entries(recipe: Path) -> None:
+    lines = override_lines({"teachers": {"dino": {"map": 2}}})
+    assert load_config(recipe, lines).teachers[1].map == 2
+    lines = override_lines({"teachers": [CLIP, DINO | {"name": "other"}]})
+    assert [one.name for one in load_config(recipe, lines).teachers] == ["clip", "other"]
+
+
 def test_messages_about_a_single_teacher_are_those_of_the_entry() -> None:
     text = "attention.source=cls: teacher.model=x has no class token; see /a/teacher.pt, cache.dir"
     expected = (
@@ -156,6 +164,8 @@ def test_mode_and_cache_of_an_entry_may_change_at_a_resume(recipe: Path) -> None
         changes([], "teachers.dino.map=2")
     (allowed,) = changes(["teachers.dino.map"], "teachers.dino.map=2")
     assert allowed.startswith("teachers.dino.map: the checkpoint has 1.0, the config 2.0; from")
+    with pytest.raises(ConfigError, match="has clip, dino, the config clip; each has weights"):
+        compare_configs(saved, saved | {"teachers": saved["teachers"][:1]}, [], same, free)
     older = {key: value for key, value in saved.items() if key != "teachers"}
     single = config_to_dict(load_config(recipe, ["teachers=[]", "teacher.library=timm", *SINGLE]))
     older["teacher"] = single["teacher"]

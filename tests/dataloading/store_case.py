@@ -178,8 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
             span = None
         elif span is not None and fault == "wrong range":
             span = span[0] + 1, span[1]
-        ask = self._read_file if owner.origin is None else self._ask_origin
-        status, headers, data = ask(key, span)
+        find = self._read_file if owner.origin is None else self._ask_origin
+        status, headers, data = find(key, span)
         if status >= 400 and owner.origin is None:
             return self._fail(status)
         length = int(headers.pop("Content-Length", len(data)))
@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-Match", etag) != etag:
             return 412, {}, b""
         first, last = (0, whole - 1) if span is None else (span[0], min(span[1], whole - 1))
-        if first > last:
+        if span is not None and first > last:
             return 416, {}, b""
         with path.open("rb") as file:
             file.seek(first)

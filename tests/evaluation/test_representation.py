@@ -29,9 +29,10 @@ from cmtmae_scale.evaluation.representation import (
     represent,
     uniformity,
 )
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.method.student import MomentumEncoder
 from dataloading.errors import DataError
 from dataloading.index import build_index
 from tests.evaluation.dense_case import (

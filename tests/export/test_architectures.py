@@ -23,8 +23,9 @@ from cmtmae_scale.export.hugging_face import (
 )
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.timm_folder import check_timm, write_timm
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.student import Student
 
 
 def student(arch: str, size: int = 224) -> Student:

@@ -14,7 +14,7 @@ from cmtmae_scale.commands.export import export_weights
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.encoder import export_encoder, load_strictly
-from cmtmae_scale.method.student import build_student
+from cmtmae_scale.method.build import build_student
 from tests.engine.run_case import STEPS
 
 pytestmark = pytest.mark.gloo

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.timm_folder import reads_folders, write_timm
-from cmtmae_scale.method.student import Student, timm_options
+from cmtmae_scale.method.build import timm_options
+from cmtmae_scale.method.student import Student
 from tests.export.test_architectures import saved
 
 SIDE, SIZES = 16, {"width": 48, "depth": 2, "heads": 2}

@@ -22,8 +22,9 @@ from cmtmae_scale.export.origin import open_origin
 from cmtmae_scale.export.timm_folder import check_timm, write_timm
 from cmtmae_scale.finetuning.classifier import build_classifier, classifier_values
 from cmtmae_scale.finetuning.encoder import encoder_from_dict, take_encoder
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.student import Student, build_student
+from cmtmae_scale.method.student import Student
 from tests.engine.run_case import write_recipe
 from tests.evaluation.evaluation_case import world
 from tests.export.test_architectures import noise

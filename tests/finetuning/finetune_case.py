@@ -45,8 +45,8 @@ def write_encoder(file: Path, seed: int) -> None:
     from safetensors.torch import save_file
 
     from cmtmae_scale.config.schema import Config
+    from cmtmae_scale.method.build import build_student
     from cmtmae_scale.method.initialisation import initialise
-    from cmtmae_scale.method.student import build_student
 
     config = Config()
     config.student.arch, config.views.image_size = "test_vit", 64
@@ -61,8 +61,8 @@ def write_eva(file: Path) -> None:
 
     from cmtmae_scale.config.schema import Config
     from cmtmae_scale.config.schema import Student as StudentConfig
+    from cmtmae_scale.method.build import build_student
     from cmtmae_scale.method.initialisation import initialise
-    from cmtmae_scale.method.student import build_student
 
     config = Config()
     config.student = StudentConfig("eva02_base_patch14_224", 16, 96, 2, 2)

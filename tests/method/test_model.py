@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import (
     TokenLayout,
     normalise,

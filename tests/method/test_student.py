@@ -15,16 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.initialisation import fix_positions, initialise, sincos_positions
 from cmtmae_scale.method.rotary import use_rotary
-from cmtmae_scale.method.student import (
-    MomentumEncoder,
-    RowAttention,
-    Student,
-    become,
-    build_student,
-    use_attend,
-)
+from cmtmae_scale.method.student import MomentumEncoder, RowAttention, Student, become, use_attend
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

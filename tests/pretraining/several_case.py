@@ -52,31 +52,35 @@ def build_cache(recipe: Path, overrides: list[str], name: str) -> int:
     return precompute_teacher([*place, "--teacher", name])
 
 
-def try_all(recipe: Path) -> dict[str, Any]:
-    """Every run of ``test_several_teachers.py``."""
-    folder = recipe.parent
-    found: dict[str, Any] = {}
+def try_modes(recipe: Path) -> dict[str, Any]:
+    """Runs with both teachers online, rounded and cached, and a teacher that fails."""
+    folder, exact = recipe.parent, recipe.parent / "exact"
+    drawn = [f"log.images_every={STEPS}", f"log.diagnostics_every={STEPS}"]
+    own = [*SHORT, f"cache.dir={exact}", "cache.codec=bf16"]
+    bare = [*cache_of(exact, "first", "second"), "cache.on_miss=stop"]
+    return {
+        "codes": [build_cache(recipe, own, one["name"]) for one in TEACHERS],
+        "online": observe(recipe, folder / "online", [*SHORT, *drawn]),
+        "rounded": observe(recipe, folder / "rounded", SHORT, "rounded"),
+        "cached": observe(recipe, folder / "cached", bare, "alone"),
+        "failure": fail_on_a_view(recipe, folder / "failing"),
+    }
 
-    def look(name: str, overrides: list[str], how: str = "") -> None:
-        found[name] = observe(recipe, folder / name, overrides, how)
 
-    exact, small = folder / "exact", folder / "small"
-    found["codes"] = [
-        build_cache(recipe, [*SHORT, f"cache.dir={exact}", "cache.codec=bf16"], "first"),
-        build_cache(recipe, [*SHORT, f"cache.dir={exact}", "cache.codec=bf16"], "second"),
-        build_cache(recipe, [*SHORT, f"cache.dir={small}"], "second"),
-    ]
-    look("online", [*SHORT, f"log.images_every={STEPS}", f"log.diagnostics_every={STEPS}"])
-    look("rounded", SHORT, "rounded")
-    look("cached", [*cache_of(exact, "first", "second"), "cache.on_miss=stop"], "alone")
-    look("mixed", cache_of(small, "second"))
+def try_more(recipe: Path) -> dict[str, Any]:
+    """Runs after ``try_modes``: one teacher cached, a missing row, sidecars, and a resume."""
+    folder, small = recipe.parent, recipe.parent / "small"
+    build_cache(recipe, [*SHORT, f"cache.dir={small}"], "second")
+    mixed = observe(recipe, folder / "mixed", cache_of(small, "second"))
     shutil.rmtree(small / "second" / SHARDS)
-    look("missing", [*cache_of(small, "second"), "cache.on_miss=stop"])
-    look("sidecar", compute_ahead(recipe, folder / "sidecar"))
+    stop = [*cache_of(small, "second"), "cache.on_miss=stop"]
     run(recipe, [f"run.output_dir={folder / 'resumed'}", *SHORT, "train.stop_after=1"])
-    look("resumed", cache_of(exact, "first"))
-    found["failure"] = fail_on_a_view(recipe, folder / "failing")
-    return found
+    return {
+        "mixed": mixed,
+        "missing": observe(recipe, folder / "missing", stop),
+        "sidecar": observe(recipe, folder / "sidecar", compute_ahead(recipe, folder / "sidecar")),
+        "resumed": observe(recipe, folder / "resumed", cache_of(folder / "exact", "first")),
+    }
 
 
 def compute_ahead(recipe: Path, run_dir: Path) -> list[str]:

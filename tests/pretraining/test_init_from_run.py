@@ -115,7 +115,7 @@ def test_at_twice_the_size_the_encoder_is_timms_own(recipe: Path) -> None:
     models = start(read_start(recipe, *TWICE))
     found = models.backend.fragments()
     for prefix in ("model.encoder.", "momentum."):
-        theirs = timm.create_model("test_vit", img_size=128, depth=2, num_classes=0).eval()
+        theirs = cast(Any, timm.create_model("test_vit", img_size=128, depth=2, num_classes=0))
         old = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
         theirs.load_state_dict(checkpoint_filter_fn(old, theirs, antialias=True))
         ours = {k.removeprefix(prefix): own for k, own in found.items() if k.startswith(prefix)}
@@ -179,7 +179,10 @@ UNFIT = {
     ),
     "depth": (["student.depth=3"], "student.depth: that run has 2, this one 3"),
     "decoder": (["decoder.width=64"], "decoder.width: that run has 32, this one 64; set what"),
-    "positions": (TWICE[:1], "those of 4 x 4 patches, here of 8 x 8; set decoder.position_grid=4;"),
+    "positions": (
+        TWICE[:1],
+        "of 4 x 4 patches, this one's of 8 x 8; decoder.position_grid=4 stretches",
+    ),
     "target": (
         ["collaboration.alpha_target=1"],
         "collaboration.alpha_target: that run has 0.7, this one 1.0; heads.student.bias: that run "
@@ -256,7 +259,7 @@ def test_folders_without_an_intact_checkpoint_are_named(recipe: Path, tmp_path: 
     shard.write_bytes(content)
     said = {
         "absent": "student.init_from_run={} is neither .*; there is no such folder: correct",
-        "empty": r"student.init_from_run={} is neither a run \(.*\) nor a checkpoint \(.*\)$",
+        "empty": "student.init_from_run={} is neither a run .* nor a checkpoint .*; name one of",
         "early": "{}: no checkpoint yet; train first",
         "torn": "{}/checkpoints: none of 1 checkpoints is intact; restore one, or name another run",
         f"torn/checkpoints/{torn.name}": "{} is broken: rank-00000.safetensors differs from its",

@@ -20,7 +20,14 @@ from cmtmae_scale.export.full import build_full
 from cmtmae_scale.tools.report.page import render_page
 from cmtmae_scale.tools.report.run import read_run
 from tests.engine.run_case import same, tensors
-from tests.pretraining.several_case import STEPS, entries, same_as_single, try_all, write_several
+from tests.pretraining.several_case import (
+    STEPS,
+    entries,
+    same_as_single,
+    try_modes,
+    try_more,
+    write_several,
+)
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -30,8 +37,14 @@ Runs = tuple[Path, dict[str, Any]]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("several")
-    (found,) = run_ranks(1, try_all, write_several(folder), timeout_s=300)
+    (found,) = run_ranks(1, try_modes, write_several(folder), timeout_s=300)
     return folder, found
+
+
+@pytest.fixture(scope="module")
+def more(runs: Runs) -> Runs:
+    (found,) = run_ranks(1, try_more, runs[0] / "recipe.yaml", timeout_s=300)
+    return runs[0], runs[1] | found
 
 
 def losses(runs: Runs, name: str, term: str = "total") -> list[float]:
@@ -65,36 +78,49 @@ def test_each_term_takes_part_in_the_diagnostics(runs: Runs) -> None:
 
 def test_cached_teachers_equal_online_teachers_that_are_rounded_alike(runs: Runs) -> None:
     folder, found = runs
-    assert found["codes"] == [0, 0, 0]
+    assert found["codes"] == [0, 0]
     assert {path.name for path in (folder / "exact").iterdir()} >= {"first", "second"}
-    for way in ("cached", "sidecar"):
-        one, two = found["rounded"], found[way]
-        assert (one.error, two.error) == ("", "") and one.masks == two.masks
-        same(folder / "rounded", folder / way, STEPS)
-        assert losses(runs, "rounded") == losses(runs, way)
-        assert [e["cache/hit"] for e in two.log if "loss/total" in e] == [1.0] * STEPS
+    assert_same(runs, "rounded", "cached")
 
 
-def test_one_teacher_may_be_cached_and_the_other_online(runs: Runs) -> None:
+def assert_same(runs: Runs, online: str, read: str) -> None:
+    """Assert that masks, losses and weights of two runs are equal, and that all rows were read."""
+    folder, found = runs
+    one, two = found[online], found[read]
+    assert (one.error, two.error) == ("", "") and one.masks == two.masks
+    same(folder / online, folder / read, STEPS)
+    assert losses(runs, online) == losses(runs, read)
+    assert [entry["cache/hit"] for entry in two.log if "loss/total" in entry] == [1.0] * STEPS
+
+
+@pytest.mark.slow
+def test_sidecars_of_both_teachers_compute_the_same(more: Runs) -> None:
+    assert_same(more, "rounded", "sidecar")
+
+
+@pytest.mark.slow
+def test_one_teacher_may_be_cached_and_the_other_online(more: Runs) -> None:
     """Within the rounding of int8, as for a single teacher in ``test_cached_runs.py``."""
-    found = losses(runs, "mixed")
-    assert len(found) == STEPS and found == pytest.approx(losses(runs, "online"), rel=0.005)
-    assert found != losses(runs, "online")
-    assert all(e["cache/hit"] == 1 for e in runs[1]["mixed"].log if "loss/total" in e)
+    found = losses(more, "mixed")
+    assert len(found) == STEPS and found == pytest.approx(losses(more, "online"), rel=0.005)
+    assert found != losses(more, "online")
+    assert all(e["cache/hit"] == 1 for e in more[1]["mixed"].log if "loss/total" in e)
 
 
-def test_a_missing_row_names_the_teacher(runs: Runs) -> None:
-    folder = runs[0] / "small" / "second"
-    assert f": teachers.second.cache_dir={folder}: row " in runs[1]["missing"].error
+@pytest.mark.slow
+def test_a_missing_row_names_the_teacher(more: Runs) -> None:
+    folder = more[0] / "small" / "second"
+    assert f": teachers.second.cache_dir={folder}: row " in more[1]["missing"].error
 
 
-def test_a_resumed_run_continues_statistics_and_may_change_a_mode(runs: Runs) -> None:
+@pytest.mark.slow
+def test_a_resumed_run_continues_statistics_and_may_change_a_mode(more: Runs) -> None:
     """The first teacher is read from a cache of bf16 after the resume, in the last step."""
-    assert runs[1]["resumed"].error == ""
-    assert losses(runs, "resumed", "teacher_second")[-1] == pytest.approx(
-        losses(runs, "online", "teacher_second")[-1], rel=1e-4
+    assert more[1]["resumed"].error == ""
+    assert losses(more, "resumed", "teacher_second")[-1] == pytest.approx(
+        losses(more, "online", "teacher_second")[-1], rel=1e-4
     )
-    assert losses(runs, "resumed")[-1] == pytest.approx(losses(runs, "online")[-1], rel=1e-3)
+    assert losses(more, "resumed")[-1] == pytest.approx(losses(more, "online")[-1], rel=1e-3)
 
 
 def test_a_teacher_that_fails_is_named(runs: Runs) -> None:
@@ -105,7 +131,7 @@ def test_a_teacher_that_fails_is_named(runs: Runs) -> None:
     assert runs[1]["failure"].endswith("use other teachers.second.weights in another run")
 
 
-def test_figures_show_each_map_and_the_mix(runs: Runs) -> None:
+def test_a_sheet_of_figures_is_drawn(runs: Runs) -> None:
     assert list((runs[0] / "online" / "figures").glob("*.png"))
 
 
@@ -123,6 +149,7 @@ def test_one_entry_computes_what_the_single_form_computes(tmp_path: Path) -> Non
     assert "attention/teacher_agreement" not in json.dumps(entries(several))
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_all_teachers(tmp_path: Path) -> None:
     text = render_dry_run(load_config(write_several(tmp_path)), 1)
     assert "teacher first   0." in text and "teacher second  0." in text

@@ -21,10 +21,11 @@ from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.subject import subject_from_file
 from cmtmae_scale.export.encoder import build_timm
+from cmtmae_scale.method.build import probe_student
 from cmtmae_scale.method.initialisation import initial_values, initialise
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.student import Student, probe_student
+from cmtmae_scale.method.student import Student
 from cmtmae_scale.method.targets import TokenLayout, normalise
 from cmtmae_scale.pretraining.build import build_model, make_objective
 from cmtmae_scale.pretraining.prepare import MicroBatch

@@ -11,7 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.check import find_problems
+from cmtmae_scale.config.load import load_config, read_recipe
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.determinism import deterministic_kernels
@@ -98,8 +99,7 @@ def make_variants(
     Raises:
         ConfigError: a malformed sweep, or a setting that cannot work.
     """
-    if not any(text.startswith("teacher.weights=") for text in overrides):
-        overrides = ["teacher.weights=random", *overrides]  # weights do not affect the time
+    overrides = [*overrides, *random_weights(path, overrides)]
 
     def variant(label: str, extra: list[str], sdpa: str) -> Variant:
         config = load_config(path, [*overrides, *extra])
@@ -118,6 +118,19 @@ def make_variants(
             extra = [] if key == "sdpa" else [f"{key}={value}"]
             found.append(variant(f"{key}={value}", extra, value if key == "sdpa" else "auto"))
     return found
+
+
+def random_weights(path: str, overrides: Sequence[str]) -> list[str]:
+    """Return overrides for teachers whose weights no override names: they do not affect the time.
+
+    Raises:
+        ConfigError: an override of a key that the recipe does not have.
+    """
+    draft = read_recipe(Config, find_problems, path).override(overrides)
+    names = [entry["name"] for entry in draft.values["teachers"]]
+    keys = [f"teachers.{name}.weights" for name in names] or ["teacher.weights"]
+    given = {text.partition("=")[0] for text in overrides}
+    return [f"{key}=random" for key in keys if key not in given]
 
 
 def measure_variants(

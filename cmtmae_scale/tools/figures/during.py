@@ -14,9 +14,10 @@ from cmtmae_scale.config.derive import needs, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.task import Run, SideTask
+from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.schedules import evaluate
-from cmtmae_scale.method.student import MomentumEncoder, build_student
+from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, feature_widths, view_sizes

@@ -190,19 +190,19 @@ def plan_run(
     config.run.output_dir = str(folder)
     jobs: list[Job] = []
     cached = {
-        name: caches / short_digest(cache_settings(alone))
-        for name, alone in teacher_configs(config).items()
+        teacher: caches / short_digest(cache_settings(alone))
+        for teacher, alone in teacher_configs(config).items()
         if alone.teacher.mode == "cached"
     }
     config.cache.dir = str(cached[""]) if "" in cached else None
     for entry in config.teachers:
         entry.cache_dir = str(cached[entry.name]) if entry.name in cached else None
     overrides += [
-        f"teachers.{name}.cache_dir={cache}" if name else f"cache.dir={cache}"
-        for name, cache in cached.items()
+        f"teachers.{teacher}.cache_dir={cache}" if teacher else f"cache.dir={cache}"
+        for teacher, cache in cached.items()
     ]
-    for name, cache in cached.items():
-        chosen = ("--teacher", name) if name else ()
+    for teacher, cache in cached.items():
+        chosen = ("--teacher", teacher) if teacher else ()
         arguments = (*CMTMAE, "precompute", "--config", study.recipe, *chosen, *overrides)
         jobs.append(Job("cache", arguments, cache, partial(is_complete, cache), True))
     arguments = (*CMTMAE, "pretrain", "--config", study.recipe, *overrides)

@@ -14,6 +14,7 @@ from cmtmae_scale.tools.benchmark import against, decoding, table
 from cmtmae_scale.tools.benchmark.clock import Spread, Stopwatch
 from cmtmae_scale.tools.benchmark.training import Protocol, make_variants, measure_variants
 from tests.engine.run_case import make_photographs, write_recipe
+from tests.pretraining.several_case import TEACHERS, write_several
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, "none")
@@ -115,3 +116,10 @@ def test_a_stopwatch_sums_parts_and_forgets_them() -> None:
     assert watch.collect()["one"] > 0
     assert watch.collect() == {}
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+
+
+def test_the_weights_of_teachers_are_not_needed(tmp_path: Path) -> None:
+    recipe = write_several(tmp_path, [one | {"weights": "tag"} for one in TEACHERS])
+    own = ["teachers.second.weights=mine"]
+    (given,) = make_variants(str(recipe), own, [], 1, 1)
+    assert [one.weights for one in given.config.teachers] == ["random", "mine"]

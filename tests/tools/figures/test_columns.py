@@ -4,11 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.schema import Config, NamedTeacher
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.targets import TokenLayout, patchify, pixel_targets
-from cmtmae_scale.tools.figures.columns import place_on_grid, principal_colours, reconstruct
+from cmtmae_scale.tools.figures.columns import (
+    name_maps,
+    place_on_grid,
+    principal_colours,
+    reconstruct,
+)
 
 SIDE, PATCH = 24, 8
 LENGTH = (SIDE // PATCH) ** 2
@@ -39,6 +44,18 @@ def test_perfect_predictions_give_the_image_back(norm: str, num_visible: int) ->
     # float32: a unit in the last place of values up to 255
     torch.testing.assert_close(column.values, photographs.float() / 255, rtol=0, atol=1e-5)
     assert column.hidden is not None and not column.hidden.any()
+
+
+def test_each_of_several_teachers_has_a_map_beside_the_mix() -> None:
+    config, one = Config(), torch.full((2, 4), 0.25)
+    config.collaboration.alpha_attention = config.collaboration.alpha_target = 0.5
+    config.teachers = [NamedTeacher(name="a"), NamedTeacher(name="b")]
+    config.teachers[1].attention_source = "activation_norm"
+    maps = name_maps(config, {"a": one, "b": one}, one, one)
+    titles = ["teacher a", "teacher b, activation norm", "EMA weights", "collaborative"]
+    assert [*maps] == titles
+    assert [*name_maps(config, {"a": one, "b": one}, None, one)] == [*titles[:2], "collaborative"]
+    assert [*name_maps(Config(), {"": one}, None, one)] == ["teacher"]
 
 
 def test_what_is_neither_seen_nor_predicted_is_greyed_out() -> None:

@@ -182,7 +182,7 @@ def test_runs_share_the_cache_of_a_teacher_that_sees_the_same(tmp_path: Path) ->
 
 def test_each_of_several_teachers_has_its_own_cache(tmp_path: Path) -> None:
     rows = {"one": {"settings": ["teacher.mode=cached"]}}
-    (alone, *_) = runs_of(tmp_path, rows=rows)
+    (alone, *_) = runs_of(tmp_path, rows=rows, comparisons=[])
     tree = study_tree(tmp_path)
     recipe = yaml.safe_load(Path(tree["recipe"]).read_text())
     first = {"name": "first", **recipe.pop("teacher")}
@@ -191,7 +191,7 @@ def test_each_of_several_teachers_has_its_own_cache(tmp_path: Path) -> None:
     modes = [f"teachers.{name}.mode=cached" for name in ("first", "second")]
     rows = {"both": {"settings": modes}, "mixed": {"settings": modes[1:]}}
     runs = plan_runs(load_study(write_study(tmp_path, tree | {"rows": rows, "comparisons": []})))
-    both, mixed = runs[0], runs[2]
+    both, mixed = runs[:2]
     assert [kinds(both)[:3], kinds(mixed)[:2]] == [["cache", "cache", "train"], ["cache", "train"]]
     for job, name in zip(both.jobs[:2], ("first", "second"), strict=True):
         assert job.arguments[5:7] == ("--teacher", name)
