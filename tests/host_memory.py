@@ -54,7 +54,7 @@ def build(overrides: list[str], ranks: int) -> tuple[Backend, int]:
     config = load_config("vit_large", overrides)
     with torch.device("meta"):
         teacher = build_teacher_skeleton(config)
-    model, momentum = build_model(config, teacher)
+    model, momentum = build_model(config, {"": teacher})
     count = sum(one.numel() for one in model.parameters())
     values = initial_values(model, config.run.seed)
     world, cpu = World(0, ranks, 0, ranks, "fake"), torch.device("cpu")

@@ -114,7 +114,7 @@ def measure(ranks: int, sharding: str, steps: int) -> dict[str, Any]:
         world = open_group(ranks, stack)
         config = make_config(ranks, sharding)
         rig = Rig(config, "auto", False, world, torch.device("cpu"), stack)
-        backend, teacher = rig.run.backend, rig.run.task.models.teacher  # type: ignore[attr-defined]
+        backend, teacher = rig.run.backend, rig.run.task.models.teachers[""]  # type: ignore[attr-defined]
         stack.enter_context(mock.patch.object(adamw, "start_read", clock.start_read))
         for place, method, name in (
             (teacher, "forward_batch", "teacher"),

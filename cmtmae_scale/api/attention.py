@@ -1,6 +1,7 @@
 """Attention maps of a run's networks, as its masks use them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from cmtmae_scale.api.features import ALONE
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import entry_errors, needs, teacher_configs
+from cmtmae_scale.config.derive import entry_errors, map_weights, needs, teacher_configs
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import inference_autocast
@@ -22,13 +23,13 @@ from cmtmae_scale.evaluation.subject import (
     read_tensors,
     saved_config,
 )
-from cmtmae_scale.method.attention import mix_all, normalise_map
+from cmtmae_scale.method.attention import mix_attention, normalise_map
 from cmtmae_scale.method.build import build_student, probe_student
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import pick_device
-from cmtmae_scale.teachers.base import Teacher, images_for, join_sources, view_sizes
+from cmtmae_scale.teachers.base import Teacher, images_for, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, compute_dtype
 from dataloading.errors import DataError
 from dataloading.index import build_index
@@ -103,7 +104,7 @@ def attention_maps(
         momentum = build_student(config, MomentumEncoder)
         momentum.load_state_dict(read_tensors(folder, ENCODERS["momentum"]), strict=True)
         momentum = momentum.to(place).eval()
-    sizes = view_sizes(config.views.image_size, join_sources(teachers))
+    sizes = view_sizes(config.views.image_size, teachers)
     views = read_views(images, sizes, batch_size)
     momentum_map = None
     maps: dict[str, Tensor] = {}
@@ -119,11 +120,11 @@ def attention_maps(
             momentum_map = gather_maps(momentum(one)[1] for one in pixels)
     fraction = Progress.from_dict(state["progress"]).fraction
     alpha = torch.tensor(scalars_at(config, fraction).alpha_attention)
-    each = list(maps.values())
-    mixed = cast(Tensor, mix_all(config, each, momentum_map, alpha))
-    teacher_map = next(iter(each), None)
-    if len(each) > 1:
-        teacher_map = normalise_map(cast(Tensor, mix_all(config, each, None, 1.0)))
+    mix = partial(mix_attention, config.attention, maps, map_weights(config))
+    mixed = cast(Tensor, mix(momentum_map, alpha))
+    teacher_map = next(iter(maps.values()), None)
+    if len(maps) > 1:
+        teacher_map = normalise_map(cast(Tensor, mix(None, 1.0)))
     rows, columns = probe_student(config).patch_embed.grid_size
     named = maps if config.teachers else {}
     grid = (int(rows), int(columns))

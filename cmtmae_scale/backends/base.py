@@ -1,7 +1,7 @@
 """The protocol between the engine and a backend, and the values that they exchange."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -24,20 +24,8 @@ class Work(Protocol):
         ...
 
 
-class Terms(Protocol):
-    """A ``NamedTuple`` of 0-dim float32 losses, sums over rows."""
-
-    @property
-    def total(self) -> Tensor:
-        """The one to differentiate."""
-        ...
-
-    def __iter__(self) -> Iterator[Tensor]: ...
-
-    def _replace(self, **terms: Tensor) -> Self: ...
-
-    def _asdict(self) -> dict[str, Tensor]: ...
-
+Terms = dict[str, Tensor]
+"""Losses by name, 0-dim float32 sums over rows; ``total`` is the one to differentiate."""
 
 Objective = Callable[[Any, Any], Terms]
 """Computes the losses from the model's output and the work."""
@@ -139,12 +127,9 @@ class Backend(Protocol):
         ...
 
 
-T = TypeVar("T", bound=Terms)
-
-
-def detached(terms: T) -> T:
+def detached(terms: Terms) -> Terms:
     """Return the losses without their graph."""
-    return terms._replace(**{name: term.detach() for name, term in terms._asdict().items()})
+    return {name: term.detach() for name, term in terms.items()}
 
 
 def compile_blocks(module: nn.Module, settings: BackendSettings) -> None:

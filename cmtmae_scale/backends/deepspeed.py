@@ -157,7 +157,7 @@ class Zero:
         images, *others = batch.inputs
         predictions = self.engine(images.to(self.dtype), *others)
         losses = self.objective(predictions, batch)
-        self.engine.backward(losses.total * self.loss_scale, scale_wrt_gas=False)
+        self.engine.backward(losses["total"] * self.loss_scale, scale_wrt_gas=False)
         return detached(losses)
 
     def step(

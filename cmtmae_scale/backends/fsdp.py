@@ -139,7 +139,7 @@ class Fsdp:
             unit.set_reshard_after_backward(last or self.is_full, recurse=False)
         cast(FSDPModule, self.model).set_is_last_backward(reduces)
         losses = self.objective(self.model(*batch.inputs), batch)
-        (losses.total * self.loss_scale).backward()
+        (losses["total"] * self.loss_scale).backward()
         return detached(losses)
 
     def step(

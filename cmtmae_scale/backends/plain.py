@@ -98,7 +98,7 @@ class Plain:
         """See ``Backend.micro``; ``last`` changes nothing in one process."""
         images, *others = batch.inputs
         losses = self.objective(self.model(images.to(self.dtype), *others), batch)
-        (losses.total * self.loss_scale).backward()
+        (losses["total"] * self.loss_scale).backward()
         if self.dtype != torch.float32:
             self.add_gradients()
         return detached(losses)

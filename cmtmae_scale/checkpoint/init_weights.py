@@ -341,7 +341,7 @@ def decoder_mismatch(
     """Return why a file's decoder is not the configured one; empty if it is."""
     if not isinstance(model.decoder, FullDecoder):
         return "the configured decoder is not MAE's"
-    prefixes = ("decoder.", "heads.pixel.") if model.heads.pixel else ("decoder.",)
+    prefixes = ("decoder.", "heads.pixel.") if "pixel" in model.heads else ("decoder.",)
     theirs = select_component(pieces, *prefixes)
     positions = theirs.pop(DECODER_POSITIONS, None)
     found = list_mismatches(select_component(own, *prefixes), theirs)

@@ -55,6 +55,7 @@ from cmtmae_scale.tools.estimate import (
     build_meta_networks,
     count_flops,
     count_shards,
+    list_teachers,
     memory_bytes,
 )
 from cmtmae_scale.tools.plan.devices import RESERVE
@@ -144,8 +145,7 @@ def check_launch(
         )
     if networks is None:
         return
-    teacher = networks.teacher
-    attempt(reasons, lambda: refuse_missing_cls(config, teacher))
+    attempt(reasons, lambda: refuse_missing_cls(config, networks.teachers))
     for name, alone in teacher_configs(config).items():
         if builds_teacher(alone) and is_file_name(str(alone.teacher.weights)):
             build = partial(build_teacher, alone, "cpu", compute_dtype(alone))
@@ -207,7 +207,7 @@ def count_networks(config: Config, world_size: int, networks: MetaNetworks) -> l
         f"decoder         {format_millions(model.decoder)} parameters",
         f"heads           {format_millions(model.heads)} parameters",
     ]
-    for name, alone, teacher in networks.teachers(config):
+    for name, alone, teacher in list_teachers(config, networks.teachers):
         lines += count_teacher(name, alone, teacher)
     lines.append(
         f"GFLOP per view  student {flops.student / 1e9:.1f} (forward and backward), "

@@ -93,7 +93,7 @@ def used_teachers(config: Config) -> list[NamedTeacher]:
 
 
 def term_name(name: str) -> str:
-    """Return the name of a teacher's term in losses, logs and weights; empty: a single teacher."""
+    """Return a teacher's term, its name in losses, logs and weights; empty: a single teacher."""
     return f"teacher_{name}" if name else "teacher"
 
 
@@ -103,10 +103,39 @@ def has_pairs(config: Config) -> bool:
     return needs(config).teacher_attention and len(maps) > 1
 
 
-def loss_weights(config: Config) -> dict[str, float]:
-    """Return the weights of the teachers' terms by name; empty without ``teachers``."""
-    used = needs(config).teacher_features
-    return {one.name: one.loss for one in config.teachers if used and one.loss > 0}
+def teacher_shares(config: Config) -> dict[str, float]:
+    """Return the weights of the teachers' terms in their mean by term; the sum is 1, if any."""
+    if not needs(config).teacher_features:
+        return {}
+    if not config.teachers:
+        return {term_name(""): 1.0}
+    weights = {term_name(one.name): one.loss for one in config.teachers if one.loss > 0}
+    whole = sum(weights.values())
+    return {term: weight / whole for term, weight in weights.items()}
+
+
+def has_teacher_mean(config: Config) -> bool:
+    """Whether the log has a weighted mean of teachers' terms, ``loss/teacher``, beside them."""
+    return bool(config.teachers) and bool(teacher_shares(config))
+
+
+def loss_terms(config: Config) -> tuple[str, ...]:
+    """Return the terms of a run's loss, in order: teachers, student, pixel."""
+    need = needs(config)
+    student, pixel = ("student",) * need.student_features, ("pixel",) * need.pixels
+    return (*teacher_shares(config), *student, *pixel)
+
+
+def target_norms(config: Config) -> dict[str, str]:
+    """Return the norms of all features that may be targets, by term."""
+    target = config.target
+    own = {term_name(one.name): one.norm or target.teacher.norm for one in config.teachers}
+    return {term_name(""): target.teacher.norm, **own, "student": target.student.norm}
+
+
+def map_weights(config: Config) -> dict[str, float]:
+    """Return the weights of the teachers' attention maps by name, empty for a single teacher."""
+    return {one.name: one.map for one in config.teachers} or {"": 1.0}
 
 
 def teacher_config(config: Config, entry: NamedTeacher) -> Config:

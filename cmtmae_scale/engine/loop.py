@@ -120,7 +120,7 @@ def take_step(run: Run, scalars: Scalars) -> Step:
         with span("micro"):
             losses = backend.micro(work, last=micro_step + 1 == accumulation)
         rows, views = work.valid.sum().float(), batch.valid.sum().float()
-        total += torch.stack([*losses, *observed, rows, views.to(run.device)])
+        total += torch.stack([*losses.values(), *observed, rows, views.to(run.device)])
         ids.append(batch.sample_id)
     place.enter("update", number, accumulation)
     failure = run.stop.failure

@@ -11,7 +11,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from cmtmae_scale.config.derive import entry_errors, needs, teacher_configs
+from cmtmae_scale.config.derive import entry_errors, map_weights, needs, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import gather_from_ranks
@@ -20,7 +20,7 @@ from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.masks import VOID, MaskedSet, cut_patches, masked_batches
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.subject import Subject
-from cmtmae_scale.method.attention import Grid, mix_all
+from cmtmae_scale.method.attention import Grid, mix_attention
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import Student
@@ -201,21 +201,22 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
     for source in sources.values():
         source.to(device)
     teachers: dict[str, OnlineTeacher] = {}
+    labels: list[str] = []
     if config is not None and isinstance(network, Student) and needs(config).teacher_attention:
         for name, alone in teacher_configs(config).items():
             if uses_teacher_map(alone):
                 with entry_errors(name):
                     teacher = assemble_teacher(alone, needs(alone), load=True).to(device)
                 is_norm = alone.attention.source == "activation_norm"
-                label = f"{TEACHER} {name}".strip() + (" (activation norm)" if is_norm else "")
-                teachers[label] = teacher
+                labels.append(f"{TEACHER} {name}".strip() + " (activation norm)" * is_norm)
+                teachers[name] = teacher
     own, fraction = subject.encoder.name, subject.fraction
     names = tuple(sources)
     sizes: tuple[int, ...] = (size,)
     alpha = 1.0
     if teachers and config is not None:
         alpha = evaluate(config.collaboration.alpha_attention, fraction)
-        names += (*teachers, f"mixed, alpha {alpha:g}")
+        names += (*labels, f"mixed, alpha {alpha:g}")
         sizes += tuple(teacher.image_size for teacher in teachers.values())
 
     def compute(images: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -224,8 +225,10 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
             return found
         own_images = zip(teachers.items(), images[1:], strict=True)
         theirs = {name: required(one(image).attention) for (name, one), image in own_images}
-        mixed = required(mix_all(config, list(theirs.values()), found[own], alpha))
-        return found | theirs | {names[-1]: mixed}
+        weights = map_weights(config)
+        mixed = required(mix_attention(config.attention, theirs, weights, found[own], alpha))
+        found |= dict(zip(labels, theirs.values(), strict=True))
+        return found | {names[-1]: mixed}
 
     return Maps(names, sizes, grid, compute)
 

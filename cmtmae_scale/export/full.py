@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
-from cmtmae_scale.config.derive import loss_weights, term_name
+from cmtmae_scale.config.derive import teacher_shares
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError
@@ -68,26 +68,20 @@ def build_full(config: Config, tensors: dict[str, Tensor], place: str) -> Collab
     Raises:
         CheckpointError: if names or shapes differ.
     """
-    widths = {name: len(head) for name, head in teacher_heads(config, tensors).items()}
+    heads = {name: TEACHER_HEAD.format(name) for name in teacher_shares(config)}
+    widths = {name: len(tensors[key]) for name, key in heads.items() if key in tensors}
     if config.decoder.depth > len(tensors):
         raise CheckpointError(
             f"{place}: weights and config differ: decoder.depth={config.decoder.depth}, but there "
             f"are only {len(tensors)} tensors"
         )
     try:
-        model = CollaborativeMAE(config, widths if config.teachers else widths.get(""))
+        model = CollaborativeMAE(config, widths)
         model.load_state_dict(tensors, strict=True)
     except (RuntimeError, TypeError, ValueError) as error:
         first = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{place}: weights and config differ: {first}") from error
     return model
-
-
-def teacher_heads(config: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of the teachers' heads by name, which is empty for a single teacher."""
-    names = list(loss_weights(config)) if config.teachers else [""]
-    keys = {name: TEACHER_HEAD.format(term_name(name)) for name in names}
-    return {name: tensors[key] for name, key in keys.items() if key in tensors}
 
 
 def write_full(draft: Path, origin: Origin) -> None:
@@ -122,7 +116,7 @@ def check_full(folder: Path, origin: Origin, images: Tensor) -> Agreement:
     pixels = normalise_images(images, IMAGENET_MEAN, IMAGENET_STD)
     choice = random_masks(origin.config, ours, len(images))
     pairs = zip(tree_leaves(ours(pixels, choice)), tree_leaves(theirs(pixels, choice)), strict=True)
-    flat = [(a.flatten(), b.flatten()) for a, b in pairs if a is not None and b is not None]
+    flat = [(a.flatten(), b.flatten()) for a, b in pairs]
     one, other = (torch.cat(side) for side in zip(*flat, strict=True))
     return require_agreement(one, other, "CollaborativeMAE")
 

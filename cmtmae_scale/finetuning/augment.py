@@ -160,14 +160,10 @@ def rectangle(drawn: list[float], height: int, width: int) -> tuple[int, int, in
     return None
 
 
-class Loss(NamedTuple):
-    """Sum over valid rows, 0-dim float32."""
+def cross_entropy(logits: Tensor, examples: Examples) -> dict[str, Tensor]:
+    """Return the cross-entropy of logits ``[B, C]`` with the targets' shares as ``total``.
 
-    total: Tensor
-    """Cross-entropy."""
-
-
-def cross_entropy(logits: Tensor, examples: Examples) -> Loss:
-    """Cross-entropy of logits ``[B, C]`` with the targets' shares."""
+    It is a sum over valid rows, 0-dim float32.
+    """
     rows = -(examples.targets * torch.log_softmax(logits.float(), -1)).sum(-1)
-    return Loss((rows * examples.valid).sum())
+    return {"total": (rows * examples.valid).sum()}

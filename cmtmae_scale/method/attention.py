@@ -10,7 +10,7 @@ attention".
 """
 
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import used_teachers
-from cmtmae_scale.config.schema import Attention, Config
+from cmtmae_scale.config.schema import Attention
 
 Grid = tuple[int, int]
 
@@ -310,6 +309,14 @@ def collaborative_attention(
 
     Source: docs/method.md, section "Collaborative attention"; arXiv 2412.17566.
     """
+    teacher, student = (
+        None if one is None else normalise_map(one, norm) for one in (teacher, student)
+    )
+    return mix_normalised(teacher, student, alpha)
+
+
+def mix_normalised(teacher: Tensor | None, student: Tensor | None, alpha: float | Tensor) -> Tensor:
+    """Return the mix of normalised maps; see ``collaborative_attention``."""
     if teacher is None or student is None:
         present, weight = (teacher, 1.0) if student is None else (student, 0.0)
         if present is None:
@@ -319,89 +326,61 @@ def collaborative_attention(
             raise ValueError(
                 f"alpha={alpha} gives weight to the {missing}'s attention map, which is missing"
             )
-        return normalise_map(present, norm)
+        return present
     if teacher.shape != student.shape:
         raise ValueError(
             f"attention maps differ in shape: teacher {tuple(teacher.shape)}, student "
             f"{tuple(student.shape)}"
         )
-    return alpha * normalise_map(teacher, norm) + (1.0 - alpha) * normalise_map(student, norm)
-
-
-def mix_attention(
-    settings: Attention, teacher: Tensor | None, student: Tensor | None, alpha: float | Tensor
-) -> Tensor | None:
-    """Mix attention maps ``[B, N]`` as the config's group ``attention`` says.
-
-    ``None`` where no mask needs one; see ``sharpen`` and ``collaborative_attention``.
-    """
-    if teacher is None and student is None:
-        return None
-    teacher, student = (
-        None if one is None else sharpen(one, settings.temperature, settings.clip_quantile)
-        for one in (teacher, student)
-    )
-    return collaborative_attention(teacher, student, alpha, settings.norm)
+    return alpha * teacher + (1.0 - alpha) * student
 
 
 @torch.no_grad()
-def mix_several(
+def mix_attention(
     settings: Attention,
-    teachers: Sequence[Tensor],
-    weights: Sequence[float],
+    teachers: Mapping[str, Tensor],
+    weights: Mapping[str, float],
     student: Tensor | None,
     alpha: float | Tensor,
-) -> Tensor:
-    """Mix the attention maps of several teachers and of the momentum encoder.
+) -> Tensor | None:
+    """Mix the attention maps of the teachers and of the momentum encoder.
 
-    Each map is sharpened and normalised as a single teacher's in ``mix_attention``; the teachers'
-    weighted mean then takes the place of the teacher's map.
+    Each map is sharpened and normalised; the weighted mean of the teachers' maps is then mixed with
+    the momentum encoder's as in ``collaborative_attention``.
 
     Args:
         settings: the config's group ``attention``.
-        teachers: attention maps ``[B, N]``, at least one.
-        weights: weight of each, above 0.
+        teachers: attention maps ``[B, N]`` by the teacher's name; empty without a teacher's map.
+        weights: of each map in the teachers' mean, above 0; others are ignored.
         student: attention map of the momentum encoder, or ``None``.
         alpha: weight of the teachers in [0, 1].
 
     Returns:
-        ``[B, N]``, float32; rows sum to 1 with ``norm=prob``. No host synchronisation.
+        ``[B, N]``, float32; rows sum to 1 with ``norm=prob``; ``None`` without any map. No host
+        synchronisation.
+
+    Raises:
+        ValueError: as ``collaborative_attention``.
 
     Source: docs/method.md, section "Several teachers".
     """
+    if not teachers and student is None:
+        return None
 
     def normalised(one: Tensor) -> Tensor:
         sharp = sharpen(one, settings.temperature, settings.clip_quantile)
         return normalise_map(sharp, settings.norm)
 
-    mean = torch.zeros_like(teachers[0], dtype=torch.float32)
-    for one, weight in zip(teachers, weights, strict=True):
-        mean = mean + weight / sum(weights) * normalised(one)
-    return mean if student is None else alpha * mean + (1.0 - alpha) * normalised(student)
-
-
-def mix_all(
-    config: Config, teachers: Sequence[Tensor], student: Tensor | None, alpha: float | Tensor
-) -> Tensor | None:
-    """Mix the attention maps of a run's teachers and of its momentum encoder.
-
-    Args:
-        config: the run.
-        teachers: attention maps ``[B, N]`` of the teachers that have one, in order.
-        student: attention map of the momentum encoder, or ``None``.
-        alpha: weight of the teachers in [0, 1].
-
-    Returns:
-        ``[B, N]`` as ``mix_attention`` or ``mix_several``; ``None`` without any map.
-    """
-    if len(teachers) < 2:
-        return mix_attention(config.attention, next(iter(teachers), None), student, alpha)
-    weights = [one.map for one in used_teachers(config) if one.map > 0]
-    return mix_several(config.attention, teachers, weights, student, alpha)
+    whole = sum(weights[name] for name in teachers)
+    mean = None
+    for name, one in teachers.items():
+        weighted = weights[name] / whole * normalised(one)
+        mean = weighted if mean is None else mean + weighted
+    return mix_normalised(mean, None if student is None else normalised(student), alpha)
 
 
 @torch.no_grad()
-def mean_agreement(maps: Sequence[Tensor]) -> Tensor:
+def mean_agreement(maps: Iterable[Tensor]) -> Tensor:
     """Return the mean of ``map_agreement`` over all pairs of two or more maps ``[B, N]``, 0-dim."""
     pairs = [map_agreement(a, b) for a, b in itertools.combinations(maps, 2)]
     return torch.stack(pairs).mean()

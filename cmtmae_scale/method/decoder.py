@@ -22,13 +22,12 @@ from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import term_name
 from cmtmae_scale.config.schema import Decoder as DecoderSettings
 from cmtmae_scale.method.attention import attend
 from cmtmae_scale.method.initialisation import sincos_positions
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.student import run_block, use_attend
-from cmtmae_scale.method.targets import Predictions, SeveralPredictions, TokenLayout
+from cmtmae_scale.method.targets import Predictions, TokenLayout
 
 EPS = 1e-6
 MLP_RATIO = 4
@@ -330,49 +329,20 @@ def build_decoder(
     raise ValueError(f"decoder type {settings.type!r} is not one of prompt, full, cross, none")
 
 
-class Heads(nn.Module):
-    """One linear layer per target.
+class Heads(nn.ModuleDict):
+    """One linear layer per target, by the term of the loss.
 
     Args:
         width: E.
-        teacher_width: F, or ``None`` without teacher features; of several teachers F by name.
-        student_width: D, or ``None`` without momentum features.
-        pixel_width: ``3 p p``, or ``None`` without pixels.
+        widths: channels of each target, by term.
         has_cls: whether the first token is the class token, which has no pixels.
     """
 
-    def __init__(
-        self,
-        width: int,
-        teacher_width: int | Mapping[str, int] | None,
-        student_width: int | None,
-        pixel_width: int | None,
-        has_cls: bool,
-    ) -> None:
-        super().__init__()
+    def __init__(self, width: int, widths: Mapping[str, int], has_cls: bool) -> None:
+        super().__init__({name: nn.Linear(width, own) for name, own in widths.items()})
         self.has_cls = has_cls
-        several = teacher_width if isinstance(teacher_width, Mapping) else {}
-        self.several = tuple(several)
-        for name, own in several.items():
-            self.add_module(term_name(name), nn.Linear(width, own))
-        single = None if isinstance(teacher_width, Mapping) else teacher_width
-        self.teacher = make_head(width, single)
-        self.student = make_head(width, student_width)
-        self.pixel = make_head(width, pixel_width)
 
-    def forward(self, x: Tensor) -> Predictions | SeveralPredictions:
+    def forward(self, x: Tensor) -> Predictions:
         """Predictions from decoder outputs ``[R, Q, E]``."""
-        found = Predictions(
-            None if self.teacher is None else self.teacher(x),
-            None if self.student is None else self.student(x),
-            None if self.pixel is None else self.pixel(x[:, int(self.has_cls) :]),
-        )
-        if not self.several:
-            return found
-        heads = (getattr(self, term_name(name)) for name in self.several)
-        return SeveralPredictions(found, tuple(head(x) for head in heads))
-
-
-def make_head(width: int, target_width: int | None) -> nn.Linear | None:
-    """Return a linear layer, or ``None`` for an unused target."""
-    return None if target_width is None else nn.Linear(width, target_width)
+        start = int(self.has_cls)
+        return {name: head(x[:, start:] if name == "pixel" else x) for name, head in self.items()}

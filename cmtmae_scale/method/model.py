@@ -5,17 +5,18 @@ D student width, E decoder width, F teacher width, p patch side in pixels.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import loss_weights, needs
+from cmtmae_scale.config.derive import loss_terms, teacher_shares
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.decoder import Heads, build_decoder
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.student import Student
-from cmtmae_scale.method.targets import Predictions, SeveralPredictions, TokenLayout
+from cmtmae_scale.method.targets import Predictions, TokenLayout
 
 
 class CollaborativeMAE(nn.Module):
@@ -23,12 +24,12 @@ class CollaborativeMAE(nn.Module):
 
     Args:
         config: checked settings.
-        teacher_width: F; needed where the teacher's features are a target. Of several teachers F
-            by name.
+        teacher_widths: F of each teacher whose features are a target, by the term of the loss
+            (``teacher``, or ``teacher_NAME`` of several); others are ignored.
 
     Raises:
         ConfigError: if the class token is a prediction target and the student has none.
-        ValueError: if the teacher's width is missing.
+        ValueError: if a teacher's width is missing.
 
     All encoder keys have the prefix ``encoder.``; without it they are timm's.
     """
@@ -36,22 +37,20 @@ class CollaborativeMAE(nn.Module):
     encoder: Student
 
     def __init__(
-        self, config: Config, teacher_width: int | Mapping[str, int] | None = None
+        self, config: Config, teacher_widths: Mapping[str, int] = MappingProxyType({})
     ) -> None:
         super().__init__()
-        need = needs(config)
-        if isinstance(teacher_width, Mapping):
-            absent = [name for name in loss_weights(config) if name not in teacher_width]
-            if absent:
-                raise ValueError(f"teacher_width is needed of {', '.join(absent)}")
-            teacher_width = {name: teacher_width[name] for name in loss_weights(config)}
-        if need.teacher_features and teacher_width is None:
-            raise ValueError("teacher_width is needed: the teacher's features are a target")
+        terms = loss_terms(config)
+        absent = [name for name in teacher_shares(config) if name not in teacher_widths]
+        if absent:
+            raise ValueError(
+                f"teacher_widths lacks {', '.join(absent)}, whose features are a target"
+            )
         self.encoder = build_student(config)
         rows, columns = self.encoder.grid
         counts = token_counts(rows * columns, config.mask.ratio, config.mask.throw_ratio)
         layout = TokenLayout.from_config(config, *counts)
-        if not (need.teacher_features or need.student_features):
+        if not set(terms) - {"pixel"}:
             layout = layout.without_cls()  # pixels have no class token
         if layout.cls and not self.encoder.has_class_token:
             raise ConfigError(
@@ -62,15 +61,14 @@ class CollaborativeMAE(nn.Module):
         self.decoder = build_decoder(
             config.decoder, width, self.encoder.grid, self.encoder.num_prefix, layout
         )
+        widths = {**teacher_widths, "student": width, "pixel": 3 * self.encoder.patch_side**2}
         self.heads = Heads(
             width if config.decoder.type == "none" else config.decoder.width,
-            teacher_width if need.teacher_features else None,
-            width if need.student_features else None,
-            3 * self.encoder.patch_side**2 if need.pixels else None,
+            {name: widths[name] for name in terms},
             layout.cls,
         )
 
-    def forward(self, images: Tensor, choice: PatchChoice) -> Predictions | SeveralPredictions:
+    def forward(self, images: Tensor, choice: PatchChoice) -> Predictions:
         """Predict the targets of masked views.
 
         Args:
@@ -78,9 +76,7 @@ class CollaborativeMAE(nn.Module):
             choice: masks, R = B * masks_per_view rows; row ``b * k + j`` is mask j of view b.
 
         Returns:
-            Predictions in the order of the config's ``TokenLayout``: ``[R, Q, F]``, ``[R, Q, D]``
-            and without class token ``[R, Q', 3 p p]``; ``None`` where a target is not used. With
-            several teachers one ``[R, Q, F]`` for each. No host synchronisation.
+            Predictions in the order of the config's ``TokenLayout``. No host synchronisation.
         """
         tokens = self.encoder(images, choice.ids_keep)  # [R, P + K, D]
         return self.heads(self.decoder(tokens, choice))

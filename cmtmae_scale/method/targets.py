@@ -8,15 +8,15 @@ M masked, Q predicted tokens, D student width, F teacher width, P patch side in 
 Source: docs/method.md, sections "Targets" and "Losses".
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmtmae_scale.config.derive import term_name
+from cmtmae_scale.config.derive import loss_terms, teacher_shares
 from cmtmae_scale.config.schema import Config, Loss
 from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.masking import PatchChoice
@@ -26,52 +26,13 @@ RUNNING_NORMS = ("channel", "center")
 """Norms of a target that use running statistics per channel."""
 
 
-class Predictions(NamedTuple):
-    """One tensor per target, ``None`` for an unused target; also holds the targets themselves."""
+Predictions = dict[str, Tensor]
+"""Predictions, or their targets, by the term of the loss that they are of, in the order of
+``loss_terms``; an unused term is absent.
 
-    teacher: Tensor | None
-    """``[R, Q, F]``."""
-    student: Tensor | None
-    """``[R, Q, D]``."""
-    pixel: Tensor | None
-    """``[R, Q', 3 P P]``, without class token."""
-
-
-class SeveralPredictions(NamedTuple):
-    """Predictions or targets of a run with several teachers."""
-
-    others: Predictions
-    """Those of the momentum encoder and of the pixels."""
-    teachers: tuple[Tensor, ...]
-    """``[R, Q, F]`` for each teacher whose features are a target, in order."""
-
-
-def feature_terms(
-    found: Predictions | SeveralPredictions, names: Iterable[str]
-) -> dict[str, Tensor | None]:
-    """Return predictions or targets of features by the name of their term.
-
-    Args:
-        found: predictions or targets.
-        names: of several teachers, in order; unused for a single teacher.
-    """
-    if isinstance(found, Predictions):
-        return {"teacher": found.teacher, "student": found.student}
-    each = dict(zip(map(term_name, names), found.teachers, strict=True))
-    return {**each, "student": found.others.student}
-
-
-class Losses(NamedTuple):
-    """Sums over valid rows, 0-dim float32; an unused term is 0."""
-
-    total: Tensor
-    """Weighted sum of the terms, to differentiate."""
-    teacher: Tensor
-    """Without weight and alpha."""
-    student: Tensor
-    """Without weight and alpha."""
-    pixel: Tensor
-    """Without weight."""
+``teacher``, or ``teacher_NAME`` for each of several: ``[R, Q, F]``; ``student``: ``[R, Q, D]``;
+``pixel``: ``[R, Q', 3 P P]``, without class token.
+"""
 
 
 @dataclass(frozen=True)
@@ -299,9 +260,9 @@ def objective(
     valid: Tensor,
     layout: TokenLayout,
     loss: Loss,
-    alpha_target: float | Tensor,
-) -> Losses:
-    """Return the weighted sum of the losses against both targets and the pixels.
+    weights: Mapping[str, float | Tensor],
+) -> dict[str, Tensor]:
+    """Return the losses against all targets, and their weighted sum.
 
     Args:
         predictions: of the decoder, rows in the order of ``layout``.
@@ -310,95 +271,51 @@ def objective(
             values it holds.
         layout: of the feature targets; pixels follow ``layout.without_cls()``.
         loss: the config's group.
-        alpha_target: weight of the teacher in [0, 1], a float or a 0-dim tensor.
+        weights: of each term, see ``term_weights``.
 
     Returns:
-        Sums over valid rows of the rows' weighted token means. The caller divides by the constant
-        global_batch_size * masks_per_view, so that the mean is the same for every
-        split of a batch.
+        ``total``, the weighted sum to differentiate, then each term without its weight: sums over
+        valid rows of the rows' weighted token means, 0-dim float32. The caller divides by the
+        constant global_batch_size * masks_per_view, so that the mean is the same for every split of
+        a batch.
 
     Raises:
-        ValueError: if a prediction lacks its target, or shapes differ.
+        ValueError: if a term lacks its prediction, target or weight, or shapes differ.
 
     Source: docs/method.md, section "Losses".
     """
-    zero = torch.zeros((), dtype=torch.float32, device=valid.device)
-
-    def term(name: str, layout: TokenLayout, kind: str) -> Tensor:
-        prediction, target = getattr(predictions, name), getattr(targets, name)
-        if prediction is None and target is None:
-            return zero
-        if prediction is None or target is None:
-            absent = "prediction" if prediction is None else "target"
-            raise ValueError(f"the {name} term has no {absent}")
-        return sum_rows(token_loss(prediction, target, kind, loss.beta), valid, layout)
-
-    losses = Losses(
-        total=zero,
-        teacher=term("teacher", layout, loss.type),
-        student=term("student", layout, loss.type),
-        pixel=term("pixel", layout.without_cls(), "mse"),
-    )
-    teacher, student, pixel = weighted_terms(losses, loss, alpha_target).values()
-    # torch 2.11 cannot compile _replace
-    total = (teacher + student + pixel).float()
-    return Losses(total, losses.teacher, losses.student, losses.pixel)
+    given = {"prediction": predictions, "target": targets, "weight": weights}
+    for name in (*predictions, *targets, *weights):
+        for kind, terms in given.items():
+            if name not in terms:
+                raise ValueError(f"the {name} term has no {kind}")
+    losses: dict[str, Tensor] = {}
+    for name, prediction in predictions.items():
+        is_pixel = name == "pixel"
+        kind, order = ("mse", layout.without_cls()) if is_pixel else (loss.type, layout)
+        per_token = token_loss(prediction, targets[name], kind, loss.beta)
+        losses[name] = sum_rows(per_token, valid, order)
+    return {"total": weighted_sum(losses, weights), **losses}
 
 
-def weighted_terms(losses: Losses, loss: Loss, alpha_target: float | Tensor) -> dict[str, Tensor]:
-    """Return the terms that sum to the total; arguments as in ``objective``."""
-    return {
-        "teacher": alpha_target * loss.teacher * losses.teacher,
-        "student": (1.0 - alpha_target) * loss.student * losses.student,
-        "pixel": loss.pixel * losses.pixel,
-    }
-
-
-def teacher_shares(weights: Mapping[str, float]) -> dict[str, float]:
-    """Return the weights of several teachers' terms, whose sum is 1, by the term's name."""
-    whole = sum(weights.values())
-    return {term_name(name): weight / whole for name, weight in weights.items()}
-
-
-def several_objective(
-    predictions: SeveralPredictions,
-    targets: SeveralPredictions,
-    valid: Tensor,
-    layout: TokenLayout,
-    loss: Loss,
-    alpha_target: float | Tensor,
-    shares: Sequence[float],
-) -> tuple[Losses, tuple[Tensor, ...]]:
-    """Return ``objective`` with the weighted mean of several teachers' terms as the teacher's.
+def term_weights(config: Config, alpha_target: float | Tensor) -> dict[str, float | Tensor]:
+    """Return the weight of each term of a run's loss.
 
     Args:
-        predictions: as in ``objective``, one per teacher.
-        targets: likewise.
-        valid: as in ``objective``.
-        layout: as in ``objective``.
-        loss: as in ``objective``.
-        alpha_target: as in ``objective``.
-        shares: weight of each teacher's term, with the sum 1.
+        config: the run.
+        alpha_target: weight of the teachers in [0, 1], a float or a 0-dim tensor.
 
-    Returns:
-        The losses, and each teacher's term without weight and alpha, a 0-dim float32 sum over valid
-        rows.
-
-    Raises:
-        ValueError: as ``objective``.
-
-    Source: docs/method.md, section "Several teachers".
+    Source: docs/method.md, sections "Losses" and "Several teachers".
     """
-    each = tuple(
-        sum_rows(token_loss(prediction, target, loss.type, loss.beta), valid, layout)
-        for prediction, target in zip(predictions.teachers, targets.teachers, strict=True)
-    )
-    teacher = torch.zeros((), dtype=torch.float32, device=valid.device)
-    for term, share in zip(each, shares, strict=True):
-        teacher = teacher + share * term
-    rest = objective(predictions.others, targets.others, valid, layout, loss, alpha_target)
-    total = (alpha_target * loss.teacher * teacher + rest.total).float()
-    return Losses(total, teacher, rest.student, rest.pixel), each
+    loss, shares = config.loss, teacher_shares(config)
+    weights = {name: alpha_target * loss.teacher * share for name, share in shares.items()}
+    weights |= {"student": (1.0 - alpha_target) * loss.student, "pixel": loss.pixel}
+    return {name: weights[name] for name in loss_terms(config)}
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
+    """Return the sum of the losses that have a weight, each times its weight, 0-dim float32."""
+    return cast(Tensor, sum(weight * losses[name] for name, weight in weights.items())).float()
 
 
 def sum_rows(per_token: Tensor, valid: Tensor, layout: TokenLayout) -> Tensor:

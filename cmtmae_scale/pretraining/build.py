@@ -2,12 +2,10 @@
 
 import hashlib
 import logging
-from collections import namedtuple
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,13 +23,14 @@ from cmtmae_scale.config.derive import (
     cache_folder,
     entry_errors,
     entry_text,
-    loss_weights,
+    has_teacher_mean,
     needs,
     reads_cache,
     teacher_configs,
+    teacher_shares,
 )
 from cmtmae_scale.config.images import request_images
-from cmtmae_scale.config.schema import Config, Loss
+from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
@@ -42,14 +41,11 @@ from cmtmae_scale.method.masking import token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import (
-    Losses,
     Predictions,
-    SeveralPredictions,
     TokenLayout,
     objective,
-    several_objective,
-    teacher_shares,
-    weighted_terms,
+    term_weights,
+    weighted_sum,
 )
 from cmtmae_scale.pretraining.channels import open_channels
 from cmtmae_scale.pretraining.init_from_run import load_source, open_source
@@ -58,14 +54,7 @@ from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
 from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.shared_index import open_on_all_ranks
-from cmtmae_scale.teachers.base import (
-    AnyTeacher,
-    Teacher,
-    TeacherSource,
-    join_sources,
-    sources_of,
-    view_sizes,
-)
+from cmtmae_scale.teachers.base import Teacher, TeacherSource, feature_widths, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import digest_weights, map_weights
 from dataloading.index import Index
@@ -81,7 +70,7 @@ def build_models(
     config: Config,
     world: World,
     device: torch.device,
-    teacher: AnyTeacher | None,
+    teachers: dict[str, TeacherSource],
     resumed: bool = False,
 ) -> Models:
     """Build student and momentum encoder, shard them with the backend, and initialise the shards.
@@ -90,7 +79,7 @@ def build_models(
         config: checked settings.
         world: place of this process.
         device: device of this rank.
-        teacher: where the teachers' views come from.
+        teachers: where each teacher's views are read from, by name.
         resumed: a checkpoint will give all weights, so none are initialised or read.
 
     Raises:
@@ -99,7 +88,7 @@ def build_models(
         CheckpointError: a checkpoint of ``student.init_from_run`` that is absent or broken.
     """
     warn_about_emulation(config, device)
-    model, momentum_encoder = build_model(config, teacher)
+    model, momentum_encoder = build_model(config, teachers)
     source, values = None, None
     if not resumed and config.student.init_from_run is not None:
         source = open_source(config, model, world)
@@ -119,12 +108,12 @@ def build_models(
     )
     if values is not None:
         initialise_backend(backend, values)
-    channels = open_channels(config, teacher, model.encoder, device)
+    channels = open_channels(config, teachers, model.encoder, device)
     prior_steps = 0
     if source is not None:
         prior_steps = load_source(config, model, backend, channels, source)
     patch = model.encoder.patch_side
-    return Models(teacher, backend, layout, length, patch, channels, prior_steps)
+    return Models(teachers, backend, layout, length, patch, channels, prior_steps)
 
 
 def open_index(config: Config, run_dir: Path) -> Index:
@@ -160,15 +149,15 @@ def refuse_bad_index(config: Config, index: Index) -> None:
         require_mixed(index, config.data.window_on_sorted)
 
 
-def open_teacher(
+def open_teachers(
     config: Config,
     world: World,
     device: torch.device,
     index: Index,
     stop: StopRequest,
     stack: ExitStack,
-) -> AnyTeacher | None:
-    """Build the teachers, or open their caches; ``None`` where the run uses neither.
+) -> dict[str, TeacherSource]:
+    """Build the teachers that a run uses, or open their caches, by name.
 
     ``stop`` takes the failure of a row that a run without an online teacher lacks; the other
     arguments, and the errors, are those of ``open_one_teacher``, which opens each. A collective.
@@ -182,7 +171,7 @@ def open_teacher(
             source = open_one_teacher(alone, world, device, index, fail, stack)
         if source is not None:
             sources[name] = source
-    return join_sources(sources)
+    return sources
 
 
 def record_entry_failure(stop: StopRequest, name: str, error: CacheError) -> None:
@@ -267,12 +256,12 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
 
 
 def build_model(
-    config: Config, teacher: AnyTeacher | None
+    config: Config, teachers: Mapping[str, TeacherSource]
 ) -> tuple[CollaborativeMAE, MomentumEncoder | None]:
     """Build student and decoder, and the momentum encoder, on the meta device."""
-    refuse_missing_cls(config, teacher)
+    refuse_missing_cls(config, teachers)
     with torch.device("meta"):
-        model = CollaborativeMAE(config, teacher.width if teacher else None)
+        model = CollaborativeMAE(config, feature_widths(teachers))
         momentum_encoder = (
             build_student(config, MomentumEncoder) if needs(config).momentum else None
         )
@@ -283,14 +272,14 @@ def build_model(
     return model, momentum_encoder
 
 
-def refuse_missing_cls(config: Config, teacher: AnyTeacher | None) -> None:
+def refuse_missing_cls(config: Config, teachers: Mapping[str, TeacherSource]) -> None:
     """Refuse a class token of the targets that a teacher does not have.
 
     Raises:
         ConfigError: names ``loss.include_cls``.
     """
     configs = teacher_configs(config)
-    for name, source in sources_of(teacher).items():
+    for name, source in teachers.items():
         alone = configs[name]
         targets = alone.loss.include_cls and needs(alone).teacher_features
         if targets and not source.has_cls:
@@ -342,54 +331,38 @@ def open_init_weights(
 
 def make_objective(config: Config, layout: TokenLayout) -> Objective:
     """The run's loss as a function of predictions and a micro-batch."""
-    shares = teacher_shares(loss_weights(config))
-    if shares:
-        return make_several_objective(config, layout, shares)
-    score = compiled(objective, config.backend.compile)
+    score = compiled(compute_losses, config.backend.compile)
 
-    def compute(predictions: Predictions, batch: MicroBatch) -> Losses:
-        losses = score(
-            predictions, batch.targets, batch.valid, layout, config.loss, batch.alpha_target
-        )
-        return losses if batch.only_term is None else isolate_term(losses, batch, config.loss)
-
-    return compute
-
-
-def make_several_objective(
-    config: Config, layout: TokenLayout, shares: dict[str, float]
-) -> Objective:
-    """The loss of a run with several teachers, whose terms follow those of ``Losses``."""
-    score = compiled(several_objective, config.backend.compile)
-    named: Callable[..., Any] = namedtuple("SeveralLosses", (*Losses._fields, *shares))
-    weights = list(shares.values())
-
-    def compute(predictions: SeveralPredictions, batch: MicroBatch) -> Any:
+    def compute(predictions: Predictions, batch: MicroBatch) -> dict[str, Tensor]:
         alpha = batch.alpha_target
-        losses, each = score(
-            predictions, batch.targets, batch.valid, layout, config.loss, alpha, weights
-        )
-        found = named(*losses, *each)
-        return found if batch.only_term is None else isolate_term(found, batch, config.loss, shares)
+        losses = score(config, layout, predictions, batch.targets, batch.valid, alpha)
+        if batch.only_term is None:
+            return losses
+        weights = term_weights(config, alpha)
+        alone = {name: weight * float(name == batch.only_term) for name, weight in weights.items()}
+        return losses | {"total": weighted_sum(losses, alone)}
 
     return compute
 
 
-def isolate_term(
-    losses: Any, batch: MicroBatch, loss: Loss, shares: Mapping[str, float] | None = None
-) -> Any:
-    """Let one weighted term alone be differentiated; every network still takes part.
+def compute_losses(
+    config: Config,
+    layout: TokenLayout,
+    predictions: Predictions,
+    targets: Predictions,
+    valid: Tensor,
+    alpha_target: Tensor,
+) -> dict[str, Tensor]:
+    """Return ``objective``; of several teachers also the mean, ``teacher``.
 
-    ``shares`` are the weights of several teachers' terms, which replace the teacher's.
+    Arguments and errors are those of ``objective``.
     """
-    terms = weighted_terms(losses, loss, batch.alpha_target)
-    if shares:
-        whole = batch.alpha_target * loss.teacher
-        each = {name: whole * share * getattr(losses, name) for name, share in shares.items()}
-        terms = each | {name: term for name, term in terms.items() if name != "teacher"}
-    factors = [float(name == batch.only_term) for name in terms]
-    total = sum(factor * term for factor, term in zip(factors, terms.values(), strict=True))
-    return losses._replace(total=cast(Tensor, total))
+    weights = term_weights(config, alpha_target)
+    losses = objective(predictions, targets, valid, layout, config.loss, weights)
+    if not has_teacher_mean(config):
+        return losses
+    mean = weighted_sum(losses, teacher_shares(config))
+    return {"total": losses["total"], "teacher": mean, **losses}
 
 
 def open_stream(
@@ -397,12 +370,13 @@ def open_stream(
     index: Index,
     world: World,
     device: torch.device,
-    teacher: AnyTeacher | None,
+    teachers: Mapping[str, TeacherSource],
     position: int,
 ) -> Stream:
     """Open this rank's views of the global stream from a global sample index on."""
-    sources = sources_of(teacher).values()
-    watches = [one.submit for one in sources if isinstance(one, CachedTeacher | SidecarTeacher)]
+    watches = [
+        one.submit for one in teachers.values() if isinstance(one, CachedTeacher | SidecarTeacher)
+    ]
 
     def submit_to_all(plan: Plan) -> None:
         for submit in watches:
@@ -414,7 +388,7 @@ def open_stream(
         micro_batch=batch_plan(config, world.world_size).micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
-        sizes=view_sizes(config.views.image_size, teacher),
+        sizes=view_sizes(config.views.image_size, teachers),
         scale=config.views.crop_scale,
         ratio=config.views.aspect_ratio,
         flip=config.views.hflip,

@@ -9,20 +9,20 @@ Legend: G groups of tokens (class tokens, if any, then patches), F channels.
 Source: docs/method.md, section "Statistics per channel".
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmtmae_scale.checkpoint.layout import REMEDY, STATE
-from cmtmae_scale.config.derive import needs, teacher_configs, term_name
+from cmtmae_scale.config.derive import loss_terms, target_norms, term_name
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.method.channels import ChannelMoments, ChannelScaling, merge_moments
 from cmtmae_scale.method.student import Student
 from cmtmae_scale.method.targets import EPS, RUNNING_NORMS
-from cmtmae_scale.teachers.base import AnyTeacher, sources_of
+from cmtmae_scale.teachers.base import TeacherSource
 
 DECAY = 0.9
 """Factor per applied step of the earlier views' weight; DINO's momentum of the centre."""
@@ -156,28 +156,22 @@ def read_moments(state: Any, like: ChannelMoments, name: str) -> ChannelMoments:
 
 
 def open_channels(
-    config: Config, teacher: AnyTeacher | None, student: Student, device: torch.device
+    config: Config, teachers: Mapping[str, TeacherSource], student: Student, device: torch.device
 ) -> TargetChannels:
     """Return the statistics that the targets need, before the first step.
 
     Args:
         config: checked settings.
-        teacher: feature width and class token of each teacher are used.
+        teachers: feature width and class token of each teacher are used.
         student: the encoder; likewise.
         device: of the features.
     """
-    need, running = needs(config), dict[str, RunningChannels]()
-
-    def open_running(name: str, norm: str, has_cls: bool, width: int) -> None:
-        if norm in RUNNING_NORMS:
-            running[name] = RunningChannels(norm == "channel", 1 + has_cls, width, device)
-
-    configs = teacher_configs(config)
-    for name, source in sources_of(teacher).items():
-        if needs(configs[name]).teacher_features:
-            target, norm = term_name(name), configs[name].target.teacher.norm
-            open_running(target, norm, source.has_cls, source.width)
-    if need.student_features:
-        norm = config.target.student.norm
-        open_running("student", norm, student.has_class_token, student.embed_dim)
+    shapes = {term_name(name): (one.has_cls, one.width) for name, one in teachers.items()}
+    shapes["student"] = (student.has_class_token, student.embed_dim)
+    norms, running = target_norms(config), dict[str, RunningChannels]()
+    for name in loss_terms(config):
+        if name in shapes and norms[name] in RUNNING_NORMS:
+            has_cls, width = shapes[name]
+            is_scaled = norms[name] == "channel"
+            running[name] = RunningChannels(is_scaled, 1 + has_cls, width, device)
     return TargetChannels(running.items(), device)

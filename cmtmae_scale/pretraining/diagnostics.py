@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from cmtmae_scale.config.derive import extremes, loss_weights, term_name
+from cmtmae_scale.config.derive import loss_terms
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.summary import last_values
@@ -49,15 +49,7 @@ class Diagnostics:
         self.norm, self.loss = config.target.student.norm, config.loss
         self.scaling: ChannelScaling | None = None
         """Of the momentum encoder's target, where its norm uses running statistics."""
-        _, teacher_weight = extremes(config.collaboration.alpha_target)
-        student_weight = 1 - extremes(config.collaboration.alpha_target)[0]
-        of_teachers = [term_name(name) for name in loss_weights(config)] or ["teacher"]
-        weights = {
-            **dict.fromkeys(of_teachers, config.loss.teacher * teacher_weight),
-            "student": config.loss.student * student_weight,
-            "pixel": config.loss.pixel,
-        }
-        self.terms = [name for name, weight in weights.items() if weight > 0]
+        self.terms = loss_terms(config)
         self.is_wanted = False
         self.kept: MicroBatch | None = None
         self.collapsing = 0

@@ -2,30 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
-from cmtmae_scale.config.derive import has_rows, needs, term_name, used_teachers
+from cmtmae_scale.config.derive import (
+    has_rows,
+    map_weights,
+    needs,
+    target_norms,
+    term_name,
+    used_teachers,
+)
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.method.attention import map_agreement, mean_agreement, mix_all, visible_mass
+from cmtmae_scale.method.attention import map_agreement, mean_agreement, mix_attention, visible_mass
 from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
-from cmtmae_scale.method.targets import (
-    Predictions,
-    SeveralPredictions,
-    TokenLayout,
-    normalise,
-    patchify,
-    pixel_targets,
-)
+from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, patchify, pixel_targets
 from cmtmae_scale.pretraining.channels import TargetChannels
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.runtime.compilation import compiled
-from cmtmae_scale.teachers.base import AnyTeacher, TeacherView, views_of
+from cmtmae_scale.teachers.base import TeacherSource, TeacherView
 from dataloading.stream import Batch
 
 
@@ -33,7 +35,8 @@ from dataloading.stream import Batch
 class Models:
     """The frozen teachers, and student and momentum encoder behind a backend."""
 
-    teacher: AnyTeacher | None
+    teachers: dict[str, TeacherSource]
+    """Sources of the teachers' views by name, which is empty for a single teacher."""
     backend: Backend
     layout: TokenLayout
     """Order of the predicted tokens."""
@@ -54,7 +57,7 @@ class MicroBatch(NamedTuple):
     """Normalised views, ``[B, 3, S, S]`` float32."""
     choice: PatchChoice
     """Masks, ``R = B * masks_per_view`` rows."""
-    targets: Predictions | SeveralPredictions
+    targets: Predictions
     """Targets, in the order of the predictions."""
     valid: Tensor
     """Rows whose view could be decoded, bool ``[R]``."""
@@ -62,9 +65,9 @@ class MicroBatch(NamedTuple):
     """Weight of the teacher in the loss, 0-dim float32."""
     only_term: str | None = None
     """Loss term that alone is differentiated, for diagnostics; ``None``: the weighted sum."""
-    unsound: Tensor | None = None
-    """Views that could be decoded and on which a teacher's output is not finite, bool ``[T, B]`` of
-    T teachers."""
+    unsound: Mapping[str, Tensor] = MappingProxyType({})
+    """Views that could be decoded and on which a teacher's output is not finite, bool ``[B]`` by
+    the teacher's name."""
     channel_sums: Tensor | None = None
     """Sums per channel for the running statistics of the targets, 1-D float32; may be empty."""
 
@@ -104,7 +107,7 @@ def prepare(
     config: Config,
     models: Models,
     batch: Batch,
-    view: TeacherView | tuple[TeacherView, ...],
+    views: dict[str, TeacherView],
     scalars: PretrainingScalars,
 ) -> tuple[MicroBatch, Observed]:
     """Prepare the inputs and targets of a micro-batch; no host synchronisation.
@@ -116,10 +119,10 @@ def prepare(
         config: checked settings.
         models: student and momentum encoder.
         batch: the views.
-        view: the teacher's output for them; of several teachers one each, in order.
+        views: the teachers' outputs for them, by name.
         scalars: the step's.
     """
-    fast, views = config.backend.compile, views_of(view)
+    fast = config.backend.compile
     with torch.no_grad():
         images = compiled(normalise_images, fast)(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
         features, attention = models.backend.momentum_forward(images)
@@ -137,10 +140,12 @@ def prepare(
     )
 
 
-def hit_fraction(config: Config, views: tuple[TeacherView, ...]) -> float:
+def hit_fraction(config: Config, views: Mapping[str, TeacherView]) -> float:
     """Return the fraction of the teachers with a cache whose views were read from it."""
-    used = used_teachers(config) or [config.teacher]
-    hits = [view.cached for one, view in zip(used, views, strict=True) if has_rows(one)]
+    entries = {one.name: one for one in used_teachers(config)}
+    hits = [
+        view.cached for name, view in views.items() if has_rows(entries.get(name, config.teacher))
+    ]
     return sum(hits) / max(len(hits), 1)
 
 
@@ -157,13 +162,13 @@ def choose_and_gather(
     config: Config,
     models: Models,
     images: Tensor,
-    teachers: tuple[TeacherView, ...],
+    teachers: dict[str, TeacherView],
     momentum: TeacherView,
     positions: Tensor,
     valid: Tensor,
     numbers: Numbers,
 ) -> tuple[
-    tuple[PatchChoice, Predictions | SeveralPredictions, Tensor, Tensor, Tensor],
+    tuple[PatchChoice, Predictions, Tensor, dict[str, Tensor], Tensor],
     tuple[Tensor, Tensor, Tensor, Tensor | None],
 ]:
     """Compute masks and targets from the outputs of the frozen networks.
@@ -172,7 +177,7 @@ def choose_and_gather(
         config: checked settings.
         models: its layout, N, patch side and running statistics are used.
         images: normalised, ``[B, 3, S, S]``.
-        teachers: output of each teacher.
+        teachers: output of each teacher, by name.
         momentum: output of the momentum encoder.
         positions: global sample indices, int64 ``[B]``.
         valid: views that could be decoded, bool ``[B]``.
@@ -183,8 +188,10 @@ def choose_and_gather(
         the fraction of visible attention, the agreement of the teachers' and the momentum encoder's
         attention maps, ``Observed.unsound`` and ``Observed.teacher_agreement``.
     """
-    maps = [one.attention for one in teachers if one.attention is not None]
-    mixed = mix_all(config, maps, momentum.attention, numbers.alpha_attention)
+    own = momentum.attention
+    maps = {name: one.attention for name, one in teachers.items() if one.attention is not None}
+    mix = partial(mix_attention, config.attention, maps, map_weights(config))
+    mixed = mix(own, numbers.alpha_attention)
     choice = choose_masks(
         config.mask,
         mixed,
@@ -195,73 +202,56 @@ def choose_and_gather(
         num_predicted=models.layout.num_hidden,
     )
     scalings = models.channels.scalings
-    pixels = pixel_target(config, models, images, choice)
-    targets, features = gather_features(
-        config, models.layout, scalings, teachers, momentum, choice, pixels
-    )
+    features = name_features(teachers, momentum)
+    targets = gather_features(config, models.layout, scalings, features, choice)
+    if needs(config).pixels:
+        targets["pixel"] = pixel_target(config, models, images, choice)
     sums = sum_targets(features, valid, scalings, images.device)
     rows = valid.repeat_interleave(config.mask.masks_per_view)
     zero = torch.zeros((), device=images.device)
     mass = zero if mixed is None else visible_mass(mixed, choice.ids_keep)
     agreement = zero
-    if maps and momentum.attention is not None:
-        mean = mix_all(config, maps, None, 1.0) if len(maps) > 1 else maps[0]
-        agreement = map_agreement(cast(Tensor, mean), momentum.attention)
-    pairs = mean_agreement(maps) if len(maps) > 1 else None
-    bad = [find_unsound(one, valid) for one in teachers]
-    unsound = torch.stack(bad) if len(bad) > 1 else bad[0][None]
-    refusal = torch.where(unsound.any(), torch.inf, zero)
+    if maps and own is not None:
+        mean = mix(None, 1.0) if len(maps) > 1 else next(iter(maps.values()))
+        agreement = map_agreement(cast(Tensor, mean), own)
+    pairs = mean_agreement(maps.values()) if len(maps) > 1 else None
+    unsound = {name: find_unsound(one, valid) for name, one in teachers.items()}
+    refusal = zero
+    for bad in unsound.values():
+        refusal = torch.where(bad.any(), torch.inf, refusal)
     return (choice, targets, rows, unsound, sums), (mass, agreement, refusal, pairs)
+
+
+def name_features(teachers: Mapping[str, TeacherView], momentum: TeacherView) -> dict[str, Tensor]:
+    """Return the features that are targets by the term of the loss."""
+    views = {term_name(name): one for name, one in teachers.items()} | {"student": momentum}
+    return {name: one.features for name, one in views.items() if one.features is not None}
 
 
 def gather_features(
     config: Config,
     layout: TokenLayout,
     scalings: Mapping[str, ChannelScaling],
-    teachers: tuple[TeacherView, ...],
-    momentum: TeacherView,
+    features: Mapping[str, Tensor],
     choice: PatchChoice,
-    pixels: Tensor | None,
-) -> tuple[Predictions | SeveralPredictions, dict[str, Tensor | None]]:
-    """Return the targets of all networks, and the features that they are gathered from by name.
-
-    ``pixels`` is the target of the pixels, ``[R, Q', 3 P P]``.
-    """
-    target = config.target
-    student = gather_targets(
-        layout, momentum.features, target.student.norm, choice, scalings.get("student")
-    )
-    features: dict[str, Tensor | None] = {"student": momentum.features}
-    used = used_teachers(config)
-    if not used:
-        (only,) = teachers
-        features["teacher"] = only.features
-        norm, scaling = target.teacher.norm, scalings.get("teacher")
-        teacher = gather_targets(layout, only.features, norm, choice, scaling)
-        return Predictions(teacher, student, pixels), features
-    found: list[Tensor] = []
-    for entry, view in zip(used, teachers, strict=True):
-        name, norm = term_name(entry.name), entry.norm or target.teacher.norm
-        features[name] = view.features
-        own = gather_targets(layout, view.features, norm, choice, scalings.get(name))
-        found += [] if own is None else [own]
-    others = Predictions(None, student, pixels)
-    return (SeveralPredictions(others, tuple(found)) if found else others), features
+) -> Predictions:
+    """Return the normalised features of the predicted tokens by term, ``[R, Q, F]`` float32."""
+    norms = target_norms(config)
+    return {
+        name: gather_targets(layout, one, norms[name], choice, scalings.get(name))
+        for name, one in features.items()
+    }
 
 
 def sum_targets(
-    features: Mapping[str, Tensor | None],
+    features: Mapping[str, Tensor],
     valid: Tensor,
     scalings: Mapping[str, ChannelScaling],
     device: torch.device,
 ) -> Tensor:
     """Return the sums per channel of the targets with running statistics, 1-D float32."""
-    sums = [torch.zeros(0, device=device)]
-    for name, scaling in scalings.items():
-        found = features[name]
-        if found is not None:
-            sums.append(sum_channels(found, valid, scaling.mean).flatten())
-    return torch.cat(sums)
+    sums = (sum_channels(features[name], valid, one.mean) for name, one in scalings.items())
+    return torch.cat([torch.zeros(0, device=device), *(one.flatten() for one in sums)])
 
 
 def find_unsound(view: TeacherView, valid: Tensor) -> Tensor:
@@ -278,23 +268,17 @@ def find_unsound(view: TeacherView, valid: Tensor) -> Tensor:
 
 def gather_targets(
     layout: TokenLayout,
-    features: Tensor | None,
+    features: Tensor,
     norm: str,
     choice: PatchChoice,
     scaling: ChannelScaling | None = None,
-) -> Tensor | None:
+) -> Tensor:
     """Return the normalised target features of the predicted tokens, ``[R, Q, F]`` float32."""
-    if features is None:
-        return None
     num_prefix = features.shape[1] - sum(ids.shape[1] for ids in choice)
     return layout.gather(normalise(features, norm, num_prefix, scaling), choice)
 
 
-def pixel_target(
-    config: Config, models: Models, images: Tensor, choice: PatchChoice
-) -> Tensor | None:
+def pixel_target(config: Config, models: Models, images: Tensor, choice: PatchChoice) -> Tensor:
     """Return the pixels of the predicted patches, ``[R, Q, 3 P P]`` float32."""
-    if not needs(config).pixels:
-        return None
     pixels = pixel_targets(patchify(images, models.patch), config.target.pixel.norm)
     return models.layout.without_cls().gather(pixels, choice)

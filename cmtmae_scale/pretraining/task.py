@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from cmtmae_scale.config.derive import (
     entry_errors,
     find_length_problem,
     has_pairs,
-    loss_weights,
+    has_teacher_mean,
+    loss_terms,
     needs,
     reads_cache,
     teacher_configs,
-    term_name,
 )
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
@@ -27,20 +27,19 @@ from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.task import Run, SideTask
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.evaluation.periodic import open_evaluation
-from cmtmae_scale.pretraining.build import build_models, open_index, open_stream, open_teacher
+from cmtmae_scale.pretraining.build import build_models, open_index, open_stream, open_teachers
 from cmtmae_scale.pretraining.diagnostics import Diagnostics
 from cmtmae_scale.pretraining.init_from_run import PRIOR_STEPS
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
 from cmtmae_scale.pretraining.scalars import PretrainingScalars, scalars_at
 from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import TeacherView, view_sizes
+from cmtmae_scale.teachers.base import TeacherView, forward_all, view_sizes
 from dataloading.index import Index
 from dataloading.stream import Batch, Stream
 
 logger = logging.getLogger(__name__)
 
-LOSSES = ("loss/total", "loss/teacher", "loss/student", "loss/pixel")
 SHOWN_SAMPLES = 4
 """Samples that an error names per rank."""
 EVALUATION_FRACTION = 0.05
@@ -86,20 +85,18 @@ class Pretraining:
         self.side_tasks: list[SideTask] = []
         self.has_warned = False
         self.diagnostics = Diagnostics(config)
-        self.drawn: list[tuple[Tensor, Tensor | None]] = []
+        self.drawn: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         """Sample ids of the step's micro-batches, and which of them each teacher fails on."""
         needed = needs(config)
         maps = (needed.teacher_attention, needed.student_attention)
         # A term that the run does not have is not logged: a zero would look like a measurement.
         present = (any(maps), all(maps), reads_cache(config), False)
         found = [name for name, is_present in zip(OBSERVED, present, strict=True) if is_present]
-        terms = [f"loss/{term}" for term in self.diagnostics.terms]
-        of_each = [f"loss/{term_name(name)}" for name in loss_weights(config)]
-        if of_each:
-            terms.insert(0, "loss/teacher")
+        mean = ("teacher",) * has_teacher_mean(config)
+        losses = [f"loss/{name}" for name in ("total", *mean, *loss_terms(config))]
         of_pairs = [TEACHER_AGREEMENT] if has_pairs(config) else []
-        self.terms = (*LOSSES, *of_each, *OBSERVED, *of_pairs)
-        self.logged = ("loss/total", *terms, *found, *of_pairs)
+        self.terms = (*losses, *OBSERVED, *of_pairs)
+        self.logged = (*losses, *found, *of_pairs)
 
     def open_index(self, run_dir: Path) -> Index:
         self.index = open_index(self.config, run_dir)
@@ -110,9 +107,9 @@ class Pretraining:
 
     def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:
         config, world, device = self.config, self.world, self.device
-        teacher = open_teacher(config, world, device, self.index, stop, stack)
-        self.view_sizes = view_sizes(config.views.image_size, teacher)
-        self.models = build_models(config, world, device, teacher, resumed=saved is not None)
+        teachers = open_teachers(config, world, device, self.index, stop, stack)
+        self.view_sizes = view_sizes(config.views.image_size, teachers)
+        self.models = build_models(config, world, device, teachers, resumed=saved is not None)
         self.prior_steps = self.models.prior_steps if saved is None else saved.get(PRIOR_STEPS, 0)
         evaluation, every = open_evaluation(config, world, device), config.eval.every
         if evaluation is not None and every is not None:
@@ -147,7 +144,7 @@ class Pretraining:
     def open_stream(self, position: int) -> Stream:
         models = self.models
         return open_stream(
-            self.config, self.index, self.world, self.device, models.teacher, position
+            self.config, self.index, self.world, self.device, models.teachers, position
         )
 
     def scalars(self, progress: Progress) -> PretrainingScalars:
@@ -156,16 +153,12 @@ class Pretraining:
         self.models.channels.clear_sums()
         return scalars_at(self.config, progress.fraction)
 
-    def prepare_fixed(self, batch: Batch) -> TeacherView | tuple[TeacherView, ...]:
-        """See ``Task.prepare_fixed``: the teachers' outputs."""
-        teacher = self.models.teacher
-        return TeacherView(None, None) if teacher is None else teacher.forward_batch(batch)
+    def prepare_fixed(self, batch: Batch) -> dict[str, TeacherView]:
+        """See ``Task.prepare_fixed``: the teachers' outputs by name."""
+        return forward_all(self.models.teachers, batch)
 
     def prepare(
-        self,
-        batch: Batch,
-        fixed: TeacherView | tuple[TeacherView, ...],
-        scalars: PretrainingScalars,
+        self, batch: Batch, fixed: dict[str, TeacherView], scalars: PretrainingScalars
     ) -> tuple[MicroBatch, Sequence[Tensor]]:
         micro_batch, observed = prepare(self.config, self.models, batch, fixed, scalars)
         self.diagnostics.keep(micro_batch)
@@ -175,13 +168,13 @@ class Pretraining:
 
     def check_inputs(self, step: int) -> None:
         """See ``Task.check_inputs``: refuse views on which a frozen teacher fails."""
-        for number, (name, alone) in enumerate(teacher_configs(self.config).items()):
+        for name, alone in teacher_configs(self.config).items():
             with entry_errors(name):
-                self.check_teacher(step, number, alone)
+                self.check_teacher(step, name, alone)
 
-    def check_teacher(self, step: int, number: int, config: Config) -> None:
-        """Refuse views on which the teacher of a number fails; ``config`` has it alone."""
-        drawn = [(ids, bad[number]) for ids, bad in self.drawn if bad is not None]
+    def check_teacher(self, step: int, name: str, config: Config) -> None:
+        """Refuse views on which the teacher of a name fails; ``config`` has it alone."""
+        drawn = [(ids, bad[name]) for ids, bad in self.drawn if name in bad]
         ids = [int(i) for each, bad in drawn for i in each[bad.cpu()].cpu()]
         names = ", ".join(f"{i} ({self.index.names[i]})" for i in ids[:SHOWN_SAMPLES])
         more = f" and {len(ids) - SHOWN_SAMPLES} more" if len(ids) > SHOWN_SAMPLES else ""

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import Needs
+from cmtmae_scale.config.derive import Needs, term_name
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.attention import activation_map, mean_query_row, patch_map
@@ -53,49 +53,17 @@ class TeacherSource(Protocol):
         ...
 
 
-class SeveralTeachers:
-    """Several teachers as one: each gets the images of its size, and returns its own view.
-
-    Args:
-        sources: where each teacher's views come from, by name, in the order of the config.
-    """
-
-    def __init__(self, sources: Mapping[str, TeacherSource]) -> None:
-        self.sources = dict(sources)
-
-    @property
-    def width(self) -> dict[str, int]:
-        """F by name."""
-        return {name: one.width for name, one in self.sources.items()}
-
-    def forward_batch(self, batch: Batch) -> tuple[TeacherView, ...]:
-        """Return the teachers' outputs for a batch, in order."""
-        return tuple(
-            source.forward_batch(batch._replace(images=images_for(source, batch.images)))
-            for source in self.sources.values()
-        )
+def forward_all(sources: Mapping[str, TeacherSource], batch: Batch) -> dict[str, TeacherView]:
+    """Return the teachers' outputs for a batch by name; each gets the images of its size."""
+    return {
+        name: source.forward_batch(batch._replace(images=images_for(source, batch.images)))
+        for name, source in sources.items()
+    }
 
 
-AnyTeacher = TeacherSource | SeveralTeachers
-"""What a run reads its teachers' views from."""
-
-
-def sources_of(teacher: AnyTeacher | None) -> dict[str, TeacherSource]:
-    """Return the sources of a run by the teacher's name, which is empty for a single teacher."""
-    if teacher is None:
-        return {}
-    return teacher.sources if isinstance(teacher, SeveralTeachers) else {"": teacher}
-
-
-def join_sources(sources: Mapping[str, TeacherSource]) -> AnyTeacher | None:
-    """Return the inverse of ``sources_of``."""
-    single = "" in sources or not sources
-    return sources.get("") if single else SeveralTeachers(sources)
-
-
-def views_of(view: TeacherView | tuple[TeacherView, ...]) -> tuple[TeacherView, ...]:
-    """Return the outputs of one or several teachers as a tuple."""
-    return (view,) if isinstance(view, TeacherView) else view
+def feature_widths(sources: Mapping[str, TeacherSource]) -> dict[str, int]:
+    """Return F of each teacher by the term of the loss."""
+    return {term_name(name): source.width for name, source in sources.items()}
 
 
 def images_for(source: TeacherSource, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -103,9 +71,9 @@ def images_for(source: TeacherSource, images: tuple[Tensor, ...]) -> tuple[Tenso
     return tuple(one for one in images if source.image_size in (None, one.shape[1]))
 
 
-def view_sizes(size: int, teacher: AnyTeacher | None) -> tuple[int, ...]:
+def view_sizes(size: int, sources: Mapping[str, TeacherSource]) -> tuple[int, ...]:
     """Return the image sizes of a batch: the student's, then each other size of a teacher."""
-    sizes = (one.image_size for one in sources_of(teacher).values())
+    sizes = (one.image_size for one in sources.values())
     return tuple(dict.fromkeys([size, *(own for own in sizes if own is not None)]))
 
 

@@ -10,13 +10,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.build import probe_student
 from cmtmae_scale.method.float8 import use_float8
-from cmtmae_scale.teachers.base import (
-    AnyTeacher,
-    Teacher,
-    TeacherOutputs,
-    TeacherSource,
-    join_sources,
-)
+from cmtmae_scale.teachers.base import Teacher, TeacherOutputs
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.teachers.python import PythonSource
 from cmtmae_scale.teachers.timm import TimmSource
@@ -65,18 +59,18 @@ def build_teacher_skeleton(config: Config, needs: Needs | None = None) -> Online
     return assemble_teacher(config, derive.needs(config) if needs is None else needs, load=False)
 
 
-def build_skeletons(config: Config) -> AnyTeacher | None:
-    """Build the teachers that a run uses, see ``build_teacher_skeleton``; ``None``: it uses none.
+def build_skeletons(config: Config) -> dict[str, OnlineTeacher]:
+    """Build the teachers that a run uses by name, see ``build_teacher_skeleton``.
 
     Raises:
         TeacherError: as ``build_teacher_skeleton``; names the teacher.
     """
-    found: dict[str, TeacherSource] = {}
+    found: dict[str, OnlineTeacher] = {}
     for name, alone in derive.teacher_configs(config).items():
         if derive.needs(alone).teacher:
             with derive.entry_errors(name):
                 found[name] = build_teacher_skeleton(alone)
-    return join_sources(found)
+    return found
 
 
 def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeacher:

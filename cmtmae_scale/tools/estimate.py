@@ -5,15 +5,14 @@ the tensors that autograd saves.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmtmae_scale.backends.base import Objective, Terms
@@ -33,10 +32,10 @@ from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.masking import PatchChoice, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
-from cmtmae_scale.method.targets import TokenLayout
+from cmtmae_scale.method.targets import Predictions, TokenLayout
 from cmtmae_scale.pretraining.build import make_objective
 from cmtmae_scale.pretraining.prepare import MicroBatch
-from cmtmae_scale.teachers.base import AnyTeacher, sources_of
+from cmtmae_scale.teachers.base import feature_widths
 from cmtmae_scale.teachers.build import build_skeletons, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from dataloading.stream import LOOK_AHEAD
@@ -52,30 +51,25 @@ class MetaNetworks(NamedTuple):
 
     model: CollaborativeMAE
     momentum: MomentumEncoder | None
-    teacher: AnyTeacher | None
-    """A run with a cache may not hold it."""
-
-    def teachers(self, config: Config) -> list[tuple[str, Config, OnlineTeacher]]:
-        """Return name and network of each teacher, with the config of a run that has no other."""
-        return list_teachers(config, self.teacher)
+    teachers: dict[str, OnlineTeacher]
+    """By name; a run with a cache may not hold them."""
 
 
 def list_teachers(
-    config: Config, teacher: AnyTeacher | None
+    config: Config, teachers: Mapping[str, OnlineTeacher]
 ) -> list[tuple[str, Config, OnlineTeacher]]:
     """Return name and network of each teacher, with the config of a run that has no other."""
     configs = teacher_configs(config)
-    sources = sources_of(teacher).items()
-    return [(name, configs[name], cast(OnlineTeacher, one)) for name, one in sources]
+    return [(name, configs[name], one) for name, one in teachers.items()]
 
 
 def build_meta_networks(config: Config) -> MetaNetworks:
     """Build the networks that a run uses, without memory."""
     with torch.device("meta"):
-        teacher = build_skeletons(config)
-        model = CollaborativeMAE(config, teacher.width if teacher else None)
+        teachers = build_skeletons(config)
+        model = CollaborativeMAE(config, feature_widths(teachers))
         momentum = build_student(config, MomentumEncoder) if needs(config).momentum else None
-    return MetaNetworks(model, momentum, teacher)
+    return MetaNetworks(model, momentum, teachers)
 
 
 class ViewFlops(NamedTuple):
@@ -99,7 +93,7 @@ def count_flops(config: Config, networks: MetaNetworks) -> ViewFlops:
     student = 3.0 * forward_flops(lambda: model(images, choice))
     momentum_flops = forward_flops(lambda: momentum(images)) if momentum is not None else 0.0
     teacher_flops = 0.0
-    for _, alone, teacher in networks.teachers(config):
+    for _, alone, teacher in list_teachers(config, networks.teachers):
         side = teacher.image_size
         pixels = torch.zeros(1, side, side, 3, dtype=torch.uint8, device="meta")
         teacher_flops += online_fraction(alone) * forward_flops(partial(teacher, pixels))
@@ -143,8 +137,8 @@ def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dic
     """
     views = views_per_forward(config, world_size)
     return state_bytes(config, world_size, networks) | {
-        "input images": input_bytes(config, networks.teacher) * views,
-        "activations": saved_bytes(config, networks.teacher) * views,
+        "input images": input_bytes(config, networks.teachers) * views,
+        "activations": saved_bytes(config, networks.teachers) * views,
     }
 
 
@@ -157,7 +151,8 @@ def state_bytes(
     compute = compute_dtype(config).itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     average = sum(p.numel() for p in momentum.parameters()) if momentum is not None else 0
-    built = [one for _, alone, one in networks.teachers(config) if builds_teacher(alone)]
+    teachers = list_teachers(config, networks.teachers)
+    built = [one for _, alone, one in teachers if builds_teacher(alone)]
     frozen = sum(p.numel() for one in built for p in one.model.parameters())
     copied = compute < 4 or shards.states > 1
     # A gathered momentum encoder is a copy of the float32 EMA weights also in float32; ZeRO-3 casts
@@ -200,15 +195,15 @@ def zero_key(config: Config, key: str, default: float) -> Any:
     return extra_keys(config.backend.deepspeed).get("zero_optimization", {}).get(key, default)
 
 
-def input_bytes(config: Config, teacher: AnyTeacher | None) -> float:
+def input_bytes(config: Config, teachers: Mapping[str, OnlineTeacher]) -> float:
     """Return the bytes per view of images before they are normalised.
 
     Two micro-batches of uint8 views, the present one and that drawn ahead. Where DALI decodes on
     the GPU, also those that it has prepared, and the decoded images of one.
     """
     sides = {config.views.image_size}
-    teachers = list_teachers(config, teacher)
-    sides |= {one.image_size for _, alone, one in teachers if builds_teacher(alone)}
+    pairs = list_teachers(config, teachers)
+    sides |= {one.image_size for _, alone, one in pairs if builds_teacher(alone)}
     view = 3 * sum(side * side for side in sides)
     if config.data.decode == "torch" or config.data.resident:
         return 2 * view
@@ -246,10 +241,10 @@ def accumulation(config: Config, world_size: int) -> int:
     return max(1, config.train.global_batch_size // (views * world_size))
 
 
-def saved_bytes(config: Config, teacher: AnyTeacher | None, views: int = 2) -> float:
+def saved_bytes(config: Config, teachers: Mapping[str, OnlineTeacher], views: int = 2) -> float:
     """Return the bytes per view that autograd keeps of the student's forward and loss."""
     with torch.device("meta"):
-        model = CollaborativeMAE(config, teacher.width if teacher else None)
+        model = CollaborativeMAE(config, feature_widths(teachers))
     model.to(compute_dtype(config))
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     # Fake CPU tensors take the fused attention kernel, meta tensors do not.
@@ -261,7 +256,7 @@ def saved_bytes(config: Config, teacher: AnyTeacher | None, views: int = 2) -> f
 def forward_with_loss(config: Config, model: CollaborativeMAE, views: int) -> Tensor:
     """Compute a forward and its loss over synthetic views and targets."""
     work, compute_loss = make_synthetic_work(config, model, views)
-    return compute_loss(model(*work.inputs), work).total
+    return compute_loss(model(*work.inputs), work)["total"]
 
 
 class SyntheticWork(NamedTuple):
@@ -284,8 +279,8 @@ def make_synthetic_work(
     eager = replace(config, backend=replace(config.backend, compile=False))
     score = make_objective(eager, layout)
 
-    def compute_loss(predictions: Any, work: SyntheticWork) -> Terms:
-        targets = tree_map(lambda one: None if one is None else torch.ones(one.shape), predictions)
+    def compute_loss(predictions: Predictions, work: SyntheticWork) -> Terms:
+        targets = {name: torch.ones(one.shape) for name, one in predictions.items()}
         batch = MicroBatch(images, choice, targets, work.valid, torch.tensor(0.5))
         return score(predictions, batch)
 

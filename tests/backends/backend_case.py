@@ -20,7 +20,7 @@ from cmtmae_scale.method.initialisation import initial_values, initialise
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
-from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective
+from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise, objective, term_weights
 from cmtmae_scale.pretraining.prepare import MicroBatch
 
 GLOBAL, LENGTH, TEACHER_WIDTH, ALPHA = 8, 16, 7, 0.6
@@ -60,7 +60,7 @@ def make_layout(config: Config) -> TokenLayout:
 
 
 def make_models(config: Config) -> tuple[CollaborativeMAE, MomentumEncoder]:
-    model = CollaborativeMAE(config, TEACHER_WIDTH)
+    model = CollaborativeMAE(config, {"teacher": TEACHER_WIDTH})
     initialise(model, 0)
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     momentum = build_student(config, MomentumEncoder)
@@ -73,9 +73,8 @@ def make_backend(config: Config, kind: str) -> Any:
     layout, values = make_layout(config), initial_values(model, 0)
 
     def compute(predictions: Predictions, batch: MicroBatch) -> Any:
-        return objective(
-            predictions, batch.targets, batch.valid, layout, config.loss, batch.alpha_target
-        )
+        weights = term_weights(config, batch.alpha_target)
+        return objective(predictions, batch.targets, batch.valid, layout, config.loss, weights)
 
     scale = 1 / (GLOBAL * config.mask.masks_per_view)
     cpu = torch.device("cpu")
@@ -117,11 +116,10 @@ def make_micro_batch(config: Config, backend: Any, positions: list[int]) -> Micr
     mixed = collaborative_attention(attention, momentum_attention, 0.5)
     choice = choose_masks(config.mask, mixed, torch.tensor(positions), 0, 0.0)
     layout = make_layout(config)
-    targets = Predictions(
-        layout.gather(normalise(features, "l2"), choice),
-        layout.gather(normalise(momentum_features, "ln"), choice),
-        None,
-    )
+    targets = {
+        "teacher": layout.gather(normalise(features, "l2"), choice),
+        "student": layout.gather(normalise(momentum_features, "ln"), choice),
+    }
     rows = valid.repeat_interleave(config.mask.masks_per_view)
     return MicroBatch(images, choice, targets, rows, torch.tensor(ALPHA))
 
@@ -141,7 +139,7 @@ def run_steps(
             batch = make_micro_batch(config, backend, list(range(start, start + micro)))
             if step == poison and rank == world - 1 and a == 0:
                 batch.images[0] = float("nan")
-            report += backend.micro(batch, last=a + 1 == accumulation).total
+            report += backend.micro(batch, last=a + 1 == accumulation)["total"]
         outcome = backend.step(2e-3 * min(1.0, (step + 1) / 4), report)
         if outcome.applied:
             backend.momentum_update(0.9)
@@ -220,7 +218,7 @@ def run_average(kind: str, momentum: float) -> Any:
     for a in range(2):
         start = (a * dist.get_world_size() + dist.get_rank()) * 2
         batch = make_micro_batch(config, backend, [start, start + 1])
-        report += backend.micro(batch, last=a == 1).total
+        report += backend.micro(batch, last=a == 1)["total"]
     assert backend.step(2e-3, report).applied
     backend.momentum_update(momentum)
     return before, snapshot(backend)

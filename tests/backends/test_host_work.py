@@ -35,7 +35,7 @@ def count_calls(kind: str) -> dict[str, Any]:
     batch = case.make_micro_batch(config, backend, [0, 1, 2, 3])
     backend.micro(batch, last=False)
     with Calls() as last_micro:
-        report = backend.micro(batch, last=True).total[None]
+        report = backend.micro(batch, last=True)["total"][None]
     with Calls() as step:
         assert backend.step(1e-3, report).applied
         backend.momentum_update(0.9)

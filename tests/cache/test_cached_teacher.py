@@ -18,7 +18,7 @@ from cmtmae_scale.commands.dry_run import render_dry_run
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError
-from cmtmae_scale.pretraining.build import open_teacher
+from cmtmae_scale.pretraining.build import open_teachers
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.training import count_variant
@@ -250,7 +250,7 @@ def test_a_cache_of_another_decoder_or_version_is_used_with_a_warning_of_rank_0(
     single = World(0, 1, 0, 1, "none")
     stack.enter_context(process_group(single, cpu))
     for world in (single, single._replace(rank=1)):
-        open_teacher(config, world, cpu, index, StopRequest(tmp_path), stack)
+        open_teachers(config, world, cpu, index, StopRequest(tmp_path), stack)
     assert [line for line in caplog.messages if "built with" in line] == [
         f"cache.dir={folder}: built with decode dali, here is torch",
         f"cache.dir={folder}: built with torch 2.0.1, here is {torch.__version__}",

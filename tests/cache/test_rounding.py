@@ -37,7 +37,7 @@ def test_rounding_hardly_turns_the_gradient(norm: str, factor: float) -> None:
     teacher = build_teacher(config, "cpu", torch.float32)
     assert teacher is not None
     index = build_index(config.data.path)
-    sizes = view_sizes(config.views.image_size, teacher)
+    sizes = view_sizes(config.views.image_size, {"": teacher})
     with Stream(index, seed=0, micro_batch=16, sizes=sizes, threads=1) as stream:
         views = [next(stream) for _ in range(16)]
     calibration = calibrate(teacher.forward_batch(one).features for one in views[:8])  # pyright: ignore

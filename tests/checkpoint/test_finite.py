@@ -73,7 +73,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def model(config: Config) -> CollaborativeMAE:
-    return CollaborativeMAE(config, 8)
+    return CollaborativeMAE(config, {"teacher": 8})
 
 
 def test_initial_weights_that_are_not_finite_change_nothing(model: CollaborativeMAE) -> None:

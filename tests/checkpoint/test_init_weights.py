@@ -151,8 +151,7 @@ def test_the_whole_of_transformers_vit_mae_gives_the_same_predictions(
     noise = torch.cat([choice.ids_keep, choice.ids_hidden], 1).argsort(1).float()
     with torch.no_grad():
         logits = theirs(images(), noise=noise).logits
-        found = model(images(), choice).pixel
-    assert found is not None
+        found = model(images(), choice)["pixel"]
     for row in range(2):
         assert float((found[row] - logits[row, choice.ids_hidden[row]]).abs().max()) < 1e-5
 
@@ -193,7 +192,7 @@ def test_a_decoder_with_other_positions_or_without_a_block_is_skipped() -> None:
 def test_a_decoder_without_pixels_leaves_maes_pixel_head() -> None:
     config = make_config()
     config.loss.teacher, config.loss.pixel = 1.0, 0.0
-    model, state = CollaborativeMAE(config, 7), mae_state()
+    model, state = CollaborativeMAE(config, {"teacher": 7}), mae_state()
     report = load_init_weights(model, state, "w")
     check_accounts(report, state)
     passed = {"decoder_pos_embed", "decoder_pred.weight", "decoder_pred.bias"}
@@ -303,7 +302,7 @@ def test_the_momentum_encoder_gets_the_initial_weights_too(
     state = timm_state()
     save_file(state, tmp_path / "w.safetensors")
     with caplog.at_level(logging.INFO):
-        models = build_models(start_config(tmp_path / "w.safetensors"), ALONE, CPU, None)
+        models = build_models(start_config(tmp_path / "w.safetensors"), ALONE, CPU, {})
     fragments = models.backend.fragments()
     averages = [key for key in fragments if key.startswith("momentum.")]
     assert len(averages) == 78
@@ -330,7 +329,7 @@ def split_qkv(state: State) -> State:
 def start_shards(file: Path) -> dict[str, tuple[int, Any]]:
     """Offset and values of this rank's shards of the encoder and of the EMA weights."""
     world = this_world()
-    fragments = build_models(start_config(file), world, CPU, None).backend.fragments()
+    fragments = build_models(start_config(file), world, CPU, {}).backend.fragments()
     return {
         key.removeprefix("model.encoder."): (own.offset, own.local.numpy())
         for key, own in fragments.items()
@@ -374,7 +373,7 @@ def test_files_that_cannot_be_read_are_named_with_a_remedy(tmp_path: Path) -> No
     }
     for name, remedy in said.items():
         with pytest.raises(ConfigError) as caught:
-            build_models(start_config(tmp_path / name), ALONE, CPU, None)
+            build_models(start_config(tmp_path / name), ALONE, CPU, {})
         assert caught.value.exit_code == EXIT_CONFIG
         assert str(caught.value).startswith(f"student.init_weights={tmp_path / name}: ")
         assert remedy in str(caught.value)

@@ -29,7 +29,7 @@ def scaled(by_step: dict[int, float], rank: int | None = None) -> Change:
         if rank is not None and dist.get_rank() != rank:
             return losses
         factor = by_step.get(number, 1.0)
-        return type(losses)(*(term * factor for term in losses))
+        return {name: term * factor for name, term in losses.items()}
 
     return change
 

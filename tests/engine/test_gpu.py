@@ -13,6 +13,7 @@ from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.determinism import deterministic_kernels
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers.base import forward_all
 from dataloading.stream import Batch
 
 pytestmark = [
@@ -41,7 +42,7 @@ def train_vit_large(compiled: bool, debug: str) -> list[float]:
     with process_group(world, device):
         teacher = fetch_teacher(config, world, device)
         assert teacher is not None
-        models = build_models(config, world, device, teacher)
+        models = build_models(config, world, device, {"": teacher})
         generator = torch.Generator(device).manual_seed(0)
         shape = (BATCH, 224, 224, 3)
         views = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
@@ -52,13 +53,13 @@ def train_vit_large(compiled: bool, debug: str) -> list[float]:
         losses = []
         for step in range(WARM_UP + STEPS):
             torch.cuda.set_sync_debug_mode(debug if step >= WARM_UP else "default")
-            view = teacher.forward_batch(batch)
-            micro_batch, _ = prepare(config, models, batch, view, scalars)
+            views_of = forward_all(models.teachers, batch)
+            micro_batch, _ = prepare(config, models, batch, views_of, scalars)
             loss = models.backend.micro(micro_batch, last=True)
             torch.cuda.set_sync_debug_mode("default")
-            assert models.backend.step(1e-4, loss.total[None]).applied
+            assert models.backend.step(1e-4, loss["total"][None]).applied
             models.backend.momentum_update(scalars.momentum)
-            losses.append(float(loss.total))
+            losses.append(float(loss["total"]))
         models.backend.close()
     return losses
 

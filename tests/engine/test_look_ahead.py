@@ -43,7 +43,7 @@ def note_order(recipe: Path) -> list[str]:
         one_batch = ["train.global_batch_size=2", "train.steps=3"]
         built = build(recipe, one_batch, stack)
         for place, method, name in (
-            (built.task.models.teacher, "forward_batch", "teacher"),
+            (built.task.models.teachers[""], "forward_batch", "teacher"),
             (built.backend, "momentum_forward", "momentum"),
             (built.backend.optimizer, "step", "update"),
         ):

@@ -59,7 +59,8 @@ def run_cases(recipe: Path, cases: dict[str, Any]) -> dict[str, Any]:
         with ExitStack() as stack:
             built = build(recipe, [f"run.output_dir={recipe.parent / name}", *overrides], stack)
             if name.startswith("teacher"):
-                built.task.models.teacher = FailingTeacher(built.task.models.teacher, *fault)
+                teachers = built.task.models.teachers
+                teachers[""] = FailingTeacher(teachers[""], *fault)
             elif "undecodable" in name:
                 built.stream = undecodable(built.stream, fault)
             else:
@@ -67,7 +68,7 @@ def run_cases(recipe: Path, cases: dict[str, Any]) -> dict[str, Any]:
 
                 def nan_micro(batch: Any, last: bool, micro: Any = micro) -> Any:
                     losses = micro(batch, last)
-                    return losses._replace(total=losses.total * math.nan)
+                    return losses | {"total": losses["total"] * math.nan}
 
                 built.backend.micro = nan_micro
             try:

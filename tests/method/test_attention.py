@@ -14,7 +14,6 @@ from cmtmae_scale.method.attention import (
     mean_agreement,
     mean_query_row,
     mix_attention,
-    mix_several,
     normalise_map,
     patch_map,
     resize_map,
@@ -177,16 +176,21 @@ def test_several_teachers_are_normalised_each_then_averaged_by_weight(norm):
     generator = torch.Generator().manual_seed(3)
     first, second, student = torch.rand(3, 2, 9, generator=generator) ** 3
     settings = Attention(norm=norm, temperature=0.5)
-    found = mix_several(settings, [first, second], [3.0, 1.0], student, torch.tensor(0.25))
+    maps, weights = {"a": first, "b": second}, {"a": 3.0, "b": 1.0, "unused": 5.0}
+    found = mix_attention(settings, maps, weights, student, torch.tensor(0.25))
+    assert found is not None
     for row in range(2):
-        maps = [reference.temper(one[row].tolist(), 0.5) for one in (first, second, student)]
-        a, b, s = (reference.NORMS[norm](one) for one in maps)
+        own = [reference.temper(one[row].tolist(), 0.5) for one in (first, second, student)]
+        a, b, s = (reference.NORMS[norm](one) for one in own)
         mean = [0.75 * x + 0.25 * y for x, y in zip(a, b, strict=True)]
         expected = [0.25 * x + 0.75 * y for x, y in zip(mean, s, strict=True)]
         close(found[row], expected, 1e-5)
-    alone = mix_several(settings, [first], [7.0], student, 0.25)
-    torch.testing.assert_close(alone, mix_attention(settings, first, student, 0.25), rtol=0, atol=0)
-    assert mix_several(settings, [first, second], [1, 1], None, 1.0).requires_grad is False
+    one = mix_attention(settings, {"a": first}, {"a": 7.0}, student, 0.25)
+    sharp = (sharpen(values, 0.5) for values in (first, student))
+    torch.testing.assert_close(one, collaborative_attention(*sharp, 0.25, norm), rtol=0, atol=0)
+    assert mix_attention(settings, {}, {}, None, 0.25) is None
+    with pytest.raises(ValueError, match="weight to the student's attention map"):
+        mix_attention(settings, maps, weights, None, 0.25)
 
 
 def test_the_agreement_of_several_maps_is_the_mean_over_pairs():

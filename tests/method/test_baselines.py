@@ -15,13 +15,12 @@ from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice, choose_masks, hash_uniform, select_patches
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.targets import (
-    Losses,
-    Predictions,
     TokenLayout,
     normalise,
     objective,
     patchify,
     pixel_targets,
+    term_weights,
 )
 from tests.references import decoders as reference
 from tests.references import targets as plain
@@ -62,12 +61,13 @@ def shake(module: nn.Module) -> None:
 
 def pixel_losses(
     model: CollaborativeMAE, config: Config, images: Tensor, choice: PatchChoice
-) -> Losses:
+) -> dict[str, Tensor]:
     layout = TokenLayout.from_config(config, choice.ids_keep.shape[1], choice.ids_hidden.shape[1])
     pixels = pixel_targets(patchify(images, model.encoder.patch_side), config.target.pixel.norm)
-    targets = Predictions(None, None, layout.without_cls().gather(pixels, choice))
+    targets = {"pixel": layout.without_cls().gather(pixels, choice)}
     valid = torch.ones(len(images), dtype=torch.bool)
-    return objective(model(images, choice), targets, valid, layout, config.loss, 0.0)
+    weights = term_weights(config, 0.0)
+    return objective(model(images, choice), targets, valid, layout, config.loss, weights)
 
 
 @pytest.mark.parametrize("norm", ["patch", "none"])
@@ -82,7 +82,7 @@ def test_mae_equals_transformers_in_loss_and_every_gradient(norm: str) -> None:
     # MAE shows the patches of the smallest noise, we those of the largest key.
     outcome = theirs(images, noise=1 - hash_uniform(9, 0, positions, 64))
     outcome.loss.backward()
-    loss = pixel_losses(ours, config, images, choice).total / 3
+    loss = pixel_losses(ours, config, images, choice)["total"] / 3
     loss.backward()
     hidden = torch.zeros(3, 64, dtype=torch.bool).scatter(1, choice.ids_hidden, True)
     assert torch.equal(outcome.mask.bool(), hidden)
@@ -163,7 +163,7 @@ def test_the_cross_decoder_equals_crossmaes_written_with_loops() -> None:
 def test_milans_loss_is_the_mean_of_2_minus_2_cos_over_the_image_and_the_class_token() -> None:
     """The whole of MILAN: the plain decoder and head, the plain distance, in image order."""
     config = make_config(loss__student=0.0)
-    model = CollaborativeMAE(config, teacher_width=7)
+    model = CollaborativeMAE(config, {"teacher": 7})
     initialise(model, 0)
     shake(model)
     images = random_images(2)
@@ -174,11 +174,11 @@ def test_milans_loss_is_the_mean_of_2_minus_2_cos_over_the_image_and_the_class_t
     targets = layout.gather(normalise(features, config.target.teacher.norm), choice)
     losses = objective(
         model(images, choice),
-        Predictions(targets, None, None),
+        {"teacher": targets},
         torch.ones(2, dtype=torch.bool),
         layout,
         config.loss,
-        1.0,
+        term_weights(config, 1.0),
     )
     weights = {n.removeprefix("decoder."): p.double() for n, p in model.named_parameters()}
     distances = []
@@ -191,7 +191,7 @@ def test_milans_loss_is_the_mean_of_2_minus_2_cos_over_the_image_and_the_class_t
             for p, t in zip(predicted, features[i].tolist(), strict=True):
                 distances.append(plain.token_loss(p, t, "cosine"))
     assert len(distances) == 2 * 17
-    assert abs(float(losses.total.detach()) / 2 - sum(distances) / len(distances)) < 1e-6
+    assert abs(float(losses["total"].detach()) / 2 - sum(distances) / len(distances)) < 1e-6
 
 
 def test_revealed_patches_are_drawn_one_after_the_other_without_replacement() -> None:
@@ -224,8 +224,7 @@ def test_predicting_fewer_patches_changes_no_prediction_and_no_target(sampler: s
         count = layout.num_hidden
         choice = choose_masks(config.mask, attention, torch.arange(2), 0, 0.0, num_predicted=count)
         target = layout.gather(pixel_targets(patchify(images, 16), "patch"), choice)
-        prediction = model(images, choice).pixel
-        assert prediction is not None
+        prediction = model(images, choice)["pixel"]
         assert prediction.shape == target.shape == (2, 12 if ratio is None else 4, 768)
         found.append((choice.ids_hidden[:, :count], prediction.detach(), target))
     whole, fewer = found

@@ -242,11 +242,9 @@ def test_unknown_type_is_refused() -> None:
 
 def test_heads_predict_what_is_asked_for() -> None:
     x = torch.randn(2, 7, WIDTH)
-    teacher, student, pixel = Heads(WIDTH, 5, None, 12, has_cls=True)(x)
-    assert teacher is not None and teacher.shape == (2, 7, 5)
-    assert student is None
-    assert pixel is not None and pixel.shape == (2, 6, 12)
-    teacher, student, pixel = Heads(WIDTH, None, 9, 12, has_cls=False)(x)
-    assert teacher is None
-    assert student is not None and student.shape == (2, 7, 9)
-    assert pixel is not None and pixel.shape == (2, 7, 12)
+    for has_cls, tokens in ((True, 6), (False, 7)):
+        found = Heads(WIDTH, {"teacher": 5, "pixel": 12}, has_cls)(x)
+        assert {name: one.shape for name, one in found.items()} == {
+            "teacher": (2, 7, 5),
+            "pixel": (2, tokens, 12),
+        }

@@ -16,15 +16,15 @@ from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import (
-    Predictions,
     TokenLayout,
     normalise,
     objective,
     patchify,
     pixel_targets,
+    term_weights,
 )
 
-LENGTH, TEACHER = 16, 7
+LENGTH, TEACHER = 16, {"teacher": 7}
 
 
 def make_config(**changes: Any) -> Config:
@@ -67,19 +67,21 @@ def step_loss(
 ) -> tuple[Any, Tensor]:
     """Losses of one micro-batch, and the teacher's features, which ask for a gradient."""
     images, choice, layout = make_images(), make_choice(config), make_layout(config)
-    features = torch.randn(2, LENGTH + 1, TEACHER, requires_grad=True)
+    features = torch.randn(2, LENGTH + 1, TEACHER["teacher"], requires_grad=True)
     need = needs(config)
     own = momentum(images)[0] if momentum else None
-    targets = Predictions(
-        layout.gather(normalise(features, "l2"), choice) if need.teacher_features else None,
-        None if own is None else layout.gather(normalise(own, "ln"), choice),
-        layout.without_cls().gather(pixel_targets(patchify(images, 16), "patch"), choice)
-        if need.pixels
-        else None,
-    )
+    targets = {}
+    if need.teacher_features:
+        targets["teacher"] = layout.gather(normalise(features, "l2"), choice)
+    if own is not None:
+        targets["student"] = layout.gather(normalise(own, "ln"), choice)
+    if need.pixels:
+        pixels = pixel_targets(patchify(images, 16), "patch")
+        targets["pixel"] = layout.without_cls().gather(pixels, choice)
     valid = torch.ones(choice.ids_keep.shape[0], dtype=torch.bool)
     predictions = model(images, choice)
-    return objective(predictions, targets, valid, layout, config.loss, 0.7), features
+    weights = term_weights(config, 0.7)
+    return objective(predictions, targets, valid, layout, config.loss, weights), features
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -125,8 +127,8 @@ def test_every_trained_parameter_and_nothing_else_gets_a_gradient(config: Config
         momentum.load_state_dict(model.encoder.state_dict())
         momentum.requires_grad_(True)  # even so
     losses, features = step_loss(config, model, momentum)
-    losses.total.backward()
-    assert losses.total.isfinite()
+    losses["total"].backward()
+    assert losses["total"].isfinite()
     assert features.grad is None
     assert momentum is None or all(p.grad is None for p in momentum.parameters())
     for name, parameter in model.named_parameters():
@@ -140,16 +142,16 @@ def test_predictions_follow_the_layout(config: Config) -> None:
     model, layout, need = make_model(config), make_layout(config), needs(config)
     choice = make_choice(config)
     rows = 2 * config.mask.masks_per_view
-    teacher, student, pixel = model(make_images(), choice)
+    predictions = model(make_images(), choice)
     width = model.encoder.embed_dim
-    for prediction, used, size, tokens in (
-        (teacher, need.teacher_features, TEACHER, layout.num_tokens),
-        (student, need.student_features, width, layout.num_tokens),
-        (pixel, need.pixels, 768, layout.without_cls().num_tokens),
+    for name, used, size, tokens in (
+        ("teacher", need.teacher_features, TEACHER["teacher"], layout.num_tokens),
+        ("student", need.student_features, width, layout.num_tokens),
+        ("pixel", need.pixels, 768, layout.without_cls().num_tokens),
     ):
-        assert (prediction is not None) == used
-        if prediction is not None:
-            assert prediction.shape == (rows, tokens, size)
+        assert (name in predictions) == used
+        if used:
+            assert predictions[name].shape == (rows, tokens, size)
 
 
 def test_only_visible_pixels_reach_the_predictions(config: Config) -> None:
@@ -160,18 +162,19 @@ def test_only_visible_pixels_reach_the_predictions(config: Config) -> None:
     unseen = (1 - seen).reshape(2, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
     noisy = images + torch.randn_like(images) * unseen
     assert masks == 2 or float(unseen.mean()) >= config.mask.ratio
-    for a, b in zip(model(images, choice), model(noisy, choice), strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+    found, expected = model(noisy, choice), model(images, choice)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
     assert not torch.equal(patchify(images, 16), patchify(noisy, 16))
 
 
 def test_masks_of_a_view_do_not_see_each_other() -> None:
     config = make_config(mask__masks_per_view=3)
     model, choice, images = make_model(config), make_choice(config), make_images()
-    together = model(images, choice).teacher
+    together = model(images, choice)["teacher"]
     for row in range(6):
         one = PatchChoice(*(ids[row : row + 1] for ids in choice))
-        alone = model(images[row // 3 : row // 3 + 1], one).teacher
+        alone = model(images[row // 3 : row // 3 + 1], one)["teacher"]
         assert torch.allclose(together[row : row + 1], alone, atol=1e-5)
 
 
@@ -181,7 +184,7 @@ def test_recomputation_changes_no_gradient() -> None:
         torch.manual_seed(0)
         model = make_model(config)
         model.set_activation_checkpointing(recompute)
-        step_loss(config, model, None)[0].total.backward()
+        step_loss(config, model, None)[0]["total"].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert gradient is None or torch.equal(gradient, gradients[1][name]), name
@@ -197,7 +200,7 @@ def test_recomputation_covers_every_block() -> None:
     model.set_activation_checkpointing(True)
     prediction = model(make_images(), make_choice(make_config()))
     assert calls == list(range(8))
-    prediction.teacher.sum().backward()
+    prediction["teacher"].sum().backward()
     assert sorted(calls) == sorted([*range(8), *range(8)])
 
 
@@ -218,7 +221,7 @@ def test_default_decoder_and_heads_have_the_known_size() -> None:
         decoder__heads=16,
     )
     with torch.device("meta"):
-        model = CollaborativeMAE(config, 512)
+        model = CollaborativeMAE(config, {"teacher": 512})
     count = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
     assert count["decoder"] == 25_219_072 + (768 * 512 + 512) + 512 + 2 * 512
     assert count["heads"] == (512 * 512 + 512) + (512 * 768 + 768)
@@ -233,7 +236,7 @@ def test_missing_class_token_is_named() -> None:
 
 
 def test_missing_teacher_width_is_told() -> None:
-    with pytest.raises(ValueError, match="teacher_width"):
+    with pytest.raises(ValueError, match="teacher_widths lacks teacher, "):
         CollaborativeMAE(make_config())
     CollaborativeMAE(make_config(loss__teacher=0.0))
 
@@ -246,4 +249,4 @@ def test_forward_and_backward_run_on_fake_tensors(name: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = PatchChoice(*(mode.from_tensor(ids) for ids in choice))
         predictions = model(torch.randn(2, 3, 64, 64), fake)
-        sum(p.sum() for p in predictions if p is not None).backward()
+        sum(p.sum() for p in predictions.values()).backward()

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmtmae_scale.method
-from cmtmae_scale.config.schema import Config, Loss, Mask
+from cmtmae_scale.config.schema import Collaboration, Config, Loss, Mask
 from cmtmae_scale.method.attention import (
     collaborative_attention,
     map_agreement,
@@ -22,12 +22,12 @@ from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD, normalise_images
 from cmtmae_scale.method.masking import SAMPLERS, choose_masks, token_counts
 from cmtmae_scale.method.targets import (
-    Predictions,
     TokenLayout,
     normalise,
     objective,
     patchify,
     pixel_targets,
+    term_weights,
 )
 
 FORBIDDEN = {
@@ -61,6 +61,7 @@ def test_masks_and_losses_run_on_fake_tensors(sampler):
     config = Config(
         mask=Mask(sampler=sampler, masks_per_view=2, hint_fraction=0.1, prob=0.5, throw_ratio=0.1),
         loss=Loss(tokens="weighted", visible_weight=0.5, pixel=1.0),
+        collaboration=Collaboration(alpha_attention=0.5, alpha_target=0.5),
     )
     keep, hidden, thrown = token_counts(16, config.mask.ratio, config.mask.throw_ratio)
     config.mask.hint_pool = 0.5
@@ -80,16 +81,19 @@ def test_masks_and_losses_run_on_fake_tensors(sampler):
         scaling = ChannelScaling(torch.empty(2, 5), torch.empty(2, 5))
         sum_channels(torch.empty(3, 17, 5), torch.empty(3, dtype=torch.bool), scaling.mean)
         normalise(torch.empty(3, 17, 5), "instance", 1)
-        targets = Predictions(
-            layout.gather(normalise(torch.empty(3, 17, 6), "l2"), choice),
-            layout.gather(normalise(torch.empty(3, 17, 5), "channel", 1, scaling), choice),
-            layout.without_cls().gather(pixel_targets(patchify(pixels, 4), "patch"), choice),
-        )
-        predictions = Predictions(*(torch.empty_like(t, requires_grad=True) for t in targets))
+        cut = pixel_targets(patchify(pixels, 4), "patch")
+        student = normalise(torch.empty(3, 17, 5), "channel", 1, scaling)
+        targets = {
+            "teacher": layout.gather(normalise(torch.empty(3, 17, 6), "l2"), choice),
+            "student": layout.gather(student, choice),
+            "pixel": layout.without_cls().gather(cut, choice),
+        }
+        predictions = {k: torch.empty_like(t, requires_grad=True) for k, t in targets.items()}
         valid = torch.empty(6, dtype=torch.bool)
-        losses = objective(predictions, targets, valid, layout, config.loss, torch.empty(()))
-        losses.total.backward()
-        assert choice.ids_keep.shape == (6, keep) and losses.total.shape == ()
+        weights = term_weights(config, torch.empty(()))
+        losses = objective(predictions, targets, valid, layout, config.loss, weights)
+        losses["total"].backward()
+        assert choice.ids_keep.shape == (6, keep) and losses["total"].shape == ()
 
 
 def test_fake_tensors_notice_a_host_read():
@@ -139,9 +143,10 @@ def test_maps_and_losses_on_a_gpu_do_not_synchronise():
         pixels = pixel_targets(patchify(normalise_images(images, CLIP_MEAN, CLIP_STD), 4), "patch")
         taken = layout.gather(features, choice)
         cut = layout.without_cls().gather(pixels, choice)
-        predictions = Predictions(taken, taken, cut)
-        targets = Predictions(normalise(taken, "l2"), normalise(taken, "ln"), cut)
-        objective(predictions, targets, valid, layout, loss, alpha).total.backward()
+        predictions = {"teacher": taken, "student": taken, "pixel": cut}
+        targets = {"teacher": normalise(taken, "l2"), "student": normalise(taken, "ln")}
+        targets, weights = targets | {"pixel": cut}, dict.fromkeys(predictions, alpha)
+        objective(predictions, targets, valid, layout, loss, weights)["total"].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert bool(features.grad.isfinite().all())

@@ -1,24 +1,21 @@
 """Targets and losses against plain references."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cmtmae_scale.config.schema import Config, Decoder, Loss
+from cmtmae_scale.config.schema import Collaboration, Config, Decoder, Loss, NamedTeacher
 from cmtmae_scale.method.masking import PatchChoice, select_patches
 from cmtmae_scale.method.targets import (
-    Predictions,
-    SeveralPredictions,
     TokenLayout,
     normalise,
     objective,
     patchify,
     pixel_targets,
-    several_objective,
-    teacher_shares,
+    term_weights,
     token_loss,
-    weighted_terms,
 )
 from tests.references import targets as reference
 
@@ -189,22 +186,36 @@ def test_reduction_over_tokens():
         config = Config(loss=Loss(tokens=tokens, include_cls=False, type="mse"))
         layout = TokenLayout.from_config(config, 2, 2)
         p = layout.gather(losses.sqrt()[..., None], choice)
-        pair = Predictions(p, None, None), Predictions(torch.zeros_like(p), None, None)
-        result = objective(*pair, torch.ones(2).bool(), layout, config.loss, 1.0)
-        assert float(result.total) / 2 == approx(expected, 1e-5)
+        pair = {"teacher": p}, {"teacher": torch.zeros_like(p)}
+        result = objective(*pair, torch.ones(2).bool(), layout, config.loss, {"teacher": 1.0})
+        assert float(result["total"]) / 2 == approx(expected, 1e-5)
 
 
-def case(rows=4, kind="cosine", seed=5):
-    generator = torch.manual_seed(seed)
+WIDTHS = {"teacher_a": 5, "teacher_b": 3, "student": 4, "pixel": 12}
+
+
+def make_config(kind="cosine"):
+    return Config(
+        teachers=[NamedTeacher(name="a", loss=3.0), NamedTeacher(name="b", loss=1.0)],
+        loss=Loss(type=kind, teacher=1.5, student=2.0, pixel=0.25),
+        collaboration=Collaboration(alpha_attention=0.5, alpha_target=0.7),
+    )
+
+
+def case(rows=4, kind="cosine"):
+    generator = torch.manual_seed(5)
     layout = TokenLayout(cls=True, num_visible=2, num_hidden=3, visible_weight=0.5)
 
-    def values(tokens, width):
-        return torch.randn(rows, tokens, width, generator=generator)
+    def values():
+        return {
+            name: torch.randn(rows, 6 - (name == "pixel"), width, generator=generator)
+            for name, width in WIDTHS.items()
+        }
 
-    predictions = Predictions(values(6, 5), values(6, 4), values(5, 12))
-    targets = Predictions(values(6, 5), values(6, 4), values(5, 12))
-    loss = Loss(type=kind, teacher=1.5, student=2.0, pixel=0.25)
-    return predictions, targets, layout, loss
+    return values(), values(), layout, make_config(kind).loss
+
+
+WEIGHTS = term_weights(make_config(), 0.7)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
@@ -212,72 +223,50 @@ def test_objective_matches_loops(kind):
     predictions, targets, layout, loss = case(kind=kind)
     valid = torch.tensor([True, False, True, True])
     weights = layout.weights().tolist()
-    terms = [
-        reference.summed_loss(p.tolist(), t.tolist(), valid.tolist(), w, k)
-        for p, t, w, k in zip(
-            predictions, targets, (weights, weights, weights[1:]), (kind, kind, "mse"), strict=True
-        )
-    ]
-    total = 0.7 * 1.5 * terms[0] + 0.3 * 2.0 * terms[1] + 0.25 * terms[2]
+    terms = []
+    for name in WIDTHS:
+        how = (weights[1:], "mse") if name == "pixel" else (weights, kind)
+        pair = predictions[name].tolist(), targets[name].tolist()
+        terms.append(reference.summed_loss(*pair, valid.tolist(), *how))
+    teacher = 0.75 * terms[0] + 0.25 * terms[1]
+    total = 0.7 * 1.5 * teacher + 0.3 * 2.0 * terms[2] + 0.25 * terms[3]
     for alpha in (0.7, torch.tensor(0.7), torch.tensor(0.7, dtype=torch.float64)):
-        found = objective(predictions, targets, valid, layout, loss, alpha)
-        assert [float(x) for x in found] == approx([total, *terms], 1e-4)
-        assert all(x.shape == () and x.dtype == torch.float32 for x in found)
-        assert float(sum(weighted_terms(found, loss, alpha).values())) == approx(total, 1e-4)
-
-
-@pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
-def test_several_teachers_have_the_weighted_mean_of_their_terms(kind):
-    predictions, targets, layout, loss = case(kind=kind)
-    others, more, _, _ = case(kind=kind, seed=1)
-    valid, alpha = torch.tensor([True, False, True, True]), torch.tensor(0.7)
-    pairs = (
-        SeveralPredictions(one._replace(teacher=None), (one.teacher, two.student))
-        for one, two in ((predictions, others), (targets, more))
-    )
-    shares = teacher_shares({"a": 3.0, "b": 1.0})
-    assert shares == {"teacher_a": 0.75, "teacher_b": 0.25}
-    found, each = several_objective(*pairs, valid, layout, loss, alpha, list(shares.values()))
-    weights = layout.weights().tolist()
-    first, second = (
-        reference.summed_loss(p.tolist(), t.tolist(), valid.tolist(), weights, kind)
-        for p, t in ((predictions.teacher, targets.teacher), (others.student, more.student))
-    )
-    alone = objective(predictions, targets, valid, layout, loss, alpha)
-    teacher = 0.75 * first + 0.25 * second
-    rest = float(alone.total) - 0.7 * 1.5 * float(alone.teacher)
-    expected = [0.7 * 1.5 * teacher + rest, teacher, float(alone.student), float(alone.pixel)]
-    assert [float(x) for x in found] == approx(expected, 1e-4)
-    assert [float(x) for x in each] == approx([first, second], 1e-4)
+        own = term_weights(make_config(kind), alpha)
+        found = objective(predictions, targets, valid, layout, loss, own)
+        assert [*found] == ["total", *WIDTHS]
+        assert [float(x) for x in found.values()] == approx([total, *terms], 1e-4)
+        assert all(x.shape == () and x.dtype == torch.float32 for x in found.values())
 
 
 def test_alpha_weighs_the_teacher():
-    layout, loss = TokenLayout(False, 0, 1), Loss(type="mse")
+    layout = TokenLayout(False, 0, 1)
+    config = replace(make_config(), teachers=[], loss=Loss(type="mse"))
     zero = torch.zeros(1, 1, 1)
-    predictions = Predictions(
-        torch.tensor(2.0).sqrt() + zero, torch.tensor(5.0).sqrt() + zero, None
+    predictions = {"teacher": zero + 2.0**0.5, "student": zero + 5.0**0.5}
+    targets, weights = dict.fromkeys(predictions, zero), term_weights(config, 0.7)
+    found = objective(predictions, targets, torch.tensor([True]), layout, config.loss, weights)
+    assert {name: float(x) for name, x in found.items()} == approx(
+        {"total": 2.9, "teacher": 2.0, "student": 5.0}
     )
-    found = objective(
-        predictions, Predictions(zero, zero, None), torch.tensor([True]), layout, loss, 0.7
-    )
-    assert [float(x) for x in found] == approx([2.9, 2.0, 5.0, 0.0])
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
 def test_invalid_rows_give_exactly_no_gradient(kind):
     predictions, targets, layout, loss = case(kind=kind)
-    leaves = [p.clone() for p in predictions]
-    for leaf in leaves:
+    leaves = {name: p.clone() for name, p in predictions.items()}
+    for leaf in leaves.values():
         leaf[1], leaf[2] = 1e18, 0.0
         leaf.requires_grad_()
-    targets[0][1] = -1e18
+    targets["teacher_a"][1] = -1e18
     valid = torch.tensor([True, False, False, True])
-    found = objective(Predictions(*leaves), targets, valid, layout, loss, 0.5)
-    found.total.backward()
-    kept = [Predictions(*(x[[0, 3]] for x in p)) for p in (predictions, targets)]
-    alone = objective(*kept, torch.ones(2).bool(), layout, loss, 0.5)
-    assert [float(x.detach()) for x in found] == approx([float(x) for x in alone], 1e-5)
-    for leaf in leaves:
+    found = objective(leaves, targets, valid, layout, loss, WEIGHTS)
+    found["total"].backward()
+    kept = [{name: x[[0, 3]] for name, x in p.items()} for p in (predictions, targets)]
+    alone = objective(*kept, torch.ones(2).bool(), layout, loss, WEIGHTS)
+    assert [float(x.detach()) for x in found.values()] == approx(
+        [float(x) for x in alone.values()], 1e-5
+    )
+    for leaf in leaves.values():
         assert leaf.grad is not None
         assert leaf.grad[1].abs().sum() == 0.0 and leaf.grad[2].abs().sum() == 0.0
         assert leaf.grad[0].abs().sum() > 0.0
@@ -285,46 +274,44 @@ def test_invalid_rows_give_exactly_no_gradient(kind):
 
 def test_no_valid_row_is_a_finite_zero():
     predictions, targets, layout, loss = case()
-    leaf = predictions.teacher.requires_grad_()
-    found = objective(predictions, targets, torch.zeros(4).bool(), layout, loss, 0.5)
-    assert [float(x.detach()) for x in found] == [0.0] * 4
-    found.total.backward()
+    leaf = predictions["teacher_a"].requires_grad_()
+    found = objective(predictions, targets, torch.zeros(4).bool(), layout, loss, WEIGHTS)
+    assert [float(x.detach()) for x in found.values()] == [0.0] * 5
+    found["total"].backward()
     assert leaf.grad.abs().sum() == 0.0
 
 
 def test_targets_receive_no_gradient():
     predictions, targets, layout, loss = case()
-    target, leaf = targets.teacher.requires_grad_(), predictions.teacher.requires_grad_()
-    objective(predictions, targets, torch.ones(4).bool(), layout, loss, 0.5).total.backward()
+    target, leaf = (one["student"].requires_grad_() for one in (targets, predictions))
+    objective(predictions, targets, torch.ones(4).bool(), layout, loss, WEIGHTS)["total"].backward()
     assert target.grad is None and leaf.grad is not None
 
 
 def test_the_sum_over_ranks_is_the_sum_over_the_batch():
     predictions, targets, layout, loss = case(rows=8)
     valid = torch.tensor([True] * 5 + [False, True, True])
-    whole = objective(predictions, targets, valid, layout, loss, 0.7)
+    whole = objective(predictions, targets, valid, layout, loss, WEIGHTS)
     parts = []
     for start in range(0, 8, 2):
-        piece = [Predictions(*(x[start : start + 2] for x in p)) for p in (predictions, targets)]
-        parts.append(objective(*piece, valid[start : start + 2], layout, loss, 0.7))
-    for name in whole._fields:
-        assert float(sum(getattr(p, name) for p in parts)) == approx(
-            float(getattr(whole, name)), 1e-5
-        )
+        rows = slice(start, start + 2)
+        piece = [{name: x[rows] for name, x in p.items()} for p in (predictions, targets)]
+        parts.append(objective(*piece, valid[rows], layout, loss, WEIGHTS))
+    for name, value in whole.items():
+        assert float(sum(p[name] for p in parts)) == approx(float(value), 1e-5)
 
 
-def test_unused_terms_are_zero_and_half_used_ones_are_errors():
+def test_half_given_terms_are_errors():
     predictions, targets, layout, loss = case()
-    none = Predictions(None, None, None)
     valid = torch.ones(4).bool()
-    assert [float(x) for x in objective(none, none, valid, layout, loss, 0.5)] == [0.0] * 4
-    for name, side in itertools.product(Predictions._fields, (0, 1)):
-        pair = [predictions, targets]
-        pair[side] = pair[side]._replace(**{name: None})
-        with pytest.raises(ValueError, match=f"{name} term has no"):
-            objective(*pair, valid, layout, loss, 0.5)
+    kinds = ("prediction", "target", "weight")
+    for name, (side, kind) in itertools.product(WIDTHS, enumerate(kinds)):
+        given = [{**one} for one in (predictions, targets, WEIGHTS)]
+        del given[side][name]
+        with pytest.raises(ValueError, match=f"{name} term has no {kind}"):
+            objective(*given[:2], valid, layout, loss, given[2])
     with pytest.raises(ValueError, match="rows of"):
-        objective(predictions, targets, valid, layout.without_cls(), loss, 0.5)
+        objective(predictions, targets, valid, layout.without_cls(), loss, WEIGHTS)
 
 
 def test_a_choice_from_the_sampler_fits_the_layout():

@@ -50,7 +50,7 @@ def rounded(teacher: OnlineTeacher, batch: Any) -> TeacherView:
 def open_views(config: Config, index: Index, teacher: Any, **options: Any) -> Stream:
     """Views of the run, two per batch as in the run."""
     views = config.views
-    sizes = view_sizes(views.image_size, teacher)
+    sizes = view_sizes(views.image_size, {"": teacher})
     options = {"micro_batch": 2, "sizes": sizes, "shuffle": "none"} | options
     plan = {
         "scale": views.crop_scale,

@@ -23,7 +23,7 @@ from cmtmae_scale.pretraining.build import build_models
 from cmtmae_scale.pretraining.prepare import prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import TeacherView, view_sizes
+from cmtmae_scale.teachers.base import forward_all, view_sizes
 from cmtmae_scale.tools.benchmark.rig import open_synthetic
 from dataloading.stream import Batch
 
@@ -68,23 +68,22 @@ def find_world() -> World:
 def pretrain(config: Config) -> Iterator[list[float]]:
     """Train on random pixels; yields losses and observations."""
     world = find_world()
-    teacher = open_synthetic(config, BATCH, world, CPU)
-    models = build_models(config, world, CPU, teacher)
+    teachers = open_synthetic(config, BATCH, world, CPU)
+    models = build_models(config, world, CPU, teachers)
     generator = torch.Generator().manual_seed(world.rank)
     for step in range(STEPS):
-        shapes = [(BATCH, size, size, 3) for size in view_sizes(SIZE, teacher)]
+        shapes = [(BATCH, size, size, 3) for size in view_sizes(SIZE, teachers)]
         views = tuple(
             torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes
         )
         ids = torch.arange(BATCH) + step * BATCH
         batch = Batch(views, ids, ids, ids, torch.tensor([True] * (BATCH - 1) + [step < 5]))
         scalars = scalars_at(config, step / STEPS)
-        view = TeacherView(None, None) if teacher is None else teacher.forward_batch(batch)
-        work, observed = prepare(config, models, batch, view, scalars)
+        work, observed = prepare(config, models, batch, forward_all(teachers, batch), scalars)
         losses = models.backend.micro(work, last=True)
-        assert models.backend.step(1e-3, losses.total[None]).applied
+        assert models.backend.step(1e-3, losses["total"][None]).applied
         models.backend.momentum_update(scalars.momentum or 0.0)
-        yield [float(value) for value in (*losses, *observed) if value is not None]
+        yield [float(value) for value in (*losses.values(), *observed) if value is not None]
     models.backend.close()
 
 
@@ -106,8 +105,8 @@ def finetune(config: Config) -> Iterator[list[float]]:
         targets = torch.full((BATCH, 3), 1 / 3)
         examples = Examples(images, keep, targets, torch.ones(BATCH, dtype=torch.bool))
         losses = backend.micro(examples, last=True)
-        assert backend.step(1e-3, losses.total[None]).applied
-        yield [float(losses.total)]
+        assert backend.step(1e-3, losses["total"][None]).applied
+        yield [float(losses["total"])]
     backend.close()
 
 

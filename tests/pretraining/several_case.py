@@ -104,7 +104,7 @@ def fail_on_a_view(recipe: Path, run_dir: Path) -> str:
 
     with ExitStack() as stack:
         built = build(recipe, [f"run.output_dir={run_dir}", *SHORT], stack)
-        second = built.task.models.teacher.sources["second"]
+        second = built.task.models.teachers["second"]
         forward = second.forward_batch
 
         def fail(batch: Any) -> Any:

@@ -62,7 +62,7 @@ def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float], d
     """
     from cmtmae_scale.backends.initial import materialise
     from cmtmae_scale.method.initialisation import initialise
-    from cmtmae_scale.method.targets import objective
+    from cmtmae_scale.method.targets import objective, term_weights
     from cmtmae_scale.pretraining.build import build_model
 
     with ExitStack() as stack:
@@ -76,7 +76,7 @@ def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float], d
         diagnostics = task.diagnostics
         nothing = diagnostics.measure_tokens(built, grey)
         nothing |= diagnostics.measure_gradients(built, grey)
-        model = materialise(build_model(config, task.models.teacher)[0], torch.device("cpu"))
+        model = materialise(build_model(config, task.models.teachers)[0], torch.device("cpu"))
         initialise(model, config.run.seed)
         losses = objective(
             model(*micro_batch.inputs),
@@ -84,14 +84,14 @@ def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float], d
             micro_batch.valid,
             task.models.layout,
             config.loss,
-            micro_batch.alpha_target,
+            term_weights(config, micro_batch.alpha_target),
         )
         alpha = float(micro_batch.alpha_target)
         norms = {}
         for name, weight in (("teacher", alpha), ("student", 1 - alpha), ("pixel", 0.5)):
             parameters = [p for p in model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(
-                weight * getattr(losses, name), parameters, retain_graph=True, allow_unused=True
+                weight * losses[name], parameters, retain_graph=True, allow_unused=True
             )
             squares = [float(g.double().square().sum()) for g in gradients if g is not None]
             norms[f"diagnostics/gradient/{name}"] = math.sqrt(sum(squares))

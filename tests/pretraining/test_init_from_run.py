@@ -75,7 +75,9 @@ def read_start(recipe: Path, *overrides: str) -> Config:
 
 
 def start(config: Config, world: World = ALONE) -> Models:
-    return build_models(config, world, CPU, fetch_teacher(config, world, CPU))
+    teacher = fetch_teacher(config, world, CPU)
+    assert teacher is not None
+    return build_models(config, world, CPU, {"": teacher})
 
 
 def test_at_the_same_size_every_value_is_that_of_the_other_run(
@@ -194,7 +196,7 @@ def test_another_model_is_refused_with_both_values(recipe: Path, case: str) -> N
     overrides, said = UNFIT[case]
     config = read_start(recipe, *overrides)
     with torch.device("meta"):
-        model = CollaborativeMAE(config, 64)
+        model = CollaborativeMAE(config, {"teacher": 64})
     with pytest.raises(ConfigError) as caught:
         open_source(config, model, ALONE)
     place = recipe.parent / "run"
@@ -210,7 +212,7 @@ def test_another_model_is_refused_with_both_values(recipe: Path, case: str) -> N
 def test_a_teacher_of_another_width_is_refused(recipe: Path) -> None:
     config = read_start(recipe, "teacher.model=test_vit3")
     with torch.device("meta"):
-        model = CollaborativeMAE(config, 96)
+        model = CollaborativeMAE(config, {"teacher": 96})
     with pytest.raises(ConfigError) as caught:
         open_source(config, model, ALONE)
     assert (
@@ -240,7 +242,7 @@ def test_without_ema_weights_there_the_ema_is_a_copy_of_the_student(
 def test_a_run_of_another_task_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = read_start(recipe)
     with torch.device("meta"):
-        model = CollaborativeMAE(config, 64)
+        model = CollaborativeMAE(config, {"teacher": 64})
     monkeypatch.setattr(init_from_run, "read_state", lambda folder: {"task": "fine-tuning"})
     with pytest.raises(ConfigError, match="holds checkpoints of fine-tuning; name a run of pre-"):
         open_source(config, model, ALONE)
@@ -265,7 +267,7 @@ def test_folders_without_an_intact_checkpoint_are_named(recipe: Path, tmp_path: 
     for name, text in said.items():
         config = read_start(recipe, f"student.init_from_run={tmp_path / name}")
         with torch.device("meta"):
-            model = CollaborativeMAE(config, 64)
+            model = CollaborativeMAE(config, {"teacher": 64})
         with pytest.raises(CmtMaeError, match=text.format(tmp_path / name)) as caught:
             open_source(config, model, ALONE)
         assert caught.value.exit_code == EXIT_CONFIG

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.backends.plain import Plain
@@ -10,7 +11,7 @@ from cmtmae_scale.method.attention import collaborative_attention
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.initialisation import initial_values
 from cmtmae_scale.method.masking import choose_masks, token_counts
-from cmtmae_scale.method.targets import Losses, Predictions, TokenLayout, normalise
+from cmtmae_scale.method.targets import TokenLayout, normalise
 from cmtmae_scale.pretraining.build import build_model, make_objective
 from cmtmae_scale.pretraining.prepare import MicroBatch
 from cmtmae_scale.teachers.build import build_teacher
@@ -42,13 +43,13 @@ def learn(tmp_path, sampler: str, alpha_target: float) -> tuple[list[float], lis
         batch = next(stream)
     view = teacher(batch.images[1])
     images = normalise_images(batch.images[0], IMAGENET_MEAN, IMAGENET_STD)
-    model, momentum = build_model(config, teacher)
+    model, momentum = build_model(config, {"": teacher})
     values = initial_values(model, config.run.seed)
     layout = TokenLayout.from_config(config, *token_counts(LENGTH, config.mask.ratio))
     compute, cpu = make_objective(config, layout), torch.device("cpu")
     backend = Plain(model, momentum, compute, config.optimizer, config.backend, 1 / VIEWS, cpu)
     initialise_backend(backend, values)
-    curve: list[Losses] = []
+    curve: list[dict[str, Tensor]] = []
     for step in range(STEPS):
         features, attention = backend.momentum_forward(images)
         mixed = None
@@ -56,17 +57,18 @@ def learn(tmp_path, sampler: str, alpha_target: float) -> tuple[list[float], lis
             mixed = collaborative_attention(view.attention, attention, 0.5)
         positions = torch.arange(VIEWS) + step * VIEWS
         choice = choose_masks(config.mask, mixed, positions, 0, 0.5, length=LENGTH)
-        targets = Predictions(
-            layout.gather(normalise(view.features, "ln"), choice),
-            layout.gather(normalise(features, "ln"), choice),
-            None,
-        )
+        targets = {
+            name: layout.gather(normalise(one, "ln"), choice)
+            for name, one in (("teacher", view.features), ("student", features))
+            if one is not None
+        }
         valid = torch.ones(VIEWS, dtype=torch.bool)
         micro = MicroBatch(images, choice, targets, valid, torch.tensor(alpha_target))
         curve.append(backend.micro(micro, last=True))
         assert backend.step(2e-3, torch.zeros(1)).applied
         backend.momentum_update(0.99)
-    values = torch.tensor([[one.teacher, one.student] for one in curve]) / VIEWS
+    values = torch.tensor([[one.get(k, 0.0) for k in ("teacher", "student")] for one in curve])
+    values /= VIEWS
     return values[0].tolist(), values[-10:].mean(0).tolist()
 
 

@@ -26,7 +26,7 @@ from cmtmae_scale.method.initialisation import initial_values, initialise
 from cmtmae_scale.method.masking import choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import Student
-from cmtmae_scale.method.targets import Predictions, TokenLayout, normalise
+from cmtmae_scale.method.targets import TokenLayout, normalise
 from cmtmae_scale.pretraining.build import build_model, make_objective
 from cmtmae_scale.pretraining.prepare import MicroBatch
 from cmtmae_scale.teachers.weights import read_weights
@@ -79,7 +79,7 @@ def images(count: int = VIEWS) -> Tensor:
 
 def train(config: Config) -> tuple[Plain, dict[str, Tensor]]:
     """Train three steps; returns the backend and the initial weights."""
-    model, momentum = build_model(config, None)
+    model, momentum = build_model(config, {})
     values = initial_values(model, 0)
     counts = token_counts(SIDE * SIDE, config.mask.ratio)
     layout = TokenLayout.from_config(config, *counts)
@@ -93,12 +93,12 @@ def train(config: Config) -> tuple[Plain, dict[str, Tensor]]:
         torch.testing.assert_close(attention.sum(1), torch.ones(VIEWS))
         positions = torch.arange(VIEWS) + step * VIEWS
         choice = choose_masks(config.mask, attention, positions, 0, 0.5, length=SIDE * SIDE)
-        targets = Predictions(None, layout.gather(normalise(features, "ln"), choice), None)
+        targets = {"student": layout.gather(normalise(features, "ln"), choice)}
         valid = torch.ones(VIEWS, dtype=torch.bool)
         batch = MicroBatch(images(), choice, targets, valid, torch.tensor(0.0))
         losses = backend.micro(batch, last=True)
         outcome = backend.step(1e-3, torch.zeros(1))
-        assert outcome.applied and bool(torch.isfinite(losses.total))
+        assert outcome.applied and bool(torch.isfinite(losses["total"]))
         backend.momentum_update(0.9)
     return backend, before
 

@@ -50,8 +50,8 @@ def train(
             order = [0] + [1 + int(i) for i in (*choice.ids_keep[row], *choice.ids_hidden[row])]
             teacher = F.normalize(features[view, order], dim=-1)
             own = F.layer_norm(own_features[view, order], own_features.shape[-1:], eps=1e-6)
-            one = 2 - 2 * F.cosine_similarity(prediction.teacher[row], teacher, dim=-1)
-            two = 2 - 2 * F.cosine_similarity(prediction.student[row], own, dim=-1)
+            one = 2 - 2 * F.cosine_similarity(prediction["teacher"][row], teacher, dim=-1)
+            two = 2 - 2 * F.cosine_similarity(prediction["student"][row], own, dim=-1)
             total = total + alpha * one.mean() + (1 - alpha) * two.mean()
         loss = total / (batch * masks)
         loss.backward()

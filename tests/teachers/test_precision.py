@@ -54,7 +54,7 @@ class Precision(NamedTuple):
 
 def draw_batches(config: Config, count: int) -> list[Batch]:
     teacher = build_teacher(config, "cpu", torch.float32)
-    sizes = view_sizes(config.views.image_size, teacher)
+    sizes = view_sizes(config.views.image_size, {"": teacher})
     index = build_index(config.data.path)
     with Stream(index, seed=0, micro_batch=16, sizes=sizes, threads=1) as stream:
         return [next(stream) for _ in range(count)]
@@ -70,7 +70,7 @@ def measure_precisions(config: Config, batches: Sequence[Batch]) -> dict[str, Pr
     exact = ways.pop("float32")
     half = len(batches) // 2
     calibration = calibrate(exact.forward_batch(one).features for one in batches[:half])
-    model = CollaborativeMAE(config, exact.width)
+    model = CollaborativeMAE(config, {"teacher": exact.width})
     initialise(model, config.run.seed)
     length = model.encoder.grid[0] * model.encoder.grid[1]
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)

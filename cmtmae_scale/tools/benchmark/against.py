@@ -13,7 +13,13 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.initialisation import initialise, sincos_positions
 from cmtmae_scale.method.masking import hash_uniform, select_patches, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.targets import Predictions, TokenLayout, objective, patchify, pixel_targets
+from cmtmae_scale.method.targets import (
+    TokenLayout,
+    objective,
+    patchify,
+    pixel_targets,
+    term_weights,
+)
 from cmtmae_scale.tools.benchmark.clock import Spread, Stopwatch, elapsed_s
 from cmtmae_scale.tools.benchmark.training import Protocol
 
@@ -101,10 +107,11 @@ def make_loss(
     def call() -> Tensor:
         choice = select_patches(None, noise, sampler="random", num_keep=counts[0])
         pixels = pixel_targets(patchify(images, model.encoder.patch_side), config.target.pixel.norm)
-        targets = Predictions(None, None, layout.without_cls().gather(pixels, choice))
+        targets = {"pixel": layout.without_cls().gather(pixels, choice)}
         predictions = model(images, choice)
-        total = objective(predictions, targets, valid, layout, config.loss, alpha).total
-        return total / count
+        weights = term_weights(config, alpha)
+        losses = objective(predictions, targets, valid, layout, config.loss, weights)
+        return losses["total"] / count
 
     return call
 

@@ -157,7 +157,7 @@ def measure_steps(
     configs = [cached_config(config, one.folder, one.codec) for one in caches]
     count = batch_plan(config, world.world_size).micro_batch_size
     synthetic = SyntheticTeacher(teacher, count, device)
-    variants = [Variant("synthetic teacher", configs[0], "auto", synthetic)]
+    variants = [Variant("synthetic teacher", configs[0], "auto", {"": synthetic})]
     for own, cache in zip(configs, caches, strict=True):
         variants.append(Variant(f"cache, {cache.codec}", own, "auto", before=cache.drop))
     variants.append(Variant("online teacher", config, "auto"))
@@ -184,7 +184,7 @@ def measure_rounding(
         index,
         seed=config.run.seed,
         micro_batch=config.train.micro_batch_size,
-        sizes=view_sizes(config.views.image_size, teacher),
+        sizes=view_sizes(config.views.image_size, {"": teacher}),
         scale=config.views.crop_scale,
         ratio=config.views.aspect_ratio,
         flip=config.views.hflip,

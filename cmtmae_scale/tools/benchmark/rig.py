@@ -27,18 +27,11 @@ from cmtmae_scale.pretraining.build import (
     fetch_teacher,
     open_index,
     open_stream,
-    open_teacher,
+    open_teachers,
 )
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.teachers.base import (
-    AnyTeacher,
-    TeacherSource,
-    TeacherView,
-    join_sources,
-    sources_of,
-    view_sizes,
-)
+from cmtmae_scale.teachers.base import TeacherSource, TeacherView, view_sizes
 from cmtmae_scale.teachers.build import build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark.clock import Mark, Stopwatch, elapsed_s
@@ -181,7 +174,7 @@ class SyntheticTeacher:
 
 def open_synthetic(
     config: Config, count: int, world: World, device: torch.device
-) -> AnyTeacher | None:
+) -> dict[str, TeacherSource]:
     """Return the teachers of a run on random images: models, or rows as caches would give them."""
     found: dict[str, TeacherSource] = {}
     for name, alone in teacher_configs(config).items():
@@ -193,7 +186,7 @@ def open_synthetic(
             else:
                 online = fetch_teacher(alone, world, device)
                 found |= {} if online is None else {name: online}
-    return join_sources(found)
+    return found
 
 
 class SyntheticStream:
@@ -229,7 +222,7 @@ class Rig:
         world: this process's rank and world size; the process group is open.
         device: this rank's device.
         stack: closes all resources.
-        teacher: replaces the run's own.
+        teachers: replace the run's own.
     """
 
     def __init__(
@@ -240,7 +233,7 @@ class Rig:
         world: World,
         device: torch.device,
         stack: ExitStack,
-        teacher: AnyTeacher | None = None,
+        teachers: dict[str, TeacherSource] | None = None,
     ) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config.run.output_dir = str(folder)
@@ -252,32 +245,30 @@ class Rig:
         plan = batch_plan(config, world.world_size)
         stop = StopRequest(folder)
         index = open_index(config, folder) if real else None
-        if teacher is not None:
+        if teachers is not None:
             pass
         elif index is not None:
-            teacher = open_teacher(config, world, device, index, stop, stack)
+            teachers = open_teachers(config, world, device, index, stop, stack)
         else:
-            teacher = open_synthetic(config, plan.micro_batch_size, world, device)
-        models = build_models(config, world, device, teacher)
+            teachers = open_synthetic(config, plan.micro_batch_size, world, device)
+        models = build_models(config, world, device, teachers)
         stack.callback(models.backend.close)
         half, views = HORIZON // 2, plan.global_batch_size
         progress = Progress(half, half * views, 0, 0, half, HORIZON, HORIZON * views)
         if index is not None:
             stream = stack.enter_context(
-                open_stream(config, index, world, device, teacher, progress.position)
+                open_stream(config, index, world, device, teachers, progress.position)
             )
         else:
             stream = SyntheticStream(
-                config, plan.micro_batch_size, view_sizes(config.views.image_size, teacher), device
+                config, plan.micro_batch_size, view_sizes(config.views.image_size, teachers), device
             )
         config.log.diagnostics_every = None
         task = Pretraining(config, world, device)
-        task.view_sizes = view_sizes(config.views.image_size, teacher)
+        task.view_sizes = view_sizes(config.views.image_size, teachers)
         task.models = replace(
             models,
-            teacher=join_sources(
-                {name: TimedTeacher(one, self.watch) for name, one in sources_of(teacher).items()}
-            ),
+            teachers={name: TimedTeacher(one, self.watch) for name, one in teachers.items()},
             backend=cast(Backend, TimedBackend(models.backend, self.watch)),
         )
         self.run = Run(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_im
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
 from cmtmae_scale.method.model import CollaborativeMAE
-from cmtmae_scale.method.targets import RUNNING_NORMS, Predictions, TokenLayout, objective
+from cmtmae_scale.method.targets import RUNNING_NORMS, TokenLayout, objective
 from cmtmae_scale.pretraining.channels import RunningChannels
 from cmtmae_scale.pretraining.prepare import gather_targets
 from cmtmae_scale.teachers.online import OnlineTeacher
@@ -69,7 +69,7 @@ def measure_codecs(
     The run's loss uses the teacher's features; batches have the student's and the teacher's size;
     the calibration is of the int8 codec.
     """
-    model = CollaborativeMAE(config, teacher.width)
+    model = CollaborativeMAE(config, {"teacher": teacher.width})
     initialise(model, config.run.seed)
     model.to(device)
     length = model.encoder.grid[0] * model.encoder.grid[1]
@@ -116,16 +116,15 @@ def teacher_gradients(
     norm = config.target.teacher.norm
     scaling = find_scaling(norm, case) if norm in RUNNING_NORMS else None
     targets, origin = (
-        cast(Tensor, gather_targets(layout, one, norm, case.choice, scaling))
-        for one in (features, case.features)
+        gather_targets(layout, one, norm, case.choice, scaling) for one in (features, case.features)
     )
     valid = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
 
     def term(prediction: Tensor) -> Tensor:
-        one, two = (Predictions(each, None, None) for each in (prediction, targets))
-        return objective(one, two, valid, layout, config.loss, 1.0).teacher
+        one, two = ({"teacher": each} for each in (prediction, targets))
+        return objective(one, two, valid, layout, config.loss, {"teacher": 1.0})["teacher"]
 
-    prediction = model(case.images, case.choice).teacher
+    prediction = model(case.images, case.choice)["teacher"]
     loss = term(prediction)
     weights = [p for p in model.parameters() if p.requires_grad]
     first, *rest = torch.autograd.grad(loss, [prediction, *weights], allow_unused=True)

@@ -34,11 +34,11 @@ from cmtmae_scale.pretraining.build import make_objective
 from cmtmae_scale.pretraining.channels import open_channels
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
 from cmtmae_scale.pretraining.scalars import scalars_at
-from cmtmae_scale.teachers.base import TeacherSource, TeacherView, join_sources, view_sizes
+from cmtmae_scale.teachers.base import TeacherSource, TeacherView, forward_all, view_sizes
 from cmtmae_scale.teachers.build import compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.benchmark.table import markdown_table
-from cmtmae_scale.tools.estimate import MetaNetworks, build_meta_networks
+from cmtmae_scale.tools.estimate import MetaNetworks, build_meta_networks, list_teachers
 from dataloading.stream import Batch
 
 TEACHER, MOMENTUM, PREPARE = "teacher", "momentum encoder", "masks and targets"
@@ -297,7 +297,7 @@ def record_step(config: Config) -> list[Operation]:
     """Call the functions of a step on fake tensors, and return its operations in order."""
     networks = build_meta_networks(config)
     networks.model.set_activation_checkpointing(config.backend.activation_checkpointing)
-    teachers = [one.model for _, _, one in networks.teachers(config)]
+    teachers = [one.model for one in networks.teachers.values()]
     modules = [one for one in (networks.model, networks.momentum, *teachers) if one is not None]
     for module in modules:
         module.to(compute_dtype(config))
@@ -357,33 +357,30 @@ class RecordedBackend:
 
 def record_prepare(config: Config, networks: MetaNetworks, recorder: Recorder) -> MicroBatch:
     """Record teacher, momentum encoder, masks and targets."""
-    recorded = {
+    teachers: dict[str, TeacherSource] = {
         name: RecordedTeacher(one, recorder, online_fraction(alone) > 0, name_part(name))
-        for name, alone, one in networks.teachers(config)
+        for name, alone, one in list_teachers(config, networks.teachers)
     }
-    teacher = join_sources(cast(dict[str, TeacherSource], recorded))
     encoder = networks.model.encoder
     length = encoder.grid[0] * encoder.grid[1]
     counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
     models = Models(
-        teacher,
+        teachers,
         cast(Backend, RecordedBackend(networks.momentum, recorder, compute_dtype(config))),
         TokenLayout.from_config(config, *counts),
         length,
         encoder.patch_side,
-        open_channels(config, networks.teacher, encoder, encoder.patch_embed.proj.weight.device),
+        open_channels(config, teachers, encoder, encoder.patch_embed.proj.weight.device),
     )
     views = config.train.micro_batch_size
-    sizes = view_sizes(config.views.image_size, models.teacher)
+    sizes = view_sizes(config.views.image_size, teachers)
     images = tuple(torch.empty(views, size, size, 3, dtype=torch.uint8) for size in sizes)
     position = torch.empty(views, dtype=torch.int64)
     batch = Batch(images, position, position, position, torch.empty(views, dtype=torch.bool))
-    view = (
-        TeacherView(None, None) if models.teacher is None else models.teacher.forward_batch(batch)
-    )
+    teacher_views = forward_all(teachers, batch)
     eager = copy.deepcopy(config)
     eager.backend.compile = False  # operations are counted, and fused by rule
-    return prepare(eager, models, batch, view, scalars_at(config, 0.5))[0]
+    return prepare(eager, models, batch, teacher_views, scalars_at(config, 0.5))[0]
 
 
 def record_student(
@@ -401,14 +398,13 @@ def record_student(
     images, *others = batch.inputs
     predictions = model(images.to(compute_dtype(config)), *others)
     recorder.enter(LOSS)
-    for one in tree_leaves(predictions):
-        if one is not None:
-            one.register_hook(lambda gradient: recorder.enter(DECODER))
+    for one in predictions.values():
+        one.register_hook(lambda gradient: recorder.enter(DECODER))
     choice = batch.choice
     counts = (choice.ids_keep.shape[1], choice.ids_hidden.shape[1], choice.ids_thrown.shape[1])
     layout = TokenLayout.from_config(config, *counts)
     eager = replace(config, backend=replace(config.backend, compile=False))
-    make_objective(eager, layout)(predictions, batch).total.backward()
+    make_objective(eager, layout)(predictions, batch)["total"].backward()
 
 
 def record_update(config: Config, networks: MetaNetworks, recorder: Recorder) -> None:

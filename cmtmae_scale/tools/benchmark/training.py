@@ -39,7 +39,7 @@ class Variant(NamedTuple):
     label: str
     config: Config
     sdpa: str
-    teacher: TeacherSource | None = None
+    teachers: dict[str, TeacherSource] | None = None
     """Replaces the run's own."""
     before: Callable[[], object] | None = None
     """Called before each window, outside the clock."""
@@ -187,7 +187,7 @@ def measure_group(
 
     def build(variant: Variant) -> Rig:
         began, config = time.perf_counter(), copy.deepcopy(variant.config)
-        rig = Rig(config, variant.sdpa, real, world, device, stack, variant.teacher)
+        rig = Rig(config, variant.sdpa, real, world, device, stack, variant.teachers)
         rig.take_steps(protocol.warm_up)
         ready_s[variant.label] = time.perf_counter() - began
         return rig

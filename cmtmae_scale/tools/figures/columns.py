@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import loss_weights, teacher_configs
+from cmtmae_scale.config.derive import map_weights, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.encoders import inference_autocast
-from cmtmae_scale.method.attention import mix_all, normalise_map
+from cmtmae_scale.method.attention import mix_attention, normalise_map
 from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
-from cmtmae_scale.method.targets import EPS, Predictions, TokenLayout, feature_terms, patchify
-from cmtmae_scale.pretraining.prepare import gather_features
+from cmtmae_scale.method.targets import EPS, TokenLayout, patchify
+from cmtmae_scale.pretraining.prepare import gather_features, name_features
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.teachers.base import Teacher, TeacherView, images_for
 
@@ -93,7 +93,7 @@ def compute_columns(
             momentum.cpu()
         alpha = torch.full((), scalars.alpha_attention, device=device)
         theirs = {name: one.attention for name, one in seen.items() if one.attention is not None}
-        mixed = mix_all(config, list(theirs.values()), attention, alpha)
+        mixed = mix_attention(config.attention, theirs, map_weights(config), attention, alpha)
         positions = torch.arange(len(views), device=device)
         choice = choose_masks(
             replace(config.mask, masks_per_view=1),
@@ -114,23 +114,17 @@ def compute_columns(
     all_patches = torch.ones(len(views), height * width, dtype=torch.bool, device=device)
     hidden = all_patches.scatter(1, choice.ids_keep, False).view(-1, height, width)
     columns.append(Column("visible", views, "patches", hidden=hidden, smooth=True))
-    own = TeacherView(attention, features)
-    views_of_all = tuple(seen.values()) or (TeacherView(None, None),)
-    targets, _ = gather_features(config, layout, scalings, views_of_all, own, choice, None)
-    names = list(loss_weights(config))
-    wanted = feature_terms(targets, names)
-    for name, prediction in feature_terms(predictions, names).items():
-        target = wanted[name]
-        if prediction is not None and target is not None:
-            cosine = F.cosine_similarity(prediction.float(), target, dim=-1)
+    wanted = name_features(seen, TeacherView(attention, features))
+    for name, target in gather_features(config, layout, scalings, wanted, choice).items():
+        if name in predictions:
+            cosine = F.cosine_similarity(predictions[name].float(), target, dim=-1)
             patches = place_on_grid(cosine[:, int(layout.cls) :], layout, choice)
             whose = "EMA weights" if name == "student" else name.replace("_", " ", 1)
             note = f"cosine, mean {cosine.mean():.2f}"
             patches = patches.view(-1, height, width).clamp(0, 1)
             columns.append(Column(whose, patches, note, COSINE))
-    others = predictions if isinstance(predictions, Predictions) else predictions.others
-    if others.pixel is not None:
-        columns.append(reconstruct(config, others.pixel.float(), pixels, layout, choice))
+    if "pixel" in predictions:
+        columns.append(reconstruct(config, predictions["pixel"].float(), pixels, layout, choice))
     colours = principal_colours(tokens.float(), average_patch_colours(views, height))
     colours = colours.view(-1, height, width, 3)
     columns.append(Column("student's", colours, "features, PCA", COMPONENTS))

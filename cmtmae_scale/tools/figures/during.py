@@ -1,6 +1,7 @@
 """Figures during a run: the same images each time, with weights gathered from all ranks."""
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,14 +20,7 @@ from cmtmae_scale.method.schedules import evaluate
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.pretraining.task import Pretraining
-from cmtmae_scale.teachers.base import (
-    AnyTeacher,
-    Teacher,
-    TeacherSource,
-    join_sources,
-    sources_of,
-    view_sizes,
-)
+from cmtmae_scale.teachers.base import Teacher, TeacherSource, feature_widths, view_sizes
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.figures.columns import Networks, compute_columns
 from cmtmae_scale.tools.figures.sheet import draw_sheet
@@ -58,12 +52,12 @@ class RunFigures:
         self.images: tuple[Tensor, ...] | None = None
         self.networks: Networks | None = None
         if self.draws:
-            teacher, momentum = task.models.teacher, None
+            teachers, momentum = task.models.teachers, None
             with torch.random.fork_rng(devices=[]):
-                model = CollaborativeMAE(self.config, teacher.width if teacher else None)
+                model = CollaborativeMAE(self.config, feature_widths(teachers))
                 if needs(self.config).momentum:
                     momentum = build_student(self.config, MomentumEncoder)
-            self.networks = Networks(online_teachers(teacher), model.eval(), momentum)
+            self.networks = Networks(online_teachers(teachers), model.eval(), momentum)
 
     def is_due(self, progress: Progress) -> bool:
         if self.every is None:
@@ -95,8 +89,7 @@ class RunFigures:
         if self.networks is None:
             return None
         if self.images is None:
-            teacher = join_sources(self.networks.teachers)
-            sizes = view_sizes(self.config.views.image_size, teacher)
+            sizes = view_sizes(self.config.views.image_size, self.networks.teachers)
             self.images = read_crops(self.index, sizes, self.config.data.workers, self.device)
         scalars = scalars_at(self.config, progress.fraction)
         layout = self.models.layout
@@ -116,9 +109,9 @@ def open_figures(run: Run) -> list[SideTask]:
     return [SideTask("figures", figures.is_due, figures.run)]
 
 
-def online_teachers(teacher: AnyTeacher | None) -> dict[str, Teacher]:
+def online_teachers(teachers: Mapping[str, TeacherSource]) -> dict[str, Teacher]:
     """Return the teacher models themselves by name: no cache holds the drawn views."""
-    models = {name: online_teacher(source) for name, source in sources_of(teacher).items()}
+    models = {name: online_teacher(source) for name, source in teachers.items()}
     return {name: model for name, model in models.items() if model is not None}
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from cmtmae_scale.backends.fsdp import ranks_per_shard_group
 from cmtmae_scale.config.derive import BatchPlan, batch_plan, total_steps
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.cache_plan import (
     VIEWS_PER_IMAGE,
     Job,
@@ -190,8 +189,8 @@ def count_work(config: Config) -> Counted:
     return Counted(
         networks,
         count_kernels(config),
-        saved_bytes(config, networks.teacher),
-        input_bytes(config, networks.teacher),
+        saved_bytes(config, networks.teachers),
+        input_bytes(config, networks.teachers),
     )
 
 
@@ -327,8 +326,8 @@ def weigh_caches(
 
     Decoding uses the workers of the recipe; the store is as fast as it must be.
     """
-    teacher = counted.networks.teacher
-    if not isinstance(teacher, OnlineTeacher) or images.count is None:
+    teacher = counted.networks.teachers.get("")
+    if teacher is None or images.count is None:
         return []
     views = chosen.batch.micro_batch_size
     shards = count_shards(config, chosen.gpus, min(cluster.node_size, chosen.gpus)).states

@@ -43,13 +43,13 @@ def find_remedies(
         micro = split_batch(config.train.global_batch_size, most, chosen.gpus).micro_batch_size
         yield f"train.micro_batch_size={micro}"
     saved_view = {config.backend.activation_checkpointing: counted.saved_view}
-    teacher = counted.networks.teacher
+    teachers = counted.networks.teachers
 
     def fit_views(changed: Config) -> int:
         """Return the views per micro-batch that fit with other settings."""
         key = changed.backend.activation_checkpointing
         if key not in saved_view:
-            saved_view[key] = saved_bytes(changed, teacher)
+            saved_view[key] = saved_bytes(changed, teachers)
         held = state_bytes(changed, chosen.gpus, counted.networks, node_size)
         return int((usable - sum(held.values())) // (saved_view[key] + counted.input_view))
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from cmtmae_scale.config.derive import loss_weights, needs, term_name
+from cmtmae_scale.config.derive import needs, teacher_shares
 from cmtmae_scale.pretraining.diagnostics import COLLAPSED_RANK, CONSTANT, RANK
 from cmtmae_scale.tools.report.chart import Chart, Line
 from cmtmae_scale.tools.report.ranges import expected_range, scheduled_values
@@ -107,8 +107,8 @@ def scheduled_chart(run: Run, title: str, names: Mapping[str, str]) -> Chart:
 
 def loss_names(run: Run) -> dict[str, str]:
     """Return the total and its terms, a single term without total, and the constant's loss."""
-    several = [] if run.config is None else list(loss_weights(run.config))
-    terms = TERMS | {f"loss/{term_name(name)}": f"teacher {name}" for name in several}
+    teachers = () if run.config is None else teacher_shares(run.config)
+    terms = TERMS | {f"loss/{name}": name.replace("_", " ", 1) for name in teachers}
     used = {k: v for k, v in terms.items() if any(value for _, value in run.series(k))}
     names = used if len(used) == 1 else {"loss/total": "total", **used}
     constant = {CONSTANT: "momentum encoder, by its mean token alone"}

@@ -36,7 +36,7 @@ def test_the_estimate_is_the_measured_peak(changes: list[str], tmp_path: Path) -
     batch = [f"train.micro_batch_size={views}", f"train.global_batch_size={2 * views}"]
     config = load_config(recipe, [*changes, *batch])
     networks = build_meta_networks(config)
-    assert networks.teacher is not None
+    assert networks.teachers
     parts = memory_bytes(config, 1, networks)
     expected = sum(parts.values()) - parts["teacher"] - parts["input images"]
     model, momentum, _ = networks

@@ -216,7 +216,7 @@ def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, counted: Counte
     checkpointing = load_config(recipe, [*HYBRID, "backend.activation_checkpointing=true"])
     saved_view = {
         False: counted.saved_view,
-        True: saved_bytes(checkpointing, counted.networks.teacher),
+        True: saved_bytes(checkpointing, counted.networks.teachers),
     }
 
     def held_bytes(config: Config) -> float:

@@ -113,12 +113,12 @@ def test_the_table_of_sizes_is_a_hand_calculation(name: str) -> None:
 def test_the_plan_counts_what_the_hand_calculation_says(name: str) -> None:
     config = load_config(ROOT / "configs/vit_large.yaml", SIZES[name].overrides)
     networks, found = build_meta_networks(config), calculate(SIZES[name])
-    assert networks.teacher is not None and networks.momentum is not None
+    assert networks.teachers and networks.momentum is not None
     assert found.encoder == sum(one.numel() for one in networks.momentum.parameters())
     flops = count_flops(config, networks)
     assert flops.student == pytest.approx(found.student_flops, rel=1e-3)
     assert flops.momentum == pytest.approx(found.momentum_flops, rel=1e-3)
-    activations = 8 * saved_bytes(config, networks.teacher)
+    activations = 8 * saved_bytes(config, networks.teachers)
     peak: dict[int, float] = {}
     for gpus in GPUS:
         states = sum(state_bytes(config, gpus, networks, 8).values())
