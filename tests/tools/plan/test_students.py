@@ -58,9 +58,10 @@ class ByHand(NamedTuple):
 def calculate(size: Size) -> ByHand:
     """Count by the formulas of the page."""
     d, depth = size.width, size.depth
-    encoder = depth * (12 * d * d + size.vectors * d)
+    own_block, decoder_block = 12 * d * d + size.vectors * d, 12 * E * E + 13 * E
+    encoder = depth * own_block
     encoder += (PIXELS + 1) * d + (size.fixed + size.tokens + 2) * d
-    decoder = BLOCKS * (12 * E * E + 13 * E) + (d + 1) * E + 3 * E + (E + 1) * (F + d)
+    decoder = BLOCKS * decoder_block + (d + 1) * E + 3 * E + (E + 1) * (F + d)
     trained = encoder - size.fixed * d + decoder
 
     def encode(patches: int) -> int:
@@ -74,7 +75,9 @@ def calculate(size: Size) -> ByHand:
     predicted = 2 * (PATCHES + 1) * E * (F + d)
     student = encode(KEPT) + 2 * visible * d * E + BLOCKS * block + predicted
     momentum = encode(PATCHES) + 2 * (PATCHES + size.tokens) * d  # and the row of the class token
-    states = {n: (18 * trained + 6 * encoder) / n + 2 * TEACHER for n in GPUS}
+    gathered = trained - (depth - 2) * own_block - BLOCKS * decoder_block
+    whole = 2 * (TEACHER + gathered)
+    states = {n: (18 * trained + 6 * encoder) / n + whole for n in GPUS}
     return ByHand(encoder, trained, 3.0 * student, float(momentum), states)
 
 
