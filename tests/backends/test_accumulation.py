@@ -1,5 +1,6 @@
 """Gradients between micro-steps: held whole, or reduced to shards at every micro-step."""
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -31,6 +32,8 @@ def accumulate(always: bool) -> dict[str, Any]:
             kinds.update({one.kind: one.calls for one in counted.traffic()})
             del batch
             if step == MICRO_STEPS - 2:
+                dist.barrier()
+                time.sleep(0.5)  # gloo's threads drop the buffers of finished work
                 between = live.live
     grads = [one.grad.to_local().numpy() for one in held if one.grad is not None]
     trained = sum(one.numel() for one in held if one.requires_grad)

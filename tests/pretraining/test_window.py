@@ -36,7 +36,7 @@ def test_class_folders_are_refused_before_anything_is_built(tmp_path: Path) -> N
 def test_a_forced_run_draws_in_windows(tmp_path: Path) -> None:
     config = config_of(tmp_path, FORCED)
     index = open_index(config, tmp_path)
-    with open_stream(config, index, ALONE, torch.device("cpu"), None, 0) as stream:
+    with open_stream(config, index, ALONE, torch.device("cpu"), {}, 0) as stream:
         drawn = [draw for _ in range(20) for draw in next(stream).sample_id.tolist()]
     assert drawn == window_ids(20, config.run.seed, range(40))[0].tolist()
 
