@@ -106,6 +106,11 @@ def unsupported_parts(student: Eva) -> Iterator[str]:
         yield "a patch embedding without bias"
     blocks: list[Any] = list(student.blocks)
     yield from dict.fromkeys(what for block in blocks for what in unsupported_block_parts(block))
+    yield from unsupported_norms(student)
+
+
+def unsupported_norms(student: nn.Module) -> Iterator[str]:
+    """Yield what transformers' models, which have one kind of LayerNorm, cannot compute."""
     norms = [m for m in student.modules() if "norm" in type(m).__name__.lower()]
     other = {type(m).__name__ for m in norms if not isinstance(m, nn.LayerNorm) or m.bias is None}
     if other:

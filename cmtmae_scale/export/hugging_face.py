@@ -148,12 +148,7 @@ def unsupported_parts(student: Student) -> Iterator[str]:
         yield f"blocks of another kind ({', '.join(sorted(strange))})"
         return
     yield from dict.fromkeys(what for block in blocks for what in unsupported_block_parts(block))
-    norms = [m for m in student.modules() if "norm" in type(m).__name__.lower()]
-    other = {type(m).__name__ for m in norms if not isinstance(m, nn.LayerNorm) or m.bias is None}
-    if other:
-        yield f"norms other than LayerNorm with bias ({', '.join(sorted(other))})"
-    elif len({m.eps for m in norms if isinstance(m, nn.LayerNorm)}) > 1:
-        yield "norms of different epsilon"
+    yield from dinov3_vit.unsupported_norms(student)
 
 
 def unsupported_block_parts(block: Any) -> Iterator[str]:
