@@ -13,7 +13,7 @@ from torch import Tensor
 from cmtmae_scale.api.features import ALONE
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import entry_errors, map_weights, needs, teacher_configs
+from cmtmae_scale.config.derive import attention_map_weights, entry_errors, needs, teacher_configs
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import inference_autocast
@@ -120,7 +120,7 @@ def attention_maps(
             momentum_map = gather_maps(momentum(one)[1] for one in pixels)
     fraction = Progress.from_dict(state["progress"]).fraction
     alpha = torch.tensor(scalars_at(config, fraction).alpha_attention)
-    mix = partial(mix_attention, config.attention, maps, map_weights(config))
+    mix = partial(mix_attention, config.attention, maps, attention_map_weights(config))
     mixed = cast(Tensor, mix(momentum_map, alpha))
     teacher_map = next(iter(maps.values()), None)
     if len(maps) > 1:

@@ -133,7 +133,7 @@ def target_norms(config: Config) -> dict[str, str]:
     return {term_name(""): target.teacher.norm, **own, "student": target.student.norm}
 
 
-def map_weights(config: Config) -> dict[str, float]:
+def attention_map_weights(config: Config) -> dict[str, float]:
     """Return the weights of the teachers' attention maps by name, empty for a single teacher."""
     return {one.name: one.map for one in config.teachers} or {"": 1.0}
 

@@ -11,7 +11,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from cmtmae_scale.config.derive import entry_errors, map_weights, needs, teacher_configs
+from cmtmae_scale.config.derive import attention_map_weights, entry_errors, needs, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import gather_from_ranks
@@ -225,7 +225,7 @@ def maps_of_subject(subject: Subject, device: torch.device) -> Maps:
             return found
         own_images = zip(teachers.items(), images[1:], strict=True)
         theirs = {name: required(one(image).attention) for (name, one), image in own_images}
-        weights = map_weights(config)
+        weights = attention_map_weights(config)
         mixed = required(mix_attention(config.attention, theirs, weights, found[own], alpha))
         found |= dict(zip(labels, theirs.values(), strict=True))
         return found | {names[-1]: mixed}

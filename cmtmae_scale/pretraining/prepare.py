@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.config.derive import (
+    attention_map_weights,
     has_rows,
-    map_weights,
     needs,
     target_norms,
     term_name,
@@ -190,7 +190,7 @@ def choose_and_gather(
     """
     own = momentum.attention
     maps = {name: one.attention for name, one in teachers.items() if one.attention is not None}
-    mix = partial(mix_attention, config.attention, maps, map_weights(config))
+    mix = partial(mix_attention, config.attention, maps, attention_map_weights(config))
     mixed = mix(own, numbers.alpha_attention)
     choice = choose_masks(
         config.mask,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import map_weights, teacher_configs
+from cmtmae_scale.config.derive import attention_map_weights, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.encoders import inference_autocast
 from cmtmae_scale.method.attention import mix_attention, normalise_map
@@ -93,7 +93,9 @@ def compute_columns(
             momentum.cpu()
         alpha = torch.full((), scalars.alpha_attention, device=device)
         theirs = {name: one.attention for name, one in seen.items() if one.attention is not None}
-        mixed = mix_attention(config.attention, theirs, map_weights(config), attention, alpha)
+        mixed = mix_attention(
+            config.attention, theirs, attention_map_weights(config), attention, alpha
+        )
         positions = torch.arange(len(views), device=device)
         choice = choose_masks(
             replace(config.mask, masks_per_view=1),
