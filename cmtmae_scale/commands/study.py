@@ -16,7 +16,7 @@ from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.tools.study.file import Study, load_study
 
 if TYPE_CHECKING:
-    from cmtmae_scale.tools.study.work import Run
+    from cmtmae_scale.tools.study.work import Record, Run
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +42,21 @@ def execute_study(options: argparse.Namespace) -> int:
     study.dir = str(options.dir or study.dir)
     from cmtmae_scale.runtime.lock import hold_run
     from cmtmae_scale.tools.study.execute import Executor, study_exit_code
+    from cmtmae_scale.tools.study.record import adopt_records, read_record
     from cmtmae_scale.tools.study.work import plan_runs
 
-    runs = plan_runs(study)
+    record = Path(study.dir) / f"{Path(options.study).stem}.json"
+    runs, unmatched = adopt_records(study, plan_runs(study), read_record(record))
     selected = select_runs(study, runs, options.rows)
     if options.dry_run:
         sys.stdout.write(list_missing(selected))
         return EXIT_DONE
     if options.collect is not None:
-        sys.stdout.write(write_results(study, runs, options.study, options.collect))
+        sys.stdout.write(write_results(study, runs, unmatched, options.study, options.collect))
         return EXIT_DONE
     with hold_run(Path(study.dir), 0):
         outcomes = Executor(options.jobs, options.minutes).run(selected)
-        record = Path(study.dir) / f"{Path(options.study).stem}.json"
-        sys.stdout.write(write_results(study, runs, options.study, record))
+        sys.stdout.write(write_results(study, runs, unmatched, options.study, record))
     return study_exit_code(outcomes)
 
 
@@ -150,7 +151,9 @@ def list_missing(runs: "Sequence[Run]") -> str:
     return "\n".join([*lines, f"{incomplete} of {len(runs)} runs are incomplete", ""])
 
 
-def write_results(study: Study, runs: "Sequence[Run]", place: str, record: Path) -> str:
+def write_results(
+    study: Study, runs: "Sequence[Run]", unmatched: "Sequence[Record]", place: str, record: Path
+) -> str:
     """Write record, table and figures of all available results; returns the text to print.
 
     Files: ``NAME.json``, ``NAME.md``, ``NAME.svg`` and ``NAME-curves.svg`` for a record of the name
@@ -158,12 +161,13 @@ def write_results(study: Study, runs: "Sequence[Run]", place: str, record: Path)
     """
     from cmtmae_scale.tools.study.curves import draw_curves
     from cmtmae_scale.tools.study.figure import draw_results
+    from cmtmae_scale.tools.study.record import results_record
     from cmtmae_scale.tools.study.results import collect_results
-    from cmtmae_scale.tools.study.table import results_markdown, results_record
+    from cmtmae_scale.tools.study.table import results_markdown
 
     results = collect_results(study, runs)
     table = results_markdown(study, results, place)
-    files = {".json": results_record(study, results, place), ".md": table}
+    files = {".json": results_record(study, results, unmatched, place), ".md": table}
     if any(row.found for row in results.rows):
         files[".svg"] = draw_results(study, results)
     if (curves := draw_curves(results)) is not None:

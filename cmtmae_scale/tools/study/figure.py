@@ -43,7 +43,7 @@ def draw_results(study: Study, results: Results) -> str:
     for number, one in enumerate(results.references):
         at, y = x(one.accuracy), bottom + 38 + 15 * number
         parts.append(f'<path class="reference" d="M{at:.1f} {TOP - 8}V{y - 4}"/>')
-        label = f"{escape(one.name)}: {100 * one.accuracy:.1f}"
+        label = f"{escape(one.weights)}: {100 * one.accuracy:.1f}"
         right = at > LEFT + WIDTH / 2
         anchor, shift = ("end", -6) if right else ("start", 6)
         parts.append(

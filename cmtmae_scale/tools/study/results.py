@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cmtmae_scale.checkpoint.layout import is_finite
 from cmtmae_scale.engine.summary import read_entries
 from cmtmae_scale.engine.telemetry import LOG_FILE
@@ -27,6 +24,7 @@ from cmtmae_scale.tools.study.statistics import (
 from cmtmae_scale.tools.study.work import Run
 
 TUNED = "fine-tuned"
+PROVENANCE = ("versions", "date")
 SERIES = ("eval/", "diagnostics/", "loss/")
 """Logged values that a record keeps."""
 POINTS = 25
@@ -44,6 +42,16 @@ class Accuracy(NamedTuple):
 
 
 @dataclass
+class Reference:
+    """A reference that was not trained in the study, by the primary measure."""
+
+    weights: str
+    """What was evaluated."""
+    accuracy: float
+    interval_95: tuple[float, float]
+
+
+@dataclass
 class RunResult:
     """Accuracies of one run."""
 
@@ -52,8 +60,11 @@ class RunResult:
     """The measure fixed beforehand, as a fraction."""
     interval_95: tuple[float, float]
     """Wilson's, over the test images."""
-    hits: NDArray[np.bool_]
-    """Whether the primary probe classifies each test image correctly."""
+    count: int
+    """Number of test images."""
+    hits: str | None
+    """Whether the primary probe classifies each test image correctly, as ``pack_hits`` encodes it;
+    ``None``: in a record of an earlier version."""
     others: dict[str, Accuracy]
     """Every accuracy, by method and features, and ``TUNED``."""
     images: tuple[str, str]
@@ -64,17 +75,12 @@ class RunResult:
     """Of the evaluated weights."""
     provenance: dict[str, Any]
     """Versions and date of the probe."""
+    evaluations: list[str]
+    """Names of the evaluations, with digests of their options."""
+    references: list[Reference]
+    """Measured with this run: the teacher, random weights, raw pixels."""
     series: Series = field(default_factory=dict[str, list[tuple[int, float]]])
     """Step and value of logged values during the training."""
-
-
-@dataclass
-class Reference:
-    """A reference that was not trained in the study, by the primary measure."""
-
-    name: str
-    accuracy: float
-    interval_95: tuple[float, float]
 
 
 @dataclass
@@ -135,8 +141,11 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
         ConfigError: a result that cannot be read, or results on different images.
     """
     features = study.evaluation.features
-    done = [run for run in runs if run.linear.exists() and run.knn.exists()]
-    found = [read_run_result(run, features) for run in done]
+    found = [
+        recorded_result(run) if run.recorded is not None else read_run_result(run, features)
+        for run in runs
+        if run.recorded is not None or (run.linear.exists() and run.knn.exists())
+    ]
     by_images = {one.images: one for one in found}
     if len(by_images) > 1:
         places = " and ".join(str(one.run.linear) for one in by_images.values())
@@ -157,7 +166,8 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
     }
     corrected = holm_correction({"/".join(key): test.p for key, test in tests.items()})
     comparisons = [Comparison(*key, test, corrected["/".join(key)]) for key, test in tests.items()]
-    return Results(rows, list(read_references(runs, features)), comparisons)
+    references = [reference for one in found for reference in one.references]
+    return Results(rows, sorted(references, key=lambda one: -one.accuracy), comparisons)
 
 
 def tested_measures(study: Study) -> list[str]:
@@ -182,11 +192,14 @@ def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult], measure: str) -
         )
     if not seeds or measure == TUNED:
         return None
-    return mcnemar(ours[seeds[0]].hits, theirs[seeds[0]].hits)
+    first, second = ours[seeds[0]], theirs[seeds[0]]
+    if first.hits is None or second.hits is None:
+        return None
+    return mcnemar(*(unpack_hits(str(one.hits), one.count) for one in (first, second)))
 
 
 def read_run_result(run: Run, features: str) -> RunResult:
-    """Read a run's accuracies, without the references in its files."""
+    """Read a run's accuracies, and the references that were measured with it."""
     linear, knn = read_result(run.linear), read_result(run.knn)
     subject = linear["results"][0]["weights"]
     rows = [one for record in (linear, knn) for one in record["results"]]
@@ -199,12 +212,15 @@ def read_run_result(run: Run, features: str) -> RunResult:
         run,
         primary["accuracy"],
         tuple(primary["interval_95"]),
-        unpack_hits(primary["hits"], primary["count"]),
+        primary["count"],
+        primary["hits"],
         others,
         (linear["images"]["train"]["digest"], linear["images"]["test"]["digest"]),
         training_minutes(run),
         linear["subject"]["sha256"],
-        {key: linear[key] for key in ("versions", "date") if key in linear},
+        {key: linear[key] for key in PROVENANCE if key in linear},
+        [job.output.stem for job in run.jobs if job.kind == "evaluate" and job.done()],
+        read_references(run, linear["results"], features),
         read_series(run.folder / LOG_FILE),
     )
 
@@ -229,24 +245,55 @@ def read_series(log: Path) -> Series:
     }
 
 
-def read_references(runs: Sequence[Run], features: str) -> list[Reference]:
-    """Read the available references: the teacher, random weights, raw pixels."""
+def read_references(run: Run, rows: Sequence[dict[str, Any]], features: str) -> list[Reference]:
+    """Return the references that were measured with a run; ``rows`` are its linear probe's."""
     found: list[Reference] = []
-    for run in runs:
-        if run.teacher is not None and run.teacher.exists():
-            rows = read_result(run.teacher)["results"]
-            found.append(make_reference(find_row(rows, "linear", features, run.teacher)))
-    first = runs[0].linear
-    if first.exists():
-        rows = read_result(first)["results"]
-        for kind, name in ((features, "random weights"), ("pixels", "raw pixels")):
-            rest = [one for one in rows if one["weights"] == name]
-            found.append(make_reference(find_row(rest, "linear", kind, first)))
+    if run.teacher is not None and run.teacher.exists():
+        teacher = read_result(run.teacher)["results"]
+        found.append(make_reference(find_row(teacher, "linear", features, run.teacher)))
+    for kind, name in ((features, "random weights"), ("pixels", "raw pixels")):
+        if own := [one for one in rows if one["weights"] == name]:
+            found.append(make_reference(find_row(own, "linear", kind, run.linear)))
     return found
 
 
+def recorded_result(run: Run) -> RunResult:
+    """Return the results that the study's record has of a run.
+
+    Raises:
+        ConfigError: if they are incomplete.
+    """
+    record = run.recorded or {}
+    try:
+        others = {
+            name: Accuracy(value, (low, high))
+            for name, (value, low, high) in record["accuracies"].items()
+        }
+        train, test = record["images"]
+        return RunResult(
+            run,
+            record["primary"],
+            others[f"linear {record['features']}"].interval_95,
+            record["count"],
+            record["hits"],
+            others,
+            (train, test),
+            record["training_minutes"],
+            record["weights_sha256"],
+            {key: record[key] for key in PROVENANCE if key in record},
+            record["evaluations"],
+            [make_reference(one) for one in record["references"]],
+            {name: [(x, y) for x, y in points] for name, points in record["series"].items()},
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the study's record: {run.row}, seed {run.seed}: not a result ({error!r}); delete its "
+            "line, and the run is trained again"
+        ) from error
+
+
 def make_reference(row: dict[str, Any]) -> Reference:
-    """Return a line of a result file as a reference."""
+    """Return a line of a result file, or of a record, as a reference."""
     return Reference(row["weights"], row["accuracy"], tuple(row["interval_95"]))
 
 

@@ -1,8 +1,6 @@
-"""Results of a study as Markdown and as JSON."""
+"""Results of a study as Markdown."""
 
-import json
 import os
-from typing import Any
 
 from cmtmae_scale.tools.study.file import Study
 from cmtmae_scale.tools.study.results import (
@@ -10,7 +8,6 @@ from cmtmae_scale.tools.study.results import (
     Comparison,
     Reference,
     Results,
-    RunResult,
     StudyRow,
     tested_measures,
 )
@@ -21,7 +18,7 @@ SECOND = ("logistic", "k-NN k=10")
 
 def results_markdown(study: Study, results: Results, place: str) -> str:
     """Return the table, the comparisons and the commands of each row; ``place`` is the file."""
-    count = next((len(one.hits) for row in results.rows for one in row.found), 0)
+    count = next((one.count for row in results.rows for one in row.found), 0)
     parts = [
         f"Primary measure, fixed beforehand: linear probe on the `{study.evaluation.features}` "
         f"features of the {study.evaluation.weights}, {count} test images "
@@ -59,7 +56,7 @@ def reference_line(one: Reference, study: Study) -> str:
     """Return the line of a reference."""
     first = f"{in_percent(one.accuracy)} {interval_text(one.interval_95)}"
     rest = " |" * (len(secondary_measures(study)) + 1)
-    return f"| *{one.name}* | reference | | {first} |{rest}"
+    return f"| *{one.weights}* | reference | | {first} |{rest}"
 
 
 def row_line(row: StudyRow, study: Study) -> str:
@@ -152,52 +149,3 @@ def in_percent(fraction: float) -> str:
 def interval_text(interval: tuple[float, float]) -> str:
     """Format an interval in %."""
     return f"[{in_percent(interval[0])}, {in_percent(interval[1])}]"
-
-
-def results_record(study: Study, results: Results, place: str) -> str:
-    """Return all results as JSON, fractions, with one run per line."""
-    record: dict[str, Any] = {
-        "study": place,
-        "primary": f"linear {study.evaluation.features}, {study.evaluation.weights}",
-        "test": study.evaluation.test,
-        "references": [vars(one) for one in results.references],
-        "rows": {
-            row.name: {
-                "note": row.note,
-                "command": row_command(place, row.name),
-                "settings": study.settings_of(row.name),
-                "num_seeds": row.num_seeds,
-                "mean": row.mean if row.found else None,
-                "std": row.std if row.found else None,
-            }
-            for row in results.rows
-        },
-        "comparisons": [
-            {"measure": one.measure, "better": one.better, "than": one.other}
-            | one.test._asdict()
-            | {"p_holm": one.p_corrected, "verdict": one.verdict}
-            for one in results.comparisons
-        ],
-    }
-    runs = [json.dumps(run_record(one)) for row in results.rows for one in row.found]
-    head = json.dumps(record, indent=1).removesuffix("\n}")
-    return f'{head},\n "runs": [\n  ' + ",\n  ".join(runs) + "\n ]\n}\n"
-
-
-def run_record(one: RunResult) -> dict[str, Any]:
-    """Return the results of a run, and how its logged values developed."""
-    return {
-        "row": one.run.row,
-        "seed": one.run.seed,
-        "settings_digest": one.run.folder.name,
-        "primary": one.primary,
-        "accuracies": {
-            name: [round(number, 5) for number in (found.value, *found.interval_95)]
-            for name, found in one.others.items()
-        },
-        "training_minutes": one.minutes,
-        "weights_sha256": one.sha256,
-        "images": one.images,
-        **one.provenance,
-        "series": one.series,
-    }

@@ -25,6 +25,9 @@ from cmtmae_scale.tools.study.file import Evaluation, Study
 CMTMAE = ("-m", "cmtmae_scale")
 logger = logging.getLogger(__name__)
 
+Record = dict[str, Any]
+"""Results of a run in the study's record, as ``record.run_record`` writes them."""
+
 SILENT = ("name", "output_dir", "allow_change")
 """Keys of ``run`` without an effect on results."""
 ADDED = (
@@ -75,14 +78,20 @@ class Run:
     """Result file of the fine-tuning, where the study has one."""
     teacher: Path | None = None
     """Result file of the teacher's probe, for the run that includes it."""
+    recorded: Record | None = None
+    """Earlier results of a run whose folder is gone."""
 
     def missing(self, known: dict[Path, bool] | None = None) -> list[Job]:
         """Return the jobs to run, in order: none where all results exist, no cache once trained.
+
+        A run whose results are recorded has none.
 
         Args:
             known: whether the job of an output is done, to which this adds; runs that share a cache
                 then count its shards once.
         """
+        if self.recorded is not None:
+            return []
         known = {} if known is None else known
 
         def is_done(job: Job) -> bool:

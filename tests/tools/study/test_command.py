@@ -37,7 +37,7 @@ def written(folder: Path, corrects: dict[tuple[str, int], np.ndarray]) -> tuple[
         if (run.row, run.seed) in corrects:
             put_results(run, corrects[run.row, run.seed], baselines=number == 0)
     record = Path(study.dir) / "study.json"
-    write_results(study, runs, "study.yaml", record)
+    write_results(study, runs, [], "study.yaml", record)
     figure = record.with_suffix(".svg")
     drawn = figure.read_text() if figure.exists() else ""
     return record.with_suffix(".md").read_text(), json.loads(record.read_text()), drawn
@@ -230,7 +230,7 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "study" / "study.json").read_text())
     assert [run["row"] for run in results["runs"]] == ["mae", "cmt"]
     assert all(run["series"]["loss/total"][-1][0] == 4 for run in results["runs"])
-    assert {one["name"] for one in results["references"]} == {
+    assert {one["weights"] for run in results["runs"] for one in run["references"]} == {
         *("teacher test_vit (random)", "random weights", "raw pixels")
     }
     assert results["comparisons"][0]["pairs"] == 12

@@ -1,0 +1,152 @@
+"""The record of a study, ``NAME.json``: written after every launch, and read by the next.
+
+A run whose folder is gone keeps its results in the record, so that a study continues on another
+machine from that file alone.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.tools.study.file import Study
+from cmtmae_scale.tools.study.results import (
+    Results,
+    RunResult,
+    parse_finite,
+    recorded_result,
+    refuse_constant,
+)
+from cmtmae_scale.tools.study.table import row_command
+from cmtmae_scale.tools.study.work import Record, Run
+
+logger = logging.getLogger(__name__)
+
+
+def read_record(file: Path) -> list[Record]:
+    """Return the runs of a record, the unmatched ones too; none where there is no file.
+
+    Raises:
+        ConfigError: if it is not a study's record, or has a number that is not finite.
+    """
+    try:
+        text = file.read_text()
+        tree = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite)
+        runs = [*tree["runs"], *tree.get("unmatched", [])]
+        return [{"row": one["row"], "seed": one["seed"]} | one for one in runs]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: is not the record of a study ({error!r}); move it elsewhere and run again"
+        ) from error
+
+
+def adopt_records(
+    study: Study, runs: Sequence[Run], records: Sequence[Record]
+) -> tuple[list[Run], list[Record]]:
+    """Give the runs whose folder is gone their recorded results.
+
+    Returns:
+        The runs, and the records without a folder and without a run, since the settings of the
+        study, or its evaluation, have changed.
+
+    Raises:
+        ConfigError: a recorded result that cannot be used.
+    """
+    folders = Path(study.dir) / "runs"
+    gone = [one for one in records if not (folders / str(one["settings_digest"])).exists()]
+    by_digest = {one["settings_digest"]: one for one in gone}
+    adopted: list[Run] = []
+    used: set[str] = set()
+    for run in runs:
+        record = by_digest.get(run.folder.name)
+        if record is not None and is_result_of(record, run, study.evaluation.features):
+            used.add(run.folder.name)
+            run = replace(run, recorded=record)
+            recorded_result(run)  # a damaged one is refused before anything runs
+        adopted.append(run)
+    unmatched = [one for one in gone if one["settings_digest"] not in used]
+    if unmatched:
+        names = ", ".join(f"{one['row']} seed {one['seed']}" for one in unmatched)
+        logger.warning(
+            "recorded runs without a folder that are not the study's, whose settings or evaluation "
+            "have changed: %d (%s); they stay in the record as unmatched",
+            *(len(unmatched), names),
+        )
+    return adopted, unmatched
+
+
+def is_result_of(record: Record, run: Run, features: str) -> bool:
+    """Return whether a record has all that the study measures of a run."""
+    measured = {job.output.stem for job in run.jobs if job.kind == "evaluate"}
+    has_all = measured <= set(record.get("evaluations", ()))
+    return has_all and record.get("features") == features
+
+
+def results_record(study: Study, results: Results, unmatched: Sequence[Record], place: str) -> str:
+    """Return all results as JSON, fractions, with one run per line."""
+    record: dict[str, Any] = {
+        "study": place,
+        "primary": f"linear {study.evaluation.features}, {study.evaluation.weights}",
+        "test": study.evaluation.test,
+        "rows": {
+            row.name: {
+                "note": row.note,
+                "command": row_command(place, row.name),
+                "settings": study.settings_of(row.name),
+                "num_seeds": row.num_seeds,
+                "mean": row.mean if row.found else None,
+                "std": row.std if row.found else None,
+            }
+            for row in results.rows
+        },
+        "comparisons": [
+            {"measure": one.measure, "better": one.better, "than": one.other}
+            | one.test._asdict()
+            | {"p_holm": one.p_corrected, "verdict": one.verdict}
+            for one in results.comparisons
+        ],
+    }
+    features = study.evaluation.features
+    runs = [run_record(one, features) for row in results.rows for one in row.found]
+    lists = {"runs": runs} | ({"unmatched": list(unmatched)} if unmatched else {})
+    head = json.dumps(record, indent=1).removesuffix("\n}")
+    return head + "".join(map(lines_of, lists, lists.values())) + "\n}\n"
+
+
+def lines_of(name: str, records: Sequence[Record]) -> str:
+    """Return a key of the record whose value has one line per run."""
+    return f',\n "{name}": [\n  ' + ",\n  ".join(map(json.dumps, records)) + "\n ]"
+
+
+def run_record(one: RunResult, features: str) -> Record:
+    """Return the results of a run, and how its logged values developed.
+
+    Args:
+        one: the results.
+        features: of the primary measure.
+    """
+    return {
+        "row": one.run.row,
+        "seed": one.run.seed,
+        "settings_digest": one.run.folder.name,
+        "evaluations": one.evaluations,
+        "features": features,
+        "count": one.count,
+        "primary": one.primary,
+        "accuracies": {
+            name: [round(number, 7) for number in (found.value, *found.interval_95)]
+            for name, found in one.others.items()
+        },
+        "training_minutes": one.minutes,
+        "weights_sha256": one.sha256,
+        "images": one.images,
+        "references": [vars(reference) for reference in one.references],
+        **one.provenance,
+        "hits": one.hits,
+        "series": one.series,
+    }

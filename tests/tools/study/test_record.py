@@ -1,0 +1,140 @@
+"""The record of a study stands for runs whose folder is gone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmtmae_scale.commands.study import run_study
+from cmtmae_scale.tools.study.file import load_study
+from cmtmae_scale.tools.study.work import plan_runs
+from tests.tools.study.study_case import hits_of, put_results, study_tree, write_study
+
+CORRECT = {("mae", 0): 10, ("mae", 1): 12, ("cmt", 0): 20, ("half", 0): 8}
+
+
+@pytest.fixture
+def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study with four results, and its record; returns the folder."""
+    monkeypatch.setattr("cmtmae_scale.commands.study.set_up_logging", lambda *_: None)
+    study = load_study(write_study(tmp_path, study_tree(tmp_path)))
+    for number, run in enumerate(plan_runs(study)):
+        if (run.row, run.seed) in CORRECT:
+            hits = hits_of(CORRECT[run.row, run.seed], 3 * run.seed)
+            put_results(run, hits, baselines=number == 0)
+            line = json.dumps({"step": 4, "loss/total": 0.5})
+            (run.folder / "log.jsonl").write_text(line + "\n")
+    collect(tmp_path, tmp_path / "study" / "study.json")
+    return tmp_path
+
+
+def collect(folder: Path, record: Path, **changes: Any) -> dict[str, Any]:
+    """Collect what is known in a folder; returns the record."""
+    tree = study_tree(folder)
+    for key, value in changes.items():
+        tree[key] = tree[key] | value if isinstance(value, dict) else value
+    assert run_study([str(write_study(folder, tree)), "--collect", str(record)]) == 0
+    return json.loads(record.read_text())
+
+
+def listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    capsys.readouterr()
+    assert run_study([str(folder / "study.yaml"), "--dry-run"]) == 0
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+
+
+def test_a_study_goes_on_from_its_record_alone(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = listed(done, capsys)
+    shutil.rmtree(done / "study" / "runs")
+    assert listed(done, capsys) == before
+    assert before[0] == "# mae, seed 0: done" and before.count("# cmt, seed 1: done") == 0
+    first = {file.suffix: file.read_bytes() for file in (done / "study").glob("study*")}
+    collect(done, done / "again.json")
+    assert {".json", ".md", ".svg"} == set(first)
+    for suffix, data in first.items():
+        assert (done / f"again{suffix}").read_bytes() == data
+
+
+def test_the_results_of_a_folder_go_before_the_record(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever deletes a result file gets it again."""
+    run = plan_runs(load_study(done / "study.yaml"))[1]
+    run.knn.unlink()
+    assert f"# {run.row}, seed {run.seed}: cache, train, evaluate" in listed(done, capsys)
+    assert len(collect(done, done / "again.json")["runs"]) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"evaluation": {"epochs": 3}}, {"settings": ["train.steps=5", "views.views_per_image=1"]}],
+    ids=["evaluation", "settings"],
+)
+def test_records_of_other_settings_are_kept_and_named(
+    done: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(done / "study" / "runs")
+    record = done / "study" / "study.json"
+    known = json.loads(record.read_text())["runs"]
+    for _ in range(2):
+        caplog.clear()
+        found = collect(done, record, **change)
+        assert found["runs"] == [] and found["unmatched"] == known
+        assert "have changed: 4 (mae seed 0, mae seed 1, cmt seed 0, half seed 0)" in caplog.text
+    assert collect(done, record)["runs"] == known
+    assert "unmatched" not in json.loads(record.read_text())
+
+
+def test_other_features_are_another_measure(done: Path) -> None:
+    shutil.rmtree(done / "study" / "runs")
+    found = collect(done, done / "again.json", evaluation={"features": "cls"})
+    assert found["runs"] == [] and len(found["unmatched"]) == 4
+
+
+def test_a_record_without_hits_has_no_test_over_images(done: Path) -> None:
+    shutil.rmtree(done / "study" / "runs")
+    file = done / "study" / "study.json"
+    tree = json.loads(file.read_text())
+    assert [one["method"] for one in tree["comparisons"]] == ["McNemar over images"] * 2
+    for one in tree["runs"]:
+        one["hits"] = None
+    file.write_text(json.dumps(tree))
+    assert collect(done, done / "again.json")["comparisons"] == []
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
+    def edit(text: str) -> str:
+        tree = json.loads(text)
+        change(tree)
+        return json.dumps(tree)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda text: text[:-40], "is not the record of a study"),
+        (lambda text: "[]", "is not the record of a study"),
+        (lambda text: text.replace("0.25,", "NaN,", 1), "NaN is not a result"),
+        (edited(lambda tree: tree.pop("runs")), "KeyError('runs')"),
+        (edited(lambda tree: tree["runs"][0].pop("row")), "KeyError('row')"),
+        (edited(lambda tree: tree["runs"][0].pop("primary")), "KeyError('primary')"),
+        (edited(lambda tree: tree["runs"][0].update(images=["d"])), "mae, seed 0: not a result"),
+        (edited(lambda tree: tree["runs"][1].update(series=[1])), "mae, seed 1: not a result"),
+    ],
+)
+def test_a_damaged_record_is_refused_and_stays(
+    done: Path, edit: Callable[[str], str], expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(done / "study" / "runs")
+    file = done / "study" / "study.json"
+    text = edit(file.read_text())
+    file.write_text(text)
+    assert run_study([str(done / "study.yaml")]) == 78
+    assert expected in caplog.text and file.read_text() == text
