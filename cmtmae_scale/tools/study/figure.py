@@ -41,9 +41,9 @@ def draw_results(study: Study, results: Results) -> str:
             f"{tick:g}</text>"
         )
     for number, one in enumerate(results.references):
-        at, y = x(one.accuracy), bottom + 38 + 15 * number
+        at, y = x(one.primary.value), bottom + 38 + 15 * number
         parts.append(f'<path class="reference" d="M{at:.1f} {TOP - 8}V{y - 4}"/>')
-        label = f"{escape(one.weights)}: {100 * one.accuracy:.1f}"
+        label = f"{escape(one.weights)}: {100 * one.primary.value:.1f}"
         right = at > LEFT + WIDTH / 2
         anchor, shift = ("end", -6) if right else ("start", 6)
         parts.append(
@@ -77,6 +77,6 @@ def axis_limits(rows: list[StudyRow], results: Results) -> tuple[float, float]:
     """Return the lowest and highest value of the axis, %."""
     values = [100 * end for row in rows for end in bar_ends(row)]
     values += [100 * one.primary for row in rows for one in row.found]
-    values += [100 * one.accuracy for one in results.references]
+    values += [100 * one.primary.value for one in results.references]
     margin = max(0.05 * (max(values) - min(values)), 0.5)
     return min(values) - margin, max(values) + margin

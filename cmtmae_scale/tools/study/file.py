@@ -30,6 +30,9 @@ class Evaluation:
     """Epochs of the probe over the features."""
     finetune: str | None = None
     """Recipe of a fine-tuning of every run on the same images; ``None``: none."""
+    segmentation: str | None = None
+    """Images with masks for segmentation on frozen features, train and test in one folder;
+    ``None``: none."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ machine from that file alone.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study.file import Study
 from cmtmae_scale.tools.study.results import (
+    Accuracy,
     Results,
     RunResult,
     parse_finite,
@@ -138,15 +139,20 @@ def run_record(one: RunResult, features: str) -> Record:
         "features": features,
         "count": one.count,
         "primary": one.primary,
-        "accuracies": {
-            name: [round(number, 7) for number in (found.value, *found.interval_95)]
-            for name, found in one.others.items()
-        },
+        "accuracies": measures_record(one.others),
         "training_minutes": one.minutes,
         "weights_sha256": one.sha256,
         "images": one.images,
-        "references": [vars(reference) for reference in one.references],
+        "references": {other.weights: measures_record(other.others) for other in one.references},
         **one.provenance,
         "hits": one.hits,
         "series": one.series,
+    }
+
+
+def measures_record(measures: Mapping[str, Accuracy]) -> dict[str, list[float]]:
+    """Return value and interval by measure."""
+    return {
+        name: [round(number, 7) for number in (found.value, *found.interval_95)]
+        for name, found in measures.items()
     }

@@ -43,12 +43,14 @@ class Accuracy(NamedTuple):
 
 @dataclass
 class Reference:
-    """A reference that was not trained in the study, by the primary measure."""
+    """Weights that the study did not train, or raw pixels."""
 
     weights: str
     """What was evaluated."""
-    accuracy: float
-    interval_95: tuple[float, float]
+    primary: Accuracy
+    """By the primary measure."""
+    others: dict[str, Accuracy]
+    """As in ``RunResult``."""
 
 
 @dataclass
@@ -66,7 +68,7 @@ class RunResult:
     """Whether the primary probe classifies each test image correctly, as ``pack_hits`` encodes it;
     ``None``: in a record of an earlier version."""
     others: dict[str, Accuracy]
-    """Every accuracy, by method and features, and ``TUNED``."""
+    """Every accuracy and mIoU, by method and features, and ``TUNED``."""
     images: tuple[str, str]
     """Digests of the probe's training and test images."""
     minutes: float | None
@@ -167,7 +169,7 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
     corrected = holm_correction({"/".join(key): test.p for key, test in tests.items()})
     comparisons = [Comparison(*key, test, corrected["/".join(key)]) for key, test in tests.items()]
     references = [reference for one in found for reference in one.references]
-    return Results(rows, sorted(references, key=lambda one: -one.accuracy), comparisons)
+    return Results(rows, sorted(references, key=lambda one: -one.primary.value), comparisons)
 
 
 def tested_measures(study: Study) -> list[str]:
@@ -200,14 +202,18 @@ def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult], measure: str) -
 
 def read_run_result(run: Run, features: str) -> RunResult:
     """Read a run's accuracies, and the references that were measured with it."""
-    linear, knn = read_result(run.linear), read_result(run.knn)
-    subject = linear["results"][0]["weights"]
-    rows = [one for record in (linear, knn) for one in record["results"]]
+    linear = read_result(run.linear)
+    rows = [*linear["results"], *read_result(run.knn)["results"]]
+    if run.segmentation is not None and run.segmentation.exists():
+        rows += read_result(run.segmentation)["results"]
+    subject = rows[0]["weights"]
     own = [one for one in rows if one["weights"] == subject]
     primary = find_row(own, "linear", features, run.linear)
-    others = {f"{method_family(one['method'])} {one['features']}": accuracy_of(one) for one in own}
+    others = measures_of(own, features)
     if run.tuned is not None and run.tuned.exists():
         others[TUNED] = accuracy_of(read_result(run.tuned)["results"][0])
+    rest = [one for one in rows if one["weights"] != subject]
+    rest += [one for file in run.teacher if file.exists() for one in read_result(file)["results"]]
     return RunResult(
         run,
         primary["accuracy"],
@@ -220,14 +226,40 @@ def read_run_result(run: Run, features: str) -> RunResult:
         linear["subject"]["sha256"],
         {key: linear[key] for key in PROVENANCE if key in linear},
         [job.output.stem for job in run.jobs if job.kind == "evaluate" and job.done()],
-        read_references(run, linear["results"], features),
+        make_references(rest, features),
         read_series(run.folder / LOG_FILE),
     )
 
 
+def measures_of(rows: Sequence[dict[str, Any]], features: str) -> dict[str, Accuracy]:
+    """Return accuracies and mIoU in the lines of result files, by method and features.
+
+    Args:
+        rows: lines of one set of weights.
+        features: name for raw pixels, which have a single kind.
+    """
+    found: dict[str, Accuracy] = {}
+    for row in rows:
+        kind = row.get("measure") or row["features"].replace("pixels", features)
+        if kind != "pixel accuracy":  # of a segmentation, beside its mIoU
+            found[f"{method_family(row['method'])} {kind}"] = accuracy_of(row)
+    return found
+
+
 def accuracy_of(row: dict[str, Any]) -> Accuracy:
-    """Return the accuracy in a line of a result file."""
-    return Accuracy(row["accuracy"], tuple(row["interval_95"]))
+    """Return the accuracy, or the mIoU, in a line of a result file."""
+    value = row["value"] if "value" in row else row["accuracy"]
+    return Accuracy(value, tuple(row["interval_95"]))
+
+
+def make_references(rows: Sequence[dict[str, Any]], features: str) -> list[Reference]:
+    """Return the references in the lines of result files, by name."""
+    by_weights: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_weights.setdefault(row["weights"], []).append(row)
+    found = [(name, measures_of(own, features)) for name, own in by_weights.items()]
+    primary = f"linear {features}"
+    return [Reference(name, own[primary], own) for name, own in found if primary in own]
 
 
 def read_series(log: Path) -> Series:
@@ -245,18 +277,6 @@ def read_series(log: Path) -> Series:
     }
 
 
-def read_references(run: Run, rows: Sequence[dict[str, Any]], features: str) -> list[Reference]:
-    """Return the references that were measured with a run; ``rows`` are its linear probe's."""
-    found: list[Reference] = []
-    if run.teacher is not None and run.teacher.exists():
-        teacher = read_result(run.teacher)["results"]
-        found.append(make_reference(find_row(teacher, "linear", features, run.teacher)))
-    for kind, name in ((features, "random weights"), ("pixels", "raw pixels")):
-        if own := [one for one in rows if one["weights"] == name]:
-            found.append(make_reference(find_row(own, "linear", kind, run.linear)))
-    return found
-
-
 def recorded_result(run: Run) -> RunResult:
     """Return the results that the study's record has of a run.
 
@@ -265,15 +285,13 @@ def recorded_result(run: Run) -> RunResult:
     """
     record = run.recorded or {}
     try:
-        others = {
-            name: Accuracy(value, (low, high))
-            for name, (value, low, high) in record["accuracies"].items()
-        }
+        others = recorded_measures(record["accuracies"])
+        primary = f"linear {record['features']}"
         train, test = record["images"]
         return RunResult(
             run,
             record["primary"],
-            others[f"linear {record['features']}"].interval_95,
+            others[primary].interval_95,
             record["count"],
             record["hits"],
             others,
@@ -282,7 +300,11 @@ def recorded_result(run: Run) -> RunResult:
             record["weights_sha256"],
             {key: record[key] for key in PROVENANCE if key in record},
             record["evaluations"],
-            [make_reference(one) for one in record["references"]],
+            [
+                Reference(name, measures[primary], measures)
+                for name, accuracies in record["references"].items()
+                for measures in [recorded_measures(accuracies)]
+            ],
             {name: [(x, y) for x, y in points] for name, points in record["series"].items()},
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -292,9 +314,9 @@ def recorded_result(run: Run) -> RunResult:
         ) from error
 
 
-def make_reference(row: dict[str, Any]) -> Reference:
-    """Return a line of a result file, or of a record, as a reference."""
-    return Reference(row["weights"], row["accuracy"], tuple(row["interval_95"]))
+def recorded_measures(accuracies: dict[str, Any]) -> dict[str, Accuracy]:
+    """Return accuracies in the study's record: value, and the ends of the interval, by measure."""
+    return {name: Accuracy(value, (low, high)) for name, (value, low, high) in accuracies.items()}
 
 
 def find_row(

@@ -5,6 +5,7 @@ import os
 from cmtmae_scale.tools.study.file import Study
 from cmtmae_scale.tools.study.results import (
     TUNED,
+    Accuracy,
     Comparison,
     Reference,
     Results,
@@ -14,6 +15,7 @@ from cmtmae_scale.tools.study.results import (
 from cmtmae_scale.tools.study.statistics import mean_and_std
 
 SECOND = ("logistic", "k-NN k=10")
+SEGMENTATION = ("k-NN segmentation mIoU", "linear segmentation mIoU")
 
 
 def results_markdown(study: Study, results: Results, place: str) -> str:
@@ -41,8 +43,9 @@ def secondary_measures(study: Study) -> list[str]:
     """Return the measures beside the primary, as keys of ``RunResult.others``."""
     features = study.evaluation.features
     other = "cls" if features == "patches" else "patches"
+    masks = [] if study.evaluation.segmentation is None else SEGMENTATION
     tuned = [] if study.evaluation.finetune is None else [TUNED]
-    return [f"linear {other}", *(f"{method} {features}" for method in SECOND), *tuned]
+    return [f"linear {other}", *(f"{method} {features}" for method in SECOND), *masks, *tuned]
 
 
 def table_head(study: Study) -> str:
@@ -54,9 +57,10 @@ def table_head(study: Study) -> str:
 
 def reference_line(one: Reference, study: Study) -> str:
     """Return the line of a reference."""
-    first = f"{in_percent(one.accuracy)} {interval_text(one.interval_95)}"
-    rest = " |" * (len(secondary_measures(study)) + 1)
-    return f"| *{one.weights}* | reference | | {first} |{rest}"
+    cells = [accuracy_text(one.primary)]
+    for measure in secondary_measures(study):
+        cells.append(accuracy_text(one.others[measure]) if measure in one.others else "")
+    return f"| *{one.weights}* | reference | | {' | '.join(cells)} | |"
 
 
 def row_line(row: StudyRow, study: Study) -> str:
@@ -79,7 +83,7 @@ def other_cell(row: StudyRow, key: str) -> str:
     """Return a secondary measure of a row; empty where its features are absent."""
     found = [one.others[key] for one in row.found if key in one.others]
     if len(found) == 1:
-        return f"{in_percent(found[0].value)} {interval_text(found[0].interval_95)}"
+        return accuracy_text(found[0])
     return mean_text(*mean_and_std([one.value for one in found])) if found else ""
 
 
@@ -144,6 +148,11 @@ def mean_text(mean: float, std: float | None) -> str:
 def in_percent(fraction: float) -> str:
     """Format a fraction in %."""
     return f"{100 * fraction:.2f}"
+
+
+def accuracy_text(one: Accuracy) -> str:
+    """Format an accuracy with its interval, in %."""
+    return f"{in_percent(one.value)} {interval_text(one.interval_95)}"
 
 
 def interval_text(interval: tuple[float, float]) -> str:

@@ -74,10 +74,12 @@ class Run:
     """Result file of the linear probe."""
     knn: Path
     """Result file of k-NN."""
+    segmentation: Path | None = None
+    """Result file of the segmentation, where the study has one."""
     tuned: Path | None = None
     """Result file of the fine-tuning, where the study has one."""
-    teacher: Path | None = None
-    """Result file of the teacher's probe, for the run that includes it."""
+    teacher: tuple[Path, ...] = ()
+    """Result files of the teacher, for the run that includes it: linear probe, segmentation."""
     recorded: Record | None = None
     """Earlier results of a run whose folder is gone."""
 
@@ -130,7 +132,7 @@ def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     for number, run in enumerate(runs):
         has_one = needs(run.config).teacher and not run.config.teachers
         if with_teacher and has_one and run.config.teacher.mode != "none":
-            runs[number] = add_teacher_job(run, study.evaluation)
+            runs[number] = add_teacher_jobs(run, study.evaluation)
             break
     return runs
 
@@ -221,16 +223,21 @@ def plan_run(
     linear = evaluation_job(study.evaluation, folder, "linear", [*weights, *extra])
     knn = evaluation_job(study.evaluation, folder, "knn", [*weights, *extra])
     run = Run(name, seed, folder, config, (*jobs, linear, knn), linear.output, knn.output)
+    if study.evaluation.segmentation is not None:
+        job = segmentation_job(study.evaluation.segmentation, folder, [*weights, *extra])
+        run = replace(run, jobs=(*run.jobs, job), segmentation=job.output)
     return (
         run if study.evaluation.finetune is None else add_finetuning(run, study.evaluation, weights)
     )
 
 
-def add_teacher_job(run: Run, settings: Evaluation) -> Run:
-    """Return the run with a probe of its teacher at the end."""
+def add_teacher_jobs(run: Run, settings: Evaluation) -> Run:
+    """Return the run with the evaluation of its teacher at the end."""
     options = ["--weights", "teacher", "--no-baselines"]
-    job = evaluation_job(settings, run.folder, "linear", options)
-    return replace(run, jobs=(*run.jobs, job), teacher=job.output)
+    jobs = [evaluation_job(settings, run.folder, "linear", options)]
+    if settings.segmentation is not None:
+        jobs.append(segmentation_job(settings.segmentation, run.folder, options))
+    return replace(run, jobs=(*run.jobs, *jobs), teacher=tuple(job.output for job in jobs))
 
 
 def add_finetuning(run: Run, settings: Evaluation, weights: Sequence[str]) -> Run:
@@ -260,11 +267,21 @@ def check_finetuning(settings: Evaluation) -> None:
 
 
 def evaluation_job(settings: Evaluation, folder: Path, method: str, options: Sequence[str]) -> Job:
-    """Return a probe of a run; the digest of its options names the result file."""
+    """Return a probe of a run."""
     words = [method, *options, "--train", settings.train, "--test", settings.test]
     if method == "linear":
         words += ["--epochs", str(settings.epochs)]
-    file = folder / "evaluation" / f"{method}-{short_digest(words)}.json"
+    return evaluate_job(folder, words)
+
+
+def segmentation_job(masks: str, folder: Path, options: Sequence[str]) -> Job:
+    """Return the segmentation on frozen features of a run."""
+    return evaluate_job(folder, ["segmentation", *options, "--train", masks])
+
+
+def evaluate_job(folder: Path, words: Sequence[str]) -> Job:
+    """Return an evaluation of a run; the digest of its options names the result file."""
+    file = folder / "evaluation" / f"{words[0]}-{short_digest(words)}.json"
     places = ["--checkpoint", str(folder), "--out", str(file)]
     arguments = (*CMTMAE, "evaluate", *words, *places)
     return Job("evaluate", arguments, file, file.exists, False)

@@ -29,9 +29,13 @@ def stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmtmae_scale.commands.study.set_up_logging", lambda *_: None)
 
 
-def written(folder: Path, corrects: dict[tuple[str, int], np.ndarray]) -> tuple[str, Any, str]:
-    """Table, JSON and figure of made-up results."""
-    study = load_study(write_study(folder, study_tree(folder)))
+def written(
+    folder: Path, corrects: dict[tuple[str, int], np.ndarray], **evaluation: str
+) -> tuple[str, Any, str]:
+    """Table, JSON and figure of made-up results; further keys of the evaluation."""
+    tree = study_tree(folder)
+    tree["evaluation"] |= evaluation
+    study = load_study(write_study(folder, tree))
     runs = plan_runs(study)
     for number, run in enumerate(runs):
         if (run.row, run.seed) in corrects:
@@ -77,6 +81,29 @@ def test_the_table_has_means_deviations_references_and_comparisons(tmp_path: Pat
     assert results["rows"]["mae"]["mean"] == pytest.approx(0.275)
     last = [run["primary"] for run in results["runs"] if run["row"] == "cmt"][-1]
     assert last == 0.6
+
+
+def test_segmentation_is_a_column_of_rows_and_references(tmp_path: Path) -> None:
+    masks = str(tmp_path / "masks")
+    table, results, _ = written(tmp_path, ALL, segmentation=masks)
+    lines = {line.split("|")[1].strip(" `*"): line for line in rows_of(table)}
+    head = table.split("\n\n")[1].splitlines()[0].split("|")
+    place = head.index(" k-NN segmentation mIoU ")
+    cells = {name: line.split("|")[place : place + 2] for name, line in lines.items()}
+    assert cells["mae"] == cells["cmt"] == [" 50.00 +- 0.00 "] * 2
+    assert cells["half"] == [" 50.00 [37.50, 62.50] "] * 2
+    assert cells["random weights"] == [" 25.00 [12.50, 37.50] "] * 2
+    assert cells["teacher test_vit"] == [" 75.00 [62.50, 87.50] "] * 2
+    assert cells["raw pixels"] == ["  "] * 2
+    assert results["runs"][0]["accuracies"]["k-NN segmentation mIoU"] == [0.5, 0.375, 0.625]
+    runs = plan_runs(load_study(tmp_path / "study.yaml"))
+    jobs = [
+        job.arguments[4:] for run in runs for job in run.jobs if "segmentation" in job.arguments
+    ]
+    assert len(jobs) == 6  # five runs, and the teacher
+    assert all(words[words.index("--train") + 1] == masks for words in jobs)
+    assert sum("teacher" in words for words in jobs) == 1
+    assert sum("--no-baselines" in words for words in jobs) == 5
 
 
 def test_each_row_carries_its_command_and_its_result_files(tmp_path: Path) -> None:
@@ -230,7 +257,7 @@ def test_a_study_from_beginning_to_end_and_again(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "study" / "study.json").read_text())
     assert [run["row"] for run in results["runs"]] == ["mae", "cmt"]
     assert all(run["series"]["loss/total"][-1][0] == 4 for run in results["runs"])
-    assert {one["weights"] for run in results["runs"] for one in run["references"]} == {
+    assert {name for run in results["runs"] for name in run["references"]} == {
         *("teacher test_vit (random)", "random weights", "raw pixels")
     }
     assert results["comparisons"][0]["pairs"] == 12

@@ -199,7 +199,7 @@ def test_each_of_several_teachers_has_its_own_cache(tmp_path: Path) -> None:
         assert pick_teacher(config, name).cache.dir == str(job.output)
     assert both.jobs[0].output == alone.jobs[0].output  # a single teacher has the same rows
     assert both.jobs[1].output == mixed.jobs[0].output != both.jobs[0].output
-    assert both.teacher is None
+    assert not both.teacher
 
 
 def test_other_images_ask_for_another_evaluation_of_the_same_run(tmp_path: Path) -> None:
