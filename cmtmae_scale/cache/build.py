@@ -45,7 +45,7 @@ from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, TeacherError, remedy_for
-from cmtmae_scale.runtime.bf16 import emulation_warning
+from cmtmae_scale.runtime.bf16 import slow_bf16_warning
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import sync
 from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
@@ -334,9 +334,9 @@ def make_builder(
     Raises:
         CacheError: if the folder of the index cannot be written.
     """
-    emulated = emulation_warning(device, config.backend.precision, torch.cpu.get_capabilities())
-    if emulated is not None:
-        logger.warning("%s", emulated)
+    slower = slow_bf16_warning(device, config.backend.precision)
+    if slower is not None:
+        logger.warning("%s", slower)
     needed = needs(config)
     if config.cache.codec == "attention":
         needed = needed._replace(teacher_features=False)

@@ -15,7 +15,7 @@ from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.sinks import LOG_FILE
 from cmtmae_scale.engine.telemetry import FIGURES
-from cmtmae_scale.runtime.bf16 import emulation_warning
+from cmtmae_scale.runtime.bf16 import slow_bf16_warning
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.log import TRAIN_LOG
 from cmtmae_scale.runtime.storage import read_json
@@ -45,12 +45,12 @@ def log_launch(
         describe_device(device),
     )
     if device.type == "cpu" and config.backend.precision == "bf16":
-        emulated = emulation_warning(device, "bf16", torch.cpu.get_capabilities())
+        slower = slow_bf16_warning(device, "bf16")
         logger.warning(
             "device: no GPU is used (%s), and the recipe is for GPUs: a step may take hours; "
             "launch it where nvidia-smi shows a GPU%s",
             why_no_gpu(),
-            "" if emulated is None else f"; for a trial: {emulated}",
+            "" if slower is None else f"; for a trial: {slower}",
         )
     logger.info("%s; precision %s", describe_backend(config, world), config.backend.precision)
     needed, available = model_memory(), device_bytes(world, device)

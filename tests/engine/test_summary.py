@@ -14,7 +14,7 @@ from cmtmae_scale.engine.ending import Ending
 from cmtmae_scale.engine.progress import Progress, fresh_progress
 from cmtmae_scale.engine.summary import log_launch, log_result
 from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, ConfigError
-from cmtmae_scale.runtime.bf16 import bf16_instructions
+from cmtmae_scale.runtime import bf16
 from cmtmae_scale.runtime.launch import World
 
 WORLD = World(0, 16, 0, 8, "srun")
@@ -50,14 +50,17 @@ def test_the_first_lines_name_what_the_run_uses(caplog) -> None:
     assert lines(caplog, logging.WARNING) == ""
 
 
-def test_a_recipe_for_gpus_on_a_cpu_and_a_run_that_does_not_fit_are_warned_of(caplog) -> None:
+@pytest.mark.parametrize("cost", [0.2, 1.5])
+def test_a_recipe_for_gpus_on_a_cpu_and_a_run_that_does_not_fit_are_warned_of(
+    cost: float, caplog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bf16, "bf16_cost", lambda: cost)
     config = Config()
     config.run.output_dir, config.backend.name = "runs/x", "deepspeed"
     log_launch(config, WORLD, CPU, lambda: 2.0**60)
     text = lines(caplog, logging.WARNING)
     assert "no GPU is used" in text and "nvidia-smi" in text
-    is_native = bf16_instructions(torch.cpu.get_capabilities())
-    assert ("set backend.precision=fp32" in text) != bool(is_native)
+    assert ("set backend.precision=fp32" in text) == (cost > 1)
     assert "may not fit; lower train.micro_batch_size" in text
     assert "backend: deepspeed, ZeRO stage 1 over 16 ranks; precision bf16" in lines(caplog)
     assert "no figures (log.images_every is off)" in lines(caplog)
