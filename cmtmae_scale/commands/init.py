@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
-from cmtmae_scale.config.load import config_from_dict, parse_yaml
+from cmtmae_scale.config.load import config_from_dict
+from cmtmae_scale.config.yaml_text import parse_yaml
 from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, remedy_for
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.log import escape_controls, set_up_logging

@@ -7,31 +7,35 @@ import copy
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from cmtmae_scale.config.check import find_problems
-from cmtmae_scale.config.hints import key_hint, value_hint
-from cmtmae_scale.config.schema import Config, NamedTeacher, Schedule, Trained, walk_fields
+from cmtmae_scale.config.hints import key_hint
+from cmtmae_scale.config.keys import (
+    check_choice,
+    check_keys,
+    entry_type,
+    field_types,
+    key_fields,
+    plain,
+    schedule_keys,
+)
+from cmtmae_scale.config.schema import Config, NamedTeacher, Schedule, Trained
 from cmtmae_scale.config.shipped import find_recipe
+from cmtmae_scale.config.yaml_text import parse_yaml, read_yaml, refuse_interpolation
 from cmtmae_scale.errors import ConfigError
 from dataloading.addresses import hide_secrets
 from dataloading.files import atomic_path
 
 Recipe = TypeVar("Recipe")
-MAX_YAML_BYTES = 2**20
-"""Largest YAML file that is read."""
-MAX_YAML_VALUES = 100_000
-"""Most values of a YAML text, with its aliases written out."""
-CONSTRUCTOR_ERRORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
-"""Raised by PyYAML for values such as ``2024-13-01`` or ``!!bool x``."""
 PLAIN = (str, bool, int, float, type(None))
 Check = Callable[[Recipe], Iterable[str]]
 """Function that yields the problems of a config."""
@@ -195,12 +199,6 @@ def merged(before: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def entry_type(kind: Any) -> type | None:
-    """Return the dataclass of the entries of a key that lists named entries, else ``None``."""
-    item = get_args(kind)[0] if get_origin(kind) is list else None
-    return cast(type, item) if dataclasses.is_dataclass(item) else None
-
-
 @cache
 def entry_types(entry: type) -> Any:
     """Return OmegaConf's typed config of an entry, which converts values."""
@@ -332,123 +330,6 @@ def save_config(config: Trained, path: Path) -> None:
         draft.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
 
 
-def plain(value: Any) -> Any:
-    """Replace tuples by lists, recursively."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in cast(dict[str, Any], value).items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in cast(Sequence[Any], value)]
-    return value
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; an absent, broken or interpolating file is a ``ConfigError``."""
-    try:
-        with path.open("rb") as opened:
-            data = opened.read(MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give --config FILE"
-        ) from error
-    if len(data) > MAX_YAML_BYTES:
-        raise ConfigError(
-            f"{path}: has more than {MAX_YAML_BYTES} bytes, which no recipe has; give --config FILE"
-        )
-    try:
-        tree = parse_yaml(data.decode())
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    refuse_interpolation(tree, str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: has no groups; expected 'run:', 'data:' and so on")
-    return cast(dict[str, Any], tree)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML whose aliases, written out, hold at most ``MAX_YAML_VALUES`` values.
-
-    Raises:
-        ValueError: if it is not YAML, is nested too deeply, holds more values, or repeats a key.
-    """
-    try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        count_nodes(root, {})
-        return cast(Any, loader).construct_document(root)
-    except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
-        raise ValueError(str(error)) from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return the number of values of a node with its aliases written out.
-
-    Args:
-        node: of the graph that YAML's composer returns.
-        known: counts by the identity of the node; 0 while a node is being counted.
-
-    Raises:
-        ValueError: if there are more than ``MAX_YAML_VALUES``, or a node holds itself.
-    """
-    if id(node) in known:
-        if not known[id(node)]:
-            raise ValueError("an alias holds itself")
-        return known[id(node)]
-    known[id(node)] = 0
-    count = 1
-    if isinstance(node, yaml.MappingNode):
-        refuse_repeated_keys(node)
-        count += sum(count_nodes(item, known) for pair in node.value for item in pair)
-    elif isinstance(node, yaml.SequenceNode):
-        count += sum(count_nodes(item, known) for item in node.value)
-    if count > MAX_YAML_VALUES:
-        raise ValueError(f"more than {MAX_YAML_VALUES} values; write aliases out")
-    known[id(node)] = count
-    return count
-
-
-def refuse_repeated_keys(node: yaml.MappingNode) -> None:
-    """Refuse a key that is given twice: PyYAML drops all values but the last.
-
-    Raises:
-        ValueError: names the key and both lines.
-    """
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise ValueError(
-                    f"{key.value} is given twice, in lines {lines[key.value]} and {line}; keep one"
-                )
-            lines[key.value] = line
-
-
-def refuse_interpolation(tree: Any, place: str, key: str = "") -> None:
-    """Refuse ``${...}`` in every parsed text of a tree, so that nothing is ever resolved.
-
-    OmegaConf would insert variables of the environment, which end up in logs and checkpoints.
-
-    Raises:
-        ConfigError: naming the place and the key; the text itself is not repeated.
-    """
-    if isinstance(tree, str) and "${" in tree:
-        name = f"{key}: " if key else ""
-        raise ConfigError(
-            f"{place}: {name}interpolation ${{...}} is not supported; write the value out"
-        )
-    if isinstance(tree, dict):
-        for name, value in cast(dict[Any, Any], tree).items():
-            refuse_interpolation(name, place, key)
-            refuse_interpolation(value, place, f"{key}.{name}" if key else str(name))
-    elif isinstance(tree, list | tuple | set | frozenset):
-        for item in cast(Sequence[Any], tree):
-            refuse_interpolation(item, place, key)
-
-
 def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, Any]:
     """Turn ``a.b=value`` into ``{"a": {"b": value}}``.
 
@@ -503,99 +384,6 @@ def other_length(update: dict[str, Any]) -> str | None:
     return None
 
 
-def check_keys(
-    tree: dict[str, Any], group: type, schema: type, place: str, prefix: str = ""
-) -> None:
-    """Refuse keys that a group of the schema lacks, with the nearest key that it has."""
-    hints = field_types(group)
-    scheduled = schedule_keys(schema)
-    for key, value in tree.items():
-        full = f"{prefix}{key}"
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"its keys are {', '.join(hints)}"
-            hint = key_hint(full, key_fields(schema)) or hint
-            name = prefix.rstrip(".") or "the config"
-            raise ConfigError(f"{place}: {full} is not a key of {name}; {hint}")
-        kind = Schedule if full in scheduled else hints[key]
-        if dataclasses.is_dataclass(kind):
-            if isinstance(value, dict):
-                inner = cast(dict[str, Any], value)
-                check_keys(inner, cast(type, kind), schema, place, full + ".")
-            elif full not in scheduled:
-                raise ConfigError(f"{place}: {full}={value!r} is a group; give {full}.KEY=value")
-            continue
-        if value is None and type(None) in get_args(kind):
-            continue
-        kind = next((one for one in get_args(kind) if get_origin(one)), kind)
-        if get_origin(kind) is Literal:
-            check_choice(place, full, value, get_args(kind))
-        elif entry_type(kind) is not None:
-            check_entries(place, full, value, cast(type, entry_type(kind)))
-        elif get_origin(kind) in (list, tuple):
-            check_list(place, full, value, kind, schema)
-        elif bool in (kind, *get_args(kind)) and type(value) is int and value not in (0, 1):
-            raise ConfigError(f"{place}: {full}={value} is neither true nor false")
-
-
-NAME = r"[a-z][a-z0-9_]*"
-"""Name of an entry of a list."""
-
-
-def check_entries(place: str, key: str, value: Any, entry: type) -> None:
-    """Refuse what is neither a list of named entries, nor changes by the entry's name."""
-    if isinstance(value, dict):
-        entries = cast(dict[str, Any], value)
-        for name, one in entries.items():
-            if not isinstance(one, dict):
-                raise ConfigError(f"{place}: {key}.{name} is an entry; give {key}.{name}.KEY=value")
-            if "name" in one:
-                raise ConfigError(
-                    f"{place}: {key}.{name}.name: entries are not renamed; change the recipe"
-                )
-    else:
-        entries = dict[str, Any]()
-        if not isinstance(value, list):
-            raise ConfigError(f"{place}: {key}={value!r} is not a list of entries {{name: ...}}")
-        for number, one in enumerate(cast(list[Any], value)):
-            name = cast(Any, one).get("name") if isinstance(one, dict) else None
-            if not isinstance(name, str) or not re.fullmatch(NAME, name):
-                found = "" if name is None else f"; found {name!r}"
-                raise ConfigError(
-                    f"{place}: {key}[{number}] needs a name of lower-case letters, digits and _, "
-                    f"such as name: clip{found}"
-                )
-            if name in entries:
-                raise ConfigError(f"{place}: {key} has two entries named {name}; rename one")
-            entries[name] = one
-    for name, one in entries.items():
-        check_keys(one, entry, entry, place, f"{key}.{name}.")
-
-
-def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> None:
-    """Refuse what is no flat list, or one of another length, with the notation that works."""
-    fixed = get_origin(kind) is tuple
-    items = cast(list[Any], value) if isinstance(value, list) else None
-    nested = any(isinstance(item, list | dict) for item in items or ())
-    if items is not None and not nested and (not fixed or len(items) == len(get_args(kind))):
-        return
-    if fixed:
-        default = plain(key_fields(schema)[key].default)
-        raise ConfigError(
-            f"{place}: {key}={value} is not a list of {len(get_args(kind))} numbers, such as "
-            f"'{key}={default}'"
-        )
-    item = "" if value is None else re.sub(r"[\[\]{}'\"]|: [^,}]*", "", f"{value}")
-    what = "is a list of lists" if nested else "is not a list"
-    raise ConfigError(f"{place}: {key}={value} {what}; write '{key}=[{item}]'")
-
-
-@cache
-def key_fields(schema: type) -> Mapping[str, "dataclasses.Field[Any]"]:
-    """Return the fields of a schema by full key."""
-    return dict(walk_fields(schema))
-
-
 @cache
 def default_values(schema: type) -> tuple[Any, dict[str, Any]]:
     """Return OmegaConf's typed config of a schema, and its values by full key.
@@ -605,30 +393,6 @@ def default_values(schema: type) -> tuple[Any, dict[str, Any]]:
     types = OmegaConf.structured(schema)
     tree = OmegaConf.to_container(types, structured_config_mode=SCMode.DICT)
     return types, dict(leaves(cast(Any, tree), key_fields(schema)))
-
-
-@cache
-def field_types(group: type) -> Mapping[str, Any]:
-    """Return the types of the fields of a group."""
-    return get_type_hints(group)
-
-
-@cache
-def schedule_keys(schema: type) -> Sequence[str]:
-    """Return the keys of a schema whose values are numbers or schedules."""
-    return [key for key, one in key_fields(schema).items() if one.metadata.get("schedule")]
-
-
-def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Refuse a value outside a closed set, with the set and the nearest member."""
-    if value in choices:
-        return
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1, 0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    remedy = value_hint(key, str(value))
-    hint = f"; {remedy}" if remedy else hint
-    listed = ", ".join(str(choice) for choice in choices)
-    raise ConfigError(f"{place}: {key}={value!r} is not one of {listed}{hint}")
 
 
 TYPES = {

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from cmtmae_scale.config.load import parse_yaml
+from cmtmae_scale.config.yaml_text import parse_yaml
 from cmtmae_scale.tools.init.survey import Survey
 
 SMALL_SIDE = 128

@@ -1,0 +1,124 @@
+"""YAML without surprises: of bounded size, with distinct keys, without interpolation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from cmtmae_scale.errors import ConfigError
+
+MAX_YAML_BYTES = 2**20
+"""Largest YAML file that is read."""
+MAX_YAML_VALUES = 100_000
+"""Most values of a YAML text, with its aliases written out."""
+CONSTRUCTOR_ERRORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+"""Raised by PyYAML for values such as ``2024-13-01`` or ``!!bool x``."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; an absent, broken or interpolating file is a ``ConfigError``."""
+    try:
+        with path.open("rb") as opened:
+            data = opened.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give --config FILE"
+        ) from error
+    if len(data) > MAX_YAML_BYTES:
+        raise ConfigError(
+            f"{path}: has more than {MAX_YAML_BYTES} bytes, which no recipe has; give --config FILE"
+        )
+    try:
+        tree = parse_yaml(data.decode())
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    refuse_interpolation(tree, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: has no groups; expected 'run:', 'data:' and so on")
+    return cast(dict[str, Any], tree)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML whose aliases, written out, hold at most ``MAX_YAML_VALUES`` values.
+
+    Raises:
+        ValueError: if it is not YAML, is nested too deeply, holds more values, or repeats a key.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        count_nodes(root, {})
+        return cast(Any, loader).construct_document(root)
+    except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of values of a node with its aliases written out.
+
+    Args:
+        node: of the graph that YAML's composer returns.
+        known: counts by the identity of the node; 0 while a node is being counted.
+
+    Raises:
+        ValueError: if there are more than ``MAX_YAML_VALUES``, or a node holds itself.
+    """
+    if id(node) in known:
+        if not known[id(node)]:
+            raise ValueError("an alias holds itself")
+        return known[id(node)]
+    known[id(node)] = 0
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        refuse_repeated_keys(node)
+        count += sum(count_nodes(item, known) for pair in node.value for item in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(count_nodes(item, known) for item in node.value)
+    if count > MAX_YAML_VALUES:
+        raise ValueError(f"more than {MAX_YAML_VALUES} values; write aliases out")
+    known[id(node)] = count
+    return count
+
+
+def refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    """Refuse a key that is given twice: PyYAML drops all values but the last.
+
+    Raises:
+        ValueError: names the key and both lines.
+    """
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(
+                    f"{key.value} is given twice, in lines {lines[key.value]} and {line}; keep one"
+                )
+            lines[key.value] = line
+
+
+def refuse_interpolation(tree: Any, place: str, key: str = "") -> None:
+    """Refuse ``${...}`` in every parsed text of a tree, so that nothing is ever resolved.
+
+    OmegaConf would insert variables of the environment, which end up in logs and checkpoints.
+
+    Raises:
+        ConfigError: naming the place and the key; the text itself is not repeated.
+    """
+    if isinstance(tree, str) and "${" in tree:
+        name = f"{key}: " if key else ""
+        raise ConfigError(
+            f"{place}: {name}interpolation ${{...}} is not supported; write the value out"
+        )
+    if isinstance(tree, dict):
+        for name, value in cast(dict[Any, Any], tree).items():
+            refuse_interpolation(name, place, key)
+            refuse_interpolation(value, place, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list | tuple | set | frozenset):
+        for item in cast(Sequence[Any], tree):
+            refuse_interpolation(item, place, key)
