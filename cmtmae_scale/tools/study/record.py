@@ -70,6 +70,13 @@ def adopt_records(
             run = replace(run, recorded=record)
             recorded_result(run)  # a damaged one is refused before anything runs
         adopted.append(run)
+    partial = [run for run in adopted if lacks_evaluation(run)]
+    if partial:
+        logger.info(
+            "recorded runs without a folder that lack an evaluation: %d (%s); to train one again, "
+            "delete its line in the record",
+            *(len(partial), ", ".join(f"{run.row} seed {run.seed}" for run in partial)),
+        )
     unmatched = [one for one in gone if one["settings_digest"] not in used]
     if unmatched:
         names = ", ".join(f"{one['row']} seed {one['seed']}" for one in unmatched)
@@ -82,10 +89,15 @@ def adopt_records(
 
 
 def is_result_of(record: Record, run: Run, features: str) -> bool:
-    """Return whether a record has all that the study measures of a run."""
+    """Return whether a record has the probe and k-NN of a run, as the study measures them."""
+    measured = {run.linear.stem, run.knn.stem}
+    return measured <= set(record.get("evaluations", ())) and record.get("features") == features
+
+
+def lacks_evaluation(run: Run) -> bool:
+    """Return whether a recorded run was not evaluated in a way that the study has now."""
     measured = {job.output.stem for job in run.jobs if job.kind == "evaluate"}
-    has_all = measured <= set(record.get("evaluations", ()))
-    return has_all and record.get("features") == features
+    return run.recorded is not None and not measured <= set(run.recorded["evaluations"])
 
 
 def results_record(study: Study, results: Results, unmatched: Sequence[Record], place: str) -> str:

@@ -90,6 +90,19 @@ def test_records_of_other_settings_are_kept_and_named(
     assert "unmatched" not in json.loads(record.read_text())
 
 
+def test_an_evaluation_that_is_added_trains_nothing_again(
+    done: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    shutil.rmtree(done / "study" / "runs")
+    collect(done, done / "again.json")
+    assert "lack an evaluation" not in caplog.text
+    found = collect(done, done / "again.json", evaluation={"segmentation": str(done / "masks")})
+    assert len(found["runs"]) == 4 and "unmatched" not in found
+    assert "lack an evaluation: 4 (mae seed 0, cmt seed 0, mae seed 1, half seed 0)" in caplog.text
+    assert sum(line.endswith(": done") for line in listed(done, capsys)) == 4
+
+
 def test_other_features_are_another_measure(done: Path) -> None:
     shutil.rmtree(done / "study" / "runs")
     found = collect(done, done / "again.json", evaluation={"features": "cls"})
