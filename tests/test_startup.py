@@ -9,6 +9,7 @@ import pytest
 
 from cmtmae_scale.commands.main import COMMANDS, run_command
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
+from tests.tools.report.report_case import write_figure, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -98,6 +99,15 @@ def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded(name: str, tmp_
     code, loaded, text = outcome(RUN, name, *line)
     assert (code, loaded) == (EXIT_CONFIG, []), text
     assert "rato is not a key of" in text or "mask is not a key of" in text, text
+
+
+def test_a_report_is_made_without_heavy_packages(tmp_path: Path) -> None:
+    for name in ("run", "sibling"):
+        write_run(tmp_path / name)
+        write_figure(tmp_path / name, 20)
+    code, loaded, text = outcome(RUN, "report", str(tmp_path / "run"))
+    assert (code, loaded) == (EXIT_DONE, []), text
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_an_unknown_command_is_answered(capsys: pytest.CaptureFixture[str]) -> None:

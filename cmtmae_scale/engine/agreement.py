@@ -18,9 +18,9 @@ import torch
 
 import cmtmae_scale
 import dataloading
+from cmtmae_scale.config.changes import flatten
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
-from cmtmae_scale.engine.resume import flatten
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.collectives import broadcast_text, gather_texts, on_all_ranks, ranks
 from cmtmae_scale.runtime.launch import World

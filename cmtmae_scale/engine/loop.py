@@ -17,7 +17,8 @@ from cmtmae_scale.engine.guards import (
 )
 from cmtmae_scale.engine.profile import StepProfile, span
 from cmtmae_scale.engine.rollback import roll_back
-from cmtmae_scale.engine.task import Drawn, Run, Scalars
+from cmtmae_scale.engine.scalars import Scalars
+from cmtmae_scale.engine.task import Drawn, Run
 from cmtmae_scale.errors import CacheError, CmtMaeError, TeacherError
 from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.progress_file import PublishedProgress

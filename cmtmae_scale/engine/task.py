@@ -15,6 +15,7 @@ from cmtmae_scale.config.derive import BatchPlan
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.profile import StepProfile
 from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.scalars import Scalars
 from cmtmae_scale.engine.skips import Skips
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.stragglers import Stragglers
@@ -23,22 +24,6 @@ from cmtmae_scale.engine.watchdog import Place
 from cmtmae_scale.runtime.progress_file import ProgressFile
 from dataloading.index import Index
 from dataloading.stream import Batch, Stream
-
-
-@dataclass(frozen=True)
-class Scalars:
-    """Scheduled numbers of one step; a task may add its own."""
-
-    lr: float
-    """Learning rate in force."""
-
-    momentum: float | None
-    """EMA momentum of the step; ``None``: the task has no momentum encoder."""
-
-    @property
-    def mixing(self) -> list[float]:
-        """Numbers whose jump makes losses before and after incomparable."""
-        return []
 
 
 class SideTask(NamedTuple):

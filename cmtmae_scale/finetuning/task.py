@@ -13,13 +13,15 @@ from torch import Tensor
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.backends.initial import initialise_backend
+from cmtmae_scale.config.changes import FINETUNING_FREE_KEYS
 from cmtmae_scale.config.derive import batch_plan, name_student, total_steps
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.engine.agreement import REMEDY, require_equal, require_equal_weights
 from cmtmae_scale.engine.progress import Progress
+from cmtmae_scale.engine.scalars import Scalars
 from cmtmae_scale.engine.stop import StopRequest
-from cmtmae_scale.engine.task import Run, Scalars, SideTask
+from cmtmae_scale.engine.task import Run, SideTask
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.images import Sets, open_pair, require_decodable
 from cmtmae_scale.evaluation.result import (
@@ -65,8 +67,7 @@ class Finetuning:
     name = "fine-tuning"
     terms: tuple[str, ...] = ("loss/total",)
     logged: tuple[str, ...] = terms
-    free_keys: tuple[str, ...] = ("data.test_path", "data.verify_index")
-    # train.micro_batch_size is not free: mixup pairs the views of a micro-batch.
+    free_keys: tuple[str, ...] = FINETUNING_FREE_KEYS
     prior_steps = 0
 
     sets: Sets

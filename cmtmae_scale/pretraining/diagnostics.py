@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
 
 import torch
 
@@ -16,18 +15,13 @@ from cmtmae_scale.engine.telemetry import LOG_FILE
 from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.diagnostics import constant_loss, token_diagnostics
 from cmtmae_scale.method.targets import normalise
+from cmtmae_scale.pretraining.collapse import CONSTANT, COSINE, RANK, describe_collapse
 from cmtmae_scale.pretraining.prepare import MicroBatch
 
 logger = logging.getLogger(__name__)
 
-COLLAPSED_COSINE = 0.95
-"""Mean pairwise cosine of target tokens above which they count as collapsing."""
-COLLAPSED_RANK = 5.0
-"""Effective rank of target tokens below which they count as collapsing."""
 PATIENCE = 3
 """Consecutive intervals after which collapsing tokens cause a warning."""
-RANK, COSINE = "diagnostics/effective_rank", "diagnostics/pairwise_cosine"
-CONSTANT = "diagnostics/constant_loss"
 REMEDIES = (
     "early in a run this may pass; else lower optimizer.base_lr, raise collaboration.alpha_target "
     "or momentum.start, or start a run with target.teacher.norm=instance "
@@ -129,17 +123,3 @@ class Diagnostics:
         if found:
             text = "at step %d the momentum encoder's target tokens are nearly alike: %s; %s"
             logger.warning(text, last[RANK][0], found, REMEDIES)
-
-
-def describe_collapse(values: Mapping[str, float]) -> str | None:
-    """Return what shows that target tokens are nearly alike; ``None``: nothing, or no figures."""
-    rank, cosine = values.get(RANK, math.inf), values.get(COSINE, 0.0)
-    if rank >= COLLAPSED_RANK and cosine <= COLLAPSED_COSINE:
-        return None
-    text = f"effective rank {rank:.3g}, mean pairwise cosine {cosine:.3g}"
-    if CONSTANT in values:
-        text += (
-            "; a low loss/student is then no sign of learning, since the mean token as the only "
-            f"prediction has a loss of {values[CONSTANT]:.3g}"
-        )
-    return text

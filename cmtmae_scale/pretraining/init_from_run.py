@@ -23,10 +23,10 @@ from cmtmae_scale.checkpoint.chunks import ChunkReader, fill_fragments, share_in
 from cmtmae_scale.checkpoint.index import Located
 from cmtmae_scale.checkpoint.init_weights import summarise_texts
 from cmtmae_scale.checkpoint.layout import ENCODER, MANIFEST, read_state
+from cmtmae_scale.config.changes import flatten
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.agreement import require_equal_weights
-from cmtmae_scale.engine.resume import flatten
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.evaluation.subject import locate_checkpoint, saved_config
 from cmtmae_scale.method.model import CollaborativeMAE

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from cmtmae_scale.config.derive import peak_lr
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.task import Scalars
+from cmtmae_scale.engine.scalars import Scalars
 from cmtmae_scale.method.schedules import evaluate, learning_rate, momentum_at
 
 

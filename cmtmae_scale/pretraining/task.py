@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
+from cmtmae_scale.config.changes import PRETRAINING_FREE_KEYS
 from cmtmae_scale.config.derive import (
     entry_errors,
     find_length_problem,
@@ -60,20 +61,7 @@ class Pretraining:
     name = "pre-training"
     terms: tuple[str, ...]
     logged: tuple[str, ...]
-    free_keys: tuple[str, ...] = (
-        "cache.",
-        "teacher.mode",
-        "teachers.*.mode",
-        "teachers.*.cache_dir",
-        "train.micro_batch_size",
-        "data.resident",
-        "data.index",
-        "data.store_cache",
-        "data.verify_index",
-        "data.source",
-        "data.expected_images",
-        "data.window_on_sorted",
-    )
+    free_keys: tuple[str, ...] = PRETRAINING_FREE_KEYS
 
     index: Index
     models: Models

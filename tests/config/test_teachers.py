@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cmtmae_scale.api.pretrain import override_lines
+from cmtmae_scale.config.changes import FREE_KEYS, compare_configs
 from cmtmae_scale.config.derive import (
     entry_text,
     needs,
@@ -17,7 +18,6 @@ from cmtmae_scale.config.derive import (
     used_teachers,
 )
 from cmtmae_scale.config.load import config_from_dict, config_to_dict, load_config
-from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.task import Pretraining
 

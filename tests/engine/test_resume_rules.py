@@ -6,17 +6,12 @@ from typing import Any
 
 import pytest
 
+from cmtmae_scale.config.changes import FREE_KEYS, compare_configs, flatten
 from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.engine.progress import resumed_progress
-from cmtmae_scale.engine.resume import (
-    FREE_KEYS,
-    compare_configs,
-    compare_run,
-    flatten,
-    refuse_other_pairs,
-)
+from cmtmae_scale.engine.resume import compare_run, refuse_other_pairs
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.pretraining.task import Pretraining
 from tests.engine.run_case import STEPS, resume_each, write_recipe

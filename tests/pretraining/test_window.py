@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cmtmae_scale.config.changes import FREE_KEYS, compare_configs
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.engine.resume import FREE_KEYS, compare_configs
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.build import open_index, open_stream
 from cmtmae_scale.pretraining.task import Pretraining

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from cmtmae_scale.config.derive import needs, teacher_shares
-from cmtmae_scale.pretraining.diagnostics import COLLAPSED_RANK, CONSTANT, RANK
+from cmtmae_scale.pretraining.collapse import COLLAPSED_RANK, CONSTANT, RANK
 from cmtmae_scale.tools.report.chart import Chart, Line
 from cmtmae_scale.tools.report.ranges import expected_range, scheduled_values
 from cmtmae_scale.tools.report.run import Run

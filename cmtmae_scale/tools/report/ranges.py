@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.engine.resume import FREE_KEYS, is_listed
+from cmtmae_scale.config.changes import FREE_KEYS, PRETRAINING_FREE_KEYS, is_listed
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.scalars import scalars_at
-from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.report.chart import Band, Line, Point
 from cmtmae_scale.tools.report.run import Run, is_drawable, open_run, read_records
@@ -20,7 +19,7 @@ PLANNED_POINTS = 120
 
 def recipe_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that runs of one recipe share: those with an effect, but the seed."""
-    free = ("run.seed", *FREE_KEYS, *Pretraining.free_keys)
+    free = ("run.seed", *FREE_KEYS, *PRETRAINING_FREE_KEYS)
     return {k: v for k, v in settings.items() if k in KEPT or not is_listed(k, free)}
 
 

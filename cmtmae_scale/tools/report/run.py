@@ -13,10 +13,10 @@ from operator import itemgetter, le
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
+from cmtmae_scale.config.changes import flatten
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.yaml_text import parse_yaml, read_yaml
-from cmtmae_scale.engine.resume import flatten
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
 from cmtmae_scale.runtime.storage import read_inside, read_json, require_inside
 from cmtmae_scale.tools.report.chart import Point
