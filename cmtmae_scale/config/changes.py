@@ -2,7 +2,7 @@
 
 import difflib
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from cmtmae_scale.errors import ConfigError
 
@@ -45,7 +45,7 @@ FINETUNING_FREE_KEYS = ("data.test_path", "data.verify_index")
 _ORIENTATION = "data.exif_orientation"  # absent from older checkpoints, which turned no image
 FIXED_KEYS = ("run.seed", "views.", _ORIENTATION)
 """Keys that never change within a run, whatever ``run.allow_change`` holds."""
-LATER_KEYS = {
+LATER_KEYS: dict[str, Any] = {
     "teacher.precision": "bf16",
     "momentum.precision": "bf16",
     "student.init_optimizer": False,
@@ -80,10 +80,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Turn nested groups and named entries into ``a.b`` keys; schedules stay whole."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-            value = {str(one.get("name")): one for one in value}
+        if isinstance(value, list) and value:
+            entries = cast(list[Any], value)
+            if all(isinstance(one, dict) for one in entries):
+                value = {str(one.get("name")): one for one in entries}
         if isinstance(value, dict) and "kind" not in value:
-            flat.update(flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(cast(dict[str, Any], value), f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat
