@@ -132,6 +132,7 @@ class Zero:
             for name, shape in self.shapes.items()
             if name not in self.shards
         }
+        self.has_gradients = False
         self.momentum = None
         if momentum_encoder is not None:
             self.shard_momentum(momentum_encoder, device)
@@ -158,6 +159,7 @@ class Zero:
         predictions = self.engine(images.to(self.dtype), *others)
         losses = self.objective(predictions, batch)
         self.engine.backward(losses["total"] * self.loss_scale, scale_wrt_gas=False)
+        self.has_gradients = True
         return detached(losses)
 
     def step(
@@ -178,17 +180,20 @@ class Zero:
             return Outcome(self.drop_gradients(), False, values)
         set_lr(self.optimizer, lr)
         self.engine.step()
+        self.has_gradients = False
         grad_norm = float(self.engine.get_global_grad_norm())
         return Outcome(grad_norm, self.engine.was_step_applied(), values)
 
     def discard(self) -> None:
-        """See ``Backend.discard``; only after the last micro-step of a step."""
-        self.drop_gradients()
+        """See ``Backend.discard``; where there are gradients, after the last micro-step only."""
+        if self.has_gradients:
+            self.drop_gradients()
 
     def drop_gradients(self) -> float:
         """Let DeepSpeed skip a step; returns the norm of the dropped gradients."""
         with force_skipped_steps(self.optimizer, self.stage) as norms:
             self.engine.step()
+        self.has_gradients = False
         return float(norms[0]) if norms else float("inf")
 
     def momentum_update(self, momentum: float) -> None:

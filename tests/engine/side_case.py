@@ -52,9 +52,11 @@ def run_with(recipe: Path, overrides: list[str], works: list[Callable[[Any], Non
     return log.lines
 
 
-def run_quiet_and_failing(recipe: Path, quiet: Path, failing: Path, steps: int) -> list[str]:
+def run_quiet_and_failing(
+    recipe: Path, quiet: Path, failing: Path, steps: int, backend: list[str]
+) -> list[str]:
     """Run without side tasks, then with failing ones; returns the warnings of the second run."""
-    overrides = [f"train.steps={steps}"]
+    overrides = [f"train.steps={steps}", *backend]
     run_with(recipe, [*overrides, f"run.output_dir={quiet}"], [])
     works = [
         fail(ZeroDivisionError("on all"), (0, 1)),

@@ -1,6 +1,7 @@
 """What goes wrong beside the training costs neither the run nor a bit of its weights."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,33 @@ from tests.evaluation.evaluation_case import labelled_photographs
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
+ZERO = "backend.name=deepspeed"
+DEEPSPEED = (
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+    pytest.mark.deepspeed,
+)
 
 
-def test_a_failing_side_task_is_an_incident_and_the_weights_keep_their_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "backend",
+    [
+        [],
+        pytest.param([ZERO, "backend.zero_stage=1", "backend.precision=bf16"], marks=DEEPSPEED),
+        *(
+            pytest.param(
+                [ZERO, f"backend.zero_stage={stage}"], marks=(*DEEPSPEED, pytest.mark.slow)
+            )
+            for stage in (1, 2, 3)
+        ),
+    ],
+    ids=lambda backend: "-".join(one.partition("=")[2] for one in backend) or "fsdp",
+)
+def test_a_failing_side_task_is_an_incident_and_the_weights_keep_their_bits(
+    backend: list[str], tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path)
     quiet, failing, last = tmp_path / "quiet", tmp_path / "failing", 3
-    first, second = run_ranks(2, run_quiet_and_failing, recipe, quiet, failing, last)
+    first, second = run_ranks(2, run_quiet_and_failing, recipe, quiet, failing, last, backend)
     same(quiet, failing, last)
     found = [(entry["step"], entry["why"]) for entry in incidents(failing)]
     reasons = [
