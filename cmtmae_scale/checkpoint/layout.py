@@ -365,8 +365,8 @@ def sweep(root: Path, spare: Path | None = None) -> None:
 
 def remove(path: Path) -> None:
     """Delete a folder, a link or a file; ignore errors of the store."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()

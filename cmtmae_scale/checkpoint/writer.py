@@ -112,6 +112,8 @@ class Writer:
         self.abandoned.clear()
         if self.rank and self.rank not in self.writers:
             self.saved_step = step  # as for a shard that is written
+            if not self.background:
+                self.wait()
             return True
         self.shard_done.clear()
         shapes = {key: own.shape for key, own in fragments.items()}

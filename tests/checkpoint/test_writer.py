@@ -24,7 +24,7 @@ from tests.checkpoint.save_case import (
 )
 from tests.disk import mounted
 from tests.engine.fault_case import take_over
-from tests.engine.run_case import STEPS, run_on_a_slow_store, write_recipe
+from tests.engine.run_case import STEPS, run, run_on_a_slow_store, write_recipe
 from tests.processes import run_ranks
 
 
@@ -64,6 +64,16 @@ def test_one_save_is_in_flight_and_the_backlog_is_skipped(
     assert slow.save(4, fragments(), state_of(4))
     slow.settle()
     assert [layout.step_of(folder) for folder in layout.list_checkpoints(tmp_path)] == [4, 1]
+
+
+@pytest.mark.gloo
+def test_replicas_that_write_nothing_wait_for_the_save_too(tmp_path: Path) -> None:
+    """Without a save in the background, all ranks meet at its end."""
+    overrides = ["backend.sharding=replicate", "checkpoint.background=false", "checkpoint.every=2"]
+    assert run_ranks(2, run, write_recipe(tmp_path, depth=1), overrides) == [None, None]
+    saved = layout.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [layout.step_of(folder) for folder in saved] == [6, 4, 2][: len(saved)]
+    assert len(saved) > 1 and STEPS == 6
 
 
 @pytest.mark.gloo
