@@ -41,22 +41,17 @@ def count_launch(run_dir: Path, rank: int) -> None:
 
 def increment_count(run_dir: Path) -> str:
     """Write the number of this launch; returns the problem if there were too many, else ``""``."""
-    step, count = next_launch(run_dir)
+    names = checkpoint_names(run_dir / "checkpoints")
+    record = {"checkpoints": names, "count": 1 + launches_from(run_dir, names)}
     try:
         refuse_further_launch(run_dir)
     except NoProgressError as error:
         return str(error)
     try:
-        write_atomic(run_dir / COUNT_FILE, json.dumps({"step": step, "count": count}) + "\n")
+        write_atomic(run_dir / COUNT_FILE, json.dumps(record) + "\n")
     except OSError as error:
         logger.warning("%s could not be written (%s)", run_dir / COUNT_FILE, error)
     return ""
-
-
-def next_launch(run_dir: Path) -> tuple[int, int]:
-    """Return the step of the newest checkpoint, and the number of the next launch from it."""
-    step = newest_step(run_dir / "checkpoints")
-    return step, 1 + launches_from(run_dir, step)
 
 
 def refuse_further_launch(run_dir: Path) -> None:
@@ -65,30 +60,39 @@ def refuse_further_launch(run_dir: Path) -> None:
     Raises:
         NoProgressError: names the step and the file that counts.
     """
-    step, count = next_launch(run_dir)
-    if count > LIMIT:
+    root = run_dir / "checkpoints"
+    if launches_from(run_dir, checkpoint_names(root)) >= LIMIT:
         raise NoProgressError(
-            f"{run_dir}: {LIMIT} consecutive launches ended at step {step} without a newer "
-            "checkpoint; not tried again: find the cause in the logs, lower checkpoint.every if "
-            f"the launches were merely short, then delete {run_dir / COUNT_FILE}"
+            f"{run_dir}: {LIMIT} consecutive launches ended at step {newest_step(root)} without a "
+            "new checkpoint; not tried again: find the cause in the logs, lower checkpoint.every "
+            f"if the launches were merely short, then delete {run_dir / COUNT_FILE}"
         )
 
 
 def newest_step(root: Path) -> int:
     """Return the step of the newest checkpoint that is no renamed copy, or 0; verify nothing."""
+    return next((step_of(root / name) or 0 for name in checkpoint_names(root)), 0)
+
+
+def checkpoint_names(root: Path) -> list[str]:
+    """Return the names of the checkpoints that are no renamed copies, newest first."""
+    names: list[str] = []
     for folder in list_checkpoints(root):
         with suppress(OSError, ValueError, TypeError, AttributeError):
             if find_renaming(folder) is not None:
                 continue
-        return step_of(folder) or 0
-    return 0
+        names.append(folder.name)
+    return names
 
 
-def launches_from(run_dir: Path, step: int) -> int:
-    """Return the number of consecutive launches from a step that made no progress."""
+def launches_from(run_dir: Path, names: Sequence[str]) -> int:
+    """Return the number of consecutive launches that wrote none of the present checkpoints.
+
+    A run that passes damaged checkpoints over writes before them: its newest one may not change.
+    """
     try:
         record = read_json((run_dir / COUNT_FILE).read_bytes())
-        return int(record["count"]) if int(record["step"]) == step else 0
+        return int(record["count"]) if set(names) <= set(record["checkpoints"]) else 0
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0
 

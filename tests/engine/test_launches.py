@@ -125,7 +125,7 @@ def test_a_signal_on_one_rank_before_the_first_step_is_no_crash_of_any(
         for child in children:
             child.join(60)
         assert [child.exitcode for child in children] == [75, 75]
-    assert launches_from(run_dir, 0) == 1
+    assert launches_from(run_dir, []) == 1
     record = json.loads((run_dir / "exit.json").read_text())
     assert record["code"] == 75 and "before the first step" in record["reason"]
 
@@ -135,13 +135,13 @@ def test_an_interrupted_launch_takes_back_its_own_count_alone(tmp_path: Path) ->
         for _ in range(left + 1):
             assert increment_count(tmp_path) == ""
         take_back_launch(tmp_path)
-        assert launches_from(tmp_path, 0) == left
+        assert launches_from(tmp_path, []) == left
         reset_launch_count(tmp_path)
     take_back_launch(tmp_path)
-    for damaged in ("[]", '{"step": 0, "count": 1e999}', "[" * 99999):
+    for damaged in ("[]", '{"checkpoints": [], "count": 1e999}', "[" * 99999):
         (tmp_path / COUNT_FILE).write_text(damaged)
         take_back_launch(tmp_path)  # a damaged count is left to the next launch
-        assert launches_from(tmp_path, 0) == 0
+        assert launches_from(tmp_path, []) == 0
         (tmp_path / EXIT_FILE).write_text(damaged.replace("count", "code"))
         assert read_finished(tmp_path) is None
 
@@ -159,7 +159,21 @@ def test_a_newer_checkpoint_begins_the_count_anew(tmp_path: Path) -> None:
     assert increment_count(tmp_path) == ""
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": "x", "count": 9}'])
+def test_checkpoints_before_a_damaged_one_are_progress(tmp_path: Path) -> None:
+    """The run resumes before the damaged one, and its newest step does not change."""
+    root = tmp_path / "checkpoints"
+    for step in (9, 15):
+        save(root, step)
+    for step in (10, 11, 12, 13, 14):
+        assert increment_count(tmp_path) == ""  # and is killed after its save
+        save(root, step)
+    assert [increment_count(tmp_path) for _ in range(3)] == [""] * 3
+    assert "ended at step 15 without a new checkpoint" in increment_count(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"checkpoints": 3, "count": 9}', '{"step": 0, "count": 9}']
+)
 def test_a_damaged_count_refuses_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / COUNT_FILE).write_text(text)
     assert increment_count(tmp_path) == ""
