@@ -158,9 +158,14 @@ class Tracker:
         """Do nothing: trackers keep the records after a step, beside those of its repetition."""
 
     def request_end(self, is_complete: bool) -> None:
-        """Queue the last entry; where there is no room, ``end`` does without."""
-        with suppress(queue.Full):
-            self.entries.put_nowait({"call": "close", "is_complete": is_complete})
+        """Queue the last entry; where there is no room, in the place of another, which is lost."""
+        while not self.is_over:
+            try:
+                return self.entries.put_nowait({"call": "close", "is_complete": is_complete})
+            except queue.Full:
+                with suppress(queue.Empty):
+                    self.entries.get_nowait()
+                    self.fail(f"more than {QUEUED} entries wait for it")
 
     def end(self, deadline: float) -> None:
         """Wait for the last entry until a deadline; a process that has not ended by then is killed.

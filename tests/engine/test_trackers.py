@@ -121,6 +121,18 @@ def test_a_tracker_that_hangs_or_ends_delays_nothing(
     assert lost["lost_entries"] >= 8 - 4
 
 
+def test_a_queue_that_is_full_at_the_end_does_not_hold_up_the_end(
+    fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library drains it in time, and must still meet a last entry."""
+    calls = fake("time.sleep(1.0) if name == 'init' else None")
+    monkeypatch.setattr(trackers, "QUEUED", 4)
+    failed, lost = record_steps(tmp_path / "run", 9)
+    assert failed["why"].startswith("trackio: more than 4 entries wait for it")
+    assert lost["lost_entries"] >= 9 - 4 + 1
+    assert json.loads(calls.read_text().splitlines()[-1]) == ["finish", None]
+
+
 def test_a_process_that_dies_is_a_failure(fake, tmp_path: Path) -> None:
     fake("os._exit(3) if name == 'log' and what == 2 else None")
     failed, lost = record_steps(tmp_path / "run", 9)
