@@ -87,7 +87,7 @@ class StopRequest:
         now = time.monotonic()
         if now >= self.next_look:
             self.next_look = now + LOOK_S
-            if self.file.exists():
+            if os.path.exists(self.file):  # False where the store fails, unlike Path.exists
                 return STOP_FILE_REASON
         gone = find_dead_launcher(self.launchers)
         if gone is not None:

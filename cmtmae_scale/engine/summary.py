@@ -142,7 +142,7 @@ def log_result(config: Trained, task: str, progress: Progress) -> None:
     for step, shown in sorted(results.items()):
         logger.info("evaluation at step %d: %s", step, ", ".join(shown))
     folder = folder_of(run_dir / "checkpoints", progress.step)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False where the store fails
         logger.info("checkpoint: %s; weights under timm's names: %s", folder, folder / ENCODER)
     commands = [command_line("report", run_dir)]
     if task == "pre-training":

@@ -1,5 +1,6 @@
 """Ways to be stopped: signals at any moment on any rank, time limits, the launcher's death."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,9 +78,25 @@ def test_a_clock_that_is_wrong_ends_no_run(off_s: int, caplog: pytest.LogCapture
     assert "waiting for SLURM's signal" in caplog.text
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+def test_a_store_that_fails_is_no_request(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, stat = StopRequest(tmp_path), os.stat
+
+    def refuse(path: Any, *rest: Any, **options: Any) -> os.stat_result:
+        if str(path) == str(tmp_path / "STOP"):
+            raise OSError(number, os.strerror(number))
+        return stat(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert request.find_request() is None
+
+
 CHILD = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from cmtmae_scale.engine.stop import StopRequest
 
 request = StopRequest(Path(sys.argv[1]))
