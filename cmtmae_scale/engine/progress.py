@@ -67,20 +67,20 @@ def fresh_progress(steps: int, global_batch_size: int) -> Progress:
 
 
 def resumed_progress(
-    saved: dict[str, Any], steps: int, global_batch_size: int, changed: bool
+    saved: dict[str, Any], left: int, global_batch_size: int, changed: bool
 ) -> Progress:
     """Return the progress to continue from.
 
     Args:
         saved: what ``to_dict`` returned.
-        steps: last step under the present config.
+        left: steps that are left under the present config; those of ``saved`` count where nothing
+            has changed.
         global_batch_size: views per step under the present config.
         changed: a key outside the free ones differs: positions count anew from here.
     """
     progress = Progress.from_dict(saved)
     if changed:
         progress.step0, progress.position0 = progress.step, progress.position
-        progress.end_step = max(steps, progress.step)
-        remaining = (progress.end_step - progress.step) * global_batch_size
-        progress.horizon = max(progress.position + remaining, 1)
+        progress.end_step = progress.step + left
+        progress.horizon = max(progress.position + left * global_batch_size, 1)
     return progress

@@ -1,6 +1,7 @@
 """Whether a run may resume a checkpoint under the present config, and from where."""
 
 import logging
+import math
 from typing import Any
 
 from cmtmae_scale.config.changes import (
@@ -35,13 +36,35 @@ def find_progress(
     Raises:
         ConfigError: if the checkpoint is of another task, or a setting must not change.
     """
-    steps = total_steps(config, len(index))
+    batch = config.train.global_batch_size
     if saved is None:
-        return fresh_progress(steps, config.train.global_batch_size)
+        return fresh_progress(total_steps(config, len(index)), batch)
     changes = compare_run(config, task.name, task.free_keys, saved, index.digest)
     for change in changes:
         logger.warning("allowed change: %s", change)
-    return resumed_progress(saved["progress"], steps, config.train.global_batch_size, bool(changes))
+    left = steps_left(config, len(index), saved)
+    return resumed_progress(saved["progress"], left, batch, bool(changes))
+
+
+def steps_left(config: Trained, num_images: int, saved: dict[str, Any]) -> int:
+    """Return the steps from a checkpoint to the end of the run, under the present config.
+
+    A length in epochs is a number of views: those that are left take fewer steps of a larger batch.
+
+    Args:
+        config: checked settings.
+        num_images: of the index.
+        saved: state of the checkpoint.
+    """
+    progress, length = Progress.from_dict(saved["progress"]), config.train
+    if length.steps is not None or length.epochs is None:
+        return max(total_steps(config, num_images) - progress.step, 0)
+    before = saved["config"]["train"].get("epochs")
+    if before is None:
+        views = length.epochs * num_images - progress.position
+    else:  # the horizon has moved with every roll-back
+        views = progress.horizon - progress.position + (length.epochs - before) * num_images
+    return max(math.ceil(views / length.global_batch_size), 0)
 
 
 def compare_run(

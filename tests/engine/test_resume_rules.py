@@ -11,7 +11,7 @@ from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.engine.progress import resumed_progress
-from cmtmae_scale.engine.resume import compare_run, refuse_other_pairs
+from cmtmae_scale.engine.resume import compare_run, refuse_other_pairs, steps_left
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.pretraining.task import Pretraining
 from tests.engine.run_case import STEPS, resume_each, write_recipe
@@ -134,12 +134,47 @@ def test_a_permission_that_would_have_no_effect_is_refused(name: str, hint: str)
 def test_positions_count_anew_from_an_allowed_change() -> None:
     saved = {"step": 4, "position": 32, "step0": 0, "position0": 0, "applied": 4}
     saved |= {"end_step": 10, "horizon": 80}
-    same = resumed_progress(saved, 10, 8, changed=False)
+    same = resumed_progress(saved, 3, 8, changed=False)
     assert same.to_dict() == saved
-    other = resumed_progress(saved, 10, 16, changed=True)
+    other = resumed_progress(saved, 6, 16, changed=True)
     assert (other.step0, other.position0, other.horizon) == (4, 32, 32 + 6 * 16)
     other.advance(16, applied=True)
     assert (other.step, other.position) == (5, 48)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ({"epochs": 10.0}, {"epochs": 10.0}, 400),
+        ({"epochs": 10.0}, {"epochs": 10.0, "global_batch_size": 512}, 200),
+        ({"epochs": 10.0}, {"epochs": 10.0, "global_batch_size": 1024}, 100),
+        ({"epochs": 10.0}, {"epochs": 10.0, "global_batch_size": 128}, 800),
+        ({"epochs": 10.0}, {"epochs": 12.5}, 650),
+        ({"epochs": 10.0}, {"epochs": 5.0}, 0),
+        ({"epochs": 10.0}, {"steps": 700, "global_batch_size": 512}, 100),
+        ({"steps": 1000}, {"epochs": 8.0}, 200),
+        ({"steps": 1000}, {"steps": 500}, 0),
+    ],
+)
+@pytest.mark.parametrize("rolled_back", [0, 50])
+def test_the_steps_that_are_left_keep_the_length_of_the_run(
+    before: dict[str, Any], now: dict[str, Any], expected: int, rolled_back: int
+) -> None:
+    """At step 600 of 1,000 steps of 256, an epoch of 25,600 images; some views were drawn twice."""
+    config = load_config(ROOT / "configs" / "vit_base.yaml")
+    defaults = {"epochs": None, "steps": None, "global_batch_size": 256}
+    for key, value in (defaults | now).items():
+        setattr(config.train, key, value)
+    drawn = (600 + rolled_back) * 256
+    progress = resumed_progress(
+        {"step": 600, "position": drawn, "step0": 0, "position0": 0, "applied": 600}
+        | {"end_step": 1000, "horizon": drawn + 400 * 256},
+        *(0, 256, False),
+    )
+    saved = {"progress": progress.to_dict(), "config": {"train": defaults | before}}
+    if "steps" in before and "epochs" in now:  # there the views drawn count
+        expected -= rolled_back
+    assert steps_left(config, 25_600, saved) == expected
 
 
 @pytest.mark.parametrize("key", ["student.arch", "student.width", "decoder.width"])
