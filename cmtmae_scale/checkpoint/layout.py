@@ -291,6 +291,21 @@ def find_type_problems(state: dict[str, Any]) -> Iterator[str]:
             values = tree.get(name)
             if not isinstance(values, list) or not all(map(is_finite, values)):
                 yield f"{group}.{name}={shorten(values)} is not a list of finite numbers"
+    interval = state.get("log_interval", {"sums": {}, "counts": {}})  # earlier versions had none
+    if not is_interval(interval):
+        yield f"log_interval={shorten(interval)} is not sums and counts by name"
+
+
+def is_interval(value: object) -> bool:
+    """Return whether a JSON value has finite sums, and as many counts of 1 or more."""
+    if not isinstance(value, dict):
+        return False
+    sums, counts = value.get("sums"), value.get("counts")
+    if not isinstance(sums, dict) or not isinstance(counts, dict) or sums.keys() != counts.keys():
+        return False
+    return all(map(is_finite, sums.values())) and all(
+        is_count(count) and count for count in counts.values()
+    )
 
 
 def is_count(value: object) -> bool:

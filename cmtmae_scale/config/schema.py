@@ -556,7 +556,7 @@ class Guard:
     after which the run rolls back to its newest checkpoint and continues with later data; 0: the
     first such step ends the run."""
     rollback_limit: int = non_negative(2)
-    """Number of times that the run rolls back to the same checkpoint before it ends."""
+    """Number of times that a launch rolls back to the same checkpoint before the run ends."""
     spike_factor: float | None = positive(None)
     """A loss above median + factor x spread of the last 128 steps counts as a spike; the spread is
     1.4826 x the median distance from the median, at least 1 % of the median. ``None``: only steps

@@ -105,6 +105,8 @@ def build_run(
     if world.rank == 0 and config.log.profile_steps:
         profile = StepProfile(run_dir, config.log.profile_steps, device)
         stack.callback(profile.close)
+    if telemetry is not None and saved is not None:
+        telemetry.restore(saved.get("log_interval"))
     if telemetry is not None:
         progress_file = ProgressFile(run_dir)
         stack.callback(telemetry.close)

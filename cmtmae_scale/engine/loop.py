@@ -79,7 +79,7 @@ def train(run: Run) -> str | None:
             record_step(run, step, scalars)
         else:
             refusal = step.refusal
-            skip_step(run, refusal)
+            skip_step(run, step, refusal)
         report_stragglers(run, step.own_s)
         publish_progress(run)
         requested = step.report["stop"] > 0
@@ -184,7 +184,7 @@ def mean_loss(names: tuple[str, ...], sums: list[float]) -> float:
     return report["loss/total"] / max(report["valid_rows"], 1.0)
 
 
-def skip_step(run: Run, refusal: str) -> None:
+def skip_step(run: Run, step: Step, refusal: str) -> None:
     """Count a step that changed nothing; after too many in succession, roll back.
 
     Raises:
@@ -194,6 +194,7 @@ def skip_step(run: Run, refusal: str) -> None:
     if run.config.guard.skip_limit:
         run.progress.advance(run.plan.global_batch_size, applied=False)
         run.record_incident("step skipped", refusal, in_succession=run.skips.in_succession)
+        record_values(run, step, {})
     if too_many:
         run.place.enter("save", run.progress.step)
         roll_back(run, refusal)
@@ -218,9 +219,14 @@ def record_step(run: Run, step: Step, scalars: Scalars) -> None:
     }
     values |= {"grad_norm": report["grad_norm"], "valid_rows": report["valid_rows"]}
     values |= {name: value for name, value in vars(scalars).items() if value is not None}
-    run.telemetry.record(
-        run.progress.step, values, run.plan.global_batch_size, step.waited_s, run.progress.position
-    )
+    record_values(run, step, values)
+
+
+def record_values(run: Run, step: Step, values: dict[str, float]) -> None:
+    """Log the values of a finished step; a skipped step has none."""
+    if run.telemetry is not None:
+        batch, progress = run.plan.global_batch_size, run.progress
+        run.telemetry.record(progress.step, values, batch, step.waited_s, progress.position)
 
 
 def end_profiled_step(run: Run, profile: StepProfile, number: int) -> None:

@@ -19,8 +19,9 @@ JUMP = 0.05
 class Skips:
     """Counts skipped steps, and bounds the loss.
 
-    Its inputs are sums over all ranks, so every rank decides alike. Checkpoints hold its state, so
-    a resumed run decides like the undisturbed run.
+    Its inputs are sums over all ranks, so every rank decides alike. Checkpoints hold the losses and
+    the skipped steps in succession, so a resumed run decides like the undisturbed run; roll-backs
+    are counted within a launch.
 
     Args:
         settings: group ``guard``.

@@ -182,6 +182,7 @@ class Run:
             "task": self.task.name,
             "progress": self.progress.to_dict(),
             "skips": self.skips.to_dict(),
+            **({} if self.telemetry is None else {"log_interval": self.telemetry.open_interval()}),
             **self.saved_facts,
             **self.task.saved_state(),
         }

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from cmtmae_scale.checkpoint.layout import is_finite
 from cmtmae_scale.engine.sinks import LOG_FILE, TENSORBOARD, JsonLines, Sink, TensorBoard
 from cmtmae_scale.engine.trackers import FAILED, LOST, Tracker, close_trackers
 from cmtmae_scale.runtime.storage import atomic_path, optional_write
@@ -91,6 +92,19 @@ class Telemetry:
         self.waited_s = 0.0
         self.since = time.monotonic()
 
+    def open_interval(self) -> dict[str, Any]:
+        """Return the finite values since the last entry, which a checkpoint holds."""
+        sums = {name: total for name, total in self.sums.items() if is_finite(total)}
+        return {"sums": sums, "counts": {name: self.counts[name] for name in sums}}
+
+    def restore(self, saved: dict[str, Any] | None) -> None:
+        """Continue the interval that ``open_interval`` returned; rates are of this launch alone.
+
+        ``None``: the checkpoint of an earlier version.
+        """
+        if saved is not None:
+            self.sums, self.counts = dict(saved["sums"]), dict(saved["counts"])
+
     def record(
         self, step: int, values: dict[str, float], views: int, waited_s: float, position: int
     ) -> None:
@@ -99,6 +113,7 @@ class Telemetry:
         Args:
             step: number of the finished step, from 1.
             values: scalars; their mean over the steps of the interval that have them is written.
+                A skipped step has none.
             views: views of the step, over all ranks.
             waited_s: seconds in which this rank waited for data.
             position: views drawn in the whole run, over all ranks.

@@ -25,6 +25,7 @@ STATE = {
     "task": "pre-training",
     "progress": dict.fromkeys(COUNTS, 3),
     "skips": {"losses": [], "scheduled": [], "in_succession": 0},
+    "log_interval": {"sums": {"a": 1.5}, "counts": {"a": 2}},
     "config": {},
     "index_digest": "",
     "world_size": 1,

@@ -183,6 +183,9 @@ WRONG: list[tuple[str, str | None, object]] = [
     *(("skips", "losses", value) for value in (None, 3, ["a"], [float("nan")], [10**400])),
     ("skips", "scheduled", {}),
     ("skips", "in_succession", None),
+    *(("log_interval", None, value) for value in (None, [], {}, {"sums": {}, "counts": {"a": 1}})),
+    *(("log_interval", "sums", {"a": value}) for value in (None, "1", float("nan"), 10**400)),
+    *(("log_interval", "counts", {"a": value}) for value in (None, 0, -1, 1.5, True)),
 ]
 
 

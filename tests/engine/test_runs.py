@@ -55,6 +55,19 @@ def test_stopping_and_going_on_is_bit_identical(
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
 
 
+def test_an_interval_of_the_log_is_whole_after_a_stop_within_it(
+    recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
+) -> None:
+    where = [f"run.output_dir={tmp_path / 'run'}", "log.every=4"]
+    run_ranks(1, run_twice, recipe, [*where, "train.stop_after=3"], where)
+    losses = {entry["step"]: entry["loss/total"] for entry in log(undisturbed[1])}
+    found = {one["step"]: one["loss/total"] for one in log(tmp_path / "run") if "loss/total" in one}
+    assert found == {
+        last: pytest.approx(sum(losses[step] for step in steps) / len(steps), rel=1e-6)
+        for last, steps in ((4, (1, 2, 3, 4)), (6, (5, 6)))
+    }
+
+
 def test_other_world_sizes_continue_the_same_run(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """Log lines are for reading: progress, remaining time, and the values that a run has."""
 
+import json
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +35,40 @@ def test_a_line_has_progress_remaining_time_and_the_terms_of_the_run(
     assert second.startswith("step 120/200  7.68k views  ETA 01:20  loss")
     assert third.startswith("step 130/200  8.32k views  ETA 01:10  loss")
     assert evaluation == "step 130/200  8.32k views  ETA 01:10  eval/knn10 0.5000"
+
+
+def entries_of(run_dir: Path) -> list[tuple[int, float | None]]:
+    lines = (run_dir / "log.jsonl").read_text().splitlines()
+    return [(one["step"], one.get("loss/total")) for one in map(json.loads, lines)]
+
+
+def record(telemetry: Telemetry, step: int, loss: float | None) -> None:
+    telemetry.record(step, {} if loss is None else {"loss/total": loss}, 8, 0.0, 8 * step)
+
+
+def test_a_skipped_step_ends_an_interval_too(tmp_path: Path) -> None:
+    telemetry = Telemetry(tmp_path, 0, 6, 2)
+    for step, loss in enumerate((1.0, None, 3.0, 5.0, 7.0, None), 1):
+        record(telemetry, step, loss)
+    telemetry.close()
+    assert entries_of(tmp_path) == [(2, 1.0), (4, 4.0), (6, 7.0)]
+
+
+def test_a_launch_continues_the_interval_of_its_checkpoint(tmp_path: Path) -> None:
+    first = Telemetry(tmp_path, 0, 8, 4)
+    for step in (1, 2):
+        first.record(step, {"loss/total": 2.0, "odd": math.nan}, 8, 0.0, 8 * step)
+    state = first.open_interval()
+    record(first, 3, 100.0)  # after the checkpoint
+    first.close()
+    assert state == {"sums": {"loss/total": 4.0}, "counts": {"loss/total": 2}}
+    second = Telemetry(tmp_path, 2, 8, 4)
+    second.restore(json.loads(json.dumps(state)))
+    for step in range(3, 9):
+        record(second, step, 4.0)
+    second.close()
+    assert entries_of(tmp_path) == [(4, 3.0), (8, 4.0)]
+    second.restore(None)  # a checkpoint of an earlier version
 
 
 def test_numbers_keep_their_digits() -> None:
