@@ -402,7 +402,8 @@ def map_agreement(a: Tensor, b: Tensor, kind: str = "rank") -> Tensor:
         ValueError: for an unknown kind.
     """
     if kind == "rank":
-        first, second = (ascending_rank(sanitise(x)).float() for x in (a, b))
+        finite = (torch.nan_to_num(x.float(), nan=0.0, posinf=0.0, neginf=0.0) for x in (a, b))
+        first, second = (ascending_rank(x).float() for x in finite)
         first, second = (x - (x.shape[-1] - 1) / 2.0 for x in (first, second))
     elif kind == "cosine":
         first, second = sanitise(a), sanitise(b)

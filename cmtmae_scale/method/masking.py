@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.config.schema import Mask
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.attention import ascending_rank, normalise_map
 
 SAMPLERS = (
@@ -26,6 +27,8 @@ SAMPLERS = (
     "reveal_salient",
     "reveal_salient_topk",
 )
+WEIGHTED_SAMPLERS = ("hide_salient_sample", "reveal_salient")
+"""Those that draw by weights."""
 LARGEST_KEY = 1e30
 HINT_KEY = 2e30
 """Above every sanitised key."""
@@ -118,6 +121,38 @@ def token_counts(length: int, ratio: float, throw_ratio: float = 0.0) -> tuple[i
             "are needed"
         )
     return keep, hidden, thrown
+
+
+def grid_counts(mask: Mask, length: int) -> tuple[int, int, int]:
+    """Return the token counts of a config on a grid of N patches, which the mask must fit.
+
+    Args:
+        mask: the config's group.
+        length: N.
+
+    Returns:
+        See ``token_counts``.
+
+    Raises:
+        ConfigError: names the key that does not fit N patches.
+    """
+    try:
+        counts = token_counts(length, mask.ratio, mask.throw_ratio)
+    except ValueError as error:
+        raise ConfigError(f"mask.ratio, mask.throw_ratio: {error}") from error
+    hints, pool = (round(share * length) for share in (mask.hint_fraction, mask.hint_pool))
+    if mask.hint_fraction > 0 and not 1 <= hints <= min(counts[0], pool):
+        raise ConfigError(
+            f"mask.hint_fraction={mask.hint_fraction} of {length} patches is {hints} hints; at "
+            f"least 1, and at most {min(counts[0], pool)} fit {counts[0]} visible patches and a "
+            f"pool of {pool} (mask.hint_pool={mask.hint_pool})"
+        )
+    if mask.sampler in WEIGHTED_SAMPLERS and mask.floor * length >= 1:
+        raise ConfigError(
+            f"mask.floor={mask.floor}: with {length} patches it must be below 1/{length} = "
+            f"{1 / length:.3g}, since the patches' weights sum to 1"
+        )
+    return counts
 
 
 class PatchChoice(NamedTuple):
@@ -254,6 +289,8 @@ def sampler_key(
     if not temperature > 0.0:
         raise ValueError(f"temperature={temperature} must be above 0")
     length = saliency.shape[1]
+    if not floor * length < 1.0:
+        raise ValueError(f"floor={floor} must be below 1/{length}: the weights sum to 1")
     weight = (1.0 - floor * length) * normalise_map(saliency, "prob") + floor
     gumbel = -torch.log(-torch.log(noise))
     drawn = torch.log(weight) / temperature + gumbel

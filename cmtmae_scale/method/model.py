@@ -14,7 +14,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.decoder import Heads, build_decoder
-from cmtmae_scale.method.masking import PatchChoice, token_counts
+from cmtmae_scale.method.masking import PatchChoice, grid_counts
 from cmtmae_scale.method.student import Student
 from cmtmae_scale.method.targets import Predictions, TokenLayout
 
@@ -48,7 +48,7 @@ class CollaborativeMAE(nn.Module):
             )
         self.encoder = build_student(config)
         rows, columns = self.encoder.grid
-        counts = token_counts(rows * columns, config.mask.ratio, config.mask.throw_ratio)
+        counts = grid_counts(config.mask, rows * columns)
         layout = TokenLayout.from_config(config, *counts)
         if not set(terms) - {"pixel"}:
             layout = layout.without_cls()  # pixels have no class token

@@ -37,7 +37,7 @@ from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.float8 import use_float8, warn_about_emulation
 from cmtmae_scale.method.initialisation import Values, initial_values
-from cmtmae_scale.method.masking import token_counts
+from cmtmae_scale.method.masking import grid_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import (
@@ -95,7 +95,7 @@ def build_models(
     elif not resumed:
         values = find_initial_values(config, world, model)
     length = grid_length(model)
-    counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
+    counts = grid_counts(config.mask, length)
     layout = TokenLayout.from_config(config, *counts)
     backend = make_backend(
         config,
@@ -281,7 +281,8 @@ def refuse_missing_cls(config: Config, teachers: Mapping[str, TeacherSource]) ->
     configs = teacher_configs(config)
     for name, source in teachers.items():
         alone = configs[name]
-        targets = alone.loss.include_cls and needs(alone).teacher_features
+        loss = alone.loss
+        targets = loss.include_cls and loss.tokens != "masked" and needs(alone).teacher_features
         if targets and not source.has_cls:
             with entry_errors(name):
                 raise ConfigError(

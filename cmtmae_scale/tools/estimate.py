@@ -29,7 +29,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.build import build_student
-from cmtmae_scale.method.masking import PatchChoice, token_counts
+from cmtmae_scale.method.masking import PatchChoice, grid_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import MomentumEncoder
 from cmtmae_scale.method.targets import Predictions, TokenLayout
@@ -86,7 +86,7 @@ def count_flops(config: Config, networks: MetaNetworks) -> ViewFlops:
     model, momentum, _ = networks
     size = config.views.image_size
     height, width = model.encoder.grid
-    counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
+    counts = grid_counts(config.mask, height * width)
     rows = config.mask.masks_per_view
     choice = PatchChoice(*(torch.zeros(rows, n, dtype=torch.int64, device="meta") for n in counts))
     images = torch.empty(1, 3, size, size, device="meta")
@@ -271,7 +271,7 @@ def make_synthetic_work(
 ) -> tuple[SyntheticWork, Objective]:
     """Return views of zeros on the CPU, and the loss against targets of ones."""
     size, (height, width) = config.views.image_size, model.encoder.grid
-    counts = token_counts(height * width, config.mask.ratio, config.mask.throw_ratio)
+    counts = grid_counts(config.mask, height * width)
     rows = views * config.mask.masks_per_view
     choice = PatchChoice(*(torch.zeros(rows, n, dtype=torch.int64) for n in counts))
     images = torch.zeros(views, 3, size, size, dtype=compute_dtype(config))

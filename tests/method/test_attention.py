@@ -204,6 +204,9 @@ def test_agreement_and_visible_mass():
     assert float(map_agreement(TEACHER, STUDENT)) == pytest.approx(-1.0)
     assert float(map_agreement(TEACHER, TEACHER**2)) == pytest.approx(1.0)
     assert float(map_agreement(TEACHER, TEACHER * 3, "cosine")) == pytest.approx(1.0)
+    shifted = TEACHER - TEACHER.mean()  # zscore: half of the patches are negative
+    assert float(map_agreement(TEACHER, shifted)) == pytest.approx(1.0)
+    assert float(map_agreement(-shifted, TEACHER)) == pytest.approx(-1.0)
     both = torch.cat([TEACHER, STUDENT])
     assert float(map_agreement(both, TEACHER.expand(2, -1))) == pytest.approx(0.0, abs=1e-6)
     keep = torch.tensor([[0, 3], [0, 1], [2, 3], [0, 1]])  # two masks a view

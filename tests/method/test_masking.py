@@ -1,16 +1,19 @@
 """Masks against plain references and numbers known by hand."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from cmtmae_scale.config.schema import Mask
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.attention import collaborative_attention, visible_mass
 from cmtmae_scale.method.masking import (
     SAMPLERS,
     PatchChoice,
     choose_masks,
+    grid_counts,
     hash_uniform,
     select_patches,
     token_counts,
@@ -282,12 +285,48 @@ def test_mask_prob_exempts_rows_with_the_second_draw():
         ),
         ({"sampler": "hide_salient_mix", "salient_frac": 1.5}, "salient_frac=1.5"),
         ({"sampler": "reveal_salient", "temperature": 0.0}, "temperature=0.0"),
+        ({"sampler": "reveal_salient", "floor": 0.05}, "floor=0.05 must be below 1/20"),
+        ({"sampler": "hide_salient_sample", "floor": math.nan}, "floor=nan must be below"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):
     arguments = {"attention": torch.rand(2, 20), "num_keep": 5} | options
     with pytest.raises(ValueError, match=message):
         select_patches(arguments.pop("attention"), noise_for(2, 20), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ratio": 0.999}, "mask.ratio, mask.throw_ratio: 196 patches with ratio=0.999"),
+        ({"ratio": 0.001, "throw_ratio": 0.5}, "0 masked"),
+        ({"ratio": 0.746, "hint_fraction": 0.254, "hint_pool": 0.5}, "is 50 hints; .* 49 visible"),
+        ({"hint_fraction": 0.002}, "mask.hint_fraction=0.002 of 196 patches is 0 hints"),
+        ({"hint_fraction": 0.1, "hint_pool": 0.098}, "a pool of 19"),
+        ({"floor": 0.0052}, "mask.floor=0.0052: with 196 patches it must be below 1/196 = 0.0051"),
+        ({"floor": 1.0, "sampler": "hide_salient_sample"}, "mask.floor=1.0"),
+    ],
+)
+def test_a_mask_that_does_not_fit_the_grid_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        grid_counts(Mask(**changes), 196)
+
+
+def test_a_mask_that_fits_the_grid_has_its_counts():
+    assert grid_counts(Mask(hint_fraction=0.01, floor=0.005), 196) == token_counts(196, 0.75)
+    assert grid_counts(Mask(sampler="hide_salient", floor=1.0), 196) == (49, 147, 0)
+
+
+@pytest.mark.parametrize("sampler", ["reveal_salient", "hide_salient_sample"])
+def test_the_largest_floor_keeps_the_direction(sampler):
+    """Of the salient patches more are visible, or fewer, than of the others."""
+    attention = torch.linspace(0.1, 1.0, 20).expand(4000, -1)
+    floor = 0.9 / 20
+    choice = select_patches(
+        attention, noise_for(4000, 20), sampler=sampler, num_keep=5, floor=floor
+    )
+    mass = float(visible_mass(attention, choice.ids_keep))
+    assert mass > 0.252 if sampler == "reveal_salient" else mass < 0.248
 
 
 def full_settings(**changes) -> Mask:

@@ -12,7 +12,7 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.initialisation import initialise
-from cmtmae_scale.method.masking import PatchChoice, choose_masks, token_counts
+from cmtmae_scale.method.masking import PatchChoice, choose_masks, grid_counts
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.targets import RUNNING_NORMS, TokenLayout, objective
 from cmtmae_scale.pretraining.channels import RunningChannels
@@ -73,9 +73,7 @@ def measure_codecs(
     initialise(model, config.run.seed)
     model.to(device)
     length = model.encoder.grid[0] * model.encoder.grid[1]
-    layout = TokenLayout.from_config(
-        config, *token_counts(length, config.mask.ratio, config.mask.throw_ratio)
-    )
+    layout = TokenLayout.from_config(config, *grid_counts(config.mask, length))
     calibration = Calibration(*(one.to(device) for one in calibration))
     bare = Calibration(torch.zeros_like(calibration.mean), torch.ones_like(calibration.std))
     stores: dict[str, Callable[[Tensor], Tensor]] = {

@@ -27,7 +27,7 @@ from cmtmae_scale.config.derive import needs, online_fraction
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.attention import attention_of_a_gpu
-from cmtmae_scale.method.masking import token_counts
+from cmtmae_scale.method.masking import grid_counts
 from cmtmae_scale.method.momentum import update_momentum
 from cmtmae_scale.method.targets import TokenLayout
 from cmtmae_scale.pretraining.build import make_objective
@@ -363,7 +363,7 @@ def record_prepare(config: Config, networks: MetaNetworks, recorder: Recorder) -
     }
     encoder = networks.model.encoder
     length = encoder.grid[0] * encoder.grid[1]
-    counts = token_counts(length, config.mask.ratio, config.mask.throw_ratio)
+    counts = grid_counts(config.mask, length)
     models = Models(
         teachers,
         cast(Backend, RecordedBackend(networks.momentum, recorder, compute_dtype(config))),
