@@ -5,6 +5,7 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -361,7 +362,13 @@ def total_steps(config: Trained, num_images: int) -> int:
         return config.train.steps
     if config.train.epochs is None:
         raise ConfigError("train.epochs and train.steps are both missing; give one of them")
-    return max(1, math.ceil(config.train.epochs * num_images / config.train.global_batch_size))
+    views = exact(config.train.epochs) * num_images
+    return max(1, math.ceil(views / config.train.global_batch_size))
+
+
+def exact(number: float) -> Fraction:
+    """Return a number as it is written: 1.1 epochs of 1,000 images are 1,100 views, not 1,101."""
+    return Fraction(str(number))
 
 
 def find_length_problem(config: Trained, num_images: int) -> str | None:

@@ -11,7 +11,7 @@ from cmtmae_scale.config.changes import (
     flatten,
     format_names,
 )
-from cmtmae_scale.config.derive import BatchPlan, pairs_views, split_batch, total_steps
+from cmtmae_scale.config.derive import BatchPlan, exact, pairs_views, split_batch, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress, fresh_progress, resumed_progress
@@ -61,9 +61,10 @@ def steps_left(config: Trained, num_images: int, saved: dict[str, Any]) -> int:
         return max(total_steps(config, num_images) - progress.step, 0)
     before = saved["config"]["train"].get("epochs")
     if before is None:
-        views = length.epochs * num_images - progress.position
+        views = exact(length.epochs) * num_images - progress.position
     else:  # the horizon has moved with every roll-back
-        views = progress.horizon - progress.position + (length.epochs - before) * num_images
+        more = (exact(length.epochs) - exact(before)) * num_images
+        views = progress.horizon - progress.position + more
     return max(math.ceil(views / length.global_batch_size), 0)
 
 

@@ -109,6 +109,21 @@ def test_steps_follow_from_epochs() -> None:
     assert total_steps(config, 1) == 3
 
 
+@pytest.mark.parametrize(
+    ("epochs", "images", "batch", "steps"),
+    [
+        *((1.1, 100_000, 1000, 110), (2.2, 100_000, 1000, 220), (1.1, 50_000, 100, 550)),
+        *((1.1, 1001, 1000, 2), (1e-9, 10, 4, 1), (300.0, 1_281_167, 4096, 93_836)),
+    ],
+)
+def test_a_fraction_of_an_epoch_is_taken_as_it_is_written(
+    epochs: float, images: int, batch: int, steps: int
+) -> None:
+    config = settled()
+    config.train.epochs, config.train.global_batch_size = epochs, batch
+    assert total_steps(config, images) == steps
+
+
 def test_a_batch_or_a_length_that_the_images_cannot_fill_is_a_problem() -> None:
     config = settled()
     config.train.global_batch_size, config.train.epochs, config.train.steps = 4096, 400, None
