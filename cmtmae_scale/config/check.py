@@ -152,6 +152,11 @@ def check_schedules(config: Config) -> Iterator[str]:
             yield (
                 f"{key}.switch belongs to two_stage schedules, which need it; found {schedule.kind}"
             )
+        if schedule.kind in ("constant", "two_stage") and (schedule.u0, schedule.u1) != (0, 1):
+            yield (
+                f"{key}.u0={schedule.u0} and {key}.u1={schedule.u1} are the ends of linear and "
+                f"cosine schedules; found {schedule.kind}"
+            )
         if not schedule.u0 < schedule.u1:
             yield f"{key}.u0={schedule.u0} must be below {key}.u1={schedule.u1}"
 
@@ -277,16 +282,17 @@ def check_losses(config: Config) -> Iterator[str]:
 
 
 def check_scale(name: str, norm: str, loss_type: str) -> Iterator[str]:
-    """A target's norm gives it a scale where the loss needs one."""
-    if loss_type != "cosine" and norm in ("center", "none"):
+    """A target's norm gives its elements a mean square of about 1 where the loss needs a scale."""
+    if loss_type != "cosine" and norm in ("center", "none", "l2"):
+        why = "has a mean square of 1/F over F channels" if norm == "l2" else "has no scale"
         yield (
-            f"target.{name}.norm={norm} with loss.type={loss_type} has no scale; use ln, l2, "
-            "instance or channel"
+            f"target.{name}.norm={norm} with loss.type={loss_type} {why}; use ln, instance or "
+            "channel, or loss.type=cosine"
         )
 
 
 def check_teachers(config: Config) -> Iterator[str]:
-    """Several teachers: each as a single one, none of them useless, and no cache used twice."""
+    """Several teachers: each as a single one, with some weight, and no cache used twice."""
     for one in fields(Teacher):
         value = getattr(config.teacher, one.name)
         if value != one.default:
@@ -295,6 +301,13 @@ def check_teachers(config: Config) -> Iterator[str]:
                 f"set teachers.NAME.{one.name}, NAME one of "
                 f"{', '.join(entry.name for entry in config.teachers)}, or teachers=[]"
             )
+    _, most = extremes(config.collaboration.alpha_attention)
+    if config.mask.sampler != "random" and most > 0 and not any(e.map > 0 for e in config.teachers):
+        listed = " and ".join(f"teachers.{entry.name}.map=0" for entry in config.teachers)
+        yield (
+            f"{listed} leave no map that collaboration.alpha_attention could weigh; raise one, or "
+            "set collaboration.alpha_attention=0"
+        )
     folders = dict[str, str]()
     for entry in config.teachers:
         key = f"teachers.{entry.name}"

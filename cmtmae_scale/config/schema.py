@@ -375,7 +375,7 @@ class Mask:
     temperature: float = positive(1.0)
     """Temperature of the weighted samplers."""
     floor: float = positive(1e-6)
-    """Smallest weight of a patch in the weighted samplers."""
+    """Smallest weight of a patch in the weighted samplers; below 1/N for N patches."""
 
 
 @dataclass

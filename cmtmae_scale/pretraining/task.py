@@ -21,6 +21,7 @@ from cmtmae_scale.config.derive import (
     needs,
     reads_cache,
     teacher_configs,
+    used_teachers,
 )
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
@@ -91,6 +92,11 @@ class Pretraining:
         problem = find_length_problem(self.config, len(self.index))
         if problem is not None and self.world.rank == 0:
             logger.warning("%s", problem)
+        unused = [one.name for one in self.config.teachers if one not in used_teachers(self.config)]
+        if unused and self.world.rank == 0:
+            logger.warning(
+                "teachers: neither loss nor mask uses %s, which are not built", ", ".join(unused)
+            )
         return self.index
 
     def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:

@@ -144,10 +144,25 @@ def test_resident_images_are_not_dalis(recipe: Path) -> None:
     assert "data.resident=true decodes each image once" in text and "set auto or thread" in text
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{kind: two_stage, start: 1, end: 0.5, switch: 0.1, u0: 0.3}",
+        "{kind: constant, start: 0.5, u1: 0.5}",
+    ],
+)
+def test_the_ends_of_a_ramp_are_for_ramps(recipe: Path, schedule: str) -> None:
+    text = message(recipe, f"collaboration.alpha_attention={schedule}")
+    assert "are the ends of linear and cosine schedules; found" in text
+
+
 def test_unscaled_targets_need_the_cosine(recipe: Path) -> None:
     for norm in ("none", "center"):
         text = message(recipe, "loss.type=mse", f"target.teacher.norm={norm}")
-        assert "has no scale; use ln, l2, instance or channel" in text
+        assert "has no scale; use ln, instance or channel" in text
+    for kind in ("mse", "smooth_l1"):
+        text = message(recipe, f"loss.type={kind}")
+        assert f"target.teacher.norm=l2 with loss.type={kind} has a mean square of 1/F" in text
 
 
 def test_a_run_without_a_target_is_refused(recipe: Path) -> None:

@@ -100,8 +100,15 @@ MISTAKES = {
     ("teachers.clip.cache_dir=x", "teachers.dino.cache_dir=./x"): "is the cache of teachers.clip "
     "too; give each teacher its own folder",
     ("teachers.dino.cache_dir=s3://b/x",): "teachers.dino.cache_dir=s3://b/x is an address",
-    ("teachers.dino.norm=none", "loss.type=mse"): "teachers.dino.norm=none with loss.type=mse has "
-    "no scale",
+    (
+        "teachers.clip.norm=ln",
+        "teachers.dino.norm=none",
+        "loss.type=mse",
+    ): "teachers.dino.norm=none with loss.type=mse has no scale",
+    (
+        "teachers.clip.map=0",
+        "teachers.dino.map=0",
+    ): "leave no map that collaboration.alpha_attention could weigh; raise one",
     ("teachers.dino.precision=fp8", "backend.precision=fp32"): "teachers.dino.precision=fp8 needs",
     ("log.images_every=5", "cache.dir=x", "cache.on_miss=stop", "teachers.dino.mode=cached"): (
         "log.images_every=5 runs the teacher on images that no cache holds"
