@@ -131,6 +131,10 @@ class DaliDecoder:
         self._stock = encode(Image.new("RGB", _STOCK_BOX[2:], (GREY, GREY, GREY)), "BMP")
         self._redrawn: set[int] = set()  # samples that DALI refuses and another decoder reads
         self._bad: dict[int, str] = {}
+        # What DALI gets where no micro-batch is submitted.
+        none, boxes = np.full(micro_batch, -1), np.full((micro_batch, 4), -1, np.int32)
+        plan = Plan(none, none, none, boxes, np.zeros(micro_batch, np.bool_))
+        self._filler = _Work(plan, [_Encoded(self._stock, _STOCK_BOX)] * micro_batch)
         self._works: deque[_Work] = deque()
         self._given = 0  # how many of them are in the graph
         self._pool = start_threads(threads)
@@ -150,15 +154,11 @@ class DaliDecoder:
         # launched there next, and their memory is not used again before that is done.
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if on_gpu else None
-        while True:
-            try:
-                *outputs, facts = self._graph.run(stream)
-                break
-            except RuntimeError as error:
-                self._recover(error)
-        work = self._works.popleft()
+        work = self._works[0]
+        outputs, facts = self._run(stream)
+        self._works.popleft()
         self._given -= 1
-        if not np.array_equal(np.asarray(facts.as_tensor()), work.facts()):
+        if not np.array_equal(facts, work.facts()):
             raise RuntimeError("DALI's graph gave other views than were asked; please report this")
         views = work.encoded()
         for view in views:
@@ -170,6 +170,25 @@ class DaliDecoder:
         else:
             images = self._resize_crops(views, *outputs)
         return Views(images, [view.fault for view in views])
+
+    def _run(self, stream: torch.cuda.Stream | None) -> tuple[list[Any], NDArray[np.int64]]:
+        """Run the graph until it returns a micro-batch that was submitted; drop fillers before it.
+
+        Returns:
+            Outputs of the graph, and the facts among them.
+
+        Raises:
+            RuntimeError: as ``_recover``.
+        """
+        while True:
+            try:
+                *outputs, last = self._graph.run(stream)
+            except RuntimeError as error:
+                self._recover(error)
+                continue
+            facts = np.array(last.as_tensor())
+            if not np.array_equal(facts, self._filler.facts()):
+                return outputs, facts
 
     def _resize_crops(self, views: list[_Encoded], crops: Any, flip: Any) -> tuple[Tensor, ...]:
         """Resize what the graph has cut, in threads."""
@@ -298,11 +317,14 @@ class DaliDecoder:
         return built
 
     def _next(self) -> tuple[Any, ...]:
-        """Inputs of the next micro-batch; DALI calls it from ``run``, one batch ahead."""
-        if self._given >= len(self._works):
-            raise RuntimeError("DALI asks for more micro-batches than were submitted")
-        work = self._works[self._given]
-        self._given += 1
+        """Inputs of the next micro-batch, else of the filler; DALI calls it from ``run``.
+
+        DALI asks for the micro-batch after the one that it returns, also where there is none.
+        """
+        work = self._filler
+        if self._given < len(self._works):
+            work = self._works[self._given]
+            self._given += 1
         if not work.views and self._workers is not None:
             self._take(work, self._workers)
         views = work.encoded()

@@ -16,7 +16,6 @@ from dataloading.patience import PATIENCE_S
 from dataloading.plan import Plan
 from dataloading.reading import Decoder, Reader, to_device
 from dataloading.stream import LOOK_AHEAD, Batch, DecoderName, make_decoder
-from dataloading.torch_decode import TorchDecoder
 from dataloading.views import Boxes, centre_boxes
 
 logger = logging.getLogger(__name__)
@@ -88,9 +87,7 @@ class OnePass:
         self._decoder: Decoder | None = make_decoder(
             decode, Reader(index, patience_s), (size,), micro_batch, threads, self._device
         )
-        # DALI asks for batches ahead of the one that it returns, also beyond the last.
-        more = 0 if isinstance(self._decoder, TorchDecoder) else LOOK_AHEAD
-        self._plans = (self._plan(number) for number in range(self._number + more))
+        self._plans = map(self._plan, range(self._number))
         self._pending: deque[Plan] = deque()
         self._handed_out = 0
 

@@ -26,7 +26,7 @@ from dataloading.entries import ENTRY
 from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.plan import Plan
-from dataloading.reading import LOOK_AHEAD, Reader, Views, copy_beside, copy_stream
+from dataloading.reading import LOOK_AHEAD, Reader, Views, copy_beside, copy_stream, lend
 from dataloading.ring import FAILED, UNREADABLE, Layout, Slot, chunks, map_head, new_memory
 from dataloading.worker import IGNORED, RECORD, Job
 
@@ -316,12 +316,10 @@ class ProcessDecoder:
         slot, faults = self._pool.collect()
         if self._device.type == "cuda":
             return Views(self._copy(slot), faults)
-        # Views of the slot's memory: it is filled again when nobody holds them any more.
-        lent = [array[:] for array in slot.images]
-        images = tuple(torch.as_tensor(array) for array in lent)
-        holders = [weakref.ref(array) for array in lent]
-        slot.in_use = lambda: any(holder() is not None for holder in holders)
-        return Views(images, faults)
+        lent = [lend(array) for array in slot.images]
+        held = [is_held for _, is_held in lent]
+        slot.in_use = lambda: any(is_held() for is_held in held)
+        return Views(tuple(image for image, _ in lent), faults)
 
     def close(self) -> None:
         self._pool.close()

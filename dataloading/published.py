@@ -20,7 +20,7 @@ from dataloading.entries import ENTRY
 from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path, read_at
 from dataloading.patience import LASTING, PATIENCE_S, Patience
-from dataloading.shards import PUBLISHED, Shard, open_shard
+from dataloading.shards import PUBLISHED, Shard, is_parquet, open_shard
 from dataloading.stores import RemoteTar, TarPlace, find_tars
 
 logger = logging.getLogger(__name__)
@@ -153,16 +153,18 @@ def _copy(
                 at += len(block)
             if index_file.hash_blocks(data) != facts["tree"]:
                 raise ValueError("its rows are damaged")
-            _require_rows(entries, [shard.file.size for shard in shards], len(facts["labels"]))
+            _require_rows(entries, shards, len(facts["labels"]))
     return {**facts, **own}
 
 
-def _require_rows(entries: NDArray[np.void], sizes: Sequence[int], labels: int) -> None:
-    """Refuse rows that are not in the tars."""
-    bounds = np.array(sizes, np.uint64)
+def _require_rows(entries: NDArray[np.void], shards: Sequence[Shard], labels: int) -> None:
+    """Refuse rows that are not in the files."""
+    bounds = np.array([shard.file.size for shard in shards], np.uint64)
+    # In Parquet an offset is the number of a row, and a size that of an image once decompressed.
+    are_tars = not is_parquet(shards[0].file.name)
     for at in range(0, len(entries), _ROWS_AT_ONCE):
         rows = entries[at : at + _ROWS_AT_ONCE]
         if rows["shard"].max() >= len(bounds) or rows["label"].max() >= labels:
             raise ValueError("it names tars or labels that there are not")
-        if (rows["offset"] + rows["size"] > bounds[rows["shard"]]).any():
-            raise ValueError("it names images behind the end of their tar")
+        if are_tars and (rows["offset"] + rows["size"] > bounds[rows["shard"]]).any():
+            raise ValueError("it names images beyond the end of their tar")

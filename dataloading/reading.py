@@ -1,12 +1,15 @@
 """Read the bytes of samples in threads, with retries, and check them against the index."""
 
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dataloading.entries import SIDEWAYS, orientation_of
@@ -160,6 +163,20 @@ def start_threads(number: int) -> ThreadPoolExecutor:
 def _use_one_core() -> None:
     torch.get_num_threads()  # takes the process's number now, so that it does not come later
     torch.set_num_threads(1)
+
+
+def lend(memory: NDArray[np.uint8]) -> tuple[Tensor, Callable[[], bool]]:
+    """Make a tensor of memory that is filled again once nobody holds the tensor any more.
+
+    Returns:
+        The tensor, and a function that returns whether anybody holds the tensor, a view of it, or
+        an array or tensor made from either.
+    """
+    # torch keeps the very array that a tensor is made from until the last such view is gone.
+    # Counting references to the memory would not do: Python versions count differently.
+    array = memory[:]
+    held = weakref.ref(array)
+    return torch.as_tensor(array), lambda: held() is not None
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import io
 import logging
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,7 +31,15 @@ from torch.nn.functional import interpolate
 
 from dataloading.headers import PIL_ERRORS, HeaderError, is_common, open_image, size_of_bytes
 from dataloading.plan import Plan
-from dataloading.reading import GREY, LOOK_AHEAD, Reader, UndecodableError, Views, start_threads
+from dataloading.reading import (
+    GREY,
+    LOOK_AHEAD,
+    Reader,
+    UndecodableError,
+    Views,
+    lend,
+    start_threads,
+)
 from dataloading.turns import turn_pixels
 
 logger = logging.getLogger(__name__)
@@ -63,7 +70,6 @@ _UNDO = {
     8: Image.Transpose.ROTATE_270,
 }
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
-_UNUSED = 3  # references to a buffer: the list's, the loop's and that of the count itself
 
 
 class ViewMaker:
@@ -118,7 +124,7 @@ class TorchDecoder:
         self._make = ViewMaker(reader, sizes)
         self._pool = start_threads(threads)
         self._pending: deque[tuple[tuple[Tensor, ...], list[Future[str | None]]]] = deque()
-        self._buffers: list[Pixels] = []
+        self._buffers: list[tuple[Pixels, Callable[[], bool]]] = []  # memory, whether it is held
 
     def submit(self, plan: Plan) -> None:
         images = tuple(self._blank((len(plan.ids), size, size, 3)) for size in self._sizes)
@@ -139,11 +145,15 @@ class TorchDecoder:
         """
         if self._pin:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        for buffer in self._buffers:
-            if buffer.shape == shape and sys.getrefcount(buffer) == _UNUSED:
-                return torch.as_tensor(buffer)
-        self._buffers.append(np.empty(shape, dtype=np.uint8))
-        return torch.as_tensor(self._buffers[-1])
+        for place, (memory, is_held) in enumerate(self._buffers):
+            if memory.shape == shape and not is_held():
+                del self._buffers[place]
+                break
+        else:
+            memory = np.empty(shape, dtype=np.uint8)
+        image, is_held = lend(memory)
+        self._buffers.append((memory, is_held))
+        return image
 
     def collect(self) -> Views:
         images, faults = self._pending.popleft()

@@ -19,7 +19,7 @@ from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
 from cmtmae_scale.cache.format import missing_shards, old_seal_path, read_manifest, shard_path
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
-from cmtmae_scale.cache.verify import choose_rows, damaged_shards
+from cmtmae_scale.cache.verify import choose_rows, compare_rows, damaged_shards
 from cmtmae_scale.commands import precompute
 from cmtmae_scale.errors import CacheError, TeacherError
 from cmtmae_scale.runtime.storage import digest
@@ -66,6 +66,30 @@ def test_rows_are_the_teachers_outputs(recipe: Path, whole: Path) -> None:
         bound = 0.6 * into["scales"].float().unsqueeze(-1) * calibration.std + 1e-5
         assert bool(((features - online.features).abs() <= bound).all())
     builder.close()
+
+
+@pytest.mark.dali
+def test_rows_are_the_same_where_dali_decodes(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """Calibration, two shards with an incomplete micro-batch each, and rows computed again.
+
+    On a CPU DALI's pixels of these images are those of the other decoder, so the rows are equal.
+    """
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    folder, builder = tmp_path / "cache", case.make_builder(recipe, ["data.decode=dali"])
+    try:
+        manifest = builder.begin_cache(folder, "int8", case.ROWS_PER_SHARD)
+        build.build_shards(builder, folder, manifest, [0, 1])
+        comparison = compare_rows(builder, folder, manifest, [0, 1], 1.0)
+    finally:
+        builder.close()
+    assert comparison.rows == 2 * case.ROWS_PER_SHARD and comparison.validity == 0
+    before = read_manifest(whole)
+    for shard in (0, 1):
+        ours, theirs = (
+            load_file(shard_path(*place, shard)) for place in ((folder, manifest), (whole, before))
+        )
+        for name in ("attention", "features", "scales", "valid"):
+            assert torch.equal(ours[name], theirs[name])
 
 
 @pytest.mark.gloo

@@ -14,7 +14,7 @@ from PIL import Image
 from dataloading import stream as stream_module
 from dataloading.errors import DataError, ReadError
 from dataloading.index import build_index
-from dataloading.reading import GREY
+from dataloading.reading import GREY, Reader
 from dataloading.stream import Stream
 from dataloading.views import crop_boxes
 
@@ -128,6 +128,31 @@ def test_batches_handed_out_are_not_overwritten(photographs):
             next(stream)
         for batch, images in zip(kept, copies, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(batch.images, images, strict=True))
+
+
+@pytest.mark.usefixtures("graph")
+@pytest.mark.parametrize("in_processes", [False, True])
+def test_views_are_the_same_where_plans_run_out_in_between(photographs, in_processes):
+    """DALI asks for the micro-batch after the one that it returns, also where there is none."""
+    index = build_index(photographs)
+    damage(index)
+    expected = take(index, 6)
+    device = torch.device("cpu")
+    decoder = stream_module.make_decoder(
+        "dali", Reader(index), OPTIONS["sizes"], 8, 2, device, in_processes
+    )
+    ours = []
+    for number in (1, 3, 2):
+        plans = [batch.plan for batch in expected[len(ours) : len(ours) + number]]
+        for plan in plans:
+            decoder.submit(plan)
+        ours += [decoder.collect() for _ in plans]
+    with pytest.raises(IndexError):
+        decoder.collect()  # nothing is submitted
+    decoder.close()
+    for views, batch in zip(ours, expected, strict=True):
+        assert [fault is None for fault in views.faults] == batch.valid.tolist()
+        assert all(map(torch.equal, views.images, batch.images))
 
 
 def damage(index):

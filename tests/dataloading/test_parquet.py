@@ -11,19 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dataloading.parquet
 from cmtmae_scale.tools.data_report import render_data_report, summarise_data
 from dataloading.entries import MAX_PIXELS
 from dataloading.errors import DataError, ReadError, UndecodableError
 from dataloading.exchange import index_from_bytes, index_to_bytes
-from dataloading.index import Index, build_index, load_or_build, open_kept
+from dataloading.index import (
+    Index,
+    Request,
+    build_index,
+    build_listed,
+    list_data,
+    load_or_build,
+    open_kept,
+    write_index,
+)
 from dataloading.pack import Pack
 from dataloading.parquet_index import require_small_groups
 from dataloading.reading import Reader
 from dataloading.stream import Batch, Stream
 from tests.dataloading.conftest import smooth
 from tests.dataloading.tar_case import write_tar
+from tests.dataloading.test_parts import equal
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -104,6 +115,25 @@ def same(one: Sequence[Batch], other: Sequence[Batch]) -> bool:
         and bool(a.valid.all() and b.valid.all())
         for a, b in zip(one, other, strict=True)
     )
+
+
+def test_a_published_index_is_taken_whatever_the_compression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has 200 times fewer bytes than its images, which the rows count decompressed."""
+    images: list[bytes] = []
+    for number in range(4):
+        file = io.BytesIO()
+        Image.new("RGB", (200, 200), (number, 2, 3)).save(file, "BMP")
+        images.append(file.getvalue())
+    path = write(tmp_path / "data" / "a.parquet", images, [0, 1, 0, 1], CLASSES)
+    assert path.stat().st_size < len(images[0])
+    listing = list_data(Request(path.parent))
+    built = build_listed(listing)
+    write_index(listing, built)
+    monkeypatch.setattr("dataloading.index_build.examine_parquet", None)
+    taken = load_or_build(path.parent, tmp_path / "kept")
+    assert equal(taken, built) and content(taken) == content(built)
 
 
 @pytest.mark.parametrize("shuffle", ["full", "none"])

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataloading import index_file
+from dataloading.entries import ENTRY
 from dataloading.errors import DataError
 from dataloading.index import (
     Index,
@@ -77,6 +79,7 @@ def test_another_of_other_tars_or_settings_is_not_taken(tars: Path, tmp_path: Pa
         ("empty", "it is cut short"),
         ("rows", "bytes, not those of 13 rows"),
         ("labels", "names tars or labels"),
+        ("range", "names images beyond the end of their tar"),
         ("format", "of another format"),
         ("line", "cannot be used"),
     ],
@@ -87,13 +90,18 @@ def test_damaged_it_is_named_and_the_headers_are_read(
     (path,) = tars.glob("image-index-*")
     line, _, rows = path.read_bytes().partition(b"\n")
     facts = json.loads(line)
-    facts |= {"rows": {"images": 13}, "labels": {"labels": []}, "format": {"format": 3}}.get(
-        kind, {}
-    )
+    beyond = np.frombuffer(rows, ENTRY).copy()
+    beyond["offset"][5] += 1 << 20
+    facts |= {
+        "rows": {"images": 13},
+        "labels": {"labels": []},
+        "format": {"format": 3},
+        "range": {"tree": index_file.hash_blocks(beyond.view(np.uint8))},
+    }.get(kind, {})
     flipped = rows[:40] + bytes([rows[40] ^ 1]) + rows[41:]
     whole = json.dumps(facts).encode() + b"\n"
     data = {"cut": line + b"\n" + rows[:-1], "flip": whole + flipped, "text": b"<html>\n"}
-    data |= {"empty": b"", "line": b"x" * 100}
+    data |= {"empty": b"", "line": b"x" * 100, "range": whole + beyond.tobytes()}
     path.write_bytes(data.get(kind, whole + rows))
     index = load_or_build(tars, tmp_path / "kept")
     assert equal(index, build_index(tars))

@@ -8,10 +8,11 @@ import torch
 
 from dataloading.index import build_index
 from dataloading.order import sample_ids
+from dataloading.plan import Plan
 from dataloading.quarantine import Quarantine
-from dataloading.reading import GREY
+from dataloading.reading import GREY, Reader, lend
 from dataloading.stream import Stream
-from dataloading.torch_decode import crop_and_resize, make_decode
+from dataloading.torch_decode import TorchDecoder, crop_and_resize, make_decode
 from dataloading.views import crop_boxes
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -84,16 +85,61 @@ def test_stream_starts_anywhere(photographs, start, threads):
     assert same(take(index, 40 - start, start_position=start, threads=threads), whole[start:])
 
 
-def test_batches_that_are_kept_are_not_written_again(photographs):
+@pytest.mark.parametrize("worker_type", ["thread", "process"])
+def test_batches_that_are_kept_are_not_written_again(photographs, worker_type):
     index = build_index(photographs)
     expected = take(index, 60)
-    with Stream(index, seed=5, micro_batch=4, sizes=(32,), threads=2, decode="torch") as stream:
+    options = {"micro_batch": 4, "sizes": (32,), "threads": 2, "decode": "torch"}
+    with Stream(index, seed=5, worker_type=worker_type, **options) as stream:
         kept = [next(stream).images[0][1:3] for _ in range(3)]  # views of batches count as well
         places = {next(stream).images[0].data_ptr() for _ in range(12)}
     assert len(places) < 12  # others are used again
     for j, pair in enumerate(kept):
         assert torch.equal(pair[0], expected[4 * j + 1][4])
         assert torch.equal(pair[1], expected[4 * j + 2][4])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda image: image,
+        lambda image: image[1:, :2],
+        lambda image: image.permute(2, 0, 1).detach(),
+        lambda image: image.untyped_storage(),
+        lambda image: image.numpy()[0],
+        lambda image: torch.from_numpy(image.numpy()[1:]),
+        lambda image: torch.from_dlpack(image),
+    ],
+)
+def test_lent_memory_is_held_by_all_that_is_made_of_its_tensor(make):
+    memory = np.zeros((4, 5, 3), np.uint8)
+    image, is_held = lend(memory)
+    assert image.data_ptr() == memory.ctypes.data
+    made = make(image)
+    del image
+    assert is_held()
+    del made
+    assert not is_held()
+
+
+def test_memory_of_a_batch_is_lent_again_once_nobody_holds_it(photographs):
+    index = build_index(photographs)
+    ids, boxes = np.arange(4), np.full((4, 4), (0, 0, 9, 9), np.int32)
+    plan = Plan(ids, ids, ids, boxes, np.zeros(4, np.bool_))
+    decoder = TorchDecoder(Reader(index), (8,), threads=1, pin=False)
+
+    def decode():
+        decoder.submit(plan)
+        return decoder.collect().images[0]
+
+    held = [decode() for _ in range(4)]
+    places = [image.data_ptr() for image in held]
+    assert len(set(places)) == 4
+    del held[2]
+    again = [decode().data_ptr() for _ in range(20)]
+    decoder.close()
+    assert again[0] == places.pop(2) and not set(again) & set(places)
+    assert len(set(again)) <= 2  # the thread may not have let go of the batch before
 
 
 def test_very_late_start_works(photographs):
