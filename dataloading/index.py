@@ -238,9 +238,10 @@ def load_or_build(
         source: as for ``build_index``.
         max_pixels: as for ``build_index``.
         exif_orientation: as for ``build_index``.
-        verify: never: a kept index of these settings is used as it is; a folder is not listed, of
-            tars names and sizes are compared. changed: it is used while names, sizes and times of
-            all files (images or tars) are as they were. always: the same, and its digests too.
+        verify: never: a kept index of this path and these settings is used as it is; a folder is
+            not listed, of tars names and sizes are compared; of another path as changed. changed:
+            it is used while names, sizes and times of all files (images or tars) are as they were.
+            always: the same, and its digests too.
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
@@ -258,7 +259,7 @@ def find_kept(
     """Return the index that may be used as it is, and the listing it was compared with.
 
     That is the index that ``folder`` keeps, or else the one that is published beside the tars. With
-    ``verify="never"`` an index of a folder is compared with none.
+    ``verify="never"`` an index of this very folder is compared with none.
 
     Raises:
         DataError, ReadError, ValueError: as ``load_or_build``.
@@ -266,18 +267,22 @@ def find_kept(
     kept, problem = _open(folder, request)
     if kept is not None and verify == "always" and not kept.is_intact():
         kept, problem = None, "its columns are damaged"
-    if kept is not None and verify == "never" and _shard_source(request) is None:
+    root = _name_root(request)
+    is_trusted = kept is not None and verify == "never" and kept.facts.get("root") == root
+    is_folder = kept is not None and kept.facts["source"] == "folder"
+    if kept is not None and is_trusted and is_folder and _shard_source(request) is None:
         return _make(request, kept, None), None
     listing = list_data(request)
     warn_of_many_files(listing)
     own = _own_facts(listing)
     if kept is not None:
-        times = verify == "never" or kept.facts["listing"] == own["listing"]
-        if times and kept.facts["contents"] == own["contents"]:
+        compared = "contents" if is_trusted else "listing"
+        if kept.facts[compared] == own[compared]:
             index = _make(request, kept, listing)
             _log_passed(index, logging.INFO)
             return index, listing
-        problem = "the files have changed"
+        of = kept.facts.get("root", root)
+        problem = "the files have changed" if of == root else f"it is that of {of}"
     if problem is not None:
         logger.warning("%s: the index is built again: %s", folder, problem)
     if listing.shards:
@@ -326,6 +331,7 @@ def write_index(listing: Listing, index: Index, folder: Path | None = None) -> P
     """
     require_publishable(listing, folder is not None)
     facts = {**_own_facts(listing), **_facts_of(index)}
+    del facts["root"]  # copies are elsewhere
     return write_published(facts, index.entries, listing.shards, folder)
 
 
@@ -441,7 +447,7 @@ def _open(folder: Path, request: Request) -> tuple[index_file.Kept | None, str |
         kept = index_file.open_file(folder)
         if kept.facts["settings"] != [*request[2:]]:
             return None, "it is of other settings"
-        _ = kept.entries, kept.facts["contents"], kept.facts["digest"], kept.facts["tree"]
+        _ = kept.entries, *(kept.facts[name] for name in ("contents", "digest", "source", "tree"))
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -477,12 +483,19 @@ def _index_of(
 
 
 def _own_facts(listing: Listing) -> dict[str, Any]:
-    """Return what an index is of: settings, and digests of the files with and without times."""
+    """Return what an index is of: path, settings, digests of the files with and without times."""
     return {
+        "root": _name_root(listing.request),
         "settings": [*listing.request[2:]],
         "listing": listing.digest(with_times=True),
         "contents": listing.digest(with_times=False),
     }
+
+
+def _name_root(request: Request) -> str:
+    """Return the path of a data set, or its pattern or address, whatever the working folder is."""
+    path = request.path
+    return path if isinstance(path, str) else os.path.abspath(path)
 
 
 def _facts_of(index: Index) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def take_published(
 
     Args:
         shards: the tars.
-        own: ``settings``, ``listing`` and ``contents`` of this data set.
+        own: ``root``, ``settings``, ``listing`` and ``contents`` of this data set.
         folder: keeps the index from now on.
 
     Returns:

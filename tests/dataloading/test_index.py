@@ -1,4 +1,5 @@
 import io
+import json
 import os
 
 import numpy as np
@@ -10,6 +11,7 @@ from dataloading.entries import ENTRY
 from dataloading.errors import DataError
 from dataloading.headers import HeaderError, size_of_bytes, size_of_file, size_of_range
 from dataloading.index import build_index, load_or_build
+from tests.dataloading.tar_case import write_tar
 
 
 def test_folder_is_listed_in_order_with_sizes_and_labels(photographs):
@@ -174,6 +176,51 @@ def test_what_is_verified_of_a_kept_index(photographs, tmp_path, picture):
     never = load_or_build(photographs, kept, verify="never")
     assert never.digest == built.digest and never.passed_over == built.passed_over
     assert load_or_build(photographs, kept, "folder", 12_500, verify="never").digest != built.digest
+
+
+def test_an_index_that_is_not_verified_is_of_this_very_data_set(
+    photographs, tmp_path, picture, monkeypatch, caplog
+):
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    for folder in (other / "a", tmp_path / "tars"):
+        folder.mkdir(parents=True)
+    picture(1, 20, 30).save(other / "a" / "b.png")
+    write_tar(tmp_path / "tars" / "x.tar", [("b.png", (other / "a" / "b.png").read_bytes())])
+    assert len(load_or_build(photographs, kept, verify="never")) == 12
+    monkeypatch.chdir(photographs.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr("dataloading.index.list_data", None)  # nothing is listed
+        assert len(load_or_build(photographs.name, kept, verify="never")) == 12
+    for path, names, before in [
+        (other, ["a/b.png"], photographs),
+        (tmp_path / "tars", ["byte 512 of x.tar"], other),
+        (other, ["a/b.png"], tmp_path / "tars"),
+    ]:
+        assert list(load_or_build(path, kept, verify="never").names) == names
+        assert f"the index is built again: it is that of {before}" in caplog.text
+        caplog.clear()
+    both = photographs / "x.tar"
+    both.write_bytes((tmp_path / "tars" / "x.tar").read_bytes())
+    for source, number in [("folder", 12), ("webdataset", 1), ("folder", 12)]:
+        assert len(load_or_build(photographs, kept, source, verify="never")) == number
+
+
+def test_an_index_without_its_path_is_used_while_the_files_are_the_same(
+    photographs, tmp_path, monkeypatch
+):
+    kept = tmp_path / "kept"
+    load_or_build(photographs, kept)
+    moved = photographs.rename(tmp_path / "moved")
+    facts = json.loads((kept / "index.json").read_text())
+    for known in ({}, {"root": facts.pop("root")}):  # without: of an earlier version
+        (kept / "index.json").write_text(json.dumps(facts | known))
+        with monkeypatch.context() as patch:
+            patch.delattr(dataloading.folders, "header_of_file")  # reading a header would fail
+            for verify in ("never", "changed", "always"):
+                assert len(load_or_build(moved, kept, verify=verify)) == 12
+    os.utime(next(moved.rglob("*.jpg")), (1, 1))
+    load_or_build(moved, kept, verify="never")
+    assert json.loads((kept / "index.json").read_text())["root"] == str(moved)
 
 
 def test_index_folder_that_cannot_be_made_is_the_users_error(photographs, tmp_path):
