@@ -258,8 +258,9 @@ def find_kept(
 ) -> tuple[Index, Listing | None] | tuple[None, Listing]:
     """Return the index that may be used as it is, and the listing it was compared with.
 
-    That is the index that ``folder`` keeps, or else the one that is published beside the tars. With
-    ``verify="never"`` an index of this very folder is compared with none.
+    That is the index that ``folder`` keeps, or else the one that is published beside the tars,
+    unless the tars have changed since the former. With ``verify="never"`` an index of this very
+    folder is compared with none.
 
     Raises:
         DataError, ReadError, ValueError: as ``load_or_build``.
@@ -274,7 +275,7 @@ def find_kept(
         return _make(request, kept, None), None
     listing = list_data(request)
     warn_of_many_files(listing)
-    own = _own_facts(listing)
+    own, have_changed = _own_facts(listing), False
     if kept is not None:
         compared = "contents" if is_trusted else "listing"
         if kept.facts[compared] == own[compared]:
@@ -282,10 +283,11 @@ def find_kept(
             _log_passed(index, logging.INFO)
             return index, listing
         of = kept.facts.get("root", root)
-        problem = "the files have changed" if of == root else f"it is that of {of}"
+        have_changed = of == root
+        problem = "the files have changed" if have_changed else f"it is that of {of}"
     if problem is not None:
         logger.warning("%s: the index is built again: %s", folder, problem)
-    if listing.shards:
+    if listing.shards and not have_changed:
         with _written(folder):
             kept = take_published(listing.shards, own, folder)
         if kept is not None:
