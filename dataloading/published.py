@@ -23,6 +23,7 @@ from dataloading.columns import new_columns
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path, read_at
+from dataloading.headers import LACKED, has_avif
 from dataloading.patience import LASTING, PATIENCE_S, Patience
 from dataloading.shards import PUBLISHED, Shard, open_shard
 from dataloading.stores import RemoteTar, TarPlace, find_tars, find_times
@@ -161,6 +162,8 @@ def _copy(
                 f"{changed} has changed since, or was copied much later; publish the index again "
                 "with check-data --write-index"
             )
+        if has_avif() and any(LACKED in reason for _, reason in facts["excluded"]):
+            raise ValueError("it lacks images that this Pillow reads")
         rows, begin = facts["images"], len(line) + 1
         if size != begin + rows * ENTRY.itemsize:
             raise ValueError(f"it has {size} bytes, not those of {rows} rows")

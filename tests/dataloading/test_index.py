@@ -1,16 +1,19 @@
+import errno
 import io
 import json
 import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import dataloading.folders
+from dataloading import headers
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError
-from dataloading.headers import HeaderError, size_of_bytes, size_of_file, size_of_range
-from dataloading.index import build_index, load_or_build
+from dataloading.headers import HeaderError, has_avif, size_of_bytes, size_of_file, size_of_range
+from dataloading.index import Request, build_index, list_data, load_or_build, write_index
+from tests.dataloading.bad_data_case import AVIF
 from tests.dataloading.tar_case import write_tar
 
 
@@ -221,6 +224,67 @@ def test_an_index_without_its_path_is_used_while_the_files_are_the_same(
     os.utime(next(moved.rglob("*.jpg")), (1, 1))
     load_or_build(moved, kept, verify="never")
     assert json.loads((kept / "index.json").read_text())["root"] == str(moved)
+
+
+def test_an_image_that_could_not_be_read_is_looked_at_by_every_launch(
+    photographs, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    kept, header_of_file = tmp_path / "kept", dataloading.folders.header_of_file
+    (photographs / "gone.jpg").symlink_to("nowhere.jpg")
+    (photographs / "empty.jpg").touch()
+    locked = {photographs / "class0" / name for name in ("00.jpg", "03.jpg")}
+
+    def read(path):
+        if path in locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return header_of_file(path)
+
+    monkeypatch.setattr(dataloading.folders, "header_of_file", read)
+    for verify in ("changed", "changed", "always", "never"):
+        index = load_or_build(photographs, kept, verify=verify)
+        assert len(index) == 10
+        assert ("class0/00.jpg", "cannot be read: Permission denied") in index.excluded
+        text = f"{photographs}: 4 files excluded or damaged; {kept / 'index.json'} lists them"
+        assert text in caplog.text and "built again" not in caplog.text
+        caplog.clear()
+    locked.pop()
+    assert len(load_or_build(photographs, kept, verify="never")) == 10
+    assert len(load_or_build(photographs, kept)) == 11
+    assert "jpg was excluded and may be usable now" in caplog.text
+    locked.clear()
+    index = load_or_build(photographs, kept)
+    assert len(index) == 12 and index.digest == build_index(photographs).digest
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars", "published"])
+def test_an_image_that_pillow_lacked_is_used_by_a_newer_pillow(
+    photographs, tmp_path, kind, monkeypatch
+):
+    if not has_avif():
+        pytest.skip("this Pillow knows no AVIF")
+    path, kept = photographs, tmp_path / "kept"
+    (photographs / "a.avif").write_bytes(AVIF)
+    (photographs / "b.avif").write_bytes(AVIF[:40])  # damaged for every Pillow
+    if kind != "folder":
+        path = tmp_path / "tars"
+        files = sorted(photographs.rglob("*.*"))
+        write_tar(path / "x.tar", [(file.name, file.read_bytes()) for file in files])
+    with monkeypatch.context() as patch:
+        patch.delitem(features.modules, "avif")
+        formats = [name for name in headers._FORMATS if name != "AVIF"]
+        patch.setattr(headers, "_FORMATS", formats)
+        index = build_index(path) if kind == "published" else load_or_build(path, kept)
+        assert [reason for _, reason in index.excluded] == [
+            "not an image of a known format (AVIF, which this Pillow lacks: install Pillow 11.3 or "
+            "later)"
+        ] * 2
+        if kind == "published":
+            write_index(list_data(Request(path)), index)
+        assert len(load_or_build(path, kept)) == 12
+    assert len(load_or_build(path, kept)) == 13
+    monkeypatch.setattr("dataloading.index.build_kept", None)
+    assert len(load_or_build(path, kept)) == 13
 
 
 def test_index_folder_that_cannot_be_made_is_the_users_error(photographs, tmp_path):
