@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dataloading.headers import Header, HeaderError
+from dataloading.headers import LACKED, Header, HeaderError
 from dataloading.progress import progress_bar
 
 ENTRY = np.dtype(
@@ -30,6 +30,8 @@ EXTENSIONS = frozenset(
 MAX_PIXELS = 100_000_000
 READERS = 8
 """Threads that read the headers of files."""
+UNREADABLE = "cannot be read: "
+"""Begins the reason of a file that the operating system did not give."""
 SIDEWAYS = 5
 """First of the EXIF orientations that exchange width and height."""
 
@@ -160,6 +162,14 @@ def examine(
         flags |= _TURNED
         width, height = (height, width) if orientation >= SIDEWAYS else (width, height)
     return Examined(width, height, None, flags)
+
+
+def depends_on_machine(reason: str) -> bool:
+    """Return whether an image was excluded for want of rights or of a decoder.
+
+    A later launch may use it, though name, size and time of its file are as they were.
+    """
+    return reason.startswith(UNREADABLE) or LACKED in reason
 
 
 def map_in_threads(

@@ -16,15 +16,17 @@ from dataloading.columns import NewBuffer, new_columns
 from dataloading.entries import (
     ENTRY,
     EXTENSIONS,
+    UNREADABLE,
     Examined,
     File,
     Findings,
+    depends_on_machine,
     encode_name,
     examine,
     turns_bytes,
 )
 from dataloading.errors import DataError
-from dataloading.headers import header_of_file
+from dataloading.headers import HeaderError, header_of_file
 from dataloading.listing import Files, collect_files
 from dataloading.parts import Part
 from dataloading.passed_over import (
@@ -155,7 +157,7 @@ def walk(
                 if error.errno not in LASTING:
                     raise
                 if is_image or not ending:  # the latter may have been a folder of a whole class
-                    images.append(File(name, -1, 0, f"cannot be read: {error.strerror}"))
+                    images.append(File(name, -1, 0, f"{UNREADABLE}{error.strerror}"))
                 else:
                     others.append(item.name)
                 continue
@@ -203,6 +205,7 @@ def examine_files(
     """
     found: list[tuple[int, int, int, int]] = []
     excluded: list[tuple[int, str]] = []
+    is_final = True  # what the listing excludes is in its digest
     names = files.names.encoded(rows.start, rows.stop)
     sizes = files.sizes[rows.start : rows.stop].tolist()
     for place, (encoded, size) in enumerate(zip(names, sizes, strict=True)):
@@ -213,12 +216,13 @@ def examine_files(
             found.append((size, result.width, result.height, result.flags))
         else:
             excluded.append((place, result.fault))
+            is_final &= fault is not None or not depends_on_machine(result.fault)
     entries = np.zeros(len(found), ENTRY)
     if found:
         columns = ("size", "width", "height", "flags")
         for column, values in zip(columns, zip(*found, strict=True), strict=True):
             entries[column] = values
-    return Part({"excluded": excluded}, entries)
+    return Part({"excluded": excluded, "is_final": is_final}, entries)
 
 
 def gather_folder(
@@ -288,6 +292,17 @@ def gather_folder(
     return Findings(entries, stored, tuple(sorted_labels), found, total.hexdigest())
 
 
+def is_readable(path: Path) -> bool:
+    """Return whether the system gives an image file, whatever is in it."""
+    try:
+        header_of_file(path)
+    except HeaderError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
     """Hash keys, sizes (bytes, width, height) and turns of all rows, sha256, hexadecimal."""
     total = hashlib.sha256(_DIGEST_BEGINS)
@@ -315,6 +330,6 @@ def _examine(
         except OSError as error:
             if error.errno not in LASTING:
                 raise
-            return Examined(0, 0, f"cannot be read: {error.strerror}")
+            return Examined(0, 0, f"{UNREADABLE}{error.strerror}")
 
     return patience.retry(examined, str(path))

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, features
 
 from dataloading.files import Readable, open_regular, read_at
 
@@ -29,6 +29,9 @@ PIL_ERRORS = (
     Image.DecompressionBombError,
 )
 """What Pillow raises for damaged input; anything else is a fault of the program."""
+
+LACKED = "which this Pillow lacks"
+"""In the message of a ``HeaderError`` that another Pillow would not raise."""
 
 _SOI = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -127,6 +130,11 @@ def open_image(file: BinaryIO | io.BufferedReader) -> Image.Image:
     """
     Image.init()
     return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
+def has_avif() -> bool:
+    """Return whether Pillow reads AVIF here."""
+    return "avif" in features.modules and features.check_module("avif")
 
 
 def is_common(data: bytes) -> bool:
@@ -228,8 +236,8 @@ def _explain(file: BinaryIO | io.BufferedReader) -> str:
         return " (a TIFF whose channels or bits Pillow does not read: convert it to 8 bits)"
     if start[4:8] != b"ftyp":
         return explain_other_file(start)
-    if start[8:12] in (b"avif", b"avis"):
-        return " (AVIF, which this Pillow lacks: install Pillow 11.3 or later)"
+    if start[8:12] in (b"avif", b"avis") and not has_avif():
+        return f" (AVIF, {LACKED}: install Pillow 11.3 or later)"
     is_heic = start[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
     return " (HEIC: convert it to JPEG)" if is_heic else ""
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from dataloading import index_file
 from dataloading.addresses import hide_secrets
 from dataloading.columns import FileNames, NewBuffer, folders_of, new_memory
-from dataloading.entries import MAX_PIXELS, Passed, count_turned
+from dataloading.entries import MAX_PIXELS, UNREADABLE, Passed, count_turned
 from dataloading.errors import DataError, ReadError
-from dataloading.folders import gather_folder, list_folder
+from dataloading.folders import gather_folder, is_readable, list_folder
+from dataloading.headers import LACKED, has_avif
 from dataloading.index_build import build_parts, help_build, make_pieces, write_listing
 from dataloading.listing import Files, collect_files
 from dataloading.name_checks import find_equal_labels, find_split_folders, find_splits
@@ -238,9 +239,10 @@ def load_or_build(
         source: as for ``build_index``.
         max_pixels: as for ``build_index``.
         exif_orientation: as for ``build_index``.
-        verify: never: a kept index of these settings is used as it is; a folder is not listed, of
-            tars names and sizes are compared. changed: it is used while names, sizes and times of
-            all files (images or tars) are as they were. always: the same, and its digests too.
+        verify: never: a kept index of this path and these settings is used as it is; a folder is
+            not listed, of tars names and sizes are compared; of another path as changed. changed:
+            it is used while names, sizes and times of all files (images or tars) are as they were,
+            and what could not be read still cannot. always: the same, and its digests too.
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
@@ -257,8 +259,9 @@ def find_kept(
 ) -> tuple[Index, Listing | None] | tuple[None, Listing]:
     """Return the index that may be used as it is, and the listing it was compared with.
 
-    That is the index that ``folder`` keeps, or else the one that is published beside the tars. With
-    ``verify="never"`` an index of a folder is compared with none.
+    That is the index that ``folder`` keeps, or else the one that is published beside the tars,
+    unless the tars have changed since the former. With ``verify="never"`` an index of this very
+    folder is compared with none.
 
     Raises:
         DataError, ReadError, ValueError: as ``load_or_build``.
@@ -266,26 +269,43 @@ def find_kept(
     kept, problem = _open(folder, request)
     if kept is not None and verify == "always" and not kept.is_intact():
         kept, problem = None, "its columns are damaged"
-    if kept is not None and verify == "never" and _shard_source(request) is None:
-        return _make(request, kept, None), None
+    root = _name_root(request)
+    is_trusted = kept is not None and verify == "never" and kept.facts.get("root") == root
+    is_folder = kept is not None and kept.facts["source"] == "folder"
+    if kept is not None and is_trusted and is_folder and _shard_source(request) is None:
+        return _use(request, kept, None, folder), None
     listing = list_data(request)
     warn_of_many_files(listing)
-    own = _own_facts(listing)
+    own, have_changed = _own_facts(listing), False
     if kept is not None:
-        times = verify == "never" or kept.facts["listing"] == own["listing"]
-        if times and kept.facts["contents"] == own["contents"]:
-            index = _make(request, kept, listing)
-            _log_passed(index, logging.INFO)
-            return index, listing
-        problem = "the files have changed"
+        compared = "contents" if is_trusted else "listing"
+        of = kept.facts.get("root", root)
+        if kept.facts[compared] != own[compared]:
+            have_changed = of == root
+            problem = "the files have changed" if have_changed else f"it is that of {of}"
+        elif not is_trusted:
+            problem = _find_regained(listing, kept.facts["excluded"])
+        if problem is None:
+            return _use(request, kept, listing, folder), listing
     if problem is not None:
         logger.warning("%s: the index is built again: %s", folder, problem)
-    if listing.shards:
+    if listing.shards and not have_changed:
         with _written(folder):
             kept = take_published(listing.shards, own, folder)
         if kept is not None:
-            return _make(request, kept, listing), listing
+            return _use(request, kept, listing, folder), listing
     return None, listing
+
+
+def _find_regained(listing: Listing, excluded: Sequence[tuple[str, str]]) -> str | None:
+    """Return which image was excluded and may be usable now, though its file is as it was."""
+    (root, *_), files = listing.request, listing.files
+    compared = {files.names[row] for row in files.faults}  # with the listing
+    for name, reason in excluded:
+        is_unread = reason.startswith(UNREADABLE) and name not in compared
+        if (LACKED in reason and has_avif()) or (is_unread and is_readable(Path(root, name))):
+            return f"{name} was excluded and may be usable now"
+    return None
 
 
 def warn_of_many_files(listing: Listing) -> None:
@@ -326,6 +346,7 @@ def write_index(listing: Listing, index: Index, folder: Path | None = None) -> P
     """
     require_publishable(listing, folder is not None)
     facts = {**_own_facts(listing), **_facts_of(index)}
+    del facts["root"]  # copies are elsewhere
     return write_published(facts, index.entries, listing.shards, folder)
 
 
@@ -384,7 +405,9 @@ def build_kept(listing: Listing, folder: Path) -> Index:
             index = _gather(listing, recall, new_buffer)
         kept = index_file.publish(folder, {**own, **_facts_of(index)})
         parts.remove()
-    return _make(request, kept, listing)
+    index = _make(request, kept, listing)
+    _log_excluded(index, folder)
+    return index
 
 
 @contextmanager
@@ -441,7 +464,7 @@ def _open(folder: Path, request: Request) -> tuple[index_file.Kept | None, str |
         kept = index_file.open_file(folder)
         if kept.facts["settings"] != [*request[2:]]:
             return None, "it is of other settings"
-        _ = kept.entries, kept.facts["contents"], kept.facts["digest"], kept.facts["tree"]
+        _ = kept.entries, *(kept.facts[name] for name in ("contents", "digest", "source", "tree"))
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -455,6 +478,14 @@ def _make(request: Request, kept: index_file.Kept, listing: Listing | None) -> I
     index = _index_of(request.path, kept, names, [shard.path for shard in shards])
     if index.source == "folder" and listing is not None:
         return replace(index, passed_over=sort_counts([listing.passed]))
+    return index
+
+
+def _use(request: Request, kept: index_file.Kept, listing: Listing | None, folder: Path) -> Index:
+    """Make an index that was not built by this launch, and log what is not in it."""
+    index = _make(request, kept, listing)
+    _log_passed(index, logging.INFO)
+    _log_excluded(index, folder)
     return index
 
 
@@ -477,12 +508,19 @@ def _index_of(
 
 
 def _own_facts(listing: Listing) -> dict[str, Any]:
-    """Return what an index is of: settings, and digests of the files with and without times."""
+    """Return what an index is of: path, settings, digests of the files with and without times."""
     return {
+        "root": _name_root(listing.request),
         "settings": [*listing.request[2:]],
         "listing": listing.digest(with_times=True),
         "contents": listing.digest(with_times=False),
     }
+
+
+def _name_root(request: Request) -> str:
+    """Return the path of a data set, or its pattern or address, whatever the working folder is."""
+    path = request.path
+    return path if isinstance(path, str) else os.path.abspath(path)
 
 
 def _facts_of(index: Index) -> dict[str, Any]:
@@ -606,3 +644,11 @@ def _log_passed(index: Index, level: int) -> None:
     if index.passed_over:
         text = format_passed(index.passed_over, UNITS[index.source])
         logger.log(level, "%s: %s", index.root, text)
+
+
+def _log_excluded(index: Index, folder: Path) -> None:
+    """Log how many images are excluded, and where they are listed."""
+    if index.excluded:
+        number = format_count(len(index.excluded), UNITS[index.source])
+        text = "%s: %s excluded or damaged; %s lists them with reasons"
+        logger.info(text, index.root, number, folder / index_file.INDEX_JSON)

@@ -140,10 +140,7 @@ class _Examiner:
             return
         try:
             if not self._helps or self._is_as_listed(piece):
-                part = self._examine(piece)
-                faults = part.facts["excluded"] if self._helps and not self._shards else ()
-                if not any(reason.startswith("cannot be read") for _, reason in faults):
-                    self._parts.keep(piece, part)
+                self._parts.keep(piece, self._examine(piece))
         except ReadError:
             raise
         except DataError:

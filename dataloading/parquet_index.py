@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dataloading.entries import ENTRY, examine
+from dataloading.entries import ENTRY, depends_on_machine, examine
 from dataloading.errors import DataError, UndecodableError
 from dataloading.headers import header_of_bytes
 from dataloading.order import Shuffle
@@ -125,6 +125,7 @@ def _examine_file(path: Path, name: str, max_pixels: int, exif_orientation: bool
         "is_named": columns.names is not None,
         "columns": f"images in {columns.image}, labels in {columns.label or 'none'}",
         "excluded": excluded,
+        "is_final": not any(depends_on_machine(reason) for _, reason in excluded),
         "passed": list(passed.values()),
         "folders": [],
         "row_group": [largest[0], -largest[1]],

@@ -20,7 +20,8 @@ class Part(NamedTuple):
     """What the headers of one piece say.
 
     Attributes:
-        facts: plain JSON beside the rows.
+        facts: plain JSON beside the rows; ``is_final`` says whether another machine, or this one
+            later, would find the same.
         rows: of its usable images, in order, ``ENTRY``.
     """
 
@@ -67,8 +68,8 @@ class Parts:
         return Part(json.loads(facts), np.frombuffer(rows, ENTRY))
 
     def keep(self, piece: int, part: Part) -> None:
-        """Keep a result; in memory where the store refuses."""
-        path = self._path(piece)
+        """Keep a result; in memory where the store refuses, or the result is not final."""
+        path = self._path(piece) if part.facts["is_final"] else None
         if path is not None:
             data = json.dumps(part.facts).encode("ascii") + b"\n" + part.rows.tobytes()
             with suppress(OSError):

@@ -2,12 +2,16 @@
 
 One file, ``image-index-DIGEST.bin``: the content of ``index.json`` as a line, then the rows. The
 digest in its name is that of names and sizes of the tars and of the settings, so that an index is
-found by what it is of; several may be in one folder.
+found by what it is of; several may be in one folder. It records the versions of the tars, since an
+edited tar often keeps its size.
 """
 
 import json
 import logging
+import os
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,16 @@ from dataloading.columns import new_columns
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path, read_at
+from dataloading.headers import LACKED, has_avif
 from dataloading.patience import LASTING, PATIENCE_S, Patience
 from dataloading.shards import PUBLISHED, Shard, is_parquet, open_shard
-from dataloading.stores import RemoteTar, TarPlace, find_tars
+from dataloading.stores import RemoteTar, TarPlace, find_tars, find_times
 
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 16 << 20  # bytes
 _ROWS_AT_ONCE = 1 << 20
+_PAUSE_S = 3600.0  # longest between two files of one copy
 
 
 def write_published(
@@ -46,15 +52,22 @@ def write_published(
     Raises:
         DataError: if it cannot be written.
     """
-    path = Path(_place_of(shards, facts["contents"]))
-    path = folder / path.name if folder is not None else path
+    place = _place_of(shards, facts["contents"])
+    path = Path(place) if folder is None else folder / Path(place).name
     tree = index_file.hash_blocks(entries.view(np.uint8))
-    whole = {"format": index_file.FORMAT, **facts, "tree": tree}
+    versions = [shard.file.mtime_ns for shard in shards]
+    whole = {"format": index_file.FORMAT, **facts, "tree": tree, "versions": versions}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as draft, draft.open("wb") as file:
-            file.write(json.dumps(whole).encode("ascii") + b"\n")
-            file.write(entries.view(np.uint8).data)
+        with atomic_path(path) as draft:
+            draft.touch()
+            time_ns = draft.stat().st_mtime_ns
+            whole["home"] = place if isinstance(shards[0].path, RemoteTar) else time_ns
+            with draft.open("wb") as file:
+                file.write(json.dumps(whole).encode("ascii") + b"\n")
+                file.write(entries.view(np.uint8).data)
+            with suppress(OSError):  # then it passes for a copy
+                os.utime(draft, ns=(time_ns, time_ns))
     except OSError as error:
         raise DataError(
             f"{path}: the index cannot be written ({error.strerror}); name another folder, and "
@@ -70,11 +83,12 @@ def take_published(
 
     Args:
         shards: the tars.
-        own: ``settings``, ``listing`` and ``contents`` of this data set.
+        own: ``root``, ``settings``, ``listing`` and ``contents`` of this data set.
         folder: keeps the index from now on.
 
     Returns:
-        The index; ``None``: there is none of these tars and settings, or it is damaged.
+        The index; ``None``: there is none of these tars and settings, or it is damaged, or older
+        than a tar.
 
     Raises:
         ReadError: if storage fails for longer than reads are retried.
@@ -123,7 +137,8 @@ def _copy(
     """Copy the rows, and return the facts.
 
     Raises:
-        ValueError, KeyError, TypeError: if the published index is damaged, or is of other tars.
+        ValueError, KeyError, TypeError: if the published index is damaged, or is of other tars, or
+            of these before they changed.
     """
     patience = Patience(PATIENCE_S)
     with open_shard(place) as (file, size):
@@ -141,6 +156,14 @@ def _copy(
         facts: dict[str, Any] = json.loads(line)
         if (facts["format"], facts["contents"]) != (index_file.FORMAT, own["contents"]):
             raise ValueError("it is of another format, or of other tars")
+        changed = _find_changed(place, shards, facts)
+        if changed is not None:
+            raise ValueError(
+                f"{changed} has changed since, or was copied much later; publish the index again "
+                "with check-data --write-index"
+            )
+        if has_avif() and any(LACKED in reason for _, reason in facts["excluded"]):
+            raise ValueError("it lacks images that this Pillow reads")
         rows, begin = facts["images"], len(line) + 1
         if size != begin + rows * ENTRY.itemsize:
             raise ValueError(f"it has {size} bytes, not those of {rows} rows")
@@ -154,7 +177,40 @@ def _copy(
             if index_file.hash_blocks(data) != facts["tree"]:
                 raise ValueError("its rows are damaged")
             _require_rows(entries, shards, len(facts["labels"]))
-    return {**facts, **own}
+    copied = {name: fact for name, fact in facts.items() if name not in ("versions", "home")}
+    return {**copied, **own}
+
+
+def _find_changed(place: TarPlace, shards: Sequence[Shard], facts: dict[str, Any]) -> str | None:
+    """Return the name of a tar that has changed since its index was published; ``None``: of none.
+
+    Copies are no change, but may have other times or ETags: then all tars have, and the index has
+    another time or address. A tar that changed later shows by a long pause before it was written.
+    """
+    versions: list[int] = facts.get("versions", [])  # earlier releases recorded none
+    if versions:
+        pairs = zip(shards, versions, strict=True)
+        changed = [shard.file.name for shard, then in pairs if shard.file.mtime_ns != then]
+        if not changed:
+            return None
+        home = place.url if isinstance(place, RemoteTar) else place.stat().st_mtime_ns
+        if facts["home"] == home or len(changed) < len(shards):
+            return changed[0]
+    published_s, *tars_s = _modified(place, shards)
+    named = zip(tars_s, (shard.file.name for shard in shards), strict=True)
+    newer = sorted((time_s, name) for time_s, name in named if time_s > published_s)
+    for (before_s, _), (time_s, name) in pairwise([(published_s, ""), *newer]):
+        if time_s - before_s > _PAUSE_S:
+            return name
+    return None
+
+
+def _modified(place: TarPlace, shards: Sequence[Shard]) -> list[float]:
+    """Return when an index and its tars were modified, in seconds."""
+    if not isinstance(place, RemoteTar):
+        return [place.stat().st_mtime, *(shard.file.mtime_ns / 1e9 for shard in shards)]
+    urls = [place.url, *(str(shard.path) for shard in shards)]
+    return Patience(PATIENCE_S).retry(lambda: find_times(urls), place.url)
 
 
 def _require_rows(entries: NDArray[np.void], shards: Sequence[Shard], labels: int) -> None:

@@ -153,6 +153,16 @@ def find_tars(urls: Sequence[str]) -> list[RemoteTar]:
         return list(pool.map(_find_tar, urls))
 
 
+def find_times(urls: Sequence[str]) -> list[float]:
+    """Return when objects were modified, in seconds; 0 where the store does not say.
+
+    Raises:
+        OSError: for the first that the store does not give.
+    """
+    with ThreadPoolExecutor(LISTING_IN_FLIGHT) as pool:
+        return [meta["last_modified"].timestamp() for meta in pool.map(_ask, urls)]
+
+
 def list_tars(pattern: str) -> tuple[list[RemoteTar], list[str]]:
     """List the tars of a folder, ``s3://BUCKET/FOLDER/``, or of a pattern with ``*``, by name.
 
@@ -442,12 +452,17 @@ def explain_remedy(url: str, error: OSError) -> str:
     return "correct data.path, or serve the tars to this machine without a login"
 
 
-def _find_tar(url: str) -> RemoteTar:
+def _ask(url: str) -> Any:
+    """Return what the store knows of an object."""
     root, key = split_address(url)
     try:
-        meta = importlib.import_module("obstore").head(open_store(root), key)
+        return importlib.import_module("obstore").head(open_store(root), key)
     except _errors() as error:
         raise _os_error(error, url) from None
+
+
+def _find_tar(url: str) -> RemoteTar:
+    meta = _ask(url)
     return RemoteTar(url, meta["size"], _version(meta))
 
 

@@ -11,6 +11,7 @@ from dataloading.files import Readable, read_at
 from dataloading.headers import explain_other_file
 
 BLOCK = 512
+_PIECE = 1 << 20  # bytes of the padding that are read at once
 _ZEROS = bytes(BLOCK)
 _REGULAR = frozenset((b"0", b"\0", b"7"))
 _FOLDERS = frozenset((b"5", b"D", b"V"))  # folders, their lists in GNU's backups, volume labels
@@ -86,7 +87,7 @@ def list_members(file: int | Readable, size: int) -> Iterator[Member]:
     while at < size:
         block = read_at(file, BLOCK, at)
         if block == _ZEROS:
-            if read_at(file, 21 * BLOCK, at).strip(b"\0"):  # padding ends before that
+            if not _is_zero(file, at, size):
                 yield Member(b"", at, 0, "more follows the end of the archive and is excluded")
             return
         start = at + BLOCK
@@ -151,6 +152,21 @@ class _Extensions:
                 length = _pax_size(pax[b"size"])
         self._own, self._long_name = {}, b""
         return name, length, is_sparse
+
+
+def _is_zero(file: int | Readable, at: int, end: int) -> bool:
+    """Return whether all bytes of a range are zero, read in pieces up to the first that is not.
+
+    The padding of a tar has no largest size: ``tar -b`` sets it.
+    """
+    while at < end:
+        data = read_at(file, min(_PIECE, end - at), at)
+        if not data:  # cut since it was opened
+            break
+        if data.strip(b"\0"):
+            return False
+        at += len(data)
+    return True
 
 
 def _end_of_map(file: int | Readable, block: bytes, start: int) -> int:

@@ -17,6 +17,7 @@ from dataloading.entries import (
     EXTENSIONS,
     Findings,
     Passed,
+    depends_on_machine,
     encode_name,
     examine,
     turns_bytes,
@@ -330,6 +331,7 @@ def _read_samples(
     facts: dict[str, Any] = {
         "classes": list(labels),
         "excluded": excluded,
+        "is_final": not any(depends_on_machine(reason) for _, reason in excluded),
         "passed": list(passed.values()),
         "folders": [_text(folder) for folder in sorted(folders)],
     }

@@ -1,15 +1,20 @@
+import errno
 import io
+import json
 import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import dataloading.folders
+from dataloading import headers
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError
-from dataloading.headers import HeaderError, size_of_bytes, size_of_file, size_of_range
-from dataloading.index import build_index, load_or_build
+from dataloading.headers import HeaderError, has_avif, size_of_bytes, size_of_file, size_of_range
+from dataloading.index import Request, build_index, list_data, load_or_build, write_index
+from tests.dataloading.bad_data_case import AVIF
+from tests.dataloading.tar_case import write_tar
 
 
 def test_folder_is_listed_in_order_with_sizes_and_labels(photographs):
@@ -174,6 +179,112 @@ def test_what_is_verified_of_a_kept_index(photographs, tmp_path, picture):
     never = load_or_build(photographs, kept, verify="never")
     assert never.digest == built.digest and never.passed_over == built.passed_over
     assert load_or_build(photographs, kept, "folder", 12_500, verify="never").digest != built.digest
+
+
+def test_an_index_that_is_not_verified_is_of_this_very_data_set(
+    photographs, tmp_path, picture, monkeypatch, caplog
+):
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    for folder in (other / "a", tmp_path / "tars"):
+        folder.mkdir(parents=True)
+    picture(1, 20, 30).save(other / "a" / "b.png")
+    write_tar(tmp_path / "tars" / "x.tar", [("b.png", (other / "a" / "b.png").read_bytes())])
+    assert len(load_or_build(photographs, kept, verify="never")) == 12
+    monkeypatch.chdir(photographs.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr("dataloading.index.list_data", None)  # nothing is listed
+        assert len(load_or_build(photographs.name, kept, verify="never")) == 12
+    for path, names, before in [
+        (other, ["a/b.png"], photographs),
+        (tmp_path / "tars", ["byte 512 of x.tar"], other),
+        (other, ["a/b.png"], tmp_path / "tars"),
+    ]:
+        assert list(load_or_build(path, kept, verify="never").names) == names
+        assert f"the index is built again: it is that of {before}" in caplog.text
+        caplog.clear()
+    both = photographs / "x.tar"
+    both.write_bytes((tmp_path / "tars" / "x.tar").read_bytes())
+    for source, number in [("folder", 12), ("webdataset", 1), ("folder", 12)]:
+        assert len(load_or_build(photographs, kept, source, verify="never")) == number
+
+
+def test_an_index_without_its_path_is_used_while_the_files_are_the_same(
+    photographs, tmp_path, monkeypatch
+):
+    kept = tmp_path / "kept"
+    load_or_build(photographs, kept)
+    moved = photographs.rename(tmp_path / "moved")
+    facts = json.loads((kept / "index.json").read_text())
+    for known in ({}, {"root": facts.pop("root")}):  # without: of an earlier version
+        (kept / "index.json").write_text(json.dumps(facts | known))
+        with monkeypatch.context() as patch:
+            patch.delattr(dataloading.folders, "header_of_file")  # reading a header would fail
+            for verify in ("never", "changed", "always"):
+                assert len(load_or_build(moved, kept, verify=verify)) == 12
+    os.utime(next(moved.rglob("*.jpg")), (1, 1))
+    load_or_build(moved, kept, verify="never")
+    assert json.loads((kept / "index.json").read_text())["root"] == str(moved)
+
+
+def test_an_image_that_could_not_be_read_is_looked_at_by_every_launch(
+    photographs, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    kept, header_of_file = tmp_path / "kept", dataloading.folders.header_of_file
+    (photographs / "gone.jpg").symlink_to("nowhere.jpg")
+    (photographs / "empty.jpg").touch()
+    locked = {photographs / "class0" / name for name in ("00.jpg", "03.jpg")}
+
+    def read(path):
+        if path in locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return header_of_file(path)
+
+    monkeypatch.setattr(dataloading.folders, "header_of_file", read)
+    for verify in ("changed", "changed", "always", "never"):
+        index = load_or_build(photographs, kept, verify=verify)
+        assert len(index) == 10
+        assert ("class0/00.jpg", "cannot be read: Permission denied") in index.excluded
+        text = f"{photographs}: 4 files excluded or damaged; {kept / 'index.json'} lists them"
+        assert text in caplog.text and "built again" not in caplog.text
+        caplog.clear()
+    locked.pop()
+    assert len(load_or_build(photographs, kept, verify="never")) == 10
+    assert len(load_or_build(photographs, kept)) == 11
+    assert "jpg was excluded and may be usable now" in caplog.text
+    locked.clear()
+    index = load_or_build(photographs, kept)
+    assert len(index) == 12 and index.digest == build_index(photographs).digest
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars", "published"])
+def test_an_image_that_pillow_lacked_is_used_by_a_newer_pillow(
+    photographs, tmp_path, kind, monkeypatch
+):
+    if not has_avif():
+        pytest.skip("this Pillow knows no AVIF")
+    path, kept = photographs, tmp_path / "kept"
+    (photographs / "a.avif").write_bytes(AVIF)
+    (photographs / "b.avif").write_bytes(AVIF[:40])  # damaged for every Pillow
+    if kind != "folder":
+        path = tmp_path / "tars"
+        files = sorted(photographs.rglob("*.*"))
+        write_tar(path / "x.tar", [(file.name, file.read_bytes()) for file in files])
+    with monkeypatch.context() as patch:
+        patch.delitem(features.modules, "avif")
+        formats = [name for name in headers._FORMATS if name != "AVIF"]
+        patch.setattr(headers, "_FORMATS", formats)
+        index = build_index(path) if kind == "published" else load_or_build(path, kept)
+        assert [reason for _, reason in index.excluded] == [
+            "not an image of a known format (AVIF, which this Pillow lacks: install Pillow 11.3 or "
+            "later)"
+        ] * 2
+        if kind == "published":
+            write_index(list_data(Request(path)), index)
+        assert len(load_or_build(path, kept)) == 12
+    assert len(load_or_build(path, kept)) == 13
+    monkeypatch.setattr("dataloading.index.build_kept", None)
+    assert len(load_or_build(path, kept)) == 13
 
 
 def test_index_folder_that_cannot_be_made_is_the_users_error(photographs, tmp_path):

@@ -1,5 +1,6 @@
 """A build of an index that is killed continues, and other processes open what one has verified."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,31 @@ def test_ranks_share_the_work_of_a_build(
         patch.setattr("dataloading.index_build.examine_files", None)
         index = build_kept(listing, kept)
     assert equal(index, build_index(path)) and not (kept / "parts").exists()
+
+
+def test_a_piece_with_an_unreadable_image_is_examined_again(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photographs / "class0" / "gone.jpg").symlink_to("nowhere.jpg")  # which a listing compares
+    monkeypatch.setattr("dataloading.index_build.FOLDER_PIECE", 5)
+    request, kept = Request(photographs), tmp_path / "kept"
+    listing, header_of_file = list_data(request), dataloading.folders.header_of_file
+
+    def refuse(path: Path) -> Any:
+        if path.parent.name == "class2":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return header_of_file(path)
+
+    def fail(*arguments: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dataloading.folders.header_of_file", refuse)
+        patch.setattr("dataloading.index._gather", fail)
+        with pytest.raises(Killed):
+            build_kept(listing, kept)
+    assert len(list((kept / "parts").iterdir())) == 1  # of three pieces, with the dangling link
+    assert len(build_kept(listing, kept)) == 12
 
 
 def test_helper_processes_build_the_same_index(

@@ -1,6 +1,7 @@
 """An index that is published beside tars is taken as it is, where the tars are those it is of."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dataloading.index import (
     write_index,
 )
 from tests.dataloading.store_case import RangeServer
+from tests.dataloading.tar_case import reference, write_tar
 from tests.dataloading.test_parts import equal, make_tars
 
 
@@ -31,9 +33,34 @@ def tars(photographs: Path, tmp_path: Path) -> Path:
     listing = list_data(Request(tmp_path / "tars" / "deep"))
     path = write_index(listing, build_listed(listing))
     assert path.parent == tmp_path / "tars" / "deep" and path.name.startswith("image-index-")
-    shutil.copytree(tmp_path / "tars", tmp_path / "copy", copy_function=shutil.copyfile)
+    copy = copy_without_times(tmp_path / "tars", tmp_path / "copy")
     shutil.rmtree(tmp_path / "tars")
-    return tmp_path / "copy" / "deep"
+    return copy / "deep"
+
+
+def copy_without_times(folder: Path, to: Path) -> Path:
+    """Copy by name, the index first, as a slow ``cp -r`` does."""
+    shutil.copytree(folder, to, copy_function=shutil.copyfile)
+    for number, path in enumerate(sorted(to.rglob("*.*")), start=1):
+        set_later(path, 100 * number)
+    return to
+
+
+def set_later(path: Path, seconds: float) -> None:
+    time_s = path.stat().st_mtime + seconds
+    os.utime(path, (time_s, time_s))
+
+
+def swap_labels(tar: Path) -> None:
+    """Edit a tar of one label so that its size stays."""
+    members = [(name, tar.read_bytes()[at : at + size]) for name, at, size in reference(tar)]
+    write_tar(tar, [(name, b"9" if name.endswith(".cls") else data) for name, data in members])
+
+
+def labels_of(path: Path | str, kept: Path) -> tuple[str, ...]:
+    index = load_or_build(path, kept)
+    assert equal(index, build_index(path))
+    return index.labels
 
 
 def no_headers(patch: pytest.MonkeyPatch) -> None:
@@ -129,6 +156,87 @@ def test_it_is_taken_from_a_store(
         (path,) = tars.glob("image-index-*")
         again = write_index(listing, taken, tmp_path / "out")
         assert again.name == path.name
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("copied", [False, True])  # as by rsync -a or cp -a
+def test_it_is_not_taken_after_a_tar_has_changed_where_times_are_kept(
+    photographs: Path,
+    tmp_path: Path,
+    copied: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tars = make_tars(photographs, tmp_path / "tars")
+    listing = list_data(Request(tars))
+    write_index(listing, build_listed(listing))
+    if copied:
+        tars = Path(shutil.copytree(tars, tmp_path / "copy"))
+    with monkeypatch.context() as patch:
+        no_headers(patch)
+        assert load_or_build(tars, tmp_path / "first").labels == ("0", "1", "2", "3")
+    swap_labels(tars / "train-2.tar")
+    set_later(tars / "train-2.tar", 1)
+    assert labels_of(tars, tmp_path / "second") == ("0", "1", "3", "9")
+    assert "(train-2.tar has changed since, or was copied much later; publish the" in caplog.text
+    assert "the headers of all images are read" in caplog.text
+    for number in (0, 1, 3):
+        swap_labels(tars / f"train-{number}.tar")
+        set_later(tars / f"train-{number}.tar", 1)
+    assert labels_of(tars, tmp_path / "third") == ("9",)
+    listing = list_data(Request(tars))
+    write_index(listing, build_listed(listing))
+    no_headers(monkeypatch)
+    assert load_or_build(tars, tmp_path / "fourth").labels == ("9",)
+
+
+def test_it_is_not_taken_where_a_tar_was_written_long_after_it(
+    tars: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    swap_labels(tars / "train-2.tar")
+    set_later(tars / "train-2.tar", 3 * 3600)
+    assert labels_of(tars, tmp_path / "kept") == ("0", "1", "3", "9")
+    assert "(train-2.tar has changed since" in caplog.text
+
+
+def test_one_of_an_earlier_release_is_taken(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = tars.glob("image-index-*")
+    line, _, rows = path.read_bytes().partition(b"\n")
+    facts = json.loads(line)
+    del facts["versions"], facts["home"]
+    path.write_bytes(json.dumps(facts).encode() + b"\n" + rows)
+    no_headers(monkeypatch)
+    assert len(load_or_build(tars, tmp_path / "kept")) == 12
+
+
+def test_it_is_not_taken_where_a_kept_one_shows_that_tars_have_changed(
+    tars: Path, tmp_path: Path
+) -> None:
+    assert load_or_build(tars, tmp_path / "kept").labels == ("0", "1", "2", "3")
+    swap_labels(tars / "train-2.tar")  # soon after a copy without times
+    assert labels_of(tars, tmp_path / "kept") == ("0", "1", "3", "9")
+
+
+@pytest.mark.parametrize("home", [False, True])
+def test_it_is_not_taken_after_a_tar_of_a_store_has_changed(
+    tars: Path, tmp_path: Path, home: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore", reason="the extra stores is not installed")
+    server = RangeServer(tars.parent)
+    try:
+        url = f"{server.url}/deep/train-{{2..2}}.tar"
+        listing = list_data(Request(url if home else tars / "train-2.tar"))
+        path = write_index(listing, build_listed(listing), tmp_path / "out")
+        shutil.copyfile(path, tars / path.name)
+        with monkeypatch.context() as patch:
+            no_headers(patch)
+            assert load_or_build(url, tmp_path / "first").labels == ("2",)
+        swap_labels(tars / "train-2.tar")
+        set_later(tars / "train-2.tar", 20 if home else 2 * 3600)
+        assert labels_of(url, tmp_path / "second") == ("9",)
     finally:
         server.stop()
 

@@ -93,3 +93,21 @@ def test_old_tars_without_magic_and_binary_sizes_are_read(tmp_path):
         + bytes(1024)
     )
     assert plain(path) == reference(path) == [("a.jpg", 1024, 3), ("b.jpg", 2048, 5)]
+
+
+def test_reading_ends_at_the_first_piece_that_is_no_padding():
+    class Recorded:
+        """A file in a store that is mostly another archive."""
+
+        def __init__(self, data):
+            self.data, self.bytes = data, 0
+
+        def read(self, size, offset):
+            self.bytes += size
+            return self.data[offset : offset + size]
+
+    data = bytes(3 << 20) + b"x" * (9 << 20)
+    file = Recorded(data)
+    (fault,) = list_members(file, len(data))
+    assert fault.fault == "more follows the end of the archive and is excluded"
+    assert file.bytes <= 512 + (4 << 20)

@@ -220,12 +220,20 @@ def test_damaged_header_leaves_out_the_rest_of_its_tar_once(tars):
     assert index.entries["label"].tolist()[5] == -1 == index.labels.index("0") - 1
 
 
-def test_archive_behind_the_end_of_another_is_reported(tmp_path, jpegs):
+@pytest.mark.parametrize("blocks", [2, 20, 21, 22, 64, 5000])  # 21: just filled; 64: tar -b 64
+def test_archive_behind_the_end_of_another_is_reported(tmp_path, jpegs, blocks):
     path = write_tar(tmp_path / "a.tar", [("a.jpg", jpegs[0])])
-    path.write_bytes(path.read_bytes() * 2)
+    data = path.read_bytes()
+    _, start, length = reference(path)[0]
+    end = start + -(-length // 512) * 512
+    padded = data[:end] + bytes(512 * blocks)
+    path.write_bytes(padded)
+    assert build_index(path).excluded == ()
+    path.write_bytes(padded + data)
     index = build_index(path)
     assert len(index) == 1
-    assert "more follows the end of the archive" in index.excluded[0][1]
+    reason = "more follows the end of the archive and is excluded"
+    assert index.excluded == ((f"byte {end} of a.tar", reason),)
 
 
 @pytest.mark.parametrize("form", FORMATS)
