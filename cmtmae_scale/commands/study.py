@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.hints import key_hint
-from cmtmae_scale.errors import EXIT_DONE, ConfigError
+from cmtmae_scale.errors import EXIT_DONE, ConfigError, may_pass
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.storage import write_atomic
@@ -54,6 +54,8 @@ def execute_study(options: argparse.Namespace) -> int:
     if options.collect is not None:
         sys.stdout.write(write_results(study, runs, unmatched, options.study, options.collect))
         return EXIT_DONE
+    if any(run.missing() for run in selected):
+        require_images(study)
     with hold_run(Path(study.dir), 0):
         outcomes = Executor(options.jobs, options.minutes).run(selected)
         sys.stdout.write(write_results(study, runs, unmatched, options.study, record))
@@ -126,6 +128,27 @@ def add_common_options(parser: Parser, folder: str) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the missing commands")
 
 
+def require_images(study: Study) -> None:
+    """Refuse a study whose images for the evaluation are absent, before it trains for hours.
+
+    Raises:
+        ConfigError: names the key.
+        DataError: unusable images.
+    """
+    from cmtmae_scale.config.images import request_images
+    from cmtmae_scale.config.schema import Data
+    from dataloading.index import list_data
+
+    for path in (study.evaluation.train, study.evaluation.test):
+        list_data(request_images(Data(path=path)))
+    masks = study.evaluation.segmentation
+    if masks is not None and not Path(masks).exists():
+        raise ConfigError(
+            f"evaluation.segmentation={masks}: no such folder; the demo's masks are made by "
+            "cmtmae demo"
+        )
+
+
 def select_runs(study: Study, runs: "Sequence[Run]", rows: Sequence[str] | None) -> "list[Run]":
     """Return the runs of some rows; ``None``: of all.
 
@@ -172,8 +195,15 @@ def write_results(
         files[".svg"] = draw_results(study, results)
     if (curves := draw_curves(results)) is not None:
         files["-curves.svg"] = curves
-    record.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in files.items():
-        write_atomic(record.with_name(record.stem + suffix), text)
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, text in files.items():
+            write_atomic(record.with_name(record.stem + suffix), text)
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise ConfigError(
+            f"{record}: cannot be written ({error.strerror}); name another file with --collect"
+        ) from error
     written = ", ".join(record.stem + suffix for suffix in files)
     return f"{table}\nwritten to {record.parent}: {written}\n"

@@ -1,6 +1,7 @@
 """A study file: runs, their evaluation, and comparisons, all fixed beforehand."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -145,12 +146,20 @@ def check_study(study: Study, place: str) -> None:
     Raises:
         ConfigError: the first problem.
     """
+    check_texts(study, ("recipe", "dir"), place)
+    check_texts(
+        study.evaluation, ("train", "test", "finetune", "segmentation"), f"{place}: evaluation"
+    )
+    epochs = study.evaluation.epochs
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise ConfigError(f"{place}: evaluation.epochs={epochs!r} must be a whole number above 0")
     check_choice(study.evaluation.features, Features, f"{place}: evaluation.features")
     check_choice(study.evaluation.weights, Weights, f"{place}: evaluation.weights")
     check_settings(study.settings, place, "settings")
     earlier: set[str] = set()
     for name, row in study.rows.items():
         key = f"rows.{name}"
+        check_texts(row, ("note", "like"), f"{place}: {key}")
         check_settings(row.settings, place, f"{key}.settings")
         if row.weights is not None:
             check_choice(row.weights, Weights, f"{place}: {key}.weights")
@@ -166,6 +175,18 @@ def check_study(study: Study, place: str) -> None:
         for name in pair:
             if name not in study.rows:
                 raise ConfigError(f"{place}: comparisons: {name} is not a row")
+
+
+def check_texts(group: Any, names: Sequence[str], place: str) -> None:
+    """Refuse values that are not text; ``None`` where a key may be left out.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for one in fields(group):
+        value = getattr(group, one.name)
+        if one.name in names and not (isinstance(value, str) or value is one.default is None):
+            raise ConfigError(f"{place}: {one.name}={value!r} is not text; put it in quotes")
 
 
 def check_choice(found: Any, allowed: Any, key: str) -> None:

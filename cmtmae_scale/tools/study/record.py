@@ -26,6 +26,9 @@ from cmtmae_scale.tools.study.work import Record, Run
 
 logger = logging.getLogger(__name__)
 
+PROBES = ("linear-", "knn-")
+"""Beginnings of the names of the evaluations that every run has."""
+
 
 def read_record(file: Path) -> list[Record]:
     """Return the runs of a record, the unmatched ones too; none where there is no file.
@@ -52,22 +55,19 @@ def adopt_records(
     """Give the runs whose folder is gone their recorded results.
 
     Returns:
-        The runs, and the records without a folder and without a run, since the settings of the
-        study, or its evaluation, have changed.
+        The runs, and the records that no run has taken: the settings of the study, or its
+        evaluation, have changed, or the run is being trained again.
 
     Raises:
         ConfigError: a recorded result that cannot be used.
     """
-    folders = Path(study.dir) / "runs"
-    gone = [one for one in records if not (folders / str(one["settings_digest"])).exists()]
-    by_digest = {one["settings_digest"]: one for one in gone}
     adopted: list[Run] = []
-    used: set[str] = set()
+    used: list[Record] = []
     for run in runs:
-        record = by_digest.get(run.folder.name)
-        if record is not None and is_result_of(record, run, study.evaluation.features):
-            used.add(run.folder.name)
-            run = replace(run, recorded=record)
+        found = None if run.folder.exists() else find_record(records, run, study)
+        if found is not None:
+            used.append(found)
+            run = replace(run, recorded=found)
             recorded_result(run)  # a damaged one is refused before anything runs
         adopted.append(run)
     partial = [run for run in adopted if lacks_evaluation(run)]
@@ -77,15 +77,34 @@ def adopt_records(
             "delete its line in the record",
             *(len(partial), ", ".join(f"{run.row} seed {run.seed}" for run in partial)),
         )
-    unmatched = [one for one in gone if one["settings_digest"] not in used]
+    rest = [one for one in records if not any(one is other for other in used)]
+    unmatched = without_files(study, rest)
     if unmatched:
         names = ", ".join(f"{one['row']} seed {one['seed']}" for one in unmatched)
         logger.warning(
-            "recorded runs without a folder that are not the study's, whose settings or evaluation "
-            "have changed: %d (%s); they stay in the record as unmatched",
+            "recorded results that do not count now: %d (%s): settings or evaluation have changed, "
+            "or the run is trained again; they stay in the record as unmatched",
             *(len(unmatched), names),
         )
     return adopted, unmatched
+
+
+def find_record(records: Sequence[Record], run: Run, study: Study) -> Record | None:
+    """Return the record of a run, of rows with equal settings that of its own evaluation."""
+    features = study.evaluation.features
+    own = [one for one in records if one["settings_digest"] == run.folder.name]
+    return next((one for one in own if is_result_of(one, run, features)), None)
+
+
+def without_files(study: Study, records: Sequence[Record]) -> list[Record]:
+    """Return the records whose results are not in the files of the study."""
+
+    def has_files(record: Record) -> bool:
+        folder = Path(study.dir) / "runs" / str(record["settings_digest"]) / "evaluation"
+        names = [one for one in record.get("evaluations", ()) if one.startswith(PROBES)]
+        return bool(names) and all((folder / f"{one}.json").exists() for one in names)
+
+    return [one for one in records if not has_files(one)]
 
 
 def is_result_of(record: Record, run: Run, features: str) -> bool:
@@ -126,7 +145,8 @@ def results_record(study: Study, results: Results, unmatched: Sequence[Record], 
     }
     features = study.evaluation.features
     runs = [run_record(one, features) for row in results.rows for one in row.found]
-    lists = {"runs": runs} | ({"unmatched": list(unmatched)} if unmatched else {})
+    left = without_files(study, unmatched)  # a run that was trained again has them by now
+    lists = {"runs": runs} | ({"unmatched": left} if left else {})
     head = json.dumps(record, indent=1).removesuffix("\n}")
     return head + "".join(map(lines_of, lists, lists.values())) + "\n}\n"
 

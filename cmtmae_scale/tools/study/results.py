@@ -189,9 +189,8 @@ def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult], measure: str) -
     )
     seeds = [seed for seed in ours if seed in theirs]
     if len(seeds) > 1:
-        return paired_t(
-            *([own[seed].others[measure].value for seed in seeds] for own in (ours, theirs))
-        )
+        values = ([own[seed].others[measure].value for seed in seeds] for own in (ours, theirs))
+        return paired_t(*values, resolution=1 / min(one.count for one in (*a, *b)))
     if not seeds or measure == TUNED:
         return None
     first, second = ours[seeds[0]], theirs[seeds[0]]

@@ -31,17 +31,27 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1))
 
 
-def paired_t(a: Sequence[float], b: Sequence[float]) -> PairedTest:
+def paired_t(a: Sequence[float], b: Sequence[float], resolution: float = 0.0) -> PairedTest:
     """Student's paired t-test over at least two common seeds.
 
-    The test generalises over seeds, for these test images.
+    The test generalises over seeds, for these test images. Accuracies are multiples of 1/n, so two
+    differences may be equal by rounding: their variance counts as at least that of the difference
+    of two rounded numbers, resolution^2 / 6.
+
+    Args:
+        a: accuracies of A by seed.
+        b: those of B.
+        resolution: 1/n for n test images.
+
+    Raises:
+        ValueError: for fewer than two seeds.
     """
     differences = [x - y for x, y in zip(a, b, strict=True)]
     mean, std = mean_and_std(differences)
     if std is None:
         raise ValueError("a paired t-test needs two seeds at least")
     free = len(differences) - 1
-    error = std / math.sqrt(len(differences))
+    error = max(std, resolution / math.sqrt(6)) / math.sqrt(len(differences))
     # Equal differences: t is infinite, or 0 where all differences are 0.
     t = abs(mean) / error if error else (math.inf if mean else 0.0)
     p = 2 * t_tail(t, free)

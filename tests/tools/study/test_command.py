@@ -206,6 +206,28 @@ def test_results_are_collected_without_running_anything(
     assert not (elsewhere / "lock").exists()
 
 
+@pytest.mark.parametrize("key", ["train", "test", "segmentation"])
+def test_absent_images_are_refused_before_anything_is_trained(
+    tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = study_tree(tmp_path)
+    labelled_photographs(Path(tree["evaluation"]["train"]), 4, 0)
+    labelled_photographs(Path(tree["evaluation"]["test"]), 4, 1)
+    tree["evaluation"][key] = str(tmp_path / "absent")
+    assert run_study([str(write_study(tmp_path, tree))]) == 78
+    assert str(tmp_path / "absent") in caplog.text
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_record_that_cannot_be_written_is_one_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = write_study(tmp_path, study_tree(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert run_study([str(study), "--collect", str(tmp_path / "file" / "study.json")]) == 78
+    assert "study.json: cannot be written (" in caplog.text
+
+
 def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

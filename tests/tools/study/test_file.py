@@ -45,6 +45,12 @@ MISTAKES = [
     ("evaluation", "train", "evaluation='train' is a group; give it keys"),
     ("evaluation.test", None, "evaluation.test must be given"),
     ("evaluation.features", "patch", "evaluation.features='patch' is not one of patches, cls"),
+    ("evaluation.epochs", 0, "evaluation.epochs=0 must be a whole number above 0"),
+    ("evaluation.epochs", "many", "evaluation.epochs='many' must be a whole number above 0"),
+    ("evaluation.train", 5, "evaluation: train=5 is not text; put it in quotes"),
+    ("evaluation.segmentation", ["a"], "evaluation: segmentation=['a'] is not text"),
+    ("rows.mae.note", 2024, "rows.mae: note=2024 is not text; put it in quotes"),
+    ("recipe", 3, "recipe=3 is not text"),
     ("comparisons", [["cmt", "may"]], "comparisons: may is not a row"),
     ("comparisons", [["cmt"]], "comparisons: ['cmt'] must be two rows, [better, other]"),
 ]

@@ -85,9 +85,44 @@ def test_records_of_other_settings_are_kept_and_named(
         caplog.clear()
         found = collect(done, record, **change)
         assert found["runs"] == [] and found["unmatched"] == known
-        assert "have changed: 4 (mae seed 0, mae seed 1, cmt seed 0, half seed 0)" in caplog.text
+        assert "not count now: 4 (mae seed 0, mae seed 1, cmt seed 0, half seed 0)" in caplog.text
     assert collect(done, record)["runs"] == known
     assert "unmatched" not in json.loads(record.read_text())
+
+
+def test_rows_with_equal_settings_have_records_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of the initial weights shares the folder of another."""
+    monkeypatch.setattr("cmtmae_scale.commands.study.set_up_logging", lambda *_: None)
+    rows = {"random": {"like": "mae", "weights": "random"}}
+    study = load_study(write_study(tmp_path, tree := with_rows(study_tree(tmp_path), rows)))
+    runs = plan_runs(study)
+    for number, run in enumerate(runs):
+        put_results(run, hits_of(5 if run.row == "random" else 10 + run.seed), baselines=not number)
+    record = tmp_path / "study" / "study.json"
+    first = collect(tmp_path, record, rows=tree["rows"])
+    shutil.rmtree(tmp_path / "study" / "runs")
+    assert collect(tmp_path, record, rows=tree["rows"]) == first
+    assert len(first["runs"]) == len(runs) == 7
+    assert len({one["settings_digest"] for one in first["runs"]}) == 5
+
+
+def with_rows(tree: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
+    return tree | {"rows": tree["rows"] | rows}
+
+
+def test_a_record_stays_until_the_run_that_is_trained_again_has_results(done: Path) -> None:
+    record, run = done / "study" / "study.json", plan_runs(load_study(done / "study.yaml"))[0]
+    shutil.rmtree(done / "study" / "runs")
+    known = json.loads(record.read_text())["runs"]
+    run.folder.mkdir(parents=True)  # its training was stopped
+    for _ in range(2):
+        found = collect(done, record)
+        assert found["unmatched"] == known[:1] and found["runs"] == known[1:]
+    put_results(run, hits_of(11), baselines=True)
+    found = collect(done, record)
+    assert "unmatched" not in found and found["runs"][0]["primary"] == 11 / 40
 
 
 def test_an_evaluation_that_is_added_trains_nothing_again(

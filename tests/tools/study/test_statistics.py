@@ -37,6 +37,10 @@ def test_the_tail_of_t_is_scipys(t: float, free: int) -> None:
 
 def test_equal_differences_give_an_exact_answer() -> None:
     assert paired_t([0.75, 0.5], [0.5, 0.25]).p == 0
+    one_image = [[k / 5000 for k in both] for both in ((1491, 1443), (1490, 1442))]
+    assert paired_t(*one_image, resolution=1 / 5000).p == pytest.approx(0.179, abs=1e-3)
+    many = [[k / 5000 for k in both] for both in ((1590, 1542), (1490, 1442))]
+    assert 0 < paired_t(*many, resolution=1 / 5000).p < 0.005
     assert paired_t([0.75, 0.5], [0.75, 0.5]).p == 1
     with pytest.raises(ValueError, match="two seeds"):
         paired_t([0.5], [0.4])
