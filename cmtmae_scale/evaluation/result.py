@@ -155,7 +155,13 @@ def row_record(row: Row, num_classes: int) -> dict[str, Any]:
 
 def image_set_record(path: str, images: ImageSet, used: int) -> dict[str, Any]:
     """Return an image set for the result file; ``used`` images can be decoded."""
-    return {"path": path, "images": len(images), "used": used, "digest": images.index.digest}
+    return {
+        "path": path,
+        "images": len(images),
+        "used": used,
+        "digest": images.index.digest,
+        "labels_digest": images.index.labels_digest(),
+    }
 
 
 def write_result(file: Path, record: dict[str, Any]) -> None:

@@ -59,6 +59,9 @@ def test_accuracies_are_the_same_at_any_number_of_ranks(place: Path, tmp_path: P
         assert text == [text[0]] * ranks
         record = json.loads(out.read_text())
         assert record["images"]["train"]["used"] == 40
+        assert (
+            record["images"]["train"]["labels_digest"] != record["images"]["test"]["labels_digest"]
+        )
         assert (record["images"]["test"]["images"], record["images"]["test"]["used"]) == (26, 25)
         assert all(row["count"] == 25 for row in record["results"])
         found.append(record["results"])
