@@ -22,7 +22,7 @@ from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.scalars import Scalars
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.task import Run, SideTask
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import AGAIN, ConfigError
 from cmtmae_scale.evaluation.images import Sets, open_pair, require_decodable
 from cmtmae_scale.evaluation.result import (
     TOP,
@@ -43,6 +43,7 @@ from cmtmae_scale.finetuning.classifier import (
 )
 from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, refuse_other_encoder
 from cmtmae_scale.finetuning.labels import label_state, refuse_other_labels
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.index import Index
 from dataloading.parquet_index import require_small_groups
@@ -246,8 +247,12 @@ class Finetuning:
         row = Row(self.encoder.name, pool, "fine-tuned", score)
         file = run.run_dir / RESULT_FILE
         run.writer.require_lock_on_all_ranks()
-        if self.world.rank == 0:
-            write_result(file, self.record_result(run.progress, row, digest))
+
+        def write() -> None:
+            record = self.record_result(run.progress, row, digest)
+            write_result(file, record, f"make it writable and {AGAIN}")
+
+        on_all_ranks(write if self.world.rank == 0 else lambda: None)
         self.summary = self.summarise(run.progress, row, file)
 
     def summarise(self, progress: Progress, row: Row, file: Path) -> list[str]:
