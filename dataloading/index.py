@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -104,6 +105,12 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def labels_digest(self) -> str:
+        """Return the sha256, hexadecimal, of names and rows' labels, which ``digest`` lacks."""
+        total = hashlib.sha256(json.dumps(self.labels).encode("ascii"))
+        total.update(self.entries["label"].tobytes())
+        return total.hexdigest()
 
     def is_remote(self) -> bool:
         """Return whether the samples are in a store."""

@@ -270,11 +270,9 @@ class Pack:
         )
 
     def _make_record(self, excluded: Sequence[Fault]) -> PackRecord:
-        labels = hashlib.sha256(json.dumps(self._index.labels).encode("ascii"))
-        labels.update(self._index.entries["label"].tobytes())
         shards = min(self._shards, len(self._index) - len(excluded))
         return PackRecord(
-            self._index.digest, labels.hexdigest(), self._seed, shards, list(excluded)
+            self._index.digest, self._index.labels_digest(), self._seed, shards, list(excluded)
         )
 
     def _save(self, record: PackRecord) -> None:

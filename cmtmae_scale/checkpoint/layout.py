@@ -279,6 +279,11 @@ def find_type_problems(state: dict[str, Any]) -> Iterator[str]:
         yield f"world_size={shorten(state.get('world_size'))} is not a count"
     if not is_count(state.get("prior_steps", 0)):
         yield f"prior_steps={shorten(state['prior_steps'])} is not a count"
+    classes = state.get("classes", [])  # of a fine-tuning, but not of an older one
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        yield f"classes={shorten(classes)} is not a list of texts"
+    if not isinstance(state.get("labels_digest", ""), str):
+        yield f"labels_digest={shorten(state['labels_digest'])} is not {JSON_NAMES[str]}"
     for group, counts in COUNTS.items():
         tree = state.get(group)
         if not isinstance(tree, dict):

@@ -145,7 +145,7 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
     """Time the training step, or compare it with another library's."""
     load_config(options.config, options.overrides)  # errors of the recipe cost no torch
     from cmtmae_scale.engine.agreement import REMEDY, code_facts, require_equal
-    from cmtmae_scale.runtime.collectives import pick_device, process_group
+    from cmtmae_scale.runtime.collectives import on_all_ranks, pick_device, process_group
     from cmtmae_scale.tools.benchmark import against, table, training
 
     device = pick_device(world)
@@ -159,10 +159,14 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
 
     def keep(results: Sequence[training.StepResult]) -> None:
         """Save the variants measured so far; the command may be ended before the others."""
-        if world.rank == 0 and options.output is not None:
-            text = table.training_tables(results, on_gpu)
-            headline = table.training_headline(results)
-            save_tables(options.output, facts | {"headline": headline}, results, text)
+
+        def save() -> None:
+            if world.rank == 0 and options.output is not None:
+                text = table.training_tables(results, on_gpu)
+                headline = table.training_headline(results)
+                save_tables(options.output, facts | {"headline": headline}, results, text)
+
+        on_all_ranks(save)
 
     with process_group(world, device):
         given = {name: value for name, value in vars(options).items() if not callable(value)}

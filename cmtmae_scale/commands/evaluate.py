@@ -66,12 +66,17 @@ def run_method(options: argparse.Namespace, world: World, device: "torch.device"
 
         return evaluate_frozen(options, world, device)
     from cmtmae_scale.evaluation.dense import evaluate_dense
+    from cmtmae_scale.runtime.collectives import on_all_ranks
     from cmtmae_scale.tools.figures.dense import draw_panels
 
     text, panels, file = evaluate_dense(options, world, device)
-    if world.rank != 0 or file is None or panels is None:
-        return text
-    return f"{text}\nfigure: {draw_panels(panels, file.with_suffix('.png'))}"
+
+    def draw() -> str:
+        if world.rank != 0 or file is None or panels is None:
+            return text
+        return f"{text}\nfigure: {draw_panels(panels, file.with_suffix('.png'))}"
+
+    return on_all_ranks(draw)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:

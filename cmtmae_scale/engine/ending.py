@@ -65,9 +65,9 @@ class Ending:
             self.finished = read_finished(self.run_dir)
             with optional_write(self.run_dir / EXIT_FILE):
                 delete_exit(self.run_dir)
-            for left in self.run_dir.glob(f"{INTERRUPTED}*"):
-                with suppress(OSError):
-                    left.unlink()
+            with suppress(OSError):  # the other ranks go on
+                for left in self.run_dir.glob(f"{INTERRUPTED}*"):
+                    left.unlink(missing_ok=True)
         return self
 
     def __exit__(

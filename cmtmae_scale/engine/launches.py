@@ -13,7 +13,7 @@ import torch
 from cmtmae_scale import __version__
 from cmtmae_scale.checkpoint.layout import find_renaming, list_checkpoints, step_of
 from cmtmae_scale.errors import NoProgressError
-from cmtmae_scale.runtime.collectives import broadcast_text
+from cmtmae_scale.runtime.collectives import broadcast_text, on_all_ranks
 from cmtmae_scale.runtime.storage import append_line, optional_write, read_json, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ def count_launch(run_dir: Path, rank: int) -> None:
     Raises:
         NoProgressError: on every rank, if ``LIMIT`` consecutive launches crashed or were killed
             before they wrote a newer checkpoint.
+        StorageError: on every rank, if the store fails.
     """
-    problem = broadcast_text(increment_count(run_dir) if rank == 0 else "")
+    problem = broadcast_text(on_all_ranks(lambda: increment_count(run_dir) if rank == 0 else ""))
     if problem:
         raise NoProgressError(problem)
 

@@ -29,6 +29,7 @@ from cmtmae_scale.evaluation.representation import measure_lidar, represent
 from cmtmae_scale.evaluation.result import write_result
 from cmtmae_scale.evaluation.segmentation import Shown, segment
 from cmtmae_scale.evaluation.subject import Subject, open_subject
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.versions import library_versions
 
@@ -79,7 +80,10 @@ def evaluate_dense(options: argparse.Namespace, world: World, device: torch.devi
     outcome = METHODS[options.method](options, subject, encoders, world, device)
     verdict = judge_measured(outcome.rows, subject.encoder.name)
     file = result_file(options, subject)
-    if world.rank == 0 and file is not None:
+
+    def write() -> None:
+        if world.rank != 0 or file is None:
+            return
         record = {
             "method": options.method,
             "subject": subject.facts,
@@ -95,6 +99,8 @@ def evaluate_dense(options: argparse.Namespace, world: World, device: torch.devi
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_result(file, record)
+
+    on_all_ranks(write)
     size = subject.encoder.size
     lines = [
         f"{subject.encoder.name}: {subject.facts['arch']} at {size} pixels, patches "

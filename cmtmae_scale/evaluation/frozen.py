@@ -24,6 +24,7 @@ from cmtmae_scale.evaluation.result import (
     write_result,
 )
 from cmtmae_scale.evaluation.subject import Subject, open_subject
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError
 from dataloading.one_pass import CENTRE
@@ -60,7 +61,10 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
     verdict = judge_rows(rows, subject.encoder.name)
     test_path = options.test or options.train
     file = result_file(options, subject)
-    if world.rank == 0 and file is not None:
+
+    def write() -> None:
+        if world.rank != 0 or file is None:
+            return
         record = result_record(
             rows,
             len(sets.classes),
@@ -78,6 +82,8 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
             seed=options.seed,
         )
         write_result(file, record)
+
+    on_all_ranks(write)
     excluded = len(sets.train) + len(sets.test) - sum(counts)
     size = subject.encoder.size
     lines = [

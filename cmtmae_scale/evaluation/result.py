@@ -155,11 +155,24 @@ def row_record(row: Row, num_classes: int) -> dict[str, Any]:
 
 def image_set_record(path: str, images: ImageSet, used: int) -> dict[str, Any]:
     """Return an image set for the result file; ``used`` images can be decoded."""
-    return {"path": path, "images": len(images), "used": used, "digest": images.index.digest}
+    return {
+        "path": path,
+        "images": len(images),
+        "used": used,
+        "digest": images.index.digest,
+        "labels_digest": images.index.labels_digest(),
+    }
 
 
-def write_result(file: Path, record: dict[str, Any]) -> None:
+def write_result(
+    file: Path, record: dict[str, Any], remedy: str = "name another file with --out"
+) -> None:
     """Write a result file whole or not at all.
+
+    Args:
+        file: the result file.
+        record: its content.
+        remedy: what to do where it can never be written.
 
     Raises:
         ConfigError: if it cannot be written.
@@ -172,9 +185,7 @@ def write_result(file: Path, record: dict[str, Any]) -> None:
         if may_pass(error):
             text = f"{file}: cannot be written ({error.strerror}); make room there and try again"
             raise StorageError(text) from error
-        raise ConfigError(
-            f"{file}: cannot be written ({error.strerror}); name another file with --out"
-        ) from error
+        raise ConfigError(f"{file}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def pack_hits(hits: Tensor) -> str:

@@ -22,7 +22,7 @@ from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.scalars import Scalars
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.task import Run, SideTask
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import AGAIN, ConfigError
 from cmtmae_scale.evaluation.images import Sets, open_pair, require_decodable
 from cmtmae_scale.evaluation.result import (
     TOP,
@@ -42,6 +42,8 @@ from cmtmae_scale.finetuning.classifier import (
     layer_scale,
 )
 from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, refuse_other_encoder
+from cmtmae_scale.finetuning.labels import label_state, refuse_other_labels
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.index import Index
 from dataloading.parquet_index import require_small_groups
@@ -71,6 +73,7 @@ class Finetuning:
     prior_steps = 0
 
     sets: Sets
+    label_state: dict[str, Any]
     encoder: InitialEncoder
     augment: Augmenter
     accuracy: Accuracy
@@ -99,6 +102,7 @@ class Finetuning:
         )
         require_small_groups(data.path, self.sets.train.index.row_group, "full")
         require_decodable(self.sets.test, f"data.test_path={data.test_path}")
+        self.label_state = label_state(self.sets.train.index)
         num_images = len(self.sets.train)
         check_warmup(self.config, total_steps(self.config, num_images), num_images)
         return self.sets.train.index
@@ -112,6 +116,7 @@ class Finetuning:
             classifier = self.build_classifier()
             values = classifier_values(classifier, weights, name, config.run.seed)
         else:
+            refuse_other_labels(saved, self.label_state, config)
             self.encoder = encoder_from_dict(saved["encoder"])
             if self.options != self.encoder.options:
                 refuse_other_encoder(self.encoder, self.open_encoder()[0], config.run.output_dir)
@@ -206,7 +211,7 @@ class Finetuning:
         """See ``Task.restore``; the encoder is that of ``build``."""
 
     def saved_state(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.to_dict()}
+        return {"encoder": self.encoder.to_dict(), **self.label_state}
 
     def is_pass_complete(self, progress: Progress) -> bool:
         """Return whether the last step ended a pass over the images; the last is concluded."""
@@ -242,8 +247,12 @@ class Finetuning:
         row = Row(self.encoder.name, pool, "fine-tuned", score)
         file = run.run_dir / RESULT_FILE
         run.writer.require_lock_on_all_ranks()
-        if self.world.rank == 0:
-            write_result(file, self.record_result(run.progress, row, digest))
+
+        def write() -> None:
+            record = self.record_result(run.progress, row, digest)
+            write_result(file, record, f"make it writable and {AGAIN}")
+
+        on_all_ranks(write if self.world.rank == 0 else lambda: None)
         self.summary = self.summarise(run.progress, row, file)
 
     def summarise(self, progress: Progress, row: Row, file: Path) -> list[str]:

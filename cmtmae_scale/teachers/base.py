@@ -5,8 +5,10 @@ token first, then registers), T tokens = P + N, H heads, d head width, D tower w
 width.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +19,25 @@ from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.attention import activation_map, mean_query_row, patch_map
 from dataloading.stream import Batch
+
+
+def are_channels(values: object, above_zero: bool = False) -> bool:
+    """Return whether a value is three finite numbers, one per channel, above 0 where asked."""
+    return (
+        isinstance(values, Sequence)
+        and len(values) == 3
+        and all(is_finite_number(value) and (value > 0 or not above_zero) for value in values)
+    )
+
+
+def is_count(value: object) -> bool:
+    """Return whether a value is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_finite_number(value: object) -> bool:
+    """Return whether a value is a finite number of Python or numpy, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class TeacherView(NamedTuple):

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.attention import SelfAttention
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
 from cmtmae_scale.runtime.storage import read_json, read_regular
-from cmtmae_scale.teachers.base import QueryKey, Transformer
+from cmtmae_scale.teachers.base import QueryKey, Transformer, are_channels, is_count
 from cmtmae_scale.teachers.weights import (
     describe_unreachable,
     image_state,
@@ -81,15 +82,21 @@ def find_model_config(model: str) -> ModelConfig:
             content, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
         if (
             not isinstance(content, dict)
-            or not isinstance(content.get("embed_dim"), int)
+            or not is_count(content.get("embed_dim"))
             or not isinstance(content.get("vision_cfg"), dict)
             or not isinstance(pixels, dict)
-            or not all(isinstance(pixels.get(key) or [], list) for key in ("mean", "std"))
         ):
             raise TeacherError(
                 f"teacher.model={model}: not an open_clip model config; it needs embed_dim and "
                 "vision_cfg"
             )
+        for key, above_zero, expected in (("mean", False, ""), ("std", True, " above 0")):
+            found = pixels.get(key)
+            if found and not are_channels(found, above_zero):
+                raise TeacherError(
+                    f"teacher.model={model}: preprocess_cfg.{key} is {found}; expected three "
+                    f"numbers{expected}"
+                )
         name = path.stem
     else:
         name = model.replace("/", "-")
@@ -110,7 +117,9 @@ def find_model_config(model: str) -> ModelConfig:
 
 
 def check_vision(model: str, vision: dict[str, Any]) -> None:
-    """Refuse towers that are not plain vision transformers.
+    """Refuse towers that are not plain vision transformers, and sizes that are none.
+
+    The image size is not checked: the run sets it.
 
     Raises:
         TeacherError: naming what to use instead.
@@ -121,7 +130,7 @@ def check_vision(model: str, vision: dict[str, Any]) -> None:
             f"teacher.model={model}: its image tower is timm's {trunk}; set teacher.library=timm "
             f"teacher.model={trunk}"
         )
-    if not isinstance(vision.get("layers", 12), int):
+    if isinstance(vision.get("layers"), list):
         raise TeacherError(
             f"teacher.model={model}: its image tower is a ResNet and has no patch tokens; choose a "
             "ViT model, here or with teacher.library=timm"
@@ -141,6 +150,19 @@ def check_vision(model: str, vision: dict[str, Any]) -> None:
             raise TeacherError(
                 f"teacher.model={model}: {key}={vision[key]} is not supported; "
                 "choose a plain ViT, or this model with teacher.library=timm"
+            )
+    defaults = {field.name: field.default for field in fields(CLIPVisionCfg)}
+    for key, value in vision.items():
+        if key not in defaults:
+            raise TeacherError(
+                f"teacher.model={model}: vision_cfg.{key} is not known to open_clip "
+                f"{open_clip.__version__}; install the version that the file is of"
+            )
+        default = defaults[key]
+        if type(default) is int and key != "image_size" and not is_count(value):
+            raise TeacherError(
+                f"teacher.model={model}: vision_cfg.{key} is {value!r}; expected a whole number "
+                f"above 0, such as open_clip's default {default}"
             )
 
 
@@ -385,8 +407,17 @@ class OpenClipSource:
     def skeleton(self, image_size: int) -> transformer.VisionTransformer:
         """Build the tower without pretrained weights and check its class and activation."""
         model = self.model
-        vision = CLIPVisionCfg(**(model.vision | {"image_size": image_size, "patch_dropout": 0.0}))
-        visual = _build_vision_tower(model.embed_dim, vision, self.quick_gelu)
+        settings = model.vision | {"image_size": image_size, "patch_dropout": 0.0}
+        try:
+            visual = _build_vision_tower(
+                model.embed_dim, CLIPVisionCfg(**settings), self.quick_gelu
+            )
+        except Exception as error:  # open_clip and torch check values of a file each in their way
+            raise TeacherError(
+                f"teacher.model={self.config.model}: open_clip {open_clip.__version__} cannot "
+                f"build a tower from vision_cfg {model.vision} ({type(error).__name__}: {error}); "
+                "correct the value, or use the file that was published with the weights"
+            ) from error
         plain = type(visual) is transformer.VisionTransformer and all(
             isinstance(block, transformer.ResidualAttentionBlock)
             for block in visual.transformer.resblocks

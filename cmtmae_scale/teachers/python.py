@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.attention import activation_map, mean_query_row, patch_map
-from cmtmae_scale.teachers.base import TeacherOutputs, TowerOutput, WholeNetwork
+from cmtmae_scale.teachers.base import (
+    TeacherOutputs,
+    TowerOutput,
+    WholeNetwork,
+    are_channels,
+    is_count,
+)
 from cmtmae_scale.teachers.weights import is_file_name, load_strictly, read_weights
 
 SOURCES = ("cls", "pool", "mean_query")
@@ -247,20 +253,14 @@ def check_module(module: Any, name: str) -> None:
         raise TeacherError(f"{where}: the module has no parameters, so no dtype and no device")
     own: Any = module
 
-    def is_count(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-    def is_pixels(value: object) -> bool:
-        return isinstance(value, Sequence) and len(value) == 3
-
     prefix = getattr(own, "num_prefix_tokens", 0)
     source = getattr(own, "attention_source", None)
     has_cls = getattr(own, "has_class_token", False)
     wanted = {
         "patch_size": (is_count(getattr(own, "patch_size", None)), "a whole number above 0"),
         "embed_dim": (is_count(getattr(own, "embed_dim", None)), "a whole number above 0"),
-        "mean": (is_pixels(getattr(own, "mean", None)), "three numbers"),
-        "std": (is_pixels(getattr(own, "std", None)), "three numbers"),
+        "mean": (are_channels(getattr(own, "mean", None)), "three numbers"),
+        "std": (are_channels(getattr(own, "std", None), above_zero=True), "three numbers above 0"),
         "num_prefix_tokens": (prefix == 0 or is_count(prefix), "a whole number"),
         "has_class_token": (not has_cls or prefix != 0, "False where num_prefix_tokens is 0"),
         "attention_source": (

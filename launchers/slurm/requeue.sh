@@ -11,7 +11,7 @@ trap 'cancelled=yes' TERM
 
 # end_or_requeue CODE STOP_FILE: leave with CODE, or queue the job again.
 #   0 done; 70 no progress; 78 will never work: the end.
-#   75 stopped on request: again, unless somebody made STOP_FILE.
+#   75 stopped on request, or a full store: again, unless somebody made STOP_FILE.
 #   other codes, crashes: again, max_crashes times in a row. A lost node is queued by SLURM itself.
 end_or_requeue() {
     local code=$1 stop_file=$2

@@ -176,6 +176,8 @@ WRONG: list[tuple[str, str | None, object]] = [
     ("versions", "torch", 2),
     *(("world_size", None, value) for value in (None, "2", -1, 0, True, 2**70)),
     *(("index_digest", None, value) for value in (None, 7, [])),
+    *(("classes", None, value) for value in ("cat", [1], None)),
+    ("labels_digest", None, 7),
     *(("progress", None, value) for value in (None, [], 3)),
     *(("progress", "step", value) for value in (None, "3", 3.5, -1, [3], True, 10**30)),
     *(("progress", key, "x") for key in ("position", "horizon", "end_step", "applied")),

@@ -50,6 +50,17 @@ def evaluate(*arguments: Any) -> str:
     return text
 
 
+@pytest.mark.parametrize("method", ["knn", "representation"])
+def test_a_result_that_cannot_be_written_fails_on_every_rank(
+    place: Path, tmp_path: Path, method: str
+) -> None:
+    words = ["--checkpoint", place / "run", "--no-baselines", "--out", tmp_path]
+    words += ["--images", place / "test"] if method == "representation" else []
+    found = run_ranks(2, command_apart, [[method, *words]] * 2)
+    wanted = f"{tmp_path}: cannot be written (Is a directory); name another file with --out"
+    assert found == [[wanted], [wanted]]
+
+
 def test_accuracies_are_the_same_at_any_number_of_ranks(place: Path, tmp_path: Path) -> None:
     found = []
     for ranks in (1, 2, 3):
@@ -59,6 +70,9 @@ def test_accuracies_are_the_same_at_any_number_of_ranks(place: Path, tmp_path: P
         assert text == [text[0]] * ranks
         record = json.loads(out.read_text())
         assert record["images"]["train"]["used"] == 40
+        assert (
+            record["images"]["train"]["labels_digest"] != record["images"]["test"]["labels_digest"]
+        )
         assert (record["images"]["test"]["images"], record["images"]["test"]["used"]) == (26, 25)
         assert all(row["count"] == 25 for row in record["results"])
         found.append(record["results"])

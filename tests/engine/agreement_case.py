@@ -1,5 +1,6 @@
 """Launches whose second rank has something else than the first."""
 
+import errno
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +9,8 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from cmtmae_scale.engine import agreement
+from cmtmae_scale.engine import agreement, launches
+from cmtmae_scale.engine.ending import Ending
 from cmtmae_scale.errors import CmtMaeError, TeacherError, exit_code_of
 from cmtmae_scale.pretraining import build
 from cmtmae_scale.runtime import shared_index
@@ -106,4 +108,21 @@ def exchange() -> list[Any]:
         agreement.require_equal_weights(lambda: {"digest": "other" if rank == 2 else "abc"})
     except CmtMaeError as error:
         found.append(str(error))
+    return found
+
+
+def launch_on_a_failing_store(folder: Path) -> list[str]:
+    """What a launch does before it is watched, on a store that fails for rank 0 alone."""
+    fails = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+    with ExitStack() as stack:
+        if dist.get_rank() == 0:
+            for owner, name in ((Path, "unlink"), (Path, "glob"), (launches, "list_checkpoints")):
+                stack.enter_context(mock.patch.object(owner, name, fails))
+        ending = stack.enter_context(Ending(folder, dist.get_rank()))
+        found = [str(len(agreement.require_shared(folder, dist.get_rank())))]
+        try:
+            launches.count_launch(folder, dist.get_rank())
+        except CmtMaeError as error:
+            found.append(f"{exit_code_of(error)} {error}")
+        ending.stopped = "a test"
     return found

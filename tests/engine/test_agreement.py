@@ -17,7 +17,7 @@ from cmtmae_scale.engine.agreement import (
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
 from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import build_index
-from tests.engine.agreement_case import exchange, launch_each
+from tests.engine.agreement_case import exchange, launch_each, launch_on_a_failing_store
 from tests.engine.run_case import make_photographs, write_recipe
 from tests.processes import run_ranks
 
@@ -66,6 +66,13 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
         assert all(text in mine and text in other for text in texts), (mine, other)
     assert "is not there for rank 1 on host" in first[-1][1]
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.gloo
+def test_a_store_that_fails_for_rank_0_is_known_to_all(tmp_path: Path) -> None:
+    found = run_ranks(2, launch_on_a_failing_store, tmp_path)
+    text = "75 Input/output error; see that the storage works and try the same command again"
+    assert found == [["16", text], ["16", text]]
 
 
 @pytest.mark.gloo

@@ -125,6 +125,14 @@ def tune(
     return f"{printed.getvalue()}\n{reason}", code
 
 
+def failure_of(recipe: Path, *overrides: str) -> str:
+    """The log of a launch that must fail on this rank."""
+    try:
+        return f"no failure: {tune(recipe, *overrides)}"
+    except RuntimeError as error:
+        return str(error)
+
+
 def tune_each(recipe: Path, *launches: list[str]) -> list[tuple[str, int]]:
     """Several launches one after the other in the same processes."""
     return [tune(recipe, *overrides) for overrides in launches]

@@ -19,6 +19,7 @@ from tests.engine.run_case import same, tensors
 from tests.evaluation.evaluation_case import labelled_photographs
 from tests.finetuning.finetune_case import (
     STEPS,
+    failure_of,
     tune,
     tune_each,
     write_encoder,
@@ -122,6 +123,13 @@ def test_two_ranks_learn_the_same_from_the_same_views(recipe: Path, tmp_path: Pa
     assert two == pytest.approx(one, rel=2e-6)  # the order of sums
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["results"][0]["count"] == 13
+
+
+def test_a_result_that_cannot_be_written_fails_on_every_rank(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "result.json").mkdir()
+    found = run_ranks(2, failure_of, recipe, f"run.output_dir={tmp_path}", "train.steps=2")
+    remedy = "result.json: cannot be written (Is a directory); make it writable and try the same"
+    assert all(remedy in log for log in found), found
 
 
 @pytest.mark.slow

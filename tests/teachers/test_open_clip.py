@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,7 @@ def test_broken_descriptions_are_named(tmp_path: Path) -> None:
     for wrong in (
         TINY | {"vision_cfg": "x"},
         TINY | {"embed_dim": [1]},
-        {"model_cfg": TINY, "preprocess_cfg": {"mean": 0.5}},
+        TINY | {"embed_dim": 0},
         {"model_cfg": TINY, "preprocess_cfg": []},
     ):
         path = write_json(tmp_path / "wrong.json", wrong)
@@ -344,6 +345,53 @@ def test_broken_descriptions_are_named(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.json"
     os.mkfifo(pipe)
     assert "there is no such file" in refusal(make_config(model=str(pipe)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rope_theta", 100, r"vision_cfg.rope_theta is not known to open_clip \S+; install the"),
+        *(
+            (key, value, f"vision_cfg.{key} is {value!r}; expected a whole number above 0")
+            for key, value in (
+                ("patch_size", 0),
+                ("width", 32.0),
+                ("layers", "2"),
+                ("layers", True),
+                ("head_width", None),
+            )
+        ),
+        ("mlp_ratio", "x", r"cannot build a tower from vision_cfg .*'mlp_ratio': 'x'.*; correct"),
+        ("head_width", 64, r"cannot build a tower from vision_cfg .*'head_width': 64.*; correct"),
+        ("norm_kwargs", {"a": 1}, r"cannot build a tower from vision_cfg .*TypeError.*; correct"),
+    ],
+)
+def test_values_that_form_no_tower_are_named(
+    tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    vision: Any = TINY["vision_cfg"]
+    model = write_json(tmp_path / "odd.json", TINY | {"vision_cfg": vision | {key: value}})
+    text = refusal(make_config(model=model))
+    assert text.startswith(f"teacher.model={model}: ") and re.search(message, text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("std", [0, 0, 0], "three numbers above 0"),
+        ("std", [0.5, float("nan"), 0.5], "three numbers above 0"),
+        ("std", [0.5, 0.5], "three numbers above 0"),
+        ("mean", [0.5, 0.5, "x"], "three numbers"),
+        ("mean", 0.5, "three numbers"),
+    ],
+)
+def test_pixels_that_cannot_be_normalised_are_named(
+    tmp_path: Path, key: str, value: Any, expected: str
+) -> None:
+    tree = {"model_cfg": TINY, "preprocess_cfg": {key: value}}
+    model = write_json(tmp_path / "odd.json", tree)
+    wanted = f"teacher.model={model}: preprocess_cfg.{key} is {value}; expected {expected}"
+    assert refusal(make_config(model=model)) == wanted
 
 
 def test_names_that_open_clip_would_fetch_are_no_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,6 +315,22 @@ def test_an_attribute_of_another_kind_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert "its patch_size is '16'; expected a whole number" in refusal(own_config("OwnTeacher"))
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "expected"),
+    [
+        ("std", (0.0, 0.0, 0.0), "three numbers above 0"),
+        ("std", (0.5, 0.5, float("inf")), "three numbers above 0"),
+        ("mean", ("a", "b", "c"), "three numbers"),
+    ],
+)
+def test_pixels_that_cannot_be_normalised_are_named(
+    monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, expected: str
+) -> None:
+    monkeypatch.setattr(own_teacher.OwnTeacher, attribute, value)
+    wanted = f"its {attribute} is {value}; expected {expected}"
+    assert refusal(own_config("OwnTeacher")).endswith(wanted)
+
+
 def test_networks_that_give_no_grid_or_no_such_map_are_refused() -> None:
     assert "set attention.source=activation_norm" in refusal(config_of("small_convnext", "cls"))
     assert "set teacher.feature=block" in refusal(

@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cmtmae_scale.errors import describe_store, may_pass
 from cmtmae_scale.evaluation.foreground import ShownMaps
 from cmtmae_scale.evaluation.masks import VOID
 from cmtmae_scale.evaluation.propagation import ShownClip
 from cmtmae_scale.evaluation.segmentation import Shown
 from cmtmae_scale.method.attention import normalise_map
+from cmtmae_scale.runtime.storage import atomic_path
 from cmtmae_scale.tools.figures.columns import (
     ATTENTION,
     COMPONENTS,
@@ -28,14 +30,24 @@ WHITE = 1.0
 
 
 def draw_panels(panels: Shown | ShownMaps | ShownClip, file: Path) -> Path:
-    """Draw a figure as PNG; returns the file."""
+    """Draw a figure as PNG, whole or not at all; returns the file.
+
+    Raises:
+        StorageError: if its store is full or fails.
+    """
     if isinstance(panels, Shown):
         columns, title = segmentation_columns(panels), "segmentation of test images"
     elif isinstance(panels, ShownMaps):
         columns, title = attention_columns(panels), "attention and foreground"
     else:
         columns, title = clip_columns(panels), "label propagation, last frame of a clip"
-    Image.fromarray(draw_sheet(columns, title)).save(file)
+    try:
+        with atomic_path(file) as draft:
+            Image.fromarray(draw_sheet(columns, title)).save(draft, "PNG")
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        raise describe_store(error, f"for {file}") from error
     return file
 
 

@@ -175,6 +175,7 @@ def run_record(one: RunResult, features: str) -> Record:
         "training_minutes": one.minutes,
         "weights_sha256": one.sha256,
         "images": one.images,
+        **({"labels": one.labels} if one.labels else {}),
         "references": {other.weights: measures_record(other.others) for other in one.references},
         **one.provenance,
         "hits": one.hits,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,9 @@ class RunResult:
     """Every accuracy and mIoU, by method and features, and ``TUNED``."""
     images: tuple[str, str]
     """Digests of the probe's training and test images."""
+    labels: dict[str, tuple[str, str]]
+    """Digests of the training and test labels, by the field of ``Run`` that names the
+    result file; results of earlier versions have none."""
     minutes: float | None
     """Wall time of the training."""
     sha256: str
@@ -140,7 +143,7 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
     """Read all available results.
 
     Raises:
-        ConfigError: a result that cannot be read, or results on different images.
+        ConfigError: a result that cannot be read, or results on different images or labels.
     """
     features = study.evaluation.features
     found = [
@@ -148,10 +151,11 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
         for run in runs
         if run.recorded is not None or (run.linear.exists() and run.knn.exists())
     ]
-    by_images = {one.images: one for one in found}
-    if len(by_images) > 1:
-        places = " and ".join(str(one.run.linear) for one in by_images.values())
-        raise ConfigError(f"{places} were evaluated on different images; delete the results of one")
+    require_one({one.images: one.run.linear for one in found}, "on different images")
+    for name in ("linear", "knn", "tuned"):
+        having = [one for one in found if name in one.labels]
+        files = {one.labels[name]: getattr(one.run, name) for one in having}
+        require_one(files, "with different labels")
     by_row: dict[str, list[RunResult]] = {name: [] for name in study.rows}
     for one in found:
         by_row[one.run.row].append(one)
@@ -170,6 +174,21 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
     comparisons = [Comparison(*key, test, corrected["/".join(key)]) for key, test in tests.items()]
     references = [reference for one in found for reference in one.references]
     return Results(rows, sorted(references, key=lambda one: -one.primary.value), comparisons)
+
+
+def require_one(files: Mapping[tuple[str, str], Path], how: str) -> None:
+    """Refuse results that differ in the images or labels that they were measured with.
+
+    Args:
+        files: a result file by each pair of digests that was found.
+        how: what differs, as in "were evaluated HOW".
+
+    Raises:
+        ConfigError: if there are several.
+    """
+    if len(files) > 1:
+        places = " and ".join(str(file) for file in files.values())
+        raise ConfigError(f"{places} were evaluated {how}; delete the results of one")
 
 
 def tested_measures(study: Study) -> list[str]:
@@ -201,16 +220,18 @@ def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult], measure: str) -
 
 def read_run_result(run: Run, features: str) -> RunResult:
     """Read a run's accuracies, and the references that were measured with it."""
-    linear = read_result(run.linear)
-    rows = [*linear["results"], *read_result(run.knn)["results"]]
+    linear, knn = read_result(run.linear), read_result(run.knn)
+    rows = [*linear["results"], *knn["results"]]
     if run.segmentation is not None and run.segmentation.exists():
         rows += read_result(run.segmentation)["results"]
     subject = rows[0]["weights"]
     own = [one for one in rows if one["weights"] == subject]
     primary = find_row(own, "linear", features, run.linear)
     others = measures_of(own, features)
+    by_name = {"linear": linear, "knn": knn}
     if run.tuned is not None and run.tuned.exists():
-        others[TUNED] = accuracy_of(read_result(run.tuned)["results"][0])
+        by_name["tuned"] = read_result(run.tuned)
+        others[TUNED] = accuracy_of(by_name["tuned"]["results"][0])
     rest = [one for one in rows if one["weights"] != subject]
     rest += [one for file in run.teacher if file.exists() for one in read_result(file)["results"]]
     return RunResult(
@@ -221,6 +242,7 @@ def read_run_result(run: Run, features: str) -> RunResult:
         primary["hits"],
         others,
         (linear["images"]["train"]["digest"], linear["images"]["test"]["digest"]),
+        {name: found for name, tree in by_name.items() if (found := labels_of(tree)) is not None},
         training_minutes(run),
         linear["subject"]["sha256"],
         {key: linear[key] for key in PROVENANCE if key in linear},
@@ -228,6 +250,13 @@ def read_run_result(run: Run, features: str) -> RunResult:
         make_references(rest, features),
         read_series(run.folder / LOG_FILE),
     )
+
+
+def labels_of(result: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the digests of a result's labels; ``None``: an earlier version wrote it."""
+    images = result.get("images", {})
+    found = [images.get(part, {}).get("labels_digest") for part in ("train", "test")]
+    return None if None in found else (found[0], found[1])
 
 
 def measures_of(rows: Sequence[dict[str, Any]], features: str) -> dict[str, Accuracy]:
@@ -295,6 +324,7 @@ def recorded_result(run: Run) -> RunResult:
             record["hits"],
             others,
             (train, test),
+            {name: (train, test) for name, (train, test) in record.get("labels", {}).items()},
             record["training_minutes"],
             record["weights_sha256"],
             {key: record[key] for key in PROVENANCE if key in record},

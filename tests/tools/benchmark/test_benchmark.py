@@ -1,20 +1,26 @@
 """The benchmark measures what it says: parts, ratios, the same work in another library."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from cmtmae_scale.commands.benchmark import parse_options, run_benchmark
+from cmtmae_scale.commands.benchmark import measure_training, parse_options, run_benchmark
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
+from cmtmae_scale.runtime import collectives
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
-from cmtmae_scale.tools.benchmark import against, decoding, table
+from cmtmae_scale.tools.benchmark import against, decoding, table, training
 from cmtmae_scale.tools.benchmark.clock import Spread, Stopwatch
 from cmtmae_scale.tools.benchmark.training import Protocol, make_variants, measure_variants
 from tests.engine.run_case import make_photographs, write_recipe
+from tests.evaluation.evaluation_case import world
 from tests.pretraining.several_case import TEACHERS, write_several
+from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, 1, "none")
@@ -52,6 +58,32 @@ def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
     text = table.training_tables(results, False)
     assert all(part in text for part in (*PARTS, "student MFU", "images/CPU-s"))
     assert "bf16: " in table.provenance(CPU, 1)["device"]
+
+
+def failure_of(recipe: Path, output: Path) -> str:
+    """The failure on this rank of a benchmark that has measured nothing yet, but saves it."""
+
+    def measure(*given: Any) -> list[Any]:
+        given[-1]([])
+        return []
+
+    options = parse_options(["train", "--config", str(recipe), "--output", str(output)])
+    with (
+        mock.patch.object(training, "measure_variants", measure),
+        mock.patch.object(collectives, "process_group", lambda *_: nullcontext()),
+    ):
+        try:
+            measure_training(options, world())
+        except Exception as error:
+            return str(error)
+    return "none"
+
+
+@pytest.mark.gloo
+def test_tables_that_cannot_be_saved_fail_on_every_rank(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "tables.json").mkdir()
+    found = run_ranks(2, failure_of, recipe, tmp_path / "tables")
+    assert all("Is a directory" in failure for failure in found), found
 
 
 @pytest.mark.slow

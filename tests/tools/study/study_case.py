@@ -52,8 +52,10 @@ def hits_of(correct: int, shift: int = 0) -> np.ndarray:
     return np.roll(np.arange(COUNT) < correct, shift)
 
 
-def put_results(run: Run, hits: np.ndarray, baselines: bool = False, digest: str = "d") -> None:
-    """Write a run's result files as cmtmae evaluate does."""
+def put_results(
+    run: Run, hits: np.ndarray, baselines: bool = False, digest: str = "d", **labels: str
+) -> None:
+    """Write a run's result files as cmtmae evaluate does; ``labels`` go with each image set."""
     correct = int(hits.sum())
     own = {"weights": "student, step 4", "count": COUNT}
     share = {"accuracy": correct / COUNT, "interval_95": wilson_interval(correct, COUNT)}
@@ -68,7 +70,7 @@ def put_results(run: Run, hits: np.ndarray, baselines: bool = False, digest: str
     near = own | share | {"method": "k-NN k=10", "features": "patches", "accuracy": 0.2}
     record = {
         "subject": {"sha256": "0123"},
-        "images": {name: {"digest": digest} for name in ("train", "test")},
+        "images": {name: {"digest": digest} | labels for name in ("train", "test")},
     }
     run.linear.parent.mkdir(parents=True, exist_ok=True)
     run.linear.write_text(json.dumps(record | {"results": rows}))

@@ -188,6 +188,18 @@ def test_results_on_different_images_are_not_compared(tmp_path: Path) -> None:
         collect_results(study, runs)
 
 
+def test_results_with_different_labels_are_not_compared(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, study_tree(tmp_path)))
+    runs = plan_runs(study)
+    put_results(runs[0], hits_of(5), baselines=True)  # of an earlier version: not compared
+    put_results(runs[1], hits_of(5), labels_digest="one")
+    collect_results(study, runs)
+    put_results(runs[2], hits_of(5), labels_digest="other")
+    message = "linear.*and.*linear.* were evaluated with different labels; delete the results"
+    with pytest.raises(ConfigError, match=message):
+        collect_results(study, runs)
+
+
 def test_results_are_collected_without_running_anything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

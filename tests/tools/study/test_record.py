@@ -24,7 +24,7 @@ def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, run in enumerate(plan_runs(study)):
         if (run.row, run.seed) in CORRECT:
             hits = hits_of(CORRECT[run.row, run.seed], 3 * run.seed)
-            put_results(run, hits, baselines=number == 0)
+            put_results(run, hits, baselines=number == 0, labels_digest="a")
             line = json.dumps({"step": 4, "loss/total": 0.5})
             (run.folder / "log.jsonl").write_text(line + "\n")
     collect(tmp_path, tmp_path / "study" / "study.json")
@@ -54,7 +54,8 @@ def test_a_study_goes_on_from_its_record_alone(
     assert listed(done, capsys) == before
     assert before[0] == "# mae, seed 0: done" and before.count("# cmt, seed 1: done") == 0
     first = {file.suffix: file.read_bytes() for file in (done / "study").glob("study*")}
-    collect(done, done / "again.json")
+    again = collect(done, done / "again.json")
+    assert again["runs"][0]["labels"] == {"linear": ["a", "a"], "knn": ["a", "a"]}
     assert {".json", ".md", ".svg"} == set(first)
     for suffix, data in first.items():
         assert (done / f"again{suffix}").read_bytes() == data
