@@ -58,6 +58,8 @@ class Run:
     num_images: int | None = None
     num_classes: int | None = None
     """Of the evaluation during the run."""
+    digests: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of the images of that evaluation, ``train`` and ``test``, where they are known."""
     problems: list[str] = field(default_factory=list[str])
     """Files that could not be read."""
 
@@ -142,8 +144,12 @@ def read_records(run: Run) -> None:
         if found is not None:
             run.results.append((path.name, found))
     run.num_images = count_images(read_object(run, folder / "index" / "index.json"))
-    evaluated = folder / "evaluation" / "train-index" / "index.json"
-    run.num_classes = list_length(read_object(run, evaluated), "labels")
+    for part in ("train", "test"):
+        index = read_object(run, folder / "evaluation" / f"{part}-index" / "index.json")
+        if index is not None and "digest" in index:
+            run.digests[part] = index["digest"]
+        if part == "train":
+            run.num_classes = list_length(index, "labels")
 
 
 def read_log(run: Run) -> None:

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -28,6 +28,8 @@ from cmtmae_scale.tools.report.spent import time_bar
 
 SHOWN = 20
 """Rows per table of incidents."""
+TEMPERATURE = 0.07
+"""Of the votes of k-NN during a run."""
 OUTCOMES = {
     EXIT_DONE: ("good", "done"),
     EXIT_STOPPED: ("fair", "stopped; the same command continues"),
@@ -88,20 +90,43 @@ def headline(run: Run) -> str:
 
 
 def random_accuracy(run: Run, name: str) -> float | None:
-    """Return the accuracy of random weights by the method of a card, as evaluated."""
+    """Return the accuracy of random weights by the method of a card, on the run's own images."""
     method = "k-NN k=10" if name == "eval/knn10" else "logistic"
     wanted = {"method": method, "features": "patches", "weights": "random weights"}
-    for _, row in result_rows(run):
+    own = [(file, result) for file, result in run.results if is_evaluated_alike(run, result)]
+    for _, row in result_rows(own):
         if wanted.items() <= row.items() and is_drawable(row.get("accuracy")):
             return float(row["accuracy"])
     return None
 
 
-def result_rows(run: Run) -> list[tuple[str, dict[str, Any]]]:
+def is_evaluated_alike(run: Run, result: dict[str, Any]) -> bool:
+    """Return whether a result is of the images, and the k-NN, of the evaluation during the run."""
+    images, settings = (as_object(result.get(key)) for key in ("images", "settings"))
+    if result.get("split") or settings.get("temperature", TEMPERATURE) != TEMPERATURE:
+        return False
+    for part in ("train", "test"):
+        found, digest = as_object(images.get(part)), run.digests.get(part)
+        if digest is not None and "digest" in found:
+            is_own = found["digest"] == digest
+        else:
+            path = run.settings.get(f"eval.{part}_path")
+            is_own = path is not None and found.get("path") == path
+        if not is_own:
+            return False
+    return True
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """Return a JSON object; an empty one for any other value."""
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+
+
+def result_rows(results: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
     """Return the rows of the results of ``cmtmae evaluate``, each with the name of its file."""
     return [
         (name, row)
-        for name, result in run.results
+        for name, result in results
         if isinstance(result.get("results"), list)
         for row in result["results"]
         if isinstance(row, dict)
@@ -322,7 +347,7 @@ def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
             f"{one.get('correct', '-')}/{one.get('count', '-')}",
             name,
         )
-        for name, one in result_rows(run)
+        for name, one in result_rows(run.results)
         if "value" not in one
     ]
     dense = [
@@ -333,7 +358,7 @@ def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
             str(one.get("count", "-")),
             name,
         )
-        for name, one in result_rows(run)
+        for name, one in result_rows(run.results)
         if "value" in one
     ]
     if dense:
