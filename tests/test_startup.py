@@ -9,7 +9,7 @@ import pytest
 
 from cmtmae_scale.commands.main import COMMANDS, run_command
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
-from tests.tools.report.report_case import write_figure, write_run
+from tests.tools.report.report_case import write_figure, write_run, write_tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -108,6 +108,10 @@ def test_a_report_is_made_without_heavy_packages(tmp_path: Path) -> None:
     code, loaded, text = outcome(RUN, "report", str(tmp_path / "run"))
     assert (code, loaded) == (EXIT_DONE, []), text
     assert (tmp_path / "run" / "report.html").exists()
+    for name in ("tuned", "tuned-sibling"):
+        write_tuning(tmp_path / name)
+    code, loaded, text = outcome(RUN, "report", str(tmp_path / "tuned"), str(tmp_path / "run"))
+    assert (code, loaded) == (EXIT_DONE, []), text
 
 
 def test_an_unknown_command_is_answered(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,7 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
         type=parse_weights,
         metavar=f"{{{','.join(WEIGHTS)}}}",
         help="of a checkpoint; default: momentum where the run has it, else student; random: the "
-        "run's architecture with its initial weights; of several teachers: teacher:NAME",
+        "initial weights of a run that loaded none; of several teachers: teacher:NAME",
     )
     parser.add_argument("--arch", help="timm's name, for a .safetensors file without config.json")
     parser.add_argument("--file", help="weights for --timm")
@@ -162,7 +162,7 @@ def add_image_options(
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for baselines, batches and the result file."""
     parser.add_argument(
-        "--no-baselines", action="store_true", help="without raw pixels and random weights"
+        "--no-baselines", action="store_true", help="without raw pixels and weights drawn at random"
     )
     parser.add_argument(
         "--seed", type=seed_number, default=0, help="of splits, of the probe, of timm's baseline; 0"

@@ -392,6 +392,15 @@ def find_length_problem(config: Trained, num_images: int) -> str | None:
     return None
 
 
+def loaded_start(student: Student) -> tuple[str, str] | None:
+    """Return the key that loads the initial weights, and its value; ``None``: none are loaded."""
+    if student.init_from_run is not None:
+        return "student.init_from_run", student.init_from_run
+    if student.init_weights is not None:
+        return "student.init_weights", student.init_weights
+    return None
+
+
 def replaced_sizes(student: Student) -> dict[str, int]:
     """Return width, depth and heads, where they are not the architecture's own."""
     sizes: dict[str, int | None] = {name: getattr(student, name) for name in SIZES}

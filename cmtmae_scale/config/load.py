@@ -74,8 +74,15 @@ def read_recipe(schema: type[Recipe], check: Check[Recipe], path: str | Path) ->
 
 def config_from_dict(tree: dict[str, Any], place: str) -> Config:
     """Rebuild a config that ``config_to_dict`` wrote; for resuming and evaluation."""
+    return recipe_from_dict(Config, find_problems, tree, place)
+
+
+def recipe_from_dict(
+    schema: type[Recipe], check: Check[Recipe], tree: dict[str, Any], place: str
+) -> Recipe:
+    """Rebuild the config of any task that ``config_to_dict`` wrote; ``place`` is for messages."""
     try:
-        return Draft[Config].of_defaults(Config, find_problems, place).merge(tree, place).build()
+        return Draft[Recipe].of_defaults(schema, check, place).merge(tree, place).build()
     except RecursionError as error:
         raise ConfigError(f"{place}: the config is nested too deeply") from error
 

@@ -17,7 +17,13 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.find import find_checkpoint, verify_together
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import name_student, needs, pick_teacher, replaced_sizes
+from cmtmae_scale.config.derive import (
+    loaded_start,
+    name_student,
+    needs,
+    pick_teacher,
+    replaced_sizes,
+)
 from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.schema import Student as StudentConfig
@@ -98,7 +104,7 @@ def subject_from_checkpoint(
     """Open an encoder of a run's newest intact checkpoint, or of a named checkpoint.
 
     ``weights``: ``student``, ``momentum``, ``teacher``, or ``random`` for the initial weights of
-    the student; ``None``: momentum where the run has it.
+    the student, where its seed gave them; ``None``: momentum where the run has it.
 
     Raises:
         CheckpointError: no checkpoint, a broken checkpoint, or one without these weights.
@@ -119,6 +125,7 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
         config = pick_teacher(config, weights.partition(":")[2] or None, "--weights teacher:")
         return subject_from_teacher(config, facts, run_dir, device)
     if weights == "random":
+        refuse_loaded_start(config, str(folder))
         encoder = random_student(config, device)
         student = config.student
         facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
@@ -133,6 +140,25 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     fraction = Progress.from_dict(state["progress"]).fraction
     build_random = partial(random_student, config, device)
     return Subject(encoder, build_random, facts, run_dir, config, student, fraction)
+
+
+def refuse_loaded_start(config: Config, place: str) -> None:
+    """Refuse random weights as the initial weights of a run that loaded its initial weights.
+
+    Raises:
+        CheckpointError: naming what the run started from.
+    """
+    loaded = loaded_start(config.student)
+    if loaded is None:
+        return
+    key, start = loaded
+    options = f"--timm {config.student.arch} --file {start}"
+    if key == "student.init_from_run":
+        options = f"--checkpoint {start} --weights student"
+    raise CheckpointError(
+        f"{place}: the run started from {key}={start}, so random weights are not its initial "
+        f"weights; evaluate those with {options}"
+    )
 
 
 def saved_config(folder: Path, state: dict[str, Any]) -> Config:
@@ -421,7 +447,7 @@ def load_student(
 
 
 def random_student(config: Config, device: torch.device) -> Encoder:
-    """Build a config's student with the initialisation of the run."""
+    """Build a config's student with weights drawn at random from the seed of the run."""
     student = build_student(config)
     initialise(student, config.run.seed)
     return wrap_network(RANDOM, student, config.views.image_size, device)

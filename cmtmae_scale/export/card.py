@@ -197,11 +197,11 @@ def result_lines(origin: Origin, sha256: str) -> list[str]:
     found = find_results(origin.run_dir, sha256)
     lines = ["These weights were not evaluated."]
     if found.rows:
-        head = "| weights | features | method | top-1 | |"
+        head = "| weights | features | method | result | count |"
         lines = [head, "|---|---|---|---|---|", *found.rows]
     if found.others:
         others = (f"- {escape_markdown(text)}" for text in found.others)
-        lines += ["", "Results of other weights:", *others]
+        lines += ["", "Other result files of the run:", *others]
     return lines
 
 

@@ -23,7 +23,7 @@ class Found(NamedTuple):
     rows: list[str]
     """Lines of a Markdown table, for the exported weights."""
     others: list[str]
-    """Files of other weights of the run, or without a known result."""
+    """Files of other weights of the run, or without a known result, each with the reason."""
 
 
 def find_results(run_dir: Path | None, sha256: str) -> Found:
@@ -49,11 +49,11 @@ def find_results(run_dir: Path | None, sha256: str) -> Found:
         rows = [
             row
             for row in (listed if isinstance(listed, list) else [])
-            if is_number(lookup(row, "accuracy"))
+            if is_number(lookup(row, "accuracy")) or is_number(lookup(row, "value"))
         ]
         found.rows.extend(markdown_row(tree, row) for row in rows)
         if not rows:
-            found.others.append(f"{file.name}: no accuracy in it")
+            found.others.append(f"{file.name}: no result in it")
     return found
 
 
@@ -75,16 +75,23 @@ def subject_text(subject: Any) -> str:
 
 
 def markdown_row(tree: Any, row: Any) -> str:
-    """Return a row of the table: weights, features, method, accuracy, counts."""
-    counts = f"{lookup(row, 'correct')} of {lookup(row, 'count')}" if lookup(row, "count") else ""
+    """Return a row of the table: weights, features, method, accuracy or measure, counts."""
+    is_dense = not is_number(lookup(row, "accuracy"))
+    counts = "" if is_dense else f"{lookup(row, 'correct')} of "
+    counts = f"{counts}{lookup(row, 'count')}" if lookup(row, "count") else ""
     interval = lookup(row, "interval_95")
     if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
-        counts += f", 95 % interval {100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
+        ends = (f"{end:.4g}" if is_dense else f"{100 * end:.2f}" for end in interval)
+        counts += f", 95 % interval {' to '.join(ends)}"
+    if is_dense:
+        result = f"{lookup(row, 'measure') or 'value'} {row['value']:.4g}"
+    else:
+        result = f"top-1 {100 * row['accuracy']:.2f} %"
     cells = (
         lookup(row, "weights") or "",
         lookup(row, "features") or "",
         lookup(row, "method") or lookup(tree, "method") or "",
-        f"{100 * row['accuracy']:.2f} %",
+        result,
         counts,
     )
     return f"| {' | '.join(escape_markdown(str(cell)) for cell in cells)} |"

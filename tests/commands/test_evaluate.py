@@ -13,6 +13,7 @@ import torch
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands import evaluate as evaluate_module
 from cmtmae_scale.commands.evaluate import evaluate as evaluate_command
+from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.evaluation.result import (
     Row,
     Score,
@@ -21,6 +22,7 @@ from cmtmae_scale.evaluation.result import (
     unpack_hits,
     wilson_interval,
 )
+from cmtmae_scale.evaluation.subject import open_encoder
 from cmtmae_scale.export.encoder import export_encoder
 from tests.engine.run_case import STEPS, run, write_recipe
 from tests.evaluation.dense_case import write_masked
@@ -198,6 +200,28 @@ def test_the_initial_weights_of_a_run_are_its_baseline(place: Path, tmp_path: Pa
     )
     assert own == baseline and own
     assert results["random"]["subject"]["sha256"] != results["student"]["subject"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("init_from_run", "--checkpoint START --weights student"),
+        ("init_weights", "--timm test_vit --file START"),
+    ],
+)
+def test_random_weights_are_not_the_start_of_a_run_that_loaded_its_own(
+    place: Path, tmp_path: Path, key: str, remedy: str
+) -> None:
+    folder = shutil.copytree(
+        layout.folder_of(place / "run" / "checkpoints", STEPS), tmp_path / "checkpoint"
+    )
+    state = layout.read_state(folder)
+    state["config"]["student"][key] = "START"
+    (folder / layout.STATE).write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=rf"started from student.{key}=START, .* {remedy}"):
+        open_encoder(folder, "random", torch.device("cpu"))
+    subject = open_encoder(folder, "student", torch.device("cpu"))
+    assert subject.random is not None and subject.random.name == "random weights"
 
 
 def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> None:

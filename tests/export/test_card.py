@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.evaluation.measured import Measured, measured_record
 from cmtmae_scale.export.card import CardFacts, model_card
 from cmtmae_scale.export.origin import Origin
 
@@ -102,6 +103,10 @@ def test_results_are_those_of_these_weights(tmp_path: Path) -> None:
         "correct": 50,
         "count": 100,
     }
+    dense = [
+        measured_record(Measured("student, step 30", "patches", method, measure, 0.41666, ends, 32))
+        for method, measure, ends in (("linear", "mIoU", (0.369, 0.461)), ("rank", "RankMe", None))
+    ]
     other = {"weights": "momentum", "step": 20, "sha256": "0"}
     files: dict[str, Any] = {
         "a": {"subject": subject, "results": [row, {"strange": 1}]},
@@ -109,6 +114,7 @@ def test_results_are_those_of_these_weights(tmp_path: Path) -> None:
         "c": {"subject": other, "results": [row]},
         "d": [1, 2],
         "e": {"subject": subject, "results": []},
+        "g": {"subject": subject, "method": "segmentation", "results": dense},
     }
     for name, tree in files.items():
         (place / f"{name}.json").write_text(json.dumps(tree))
@@ -116,16 +122,18 @@ def test_results_are_those_of_these_weights(tmp_path: Path) -> None:
     text = card_of("demo", folder=folder)
     results = text.split("## Results\n\n")[1].split("\n\n## Licence")[0]
     assert results == (
-        "| weights | features | method | top-1 | |\n"
+        "| weights | features | method | result | count |\n"
         "|---|---|---|---|---|\n"
-        "| student, step 30 | cls | k-NN k=10 | 50.00 % | 50 of 100, 95 % interval 40.00 to 60.00 "
-        "|\n"
-        "|  |  | finetune | 100.00 % |  |\n"
+        "| student, step 30 | cls | k-NN k=10 | top-1 50.00 % "
+        "| 50 of 100, 95 % interval 40.00 to 60.00 |\n"
+        "|  |  | finetune | top-1 100.00 % |  |\n"
+        "| student, step 30 | patches | linear | mIoU 0.4167 | 32, 95 % interval 0.369 to 0.461 |\n"
+        "| student, step 30 | patches | rank | RankMe 0.4167 | 32 |\n"
         "\n"
-        "Results of other weights:\n"
+        "Other result files of the run:\n"
         "- c.json: other weights (weights momentum, step 20)\n"
         "- d.json: does not name its weights\n"
-        "- e.json: no accuracy in it\n"
+        "- e.json: no result in it\n"
         "- f.json: cannot be read"
     )
 
@@ -153,9 +161,10 @@ def test_names_have_no_effect_in_the_card(text: str, tmp_path: Path) -> None:
     place = tmp_path / "evaluation"
     place.mkdir()
     row = {"weights": text, "method": text, "accuracy": 0.5}
+    dense = {"weights": text, "method": text, "measure": text, "value": 0.5}
     subject = {"weights": text, "step": text}
     for name, sha256 in (("a", "f" * 64), ("b", "0")):
-        tree = {"subject": subject | {"sha256": sha256}, "results": [row]}
+        tree = {"subject": subject | {"sha256": sha256}, "results": [row, dense]}
         (place / f"{name}.json").write_text(json.dumps(tree))
     folder = tmp_path / "checkpoints" / "step-00000030"
     state = STATE | {"versions": {text: text}}
@@ -165,6 +174,6 @@ def test_names_have_no_effect_in_the_card(text: str, tmp_path: Path) -> None:
     for mark in ("](", "<img", "`code", "http:", "https:", "www.", "&lt;", "*more", "__"):
         assert mark not in body
     plain = card_of("demo")
-    assert len(card.splitlines()) - len(plain.splitlines()) <= 6
+    assert len(card.splitlines()) - len(plain.splitlines()) <= 7
     for line in body.splitlines():
-        assert line.count("|") in ((0, 6) if "top-1" in body and line.count("|") > 3 else (0, 3))
+        assert line.count("|") in (0, 3, 6 if "| result |" in body else 3)

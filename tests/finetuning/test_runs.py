@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cmtmae_scale.checkpoint import layout
+from cmtmae_scale.commands.report import write_page
 from tests.engine.run_case import same, tensors
 from tests.evaluation.evaluation_case import labelled_photographs
 from tests.finetuning.finetune_case import (
@@ -66,6 +68,25 @@ def test_the_result_says_what_was_done(recipe: Path) -> None:
     passes = [entry["eval/pass"] for entry in entries(folder / "run") if "eval/top1" in entry]
     assert passes == [1, 2, 2]
     assert curve(folder / "run", "eval/top1")[-1] == row["accuracy"]
+
+
+def test_the_report_shows_the_fine_tuning(recipe: Path) -> None:
+    page = write_page([recipe.parent / "run"]).read_text()
+    words = " ".join(re.sub("<[^>]*>", " ", page).split())
+    record = json.loads((recipe.parent / "run" / "result.json").read_text())
+    (row,) = record["results"]
+    low, high = (f"{100 * end:.1f} %" for end in row["interval_95"])
+    for phrase in (
+        "Fine-tuning, as of",
+        f"{100 * row['accuracy']:.1f} % at step {STEPS}, 95 % interval {low} to {high}, chance",
+        f"encoder.safetensors (sha256 {record['subject']['sha256'][:12]}): test_vit at 64 pixels",
+        f"{recipe.parent / 'train'}: 20 images",
+        f"top-1 {row['accuracy']:.4g} top-5",
+        f"{row['correct']}/13 result.json",
+    ):
+        assert phrase in words, phrase
+    for phrase in ("pre-training", "not this version", "not evaluated", "Figures", "drawn:"):
+        assert phrase not in words, phrase
 
 
 def test_the_checkpoints_encoder_is_timms_classifier(recipe: Path) -> None:

@@ -72,6 +72,11 @@ def draw_chart(chart: Chart) -> str:
     )
 
 
+def draw_charts(found: Sequence[Chart]) -> str:
+    """Draw charts side by side."""
+    return f'<div class="charts">{"".join(map(draw_chart, found))}</div>'
+
+
 def colour_numbers(lines: Sequence[Line]) -> list[int]:
     """Return the colour number of each line; 0 is the colour of schedules."""
     measured = iter(range(1, len(lines) + 1))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from cmtmae_scale.tools.report.chart import Chart, Line
+from cmtmae_scale.tools.report.chart import Chart, Line, draw_charts
 from cmtmae_scale.tools.report.markup import (
     format_number,
     format_percent,
@@ -13,7 +13,7 @@ from cmtmae_scale.tools.report.markup import (
     table,
 )
 from cmtmae_scale.tools.report.run import Run
-from cmtmae_scale.tools.report.sections import draw_charts, run_outcome
+from cmtmae_scale.tools.report.sections import run_outcome
 
 METRICS = {
     "loss/total": "Loss",
@@ -26,6 +26,8 @@ METRICS = {
     "lr": "Learning rate",
     "eval/knn10": "k-NN accuracy (k = 10, mean of patches)",
     "eval/linear": "Linear accuracy (mean of patches)",
+    "eval/top1": "Top-1 accuracy (fine-tuned)",
+    "eval/top5": "Top-5 accuracy (fine-tuned)",
     "images_s": "Views per second",
 }
 OWN = ("run.name", "run.output_dir", "run.allow_change", "cache.dir", "data.index")
@@ -54,12 +56,13 @@ def overlaid_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def differing_settings(runs: Sequence[Run]) -> str:
-    """Return a table of the settings that differ between runs."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    """Return a table of the settings, or encoders of fine-tunings, that differ between runs."""
+    inputs = [run.inputs for run in runs]
+    keys = dict.fromkeys(key for given in inputs for key in given)
     rows = [
-        (key, *(setting_text(run.settings, key) for run in runs))
+        (key, *(setting_text(given, key) for given in inputs))
         for key in keys
-        if key not in OWN and len({setting_text(run.settings, key) for run in runs}) > 1
+        if key not in OWN and len({setting_text(given, key) for given in inputs}) > 1
     ]
     if not rows:
         return paragraph("The settings are the same.")

@@ -62,7 +62,9 @@ def time_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
 def evaluation_charts(run: Run, others: Sequence[Run]) -> list[Chart]:
     """Return charts of accuracies during a run."""
     levels = [(1 / run.num_classes, "chance")] if run.num_classes else []
-    charts: list[Chart] = []
+    tuned = {"eval/top1": "top-1", "eval/top5": "top-5"}
+    top1 = [(level, f"{text} of top-1") for level, text in levels]
+    charts = [measured_chart(run, others, "Accuracy, fine-tuned", tuned, "", top1)]
     for prefix, features in (("eval/", "mean of patches"), ("eval/cls/", "class token")):
         names = {prefix + name: label for name, label in EVALUATIONS.items()}
         charts.append(measured_chart(run, others, f"Accuracy, {features}", names, "", levels))
@@ -117,6 +119,8 @@ def loss_names(run: Run) -> dict[str, str]:
 
 def loss_note(run: Run) -> str:
     """Name the loss function and its tokens."""
+    if run.is_tuning:
+        return "Cross-entropy on augmented views."
     if run.config is None or not needs(run.config).teacher_features:
         return ""
     kinds = {"cosine": "2 - 2 cosine", "mse": "mean square", "smooth_l1": "smooth L1"}
@@ -152,7 +156,8 @@ def rank_levels(run: Run) -> list[Level]:
 
 def clip_levels(run: Run) -> list[Level]:
     """Return the clipping threshold, if the gradients come near it."""
-    clip = None if run.config is None else run.config.optimizer.grad_clip
+    config = run.config or run.tuning
+    clip = None if config is None else config.optimizer.grad_clip
     largest = max((value for _, value in run.series("grad_norm")), default=0.0)
     return [(clip, "clipped above")] if clip is not None and clip < 2 * largest else []
 

@@ -7,12 +7,12 @@ from importlib.resources import files
 
 from cmtmae_scale import __version__
 from cmtmae_scale.tools.report.comparison import comparison_sections
+from cmtmae_scale.tools.report.evaluation import evaluation_section
 from cmtmae_scale.tools.report.markup import escape, paragraph, section
 from cmtmae_scale.tools.report.ranges import finished_siblings
 from cmtmae_scale.tools.report.run import Run
 from cmtmae_scale.tools.report.sections import (
     curves_section,
-    evaluation_section,
     figures_section,
     headline,
     identity_section,
@@ -40,7 +40,8 @@ def render_page(runs: Sequence[Run], reference: Sequence[Run] = ()) -> str:
     """
     if len(runs) == 1:
         title = runs[0].label
-        body = draw_safely("Outcome", "outcome", partial(headline, runs[0])) + section_links("")
+        body = draw_safely("Outcome", "outcome", partial(headline, runs[0]))
+        body += section_links(runs[0], "")
         body += run_sections(runs[0], runs, reference, "", FIGURES_ALONE)
     else:
         title = " and ".join(run.label for run in runs)
@@ -52,9 +53,11 @@ def render_page(runs: Sequence[Run], reference: Sequence[Run] = ()) -> str:
             body += f'<h1 class="run" id="r{place}">{escape(run.label)}</h1>'
             body += draw_safely("Outcome", f"r{place}-outcome", partial(headline, run))
             prefix = f"r{place}-"
-            body += section_links(prefix)
+            body += section_links(run, prefix)
             body += run_sections(run, runs, reference, prefix, FIGURES_COMPARED)
-    return html_document(title, body)
+    names = ("fine-tuning" if run.is_tuning else "CMT-MAE pre-training" for run in runs)
+    tasks = " and ".join(dict.fromkeys(names))
+    return html_document(title, tasks[0].upper() + tasks[1:], body)
 
 
 def run_sections(
@@ -74,9 +77,14 @@ def run_sections(
         "evaluation": lambda place: evaluation_section(run, others, place),
     }
     return "".join(
-        draw_safely(SECTIONS[anchor], prefix + anchor, partial(draw, prefix + anchor))
-        for anchor, draw in drawn.items()
+        draw_safely(title, prefix + anchor, partial(drawn[anchor], prefix + anchor))
+        for anchor, title in sections_of(run).items()
     )
+
+
+def sections_of(run: Run) -> dict[str, str]:
+    """Return the sections of a run by anchor; a fine-tuning draws no figures."""
+    return {key: title for key, title in SECTIONS.items() if not run.is_tuning or key != "figures"}
 
 
 def draw_safely(title: str, anchor: str, draw: Callable[[], str]) -> str:
@@ -88,9 +96,9 @@ def draw_safely(title: str, anchor: str, draw: Callable[[], str]) -> str:
         return section(title, anchor, paragraph(f"{reason}. Its files hold unexpected values."))
 
 
-def section_links(prefix: str) -> str:
+def section_links(run: Run, prefix: str) -> str:
     """Return links to the sections of a run."""
-    return navigation_bar({prefix + anchor: title for anchor, title in SECTIONS.items()})
+    return navigation_bar({prefix + anchor: title for anchor, title in sections_of(run).items()})
 
 
 def navigation_bar(places: dict[str, str]) -> str:
@@ -99,7 +107,7 @@ def navigation_bar(places: dict[str, str]) -> str:
     return f'<nav aria-label="Sections">{items}</nav>'
 
 
-def html_document(title: str, body: str) -> str:
+def html_document(title: str, tasks: str, body: str) -> str:
     """Return head and body."""
     style = files("cmtmae_scale.tools.report").joinpath("style.css").read_text()
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -117,7 +125,7 @@ def html_document(title: str, body: str) -> str:
 </head>
 <body>
 <main>
-<header><h1>{escape(title)}</h1><p class="note">CMT-MAE pre-training, as of {made}; \
+<header><h1>{escape(title)}</h1><p class="note">{escape(tasks)}, as of {made}; \
 cmtmae_scale {__version__}</p></header>
 {body}
 </main>

@@ -5,22 +5,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.config.changes import FREE_KEYS, PRETRAINING_FREE_KEYS, is_listed
+from cmtmae_scale.config.changes import (
+    FINETUNING_FREE_KEYS,
+    FREE_KEYS,
+    PRETRAINING_FREE_KEYS,
+    is_listed,
+)
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.report.chart import Band, Line, Point
 from cmtmae_scale.tools.report.run import Run, is_drawable, open_run, read_records
 
-KEPT = ("data.path", "data.source")
+KEPT = ("data.path", "data.test_path", "data.source")
 """Free at a resume, which compares the images themselves; here they must be equal."""
 PLANNED_POINTS = 120
 
 
-def recipe_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def recipe_settings(run: Run) -> dict[str, Any]:
     """Return the settings that runs of one recipe share: those with an effect, but the seed."""
-    free = ("run.seed", *FREE_KEYS, *PRETRAINING_FREE_KEYS)
-    return {k: v for k, v in settings.items() if k in KEPT or not is_listed(k, free)}
+    of_task = FINETUNING_FREE_KEYS if run.is_tuning else PRETRAINING_FREE_KEYS
+    free = ("run.seed", *FREE_KEYS, *of_task)
+    return {k: v for k, v in run.inputs.items() if k in KEPT or not is_listed(k, free)}
 
 
 def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
@@ -28,13 +34,13 @@ def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
 
     Without such a run no range is drawn.
     """
-    if not run.settings:
+    if not run.settings or (run.is_tuning and run.encoder is None):
         return []
     known = {other.dir.resolve(): other for other in given}
-    own, wanted = run.dir.resolve(), recipe_settings(run.settings)
+    own, wanted = run.dir.resolve(), recipe_settings(run)
 
     def is_sibling(other: Run) -> bool:
-        return other.is_complete and recipe_settings(other.settings) == wanted
+        return other.is_complete and recipe_settings(other) == wanted
 
     found = [other for folder, other in known.items() if folder != own and is_sibling(other)]
     for folder in sorted(own.parent.iterdir()):

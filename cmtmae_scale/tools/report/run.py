@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 from cmtmae_scale.config.changes import flatten
-from cmtmae_scale.config.load import config_from_dict
+from cmtmae_scale.config.finetune import Finetune, find_finetune_problems
+from cmtmae_scale.config.load import config_from_dict, recipe_from_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.yaml_text import parse_yaml, read_yaml
 from cmtmae_scale.errors import EXIT_DONE, ConfigError
@@ -27,6 +28,10 @@ FIGURE_BYTES = 2**26
 """Largest figure that a page holds: 64 MiB."""
 FILES = ("config.yaml", "log.jsonl", "exit.json", "starts.jsonl", "checkpoints")
 """Any of these files identifies a run's folder."""
+RESULT = "result.json"
+"""File in a run's folder with the accuracy of a fine-tuning."""
+TUNING_GROUP = "augment"
+"""Group that only the settings of a fine-tuning have."""
 
 
 @dataclass
@@ -38,7 +43,12 @@ class Run:
     """Name in the report, unique on the page."""
     row: str | None = None
     """Row of a study's results, where the run is read from their file; ``None``: from a folder."""
+    is_tuning: bool = False
+    """Whether the run is a fine-tuning, not a pre-training."""
     config: Config | None = None
+    """Settings of a pre-training; ``None``: another task, or settings of another version."""
+    tuning: Finetune | None = None
+    """Settings of a fine-tuning; ``None`` likewise."""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Resolved settings by full key."""
     logged: dict[str, list[Point]] = field(default_factory=dict[str, list[Point]])
@@ -52,12 +62,16 @@ class Run:
     results: list[tuple[str, dict[str, Any]]] = field(
         default_factory=list[tuple[str, dict[str, Any]]]
     )
-    """Name and content of each result file of ``cmtmae evaluate``."""
+    """Name and content of the result of a fine-tuning and of each file of ``cmtmae evaluate``."""
+    result: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Result of a fine-tuning, which is among ``results`` too; empty before its end."""
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of the newest checkpoint."""
     num_images: int | None = None
     num_classes: int | None = None
-    """Of the evaluation during the run."""
+    """Of the evaluation during the run, or of a fine-tuning."""
+    digests: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of the same images, ``train`` and ``test``, where they are known."""
     problems: list[str] = field(default_factory=list[str])
     """Files that could not be read."""
 
@@ -72,7 +86,8 @@ class Run:
         planned = self.progress.get("end_step")
         if isinstance(planned, int) and planned > 0:
             return planned
-        return self.config.train.steps if self.config is not None else None
+        config = self.config or self.tuning
+        return config.train.steps if config is not None else None
 
     @property
     def is_complete(self) -> bool:
@@ -85,8 +100,21 @@ class Run:
     @property
     def progress(self) -> dict[str, Any]:
         """Progress of the newest checkpoint; empty where it is unknown."""
-        found = self.state.get("progress")
-        return cast(dict[str, Any], found) if isinstance(found, dict) else {}
+        return as_object(self.state.get("progress"))
+
+    @property
+    def encoder(self) -> str | None:
+        """Name and digest of the weights that a fine-tuning started from, where they are known."""
+        start = as_object(self.state.get("encoder"))
+        known = [(start.get("name"), as_object(start.get("facts")).get("sha256"))]
+        known += as_object(self.result.get("weights_sha256")).items()
+        names = [f"{name} (sha256 {str(digest)[:12]})" for name, digest in known if digest]
+        return names[0] if self.is_tuning and names else None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Settings, and the encoder of a fine-tuning, which the command line names."""
+        return self.settings | ({"encoder": self.encoder} if self.encoder else {})
 
     def series(self, name: str) -> list[Point]:
         """Return steps and values of one logged name."""
@@ -123,10 +151,15 @@ def open_run(folder: Path) -> Run:
             "run.output_dir named"
         )
     run = Run(folder, folder.resolve().name)
-    read_settings(run)
     run.exit = read_object(run, folder / "exit.json")
     states = sorted((folder / "checkpoints").glob("step-*/state.json"))
     run.state = (read_object(run, states[-1]) if states else None) or {}
+    result = read_object(run, folder / RESULT) or {}
+    run.is_tuning = run.state.get("task") == "fine-tuning" or result.get("method") == "finetune"
+    read_settings(run)
+    if run.is_tuning and result:
+        run.result = result
+        run.results.append((RESULT, result))
     return run
 
 
@@ -141,9 +174,16 @@ def read_records(run: Run) -> None:
         found = read_object(run, path)
         if found is not None:
             run.results.append((path.name, found))
-    run.num_images = count_images(read_object(run, folder / "index" / "index.json"))
-    evaluated = folder / "evaluation" / "train-index" / "index.json"
-    run.num_classes = list_length(read_object(run, evaluated), "labels")
+    labelled = folder if run.is_tuning else folder / "evaluation"
+    train, test = (
+        read_object(run, labelled / f"{part}-index" / "index.json") for part in ("train", "test")
+    )
+    trained = train if run.is_tuning else read_object(run, folder / "index" / "index.json")
+    run.num_images = count_images(trained)
+    run.num_classes = list_length(train, "labels")
+    for part, index in (("train", train), ("test", test)):
+        if index is not None and "digest" in index:
+            run.digests[part] = index["digest"]
 
 
 def read_log(run: Run) -> None:
@@ -187,7 +227,11 @@ def read_settings(run: Run) -> None:
     try:
         require_inside(run.dir, path)
         tree = read_yaml(path)
-        run.config = config_from_dict(tree, str(path))
+        run.is_tuning = run.is_tuning or TUNING_GROUP in tree
+        if run.is_tuning:
+            run.tuning = recipe_from_dict(Finetune, find_finetune_problems, tree, str(path))
+        else:
+            run.config = config_from_dict(tree, str(path))
     except OSError as error:
         run.problems.append(f"config.yaml cannot be read ({error.strerror})")
         return
@@ -270,6 +314,11 @@ def find_figures(run: Run) -> list[tuple[int, Path]]:
             continue
         found.append((int(number), path))
     return sorted(found)
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """Return a JSON object; an empty one for any other value."""
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
 
 
 def is_drawable(value: Any) -> TypeGuard[int | float]:

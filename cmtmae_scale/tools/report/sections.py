@@ -11,8 +11,9 @@ from cmtmae_scale.config.derive import SIZES, name_student, needs, used_teachers
 from cmtmae_scale.config.schema import Student
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
 from cmtmae_scale.runtime.storage import read_inside
-from cmtmae_scale.tools.report.chart import Chart, draw_chart
-from cmtmae_scale.tools.report.curves import evaluation_charts, time_charts, training_charts
+from cmtmae_scale.tools.report.chart import draw_charts
+from cmtmae_scale.tools.report.curves import time_charts, training_charts
+from cmtmae_scale.tools.report.evaluation import accuracy_cards
 from cmtmae_scale.tools.report.markup import (
     details,
     escape,
@@ -23,7 +24,7 @@ from cmtmae_scale.tools.report.markup import (
     section,
     table,
 )
-from cmtmae_scale.tools.report.run import FIGURE_BYTES, Run, is_drawable
+from cmtmae_scale.tools.report.run import FIGURE_BYTES, Run, as_object
 from cmtmae_scale.tools.report.spent import time_bar
 
 SHOWN = 20
@@ -62,17 +63,7 @@ def headline(run: Run) -> str:
     if agreement:
         first = f"from {agreement[0][1]:.2f}"
         cards.append(("attention agreement", f"{agreement[-1][1]:.2f}", first))
-    for name, label in (("eval/knn10", "k-NN accuracy"), ("eval/linear", "linear accuracy")):
-        measured = run.series(name)
-        if measured:
-            step, accuracy = measured[-1]
-            beside = [f"at step {format_number(step)}"]
-            if run.num_classes:
-                beside.append(f"chance {format_percent(1 / run.num_classes)}")
-            random = random_accuracy(run, name)
-            if random is not None:
-                beside.append(f"random weights {format_percent(random)}")
-            cards.append((label, format_percent(accuracy), ", ".join(beside)))
+    cards += accuracy_cards(run)
     if run.last("images_s") is not None:
         cards.append(("views per second", format_number(run.last("images_s"), 3), ""))
     items = "".join(
@@ -87,27 +78,6 @@ def headline(run: Run) -> str:
     )
 
 
-def random_accuracy(run: Run, name: str) -> float | None:
-    """Return the accuracy of random weights by the method of a card, as evaluated."""
-    method = "k-NN k=10" if name == "eval/knn10" else "logistic"
-    wanted = {"method": method, "features": "patches", "weights": "random weights"}
-    for _, row in result_rows(run):
-        if wanted.items() <= row.items() and is_drawable(row.get("accuracy")):
-            return float(row["accuracy"])
-    return None
-
-
-def result_rows(run: Run) -> list[tuple[str, dict[str, Any]]]:
-    """Return the rows of the results of ``cmtmae evaluate``, each with the name of its file."""
-    return [
-        (name, row)
-        for name, result in run.results
-        if isinstance(result.get("results"), list)
-        for row in result["results"]
-        if isinstance(row, dict)
-    ]
-
-
 def identity_section(run: Run, anchor: str) -> str:
     """Return settings, launches and problems."""
     if not run.settings:
@@ -117,7 +87,7 @@ def identity_section(run: Run, anchor: str) -> str:
     return section(
         "Run",
         anchor,
-        facts(key_settings(run)),
+        facts(tuning_settings(run) if run.is_tuning else key_settings(run)),
         launch_table(run),
         problem_list(run),
         details("All settings", f"<pre>{escape(settings)}</pre>"),
@@ -125,12 +95,8 @@ def identity_section(run: Run, anchor: str) -> str:
 
 
 def key_settings(run: Run) -> list[tuple[str, object]]:
-    """Return the main settings."""
+    """Return the main settings of a pre-training."""
     get = run.settings.get
-    count = format_number(run.num_images) if run.num_images else "unknown number of"
-    unit = "steps" if get("train.steps") else "epochs"
-    length = f"{get(f'train.{unit}')} {unit}"
-    backend = f"{get('backend.name')}, {get('backend.precision')}"
     patch = f", patches of {get('student.patch_size')}" if get("student.patch_size") else ""
     sizes: dict[str, Any] = {name: get(f"student.{name}") for name in SIZES}
     student = Student(str(get("student.arch")), **sizes)
@@ -141,6 +107,50 @@ def key_settings(run: Run) -> list[tuple[str, object]]:
         ("teacher", teacher_setting(run)),
         ("masks", f"{get('mask.sampler')}, {ratio} masked, {masks} per view"),
         ("decoder", f"{get('decoder.type')}, depth {get('decoder.depth')}"),
+        *common_settings(run),
+    ]
+
+
+def tuning_settings(run: Run) -> list[tuple[str, object]]:
+    """Return the main settings of a fine-tuning."""
+    get = run.settings.get
+    magnitude = get("augment.magnitude")
+    shares = ("erase", "mixup", "cutmix", "smoothing")
+    used = [f"RandAugment {'off' if magnitude is None else magnitude}"]
+    used += [f"{name} {get(f'augment.{name}')}" for name in shares]
+    return [
+        ("folder", run.dir),
+        ("encoder", encoder_setting(run)),
+        ("head", f"{get('head.pool')}, drop path {get('head.drop_path')}"),
+        ("augmentation", ", ".join(used)),
+        (
+            "learning rate",
+            f"{get('optimizer.base_lr')} for 256 views, {get('optimizer.layer_decay')} per layer",
+        ),
+        ("test images", get("data.test_path")),
+        *common_settings(run),
+    ]
+
+
+def encoder_setting(run: Run) -> str:
+    """Name the encoder that a fine-tuning started from, its architecture and image size."""
+    if run.encoder is None:
+        return "not known before the first checkpoint"
+    start = as_object(run.state.get("encoder"))
+    found = as_object(start.get("student")), as_object(run.result.get("subject"))
+    arch = next((one["arch"] for one in found if "arch" in one), "unknown architecture")
+    size = start.get("size") or run.result.get("size") or "unknown"
+    return f"{run.encoder}: {arch} at {size} pixels"
+
+
+def common_settings(run: Run) -> list[tuple[str, object]]:
+    """Return data, length, backend and seed."""
+    get = run.settings.get
+    count = format_number(run.num_images) if run.num_images else "unknown number of"
+    unit = "steps" if get("train.steps") else "epochs"
+    length = f"{get(f'train.{unit}')} {unit}"
+    backend = f"{get('backend.name')}, {get('backend.precision')}"
+    return [
         ("data", f"{get('data.path')}: {count} images"),
         ("length", f"{length} of {format_number(get('train.global_batch_size'))} views"),
         ("backend", backend + (", compiled" if get("backend.compile") else "")),
@@ -190,11 +200,6 @@ def problem_list(run: Run) -> str:
     return "".join(paragraph(problem, "problem") for problem in run.problems)
 
 
-def draw_charts(found: Sequence[Chart]) -> str:
-    """Draw charts side by side."""
-    return f'<div class="charts">{"".join(map(draw_chart, found))}</div>'
-
-
 def curves_section(run: Run, others: Sequence[Run], anchor: str) -> str:
     """Return curves, and the source of the expected range."""
     if not run.logged:
@@ -211,7 +216,8 @@ def curves_section(run: Run, others: Sequence[Run], anchor: str) -> str:
         )
         note = f"Expected range: finished runs of the same settings, {names}."
     else:
-        note = "No sibling folder holds a finished run of the same settings: no range is drawn."
+        same = "settings and encoder" if run.is_tuning else "settings"
+        note = f"No sibling folder holds a finished run of the same {same}: no range is drawn."
     charts = training_charts(run, others)
     if any(line.label == "schedule" and line.points for chart in charts for line in chart.lines):
         note += " Thin grey lines are schedules."
@@ -300,59 +306,3 @@ def entry_details(entry: dict[str, object], without: Sequence[str]) -> str:
 def hidden_rows_note(count: int) -> str:
     """Return the number of rows that a table does not show."""
     return paragraph(f"and {count - SHOWN} more", "note") if count > SHOWN else ""
-
-
-def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
-    """Return accuracies during the run, and the results of ``cmtmae evaluate``."""
-    parts: list[str] = []
-    found = evaluation_charts(run, others)
-    if found:
-        parts.append(draw_charts(found))
-        where = f"{run.settings.get('eval.train_path')} and {run.settings.get('eval.test_path')}"
-        parts.append(paragraph(f"During the run, on {where}.", "note"))
-    else:
-        parts.append(paragraph("The run was not evaluated during training (eval.every)."))
-    rows = [
-        (
-            one.get("weights", "-"),
-            one.get("features", "-"),
-            one.get("method", "-"),
-            format_percent(one.get("accuracy")),
-            " to ".join(format_percent(end) for end in one.get("interval_95") or ()),
-            f"{one.get('correct', '-')}/{one.get('count', '-')}",
-            name,
-        )
-        for name, one in result_rows(run)
-        if "value" not in one
-    ]
-    dense = [
-        (
-            *(one.get(key, "-") for key in ("weights", "features", "method", "measure")),
-            format_number(one.get("value")),
-            " to ".join(format_number(end) for end in one.get("interval_95") or ()),
-            str(one.get("count", "-")),
-            name,
-        )
-        for name, one in result_rows(run)
-        if "value" in one
-    ]
-    if dense:
-        head = (
-            "weights",
-            "features",
-            "method",
-            "measure",
-            "value",
-            "95 % interval",
-            "count",
-            "file",
-        )
-        parts.append(table(head, dense))
-    if rows:
-        head = ("weights", "features", "method", "accuracy", "95 % interval", "correct", "file")
-        parts.append(table(head, rows))
-        verdicts = {str(result["verdict"]) for _, result in run.results if result.get("verdict")}
-        parts += [paragraph(one, "note") for one in sorted(verdicts)]
-    elif not dense:
-        parts.append(paragraph("The run's folder holds no result of cmtmae evaluate."))
-    return section("Evaluation", anchor, *parts)

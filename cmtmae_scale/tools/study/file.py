@@ -48,7 +48,8 @@ class RowFile:
     seeds: list[int] | None = None
     """Values of ``run.seed``; ``None``: the study's."""
     weights: Weights | None = None
-    """Evaluated weights; ``None``: the study's. ``random``: the initial weights of the run."""
+    """Evaluated weights; ``None``: the study's. ``random``: the initial weights of a run
+    that loads none."""
     note: str = ""
     """Description in the table."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
 from cmtmae_scale.config.check import find_problems
-from cmtmae_scale.config.derive import needs, teacher_configs
+from cmtmae_scale.config.derive import loaded_start, needs, teacher_configs
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import Draft, config_to_dict, load_config, read_recipe
 from cmtmae_scale.config.schema import Config
@@ -117,7 +117,7 @@ def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     ``with_teacher`` is false.
 
     Raises:
-        ConfigError: settings that do not form a run.
+        ConfigError: settings that do not form a run, or do not have the evaluated weights.
     """
     runs: list[Run] = []
     trained = read_trained(Path(study.dir) / "runs")
@@ -195,6 +195,13 @@ def plan_run(
             f"{study.recipe}: train.stop_after={config.train.stop_after}: the runs of a study "
             "train to their end; remove the key from the recipe"
         )
+    evaluated = study.rows[name].weights or study.evaluation.weights
+    loaded = loaded_start(config.student)
+    if evaluated == "random" and loaded is not None:
+        raise ConfigError(
+            f"rows.{name}: weights=random are the initial weights of a run that loads none, and "
+            f"its run has {'='.join(loaded)}; set {loaded[0]}=null, or evaluate other weights"
+        )
     digest = short_digest(effective_settings(config))
     folder = trained.get(digest, Path(study.dir) / "runs" / digest)
     overrides.append(f"run.output_dir={folder}")
@@ -219,7 +226,7 @@ def plan_run(
     arguments = (*CMTMAE, "pretrain", "--config", study.recipe, *overrides)
     jobs.append(Job("train", arguments, folder, lambda: is_trained(folder), True))
     extra = [] if first else ["--no-baselines"]
-    weights = ["--weights", study.rows[name].weights or study.evaluation.weights]
+    weights = ["--weights", evaluated]
     linear = evaluation_job(study.evaluation, folder, "linear", [*weights, *extra])
     knn = evaluation_job(study.evaluation, folder, "knn", [*weights, *extra])
     run = Run(name, seed, folder, config, (*jobs, linear, knn), linear.output, knn.output)

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cmtmae_scale.config.load import load_config, save_config
+from cmtmae_scale.config.finetune import load_finetune
+from cmtmae_scale.config.load import config_to_dict, load_config, save_config
+from cmtmae_scale.config.schema import Student
+from cmtmae_scale.evaluation.result import Row, Score, result_record
+from cmtmae_scale.finetuning.encoder import InitialEncoder
 
 RECIPE = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
@@ -90,4 +94,41 @@ def write_run(run_dir: Path, *overrides: str, steps: int = 60, seed: int = 0) ->
     }
     result = {"method": "knn", "results": [row], "verdict": "student is NOT clearly better"}
     (evaluation / "knn-momentum-step-00000060.json").write_text(json.dumps(result))
+    return run_dir
+
+
+def write_tuning(run_dir: Path, *overrides: str, steps: int = 60, sha256: str = "a" * 64) -> Path:
+    """A finished fine-tuning; returns its folder."""
+    checkpoint = run_dir / "checkpoints" / f"step-{steps:08d}"
+    checkpoint.mkdir(parents=True)
+    given = [f"run.output_dir={run_dir}", f"train.steps={steps}", "run.name=tuned", *overrides]
+    config = load_finetune("finetune_tiny", ["data.path=images/train", *given])
+    save_config(config, run_dir / "config.yaml")
+    kept = ("loss/total", "grad_norm", "lr", "images_s", "data_wait_fraction", "memory_gib")
+    lines = [{key: one[key] for key in ("step", *kept)} for one in entries(steps) if "lr" in one]
+    for step in range(20, steps + 1, 20):
+        accuracies = {"eval/top1": step / 200, "eval/top5": step / 100, "eval/time_fraction": 0.1}
+        lines.append({"step": step, "eval/pass": step / 20, **accuracies})
+    write_lines(run_dir / "log.jsonl", lines)
+    (run_dir / "exit.json").write_text(json.dumps({"code": 0, "step": steps, "reason": "done"}))
+    subject = {"checkpoint": "runs/x", "step": 400, "arch": "test_vit", "sha256": sha256}
+    name, size, student = "student, step 400", 64, Student("test_vit", 16)
+    start = InitialEncoder({}, name, student, size, (0.5,), (0.5,), subject)
+    state = {"task": "fine-tuning", "encoder": start.to_dict(), "progress": {"end_step": steps}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    result = result_record(
+        [Row(name, "patches", "fine-tuned", Score(30, 60, 100))],
+        8,
+        method="finetune",
+        subject=subject,
+        size=size,
+        weights_sha256={name: sha256, "fine-tuned": "f" * 64},
+        steps=steps,
+        settings=config_to_dict(config),
+    )
+    (run_dir / "result.json").write_text(json.dumps(result))
+    for part in ("train", "test"):
+        (run_dir / f"{part}-index").mkdir()
+        index = {"digest": part, "images": 1234, "labels": [f"{k}" for k in range(8)]}
+        (run_dir / f"{part}-index" / "index.json").write_text(json.dumps(index))
     return run_dir

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cmtmae_scale.commands.report import write_page
 from tests.tools.report.browser import Page, browser, find_browser
-from tests.tools.report.report_case import write_run
+from tests.tools.report.report_case import write_run, write_tuning
 
 WIDTHS = {"phone": 390, "desktop": 1280}
 CONTRAST = 4.5
@@ -62,12 +62,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "one": write_page([one]),
         "several": write_page([one, two]),
         "begun": write_page([begun]),
+        "tuned": write_page([write_tuning(folder / "tuned")]),
     }
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["one", "several", "begun"])
+@pytest.mark.parametrize("name", ["one", "several", "begun", "tuned"])
 def test_a_report_is_quiet_whole_and_legible(
     page: Page, reports: dict[str, Path], name: str, width: str, scheme: str
 ) -> None:

@@ -119,8 +119,10 @@ def test_results_of_any_type_leave_the_outcome(run_dir: Path) -> None:
     run = read_run(run_dir)
     for value in VALUES:
         for results in (value, [value, row | {"accuracy": value}]):
-            run.results = [("x.json", {"results": results})]
-            assert "k-NN accuracy" in headline(run)
+            for images in (value, {"train": value, "test": {"path": value, "digest": value}}):
+                facts = {"images": images, "settings": value, "split": value}
+                run.results = [("x.json", {"results": results} | facts)]
+                assert "k-NN accuracy" in headline(run)
 
 
 def test_deep_and_broken_files_are_reported(run_dir: Path) -> None:

@@ -333,10 +333,54 @@ def test_an_accuracy_has_its_step_chance_and_random_weights(tmp_path: Path) -> N
     folder = write_run(tmp_path / "run")
     row = {"weights": "random weights", "features": "patches", "method": "k-NN k=10"}
     result = {"results": [row | {"accuracy": 0.34}, row | {"method": "linear", "accuracy": 0.9}]}
+    result["images"] = evaluated_images(read_run(folder))
     (folder / "evaluation" / "knn-2.json").write_text(json.dumps(result))
     text = headline(read_run(folder))
     assert "50.0 %<small>at step 60, chance 25.0 %, random weights 34.0 %<" in text
     assert "60.0 %<small>at step 60, chance 25.0 %<" in text
+
+
+def evaluated_images(run: Run, **changes: Any) -> dict[str, Any]:
+    """The images of the evaluation during a run, as a result file has them."""
+    return {
+        part: {"path": run.settings[f"eval.{part}_path"], "digest": f"digest of {part}"} | changes
+        for part in ("train", "test")
+    }
+
+
+def test_random_weights_stand_beside_an_accuracy_on_the_same_images_only(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    row = {"weights": "random weights", "features": "patches", "method": "k-NN k=10"}
+    own, moved = evaluated_images(run), evaluated_images(run, path="elsewhere")
+    other = evaluated_images(run, digest="other")
+
+    def is_shown(**facts: Any) -> bool:
+        run.results = [("x.json", {"results": [row | {"accuracy": 0.34}], **facts})]
+        return "random weights 34.0 %" in headline(run)
+
+    # without an index of its own the run knows the paths alone
+    assert is_shown(images=own) and is_shown(images=other)
+    assert not is_shown() and not is_shown(images=moved)
+    assert not is_shown(images=own | {"train": moved["train"]})
+    run.digests = {part: f"digest of {part}" for part in ("train", "test")}
+    assert is_shown(images=own) and is_shown(images=moved)
+    assert not is_shown(images=other) and not is_shown(images=own | {"test": other["test"]})
+    assert not is_shown(images=own, split="80% of each class to train")
+    assert is_shown(images=own, settings={"temperature": 0.07})
+    assert not is_shown(images=own, settings={"temperature": 0.0})
+    run.settings = {}
+    assert is_shown(images=own)
+    run.digests = {}
+    assert not is_shown(images=own)
+
+
+def test_the_images_of_an_evaluation_are_those_of_its_index(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    kept = folder / "evaluation" / "test-index"
+    kept.mkdir()
+    (kept / "index.json").write_text(json.dumps({"digest": "d", "labels": ["a"]}))
+    run = read_run(folder)
+    assert run.digests == {"test": "d"} and run.num_classes == 4
 
 
 def test_grey_lines_are_explained_only_where_they_are(tmp_path: Path) -> None:

@@ -174,6 +174,16 @@ def test_the_weights_of_one_study_are_fine_tuned_by_another(tmp_path: Path) -> N
     assert words[words.index("--checkpoint") + 1] == str(mae.folder)
 
 
+@pytest.mark.parametrize("key", ["init_weights", "init_from_run"])
+def test_the_initial_weights_of_a_run_that_loads_them_are_no_row(tmp_path: Path, key: str) -> None:
+    loads = f"student.{key}=START"
+    rows: dict[str, Any] = {"start": {"settings": [*NO_TEACHER, loads], "weights": "random"}}
+    with pytest.raises(ConfigError, match=rf"rows.start: weights=random .* has {loads}; set "):
+        runs_of(tmp_path, rows=rows, comparisons=[])
+    rows["start"]["weights"] = "student"
+    assert len(runs_of(tmp_path, rows=rows, comparisons=[])) == 2
+
+
 def test_runs_share_the_cache_of_a_teacher_that_sees_the_same(tmp_path: Path) -> None:
     caches = {(run.row, run.seed): run.config.cache.dir for run in runs_of(tmp_path)}
     assert caches["mae", 0] is None
