@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cmtmae_scale.commands.alone import run_alone
@@ -14,7 +15,7 @@ from cmtmae_scale.commands.report import write_page
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
+from cmtmae_scale.errors import EXIT_CONFIG, ConfigError, may_pass
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 
 RECIPE = "demo"
@@ -42,13 +43,14 @@ def show_demo(options: argparse.Namespace) -> int:
     from cmtmae_scale.tools.demo.learned import METHODS, learned_table
 
     print_line("images and teacher ...")
-    images, is_random = prepare_inputs(config)
-    suffix = folder_suffix(is_random, options)
-    overrides = derive_overrides(config, images, suffix, options)
-    config = load_config(RECIPE, overrides)
-    run_dir = Path(config.run.output_dir)
-    if options.fresh:
-        delete_earlier(config, suffix)
+    with explain_refusal():
+        images, is_random = prepare_inputs(config)
+        suffix = folder_suffix(is_random, options)
+        overrides = derive_overrides(config, images, suffix, options)
+        config = load_config(RECIPE, overrides)
+        run_dir = Path(config.run.output_dir)
+        if options.fresh:
+            delete_earlier(config, suffix)
     label = RANDOM if is_random else f"teacher {config.teacher.model}"
     count = "" if images is None else f"{images} "
     print_line(f"{count}images in {config.data.path}; {label}; training in {run_dir}")
@@ -116,6 +118,20 @@ def prepare_inputs(config: Config) -> tuple[int | None, bool]:
     is_own = weights is not None and Path(weights) == TEACHER
     is_random = prepare_teacher(TEACHER) is None if is_own else weights == "random"
     return images if used[0] == PHOTOS else None, is_random
+
+
+@contextmanager
+def explain_refusal() -> Iterator[None]:
+    """Turn an ``OSError`` of the block that will not pass into a ``ConfigError`` with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise ConfigError(
+            f"{Path.cwd()}: the demo cannot write here ({error}); run it in a folder that you may "
+            "write"
+        ) from error
 
 
 def folder_suffix(is_random: bool, options: argparse.Namespace) -> str:

@@ -321,6 +321,15 @@ def test_fresh_deletes_only_folders_that_the_demo_names(
     assert (tmp_path / "mine").exists() and (tmp_path / "runs/demo").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, begun: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "datasets").touch()
+    assert command.run_demo([]) == 78
+    text = capsys.readouterr().out
+    assert f"{tmp_path}: the demo cannot write here" in text and "run it in a folder that" in text
+
+
 def pixels_of(file: Path) -> np.ndarray:
     with Image.open(file) as opened:
         return np.asarray(opened)
