@@ -21,15 +21,13 @@ from dataloading.errors import DataError, ReadError
 from dataloading.folders import FOLDER_PIECE, examine_files
 from dataloading.listing import Files, map_files, write_files
 from dataloading.parquet_index import examine_parquet
-from dataloading.parts import Part, Parts
+from dataloading.parts import LISTING, Part, Parts
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.shards import Shard, is_parquet
 from dataloading.stores import LISTING_IN_FLIGHT, RemoteTar, as_root, place_from_text, place_to_text
 from dataloading.webdataset import examine_shard
 
 logger = logging.getLogger(__name__)
-
-LISTING = "listing.bin"
 
 _PIECES_PER_HELPER = 16  # fewer are not worth the start of a process
 _MAX_HELPERS = 31

@@ -8,6 +8,7 @@ block of 16 MiB: blocks are verified in threads, and only where that is asked fo
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,6 +28,7 @@ from dataloading.columns import (
     new_mapping,
     view_columns,
 )
+from dataloading.errors import DataError
 from dataloading.files import atomic_path
 
 FORMAT = 4
@@ -34,6 +36,7 @@ INDEX_JSON = "index.json"
 
 _BLOCK = 16 << 20
 _THREADS = 8
+_COLUMNS_NAME = re.compile(r"index-[0-9a-f]{16}\.bin")
 
 
 class Kept(NamedTuple):
@@ -72,8 +75,14 @@ def open_file(folder: Path) -> Kept:
     Raises:
         OSError: if there is none, or it cannot be read.
         ValueError, KeyError, TypeError: if it is damaged or of another format.
+        DataError: if ``index.json`` is that of another program.
     """
-    facts: dict[str, Any] = json.loads((folder / INDEX_JSON).read_text(encoding="ascii"))
+    facts: dict[str, Any] = json.loads((folder / INDEX_JSON).read_text(encoding="utf-8"))
+    if not {"format", "listing"} <= set(facts):  # every format has these two
+        raise DataError(
+            f"{folder / INDEX_JSON}: is not an index of images, and is not replaced by one; set "
+            "data.index (--index) to a folder of its own"
+        )
     if facts["format"] != FORMAT:
         raise ValueError(f"its format is {facts['format']}, not {FORMAT}")
     size = buffer_bytes(index_fields(facts["images"], facts["name_bytes"]))
@@ -99,12 +108,15 @@ def publish(folder: Path, facts: dict[str, Any]) -> Kept:
         OSError: if it cannot be written.
     """
     name = _columns_name(facts["listing"])
+    others = [file for file in folder.glob("index-*.bin") if _COLUMNS_NAME.fullmatch(file.name)]
+    if _is_of_format_3(folder):
+        others.append(folder / "index.npy")
     size = buffer_bytes(index_fields(facts["images"], facts["name_bytes"]))
     buffer = map_buffer(folder / name, size)
     whole = {"format": FORMAT, **facts, "tree": hash_blocks(buffer)}
     with atomic_path(folder / INDEX_JSON) as draft:
         draft.write_text(json.dumps(whole, indent=0), encoding="ascii")
-    for old in [*folder.glob("index-*.bin"), folder / "index.npy"]:  # .npy: of format 3
+    for old in others:
         if old.name != name:
             with suppress(OSError):
                 old.unlink(missing_ok=True)
@@ -119,6 +131,13 @@ def hash_blocks(buffer: Buffer) -> list[str]:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(work, range(0, len(buffer), _BLOCK)))
+
+
+def _is_of_format_3(folder: Path) -> bool:
+    """Return whether ``index.npy`` belongs to the index of a folder."""
+    with suppress(OSError, ValueError):
+        return "npy_sha256" in json.loads((folder / INDEX_JSON).read_text(encoding="utf-8"))
+    return False
 
 
 def _columns_name(listing: str) -> str:

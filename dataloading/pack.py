@@ -188,8 +188,9 @@ class Pack:
             DataError: if the source does not give a sample, or the folder does not take or give
                 back what is written.
         """
-        for draft in self._out.glob(".*.tmp"):  # of a pack that was killed
-            draft.unlink()
+        for name in ("train-*.tar", RECORD, f"{_COPY}*"):
+            for draft in self._out.glob(f".{name}.*.tmp"):  # of a pack that was killed
+                draft.unlink()
         bad = [fault.sample for fault in record.excluded]
         rows = np.delete(np.arange(len(self._index), dtype=np.int64), bad)
         reader: Reader | None = None

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-import shutil
+import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,10 @@ from numpy.typing import NDArray
 from dataloading.entries import ENTRY
 from dataloading.files import atomic_path
 from dataloading.listing import Files
+
+LISTING = "listing.bin"
+"""File beside the parts: what ``help_build`` needs."""
+_OWN_NAME = re.compile(r"([0-9a-f]{64}|listing\.(bin|json))|\..+\.[0-9a-f]{8}\.tmp")
 
 
 class Part(NamedTuple):
@@ -80,9 +85,12 @@ class Parts:
         self._memory[piece] = part
 
     def remove(self) -> None:
-        """Delete all pieces, when the index itself is kept."""
+        """Delete all pieces, when the index itself is kept; other files in the folder stay."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                for file in filter(_OWN_NAME.fullmatch, os.listdir(self.folder)):
+                    (self.folder / file).unlink(missing_ok=True)
+                self.folder.rmdir()
 
     def _path(self, piece: int) -> Path | None:
         if self.folder is None:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _LEAST_FREE = 0.1  # of the file system, below which the oldest pieces are removed
 _REMOVED = 0.05  # of the pieces, at a time
 _LOCKS = 64
+_PIECE_NAME = re.compile(r"[0-9a-f]{24}/(\d{8,}|\.\d{8,}\.[0-9a-f]{8}\.tmp)")
 
 
 class StoreCache:
@@ -116,9 +118,14 @@ def remove_oldest(folder: Path) -> None:
 
 
 def list_pieces(folder: Path) -> list[tuple[float, int, Path]]:
-    """Return time of writing, bytes and path of each piece."""
+    """Return time of writing, bytes and path of each piece, and of drafts of killed processes.
+
+    Other files of the folder are not the cache's to count or to remove.
+    """
     found: list[tuple[float, int, Path]] = []
     for file in folder.glob("*/*"):
+        if not _PIECE_NAME.fullmatch(f"{file.parent.name}/{file.name}"):
+            continue
         with suppress(FileNotFoundError):
             facts = file.stat()
             found.append((facts.st_mtime, facts.st_size, file))

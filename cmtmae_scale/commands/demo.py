@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cmtmae_scale.commands.alone import run_alone
@@ -14,12 +15,16 @@ from cmtmae_scale.commands.report import write_page
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_CONFIG
+from cmtmae_scale.errors import EXIT_CONFIG, ConfigError, may_pass
 from cmtmae_scale.runtime.arguments import Parser, at_least_one
 
 RECIPE = "demo"
-MASKS = "datasets/demo/masks"
-"""Images with masks; the recipe's ``eval.segmentation_path`` is inside."""
+PHOTOS, EVALUATION, MASKS, TEACHER, CACHE = (
+    Path("datasets/demo", name)
+    for name in ("photos", "evaluation", "masks", "teacher.safetensors", "cache")
+)
+"""What the demo writes; the recipe names it. ``eval.segmentation_path`` is inside ``MASKS``."""
+RUN = Path("runs/demo")
 RANDOM = "random teacher"
 ROWS = 8
 COLUMNS = ("loss/total", "loss/teacher", "loss/student", "images_s")
@@ -36,23 +41,19 @@ def show_demo(options: argparse.Namespace) -> int:
     """Prepare, cache the teacher, train, evaluate and show; returns the exit code."""
     config = load_config(RECIPE, options.overrides)
     from cmtmae_scale.tools.demo.learned import METHODS, learned_table
-    from cmtmae_scale.tools.demo.masks import prepare_masks
-    from cmtmae_scale.tools.demo.photos import EVALUATION, prepare_photos
-    from cmtmae_scale.tools.demo.teacher import prepare_teacher
 
     print_line("images and teacher ...")
-    images = prepare_photos(Path(config.data.path))
-    prepare_photos(Path(str(config.eval.test_path)), EVALUATION)
-    prepare_masks(Path(MASKS))
-    teacher = prepare_teacher(Path(str(config.teacher.weights)))
-    overrides = derive_overrides(config, images, teacher is None, options)
-    config = load_config(RECIPE, overrides)
-    run_dir = Path(config.run.output_dir)
-    if options.fresh:
-        delete_run(run_dir)
-        delete_cache(config)
-    label = RANDOM if teacher is None else f"teacher {config.teacher.model}"
-    print_line(f"{images} images in {config.data.path}; {label}; training in {run_dir}")
+    with explain_refusal():
+        images, is_random = prepare_inputs(config)
+        suffix = folder_suffix(is_random, options)
+        overrides = derive_overrides(config, images, suffix, options)
+        config = load_config(RECIPE, overrides)
+        run_dir = Path(config.run.output_dir)
+        if options.fresh:
+            delete_earlier(config, suffix)
+    label = RANDOM if is_random else f"teacher {config.teacher.model}"
+    count = "" if images is None else f"{images} "
+    print_line(f"{count}images in {config.data.path}; {label}; training in {run_dir}")
     results = {name: run_dir / "evaluation" / f"demo-{name}.json" for name in METHODS}
     commands = [[name, "--config", RECIPE, *overrides] for name in ("precompute", "pretrain")]
     if config.teacher.mode != "cached":
@@ -88,46 +89,97 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="delete an earlier run of the demo and its teacher cache",
+        help="delete an earlier run of the demo and its teacher cache, in the demo's own folders",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     return parser.parse_intermixed_args(arguments)
 
 
+def prepare_inputs(config: Config) -> tuple[int | None, bool]:
+    """Write the demo's own images, masks and teacher; other paths are the user's and stay as is.
+
+    Returns:
+        Number of training images, ``None`` for the user's, and whether the teacher is random.
+
+    Raises:
+        ConfigError, DataError: see ``prepare_photos``, ``prepare_masks`` and ``prepare_teacher``.
+    """
+    from cmtmae_scale.tools.demo import photos
+    from cmtmae_scale.tools.demo.masks import prepare_masks
+    from cmtmae_scale.tools.demo.teacher import prepare_teacher
+
+    groups = config.data.path, config.eval.train_path, config.eval.test_path
+    used = [Path(str(path)) for path in groups]
+    images = photos.prepare_photos(PHOTOS) if PHOTOS in used else None
+    if EVALUATION in used:
+        photos.prepare_photos(EVALUATION, photos.EVALUATION)
+    prepare_masks(MASKS)
+    weights = config.teacher.weights
+    is_own = weights is not None and Path(weights) == TEACHER
+    is_random = prepare_teacher(TEACHER) is None if is_own else weights == "random"
+    return images if used[0] == PHOTOS else None, is_random
+
+
+@contextmanager
+def explain_refusal() -> Iterator[None]:
+    """Turn an ``OSError`` of the block that will not pass into a ``ConfigError`` with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise ConfigError(
+            f"{Path.cwd()}: the demo cannot write here ({error}); run it in a folder that you may "
+            "write"
+        ) from error
+
+
+def folder_suffix(is_random: bool, options: argparse.Namespace) -> str:
+    """Return what another length or a random teacher appends to the names of run and cache."""
+    length = "" if options.steps is None else f"-{options.steps}-steps"
+    return length + ("-random-teacher" if is_random else "")
+
+
 def derive_overrides(
-    config: Config, images: int, is_random: bool, options: argparse.Namespace
+    config: Config, images: int | None, suffix: str, options: argparse.Namespace
 ) -> list[str]:
-    """Return overrides of the recipe; another length or a random teacher gets its own folders.
+    """Return overrides of the recipe; with a suffix, run and teacher cache get their own folders.
 
     A run that is too short to train on all views of the images gets a cache of fewer.
     """
     overrides: list[str] = []
-    suffix = ""
     if options.steps is not None:
         every = min(config.log.every, max(1, options.steps // ROWS))
-        epochs = options.steps * config.train.global_batch_size // max(images, 1)
-        views = max(1, min(config.views.views_per_image or 1, epochs))
         overrides += [f"train.steps={options.steps}", f"log.every={every}"]
-        overrides.append(f"views.views_per_image={views}")
-        suffix += f"-{options.steps}-steps"
-    if is_random:
+        if images is not None:
+            epochs = options.steps * config.train.global_batch_size // max(images, 1)
+            views = max(1, min(config.views.views_per_image or 1, epochs))
+            overrides.append(f"views.views_per_image={views}")
+    if suffix.endswith("-random-teacher"):
         overrides += ["teacher.weights=random", f"run.name={config.run.name} ({RANDOM})"]
-        suffix += "-random-teacher"
     if suffix:
         overrides.append(f"cache.dir={config.cache.dir}{suffix}")
     return [*overrides, f"run.output_dir={config.run.output_dir}{suffix}", *options.overrides]
 
 
-def delete_run(run_dir: Path) -> None:
-    """Delete a folder if it is a run's."""
-    if (run_dir / "config.yaml").is_file() or (run_dir / "exit.json").is_file():
-        shutil.rmtree(run_dir)
+def delete_earlier(config: Config, suffix: str) -> None:
+    """Delete an earlier run of the demo and its teacher cache.
 
+    A cache that the user names stays: the run reads it only if it fits.
 
-def delete_cache(config: Config) -> None:
-    """Delete the folder of the teacher cache if it is a cache's."""
-    folder = Path(str(config.cache.dir))
-    if (folder / "manifest.json").is_file():
+    Raises:
+        ConfigError: if the user names the folder of the run.
+    """
+    run_dir, own = Path(config.run.output_dir), Path(f"{RUN}{suffix}")
+    is_run = any((run_dir / name).is_file() for name in ("config.yaml", "exit.json"))
+    if is_run and run_dir != own:
+        raise ConfigError(
+            f"run.output_dir={run_dir}: --fresh deletes only the demo's own folder, {own}; delete "
+            "it yourself, or name another"
+        )
+    cache = Path(f"{CACHE}{suffix}")
+    is_cache = Path(str(config.cache.dir)) == cache and (cache / "manifest.json").is_file()
+    for folder in [own] * is_run + [cache] * is_cache:
         shutil.rmtree(folder)
 
 

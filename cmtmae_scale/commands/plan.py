@@ -122,7 +122,7 @@ def choose_fraction(
     """Return the fraction of the device's rates that kernels reach, and its origin.
 
     Raises:
-        ConfigError: if the results of the suite cannot be read.
+        ConfigError: if the results that ``--suite`` names cannot be read.
     """
     if options.fraction is not None:
         return options.fraction, "given by --fraction"
@@ -130,11 +130,22 @@ def choose_fraction(
     if options.suite is not None or file.exists():
         from cmtmae_scale.tools.plan.kernels import count_kernels
         from cmtmae_scale.tools.plan.measured import find_step, reached_fraction
+        from dataloading.passed_over import format_count
 
-        step = find_step(file, config, device)
+        try:
+            step, outdated = find_step(file, config, device)
+        except ConfigError as error:
+            if options.suite is not None:
+                raise
+            show_error(f"{error}; planning without")
+            step, outdated = None, []
+        if outdated:
+            count, names = format_count(len(outdated), "row"), ", ".join(outdated)
+            show_error(f"{file}: skipped {count} with settings of another version: {names}")
         if step is not None:
             reached = reached_fraction(step, count_kernels(step.config), device)
-            return reached, f"row {step.row} of {file}, {step.images_s:,.0f} images/s measured"
+            speed = f"{step.images_s:,.0f} images/s measured on {step.device}"
+            return reached, f"row {step.row} of {file}, {speed}"
     return FRACTION, "assumed (--fraction); no measured row of this student and device"
 
 

@@ -55,6 +55,8 @@ def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
         world = find_world()
         set_up_logging(world.rank, world.world_size)
         options = parse_precompute_options(arguments)
+        if options.verify is None and not options.plan:
+            options.shard = find_share(options.shard)
         with interrupt_at_sigterm():
             if options.follow is not None:
                 return follow_run(options, world)
@@ -86,7 +88,6 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
     parser.add_argument(
         "--shard",
         type=parse_share,
-        default=slurm_array_share(),
         metavar="i/n",
         help="compute every n-th shard, i from 0; default: a SLURM array's share, else all",
     )
@@ -162,13 +163,26 @@ def parse_share(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def slurm_array_share(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return number and count of a SLURM array task; 0 of 1 elsewhere."""
-    if "SLURM_ARRAY_TASK_ID" not in environment:
-        return 0, 1
-    first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-    count = int(environment["SLURM_ARRAY_TASK_COUNT"])
-    return int(environment["SLURM_ARRAY_TASK_ID"]) - first, count
+def find_share(
+    given: tuple[int, int] | None, environment: Mapping[str, str] = os.environ
+) -> tuple[int, int]:
+    """Return number and count of this job: those of ``--shard``, else of a SLURM array, else 0, 1.
+
+    Raises:
+        ConfigError: if the array has gaps, which would leave shards to no task.
+    """
+    if given is not None or "SLURM_ARRAY_TASK_ID" not in environment:
+        return given or (0, 1)
+    task, first, last, count = (
+        int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT")
+    )
+    if last - first + 1 != count:
+        raise ConfigError(
+            f"SLURM array: {count} tasks with numbers from {first} to {last} would leave shards to "
+            f"no task; use an array without gaps, such as --array=0-{count - 1}, or give each task "
+            f"its share with --shard i/{count}"
+        )
+    return task - first, count
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from cmtmae_scale.cache.format import missing_shards, old_seal_path, read_manife
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
 from cmtmae_scale.cache.verify import choose_rows, compare_rows, damaged_shards
 from cmtmae_scale.commands import precompute
-from cmtmae_scale.errors import CacheError, TeacherError
+from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import TeacherView
 from tests.cache import cache_case as case
@@ -414,10 +414,36 @@ def test_a_place_that_cannot_be_written_is_named(
     assert "recipe.yaml/cache/index: cannot be written" in capsys.readouterr().err
 
 
+def array_task(task: int, first: int, last: int, count: int) -> dict[str, str]:
+    numbers = {"ID": task, "MIN": first, "MAX": last, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in numbers.items()}
+
+
 def test_a_slurm_array_task_has_its_share() -> None:
-    given = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_COUNT": "4"}
-    assert precompute.slurm_array_share(given) == (3, 4)
-    assert precompute.slurm_array_share({}) == (0, 1)
+    assert precompute.find_share(None, array_task(5, 2, 5, 4)) == (3, 4)
+    assert precompute.find_share(None, array_task(3, 3, 3, 1)) == (0, 1)  # one task submitted again
+    assert precompute.find_share(None, {}) == (0, 1)
+
+
+@pytest.mark.parametrize("task", [array_task(1, 1, 5, 2), array_task(0, 0, 20, 3)])
+def test_a_slurm_array_with_gaps_is_refused_unless_the_share_is_given(task: dict[str, str]) -> None:
+    count = task["SLURM_ARRAY_TASK_COUNT"]
+    with pytest.raises(ConfigError, match=rf"leave shards to no task.* --shard i/{count}"):
+        precompute.find_share(None, task)
+    assert precompute.find_share((1, 2), task) == (1, 2)
+
+
+def test_a_task_of_an_array_with_gaps_exits_with_78(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in array_task(5, 1, 5, 2).items():
+        monkeypatch.setenv(name, value)
+    assert run(recipe, tmp_path / "cache") == 78
+    assert "SLURM array: 2 tasks with numbers from 1 to 5" in capsys.readouterr().err
+    assert run(recipe, tmp_path / "cache", "--shard", "1/2") == 0
 
 
 def test_an_output_that_is_not_finite_ends_the_build_and_names_the_image(

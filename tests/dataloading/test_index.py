@@ -163,6 +163,34 @@ def test_damaged_index_is_built_again(photographs, tmp_path, name):
     assert path.read_bytes() == data
 
 
+def test_an_index_removes_nothing_of_the_users_from_its_folder(photographs, tmp_path):
+    others = [tmp_path / name for name in ("index.npy", "index-train.bin", "parts/x.csv")]
+    for file in others:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"the only copy")
+    load_or_build(photographs, tmp_path)
+    load_or_build(photographs, tmp_path, max_pixels=12_500)
+    assert [file.read_bytes() for file in others] == [b"the only copy"] * 3
+    assert len(list((tmp_path / "parts").iterdir())) == 1
+    assert len(list(tmp_path.glob("index-*.bin"))) == 2
+
+
+@pytest.mark.parametrize("text", ['{"shards": [], "version": 2}', "[]"])
+def test_an_index_json_of_another_program_is_not_replaced(photographs, tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(DataError, match=r"index.json: is not an index of images.* a folder of its"):
+        load_or_build(photographs, tmp_path)
+    assert (tmp_path / "index.json").read_text() == text
+
+
+def test_an_index_of_format_3_is_replaced_with_its_file(photographs, tmp_path):
+    facts = {"format": 3, "listing": "0", "npy_sha256": "0"}
+    (tmp_path / "index.json").write_text(json.dumps(facts))
+    (tmp_path / "index.npy").touch()
+    load_or_build(photographs, tmp_path)
+    assert not (tmp_path / "index.npy").exists()
+
+
 def test_what_is_verified_of_a_kept_index(photographs, tmp_path, picture):
     kept = tmp_path / "kept"
     load_or_build(photographs, kept)

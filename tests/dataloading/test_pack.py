@@ -151,6 +151,7 @@ def test_a_killed_pack_continues_and_ends_with_the_same_bytes(source, tmp_path) 
 
 def test_an_end_between_tar_and_record_costs_only_that_tar(source, tmp_path) -> None:
     plan = pack(source, tmp_path / "out")
+    (tmp_path / "out" / ".notes.tmp").write_bytes(b"of somebody else")
     before = files(tmp_path / "out")
     record = json.loads(before["pack.json"])
     record["done"] = {"train-000000.tar": plan.done["train-000000.tar"]}

@@ -102,6 +102,26 @@ def test_a_damaged_or_foreign_piece_is_not_used(index: Index, tmp_path: Path) ->
     assert first != other
 
 
+def test_only_pieces_are_removed_to_make_room(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    others = [tmp_path / "thesis" / name for name in ("chapter.tex", "00000000")]
+    for file in others:
+        file.write_bytes(b"the only copy")
+        os.utime(file, (1, 1))
+    source = index.open(tmp_path)
+    source.read(0)
+    (folder,) = {file.parent for file in tmp_path.glob("*/0*")} - {tmp_path / "thesis"}
+    left = folder / ".00000007.0123abcd.tmp"  # of a killed process
+    left.touch()
+    monkeypatch.setattr(store_cache, "_REMOVED", 1.0)
+    remove_oldest(tmp_path)
+    assert sorted(tmp_path.glob("*/*")) == sorted(others)
+    assert not list(folder.iterdir())
+    source.close()
+
+
 def test_a_full_disk_costs_requests_only(
     index: Index, server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:

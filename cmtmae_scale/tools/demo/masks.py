@@ -13,9 +13,7 @@ Three sets, the same on every machine and written without a download:
   that is unknown. The others are a camera's pan over a photograph of ``objects``.
 """
 
-import json
 import logging
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from cmtmae_scale.runtime.storage import atomic_path, write_atomic
+from cmtmae_scale.tools.demo.folders import read_record, write_folder
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -171,29 +169,23 @@ def prepare_masks(folder: Path) -> Path:
     """Write the sets below a folder, unless they exist, whole or not at all; returns the folder.
 
     Raises:
+        ConfigError: if the folder is not the demo's.
         DataError: without scikit-image and scikit-learn (extra ``demo``).
     """
-    record_file = folder.with_name(folder.name + ".json")
-    if folder.is_dir() and record_file.is_file() and record_file.read_text() == record_text():
+    if folder.is_dir() and read_record(folder) == {"recipe": RECIPE}:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder, durable=False) as draft:
+
+    def fill(draft: Path) -> dict[str, int]:
         for part, count in MOSAICS.items():
             write_mosaics(draft / "textures" / part, part, count)
         for name in OBJECTS:
             image, mask = outlined_photograph(name)
             write_pair(draft / "objects", name, image, mask)
             write_clip(draft / "clips", name, image, mask)
-        record_file.unlink(missing_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-    write_atomic(record_file, record_text())
+        return {"recipe": RECIPE}
+
+    write_folder(folder, fill)
     return folder
-
-
-def record_text() -> str:
-    """Return the content of the file beside the folder."""
-    return json.dumps({"recipe": RECIPE}) + "\n"
 
 
 def find_data(folder: str, file: str) -> Path:

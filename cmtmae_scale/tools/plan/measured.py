@@ -1,6 +1,7 @@
 """The fraction of a device's rates that kernels reach, from a measured row of the suite."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,48 +21,73 @@ class MeasuredStep(NamedTuple):
     row: str
     config: Config
     images_s: float
+    device: str
 
 
-def find_step(file: Path, config: Config, device: Device) -> MeasuredStep | None:
-    """Return the measured step of the same student, if any; one of the same backend is preferred.
+class Found(NamedTuple):
+    """What the suite measured for a run."""
+
+    step: MeasuredStep | None
+    """Of the same student, of the same backend if there is one."""
+    outdated: list[str]
+    """Rows of the device whose settings this version does not know."""
+
+
+def find_step(file: Path, config: Config, device: Device) -> Found:
+    """Find the measured step of the same student.
 
     Args:
         file: results of ``cmtmae benchmark suite``.
         config: settings of the run that is planned.
-        device: the row's device must have its name.
+        device: the row's device must be this one.
 
     Raises:
         ConfigError: if the file holds something else.
     """
+    outdated: list[str] = []
     try:
-        found = list(list_steps(json.loads(file.read_text())["rows"], device))
+        found = list(list_steps(json.loads(file.read_text())["rows"], device, outdated))
     except OSError as error:
         raise ConfigError(f"--suite {file}: {error.strerror}; name another file") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--suite {file}: not a result of cmtmae benchmark suite; name another file"
         ) from error
     usable = [one for one in found if one.config.student.arch == config.student.arch]
     usable.sort(key=lambda one: one.config.backend.name != config.backend.name)
-    return usable[0] if usable else None
+    return Found(usable[0] if usable else None, outdated)
 
 
-def list_steps(rows: dict[str, Any], device: Device) -> Iterator[MeasuredStep]:
-    """Yield the training steps measured on a device."""
+def list_steps(rows: dict[str, Any], device: Device, outdated: list[str]) -> Iterator[MeasuredStep]:
+    """Yield the training steps measured on a device; appends the names of outdated rows."""
     for name, row in rows.items():
-        is_own = device.name.split("-")[0] in str(row.get("device")).lower()
         results = row.get("results")
-        if row["state"] != "done" or row["small"] or not is_own or not isinstance(results, list):
+        if row["state"] != "done" or row["small"] or not isinstance(results, list) or not results:
             continue
         words = shlex.split(row["command"])
         if "train" not in words or {"--against", "real"} & set(words):
             continue
-        images_s = results[0].get("images_s", 0.0)
-        if images_s > 0:
+        images_s, measured = results[0].get("images_s", 0.0), str(row.get("device"))
+        if images_s > 0 and is_device(measured, device):
             recipe, overrides = recipe_of(words[words.index("train") + 1 :])
             # The suite runs in a clone; elsewhere its path stands for the shipped recipe.
             found = recipe if Path(recipe).exists() else Path(recipe).stem
-            yield MeasuredStep(name, load_config(found, overrides), images_s)
+            try:
+                config = load_config(found, overrides)
+            except ConfigError:
+                outdated.append(name)
+                continue
+            yield MeasuredStep(name, config, images_s, measured)
+
+
+def is_device(measured: str, device: Device) -> bool:
+    """Return whether a name such as ``1 x NVIDIA A100-SXM4-80GB`` is that of a device.
+
+    Both must have the same size of memory, where the name has one.
+    """
+    words = set(re.split(r"[^a-z0-9]+", measured.lower()))
+    sizes = {word for word in words if re.fullmatch(r"\d+gb", word)}
+    return set(device.name.split("-")) <= words and sizes <= {f"{device.memory_bytes / 1e9:.0f}gb"}
 
 
 def recipe_of(words: Sequence[str]) -> tuple[str, list[str]]:

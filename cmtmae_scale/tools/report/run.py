@@ -91,7 +91,10 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run ended as complete, not at ``train.stop_after``, which also gives 0."""
+        """Whether the run ended as complete.
+
+        A launch that finds ``train.stop_after`` reached already ends with 0 too, before the end.
+        """
         found, end = self.exit or {}, self.end_step
         step = found.get("step")
         ended_early = end is not None and isinstance(step, int) and step < end

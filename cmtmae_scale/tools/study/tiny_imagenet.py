@@ -3,6 +3,7 @@
 python -m cmtmae_scale.tools.study.tiny_imagenet datasets/tinyimagenet100-64 [--zip FILE]
 """
 
+import filecmp
 import hashlib
 import http.client
 import io
@@ -98,10 +99,8 @@ def write_subset(archive: Path, folder: Path) -> None:
     Every second class in the order of names, images 0 to 299 of each, 25 per tar; of the official
     validation images all 50 of each of these classes, 10 per tar. The JPEG bytes are kept.
 
-    Existing tars are replaced.
-
     Raises:
-        DataError: if the archive is not Tiny-ImageNet's.
+        DataError: if the archive is not Tiny-ImageNet's, or a tar of that name has other content.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -140,13 +139,20 @@ def validation_files(archive: zipfile.ZipFile, labels: Mapping[str, int]) -> dic
 
 
 def write_images(file: Path, archive: zipfile.ZipFile, images: Iterable[tuple[str, int]]) -> None:
-    """Write images and their labels as a WebDataset tar, whole or not at all, always the same."""
-    with atomic_path(file) as draft, tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for path, label in images:
-            for suffix, data in (("jpg", archive.read(path)), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{Path(path).stem}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    """Write images and their labels as a WebDataset tar, whole or not at all, always the same.
+
+    Raises:
+        DataError: if the file exists with other content.
+    """
+    with atomic_path(file) as draft:
+        with tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for path, label in images:
+                for suffix, data in (("jpg", archive.read(path)), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{Path(path).stem}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        if file.exists() and not filecmp.cmp(draft, file, shallow=False):
+            raise DataError(f"{file}: exists with other content; name an empty or a new folder")
     logger.info("%s", file)
 
 

@@ -1,18 +1,23 @@
 import argparse
 import json
 import logging
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cmtmae_scale.commands import demo as command
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.shipped import find_recipe
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.demo import learned, masks, photos, teacher
 
 FEW = tuple(p for p in photos.PHOTOGRAPHS if p.name in ("china", "coins"))
@@ -141,7 +146,8 @@ def test_unreachable_index_causes_a_warning_and_leaves_nothing(
 def test_random_teacher_has_its_own_folder_and_label() -> None:
     recipe = command.RECIPE
     options = argparse.Namespace(steps=10, overrides=["run.seed=1"])
-    overrides = command.derive_overrides(load_config(recipe), 400, True, options)
+    suffix = command.folder_suffix(True, options)
+    overrides = command.derive_overrides(load_config(recipe), 400, suffix, options)
     config = load_config(recipe, overrides)
     assert config.run.name == "demo (random teacher)"
     assert config.run.output_dir == "runs/demo-10-steps-random-teacher"
@@ -190,14 +196,138 @@ def test_a_measure_is_called_better_only_above_both_intervals(tmp_path: Path) ->
     )
 
 
-def test_only_folders_of_runs_are_deleted(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    command.delete_run(other)
-    assert other.is_dir()
-    (other / "config.yaml").touch()
-    command.delete_run(other)
-    assert not other.exists()
+@pytest.fixture
+def begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: None
+) -> Iterator[list[Sequence[str]]]:
+    """Commands that the demo begins in an empty folder, without internet; each fails with 1."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(masks, "MOSAICS", {"train": 1})
+    monkeypatch.setattr(masks, "OBJECTS", {})
+    monkeypatch.setattr(teacher, "download_wheel", lambda folder: None)
+    words: list[Sequence[str]] = []
+
+    def begin(command: Sequence[str], **options: object) -> SimpleNamespace:
+        words.append(command)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(command.subprocess, "run", begin)
+    yield words
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_recipe_names_what_the_demo_writes() -> None:
+    config = load_config(find_recipe(command.RECIPE))
+    assert Path(config.data.path) == Path(str(config.eval.train_path)) == command.PHOTOS
+    assert Path(str(config.eval.test_path)) == command.EVALUATION
+    assert command.MASKS in Path(str(config.eval.segmentation_path)).parents
+    assert Path(str(config.teacher.weights)) == command.TEACHER
+    assert (Path(config.run.output_dir), Path(str(config.cache.dir))) == (
+        *(command.RUN, command.CACHE),
+    )
+
+
+@pytest.mark.parametrize("key", ["data.path", "eval.train_path", "eval.test_path"])
+def test_images_and_a_teacher_of_the_user_are_used_as_they_are(
+    tmp_path: Path, begun: list[Sequence[str]], key: str
+) -> None:
+    own = tmp_path / "mine"
+    (own / "cats").mkdir(parents=True)
+    (own / "cats" / "1.jpg").write_bytes(b"the only copy")
+    (tmp_path / "mine.json").write_text("{}")
+    weights = tmp_path / "teacher.safetensors"
+    weights.write_bytes(b"years of work")
+    before = snapshot(tmp_path)
+    given = [f"{key}={own}", f"teacher.weights={weights}"]
+    assert command.run_demo([*given, "--steps", "2", "--fresh"]) == 1
+    assert snapshot(tmp_path).items() >= before.items()
+    assert begun[0][-2:] == given
+    assert "teacher.weights=random" not in begun[0]
+    assert {file.parts[0] for file in map(Path, snapshot(tmp_path).keys() - before)} == {"datasets"}
+
+
+@pytest.mark.parametrize(
+    ("place", "record"),
+    [
+        (command.PHOTOS, None),
+        (command.EVALUATION, '{"images": []}'),  # of annotations, say
+        (command.MASKS, None),
+    ],
+)
+def test_a_folder_that_the_demo_did_not_write_is_refused(
+    tmp_path: Path,
+    begun: list[Sequence[str]],
+    capsys: pytest.CaptureFixture[str],
+    place: Path,
+    record: str | None,
+) -> None:
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "1.jpg").write_bytes(b"the only copy")
+    if record is not None:
+        (tmp_path / place).with_suffix(".json").write_text(record)
+    before = snapshot(tmp_path)
+    assert command.run_demo(["--fresh"]) == 78
+    assert f"{place}: was not written by the demo" in capsys.readouterr().out
+    assert snapshot(tmp_path).items() >= before.items() and not begun
+
+
+@pytest.mark.usefixtures("few")
+def test_the_demo_replaces_its_own_folder_only_while_nobody_added_images(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    photos.prepare_photos(folder)
+    record = tmp_path / "photos.json"
+    record.write_text('{"recipe": 2, "images": 52}')  # of an earlier version
+    (folder / "china" / "000.jpg").write_bytes(b"of an earlier version")
+    assert photos.prepare_photos(folder) == 52
+    assert (folder / "china" / "000.jpg").read_bytes() != b"of an earlier version"
+    (folder / "mine").mkdir()
+    (folder / "mine" / "1.jpg").write_bytes(b"the only copy")
+    with pytest.raises(ConfigError, match="holds 53 images, and the demo wrote 52"):
+        photos.prepare_photos(folder)
+    assert (folder / "mine" / "1.jpg").exists()
+
+
+def test_a_file_that_is_not_the_demos_teacher_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    save_file({"x": torch.zeros(1)}, path)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="was not written by the demo"):
+        teacher.prepare_teacher(path)
+    assert path.read_bytes() == before
+
+
+def test_fresh_deletes_only_folders_that_the_demo_names(
+    tmp_path: Path, begun: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = "-2-steps-random-teacher"
+    for name in ("mine", f"runs/demo{own}", "runs/demo"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+    for name in ("cache", f"datasets/demo/cache{own}"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").touch()
+    fresh = ["--steps", "2", "--fresh"]
+    assert command.run_demo([*fresh, "run.output_dir=mine"]) == 78
+    assert "run.output_dir=mine: --fresh deletes only the demo's own" in capsys.readouterr().out
+    assert (tmp_path / f"runs/demo{own}").exists() and not begun
+    assert command.run_demo([*fresh, "cache.dir=cache"]) == 1
+    assert (tmp_path / "cache").exists() and (tmp_path / f"datasets/demo/cache{own}").exists()
+    assert not (tmp_path / f"runs/demo{own}").exists()
+    assert command.run_demo(fresh) == 1
+    assert not (tmp_path / f"datasets/demo/cache{own}").exists()
+    assert (tmp_path / "mine").exists() and (tmp_path / "runs/demo").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, begun: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "datasets").touch()
+    assert command.run_demo([]) == 78
+    text = capsys.readouterr().out
+    assert f"{tmp_path}: the demo cannot write here" in text and "run it in a folder that" in text
 
 
 def pixels_of(file: Path) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.backends.traffic import Traffic, fsdp_traffic, zero_traffic
-from cmtmae_scale.commands.plan import FRACTION, plan_run
+from cmtmae_scale.commands.plan import FRACTION, choose_fraction, parse_options, plan_run
 from cmtmae_scale.config.derive import BatchPlan, batch_plan
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
@@ -17,7 +17,7 @@ from cmtmae_scale.tools.estimate import saved_bytes, state_bytes
 from cmtmae_scale.tools.plan import plan as plan_module
 from cmtmae_scale.tools.plan.devices import DEVICES, Device, find_device
 from cmtmae_scale.tools.plan.kernels import Kernel, StepKernels, moved_bytes
-from cmtmae_scale.tools.plan.measured import find_step, reached_fraction
+from cmtmae_scale.tools.plan.measured import find_step, is_device, reached_fraction
 from cmtmae_scale.tools.plan.network import step_traffic, sum_groups, time_exchanges
 from cmtmae_scale.tools.plan.plan import (
     DECODE_VIEWS_S,
@@ -275,19 +275,64 @@ def test_a_measured_row_gives_the_fraction(recipe: Path, counted: Counted, tmp_p
     rows = {"smoke": row | {"results": None}, "open": row | {"state": "failed"}, "large": row}
     file = tmp_path / "suite.json"
     file.write_text(json.dumps({"rows": rows}))
-    found = find_step(file, config, device)
+    found, outdated = find_step(file, config, device)
     assert found is not None and (found.row, found.images_s) == ("large", 123.0)
-    assert found.config.train.micro_batch_size == 4
+    assert found.config.train.micro_batch_size == 4 and not outdated
     kernels = StepKernels([Kernel(0, 989e12, 0, 0)], [Kernel(0, 0, 4.8e12, 0)], [])
     # 4 s of matrix products and 1 s of traffic, measured as 4 views in 20 s.
     assert reached_fraction(found._replace(images_s=0.2), kernels, device) == pytest.approx(0.25)
-    assert find_step(file, config, DEVICES["a100"]) is None
+    assert find_step(file, config, DEVICES["a100"]) == (None, [])
     other = load_config(recipe, ["student.arch=vit_tiny_patch16_224"])
-    assert find_step(file, other, device) is None
+    assert find_step(file, other, device).step is None
+    old = {"old": row | {"command": f"{command} data.threads=2"}, "none": row | {"results": []}}
+    file.write_text(json.dumps({"rows": old | rows}))
+    assert find_step(file, config, device) == (found, ["old"])
     for text in ("[]", "{", '{"rows": {"large": 1}}'):
         file.write_text(text)
         with pytest.raises(ConfigError, match="not a result of cmtmae benchmark suite"):
             find_step(file, config, device)
+
+
+@pytest.mark.parametrize(
+    ("measured", "names"),
+    [
+        ("1 x NVIDIA A100-SXM4-80GB", {"a100"}),
+        ("1 x NVIDIA A100-SXM4-40GB", {"a100-40gb"}),
+        ("1 x NVIDIA H100 80GB HBM3", {"h100"}),
+        ("1 x NVIDIA GH200 480GB", set()),
+        ("1 x NVIDIA H200", {"h200"}),
+        ("None", set()),
+    ],
+)
+def test_a_row_serves_the_device_that_it_was_measured_on(measured: str, names: set[str]) -> None:
+    assert {name for name, device in DEVICES.items() if is_device(measured, device)} == names
+
+
+def test_results_of_the_suite_that_nobody_named_stop_no_plan(
+    recipe: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = parse_options(["--config", str(recipe), "--gpus", "1", "--device", "h200"])
+    row = {"state": "done", "small": False, "device": "1 x NVIDIA H200"}
+    row |= {"command": f"train --config {recipe} data.threads=2", "results": [{"images_s": 1.0}]}
+    file = tmp_path / "runs" / "suite.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"rows": {"old": row}}))
+    config, device = load_config(recipe), DEVICES["h200"]
+    assert choose_fraction(options, config, device)[0] == FRACTION
+    assert (
+        "runs/suite.json: skipped 1 row with settings of another version: old"
+        in capsys.readouterr().err
+    )
+    file.write_text("{")
+    assert choose_fraction(options, config, device)[0] == FRACTION
+    assert "not a result of cmtmae benchmark suite" in capsys.readouterr().err
+    options.suite = file
+    with pytest.raises(ConfigError, match="not a result of cmtmae benchmark suite"):
+        choose_fraction(options, config, device)
 
 
 @pytest.mark.parametrize(

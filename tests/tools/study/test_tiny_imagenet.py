@@ -68,6 +68,17 @@ def test_tars_hold_every_second_class_and_are_balanced(archive: Path, tmp_path: 
     source.close()
 
 
+def test_a_tar_of_other_content_is_not_replaced(
+    archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "out" / "train-01.tar"
+    other.parent.mkdir()
+    other.write_bytes(b"the only copy")
+    assert make_tiny_imagenet([str(tmp_path / "out"), "--zip", str(archive)]) == 78
+    assert f"{other}: exists with other content" in caplog.text
+    assert other.read_bytes() == b"the only copy"
+
+
 @pytest.mark.parametrize("content", [b"no zip", None])
 def test_what_is_not_the_archive_is_named(
     content: bytes | None, archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
