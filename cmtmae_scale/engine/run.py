@@ -12,6 +12,7 @@ from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.agreement import require_equal_launch, require_shared
 from cmtmae_scale.engine.build import build_run
 from cmtmae_scale.engine.ending import Ending
+from cmtmae_scale.engine.folder import CONFIG_FILE, refuse_foreign_folder
 from cmtmae_scale.engine.launches import count_launch, record_launch
 from cmtmae_scale.engine.loop import find_reached_stop, train
 from cmtmae_scale.engine.summary import log_launch, log_result
@@ -26,8 +27,6 @@ from cmtmae_scale.runtime.log import RunLog
 from cmtmae_scale.runtime.storage import optional_write
 
 logger = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
 
 
 def run_task(
@@ -73,6 +72,7 @@ def run_task(
         stack.enter_context(deterministic_kernels(config.run.deterministic))
         stack.enter_context(process_group(world, device, collective_limit_s(hang_s)))
         require_equal_launch(config, world, device)
+        on_all_ranks((lambda: refuse_foreign_folder(run_dir)) if world.rank == 0 else lambda: None)
         lock = stack.enter_context(hold_run(run_dir, world.rank))
         if run_log is not None:
             run_log.open(run_dir)

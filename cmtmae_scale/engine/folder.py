@@ -1,0 +1,57 @@
+"""Whether a folder may be a run's: files of others are neither replaced nor cut."""
+
+from pathlib import Path
+from typing import Any
+
+from cmtmae_scale.config.yaml_text import read_yaml
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime.storage import read_json
+
+CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
+GROUPS = ("run", "data", "train")
+"""Groups that the settings of every run have, of every version and task."""
+
+
+def refuse_foreign_folder(run_dir: Path) -> None:
+    """Refuse a folder that holds the settings or the log of another program.
+
+    A run replaces ``config.yaml`` and cuts ``log.jsonl`` at its step.
+
+    Raises:
+        ConfigError: names the file.
+        OSError: if the store fails.
+    """
+    if (run_dir / CONFIG_FILE).exists():
+        foreign = CONFIG_FILE if not is_run_config(run_dir / CONFIG_FILE) else None
+    else:
+        foreign = LOG_FILE if not is_run_log(run_dir / LOG_FILE) else None
+    if foreign is not None:
+        raise ConfigError(
+            f"run.output_dir={run_dir} holds {foreign} of another program, which a run would "
+            "overwrite; use another run.output_dir, or move the file away"
+        )
+
+
+def is_run_config(file: Path) -> bool:
+    """Return whether a file holds the settings of a run, of this version or an earlier one."""
+    try:
+        tree: dict[str, Any] = read_yaml(file)
+    except ConfigError:
+        return False
+    return all(isinstance(tree.get(name), dict) for name in GROUPS)
+
+
+def is_run_log(file: Path) -> bool:
+    """Return whether a log is absent, empty, or begins with an entry of a step."""
+    try:
+        with file.open("rb") as opened:
+            line = opened.readline(2**20)
+    except FileNotFoundError:
+        return True
+    if not line.strip():
+        return True
+    try:
+        entry = read_json(line)
+    except ValueError:
+        return False
+    return isinstance(entry, dict) and "step" in entry
