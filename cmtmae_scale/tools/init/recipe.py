@@ -156,7 +156,10 @@ def heading(survey: Survey, machine: Machine, output: Path) -> str:
         "measured.",
     ]
     if not machine.has_gpu:
-        lines.append("A whole run needs a GPU; train.steps=20 shows within minutes that it works.")
+        lines.append(
+            "A whole run needs a GPU; train.steps=20 run.output_dir=runs/trial shows within minutes "
+            "that it works."
+        )
     if survey.images < 1000:
         lines.append(
             f"{survey.images} images are too few to learn general features from: prefer public "
