@@ -110,14 +110,16 @@ def parse_preflight(arguments: Sequence[str]) -> argparse.Namespace:
         hint=key_hint,
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of every candidate")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings of every candidate"
+    )
     parser.add_argument(
         "--candidate",
         action="append",
         metavar="'key=value ...'",
         help="settings of one more run; default: other weights of the loss terms",
     )
-    parser.add_argument("--steps", type=at_least_one, default=500, help="of every run; 500")
+    parser.add_argument("--steps", type=at_least_one, default=500, help="steps of every run; 500")
     add_common_options(parser, "runs/preflight/NAME of the recipe")
     return parser.parse_intermixed_args(arguments)
 
@@ -126,7 +128,9 @@ def add_common_options(parser: Parser, folder: str) -> None:
     """Add the options of a study and of a pre-flight; ``folder`` is the default of ``--dir``."""
     parser.add_argument("--dir", type=Path, help=f"folder for runs and results; default: {folder}")
     parser.add_argument("--minutes", type=above_zero, help="time limit; the same command continues")
-    parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time; 1")
+    parser.add_argument(
+        "--jobs", type=at_least_one, default=1, help="number of runs at the same time; 1"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the missing commands")
 
 

@@ -157,8 +157,8 @@ def heading(survey: Survey, machine: Machine, output: Path) -> str:
     ]
     if not machine.has_gpu:
         lines.append(
-            "A whole run needs a GPU; train.steps=20 run.output_dir=runs/trial shows within minutes "
-            "that it works."
+            "A whole run needs a GPU; train.steps=20 run.output_dir=runs/trial shows within "
+            "minutes that it works."
         )
     if survey.images < 1000:
         lines.append(
