@@ -109,7 +109,7 @@ def explain_path(path: Path) -> str:
     if re.match(r"[A-Za-z][\w+.-]+:(/|\S+ )", text):
         return " (an address or a command is not read: copy or mount the data as files)"
     if text.startswith("~"):
-        return " (~ is not expanded here: write the home folder out)"
+        return " (~ is not expanded: write the full path)"
     if re.search(r"(,|;|::|\.tar\s)(?![^{]*\})", text):
         return (
             " (is it a list? data.path is one path: a pattern such as /data/{a,b}-*.tar, or a "

@@ -261,8 +261,9 @@ def require_decoder(name: DecoderName) -> None:
     """
     if name == "dali" and not has_dali():
         raise DataError(
-            "data.decode=dali, but DALI is not installed; install the extra dali (CUDA 13) or "
-            "dali12 (CUDA 12), or set data.decode=torch"
+            "data.decode=dali, but DALI is not installed; install the extra dali "
+            "(CUDA 13: pip install 'cmtmae-scale[dali]') or dali12 "
+            "(CUDA 12: pip install 'cmtmae-scale[dali12]'), or set data.decode=torch"
         )
 
 
@@ -306,5 +307,8 @@ def resolve_decoder(name: DecoderName, device: torch.device) -> Literal["dali", 
     chosen = choose_decoder(name, device)
     require_decoder(chosen)
     if name == "auto" and device.type == "cuda" and chosen == "torch":
-        logger.warning("DALI is not installed: the CPU decodes; the extra dali lets the GPU decode")
+        logger.warning(
+            "DALI is not installed: the CPU decodes; for the GPU pip install 'cmtmae-scale[dali]' "
+            "(CUDA 13) or 'cmtmae-scale[dali12]' (CUDA 12)"
+        )
     return chosen

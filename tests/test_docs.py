@@ -1,4 +1,4 @@
-"""What code and pages cite exists: sections of docs/method.md, linked files and anchors."""
+"""What code and pages cite exists: sections of docs/method.md, files, linked files and anchors."""
 
 import re
 from pathlib import Path
@@ -24,6 +24,28 @@ def citations() -> list[tuple[str, str]]:
                 for title in re.findall(r"\"([^\"]+)\"", match[1]):
                     found.append((str(path.relative_to(ROOT)), " ".join(title.split())))
     return found
+
+
+def test_files_that_pages_name_exist() -> None:
+    tops = "tests|cmtmae_scale|dataloading|launchers|configs|docs|requirements"
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    pages.remove(ROOT / "CHANGELOG.md")  # which names files of its time
+    named = [
+        (page.name, name)
+        for page in pages
+        for name in re.findall(rf"(?<![\w./-])(?:{tops})/[\w./-]+\.\w+", page.read_text())
+    ]
+    assert len(named) > 100
+    absent = [one for one in named if not (ROOT / one[1]).exists()]
+    assert [one for one in absent if "NAME" not in one[1]] == []
+
+
+def test_recipes_that_pages_run_exist() -> None:
+    own = {"RECIPE", "photos.yaml", "recipe.yaml"}
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"--config[ =]([\w./-]+)", page.read_text()):
+            file = name if "/" in name else f"configs/{name}.yaml"
+            assert name in own or (ROOT / file).is_file(), f"{page.name}: {name}"
 
 
 def test_cited_sections_of_the_method_exist() -> None:

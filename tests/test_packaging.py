@@ -56,6 +56,19 @@ def test_a_wheel_is_told_of_both_packages_and_of_what_is_shipped() -> None:
     assert templates == {*TEMPLATES} == folders - {"__pycache__"}
 
 
+def test_errors_that_name_an_extra_give_its_command() -> None:
+    code = [path for top in ("cmtmae_scale", "dataloading") for path in (ROOT / top).rglob("*.py")]
+    named = 0
+    for path in code:
+        text = re.sub(r'"\s+f?"', "", path.read_text())  # strings over several lines
+        for extra in re.findall(r"install the extra (\w+)", text):
+            assert f"pip install 'cmtmae-scale[{extra}]'" in text, f"{path}: {extra}"
+            named += 1
+        for extra in re.findall(r"cmtmae-scale\[(\w+)\]", text):
+            assert extra in PROJECT["project"]["optional-dependencies"], f"{path}: {extra}"
+    assert named >= 4
+
+
 PACKAGES = {
     "PIL": "pillow",
     "nvidia.dali": "nvidia-dali-cuda130",

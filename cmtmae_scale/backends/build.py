@@ -103,6 +103,6 @@ def refuse_missing_deepspeed() -> None:
     """
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed, "
-            "or set backend.name=fsdp"
+            "backend.name=deepspeed, but DeepSpeed is not installed; install the extra deepspeed "
+            "(pip install 'cmtmae-scale[deepspeed]'), or set backend.name=fsdp"
         )

@@ -262,7 +262,8 @@ def check_version() -> None:
     if not found.startswith(f"{TESTED}."):
         raise ConfigError(
             f"backend.name=deepspeed: DeepSpeed {found} is installed, but weights are read through "
-            f"private names of {TESTED}.*; install the extra deepspeed, or use backend.name=fsdp"
+            f"private names of {TESTED}.*; install the extra deepspeed "
+            "(pip install 'cmtmae-scale[deepspeed]'), or set backend.name=fsdp"
         )
 
 

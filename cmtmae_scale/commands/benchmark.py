@@ -63,7 +63,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     decode.add_argument("--size", type=at_least_one, default=224, help="side of the views, pixels")
     decode.add_argument("--images", type=at_least_one, default=256, help="images per round")
     decode.add_argument(
-        "--rounds", type=at_least_one, default=5, help="rounds, of which the median counts"
+        "--rounds", type=at_least_one, default=5, help="number of rounds; the median is reported"
     )
     decode.add_argument("--threads", type=at_least_one, default=1, help="decoder threads")
     store = commands.add_parser(
@@ -72,23 +72,28 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     store.add_argument("--config", default="demo", help="a recipe; the demo's")
     store.add_argument("--rows", type=at_least_one, default=128, help="views per round")
     store.add_argument(
-        "--rounds", type=at_least_one, default=5, help="rounds, of which the median counts"
+        "--rounds", type=at_least_one, default=5, help="number of rounds; the median is reported"
     )
     store.add_argument("overrides", nargs="*", metavar="key=value")
     for one in (step, store):
-        one.add_argument("--warm-up", type=int, help="steps before; 20 on a GPU, 1 on a CPU")
         one.add_argument(
-            "--windows", type=at_least_one, default=5, help="of which the median counts"
+            "--warm-up", type=int, help="steps before the measurement; 20 on a GPU, 1 on a CPU"
         )
         one.add_argument(
-            "--steps", type=at_least_one, help="steps a window; 50 on a GPU, 1 on a CPU"
+            "--windows",
+            type=at_least_one,
+            default=5,
+            help="number of measurement windows; the median is reported",
+        )
+        one.add_argument(
+            "--steps", type=at_least_one, help="steps per window; 50 on a GPU, 1 on a CPU"
         )
     startup = commands.add_parser(
         "startup", help="CPU time and memory until a command answers", allow_abbrev=False
     )
-    startup.add_argument("--config", default="mae_base", help="for --dry-run")
+    startup.add_argument("--config", default="mae_base", help="recipe of the --dry-run")
     startup.add_argument(
-        "--rounds", type=at_least_one, default=3, help="rounds, of which the median counts"
+        "--rounds", type=at_least_one, default=3, help="number of rounds; the median is reported"
     )
     model = commands.add_parser(
         "model", help="the step's time, modelled from counted operations", allow_abbrev=False
@@ -120,7 +125,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     suite.add_argument("--minutes", type=not_negative, default=12.0, help="time for all rows; 12")
     suite.add_argument("--only", nargs="+", metavar="ROW", help="these rows, measured or not")
     suite.add_argument("--small", action="store_true", help="rehearse with tiny sizes, on any CPU")
-    suite.add_argument("--output", type=Path, help="name of the results; runs/suite")
+    suite.add_argument("--output", type=Path, help="the results, without an ending; runs/suite")
     traffic = commands.add_parser(
         "collectives", help="collectives of a step and their bytes, counted", allow_abbrev=False
     )

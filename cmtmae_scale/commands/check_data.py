@@ -50,7 +50,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("path", nargs="+", help="as data.path: images, tars or Parquet files")
-    parser.add_argument("--source", choices=SOURCES, default="auto", help="its layout")
+    parser.add_argument("--source", choices=SOURCES, default="auto", help="layout of the data")
     parser.add_argument(
         "--max-pixels", type=at_least_one, default=Data.max_pixels, help="as data.max_pixels"
     )
@@ -90,7 +90,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--shard-mb", type=at_least_one, default=1000, help="approximate size of a packed tar; 1000"
     )
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="of the packed order and the views"
+        "--seed", type=seed_number, default=0, help="seed of the packed order and the views"
     )
     options = parser.parse_args(arguments)
     if len(options.path) > 1:

@@ -1,4 +1,4 @@
-"""``cmtmae config [KEY]``: what a key of a recipe means, takes and defaults to, from the schema."""
+"""``cmtmae config [KEY]``: meaning, accepted values, default and use of a key, from the schema."""
 
 import argparse
 import difflib

@@ -124,8 +124,8 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
         "--weights",
         type=parse_weights,
         metavar=f"{{{','.join(WEIGHTS)}}}",
-        help="of a checkpoint; default: momentum where the run has it, else student; random: the "
-        "initial weights of a run that loaded none; of several teachers: teacher:NAME",
+        help="weights of a checkpoint; default: momentum where the run has it, else student; "
+        "random: the initial weights of a run that loaded none; of several teachers: teacher:NAME",
     )
     parser.add_argument("--arch", help="timm's name, for a .safetensors file without config.json")
     parser.add_argument("--file", help="weights for --timm")
@@ -165,14 +165,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--no-baselines", action="store_true", help="without raw pixels and weights drawn at random"
     )
     parser.add_argument(
-        "--seed", type=seed_number, default=0, help="of splits, of the probe, of timm's baseline; 0"
+        "--seed",
+        type=seed_number,
+        default=0,
+        help="seed of splits, of the probe, of timm's baseline; 0",
     )
     parser.add_argument(
         "--batch", type=at_least_one, default=64, help="images per rank and forward"
     )
     parser.add_argument("--threads", type=at_least_one, default=4, help="reader threads per rank")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON; default: RUN_DIR/evaluation/..."
+        "--out", type=Path, metavar="FILE", help="result, JSON; default: RUN_DIR/evaluation/..."
     )
 
 

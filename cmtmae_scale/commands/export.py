@@ -53,7 +53,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default = f"RUN_DIR/export/NAME-WEIGHTS-STEP-{end}, NAME of run.name"
         command.add_argument("--output", type=Path, help=f"what to write; default: {default}")
         if what != "full":
-            command.add_argument("--weights", choices=("student", "momentum"), default="student")
+            chosen = "momentum: the EMA weights; default: student"
+            command.add_argument(
+                "--weights", choices=("student", "momentum"), default="student", help=chosen
+            )
         if what not in UNSEEN:
             images = "images to verify on, folder or tars; default: the run's"
             command.add_argument("--images", type=Path, help=images)

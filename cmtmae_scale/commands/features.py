@@ -38,7 +38,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", required=True, help="folder or tars, as data.path")
     output = "FILE.npz, or a new folder of .npy files, which numpy.load can map"
     parser.add_argument("--output", type=Path, required=True, help=output)
-    default = "of a run; default: momentum where the run has it, else student"
+    default = "weights of a run; default: momentum where the run has it, else student"
     parser.add_argument("--weights", choices=("student", "momentum"), help=default)
     parser.add_argument("--arch", help="timm's name, for a .safetensors file without config.json")
     parser.add_argument("--batch", type=at_least_one, default=64, help="images per forward; 64")

@@ -36,7 +36,9 @@ COMMANDS = {
     "benchmark": Command("benchmark", "run_benchmark", "measure speed and memory"),
     "supervise": Command("supervise", "supervise", "pass signals and exit codes of a launcher"),
     "demo": Command("demo", "run_demo", "pre-train a small student in minutes"),
-    "config": Command("config", "describe_config", "what a key means, takes and defaults to"),
+    "config": Command(
+        "config", "describe_config", "meaning, accepted values, default and use of a key"
+    ),
     "copy": Command("copy", "copy_shipped", "copy recipes and templates here, to edit them"),
 }
 

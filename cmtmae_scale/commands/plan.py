@@ -50,23 +50,37 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help=RECIPE_HELP)
     parser.add_argument(
-        "--gpus", required=True, type=at_least_one, metavar="N", help="one rank on each"
+        "--gpus",
+        required=True,
+        type=at_least_one,
+        metavar="N",
+        help="number of GPUs, one rank each",
     )
     parser.add_argument(
-        "--gpus-per-node", type=at_least_one, default=8, metavar="N", help="default: 8"
+        "--gpus-per-node",
+        type=at_least_one,
+        default=8,
+        metavar="N",
+        help="GPUs per node; default: 8",
     )
-    parser.add_argument("--device", default="h100", help=f"{', '.join(DEVICES)}; default: h100")
-    parser.add_argument("--price", type=not_negative, help="of a GPU-hour, in any currency")
     parser.add_argument(
-        "--network-gbit", type=above_zero, default=400.0, help="per GPU and direction; default: 400"
+        "--device", default="h100", help=f"kind of GPU: {', '.join(DEVICES)}; default: h100"
+    )
+    parser.add_argument("--price", type=not_negative, help="price of a GPU-hour, in any currency")
+    parser.add_argument(
+        "--network-gbit",
+        type=above_zero,
+        default=400.0,
+        help="network rate per GPU and direction, Gbit/s; default: 400",
     )
     parser.add_argument(
         "--fraction",
         type=fraction,
-        help=f"of the data sheet's rates that kernels reach; default: measured, else {FRACTION:g}",
+        help=f"fraction of the data sheet's rates that kernels reach; default: measured, else "
+        f"{FRACTION:g}",
     )
     parser.add_argument(
-        "--image-kb", type=above_zero, help=f"mean size of a file; default: {IMAGE_KB:g}"
+        "--image-kb", type=above_zero, help=f"mean size of an image file, kB; default: {IMAGE_KB:g}"
     )
     parser.add_argument(
         "--suite", type=Path, help=f"results of cmtmae benchmark suite; default: {SUITE}"

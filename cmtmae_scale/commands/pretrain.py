@@ -32,7 +32,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Pre-train a CMT-MAE student.", allow_abbrev=False, hint=key_hint)
     parser.add_argument("--config", required=True, help=RECIPE_HELP)
     parser.add_argument(
-        "--dry-run", action="store_true", help="count, and check what a launch checks"
+        "--dry-run",
+        action="store_true",
+        help="print sizes, FLOPs and memory, and run the checks of a launch without training",
     )
     add_launcher_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")

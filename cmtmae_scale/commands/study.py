@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.hints import key_hint
+from cmtmae_scale.config.shipped import STUDIES, shipped_names
 from cmtmae_scale.errors import EXIT_DONE, ConfigError, may_pass
 from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one
 from cmtmae_scale.runtime.log import set_up_logging
@@ -88,8 +89,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         description="Run the missing jobs of a study; study preflight --help: of a recipe.",
         allow_abbrev=False,
     )
-    parser.add_argument("study", help="a YAML file, or a shipped study: smoke, pilot, cpu, first")
-    add_common_options(parser, "the file's")
+    shipped = ", ".join(shipped_names(STUDIES))
+    parser.add_argument("study", help=f"a YAML file, or a shipped study: {shipped}")
+    add_common_options(parser, "the study file's `dir`")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
     parser.add_argument(
         "--collect",
@@ -108,23 +110,27 @@ def parse_preflight(arguments: Sequence[str]) -> argparse.Namespace:
         hint=key_hint,
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of every candidate")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings of every candidate"
+    )
     parser.add_argument(
         "--candidate",
         action="append",
         metavar="'key=value ...'",
         help="settings of one more run; default: other weights of the loss terms",
     )
-    parser.add_argument("--steps", type=at_least_one, default=500, help="of every run; 500")
+    parser.add_argument("--steps", type=at_least_one, default=500, help="steps of every run; 500")
     add_common_options(parser, "runs/preflight/NAME of the recipe")
     return parser.parse_intermixed_args(arguments)
 
 
 def add_common_options(parser: Parser, folder: str) -> None:
     """Add the options of a study and of a pre-flight; ``folder`` is the default of ``--dir``."""
-    parser.add_argument("--dir", type=Path, help=f"of runs and results; default: {folder}")
+    parser.add_argument("--dir", type=Path, help=f"folder for runs and results; default: {folder}")
     parser.add_argument("--minutes", type=above_zero, help="time limit; the same command continues")
-    parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at a time; 1")
+    parser.add_argument(
+        "--jobs", type=at_least_one, default=1, help="number of runs at the same time; 1"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the missing commands")
 
 

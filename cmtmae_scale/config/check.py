@@ -73,7 +73,7 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
                 yield from check_ranges(entry, f"{key}.{entry.name}.")
             continue
         if isinstance(value, str) and value.startswith("~/"):
-            yield f"{key}={value}: ~ does not become the home folder; write the path out"
+            yield f"{key}={value}: ~ is not expanded; write the full path"
         if isinstance(value, str) and is_url(value):
             problem = find_address_problem(value) if key in IMAGE_SETS else None
             if problem is not None:

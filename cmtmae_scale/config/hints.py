@@ -96,5 +96,5 @@ def value_hint(key: str, value: str) -> str | None:
     """Return what to set in place of a value that a closed set no longer has, or never had."""
     key = re.sub(r"^teachers\.\w+\.", "teacher.", key)
     if (key, value) in RENAMED_VALUES:
-        return f"it is now {RENAMED_VALUES[key, value]}"
+        return f"{value!r} was renamed to {RENAMED_VALUES[key, value]!r}"
     return VALUE_REMEDIES.get((key, value))

@@ -172,7 +172,8 @@ class Draft(Generic[Recipe]):
                 values[key] = self.schedules[text]
             config = instantiate(self.schema, values)
             for problem in self.check(config):
-                raise ConfigError(f"{blame(problem, self.place, self.overrides)}: {problem}")
+                at = f"{blame(problem, self.place, self.overrides)}: "
+                raise ConfigError(f"{at}{problem.removeprefix(at)}")
         return config
 
 

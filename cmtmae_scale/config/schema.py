@@ -438,7 +438,7 @@ class Loss:
     type: Literal["cosine", "mse", "smooth_l1"] = "cosine"
     """Distance of features: 2 - 2 cos, mean square, or smooth L1. Pixels always use mean square."""
     beta: float = positive(2.0)
-    """Corner of smooth L1."""
+    """Transition point (beta) of smooth L1."""
     tokens: Literal["masked", "all", "visible", "weighted"] = "all"
     """Tokens that count; weighted: masked tokens with weight 1, visible tokens with
     ``visible_weight``."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmtmae_scale.errors import CmtMaeError, ConfigError, describe_store, exit_code_of, may_pass
-from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.launch import World, launch_remedy
 from dataloading.errors import DataError, ReadError
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def pick_device(world: World) -> torch.device:
     if world.local_world_size > count:
         raise ConfigError(
             f"{world.local_world_size} processes on this node, but {count} GPUs; "
-            f"use --nproc-per-node={count}"
+            + launch_remedy(world.launcher, count)
         )
     return torch.device("cuda", world.local_rank)
 

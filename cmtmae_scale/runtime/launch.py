@@ -7,6 +7,13 @@ from typing import NamedTuple
 
 from cmtmae_scale.errors import ConfigError
 
+COUNT_OPTIONS = {
+    "torchrun": "--nproc-per-node",
+    "deepspeed": "--num_gpus",
+    "srun": "--ntasks-per-node",
+}
+"""Launcher -> its option for the number of processes per node."""
+
 
 class World(NamedTuple):
     """Rank of this process, and how the ranks connect."""
@@ -112,6 +119,12 @@ def read_pod(environment: Mapping[str, str]) -> World:
             "WORLD_SIZE (the job's completions) and MASTER_ADDR in the pod's env, or launch with "
             "torchrun"
         ) from error
+
+
+def launch_remedy(launcher: str, count: int) -> str:
+    """Return how to launch a number of processes per node under a launcher of ``World``."""
+    option = COUNT_OPTIONS.get(launcher)
+    return f"use {option}={count}" if option else f"launch {count} per node"
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -47,6 +47,20 @@ def dry(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
     return code, [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
 
 
+def test_the_rules_give_the_sizes_of_shipped_recipes() -> None:
+    for name, side in (("vit_base", 400), ("tiny_imagenet", 64)):
+        shipped = load_config(name)
+        images = shipped.data.expected_images
+        assert images is not None
+        survey = Survey("photos", None, images, side, 1.3, 0, ())
+        text = recipe.write_text(survey, Machine(8, True, "openai"), name, Path("own.yaml"))
+        made = config_from_dict(parse_yaml(text), "own.yaml")
+        assert (made.student.arch, made.decoder) == (shipped.student.arch, shipped.decoder)
+        assert made.optimizer.base_lr == shipped.optimizer.base_lr
+        assert made.train.global_batch_size == shipped.train.global_batch_size
+        assert (made.train.epochs == shipped.train.epochs) == (name == "vit_base")
+
+
 def test_class_folders(capsys: pytest.CaptureFixture[str]) -> None:
     draw("photos", 60, (300, 240), labels=3)
     assert init_recipe(["photos/"]) == EXIT_DONE

@@ -62,7 +62,7 @@ def test_an_old_value_is_answered(load: Load, tmp_path: Path) -> None:
         if key in KEYS[load]:
             for answer in answers(load, tmp_path, key, old):
                 assert f"{key}={old!r} is not one of" in answer
-                assert answer.endswith(f"; it is now {new}")
+                assert answer.endswith(f"; {old!r} was renamed to {new!r}")
 
 
 def test_a_foreign_value_is_answered(tmp_path: Path) -> None:

@@ -235,7 +235,6 @@ WRONG = {
     "optimizer.betas=[[0.9], 0.95]": "is not a list of 2 numbers",
     "run.allow_change=[[mask.ratio]]": "is a list of lists; write 'run.allow_change=[mask.ratio]'",
     "run.allow_change={mask.ratio: 1}": "is not a list; write 'run.allow_change=[mask.ratio]'",
-    "run.output_dir=~/runs": "~ does not become the home folder",
 }
 
 
@@ -246,6 +245,18 @@ def test_a_wrong_override_is_named_with_its_key_and_a_remedy(override: str) -> N
     assert str(raised.value).startswith(f"{override}: ")
     assert override.partition("=")[0] in str(raised.value).removeprefix(f"{override}: ")
     assert WRONG[override] in str(raised.value)
+
+
+def test_an_override_is_not_repeated(tmp_path: Path) -> None:
+    remedy = "~ is not expanded; write the full path"
+    with pytest.raises(ConfigError) as by_override:
+        load_config(DEMO, ["run.output_dir=~/runs"])
+    assert str(by_override.value) == f"run.output_dir=~/runs: {remedy}"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(DEMO.read_text().replace("output_dir: runs/demo", "output_dir: ~/runs"))
+    with pytest.raises(ConfigError) as in_file:
+        load_config(recipe)
+    assert str(in_file.value) == f"{recipe}: run.output_dir=~/runs: {remedy}"
 
 
 def test_a_large_factor_is_no_length() -> None:

@@ -86,7 +86,7 @@ MISTAKES = {
     ("teachers.dino.loss=-1",): "teachers.dino.loss=-1.0 must not be negative",
     ("teachers.dino.map=.nan",): "teachers.dino.map=nan must be finite",
     ("teachers.dino.mode=live",): "teachers.dino.mode='live' is not one of online, cached, "
-    "sidecar, none; it is now online",
+    "sidecar, none; 'live' was renamed to 'online'",
     ("teachers.dino.norm=chanel",): "; did you mean channel?",
     ("teachers.dino.layers=[]",): "teachers.dino.layers is empty; give at least one block, or null",
     ("teachers.dino.layers=[a]",): "teachers.dino.layers[0]: Value 'a'",

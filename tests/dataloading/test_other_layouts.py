@@ -124,7 +124,7 @@ def test_more_compressed_tars_than_tars_are_an_error(tmp_path: Path) -> None:
         ("hf://datasets/photos", r"hf:// is not read; use s3://, gs:// or https://"),
         ("s3:/bucket/photos", "an address or a command is not read"),
         ("pipe:cat x.tar", "an address or a command is not read"),
-        ("~/no/such", "~ is not expanded here"),
+        ("~/no/such", "~ is not expanded: write the full path"),
     ],
 )
 def test_paths_of_other_programs_are_explained(path: str, message: str) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.launch import find_world, first_host, tasks_per_node
+from cmtmae_scale.runtime.launch import find_world, first_host, launch_remedy, tasks_per_node
 
 TORCHRUN = {
     "RANK": "3",
@@ -22,6 +22,18 @@ SRUN = {
     "SLURM_STEP_NODELIST": "gpu[07-08,12]",
 }
 POD = {"JOB_COMPLETION_INDEX": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "train-0.train"}
+
+
+def test_the_remedy_names_the_option_of_the_launcher() -> None:
+    deepspeed = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}
+    unknown = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for environment, remedy in (
+        (TORCHRUN, "use --nproc-per-node=1"),
+        (SRUN, "use --ntasks-per-node=1"),
+        (deepspeed, "use --num_gpus=1"),
+        (unknown, "launch 1 per node"),
+    ):
+        assert launch_remedy(find_world(environment).launcher, 1) == remedy
 
 
 def test_nothing_set_is_one_process() -> None:

@@ -94,7 +94,7 @@ def test_after_the_loss_of_its_first_node_a_job_is_queued_again_by_slurm(
     node = desk.cluster.job(job)["BatchHost"]
     desk.cluster.kill_node(node, job)
     wait_for(lambda: restarts(desk, job) == 1, 120, "the job in the queue again")
-    assert "left with" not in desk.log(job)  # the batch script died with its node
+    assert "exited with code" not in desk.log(job)  # the batch script died with its node
     desk.cluster.start_node(node)
     assert desk.cluster.wait(job) == ("COMPLETED", 0), desk.log(job)
     same(run_dir, unbroken, STEPS)
@@ -175,5 +175,5 @@ def test_deepspeed_under_the_supervisor_is_stopped_and_queued_again(desk: Desk) 
     desk.cluster.call("scancel", "--signal=USR1", job)
     wait_for(lambda: restarts(desk, job) == 1, 60, "the job in the queue again")
     assert outcome(run_dir)["code"] == 75, desk.log(job)
-    assert "left with 75" in desk.log(job)
+    assert "exited with code 75" in desk.log(job)
     assert desk.cluster.wait(job) == ("COMPLETED", 0), desk.log(job)

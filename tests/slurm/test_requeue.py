@@ -86,6 +86,6 @@ def test_a_cancelled_job_may_finish_its_save_and_stays_cancelled(desk: Desk) -> 
     assert desk.cluster.wait(job)[0] == "CANCELLED"
     wait_for(lambda: not desk.cluster.call("squeue", "--noheader"), 30, "an empty queue")
     assert (folder / "saved").exists()
-    assert "not queued again" in desk.log(job)
+    assert "not requeued by this script" in desk.log(job)
     assert desk.cluster.job(job)["JobState"] == "CANCELLED"
     assert starts(folder) == 1

@@ -29,6 +29,13 @@ def stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmtmae_scale.commands.study.set_up_logging", lambda *_: None)
 
 
+def test_the_help_names_every_shipped_study(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_study(["--help"])
+    words = set(re.findall(r"[\w]+", capsys.readouterr().out))
+    assert {path.stem for path in (ROOT / "configs/studies").glob("*.yaml")} <= words
+
+
 def written(
     folder: Path, corrects: dict[tuple[str, int], np.ndarray], **evaluation: str
 ) -> tuple[str, Any, str]:
