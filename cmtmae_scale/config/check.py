@@ -282,12 +282,11 @@ def check_losses(config: Config) -> Iterator[str]:
 
 
 def check_scale(name: str, norm: str, loss_type: str) -> Iterator[str]:
-    """A target's norm gives its elements a mean square of about 1 where the loss needs a scale."""
-    if loss_type != "cosine" and norm in ("center", "none", "l2"):
-        why = "has a mean square of 1/F over F channels" if norm == "l2" else "has no scale"
+    """A target's norm gives it a scale where the loss needs one."""
+    if loss_type != "cosine" and norm in ("center", "none"):
         yield (
-            f"target.{name}.norm={norm} with loss.type={loss_type} {why}; use ln, instance or "
-            "channel, or loss.type=cosine"
+            f"target.{name}.norm={norm} with loss.type={loss_type} has no scale; use ln, l2, "
+            "instance or channel"
         )
 
 

@@ -127,6 +127,23 @@ def loss_terms(config: Config) -> tuple[str, ...]:
     return (*teacher_shares(config), *student, *pixel)
 
 
+def find_scale_problem(config: Config) -> str | None:
+    """Return why the weights of the targets do not weigh them alike, if they do not.
+
+    Squared errors of ``l2`` are about 1/F of those of the other norms, over F channels.
+    """
+    norms = target_norms(config)
+    terms = {name: norms[name] for name in loss_terms(config) if name in norms}
+    small, others = ([n for n in terms if (terms[n] == "l2") == is_l2] for is_l2 in (True, False))
+    if config.loss.type == "cosine" or not small or not others:
+        return None
+    return (
+        f"loss.type={config.loss.type}: the norm of {', '.join(small)} is l2, with a mean square "
+        f"of 1/F over F channels, that of {', '.join(others)} is not: they "
+        "are not weighed alike; set all norms to ln, or loss.type=cosine"
+    )
+
+
 def target_norms(config: Config) -> dict[str, str]:
     """Return the norms of all features that may be targets, by term."""
     target = config.target

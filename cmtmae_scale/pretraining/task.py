@@ -15,6 +15,7 @@ from cmtmae_scale.config.changes import PRETRAINING_FREE_KEYS
 from cmtmae_scale.config.derive import (
     entry_errors,
     find_length_problem,
+    find_scale_problem,
     has_pairs,
     has_teacher_mean,
     loss_terms,
@@ -89,15 +90,19 @@ class Pretraining:
 
     def open_index(self, run_dir: Path) -> Index:
         self.index = open_index(self.config, run_dir)
-        problem = find_length_problem(self.config, len(self.index))
-        if problem is not None and self.world.rank == 0:
-            logger.warning("%s", problem)
-        unused = [one.name for one in self.config.teachers if one not in used_teachers(self.config)]
-        if unused and self.world.rank == 0:
-            logger.warning(
-                "teachers: neither loss nor mask uses %s, which are not built", ", ".join(unused)
-            )
+        if self.world.rank == 0:
+            self.warn_of_settings()
         return self.index
+
+    def warn_of_settings(self) -> None:
+        """Warn of settings that can be trained, but are hardly meant."""
+        config = self.config
+        length, scale = find_length_problem(config, len(self.index)), find_scale_problem(config)
+        unused = [one.name for one in config.teachers if one not in used_teachers(config)]
+        names = f"teachers: neither loss nor mask uses {', '.join(unused)}, which are not built"
+        for problem in (length, scale, names if unused else None):
+            if problem is not None:
+                logger.warning("%s", problem)
 
     def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:
         config, world, device = self.config, self.world, self.device

@@ -8,6 +8,7 @@ from cmtmae_scale.config.derive import (
     explain_batch,
     extremes,
     find_length_problem,
+    find_scale_problem,
     needs,
     peak_lr,
     total_steps,
@@ -122,6 +123,32 @@ def test_a_fraction_of_an_epoch_is_taken_as_it_is_written(
     config = settled()
     config.train.epochs, config.train.global_batch_size = epochs, batch
     assert total_steps(config, images) == steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "teacher", "student", "is_named"),
+    [
+        ("mse", "l2", "ln", True),
+        ("smooth_l1", "l2", "instance", True),
+        ("mse", "ln", "l2", True),
+        ("mse", "l2", "l2", False),
+        ("mse", "ln", "channel", False),
+        ("cosine", "l2", "ln", False),
+    ],
+)
+def test_targets_of_different_scales_are_named(
+    kind: str, teacher: str, student: str, is_named: bool
+) -> None:
+    config = settled()
+    config.loss.type = kind
+    config.target.teacher.norm, config.target.student.norm = teacher, student
+    found = find_scale_problem(config)
+    assert (found is not None) == is_named
+    if found is not None:
+        one, other = ("teacher", "student") if teacher == "l2" else ("student", "teacher")
+        assert f"the norm of {one} is l2" in found and f"that of {other} is not" in found
+    config.loss.student = 0
+    assert find_scale_problem(config) is None
 
 
 def test_a_batch_or_a_length_that_the_images_cannot_fill_is_a_problem() -> None:
