@@ -262,13 +262,14 @@ def load_or_build(
 
 
 def find_kept(
-    request: Request, folder: Path, verify: Verify
+    request: Request, folder: Path, verify: Verify, look_again: bool = True
 ) -> tuple[Index, Listing | None] | tuple[None, Listing]:
     """Return the index that may be used as it is, and the listing it was compared with.
 
     That is the index that ``folder`` keeps, or else the one that is published beside the tars,
     unless the tars have changed since the former. With ``verify="never"`` an index of this very
-    folder is compared with none.
+    folder is compared with none. Without ``look_again`` images that could not be read stay excluded
+    though they can be read by now.
 
     Raises:
         DataError, ReadError, ValueError: as ``load_or_build``.
@@ -290,7 +291,7 @@ def find_kept(
         if kept.facts[compared] != own[compared]:
             have_changed = of == root
             problem = "the files have changed" if have_changed else f"it is that of {of}"
-        elif not is_trusted:
+        elif not is_trusted and look_again:
             problem = _find_regained(listing, kept.facts["excluded"])
         if problem is None:
             return _use(request, kept, listing, folder), listing

@@ -59,7 +59,11 @@ class Sets(NamedTuple):
 
 
 def open_shared_index(
-    path: str, kept: Path | None, exif_orientation: bool = True, verify: Verify = "changed"
+    path: str,
+    kept: Path | None,
+    exif_orientation: bool = True,
+    verify: Verify = "changed",
+    look_again: bool = True,
 ) -> Index:
     """Open an index on all ranks. A collective.
 
@@ -69,13 +73,14 @@ def open_shared_index(
             ``None``: rank 0 builds it and broadcasts it.
         exif_orientation: as for ``build_index``.
         verify: as for ``load_or_build``.
+        look_again: as for ``open_on_all_ranks``.
 
     Raises:
         DataError: on every rank, if there is no usable image.
     """
     if kept is not None:
         request = Request(as_root(path), exif_orientation=exif_orientation)
-        return open_on_all_ranks(request, kept, verify)
+        return open_on_all_ranks(request, kept, verify, look_again)
     is_first = ranks() == 1 or dist.get_rank() == 0
     index = on_all_ranks_for_long(
         lambda: build_index(path, exif_orientation=exif_orientation) if is_first else None
@@ -90,16 +95,18 @@ def open_pair(
     kept: Path | None = None,
     exif_orientation: bool = True,
     verify: Verify = "changed",
+    look_again: bool = True,
 ) -> Sets:
     """Open two sets with the same class names; see ``open_shared_index``. A collective.
 
     Raises:
         DataError: images without labels, or a label of the test set that the training set lacks.
     """
-    train_index = open_shared_index(train, kept and kept / "train-index", exif_orientation, verify)
+    settings = exif_orientation, verify, look_again
+    train_index = open_shared_index(train, kept and kept / "train-index", *settings)
     train_set = label_images(train_index, train, np.arange(len(train_index.labels)))
     require_classes(train_index, train)
-    test_index = open_shared_index(test, kept and kept / "test-index", exif_orientation, verify)
+    test_index = open_shared_index(test, kept and kept / "test-index", *settings)
     classes = train_index.labels
     for name in sorted(set(test_index.labels) - set(classes)):
         number = as_integer(name)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.backends.initial import initialise_backend
+from cmtmae_scale.checkpoint.layout import list_checkpoints
 from cmtmae_scale.config.changes import FINETUNING_FREE_KEYS
 from cmtmae_scale.config.derive import batch_plan, name_student, total_steps
 from cmtmae_scale.config.finetune import Finetune
@@ -97,9 +98,9 @@ class Finetuning:
         """See ``Task.open_index``; opens the test images too."""
         require_equal({f"option {name}": value for name, value in self.options.items()}, REMEDY)
         data = self.config.data
-        self.sets = open_pair(
-            data.path, data.test_path, run_dir, data.exif_orientation, data.verify_index
-        )
+        is_new = not list_checkpoints(run_dir / "checkpoints")
+        settings = data.exif_orientation, data.verify_index, is_new
+        self.sets = open_pair(data.path, data.test_path, run_dir, *settings)
         require_small_groups(data.path, self.sets.train.index.row_group, "full")
         require_decodable(self.sets.test, f"data.test_path={data.test_path}")
         self.label_state = label_state(self.sets.train.index)

@@ -17,6 +17,7 @@ from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
 from cmtmae_scale.cache.format import manifest_text
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import match_init_weights, refuse_non_finite
+from cmtmae_scale.checkpoint.layout import list_checkpoints
 from cmtmae_scale.config.derive import (
     batch_plan,
     builds_teacher,
@@ -125,7 +126,8 @@ def open_index(config: Config, run_dir: Path) -> Index:
     """
     data = config.data
     folder = Path(data.index) if data.index else run_dir / "index"
-    index = open_on_all_ranks(request_images(data), folder, data.verify_index)
+    is_new = not list_checkpoints(run_dir / "checkpoints")
+    index = open_on_all_ranks(request_images(data), folder, data.verify_index, look_again=is_new)
     require_equal_images(index, data.path)
     refuse_bad_index(config, index)
     return index

@@ -28,7 +28,9 @@ from dataloading.index import (
 )
 
 
-def open_on_all_ranks(request: Request, folder: Path, verify: Verify) -> Index:
+def open_on_all_ranks(
+    request: Request, folder: Path, verify: Verify, look_again: bool = True
+) -> Index:
     """Let rank 0 find or build an index, with the help of all ranks; open it on every rank.
 
     One rank of every machine compares names and sizes of the files with those that rank 0 accepted,
@@ -39,13 +41,17 @@ def open_on_all_ranks(request: Request, folder: Path, verify: Verify) -> Index:
         request: what the index is of.
         folder: that keeps the index, for all ranks.
         verify: as for ``load_or_build``.
+        look_again: whether images that could not be read before are tried again; a run that resumes
+            keeps the images that it began with.
 
     Raises:
         DataError: on every rank, if the images cannot be used on one, or differ.
         ReadError: on every rank, if storage fails on one for longer than reads are retried.
     """
     rank, world_size = (dist.get_rank(), ranks()) if ranks() > 1 else (0, 1)
-    first = on_all_ranks_for_long(lambda: begin_index(request, folder, verify, rank, world_size))
+    first = on_all_ranks_for_long(
+        lambda: begin_index(request, folder, verify, look_again) if rank == 0 else None
+    )
     kept, listing = first if first is not None else (None, None)
     facts = [kept is not None, listing.digest(with_times=False) if listing is not None else None]
     is_kept, contents = json.loads(broadcast_text(json.dumps(facts)))
@@ -66,13 +72,11 @@ def open_on_all_ranks(request: Request, folder: Path, verify: Verify) -> Index:
 
 
 def begin_index(
-    request: Request, folder: Path, verify: Verify, rank: int, world_size: int
-) -> tuple[Index | None, Listing | None] | None:
-    """On rank 0: return the index that may be used, or share the listing to build it from."""
-    if rank != 0:
-        return None
-    kept, listing = find_kept(request, folder, verify)
-    if kept is None and listing is not None and world_size > 1:
+    request: Request, folder: Path, verify: Verify, look_again: bool
+) -> tuple[Index | None, Listing | None]:
+    """Return the index that may be used, or share the listing to build it from; rank 0 does."""
+    kept, listing = find_kept(request, folder, verify, look_again)
+    if kept is None and listing is not None and ranks() > 1:
         share_listing(listing, folder)
     return kept, listing
 

@@ -12,7 +12,7 @@ from dataloading import headers
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError
 from dataloading.headers import HeaderError, has_avif, size_of_bytes, size_of_file, size_of_range
-from dataloading.index import Request, build_index, list_data, load_or_build, write_index
+from dataloading.index import Request, build_index, find_kept, list_data, load_or_build, write_index
 from tests.dataloading.bad_data_case import AVIF
 from tests.dataloading.tar_case import write_tar
 
@@ -278,6 +278,8 @@ def test_an_image_that_could_not_be_read_is_looked_at_by_every_launch(
         caplog.clear()
     locked.pop()
     assert len(load_or_build(photographs, kept, verify="never")) == 10
+    used, _ = find_kept(Request(photographs), kept, "always", look_again=False)
+    assert used is not None and len(used) == 10  # a run that resumes
     assert len(load_or_build(photographs, kept)) == 11
     assert "jpg was excluded and may be usable now" in caplog.text
     locked.clear()

@@ -15,7 +15,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import yaml
 
+from dataloading import folders
 from tests.engine.run_case import build, is_finetuning, this_world
 
 Change = Callable[[int, Any], Any]
@@ -122,6 +124,22 @@ def incidents(run_dir: Path) -> list[dict[str, Any]]:
 def ready_group(*_: Any) -> Iterator[None]:
     """The test's own process group is open already."""
     yield
+
+
+def resume_with_a_readable_image(recipe: Path) -> tuple[int, int]:
+    """Train while one image cannot be read, and again when it can; returns both exit codes."""
+    data = yaml.safe_load(recipe.read_text())["data"]
+    locked = min(Path(data["path"]).rglob("*.jpg"))
+    read = folders.header_of_file
+
+    def refuse(path: Path) -> Any:
+        if path == locked:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    with mock.patch.object(folders, "header_of_file", refuse):
+        first = command_on_ranks(recipe, ["train.stop_after=1"])
+    return first, command_on_ranks(recipe, [])
 
 
 def command_on_ranks(recipe: Path, overrides: list[str], fault: str = "", victim: int = 0) -> int:

@@ -19,7 +19,12 @@ from cmtmae_scale.engine.launches import (
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.runtime.exit_code import EXIT_FILE, read_finished
 from tests.checkpoint.save_case import save
-from tests.engine.fault_case import build_after_takeover, commands_on_ranks, leave
+from tests.engine.fault_case import (
+    build_after_takeover,
+    commands_on_ranks,
+    leave,
+    resume_with_a_readable_image,
+)
 from tests.engine.run_case import TASKS, write_task_recipe
 from tests.processes import run_ranks, started
 
@@ -46,6 +51,15 @@ def test_the_fourth_launch_after_three_crashes_is_refused_with_70(
     records = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in records] == [0, 0, 1, 1, 1]
     assert json.loads(records[1])["overrides"] == STOP
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_keeps_its_images_though_an_unreadable_one_can_be_read_again(
+    tmp_path: Path, task: str
+) -> None:
+    recipe = write_task_recipe(task, tmp_path)
+    assert run_ranks(1, resume_with_a_readable_image, recipe) == [(75, 0)]
 
 
 @pytest.mark.gloo
