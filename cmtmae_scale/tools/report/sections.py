@@ -122,7 +122,7 @@ def tuning_settings(run: Run) -> list[tuple[str, object]]:
         ("folder", run.dir),
         ("encoder", encoder_setting(run)),
         ("head", f"{get('head.pool')}, drop path {get('head.drop_path')}"),
-        ("augmentation", ", ".join(used)),
+        ("augment", ", ".join(used)),
         (
             "learning rate",
             f"{get('optimizer.base_lr')} for 256 views, {get('optimizer.layer_decay')} per layer",
