@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.config.yaml_text import read_yaml
+from cmtmae_scale.engine.sinks import LOG_FILE
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.storage import read_json
 
-CONFIG_FILE, LOG_FILE = "config.yaml", "log.jsonl"
+CONFIG_FILE = "config.yaml"
 GROUPS = ("run", "data", "train")
 """Groups that the settings of every run have, of every version and task."""
 
