@@ -143,7 +143,7 @@ def require_images(study: Study) -> None:
     """
     from cmtmae_scale.config.images import request_images
     from cmtmae_scale.config.schema import Data
-    from dataloading.index import list_data
+    from dataloading.data_set import list_data
 
     for path in (study.evaluation.train, study.evaluation.test):
         list_data(request_images(Data(path=path)))

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from cmtmae_scale.config.schema import Data
-from dataloading.index import Index, Request, build_index, load_or_build
+from dataloading.data_set import Request
+from dataloading.index import Index, build_index
+from dataloading.kept_index import load_or_build
 from dataloading.stores import as_root
 
 

@@ -17,9 +17,11 @@ from cmtmae_scale.runtime.collectives import (
     ranks,
 )
 from cmtmae_scale.runtime.shared_index import open_on_all_ranks
+from dataloading.data_set import Request
 from dataloading.errors import DataError, ReadError
 from dataloading.exchange import index_from_bytes, index_to_bytes
-from dataloading.index import Index, Request, Verify, build_index
+from dataloading.index import Index, build_index
+from dataloading.kept_index import Verify
 from dataloading.name_checks import as_integer, find_equal_labels
 from dataloading.order import sample_ids
 from dataloading.reading import Reader, UndecodableError

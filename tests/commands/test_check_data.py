@@ -14,7 +14,8 @@ from PIL import Image
 from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from dataloading import progress as bars
-from dataloading.index import build_index, load_or_build
+from dataloading.index import build_index
+from dataloading.kept_index import load_or_build
 from dataloading.mixing import require_mixed
 from tests.dataloading.store_case import RangeServer
 from tests.dataloading.tar_case import write_tar

@@ -15,19 +15,12 @@ from PIL import Image
 
 import dataloading.parquet
 from cmtmae_scale.tools.data_report import render_data_report, summarise_data
+from dataloading.data_set import Request, list_data
 from dataloading.entries import MAX_PIXELS
 from dataloading.errors import DataError, ReadError, UndecodableError
 from dataloading.exchange import index_from_bytes, index_to_bytes
-from dataloading.index import (
-    Index,
-    Request,
-    build_index,
-    build_listed,
-    list_data,
-    load_or_build,
-    open_kept,
-    write_index,
-)
+from dataloading.index import Index, build_index, build_listed
+from dataloading.kept_index import load_or_build, open_kept, write_index
 from dataloading.pack import Pack
 from dataloading.parquet_index import require_small_groups
 from dataloading.reading import Reader
