@@ -44,8 +44,9 @@ from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.storage import read_inside, read_json
 from cmtmae_scale.teachers.base import Tower
 from cmtmae_scale.teachers.build import assemble_teacher
+from cmtmae_scale.teachers.state_dicts import SAVE_FLOATS, find_other_dtype
 from cmtmae_scale.teachers.timm import TimmSource
-from cmtmae_scale.teachers.weights import SAVE_FLOATS, find_other_dtype, read_weights
+from cmtmae_scale.teachers.weights import read_weights
 
 RANDOM = "random weights"
 
