@@ -46,6 +46,7 @@ def load_or_build(
     max_pixels: int = MAX_PIXELS,
     exif_orientation: bool = True,
     verify: Verify = "changed",
+    look_again: bool = True,
 ) -> Index:
     """Open the index kept in a directory, or build it there.
 
@@ -64,6 +65,7 @@ def load_or_build(
             not listed, of tars names and sizes are compared; of another path as changed. changed:
             it is used while names, sizes and times of all files (images or tars) are as they were,
             and what could not be read still cannot. always: the same, and its digests too.
+        look_again: as for ``find_kept``.
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
@@ -71,7 +73,7 @@ def load_or_build(
         ValueError: if ``source`` is not a known layout.
     """
     request, folder = Request(as_root(path), source, max_pixels, exif_orientation), Path(directory)
-    found = find_kept(request, folder, verify)
+    found = find_kept(request, folder, verify, look_again)
     return found[0] if found[0] is not None else build_kept(found[1], folder)
 
 

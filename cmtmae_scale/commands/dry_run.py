@@ -42,7 +42,12 @@ from cmtmae_scale.engine.stop import STOP_FILE
 from cmtmae_scale.engine.trackers import refuse_missing_trackers
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
 from cmtmae_scale.evaluation.periodic import RunEvaluation
-from cmtmae_scale.pretraining.build import open_init_weights, refuse_bad_index, refuse_missing_cls
+from cmtmae_scale.pretraining.build import (
+    has_begun,
+    open_init_weights,
+    refuse_bad_index,
+    refuse_missing_cls,
+)
 from cmtmae_scale.pretraining.init_from_run import open_source
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
@@ -233,8 +238,10 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
     data, expected = config.data, config.data.expected_images
     if expected is not None and is_absent(data.path):
         return None, expected, "data.expected_images; not counted"
-    folder = Path(data.index) if data.index else Path(config.run.output_dir) / "index"
-    index = attempt(reasons, lambda: open_images(data, folder if folder.is_dir() else None))
+    run_dir = Path(config.run.output_dir)
+    folder = Path(data.index) if data.index else run_dir / "index"
+    kept, look_again = folder if folder.is_dir() else None, not has_begun(config, run_dir)
+    index = attempt(reasons, lambda: open_images(data, kept, look_again))
     if index is None:
         return None, expected, reasons[-1] if expected is None else "data.expected_images"
     attempt(reasons, lambda: refuse_bad_index(config, index))

@@ -98,7 +98,7 @@ class Finetuning:
         """See ``Task.open_index``; opens the test images too."""
         require_equal({f"option {name}": value for name, value in self.options.items()}, REMEDY)
         data = self.config.data
-        is_new = not list_checkpoints(run_dir / "checkpoints")
+        is_new = on_all_ranks(lambda: not list_checkpoints(run_dir / "checkpoints"))
         settings = data.exif_orientation, data.verify_index, is_new
         self.sets = open_pair(data.path, data.test_path, run_dir, *settings)
         require_small_groups(data.path, self.sets.train.index.row_group, "full")

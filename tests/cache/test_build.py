@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,12 @@ from cmtmae_scale.cache.format import missing_shards, old_seal_path, read_manife
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
 from cmtmae_scale.cache.verify import choose_rows, compare_rows, damaged_shards
 from cmtmae_scale.commands import precompute
+from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
+from cmtmae_scale.pretraining.build import open_index
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import TeacherView
+from dataloading import folders
 from tests.cache import cache_case as case
 from tests.processes import CONTEXT, run_ranks
 
@@ -250,6 +254,34 @@ def test_a_cache_that_was_begun_keeps_the_size_of_its_shards(
     builder.keyed = "positions"
     assert builder.make_manifest("int8").rows_per_shard == 2
     builder.close()
+
+
+def test_a_cache_and_its_run_keep_the_images_that_the_cache_began_with(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that can be read by now is taken by a cache that begins, and by its run."""
+    cache, index = tmp_path / "cache", tmp_path / "index"
+    changes = [f"cache.dir={cache}", f"data.index={index}", "teacher.mode=cached"]
+    config = load_config(recipe, changes)
+    locked, read = min(Path(config.data.path).rglob("*.jpg")), folders.header_of_file
+
+    def refuse(path: Path) -> Any:
+        if path == locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    def counts() -> list[int]:
+        opened = build.open_or_build_index(config, index), open_index(config, tmp_path / "run")
+        return [len(one) for one in opened]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "header_of_file", refuse)
+        assert counts() == [case.PHOTOGRAPHS - 1] * 2
+    cache.mkdir()
+    (cache / cache_format.MANIFEST).touch()
+    assert counts() == [case.PHOTOGRAPHS - 1] * 2
+    (cache / cache_format.MANIFEST).unlink()
+    assert counts() == [case.PHOTOGRAPHS] * 2
 
 
 def test_rows_that_are_computed_again_are_those_of_the_intact_shards(whole: Path) -> None:
