@@ -172,8 +172,9 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
     }
     corrected = holm_correction({"/".join(key): test.p for key, test in tests.items()})
     comparisons = [Comparison(*key, test, corrected["/".join(key)]) for key, test in tests.items()]
-    references = [reference for one in found for reference in one.references]
-    return Results(rows, sorted(references, key=lambda one: -one.primary.value), comparisons)
+    named = {reference.weights: reference for one in found[::-1] for reference in one.references}
+    references = sorted(named.values(), key=lambda one: -one.primary.value)
+    return Results(rows, references, comparisons)
 
 
 def require_one(files: Mapping[tuple[str, str], Path], how: str) -> None:

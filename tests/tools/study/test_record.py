@@ -11,7 +11,7 @@ import pytest
 from cmtmae_scale.commands.study import run_study
 from cmtmae_scale.tools.study.file import load_study
 from cmtmae_scale.tools.study.work import plan_runs
-from tests.tools.study.study_case import hits_of, put_results, study_tree, write_study
+from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree, write_study
 
 CORRECT = {("mae", 0): 10, ("mae", 1): 12, ("cmt", 0): 20, ("half", 0): 8}
 
@@ -94,9 +94,9 @@ def test_records_of_other_settings_are_kept_and_named(
 def test_rows_with_equal_settings_have_records_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row of the initial weights shares the folder of another."""
+    """The rows of the initial weights and of the twin share the folder of another."""
     monkeypatch.setattr("cmtmae_scale.commands.study.set_up_logging", lambda *_: None)
-    rows = {"random": {"like": "mae", "weights": "random"}}
+    rows = {"random": {"like": "mae", "weights": "random"}, "twin": {"like": "mae"}}
     study = load_study(write_study(tmp_path, tree := with_rows(study_tree(tmp_path), rows)))
     runs = plan_runs(study)
     for number, run in enumerate(runs):
@@ -104,9 +104,32 @@ def test_rows_with_equal_settings_have_records_of_their_own(
     record = tmp_path / "study" / "study.json"
     first = collect(tmp_path, record, rows=tree["rows"])
     shutil.rmtree(tmp_path / "study" / "runs")
-    assert collect(tmp_path, record, rows=tree["rows"]) == first
-    assert len(first["runs"]) == len(runs) == 7
+    for _ in range(2):
+        assert collect(tmp_path, record, rows=tree["rows"]) == first
+    assert len(first["runs"]) == len(runs) == 9
     assert len({one["settings_digest"] for one in first["runs"]}) == 5
+
+
+@pytest.mark.parametrize("first", ["new", "cmt"])
+def test_recorded_runs_stay_done_where_another_run_has_the_baselines(
+    done: Path, first: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first run of a study is evaluated beside random weights and raw pixels."""
+    caplog.set_level("INFO")
+    tree = study_tree(done)
+    before = json.loads((done / "study" / "study.json").read_text())["runs"]
+    new = {"settings": [*NO_TEACHER, "mask.ratio=0.6"]}
+    tree["rows"] = {first: tree["rows"].get(first, new)} | tree["rows"]
+    shutil.rmtree(done / "study" / "runs")
+    write_study(done, tree)
+    assert sum(line.endswith(": done") for line in listed(done, capsys)) == 4
+    found = collect(done, done / "again.json", rows=tree["rows"])
+    assert sorted(map(str, found["runs"])) == sorted(map(str, before)) and "unmatched" not in found
+    assert "not count now" not in caplog.text and "lack an evaluation" not in caplog.text
+    study = load_study(done / "study.yaml")
+    put_results(plan_runs(study)[0], hits_of(10), baselines=True)
+    collect(done, done / "again.json", rows=tree["rows"])
+    assert (done / "again.md").read_text().count("*random weights*") == 1
 
 
 def with_rows(tree: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
