@@ -194,5 +194,12 @@ def pack_hits(hits: Tensor) -> str:
 
 
 def unpack_hits(text: str, count: int) -> NDArray[np.bool_]:
-    """Decode the output of ``pack_hits``, bool ``[count]``."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
+    """Decode the output of ``pack_hits``, bool ``[count]``.
+
+    Raises:
+        TypeError, ValueError: if it is not the output for so many images.
+    """
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"{len(packed)} bytes of hits are not those of {count} images")
+    return np.unpackbits(packed, count=count).astype(bool)

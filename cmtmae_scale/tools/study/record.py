@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.tools.study.file import Study
+from cmtmae_scale.errors import ConfigError, may_pass
+from cmtmae_scale.tools.study.file import Study, is_list_of
 from cmtmae_scale.tools.study.results import (
     Accuracy,
     Results,
@@ -35,15 +35,22 @@ def read_record(file: Path) -> list[Record]:
 
     Raises:
         ConfigError: if it is not a study's record, or has a number that is not finite.
+        OSError: if the store fails.
     """
     try:
         text = file.read_text()
         tree = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite)
         runs = [*tree["runs"], *tree.get("unmatched", [])]
+        for one in runs:
+            names = one.get("evaluations", [])
+            if not isinstance(one["settings_digest"], str) or not is_list_of(names, str):
+                raise TypeError(f"{one['row']}, seed {one['seed']}: names that are not text")
         return [{"row": one["row"], "seed": one["seed"]} | one for one in runs]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if may_pass(error):
+            raise
         raise ConfigError(
             f"{file}: is not the record of a study ({error!r}); move it elsewhere and run again"
         ) from error

@@ -18,7 +18,7 @@ from cmtmae_scale.config.derive import loaded_start, needs, teacher_configs
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import Draft, config_to_dict, load_config, read_recipe
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
+from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError, may_pass
 from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.study.file import Evaluation, Study
 
@@ -363,6 +363,8 @@ def is_trained(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if may_pass(error):
+            raise
         raise ConfigError(f"{folder / 'exit.json'}: cannot be read ({error}); delete it") from error
 
 

@@ -1,5 +1,6 @@
 """The record of a study stands for runs whose folder is gone."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -179,6 +180,33 @@ def test_a_record_without_hits_has_no_test_over_images(done: Path) -> None:
     assert collect(done, done / "again.json")["comparisons"] == []
 
 
+@pytest.mark.parametrize("name", ["study.json", "linear-*.json"])
+def test_a_store_that_fails_is_no_reason_to_delete_results(
+    done: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_text
+
+    def fail(path: Path, *options: Any, **more: Any) -> str:
+        if path.match(name):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, *options, **more)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert run_study([str(done / "study.yaml"), "--collect", str(done / "again.json")]) == 75
+    assert "see that the storage works" in caplog.text and "delete" not in caplog.text
+
+
+def test_a_result_file_of_something_else_is_named(
+    done: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = plan_runs(load_study(done / "study.yaml"))[0]
+    for text in ("[]", "{}", '{"results": [{}]}'):
+        run.linear.write_text(text)
+        caplog.clear()
+        assert run_study([str(done / "study.yaml"), "--collect", str(done / "again.json")]) == 78
+        assert f"{run.linear.parent}: the files are not results of cmtmae evaluate" in caplog.text
+
+
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
     def edit(text: str) -> str:
         tree = json.loads(text)
@@ -199,6 +227,21 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
         (edited(lambda tree: tree["runs"][0].pop("primary")), "KeyError('primary')"),
         (edited(lambda tree: tree["runs"][0].update(images=["d"])), "mae, seed 0: not a result"),
         (edited(lambda tree: tree["runs"][1].update(series=[1])), "mae, seed 1: not a result"),
+        (
+            edited(lambda tree: tree["runs"][0].pop("settings_digest")),
+            "KeyError('settings_digest')",
+        ),
+        (edited(lambda tree: tree["runs"][0].update(evaluations=[5])), "seed 0: names that are"),
+        (edited(lambda tree: tree["runs"][0].update(evaluations=None)), "seed 0: names that are"),
+        (edited(lambda tree: tree["runs"][0].update(primary="x")), "'x' is not a finite number"),
+        (edited(lambda tree: tree["runs"][0].update(count=0)), "count=0 is not a number of images"),
+        (edited(lambda tree: tree["runs"][0].update(count=400)), "5 bytes of hits are not those"),
+        (edited(lambda tree: tree["runs"][0].update(images=[[1], [2]])), "are not digests"),
+        (edited(lambda tree: tree["runs"][0].update(training_minutes="x")), "not a finite number"),
+        (
+            edited(lambda tree: tree["runs"][0]["series"].update({"loss/total": [[4, None]]})),
+            "None",
+        ),
     ],
 )
 def test_a_damaged_record_is_refused_and_stays(
