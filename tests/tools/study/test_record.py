@@ -180,6 +180,19 @@ def test_a_record_without_hits_has_no_test_over_images(done: Path) -> None:
     assert collect(done, done / "again.json")["comparisons"] == []
 
 
+def test_collecting_into_a_record_keeps_the_results_that_are_only_there(done: Path) -> None:
+    file = done / "docs.json"
+    (done / "study" / "study.json").rename(file)
+    shutil.rmtree(done / "study")
+    before = file.read_bytes()
+    for _ in range(2):
+        collect(done, file)
+        assert file.read_bytes() == before
+    file.write_text("{}")
+    assert run_study([str(done / "study.yaml"), "--collect", str(file)]) == 78
+    assert file.read_text() == "{}"
+
+
 @pytest.mark.parametrize("name", ["study.json", "linear-*.json"])
 def test_a_store_that_fails_is_no_reason_to_delete_results(
     done: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
