@@ -36,6 +36,7 @@ from cmtmae_scale.config.derive import (
 from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.engine.folder import refuse_foreign_folder
 from cmtmae_scale.engine.launches import refuse_further_launch
 from cmtmae_scale.engine.resume import compare_run
 from cmtmae_scale.engine.stop import STOP_FILE
@@ -136,6 +137,7 @@ def check_launch(
     """Append what a launch refuses beside batch, images and checkpoints; see ``build_run``."""
     run_dir = Path(config.run.output_dir)
     attempt(reasons, lambda: refuse_unwritable(run_dir))
+    attempt(reasons, lambda: refuse_foreign_folder(run_dir))
     attempt(reasons, lambda: refuse_living_holder(run_dir))
     attempt(reasons, lambda: refuse_further_launch(run_dir))
     attempt(reasons, lambda: require_decoder(config.data.decode))

@@ -65,12 +65,14 @@ REFUSED = {
     "cache": (["teacher.mode=cached", "cache.dir=c", "views.views_per_image=1"], "c"),
     "student": (["student.arch=resnet50"], "student.arch=resnet50"),
     "folder": (["run.output_dir=file/run"], "file is not a folder"),
+    "folder of others": (["run.output_dir=empty"], "empty holds log.jsonl of another program"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_launch_refuses_is_named(name: str, recipe: Path, place: Path, capsys) -> None:
     (place / "empty").mkdir()
+    (place / "empty" / "log.jsonl").write_text("3\n")
     (place / "file").touch()
     (place / "photos").symlink_to(recipe.parent / "photos")
     shallow = timm.create_model("test_vit", num_classes=0).state_dict()
