@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -38,7 +38,7 @@ from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.folder import refuse_foreign_folder
 from cmtmae_scale.engine.launches import refuse_further_launch
-from cmtmae_scale.engine.resume import compare_run
+from cmtmae_scale.engine.resume import compare_run, continue_progress
 from cmtmae_scale.engine.stop import STOP_FILE
 from cmtmae_scale.engine.trackers import refuse_missing_trackers
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
@@ -90,12 +90,13 @@ def dry_run(config: Config, world: World) -> tuple[str, int]:
     reasons: list[str] = []
     index, images, origin = count_images(config, reasons)
     networks = attempt(reasons, lambda: build_meta_networks(config))
-    saved = attempt(reasons, lambda: find_saved_state(config, index))
+    saved = attempt(reasons, lambda: find_saved_state(config, index, images))
     check_launch(config, world, index, networks, saved is None, reasons)
     lines = [yaml.safe_dump(config_to_dict(config), sort_keys=False)]
     lines.append(f"images          {images if images is not None else 'unknown'} ({origin})")
     if images is not None or config.train.steps is not None:
-        lines.append(f"steps           {total_steps(config, images or 1)}")
+        steps = total_steps(config, images or 1) if saved is None else saved.end_step
+        lines.append(f"steps           {steps}")
     plan = attempt(reasons, lambda: batch_plan(config, world.world_size))
     lines.append(f"batch           {'none' if plan is None else explain_batch(config, plan)}")
     lines.append(
@@ -107,7 +108,7 @@ def dry_run(config: Config, world: World) -> tuple[str, int]:
         lines.append(f"warning         {problem}")
     if networks is not None:
         lines += count_networks(config, world.world_size, networks)
-    resumed = "nothing: a new run" if saved is None else saved
+    resumed = "nothing: a new run" if saved is None else saved.name
     lines.append(f"would resume    {resumed}")
     stop = Path(config.run.output_dir) / STOP_FILE
     if stop.exists():
@@ -259,10 +260,19 @@ def is_absent(path: str) -> bool:
     return pattern == whole.name or not any(whole.parent.glob(pattern))
 
 
-def find_saved_state(config: Config, index: Index | None) -> str | None:
-    """Return the checkpoint that a launch would resume, as text; ``None``: a new run.
+class Resumed(NamedTuple):
+    """A checkpoint that a launch would resume."""
 
-    Files are compared by size only.
+    name: str
+    """Folder and step."""
+    end_step: int
+    """Last step of the run."""
+
+
+def find_saved_state(config: Config, index: Index | None, images: int | None) -> Resumed | None:
+    """Return the checkpoint that a launch would resume; ``None``: a new run.
+
+    Files are compared by size only. ``images`` is the number of images, where it is known.
 
     Raises:
         CheckpointError: if no checkpoint is intact.
@@ -276,10 +286,12 @@ def find_saved_state(config: Config, index: Index | None) -> str | None:
             name = f"{folder} (step {state['progress']['step']})"
             try:
                 digest = state["index_digest"] if index is None else index.digest
-                compare_run(config, Pretraining.name, Pretraining.free_keys, state, digest)
+                keys = Pretraining.name, Pretraining.free_keys
+                changes = compare_run(config, *keys, state, digest)
             except CmtMaeError as error:
                 raise type(error)(f"{name} would be refused: {error}") from error
-            return name
+            end = continue_progress(config, images or 1, state, bool(changes)).end_step
+            return Resumed(name, end)
     if folders:
         raise CheckpointError(
             f"{root}: none of {len(folders)} checkpoints is intact; restore one, or use another "

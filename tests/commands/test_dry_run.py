@@ -137,6 +137,10 @@ def test_a_checkpoint_that_would_be_refused(
         "run.allow_change=[train.steps]"
     )
     assert dry(recipe, capsys, where) == (EXIT_DONE, [])
+    # 8 epochs of 20 images are 160 views. The checkpoint has 3 of them, the others are 20 batches.
+    longer = ["train.epochs=8", "run.allow_change=[train.steps,train.epochs]"]
+    text, _ = dry_run.dry_run(load_config(recipe, [where, *longer]), World(0, 1, 0, 1, "none"))
+    assert "steps           23\n" in text
     shutil.copytree(recipe.parent / "photos" / "class0", place / "photos" / "class0")
     (reason,) = dry(recipe, capsys, where, f"data.path={place / 'photos'}")[1]
     assert "images differ" in reason and "student.init_from_run=" in reason
