@@ -15,8 +15,11 @@ from dataloading.columns import NewBuffer, new_columns, new_memory
 from dataloading.entries import (
     ENTRY,
     EXTENSIONS,
+    NO_LABEL,
+    SECOND_CLASS,
     Findings,
     Passed,
+    concerns_label,
     depends_on_machine,
     encode_name,
     examine,
@@ -163,7 +166,8 @@ def gather_shards(
             f"{path}: no usable image in {format_count(len(shards), words.file)}{first}{others}; "
             f"set data.path to {words.expected}"
         )
-    lost, images = lost_images(passed), rows + len(excluded)
+    lost = lost_images(passed)
+    images = rows + sum(not concerns_label(reason) for _, reason in excluded)
     if lost > images:
         raise DataError(
             f"{path}: more than half of the {words.unit}s, {lost} of {lost + images}, are not "
@@ -305,13 +309,13 @@ def _read_samples(
                 exclude(offset, name, unfit)
         elif extension == _CLASS:
             if key in classes:
-                exclude(offset, name, "a second class of its sample; the first is used")
+                exclude(offset, name, SECOND_CLASS)
             elif 0 < length <= _MAX_CLASS:
                 classes[key] = decode_class(read_at(file, length, offset))
                 if not classes[key]:
-                    exclude(offset, name, "a class without text; its image has no label")
+                    exclude(offset, name, f"a class without text; {NO_LABEL}")
             else:
-                exclude(offset, name, f"a class of {length} bytes; its image has no label")
+                exclude(offset, name, f"a class of {length} bytes; {NO_LABEL}")
         else:
             others.append((key, extension, name))
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
+from cmtmae_scale.tools.init.survey import survey_images
 from dataloading import progress as bars
 from dataloading.index import build_index
 from dataloading.kept_index import load_or_build
@@ -147,6 +148,23 @@ def test_tars_are_reported_as_sorted_or_shuffled(photos: Path, tmp_path: Path, c
     assert "tars: 2 tars, 20 images" in text
     assert "labels per tar: 2 to 2, median 2; 3.0 in a full shuffle" in text
     assert "order: sorted by class" in text
+
+
+def test_labels_that_cannot_be_used_make_no_image_bad(photos, tmp_path, capsys) -> None:
+    files = sorted(photos.rglob("*.jpg"))
+    members = [(path.name.replace("0", path.parent.name, 1), path.read_bytes()) for path in files]
+    texts = [b"a", b"a", b" ", b"x" * 300, *(b"a" for _ in files[4:])]
+    keys = [name.removesuffix(".jpg") for name, _ in members]
+    members += [(f"{key}.cls", text) for key, text in zip(keys, texts, strict=True)]
+    write_tar(tmp_path / "a.tar", [*members, (f"{keys[0]}.cls", b"b")])
+    report = tmp_path / "report.json"
+    assert check_data([str(tmp_path / "a.tar"), "--report", str(report)]) == EXIT_DONE
+    text = capsys.readouterr().out
+    assert "excluded by their headers: 0\nwarning: labels that cannot be used: 3\n" in text
+    assert "without a label: 2" in text and "usable: 0 of 20 images are bad" in text
+    found = json.loads(report.read_text())
+    assert found["excluded"] == [] and len(found["label_faults"]) == 3
+    assert survey_images(str(tmp_path / "a.tar")).excluded == ()
 
 
 @pytest.mark.parametrize("cut", [0, 100, 511, 512, 7000])

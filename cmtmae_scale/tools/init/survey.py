@@ -61,7 +61,7 @@ def survey_images(path: str) -> Survey:
         int(np.median(sides[0])),
         float(np.median(sides[1] / sides[0])),
         len(index.labels) if is_labelled else 0,
-        (*index.excluded, *faults),
+        (*index.unused_images(), *faults),
     )
 
 
