@@ -50,7 +50,8 @@ logger = logging.getLogger(__name__)
 
 _IMAGES = frozenset(name.encode("ascii") for name in EXTENSIONS)
 _CLASS = b".cls"
-_MAX_CLASS = 256  # bytes of a class's text
+MAX_CLASS = 256
+"""Most bytes of a class's text."""
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -310,7 +311,7 @@ def _read_samples(
         elif extension == _CLASS:
             if key in classes:
                 exclude(offset, name, SECOND_CLASS)
-            elif 0 < length <= _MAX_CLASS:
+            elif 0 < length <= MAX_CLASS:
                 classes[key] = decode_class(read_at(file, length, offset))
                 if not classes[key]:
                     exclude(offset, name, f"a class without text; {NO_LABEL}")
