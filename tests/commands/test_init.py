@@ -175,6 +175,15 @@ def test_odd_names_of_folders(name: str, code: int) -> None:
     assert Path("recipe.yaml").exists() == (code == EXIT_DONE)
 
 
+@pytest.mark.parametrize("name", ["\udcff.jpg", "a\u2028b: c.jpg", "a\x85b: c.jpg", "a\nb: c.jpg"])
+def test_odd_names_of_images_that_cannot_be_used(name: str) -> None:
+    draw("photos", 2, (40, 30))
+    Path("photos", name).write_bytes(b"")
+    assert init_recipe(["photos"]) == EXIT_DONE
+    assert load_config("photos.yaml").data.path == "photos"
+    assert "1 images are excluded (first: " in Path("photos.yaml").read_text()
+
+
 def write(images: int, machine: Machine, **other: object) -> tuple[str, Config]:
     survey = Survey("photos", None, images, 300, 1.3, 0, ())._replace(**other)
     text = recipe.write_text(survey, machine, "photos", Path("photos.yaml"))
