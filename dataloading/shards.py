@@ -115,6 +115,19 @@ def is_glob(path: Path) -> bool:
     return glob.has_magic(str(path)) and not os.path.lexists(path)
 
 
+def has_files(path: Path) -> bool:
+    """Return whether something is at a path, or a file that it means as a pattern.
+
+    Raises:
+        DataError: for a pattern that is not understood.
+        OSError: if it cannot be looked up.
+    """
+    if path.exists():
+        return True
+    texts = map(Path, _expand(path)) if "{" in str(path) else [path]
+    return any(_expand_magic(text) if is_glob(text) else text.exists() for text in texts)
+
+
 def list_shards(
     path: Path | str, passed: Counts | None = None, source: ShardSource = "webdataset"
 ) -> list[Shard]:
@@ -315,19 +328,24 @@ def _match(path: Path, passed: Counts, ending: str) -> list[Path]:
     """Return the files that a pattern with ``*`` matches, by name; any other path as it is."""
     if not is_glob(path):
         return [path]
-    known, parts = Path(*path.parts[:1]), path.parts[1:]
-    if not path.is_absolute():
-        known, parts = Path(), path.parts
-    while parts and (known / parts[0]).exists():  # such folders may have [ in their names
-        known, parts = known / parts[0], parts[1:]
-    found = glob.glob(os.path.join(glob.escape(str(known)), *parts), recursive=True)
-    files = [Path(text) for text in sorted(found) if not os.path.isdir(text)]
+    files = _expand_magic(path)
     tars = [file for file in files if _is_shard(file.name, ending)]
     others = [str(file) for file in files if not _is_shard(file.name, ending)]
     for name in others:
         extension = extension_of(name)
         count_passed(passed, "file" if is_archive(extension) else "beside", extension, name)
     return tars
+
+
+def _expand_magic(path: Path) -> list[Path]:
+    """Return the files that a pattern with ``*``, ``?`` or ``[...]`` matches, by name."""
+    known, parts = Path(*path.parts[:1]), path.parts[1:]
+    if not path.is_absolute():
+        known, parts = Path(), path.parts
+    while parts and (known / parts[0]).exists():  # such folders may have [ in their names
+        known, parts = known / parts[0], parts[1:]
+    found = glob.glob(os.path.join(glob.escape(str(known)), *parts), recursive=True)
+    return [Path(text) for text in sorted(found) if not os.path.isdir(text)]
 
 
 def _near(path: Path, ending: str) -> str:
