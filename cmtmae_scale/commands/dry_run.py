@@ -245,7 +245,7 @@ def is_absent(path: str) -> bool:
     """Return whether no file or folder is at a path, and none matches it as a pattern."""
     try:
         return not is_url(path) and not has_files(Path(path))
-    except (DataError, OSError):  # the attempt to open the images says why
+    except DataError:  # the attempt to open the images says why
         return False
 
 

@@ -1,5 +1,7 @@
 """A recipe of ``cmtmae init`` loads and would start, whatever the folder; no file is replaced."""
 
+import errno
+import os
 import shlex
 from pathlib import Path
 
@@ -154,6 +156,18 @@ def test_what_cannot_be_used_is_counted(capsys: pytest.CaptureFixture[str]) -> N
     assert init_recipe(["none"]) == EXIT_CONFIG
     assert "none of 1 images can be decoded (b.jpg:" in capsys.readouterr().err
     assert not Path("none.yaml").exists()
+
+
+def test_a_folder_that_may_not_be_listed_is_refused_by_name(monkeypatch, capsys) -> None:
+    Path("locked").mkdir()
+
+    def scan(path: Path | str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scan)
+    monkeypatch.setattr(os, "listdir", scan)
+    assert init_recipe(["locked"]) == EXIT_CONFIG
+    assert "locked: cannot be listed (Permission denied)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
