@@ -124,6 +124,7 @@ def _examine_file(path: Path, name: str, max_pixels: int, exif_orientation: bool
         "classes": classes.texts,
         "is_named": columns.names is not None,
         "columns": f"images in {columns.image}, labels in {columns.label or 'none'}",
+        "unread": [f"{path.name}: {column}" for column in columns.unread],
         "excluded": excluded,
         "is_final": not any(depends_on_machine(reason) for _, reason in excluded),
         "passed": list(passed.values()),

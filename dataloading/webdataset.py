@@ -134,6 +134,7 @@ def gather_shards(
     class_lists: dict[tuple[str, ...] | None, str] = {}  # None: no ClassLabel, but labels
     row_group: tuple[int, str] | None = None
     columns: dict[str, None] = {}  # in order
+    unread: list[str] = []
     rows = 0
     for number, shard in enumerate(shards):
         part = recall(number)
@@ -144,6 +145,7 @@ def gather_shards(
             class_lists.setdefault(None, shard.file.name)
         if "row_group" in part.facts:
             columns[part.facts["columns"]] = None
+            unread += part.facts.get("unread", [])  # earlier releases kept none
             group_bytes, first = part.facts["row_group"]
             if row_group is None or group_bytes > row_group[0]:
                 row_group = group_bytes, place(shard.file.name, first)
@@ -155,6 +157,10 @@ def gather_shards(
         folders.update(part.facts["folders"])
     if columns:
         logger.info("%s: columns: %s", path, "; ".join(columns))
+    if unread:
+        text = "%s: no labels are read from %s%s; write them as integers or texts"
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        logger.warning(text, path, unread[0], more)
     if excluded:
         bad = format_count(len(excluded), words.unit)
         text = "%s: %s, %s excluded or damaged; first: %s (%s)"
