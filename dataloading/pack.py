@@ -234,13 +234,15 @@ class Pack:
         for copy in self._out.glob(f"{_COPY}*"):
             copy.unlink()
 
-    def verify_index(self, record: PackRecord, max_pixels: int) -> Index:
-        """Index the folder as a run would.
+    def verify_index(
+        self, record: PackRecord, max_pixels: int, exif_orientation: bool = True
+    ) -> Index:
+        """Index the folder as a run would; settings are those of ``build_index``.
 
         Raises:
             DataError: if the folder does not hold exactly the packed samples.
         """
-        packed = build_index(self._out, "webdataset", max_pixels)
+        packed = build_index(self._out, "webdataset", max_pixels, exif_orientation)
         expected = len(self._index) - len(record.excluded)
         if len(packed) != expected or len(packed.shards) != record.shards:
             raise DataError(

@@ -212,6 +212,17 @@ def test_the_index_is_kept_and_published(photos, tmp_path, capsys, monkeypatch) 
     assert [index.digest for index in found] == expected
 
 
+@pytest.mark.parametrize("settings", [{"exif_orientation": False}, {"max_pixels": 10**6}])
+def test_the_index_of_a_pack_has_the_settings_of_the_command(
+    photos, tmp_path, monkeypatch, settings
+) -> None:
+    out = tmp_path / "out"
+    given = ["--max-pixels", "1000000"] if "max_pixels" in settings else ["--no-exif-orientation"]
+    assert check_data([str(photos), *given, "--pack", str(out), "--write-index"]) == EXIT_DONE
+    monkeypatch.delattr("dataloading.index.build_parts")  # no header is read
+    assert len(load_or_build(out, tmp_path / "index", **settings)) == 20
+
+
 def test_too_bad_data_are_not_packed(photos: Path, tmp_path: Path, capsys) -> None:
     (photos / "class0" / "empty.jpg").write_bytes(b"")
     assert check_data([str(photos), "--pack", str(tmp_path / "out")]) == EXIT_CONFIG
