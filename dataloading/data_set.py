@@ -17,7 +17,15 @@ from dataloading.listing import Files, collect_files
 from dataloading.name_checks import find_split_folders, find_splits
 from dataloading.parquet import require_pyarrow
 from dataloading.passed_over import Counts
-from dataloading.shards import Shard, ShardSource, detect_source, is_listed, is_parquet, list_shards
+from dataloading.shards import (
+    Shard,
+    ShardSource,
+    detect_source,
+    is_listed,
+    is_parquet,
+    list_shards,
+    require_reachable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +108,14 @@ def list_data(request: Request) -> Listing:
 
 
 def shard_source_of(request: Request) -> ShardSource | None:
-    """Return what kind of shards is to be read; ``None``: the files of a folder."""
+    """Return what kind of shards is to be read; ``None``: the files of a folder.
+
+    Raises:
+        DataError, ReadError: if the path cannot be looked up, or holds several kinds.
+    """
     root, source = request.path, request.source
+    if isinstance(root, Path):
+        require_reachable(root)
     if source == "webdataset" or source == "parquet":
         return source
     if isinstance(root, str):

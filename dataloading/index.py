@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dataloading.columns import NewBuffer, new_memory
 from dataloading.data_set import Listing, Request, SourceName, list_data
-from dataloading.entries import MAX_PIXELS, Passed, count_turned
+from dataloading.entries import MAX_PIXELS, Passed, concerns_label, count_turned
 from dataloading.folders import gather_folder
 from dataloading.index_build import build_parts, make_pieces
 from dataloading.name_checks import find_equal_labels
@@ -52,7 +52,8 @@ class Index:
         labels: names of the labels, sorted. Folder: the folders directly under the root. Tars: the
             texts of ``.cls`` members. Parquet: the values of a column, or the names of a
             ClassLabel, in its order.
-        excluded: (name, reason) of files and members that look like images and cannot be used.
+        excluded: (name, reason) of files and members that look like images and cannot be used, and
+            of labels that cannot, whose images are used.
         digest: sha256 over keys and sizes (bytes, width, height) of all rows, and their turns if
             there are any, hexadecimal; the same for every copy of the data set.
         passed_over: counts of the files and members that are not taken as images, by extension.
@@ -79,6 +80,14 @@ class Index:
         total = hashlib.sha256(json.dumps(self.labels).encode("ascii"))
         total.update(self.entries["label"].tobytes())
         return total.hexdigest()
+
+    def unused_images(self) -> list[tuple[str, str]]:
+        """Return those of ``excluded`` that are no samples: images, and damaged parts of tars."""
+        return [(name, why) for name, why in self.excluded if not concerns_label(why)]
+
+    def label_faults(self) -> list[tuple[str, str]]:
+        """Return those of ``excluded`` that are labels."""
+        return [(name, why) for name, why in self.excluded if concerns_label(why)]
 
     def is_remote(self) -> bool:
         """Return whether the samples are in a store."""

@@ -222,8 +222,9 @@ def pack_images(index: "Index", options: argparse.Namespace) -> int:
         job.write(
             record, threads=options.threads, max_pixels=options.max_pixels, report_done=progress
         )
-    packed = job.verify_index(record, options.max_pixels)
-    publish(list_data(Request(options.pack, "webdataset", options.max_pixels)), packed, options)
+    settings = options.max_pixels, options.exif_orientation
+    packed = job.verify_index(record, *settings)
+    publish(list_data(Request(options.pack, "webdataset", *settings)), packed, options)
     mixing = class_mixing(packed.entries["label"])
     sys.stdout.write(
         f"\npacked and read back: {format_count(len(packed), 'image')} in "

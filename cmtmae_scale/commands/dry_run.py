@@ -5,7 +5,6 @@ reads them; nothing is downloaded, and nothing is written but an index that exis
 """
 
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,6 +67,7 @@ from cmtmae_scale.tools.plan.devices import RESERVE
 from dataloading.addresses import is_url
 from dataloading.errors import DataError
 from dataloading.index import Index
+from dataloading.shards import has_files
 from dataloading.stream import require_decoder
 
 GIB = 2**30
@@ -252,12 +252,11 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
 
 
 def is_absent(path: str) -> bool:
-    """Return whether no file or folder is at a path, and none matches it as a pattern of tars."""
-    whole = Path(path)
-    if is_url(path) or whole.exists():
+    """Return whether no file or folder is at a path, and none matches it as a pattern."""
+    try:
+        return not is_url(path) and not has_files(Path(path))
+    except DataError:  # the attempt to open the images says why
         return False
-    pattern = re.sub(r"\{[^}]*\}", "*", whole.name)
-    return pattern == whole.name or not any(whole.parent.glob(pattern))
 
 
 class Resumed(NamedTuple):

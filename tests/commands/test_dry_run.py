@@ -92,12 +92,16 @@ def test_every_reason_is_named_at_once(recipe: Path, place: Path, capsys) -> Non
     assert ["absent" in reasons[0], "t.pt" in reasons[1], "s.pt" in reasons[2]] == [True] * 3
 
 
+@pytest.mark.parametrize(
+    "path", ["a/t-{0..3}.tar", "a/t-*.tar", "{a,b}/t-0.tar", "*/t-[01].tar", "a/t-0.tar"]
+)
 def test_a_number_of_images_stands_for_absent_images_only(
-    recipe: Path, place: Path, capsys
+    recipe: Path, place: Path, capsys, path: str
 ) -> None:
-    absent = ["data.expected_images=7", "data.path=t-{0..3}.tar"]
+    absent = ["data.expected_images=7", f"data.path={path}"]
     assert dry(recipe, capsys, *absent) == (EXIT_DONE, [])
-    (place / "t-0.tar").touch()
+    (place / "a").mkdir()
+    (place / "a" / "t-0.tar").touch()
     assert dry(recipe, capsys, *absent)[0] == EXIT_CONFIG
 
 
