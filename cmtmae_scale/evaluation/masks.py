@@ -165,7 +165,8 @@ def list_pairs(path: Path, part: str) -> MaskedSet:
             pair = Pair(*(str(file.relative_to(root)) for file in (image, mask)))
             found.pairs.append(pair)
             sizes = image.stat().st_size, mask.stat().st_size
-            digest.update(f"{pair.image} {pair.mask} {sizes}\n".encode())
+            listed = f"{pair.image} {pair.mask} {sizes}\n"
+            digest.update(listed.encode(errors="surrogateescape"))  # names may be no UTF-8
     reasons = [f"{n} {reason} (first: {first[reason]})" for reason, n in sorted(excluded.items())]
     if not found.pairs:
         listed = f" of {len(candidates)} images: {', '.join(reasons)}" if reasons else ""

@@ -1,8 +1,11 @@
 """The command on runs, checkpoints, exported files and models of timm."""
 
+import io
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +250,29 @@ def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> N
     own = {f"momentum, step {STEPS}", "random weights", "teacher"}
     assert len(mixed) == 1 and found - mixed == own | {"uniform", "centre prior"}
     assert (tmp_path / "out.png").is_file() and record["images"]["images"]["images"] == 26
+
+
+@pytest.mark.parametrize("method", ["knn", "segmentation"])
+def test_names_that_are_no_utf8_are_evaluated_and_printed(
+    place: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    images = write_masked(folder, 4) if method == "segmentation" else folder
+    if method == "segmentation":
+        for part in ("images", "masks"):
+            (folder / part / "00.png").rename(folder / part / os.fsdecode(b"\xe9.png"))
+    else:
+        labelled_photographs(folder, 6, 0, 2)
+        (folder / "class0").rename(folder / os.fsdecode(b"\xe9"))
+    printed = io.BytesIO()
+    # Python's own choice where the locale is of UTF-8; pytest's is more lenient
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, "utf-8", errors="strict"))
+    monkeypatch.setattr("cmtmae_scale.commands.evaluate.set_up_logging", lambda *_: None)
+    options = ["--train", str(images), "--split", "0.5", "--out", str(tmp_path / "out.json")]
+    words = [method, "--checkpoint", str(place / "run"), "--no-baselines", *options]
+    assert evaluate_command(words) == 0
+    sys.stdout.flush()
+    assert f"({tmp_path}/caf\\udce9)" in printed.getvalue().decode()
 
 
 MISTAKES = {
