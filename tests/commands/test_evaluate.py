@@ -151,6 +151,24 @@ def test_the_result_file_records_the_evaluation(place: Path) -> None:
     assert not list(file.parent.glob("*.tmp"))
 
 
+def test_another_evaluation_of_the_same_weights_replaces_no_result(
+    place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "run" / "checkpoints", tmp_path / "checkpoints")
+    name = f"knn-student-step-{STEPS:08d}"
+    words = ["knn", "--checkpoint", tmp_path, "--weights", "student", "--no-baselines", "--k", "3"]
+    sets = ["--train", place / "train", "--test"]
+    for test, written in (("test", ""), ("train", "-2"), ("test", ""), ("train", "-2")):
+        text = evaluate(*words, *sets, place / test)
+        assert f"written to {tmp_path}/evaluation/{name}{written}.json" in text
+    (tmp_path / "evaluation" / f"{name}-2.json").write_text("[]")  # whatever it is, it stays
+    assert f"{name}-3.json" in evaluate(*words, *sets, place / "train")
+    found = [
+        json.loads((tmp_path / "evaluation" / f"{name}{n}.json").read_text()) for n in ("", "-3")
+    ]
+    assert [one["images"]["test"]["images"] for one in found] == [26, 40]
+
+
 def test_a_checkpoint_and_its_exported_file_are_one(place: Path, tmp_path: Path) -> None:
     folder = layout.folder_of(place / "run" / "checkpoints", STEPS)
     paths = ["--train", place / "train", "--test", place / "test"]
