@@ -195,9 +195,17 @@ def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> 
         open_masked(str(folder), "train")
 
 
+def test_resamples_of_void_images_alone_are_left_out_of_the_interval() -> None:
+    """Warnings are errors here; a quarter of the resamples holds the void image alone."""
+    counts = np.zeros((2, 3, 256), np.int64)
+    counts[0, :, 1] = 3, 4, 5  # hits, predicted and true pixels
+    for row in score_rows("ours", "any", counts.reshape(2, -1)):
+        assert row.interval == (row.value, row.value)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(255, "no pixel has a class"), (1, "one class only, 1"), (0, "one class only, 0")],
+    [(255, "have no pixel with a class"), (1, "one class only, 1"), (0, "one class only, 0")],
 )
 def test_masks_of_one_class_are_refused(tmp_path: Path, value: int, message: str) -> None:
     folder = write_masked(tmp_path / "set", 2)
