@@ -170,7 +170,8 @@ def saved_config(folder: Path, state: dict[str, Any]) -> Config:
     """
     if state["task"] == "fine-tuning":
         raise CheckpointError(
-            f"{folder} is of a fine-tuning run; its accuracy is in the run's result.json"
+            f"{folder} is of a fine-tuning run; its accuracy is in the run's result.json, and "
+            f"{layout.ENCODER} of the checkpoint has its weights under timm's names"
         )
     try:
         return config_from_dict(state["config"], str(folder / layout.STATE))

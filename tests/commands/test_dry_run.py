@@ -16,7 +16,7 @@ from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
 from dataloading.index import build_index
 from tests.checkpoint.save_case import STATE, save
-from tests.engine.run_case import write_recipe
+from tests.engine.run_case import make_photographs, write_recipe
 
 BAD = "would not start: "
 
@@ -90,6 +90,16 @@ def test_every_reason_is_named_at_once(recipe: Path, place: Path, capsys) -> Non
     )
     assert code == EXIT_CONFIG
     assert ["absent" in reasons[0], "t.pt" in reasons[1], "s.pt" in reasons[2]] == [True] * 3
+
+
+def test_a_folder_that_is_no_utf8_is_escaped(
+    recipe: Path, place: Path, tmp_path: Path, capsys
+) -> None:
+    images = make_photographs(tmp_path / os.fsdecode(b"caf\xe9"))
+    options = parse_options(["--config", str(recipe), "--dry-run", f"data.path={images}"])
+    assert launch_pretraining(options) == 0
+    printed = capsys.readouterr().out
+    assert r"caf\udce9" in printed and printed.encode()  # a terminal takes UTF-8 alone
 
 
 @pytest.mark.parametrize(
