@@ -24,7 +24,8 @@ from dataloading.passed_over import format_count, format_passed, lost_images, so
 from dataloading.shards import TarNames
 from dataloading.sources import FolderSource, Source, TarSource
 from dataloading.store_cache import StoreCache
-from dataloading.stores import RemoteTar, StoreSource, TarPlace, as_root, place_to_text
+from dataloading.store_source import StoreSource
+from dataloading.stores import RemoteTar, TarPlace, as_root, place_to_text
 from dataloading.webdataset import gather_shards
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,12 @@ from pathlib import Path
 
 from dataloading.errors import DataError
 from dataloading.files import atomic_path
-from dataloading.stores import PIECE, RemoteTar, read_range
+from dataloading.stores import RemoteTar, read_range
 
 logger = logging.getLogger(__name__)
+
+PIECE = 4 << 20
+"""Bytes that a ``StoreCache`` keeps as a whole: some 36 images of ImageNet, and one request."""
 
 _LEAST_FREE = 0.1  # of the file system, below which the oldest pieces are removed
 _REMOVED = 0.05  # of the pieces, at a time

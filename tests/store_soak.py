@@ -33,7 +33,8 @@ from dataloading.order import sample_ids
 from dataloading.patience import Patience
 from dataloading.sources import Source
 from dataloading.store_cache import StoreCache
-from dataloading.stores import RemoteTar, StoreSource
+from dataloading.store_source import StoreSource
+from dataloading.stores import RemoteTar
 from tests.dataloading.store_case import RangeServer, ask, serve_s3
 from tests.dataloading.store_case import Request as Asked
 from tests.dataloading.tar_case import write_tar

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataloading import store_cache, stores
+from dataloading import store_cache, store_source
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError
 from dataloading.index import Index, build_index
@@ -49,7 +49,7 @@ def server(tars: Path) -> Iterator[RangeServer]:
 @pytest.fixture
 def index(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> Index:
     """The pieces are smaller than most images."""
-    for module in (store_cache, stores):
+    for module in (store_cache, store_source):
         monkeypatch.setattr(module, "PIECE", 1000)
     return build_index(f"{server.url}/train-{{0..1}}.tar")
 
@@ -166,6 +166,6 @@ def test_a_window_of_a_large_set_needs_a_request_per_24_images() -> None:
     first = entries["offset"][ids].astype(np.int64)
     pieces = [entries["shard"][ids] * 1000.0 + at // (4 << 20) for at in (first, first + size)]
     assert WINDOW / len(np.unique(pieces)) == pytest.approx(24, abs=0.5)
-    groups = stores.split_by_piece(entries, ids)
+    groups = store_source.split_by_piece(entries, ids)
     assert len(groups) < WINDOW / 23
     assert sorted(row for group in groups for row in group) == sorted(ids.tolist())

@@ -18,7 +18,8 @@ from dataloading.errors import DataError, ReadError
 from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import Index, build_index
 from dataloading.kept_index import load_or_build, open_kept
-from dataloading.stores import StoreSource, explain_error, merge_neighbours
+from dataloading.store_source import StoreSource, merge_neighbours
+from dataloading.stores import explain_error
 from dataloading.stream import Batch, Stream
 from tests.dataloading.conftest import smooth
 from tests.dataloading.store_case import RangeServer, Request
