@@ -63,12 +63,8 @@ def hold_run(
         except ConfigError as error:
             problem = str(error)
         except OSError as error:
-            passes = may_pass(error)
-            problem = (
-                f"run.output_dir={run_dir} cannot be written ({error.strerror}: "
-                f"{error.filename or run_dir}); "
-                f"{'make room there and try again' if passes else 'correct it or choose another'}"
-            )
+            refusal = describe_unusable(run_dir, error)
+            problem, passes = str(refusal), isinstance(refusal, StorageError)
     problem, passes = broadcast_text(problem), not all_ranks_agree(not passes)
     if problem:
         raise (StorageError if passes else ConfigError)(problem)
@@ -77,6 +73,16 @@ def hold_run(
     finally:
         if lock is not None:
             lock.release()
+
+
+def describe_unusable(run_dir: Path, error: OSError) -> ConfigError | StorageError:
+    """Return what to raise for a run's folder that cannot be read or written."""
+    passes = may_pass(error)
+    remedy = "make room there and try again" if passes else "correct it or choose another"
+    return (StorageError if passes else ConfigError)(
+        f"run.output_dir={run_dir} cannot be used ({error.strerror}: {error.filename or run_dir}); "
+        f"{remedy}"
+    )
 
 
 class RunLock:

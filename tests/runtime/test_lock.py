@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
     for place in (tmp_path / "file" / "run", tmp_path / "file", Path("/proc/run")):
         with (
-            pytest.raises(ConfigError, match=f"run.output_dir={place} cannot be written"),
+            pytest.raises(ConfigError, match=f"run.output_dir={place} cannot be used"),
             hold_run(place, 0),
         ):
             pass
