@@ -30,7 +30,7 @@ from typing import Any, cast
 from cmtmae_scale.errors import ConfigError, LockLostError, StorageError, may_pass
 from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_text
 from cmtmae_scale.runtime.processes import start_ticks
-from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.storage import list_names, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +196,13 @@ def lock_path(folder: Path, number: int) -> Path:
 
 
 def list_numbers(folder: Path) -> list[int]:
-    """Return all numbers in a lock's folder."""
-    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
+    """Return all numbers in a lock's folder.
+
+    Raises:
+        OSError: if the store does not answer.
+    """
+    stems = (name.removesuffix(".json") for name in list_names(folder) if name.endswith(".json"))
+    return [int(stem) for stem in stems if stem.isdecimal()]
 
 
 def newest_number(folder: Path) -> int:
