@@ -63,11 +63,16 @@ def find_checkpoint(
             f"{otherwise or 'use another run.output_dir'}"
         )
     if not all_ranks_agree(not on_all_ranks(lambda: layout.LATEST in list_names(root))):
-        raise CheckpointError(
-            f"{root}: the file {layout.LATEST} names a checkpoint, but there is none; restore one, "
-            f"or {otherwise or f'delete {root} to start anew'}"
-        )
+        raise describe_loss(root, otherwise)
     return None
+
+
+def describe_loss(root: Path, otherwise: str | None = None) -> CheckpointError:
+    """Return what to raise where ``latest`` names a checkpoint, and there is none."""
+    return CheckpointError(
+        f"{root}: the file {layout.LATEST} names a checkpoint, but there is none; restore one, "
+        f"or {otherwise or f'delete {root} to start anew'}"
+    )
 
 
 def list_on_first_rank(root: Path, rank: int) -> list[int]:

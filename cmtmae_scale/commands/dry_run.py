@@ -21,6 +21,7 @@ from cmtmae_scale.backends.build import refuse_missing_deepspeed
 from cmtmae_scale.backends.fsdp import ranks_per_shard_group
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
+from cmtmae_scale.checkpoint.find import describe_loss
 from cmtmae_scale.config.derive import (
     batch_plan,
     builds_teacher,
@@ -53,6 +54,7 @@ from cmtmae_scale.pretraining.init_from_run import open_source
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import refuse_living_holder
+from cmtmae_scale.runtime.storage import list_names
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.teachers.weights import is_file_name
@@ -300,6 +302,8 @@ def find_saved_state(config: Config, index: Index | None, images: int | None) ->
             f"{root}: none of {len(folders)} checkpoints is intact; restore one, or use another "
             "run.output_dir"
         )
+    if checkpoints.LATEST in list_names(root):
+        raise describe_loss(root)
     return None
 
 
