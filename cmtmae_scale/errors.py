@@ -72,6 +72,12 @@ class LockLostError(CmtMaeError):
     """Another launch has taken the run's folder over; this launch saves nothing."""
 
 
+class RankLostError(CmtMaeError):
+    """Another rank of the launch died before the first step, and the launcher ended this one."""
+
+    exit_code = EXIT_CRASH
+
+
 class NoProgressError(CmtMaeError):
     """Consecutive launches that ended without progress."""
 

@@ -10,13 +10,13 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.errors import CheckpointError, StorageError
 from cmtmae_scale.runtime.collectives import (
     all_ranks_agree,
-    broadcast_int,
     broadcast_text,
     gather_texts,
     on_all_ranks,
 )
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import RunLock
+from cmtmae_scale.runtime.storage import list_names
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,14 @@ def find_checkpoint(
 
     Raises:
         CheckpointError: if every checkpoint is broken, or all of them are gone.
-        StorageError: if none can be used, and the store failed while one was read.
+        StorageError: if they cannot be listed, or none can be used and the store failed while one
+            was read.
     """
     has_failed = False
-    steps = [layout.step_of(folder) or 0 for folder in layout.list_checkpoints(root)]
-    count = broadcast_int(len(steps))
-    for number in range(count):
-        folder = layout.folder_of(root, broadcast_int(steps[number] if rank == 0 else 0))
+    steps = list_on_first_rank(root, rank)
+    count = len(steps)
+    for step in steps:
+        folder = layout.folder_of(root, step)
         damage, is_unknown = verify_together(folder, rank, world_size, hashes)
         if not damage:
             return folder
@@ -61,12 +62,33 @@ def find_checkpoint(
             f"{root}: none of {count} checkpoints is intact; restore one, or "
             f"{otherwise or 'use another run.output_dir'}"
         )
-    if not all_ranks_agree(not (root / layout.LATEST).exists()):
-        raise CheckpointError(
-            f"{root}: the file {layout.LATEST} names a checkpoint, but there is none; restore one, "
-            f"or {otherwise or f'delete {root} to start anew'}"
-        )
+    if not all_ranks_agree(not on_all_ranks(lambda: layout.LATEST in list_names(root))):
+        raise describe_loss(root, otherwise)
     return None
+
+
+def describe_loss(root: Path, otherwise: str | None = None) -> CheckpointError:
+    """Return what to raise where ``latest`` names a checkpoint, and there is none."""
+    return CheckpointError(
+        f"{root}: the file {layout.LATEST} names a checkpoint, but there is none; restore one, "
+        f"or {otherwise or f'delete {root} to start anew'}"
+    )
+
+
+def list_on_first_rank(root: Path, rank: int) -> list[int]:
+    """Return the steps of the checkpoints that rank 0 finds, highest first; a collective.
+
+    Caches of a network file system may differ between machines, so no other rank lists them.
+
+    Raises:
+        StorageError: on every rank, if the store fails.
+    """
+
+    def find_steps() -> list[int]:
+        return [layout.step_of(folder) or 0 for folder in layout.list_checkpoints(root)]
+
+    steps = on_all_ranks(lambda: find_steps() if rank == 0 else [])
+    return json.loads(broadcast_text(json.dumps(steps)))
 
 
 def verify_together(

@@ -20,7 +20,14 @@ from cmtmae_scale.checkpoint.index import INDEX, load_index
 from cmtmae_scale.checkpoint.index import rank_file as rank_file
 from cmtmae_scale.errors import CheckpointError, describe_store, may_pass
 from cmtmae_scale.runtime.log import progress_bar
-from cmtmae_scale.runtime.storage import digest, read_inside, read_json, require_inside, sync
+from cmtmae_scale.runtime.storage import (
+    digest,
+    list_names,
+    read_inside,
+    read_json,
+    require_inside,
+    sync,
+)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -53,9 +60,13 @@ def step_of(folder: Path) -> int | None:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return checkpoint folders, highest step first."""
-    found = [(step_of(path), path) for path in root.glob("step-*") if path.is_dir()]
-    numbered = [(step, path) for step, path in found if step is not None]
+    """Return checkpoint folders, highest step first.
+
+    Raises:
+        OSError: if the store fails.
+    """
+    found = [(step_of(root / name), root / name) for name in list_names(root)]
+    numbered = [(step, path) for step, path in found if step is not None and path.is_dir()]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 

@@ -20,6 +20,7 @@ from cmtmae_scale.backends.build import refuse_missing_deepspeed
 from cmtmae_scale.backends.fsdp import ranks_per_shard_group
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
+from cmtmae_scale.checkpoint.find import describe_loss
 from cmtmae_scale.config.derive import (
     batch_plan,
     builds_teacher,
@@ -52,6 +53,7 @@ from cmtmae_scale.pretraining.init_from_run import open_source
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import refuse_living_holder
+from cmtmae_scale.runtime.storage import list_names
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.teachers.weights import is_file_name
@@ -111,7 +113,7 @@ def dry_run(config: Config, world: World) -> tuple[str, int]:
     resumed = "nothing: a new run" if saved is None else saved.name
     lines.append(f"would resume    {resumed}")
     stop = Path(config.run.output_dir) / STOP_FILE
-    if stop.exists():
+    if os.path.exists(stop):
         lines.append(f"would stop      after one step: {stop} exists; delete it")
     unique = list(dict.fromkeys(reasons))
     lines += [f"would not start: {reason}" for reason in unique]
@@ -124,7 +126,9 @@ def attempt(reasons: list[str], call: Callable[[], T]) -> T | None:
         return call()
     except (CmtMaeError, DataError) as error:
         reasons.append(str(error))
-        return None
+    except OSError as error:
+        reasons.append(f"{error.filename}: {error.strerror}")
+    return None
 
 
 def check_launch(
@@ -137,8 +141,7 @@ def check_launch(
 ) -> None:
     """Append what a launch refuses beside batch, images and checkpoints; see ``build_run``."""
     run_dir = Path(config.run.output_dir)
-    attempt(reasons, lambda: refuse_unwritable(run_dir))
-    attempt(reasons, lambda: refuse_foreign_folder(run_dir))
+    attempt(reasons, lambda: refuse_folder(run_dir))
     attempt(reasons, lambda: refuse_living_holder(run_dir))
     attempt(reasons, lambda: refuse_further_launch(run_dir))
     attempt(reasons, lambda: require_decoder(config.data.decode))
@@ -170,13 +173,14 @@ def check_launch(
         attempt(reasons, lambda: check_evaluation(config))
 
 
-def refuse_unwritable(run_dir: Path) -> None:
-    """Refuse a folder that cannot be created or written.
+def refuse_folder(run_dir: Path) -> None:
+    """Refuse a folder that cannot be created or written, or is another program's.
 
     Raises:
-        ConfigError: names the first existing folder above it.
+        ConfigError: names the first existing folder above it, or the file.
     """
-    nearest = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    folders = (run_dir, *run_dir.absolute().parents)
+    nearest = next(folder for folder in folders if os.path.exists(folder))
     if not nearest.is_dir():
         raise ConfigError(f"run.output_dir={run_dir}: {nearest} is not a folder; name another")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -184,6 +188,7 @@ def refuse_unwritable(run_dir: Path) -> None:
             f"run.output_dir={run_dir} cannot be written (no permission for {nearest}); name "
             "another folder"
         )
+    refuse_foreign_folder(run_dir)
 
 
 def in_entry(name: str, call: Callable[[], T]) -> T:
@@ -296,6 +301,8 @@ def find_saved_state(config: Config, index: Index | None, images: int | None) ->
             f"{root}: none of {len(folders)} checkpoints is intact; restore one, or use another "
             "run.output_dir"
         )
+    if checkpoints.LATEST in list_names(root):
+        raise describe_loss(root)
     return None
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 
 from cmtmae_scale.engine.stop import LaunchInterrupted, interrupt_launch
-from cmtmae_scale.errors import EXIT_DONE, EXIT_STOPPED, CmtMaeError, exit_code_of
+from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, CmtMaeError, exit_code_of
 from cmtmae_scale.runtime.exit_code import report_exit
 from dataloading.errors import DataError
 
@@ -23,8 +23,13 @@ def run_as_rank(launch: Callable[[], int]) -> int:
         try:
             code = launch()
         except LaunchInterrupted as stopped:
-            logger.info("stopped (%s) with nothing to save; the same command restarts", stopped)
-            code = EXIT_STOPPED
+            # torchrun and deepspeed send SIGTERM to all ranks, too, when one of them has died.
+            if report.finds_dead_rank():
+                logger.error("stopped (%s): another rank on this machine has died", stopped)
+                code = EXIT_CRASH
+            else:
+                logger.info("stopped (%s) with nothing to save; the same command restarts", stopped)
+                code = EXIT_STOPPED
         except (CmtMaeError, DataError) as error:
             logger.error("%s", error)
             code = exit_code_of(error)

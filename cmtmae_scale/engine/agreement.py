@@ -24,6 +24,7 @@ from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.collectives import broadcast_text, gather_texts, on_all_ranks, ranks
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.runtime.lock import describe_unusable
 from cmtmae_scale.runtime.versions import library_versions
 from dataloading.index import Index
 
@@ -182,11 +183,11 @@ def require_shared(run_dir: Path, rank: int) -> str:
         A random name of this launch, the same on every rank.
 
     Raises:
-        ConfigError: on every rank; names the hosts that do not see the file.
+        ConfigError: on every rank; names the hosts that do not see the file, or the folder that
+            cannot be written.
+        StorageError: on every rank, if the store is full or fails.
     """
     token = broadcast_text(secrets.token_hex(8))
-    if ranks() == 1:
-        return token
     folders = [run_dir, run_dir / "checkpoints"]
     name = f".shared-{token}"
 
@@ -196,10 +197,7 @@ def require_shared(run_dir: Path, rank: int) -> str:
             for folder in folders:
                 (folder / name).touch()
         except OSError as error:
-            raise ConfigError(
-                f"run.output_dir={run_dir}: {error.filename} cannot be written ({error.strerror}); "
-                "correct it or choose another"
-            ) from error
+            raise describe_unusable(run_dir, error) from error
 
     try:
         on_all_ranks(create if rank == 0 else lambda: None)

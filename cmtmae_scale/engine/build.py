@@ -71,7 +71,7 @@ def build_run(
     index = task.open_index(run_dir)
     place.enter("checkpoint", 0)
     folder = find_resume_checkpoint(run_dir, world, lock)
-    saved = None if folder is None else read_state(folder)
+    saved = None if folder is None else on_all_ranks(lambda: read_state(folder))
     progress = find_progress(config, task, index, saved)
     refuse_other_pairs(config, plan, saved)
     place.enter("models", 0)

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from cmtmae_scale.engine.launches import newest_step, reset_launch_count, take_back_launch
 from cmtmae_scale.engine.progress import Progress
-from cmtmae_scale.engine.stop import STOP_FILE, STOP_FILE_REASON, LaunchInterrupted
+from cmtmae_scale.engine.stop import STOP_FILE, STOP_FILE_REASON, LaunchInterrupted, signals_ignored
 from cmtmae_scale.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -19,6 +19,7 @@ from cmtmae_scale.errors import (
     EXIT_STOPPED,
     CmtMaeError,
     LockLostError,
+    RankLostError,
     exit_code_of,
 )
 from cmtmae_scale.runtime.collectives import ranks
@@ -53,6 +54,8 @@ class Ending:
         self.launch: str | None = None
         """Random name of this launch, known when all ranks share the folder."""
         self.is_counted = False
+        self.find_dead: Callable[[], list[int]] = list
+        """Returns the ranks of this machine whose process is gone; the watchdog's."""
         self.first_step = 0
         """Step that this launch continued from."""
         self.progress: Progress | None = None
@@ -76,11 +79,29 @@ class Ending:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        with signals_ignored():
+            self.record(error)
+
+    def record(self, error: BaseException | None) -> None:
+        """Write how the launch ended.
+
+        Args:
+            error: what ended it; ``None``: nothing failed.
+
+        Raises:
+            LockLostError, RankLostError, LaunchInterrupted: the cause, where ``error`` is not it.
+        """
         if isinstance(error, CmtMaeError | DataError):
             self.write(exit_code_of(error), str(error))
         elif isinstance(error, LaunchInterrupted):
             if self.lock is not None and not self.owns_folder():
                 raise LockLostError(self.lock.loss()) from error
+            dead = self.find_dead()
+            # A rank that a signal ended has left the mark before it ended.
+            if dead and not self.is_marked():
+                why = f"rank {', '.join(map(str, dead))} died on this machine"
+                self.write(EXIT_CRASH, f"{why} before the first step")
+                raise RankLostError(f"stopped ({error}): {why}") from error
             self.mark_interrupted()
             self.write_interrupted(str(error))
         elif error is not None:
@@ -130,10 +151,15 @@ class Ending:
             return False
         limit = time.monotonic() + INTERRUPTED_WAIT_S
         while time.monotonic() < limit:
-            with suppress(OSError):
-                if f"{INTERRUPTED}{self.launch}" in os.listdir(self.run_dir):
-                    return True
+            if self.is_marked():
+                return True
             time.sleep(0.1)
+        return False
+
+    def is_marked(self) -> bool:
+        """Return whether a rank of this launch has left the mark of ``mark_interrupted``."""
+        with suppress(OSError):
+            return f"{INTERRUPTED}{self.launch}" in os.listdir(self.run_dir)
         return False
 
     def write_interrupted(self, reason: str) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from cmtmae_scale.config.yaml_text import read_yaml
 from cmtmae_scale.engine.sinks import LOG_FILE
-from cmtmae_scale.errors import ConfigError, may_pass
+from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime.lock import describe_unusable
 from cmtmae_scale.runtime.storage import read_json
 
 CONFIG_FILE = "config.yaml"
@@ -19,13 +20,16 @@ def refuse_foreign_folder(run_dir: Path) -> None:
     A run replaces ``config.yaml`` and cuts ``log.jsonl`` at its step.
 
     Raises:
-        ConfigError: names the file.
-        OSError: if the store fails.
+        ConfigError: names the file, or the folder that cannot be read.
+        StorageError: if the store fails.
     """
-    if (run_dir / CONFIG_FILE).exists():
-        foreign = CONFIG_FILE if not is_run_config(run_dir / CONFIG_FILE) else None
-    else:
-        foreign = LOG_FILE if not is_run_log(run_dir / LOG_FILE) else None
+    try:
+        if (run_dir / CONFIG_FILE).exists():
+            foreign = CONFIG_FILE if not is_run_config(run_dir / CONFIG_FILE) else None
+        else:
+            foreign = LOG_FILE if not is_run_log(run_dir / LOG_FILE) else None
+    except OSError as error:
+        raise describe_unusable(run_dir, error) from error
     if foreign is not None:
         raise ConfigError(
             f"run.output_dir={run_dir} holds {foreign} of another program, which a run would "
@@ -42,8 +46,9 @@ def is_run_config(file: Path) -> bool:
     try:
         tree: dict[str, Any] = read_yaml(file)
     except ConfigError as error:
-        if isinstance(error.__cause__, OSError) and may_pass(error.__cause__):
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, IsADirectoryError):
+            raise cause from error
         return False
     return all(isinstance(tree.get(name), dict) for name in GROUPS)
 
@@ -53,7 +58,7 @@ def is_run_log(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
             line = opened.readline(2**20)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return True
     except IsADirectoryError:
         return False

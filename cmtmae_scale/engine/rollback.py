@@ -6,6 +6,7 @@ from cmtmae_scale.checkpoint.layout import read_state
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.task import Run
 from cmtmae_scale.errors import NonFiniteError
+from cmtmae_scale.runtime.collectives import on_all_ranks
 
 
 def roll_back(run: Run, why: str) -> None:
@@ -31,7 +32,7 @@ def roll_back(run: Run, why: str) -> None:
     folder = find_checkpoint(writer.root, writer.rank, writer.world_size)
     if folder is None:
         raise NonFiniteError(f"{why}; there is no checkpoint yet to roll back to")
-    state = read_state(folder)
+    state = on_all_ranks(lambda: read_state(folder))
     saved = Progress.from_dict(state["progress"])
     if not run.skips.may_roll_back(saved.step):
         raise NonFiniteError(

@@ -61,6 +61,7 @@ def run_task(
             the run's folder.
         LockLostError: another launch took the folder over; nothing was saved.
         LaunchInterrupted: a signal before the first step, on any rank.
+        RankLostError: a signal before the first step, after another rank on this machine died.
     """
     run_dir, hang_s = Path(config.run.output_dir), config.guard.hang_seconds
     place = Place()
@@ -93,7 +94,8 @@ def run_task(
         ending.launch = require_shared(run_dir, world.rank)
         count_launch(run_dir, world.rank)
         ending.is_counted = True
-        with watched(run_dir, world.rank, place, hang_s, record_crash):
+        with watched(run_dir, world.rank, place, hang_s, record_crash) as watchdog:
+            ending.find_dead = watchdog.find_dead
             try:
                 run = build_run(task, config, world, device, stack, lock, place)
             except OSError as error:

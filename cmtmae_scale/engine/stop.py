@@ -5,7 +5,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -39,6 +40,18 @@ def interrupt_launch() -> None:
 
     for number in SIGNALS:
         signal.signal(number, handle)
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Ignore signals in the block, such as while the outcome of a launch is written."""
+    # SIG_IGN would be inherited by programs that are started in the block.
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

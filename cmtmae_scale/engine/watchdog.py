@@ -250,7 +250,7 @@ def watched(
     place: Place,
     hang_s: float | None,
     report: Callable[[str], int | None],
-) -> Iterator[None]:
+) -> Iterator[Watchdog]:
     """Watch this rank in the block; a collective at both ends.
 
     Args:
@@ -265,7 +265,7 @@ def watched(
     dog = Watchdog(run_dir, rank, place, hang_s, ranks, report)
     dog.start()
     try:
-        yield
+        yield dog
     finally:
         dog.over.set()
     barrier()  # no rank exits while another rank still watches it

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cmtmae_scale.errors import CmtMaeError, ConfigError, describe_store, exit_code_of, may_pass
-from cmtmae_scale.runtime.launch import World, launch_remedy
+from cmtmae_scale.runtime.launch import World, launch_remedy, require_rendezvous
 from dataloading.errors import DataError, ReadError
 
 T = TypeVar("T")
@@ -53,7 +53,11 @@ def pick_device(world: World) -> torch.device:
 
 @contextmanager
 def process_group(world: World, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
-    """Open the default process group: gloo for the host, and NCCL for GPUs."""
+    """Open the default process group: gloo for the host, and NCCL for GPUs.
+
+    Raises:
+        ConfigError: if the launcher's variables give no address at which the ranks meet.
+    """
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
     # Else gloo connects every rank with every other at once, 2,047 sockets of 2,048 ranks each.
@@ -64,6 +68,7 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
+        require_rendezvous(world)
         dist.init_process_group(
             backend,
             init_method=world.init_method,

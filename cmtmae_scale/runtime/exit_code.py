@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
+from cmtmae_scale.runtime.processes import start_ticks
 from cmtmae_scale.runtime.storage import optional_write, read_json, write_atomic
 
 EXIT_FILE = "exit.json"
@@ -71,6 +72,13 @@ class ExitReport:
 
     def leave(self, code: int) -> None:
         self.write(str(code))
+
+    def finds_dead_rank(self) -> bool:
+        """Return whether another rank of this supervised launch ended without a code."""
+        if self.file is None:
+            return False
+        reports = read_reports(self.file.parent).items()
+        return any(code is None and start_ticks(pid) is None for pid, code in reports)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
     """
     if "RANK" in environment:
         world = read_launcher(environment)
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         world = read_srun(environment)
     elif "JOB_COMPLETION_INDEX" in environment and {"WORLD_SIZE", "MASTER_ADDR"} & {*environment}:
         world = read_pod(environment)
@@ -137,8 +137,36 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def first_host(text: str) -> str:
-    """Return the first host of SLURM's short form: ``gpu007`` of ``gpu[007-012,020],big1``."""
-    found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", text)
+    """Return the first host of SLURM's short form: ``gpu007`` of ``gpu[007-012,020],big1``.
+
+    A name may have several ranges, or go on after one: ``r1n3-ib`` of ``r[1-2]n[3-4]-ib``.
+    """
+    found = re.match(r"(?:[^\[\],]|\[[^\[\]]+\])+", text)
     if found is None:
         raise ValueError(f"SLURM_STEP_NODELIST={text!r}")
-    return found[1] + (found[2] or "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[0])
+
+
+def require_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse an address at which the ranks cannot meet, which torch would answer with a traceback.
+
+    Raises:
+        ConfigError: names the variable.
+    """
+    scheme, _, place = world.init_method.partition("://")
+    if scheme == "env":
+        address, port = (environment.get(f"MASTER_{name}", "") for name in ("ADDR", "PORT"))
+    elif scheme == "tcp":
+        address, _, port = place.rpartition(":")
+    else:
+        return
+    if not address:
+        raise ConfigError(
+            "MASTER_ADDR is not set: export the name or address of the machine of rank 0 for every "
+            "rank, or launch with torchrun"
+        )
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ConfigError(
+            f"MASTER_PORT={port} is not a port: export the same number from 1 to 65535 for every "
+            "rank, or launch with torchrun"
+        )

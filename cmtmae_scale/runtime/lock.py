@@ -30,7 +30,7 @@ from typing import Any, cast
 from cmtmae_scale.errors import ConfigError, LockLostError, StorageError, may_pass
 from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_text
 from cmtmae_scale.runtime.processes import start_ticks
-from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.storage import list_names, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +63,8 @@ def hold_run(
         except ConfigError as error:
             problem = str(error)
         except OSError as error:
-            passes = may_pass(error)
-            problem = (
-                f"run.output_dir={run_dir} cannot be written ({error.strerror}: "
-                f"{error.filename or run_dir}); "
-                f"{'make room there and try again' if passes else 'correct it or choose another'}"
-            )
+            refusal = describe_unusable(run_dir, error)
+            problem, passes = str(refusal), isinstance(refusal, StorageError)
     problem, passes = broadcast_text(problem), not all_ranks_agree(not passes)
     if problem:
         raise (StorageError if passes else ConfigError)(problem)
@@ -77,6 +73,16 @@ def hold_run(
     finally:
         if lock is not None:
             lock.release()
+
+
+def describe_unusable(run_dir: Path, error: OSError) -> ConfigError | StorageError:
+    """Return what to raise for a run's folder that cannot be read or written."""
+    passes = may_pass(error)
+    remedy = "make room there and try again" if passes else "correct it or choose another"
+    return (StorageError if passes else ConfigError)(
+        f"run.output_dir={run_dir} cannot be used ({error.strerror}: {error.filename or run_dir}); "
+        f"{remedy}"
+    )
 
 
 class RunLock:
@@ -190,8 +196,13 @@ def lock_path(folder: Path, number: int) -> Path:
 
 
 def list_numbers(folder: Path) -> list[int]:
-    """Return all numbers in a lock's folder."""
-    return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
+    """Return all numbers in a lock's folder.
+
+    Raises:
+        OSError: if the store does not answer.
+    """
+    stems = (name.removesuffix(".json") for name in list_names(folder) if name.endswith(".json"))
+    return [int(stem) for stem in stems if stem.isdecimal()]
 
 
 def newest_number(folder: Path) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "atomic_path",
     "digest",
     "drop_from_memory",
+    "list_names",
     "optional_write",
     "read_inside",
     "read_json",
@@ -94,6 +95,20 @@ def digest(
             left -= len(piece)
             report(len(piece))
     return sha256.hexdigest()
+
+
+def list_names(folder: Path) -> list[str]:
+    """Return the names in a folder; none if it is absent.
+
+    ``Path.glob`` would return none, too, where the store fails or refuses.
+
+    Raises:
+        OSError: if the store fails or refuses.
+    """
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def require_inside(folder: Path, path: Path) -> None:

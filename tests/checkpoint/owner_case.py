@@ -1,9 +1,12 @@
 """Saves of replicas: only rank 0 owns fragments; each rank notes the files that it touches."""
 
+import errno
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from cmtmae_scale.checkpoint.chunks import ChunkReader, load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.writer import open_writer
 from cmtmae_scale.config.schema import Checkpoint
-from cmtmae_scale.errors import CheckpointError, CmtMaeError
+from cmtmae_scale.errors import CheckpointError, CmtMaeError, exit_code_of
 from cmtmae_scale.runtime.groups import make_group, world_group
 from cmtmae_scale.runtime.launch import World
 from tests.checkpoint.save_case import fragments, state_of, values
@@ -115,3 +118,20 @@ def load_counted(folder: Path, cases: list[int]) -> list[tuple[int, int, bool, s
         results.append((sum(read), held, is_right, error))
     ChunkReader.read_values = read_values
     return results
+
+
+def find_where_one_rank_cannot_list(root: Path, victims: list[int]) -> list[str]:
+    """Find the newest checkpoint while the store lists no folder for one rank; name or error."""
+    found: list[str] = []
+    for victim in victims:
+        refuse = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", str(root)))
+        with ExitStack() as stack:
+            if dist.get_rank() == victim:
+                for name in ("listdir", "scandir"):
+                    stack.enter_context(mock.patch.object(os, name, refuse))
+            try:
+                folder = find_checkpoint(root, dist.get_rank(), dist.get_world_size())
+                found.append("none" if folder is None else folder.name)
+            except CmtMaeError as error:
+                found.append(f"{exit_code_of(error)} {error}")
+    return found

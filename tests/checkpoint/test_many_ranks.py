@@ -1,6 +1,7 @@
 """What a checkpoint costs does not grow with the number of ranks that own nothing."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from cmtmae_scale.checkpoint.encoder_copy import copy_encoder_apart
 from cmtmae_scale.checkpoint.index import INDEX, Span, rank_file
 from cmtmae_scale.checkpoint.shards import ENCODERS, Shard, build_index, hash_shapes, write_encoder
 from cmtmae_scale.errors import CheckpointError
-from tests.checkpoint.owner_case import load_counted, save_and_verify
+from tests.checkpoint.owner_case import (
+    find_where_one_rank_cannot_list,
+    load_counted,
+    save_and_verify,
+)
 from tests.checkpoint.save_case import fragments, save, values
 from tests.checkpoint.test_foreign import change
 from tests.processes import run_ranks
@@ -38,6 +43,19 @@ def test_owners_write_and_rank_0_verifies_for_all(tmp_path: Path) -> None:
         mine = [block.name for block in layout.share_blocks(files, rank, 3)]
         assert names[-len(mine) :] == mine  # each its share of the bytes
         assert not rank or names == mine
+
+
+@pytest.mark.gloo
+def test_a_store_that_cannot_be_listed_is_no_new_run_and_no_hang(tmp_path: Path) -> None:
+    """Rank 0 alone lists the checkpoints; where there are none, every rank looks for ``latest``."""
+    save(tmp_path / "c")
+    first, second = run_ranks(2, find_where_one_rank_cannot_list, tmp_path / "c", [0, 1])
+    assert first[1] == second[1] == "step-00000003"
+    assert first[0].startswith("75 ") and "Input/output error" in first[0]
+    assert second[0] == first[0]
+    shutil.rmtree(tmp_path / "c" / "step-00000003")
+    (found, _), (other, _) = run_ranks(2, find_where_one_rank_cannot_list, tmp_path / "c", [1, -1])
+    assert found.startswith("75 rank 1: ") and other.startswith("75 ")
 
 
 @pytest.mark.gloo

@@ -160,3 +160,5 @@ def test_a_checkpoint_that_would_be_refused(
     assert "images differ" in reason and "student.init_from_run=" in reason
     (folder / "manifest.json").unlink()
     assert "none of 1 checkpoints is intact" in dry(recipe, capsys, where)[1][0]
+    shutil.rmtree(folder)
+    assert "latest names a checkpoint, but there is none" in dry(recipe, capsys, where)[1][0]

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from cmtmae_scale.commands.rank import run_as_rank
 from cmtmae_scale.commands.supervise import supervise
+from cmtmae_scale.engine.stop import LaunchInterrupted
 from cmtmae_scale.errors import EXIT_STOPPED
-from cmtmae_scale.runtime.exit_code import common_code
+from cmtmae_scale.runtime.exit_code import SUPERVISOR, common_code
 
 ROOT = Path(__file__).parents[2]
 RANK = str(ROOT / "tests" / "commands" / "rank_case.py")
@@ -168,6 +170,25 @@ def test_the_gravest_code_counts() -> None:
     assert common_code([None, 75, 1]) == 75
     assert common_code([0, 0]) == 0
     assert common_code([1, None]) == 1
+
+
+@pytest.mark.parametrize(("left", "expected"), [("", 1), ("75", 75), (None, 75)])
+def test_a_launcher_that_ends_the_ranks_because_one_died_is_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str | None, expected: int
+) -> None:
+    """Before the run's folder is known; a rank that a signal ended has left its code."""
+
+    def interrupted() -> int:
+        raise LaunchInterrupted("SIGTERM")
+
+    monkeypatch.setenv(SUPERVISOR, str(tmp_path))
+    monkeypatch.setattr("cmtmae_scale.commands.rank.interrupt_launch", lambda: None)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    if left is not None:
+        (tmp_path / str(gone.pid)).write_text(left)
+    assert run_as_rank(interrupted) == expected
+    assert (tmp_path / str(os.getpid())).read_text() == str(expected)
 
 
 def test_a_full_temporary_folder_is_75(

@@ -1,11 +1,14 @@
 """Launches without progress end in a code that no scheduler tries again."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+from cmtmae_scale.api.pretrain import own_handlers
 from cmtmae_scale.checkpoint.find import find_checkpoint
 from cmtmae_scale.checkpoint.layout import folder_of
 from cmtmae_scale.engine.ending import Ending
@@ -16,7 +19,8 @@ from cmtmae_scale.engine.launches import (
     reset_launch_count,
     take_back_launch,
 )
-from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.engine.stop import LaunchInterrupted, interrupt_launch
+from cmtmae_scale.errors import CheckpointError, RankLostError
 from cmtmae_scale.runtime.exit_code import EXIT_FILE, read_finished
 from tests.checkpoint.save_case import save
 from tests.engine.fault_case import (
@@ -142,6 +146,42 @@ def test_a_signal_on_one_rank_before_the_first_step_is_no_crash_of_any(
     assert launches_from(run_dir, []) == 1
     record = json.loads((run_dir / "exit.json").read_text())
     assert record["code"] == 75 and "before the first step" in record["reason"]
+
+
+def test_the_launchers_signal_after_a_rank_died_is_a_crash(tmp_path: Path) -> None:
+    """torchrun and deepspeed end all ranks when one dies; ranks that a signal ends leave a mark."""
+    outcomes: list[tuple[int, int]] = []
+    for dead, is_marked in (([1], False), ([1], True), ([], False)):
+        increment_count(tmp_path)
+        with (
+            pytest.raises((RankLostError, LaunchInterrupted)) as caught,
+            Ending(tmp_path, 0) as end,
+        ):
+            end.launch, end.is_counted, end.find_dead = "abc", True, lambda dead=dead: dead
+            if is_marked:
+                Ending.mark_interrupted(end)
+            raise LaunchInterrupted("SIGTERM")
+        is_crash = isinstance(caught.value, RankLostError)
+        assert is_crash == (dead == [1] and not is_marked)
+        record = json.loads((tmp_path / EXIT_FILE).read_text())
+        outcomes.append((record["code"], launches_from(tmp_path, [])))
+        assert ("rank 1 died on this machine" in record["reason"]) == is_crash
+    assert outcomes == [(1, 1), (75, 1), (75, 1)]
+
+
+def test_a_signal_while_the_outcome_is_written_does_not_replace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def struck(ending: Ending) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr(Ending, "is_interrupted", struck)
+    with own_handlers():
+        interrupt_launch()
+        with pytest.raises(ValueError, match="a bug"), Ending(tmp_path, 0):
+            raise ValueError("a bug")
+    assert json.loads((tmp_path / EXIT_FILE).read_text())["code"] == 1
 
 
 def test_an_interrupted_launch_takes_back_its_own_count_alone(tmp_path: Path) -> None:

@@ -147,6 +147,8 @@ def find_job_problems(job: Node) -> Iterator[str]:
     ]
     if drained != ["Ignore"]:
         yield "podFailurePolicy: DisruptionTarget must be Ignore"
+    if "activeDeadlineSeconds" not in job:
+        yield "no activeDeadlineSeconds: exit codes that are ignored would be tried again for ever"
 
 
 def find_pod_problems(pod: Node) -> Iterator[str]:

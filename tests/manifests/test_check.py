@@ -34,6 +34,7 @@ PLANTED = {
     "an image without a tag": (":0.2.0", "", "neither tag nor digest"),
     "an exit code unknown": ("values: [75]", "values: [76]", "exit code 75 must be Ignore"),
     "a drained pod counted": ("type: DisruptionTarget", "type: PodReady", "DisruptionTarget"),
+    "no end": ("activeDeadlineSeconds: 2592000", "", "no activeDeadlineSeconds"),
     "little shared memory": ("medium: Memory, ", "", "/dev/shm"),
     "a policy for others": (
         "policyTypes: [Ingress, Egress]",

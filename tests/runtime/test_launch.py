@@ -1,7 +1,13 @@
 import pytest
 
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.launch import find_world, first_host, launch_remedy, tasks_per_node
+from cmtmae_scale.runtime.launch import (
+    find_world,
+    first_host,
+    launch_remedy,
+    require_rendezvous,
+    tasks_per_node,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -94,6 +100,40 @@ def test_short_forms_of_slurm() -> None:
         "gpu007",
         "n1",
     ]
+
+
+def test_names_of_nodes_with_several_ranges() -> None:
+    assert [first_host(text) for text in ("r[1-2]n[03-04],b2", "gpu[7,9]-ib[0-1].x", "a-[2]")] == [
+        "r1n03",
+        "gpu7-ib0.x",
+        "a-2",
+    ]
+    with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST=''"):
+        find_world(SRUN | {"SLURM_STEP_NODELIST": ""})
+
+
+@pytest.mark.parametrize("count", ["", "nan", "0x2"])
+def test_a_number_of_tasks_that_is_none_is_refused(count: str) -> None:
+    with pytest.raises(ConfigError, match="SLURM's variables of this step are incomplete"):
+        find_world(SRUN | {"SLURM_STEP_NUM_TASKS": count})
+
+
+def test_an_address_at_which_ranks_cannot_meet_is_named() -> None:
+    given = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    for environment in (TORCHRUN, SRUN, POD):
+        require_rendezvous(find_world(environment | given), environment | given)
+    refused = {
+        "MASTER_ADDR is not set": (TORCHRUN, TORCHRUN | given | {"MASTER_ADDR": ""}),
+        "MASTER_ADDR is not": (POD | {"MASTER_ADDR": ""},),
+        "MASTER_PORT= is not a port": (TORCHRUN | {"MASTER_ADDR": "node1"},),
+        "MASTER_PORT=nan is not a port": (TORCHRUN | given | {"MASTER_PORT": "nan"},),
+        "MASTER_PORT=99999 is not a port": (SRUN | {"MASTER_PORT": "99999"},),
+        "MASTER_PORT=0 is not a port": (POD | {"MASTER_PORT": "0"},),
+    }
+    for text, environments in refused.items():
+        for environment in environments:
+            with pytest.raises(ConfigError, match=text):
+                require_rendezvous(find_world(environment), environment)
 
 
 def test_a_pod_of_an_indexed_job() -> None:

@@ -223,12 +223,25 @@ def test_all_ranks_leave_with_rank_0s_answer(tmp_path: Path) -> None:
     assert f"is in use by pid {os.getpid()}" in answers[0]
 
 
+def test_a_folder_that_cannot_be_listed_holds_no_unknown_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    assert newest_number(tmp_path / "absent") == 0
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        newest_number(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
     for place in (tmp_path / "file" / "run", tmp_path / "file", Path("/proc/run")):
         with (
-            pytest.raises(ConfigError, match=f"run.output_dir={place} cannot be written"),
+            pytest.raises(ConfigError, match=f"run.output_dir={place} cannot be used"),
             hold_run(place, 0),
         ):
             pass
