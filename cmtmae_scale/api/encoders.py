@@ -12,7 +12,7 @@ from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
-from cmtmae_scale.evaluation.encoder_file import file_config, read_file
+from cmtmae_scale.evaluation.encoder_file import exported_file, file_config, read_file
 from cmtmae_scale.evaluation.saved import (
     check_encoder,
     locate_checkpoint,
@@ -20,7 +20,7 @@ from cmtmae_scale.evaluation.saved import (
     saved_config,
 )
 from cmtmae_scale.export.encoder import build_timm
-from cmtmae_scale.export.timm_folder import WEIGHTS, data_config
+from cmtmae_scale.export.timm_folder import data_config
 
 
 def load_encoder(
@@ -47,13 +47,12 @@ def load_encoder(
         ConfigError: arguments that do not fit what the path holds.
     """
     place = Path(place)
-    if (place / "config.json").is_file() and (place / WEIGHTS).is_file():
-        place = place / WEIGHTS
-    if place.suffix == ".safetensors":
+    file = exported_file(place)
+    if file is not None:
         if weights is not None:
-            raise ConfigError(f"weights={weights} belongs to a run or a checkpoint; found {place}")
-        tensors = read_file(place)
-        return load_strictly(file_config(place, tensors, arch), tensors, str(place))
+            raise ConfigError(f"weights={weights} belongs to a run or a checkpoint; found {file}")
+        tensors = read_file(file)
+        return load_strictly(file_config(file, tensors, arch), tensors, str(file))
     if arch is not None:
         raise ConfigError(f"arch={arch} belongs to a .safetensors file; found {place}")
     folder = locate_checkpoint(place)

@@ -117,7 +117,7 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--checkpoint",
         type=Path,
-        help="a run, a checkpoint, or a .safetensors file of cmtmae export",
+        help="a run, a checkpoint, or a .safetensors file or timm folder of cmtmae export",
     )
     which.add_argument("--timm", metavar="MODEL", help="a ViT of timm: MODEL.TAG, or with --file")
     parser.add_argument(

@@ -169,13 +169,19 @@ def find_share(
     """Return number and count of this job: those of ``--shard``, else of a SLURM array, else 0, 1.
 
     Raises:
-        ConfigError: if the array has gaps, which would leave shards to no task.
+        ConfigError: if the array has gaps, which would leave shards to no task, or its variables
+            are incomplete.
     """
     if given is not None or "SLURM_ARRAY_TASK_ID" not in environment:
         return given or (0, 1)
-    task, first, last, count = (
-        int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT")
-    )
+    names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "COUNT")]
+    try:
+        task, first, last, count = (int(environment[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"SLURM array: {', '.join(names)} are not all numbers ({error}); export them all as "
+            "SLURM sets them, or give the share with --shard i/count"
+        ) from error
     if last - first + 1 != count:
         raise ConfigError(
             f"SLURM array: {count} tasks with numbers from {first} to {last} would leave shards to "

@@ -16,6 +16,20 @@ from cmtmae_scale.method.build import probe_arch
 from cmtmae_scale.runtime.storage import read_inside, read_json
 from cmtmae_scale.teachers.weights import read_weights
 
+FOLDER_WEIGHTS = "model.safetensors"
+"""File of the weights in a folder of ``cmtmae export timm``, beside timm's ``config.json``."""
+
+
+def exported_file(place: Path) -> Path | None:
+    """Return the file of an exported encoder at a path: the path itself, or within its folder.
+
+    ``None``: there is neither a file of safetensors nor a folder of ``cmtmae export timm``.
+    """
+    if place.suffix == ".safetensors":
+        return place
+    file = place / FOLDER_WEIGHTS
+    return file if file.is_file() and (place / "config.json").is_file() else None
+
 
 def read_file(file: Path) -> dict[str, Tensor]:
     """Read the tensors of an exported encoder.

@@ -19,7 +19,7 @@ from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
-from cmtmae_scale.evaluation.encoder_file import file_config, read_file
+from cmtmae_scale.evaluation.encoder_file import exported_file, file_config, read_file
 from cmtmae_scale.evaluation.encoders import (
     Encoder,
     encoder_from_student,
@@ -86,10 +86,11 @@ def open_subject(options: argparse.Namespace, world: World, device: torch.device
             options.timm, options.file, options.size, options.seed, world, device
         )
     place: Path = options.checkpoint
-    if place.suffix == ".safetensors":
+    file = on_all_ranks(lambda: exported_file(place))
+    if file is not None:
         if options.weights is not None:
-            raise ConfigError(f"--weights belongs to a checkpoint; {place} is a file")
-        return on_all_ranks(lambda: subject_from_file(place, options.arch, device))
+            raise ConfigError(f"--weights belongs to a checkpoint; {file} is a file")
+        return on_all_ranks(lambda: subject_from_file(file, options.arch, device))
     if options.arch is not None:
         raise ConfigError(f"--arch belongs to a .safetensors file; found {place}")
     return subject_from_checkpoint(place, options.weights, world, device)

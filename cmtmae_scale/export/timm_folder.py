@@ -21,6 +21,7 @@ from torch.torch_version import TorchVersion
 
 from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.evaluation.encoder_file import FOLDER_WEIGHTS
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.encoder import timm_call
 from cmtmae_scale.export.origin import Origin
@@ -29,7 +30,6 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_im
 from cmtmae_scale.runtime.storage import write_atomic
 from dataloading.one_pass import CENTRE
 
-WEIGHTS = "model.safetensors"
 LOCAL_DIR_VERSION = "1.0.26"
 """First timm that reads safetensors from a local folder."""
 TRANSFORM = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
@@ -41,7 +41,7 @@ def write_timm(draft: Path, origin: Origin) -> None:
     Raises:
         OSError: if the store refuses.
     """
-    write_encoder(origin.folder, draft / WEIGHTS, origin.weights)
+    write_encoder(origin.folder, draft / FOLDER_WEIGHTS, origin.weights)
     config, options = origin.config, timm_options(origin.config)
     tree = {
         "architecture": config.student.arch.split(".")[0],  # a tag would name other weights
@@ -77,7 +77,7 @@ def load_timm(folder: Path, origin: Origin) -> VisionTransformer | Eva:
         model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
     else:
         arch, options = origin.config.student.arch, timm_options(origin.config)
-        model = timm.create_model(arch, **options, checkpoint_path=folder / WEIGHTS)
+        model = timm.create_model(arch, **options, checkpoint_path=folder / FOLDER_WEIGHTS)
     return cast(VisionTransformer | Eva, model).eval()
 
 
@@ -88,7 +88,7 @@ def reads_folders() -> bool:
 
 def timm_version() -> str:
     """Return the installed timm's version and the way in which it loads a folder."""
-    way = "" if reads_folders() else f" (checkpoint_path={WEIGHTS})"
+    way = "" if reads_folders() else f" (checkpoint_path={FOLDER_WEIGHTS})"
     return f"timm {timm.__version__}{way}"
 
 
@@ -123,7 +123,7 @@ def timm_snippet(origin: Origin, repo: str | None) -> str:
     if repo is not None:
         lines = [f'model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()', TRANSFORM]
     else:
-        older = timm_call(origin.config, checkpoint_path=f"FOLDER/{WEIGHTS}")
+        older = timm_call(origin.config, checkpoint_path=f"FOLDER/{FOLDER_WEIGHTS}")
         lines = [
             'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
             f"  # timm >= {LOCAL_DIR_VERSION}",

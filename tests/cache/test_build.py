@@ -465,6 +465,13 @@ def test_a_slurm_array_with_gaps_is_refused_unless_the_share_is_given(task: dict
     assert precompute.find_share((1, 2), task) == (1, 2)
 
 
+@pytest.mark.parametrize("change", [{"SLURM_ARRAY_TASK_MAX": None}, {"SLURM_ARRAY_TASK_MIN": "x"}])
+def test_a_slurm_array_with_incomplete_variables_is_refused(change: dict[str, str | None]) -> None:
+    task = {k: v for k, v in (array_task(0, 0, 3, 4) | change).items() if v is not None}
+    with pytest.raises(ConfigError, match=r"SLURM_ARRAY_TASK_M.*or give the share with --shard"):
+        precompute.find_share(None, task)
+
+
 def test_a_task_of_an_array_with_gaps_exits_with_78(
     recipe: Path,
     tmp_path: Path,

@@ -190,6 +190,10 @@ def test_a_checkpoint_and_its_exported_file_are_one(place: Path, tmp_path: Path)
     (tmp_path / "one" / "config.json").write_text('{"architecture": "test_vit"}')
     text = evaluate("knn", "--checkpoint", file, *paths, "--no-baselines")
     assert "not written to a file; name one with --out" in text
+    file.rename(tmp_path / "one" / "model.safetensors")  # as in a folder of export timm
+    out = tmp_path / "folder.json"
+    evaluate("knn", "--checkpoint", tmp_path / "one", *paths, "--no-baselines", "--out", out)
+    assert json.loads(out.read_text())["subject"]["sha256"] == results[0][1]
 
 
 def test_a_model_of_timm_and_the_runs_teacher_are_read_as_timm_does(
