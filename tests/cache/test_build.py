@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -466,5 +467,18 @@ def test_an_output_that_is_not_finite_ends_the_build_and_names_the_image(
         r"image 0 \(class0/000.jpg\), which was decoded; set backend.precision=fp32"
     )
     with pytest.raises(TeacherError, match=expected):
+        builder.compute_shard(manifest, 0)
+    builder.close()
+
+
+def test_attention_that_is_not_finite_ends_the_build_without_features_too(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """The features, which would show it, are not computed for a cache of attention maps."""
+    builder = case.make_builder(recipe, ["cache.codec=attention"])
+    manifest = builder.begin_cache(tmp_path / "cache", "attention", case.ROWS_PER_SHARD)
+    block: Any = builder.teacher.tower.blocks[-1]
+    block.attn.qkv.weight.data[0] = torch.nan
+    with pytest.raises(TeacherError, match="is not finite for 4 of 4 views"):
         builder.compute_shard(manifest, 0)
     builder.close()
