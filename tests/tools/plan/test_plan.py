@@ -227,6 +227,8 @@ def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, counted: Counte
 
     for name in ("fsdp", "deepspeed"):
         line = [*BATCH, "backend.precision=bf16", f"backend.name={name}"]
+        if name == "deepspeed":  # the default bucket is larger than all else of this student
+            line += ["backend.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"]
         config = load_config(recipe, line)
         activations = 4 * (counted.saved_view + counted.input_view)
         states = held_bytes(config) - activations
@@ -260,6 +262,18 @@ def test_sharded_copies_are_gathered_by_blocks(recipe: Path, counted: Counted) -
     assert gathered(*zero, kind="reduction bucket") == 4 * 500_000_000
     size = "backend.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"
     assert gathered(*zero, size, kind="reduction bucket") == 4000
+    for stage, key, expected in (
+        (2, "reduce_bucket_size: 1000", 2000),
+        (2, "reduce_bucket_size: 1000, overlap_comm: true", 4000),
+        (2, "reduce_bucket_size: 1000, contiguous_gradients: false", None),
+        (1, "reduce_bucket_size: 1000", None),
+    ):
+        line = ("backend.name=deepspeed", f"backend.zero_stage={stage}")
+        extra = f"backend.deepspeed={{zero_optimization: {{{key}}}}}"
+        assert gathered(*line, extra, kind="reduction bucket") == expected
+        if key == "reduce_bucket_size: 1000":
+            line = (*line, "backend.precision=fp32")
+            assert gathered(*line, extra, kind="reduction bucket") == 4000
     limit = "backend.deepspeed={zero_optimization: {stage3_max_live_parameters: 1000}}"
     assert gathered(*zero, limit) == 2000
 
