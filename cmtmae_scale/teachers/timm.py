@@ -17,6 +17,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from cmtmae_scale.config.derive import entry_message
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.build import VIT_MODULES
@@ -254,12 +255,9 @@ class TimmSource:
                 where = f"teacher.weights={path} does not fit teacher.model={self.config.model}"
                 raise TeacherError(f"{where}: {error}") from error
             if unused:
-                logger.info(
-                    "teacher.weights=%s: %d tensors are not used (%s)",
-                    path,
-                    len(unused),
-                    summarise_names(list(unused)),
-                )
+                names = summarise_names(list(unused))
+                text = f"teacher.weights={path}: {len(unused)} tensors are not used ({names})"
+                logger.info("%s", entry_message(text))
         elif (convert := find_filter(model)) is not None:
             try:
                 state = dict(convert(state, model))
