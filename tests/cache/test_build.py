@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -482,3 +483,29 @@ def test_attention_that_is_not_finite_ends_the_build_without_features_too(
     with pytest.raises(TeacherError, match="is not finite for 4 of 4 views"):
         builder.compute_shard(manifest, 0)
     builder.close()
+
+
+@pytest.mark.parametrize("codec", ["int8", "bf16"])
+def test_verifying_keeps_no_features_of_the_rows_that_it_has_compared(
+    recipe: Path, tmp_path: Path, codec: str
+) -> None:
+    """A hundredth of ImageNet-1K with four views is 21 GB of them, and as much stored."""
+    folder, overrides = tmp_path / "cache", [f"cache.codec={codec}"]
+    manifest = case.build_cache(recipe, folder, overrides)
+    builder = case.make_builder(recipe, overrides)
+    builder.join_cache(folder, builder.config.cache.codec)
+    forward, seen = builder.forward_next, []
+
+    def counted(plan: Any) -> Any:
+        assert sum(one() is not None for one in seen) <= 1
+        found = forward(plan)
+        seen.append(weakref.ref(found.features))
+        return found
+
+    builder.forward_next = counted  # pyright: ignore
+    found = compare_rows(builder, folder, manifest, range(manifest.num_shards), 1.0)
+    builder.close()
+    assert len(seen) == 5 and found.rows == manifest.num_rows and found.good
+    assert found.features is not None and found.attention_error is not None
+    assert found.features.standardised[2] > (0.9998 if codec == "int8" else 0.999)
+    assert 0 < found.attention_error < 1e-3 and (found.agreement or 0) > 0.99
