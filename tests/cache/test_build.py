@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import re
 import shutil
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,13 @@ from cmtmae_scale.cache import build
 from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
-from cmtmae_scale.cache.format import missing_shards, old_seal_path, read_manifest, shard_path
+from cmtmae_scale.cache.format import (
+    ABANDONED_S,
+    missing_shards,
+    old_seal_path,
+    read_manifest,
+    shard_path,
+)
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
 from cmtmae_scale.cache.verify import choose_rows, compare_rows, damaged_shards
 from cmtmae_scale.commands import precompute
@@ -146,6 +154,21 @@ def run(recipe: Path, folder: Path, *arguments: str) -> int:
     return precompute.precompute_teacher(
         ["--config", str(recipe), size, f"cache.dir={folder}", *arguments]
     )
+
+
+def test_what_a_killed_process_was_writing_is_deleted_once_it_is_old(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = copy(whole, tmp_path)
+    shard = shard_path(folder, read_manifest(folder), 1)
+    names = (f".{shard.name}.0123abcd.tmp", f".{shard.name}.89abcdef.tmp", ".mine.0123abcd.tmp")
+    old, recent, foreign = (shard.with_name(name) for name in names)
+    for path in (old, recent, foreign):
+        path.write_bytes(b"half")
+    for path in (old, foreign):
+        os.utime(path, (1, time.time() - ABANDONED_S - 1))
+    assert run(recipe, folder) == 0
+    assert not old.exists() and recent.exists() and foreign.exists() and shard.exists()
 
 
 def test_a_flipped_bit_is_found_named_and_repaired(
