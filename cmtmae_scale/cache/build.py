@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale.cache.claim import compute_once
+from cmtmae_scale.cache.claim import compute_once, heartbeat
 from cmtmae_scale.cache.codecs import (
     Calibration,
     Codec,
@@ -354,11 +354,13 @@ def open_or_build_index(config: Config, folder: Path) -> Index:
     def find() -> Index | None:
         return open_images(config.data, folder) if (folder / "index.json").exists() else None
 
+    def build(keep_alive: Callable[[], None]) -> Index:
+        with heartbeat(keep_alive):  # the headers of a large set take longer than STALE_S
+            return open_images(config.data, folder)
+
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        return compute_once(
-            folder / ".indexing", find, lambda keep_alive: open_images(config.data, folder)
-        )
+        return compute_once(folder / ".indexing", find, build)
     except OSError as error:
         raise CacheError(
             f"{folder}: cannot be written ({error.strerror}); "

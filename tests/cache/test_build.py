@@ -7,7 +7,9 @@ import re
 import shutil
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cmtmae_scale.cache import build
+from cmtmae_scale.cache import build, claim
 from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
@@ -31,6 +33,8 @@ from cmtmae_scale.cache.format import (
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
 from cmtmae_scale.cache.verify import choose_rows, compare_rows, damaged_shards
 from cmtmae_scale.commands import precompute
+from cmtmae_scale.config.images import open_images
+from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import TeacherView
@@ -532,3 +536,24 @@ def test_verifying_keeps_no_features_of_the_rows_that_it_has_compared(
     assert found.features is not None and found.attention_error is not None
     assert found.features.standardised[2] > (0.9998 if codec == "int8" else 0.999)
     assert 0 < found.attention_error < 1e-3 and (found.agreement or 0) > 0.99
+
+
+def test_processes_wait_for_an_index_however_long_it_takes(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all of them begin to read the headers of a large set once the first is at work."""
+    config, builds = load_config(recipe), []
+
+    def open_slowly(data: Any, folder: Path) -> Any:
+        if not (folder / "index.json").exists():
+            builds.append(folder)
+            time.sleep(1.0)
+        return open_images(data, folder)
+
+    monkeypatch.setattr(build, "open_images", open_slowly)
+    monkeypatch.setattr(build, "compute_once", partial(compute_once, stale_s=0.4, pause_s=0.02))
+    monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    with ThreadPoolExecutor(3) as pool:
+        opened = [pool.submit(build.open_or_build_index, config, tmp_path) for _ in range(3)]
+    assert len({one.result().digest for one in opened}) == 1
+    assert builds == [tmp_path]
