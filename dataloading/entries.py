@@ -32,6 +32,9 @@ READERS = 8
 """Threads that read the headers of files."""
 UNREADABLE = "cannot be read: "
 """Begins the reason of a file that the operating system did not give."""
+NO_LABEL = "its image has no label"
+"""Ends the reason of a label that cannot be used."""
+SECOND_CLASS = "a second class of its sample; the first is used"
 SIDEWAYS = 5
 """First of the EXIF orientations that exchange width and height."""
 
@@ -170,6 +173,11 @@ def depends_on_machine(reason: str) -> bool:
     A later launch may use it, though name, size and time of its file are as they were.
     """
     return reason.startswith(UNREADABLE) or LACKED in reason
+
+
+def concerns_label(reason: str) -> bool:
+    """Return whether a reason is that of a label only, whose image is used."""
+    return reason.endswith(NO_LABEL) or reason == SECOND_CLASS
 
 
 def map_in_threads(

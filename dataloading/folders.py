@@ -60,8 +60,8 @@ def list_folder(root: Path) -> tuple[Files, Counts]:
             its files are passed over.
         ReadError: if storage fails for longer than reads are retried.
     """
-    if not root.is_dir():
-        found = "is not a folder" if root.exists() else "does not exist"
+    if not os.path.isdir(root):
+        found = "is not a folder" if os.path.exists(root) else "does not exist"
         raise DataError(
             f"{root}: {found}{explain_path(root)}; set data.path to a folder of images, "
             "sub-folders are labels, or to WebDataset .tar files"
@@ -101,7 +101,7 @@ def list_folder(root: Path) -> tuple[Files, Counts]:
 def explain_path(path: Path) -> str:
     """Return why a path that is no folder and no tar was written in vain; empty if unknown."""
     text = str(path)
-    if path.exists():
+    if os.path.exists(path):
         if extension_of(path.name) in EXTENSIONS:
             return " but an image: put it, or a link to it, into a folder"
         is_packed = is_archive(extension_of(path.name))

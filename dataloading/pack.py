@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.check import Fault, ReportDone, map_in_order
+from dataloading.entries import encode_name
 from dataloading.errors import DataError
 from dataloading.files import atomic_path, sync
 from dataloading.index import Index, build_index
@@ -30,6 +31,7 @@ from dataloading.order import sample_ids
 from dataloading.packed_tar import Sample, find_difference, write_samples
 from dataloading.patience import PATIENCE_S
 from dataloading.reading import Reader, UndecodableError, start_threads
+from dataloading.webdataset import MAX_CLASS, decode_class
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,9 @@ class Pack:
         seed: of the order.
         shard_bytes: approximate image bytes per tar.
         patience_s: seconds for which a failed read is retried.
+
+    Raises:
+        DataError: if a label cannot be packed.
     """
 
     def __init__(
@@ -84,6 +89,16 @@ class Pack:
         self._patience_s = patience_s
         self._bytes = int(index.entries["size"].sum(dtype=np.int64))
         self._shards = -(-self._bytes // shard_bytes)
+        labels: NDArray[np.int32] = index.entries["label"]
+        for row in np.unique(labels[labels >= 0]):
+            label = index.labels[int(row)]
+            text = encode_name(label)
+            if not 0 < len(text) <= MAX_CLASS or decode_class(text) != label:
+                raise DataError(
+                    f"{index.root}: the label {label[:80]!r} cannot be packed: a .cls member holds "
+                    f"a text of at most {MAX_CLASS} bytes without spaces or a byte-order mark at "
+                    "its ends; rename it"
+                )
 
     @contextmanager
     def locked(self) -> Generator[None, None, None]:
@@ -162,15 +177,8 @@ class Pack:
         """Write the record of a new pack.
 
         Raises:
-            DataError: if a label cannot be packed, nothing is left, or the folder cannot be
-                written.
+            DataError: if nothing is left, or the folder cannot be written.
         """
-        for label in self._index.labels:
-            if not label or label != label.strip():
-                raise DataError(
-                    f"{self._index.root}: the label {label!r} begins or ends with a space, which "
-                    ".cls members cannot keep; rename the folder"
-                )
         if len(excluded) == len(self._index):
             raise DataError(f"{self._index.root}: no image can be decoded; nothing is packed")
         record = self._make_record(excluded)
@@ -226,13 +234,15 @@ class Pack:
         for copy in self._out.glob(f"{_COPY}*"):
             copy.unlink()
 
-    def verify_index(self, record: PackRecord, max_pixels: int) -> Index:
-        """Index the folder as a run would.
+    def verify_index(
+        self, record: PackRecord, max_pixels: int, exif_orientation: bool = True
+    ) -> Index:
+        """Index the folder as a run would; settings are those of ``build_index``.
 
         Raises:
             DataError: if the folder does not hold exactly the packed samples.
         """
-        packed = build_index(self._out, "webdataset", max_pixels)
+        packed = build_index(self._out, "webdataset", max_pixels, exif_orientation)
         expected = len(self._index) - len(record.excluded)
         if len(packed) != expected or len(packed.shards) != record.shards:
             raise DataError(
@@ -300,7 +310,7 @@ class Pack:
             raise self._unwritable(error) from error
 
     def _reading(self, reader: Reader) -> Callable[[tuple[int, int]], Sample]:
-        labels = [label.encode("utf-8", "surrogateescape") for label in self._index.labels]
+        labels = [encode_name(label) for label in self._index.labels]
 
         def read(chosen: tuple[int, int]) -> Sample:
             position, sample = chosen

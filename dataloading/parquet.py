@@ -44,12 +44,14 @@ class Columns(NamedTuple):
         fields: of the struct that are read, ``bytes`` and perhaps ``path``; none for binary.
         label: integers or texts; ``None``: none.
         names: of the classes, which integers count; ``None``: the values are the names.
+        unread: columns named as labels are, of a type that is not read; only if there is no label.
     """
 
     image: str
     fields: tuple[str, ...]
     label: str | None
     names: tuple[str, ...] | None
+    unread: tuple[str, ...] = ()
 
     def leaves(self) -> list[str]:
         """Return the columns as pyarrow selects them."""
@@ -120,7 +122,7 @@ def find_columns(path: Path, schema: Any) -> Columns:
     has integers or texts.
 
     Raises:
-        DataError: if there is no image column, or which one is meant is unknown.
+        DataError: if there is no image column, which one is meant is unknown, or two have one name.
     """
     features = _features(schema)
     by_feature: list[str] = []
@@ -144,9 +146,14 @@ def find_columns(path: Path, schema: Any) -> Columns:
             remedy = "write one with datasets.Image, or of type binary"
         raise DataError(f"{path}: {problem}; {remedy}")
     image = chosen[0]
+    label, names = _find_label(schema, features)
+    for name in (image, *_LABELS):
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path}: has several columns named {name}; give each its own name")
     kind = schema.field(image).type
     fields = tuple(name for name in ("bytes", "path") if _struct_child(kind, name) is not None)
-    return Columns(image, fields, *_find_label(schema, features))
+    unread = [one for one in schema if label is None and one.name in _LABELS and one.name != image]
+    return Columns(image, fields, label, names, tuple(f"{one.name} ({one.type})" for one in unread))
 
 
 def _find_label(

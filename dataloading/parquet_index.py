@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dataloading.entries import ENTRY, depends_on_machine, examine
+from dataloading.entries import ENTRY, NO_LABEL, depends_on_machine, examine
 from dataloading.errors import DataError, UndecodableError
 from dataloading.headers import header_of_bytes
 from dataloading.order import Shuffle
@@ -98,7 +98,7 @@ def _examine_file(path: Path, name: str, max_pixels: int, exif_orientation: bool
                     where = place(name, row)
                     number, fault = classes.number_of(label)
                     if fault is not None:
-                        excluded.append((where, f"{fault}; its image has no label"))
+                        excluded.append((where, f"{fault}; {NO_LABEL}"))
                     if not image.is_valid:
                         count_passed(passed, "path" if has_path else "null", "", where)
                     else:
@@ -124,6 +124,7 @@ def _examine_file(path: Path, name: str, max_pixels: int, exif_orientation: bool
         "classes": classes.texts,
         "is_named": columns.names is not None,
         "columns": f"images in {columns.image}, labels in {columns.label or 'none'}",
+        "unread": [f"{path.name}: {column}" for column in columns.unread],
         "excluded": excluded,
         "is_final": not any(depends_on_machine(reason) for _, reason in excluded),
         "passed": list(passed.values()),

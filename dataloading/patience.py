@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 60.0
 """Seconds for which a read is retried."""
 LASTING = frozenset(
-    (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR)
+    {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR}
+    | {errno.ENAMETOOLONG}
 )
 """Errors that are a property of the data set, not a temporary failure of storage."""
 

@@ -1,5 +1,6 @@
 """Which files are the shards of a data set, tars or Parquet files, and what samples are called."""
 
+import errno
 import glob
 import itertools
 import logging
@@ -74,7 +75,7 @@ def detect_source(path: Path) -> ShardSource | None:
     Raises:
         DataError: if a folder holds both, or images beside them.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if is_parquet(path.name):
             return "parquet"
         if _TAR_FILE.search(path.name) is not None:
@@ -84,10 +85,10 @@ def detect_source(path: Path) -> ShardSource | None:
     try:
         found: dict[ShardSource, str] = {}
         for source, ending in ENDINGS.items():
-            files = _files_in(path, ending) if path.is_dir() else _match(path, {}, ending)
+            files = _files_in(path, ending) if os.path.isdir(path) else _match(path, {}, ending)
             if files:
                 found[source] = f"{ending} files ({files[0].name} ...)"
-        if not path.is_dir():
+        if not os.path.isdir(path):
             return "parquet" if list(found) == ["parquet"] else "webdataset"
         image = next((file for file in walk(path) if file.fault is None), None) if found else None
     except OSError:  # whoever lists the folder says so
@@ -107,12 +108,51 @@ def detect_source(path: Path) -> ShardSource | None:
 def is_listed(path: Path | str) -> bool:
     """Return whether all files of a path are found by listing, and none is named."""
     is_pattern = is_glob(path) if isinstance(path, Path) else _is_remote_list(path)
-    return (is_pattern and "{" not in str(path)) or (isinstance(path, Path) and path.is_dir())
+    return (is_pattern and "{" not in str(path)) or (isinstance(path, Path) and os.path.isdir(path))
 
 
 def is_glob(path: Path) -> bool:
     """Return whether a path that does not exist is a pattern with ``*``, ``?`` or ``[...]``."""
     return glob.has_magic(str(path)) and not os.path.lexists(path)
+
+
+def require_reachable(root: Path) -> None:
+    """Refuse a path that this process may not look up; what is there is not looked at.
+
+    Raises:
+        DataError: names the path.
+        ReadError: if storage fails for longer than reads are retried.
+    """
+
+    def look_up() -> None:
+        try:
+            root.stat()
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # a pattern with many names in braces
+                return
+            if error.errno not in LASTING:
+                raise
+            raise DataError(
+                f"{root}: cannot be looked up ({error.strerror}); correct data.path, or make the "
+                "folders above it readable"
+            ) from error
+
+    Patience(PATIENCE_S).retry(look_up, str(root))
+
+
+def has_files(path: Path) -> bool:
+    """Return whether something is at a path, or a file that it means as a pattern.
+
+    Raises:
+        DataError: for a path that cannot be looked up, or a pattern that is not understood.
+    """
+    require_reachable(path)
+    if os.path.exists(path):
+        return True
+    texts = map(Path, _expand(path)) if "{" in str(path) else [path]
+    return any(_expand_magic(text) if is_glob(text) else os.path.exists(text) for text in texts)
 
 
 def list_shards(
@@ -139,9 +179,9 @@ def list_shards(
     counts: Counts = {}
     ending = ENDINGS[source]
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             tars = _files_in(path, ending, counts)
-        elif path.exists():
+        elif os.path.exists(path):
             tars = [path]
         else:
             texts = _expand(path) if "{" in str(path) else [str(path)]
@@ -315,19 +355,24 @@ def _match(path: Path, passed: Counts, ending: str) -> list[Path]:
     """Return the files that a pattern with ``*`` matches, by name; any other path as it is."""
     if not is_glob(path):
         return [path]
-    known, parts = Path(*path.parts[:1]), path.parts[1:]
-    if not path.is_absolute():
-        known, parts = Path(), path.parts
-    while parts and (known / parts[0]).exists():  # such folders may have [ in their names
-        known, parts = known / parts[0], parts[1:]
-    found = glob.glob(os.path.join(glob.escape(str(known)), *parts), recursive=True)
-    files = [Path(text) for text in sorted(found) if not os.path.isdir(text)]
+    files = _expand_magic(path)
     tars = [file for file in files if _is_shard(file.name, ending)]
     others = [str(file) for file in files if not _is_shard(file.name, ending)]
     for name in others:
         extension = extension_of(name)
         count_passed(passed, "file" if is_archive(extension) else "beside", extension, name)
     return tars
+
+
+def _expand_magic(path: Path) -> list[Path]:
+    """Return the files that a pattern with ``*``, ``?`` or ``[...]`` matches, by name."""
+    known, parts = Path(*path.parts[:1]), path.parts[1:]
+    if not path.is_absolute():
+        known, parts = Path(), path.parts
+    while parts and os.path.exists(known / parts[0]):  # such folders may have [ in their names
+        known, parts = known / parts[0], parts[1:]
+    found = glob.glob(os.path.join(glob.escape(str(known)), *parts), recursive=True)
+    return [Path(text) for text in sorted(found) if not os.path.isdir(text)]
 
 
 def _near(path: Path, ending: str) -> str:

@@ -305,7 +305,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise UndecodableError(f"signed integers of {bits} bits {_NO_RANGE}")
     if (
         isinstance(image, TiffImageFile)
-        and image.mode == "RGB"
+        and not image.mode.startswith("I")  # one channel
         and image.tag_v2.get(_PLANAR) == 2
         and max(image.tag_v2.get(_BITS, (1,))) > 8
     ):

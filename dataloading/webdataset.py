@@ -15,8 +15,11 @@ from dataloading.columns import NewBuffer, new_columns, new_memory
 from dataloading.entries import (
     ENTRY,
     EXTENSIONS,
+    NO_LABEL,
+    SECOND_CLASS,
     Findings,
     Passed,
+    concerns_label,
     depends_on_machine,
     encode_name,
     examine,
@@ -47,7 +50,8 @@ logger = logging.getLogger(__name__)
 
 _IMAGES = frozenset(name.encode("ascii") for name in EXTENSIONS)
 _CLASS = b".cls"
-_MAX_CLASS = 256  # bytes of a class's text
+MAX_CLASS = 256
+"""Most bytes of a class's text."""
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
@@ -130,6 +134,7 @@ def gather_shards(
     class_lists: dict[tuple[str, ...] | None, str] = {}  # None: no ClassLabel, but labels
     row_group: tuple[int, str] | None = None
     columns: dict[str, None] = {}  # in order
+    unread: list[str] = []
     rows = 0
     for number, shard in enumerate(shards):
         part = recall(number)
@@ -140,6 +145,7 @@ def gather_shards(
             class_lists.setdefault(None, shard.file.name)
         if "row_group" in part.facts:
             columns[part.facts["columns"]] = None
+            unread += part.facts.get("unread", [])  # earlier releases kept none
             group_bytes, first = part.facts["row_group"]
             if row_group is None or group_bytes > row_group[0]:
                 row_group = group_bytes, place(shard.file.name, first)
@@ -151,6 +157,10 @@ def gather_shards(
         folders.update(part.facts["folders"])
     if columns:
         logger.info("%s: columns: %s", path, "; ".join(columns))
+    if unread:
+        text = "%s: no labels are read from %s%s; write them as integers or texts"
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        logger.warning(text, path, unread[0], more)
     if excluded:
         bad = format_count(len(excluded), words.unit)
         text = "%s: %s, %s excluded or damaged; first: %s (%s)"
@@ -163,7 +173,8 @@ def gather_shards(
             f"{path}: no usable image in {format_count(len(shards), words.file)}{first}{others}; "
             f"set data.path to {words.expected}"
         )
-    lost, images = lost_images(passed), rows + len(excluded)
+    lost = lost_images(passed)
+    images = rows + sum(not concerns_label(reason) for _, reason in excluded)
     if lost > images:
         raise DataError(
             f"{path}: more than half of the {words.unit}s, {lost} of {lost + images}, are not "
@@ -305,13 +316,13 @@ def _read_samples(
                 exclude(offset, name, unfit)
         elif extension == _CLASS:
             if key in classes:
-                exclude(offset, name, "a second class of its sample; the first is used")
-            elif 0 < length <= _MAX_CLASS:
+                exclude(offset, name, SECOND_CLASS)
+            elif 0 < length <= MAX_CLASS:
                 classes[key] = decode_class(read_at(file, length, offset))
                 if not classes[key]:
-                    exclude(offset, name, "a class without text; its image has no label")
+                    exclude(offset, name, f"a class without text; {NO_LABEL}")
             else:
-                exclude(offset, name, f"a class of {length} bytes; its image has no label")
+                exclude(offset, name, f"a class of {length} bytes; {NO_LABEL}")
         else:
             others.append((key, extension, name))
 

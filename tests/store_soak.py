@@ -26,16 +26,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataloading.index import (
-    Index,
-    Listing,
-    Request,
-    build_index,
-    build_listed,
-    list_data,
-    load_or_build,
-    write_index,
-)
+from dataloading.data_set import Listing, Request, list_data
+from dataloading.index import Index, build_index, build_listed
+from dataloading.kept_index import load_or_build, write_index
 from dataloading.order import sample_ids
 from dataloading.patience import Patience
 from dataloading.sources import Source

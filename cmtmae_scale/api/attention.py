@@ -17,7 +17,7 @@ from cmtmae_scale.config.derive import attention_map_weights, entry_errors, need
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import inference_autocast
-from cmtmae_scale.evaluation.subject import (
+from cmtmae_scale.evaluation.saved import (
     check_encoder,
     locate_checkpoint,
     read_tensors,

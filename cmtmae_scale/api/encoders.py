@@ -12,11 +12,10 @@ from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
-from cmtmae_scale.evaluation.subject import (
+from cmtmae_scale.evaluation.encoder_file import file_config, read_file
+from cmtmae_scale.evaluation.saved import (
     check_encoder,
-    file_config,
     locate_checkpoint,
-    read_file,
     read_tensors,
     saved_config,
 )

@@ -230,7 +230,9 @@ def fill_arrays(
     for row, sample in enumerate(ids):
         names[row] = index.names[int(sample)]
     missing = np.setdiff1d(everything, ids, assume_unique=True)
-    excluded = [name for name, _ in index.excluded] + [index.names[int(row)] for row in missing]
+    excluded = [name for name, _ in index.unused_images()] + [
+        index.names[int(row)] for row in missing
+    ]
     return Features(
         arrays["patches"][:done],
         arrays["cls"][:done] if "cls" in arrays else None,

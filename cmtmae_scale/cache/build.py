@@ -41,7 +41,7 @@ from cmtmae_scale.cache.format import (
     shard_exists,
     write_shard,
 )
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import cache_folder, needs
 from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, TeacherError, remedy_for
@@ -341,22 +341,29 @@ def make_builder(
     if config.cache.codec == "attention":
         needed = needed._replace(teacher_features=False)
     teacher = assemble_teacher(config, needed, load=True).to(device, compute_dtype(config))
-    return Builder(config, open_or_build_index(config, index_folder), teacher, device, keyed)
+    index = open_or_build_index(config, index_folder, keyed)
+    return Builder(config, index, teacher, device, keyed)
 
 
-def open_or_build_index(config: Config, folder: Path) -> Index:
+def open_or_build_index(config: Config, folder: Path, keyed: Keyed = "views") -> Index:
     """Read the index, or build it while other processes wait.
+
+    A cache that was begun, and the run of a sidecar, keep the images that they began with.
 
     Raises:
         CacheError: if the folder cannot be written.
     """
 
+    def read() -> Index:
+        is_new = keyed == "views" and not (cache_folder(config) / MANIFEST).exists()
+        return open_images(config.data, folder, look_again=is_new)
+
     def find() -> Index | None:
-        return open_images(config.data, folder) if (folder / "index.json").exists() else None
+        return read() if (folder / "index.json").exists() else None
 
     def build(keep_alive: Callable[[], None]) -> Index:
         with heartbeat(keep_alive):  # the headers of a large set take longer than STALE_S
-            return open_images(config.data, folder)
+            return read()
 
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)

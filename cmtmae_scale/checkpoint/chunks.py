@@ -27,7 +27,7 @@ from cmtmae_scale.runtime.collectives import (
     own_rank,
 )
 from cmtmae_scale.runtime.storage import require_inside
-from cmtmae_scale.teachers.weights import find_non_finite
+from cmtmae_scale.teachers.state_dicts import find_non_finite
 
 
 class HostChunk(NamedTuple):

@@ -22,7 +22,7 @@ from cmtmae_scale.method.initialisation import Values, sincos_positions, write_r
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.method.student import Student
 from cmtmae_scale.teachers.original_names import Converted, convert_names
-from cmtmae_scale.teachers.weights import SAVE_FLOATS, find_non_finite, find_other_dtype
+from cmtmae_scale.teachers.state_dicts import SAVE_FLOATS, find_non_finite, find_other_dtype
 
 RENAMES = (
     # transformers' names to MAE's

@@ -20,7 +20,8 @@ from dataloading.errors import DataError
 
 if TYPE_CHECKING:
     from dataloading.check import Fault
-    from dataloading.index import Index, Listing
+    from dataloading.data_set import Listing
+    from dataloading.index import Index
     from dataloading.values import Survey
 
 logger = logging.getLogger(__name__)
@@ -108,14 +109,9 @@ def check_images(options: argparse.Namespace) -> int:
     Raises:
         DataError: no usable image, or a file that cannot be read or written.
     """
-    from dataloading.index import (
-        Request,
-        build_kept,
-        build_listed,
-        list_data,
-        require_publishable,
-        warn_of_many_files,
-    )
+    from dataloading.data_set import Request, list_data, warn_of_many_files
+    from dataloading.index import build_listed
+    from dataloading.kept_index import build_kept, require_publishable
     from dataloading.sheet import draw_sheet
     from dataloading.stores import as_root
 
@@ -157,7 +153,7 @@ def publish(listing: "Listing", index: "Index", options: argparse.Namespace) -> 
     Raises:
         DataError: if it cannot be written.
     """
-    from dataloading.index import write_index
+    from dataloading.kept_index import write_index
     from dataloading.passed_over import format_count
 
     if options.write_index is not None:
@@ -204,7 +200,7 @@ def report_data(
 
 def pack_images(index: "Index", options: argparse.Namespace) -> int:
     """Report, and pack the decodable images; returns the exit code."""
-    from dataloading.index import Request, list_data
+    from dataloading.data_set import Request, list_data
     from dataloading.mixing import class_mixing
     from dataloading.pack import Pack
     from dataloading.passed_over import format_count
@@ -226,8 +222,9 @@ def pack_images(index: "Index", options: argparse.Namespace) -> int:
         job.write(
             record, threads=options.threads, max_pixels=options.max_pixels, report_done=progress
         )
-    packed = job.verify_index(record, options.max_pixels)
-    publish(list_data(Request(options.pack, "webdataset", options.max_pixels)), packed, options)
+    settings = options.max_pixels, options.exif_orientation
+    packed = job.verify_index(record, *settings)
+    publish(list_data(Request(options.pack, "webdataset", *settings)), packed, options)
     mixing = class_mixing(packed.entries["label"])
     sys.stdout.write(
         f"\npacked and read back: {format_count(len(packed), 'image')} in "

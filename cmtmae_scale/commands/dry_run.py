@@ -5,13 +5,12 @@ reads them; nothing is downloaded, and nothing is written but an index that exis
 """
 
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -36,13 +35,19 @@ from cmtmae_scale.config.derive import (
 from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.engine.folder import refuse_foreign_folder
 from cmtmae_scale.engine.launches import refuse_further_launch
-from cmtmae_scale.engine.resume import compare_run
+from cmtmae_scale.engine.resume import compare_run, continue_progress
 from cmtmae_scale.engine.stop import STOP_FILE
 from cmtmae_scale.engine.trackers import refuse_missing_trackers
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, CheckpointError, CmtMaeError, ConfigError
 from cmtmae_scale.evaluation.periodic import RunEvaluation
-from cmtmae_scale.pretraining.build import open_init_weights, refuse_bad_index, refuse_missing_cls
+from cmtmae_scale.pretraining.build import (
+    has_begun,
+    open_init_weights,
+    refuse_bad_index,
+    refuse_missing_cls,
+)
 from cmtmae_scale.pretraining.init_from_run import open_source
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
@@ -62,6 +67,7 @@ from cmtmae_scale.tools.plan.devices import RESERVE
 from dataloading.addresses import is_url
 from dataloading.errors import DataError
 from dataloading.index import Index
+from dataloading.shards import has_files
 from dataloading.stream import require_decoder
 
 GIB = 2**30
@@ -84,12 +90,13 @@ def dry_run(config: Config, world: World) -> tuple[str, int]:
     reasons: list[str] = []
     index, images, origin = count_images(config, reasons)
     networks = attempt(reasons, lambda: build_meta_networks(config))
-    saved = attempt(reasons, lambda: find_saved_state(config, index))
+    saved = attempt(reasons, lambda: find_saved_state(config, index, images))
     check_launch(config, world, index, networks, saved is None, reasons)
     lines = [yaml.safe_dump(config_to_dict(config), sort_keys=False)]
     lines.append(f"images          {images if images is not None else 'unknown'} ({origin})")
     if images is not None or config.train.steps is not None:
-        lines.append(f"steps           {total_steps(config, images or 1)}")
+        steps = total_steps(config, images or 1) if saved is None else saved.end_step
+        lines.append(f"steps           {steps}")
     plan = attempt(reasons, lambda: batch_plan(config, world.world_size))
     lines.append(f"batch           {'none' if plan is None else explain_batch(config, plan)}")
     lines.append(
@@ -101,7 +108,7 @@ def dry_run(config: Config, world: World) -> tuple[str, int]:
         lines.append(f"warning         {problem}")
     if networks is not None:
         lines += count_networks(config, world.world_size, networks)
-    resumed = "nothing: a new run" if saved is None else saved
+    resumed = "nothing: a new run" if saved is None else saved.name
     lines.append(f"would resume    {resumed}")
     stop = Path(config.run.output_dir) / STOP_FILE
     if stop.exists():
@@ -131,6 +138,7 @@ def check_launch(
     """Append what a launch refuses beside batch, images and checkpoints; see ``build_run``."""
     run_dir = Path(config.run.output_dir)
     attempt(reasons, lambda: refuse_unwritable(run_dir))
+    attempt(reasons, lambda: refuse_foreign_folder(run_dir))
     attempt(reasons, lambda: refuse_living_holder(run_dir))
     attempt(reasons, lambda: refuse_further_launch(run_dir))
     attempt(reasons, lambda: require_decoder(config.data.decode))
@@ -233,8 +241,10 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
     data, expected = config.data, config.data.expected_images
     if expected is not None and is_absent(data.path):
         return None, expected, "data.expected_images; not counted"
-    folder = Path(data.index) if data.index else Path(config.run.output_dir) / "index"
-    index = attempt(reasons, lambda: open_images(data, folder if folder.is_dir() else None))
+    run_dir = Path(config.run.output_dir)
+    folder = Path(data.index) if data.index else run_dir / "index"
+    kept, look_again = folder if folder.is_dir() else None, not has_begun(config, run_dir)
+    index = attempt(reasons, lambda: open_images(data, kept, look_again))
     if index is None:
         return None, expected, reasons[-1] if expected is None else "data.expected_images"
     attempt(reasons, lambda: refuse_bad_index(config, index))
@@ -242,18 +252,26 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
 
 
 def is_absent(path: str) -> bool:
-    """Return whether no file or folder is at a path, and none matches it as a pattern of tars."""
-    whole = Path(path)
-    if is_url(path) or whole.exists():
+    """Return whether no file or folder is at a path, and none matches it as a pattern."""
+    try:
+        return not is_url(path) and not has_files(Path(path))
+    except DataError:  # the attempt to open the images says why
         return False
-    pattern = re.sub(r"\{[^}]*\}", "*", whole.name)
-    return pattern == whole.name or not any(whole.parent.glob(pattern))
 
 
-def find_saved_state(config: Config, index: Index | None) -> str | None:
-    """Return the checkpoint that a launch would resume, as text; ``None``: a new run.
+class Resumed(NamedTuple):
+    """A checkpoint that a launch would resume."""
 
-    Files are compared by size only.
+    name: str
+    """Folder and step."""
+    end_step: int
+    """Last step of the run."""
+
+
+def find_saved_state(config: Config, index: Index | None, images: int | None) -> Resumed | None:
+    """Return the checkpoint that a launch would resume; ``None``: a new run.
+
+    Files are compared by size only. ``images`` is the number of images, where it is known.
 
     Raises:
         CheckpointError: if no checkpoint is intact.
@@ -267,10 +285,12 @@ def find_saved_state(config: Config, index: Index | None) -> str | None:
             name = f"{folder} (step {state['progress']['step']})"
             try:
                 digest = state["index_digest"] if index is None else index.digest
-                compare_run(config, Pretraining.name, Pretraining.free_keys, state, digest)
+                keys = Pretraining.name, Pretraining.free_keys
+                changes = compare_run(config, *keys, state, digest)
             except CmtMaeError as error:
                 raise type(error)(f"{name} would be refused: {error}") from error
-            return name
+            end = continue_progress(config, images or 1, state, bool(changes)).end_step
+            return Resumed(name, end)
     if folders:
         raise CheckpointError(
             f"{root}: none of {len(folders)} checkpoints is intact; restore one, or use another "

@@ -17,7 +17,7 @@ from cmtmae_scale.runtime.arguments import (
     without_local_rank,
 )
 from cmtmae_scale.runtime.launch import World, find_world
-from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.log import escape_controls, set_up_logging
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def launch(arguments: Sequence[str]) -> int:
         require_equal(given | code_facts(device), REMEDY)
         text = run_method(options, world, device)
     if world.rank == 0:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(escape_controls(text) + "\n")
     return EXIT_DONE
 
 

@@ -10,7 +10,7 @@ from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.runtime.arguments import RECIPE_HELP, Parser
 from cmtmae_scale.runtime.launch import find_world
-from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.log import escape_controls, set_up_logging
 
 
 def finetune(arguments: Sequence[str] | None = None) -> int:
@@ -53,5 +53,5 @@ def launch_finetuning(options: argparse.Namespace) -> int:
     )
     code = run_task(task, config, world, device, options.config, options.overrides)
     if world.rank == 0 and task.summary:
-        sys.stdout.write("\n".join(task.summary) + "\n")
+        sys.stdout.write(escape_controls("\n".join(task.summary)) + "\n")
     return code

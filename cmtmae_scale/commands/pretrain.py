@@ -10,7 +10,7 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_DONE
 from cmtmae_scale.runtime.arguments import RECIPE_HELP, Parser, add_launcher_options
 from cmtmae_scale.runtime.launch import find_world
-from cmtmae_scale.runtime.log import set_up_logging
+from cmtmae_scale.runtime.log import escape_controls, set_up_logging
 
 
 def pretrain(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def launch_pretraining(options: argparse.Namespace) -> int:
         if world.rank != 0:
             return EXIT_DONE
         text, code = dry_run(config, world)
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(escape_controls(text) + "\n")
         return code
     from cmtmae_scale.api.pretrain import train_rank
 

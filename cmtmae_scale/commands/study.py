@@ -47,7 +47,11 @@ def execute_study(options: argparse.Namespace) -> int:
     from cmtmae_scale.tools.study.work import plan_runs
 
     record = Path(study.dir) / f"{Path(options.study).stem}.json"
-    runs, unmatched = adopt_records(study, plan_runs(study), read_record(record))
+    records = read_record(record)
+    if options.collect is not None:  # a run may have results there alone
+        there = read_record(options.collect.with_name(options.collect.stem + ".json"))
+        records += [one for one in there if one not in records]
+    runs, unmatched = adopt_records(study, plan_runs(study), records)
     selected = select_runs(study, runs, options.rows)
     if options.dry_run:
         sys.stdout.write(list_missing(selected))
@@ -97,7 +101,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         "--collect",
         type=Path,
         metavar="FILE.json",
-        help="run nothing; write the results so far there, and the figures beside it",
+        help="run nothing; write the results so far there, with those of the file, and the figures "
+        "beside it",
     )
     return parser.parse_args(arguments)
 
@@ -143,7 +148,7 @@ def require_images(study: Study) -> None:
     """
     from cmtmae_scale.config.images import request_images
     from cmtmae_scale.config.schema import Data
-    from dataloading.index import list_data
+    from dataloading.data_set import list_data
 
     for path in (study.evaluation.train, study.evaluation.test):
         list_data(request_images(Data(path=path)))

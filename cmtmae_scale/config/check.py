@@ -20,7 +20,8 @@ from cmtmae_scale.config.derive import (
     reads_cache,
     teacher_config,
 )
-from cmtmae_scale.config.schema import Backend, Config, Range, Schedule, Student, Teacher, Train
+from cmtmae_scale.config.ranges import Range
+from cmtmae_scale.config.schema import Backend, Config, Schedule, Student, Teacher, Train
 from cmtmae_scale.errors import ConfigError
 from dataloading.addresses import find_address_problem, is_url
 

@@ -14,7 +14,8 @@ from types import NoneType
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 from cmtmae_scale.config.finetune import Finetune
-from cmtmae_scale.config.schema import MISSING, Config, Range
+from cmtmae_scale.config.ranges import Range
+from cmtmae_scale.config.schema import MISSING, Config
 from cmtmae_scale.config.shipped import PACKAGE
 
 TASKS = {"pre-training": Config, "fine-tuning": Finetune}

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from cmtmae_scale.config.schema import Data
-from dataloading.index import Index, Request, build_index, load_or_build
+from dataloading.data_set import Request
+from dataloading.index import Index, build_index
+from dataloading.kept_index import load_or_build
 from dataloading.stores import as_root
 
 
@@ -12,12 +14,13 @@ def request_images(data: Data) -> Request:
     return Request(as_root(data.path), data.source, data.max_pixels, data.exif_orientation)
 
 
-def open_images(data: Data, folder: Path | None) -> Index:
+def open_images(data: Data, folder: Path | None, look_again: bool) -> Index:
     """Open the index of ``data.path`` that a folder keeps, or build it there, in one process.
 
     Args:
         data: the settings.
         folder: as for ``load_or_build``; ``None``: the index is built in memory.
+        look_again: as for ``load_or_build``; not where a run or a cache began with the index.
 
     Raises:
         DataError, ReadError: as ``load_or_build``.
@@ -25,4 +28,4 @@ def open_images(data: Data, folder: Path | None) -> Index:
     settings = data.source, data.max_pixels, data.exif_orientation
     if folder is None:
         return build_index(data.path, *settings)
-    return load_or_build(data.path, folder, *settings, data.verify_index)
+    return load_or_build(data.path, folder, *settings, data.verify_index, look_again)

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from cmtmae_scale.config.hints import key_hint, value_hint
-from cmtmae_scale.config.schema import Schedule, walk_fields
+from cmtmae_scale.config.ranges import walk_fields
+from cmtmae_scale.config.schema import Schedule
 from cmtmae_scale.errors import ConfigError
 
 NAME = r"[a-z][a-z0-9_]*"

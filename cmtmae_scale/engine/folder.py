@@ -5,7 +5,7 @@ from typing import Any
 
 from cmtmae_scale.config.yaml_text import read_yaml
 from cmtmae_scale.engine.sinks import LOG_FILE
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, may_pass
 from cmtmae_scale.runtime.storage import read_json
 
 CONFIG_FILE = "config.yaml"
@@ -34,10 +34,16 @@ def refuse_foreign_folder(run_dir: Path) -> None:
 
 
 def is_run_config(file: Path) -> bool:
-    """Return whether a file holds the settings of a run, of this version or an earlier one."""
+    """Return whether a file holds the settings of a run, of this version or an earlier one.
+
+    Raises:
+        OSError: if the store fails: what it holds is not known.
+    """
     try:
         tree: dict[str, Any] = read_yaml(file)
-    except ConfigError:
+    except ConfigError as error:
+        if isinstance(error.__cause__, OSError) and may_pass(error.__cause__):
+            raise error.__cause__ from None
         return False
     return all(isinstance(tree.get(name), dict) for name in GROUPS)
 
@@ -47,8 +53,10 @@ def is_run_log(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
             line = opened.readline(2**20)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return True
+    except IsADirectoryError:
+        return False
     if not line.strip():
         return True
     try:

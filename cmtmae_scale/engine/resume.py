@@ -36,14 +36,20 @@ def find_progress(
     Raises:
         ConfigError: if the checkpoint is of another task, or a setting must not change.
     """
-    batch = config.train.global_batch_size
     if saved is None:
-        return fresh_progress(total_steps(config, len(index)), batch)
+        return fresh_progress(total_steps(config, len(index)), config.train.global_batch_size)
     changes = compare_run(config, task.name, task.free_keys, saved, index.digest)
     for change in changes:
         logger.warning("allowed change: %s", change)
-    left = steps_left(config, len(index), saved)
-    return resumed_progress(saved["progress"], left, batch, bool(changes))
+    return continue_progress(config, len(index), saved, bool(changes))
+
+
+def continue_progress(
+    config: Trained, num_images: int, saved: dict[str, Any], changed: bool
+) -> Progress:
+    """Return the progress of a checkpoint that is resumed; see ``resumed_progress``."""
+    left = steps_left(config, num_images, saved)
+    return resumed_progress(saved["progress"], left, config.train.global_batch_size, changed)
 
 
 def steps_left(config: Trained, num_images: int, saved: dict[str, Any]) -> int:

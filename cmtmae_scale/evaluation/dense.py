@@ -15,7 +15,7 @@ from cmtmae_scale.evaluation.across import sum_over_ranks
 from cmtmae_scale.evaluation.encoders import Encoder, pixel_encoder
 from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.foreground import ShownMaps, maps_of_subject, measure_attention
-from cmtmae_scale.evaluation.frozen import result_file
+from cmtmae_scale.evaluation.frozen import write_on_first
 from cmtmae_scale.evaluation.images import open_shared_index
 from cmtmae_scale.evaluation.masks import BROKEN, MaskedSet, is_voc, open_masked, split_masked
 from cmtmae_scale.evaluation.measured import (
@@ -26,10 +26,8 @@ from cmtmae_scale.evaluation.measured import (
 )
 from cmtmae_scale.evaluation.propagation import ShownClip, open_clips, propagate_clips
 from cmtmae_scale.evaluation.representation import measure_lidar, represent
-from cmtmae_scale.evaluation.result import write_result
 from cmtmae_scale.evaluation.segmentation import Shown, segment
 from cmtmae_scale.evaluation.subject import Subject, open_subject
-from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.versions import library_versions
 
@@ -79,28 +77,21 @@ def evaluate_dense(options: argparse.Namespace, world: World, device: torch.devi
         encoders += [one for one in (subject.random, pixels) if one]
     outcome = METHODS[options.method](options, subject, encoders, world, device)
     verdict = judge_measured(outcome.rows, subject.encoder.name)
-    file = result_file(options, subject)
-
-    def write() -> None:
-        if world.rank != 0 or file is None:
-            return
-        record = {
-            "method": options.method,
-            "subject": subject.facts,
-            "size": subject.encoder.size,
-            "weights_sha256": {encoder.name: encoder.digest for encoder in encoders},
-            "verdict": verdict,
-            "images": outcome.images,
-            "settings": {key: value for key, value in vars(options).items() if key in SETTINGS},
-            "seed": options.seed,
-            "results": [measured_record(row) for row in outcome.rows],
-            "intervals": INTERVALS.format(units=outcome.units),
-            "versions": library_versions(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_result(file, record)
-
-    on_all_ranks(write)
+    record = {
+        "method": options.method,
+        "subject": subject.facts,
+        "size": subject.encoder.size,
+        "weights_sha256": {encoder.name: encoder.digest for encoder in encoders},
+        "verdict": verdict,
+        "images": outcome.images,
+        "settings": {key: value for key, value in vars(options).items() if key in SETTINGS},
+        "seed": options.seed,
+        "results": [measured_record(row) for row in outcome.rows],
+        "intervals": INTERVALS.format(units=outcome.units),
+        "versions": library_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    file = write_on_first(record, options, subject, world)
     size = subject.encoder.size
     lines = [
         f"{subject.encoder.name}: {subject.facts['arch']} at {size} pixels, patches "

@@ -14,7 +14,7 @@ from torch import Tensor
 from cmtmae_scale.config.derive import attention_map_weights, entry_errors, needs, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.evaluation.across import gather_from_ranks
+from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.encoders import inference_autocast
 from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.masks import VOID, MaskedSet, cut_patches, masked_batches
@@ -75,10 +75,11 @@ def measure_attention(
         maps.
 
     Raises:
-        DataError: on every rank, if no image has both kinds.
+        DataError: on every rank, if no image has both kinds, or a map is not finite.
     """
     empty = torch.zeros(0, len(MEASURES), dtype=torch.float64, device=device)
     found = {name: [empty] for name in (*maps.names, *BASELINES)}
+    bad = torch.zeros(len(maps.names), dtype=torch.int64, device=device)
     numbers = [empty[:, 0].long()]
     shown: ShownMaps | None = None
     height, width = maps.grid
@@ -87,6 +88,7 @@ def measure_attention(
             continue
         with inference_autocast(device), torch.no_grad():
             computed = maps.compute(batch.images)
+        bad += torch.stack([(~computed[name].isfinite().all(1)).sum() for name in maps.names])
         computed |= baseline_maps(len(batch.numbers), maps.grid, device)
         inside, known = foreground_fraction(batch.masks, maps.grid)
         numbers.append(batch.numbers)
@@ -97,6 +99,13 @@ def measure_attention(
             kept = {name: computed[name][part].view(-1, height, width).cpu() for name in maps.names}
             shown = ShownMaps(batch.images[0][part].cpu(), batch.masks[part].cpu(), kept)
     order = gather_from_ranks(torch.cat(numbers)).argsort()
+    for name, count in zip(maps.names, sum_over_ranks(bad).tolist(), strict=True):
+        if count:
+            raise DataError(
+                f"the attention map of {name} is not finite for {count} of {len(order)} images: "
+                "nothing is computed from it; evaluate other weights, or remove these images if it "
+                "is always the same ones"
+            )
     rows: list[Measured] = []
     unclear = 0
     for name, parts in found.items():
@@ -147,7 +156,7 @@ def agreement(attention: Tensor, inside: Tensor, known: Tensor) -> Tensor:
     """Compare attention maps with the foreground's fraction of each patch.
 
     Args:
-        attention: ``[B, N]``, not negative.
+        attention: ``[B, N]``, finite and not negative.
         inside: foreground's fraction, float64 ``[B, N]``.
         known: patches that count, bool ``[B, N]``.
 
@@ -167,7 +176,7 @@ def agreement(attention: Tensor, inside: Tensor, known: Tensor) -> Tensor:
         a, f = values[counts], share[counts]
         front = f >= 0.5
         count = int(front.sum())
-        if not 0 < count < len(front) or not bool(a.isfinite().all()):
+        if not 0 < count < len(front):
             rows.append([torch.nan] * len(MEASURES))
             continue
         ahead = a[front][:, None] - a[~front]

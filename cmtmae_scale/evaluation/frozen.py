@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from cmtmae_scale.evaluation.logistic import logistic_score
 from cmtmae_scale.evaluation.result import (
     Row,
     format_rows,
+    free_file,
     image_set_record,
     judge_rows,
     result_record,
@@ -60,30 +62,23 @@ def evaluate_frozen(options: argparse.Namespace, world: World, device: torch.dev
         raise DataError(f"{name_weights(subject)}: {error}") from error
     verdict = judge_rows(rows, subject.encoder.name)
     test_path = options.test or options.train
-    file = result_file(options, subject)
-
-    def write() -> None:
-        if world.rank != 0 or file is None:
-            return
-        record = result_record(
-            rows,
-            len(sets.classes),
-            method=options.method,
-            subject=subject.facts,
-            size=subject.encoder.size,
-            weights_sha256={encoder.name: encoder.digest for encoder in encoders},
-            verdict=verdict,
-            images={
-                "train": image_set_record(options.train, sets.train, counts[0]),
-                "test": image_set_record(test_path, sets.test, counts[1]),
-            },
-            split=sets.split or None,
-            settings={key: value for key, value in vars(options).items() if key in SETTINGS},
-            seed=options.seed,
-        )
-        write_result(file, record)
-
-    on_all_ranks(write)
+    record = result_record(
+        rows,
+        len(sets.classes),
+        method=options.method,
+        subject=subject.facts,
+        size=subject.encoder.size,
+        weights_sha256={encoder.name: encoder.digest for encoder in encoders},
+        verdict=verdict,
+        images={
+            "train": image_set_record(options.train, sets.train, counts[0]),
+            "test": image_set_record(test_path, sets.test, counts[1]),
+        },
+        split=sets.split or None,
+        settings={key: value for key, value in vars(options).items() if key in SETTINGS},
+        seed=options.seed,
+    )
+    file = write_on_first(record, options, subject, world)
     excluded = len(sets.train) + len(sets.test) - sum(counts)
     size = subject.encoder.size
     lines = [
@@ -163,10 +158,32 @@ Probe = Callable[[argparse.Namespace, FeatureTable, FeatureTable, int], Iterator
 PROBES: dict[str, Probe] = {"knn": knn_rows, "linear": linear_rows}
 
 
+def write_on_first(
+    record: dict[str, Any], options: argparse.Namespace, subject: Subject, world: World
+) -> Path | None:
+    """Write the result file on rank 0: ``--out``, else a file of its own in the run's folder.
+
+    Returns:
+        The file; ``None``: none was written. A collective.
+
+    Raises:
+        ConfigError, StorageError: on every rank; see ``write_result``.
+    """
+
+    def write() -> Path | None:
+        file = options.out or result_file(options, subject)
+        if world.rank == 0 and file is not None:
+            file = file if options.out is not None else free_file(file, record)
+            write_result(file, record)
+        return file
+
+    return on_all_ranks(write)
+
+
 def result_file(options: argparse.Namespace, subject: Subject) -> Path | None:
-    """Return the path of the result file; ``None``: no file."""
-    if options.out is not None or subject.run_dir is None:
-        return options.out
+    """Return the first choice of a result file in the run's folder; ``None``: there is no run."""
+    if subject.run_dir is None:
+        return None
     weights = subject.facts["weights"].replace(":", "-")  # no part of a file's name everywhere
     name = f"{options.method}-{weights}-step-{subject.facts['step']:08d}.json"
     return subject.run_dir / "evaluation" / name

@@ -6,20 +6,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cmtmae_scale.runtime.collectives import (
     all_ranks_agree,
     broadcast_bytes,
     broadcast_text,
+    is_first,
     on_all_ranks_for_long,
     ranks,
 )
 from cmtmae_scale.runtime.shared_index import open_on_all_ranks
+from dataloading.data_set import Request
 from dataloading.errors import DataError, ReadError
 from dataloading.exchange import index_from_bytes, index_to_bytes
-from dataloading.index import Index, Request, Verify, build_index
+from dataloading.index import Index, build_index
+from dataloading.kept_index import Verify
 from dataloading.name_checks import as_integer, find_equal_labels
 from dataloading.order import sample_ids
 from dataloading.reading import Reader, UndecodableError
@@ -81,9 +83,8 @@ def open_shared_index(
     if kept is not None:
         request = Request(as_root(path), exif_orientation=exif_orientation)
         return open_on_all_ranks(request, kept, verify, look_again)
-    is_first = ranks() == 1 or dist.get_rank() == 0
     index = on_all_ranks_for_long(
-        lambda: build_index(path, exif_orientation=exif_orientation) if is_first else None
+        lambda: build_index(path, exif_orientation=exif_orientation) if is_first() else None
     )
     data = broadcast_bytes(b"" if index is None or ranks() == 1 else index_to_bytes(index))
     return index_from_bytes(data) if index is None else index
@@ -117,7 +118,14 @@ def open_pair(
         raise DataError(
             f"{test}: the label {name} is not among the {len(classes)} of {train}; {remedy}"
         )
-    if len(test_index.labels) == 1 and (ranks() == 1 or dist.get_rank() == 0):
+    if test_index.digest == train_index.digest and is_first():
+        logger.warning(
+            "%s: the test images are the training images, each its own nearest neighbour, so "
+            "accuracies say nothing about other images; set eval.test_path, data.test_path or "
+            "--test to other images",
+            test,
+        )
+    if len(test_index.labels) == 1 and is_first():
         logger.warning(
             "%s: all %d images have the label %s, one of %d classes, so accuracies are of this "
             "class only; set eval.test_path, data.test_path or --test to images of all classes",
@@ -199,7 +207,7 @@ def require_decodable(images: ImageSet, name: str) -> None:
         ReadError: on every rank, if storage did not return some images and no other decodes.
     """
     problem, unread = "", False
-    if ranks() == 1 or dist.get_rank() == 0:
+    if is_first():
         problem, unread = find_no_decodable(images, name)
     problem, unread = broadcast_text(problem), not all_ranks_agree(not unread)
     if problem:

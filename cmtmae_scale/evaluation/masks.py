@@ -9,6 +9,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +17,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.runtime.collectives import broadcast_bytes, is_first, on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
+from dataloading.files import open_regular
+from dataloading.headers import PIL_ERRORS, open_image
 from dataloading.order import sample_ids
 
 logger = logging.getLogger(__name__)
@@ -165,7 +168,8 @@ def list_pairs(path: Path, part: str) -> MaskedSet:
             pair = Pair(*(str(file.relative_to(root)) for file in (image, mask)))
             found.pairs.append(pair)
             sizes = image.stat().st_size, mask.stat().st_size
-            digest.update(f"{pair.image} {pair.mask} {sizes}\n".encode())
+            listed = f"{pair.image} {pair.mask} {sizes}\n"
+            digest.update(listed.encode(errors="surrogateescape"))  # names may be no UTF-8
     reasons = [f"{n} {reason} (first: {first[reason]})" for reason, n in sorted(excluded.items())]
     if not found.pairs:
         listed = f" of {len(candidates)} images: {', '.join(reasons)}" if reasons else ""
@@ -220,12 +224,12 @@ def compare_headers(image: Path, mask: Path) -> str:
         DataError: for a mask in colours.
     """
     try:
-        with Image.open(mask) as opened:
+        with open_file(mask) as opened:
             mode, size = opened.mode, opened.size
-        with Image.open(image) as opened:
+        with open_file(image) as opened:
             turned = opened.format in TURNED and opened.getexif().get(ORIENTATION, 1) >= 5
             upright = opened.size[::-1] if turned else opened.size
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
+    except PIL_ERRORS:
         return BROKEN
     if mode not in CLASS_MODES:
         raise DataError(
@@ -235,14 +239,25 @@ def compare_headers(image: Path, mask: Path) -> str:
     return "" if size == upright else OTHER_SIZE
 
 
+@contextmanager
+def open_file(file: Path) -> Iterator[Image.Image]:
+    """Open an image of a format that ``data.path`` takes; nothing is decoded yet.
+
+    Raises:
+        PIL_ERRORS: if it cannot be opened.
+    """
+    with open(open_regular(file), "rb") as data, open_image(data) as opened:
+        yield opened
+
+
 def read_mask(file: Path) -> Image.Image:
     """Read a mask as classes 0 to 254 and 255 for void, mode ``L``.
 
     Raises:
         DataError: for class numbers above 255.
-        OSError, ValueError: if it cannot be decoded.
+        PIL_ERRORS: if it cannot be decoded.
     """
-    with Image.open(file) as opened:
+    with open_file(file) as opened:
         values = np.array(opened).astype(np.int64)
     if values.size and not 0 <= values.min() <= values.max() <= VOID:
         raise DataError(
@@ -266,14 +281,14 @@ def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded
     pair = images.pairs[number]
     try:
         mask = read_mask(images.root / pair.mask)
-        with Image.open(images.root / pair.image) as opened:
+        with open_file(images.root / pair.image) as opened:
             image = ImageOps.exif_transpose(opened) if opened.format in TURNED else opened
             image = image.convert("RGB")
     except FileNotFoundError as error:
         raise ReadError(
             f"{error.filename}: the file has gone; put it back and try again"
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except PIL_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
             text = f"{images.root / pair.image}: cannot be read ({error.strerror}); try again"
             raise ReadError(text) from error

@@ -71,8 +71,9 @@ def score_rows(weights: str, method: str, counts: NDArray[np.int64]) -> list[Mea
         return sums.reshape(len(draws), 3, VALUES).transpose(1, 0, 2)
 
     def accuracy(draws: NDArray[np.float64]) -> NDArray[np.float64]:
-        hits, _, truth = resampled(draws)
-        return hits.sum(-1) / truth.sum(-1)
+        hits, _, truth = (one.sum(-1) for one in resampled(draws))
+        with np.errstate(invalid="ignore"):  # NaN where all drawn images are void
+            return hits / truth
 
     present = np.flatnonzero(whole[1] + whole[2] - whole[0])
     parts = {str(v): float(mean_iou(*whole[:, v : v + 1])) for v in present}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend, Fragment
 from cmtmae_scale.backends.gather import gather_tensors
+from cmtmae_scale.checkpoint.layout import list_checkpoints
 from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
@@ -22,6 +23,7 @@ from cmtmae_scale.evaluation.representation import ALL_IMAGES, represent
 from cmtmae_scale.evaluation.segmentation import segment
 from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.student import Student
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 
 RANK_IMAGES = 512
@@ -51,10 +53,10 @@ class RunEvaluation:
 
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
         train, test = str(config.eval.train_path), str(config.eval.test_path)
-        folder = Path(config.run.output_dir) / "evaluation"
-        self.sets = open_pair(
-            train, test, folder, config.data.exif_orientation, config.data.verify_index
-        )
+        run_dir = Path(config.run.output_dir)
+        is_new = on_all_ranks(lambda: not list_checkpoints(run_dir / "checkpoints"))
+        settings = config.data.exif_orientation, config.data.verify_index, is_new
+        self.sets = open_pair(train, test, run_dir / "evaluation", *settings)
         require_decodable(self.sets.train, f"eval.train_path={train}")
         require_decodable(self.sets.test, f"eval.test_path={test}")
         self.masked = None

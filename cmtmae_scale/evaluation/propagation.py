@@ -19,17 +19,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from cmtmae_scale.evaluation.across import gather_from_ranks
 from cmtmae_scale.evaluation.encoders import Encoder
-from cmtmae_scale.evaluation.masks import CLASS_MODES, VOID, read_mask
+from cmtmae_scale.evaluation.masks import CLASS_MODES, VOID, open_file, read_mask
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.representation import encode_tokens
 from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
+from dataloading.headers import PIL_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
         return "without a mask of a later frame"
     try:
         for number, mask in masks.items():
-            with Image.open(mask) as opened:
+            with open_file(mask) as opened:
                 mode, size = opened.mode, opened.size
             if mode not in CLASS_MODES:
                 raise DataError(
@@ -150,11 +151,11 @@ def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
                     "numbers; save masks as PNG with a palette or one channel, one number per "
                     "object"
                 )
-            with Image.open(frames[number]) as opened:
+            with open_file(frames[number]) as opened:
                 if opened.size != size:
                     return "with a mask of another size than its frame"
         first = np.unique(np.asarray(read_mask(masks[0])))
-    except (OSError, ValueError, UnidentifiedImageError):
+    except PIL_ERRORS:
         return "that cannot be decoded"
     if not any(value not in (0, VOID) for value in first):
         return f"without an object in the first mask (0 is the background, {VOID} void)"
@@ -263,9 +264,9 @@ def load_frame(file: Path, side: int) -> NDArray[np.uint8]:
         DataError: if it cannot be decoded.
     """
     try:
-        with Image.open(file) as opened:
+        with open_file(file) as opened:
             image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except PIL_ERRORS as error:
         raise refuse_file(file, error) from error
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
@@ -274,7 +275,7 @@ def load_mask(file: Path) -> Image.Image:
     """Read a mask; errors as ``load_frame``."""
     try:
         return read_mask(file)
-    except (OSError, ValueError, SyntaxError) as error:
+    except PIL_ERRORS as error:
         raise refuse_file(file, error) from error
 
 

@@ -1,5 +1,6 @@
 """Scores, confidence intervals, the verdict against baselines, and the result file."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -15,10 +16,12 @@ from torch import Tensor
 from cmtmae_scale.errors import ConfigError, StorageError, may_pass
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.evaluation.measured import method_family, state_verdict
-from cmtmae_scale.runtime.storage import write_atomic
+from cmtmae_scale.runtime.storage import read_inside, read_json, write_atomic
 from cmtmae_scale.runtime.versions import library_versions
 
 TOP = 5
+IDENTITY = ("method", "size", "weights_sha256", "images", "split", "settings", "seed")
+"""Keys of a result file that tell evaluations apart."""
 
 
 class Score(NamedTuple):
@@ -188,11 +191,41 @@ def write_result(
         raise ConfigError(f"{file}: cannot be written ({error.strerror}); {remedy}") from error
 
 
+def free_file(file: Path, record: dict[str, Any]) -> Path:
+    """Return the first of ``NAME.json``, ``NAME-2.json``, ... without another evaluation's result.
+
+    Args:
+        file: the first.
+        record: content that is to be written; a result of the same evaluation is replaced.
+    """
+    wanted = json.loads(json.dumps(record))
+    numbered = (file.with_stem(f"{file.stem}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([file], numbered) if not holds_other(one, wanted))
+
+
+def holds_other(file: Path, record: dict[str, Any]) -> bool:
+    """Return whether a file is there that is no result of a record's evaluation."""
+    try:
+        found = read_json(read_inside(file.parent, file))
+    except FileNotFoundError:
+        return file.is_symlink()
+    except (OSError, ValueError):
+        return True
+    return not isinstance(found, dict) or any(found.get(key) != record.get(key) for key in IDENTITY)
+
+
 def pack_hits(hits: Tensor) -> str:
     """Encode hits ``[n]`` as hexadecimal digits, one bit per image, the first image highest."""
     return np.packbits(hits.numpy()).tobytes().hex()
 
 
 def unpack_hits(text: str, count: int) -> NDArray[np.bool_]:
-    """Decode the output of ``pack_hits``, bool ``[count]``."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
+    """Decode the output of ``pack_hits``, bool ``[count]``.
+
+    Raises:
+        TypeError, ValueError: if it is not the output for so many images.
+    """
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"{len(packed)} bytes of hits are not those of {count} images")
+    return np.unpackbits(packed, count=count).astype(bool)

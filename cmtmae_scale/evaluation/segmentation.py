@@ -216,7 +216,7 @@ def learn_patches(
     present[table.pixels.unique().long()] = 1
     classes = sum_over_ranks(present)[:VOID].nonzero()[:, 0]
     if len(classes) < 2:
-        only = "no pixel has a class" if not len(classes) else f"one class only, {int(classes[0])}"
+        only = f"one class only, {int(classes[0])}" if len(classes) else "no pixel with a class"
         raise DataError(
             f"{train.root}: the training masks have {only} ({VOID} is void, as in Pascal VOC); "
             "segmentation needs two classes: save a foreground as 1 on 0, not as 255"

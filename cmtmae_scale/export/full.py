@@ -27,7 +27,7 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_im
 from cmtmae_scale.method.masking import PatchChoice, choose_masks
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.runtime.storage import require_inside
-from cmtmae_scale.teachers.weights import find_non_finite
+from cmtmae_scale.teachers.state_dicts import find_non_finite
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"

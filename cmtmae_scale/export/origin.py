@@ -12,7 +12,7 @@ from cmtmae_scale.checkpoint.shards import ENCODERS
 from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
-from cmtmae_scale.evaluation.subject import (
+from cmtmae_scale.evaluation.saved import (
     check_encoder,
     locate_checkpoint,
     read_tensors,

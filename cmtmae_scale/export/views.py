@@ -57,7 +57,8 @@ def open_run_index(origin: Origin) -> Index:
     data, run_dir = origin.config.data, origin.run_dir
     folder = Path(data.index) if data.index else run_dir and run_dir / "index"
     try:
-        return open_images(data, folder if folder and folder.is_dir() else None)
+        kept = folder if folder and folder.is_dir() else None
+        return open_images(data, kept, look_again=False)
     except DataError as error:
         raise ConfigError(
             f"an export is verified on images, and the run's cannot be read ({error}); name others "

@@ -1,6 +1,5 @@
 """Fine-tuning as a task of the engine."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -44,6 +43,7 @@ from cmtmae_scale.finetuning.classifier import (
 )
 from cmtmae_scale.finetuning.encoder import InitialEncoder, encoder_from_dict, refuse_other_encoder
 from cmtmae_scale.finetuning.labels import label_state, refuse_other_labels
+from cmtmae_scale.finetuning.scalars import scalars_at
 from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.index import Index
@@ -98,7 +98,7 @@ class Finetuning:
         """See ``Task.open_index``; opens the test images too."""
         require_equal({f"option {name}": value for name, value in self.options.items()}, REMEDY)
         data = self.config.data
-        is_new = not list_checkpoints(run_dir / "checkpoints")
+        is_new = on_all_ranks(lambda: not list_checkpoints(run_dir / "checkpoints"))
         settings = data.exif_orientation, data.verify_index, is_new
         self.sets = open_pair(data.path, data.test_path, run_dir, *settings)
         require_small_groups(data.path, self.sets.train.index.row_group, "full")
@@ -181,14 +181,9 @@ class Finetuning:
         )
 
     def scalars(self, progress: Progress) -> Scalars:
-        """See ``Task.scalars``; the learning rate is that of the head."""
-        optimizer = self.config.optimizer
+        """See ``Task.scalars``."""
         epochs = progress.horizon / len(self.sets.train)
-        peak = optimizer.base_lr * self.config.train.global_batch_size / 256
-        lr = epoch_learning_rate(
-            progress.fraction * epochs, epochs, peak, optimizer.warmup_epochs, optimizer.min_lr
-        )
-        return Scalars(lr, momentum=None)
+        return scalars_at(self.config, progress.fraction, epochs)
 
     def prepare_fixed(self, batch: Batch) -> Examples:
         """See ``Task.prepare_fixed``: augmented views with the targets of their labels."""
@@ -306,23 +301,3 @@ def check_warmup(config: Finetune, steps: int, num_images: int) -> None:
             f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}: the run has only "
             f"{epochs:.4g} passes over {num_images} images; lower it"
         )
-
-
-def epoch_learning_rate(
-    epoch: float, epochs: float, peak: float, warmup: float, lowest: float
-) -> float:
-    """Return the learning rate: linear warm-up from 0, then a half cosine to ``lowest``.
-
-    Args:
-        epoch: passes over the images so far.
-        epochs: passes of the whole run, above ``warmup``.
-        peak: rate at the end of the warm-up.
-        warmup: passes with rising rate.
-        lowest: rate at the end.
-
-    Source: MAE's ``util/lr_sched.py``.
-    """
-    if epoch < warmup:
-        return peak * epoch / warmup
-    fraction = min((epoch - warmup) / (epochs - warmup), 1.0)
-    return lowest + (peak - lowest) * (1 + math.cos(math.pi * fraction)) / 2

@@ -14,7 +14,7 @@ from cmtmae_scale.backends.base import Objective
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.cache.fingerprint import provenance, warn_about_provenance
-from cmtmae_scale.cache.format import manifest_text
+from cmtmae_scale.cache.format import MANIFEST, manifest_text
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import match_init_weights, refuse_non_finite
 from cmtmae_scale.checkpoint.layout import list_checkpoints
@@ -126,11 +126,18 @@ def open_index(config: Config, run_dir: Path) -> Index:
     """
     data = config.data
     folder = Path(data.index) if data.index else run_dir / "index"
-    is_new = not list_checkpoints(run_dir / "checkpoints")
-    index = open_on_all_ranks(request_images(data), folder, data.verify_index, look_again=is_new)
+    look_again = on_all_ranks(lambda: not has_begun(config, run_dir))
+    index = open_on_all_ranks(request_images(data), folder, data.verify_index, look_again)
     require_equal_images(index, data.path)
     refuse_bad_index(config, index)
     return index
+
+
+def has_begun(config: Config, run_dir: Path) -> bool:
+    """Return whether checkpoints, or rows of a cache that is read, are of a kept index."""
+    folders = (cache_folder(one) for one in teacher_configs(config).values() if reads_cache(one))
+    has_rows = any((folder / MANIFEST).exists() for folder in folders)
+    return has_rows or bool(list_checkpoints(run_dir / "checkpoints"))
 
 
 def refuse_bad_index(config: Config, index: Index) -> None:

@@ -28,7 +28,7 @@ from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.agreement import require_equal_weights
 from cmtmae_scale.errors import CheckpointError, ConfigError
-from cmtmae_scale.evaluation.subject import locate_checkpoint, saved_config
+from cmtmae_scale.evaluation.saved import locate_checkpoint, saved_config
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.pretraining.channels import KEY as CHANNELS
 from cmtmae_scale.pretraining.channels import TargetChannels

@@ -19,6 +19,9 @@ from dataloading.errors import DataError, ReadError
 
 T = TypeVar("T")
 
+ANY_TEXT = "surrogatepass"
+"""Error handler of UTF-8 that takes names of files that are no UTF-8, as Python reads them."""
+
 is_waiting = threading.Event()
 """Set while this process waits for other ranks in a function of this module."""
 
@@ -154,8 +157,11 @@ def gather_bytes(mine: bytes, group: dist.ProcessGroup | None = None) -> list[by
 
 
 def gather_texts(mine: str) -> list[str]:
-    """Return every rank's text, in rank order. A collective."""
-    return [one.decode() for one in gather_bytes(mine.encode())]
+    """Return every rank's text, in rank order. A collective.
+
+    Names of files may be no UTF-8, also within a message.
+    """
+    return [one.decode(errors=ANY_TEXT) for one in gather_bytes(mine.encode(errors=ANY_TEXT))]
 
 
 def broadcast_bytes(data: bytes) -> bytes:
@@ -173,7 +179,7 @@ def broadcast_bytes(data: bytes) -> bytes:
 
 def broadcast_text(text: str) -> str:
     """Return rank 0's text on every rank. A collective."""
-    return broadcast_bytes(text.encode()).decode()
+    return broadcast_bytes(text.encode(errors=ANY_TEXT)).decode(errors=ANY_TEXT)
 
 
 def bytes_to_tensor(data: bytes) -> Tensor:

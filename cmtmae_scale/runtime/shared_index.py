@@ -14,10 +14,9 @@ from cmtmae_scale.runtime.collectives import (
     ranks,
 )
 from dataloading.addresses import is_url
-from dataloading.index import (
-    Index,
-    Listing,
-    Request,
+from dataloading.data_set import Listing, Request
+from dataloading.index import Index
+from dataloading.kept_index import (
     Verify,
     build_kept,
     find_kept,

@@ -34,14 +34,8 @@ from cmtmae_scale.method.attention import SelfAttention
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
 from cmtmae_scale.runtime.storage import read_json, read_regular
 from cmtmae_scale.teachers.base import QueryKey, Transformer, are_channels, is_count
-from cmtmae_scale.teachers.weights import (
-    describe_unreachable,
-    image_state,
-    is_file_name,
-    keep_blocks,
-    load_strictly,
-    read_weights,
-)
+from cmtmae_scale.teachers.state_dicts import image_state, keep_blocks, load_strictly
+from cmtmae_scale.teachers.weights import describe_unreachable, is_file_name, read_weights
 
 logger = logging.getLogger(__name__)
 

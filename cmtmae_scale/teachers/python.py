@@ -38,7 +38,8 @@ from cmtmae_scale.teachers.base import (
     are_channels,
     is_count,
 )
-from cmtmae_scale.teachers.weights import is_file_name, load_strictly, read_weights
+from cmtmae_scale.teachers.state_dicts import load_strictly
+from cmtmae_scale.teachers.weights import is_file_name, read_weights
 
 SOURCES = ("cls", "pool", "mean_query")
 

@@ -23,6 +23,12 @@ from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.build import VIT_MODULES
 from cmtmae_scale.teachers.base import Tower
 from cmtmae_scale.teachers.original_names import convert_names, find_filter
+from cmtmae_scale.teachers.state_dicts import (
+    find_non_finite,
+    keep_blocks,
+    load_strictly,
+    summarise_names,
+)
 from cmtmae_scale.teachers.timm_towers import (
     EvaTower,
     FeatureTower,
@@ -30,15 +36,7 @@ from cmtmae_scale.teachers.timm_towers import (
     set_size,
     stage_shapes,
 )
-from cmtmae_scale.teachers.weights import (
-    describe_unreachable,
-    find_non_finite,
-    is_file_name,
-    keep_blocks,
-    load_strictly,
-    read_weights,
-    summarise_names,
-)
+from cmtmae_scale.teachers.weights import describe_unreachable, is_file_name, read_weights
 
 logger = logging.getLogger(__name__)
 

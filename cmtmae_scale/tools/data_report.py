@@ -62,12 +62,17 @@ class DataReport:
     @property
     def bad(self) -> int:
         """Images that no run uses: excluded from the index, or undecodable."""
-        return len(self.index.excluded) + len(self.undecodable)
+        return len(self.index.unused_images()) + len(self.undecodable)
+
+    @property
+    def found(self) -> int:
+        """Images that were found, whether or not a run uses them."""
+        return len(self.index) + len(self.index.unused_images())
 
     @property
     def bad_fraction(self) -> float:
         """Fraction of bad images among all image files."""
-        return self.bad / (len(self.index) + len(self.index.excluded))
+        return self.bad / self.found
 
     @property
     def turned(self) -> tuple[int, int]:
@@ -114,7 +119,8 @@ class DataReport:
             "images": len(self.index),
             "tars": len(self.index.shards),
             "row_group": self.index.row_group,
-            "excluded": [{"name": name, "reason": why} for name, why in self.index.excluded],
+            "excluded": _to_dicts(self.index.unused_images()),
+            "label_faults": _to_dicts(self.index.label_faults()),
             "passed_over": [passed._asdict() for passed in self.index.passed_over],
             "undecodable": [fault._asdict() for fault in self.undecodable],
             **self._survey_dict(),
@@ -218,7 +224,10 @@ def render_data_report(report: DataReport) -> str:
 
 def _fault_lines(report: DataReport) -> list[str]:
     index = report.index
-    lines = [f"excluded by their headers: {len(index.excluded)}", *_grouped(index.excluded)]
+    unused, unlabelled = index.unused_images(), index.label_faults()
+    lines = [f"excluded by their headers: {len(unused)}", *_grouped(unused)]
+    if unlabelled:
+        lines += [f"warning: labels that cannot be used: {len(unlabelled)}", *_grouped(unlabelled)]
     lines.append(format_passed_over(index) or "passed over: none")
     lines.append(f"undecodable: {len(report.undecodable)}")
     lines += [f"  {fault.name}: {fault.reason}" for fault in report.undecodable[:_LISTED]]
@@ -228,6 +237,10 @@ def _fault_lines(report: DataReport) -> list[str]:
         text = "suspect values, exact duplicates: named when this pack began, not searched again"
         return [*lines, text]
     return lines + _survey_lines(index, report.survey)
+
+
+def _to_dicts(reasons: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"name": name, "reason": reason} for name, reason in reasons]
 
 
 def _grouped(reasons: Sequence[tuple[str, str]]) -> list[str]:
@@ -276,7 +289,7 @@ def _window_shuffle(report: DataReport) -> str:
 
 
 def _verdict(report: DataReport) -> str:
-    whole = format_count(len(report.index) + len(report.index.excluded), "image")
+    whole = format_count(report.found, "image")
     bad = f"{report.bad} of {whole} {'is' if report.bad == 1 else 'are'} bad"
     bad += f" ({report.bad_fraction:.2%}, at most {report.max_bad_fraction:.2%} may be)"
     lost = lost_images(report.index.passed_over)

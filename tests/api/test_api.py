@@ -35,6 +35,7 @@ from cmtmae_scale.method import masking
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError
 from dataloading.index import build_index
+from tests.dataloading.tar_case import write_tar
 from tests.engine.run_case import BASE, make_photographs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,6 +205,11 @@ def test_images_without_a_row_are_named(done: Any, tmp_path: Path, capsys: Any) 
     with pytest.raises(DataError, match="none of 5 images could be decoded"):
         save_features(tmp_path / "none.npz", done.encoder, photos)
     assert sorted(os.listdir(tmp_path)) == ["new", "photos"]
+    data = next(make_photographs(tmp_path / "more", 1).rglob("*.jpg")).read_bytes()
+    tar = write_tar(tmp_path / "a.tar", [("a.jpg", data), ("a.cls", b"a"), ("a.cls", b"b")])
+    line[line.index(str(photos))] = str(tar)
+    assert run_command([*line, "--output", str(tmp_path / "tar.npz")]) == EXIT_DONE
+    assert "1 images x 64 (patches and cls), 0 images excluded" in capsys.readouterr().out
 
 
 def test_a_full_store_leaves_nothing(done: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -36,8 +36,10 @@ from cmtmae_scale.commands import precompute
 from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
+from cmtmae_scale.pretraining.build import open_index
 from cmtmae_scale.runtime.storage import digest
 from cmtmae_scale.teachers.base import TeacherView
+from dataloading import folders
 from tests.cache import cache_case as case
 from tests.processes import CONTEXT, run_ranks
 
@@ -279,6 +281,34 @@ def test_a_cache_that_was_begun_keeps_the_size_of_its_shards(
     builder.keyed = "positions"
     assert builder.make_manifest("int8").rows_per_shard == 2
     builder.close()
+
+
+def test_a_cache_and_its_run_keep_the_images_that_the_cache_began_with(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image that can be read by now is taken by a cache that begins, and by its run."""
+    cache, index = tmp_path / "cache", tmp_path / "index"
+    changes = [f"cache.dir={cache}", f"data.index={index}", "teacher.mode=cached"]
+    config = load_config(recipe, changes)
+    locked, read = min(Path(config.data.path).rglob("*.jpg")), folders.header_of_file
+
+    def refuse(path: Path) -> Any:
+        if path == locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    def counts() -> list[int]:
+        opened = build.open_or_build_index(config, index), open_index(config, tmp_path / "run")
+        return [len(one) for one in opened]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "header_of_file", refuse)
+        assert counts() == [case.PHOTOGRAPHS - 1] * 2
+    cache.mkdir()
+    (cache / cache_format.MANIFEST).touch()
+    assert counts() == [case.PHOTOGRAPHS - 1] * 2
+    (cache / cache_format.MANIFEST).unlink()
+    assert counts() == [case.PHOTOGRAPHS] * 2
 
 
 def test_rows_that_are_computed_again_are_those_of_the_intact_shards(whole: Path) -> None:
@@ -544,11 +574,11 @@ def test_processes_wait_for_an_index_however_long_it_takes(
     """Else all of them begin to read the headers of a large set once the first is at work."""
     config, builds = load_config(recipe), []
 
-    def open_slowly(data: Any, folder: Path) -> Any:
+    def open_slowly(data: Any, folder: Path, look_again: bool) -> Any:
         if not (folder / "index.json").exists():
             builds.append(folder)
             time.sleep(1.0)
-        return open_images(data, folder)
+        return open_images(data, folder, look_again=look_again)
 
     monkeypatch.setattr(build, "open_images", open_slowly)
     monkeypatch.setattr(build, "compute_once", partial(compute_once, stale_s=0.4, pause_s=0.02))

@@ -17,7 +17,7 @@ from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.teachers import build as teachers
-from dataloading.index import load_or_build
+from dataloading.kept_index import load_or_build
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "configs/demo.yaml"

@@ -13,8 +13,10 @@ from PIL import Image
 
 from cmtmae_scale.commands.check_data import check_data, parse_options
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
+from cmtmae_scale.tools.init.survey import survey_images
 from dataloading import progress as bars
-from dataloading.index import build_index, load_or_build
+from dataloading.index import build_index
+from dataloading.kept_index import load_or_build
 from dataloading.mixing import require_mixed
 from tests.dataloading.store_case import RangeServer
 from tests.dataloading.tar_case import write_tar
@@ -148,6 +150,23 @@ def test_tars_are_reported_as_sorted_or_shuffled(photos: Path, tmp_path: Path, c
     assert "order: sorted by class" in text
 
 
+def test_labels_that_cannot_be_used_make_no_image_bad(photos, tmp_path, capsys) -> None:
+    files = sorted(photos.rglob("*.jpg"))
+    members = [(path.name.replace("0", path.parent.name, 1), path.read_bytes()) for path in files]
+    texts = [b"a", b"a", b" ", b"x" * 300, *(b"a" for _ in files[4:])]
+    keys = [name.removesuffix(".jpg") for name, _ in members]
+    members += [(f"{key}.cls", text) for key, text in zip(keys, texts, strict=True)]
+    write_tar(tmp_path / "a.tar", [*members, (f"{keys[0]}.cls", b"b")])
+    report = tmp_path / "report.json"
+    assert check_data([str(tmp_path / "a.tar"), "--report", str(report)]) == EXIT_DONE
+    text = capsys.readouterr().out
+    assert "excluded by their headers: 0\nwarning: labels that cannot be used: 3\n" in text
+    assert "without a label: 2" in text and "usable: 0 of 20 images are bad" in text
+    found = json.loads(report.read_text())
+    assert found["excluded"] == [] and len(found["label_faults"]) == 3
+    assert survey_images(str(tmp_path / "a.tar")).excluded == ()
+
+
 @pytest.mark.parametrize("cut", [0, 100, 511, 512, 7000])
 def test_a_tar_cut_short_is_unusable_at_any_fraction(photos, tmp_path, capsys, cut: int) -> None:
     path = write_tars(photos, tmp_path / "tars") / "1.tar"
@@ -191,6 +210,17 @@ def test_the_index_is_kept_and_published(photos, tmp_path, capsys, monkeypatch) 
     found = [load_or_build(photos, kept)]
     found += [load_or_build(place, tmp_path / place.name / "index") for place in (out, tars)]
     assert [index.digest for index in found] == expected
+
+
+@pytest.mark.parametrize("settings", [{"exif_orientation": False}, {"max_pixels": 10**6}])
+def test_the_index_of_a_pack_has_the_settings_of_the_command(
+    photos, tmp_path, monkeypatch, settings
+) -> None:
+    out = tmp_path / "out"
+    given = ["--max-pixels", "1000000"] if "max_pixels" in settings else ["--no-exif-orientation"]
+    assert check_data([str(photos), *given, "--pack", str(out), "--write-index"]) == EXIT_DONE
+    monkeypatch.delattr("dataloading.index.build_parts")  # no header is read
+    assert len(load_or_build(out, tmp_path / "index", **settings)) == 20
 
 
 def test_too_bad_data_are_not_packed(photos: Path, tmp_path: Path, capsys) -> None:

@@ -16,7 +16,7 @@ from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
 from dataloading.index import build_index
 from tests.checkpoint.save_case import STATE, save
-from tests.engine.run_case import write_recipe
+from tests.engine.run_case import make_photographs, write_recipe
 
 BAD = "would not start: "
 
@@ -65,12 +65,14 @@ REFUSED = {
     "cache": (["teacher.mode=cached", "cache.dir=c", "views.views_per_image=1"], "c"),
     "student": (["student.arch=resnet50"], "student.arch=resnet50"),
     "folder": (["run.output_dir=file/run"], "file is not a folder"),
+    "folder of others": (["run.output_dir=empty"], "empty holds log.jsonl of another program"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_launch_refuses_is_named(name: str, recipe: Path, place: Path, capsys) -> None:
     (place / "empty").mkdir()
+    (place / "empty" / "log.jsonl").write_text("3\n")
     (place / "file").touch()
     (place / "photos").symlink_to(recipe.parent / "photos")
     shallow = timm.create_model("test_vit", num_classes=0).state_dict()
@@ -90,12 +92,26 @@ def test_every_reason_is_named_at_once(recipe: Path, place: Path, capsys) -> Non
     assert ["absent" in reasons[0], "t.pt" in reasons[1], "s.pt" in reasons[2]] == [True] * 3
 
 
-def test_a_number_of_images_stands_for_absent_images_only(
-    recipe: Path, place: Path, capsys
+def test_a_folder_that_is_no_utf8_is_escaped(
+    recipe: Path, place: Path, tmp_path: Path, capsys
 ) -> None:
-    absent = ["data.expected_images=7", "data.path=t-{0..3}.tar"]
+    images = make_photographs(tmp_path / os.fsdecode(b"caf\xe9"))
+    options = parse_options(["--config", str(recipe), "--dry-run", f"data.path={images}"])
+    assert launch_pretraining(options) == 0
+    printed = capsys.readouterr().out
+    assert r"caf\udce9" in printed and printed.encode()  # a terminal takes UTF-8 alone
+
+
+@pytest.mark.parametrize(
+    "path", ["a/t-{0..3}.tar", "a/t-*.tar", "{a,b}/t-0.tar", "*/t-[01].tar", "a/t-0.tar"]
+)
+def test_a_number_of_images_stands_for_absent_images_only(
+    recipe: Path, place: Path, capsys, path: str
+) -> None:
+    absent = ["data.expected_images=7", f"data.path={path}"]
     assert dry(recipe, capsys, *absent) == (EXIT_DONE, [])
-    (place / "t-0.tar").touch()
+    (place / "a").mkdir()
+    (place / "a" / "t-0.tar").touch()
     assert dry(recipe, capsys, *absent)[0] == EXIT_CONFIG
 
 
@@ -135,6 +151,10 @@ def test_a_checkpoint_that_would_be_refused(
         "run.allow_change=[train.steps]"
     )
     assert dry(recipe, capsys, where) == (EXIT_DONE, [])
+    # 8 epochs of 20 images are 160 views. The checkpoint has 3 of them, the others are 20 batches.
+    longer = ["train.epochs=8", "run.allow_change=[train.steps,train.epochs]"]
+    text, _ = dry_run.dry_run(load_config(recipe, [where, *longer]), World(0, 1, 0, 1, "none"))
+    assert "steps           23\n" in text
     shutil.copytree(recipe.parent / "photos" / "class0", place / "photos" / "class0")
     (reason,) = dry(recipe, capsys, where, f"data.path={place / 'photos'}")[1]
     assert "images differ" in reason and "student.init_from_run=" in reason

@@ -1,8 +1,11 @@
 """The command on runs, checkpoints, exported files and models of timm."""
 
+import io
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,24 @@ def test_the_result_file_records_the_evaluation(place: Path) -> None:
     assert not list(file.parent.glob("*.tmp"))
 
 
+def test_another_evaluation_of_the_same_weights_replaces_no_result(
+    place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "run" / "checkpoints", tmp_path / "checkpoints")
+    name = f"knn-student-step-{STEPS:08d}"
+    words = ["knn", "--checkpoint", tmp_path, "--weights", "student", "--no-baselines", "--k", "3"]
+    sets = ["--train", place / "train", "--test"]
+    for test, written in (("test", ""), ("train", "-2"), ("test", ""), ("train", "-2")):
+        text = evaluate(*words, *sets, place / test)
+        assert f"written to {tmp_path}/evaluation/{name}{written}.json" in text
+    (tmp_path / "evaluation" / f"{name}-2.json").write_text("[]")  # whatever it is, it stays
+    assert f"{name}-3.json" in evaluate(*words, *sets, place / "train")
+    found = [
+        json.loads((tmp_path / "evaluation" / f"{name}{n}.json").read_text()) for n in ("", "-3")
+    ]
+    assert [one["images"]["test"]["images"] for one in found] == [26, 40]
+
+
 def test_a_checkpoint_and_its_exported_file_are_one(place: Path, tmp_path: Path) -> None:
     folder = layout.folder_of(place / "run" / "checkpoints", STEPS)
     paths = ["--train", place / "train", "--test", place / "test"]
@@ -247,6 +268,29 @@ def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> N
     own = {f"momentum, step {STEPS}", "random weights", "teacher"}
     assert len(mixed) == 1 and found - mixed == own | {"uniform", "centre prior"}
     assert (tmp_path / "out.png").is_file() and record["images"]["images"]["images"] == 26
+
+
+@pytest.mark.parametrize("method", ["knn", "segmentation"])
+def test_names_that_are_no_utf8_are_evaluated_and_printed(
+    place: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    images = write_masked(folder, 4) if method == "segmentation" else folder
+    if method == "segmentation":
+        for part in ("images", "masks"):
+            (folder / part / "00.png").rename(folder / part / os.fsdecode(b"\xe9.png"))
+    else:
+        labelled_photographs(folder, 6, 0, 2)
+        (folder / "class0").rename(folder / os.fsdecode(b"\xe9"))
+    printed = io.BytesIO()
+    # Python's own choice where the locale is of UTF-8; pytest's is more lenient
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, "utf-8", errors="strict"))
+    monkeypatch.setattr("cmtmae_scale.commands.evaluate.set_up_logging", lambda *_: None)
+    options = ["--train", str(images), "--split", "0.5", "--out", str(tmp_path / "out.json")]
+    words = [method, "--checkpoint", str(place / "run"), "--no-baselines", *options]
+    assert evaluate_command(words) == 0
+    sys.stdout.flush()
+    assert f"({tmp_path}/caf\\udce9)" in printed.getvalue().decode()
 
 
 MISTAKES = {

@@ -70,7 +70,7 @@ def test_a_fine_tuning_and_a_pre_training_are_not_taken_for_each_other(
 ) -> None:
     words = ["--checkpoint", str(pretrained)]
     run_ranks(1, tune_named, recipe, words, [f"run.output_dir={tmp_path}", *SHORT])
-    with pytest.raises(AssertionError, match=r"is of a fine-tuning run; its accuracy is in"):
+    with pytest.raises(AssertionError, match=r"is of a fine-tuning run; .* encoder.safetensors of"):
         run_ranks(1, tune_named, recipe, ["--checkpoint", str(tmp_path)], SHORT)
     with pytest.raises(AssertionError, match=r"holds checkpoints of pre-training"):
         run_ranks(1, tune_named, recipe, words, [f"run.output_dir={pretrained}", *SHORT])

@@ -1,5 +1,7 @@
 """A recipe of ``cmtmae init`` loads and would start, whatever the folder; no file is replaced."""
 
+import errno
+import os
 import shlex
 from pathlib import Path
 
@@ -156,6 +158,18 @@ def test_what_cannot_be_used_is_counted(capsys: pytest.CaptureFixture[str]) -> N
     assert not Path("none.yaml").exists()
 
 
+def test_a_folder_that_may_not_be_listed_is_refused_by_name(monkeypatch, capsys) -> None:
+    Path("locked").mkdir()
+
+    def scan(path: Path | str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scan)
+    monkeypatch.setattr(os, "listdir", scan)
+    assert init_recipe(["locked"]) == EXIT_CONFIG
+    assert "locked: cannot be listed (Permission denied)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "code"),
     [
@@ -173,6 +187,15 @@ def test_odd_names_of_folders(name: str, code: int) -> None:
     if code == EXIT_DONE:
         assert load_config("recipe.yaml").data.path == name
     assert Path("recipe.yaml").exists() == (code == EXIT_DONE)
+
+
+@pytest.mark.parametrize("name", ["\udcff.jpg", "a\u2028b: c.jpg", "a\x85b: c.jpg", "a\nb: c.jpg"])
+def test_odd_names_of_images_that_cannot_be_used(name: str) -> None:
+    draw("photos", 2, (40, 30))
+    Path("photos", name).write_bytes(b"")
+    assert init_recipe(["photos"]) == EXIT_DONE
+    assert load_config("photos.yaml").data.path == "photos"
+    assert "1 images are excluded (first: " in Path("photos.yaml").read_text()
 
 
 def write(images: int, machine: Machine, **other: object) -> tuple[str, Config]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cmtmae_scale.config.schema import walk_fields
+from cmtmae_scale.config.ranges import walk_fields
 from cmtmae_scale.errors import CmtMaeError
 from dataloading.errors import DataError
 

@@ -7,7 +7,8 @@ import pytest
 
 from cmtmae_scale.commands.config import config_page, describe_config
 from cmtmae_scale.config.describe import TASKS, find_uses, list_groups
-from cmtmae_scale.config.schema import NamedTeacher, Schedule, walk_fields
+from cmtmae_scale.config.ranges import walk_fields
+from cmtmae_scale.config.schema import NamedTeacher, Schedule
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
 
 ROOT = Path(__file__).resolve().parents[2]

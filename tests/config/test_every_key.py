@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.config.schema import Config, NamedTeacher, walk_fields
+from cmtmae_scale.config.ranges import walk_fields
+from cmtmae_scale.config.schema import Config, NamedTeacher
 from tests.config.key_case import missing_tests, observe_changes, unread_keys
 from tests.engine.run_case import make_photographs, run, write_recipe
 from tests.processes import run_ranks

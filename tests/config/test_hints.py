@@ -10,7 +10,8 @@ import yaml
 from cmtmae_scale.config.finetune import Finetune, load_finetune
 from cmtmae_scale.config.hints import HABITS, RENAMED, RENAMED_VALUES, VALUE_REMEDIES, key_hint
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.config.schema import Config, walk_fields
+from cmtmae_scale.config.ranges import walk_fields
+from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
 from cmtmae_scale.runtime.arguments import Parser
 

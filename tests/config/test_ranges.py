@@ -16,7 +16,8 @@ import yaml
 from cmtmae_scale.config.check import check_ranges
 from cmtmae_scale.config.finetune import Finetune, load_finetune
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.config.schema import Config, Range, walk_fields
+from cmtmae_scale.config.ranges import Range, walk_fields
+from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 
 TEACHER = {"library": "timm", "model": "vit_small_patch14_dinov2", "weights": "random"}

@@ -70,14 +70,15 @@ def tiff(
     return tiff_of(data, {tag: (value,) for tag, value in tags.items()})
 
 
-def planar_tiff(levels: Pixels) -> bytes:
-    """A TIFF of three planes of 16 bits, ``[height, width, 3]``."""
-    height, width, _ = levels.shape
-    planes = [levels[..., channel].astype("<u2").tobytes() for channel in range(3)]
+def planar_tiff(levels: Pixels, photometric: int = 2, extra: int | None = None) -> bytes:
+    """A TIFF of planes of 16 bits, ``[height, width, channels]``; ``extra``: what the last is."""
+    height, width, channels = levels.shape
+    planes = [levels[..., channel].astype("<u2").tobytes() for channel in range(channels)]
     size = len(planes[0])
-    tags = {256: (width,), 257: (height,), 258: (16,) * 3, 259: (1,), 262: (2,)}
-    tags |= {273: tuple(8 + k * size for k in range(3)), 277: (3,), 278: (height,)}
-    return tiff_of(b"".join(planes), tags | {279: (size,) * 3, 284: (2,)})
+    tags = {256: (width,), 257: (height,), 258: (16,) * channels, 259: (1,), 262: (photometric,)}
+    tags |= {273: tuple(8 + k * size for k in range(channels)), 277: (channels,), 278: (height,)}
+    tags |= {279: (size,) * channels, 284: (2,)} | ({} if extra is None else {338: (extra,)})
+    return tiff_of(b"".join(planes), tags)
 
 
 def tiff_of(data: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:

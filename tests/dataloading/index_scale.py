@@ -35,16 +35,10 @@ import numpy as np
 from PIL import Image
 
 from dataloading.columns import new_columns
-from dataloading.index import (
-    Request,
-    build_index,
-    find_kept,
-    list_data,
-    load_or_build,
-    open_kept,
-    require_files,
-)
+from dataloading.data_set import Request, list_data
+from dataloading.index import build_index
 from dataloading.index_file import new_file, publish
+from dataloading.kept_index import find_kept, load_or_build, open_kept, require_files
 from dataloading.plan import Planner
 from tests.dataloading.tar_case import write_tar
 
@@ -209,7 +203,9 @@ def measure_kills(folder: Path, rows: int) -> Figures:
         content = [(f"{tar}-{i}.jpg", image_bytes(tar * per_tar + i)) for i in range(per_tar)]
         write_tar(data / f"{tar:06d}.tar", content)
     expected = build_index(data).digest
-    code = "import sys; from dataloading.index import load_or_build; load_or_build(*sys.argv[1:])"
+    code = (
+        "import sys; from dataloading.kept_index import load_or_build; load_or_build(*sys.argv[1:])"
+    )
     kills, kept = 0, folder / "index"
     while not (kept / "index.json").exists():
         process = subprocess.Popen([sys.executable, "-c", code, str(data), str(kept)])

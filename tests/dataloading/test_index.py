@@ -9,10 +9,12 @@ from PIL import Image, features
 
 import dataloading.folders
 from dataloading import headers
+from dataloading.data_set import Request, list_data
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError
 from dataloading.headers import HeaderError, has_avif, size_of_bytes, size_of_file, size_of_range
-from dataloading.index import Request, build_index, find_kept, list_data, load_or_build, write_index
+from dataloading.index import build_index
+from dataloading.kept_index import find_kept, load_or_build, write_index
 from tests.dataloading.bad_data_case import AVIF
 from tests.dataloading.tar_case import write_tar
 
@@ -220,7 +222,7 @@ def test_an_index_that_is_not_verified_is_of_this_very_data_set(
     assert len(load_or_build(photographs, kept, verify="never")) == 12
     monkeypatch.chdir(photographs.parent)
     with monkeypatch.context() as patch:
-        patch.setattr("dataloading.index.list_data", None)  # nothing is listed
+        patch.setattr("dataloading.kept_index.list_data", None)  # nothing is listed
         assert len(load_or_build(photographs.name, kept, verify="never")) == 12
     for path, names, before in [
         (other, ["a/b.png"], photographs),
@@ -313,7 +315,7 @@ def test_an_image_that_pillow_lacked_is_used_by_a_newer_pillow(
             write_index(list_data(Request(path)), index)
         assert len(load_or_build(path, kept)) == 12
     assert len(load_or_build(path, kept)) == 13
-    monkeypatch.setattr("dataloading.index.build_kept", None)
+    monkeypatch.setattr("dataloading.kept_index.build_kept", None)
     assert len(load_or_build(path, kept)) == 13
 
 

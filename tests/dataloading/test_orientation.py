@@ -11,7 +11,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from dataloading.folders import folder_digest
 from dataloading.headers import HeaderError, exif_orientation, header_of_file
-from dataloading.index import build_index, load_or_build
+from dataloading.index import build_index
+from dataloading.kept_index import load_or_build
 from dataloading.one_pass import OnePass
 from dataloading.stream import Stream
 from dataloading.webdataset import shards_digest

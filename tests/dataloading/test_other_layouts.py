@@ -1,5 +1,8 @@
 """A path that means something else than one data set is answered with the key to use."""
 
+import errno
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from dataloading.errors import DataError
 from dataloading.index import build_index
 from dataloading.name_checks import find_equal_labels, find_splits
+from dataloading.shards import has_files
 from dataloading.webdataset import decode_class
 from tests.dataloading.bad_data_case import PNG
 from tests.dataloading.tar_case import write_tar
@@ -130,6 +134,33 @@ def test_more_compressed_tars_than_tars_are_an_error(tmp_path: Path) -> None:
 def test_paths_of_other_programs_are_explained(path: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         build_index(path)
+
+
+def test_a_path_that_may_not_be_looked_up_is_refused_by_name(tmp_path: Path, monkeypatch) -> None:
+    locked, stat = tmp_path / "locked", os.stat
+
+    def look_up(path, *arguments, **options):
+        if str(path).startswith(f"{locked}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", look_up)
+    for name in ("photos", "train-*.tar"):
+        path = locked / name
+        for use in (build_index, has_files):
+            with pytest.raises(DataError, match=re.escape(f"{path}: cannot be looked up (Perm")):
+                use(path)
+
+
+def test_a_long_list_in_braces_is_no_file_name(tmp_path: Path) -> None:
+    names = [f"train-{number:06d}" for number in range(40)]
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", images(1))
+    pattern = tmp_path / f"{{{','.join(names)}}}.tar"
+    assert len(pattern.name) > 255 and has_files(pattern)
+    assert len(build_index(pattern)) == 40
+    with pytest.raises(DataError, match="does not exist"):
+        build_index(tmp_path / ("x" * 300))
 
 
 def test_class_texts_with_a_byte_order_mark_or_spaces_are_read(tmp_path: Path, caplog) -> None:

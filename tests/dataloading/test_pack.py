@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -263,10 +264,14 @@ def test_a_source_that_fails_midway_is_named_and_the_pack_can_go_on(source, tmp_
     pack(source, tmp_path / "out")
 
 
-def test_labels_that_tars_cannot_keep_are_refused(source, tmp_path) -> None:
-    (source.root / "class 0").rename(source.root / "class 0 ")
-    with pytest.raises(DataError, match=r"the label 'class 0 ' begins or ends with a space"):
-        pack(build_index(source.root), tmp_path / "out")
+@pytest.mark.parametrize("label", ["class 0 ", "\ufeffclass 0", "x" * 257])
+def test_labels_that_tars_cannot_keep_are_refused(source, tmp_path, label) -> None:
+    index = replace(source, labels=(label, *source.labels[1:]))
+    with pytest.raises(DataError, match=r"the label '.+' cannot be packed") as refused:
+        Pack(index, tmp_path / "out", seed=0, shard_bytes=SHARD)
+    assert "at most 256 bytes without spaces or a byte-order mark" in str(refused.value)
+    # A class without images is not packed.
+    Pack(replace(source, labels=(*source.labels, label)), tmp_path, seed=0, shard_bytes=SHARD)
 
 
 def test_foreign_tars_beside_a_pack_are_noticed(source, tmp_path) -> None:

@@ -15,19 +15,12 @@ from PIL import Image
 
 import dataloading.parquet
 from cmtmae_scale.tools.data_report import render_data_report, summarise_data
+from dataloading.data_set import Request, list_data
 from dataloading.entries import MAX_PIXELS
 from dataloading.errors import DataError, ReadError, UndecodableError
 from dataloading.exchange import index_from_bytes, index_to_bytes
-from dataloading.index import (
-    Index,
-    Request,
-    build_index,
-    build_listed,
-    list_data,
-    load_or_build,
-    open_kept,
-    write_index,
-)
+from dataloading.index import Index, build_index, build_listed
+from dataloading.kept_index import load_or_build, open_kept, write_index
 from dataloading.pack import Pack
 from dataloading.parquet_index import require_small_groups
 from dataloading.reading import Reader
@@ -203,7 +196,7 @@ def test_images_may_be_a_plain_column_beside_others(tmp_path: Path, kind: str) -
     assert content(build_index(tmp_path)) == [(image, "") for image in IMAGES[:6]]
 
 
-def test_labels_are_classes_in_their_order_or_values_in_theirs(tmp_path: Path) -> None:
+def test_labels_are_classes_in_their_order_or_values_in_theirs(tmp_path: Path, caplog) -> None:
     def labels(labels: Any, names: Any = None) -> tuple[tuple[str, ...], list[int]]:
         index = build_index(write(tmp_path / "a.parquet", IMAGES[:4], labels, names))
         return index.labels, index.entries["label"].tolist()
@@ -212,7 +205,9 @@ def test_labels_are_classes_in_their_order_or_values_in_theirs(tmp_path: Path) -
     assert labels([10, 9, 9, None]) == (("9", "10"), [1, 0, 0, -1])
     assert labels([" cat", "ant", "", "cat"]) == (("ant", "cat"), [1, 0, -1, 1])
     assert labels(pa.array(["z", "y", "z", "z"]).dictionary_encode()) == (("y", "z"), [1, 0, 1, 1])
-    assert labels([0.5, 1.0, 2.0, 3.0]) == ((), [-1] * 4)
+    assert "no labels are read" not in caplog.text
+    assert labels([None, 1.0, 2.0, 3.0]) == ((), [-1] * 4)
+    assert "no labels are read from a.parquet: label (double); write them as" in caplog.text
     index = build_index(write(tmp_path / "a.parquet", IMAGES[:3], [0, 2, 1], ["b", "a"]))
     assert index.entries["label"].tolist() == [0, -1, 1]
     assert index.excluded == (
@@ -444,6 +439,11 @@ def test_columns_that_are_unknown_are_listed(tmp_path: Path) -> None:
         build_index(path)
     pq.write_table(pa.table({"before": [IMAGES[0]], "image": [IMAGES[1]]}), path)
     assert content(build_index(path)) == [(IMAGES[1], "")]
+    for names in (["image", "image", "label"], ["image", "label", "label"]):
+        columns = [pa.array([IMAGES[0]]), pa.array([IMAGES[0]]), pa.array([1])]
+        pq.write_table(pa.Table.from_arrays(columns, names), path)
+        with pytest.raises(DataError, match=r"has several columns named (image|label); give each"):
+            build_index(path)
     pq.write_table(pa.table({"image": pa.array([], pa.binary())}), path)
     with pytest.raises(DataError, match=r"no usable image in 1 Parquet file"):
         build_index(path)

@@ -10,15 +10,13 @@ import pytest
 
 import dataloading.folders
 import dataloading.webdataset
+from dataloading.data_set import Request, list_data
 from dataloading.errors import DataError
-from dataloading.index import (
-    Index,
-    Request,
-    build_index,
+from dataloading.index import Index, build_index
+from dataloading.kept_index import (
     build_kept,
     find_kept,
     help_index,
-    list_data,
     load_or_build,
     open_kept,
     require_files,
@@ -94,7 +92,7 @@ def test_other_processes_open_what_one_has_verified(
 ) -> None:
     path = make_tars(photographs, tmp_path / "tars") if kind == "tars" else photographs
     first = load_or_build(path, tmp_path / "kept")
-    monkeypatch.setattr("dataloading.index.list_data", None)  # nothing is listed
+    monkeypatch.setattr("dataloading.kept_index.list_data", None)  # nothing is listed
     monkeypatch.setattr("dataloading.index_file.hashlib", None)  # and nothing is hashed
     other = open_kept(path, tmp_path / "kept", first.digest, first.list_shards())
     assert equal(first, other) and other.open().read(3) == first.open().read(3)
@@ -148,7 +146,7 @@ def test_a_piece_with_an_unreadable_image_is_examined_again(
 
     with monkeypatch.context() as patch:
         patch.setattr("dataloading.folders.header_of_file", refuse)
-        patch.setattr("dataloading.index._gather", fail)
+        patch.setattr("dataloading.kept_index.gather", fail)
         with pytest.raises(Killed):
             build_kept(listing, kept)
     assert len(list((kept / "parts").iterdir())) == 1  # of three pieces, with the dangling link

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dataloading.errors import DataError
-from dataloading.index import Index, build_index, load_or_build
+from dataloading.index import Index, build_index
+from dataloading.kept_index import load_or_build
 from dataloading.passed_over import extension_of
 from tests.dataloading.bad_data_case import PNG
 from tests.dataloading.tar_case import write_tar

@@ -9,18 +9,11 @@ import numpy as np
 import pytest
 
 from dataloading import index_file
+from dataloading.data_set import Request, list_data, warn_of_many_files
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError
-from dataloading.index import (
-    Index,
-    Request,
-    build_index,
-    build_listed,
-    list_data,
-    load_or_build,
-    warn_of_many_files,
-    write_index,
-)
+from dataloading.index import Index, build_index, build_listed
+from dataloading.kept_index import load_or_build, write_index
 from tests.dataloading.store_case import RangeServer
 from tests.dataloading.tar_case import reference, write_tar
 from tests.dataloading.test_parts import equal, make_tars
@@ -250,7 +243,7 @@ def test_a_folder_has_none_and_many_files_are_a_warning(
         write_index(listing, index)
     warn_of_many_files(listing)
     assert "--pack" not in caplog.text
-    monkeypatch.setattr("dataloading.index.MANY_FILES", 11)
+    monkeypatch.setattr("dataloading.data_set.MANY_FILES", 11)
     warn_of_many_files(listing)
     text = "12 files, which every launch lists; pack them into tars (cmtmae check-data"
     assert f"{text} {photographs} --pack OUT)" in caplog.text

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dataloading.errors import DataError, ReadError
-from dataloading.index import build_index, load_or_build
+from dataloading.index import build_index
+from dataloading.kept_index import load_or_build
 from dataloading.patience import Patience
 from dataloading.stream import Stream
 from tests.dataloading.decoder_case import DECODERS

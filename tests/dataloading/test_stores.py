@@ -16,7 +16,8 @@ from dataloading import shards, stores, webdataset
 from dataloading.addresses import find_address_problem, hide_secrets
 from dataloading.errors import DataError, ReadError
 from dataloading.exchange import index_from_bytes, index_to_bytes
-from dataloading.index import Index, build_index, load_or_build, open_kept
+from dataloading.index import Index, build_index
+from dataloading.kept_index import load_or_build, open_kept
 from dataloading.stores import StoreSource, explain_error, merge_neighbours
 from dataloading.stream import Batch, Stream
 from tests.dataloading.conftest import smooth

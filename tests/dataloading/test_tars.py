@@ -16,7 +16,8 @@ import dataloading.sources
 import dataloading.webdataset
 from dataloading.entries import ENTRY
 from dataloading.errors import DataError
-from dataloading.index import build_index, load_or_build
+from dataloading.index import build_index
+from dataloading.kept_index import load_or_build
 from dataloading.sources import TarSource
 from dataloading.stream import Stream
 from tests.dataloading.tar_case import FORMATS, reference, write_tar

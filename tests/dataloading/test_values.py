@@ -49,6 +49,14 @@ UNKNOWN = {
         planar_tiff((RAMP[..., None] * 65535).repeat(3, axis=2)),
         "planes of 16 bits, which Pillow reads wrongly; convert the image to 8 bits",
     ),
+    "planes of 16 bits, with alpha": (
+        planar_tiff((RAMP[..., None] * 65535).repeat(4, axis=2), extra=2),
+        "planes of 16 bits",
+    ),
+    "planes of 16 bits, CMYK": (
+        planar_tiff((RAMP[..., None] * 65535).repeat(4, axis=2), photometric=5),
+        "planes of 16 bits",
+    ),
 }
 
 

@@ -15,8 +15,8 @@ from cmtmae_scale.errors import CmtMaeError, TeacherError, exit_code_of
 from cmtmae_scale.pretraining import build
 from cmtmae_scale.runtime import shared_index
 from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
+from dataloading.data_set import Request
 from dataloading.errors import DataError, ReadError
-from dataloading.index import Request
 from tests.checkpoint.save_case import Lines
 from tests.engine.fault_case import command_on_ranks
 

@@ -127,7 +127,10 @@ def ready_group(*_: Any) -> Iterator[None]:
 
 
 def resume_with_a_readable_image(recipe: Path) -> tuple[int, int]:
-    """Train while one image cannot be read, and again when it can; returns both exit codes."""
+    """Train while one image cannot be read, and again when it can; returns both exit codes.
+
+    Between the launches other commands open the index of the run.
+    """
     data = yaml.safe_load(recipe.read_text())["data"]
     locked = min(Path(data["path"]).rglob("*.jpg"))
     read = folders.header_of_file
@@ -139,7 +142,25 @@ def resume_with_a_readable_image(recipe: Path) -> tuple[int, int]:
 
     with mock.patch.object(folders, "header_of_file", refuse):
         first = command_on_ranks(recipe, ["train.stop_after=1"])
+    if not is_finetuning(recipe):
+        open_from_outside(recipe)
     return first, command_on_ranks(recipe, [])
+
+
+def open_from_outside(recipe: Path) -> None:
+    """Open the index of a run as ``--dry-run``, an export and a sidecar do."""
+    from cmtmae_scale.cache.build import open_or_build_index
+    from cmtmae_scale.commands.dry_run import dry_run
+    from cmtmae_scale.config.load import load_config
+    from cmtmae_scale.export.origin import open_origin
+    from cmtmae_scale.export.views import open_run_index
+
+    run_dir = recipe.parent / "run"
+    text, code = dry_run(load_config(recipe), this_world())
+    assert code == 0, text
+    open_run_index(open_origin(run_dir, "student"))
+    config = load_config(run_dir / "config.yaml")
+    open_or_build_index(config, run_dir / "index", "positions")
 
 
 def command_on_ranks(recipe: Path, overrides: list[str], fault: str = "", victim: int = 0) -> int:

@@ -1,5 +1,6 @@
 """Made-up encoders, images with masks and clips for tests of dense evaluation."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,18 @@ def write_clip(root: Path, name: str, frames: int, seed: int = 0) -> None:
         palette = Image.fromarray(mask).convert("P")
         palette.putpalette([0, 0, 0, 200, 0, 0])
         palette.save(root / "Annotations" / "480p" / name / f"{file}.png")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 48 48\n%%EndComments\nshowpage\n"
+"""An image for whose pixels Pillow runs Ghostscript."""
+
+
+def write_huge_png(file: Path) -> None:
+    """Give a PNG a header of more pixels than Pillow decodes."""
+    data = bytearray(file.read_bytes())
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    file.write_bytes(data)
 
 
 def size_of(file: Path) -> tuple[int, int]:

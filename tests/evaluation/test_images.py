@@ -76,6 +76,17 @@ def test_a_test_set_of_one_class_is_named_whatever_its_number(tmp_path: Path, ca
         assert "set eval.test_path" in caplog.text
 
 
+def test_training_images_as_test_images_are_named(tmp_path: Path, caplog) -> None:
+    train = labelled_photographs(tmp_path / "train", 6, 0, 3)
+    test = labelled_photographs(tmp_path / "test", 7, 1, 3)
+    open_pair(str(train), str(test))
+    assert not caplog.text
+    for same in (train, shutil.copytree(train, tmp_path / "copy")):
+        caplog.clear()
+        open_pair(str(train), str(same))
+        assert f"{same}: the test images are the training images" in caplog.text
+
+
 def test_labels_that_differ_in_leading_zeros_are_named(tmp_path: Path) -> None:
     for name, labels in (("train", ("000", "001")), ("test", ("0", "1")), ("both", ("1", "01"))):
         for label in labels:

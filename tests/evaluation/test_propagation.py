@@ -20,7 +20,7 @@ from cmtmae_scale.evaluation.propagation import (
     window_mask,
 )
 from dataloading.errors import DataError
-from tests.evaluation.dense_case import ENCODER, draw, write_clip
+from tests.evaluation.dense_case import ENCODER, POSTSCRIPT, draw, write_clip, write_huge_png
 from tests.evaluation.evaluation_case import world
 from tests.processes import run_ranks
 from tests.references import dense as reference
@@ -101,6 +101,13 @@ def test_unusable_clips_are_counted_or_refused(tmp_path: Path) -> None:
     }
     rows = propagate_clips(ENCODER, found.clips, world(), CPU)[0]
     assert rows[0].interval is None and rows[0].total == 1
+    write_huge_png(masks / "other" / "00000.png")
+    (tmp_path / "JPEGImages" / "480p" / "void" / "00000.jpg").write_bytes(POSTSCRIPT)
+    found = open_clips(str(tmp_path))
+    assert found.excluded["clips that cannot be decoded"] == 2
+    write_huge_png(masks / "good" / "00002.png")
+    with pytest.raises(DataError, match=r"00002.png: cannot be decoded .*take its clip away"):
+        propagate_clips(ENCODER, found.clips, world(), CPU)
     frame = tmp_path / "JPEGImages" / "480p" / "good" / "00002.jpg"
     frame.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"00002.jpg: cannot be decoded .*take its clip away"):

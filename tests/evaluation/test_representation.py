@@ -175,6 +175,28 @@ def test_a_map_that_is_the_mask_agrees_and_a_uniform_one_is_chance(tmp_path: Pat
     assert {row.total for row in rows} == {4}
 
 
+def refusal_of_map(folder: Path) -> str:
+    """The error where the map of one image, which is rank 0's, has a NaN."""
+    found = open_masked(str(folder), "val")
+
+    def compute(images: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        attention = torch.ones(len(images[0]), GRID[0] * GRID[1])
+        attention[:1, 0] = torch.nan if world().rank == 0 else 1.0
+        return {"good": torch.ones_like(attention), "teacher": attention}
+
+    maps = Maps(("good", "teacher"), (SIDE,), GRID, compute)
+    with pytest.raises(DataError) as caught:
+        measure_attention(maps, found, READING, world(), CPU)
+    return str(caught.value)
+
+
+@pytest.mark.gloo
+def test_maps_that_are_not_finite_are_refused_on_every_rank(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "set", 5)
+    one, two = run_ranks(2, refusal_of_map, folder)
+    assert one == two and "map of teacher is not finite for 1 of 5 images: nothing is" in one
+
+
 @pytest.mark.parametrize(
     "arch", ["vit_base_patch16_dinov3", "eva02_base_patch14_224", "vit_base_patch16_rope_mixed_224"]
 )

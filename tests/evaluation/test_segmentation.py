@@ -28,6 +28,7 @@ from tests.evaluation.dense_case import (
     ENCODER,
     GRID,
     PATCH,
+    POSTSCRIPT,
     SIDE,
     encode_tokens,
     size_of,
@@ -154,18 +155,20 @@ def test_unusable_masks_are_counted_or_refused(tmp_path: Path, caplog: Any) -> N
     (masks / "00.png").unlink()
     Image.new("L", (9, 9)).save(masks / "01.png")
     (masks / "02.png").write_bytes(b"no image")
+    shutil.copy(masks / "05.png", masks / "06.png")
+    (images / "06.png").write_bytes(POSTSCRIPT)
     (images / "03.png").unlink()
     damaged = (images / "04.png").read_bytes()
     (images / "04.png").write_bytes(damaged[: len(damaged) // 2])
     found = list_pairs(folder, "train")
     assert found.excluded == {
-        **{"without a mask": 1, "with a mask of another size": 1, "that cannot be decoded": 1},
+        **{"without a mask": 1, "with a mask of another size": 1, "that cannot be decoded": 2},
         "without an image": 1,
     }
     assert "1 with a mask of another size (first: 01.png)" in caplog.text
     batches = list(masked_batches(found, (SIDE,), READING, world(), CPU))
     assert [b.numbers.tolist() for b in batches] == [[1]] and found.broken == {0}
-    assert total_excluded(found)["that cannot be decoded"] == 2
+    assert total_excluded(found)["that cannot be decoded"] == 3
 
 
 def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> None:
@@ -192,9 +195,17 @@ def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> 
         open_masked(str(folder), "train")
 
 
+def test_resamples_of_void_images_alone_are_left_out_of_the_interval() -> None:
+    """Warnings are errors here; a quarter of the resamples holds the void image alone."""
+    counts = np.zeros((2, 3, 256), np.int64)
+    counts[0, :, 1] = 3, 4, 5  # hits, predicted and true pixels
+    for row in score_rows("ours", "any", counts.reshape(2, -1)):
+        assert row.interval == (row.value, row.value)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(255, "no pixel has a class"), (1, "one class only, 1"), (0, "one class only, 0")],
+    [(255, "have no pixel with a class"), (1, "one class only, 1"), (0, "one class only, 0")],
 )
 def test_masks_of_one_class_are_refused(tmp_path: Path, value: int, message: str) -> None:
     folder = write_masked(tmp_path / "set", 2)

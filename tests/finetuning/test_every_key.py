@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.config.finetune import Finetune, load_finetune
-from cmtmae_scale.config.schema import walk_fields
+from cmtmae_scale.config.ranges import walk_fields
 from tests.config.key_case import missing_tests, observe_changes, unread_keys
 from tests.evaluation.evaluation_case import labelled_photographs
 from tests.finetuning.finetune_case import tune, write_recipe

@@ -14,7 +14,8 @@ from cmtmae_scale.config.derive import entry_errors, needs, teacher_configs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.evaluation.foreground import maps_of_subject
-from cmtmae_scale.evaluation.subject import locate_checkpoint, open_encoder
+from cmtmae_scale.evaluation.saved import locate_checkpoint
+from cmtmae_scale.evaluation.subject import open_encoder
 from cmtmae_scale.export.card import teacher_rows
 from cmtmae_scale.export.full import build_full
 from cmtmae_scale.teachers.build import build_teacher

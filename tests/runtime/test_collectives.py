@@ -1,12 +1,14 @@
 """Agreements between ranks, and the groups that they make."""
 
+import os
+
 import pytest
 import torch.distributed as dist
 
 from cmtmae_scale.runtime.groups import make_grid
 from cmtmae_scale.tools.benchmark.collectives import fake_group
 from tests.processes import run_ranks
-from tests.runtime.collectives_case import work_for_long
+from tests.runtime.collectives_case import exchange_texts, work_for_long
 
 
 @pytest.mark.gloo
@@ -18,6 +20,12 @@ def test_no_collective_waits_for_a_rank_that_works_for_long() -> None:
             assert (first, second) == ("rank 1: no images", "no images")
         else:
             assert (first, second) == ("done on 0", "done on 1")
+
+
+@pytest.mark.gloo
+def test_ranks_exchange_names_that_are_no_utf8() -> None:
+    name = os.fsdecode(b"caf\xe9/\xc3\xa9.jpg")
+    assert run_ranks(2, exchange_texts, name) == [(name, [f"{name}0", f"{name}1"])] * 2
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2048, 1), (256, 8)])

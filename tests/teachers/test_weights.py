@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cmtmae_scale.errors import TeacherError
-from cmtmae_scale.teachers.weights import load_strictly, read_weights
+from cmtmae_scale.teachers.state_dicts import load_strictly
+from cmtmae_scale.teachers.weights import read_weights
 
 State = dict[str, Tensor]
 

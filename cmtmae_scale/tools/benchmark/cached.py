@@ -79,7 +79,7 @@ def compare_cache(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config = online_config(path, overrides, folder)
-        index = open_images(config.data, folder / "index")
+        index = open_images(config.data, folder / "index", look_again=True)
         teacher = assemble_teacher(config, needs(config), load=True).to(
             device, compute_dtype(config)
         )

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, may_pass
 from cmtmae_scale.runtime.storage import atomic_path, read_json, write_atomic
 
 
@@ -16,10 +16,16 @@ def record_file(folder: Path) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, int] | None:
-    """Return the record of a folder; ``None`` if there is none, or the file is something else."""
+    """Return the record of a folder; ``None`` if there is none, or the file is something else.
+
+    Raises:
+        OSError: if the store fails.
+    """
     try:
         record = read_json(record_file(folder).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if may_pass(error):
+            raise
         return None
     is_record = isinstance(record, dict) and "recipe" in record
     return record if is_record and all(type(one) is int for one in record.values()) else None

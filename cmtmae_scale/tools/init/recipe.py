@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cmtmae_scale.config.yaml_text import parse_yaml
+from cmtmae_scale.runtime.log import escape_controls
 from cmtmae_scale.tools.init.survey import Survey
 
 SMALL_SIDE = 128
@@ -170,9 +171,9 @@ def heading(survey: Survey, machine: Machine, output: Path) -> str:
         )
     if survey.excluded:
         first, why = survey.excluded[0]
+        found = escape_controls(f"{quote(first)}, {one_line(why)}")  # names are any bytes
         lines.append(
-            f"{len(survey.excluded)} images are excluded (first: {quote(first)}, {one_line(why)}): "
-            "see cmtmae check-data."
+            f"{len(survey.excluded)} images are excluded (first: {found}): see cmtmae check-data."
         )
     if survey.elongation > 3:
         lines.append(

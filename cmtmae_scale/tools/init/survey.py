@@ -1,5 +1,6 @@
 """Properties of a folder of images that a recipe is derived from."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,15 +62,18 @@ def survey_images(path: str) -> Survey:
         int(np.median(sides[0])),
         float(np.median(sides[1] / sides[0])),
         len(index.labels) if is_labelled else 0,
-        (*index.excluded, *faults),
+        (*index.unused_images(), *faults),
     )
 
 
 def find_sets(path: str) -> tuple[str, str | None]:
     """Return the training images and the test images below a path; ``None``: no test images."""
     folder = Path(path)
-    inside = [one.name for one in folder.iterdir() if one.is_dir()] if folder.is_dir() else []
-    splits = find_splits(inside)
+    try:
+        with os.scandir(folder) as items:
+            splits = find_splits(item.name for item in items if item.is_dir())
+    except (OSError, ValueError):  # no folder; whoever lists the images says what is wrong
+        return path, None
     if splits is None:
         return path, None
     return str(folder / splits[0]), str(folder / splits[1])

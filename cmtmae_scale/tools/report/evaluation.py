@@ -136,12 +136,12 @@ def evaluation_section(run: Run, others: Sequence[Run], anchor: str) -> str:
         head = ("weights", "features", "method", "accuracy", "95 % interval", "top-5", "correct")
         head += ("file",)
         parts.append(table(head, rows))
-        verdicts = {str(result["verdict"]) for _, result in run.results if result.get("verdict")}
-        parts += [paragraph(one, "note") for one in sorted(verdicts)]
     elif run.is_tuning:
         parts.append(paragraph(f"The accuracy of the last weights will be in {RESULT}."))
     elif not dense:
         parts.append(paragraph("The run's folder holds no result of cmtmae evaluate."))
+    verdicts = {str(result["verdict"]) for _, result in run.results if result.get("verdict")}
+    parts += [paragraph(one, "note") for one in sorted(verdicts)]
     return section("Evaluation", anchor, *parts)
 
 

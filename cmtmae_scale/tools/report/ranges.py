@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from cmtmae_scale.config.changes import (
     is_listed,
 )
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.pretraining.scalars import scalars_at
+from cmtmae_scale.finetuning.scalars import scalars_at as finetuning_scalars
+from cmtmae_scale.pretraining.scalars import scalars_at as pretraining_scalars
 from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.report.chart import Band, Line, Point
 from cmtmae_scale.tools.report.run import Run, is_drawable, open_run, read_records
@@ -129,8 +131,16 @@ def interpolate_curve(curve: Sequence[Point], step: float) -> float | None:
 def scheduled_values(run: Run, name: str) -> list[Point]:
     """Return a scheduled value over the whole run; empty where the schedule is unknown."""
     end = run.end_step
-    if run.config is None or not end or run.progress.get("step0", 0):
+    if not end or run.progress.get("step0", 0):
+        return []
+    config, tuning, images = run.config, run.tuning, run.num_images
+    if config is not None:
+        at = partial(pretraining_scalars, config)
+    elif tuning is not None and images:
+        epochs = end * tuning.train.global_batch_size / images
+        at = partial(finetuning_scalars, tuning, epochs=epochs)
+    else:
         return []
     count = min(PLANNED_POINTS, end)
     steps = [1 + (end - 1) * k / max(count - 1, 1) for k in range(count)]
-    return [(step, getattr(scalars_at(run.config, (step - 1) / end), name)) for step in steps]
+    return [(step, getattr(at((step - 1) / end), name)) for step in steps]

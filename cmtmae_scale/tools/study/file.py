@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from cmtmae_scale.config.load import parse_override
+from cmtmae_scale.config.overrides import parse_override
 from cmtmae_scale.config.shipped import STUDIES, find_recipe
 from cmtmae_scale.config.yaml_text import read_yaml
 from cmtmae_scale.errors import ConfigError

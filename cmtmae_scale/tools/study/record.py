@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.tools.study.file import Study
+from cmtmae_scale.errors import ConfigError, may_pass
+from cmtmae_scale.tools.study.file import Study, is_list_of
 from cmtmae_scale.tools.study.results import (
     Accuracy,
     Results,
@@ -35,15 +35,22 @@ def read_record(file: Path) -> list[Record]:
 
     Raises:
         ConfigError: if it is not a study's record, or has a number that is not finite.
+        OSError: if the store fails.
     """
     try:
         text = file.read_text()
         tree = json.loads(text, parse_constant=refuse_constant, parse_float=parse_finite)
         runs = [*tree["runs"], *tree.get("unmatched", [])]
+        for one in runs:
+            names = one.get("evaluations", [])
+            if not isinstance(one["settings_digest"], str) or not is_list_of(names, str):
+                raise TypeError(f"{one['row']}, seed {one['seed']}: names that are not text")
         return [{"row": one["row"], "seed": one["seed"]} | one for one in runs]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if may_pass(error):
+            raise
         raise ConfigError(
             f"{file}: is not the record of a study ({error!r}); move it elsewhere and run again"
         ) from error
@@ -77,7 +84,7 @@ def adopt_records(
             "delete its line in the record",
             *(len(partial), ", ".join(f"{run.row} seed {run.seed}" for run in partial)),
         )
-    rest = [one for one in records if not any(one is other for other in used)]
+    rest = [one for one in records if not any(is_part_of(one, other) for other in used)]
     unmatched = without_files(study, rest)
     if unmatched:
         names = ", ".join(f"{one['row']} seed {one['seed']}" for one in unmatched)
@@ -90,10 +97,18 @@ def adopt_records(
 
 
 def find_record(records: Sequence[Record], run: Run, study: Study) -> Record | None:
-    """Return the record of a run, of rows with equal settings that of its own evaluation."""
+    """Return the record of a run: of rows with equal settings its own, if there is one."""
     features = study.evaluation.features
     own = [one for one in records if one["settings_digest"] == run.folder.name]
-    return next((one for one in own if is_result_of(one, run, features)), None)
+    usable = [one for one in own if is_result_of(one, run, features)]
+    usable.sort(key=lambda one: one["row"] != run.row)
+    return usable[0] if usable else None
+
+
+def is_part_of(record: Record, other: Record) -> bool:
+    """Return whether another record of the same run has the same evaluations, or more."""
+    names, others = (set(one.get("evaluations", ())) for one in (record, other))
+    return record["settings_digest"] == other["settings_digest"] and bool(names) and names <= others
 
 
 def without_files(study: Study, records: Sequence[Record]) -> list[Record]:
@@ -109,14 +124,16 @@ def without_files(study: Study, records: Sequence[Record]) -> list[Record]:
 
 def is_result_of(record: Record, run: Run, features: str) -> bool:
     """Return whether a record has the probe and k-NN of a run, as the study measures them."""
-    measured = {run.linear.stem, run.knn.stem}
-    return measured <= set(record.get("evaluations", ())) and record.get("features") == features
+    probes = (job for job in run.jobs if job.output in (run.linear, run.knn))
+    names = record.get("evaluations", ())
+    return all(job.is_among(names) for job in probes) and record.get("features") == features
 
 
 def lacks_evaluation(run: Run) -> bool:
     """Return whether a recorded run was not evaluated in a way that the study has now."""
-    measured = {job.output.stem for job in run.jobs if job.kind == "evaluate"}
-    return run.recorded is not None and not measured <= set(run.recorded["evaluations"])
+    jobs = (job for job in run.jobs if job.kind == "evaluate")
+    recorded = run.recorded
+    return recorded is not None and not all(job.is_among(recorded["evaluations"]) for job in jobs)
 
 
 def results_record(study: Study, results: Results, unmatched: Sequence[Record], place: str) -> str:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmtmae_scale.checkpoint.layout import is_finite
+from cmtmae_scale.checkpoint.layout import is_count, is_finite
 from cmtmae_scale.engine.summary import read_entries
 from cmtmae_scale.engine.telemetry import LOG_FILE
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, may_pass
 from cmtmae_scale.evaluation.result import method_family, unpack_hits
 from cmtmae_scale.tools.study.execute import training_minutes
 from cmtmae_scale.tools.study.file import Study
@@ -151,11 +151,11 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
         for run in runs
         if run.recorded is not None or (run.linear.exists() and run.knn.exists())
     ]
-    require_one({one.images: one.run.linear for one in found}, "on different images")
+    require_one({one.images: name_place(one, "linear") for one in found}, "on different images")
     for name in ("linear", "knn", "tuned"):
         having = [one for one in found if name in one.labels]
-        files = {one.labels[name]: getattr(one.run, name) for one in having}
-        require_one(files, "with different labels")
+        places = {one.labels[name]: name_place(one, name) for one in having}
+        require_one(places, "with different labels")
     by_row: dict[str, list[RunResult]] = {name: [] for name in study.rows}
     for one in found:
         by_row[one.run.row].append(one)
@@ -172,23 +172,32 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
     }
     corrected = holm_correction({"/".join(key): test.p for key, test in tests.items()})
     comparisons = [Comparison(*key, test, corrected["/".join(key)]) for key, test in tests.items()]
-    references = [reference for one in found for reference in one.references]
-    return Results(rows, sorted(references, key=lambda one: -one.primary.value), comparisons)
+    named = {reference.weights: reference for one in found[::-1] for reference in one.references}
+    references = sorted(named.values(), key=lambda one: -one.primary.value)
+    return Results(rows, references, comparisons)
 
 
-def require_one(files: Mapping[tuple[str, str], Path], how: str) -> None:
+def name_place(one: RunResult, name: str) -> str:
+    """Return the result file of a run, by the field of ``Run`` that names it, or its record."""
+    run = one.run
+    if run.recorded is not None:
+        return f"the record of {run.row} seed {run.seed}"
+    return str(getattr(run, name))
+
+
+def require_one(places: Mapping[tuple[str, str], str], how: str) -> None:
     """Refuse results that differ in the images or labels that they were measured with.
 
     Args:
-        files: a result file by each pair of digests that was found.
+        places: the place of a result by each pair of digests that was found.
         how: what differs, as in "were evaluated HOW".
 
     Raises:
         ConfigError: if there are several.
     """
-    if len(files) > 1:
-        places = " and ".join(str(file) for file in files.values())
-        raise ConfigError(f"{places} were evaluated {how}; delete the results of one")
+    if len(places) > 1:
+        found = " and ".join(places.values())
+        raise ConfigError(f"{found} were evaluated {how}; delete the results of one")
 
 
 def tested_measures(study: Study) -> list[str]:
@@ -219,7 +228,22 @@ def compare_rows(a: Sequence[RunResult], b: Sequence[RunResult], measure: str) -
 
 
 def read_run_result(run: Run, features: str) -> RunResult:
-    """Read a run's accuracies, and the references that were measured with it."""
+    """Read a run's accuracies, and the references that were measured with it.
+
+    Raises:
+        ConfigError: files that are not those of an evaluation.
+    """
+    try:
+        return join_results(run, features)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{run.linear.parent}: the files are not results of cmtmae evaluate ({error!r}); "
+            "delete them and run again"
+        ) from error
+
+
+def join_results(run: Run, features: str) -> RunResult:
+    """Join the result files of a run."""
     linear, knn = read_result(run.linear), read_result(run.knn)
     rows = [*linear["results"], *knn["results"]]
     if run.segmentation is not None and run.segmentation.exists():
@@ -315,17 +339,21 @@ def recorded_result(run: Run) -> RunResult:
     try:
         others = recorded_measures(record["accuracies"])
         primary = f"linear {record['features']}"
-        train, test = record["images"]
+        count, hits, minutes = record["count"], record["hits"], record["training_minutes"]
+        if not is_count(count) or not count:
+            raise TypeError(f"count={count!r} is not a number of images")
+        if hits is not None:
+            unpack_hits(hits, count)
         return RunResult(
             run,
-            record["primary"],
+            require_finite(record["primary"]),
             others[primary].interval_95,
-            record["count"],
-            record["hits"],
+            count,
+            hits,
             others,
-            (train, test),
-            {name: (train, test) for name, (train, test) in record.get("labels", {}).items()},
-            record["training_minutes"],
+            require_digests(record["images"]),
+            {name: require_digests(pair) for name, pair in record.get("labels", {}).items()},
+            None if minutes is None else require_finite(minutes),
             record["weights_sha256"],
             {key: record[key] for key in PROVENANCE if key in record},
             record["evaluations"],
@@ -334,7 +362,10 @@ def recorded_result(run: Run) -> RunResult:
                 for name, accuracies in record["references"].items()
                 for measures in [recorded_measures(accuracies)]
             ],
-            {name: [(x, y) for x, y in points] for name, points in record["series"].items()},
+            {
+                name: [(require_finite(x), require_finite(y)) for x, y in points]
+                for name, points in record["series"].items()
+            },
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
@@ -345,7 +376,34 @@ def recorded_result(run: Run) -> RunResult:
 
 def recorded_measures(accuracies: dict[str, Any]) -> dict[str, Accuracy]:
     """Return accuracies in the study's record: value, and the ends of the interval, by measure."""
-    return {name: Accuracy(value, (low, high)) for name, (value, low, high) in accuracies.items()}
+    return {
+        name: Accuracy(value, (low, high))
+        for name, values in accuracies.items()
+        for value, low, high in [map(require_finite, values)]
+    }
+
+
+def require_finite(value: Any) -> Any:
+    """Return a number of the study's record.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if not is_finite(value):
+        raise TypeError(f"{value!r} is not a finite number")
+    return value
+
+
+def require_digests(values: Any) -> tuple[str, str]:
+    """Return two digests of the study's record.
+
+    Raises:
+        TypeError, ValueError: for anything else.
+    """
+    train, test = values
+    if not isinstance(train, str) or not isinstance(test, str):
+        raise TypeError(f"{values!r} are not digests")
+    return train, test
 
 
 def find_row(
@@ -367,12 +425,15 @@ def read_result(file: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: if it is damaged, or has a number that is not finite.
+        OSError: if the store fails.
     """
     try:
         return json.loads(
             file.read_text(), parse_constant=refuse_constant, parse_float=parse_finite
         )
     except (OSError, ValueError) as error:
+        if may_pass(error):
+            raise
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run again") from error
 
 

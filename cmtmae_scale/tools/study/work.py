@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -18,7 +18,7 @@ from cmtmae_scale.config.derive import loaded_start, needs, teacher_configs
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import Draft, config_to_dict, load_config, read_recipe
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError
+from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError, may_pass
 from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.study.file import Evaluation, Study
 
@@ -52,6 +52,12 @@ class Job:
     """Return whether the result exists."""
     resumable: bool
     """Whether the command resumes after a stop."""
+    twin: str | None = None
+    """Name of the same evaluation without baselines, or with them."""
+
+    def is_among(self, names: Collection[str]) -> bool:
+        """Return whether an evaluation of these names has this one's results of the weights."""
+        return self.output.stem in names or self.twin in names
 
     @property
     def command(self) -> str:
@@ -225,13 +231,12 @@ def plan_run(
         jobs.append(Job("cache", arguments, cache, partial(is_complete, cache), True))
     arguments = (*CMTMAE, "pretrain", "--config", study.recipe, *overrides)
     jobs.append(Job("train", arguments, folder, lambda: is_trained(folder), True))
-    extra = [] if first else ["--no-baselines"]
     weights = ["--weights", evaluated]
-    linear = evaluation_job(study.evaluation, folder, "linear", [*weights, *extra])
-    knn = evaluation_job(study.evaluation, folder, "knn", [*weights, *extra])
+    linear = evaluation_job(study.evaluation, folder, "linear", weights, first)
+    knn = evaluation_job(study.evaluation, folder, "knn", weights, first)
     run = Run(name, seed, folder, config, (*jobs, linear, knn), linear.output, knn.output)
     if study.evaluation.segmentation is not None:
-        job = segmentation_job(study.evaluation.segmentation, folder, [*weights, *extra])
+        job = segmentation_job(study.evaluation.segmentation, folder, weights, first)
         run = replace(run, jobs=(*run.jobs, job), segmentation=job.output)
     return (
         run if study.evaluation.finetune is None else add_finetuning(run, study.evaluation, weights)
@@ -240,10 +245,10 @@ def plan_run(
 
 def add_teacher_jobs(run: Run, settings: Evaluation) -> Run:
     """Return the run with the evaluation of its teacher at the end."""
-    options = ["--weights", "teacher", "--no-baselines"]
-    jobs = [evaluation_job(settings, run.folder, "linear", options)]
+    weights = ["--weights", "teacher"]
+    jobs = [evaluation_job(settings, run.folder, "linear", weights, False)]
     if settings.segmentation is not None:
-        jobs.append(segmentation_job(settings.segmentation, run.folder, options))
+        jobs.append(segmentation_job(settings.segmentation, run.folder, weights, False))
     return replace(run, jobs=(*run.jobs, *jobs), teacher=tuple(job.output for job in jobs))
 
 
@@ -273,25 +278,31 @@ def check_finetuning(settings: Evaluation) -> None:
     load_finetune(str(settings.finetune), [*tuning_images(settings), "run.output_dir=none"])
 
 
-def evaluation_job(settings: Evaluation, folder: Path, method: str, options: Sequence[str]) -> Job:
+def evaluation_job(
+    settings: Evaluation, folder: Path, method: str, weights: Sequence[str], baselines: bool
+) -> Job:
     """Return a probe of a run."""
-    words = [method, *options, "--train", settings.train, "--test", settings.test]
-    if method == "linear":
-        words += ["--epochs", str(settings.epochs)]
-    return evaluate_job(folder, words)
+    images = ["--train", settings.train, "--test", settings.test]
+    epochs = ["--epochs", str(settings.epochs)] if method == "linear" else []
+    return evaluate_job(folder, [method, *weights], [*images, *epochs], baselines)
 
 
-def segmentation_job(masks: str, folder: Path, options: Sequence[str]) -> Job:
+def segmentation_job(masks: str, folder: Path, weights: Sequence[str], baselines: bool) -> Job:
     """Return the segmentation on frozen features of a run."""
-    return evaluate_job(folder, ["segmentation", *options, "--train", masks])
+    return evaluate_job(folder, ["segmentation", *weights], ["--train", masks], baselines)
 
 
-def evaluate_job(folder: Path, words: Sequence[str]) -> Job:
+def evaluate_job(
+    folder: Path, subject: Sequence[str], images: Sequence[str], baselines: bool
+) -> Job:
     """Return an evaluation of a run; the digest of its options names the result file."""
-    file = folder / "evaluation" / f"{words[0]}-{short_digest(words)}.json"
+    without, whole = [*subject, "--no-baselines", *images], [*subject, *images]
+    words, other = (whole, without) if baselines else (without, whole)
+    name, twin = (f"{subject[0]}-{short_digest(options)}" for options in (words, other))
+    file = folder / "evaluation" / f"{name}.json"
     places = ["--checkpoint", str(folder), "--out", str(file)]
     arguments = (*CMTMAE, "evaluate", *words, *places)
-    return Job("evaluate", arguments, file, file.exists, False)
+    return Job("evaluate", arguments, file, file.exists, False, twin)
 
 
 def effective_settings(config: Config) -> dict[str, Any]:
@@ -352,6 +363,8 @@ def is_trained(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if may_pass(error):
+            raise
         raise ConfigError(f"{folder / 'exit.json'}: cannot be read ({error}); delete it") from error
 
 

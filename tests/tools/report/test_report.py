@@ -383,6 +383,14 @@ def test_the_images_of_an_evaluation_are_those_of_its_index(tmp_path: Path) -> N
     assert run.digests == {"test": "d"} and run.num_classes == 4
 
 
+def test_a_measure_without_labels_has_its_verdict(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    file = folder / "evaluation" / "knn-momentum-step-00000060.json"
+    row = {"weights": "momentum, step 60", "measure": "mIoU", "value": 0.4}
+    file.write_text(json.dumps({"results": [row], "verdict": "ours is clearly better (mIoU)"}))
+    assert "ours is clearly better (mIoU)" in report(folder)
+
+
 def test_grey_lines_are_explained_only_where_they_are(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     assert "Thin grey lines are schedules" in curves_section(run, [], "curves")

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cmtmae_scale.engine.progress import fresh_progress
+from cmtmae_scale.finetuning.task import Finetuning
 from cmtmae_scale.tools.report.page import render_page
+from cmtmae_scale.tools.report.ranges import scheduled_values
 from cmtmae_scale.tools.report.run import read_run
 from tests.tools.report.report_case import write_run, write_tuning
 from tests.tools.report.test_hostile import VALUES
@@ -40,6 +44,22 @@ def test_a_fine_tuning_is_reported_as_such(tuned: Path) -> None:
         assert phrase in words, phrase
     for phrase in ABSENT:
         assert phrase not in words, phrase
+
+
+def test_the_learning_rate_of_a_fine_tuning_has_its_schedule(tmp_path: Path) -> None:
+    """What the task itself returns at each step, on 1,234 images."""
+    run = read_run(write_tuning(tmp_path / "tuned", "train.global_batch_size=512"))
+    task: Any = object.__new__(Finetuning)
+    task.config, task.sets = run.tuning, SimpleNamespace(train=range(1234))
+    progress = fresh_progress(60, 512)
+    planned = dict(scheduled_values(run, "lr"))
+    assert len(planned) == 60 and planned[1] == 0
+    for step in range(1, 61):
+        assert planned[step] == pytest.approx(task.scalars(progress).lr, rel=1e-12)
+        progress.advance(512, True)
+    assert "Thin grey lines are schedules" in report(tmp_path / "tuned")
+    run.num_images = None  # no index: the epochs are not known
+    assert scheduled_values(run, "lr") == []
 
 
 def test_a_fine_tuning_that_has_just_begun_says_what_is_not_there_yet(tuned: Path) -> None:

@@ -1,5 +1,6 @@
 """The record of a study stands for runs whose folder is gone."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from cmtmae_scale.commands.study import run_study
 from cmtmae_scale.tools.study.file import load_study
 from cmtmae_scale.tools.study.work import plan_runs
-from tests.tools.study.study_case import hits_of, put_results, study_tree, write_study
+from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree, write_study
 
 CORRECT = {("mae", 0): 10, ("mae", 1): 12, ("cmt", 0): 20, ("half", 0): 8}
 
@@ -94,9 +95,9 @@ def test_records_of_other_settings_are_kept_and_named(
 def test_rows_with_equal_settings_have_records_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row of the initial weights shares the folder of another."""
+    """The rows of the initial weights and of the twin share the folder of another."""
     monkeypatch.setattr("cmtmae_scale.commands.study.set_up_logging", lambda *_: None)
-    rows = {"random": {"like": "mae", "weights": "random"}}
+    rows = {"random": {"like": "mae", "weights": "random"}, "twin": {"like": "mae"}}
     study = load_study(write_study(tmp_path, tree := with_rows(study_tree(tmp_path), rows)))
     runs = plan_runs(study)
     for number, run in enumerate(runs):
@@ -104,9 +105,32 @@ def test_rows_with_equal_settings_have_records_of_their_own(
     record = tmp_path / "study" / "study.json"
     first = collect(tmp_path, record, rows=tree["rows"])
     shutil.rmtree(tmp_path / "study" / "runs")
-    assert collect(tmp_path, record, rows=tree["rows"]) == first
-    assert len(first["runs"]) == len(runs) == 7
+    for _ in range(2):
+        assert collect(tmp_path, record, rows=tree["rows"]) == first
+    assert len(first["runs"]) == len(runs) == 9
     assert len({one["settings_digest"] for one in first["runs"]}) == 5
+
+
+@pytest.mark.parametrize("first", ["new", "cmt"])
+def test_recorded_runs_stay_done_where_another_run_has_the_baselines(
+    done: Path, first: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first run of a study is evaluated beside random weights and raw pixels."""
+    caplog.set_level("INFO")
+    tree = study_tree(done)
+    before = json.loads((done / "study" / "study.json").read_text())["runs"]
+    new = {"settings": [*NO_TEACHER, "mask.ratio=0.6"]}
+    tree["rows"] = {first: tree["rows"].get(first, new)} | tree["rows"]
+    shutil.rmtree(done / "study" / "runs")
+    write_study(done, tree)
+    assert sum(line.endswith(": done") for line in listed(done, capsys)) == 4
+    found = collect(done, done / "again.json", rows=tree["rows"])
+    assert sorted(map(str, found["runs"])) == sorted(map(str, before)) and "unmatched" not in found
+    assert "not count now" not in caplog.text and "lack an evaluation" not in caplog.text
+    study = load_study(done / "study.yaml")
+    put_results(plan_runs(study)[0], hits_of(10), baselines=True)
+    collect(done, done / "again.json", rows=tree["rows"])
+    assert (done / "again.md").read_text().count("*random weights*") == 1
 
 
 def with_rows(tree: dict[str, Any], rows: dict[str, Any]) -> dict[str, Any]:
@@ -156,6 +180,46 @@ def test_a_record_without_hits_has_no_test_over_images(done: Path) -> None:
     assert collect(done, done / "again.json")["comparisons"] == []
 
 
+def test_collecting_into_a_record_keeps_the_results_that_are_only_there(done: Path) -> None:
+    file = done / "docs.json"
+    (done / "study" / "study.json").rename(file)
+    shutil.rmtree(done / "study")
+    before = file.read_bytes()
+    for _ in range(2):
+        collect(done, file)
+        assert file.read_bytes() == before
+    file.write_text("{}")
+    assert run_study([str(done / "study.yaml"), "--collect", str(file)]) == 78
+    assert file.read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["study.json", "linear-*.json"])
+def test_a_store_that_fails_is_no_reason_to_delete_results(
+    done: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_text
+
+    def fail(path: Path, *options: Any, **more: Any) -> str:
+        if path.match(name):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, *options, **more)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert run_study([str(done / "study.yaml"), "--collect", str(done / "again.json")]) == 75
+    assert "see that the storage works" in caplog.text and "delete" not in caplog.text
+
+
+def test_a_result_file_of_something_else_is_named(
+    done: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = plan_runs(load_study(done / "study.yaml"))[0]
+    for text in ("[]", "{}", '{"results": [{}]}'):
+        run.linear.write_text(text)
+        caplog.clear()
+        assert run_study([str(done / "study.yaml"), "--collect", str(done / "again.json")]) == 78
+        assert f"{run.linear.parent}: the files are not results of cmtmae evaluate" in caplog.text
+
+
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
     def edit(text: str) -> str:
         tree = json.loads(text)
@@ -176,6 +240,21 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
         (edited(lambda tree: tree["runs"][0].pop("primary")), "KeyError('primary')"),
         (edited(lambda tree: tree["runs"][0].update(images=["d"])), "mae, seed 0: not a result"),
         (edited(lambda tree: tree["runs"][1].update(series=[1])), "mae, seed 1: not a result"),
+        (
+            edited(lambda tree: tree["runs"][0].pop("settings_digest")),
+            "KeyError('settings_digest')",
+        ),
+        (edited(lambda tree: tree["runs"][0].update(evaluations=[5])), "seed 0: names that are"),
+        (edited(lambda tree: tree["runs"][0].update(evaluations=None)), "seed 0: names that are"),
+        (edited(lambda tree: tree["runs"][0].update(primary="x")), "'x' is not a finite number"),
+        (edited(lambda tree: tree["runs"][0].update(count=0)), "count=0 is not a number of images"),
+        (edited(lambda tree: tree["runs"][0].update(count=400)), "5 bytes of hits are not those"),
+        (edited(lambda tree: tree["runs"][0].update(images=[[1], [2]])), "are not digests"),
+        (edited(lambda tree: tree["runs"][0].update(training_minutes="x")), "not a finite number"),
+        (
+            edited(lambda tree: tree["runs"][0]["series"].update({"loss/total": [[4, None]]})),
+            "None",
+        ),
     ],
 )
 def test_a_damaged_record_is_refused_and_stays(
