@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cmtmae_scale.cache.claim import compute_once
+from cmtmae_scale.cache.claim import compute_once, heartbeat
 from cmtmae_scale.cache.codecs import (
     Calibration,
     Codec,
@@ -354,12 +354,16 @@ def open_or_build_index(config: Config, folder: Path, keyed: Keyed = "views") ->
         CacheError: if the folder cannot be written.
     """
 
-    def build(keep_alive: Callable[[], None]) -> Index:
+    def read() -> Index:
         is_new = keyed == "views" and not (cache_folder(config) / MANIFEST).exists()
         return open_images(config.data, folder, look_again=is_new)
 
     def find() -> Index | None:
-        return build(lambda: None) if (folder / "index.json").exists() else None
+        return read() if (folder / "index.json").exists() else None
+
+    def build(keep_alive: Callable[[], None]) -> Index:
+        with heartbeat(keep_alive):  # the headers of a large set take longer than STALE_S
+            return read()
 
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)

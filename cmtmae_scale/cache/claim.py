@@ -3,8 +3,10 @@
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +14,9 @@ logger = logging.getLogger(__name__)
 
 STALE_S = 120.0
 """Age of a heartbeat after which another process takes the work over."""
+
+BEAT_S = STALE_S / 8
+"""Seconds between two heartbeats of ``heartbeat``."""
 
 Result = TypeVar("Result")
 
@@ -62,6 +67,24 @@ def compute_once(
         return compute(keep_alive)
     finally:
         claim.unlink(missing_ok=True)
+
+
+@contextmanager
+def heartbeat(keep_alive: Callable[[], None]) -> Iterator[None]:
+    """Call ``keep_alive`` on a thread during the block, for work that cannot call it itself."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_S):
+            keep_alive()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def create_claim(claim: Path) -> bool:

@@ -173,18 +173,27 @@ class Fidelity(NamedTuple):
 
 def measure_fidelity(online: Tensor, stored: Tensor, calibration: Calibration) -> Fidelity:
     """Compare features ``[B, T, F]``, raw and standardised."""
+    raw, standardised = token_cosines(online, stored, calibration)
+    return Fidelity(summarise_cosines(raw), summarise_cosines(standardised))
+
+
+def token_cosines(
+    online: Tensor, stored: Tensor, calibration: Calibration
+) -> tuple[Tensor, Tensor]:
+    """Return the cosine per token of features ``[B, T, F]``, raw and standardised, 1-D float64."""
     mean, std = calibration.to(online.device)
     online, stored = online.float(), stored.float()
-    return Fidelity(
-        summarise_cosines(online, stored),
-        summarise_cosines((online - mean) / std, (stored - mean) / std),
+    pairs = (online, stored), ((online - mean) / std, (stored - mean) / std)
+    raw, standardised = (
+        torch.cosine_similarity(ours.double(), kept.double(), dim=-1).flatten()
+        for ours, kept in pairs
     )
+    return raw, standardised
 
 
-def summarise_cosines(online: Tensor, stored: Tensor) -> tuple[float, float, float]:
-    """Return mean, 1st percentile and minimum of the cosine per token; NaN if any token is NaN."""
-    cosines = torch.cosine_similarity(online.double(), stored.double(), dim=-1)
-    found = cosines.flatten().sort().values
+def summarise_cosines(cosines: Tensor) -> tuple[float, float, float]:
+    """Return mean, 1st percentile and minimum of cosines; NaN if any is NaN."""
+    found = cosines.sort().values
     if bool(found[-1].isnan()):  # NaN is sorted last, where no quantile would meet it
         return math.nan, math.nan, math.nan
     return float(found.mean()), float(found[len(found) // 100]), float(found[0])

@@ -9,6 +9,7 @@ import torch
 
 from cmtmae_scale import __version__
 from cmtmae_scale.cache.format import Manifest
+from cmtmae_scale.config.derive import entry_message
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError
 from dataloading.index import Index
@@ -60,9 +61,8 @@ def check_fingerprint(manifest: Manifest, wanted: dict[str, Any], folder: str) -
     """
     built, asked = dict(flatten_groups(manifest.fingerprint)), dict(flatten_groups(wanted))
     if asked.get(WEIGHTS) is None or built.get(WEIGHTS) is None:
-        logger.warning(
-            "cache.dir=%s: weights not checked: their file is not at hand; compared by name", folder
-        )
+        text = "weights not checked: their file is not at hand; compared by name"
+        logger.warning("%s", entry_message(f"cache.dir={folder}: {text}"))
         built.pop(WEIGHTS, None)
         asked.pop(WEIGHTS, None)
     for key in sorted(built.keys() | asked.keys()):
@@ -89,7 +89,8 @@ def warn_about_provenance(manifest: Manifest, here: dict[str, Any], folder: str)
     for key in sorted(manifest.recorded.keys() & here.keys()):
         before, after = manifest.recorded[key], here[key]
         if before != after:
-            logger.warning("cache.dir=%s: built with %s %s, here is %s", folder, key, before, after)
+            text = f"cache.dir={folder}: built with {key} {before}, here is {after}"
+            logger.warning("%s", entry_message(text))
 
 
 def flatten_groups(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,10 +13,13 @@ beside it: ``parts/00000012.json``, size and SHA-256.
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
+import time
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +42,8 @@ from cmtmae_scale.runtime.storage import (
 )
 from dataloading.files import open_regular
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 2
 FORMATS = (1, FORMAT)
 """Formats that are read."""
@@ -51,6 +56,10 @@ SUFFIX = ".safetensors"
 HEADER_LIMIT = 1 << 20
 NO_DIGEST = b"0" * 64
 SEAL_SUFFIX = ".json"
+DRAFT = re.compile(r"\.\d{8,}\.(?:safetensors|json)\.[0-9a-f]{8}\.tmp")
+"""Name of what ``atomic_path`` writes before a shard, or a seal of format 1, gets its name."""
+ABANDONED_S = 600.0
+"""Age of a draft that no process will finish, seconds."""
 SEAL_BYTES = 4096
 """Largest seal of format 1 that is read."""
 STORED_NAMES = {"rows_per_shard": "rows_a_part"}
@@ -295,6 +304,26 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
     except OSError as error:
         raise listing_error(folder, error) from error
     return [shard for shard in range(manifest.num_shards) if shard not in complete]
+
+
+def delete_abandoned_drafts(folder: Path) -> None:
+    """Delete what killed processes were writing, which may be a GiB each and is never read."""
+    for place in (folder / SHARDS, *list_shard_folders(folder)):
+        with suppress(OSError):  # without rights, or deleted meanwhile; the shards are not affected
+            for name in filter(DRAFT.fullmatch, os.listdir(place)):
+                if not is_recent_draft(place / name):
+                    (place / name).unlink(missing_ok=True)
+                    logger.info("deleted %s, which a killed process left", place / name)
+
+
+def is_recent_draft(path: Path) -> bool:
+    """Return whether a file is a draft that another process may be writing."""
+    if not path.name.startswith(".") and path.suffix != ".tmp":
+        return False
+    try:
+        return time.time() - path.stat().st_mtime < ABANDONED_S
+    except OSError:
+        return True
 
 
 class Seal(NamedTuple):

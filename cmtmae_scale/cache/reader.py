@@ -44,6 +44,8 @@ INCOMPLETE = "it is not complete"
 UNDECODED = "its image could not be decoded when it was built"
 UNDAMAGED = (None, INCOMPLETE, UNDECODED)
 """Faults that are no damage."""
+_readers: "weakref.WeakSet[CacheReader]" = weakref.WeakSet()
+"""Readers of this process, one per cached teacher, which share the files that it may open."""
 
 
 class Field(NamedTuple):
@@ -207,6 +209,7 @@ class CacheReader:
         self._warned: set[int] = set()
         self._listing = threading.Lock()
         self._listed: dict[Path, tuple[float, set[int]]] = {}
+        _readers.add(self)
 
     def submit(self, plan: Plan) -> None:
         """Start to read the rows of a micro-batch; returns at once."""
@@ -260,6 +263,7 @@ class CacheReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
         self._open.clear()
+        _readers.discard(self)
 
     def shard_of(self, row: int) -> int:
         return row // self.manifest.rows_per_shard
@@ -316,7 +320,7 @@ class CacheReader:
         weakref.finalize(found, os.close, found.descriptor)
         with self._lock:
             self._open[number] = found
-            while len(self._open) > self.limit:
+            while len(self._open) > max(self.limit // len(_readers), 1):
                 self._open.popitem(last=False)
         return found
 

@@ -20,6 +20,7 @@ from cmtmae_scale.cache.format import (
     SHARDS,
     SHARDS_PER_FOLDER,
     Manifest,
+    is_recent_draft,
     list_shard_folders,
     shard_exists,
 )
@@ -31,8 +32,6 @@ from dataloading.progress import PROGRESS_S
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-ABANDONED_S = 600.0
-"""Age of a draft that no process will finish, seconds."""
 
 
 class Sidecar:
@@ -230,13 +229,3 @@ def delete_files_before(place: Path, first: int) -> None:
             behind.append(path)
     for path in sorted(behind, key=lambda path: path.suffix != ".json"):
         path.unlink(missing_ok=True)
-
-
-def is_recent_draft(path: Path) -> bool:
-    """Return whether a file is a draft that another process may be writing."""
-    if not path.name.startswith(".") and path.suffix != ".tmp":
-        return False
-    try:
-        return time.time() - path.stat().st_mtime < ABANDONED_S
-    except OSError:
-        return True

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmtmae_scale.cache.build import Builder
-from cmtmae_scale.cache.codecs import Encoded, Fidelity, calibrate, decode, measure_fidelity
+from cmtmae_scale.cache.codecs import (
+    Encoded,
+    Fidelity,
+    calibrate,
+    decode,
+    summarise_cosines,
+    token_cosines,
+)
 from cmtmae_scale.cache.format import Manifest, read_seal
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
 from cmtmae_scale.runtime.log import progress_bar
@@ -117,39 +124,51 @@ def compare_rows(
 ) -> Comparison:
     """Compute a random share of the rows of intact shards again, at least one micro-batch.
 
-    The builder has joined the cache.
+    The builder has joined the cache. Of the rows that were compared only numbers per token and row
+    are kept, since a hundredth of a large cache does not fit into memory.
     """
-    chosen = choose_rows(manifest, shards, share, builder.config.train.micro_batch_size)
+    size = builder.config.train.micro_batch_size
+    chosen = choose_rows(manifest, shards, share, size)
     count = len(chosen)
-    features: list[tuple[Tensor, Tensor]] = []
-    attention: list[tuple[Tensor, Tensor]] = []
+    steps = -(-count // size)
+    # Each micro-batch is spread over the whole cache, so that the first gives fair statistics.
+    plans = map(builder.plan_rows, (chosen[start::steps] for start in range(steps)))
+    calibration = builder.calibration
+    raw: list[Tensor] = []
+    standardised: list[Tensor] = []
+    errors: list[Tensor] = []
+    overlaps: list[Tensor] = []
     validity = 0
     compared = 0
     with progress_bar("computing again", count, "rows") as report_rows:
-        for online in builder.forward_plans(map(builder.plan_rows, builder.split_rows(chosen))):
+        for online in builder.forward_plans(plans):
             stored = manifest.empty_rows(len(online.rows))
             readable = read_stored(folder, manifest, online.rows.tolist(), stored)
             valid = online.valid.cpu()
             validity += int((readable != valid).sum())
             both = readable & valid
-            if "features" in stored and online.features is not None:
-                encoded = Encoded(stored["features"], stored.get("scales"))
-                kept = decode(encoded, builder.calibration)[both].float()
-                features.append((online.features.cpu()[both].float(), kept))
-            if "attention" in stored and online.attention is not None:
-                kept = stored["attention"][both].float()
-                attention.append((online.attention.cpu()[both], kept))
             compared += len(online.rows)
             report_rows(compared)
+            if not bool(both.any()):
+                continue
+            if "features" in stored and online.features is not None:
+                ours = online.features.cpu()[both].float()
+                encoded = Encoded(stored["features"], stored.get("scales"))
+                kept = decode(encoded, builder.calibration)[both].float()
+                calibration = calibration or calibrate([ours])
+                cosines = token_cosines(ours, kept, calibration)
+                raw.append(cosines[0])
+                standardised.append(cosines[1])
+            if "attention" in stored and online.attention is not None:
+                ours, kept = online.attention.cpu()[both], stored["attention"][both].float()
+                errors.append(((ours - kept).abs() / ours.clamp_min(1e-8)).max())
+                overlaps.append(salient_overlaps(ours, kept))
     fidelity = error = agreement = None
-    if sum(len(ours) for ours, _ in features):
-        ours, kept = map(torch.cat, zip(*features, strict=True))
-        calibration = builder.calibration or calibrate([ours])
-        fidelity = measure_fidelity(ours, kept, calibration)
-    if sum(len(ours) for ours, _ in attention):
-        ours, kept = map(torch.cat, zip(*attention, strict=True))
-        error = float(((ours - kept).abs() / ours.clamp_min(1e-8)).max())
-        agreement = salient_overlap(ours, kept)
+    if raw:
+        fidelity = Fidelity(*(summarise_cosines(torch.cat(one)) for one in (raw, standardised)))
+    if errors:
+        error = float(torch.stack(errors).max())
+        agreement = float(torch.cat(overlaps).mean())
     return Comparison(count, fidelity, error, agreement, validity)
 
 
@@ -184,8 +203,8 @@ def read_stored(
     return torch.tensor(usable)
 
 
-def salient_overlap(one: Tensor, two: Tensor) -> float:
-    """Return the mean share of the salient half of patches in common, of maps ``[B, N]``."""
+def salient_overlaps(one: Tensor, two: Tensor) -> Tensor:
+    """Return the share of the salient half of patches in common, ``[B]``, of maps ``[B, N]``."""
     half = one.shape[1] // 2
     salient_one, salient_two = (
         torch.zeros_like(attention, dtype=torch.bool).scatter_(
@@ -193,4 +212,4 @@ def salient_overlap(one: Tensor, two: Tensor) -> float:
         )
         for attention in (one, two)
     )
-    return float((salient_one & salient_two).sum(1).float().mean()) / half
+    return (salient_one & salient_two).sum(1).float() / half

@@ -249,10 +249,14 @@ def delete_shard(path: Path) -> None:
 
 
 def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shards: range) -> None:
-    """Build the shards of this process that are missing, and log what is missing of the cache."""
-    from cmtmae_scale.cache.build import build_shards
-    from cmtmae_scale.cache.format import missing_shards
+    """Build the shards of this process that are missing, and log what is missing of the cache.
 
+    What killed processes left of shards is deleted first.
+    """
+    from cmtmae_scale.cache.build import build_shards
+    from cmtmae_scale.cache.format import delete_abandoned_drafts, missing_shards
+
+    delete_abandoned_drafts(folder)
     missing = set(missing_shards(folder, manifest))
     own = [shard for shard in shards if shard in missing]
     rows = sum(len(manifest.shard_rows(shard)) for shard in own)

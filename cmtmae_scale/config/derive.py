@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -232,6 +233,8 @@ ENTRY_KEYS = {
     "cache.dir": "cache_dir",
 }
 """Keys that an entry of ``teachers`` replaces, and their names there."""
+_entry: ContextVar[str] = ContextVar("entry", default="")
+"""Name of the entry of ``teachers`` whose errors ``entry_errors`` names."""
 
 
 def entry_text(text: str, name: str) -> str:
@@ -250,7 +253,11 @@ def entry_text(text: str, name: str) -> str:
 
 @contextmanager
 def entry_errors(name: str) -> Generator[None, None, None]:
-    """Let errors name the keys of an entry of ``teachers``, see ``entry_text``."""
+    """Let errors name the keys of an entry of ``teachers``, see ``entry_text``.
+
+    What the block logs names them where it is given through ``entry_message``.
+    """
+    before = _entry.set(name)
     try:
         yield
     except CmtMaeError as error:
@@ -258,6 +265,13 @@ def entry_errors(name: str) -> Generator[None, None, None]:
         if text == str(error):
             raise
         raise type(error)(text) from error.__cause__
+    finally:
+        _entry.reset(before)
+
+
+def entry_message(text: str) -> str:
+    """Return a message about a single teacher with the keys of the entry that is being built."""
+    return entry_text(text, _entry.get())
 
 
 def has_rows(teacher: Teacher) -> bool:

@@ -195,7 +195,8 @@ class Teacher:
     """Pretrained tag, path of a .safetensors or .pt file, or ``random`` (tests); for python a file,
     or ``None`` for the weights that the factory returns."""
     quick_gelu: bool | None = None
-    """Whether the weights were trained with QuickGELU; must be given for open_clip."""
+    """Whether the weights were trained with QuickGELU; must be given for open_clip, and for a file
+    of CLIP weights that timm loads."""
     image_size: int | None = positive(None)
     """Side of the teacher's view, pixels; ``None``: chosen so that its grid is the student's."""
     depth: int | None = positive(None)

@@ -126,9 +126,9 @@ def patch_map(row: Tensor, num_prefix: int) -> Tensor:
         num_prefix: P, tokens before the first patch.
 
     Returns:
-        ``[B, N]``, float32, sanitised, rows sum to 1.
+        ``[B, N]``, float32, rows sum to 1; NaN for a row that is not finite.
     """
-    return normalise_map(row[:, num_prefix:], "prob")
+    return normalise_finite(row[:, num_prefix:])
 
 
 @torch.no_grad()
@@ -139,11 +139,22 @@ def activation_map(tokens: Tensor) -> Tensor:
         tokens: features of the patches, ``[B, N, C]``.
 
     Returns:
-        Euclidean norm over channels, ``[B, N]``, float32, rows sum to 1.
+        Euclidean norm over channels, ``[B, N]``, float32, rows sum to 1; NaN for a row that is not
+        finite.
 
     Source: docs/method.md, section "Attention maps"; arXiv 1612.03928, activation-based attention.
     """
-    return normalise_map(tokens.float().square().sum(dim=-1).sqrt(), "prob")
+    return normalise_finite(tokens.float().square().sum(dim=-1).sqrt())
+
+
+def normalise_finite(values: Tensor) -> Tensor:
+    """Return ``normalise_map`` of ``[B, N]``, and NaN for each row that is not finite.
+
+    A failed network is seen by its NaN. Masks count NaN as 0, so that they would be chosen as if
+    the network had attended everywhere alike.
+    """
+    is_finite = values.isfinite().all(dim=-1, keepdim=True)
+    return torch.where(is_finite, normalise_map(values, "prob"), torch.nan)
 
 
 def sanitise(attention: Tensor) -> Tensor:
@@ -280,10 +291,11 @@ def resize_map(attention: Tensor, from_grid: Grid, to_grid: Grid) -> Tensor:
         to_grid: rows and columns of the result.
 
     Returns:
-        ``[B, N']``, float32, rows sum to 1.
+        ``[B, N']``, float32, rows sum to 1; NaN for a row that is not finite.
     """
-    resized = resize_tokens(sanitise(attention).unsqueeze(-1), from_grid, to_grid)
-    return normalise_map(resized.squeeze(-1), "prob")
+    positive = attention.float().clamp_min(0.0)
+    resized = resize_tokens(positive.unsqueeze(-1), from_grid, to_grid)
+    return normalise_finite(resized.squeeze(-1))
 
 
 @torch.no_grad()

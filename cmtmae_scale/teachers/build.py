@@ -99,7 +99,8 @@ def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeach
             f"pixels; use {nearest}, or remove it"
         )
     if settings.weights == "random" and load:
-        logger.warning("teacher.weights=random: the teacher is untrained; for tests only")
+        text = "teacher.weights=random: the teacher is untrained; for tests only"
+        logger.warning("%s", derive.entry_message(text))
     tower = source.build(size, config.run.seed, load=load)
     if settings.precision == "fp8":
         for block in tower.blocks:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmtmae_scale.config.derive import entry_message
 from cmtmae_scale.method.attention import resize_map, resize_tokens
 from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.runtime.compilation import compiled
@@ -51,10 +52,11 @@ class OnlineTeacher:
         if tower.grid != grid:
             theirs, ours = ("x".join(map(str, each)) for each in (tower.grid, grid))
             text = (
-                "teacher.image_size=%d gives a grid of %s, the student has %s: attention maps and "
-                "features are resized; remove teacher.image_size to make the grids equal"
+                f"teacher.image_size={image_size} gives a grid of {theirs}, the student has "
+                f"{ours}: attention maps and features are resized; remove teacher.image_size to "
+                "make the grids equal"
             )
-            logger.warning(text, image_size, theirs, ours)
+            logger.warning("%s", entry_message(text))
 
     @property
     def dtype(self) -> torch.dtype:

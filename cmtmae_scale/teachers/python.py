@@ -58,7 +58,7 @@ class PythonTower(WholeNetwork):
         self.grid = (side, side)
         self.num_prefix = int(getattr(own, "num_prefix_tokens", 0))
         self.has_cls = bool(getattr(own, "has_class_token", False))
-        self.mean, self.std = tuple(own.mean), tuple(own.std)
+        self.mean, self.std = tuple(map(float, own.mean)), tuple(map(float, own.std))
         self.channels = int(own.embed_dim)
         self.attention_source = getattr(own, "attention_source", None)
         self.source = source
@@ -96,6 +96,9 @@ class PythonTower(WholeNetwork):
             prefix = self.num_prefix if with_prefix else 0
             heads, depth = query.shape[1], query.shape[-1]
             self.check_shape("key", key, (len(images), heads, prefix + patches, depth))
+            queries = {"cls": 1, "mean_query": patches}.get(outputs.source)
+            if queries is not None:
+                self.check_shape("query", query, (len(images), heads, queries, depth))
             maps = [patch_map(mean_query_row(query, key, depth**-0.5), prefix)]
         return TowerOutput(maps, [tokens for _ in outputs.feature_layers])
 

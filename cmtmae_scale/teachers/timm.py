@@ -17,6 +17,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from cmtmae_scale.config.derive import entry_message
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.build import VIT_MODULES
@@ -64,7 +65,7 @@ class TimmSource:
             raise TeacherError(
                 f"teacher.weights={weights}, but teacher.model={config.model} names {tag}; drop one"
             )
-        known = [name.partition(".")[2] for name in get_arch_pretrained_cfgs(self.name)]
+        known = list_tags(self.name)
         for wanted in filter(None, (tag, self.tag)):
             if wanted not in known:
                 raise TeacherError(
@@ -141,17 +142,21 @@ class TimmSource:
                 f"of timm is built {'with' if built else 'without'} QuickGELU; choose the model "
                 f"{'without' if built else 'with'} quickgelu in its name"
             )
-        if (
-            asked is None
-            and is_vit
-            and not built
-            and "clip" in self.name
-            and tag in QUICK_GELU_TAGS
-        ):
+        if asked is not None or built or not is_vit or "clip" not in self.name:
+            return built
+        twin = self.name.replace("_clip_", "_clip_quickgelu_")
+        has_twin = twin != self.name and timm.is_model(twin)
+        if tag in QUICK_GELU_TAGS or (has_twin and tag in list_tags(twin)):
             raise TeacherError(
                 f"teacher.weights={tag} were trained with QuickGELU, teacher.model="
                 f"{self.config.model} computes GELU; choose the model with clip_quickgelu in its "
                 "name, or set teacher.quick_gelu=false to keep GELU"
+            )
+        if has_twin and self.local and not tag:
+            raise TeacherError(
+                f"teacher.weights={self.config.weights}: a file of CLIP weights does not tell its "
+                f"activation; set teacher.quick_gelu=false for weights of LAION and DataComp, or "
+                f"teacher.model={twin} for those of OpenAI, DFN and MetaCLIP"
             )
         return built
 
@@ -248,12 +253,9 @@ class TimmSource:
                 where = f"teacher.weights={path} does not fit teacher.model={self.config.model}"
                 raise TeacherError(f"{where}: {error}") from error
             if unused:
-                logger.info(
-                    "teacher.weights=%s: %d tensors are not used (%s)",
-                    path,
-                    len(unused),
-                    summarise_names(list(unused)),
-                )
+                names = summarise_names(list(unused))
+                text = f"teacher.weights={path}: {len(unused)} tensors are not used ({names})"
+                logger.info("%s", entry_message(text))
         elif (convert := find_filter(model)) is not None:
             try:
                 state = dict(convert(state, model))
@@ -273,6 +275,11 @@ class TimmSource:
             str(self.config.model),
             "give the file of this model, or the teacher.model and teacher.depth of the file",
         )
+
+
+def list_tags(name: str) -> list[str]:
+    """Return the tags of a model's published weights."""
+    return [one.partition(".")[2] for one in get_arch_pretrained_cfgs(name)]
 
 
 def classifier_names(model: Any) -> set[str]:

@@ -169,9 +169,27 @@ def state_bytes(
     }
     if shards.gathered > 1:
         found["gathered blocks"] = compute * gathered_values(config, model)
-        if config.backend.name == "deepspeed":
-            found["reduction bucket"] = 4 * float(zero_key(config, "reduce_bucket_size", BUCKET))
+    bucket = bucket_bytes(config)
+    if bucket and shards.states > 1:
+        found["reduction bucket"] = bucket
     return found
+
+
+def bucket_bytes(config: Config) -> float:
+    """Return the bytes of the buffers in which DeepSpeed gathers gradients before it reduces them.
+
+    Source: ``DeepSpeedZeroOptimizer.setup_buckets`` and ``DeepSpeedZeroOptimizer_Stage3`` of
+    DeepSpeed 0.19; stage 1 in bf16 is ``BF16_Optimizer``, which has none.
+    """
+    if config.backend.name != "deepspeed":
+        return 0.0
+    stage, is_bf16 = config.backend.zero_stage, config.backend.precision == "bf16"
+    size = float(zero_key(config, "reduce_bucket_size", BUCKET))
+    if stage == 3:
+        return 4 * size
+    if (stage == 1 and is_bf16) or not zero_key(config, "contiguous_gradients", True):
+        return 0.0
+    return (2 if is_bf16 else 4) * size * (2 if zero_key(config, "overlap_comm", False) else 1)
 
 
 def gathered_values(config: Config, model: CollaborativeMAE) -> int:

@@ -2,9 +2,14 @@
 
 import errno
 import json
+import os
 import re
 import shutil
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +19,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cmtmae_scale.cache import build
+from cmtmae_scale.cache import build, claim
 from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
-from cmtmae_scale.cache.format import missing_shards, old_seal_path, read_manifest, shard_path
+from cmtmae_scale.cache.format import (
+    ABANDONED_S,
+    missing_shards,
+    old_seal_path,
+    read_manifest,
+    shard_path,
+)
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
 from cmtmae_scale.cache.verify import choose_rows, compare_rows, damaged_shards
 from cmtmae_scale.commands import precompute
+from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError
 from cmtmae_scale.pretraining.build import open_index
@@ -148,6 +160,21 @@ def run(recipe: Path, folder: Path, *arguments: str) -> int:
     return precompute.precompute_teacher(
         ["--config", str(recipe), size, f"cache.dir={folder}", *arguments]
     )
+
+
+def test_what_a_killed_process_was_writing_is_deleted_once_it_is_old(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = copy(whole, tmp_path)
+    shard = shard_path(folder, read_manifest(folder), 1)
+    names = (f".{shard.name}.0123abcd.tmp", f".{shard.name}.89abcdef.tmp", ".mine.0123abcd.tmp")
+    old, recent, foreign = (shard.with_name(name) for name in names)
+    for path in (old, recent, foreign):
+        path.write_bytes(b"half")
+    for path in (old, foreign):
+        os.utime(path, (1, time.time() - ABANDONED_S - 1))
+    assert run(recipe, folder) == 0
+    assert not old.exists() and recent.exists() and foreign.exists() and shard.exists()
 
 
 def test_a_flipped_bit_is_found_named_and_repaired(
@@ -507,3 +534,63 @@ def test_an_output_that_is_not_finite_ends_the_build_and_names_the_image(
     with pytest.raises(TeacherError, match=expected):
         builder.compute_shard(manifest, 0)
     builder.close()
+
+
+def test_attention_that_is_not_finite_ends_the_build_without_features_too(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """The features, which would show it, are not computed for a cache of attention maps."""
+    builder = case.make_builder(recipe, ["cache.codec=attention"])
+    manifest = builder.begin_cache(tmp_path / "cache", "attention", case.ROWS_PER_SHARD)
+    block: Any = builder.teacher.tower.blocks[-1]
+    block.attn.qkv.weight.data[0] = torch.nan
+    with pytest.raises(TeacherError, match="is not finite for 4 of 4 views"):
+        builder.compute_shard(manifest, 0)
+    builder.close()
+
+
+@pytest.mark.parametrize("codec", ["int8", "bf16"])
+def test_verifying_keeps_no_features_of_the_rows_that_it_has_compared(
+    recipe: Path, tmp_path: Path, codec: str
+) -> None:
+    """A hundredth of ImageNet-1K with four views is 21 GB of them, and as much stored."""
+    folder, overrides = tmp_path / "cache", [f"cache.codec={codec}"]
+    manifest = case.build_cache(recipe, folder, overrides)
+    builder = case.make_builder(recipe, overrides)
+    builder.join_cache(folder, builder.config.cache.codec)
+    forward, seen = builder.forward_next, []
+
+    def counted(plan: Any) -> Any:
+        assert sum(one() is not None for one in seen) <= 1
+        found = forward(plan)
+        seen.append(weakref.ref(found.features))
+        return found
+
+    builder.forward_next = counted  # pyright: ignore
+    found = compare_rows(builder, folder, manifest, range(manifest.num_shards), 1.0)
+    builder.close()
+    assert len(seen) == 5 and found.rows == manifest.num_rows and found.good
+    assert found.features is not None and found.attention_error is not None
+    assert found.features.standardised[2] > (0.9998 if codec == "int8" else 0.999)
+    assert 0 < found.attention_error < 1e-3 and (found.agreement or 0) > 0.99
+
+
+def test_processes_wait_for_an_index_however_long_it_takes(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all of them begin to read the headers of a large set once the first is at work."""
+    config, builds = load_config(recipe), []
+
+    def open_slowly(data: Any, folder: Path, look_again: bool) -> Any:
+        if not (folder / "index.json").exists():
+            builds.append(folder)
+            time.sleep(1.0)
+        return open_images(data, folder, look_again=look_again)
+
+    monkeypatch.setattr(build, "open_images", open_slowly)
+    monkeypatch.setattr(build, "compute_once", partial(compute_once, stale_s=0.4, pause_s=0.02))
+    monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    with ThreadPoolExecutor(3) as pool:
+        opened = [pool.submit(build.open_or_build_index, config, tmp_path) for _ in range(3)]
+    assert len({one.result().digest for one in opened}) == 1
+    assert builds == [tmp_path]

@@ -305,6 +305,22 @@ def test_few_shards_are_open_at_a_time_and_none_after_the_end(recipe: Path, tmp_
     assert num_open(tmp_path) == 0
 
 
+def test_the_readers_of_several_teachers_share_the_files_that_may_be_open(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """A quarter of what the process may open is for all caches together, not for each."""
+    fill(recipe, tmp_path, 4)
+    manifest, order = read_manifest(tmp_path), np.random.default_rng(0).permutation(ROWS)
+    with reading(tmp_path, manifest, limit=4) as first, reading(tmp_path, manifest, limit=4) as two:
+        for part in np.split(order, 5):
+            assert first(part).faults == two(part).faults == [None] * len(part)
+        assert 2 <= num_open(tmp_path) <= 4
+        shares = num_open(tmp_path)
+    with reading(tmp_path, manifest, limit=4) as alone:
+        alone(order)
+        assert shares <= 4 == num_open(tmp_path)
+
+
 def num_open(folder: Path) -> int:
     """Files of a folder that this process has open."""
     files = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 from cmtmae_scale.cache import format as cache_format
-from cmtmae_scale.cache.format import ENDLESS, SHARDS, Manifest, shard_path, write_shard
-from cmtmae_scale.cache.sidecar import ABANDONED_S, Sidecar, delete_shards_before
+from cmtmae_scale.cache.format import (
+    ABANDONED_S,
+    ENDLESS,
+    SHARDS,
+    Manifest,
+    shard_path,
+    write_shard,
+)
+from cmtmae_scale.cache.sidecar import Sidecar, delete_shards_before
 from cmtmae_scale.runtime.progress_file import (
     ProgressFile,
     PublishedProgress,

@@ -7,6 +7,7 @@ import torch
 
 from cmtmae_scale.config.schema import Attention
 from cmtmae_scale.method.attention import (
+    activation_map,
     attend,
     attention_dtype,
     collaborative_attention,
@@ -137,6 +138,24 @@ def test_resize():
     close(resize_map(image, (4, 4), (2, 2)), [[2.5 / 30, 4.5 / 30, 10.5 / 30, 12.5 / 30]])
     large = resize_tokens(torch.tensor([[0.0, 1.0, 4.0, 5.0]])[..., None], (2, 2), (4, 4))
     close(large.view(4, 4), [[0.0, 0, 1, 1], [0, 0, 1, 1], [4, 4, 5, 5], [4, 4, 5, 5]])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_stays_so_until_maps_are_mixed(value: float):
+    """As a uniform map it would hide that the network has failed."""
+    tokens = torch.rand(2, 16, 3)
+    tokens[1, 5, 0] = value
+    query = tokens[:, None, 5:6]  # of the second row it is not finite
+    maps = (
+        patch_map(mean_query_row(query, torch.rand(2, 1, 17, 3), 1.0), 1),
+        activation_map(tokens),
+        resize_map(tokens[:, :, 0], (4, 4), (2, 2)),
+    )
+    for found in maps:
+        close(found[:1].sum(1), [1.0])
+        assert bool(found[1].isnan().all())
+        mixed = collaborative_attention(found, None, 1.0)
+        close(mixed[1], [1 / mixed.shape[1]] * mixed.shape[1])
 
 
 def test_resize_keeps_mass_and_uniformity():

@@ -10,7 +10,7 @@ import torch
 from cmtmae_scale.api.attention import attention_maps
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands.dry_run import render_dry_run
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.derive import entry_errors, needs, teacher_configs
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.evaluation.foreground import maps_of_subject
@@ -18,6 +18,7 @@ from cmtmae_scale.evaluation.saved import locate_checkpoint
 from cmtmae_scale.evaluation.subject import open_encoder
 from cmtmae_scale.export.card import teacher_rows
 from cmtmae_scale.export.full import build_full
+from cmtmae_scale.teachers.build import build_teacher
 from cmtmae_scale.tools.report.page import render_page
 from cmtmae_scale.tools.report.run import read_run
 from tests.engine.run_case import same, tensors
@@ -130,6 +131,23 @@ def test_a_teacher_that_fails_is_named(runs: Runs) -> None:
         "ranks 0, for samples "
     )
     assert runs[1]["failure"].endswith("use other teachers.second.weights in another run")
+
+
+def test_warnings_of_a_teacher_name_its_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(write_several(tmp_path))
+    alone = teacher_configs(config)["second"]
+    with entry_errors("second"):
+        build_teacher(alone, "cpu", torch.float32)
+    text = "\n".join(caplog.messages)
+    assert "teachers.second.weights=random: the teacher is untrained" in text
+    assert "teachers.second.image_size=96 gives a grid of 6x6" in text
+    assert "remove teachers.second.image_size" in text
+    caplog.clear()
+    build_teacher(alone, "cpu", torch.float32)
+    text = "\n".join(caplog.messages)
+    assert "teacher.weights=random" in text and "teachers." not in text
 
 
 def test_a_sheet_of_figures_is_drawn(runs: Runs) -> None:

@@ -61,6 +61,16 @@ class FlatQuery(OwnTeacher):
         return tokens, query.flatten(1), key
 
 
+class AllQueries(OwnTeacher):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, _, key = super().forward(images)
+        return tokens, key, key
+
+
+class AllQueriesOfPatches(AllQueries):
+    attention_source = "mean_query"
+
+
 class WrongSource(FeaturesOnly):
     attention_source = "mean_query"
 

@@ -15,6 +15,7 @@ from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.base import TeacherOutputs
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher
+from cmtmae_scale.teachers.timm import TimmSource
 from cmtmae_scale.teachers.timm_towers import TimmTower
 from cmtmae_scale.teachers.weights import describe_unreachable
 from tests.teachers.cases import BOTH, random_images, real_teacher, timm_config
@@ -249,6 +250,32 @@ def test_quick_gelu_is_compared_with_the_model() -> None:
     assert "teacher.quick_gelu=true" in text and "without QuickGELU" in text
     text = refusal(timm_config("vit_base_patch16_clip_quickgelu_224", quick_gelu=False))
     assert "with QuickGELU" in text
+    for model, tag in (  # tags of which timm has the model with QuickGELU too
+        ("vit_base_patch32_clip_224", "laion400m_e32"),
+        ("vit_huge_patch14_clip_224", "metaclip2_worldwide"),
+    ):
+        config = timm_config(model, weights=tag)
+        assert f"{tag} were trained with QuickGELU" in refusal(config)
+        config.teacher.quick_gelu = False
+        assert not TimmSource(config.teacher).quick_gelu
+    for tag in ("openai_ft_in1k", "laion400m_e32"):
+        assert not TimmSource(timm_config(name, weights=tag).teacher).quick_gelu
+
+
+def test_a_file_of_clip_weights_needs_its_activation() -> None:
+    """Loaded with the other activation, features are wrong and every check passes."""
+    name = "vit_base_patch16_clip_224"
+    text = refusal(timm_config(name, weights="clip.safetensors"))
+    assert text.startswith("teacher.weights=clip.safetensors: a file of CLIP weights does not tell")
+    assert "teacher.model=vit_base_patch16_clip_quickgelu_224 for those of OpenAI" in text
+    for model, given in (
+        (name, False),
+        (f"{name}.laion2b", None),
+        ("vit_base_patch16_clip_quickgelu_224", None),
+        ("vit_tiny_patch16_224", None),
+    ):
+        config = timm_config(model, weights="clip.safetensors", quick_gelu=given)
+        assert TimmSource(config.teacher).quick_gelu == ("quickgelu" in model)
 
 
 def test_the_remedy_for_an_unreachable_tag_works(

@@ -1,8 +1,10 @@
 """Rotary transformers, networks without attention and modules of one's own as teachers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -301,6 +303,14 @@ def test_an_output_of_another_form_is_named() -> None:
         teacher(random_images(1, 64))
 
 
+def test_queries_of_other_tokens_are_refused() -> None:
+    """Their mean is a map of the right shape, and another one."""
+    with pytest.raises(TeacherError, match=r"query of shape \[2, 2, 17, 12\]; .* \[2, 2, 1, 12\]"):
+        build(own_config("AllQueries"))(random_images(2, 64))
+    with pytest.raises(TeacherError, match=r"query of shape .*17, 12\]; .* \[2, 2, 16, 12\]"):
+        build(own_config("AllQueriesOfPatches", "mean_query"))(random_images(2, 64))
+
+
 def test_a_query_of_another_form_and_a_forward_that_reads_values_are_named() -> None:
     with pytest.raises(TeacherError, match=r"query of shape \[1, 24\]; expected four"):
         build(own_config("FlatQuery"))(random_images(1, 64))
@@ -329,6 +339,14 @@ def test_pixels_that_cannot_be_normalised_are_named(
     monkeypatch.setattr(own_teacher.OwnTeacher, attribute, value)
     wanted = f"its {attribute} is {value}; expected {expected}"
     assert refusal(own_config("OwnTeacher")).endswith(wanted)
+
+
+def test_pixels_in_numbers_of_numpy_have_a_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = build(own_config("OwnTeacher")).fingerprint()
+    monkeypatch.setattr(own_teacher.OwnTeacher, "mean", (np.float32(0.5),) * 3)
+    monkeypatch.setattr(own_teacher.OwnTeacher, "std", (np.float32(0.5),) * 3)
+    found = json.loads(json.dumps(build(own_config("OwnTeacher")).fingerprint()))
+    assert (found["mean"], found["std"]) == (expected["mean"], expected["std"])
 
 
 def test_networks_that_give_no_grid_or_no_such_map_are_refused() -> None:

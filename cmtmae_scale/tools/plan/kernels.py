@@ -4,7 +4,7 @@ The step is recorded at two micro-batch sizes without memory or arithmetic, see 
 FLOPs and bytes of every kernel are linear in the number of views.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ from cmtmae_scale.config.derive import needs, online_fraction, teacher_configs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.benchmark.step_model import (
     NEVER_FUSED,
-    TEACHER,
     Operation,
     list_kernels,
     name_part,
@@ -41,9 +40,8 @@ class Kernel(NamedTuple):
 class StepKernels:
     """Kernels of a step of one rank, in three groups."""
 
-    teacher: Sequence[Kernel]
-    """Of the teacher's forward, per micro-step; none if the run uses no teacher. Of several
-    teachers each has the weight of its ``online_fraction``."""
+    teachers: Mapping[str, Sequence[Kernel]]
+    """Of each teacher's forward, per micro-step, by the teacher's name; none if it is not used."""
     micro: Sequence[Kernel]
     """Of the rest of a micro-step."""
     update: Sequence[Kernel]
@@ -64,12 +62,12 @@ class StepTime(NamedTuple):
 
 
 def count_kernels(config: Config) -> StepKernels:
-    """Record the step of a config, with its teacher online; takes seconds.
+    """Record the step of a config, with all its teachers online; takes seconds.
 
     Raises:
         ConfigError: networks that cannot be built.
     """
-    fractions = teacher_fractions(config)
+    names = list(teacher_configs(config))
     if config.teachers:
         entries = [replace(one, mode="online") for one in config.teachers]
         config = replace(config, teachers=entries)
@@ -78,28 +76,15 @@ def count_kernels(config: Config) -> StepKernels:
     small, large = (kernels_by_part(config, size) for size in SIZES)
     found = {part: fit_kernels(small[part], large[part]) for part in small}
     return StepKernels(
-        teacher=[
-            Kernel(*(fraction * value for value in one))
-            for part, fraction in fractions.items()
-            for one in found.pop(part, [])
-            if fraction > 0
-        ],
+        teachers={name: found.pop(name_part(name), []) for name in names},
         update=[one for part in NEVER_FUSED for one in found.pop(part, [])],
         micro=[one for kernels in found.values() for one in kernels],
     )
 
 
-def teacher_fractions(config: Config) -> dict[str, float]:
-    """Return the factor of the kernels of each teacher's part, see ``StepKernels.teacher``."""
-    if not config.teachers:
-        return {TEACHER: 1.0}
-    configs = teacher_configs(config).items()
-    return {name_part(name): online_fraction(alone) for name, alone in configs}
-
-
-def kernel_fraction(config: Config) -> float:
-    """Return the fraction of micro-steps with the kernels of ``StepKernels.teacher``."""
-    return 1.0 if config.teachers else online_fraction(config)
+def online_fractions(config: Config) -> dict[str, float]:
+    """Return the fraction of micro-steps in which each teacher runs, by name."""
+    return {name: online_fraction(alone) for name, alone in teacher_configs(config).items()}
 
 
 def kernels_by_part(config: Config, size: int) -> dict[str, Sequence[Operation]]:
@@ -132,7 +117,11 @@ def device_seconds(kernels: Sequence[Kernel], views: int, flops_s: float, bytes_
     return sum(one.seconds(views, flops_s, bytes_s) for one in kernels)
 
 
-def flops_per_view(kernels: StepKernels, online: float) -> float:
-    """Return the FLOPs per view; ``online``: fraction of micro-steps with a teacher's forward."""
-    micro = sum(one.flops_view for one in kernels.micro)
-    return micro + online * sum(one.flops_view for one in kernels.teacher)
+def flops_per_view(kernels: StepKernels, online: Mapping[str, float]) -> float:
+    """Return the FLOPs per view; ``online``: see ``online_fractions``."""
+    teachers = sum(
+        fraction * one.flops_view
+        for name, fraction in online.items()
+        for one in kernels.teachers[name]
+    )
+    return sum(one.flops_view for one in kernels.micro) + teachers

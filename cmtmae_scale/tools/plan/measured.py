@@ -11,7 +11,7 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.plan.devices import Device
-from cmtmae_scale.tools.plan.kernels import StepKernels, device_seconds
+from cmtmae_scale.tools.plan.kernels import Kernel, StepKernels, device_seconds, online_fractions
 from cmtmae_scale.tools.plan.plan import peak_flops_s
 
 
@@ -112,6 +112,12 @@ def reached_fraction(step: MeasuredStep, kernels: StepKernels, device: Device) -
         kernels: of its config.
         device: that of the measurement.
     """
-    own = [*kernels.teacher, *kernels.micro, *kernels.update]
     views, flops_s = step.config.train.micro_batch_size, peak_flops_s(step.config, device)
-    return device_seconds(own, views, flops_s, device.memory_bytes_s) / (views / step.images_s)
+
+    def run(group: Sequence[Kernel]) -> float:
+        return device_seconds(group, views, flops_s, device.memory_bytes_s)
+
+    seconds = run(kernels.micro) + run(kernels.update)
+    for name, fraction in online_fractions(step.config).items():
+        seconds += fraction * run(kernels.teachers[name])
+    return seconds / (views / step.images_s)

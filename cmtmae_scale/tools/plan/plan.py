@@ -4,6 +4,7 @@ Counted: parameters, saved activations, FLOPs and bytes of every kernel, collect
 bytes. Modelled: every time, from a fraction of the rates of a data sheet.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,17 +25,19 @@ from cmtmae_scale.tools.estimate import (
     build_meta_networks,
     count_shards,
     input_bytes,
+    list_teachers,
     saved_bytes,
     state_bytes,
 )
 from cmtmae_scale.tools.plan.devices import Device
 from cmtmae_scale.tools.plan.kernels import (
+    Kernel,
     StepKernels,
     StepTime,
     count_kernels,
     device_seconds,
     flops_per_view,
-    kernel_fraction,
+    online_fractions,
 )
 from cmtmae_scale.tools.plan.network import Exchange, step_traffic, time_exchanges
 
@@ -165,7 +168,8 @@ class Plan:
     flops_fraction: float
     """FLOPs of a step by those of the data sheet in its time."""
     data: NodeData
-    caches: list[Outlook]
+    caches: dict[str, list[Outlook]]
+    """By the teacher's name; empty without a teacher, or without the number of images."""
 
 
 def check_split(config: Config, gpus: int, node_size: int) -> None:
@@ -208,7 +212,7 @@ def make_plan(config: Config, counted: Counted, cluster: Cluster, images: Images
         chosen if gpus == cluster.gpus else plan_scale(config, counted, cluster, images, gpus)
         for gpus in list_gpus(config, cluster)
     ]
-    flops = flops_per_view(counted.kernels, kernel_fraction(config)) * chosen.images_s
+    flops = flops_per_view(counted.kernels, online_fractions(config)) * chosen.images_s
     return Plan(
         config.run.name,
         cluster,
@@ -250,7 +254,7 @@ def plan_scale(
     memory["input images"] = counted.input_view * batch.micro_batch_size
     memory["activations"] = counted.saved_view * batch.micro_batch_size
     shards = count_shards(config, gpus, node_size).states
-    time = time_step(config, counted.kernels, cluster, batch, shards, kernel_fraction(config))
+    time = time_step(config, counted.kernels, cluster, batch, shards, online_fractions(config))
     traffic = step_traffic(config, counted.networks, gpus, node_size, batch.accumulation)
     link = cluster.link_fraction * cluster.device.link_bytes_s
     network = cluster.link_fraction * cluster.network_bytes_s
@@ -265,7 +269,7 @@ def time_step(
     cluster: Cluster,
     batch: BatchPlan,
     shards: int,
-    online: float,
+    online: Mapping[str, float],
 ) -> StepTime:
     """Model a step without communication.
 
@@ -275,18 +279,21 @@ def time_step(
         cluster: rates.
         batch: split of the batch.
         shards: ranks that share the states; each updates its part.
-        online: fraction of micro-steps with a teacher's forward.
+        online: fraction of micro-steps with the forward of each teacher, by name.
     """
     flops_s = cluster.fraction * peak_flops_s(config, cluster.device)
     bytes_s = cluster.fraction * cluster.device.memory_bytes_s
     views, times = batch.micro_batch_size, batch.accumulation
 
-    def run(group: str) -> float:
-        return device_seconds(getattr(kernels, group), views, flops_s, bytes_s)
+    def run(group: Sequence[Kernel]) -> float:
+        return device_seconds(group, views, flops_s, bytes_s)
 
-    micro_s = run("micro") + online * run("teacher")
-    launches = times * (len(kernels.micro) + online * len(kernels.teacher)) + len(kernels.update)
-    return StepTime(times * micro_s + run("update") / shards, launches * LAUNCH_S)
+    micro_s, micro_launches = run(kernels.micro), float(len(kernels.micro))
+    for name, fraction in online.items():
+        micro_s += fraction * run(kernels.teachers[name])
+        micro_launches += fraction * len(kernels.teachers[name])
+    launches = times * micro_launches + len(kernels.update)
+    return StepTime(times * micro_s + run(kernels.update) / shards, launches * LAUNCH_S)
 
 
 def explain_stop(config: Config, scales: list[Scale]) -> str:
@@ -321,33 +328,42 @@ def feed_node(scale: Scale, cluster: Cluster, images: Images) -> NodeData:
 
 def weigh_caches(
     config: Config, counted: Counted, cluster: Cluster, images: Images, chosen: Scale
-) -> list[Outlook]:
-    """Weigh caches of the teacher against the online teacher; none without a single teacher.
+) -> dict[str, list[Outlook]]:
+    """Weigh caches of each teacher against the online teacher; the other teachers stay as they are.
 
     Decoding uses the workers of the recipe; the store is as fast as it must be.
     """
-    teacher = counted.networks.teachers.get("")
-    if teacher is None or images.count is None:
-        return []
+    if images.count is None:
+        return {}
     views = chosen.batch.micro_batch_size
     shards = count_shards(config, chosen.gpus, min(cluster.node_size, chosen.gpus)).states
-    times = [
-        time_step(config, counted.kernels, cluster, chosen.batch, shards, online).seconds
-        + chosen.communication_s
-        for online in (0.0, 1.0)
-    ]
     share = views * chosen.batch.accumulation
-    rates = Rates(
-        teacher=share / (times[1] - times[0]),
-        train=share / times[0],
-        decode=DECODE_VIEWS_S * config.data.workers,
-        write=float("inf"),
-        read=float("inf"),
-    )
     draws = chosen.steps * config.train.global_batch_size
     job = Job(images.count, draws, chosen.gpus, config.cache.spot_check)
-    return [
-        weigh_cache(job, rates, codec, count, plan_manifest(teacher, codec).row_bytes(), None)
-        for codec in usable_codecs(config)
-        for count in sorted({*VIEWS_PER_IMAGE, config.views.views_per_image or 1})
-    ]
+    found: dict[str, list[Outlook]] = {}
+    for name, alone, teacher in list_teachers(config, counted.networks.teachers):
+        times = [
+            time_step(
+                config,
+                counted.kernels,
+                cluster,
+                chosen.batch,
+                shards,
+                online_fractions(config) | {name: online},
+            ).seconds
+            + chosen.communication_s
+            for online in (0.0, 1.0)
+        ]
+        rates = Rates(
+            teacher=share / (times[1] - times[0]),
+            train=share / times[0],
+            decode=DECODE_VIEWS_S * config.data.workers,
+            write=float("inf"),
+            read=float("inf"),
+        )
+        found[name] = [
+            weigh_cache(job, rates, codec, count, plan_manifest(teacher, codec).row_bytes(), None)
+            for codec in usable_codecs(alone)
+            for count in sorted({*VIEWS_PER_IMAGE, config.views.views_per_image or 1})
+        ]
+    return found

@@ -162,12 +162,13 @@ def cache_lines(config: Config, plan: Plan) -> Iterator[str]:
     yield "teacher cache against the online teacher, modelled"
     if not plan.caches:
         unknown = "the number of images is unknown; give data.expected_images=N"
-        several = "for one of several teachers: cmtmae precompute --plan --teacher NAME"
-        unknown = several if config.teachers else unknown
         yield f"  none: {unknown if needs(config).teacher else 'the run uses no teacher'}"
         return
     node = min(plan.cluster.node_size, plan.cluster.gpus)
-    yield outlook_table(plan.caches, node)  # up to all columns
+    for name, outlooks in plan.caches.items():
+        if name:
+            yield f"teachers.{name}, the other teachers as they are"
+        yield outlook_table(outlooks, node)  # up to all columns
     yield from textwrap.wrap(
         f"Per GPU, node: bytes that training reads; the store is assumed to give them. Building "
         f"decodes with data.workers={config.data.workers} cores per GPU. #: no view is seen twice. "

@@ -34,6 +34,7 @@ from cmtmae_scale.tools.plan.plan import (
 from cmtmae_scale.tools.plan.remedies import refuse_memory
 from cmtmae_scale.tools.plan.render import COLUMNS, render_plan
 from tests.engine.run_case import write_recipe
+from tests.pretraining.several_case import write_several
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = Device("tiny", 1e10, 1e9, 1e9, 1e9, 1e8, "made up")
@@ -68,9 +69,9 @@ def test_kernels_of_any_micro_batch_are_those_that_are_recorded(
 ) -> None:
     train = replace(config.train, micro_batch_size=7)
     recorded = record_step(replace(config, train=train))
-    for group, parts in (("teacher", (TEACHER,)), ("update", NEVER_FUSED)):
+    kernels = counted.kernels
+    for found, parts in ((kernels.teachers[""], (TEACHER,)), (kernels.update, NEVER_FUSED)):
         own = [one for one in recorded if one.part in parts]
-        found = getattr(counted.kernels, group)
         assert len(own) == len(found) > 0
         assert [one.flops for one in own] == [one.flops + 7 * one.flops_view for one in found]
         moved = [one.bytes + 7 * one.bytes_view for one in found]
@@ -99,8 +100,8 @@ def test_attention_is_counted_as_a_gpu_computes_it(config: Config) -> None:
 def test_the_time_of_a_step_is_that_of_a_loop_over_kernels(config: Config) -> None:
     teacher, update = Kernel(0, 6e6, 0, 1e3), Kernel(0, 0, 8e6, 0)
     micro = [Kernel(4e6, 1e6, 2e3, 1e6), Kernel(0, 5e7, 0, 1e4)]
-    step = StepKernels([teacher], micro, [update])
-    found = time_step(config, step, CLUSTER, BatchPlan(96, 4, 8, 3), 2, 0.5)
+    step = StepKernels({"": [teacher]}, micro, [update])
+    found = time_step(config, step, CLUSTER, BatchPlan(96, 4, 8, 3), 2, {"": 0.5})
     expected = 0.0
     for _ in range(3):
         for kernel, share in ((teacher, 0.5), (micro[0], 1), (micro[1], 1)):
@@ -189,8 +190,31 @@ def test_a_plan_is_that_of_a_hand_calculation(plan: Plan, config: Config, counte
     assert plan.data.cores == pytest.approx(plan.data.views_s / DECODE_VIEWS_S)
     assert 0 < plan.flops_fraction < 0.5
     assert refuse_memory(config, counted, CLUSTER, chosen) is None
-    cache = plan.caches[0]
+    cache = plan.caches[""][0]
     assert cache.online_h == pytest.approx(100 * seconds / 3600)
+
+
+def test_each_of_several_teachers_has_its_caches_weighed(tmp_path: Path) -> None:
+    """As the plan of a run whose other teacher is cached, which takes no time, or online."""
+    recipe = write_several(tmp_path)
+    line = [*BATCH, *HYBRID, "views.views_per_image=2"]
+    config = load_config(recipe, line)
+    counted = count_work(config)
+    found = make_plan(config, counted, CLUSTER, IMAGES)
+    assert list(found.caches) == ["first", "second"]
+    hours = 100 * found.chosen.step_s / 3600
+    for name, outlooks in found.caches.items():
+        assert [(one.codec, one.views) for one in outlooks[:4]] == [
+            *(("int8", count) for count in (1, 2, 4, 16))
+        ]
+        cached = [*line, f"teachers.{name}.mode=cached", "cache.dir=/unused"]
+        without = make_plan(load_config(recipe, cached), counted, CLUSTER, IMAGES)
+        assert outlooks[0].online_h == pytest.approx(hours)
+        assert outlooks[0].run_h == pytest.approx(100 * without.chosen.step_s / 3600)
+        assert outlooks[0].run_h < hours
+    text = render_plan(config, found)
+    for name in found.caches:
+        assert f"\nteachers.{name}, the other teachers as they are\ncodec" in text
 
 
 def test_the_batch_scales_up_to_the_stop(plan: Plan) -> None:
@@ -227,6 +251,8 @@ def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, counted: Counte
 
     for name in ("fsdp", "deepspeed"):
         line = [*BATCH, "backend.precision=bf16", f"backend.name={name}"]
+        if name == "deepspeed":  # the default bucket is larger than all else of this student
+            line += ["backend.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"]
         config = load_config(recipe, line)
         activations = 4 * (counted.saved_view + counted.input_view)
         states = held_bytes(config) - activations
@@ -260,6 +286,18 @@ def test_sharded_copies_are_gathered_by_blocks(recipe: Path, counted: Counted) -
     assert gathered(*zero, kind="reduction bucket") == 4 * 500_000_000
     size = "backend.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"
     assert gathered(*zero, size, kind="reduction bucket") == 4000
+    for stage, key, expected in (
+        (2, "reduce_bucket_size: 1000", 2000),
+        (2, "reduce_bucket_size: 1000, overlap_comm: true", 4000),
+        (2, "reduce_bucket_size: 1000, contiguous_gradients: false", None),
+        (1, "reduce_bucket_size: 1000", None),
+    ):
+        line = ("backend.name=deepspeed", f"backend.zero_stage={stage}")
+        extra = f"backend.deepspeed={{zero_optimization: {{{key}}}}}"
+        assert gathered(*line, extra, kind="reduction bucket") == expected
+        if key == "reduce_bucket_size: 1000":
+            line = (*line, "backend.precision=fp32")
+            assert gathered(*line, extra, kind="reduction bucket") == 4000
     limit = "backend.deepspeed={zero_optimization: {stage3_max_live_parameters: 1000}}"
     assert gathered(*zero, limit) == 2000
 
@@ -278,9 +316,13 @@ def test_a_measured_row_gives_the_fraction(recipe: Path, counted: Counted, tmp_p
     found, outdated = find_step(file, config, device)
     assert found is not None and (found.row, found.images_s) == ("large", 123.0)
     assert found.config.train.micro_batch_size == 4 and not outdated
-    kernels = StepKernels([Kernel(0, 989e12, 0, 0)], [Kernel(0, 0, 4.8e12, 0)], [])
+    kernels = StepKernels({"": [Kernel(0, 989e12, 0, 0)]}, [Kernel(0, 0, 4.8e12, 0)], [])
     # 4 s of matrix products and 1 s of traffic, measured as 4 views in 20 s.
     assert reached_fraction(found._replace(images_s=0.2), kernels, device) == pytest.approx(0.25)
+    line = ["train.micro_batch_size=4", "backend.precision=bf16", "views.views_per_image=2"]
+    cached = load_config(recipe, [*line, "teacher.mode=cached", "cache.dir=/unused"])
+    of_cache = found._replace(images_s=0.2, config=cached)
+    assert reached_fraction(of_cache, kernels, device) == pytest.approx(0.05)  # without its teacher
     assert find_step(file, config, DEVICES["a100"]) == (None, [])
     other = load_config(recipe, ["student.arch=vit_tiny_patch16_224"])
     assert find_step(file, other, device).step is None
