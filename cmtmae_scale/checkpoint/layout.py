@@ -295,6 +295,9 @@ def find_type_problems(state: dict[str, Any]) -> Iterator[str]:
         yield f"classes={shorten(classes)} is not a list of texts"
     if not isinstance(state.get("labels_digest", ""), str):
         yield f"labels_digest={shorten(state['labels_digest'])} is not {JSON_NAMES[str]}"
+    weights = state.get("teacher_weights", {})  # of pre-training, but not of an older one
+    if not isinstance(weights, dict) or not all(isinstance(one, str) for one in weights.values()):
+        yield f"teacher_weights={shorten(weights)} is not texts by name"
     for group, counts in COUNTS.items():
         tree = state.get(group)
         if not isinstance(tree, dict):

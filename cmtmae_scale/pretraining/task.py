@@ -35,6 +35,7 @@ from cmtmae_scale.pretraining.diagnostics import Diagnostics
 from cmtmae_scale.pretraining.init_from_run import PRIOR_STEPS
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models, prepare
 from cmtmae_scale.pretraining.scalars import PretrainingScalars, scalars_at
+from cmtmae_scale.pretraining.teacher_weights import compare_weights
 from cmtmae_scale.runtime.collectives import gather_texts
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherView, forward_all, view_sizes
@@ -69,6 +70,7 @@ class Pretraining:
     models: Models
     view_sizes: Sequence[int]
     prior_steps: int
+    teacher_weights: dict[str, dict[str, str]]
 
     def __init__(self, config: Config, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
@@ -107,6 +109,7 @@ class Pretraining:
     def build(self, saved: dict[str, Any] | None, stop: StopRequest, stack: ExitStack) -> Backend:
         config, world, device = self.config, self.world, self.device
         teachers = open_teachers(config, world, device, self.index, stop, stack)
+        self.teacher_weights = compare_weights(config, teachers, saved)
         self.view_sizes = view_sizes(config.views.image_size, teachers)
         self.models = build_models(config, world, device, teachers, resumed=saved is not None)
         self.prior_steps = self.models.prior_steps if saved is None else saved.get(PRIOR_STEPS, 0)
@@ -202,7 +205,7 @@ class Pretraining:
 
     def saved_state(self) -> dict[str, Any]:
         prior = {PRIOR_STEPS: self.prior_steps} if self.prior_steps else {}
-        return self.models.channels.to_dict() | prior
+        return self.models.channels.to_dict() | self.teacher_weights | prior
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.models.channels.restore(saved)

@@ -1,6 +1,7 @@
 """The online teacher: one forward returns the attention map and the features."""
 
 import logging
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -132,16 +133,21 @@ class OnlineTeacher:
             return patches
         return torch.cat([tokens[:, :1].to(patches.dtype), patches], dim=1)
 
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """SHA-256 of the weights file; ``None``: there is none, or it is not at hand."""
+        file = self.tower.source.get("weights_file")
+        return sha256(str(file)) if file and Path(str(file)).is_file() else None
+
     def fingerprint(self) -> dict[str, object]:
         """Return all that the outputs depend on except the images, as JSON values.
 
         Reads the weights file for its digest if it exists; depends on no path.
         """
-        source = dict(self.tower.source)
-        file = source.pop("weights_file", None)
+        source = {key: value for key, value in self.tower.source.items() if key != "weights_file"}
         outputs = self.outputs
         return source | {
-            "weights_sha256": sha256(str(file)) if file and Path(str(file)).is_file() else None,
+            "weights_sha256": self.weights_sha256,
             "dtype": str(self.dtype).removeprefix("torch."),
             "image_size": self.image_size,
             "teacher_grid": list(self.tower.grid),

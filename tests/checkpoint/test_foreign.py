@@ -178,6 +178,7 @@ WRONG: list[tuple[str, str | None, object]] = [
     *(("index_digest", None, value) for value in (None, 7, [])),
     *(("classes", None, value) for value in ("cat", [1], None)),
     ("labels_digest", None, 7),
+    *(("teacher_weights", None, value) for value in (None, [], {"": None}, {"": 7})),
     *(("progress", None, value) for value in (None, [], 3)),
     *(("progress", "step", value) for value in (None, "3", 3.5, -1, [3], True, 10**30)),
     *(("progress", key, "x") for key in ("position", "horizon", "end_step", "applied")),
