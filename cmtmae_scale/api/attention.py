@@ -13,7 +13,8 @@ from torch import Tensor
 from cmtmae_scale.api.features import ALONE
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import attention_map_weights, entry_errors, needs, teacher_configs
+from cmtmae_scale.config.needs import needs
+from cmtmae_scale.config.teachers import attention_map_weights, entry_errors, teacher_configs
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.encoders import inference_autocast

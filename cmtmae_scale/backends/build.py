@@ -11,8 +11,8 @@ from cmtmae_scale.backends.base import Backend, Objective
 from cmtmae_scale.backends.fsdp import Fsdp
 from cmtmae_scale.backends.plain import Plain
 from cmtmae_scale.backends.traffic import warn_of_latency
+from cmtmae_scale.config.batch import batch_plan
 from cmtmae_scale.config.deepspeed import deepspeed_config
-from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.student import MomentumEncoder

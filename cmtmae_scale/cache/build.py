@@ -41,9 +41,10 @@ from cmtmae_scale.cache.format import (
     shard_exists,
     write_shard,
 )
-from cmtmae_scale.config.derive import cache_folder, needs
 from cmtmae_scale.config.images import open_images
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import cache_folder
 from cmtmae_scale.errors import CacheError, TeacherError, remedy_for
 from cmtmae_scale.runtime.bf16 import slow_bf16_warning
 from cmtmae_scale.runtime.launch import World

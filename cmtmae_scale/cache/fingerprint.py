@@ -9,8 +9,8 @@ import torch
 
 from cmtmae_scale import __version__
 from cmtmae_scale.cache.format import Manifest
-from cmtmae_scale.config.derive import entry_message
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import entry_message
 from cmtmae_scale.errors import CacheError
 from dataloading.index import Index
 from dataloading.stream import choose_decoder

@@ -24,8 +24,8 @@ from cmtmae_scale.cache.format import (
     list_shard_folders,
     shard_exists,
 )
-from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import cache_folder
 from cmtmae_scale.runtime.progress_file import PublishedProgress, read_published_progress
 from dataloading.progress import PROGRESS_S
 

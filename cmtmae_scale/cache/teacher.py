@@ -20,8 +20,8 @@ from cmtmae_scale.cache.codecs import (
 from cmtmae_scale.cache.fingerprint import Keyed, cache_fingerprint, check_fingerprint
 from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest
 from cmtmae_scale.cache.reader import CachedRows, CacheReader, blank_row
-from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import cache_folder
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.teachers.base import Teacher, TeacherView
 from cmtmae_scale.teachers.online import OnlineTeacher

@@ -21,21 +21,18 @@ from cmtmae_scale.backends.fsdp import ranks_per_shard_group
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.find import describe_loss
-from cmtmae_scale.config.derive import (
-    batch_plan,
-    builds_teacher,
-    cache_folder,
-    entry_errors,
-    explain_batch,
-    find_length_problem,
-    peak_lr,
-    reads_cache,
-    teacher_configs,
-    total_steps,
-)
+from cmtmae_scale.config.batch import batch_plan, explain_batch, find_length_problem, total_steps
+from cmtmae_scale.config.derive import peak_lr
 from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import (
+    builds_teacher,
+    cache_folder,
+    entry_errors,
+    reads_cache,
+    teacher_configs,
+)
 from cmtmae_scale.engine.folder import refuse_foreign_folder
 from cmtmae_scale.engine.launches import refuse_further_launch
 from cmtmae_scale.engine.resume import compare_run, continue_progress

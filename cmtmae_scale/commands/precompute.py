@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.alone import run_alone
-from cmtmae_scale.config.derive import entry_errors, pick_teacher
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import entry_errors, pick_teacher
 from cmtmae_scale.errors import (
     AGAIN,
     EXIT_CONFIG,

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from cmtmae_scale.config.deepspeed import extra_keys
-from cmtmae_scale.config.derive import (
+from cmtmae_scale.config.needs import extremes, needs
+from cmtmae_scale.config.ranges import Range
+from cmtmae_scale.config.schema import Backend, Config, Schedule, Student, Teacher, Train
+from cmtmae_scale.config.teachers import (
     builds_teacher,
     cache_folder,
     entry_text,
-    extremes,
-    needs,
     reads_cache,
     teacher_config,
 )
-from cmtmae_scale.config.ranges import Range
-from cmtmae_scale.config.schema import Backend, Config, Schedule, Student, Teacher, Train
 from cmtmae_scale.errors import ConfigError
 from dataloading.addresses import find_address_problem, is_url
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cmtmae_scale.config.batch import pairs_views, refuse_single_views
 from cmtmae_scale.config.check import check_backend, check_length, check_log, check_ranges
-from cmtmae_scale.config.derive import pairs_views, refuse_single_views
 from cmtmae_scale.config.load import load_recipe
 from cmtmae_scale.config.ranges import bounded, fraction, non_negative, positive, step_range
 from cmtmae_scale.config.schema import MISSING, Backend, Checkpoint, Guard, Run, Train

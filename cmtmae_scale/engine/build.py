@@ -12,7 +12,7 @@ from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_resume_checkpoint
 from cmtmae_scale.checkpoint.layout import read_state
 from cmtmae_scale.checkpoint.writer import open_writer
-from cmtmae_scale.config.derive import batch_plan, explain_batch
+from cmtmae_scale.config.batch import batch_plan, explain_batch
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.profile import StepProfile

@@ -4,6 +4,7 @@ import logging
 import math
 from typing import Any
 
+from cmtmae_scale.config.batch import BatchPlan, exact, pairs_views, split_batch, total_steps
 from cmtmae_scale.config.changes import (
     FREE_KEYS,
     RESHAPING_KEYS,
@@ -11,7 +12,6 @@ from cmtmae_scale.config.changes import (
     flatten,
     format_names,
 )
-from cmtmae_scale.config.derive import BatchPlan, exact, pairs_views, split_batch, total_steps
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.progress import Progress, fresh_progress, resumed_progress

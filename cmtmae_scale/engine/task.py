@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend, Work
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import BatchPlan
+from cmtmae_scale.config.batch import BatchPlan
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine.profile import StepProfile
 from cmtmae_scale.engine.progress import Progress

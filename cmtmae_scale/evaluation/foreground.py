@@ -11,8 +11,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from cmtmae_scale.config.derive import attention_map_weights, entry_errors, needs, teacher_configs
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import attention_map_weights, entry_errors, teacher_configs
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.evaluation.across import gather_from_ranks, sum_over_ranks
 from cmtmae_scale.evaluation.encoders import inference_autocast

@@ -11,7 +11,7 @@ from cmtmae_scale.backends.base import Backend, Fragment
 from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.checkpoint.layout import list_checkpoints
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.evaluation.dense import open_masked_pair
 from cmtmae_scale.evaluation.encoders import PATCHES, Encoder, encoder_from_student

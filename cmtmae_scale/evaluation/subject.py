@@ -13,10 +13,12 @@ from torch import Tensor
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import name_student, needs, pick_teacher, replaced_sizes
+from cmtmae_scale.config.derive import name_student, replaced_sizes
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.schema import Student as StudentConfig
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
+from cmtmae_scale.config.teachers import pick_teacher
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.errors import CheckpointError, ConfigError, TeacherError
 from cmtmae_scale.evaluation.encoder_file import exported_file, file_config, read_file

@@ -8,15 +8,10 @@ from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cmtmae_scale.config.derive import (
-    Needs,
-    name_student,
-    needs,
-    peak_lr,
-    teacher_configs,
-    used_teachers,
-)
+from cmtmae_scale.config.derive import name_student, peak_lr
+from cmtmae_scale.config.needs import Needs, needs
 from cmtmae_scale.config.schema import Config, Schedule, Teacher
+from cmtmae_scale.config.teachers import teacher_configs, used_teachers
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.results import escape_markdown, find_results
 from cmtmae_scale.runtime.versions import library_versions

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.tensor_file import Entry, write_tensors
-from cmtmae_scale.config.derive import teacher_shares
 from cmtmae_scale.config.load import load_config, save_config
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import teacher_shares
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.export.compare import Agreement, require_agreement
 from cmtmae_scale.export.origin import Origin

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.shards import ENCODERS
-from cmtmae_scale.config.derive import needs
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.evaluation.saved import (

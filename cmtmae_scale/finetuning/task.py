@@ -13,8 +13,9 @@ from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.checkpoint.layout import list_checkpoints
+from cmtmae_scale.config.batch import batch_plan, total_steps
 from cmtmae_scale.config.changes import FINETUNING_FREE_KEYS
-from cmtmae_scale.config.derive import batch_plan, name_student, total_steps
+from cmtmae_scale.config.derive import name_student
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.engine.agreement import REMEDY, require_equal, require_equal_weights

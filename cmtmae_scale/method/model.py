@@ -9,8 +9,9 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import loss_terms, teacher_shares
+from cmtmae_scale.config.derive import loss_terms
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import teacher_shares
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.decoder import Heads, build_decoder

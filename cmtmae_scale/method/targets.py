@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmtmae_scale.config.derive import loss_terms, teacher_shares
+from cmtmae_scale.config.derive import loss_terms
 from cmtmae_scale.config.schema import Config, Loss
+from cmtmae_scale.config.teachers import teacher_shares
 from cmtmae_scale.method.channels import ChannelScaling
 from cmtmae_scale.method.masking import PatchChoice
 

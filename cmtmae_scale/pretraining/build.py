@@ -18,20 +18,20 @@ from cmtmae_scale.cache.format import MANIFEST, manifest_text
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import match_init_weights, refuse_non_finite
 from cmtmae_scale.checkpoint.layout import list_checkpoints
-from cmtmae_scale.config.derive import (
-    batch_plan,
+from cmtmae_scale.config.batch import batch_plan
+from cmtmae_scale.config.images import request_images
+from cmtmae_scale.config.needs import needs
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import (
     builds_teacher,
     cache_folder,
     entry_errors,
     entry_text,
     has_teacher_mean,
-    needs,
     reads_cache,
     teacher_configs,
     teacher_shares,
 )
-from cmtmae_scale.config.images import request_images
-from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.agreement import require_equal, require_equal_images, require_equal_weights
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import CacheError, ConfigError, TeacherError

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.checkpoint.layout import REMEDY, STATE
-from cmtmae_scale.config.derive import loss_terms, target_norms, term_name
+from cmtmae_scale.config.derive import loss_terms, target_norms
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import term_name
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.method.channels import ChannelMoments, ChannelScaling, merge_moments
 from cmtmae_scale.method.student import Student

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
-from cmtmae_scale.config.derive import (
-    attention_map_weights,
-    has_rows,
-    needs,
-    target_norms,
-    term_name,
-    used_teachers,
-)
+from cmtmae_scale.config.derive import target_norms
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import attention_map_weights, has_rows, term_name, used_teachers
 from cmtmae_scale.method.attention import map_agreement, mean_agreement, mix_attention, visible_mass
 from cmtmae_scale.method.channels import ChannelScaling, sum_channels
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images

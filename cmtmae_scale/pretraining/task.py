@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from cmtmae_scale.backends.base import Backend
+from cmtmae_scale.config.batch import find_length_problem
 from cmtmae_scale.config.changes import PRETRAINING_FREE_KEYS
-from cmtmae_scale.config.derive import (
+from cmtmae_scale.config.derive import find_scale_problem, loss_terms
+from cmtmae_scale.config.needs import needs
+from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import (
     entry_errors,
-    find_length_problem,
-    find_scale_problem,
     has_pairs,
     has_teacher_mean,
-    loss_terms,
-    needs,
     reads_cache,
     teacher_configs,
     used_teachers,
 )
-from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.engine.task import Run, SideTask

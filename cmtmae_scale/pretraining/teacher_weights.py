@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher
-from cmtmae_scale.config.derive import entry_text
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import entry_text
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.teachers.base import TeacherSource
 from cmtmae_scale.teachers.online import OnlineTeacher

@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import Needs, term_name
+from cmtmae_scale.config.needs import Needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import term_name
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.attention import activation_map, mean_query_row, patch_map
 from dataloading.stream import Batch

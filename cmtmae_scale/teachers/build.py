@@ -4,9 +4,10 @@ import logging
 
 import torch
 
-from cmtmae_scale.config import derive
-from cmtmae_scale.config.derive import Needs
+from cmtmae_scale.config.needs import Needs
+from cmtmae_scale.config.needs import needs as needs_of
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import entry_errors, entry_message, teacher_configs
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.build import probe_student
 from cmtmae_scale.method.float8 import use_float8
@@ -27,7 +28,7 @@ def build_teacher(
         config: the run.
         device: device of the teacher.
         dtype: compute dtype, bfloat16 or float32.
-        needs: which of attention map and features are computed; ``None``: ``derive.needs(config)``.
+        needs: which of attention map and features are computed; ``None``: ``needs(config)``.
 
     With ``teacher.mode=cached`` it is the teacher whose outputs the cache holds.
 
@@ -44,7 +45,7 @@ def build_teacher(
     """
     if config.teacher.mode == "none":
         return None
-    needs = derive.needs(config) if needs is None else needs
+    needs = needs_of(config) if needs is None else needs
     if not needs.teacher:
         return None
     return assemble_teacher(config, needs, load=True).to(device, dtype)
@@ -56,7 +57,7 @@ def build_teacher_skeleton(config: Config, needs: Needs | None = None) -> Online
     Raises:
         TeacherError: as ``build_teacher``, except for weights.
     """
-    return assemble_teacher(config, derive.needs(config) if needs is None else needs, load=False)
+    return assemble_teacher(config, needs_of(config) if needs is None else needs, load=False)
 
 
 def build_skeletons(config: Config) -> dict[str, OnlineTeacher]:
@@ -66,9 +67,9 @@ def build_skeletons(config: Config) -> dict[str, OnlineTeacher]:
         TeacherError: as ``build_teacher_skeleton``; names the teacher.
     """
     found: dict[str, OnlineTeacher] = {}
-    for name, alone in derive.teacher_configs(config).items():
-        if derive.needs(alone).teacher:
-            with derive.entry_errors(name):
+    for name, alone in teacher_configs(config).items():
+        if needs_of(alone).teacher:
+            with entry_errors(name):
                 found[name] = build_teacher_skeleton(alone)
     return found
 
@@ -100,7 +101,7 @@ def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeach
         )
     if settings.weights == "random" and load:
         text = "teacher.weights=random: the teacher is untrained; for tests only"
-        logger.warning("%s", derive.entry_message(text))
+        logger.warning("%s", entry_message(text))
     tower = source.build(size, config.run.seed, load=load)
     if settings.precision == "fp8":
         for block in tower.blocks:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmtmae_scale.config.derive import entry_message
+from cmtmae_scale.config.teachers import entry_message
 from cmtmae_scale.method.attention import resize_map, resize_tokens
 from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.runtime.compilation import compiled

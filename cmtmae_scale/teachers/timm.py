@@ -17,8 +17,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from cmtmae_scale.config.derive import entry_message
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
+from cmtmae_scale.config.teachers import entry_message
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.build import VIT_MODULES
 from cmtmae_scale.teachers.base import Tower

@@ -18,7 +18,8 @@ import torch
 from cmtmae_scale.cache.build import row_shape
 from cmtmae_scale.cache.codecs import Codec
 from cmtmae_scale.cache.format import Manifest
-from cmtmae_scale.config.derive import needs, total_steps
+from cmtmae_scale.config.batch import total_steps
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype

@@ -17,15 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmtmae_scale.backends.base import Objective, Terms
 from cmtmae_scale.backends.traffic import BUCKET
+from cmtmae_scale.config.batch import batch_plan
 from cmtmae_scale.config.deepspeed import extra_keys
-from cmtmae_scale.config.derive import (
-    batch_plan,
-    builds_teacher,
-    needs,
-    online_fraction,
-    teacher_configs,
-)
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import builds_teacher, online_fraction, teacher_configs
 from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.build import build_student

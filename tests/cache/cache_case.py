@@ -10,8 +10,8 @@ import yaml
 
 from cmtmae_scale.cache.build import Builder, build_shards
 from cmtmae_scale.cache.format import Manifest
-from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.teachers.build import assemble_teacher
 from dataloading.index import build_index
 from tests.engine.run_case import BASE, make_photographs

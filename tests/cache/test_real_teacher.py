@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from cmtmae_scale.cache.build import make_builder
 from cmtmae_scale.cache.format import SHARDS, read_manifest, shard_path
 from cmtmae_scale.commands.precompute import precompute_teacher
-from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.errors import CacheError
 from cmtmae_scale.teachers import build as teachers
 from dataloading.kept_index import load_or_build

@@ -13,8 +13,9 @@ from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.commands import dry_run, init
 from cmtmae_scale.commands.init import init_recipe
 from cmtmae_scale.commands.pretrain import launch_pretraining, parse_options
-from cmtmae_scale.config.derive import find_length_problem, needs
+from cmtmae_scale.config.batch import find_length_problem
 from cmtmae_scale.config.load import config_from_dict, load_config
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.yaml_text import parse_yaml
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE

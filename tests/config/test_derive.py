@@ -3,18 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.config.derive import (
-    batch_plan,
-    explain_batch,
-    extremes,
-    find_length_problem,
-    find_scale_problem,
-    needs,
-    peak_lr,
-    total_steps,
-)
+from cmtmae_scale.config.batch import batch_plan, explain_batch, find_length_problem, total_steps
+from cmtmae_scale.config.derive import find_scale_problem, peak_lr
 from cmtmae_scale.config.finetune import Finetune, find_finetune_problems, load_finetune
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.needs import extremes, needs
 from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.errors import ConfigError
 

@@ -9,15 +9,15 @@ import yaml
 
 from cmtmae_scale.api.pretrain import override_lines
 from cmtmae_scale.config.changes import FREE_KEYS, compare_configs
-from cmtmae_scale.config.derive import (
+from cmtmae_scale.config.load import config_from_dict, config_to_dict, load_config
+from cmtmae_scale.config.needs import needs
+from cmtmae_scale.config.teachers import (
     entry_text,
-    needs,
     pick_teacher,
     reads_cache,
     teacher_configs,
     used_teachers,
 )
-from cmtmae_scale.config.load import config_from_dict, config_to_dict, load_config
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.task import Pretraining
 

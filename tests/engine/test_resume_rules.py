@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from cmtmae_scale.config.batch import batch_plan
 from cmtmae_scale.config.changes import FREE_KEYS, compare_configs, flatten
-from cmtmae_scale.config.derive import batch_plan
 from cmtmae_scale.config.finetune import Finetune
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.engine.progress import resumed_progress

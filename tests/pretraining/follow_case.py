@@ -9,8 +9,8 @@ from typing import Any
 from unittest import mock
 
 from cmtmae_scale.cache.format import list_shard_folders, list_shards
-from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.teachers import cache_folder
 from tests.pretraining.cached_run_case import observe
 
 ROWS_PER_SHARD = 4

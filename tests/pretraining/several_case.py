@@ -13,8 +13,8 @@ import yaml
 from cmtmae_scale.cache.build import build_shards, make_builder
 from cmtmae_scale.cache.format import SHARDS
 from cmtmae_scale.commands.precompute import precompute_teacher
-from cmtmae_scale.config.derive import pick_teacher
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.teachers import pick_teacher
 from cmtmae_scale.errors import TeacherError
 from tests.engine.run_case import build, run, write_recipe
 from tests.pretraining.cached_run_case import observe

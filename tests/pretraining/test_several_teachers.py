@@ -10,8 +10,9 @@ import torch
 from cmtmae_scale.api.attention import attention_maps
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands.dry_run import render_dry_run
-from cmtmae_scale.config.derive import entry_errors, needs, teacher_configs
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.needs import needs
+from cmtmae_scale.config.teachers import entry_errors, teacher_configs
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.evaluation.foreground import maps_of_subject
 from cmtmae_scale.evaluation.saved import locate_checkpoint

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cmtmae_scale.config.derive import Needs
+from cmtmae_scale.config.needs import Needs
 from cmtmae_scale.config.schema import Config
 
 BOTH = Needs(True, True, False, False, False)

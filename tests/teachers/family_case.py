@@ -8,8 +8,8 @@ import torch
 
 from cmtmae_scale.cache.build import build_shards, make_builder
 from cmtmae_scale.commands.export import export_weights
-from cmtmae_scale.config.derive import cache_folder
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.teachers import cache_folder
 from cmtmae_scale.teachers.build import build_teacher
 from tests.engine.run_case import write_recipe
 from tests.pretraining.cached_run_case import Seen, observe

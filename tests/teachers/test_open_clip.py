@@ -11,7 +11,7 @@ from open_clip.model import resize_pos_embed
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmtmae_scale.config.derive import Needs
+from cmtmae_scale.config.needs import Needs
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton

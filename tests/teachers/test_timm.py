@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from cmtmae_scale.config.derive import Needs
+from cmtmae_scale.config.needs import Needs
 from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.teachers.base import TeacherOutputs
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton

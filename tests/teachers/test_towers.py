@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmtmae_scale.config.derive import Needs
+from cmtmae_scale.config.needs import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton

@@ -14,9 +14,10 @@ import torch
 from cmtmae_scale.cache.build import Builder, build_shards
 from cmtmae_scale.cache.codecs import Calibration, Codec
 from cmtmae_scale.cache.teacher import CachedTeacher
-from cmtmae_scale.config.derive import batch_plan, needs
+from cmtmae_scale.config.batch import batch_plan
 from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CacheError, ConfigError
 from cmtmae_scale.runtime.launch import World

@@ -14,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from cmtmae_scale.backends.base import Accept, Backend, Meanwhile, Outcome, Terms, Work
 from cmtmae_scale.checkpoint.writer import Writer
-from cmtmae_scale.config.derive import batch_plan, entry_errors, reads_cache, teacher_configs
+from cmtmae_scale.config.batch import batch_plan
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import entry_errors, reads_cache, teacher_configs
 from cmtmae_scale.engine.loop import take_step
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.skips import Skips

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from cmtmae_scale.backends.adamw import make_adamw, start_state, trainable
 from cmtmae_scale.backends.base import Backend
-from cmtmae_scale.config.derive import needs, online_fraction
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import online_fraction
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.attention import attention_of_a_gpu
 from cmtmae_scale.method.masking import grid_counts

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmtmae_scale.config.derive import attention_map_weights, teacher_configs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import attention_map_weights, teacher_configs
 from cmtmae_scale.evaluation.encoders import inference_autocast
 from cmtmae_scale.method.attention import mix_attention, normalise_map
 from cmtmae_scale.method.channels import ChannelScaling

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cmtmae_scale.backends.gather import gather_tensors
 from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher
-from cmtmae_scale.config.derive import needs, teacher_configs
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import teacher_configs
 from cmtmae_scale.engine.progress import Progress
 from cmtmae_scale.engine.task import Run, SideTask
 from cmtmae_scale.method.build import build_student

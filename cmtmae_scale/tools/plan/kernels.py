@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from cmtmae_scale.config.derive import needs, online_fraction, teacher_configs
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import online_fraction, teacher_configs
 from cmtmae_scale.tools.benchmark.step_model import (
     NEVER_FUSED,
     Operation,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cmtmae_scale.backends.fsdp import ranks_per_shard_group
-from cmtmae_scale.config.derive import BatchPlan, batch_plan, total_steps
+from cmtmae_scale.config.batch import BatchPlan, batch_plan, total_steps
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.cache_plan import (
     VIEWS_PER_IMAGE,

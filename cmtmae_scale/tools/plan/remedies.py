@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from cmtmae_scale.config.derive import split_batch
+from cmtmae_scale.config.batch import split_batch
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.estimate import accumulation, saved_bytes, state_bytes
 from cmtmae_scale.tools.plan.devices import KNOWN

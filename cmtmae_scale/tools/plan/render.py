@@ -4,7 +4,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from cmtmae_scale.backends.traffic import HOP_S
-from cmtmae_scale.config.derive import explain_batch, needs
+from cmtmae_scale.config.batch import explain_batch
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.tools.cache_plan import format_bytes, format_hours, format_rate, outlook_table
 from cmtmae_scale.tools.plan.devices import RESERVE

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from cmtmae_scale.config.derive import needs, teacher_shares
+from cmtmae_scale.config.needs import needs
+from cmtmae_scale.config.teachers import teacher_shares
 from cmtmae_scale.pretraining.collapse import COLLAPSED_RANK, CONSTANT, RANK
 from cmtmae_scale.tools.report.chart import Chart, Line
 from cmtmae_scale.tools.report.ranges import expected_range, scheduled_values

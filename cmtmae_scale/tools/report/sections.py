@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
-from cmtmae_scale.config.derive import SIZES, name_student, needs, used_teachers
+from cmtmae_scale.config.derive import SIZES, name_student
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Student
+from cmtmae_scale.config.teachers import used_teachers
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
 from cmtmae_scale.runtime.storage import read_inside
 from cmtmae_scale.tools.report.chart import draw_charts

@@ -7,8 +7,8 @@ points; the best weights differ between recipes, so that a table of defaults doe
 import shlex
 from collections.abc import Sequence
 
-from cmtmae_scale.config.derive import needs
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.collapse import COLLAPSED_COSINE, COLLAPSED_RANK
 from cmtmae_scale.tools.study.file import Evaluation, RowFile, Study, check_study

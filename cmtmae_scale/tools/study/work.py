@@ -14,10 +14,12 @@ from typing import Any
 
 from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
 from cmtmae_scale.config.check import find_problems
-from cmtmae_scale.config.derive import loaded_start, needs, teacher_configs
+from cmtmae_scale.config.derive import loaded_start
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import Draft, config_to_dict, load_config, read_recipe
+from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.config.teachers import teacher_configs
 from cmtmae_scale.errors import EXIT_DONE, CacheError, ConfigError, may_pass
 from cmtmae_scale.runtime.storage import read_json
 from cmtmae_scale.tools.study.file import Evaluation, Study

@@ -8,7 +8,7 @@ import pytest
 
 from cmtmae_scale.backends.traffic import Traffic, fsdp_traffic, zero_traffic
 from cmtmae_scale.commands.plan import FRACTION, choose_fraction, parse_options, plan_run
-from cmtmae_scale.config.derive import BatchPlan, batch_plan
+from cmtmae_scale.config.batch import BatchPlan, batch_plan
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, ConfigError

@@ -9,9 +9,9 @@ import yaml
 
 from cmtmae_scale.commands.study import list_missing
 from cmtmae_scale.config import load
-from cmtmae_scale.config.derive import pick_teacher
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.load import load_config, save_config
+from cmtmae_scale.config.teachers import pick_teacher
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study import work
 from cmtmae_scale.tools.study.file import load_study
