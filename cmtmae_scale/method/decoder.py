@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Decoder as DecoderSettings
-from cmtmae_scale.method.attention import attend
+from cmtmae_scale.method.attend import attend
 from cmtmae_scale.method.initialisation import sincos_positions
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.student import run_block, use_attend

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.method.attention import SelfAttention
+from cmtmae_scale.method.attend import SelfAttention
 
 logger = logging.getLogger(__name__)
 

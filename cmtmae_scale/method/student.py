@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.attention import attend, mean_query_row, patch_map
+from cmtmae_scale.method.attend import attend
+from cmtmae_scale.method.attention import mean_query_row, patch_map
 from cmtmae_scale.method.rotary import rotate_patches
 
 ATTENTIONS = (Attention, EvaAttention, AttentionRope)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Teacher as TeacherConfig
 from cmtmae_scale.errors import TeacherError
-from cmtmae_scale.method.attention import SelfAttention
+from cmtmae_scale.method.attend import SelfAttention
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD
 from cmtmae_scale.runtime.storage import read_json, read_regular
 from cmtmae_scale.teachers.base import QueryKey, Transformer, are_channels, is_count

@@ -23,7 +23,7 @@ from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import builds_teacher, online_fraction, teacher_configs
 from cmtmae_scale.errors import CmtMaeError, ConfigError
-from cmtmae_scale.method.attention import attention_of_a_gpu
+from cmtmae_scale.method.attend import attention_of_a_gpu
 from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.masking import PatchChoice, grid_counts
 from cmtmae_scale.method.model import CollaborativeMAE

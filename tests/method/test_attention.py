@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from cmtmae_scale.config.schema import Attention
+from cmtmae_scale.method.attend import attend, attention_dtype
 from cmtmae_scale.method.attention import (
     activation_map,
-    attend,
-    attention_dtype,
     collaborative_attention,
     map_agreement,
     mean_agreement,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmtmae_scale.method import float8
-from cmtmae_scale.method.attention import SelfAttention
+from cmtmae_scale.method.attend import SelfAttention
 from cmtmae_scale.method.float8 import (
     Float8Linear,
     Float8SelfAttention,

@@ -27,7 +27,7 @@ from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import online_fraction
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.method.attention import attention_of_a_gpu
+from cmtmae_scale.method.attend import attention_of_a_gpu
 from cmtmae_scale.method.masking import grid_counts
 from cmtmae_scale.method.momentum import update_momentum
 from cmtmae_scale.method.targets import TokenLayout

@@ -8,7 +8,7 @@ import torch
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.method.attention import attention_of_a_gpu
+from cmtmae_scale.method.attend import attention_of_a_gpu
 from cmtmae_scale.method.initialisation import initial_values
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.collectives import REPORT
