@@ -32,6 +32,9 @@ from dataloading.progress import PROGRESS_S
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
+EXTENDED_S = 300.0
+"""Seconds for which a run that was complete at the first look may go on: its next launch, which
+makes it longer, publishes no progress before it has built everything."""
 
 
 class Sidecar:
@@ -72,6 +75,8 @@ class Sidecar:
         self.clock = clock
         self.pause = pause
         self.progress: PublishedProgress | None = None
+        self.first: PublishedProgress | None = None
+        """What the run had published before this process began."""
         self.moved_at = clock()
         self.rate = 0.0
         """Recent views per second of the run."""
@@ -87,6 +92,7 @@ class Sidecar:
         while True:
             began = self.clock()
             self.update_progress()
+            self.ended = self.is_over()
             if self.ended or self.clock() - self.moved_at > self.patience_s:
                 return
             shard = self.choose_shard(last)
@@ -107,9 +113,21 @@ class Sidecar:
             rate = self.stride / max(now - self.moved_at, 1e-3)
             self.rate = rate if not self.rate else 0.7 * self.rate + 0.3 * rate
         self.progress, self.moved_at = found, now
-        self.ended = found.saved >= found.end
+        if before is None:
+            self.first = found
+            if found.saved >= found.end:
+                text = "%s is complete; waiting %.0f s for a launch that makes it longer"
+                logger.info(text, self.run_dir, EXTENDED_S)
         if before is None or found.saved != before.saved:
             self.delete_behind()
+
+    def is_over(self) -> bool:
+        """Return whether the run is complete."""
+        progress = self.progress
+        if progress is None or progress.saved < progress.end:
+            return False
+        limit_s = min(EXTENDED_S, self.patience_s)
+        return progress != self.first or self.clock() - self.moved_at > limit_s
 
     def delete_behind(self) -> None:
         """Delete the shards before the last saved position."""

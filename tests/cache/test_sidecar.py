@@ -16,7 +16,7 @@ from cmtmae_scale.cache.format import (
     shard_path,
     write_shard,
 )
-from cmtmae_scale.cache.sidecar import Sidecar, delete_shards_before
+from cmtmae_scale.cache.sidecar import EXTENDED_S, Sidecar, delete_shards_before
 from cmtmae_scale.runtime.progress_file import (
     ProgressFile,
     PublishedProgress,
@@ -164,6 +164,23 @@ def test_a_sidecar_ends_with_its_run_or_after_a_long_stall(tmp_path: Path, clock
     publish(tmp_path, 1000, saved=1000)
     sidecar = make(tmp_path, clock)
     assert list(sidecar.shards()) == [] and sidecar.ended
+
+
+def test_a_complete_run_may_be_about_to_become_longer(tmp_path: Path, clock: Clock) -> None:
+    publish(tmp_path, 100, saved=100, end=100)
+    sidecar = make(tmp_path, clock, patience_s=3600)
+
+    def pause(seconds: float) -> None:
+        clock.pause(seconds)
+        if clock.now > EXTENDED_S / 2:  # its launch has built everything
+            publish(tmp_path, 100, saved=100, end=200)
+
+    sidecar.pause = pause
+    shards = sidecar.shards()
+    assert next(shards) == 10
+    publish(tmp_path, 200, saved=200, end=200)
+    began = clock.now
+    assert list(shards) == [] and sidecar.ended and clock.now == began
 
 
 def test_no_shard_is_beyond_the_end_of_the_run(tmp_path: Path, clock: Clock) -> None:
