@@ -403,7 +403,8 @@ def _require_files(
         return
     problem = f"no {ending} files found"
     if found:
-        problem = f"only {found} of {found + archives} archives are {ending} files"
+        whole = found + archives
+        problem = f"only {found} of {whole} archives are {ending} files named or held directly"
     others = f"; {format_passed(sort_counts([counts]))}" if counts else ""
     raise DataError(
         f"{path}: {problem}{explained}{others}; set data.path to a folder that holds them "

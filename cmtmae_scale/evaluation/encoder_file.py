@@ -35,12 +35,18 @@ def read_file(file: Path) -> dict[str, Tensor]:
     """Read the tensors of an exported encoder.
 
     Raises:
-        CheckpointError: if there is no such file, or it holds no tensors.
+        CheckpointError: if there is no such file, or it holds no tensors, or a classifier.
     """
     try:
-        return read_weights(file, "--checkpoint")
+        tensors = read_weights(file, "--checkpoint")
     except TeacherError as error:
         raise CheckpointError(str(error)) from error
+    if "head.weight" in tensors:
+        raise CheckpointError(
+            f"{file}: holds a classifier of {len(tensors['head.weight'])} classes, such as a "
+            "fine-tuning's, and no encoder; load it with timm.create_model(NAME, num_classes=...)"
+        )
+    return tensors
 
 
 def file_config(file: Path, tensors: dict[str, Tensor], arch: str | None) -> Config:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands import evaluate as evaluate_module
@@ -194,6 +195,13 @@ def test_a_checkpoint_and_its_exported_file_are_one(place: Path, tmp_path: Path)
     out = tmp_path / "folder.json"
     evaluate("knn", "--checkpoint", tmp_path / "one", *paths, "--no-baselines", "--out", out)
     assert json.loads(out.read_text())["subject"]["sha256"] == results[0][1]
+
+
+def test_a_classifier_is_no_encoder(place: Path, tmp_path: Path) -> None:
+    file, sets = tmp_path / "x.safetensors", ["--train", place / "train", "--test", place / "test"]
+    save_file(timm.create_model("test_vit", num_classes=6, img_size=64).state_dict(), file)
+    with pytest.raises(AssertionError, match="holds a classifier of 6 classes"):
+        evaluate("knn", "--checkpoint", file, "--arch", "test_vit", *sets)
 
 
 def test_a_model_of_timm_and_the_runs_teacher_are_read_as_timm_does(

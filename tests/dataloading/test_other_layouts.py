@@ -113,7 +113,7 @@ def test_more_compressed_tars_than_tars_are_an_error(tmp_path: Path) -> None:
     assert len(build_index(tmp_path)) == 1
     write_files(tmp_path, ["c.tar.gz"])
     with pytest.raises(
-        DataError, match=r"only 1 of 3 archives are .tar files; 2 files passed over"
+        DataError, match=r"only 1 of 3 archives are .tar files named or held directly; 2"
     ):
         build_index(tmp_path)
 
