@@ -26,15 +26,16 @@ from cmtmae_scale.cache.format import (
 )
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import cache_folder
+from cmtmae_scale.runtime.lock import has_holder
 from cmtmae_scale.runtime.progress_file import PublishedProgress, read_published_progress
 from dataloading.progress import PROGRESS_S
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-EXTENDED_S = 300.0
-"""Seconds for which a run that was complete at the first look may go on: its next launch, which
-makes it longer, publishes no progress before it has built everything."""
+EXTENDED_S = 60.0
+"""Seconds in which a launch that makes a complete run longer takes the run's lock. It publishes its
+progress only when it has built everything."""
 
 
 class Sidecar:
@@ -126,8 +127,10 @@ class Sidecar:
         progress = self.progress
         if progress is None or progress.saved < progress.end:
             return False
+        if progress != self.first:
+            return True
         limit_s = min(EXTENDED_S, self.patience_s)
-        return progress != self.first or self.clock() - self.moved_at > limit_s
+        return self.clock() - self.moved_at > limit_s and not has_holder(self.run_dir)
 
     def delete_behind(self) -> None:
         """Delete the shards before the last saved position."""

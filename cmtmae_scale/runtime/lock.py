@@ -320,6 +320,16 @@ def in_use(run_dir: Path, holder: dict[str, Any] | None) -> ConfigError:
     )
 
 
+def has_holder(run_dir: Path) -> bool:
+    """Return whether a launch holds a run's folder, or died holding it; if unknown, true."""
+    try:
+        number = newest_number(run_dir / "lock")
+        holder = read_lock(lock_path(run_dir / "lock", number)) if number else None
+    except OSError:
+        return True
+    return holder is not None and not holder.get("released")
+
+
 def parse_holder(text: str) -> dict[str, Any] | None:
     """Parse a lock file; return ``None`` if it is incomplete or no lock file."""
     try:

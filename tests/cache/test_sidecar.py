@@ -17,6 +17,7 @@ from cmtmae_scale.cache.format import (
     write_shard,
 )
 from cmtmae_scale.cache.sidecar import EXTENDED_S, Sidecar, delete_shards_before
+from cmtmae_scale.runtime.lock import RunLock
 from cmtmae_scale.runtime.progress_file import (
     ProgressFile,
     PublishedProgress,
@@ -169,10 +170,13 @@ def test_a_sidecar_ends_with_its_run_or_after_a_long_stall(tmp_path: Path, clock
 def test_a_complete_run_may_be_about_to_become_longer(tmp_path: Path, clock: Clock) -> None:
     publish(tmp_path, 100, saved=100, end=100)
     sidecar = make(tmp_path, clock, patience_s=3600)
+    locks: list[RunLock] = []
 
     def pause(seconds: float) -> None:
         clock.pause(seconds)
-        if clock.now > EXTENDED_S / 2:  # its launch has built everything
+        if clock.now > EXTENDED_S / 2 and not locks:
+            locks.append(RunLock(tmp_path, 60, 60))
+        if clock.now > 10 * EXTENDED_S:  # its launch has built everything
             publish(tmp_path, 100, saved=100, end=200)
 
     sidecar.pause = pause
@@ -181,6 +185,10 @@ def test_a_complete_run_may_be_about_to_become_longer(tmp_path: Path, clock: Clo
     publish(tmp_path, 200, saved=200, end=200)
     began = clock.now
     assert list(shards) == [] and sidecar.ended and clock.now == began
+    sidecar = make(tmp_path, clock, patience_s=3600)
+    locks[0].release()
+    assert list(sidecar.shards()) == [] and sidecar.ended
+    assert clock.now == pytest.approx(began + EXTENDED_S, abs=1)
 
 
 def test_no_shard_is_beyond_the_end_of_the_run(tmp_path: Path, clock: Clock) -> None:
