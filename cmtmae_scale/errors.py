@@ -78,6 +78,12 @@ class RankLostError(CmtMaeError):
     exit_code = EXIT_CRASH
 
 
+class RendezvousError(CmtMaeError):
+    """The ranks of a launch did not meet: a port in use, or a rank that did not start."""
+
+    exit_code = EXIT_CRASH
+
+
 class NoProgressError(CmtMaeError):
     """Consecutive launches that ended without progress."""
 

@@ -62,6 +62,10 @@ class _Short(HeaderError):
     """The bytes end before the frame header."""
 
 
+class _Stray(HeaderError):
+    """Bytes that belong to no segment stand between two, which decoders skip with a warning."""
+
+
 def header_of_file(path: Path) -> Header:
     """Read the header of an image file.
 
@@ -185,6 +189,12 @@ def _header(file: BinaryIO | io.BufferedReader) -> Header:
         except _Short:
             if len(data) < prefix:
                 raise
+        except _Stray as stray:
+            file.seek(0)
+            try:
+                return _pil_header(file)
+            except HeaderError:
+                raise stray from None
     raise _Short("JPEG ends before its frame header")
 
 
@@ -249,9 +259,9 @@ def _jpeg_header(data: bytes) -> Header:
     while True:
         if at + 2 > len(data):
             raise _Short("JPEG ends before its frame header")
-        if data[at] != 0xFF:
-            raise HeaderError("JPEG marker expected, other bytes found")
         marker = data[at + 1]
+        if data[at] != 0xFF or marker == 0:
+            raise _Stray("JPEG marker expected, other bytes found")
         if marker == 0xFF:  # fill byte
             at += 1
         elif marker in _BARE:

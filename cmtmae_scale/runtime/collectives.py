@@ -13,8 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cmtmae_scale.errors import CmtMaeError, ConfigError, describe_store, exit_code_of, may_pass
-from cmtmae_scale.runtime.launch import World, launch_remedy, require_rendezvous
+from cmtmae_scale.errors import (
+    CmtMaeError,
+    ConfigError,
+    RendezvousError,
+    describe_store,
+    exit_code_of,
+    may_pass,
+)
+from cmtmae_scale.runtime.launch import World, launch_remedy, require_interfaces, require_rendezvous
 from dataloading.errors import DataError, ReadError
 
 T = TypeVar("T")
@@ -56,7 +63,8 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
     """Open the default process group: gloo for the host, and NCCL for GPUs.
 
     Raises:
-        ConfigError: if the launcher's variables give no address at which the ranks meet.
+        ConfigError: if the environment gives no address or interface at which the ranks can meet.
+        RendezvousError: if they did not meet in ``timeout_s`` seconds, or rank 0's port is in use.
     """
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
@@ -68,18 +76,39 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        require_rendezvous(world)
-        dist.init_process_group(
-            backend,
-            init_method=world.init_method,
-            rank=world.rank,
-            world_size=world.world_size,
-            timeout=timeout,
-        )
+        address = require_rendezvous(world)
+        require_interfaces()
+        try:
+            dist.init_process_group(
+                backend,
+                init_method=world.init_method,
+                rank=world.rank,
+                world_size=world.world_size,
+                timeout=timeout,
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise explain_rendezvous(world, address, str(error)) from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def explain_rendezvous(world: World, address: str, found: str) -> RendezvousError:
+    """Return what to raise when the ranks did not meet; ``found`` is torch's message."""
+    if "EADDRINUSE" in found:
+        return RendezvousError(
+            f"rank {world.rank} cannot listen at {address}: the port is in use on this machine; "
+            "end the program that has it, or export another MASTER_PORT for every rank"
+        )
+    if world.rank == 0:
+        remedy = "see why the others did not start, and that all have the same WORLD_SIZE"
+    else:
+        remedy = "see that rank 0 runs, on the machine of MASTER_ADDR, and that its port is open"
+    return RendezvousError(
+        f"rank {world.rank} of {world.world_size} did not meet the others at {address}: "
+        f"{found.splitlines()[0].rstrip('.')}; {remedy}"
+    )
 
 
 def ranks(group: dist.ProcessGroup | None = None) -> int:

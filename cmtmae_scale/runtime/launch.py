@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -147,8 +148,11 @@ def first_host(text: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[0])
 
 
-def require_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -> None:
+def require_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -> str:
     """Refuse an address at which the ranks cannot meet, which torch would answer with a traceback.
+
+    Returns:
+        The address, ``HOST:PORT``; of another rendezvous than by TCP its ``init_method``.
 
     Raises:
         ConfigError: names the variable.
@@ -159,7 +163,7 @@ def require_rendezvous(world: World, environment: Mapping[str, str] = os.environ
     elif scheme == "tcp":
         address, _, port = place.rpartition(":")
     else:
-        return
+        return world.init_method
     if not address:
         raise ConfigError(
             "MASTER_ADDR is not set: export the name or address of the machine of rank 0 for every "
@@ -169,4 +173,20 @@ def require_rendezvous(world: World, environment: Mapping[str, str] = os.environ
         raise ConfigError(
             f"MASTER_PORT={port} is not a port: export the same number from 1 to 65535 for every "
             "rank, or launch with torchrun"
+        )
+    return f"{address}:{port}"
+
+
+def require_interfaces(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse network interfaces for gloo that this machine lacks.
+
+    Raises:
+        ConfigError: names GLOO_SOCKET_IFNAME and the interfaces.
+    """
+    given = environment.get("GLOO_SOCKET_IFNAME", "")
+    here = [name for _, name in socket.if_nameindex()]
+    if given and not {*given.split(",")} <= {*here}:
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME={given}: this machine, {socket.gethostname()}, has the interfaces "
+            f"{', '.join(here)}; export the name of one that all machines have, or unset it"
         )

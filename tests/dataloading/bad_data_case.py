@@ -207,6 +207,8 @@ FILES = [
     excluded("float-colour.tiff", float_colour_tiff(), "a TIFF whose channels or bits"),
     excluded("junk-before.jpg", b"junk" + JPEG, "not an image of a known format"),
     good("junk-after.jpg", JPEG + RNG.bytes(500), COLOUR, "", 3),
+    good("junk-within.jpg", JPEG.replace(b"\xff\xdb", b"junk\xff\x00\xff\xdb", 1), COLOUR, "", 3),
+    excluded("junk-within-cut.jpg", JPEG[:20] + b"junk" + JPEG[:20], "JPEG marker expected"),
     excluded("cut-in-header.jpg", JPEG[:30], "JPEG ends before its frame header"),
     grey("cut-after-header.jpg", JPEG[: JPEG.index(b"\xff\xda") + 20]),
     grey("cut-half.jpg", JPEG[: len(JPEG) // 2]),

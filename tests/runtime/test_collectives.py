@@ -1,11 +1,16 @@
 """Agreements between ranks, and the groups that they make."""
 
 import os
+import socket
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from cmtmae_scale.errors import RendezvousError
+from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.groups import make_grid
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.collectives import fake_group
 from tests.processes import run_ranks
 from tests.runtime.collectives_case import exchange_texts, work_for_long
@@ -47,3 +52,33 @@ def test_a_rank_makes_its_own_groups_only(
         assert (mesh.get_local_rank("replicate"), mesh.get_local_rank("shard")) == (0, 0)
     own = [list(range(0, rows * columns, columns)), list(range(columns))]
     assert made == [ranks for ranks in own if len(ranks) < rows * columns]
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("rank", "port_is_used", "text"),
+    [
+        (0, True, "rank 0 cannot listen at localhost:{}: the port is in use on this machine"),
+        (
+            0,
+            False,
+            "rank 0 of 2 did not meet the others at localhost:{}: .* 1/2 clients joined; see",
+        ),
+        (1, False, "rank 1 of 2 did not meet the others at localhost:{}: .*; see that rank 0 runs"),
+    ],
+)
+def test_ranks_that_do_not_meet_say_why(rank: int, port_is_used: bool, text: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        if port_is_used:
+            taken.listen()
+        else:
+            taken.close()
+        world = World(rank, 2, rank, 2, "srun", f"tcp://localhost:{port}")
+        with (
+            pytest.raises(RendezvousError, match=text.format(port)),
+            process_group(world, torch.device("cpu"), timeout_s=1),
+        ):
+            pass
+    assert not dist.is_initialized()

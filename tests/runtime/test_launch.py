@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 
 from cmtmae_scale.errors import ConfigError
@@ -5,6 +7,7 @@ from cmtmae_scale.runtime.launch import (
     find_world,
     first_host,
     launch_remedy,
+    require_interfaces,
     require_rendezvous,
     tasks_per_node,
 )
@@ -134,6 +137,15 @@ def test_an_address_at_which_ranks_cannot_meet_is_named() -> None:
         for environment in environments:
             with pytest.raises(ConfigError, match=text):
                 require_rendezvous(find_world(environment), environment)
+
+
+def test_an_interface_that_the_machine_lacks_is_named() -> None:
+    here = [name for _, name in socket.if_nameindex()]
+    require_interfaces({})
+    require_interfaces({"GLOO_SOCKET_IFNAME": ",".join(here)})
+    for given in ("eth99", f"{here[0]},eth99", f"{here[0]},"):
+        with pytest.raises(ConfigError, match=f"GLOO_SOCKET_IFNAME={given}: this machine"):
+            require_interfaces({"GLOO_SOCKET_IFNAME": given})
 
 
 def test_a_pod_of_an_indexed_job() -> None:
