@@ -17,15 +17,9 @@ from dataloading.listing import Files, collect_files
 from dataloading.name_checks import find_split_folders, find_splits
 from dataloading.parquet import require_pyarrow
 from dataloading.passed_over import Counts
-from dataloading.shards import (
-    Shard,
-    ShardSource,
-    detect_source,
-    is_listed,
-    is_parquet,
-    list_shards,
-    require_reachable,
-)
+from dataloading.shard_names import is_parquet
+from dataloading.shard_patterns import require_reachable
+from dataloading.shards import Shard, ShardSource, detect_source, is_listed, list_shards
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 from dataloading.columns import FileNames
 from dataloading.entries import ENTRY, Passed
 from dataloading.index import Index
-from dataloading.shards import TarNames
+from dataloading.shard_names import TarNames
 from dataloading.stores import as_root, place_from_text, place_to_text
 
 APART = ("entries", "names", "root", "shards")

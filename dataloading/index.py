@@ -21,7 +21,7 @@ from dataloading.name_checks import find_equal_labels
 from dataloading.parquet import ParquetSource
 from dataloading.parts import Part, Parts
 from dataloading.passed_over import format_count, format_passed, lost_images, sort_counts
-from dataloading.shards import TarNames
+from dataloading.shard_names import TarNames
 from dataloading.sources import FolderSource, Source, TarSource
 from dataloading.store_cache import StoreCache
 from dataloading.store_source import StoreSource

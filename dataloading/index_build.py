@@ -23,7 +23,8 @@ from dataloading.listing import Files, map_files, write_files
 from dataloading.parquet_index import examine_parquet
 from dataloading.parts import LISTING, Part, Parts
 from dataloading.patience import PATIENCE_S, Patience
-from dataloading.shards import Shard, is_parquet
+from dataloading.shard_names import is_parquet
+from dataloading.shards import Shard
 from dataloading.stores import LISTING_IN_FLIGHT, RemoteTar, as_root, place_from_text, place_to_text
 from dataloading.webdataset import examine_shard
 

@@ -28,7 +28,7 @@ from dataloading.index import UNITS, Index, Shards, examine, gather, log_passed
 from dataloading.index_build import help_build, write_listing
 from dataloading.passed_over import format_count, sort_counts
 from dataloading.published import take_published, write_published
-from dataloading.shards import TarNames
+from dataloading.shard_names import TarNames
 from dataloading.stores import TarPlace, as_root, place_from_text
 
 logger = logging.getLogger(__name__)

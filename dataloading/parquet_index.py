@@ -14,7 +14,8 @@ from dataloading.parquet import batches, read_footer, unpack
 from dataloading.parts import Part
 from dataloading.passed_over import Counts, count_passed
 from dataloading.patience import LASTING, Patience
-from dataloading.shards import Shard, place
+from dataloading.shard_names import place
+from dataloading.shards import Shard
 
 LARGEST_GROUP = 32 << 20
 """Most image bytes of a row group where images are shuffled: each image costs the decoding of up to

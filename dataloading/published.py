@@ -25,7 +25,8 @@ from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path, read_at
 from dataloading.headers import LACKED, has_avif
 from dataloading.patience import LASTING, PATIENCE_S, Patience
-from dataloading.shards import PUBLISHED, Shard, is_parquet, open_shard
+from dataloading.shard_names import is_parquet
+from dataloading.shards import PUBLISHED, Shard, open_shard
 from dataloading.stores import RemoteTar, TarPlace, find_tars, find_times
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from dataloading.headers import MAX_SCANS, HeaderError, has_many_scans, size_of_
 from dataloading.index import Index
 from dataloading.patience import PATIENCE_S, Patience
 from dataloading.plan import Plan
-from dataloading.shards import unit_of
+from dataloading.shard_names import unit_of
 from dataloading.turns import Box, turn_box
 
 LOOK_AHEAD = 3

@@ -1,20 +1,14 @@
-"""Which files are the shards of a data set, tars or Parquet files, and what samples are called."""
+"""Which files are the shards of a data set: tars or Parquet files, local or in a store."""
 
-import errno
-import glob
 import itertools
 import logging
-import math
 import os
 import re
 import stat
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal, NamedTuple
 
 from dataloading.addresses import split_address
 from dataloading.entries import File
@@ -31,6 +25,8 @@ from dataloading.passed_over import (
     sort_counts,
 )
 from dataloading.patience import LASTING, PATIENCE_S, Patience
+from dataloading.shard_names import is_parquet
+from dataloading.shard_patterns import expand_braces, expand_wildcards, is_glob
 from dataloading.stores import (
     HeaderReader,
     RemoteTar,
@@ -47,9 +43,6 @@ logger = logging.getLogger(__name__)
 PUBLISHED = "image-index-"
 """Begins the names of indexes that are published beside tars; see ``published``."""
 
-_MAX_SHARDS = 1_000_000
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 _TAR_FILE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 _BESIDE_IMAGES = "metadata.parquet"  # of an image folder of Hugging Face datasets
 
@@ -62,11 +55,6 @@ class Shard(NamedTuple):
 
     path: TarPlace
     file: File
-
-
-def is_parquet(name: str) -> bool:
-    """Return whether a name is that of a Parquet file."""
-    return name.lower().endswith(".parquet")
 
 
 def detect_source(path: Path) -> ShardSource | None:
@@ -111,50 +99,6 @@ def is_listed(path: Path | str) -> bool:
     return (is_pattern and "{" not in str(path)) or (isinstance(path, Path) and os.path.isdir(path))
 
 
-def is_glob(path: Path) -> bool:
-    """Return whether a path that does not exist is a pattern with ``*``, ``?`` or ``[...]``."""
-    return glob.has_magic(str(path)) and not os.path.lexists(path)
-
-
-def require_reachable(root: Path) -> None:
-    """Refuse a path that this process may not look up; what is there is not looked at.
-
-    Raises:
-        DataError: names the path.
-        ReadError: if storage fails for longer than reads are retried.
-    """
-
-    def look_up() -> None:
-        try:
-            root.stat()
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:  # a pattern with many names in braces
-                return
-            if error.errno not in LASTING:
-                raise
-            raise DataError(
-                f"{root}: cannot be looked up ({error.strerror}); correct data.path, or make the "
-                "folders above it readable"
-            ) from error
-
-    Patience(PATIENCE_S).retry(look_up, str(root))
-
-
-def has_files(path: Path) -> bool:
-    """Return whether something is at a path, or a file that it means as a pattern.
-
-    Raises:
-        DataError: for a path that cannot be looked up, or a pattern that is not understood.
-    """
-    require_reachable(path)
-    if os.path.exists(path):
-        return True
-    texts = map(Path, _expand(path)) if "{" in str(path) else [path]
-    return any(_expand_magic(text) if is_glob(text) else os.path.exists(text) for text in texts)
-
-
 def list_shards(
     path: Path | str, passed: Counts | None = None, source: ShardSource = "webdataset"
 ) -> list[Shard]:
@@ -184,7 +128,7 @@ def list_shards(
         elif os.path.exists(path):
             tars = [path]
         else:
-            texts = _expand(path) if "{" in str(path) else [str(path)]
+            texts = expand_braces(path) if "{" in str(path) else [str(path)]
             tars = [tar for text in texts for tar in _match(Path(text), counts, ending)]
     except OSError as error:
         raise DataError(
@@ -222,7 +166,7 @@ def list_remote_shards(url: str, passed: Counts | None = None) -> list[Shard]:
         ReadError: if the store fails for longer than reads are retried.
     """
     require_address(url)
-    texts = list(_expand(url)) if "{" in url else [url]
+    texts = list(expand_braces(url)) if "{" in url else [url]
     counts: Counts = {}
 
     def listed() -> list[RemoteTar]:
@@ -293,42 +237,6 @@ def open_shard(path: TarPlace) -> Generator[tuple[int | Readable, int], None, No
         os.close(descriptor)
 
 
-class TarNames(Sequence[str]):
-    """Names of samples in tars or Parquet files, made when they are asked for.
-
-    ``tar -tvRf SHARD`` lists the member with its block: byte / 512 - 1 is that of its header.
-    """
-
-    def __init__(self, shards: Sequence[str], entries: NDArray[np.void]) -> None:
-        self.shards = shards
-        self._entries = entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return TarNames(self.shards, self._entries[index])
-        row = self._entries[index]
-        return place(self.shards[int(row["shard"])], int(row["offset"]))
-
-
-def place(shard: str, offset: int) -> str:
-    """Name a place in a tar, or a row of a Parquet file."""
-    return f"{unit_of(shard)} {offset} of {shard}"
-
-
-def unit_of(shard: str) -> str:
-    """Return what the offsets of a file's samples count."""
-    return "row" if is_parquet(shard) else "byte"
-
-
 def _files_in(folder: Path, ending: str, passed: Counts | None = None) -> list[Path]:
     names: list[str] = []
     others: list[str] = []
@@ -355,24 +263,13 @@ def _match(path: Path, passed: Counts, ending: str) -> list[Path]:
     """Return the files that a pattern with ``*`` matches, by name; any other path as it is."""
     if not is_glob(path):
         return [path]
-    files = _expand_magic(path)
+    files = expand_wildcards(path)
     tars = [file for file in files if _is_shard(file.name, ending)]
     others = [str(file) for file in files if not _is_shard(file.name, ending)]
     for name in others:
         extension = extension_of(name)
         count_passed(passed, "file" if is_archive(extension) else "beside", extension, name)
     return tars
-
-
-def _expand_magic(path: Path) -> list[Path]:
-    """Return the files that a pattern with ``*``, ``?`` or ``[...]`` matches, by name."""
-    known, parts = Path(*path.parts[:1]), path.parts[1:]
-    if not path.is_absolute():
-        known, parts = Path(), path.parts
-    while parts and os.path.exists(known / parts[0]):  # such folders may have [ in their names
-        known, parts = known / parts[0], parts[1:]
-    found = glob.glob(os.path.join(glob.escape(str(known)), *parts), recursive=True)
-    return [Path(text) for text in sorted(found) if not os.path.isdir(text)]
 
 
 def _near(path: Path, ending: str) -> str:
@@ -431,31 +328,3 @@ def _unreadable(path: TarPlace, error: OSError, explained: str = "") -> DataErro
         f"make it readable or correct data.path (a folder of {ending} files, one, or a pattern "
         f"such as train-{{000..146}}{ending} or train-*{ending})"
     )
-
-
-def _expand(path: Path | str) -> Iterator[str]:
-    """Yield the file names that a pattern means."""
-    pieces = _BRACES.split(str(path))  # texts at even places, insides of braces at odd ones
-    choices = [_choices(path, piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
-    number = math.prod(map(len, choices))
-    if number > _MAX_SHARDS:
-        raise DataError(f"{path}: means {number} files; expected at most {_MAX_SHARDS}")
-    for texts in itertools.product(*choices):
-        yield "".join(texts)
-
-
-def _choices(path: Path | str, inside: str) -> Sequence[str]:
-    bounds = _RANGE.fullmatch(inside)
-    if bounds is None:
-        if "," in inside:
-            return inside.split(",")
-        raise DataError(
-            f"{path}: {{{inside}}} is not a range; expected a form such as {{000..146}} or {{a,b}}"
-        )
-    first, last = int(bounds[1]), int(bounds[2])
-    if abs(last - first) >= _MAX_SHARDS:
-        raise DataError(f"{path}: {{{inside}}} means more than {_MAX_SHARDS} files")
-    padded = any(len(text) > 1 and text.startswith("0") for text in bounds.groups())
-    width = max(map(len, bounds.groups())) if padded else 0
-    step = 1 if last >= first else -1
-    return [f"{number:0{width}d}" for number in range(first, last + step, step)]

@@ -43,7 +43,8 @@ from dataloading.passed_over import (
     sort_counts,
 )
 from dataloading.patience import PATIENCE_S, Patience
-from dataloading.shards import Shard, TarNames, is_parquet, open_shard, place
+from dataloading.shard_names import TarNames, is_parquet, place
+from dataloading.shards import Shard, open_shard
 from dataloading.tars import NOT_A_FILE, find_tar_problem, list_members
 
 logger = logging.getLogger(__name__)

@@ -66,7 +66,7 @@ from cmtmae_scale.tools.plan.devices import RESERVE
 from dataloading.addresses import is_url
 from dataloading.errors import DataError
 from dataloading.index import Index
-from dataloading.shards import has_files
+from dataloading.shard_patterns import has_files
 from dataloading.stream import require_decoder
 
 GIB = 2**30

@@ -10,7 +10,7 @@ import pytest
 from dataloading.errors import DataError
 from dataloading.index import build_index
 from dataloading.name_checks import find_equal_labels, find_splits
-from dataloading.shards import has_files
+from dataloading.shard_patterns import has_files
 from dataloading.webdataset import decode_class
 from tests.dataloading.bad_data_case import PNG
 from tests.dataloading.tar_case import write_tar
