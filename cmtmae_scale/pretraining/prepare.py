@@ -125,14 +125,7 @@ def prepare(
         valid, numbers = batch.valid.to(images.device), fill_numbers(scalars, images.device)
         hit = torch.full((), hit_fraction(config, views), device=images.device)
         rest = compiled(choose_and_gather, fast)
-        (choice, targets, rows, unsound, sums), (mass, agreement, refusal, pairs) = rest(
-            config, models, images, views, momentum, batch.position, valid, numbers
-        )
-    alpha = numbers.alpha_target
-    return (
-        MicroBatch(images, choice, targets, rows, alpha, unsound=unsound, channel_sums=sums),
-        Observed(mass, agreement, hit, refusal, pairs),
-    )
+        return rest(config, models, images, views, momentum, batch.position, valid, numbers, hit)
 
 
 def hit_fraction(config: Config, views: Mapping[str, TeacherView]) -> float:
@@ -162,10 +155,8 @@ def choose_and_gather(
     positions: Tensor,
     valid: Tensor,
     numbers: Numbers,
-) -> tuple[
-    tuple[PatchChoice, Predictions, Tensor, dict[str, Tensor], Tensor],
-    tuple[Tensor, Tensor, Tensor, Tensor | None],
-]:
+    cache_hit: Tensor,
+) -> tuple[MicroBatch, Observed]:
     """Compute masks and targets from the outputs of the frozen networks.
 
     Args:
@@ -177,11 +168,7 @@ def choose_and_gather(
         positions: global sample indices, int64 ``[B]``.
         valid: views that could be decoded, bool ``[B]``.
         numbers: scheduled numbers.
-
-    Returns:
-        ``choice``, ``targets``, ``valid``, ``unsound`` and ``channel_sums`` of the ``MicroBatch``;
-        the fraction of visible attention, the agreement of the teachers' and the momentum encoder's
-        attention maps, ``Observed.unsound`` and ``Observed.teacher_agreement``.
+        cache_hit: see ``Observed``.
     """
     own = momentum.attention
     maps = {name: one.attention for name, one in teachers.items() if one.attention is not None}
@@ -214,7 +201,11 @@ def choose_and_gather(
     refusal = zero
     for bad in unsound.values():
         refusal = torch.where(bad.any(), torch.inf, refusal)
-    return (choice, targets, rows, unsound, sums), (mass, agreement, refusal, pairs)
+    alpha = numbers.alpha_target
+    return (
+        MicroBatch(images, choice, targets, rows, alpha, unsound=unsound, channel_sums=sums),
+        Observed(mass, agreement, cache_hit, refusal, pairs),
+    )
 
 
 def name_features(teachers: Mapping[str, TeacherView], momentum: TeacherView) -> dict[str, Tensor]:
