@@ -55,7 +55,7 @@ def teacher_shares(config: Config) -> dict[str, float]:
 
 def has_teacher_mean(config: Config) -> bool:
     """Whether the log has a weighted mean of teachers' terms, ``loss/teacher``, beside them."""
-    return bool(config.teachers) and bool(teacher_shares(config))
+    return len(config.teachers) > 0 and len(teacher_shares(config)) > 0
 
 
 def attention_map_weights(config: Config) -> dict[str, float]:
