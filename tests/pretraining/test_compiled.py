@@ -43,6 +43,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "pixels": {"loss__pixel": 1.0},
     "random masks alone": {"mask__sampler": "random", "loss__teacher": 0.0, "loss__student": 0.0}
     | {"loss__pixel": 1.0, "teacher__mode": "none", "decoder__type": "full"},
+    "the student alone": {"teacher__mode": "none", "loss__teacher": 0.0}
+    | {"collaboration__alpha_attention": 0.0, "collaboration__alpha_target": 0.0},
+    "rotary positions": {"student__arch": "vit_small_patch16_dinov3"},
     "several layers": {"attention__layers": [-1, -2], "teacher__depth": 2},
     "several teachers": {"teachers": several_teachers(), "loss__include_cls": False},
     "recomputed activations": {"backend__activation_checkpointing": True},
