@@ -220,8 +220,8 @@ def count_networks(config: Config, world_size: int, networks: MetaNetworks) -> l
     for name, alone, teacher in list_teachers(config, networks.teachers):
         lines += count_teacher(name, alone, teacher)
     lines.append(
-        f"GFLOP per view  student {flops.student / 1e9:.1f} (forward and backward), "
-        f"momentum {flops.momentum / 1e9:.1f}, teacher {flops.teacher / 1e9:.1f} (2 per MAC)"
+        f"GFLOP per view  student {format_giga(flops.student)} (forward and backward), momentum "
+        f"{format_giga(flops.momentum)}, teacher {format_giga(flops.teacher)} (2 per MAC)"
     )
     memory = memory_bytes(config, world_size, networks)
     lines += [f"memory per GPU  {name:<17}{size / GIB:8.2f} GiB" for name, size in memory.items()]
@@ -321,3 +321,9 @@ def count_teacher(name: str, config: Config, teacher: OnlineTeacher) -> list[str
 def format_millions(module: nn.Module) -> str:
     """Format the number of parameters, in millions."""
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
+
+
+def format_giga(value: float) -> str:
+    """Format a number in units of 1e9: one decimal, or three digits of a small one."""
+    giga = value / 1e9
+    return f"{giga:.1f}" if giga >= 10 else f"{giga:.3g}"

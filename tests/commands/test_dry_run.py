@@ -162,3 +162,9 @@ def test_a_checkpoint_that_would_be_refused(
     assert "none of 1 checkpoints is intact" in dry(recipe, capsys, where)[1][0]
     shutil.rmtree(folder)
     assert "latest names a checkpoint, but there is none" in dry(recipe, capsys, where)[1][0]
+
+
+def test_flops_of_small_networks_keep_their_digits() -> None:
+    counts = (0.0, 3.984e8, 2.41e9, 9.995e9, 51.7e9, 1.2345e12)
+    formatted = [dry_run.format_giga(one) for one in counts]
+    assert formatted == ["0", "0.398", "2.41", "9.99", "51.7", "1234.5"]
