@@ -19,7 +19,7 @@ def test_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert copy_shipped([]) == EXIT_DONE
     text = capsys.readouterr().out
     assert "recipes    demo " in text and "templates  docker kubernetes slurm\n" in text
-    assert "studies    cpu cpu_finetune first pilot smoke\n" in text
+    assert "studies    cpu cpu_finetune cpu_no_decoder first pilot smoke\n" in text
 
 
 def test_files_and_folders_are_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,9 +53,8 @@ def test_what_is_not_there_is_answered_with_the_names(
     place = "configs/vit_base.yaml"
     assert refusal(place) == f"{place}: no such file; {hint}{end}"
     assert refusal("x.yaml") == f"x.yaml: no such file; g{end}"
-    assert refusal("smok", STUDIES).endswith(
-        "study smoke? Give a path, or one of: cpu, cpu_finetune, first, pilot, smoke"
-    )
+    studies = "cpu, cpu_finetune, cpu_no_decoder, first, pilot, smoke"
+    assert refusal("smok", STUDIES).endswith(f"study smoke? Give a path, or one of: {studies}")
     for odd in ("", "a\0b", "n" * 300, "../demo", str(tmp_path)):
         assert refusal(odd).endswith(end)
 

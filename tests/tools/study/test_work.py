@@ -19,7 +19,7 @@ from cmtmae_scale.tools.study.work import Run, plan_runs, short_digest
 from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree, write_study
 
 ROOT = Path(__file__).resolve().parents[3]
-LARGEST = ("first", "cpu", "cpu_finetune")
+LARGEST = ("first", "cpu", "cpu_finetune", "cpu_no_decoder")
 """The studies with the most rows."""
 
 
@@ -243,11 +243,15 @@ def test_a_damaged_outcome_is_named(tmp_path: Path) -> None:
 
 def test_the_studies_for_cpus_share_their_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    full, tuned = (load_study(f"configs/studies/{name}.yaml") for name in ("cpu", "cpu_finetune"))
-    assert (full.recipe, full.dir, full.seeds) == (tuned.recipe, tuned.dir, tuned.seeds)
-    for name in tuned.rows:
-        known = "mae" if name == "random" else name
-        assert tuned.settings_of(name) == full.settings_of(known)
+    full = load_study("configs/studies/cpu.yaml")
+    for study, own in (("cpu_finetune", "random"), ("cpu_no_decoder", "teacher_only_no_decoder")):
+        other = load_study(f"configs/studies/{study}.yaml")
+        assert (full.recipe, full.dir, full.seeds) == (other.recipe, other.dir, other.seeds)
+        for name in {*other.rows} - {own}:
+            assert other.settings_of(name) == full.settings_of(name)
+    assert load_study("configs/studies/cpu_finetune.yaml").settings_of("random") == (
+        full.settings_of("mae")
+    )
 
 
 def test_a_row_that_is_no_run_is_refused(tmp_path: Path) -> None:
