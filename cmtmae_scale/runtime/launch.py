@@ -185,7 +185,8 @@ def require_interfaces(environment: Mapping[str, str] = os.environ) -> None:
     """
     given = environment.get("GLOO_SOCKET_IFNAME", "")
     here = [name for _, name in socket.if_nameindex()]
-    if given and not {*given.split(",")} <= {*here}:
+    wanted = {name.partition(":")[0] for name in given.split(",")}  # eth0:1 is an alias of eth0
+    if given and not wanted <= {*here}:
         raise ConfigError(
             f"GLOO_SOCKET_IFNAME={given}: this machine, {socket.gethostname()}, has the interfaces "
             f"{', '.join(here)}; export the name of one that all machines have, or unset it"

@@ -142,7 +142,8 @@ def test_an_address_at_which_ranks_cannot_meet_is_named() -> None:
 def test_an_interface_that_the_machine_lacks_is_named() -> None:
     here = [name for _, name in socket.if_nameindex()]
     require_interfaces({})
-    require_interfaces({"GLOO_SOCKET_IFNAME": ",".join(here)})
+    for given in (",".join(here), f"{here[0]}:1"):
+        require_interfaces({"GLOO_SOCKET_IFNAME": given})
     for given in ("eth99", f"{here[0]},eth99", f"{here[0]},"):
         with pytest.raises(ConfigError, match=f"GLOO_SOCKET_IFNAME={given}: this machine"):
             require_interfaces({"GLOO_SOCKET_IFNAME": given})
