@@ -13,6 +13,7 @@ from dataloading.errors import DataError
 from dataloading.patience import LASTING, PATIENCE_S, Patience
 
 MAX_FILES = 1_000_000
+"""Most files that the braces of one path may mean."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 
