@@ -5,6 +5,7 @@ Precedence: default < YAML < override. A YAML file is read alone: no inheritance
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -115,7 +116,7 @@ class Draft(Generic[Recipe]):
 
         A schedule with a ``kind`` replaces the whole of the one before.
         """
-        with hidden_secrets():
+        with tidy_errors():
             values = self.values | self.convert(tree, place)
         return dataclasses.replace(self, values=values)
 
@@ -159,7 +160,7 @@ class Draft(Generic[Recipe]):
         if absent:
             raise ConfigError(f"{self.place}: {', '.join(absent)} must be given")
         values = dict(self.values)
-        with hidden_secrets():
+        with tidy_errors():
             for key in schedule_keys(self.schema):
                 text = repr(values[key])
                 if text not in self.schedules:
@@ -168,18 +169,21 @@ class Draft(Generic[Recipe]):
                 values[key] = self.schedules[text]
             config = instantiate(self.schema, values)
             for problem in self.check(config):
-                at = f"{blame(problem, self.place, self.overrides)}: "
-                raise ConfigError(f"{at}{problem.removeprefix(at)}")
+                raise ConfigError(f"{blame(problem, self.place, self.overrides)}: {problem}")
         return config
 
 
 @contextmanager
-def hidden_secrets() -> Generator[None, None, None]:
-    """Take users, passwords and queries of addresses out of errors, which repeat values."""
+def tidy_errors() -> Generator[None, None, None]:
+    """Take users, passwords and queries of addresses out of errors, which repeat values.
+
+    A place that is the override itself, with which the problem begins, is named once.
+    """
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(hide_secrets(str(error))) from None
+        text = re.sub(r"^(.+=.*?): (?=\1[ :,])", "", str(error))
+        raise ConfigError(hide_secrets(text)) from None
 
 
 def leaves(
