@@ -73,7 +73,7 @@ def test_cublas_has_its_workspace_before_the_first_product(
         raise InterruptedError(os.environ["CUBLAS_WORKSPACE_CONFIG"])
 
     monkeypatch.setattr(training, "peak_flops", first_product)
-    with pytest.raises(InterruptedError, match="^:4096:8$"):
+    with pytest.raises(InterruptedError, match=r"^:4096:8$"):
         measure_variants(variants, Protocol(0, 1, 1), False, ALONE, CPU)
 
 
