@@ -18,6 +18,7 @@ from PIL import Image
 from cmtmae_scale import __version__
 from cmtmae_scale.commands.copy import TEMPLATES
 from cmtmae_scale.config.check import TRACKERS
+from cmtmae_scale.engine.agreement import DECODING_PACKAGES
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
 from tests.test_layers import MODULES
 
@@ -98,6 +99,12 @@ def test_what_is_imported_is_declared() -> None:
             assert package in declared | extras, f"{module} imports {name}"
             imported.add(package)
     assert declared <= imported
+
+
+def test_ranks_compare_every_decoder_that_an_extra_installs() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    decoders = {name_of(line) for extra in ("dali", "dali12") for line in extras[extra]}
+    assert len(decoders) == 4 and decoders <= {*DECODING_PACKAGES}
 
 
 def name_of(requirement: str) -> str:

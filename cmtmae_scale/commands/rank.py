@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import traceback
 from collections.abc import Callable
 
 from cmtmae_scale.engine.stop import LaunchInterrupted, interrupt_launch
@@ -16,8 +18,32 @@ def run_as_rank(launch: Callable[[], int]) -> int:
     """Run one launch as a rank, and turn every outcome into the exit code of this process.
 
     It is the code that ``launch`` returns, but 0 for a requested stop under torchrun, which treats
-    every other code as a crash.
+    every other code as a crash. Where a failure leaves a process group open (``process_group``),
+    the process ends here, since the interpreter would destroy the group at its own end.
     """
+    was_open = has_group()  # then it is the caller's, who destroys it
+    try:
+        code = report_outcome(launch)
+    except Exception:
+        if was_open or not has_group():
+            raise
+        traceback.print_exc()
+        code = EXIT_CRASH
+    if has_group() and not was_open:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def has_group() -> bool:
+    """Return whether there is a process group, without importing torch."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def report_outcome(launch: Callable[[], int]) -> int:
+    """Run a launch, log what ended it, and report its exit code; see ``run_as_rank``."""
     interrupt_launch()
     with report_exit() as report:
         try:

@@ -36,8 +36,11 @@ NUMERIC_VARIABLES = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 """Environment variables that change what a GPU computes."""
-DECODING_PACKAGES = ("numpy", "pillow", "torchvision", "nvidia-dali-cuda120")
-"""Packages whose version changes views."""
+DECODING_PACKAGES = (
+    *("numpy", "pillow", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+    *("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"),
+)
+"""Packages whose version, or absence on a rank, changes views."""
 REMEDY = "launch every rank with the same recipe, overrides, environment and installation"
 MOST_NAMED = 8
 """Most settings, or ranks, that a message names."""

@@ -62,6 +62,9 @@ def pick_device(world: World) -> torch.device:
 def process_group(world: World, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
     """Open the default process group: gloo for the host, and NCCL for GPUs.
 
+    After a failure on one of several GPUs the group stays open until the process ends: to destroy
+    it NCCL waits for the other ranks, which wait for this rank in a collective.
+
     Raises:
         ConfigError: if the environment gives no address or interface at which the ranks can meet.
         RendezvousError: if they did not meet in ``timeout_s`` seconds, or rank 0's port is in use.
@@ -90,8 +93,11 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
             raise explain_rendezvous(world, address, str(error)) from error
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type == "cpu" or world.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def explain_rendezvous(world: World, address: str, found: str) -> RendezvousError:

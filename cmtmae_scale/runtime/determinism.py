@@ -9,6 +9,15 @@ import torch
 import torch.utils.deterministic
 
 
+def fix_cublas_workspace() -> None:
+    """Give cuBLAS a fixed workspace, unless the environment chooses one.
+
+    Call it before the first matrix product of a process on a GPU: that product decides for good
+    whether torch accepts later products in deterministic mode.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def deterministic_kernels(enabled: bool) -> Iterator[None]:
     """Let torch choose only kernels whose sums have one order, and raise where it has none.
@@ -25,7 +34,7 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
         return
     import torch._inductor.config as inductor  # slow to import
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first product
+    fix_cublas_workspace()
     memory = cast(Any, torch.utils.deterministic)  # its property is a trick on the module
     filled = memory.fill_uninitialized_memory
     before = torch.are_deterministic_algorithms_enabled(), inductor.deterministic

@@ -82,3 +82,30 @@ def test_ranks_that_do_not_meet_say_why(rank: int, port_is_used: bool, text: str
         ):
             pass
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "stays_open"),
+    [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)],
+)
+def test_a_rank_that_fails_waits_for_no_rank_in_nccl(
+    device: str, world_size: int, stays_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU there is no NCCL: gloo stands in for it."""
+    opened, init = torch.device(device, 0), dist.init_process_group
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+
+    def init_alone(backend: str, **options: object) -> None:
+        assert ("nccl" in backend) == (device == "cuda")
+        init("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    monkeypatch.setattr(dist, "init_process_group", init_alone)
+    world = World(0, world_size, 0, world_size, "srun", "tcp://localhost:1")
+    with process_group(world, opened):
+        pass
+    assert not dist.is_initialized()
+    with pytest.raises(MemoryError), process_group(world, opened):
+        raise MemoryError
+    assert dist.is_initialized() == stays_open
+    if stays_open:
+        dist.destroy_process_group()

@@ -15,7 +15,7 @@ from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.load import load_config, read_recipe
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.determinism import deterministic_kernels
+from cmtmae_scale.runtime.determinism import deterministic_kernels, fix_cublas_workspace
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import TeacherSource
 from cmtmae_scale.teachers.build import compute_dtype
@@ -150,6 +150,8 @@ def measure_variants(
     """
     on_gpu = device.type == "cuda"
     groups = [[v] for v in variants] if on_gpu else [list(variants)]
+    if any(variant.config.run.deterministic for variant in variants):
+        fix_cublas_workspace()  # before the products that measure the peak
     limits: dict[torch.dtype, dict[str, float]] = {}
     results: list[StepResult] = []
     for group in groups:

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: parts, ratios, the same work in another library."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,22 @@ def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
     text = table.training_tables(results, False)
     assert all(part in text for part in (*PARTS, "student MFU", "images/CPU-s"))
     assert "bf16: " in table.provenance(CPU, 1)["device"]
+
+
+def test_cublas_has_its_workspace_before_the_first_product(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the products that measure the peak would else refuse the steps that follow."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "restored afterwards")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    variants = make_variants(str(recipe), [], ["run.deterministic=true"], 1, 1)
+
+    def first_product(device: torch.device, dtype: torch.dtype) -> None:
+        raise InterruptedError(os.environ["CUBLAS_WORKSPACE_CONFIG"])
+
+    monkeypatch.setattr(training, "peak_flops", first_product)
+    with pytest.raises(InterruptedError, match=r"^:4096:8$"):
+        measure_variants(variants, Protocol(0, 1, 1), False, ALONE, CPU)
 
 
 def failure_of(recipe: Path, output: Path) -> str:
