@@ -282,7 +282,7 @@ def with_pillow(data: bytes) -> Tensor:
     try:
         with open_image(io.BytesIO(data)) as image:
             turned = image.tag_v2.get(_ORIENTATION) if isinstance(image, TiffImageFile) else None
-            decoded = _to_rgb(image)
+            decoded = to_rgb(image)
     except Image.UnidentifiedImageError as error:
         raise UndecodableError("not an image of a known format") from error
     except PIL_ERRORS as error:
@@ -292,7 +292,7 @@ def with_pillow(data: bytes) -> Tensor:
     return torch.as_tensor(np.array(decoded)).permute(2, 0, 1)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Decode to eight bits: alpha is dropped, unsigned integers of 12 or 16 bits are scaled.
 
     Raises:

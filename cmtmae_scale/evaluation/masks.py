@@ -27,6 +27,7 @@ from dataloading.errors import DataError, ReadError
 from dataloading.files import open_regular
 from dataloading.headers import PIL_ERRORS, open_image
 from dataloading.order import sample_ids
+from dataloading.torch_decode import to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -227,8 +228,7 @@ def compare_headers(image: Path, mask: Path) -> str:
         with open_file(mask) as opened:
             mode, size = opened.mode, opened.size
         with open_file(image) as opened:
-            turned = opened.format in TURNED and opened.getexif().get(ORIENTATION, 1) >= 5
-            upright = opened.size[::-1] if turned else opened.size
+            upright = upright_size(opened)
     except PIL_ERRORS:
         return BROKEN
     if mode not in CLASS_MODES:
@@ -248,6 +248,22 @@ def open_file(file: Path) -> Iterator[Image.Image]:
     """
     with open(open_regular(file), "rb") as data, open_image(data) as opened:
         yield opened
+
+
+def upright_size(opened: Image.Image) -> tuple[int, int]:
+    """Return width and height of an image once it is turned upright."""
+    width, height = opened.size
+    is_turned = opened.format in TURNED and opened.getexif().get(ORIENTATION, 1) >= 5
+    return (height, width) if is_turned else (width, height)
+
+
+def decode_upright(opened: Image.Image) -> Image.Image:
+    """Decode an image as training does: upright, eight bits of RGB.
+
+    Raises:
+        PIL_ERRORS: if it cannot be decoded.
+    """
+    return to_rgb(ImageOps.exif_transpose(opened) if opened.format in TURNED else opened)
 
 
 def read_mask(file: Path) -> Image.Image:
@@ -282,8 +298,7 @@ def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded
     try:
         mask = read_mask(images.root / pair.mask)
         with open_file(images.root / pair.image) as opened:
-            image = ImageOps.exif_transpose(opened) if opened.format in TURNED else opened
-            image = image.convert("RGB")
+            image = decode_upright(opened)
     except FileNotFoundError as error:
         raise ReadError(
             f"{error.filename}: the file has gone; put it back and try again"

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from cmtmae_scale.evaluation.across import gather_from_ranks
 from cmtmae_scale.evaluation.encoders import Encoder
-from cmtmae_scale.evaluation.masks import CLASS_MODES, VOID, open_file, read_mask
+from cmtmae_scale.evaluation.masks import (
+    CLASS_MODES,
+    VOID,
+    decode_upright,
+    open_file,
+    read_mask,
+    upright_size,
+)
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.representation import encode_tokens
 from cmtmae_scale.runtime.collectives import on_all_ranks
@@ -152,7 +159,7 @@ def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
                     "object"
                 )
             with open_file(frames[number]) as opened:
-                if opened.size != size:
+                if upright_size(opened) != size:
                     return "with a mask of another size than its frame"
         first = np.unique(np.asarray(read_mask(masks[0])))
     except PIL_ERRORS:
@@ -265,7 +272,7 @@ def load_frame(file: Path, side: int) -> NDArray[np.uint8]:
     """
     try:
         with open_file(file) as opened:
-            image = opened.convert("RGB")
+            image = decode_upright(opened)
     except PIL_ERRORS as error:
         raise refuse_file(file, error) from error
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))

@@ -1,7 +1,7 @@
 """Export of an encoder as one file under timm's names, and the model of timm that it fits."""
 
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import timm
 from safetensors.torch import load_file
@@ -14,6 +14,8 @@ from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.export.origin import Weights, open_origin
 from cmtmae_scale.export.place import default_output, publish
 from cmtmae_scale.method.build import timm_options
+from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
+from dataloading.one_pass import CENTRE
 
 
 class Exported(NamedTuple):
@@ -58,10 +60,26 @@ def build_timm(config: Config) -> tuple[VisionTransformer | Eva, str]:
 
 
 def timm_call(config: Config, **more: str) -> str:
-    """Return the Python call that builds timm's model of a config's student, with ``more``."""
-    options = timm_options(config) | more
+    """Return the Python call that builds timm's model of a config's student, with ``more``.
+
+    It names the preprocessing: the architecture's own is that of other weights.
+    """
+    overlay = {"pretrained_cfg_overlay": preprocessing(config.views.image_size)}
+    options = timm_options(config) | more | overlay
     shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
     return f"timm.create_model({config.student.arch!r}, {shown})"
+
+
+def preprocessing(size: int) -> dict[str, Any]:
+    """Return how timm prepares images for a student, of a side in pixels."""
+    return {
+        "input_size": (3, size, size),
+        "interpolation": "bicubic",
+        "crop_pct": CENTRE,
+        "crop_mode": "center",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+    }
 
 
 def load_strictly(model: VisionTransformer | Eva, file: Path) -> int:

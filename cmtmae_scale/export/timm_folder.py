@@ -23,12 +23,11 @@ from cmtmae_scale.checkpoint.shards import write_encoder
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.evaluation.encoder_file import FOLDER_WEIGHTS
 from cmtmae_scale.export.compare import Agreement, require_agreement
-from cmtmae_scale.export.encoder import timm_call
+from cmtmae_scale.export.encoder import preprocessing, timm_call
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.method.build import probe_student, timm_options
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.runtime.storage import write_atomic
-from dataloading.one_pass import CENTRE
 
 LOCAL_DIR_VERSION = "1.0.26"
 """First timm that reads safetensors from a local folder."""
@@ -56,14 +55,8 @@ def write_timm(draft: Path, origin: Origin) -> None:
 
 def data_config(size: int) -> dict[str, Any]:
     """Return timm's ``pretrained_cfg`` of an encoder for images of a side in pixels."""
-    return {
-        "input_size": (3, size, size),
+    return preprocessing(size) | {
         "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": CENTRE,
-        "crop_mode": "center",
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
         "num_classes": 0,
         "pool_size": None,
         "first_conv": "patch_embed.proj",

@@ -95,6 +95,11 @@ class TimmTower(Transformer):
         """Apply ``norm``."""
         return self.vit.norm(tokens)
 
+    def normed_tokens(self, images: Tensor) -> Tensor:
+        """See ``Tower.normed_tokens``; the norm of the pooled vector where there is no other."""
+        tokens = super().normed_tokens(images)
+        return self.vit.fc_norm(tokens) if isinstance(self.vit.norm, nn.Identity) else tokens
+
     def project(self, tokens: Tensor) -> Tensor:
         """Raise: timm models have no projection; the builder refuses it earlier."""
         raise TeacherError("teacher.feature=proj: timm models have no projection; use ln_post")

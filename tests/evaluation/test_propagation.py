@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from cmtmae_scale.evaluation.propagation import (
     WINDOW,
     contour_accuracy,
+    load_frame,
     open_clips,
     patch_labels,
     propagate,
@@ -115,3 +116,23 @@ def test_unusable_clips_are_counted_or_refused(tmp_path: Path) -> None:
     Image.new("RGB", (48, 48)).save(masks / "good" / "00000.png")
     with pytest.raises(DataError, match="in colours"):
         open_clips(str(tmp_path))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_frames_are_turned_upright_as_in_training(tmp_path: Path, orientation: int) -> None:
+    """A mask fits the frame as it is seen; half a turn leaves the size as it is."""
+    write_clip(tmp_path, "a", 3)
+    (frame, *_) = sorted((tmp_path / "JPEGImages" / "480p" / "a").iterdir())
+    mask = tmp_path / "Annotations" / "480p" / "a" / f"{frame.stem}.png"
+    upright = np.asarray(Image.open(frame))[:, :40]
+    Image.open(mask).crop((0, 0, 40, 48)).save(mask)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = np.rot90(upright, 2 if orientation == 3 else 1)
+    Image.fromarray(turned).save(frame, "JPEG", quality=100, subsampling=0, exif=exif)
+    assert open_clips(str(tmp_path)).excluded == {}
+    side = upright.shape[0]
+    expected = np.asarray(
+        Image.fromarray(upright).resize((side, side), Image.Resampling.BICUBIC), np.float64
+    )
+    assert np.abs(load_frame(frame, side) - expected).mean() < 8

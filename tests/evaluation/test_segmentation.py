@@ -19,11 +19,14 @@ from cmtmae_scale.evaluation.masks import (
     list_pairs,
     masked_batches,
     open_masked,
+    read_pair,
     split_masked,
 )
 from cmtmae_scale.evaluation.overlap import count_pixels, mean_iou, score_rows
+from cmtmae_scale.evaluation.propagation import load_frame
 from cmtmae_scale.evaluation.segmentation import KnnSegmenter, join_patches, learn_patches, segment
 from dataloading.errors import DataError
+from dataloading.torch_decode import make_decode
 from tests.evaluation.dense_case import (
     ENCODER,
     GRID,
@@ -250,3 +253,21 @@ def test_the_layout_of_pascal_voc_is_read(tmp_path: Path) -> None:
     (lists / "val.txt").unlink()
     with pytest.raises(DataError, match=r"val.txt: the list cannot be read"):
         open_masked_pair(str(root), None, None, 0)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_images_of_16_bits_are_those_that_training_sees(tmp_path: Path, bits: int) -> None:
+    """Pillow alone cuts off what is above 255, so that nearly all pixels are white."""
+    top = (1 << bits) - 1
+    levels = np.linspace(0, top, 24 * 24).round().reshape(24, 24)
+    file = tmp_path / "images" / "0.png"
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(levels.astype(np.uint16 if bits > 8 else np.uint8)).save(file)
+    Image.fromarray(np.zeros((24, 24), np.uint8)).save(tmp_path / "masks" / "0.png")
+    decoded = read_pair(open_masked(str(tmp_path), "train"), 0, (24,))
+    assert decoded is not None
+    expected = make_decode(None)(file.read_bytes()).permute(1, 2, 0).numpy()
+    for found in (decoded.views[0], load_frame(file, 24)):
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(found[..., 0], levels * 255 / top, atol=0.51)

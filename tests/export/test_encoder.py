@@ -15,6 +15,7 @@ from cmtmae_scale.config.load import config_from_dict
 from cmtmae_scale.errors import CheckpointError, ConfigError
 from cmtmae_scale.export.encoder import export_encoder, load_strictly
 from cmtmae_scale.method.build import build_student
+from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD
 from tests.engine.run_case import STEPS
 
 pytestmark = pytest.mark.gloo
@@ -31,6 +32,9 @@ def test_timms_model_computes_what_our_encoder_computes(
     assert export_weights(["encoder", *options]) == 0
     text, call = capsys.readouterr().out.splitlines()
     theirs = eval(call, {"timm": timm}).eval()
+    data = timm.data.resolve_model_data_config(theirs)
+    assert (data["input_size"], data["crop_pct"]) == ((3, 64, 64), 224 / 256)
+    assert (data["mean"], data["std"]) == (IMAGENET_MEAN, IMAGENET_STD)
     tensors = load_file(output)
     theirs.load_state_dict(tensors, strict=True)
     numbers = f"{len(tensors)} tensors, {sum(p.numel() for p in theirs.parameters())} parameters"

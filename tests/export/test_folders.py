@@ -56,6 +56,8 @@ def test_timm_takes_the_folder(
     older = next(line for line in call.splitlines() if line.startswith("# timm < "))
     line = older.split(": ", 1)[1].replace("FOLDER", str(output))
     by_file = eval(line, {"timm": timm}).eval()
+    data = timm.data.resolve_model_data_config(by_file)
+    assert (data["mean"], data["std"]) == (IMAGENET_MEAN, IMAGENET_STD)
     torch.testing.assert_close(by_file.forward_features(pixels), expected, rtol=0, atol=1e-5)
 
 

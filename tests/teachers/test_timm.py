@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmtmae_scale.config.needs import Needs
 from cmtmae_scale.errors import ConfigError, TeacherError
+from cmtmae_scale.evaluation.encoders import encoder_from_tower
 from cmtmae_scale.teachers.base import TeacherOutputs
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher
@@ -340,3 +341,21 @@ def test_the_real_teacher_equals_timms_own_forward(tmp_path: Path) -> None:
     torch.testing.assert_close(view.features, expected, atol=1e-5, rtol=1e-4)
     rows = last_attention(model, pixels)[:, 0, 1:]
     torch.testing.assert_close(view.attention, prob(rows), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+@torch.no_grad()
+def test_evaluated_tokens_are_normed_also_where_the_model_norms_its_pooled_vector(
+    pool: str,
+) -> None:
+    model = small(global_pool=pool)
+    norm = model.fc_norm if pool == "avg" else model.norm
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    teacher, images = teacher_of(model, "cls", "block"), random_images(2, 32)
+    encoder = encoder_from_tower("x", teacher.tower, 32, torch.device("cpu"))
+    assert encoder.encode_tokens is not None
+    tokens = encoder.encode_tokens(images)
+    whole = model.blocks(model._pos_embed(model.patch_embed(normalised(images, teacher))))
+    expected = torch.nn.functional.layer_norm(whole, (32,), norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(tokens.cls, expected[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokens.patches, expected[:, 1:], rtol=1e-4, atol=1e-5)

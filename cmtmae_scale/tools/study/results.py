@@ -72,8 +72,8 @@ class RunResult:
     images: tuple[str, str]
     """Digests of the probe's training and test images."""
     labels: dict[str, tuple[str, str]]
-    """Digests of the training and test labels, by the field of ``Run`` that names the
-    result file; results of earlier versions have none."""
+    """Digests of the training and test labels, of a segmentation those of its images with masks,
+    by the field of ``Run`` that names the result file; results of earlier versions have none."""
     minutes: float | None
     """Wall time of the training."""
     sha256: str
@@ -152,10 +152,11 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
         if run.recorded is not None or (run.linear.exists() and run.knn.exists())
     ]
     require_one({one.images: name_place(one, "linear") for one in found}, "on different images")
-    for name in ("linear", "knn", "tuned"):
+    for name in ("linear", "knn", "tuned", "segmentation"):
         having = [one for one in found if name in one.labels]
         places = {one.labels[name]: name_place(one, name) for one in having}
-        require_one(places, "with different labels")
+        what = "masks" if name == "segmentation" else "labels"
+        require_one(places, f"with different {what}")
     by_row: dict[str, list[RunResult]] = {name: [] for name in study.rows}
     for one in found:
         by_row[one.run.row].append(one)
@@ -246,13 +247,14 @@ def join_results(run: Run, features: str) -> RunResult:
     """Join the result files of a run."""
     linear, knn = read_result(run.linear), read_result(run.knn)
     rows = [*linear["results"], *knn["results"]]
+    by_name = {"linear": linear, "knn": knn}
     if run.segmentation is not None and run.segmentation.exists():
-        rows += read_result(run.segmentation)["results"]
+        by_name["segmentation"] = read_result(run.segmentation)
+        rows += by_name["segmentation"]["results"]
     subject = rows[0]["weights"]
     own = [one for one in rows if one["weights"] == subject]
     primary = find_row(own, "linear", features, run.linear)
     others = measures_of(own, features)
-    by_name = {"linear": linear, "knn": knn}
     if run.tuned is not None and run.tuned.exists():
         by_name["tuned"] = read_result(run.tuned)
         others[TUNED] = accuracy_of(by_name["tuned"]["results"][0])
@@ -277,9 +279,13 @@ def join_results(run: Run, features: str) -> RunResult:
 
 
 def labels_of(result: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the digests of a result's labels; ``None``: an earlier version wrote it."""
+    """Return the digests of a result's labels; ``None``: an earlier version wrote it.
+
+    Of a segmentation they are those of its images with masks.
+    """
     images = result.get("images", {})
-    found = [images.get(part, {}).get("labels_digest") for part in ("train", "test")]
+    key = "digest" if result.get("method") == "segmentation" else "labels_digest"
+    found = [images.get(part, {}).get(key) for part in ("train", "test")]
     return None if None in found else (found[0], found[1])
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cmtmae_scale.cache.format import MANIFEST, missing_shards, read_manifest
+from cmtmae_scale.config.changes import FINETUNING_FREE_KEYS, FREE_KEYS, flatten, is_listed
 from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.derive import loaded_start
 from cmtmae_scale.config.finetune import load_finetune
@@ -130,13 +131,13 @@ def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     runs: list[Run] = []
     trained = read_trained(Path(study.dir) / "runs")
     drafts = read_rows(study)
-    if study.evaluation.finetune is not None:
-        check_finetuning(study.evaluation)
+    tuning = None if study.evaluation.finetune is None else tuning_settings(study.evaluation)
     for _, block in groupby(study.rows, key=study.seeds_of):
         names = list(block)
         for seed in study.seeds_of(names[0]):
             for name in names:
-                runs.append(plan_run(study, name, seed, drafts[name], trained, first=not runs))
+                run = plan_run(study, name, seed, drafts[name], trained, tuning, first=not runs)
+                runs.append(run)
     for number, run in enumerate(runs):
         has_one = needs(run.config).teacher and not run.config.teachers
         if with_teacher and has_one and run.config.teacher.mode != "none":
@@ -180,6 +181,7 @@ def plan_run(
     seed: int,
     draft: Draft[Config],
     trained: Mapping[str, Path],
+    tuning: Mapping[str, Any] | None,
     first: bool,
 ) -> Run:
     """Return one run.
@@ -190,6 +192,7 @@ def plan_run(
         seed: value of ``run.seed``.
         draft: settings of the row.
         trained: see ``read_trained``.
+        tuning: see ``tuning_settings``; ``None``: no fine-tuning.
         first: whether the baselines belong to its evaluation.
     """
     title = re.sub(r"[^\w.=-]+", "_", name)  # a candidate of a pre-flight has any characters
@@ -240,9 +243,7 @@ def plan_run(
     if study.evaluation.segmentation is not None:
         job = segmentation_job(study.evaluation.segmentation, folder, weights, first)
         run = replace(run, jobs=(*run.jobs, job), segmentation=job.output)
-    return (
-        run if study.evaluation.finetune is None else add_finetuning(run, study.evaluation, weights)
-    )
+    return run if tuning is None else add_finetuning(run, study.evaluation, weights, tuning)
 
 
 def add_teacher_jobs(run: Run, settings: Evaluation) -> Run:
@@ -254,15 +255,21 @@ def add_teacher_jobs(run: Run, settings: Evaluation) -> Run:
     return replace(run, jobs=(*run.jobs, *jobs), teacher=tuple(job.output for job in jobs))
 
 
-def add_finetuning(run: Run, settings: Evaluation, weights: Sequence[str]) -> Run:
-    """Return the run with a fine-tuning of its weights at the end, in a folder of its own."""
+def add_finetuning(
+    run: Run, settings: Evaluation, weights: Sequence[str], tuning: Mapping[str, Any]
+) -> Run:
+    """Return the run with a fine-tuning of its weights at the end, in a folder of its own.
+
+    ``tuning`` are the recipe's settings: the folder is named by the recipe's name alone.
+    """
     images = tuning_images(settings)
     words = ["--config", str(settings.finetune), *weights, *images, f"run.seed={run.seed}"]
     folder = run.folder / "evaluation" / f"finetune-{short_digest(words)}"
     places = ["--checkpoint", str(run.folder), f"run.output_dir={folder}"]
     result = folder / "result.json"
     arguments = (*CMTMAE, "finetune", *words, *places)
-    job = Job("evaluate", arguments, folder, result.exists, True)
+    done = partial(is_tuned, result, str(settings.finetune), tuning)
+    job = Job("evaluate", arguments, folder, done, True)
     return replace(run, jobs=(*run.jobs, job), tuned=result)
 
 
@@ -271,13 +278,18 @@ def tuning_images(settings: Evaluation) -> list[str]:
     return [f"data.path={settings.train}", f"data.test_path={settings.test}"]
 
 
-def check_finetuning(settings: Evaluation) -> None:
-    """Refuse a recipe of the fine-tuning that cannot be used.
+def tuning_settings(settings: Evaluation) -> dict[str, Any]:
+    """Return the settings of the fine-tuning's recipe that affect its results, by full key.
 
     Raises:
         ConfigError: names the recipe and the problem.
     """
-    load_finetune(str(settings.finetune), [*tuning_images(settings), "run.output_dir=none"])
+    config = load_finetune(
+        str(settings.finetune), [*tuning_images(settings), "run.output_dir=none"]
+    )
+    free = ("run.", *FREE_KEYS, *FINETUNING_FREE_KEYS)
+    found = flatten(config_to_dict(config))
+    return {key: value for key, value in found.items() if not is_listed(key, free)}
 
 
 def evaluation_job(
@@ -378,3 +390,32 @@ def is_complete(cache: Path) -> bool:
         return not missing_shards(cache, read_manifest(cache))
     except CacheError as error:
         raise ConfigError(f"{error}") from error
+
+
+def is_tuned(result: Path, recipe: str, tuning: Mapping[str, Any]) -> bool:
+    """Return whether a fine-tuning is complete.
+
+    Args:
+        result: its result file.
+        recipe: its recipe, for the message.
+        tuning: see ``tuning_settings``.
+
+    Raises:
+        ConfigError: if the recipe had another value then: results of two recipes are not compared.
+    """
+    try:
+        found = flatten(read_json(result.read_bytes())["settings"])
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if may_pass(error):
+            raise
+        raise ConfigError(f"{result}: cannot be read ({error}); delete its folder") from error
+    for key, value in tuning.items():
+        if found.get(key, value) != value:  # a version without the key says nothing
+            raise ConfigError(
+                f"{result} is of {key}={found[key]}, and {recipe} has {value}; restore the recipe, "
+                "give the changed one another name, or delete the result's folder to fine-tune "
+                "again"
+            )
+    return True

@@ -207,6 +207,23 @@ def test_results_with_different_labels_are_not_compared(tmp_path: Path) -> None:
         collect_results(study, runs)
 
 
+def test_segmentations_with_different_masks_are_not_compared(tmp_path: Path) -> None:
+    tree = study_tree(tmp_path)
+    evaluation = tree["evaluation"] | {"segmentation": str(tmp_path / "masks")}
+    study = load_study(write_study(tmp_path, tree | {"evaluation": evaluation}))
+    runs = plan_runs(study)[:2]
+    for run, digest in zip(runs, ("one", "other"), strict=True):
+        put_results(run, hits_of(5))
+        assert run.segmentation is not None
+        result = json.loads(run.segmentation.read_text())
+        images = {part: {"digest": digest} for part in ("train", "test")}
+        run.segmentation.write_text(
+            json.dumps(result | {"method": "segmentation", "images": images})
+        )
+    with pytest.raises(ConfigError, match=r"segmentation.* were evaluated with different masks"):
+        collect_results(study, runs)
+
+
 def test_results_are_collected_without_running_anything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import yaml
 from cmtmae_scale.commands.study import list_missing
 from cmtmae_scale.config import load
 from cmtmae_scale.config.finetune import load_finetune
-from cmtmae_scale.config.load import load_config, save_config
+from cmtmae_scale.config.load import config_to_dict, load_config, save_config
 from cmtmae_scale.config.teachers import pick_teacher
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study import work
@@ -172,6 +172,29 @@ def test_the_weights_of_one_study_are_fine_tuned_by_another(tmp_path: Path) -> N
     assert load_finetune(words[4], [word for word in words[5:] if "=" in word]).run.seed == 0
     assert words[words.index("--weights") + 1] == "random"
     assert words[words.index("--checkpoint") + 1] == str(mae.folder)
+
+
+def test_a_result_of_another_fine_tuning_recipe_is_refused(tmp_path: Path) -> None:
+    """The folder is named by the recipe's name, and the recipe may have been changed since."""
+    recipe = tmp_path / "tune.yaml"
+    text = Path("configs/finetune_tiny.yaml").read_text()
+    recipe.write_text(text)
+    tree = study_tree(tmp_path)
+    evaluation = tree["evaluation"] | {"finetune": str(recipe)}
+    run = runs_of(tmp_path, evaluation=evaluation)[0]
+    settings = config_to_dict(load_finetune(recipe, [f"run.seed={run.seed}", "log.every=3"]))
+    assert run.tuned is not None and not run.jobs[-1].done()
+    run.tuned.parent.mkdir(parents=True)
+    run.tuned.write_text(json.dumps({"settings": settings, "results": []}))
+    assert run.jobs[-1].done()
+    recipe.write_text(text.replace("base_lr: 5.0e-3", "base_lr: 1.0e-3"))
+    same = runs_of(tmp_path, evaluation=evaluation)[0]
+    assert same.tuned == run.tuned
+    with pytest.raises(ConfigError, match=r"is of optimizer.base_lr=0.005, and .*tune.yaml has 0"):
+        same.jobs[-1].done()
+    del settings["optimizer"]["base_lr"]  # as of a version without the key
+    run.tuned.write_text(json.dumps({"settings": settings, "results": []}))
+    assert same.jobs[-1].done()
 
 
 @pytest.mark.parametrize("key", ["init_weights", "init_from_run"])
