@@ -62,6 +62,8 @@ def pick_device(world: World) -> torch.device:
 def process_group(world: World, device: torch.device, timeout_s: float = 1800) -> Iterator[None]:
     """Open the default process group: gloo for the host, and NCCL for GPUs.
 
+    On GPUs a rank of several that fails leaves the group open, and its process must end.
+
     Raises:
         ConfigError: if the environment gives no address or interface at which the ranks can meet.
         RendezvousError: if they did not meet in ``timeout_s`` seconds, or rank 0's port is in use.
@@ -90,8 +92,13 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
             raise explain_rendezvous(world, address, str(error)) from error
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL would wait for kernels in flight, and they for ranks that have not failed: the error
+        # would never be shown. The end of the process aborts them.
+        if device.type == "cpu" or world.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def explain_rendezvous(world: World, address: str, found: str) -> RendezvousError:

@@ -82,3 +82,22 @@ def test_ranks_that_do_not_meet_say_why(rank: int, port_is_used: bool, text: str
         ):
             pass
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size", "is_closed"), [("cuda", 2, False), ("cuda", 1, True), ("cpu", 2, True)]
+)
+def test_a_rank_that_fails_does_not_wait_for_the_kernels_of_others(
+    kind: str, world_size: int, is_closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: closed.append(True))
+    world = World(0, world_size, 0, world_size, "srun", "tcp://localhost:29500")
+    with pytest.raises(MemoryError), process_group(world, torch.device(kind)):
+        raise MemoryError
+    assert closed == [True] * is_closed
+    with process_group(world, torch.device(kind)):
+        closed.clear()
+    assert closed == [True]
