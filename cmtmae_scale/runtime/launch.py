@@ -98,7 +98,7 @@ def read_srun(environment: Mapping[str, str]) -> World:
             int(environment["SLURM_LOCALID"]),
             tasks[node],
             "srun",
-            f"tcp://{address}:{port}",
+            meeting_place(address, port),
         )
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(
@@ -120,7 +120,7 @@ def read_pod(environment: Mapping[str, str]) -> World:
             0,
             1,
             "kubernetes",
-            f"tcp://{environment['MASTER_ADDR']}:{environment.get('MASTER_PORT', '29500')}",
+            meeting_place(environment["MASTER_ADDR"], environment.get("MASTER_PORT", "29500")),
         )
     except (KeyError, ValueError) as error:
         raise ConfigError(
@@ -128,6 +128,12 @@ def read_pod(environment: Mapping[str, str]) -> World:
             "WORLD_SIZE (the job's completions) and MASTER_ADDR in the pod's env, or launch with "
             "torchrun"
         ) from error
+
+
+def meeting_place(address: str, port: str) -> str:
+    """Return the ``init_method`` of a rendezvous; an address of IPv6 gets its brackets."""
+    is_bare = ":" in address and not address.startswith("[")
+    return f"tcp://[{address}]:{port}" if is_bare else f"tcp://{address}:{port}"
 
 
 def launch_remedy(launcher: str, count: int) -> str:

@@ -1,4 +1,5 @@
 import socket
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -196,3 +197,13 @@ def test_the_address_of_this_machine_is_that_which_gloo_takes() -> None:
     host = describe_host({})
     assert (host.name, host.address) == (socket.gethostname(), find_address(socket.gethostname()))
     assert describe_host({"GLOO_SOCKET_IFNAME": "lo"}) == host._replace(address="")
+
+
+@pytest.mark.parametrize("address", ["fd09::1", "[fd09::1]"])
+@pytest.mark.parametrize("environment", [SRUN, POD])
+def test_an_address_of_ipv6_is_a_rendezvous(environment: dict[str, str], address: str) -> None:
+    given = environment | {"MASTER_ADDR": address, "MASTER_PORT": "29511"}
+    world = find_world(given)
+    assert require_rendezvous(world, given) == "[fd09::1]:29511"
+    parsed = urlsplit(world.init_method)
+    assert (parsed.hostname, parsed.port) == ("fd09::1", 29511)
