@@ -22,7 +22,13 @@ from cmtmae_scale.config.changes import flatten
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
-from cmtmae_scale.runtime.collectives import broadcast_text, gather_texts, on_all_ranks, ranks
+from cmtmae_scale.runtime.collectives import (
+    all_ranks_agree,
+    broadcast_text,
+    gather_texts,
+    on_all_ranks,
+    ranks,
+)
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import describe_unusable
 from cmtmae_scale.runtime.versions import library_versions
@@ -138,6 +144,28 @@ def require_equal_launch(config: Trained, world: World, device: torch.device) ->
     """
     if ranks() > 1:
         require_equal(launch_facts(config, world, device), REMEDY)
+        if config.backend.name == "fsdp" and config.backend.sharding == "hybrid":
+            require_equal_nodes(world)
+
+
+def require_equal_nodes(world: World) -> None:
+    """Refuse nodes that ``backend.sharding=hybrid`` would not shard within; a collective.
+
+    Raises:
+        ConfigError: on every rank, if nodes have unequally many ranks, or their ranks do not follow
+            one another.
+    """
+    remedy = "or use backend.sharding=full or replicate"
+    require_equal(
+        {"ranks on the node": world.local_world_size},
+        f"backend.sharding=hybrid needs equally many ranks on each node: launch them so, {remedy}",
+    )
+    if not all_ranks_agree(world.rank % world.local_world_size == world.local_rank):
+        raise ConfigError(
+            "backend.sharding=hybrid: the ranks of a node do not follow one another, so that each "
+            "shard group would span nodes; number ranks node by node (srun --distribution=block), "
+            f"{remedy}"
+        )
 
 
 def require_equal_images(index: Index, path: str) -> None:

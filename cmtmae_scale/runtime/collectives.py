@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,7 +21,15 @@ from cmtmae_scale.errors import (
     exit_code_of,
     may_pass,
 )
-from cmtmae_scale.runtime.launch import World, launch_remedy, require_interfaces, require_rendezvous
+from cmtmae_scale.runtime.launch import (
+    Host,
+    World,
+    describe_host,
+    find_unreachable,
+    launch_remedy,
+    require_interfaces,
+    require_rendezvous,
+)
 from dataloading.errors import DataError, ReadError
 
 T = TypeVar("T")
@@ -92,6 +100,7 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise explain_rendezvous(world, address, str(error)) from error
     try:
+        require_reachable()
         yield
     except BaseException:
         if device.type == "cpu" or world.world_size == 1:
@@ -115,6 +124,32 @@ def explain_rendezvous(world: World, address: str, found: str) -> RendezvousErro
         f"rank {world.rank} of {world.world_size} did not meet the others at {address}: "
         f"{found.splitlines()[0].rstrip('.')}; {remedy}"
     )
+
+
+def require_reachable() -> None:
+    """Refuse machines to which gloo could not connect. A collective.
+
+    The ranks compare their addresses through the store of the rendezvous: where a connection is
+    refused, gloo lets the rank at its other end wait for five times the limit.
+
+    Raises:
+        ConfigError: on every rank; names the machines.
+    """
+    if ranks() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+    store.set(f"host/{own_rank()}", json.dumps(describe_host()))
+    if own_rank() == 0:
+        found = store.multi_get([f"host/{rank}" for rank in range(ranks())])
+        store.set("unreachable", find_unreachable([Host(*json.loads(text)) for text in found]))
+    problem = store.get("unreachable").decode()
+    if not problem:
+        return
+    store.set(f"known/{own_rank()}", "")
+    if own_rank() == 0:
+        with suppress(dist.DistStoreError):  # the store ends with this process
+            store.wait([f"known/{rank}" for rank in range(ranks())], timedelta(seconds=10))
+    raise ConfigError(problem)
 
 
 def ranks(group: dist.ProcessGroup | None = None) -> int:

@@ -1,9 +1,12 @@
 """Find this process's rank and device, under any launcher or none."""
 
+import ipaddress
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from cmtmae_scale.errors import ConfigError
@@ -14,6 +17,11 @@ COUNT_OPTIONS = {
     "srun": "--ntasks-per-node",
 }
 """Launcher -> its option for the number of processes per node."""
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+NETWORK_NAMESPACE = Path("/proc/self/ns/net")
+MOST_NAMED = 8
+"""Most machines that a message names."""
 
 
 class World(NamedTuple):
@@ -90,7 +98,7 @@ def read_srun(environment: Mapping[str, str]) -> World:
             int(environment["SLURM_LOCALID"]),
             tasks[node],
             "srun",
-            f"tcp://{address}:{port}",
+            meeting_place(address, port),
         )
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(
@@ -112,7 +120,7 @@ def read_pod(environment: Mapping[str, str]) -> World:
             0,
             1,
             "kubernetes",
-            f"tcp://{environment['MASTER_ADDR']}:{environment.get('MASTER_PORT', '29500')}",
+            meeting_place(environment["MASTER_ADDR"], environment.get("MASTER_PORT", "29500")),
         )
     except (KeyError, ValueError) as error:
         raise ConfigError(
@@ -120,6 +128,12 @@ def read_pod(environment: Mapping[str, str]) -> World:
             "WORLD_SIZE (the job's completions) and MASTER_ADDR in the pod's env, or launch with "
             "torchrun"
         ) from error
+
+
+def meeting_place(address: str, port: str) -> str:
+    """Return the ``init_method`` of a rendezvous; an address of IPv6 gets its brackets."""
+    is_bare = ":" in address and not address.startswith("[")
+    return f"tcp://[{address}]:{port}" if is_bare else f"tcp://{address}:{port}"
 
 
 def launch_remedy(launcher: str, count: int) -> str:
@@ -191,3 +205,56 @@ def require_interfaces(environment: Mapping[str, str] = os.environ) -> None:
             f"GLOO_SOCKET_IFNAME={given}: this machine, {socket.gethostname()}, has the interfaces "
             f"{', '.join(here)}; export the name of one that all machines have, or unset it"
         )
+
+
+class Host(NamedTuple):
+    """Where other ranks reach a rank."""
+
+    name: str
+    """The machine's name."""
+    network: str
+    """Kernel and network namespace: a loopback address reaches the processes in it alone."""
+    address: str
+    """The address that gloo gives to other ranks; empty: that of an interface which was named."""
+
+
+def describe_host(environment: Mapping[str, str] = os.environ) -> Host:
+    """Return where other ranks reach this process."""
+    name = socket.gethostname()
+    network = f"{BOOT_ID.read_text().strip()} {os.readlink(NETWORK_NAMESPACE)}"
+    return Host(name, network, "" if environment.get("GLOO_SOCKET_IFNAME") else find_address(name))
+
+
+def find_address(name: str) -> str:
+    """Return the first address of this machine's name that it has, as gloo does.
+
+    Without one it is the loopback address, as with gloo.
+    """
+    with suppress(OSError):
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            name, None, type=socket.SOCK_STREAM
+        ):
+            with suppress(OSError), socket.socket(family, kind, protocol) as opened:
+                opened.bind(place)
+                return str(place[0])
+    return "127.0.0.1"
+
+
+def find_unreachable(hosts: Sequence[Host]) -> str:
+    """Return which machines the ranks of others cannot reach, and the remedy; empty: none."""
+    if len({host.network for host in hosts}) == 1:
+        return ""
+    found = {
+        f"{host.name} ({host.address})": None
+        for host in hosts
+        if host.address and ipaddress.ip_address(host.address.partition("%")[0]).is_loopback
+    }
+    if not found:
+        return ""
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    return (
+        "the ranks are on several machines, and the name of a machine is its loopback address, at "
+        f"which no other machine reaches it: {', '.join([*found][:MOST_NAMED])}{more}; export "
+        "GLOO_SOCKET_IFNAME for every rank, the interface that connects the machines (ip -brief "
+        "address lists them), or correct /etc/hosts"
+    )

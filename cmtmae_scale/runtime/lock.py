@@ -29,6 +29,7 @@ from typing import Any, cast
 
 from cmtmae_scale.errors import ConfigError, LockLostError, StorageError, may_pass
 from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_text
+from cmtmae_scale.runtime.launch import BOOT_ID
 from cmtmae_scale.runtime.processes import start_ticks
 from cmtmae_scale.runtime.storage import list_names, write_atomic
 
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 BEAT_S = 10.0
 PATIENCE_S = 60.0
 PID_NAMESPACE = Path("/proc/self/ns/pid")
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @contextmanager

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 
+from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine import agreement, launches
 from cmtmae_scale.engine.ending import Ending
-from cmtmae_scale.errors import CmtMaeError, TeacherError, exit_code_of
+from cmtmae_scale.errors import CmtMaeError, ConfigError, TeacherError, exit_code_of
 from cmtmae_scale.pretraining import build
 from cmtmae_scale.runtime import shared_index
 from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
+from cmtmae_scale.runtime.launch import World
 from dataloading.data_set import Request
 from dataloading.errors import DataError, ReadError
 from tests.checkpoint.save_case import Lines
@@ -126,3 +129,19 @@ def launch_on_a_failing_store(folder: Path) -> list[str]:
             found.append(f"{exit_code_of(error)} {error}")
         ending.stopped = "a test"
     return found
+
+
+def launch_on_nodes(recipe: Path, sharding: str, places: list[tuple[int, int]]) -> str:
+    """Compare the launches of ranks, each with its local rank and the number of ranks on its node.
+
+    Returns:
+        Why they may not go on; empty: they may.
+    """
+    config = load_config(recipe, ["backend.name=fsdp", f"backend.sharding={sharding}"])
+    rank = dist.get_rank()
+    world = World(rank, len(places), *places[rank], "srun")
+    try:
+        agreement.require_equal_launch(config, world, torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+    return ""

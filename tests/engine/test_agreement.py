@@ -17,7 +17,12 @@ from cmtmae_scale.engine.agreement import (
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
 from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import build_index
-from tests.engine.agreement_case import exchange, launch_each, launch_on_a_failing_store
+from tests.engine.agreement_case import (
+    exchange,
+    launch_each,
+    launch_on_a_failing_store,
+    launch_on_nodes,
+)
 from tests.engine.run_case import make_photographs, write_recipe
 from tests.processes import run_ranks
 
@@ -66,6 +71,23 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
         assert all(text in mine and text in other for text in texts), (mine, other)
     assert "is not there for rank 1 on host" in first[-1][1]
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.gloo
+def test_nodes_that_hybrid_cannot_shard_within_are_refused_on_every_rank(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, depth=2)
+    unequal, mixed = [(0, 2), (1, 2), (0, 1), (0, 1)], [(0, 2), (0, 2), (1, 2), (1, 2)]
+    texts = {
+        "ranks on the node: 2 on ranks 0, 1, 1 on ranks 2, 3; backend.sharding=hybrid": unequal,
+        "the ranks of a node do not follow one another": mixed,
+        "": [(0, 2), (1, 2), (0, 2), (1, 2)],
+    }
+    for text, places in texts.items():
+        found = run_ranks(4, launch_on_nodes, recipe, "hybrid", places)
+        assert len({*found}) == 1
+        assert text in found[0]
+        assert bool(text) == bool(found[0])
+    assert run_ranks(4, launch_on_nodes, recipe, "full", unequal) == [""] * 4
 
 
 @pytest.mark.gloo

@@ -40,3 +40,19 @@ def work_for_long(fails: bool) -> tuple[str, int]:
         return str(error), meetings
     finally:
         collectives.all_ranks_agree = agree
+
+
+def meet_on_machines(address: str) -> str:
+    """Ranks of a machine each, rank 1's of this address; returns why they cannot connect."""
+    import torch.distributed as dist
+
+    rank, describe = dist.get_rank(), collectives.describe_host
+    host = describe()._replace(name=f"node{rank}", network=f"{rank}", address="10.0.0.1")
+    collectives.describe_host = lambda: host._replace(address=address) if rank else host
+    try:
+        collectives.require_reachable()
+    except ConfigError as error:
+        return str(error)
+    finally:
+        collectives.describe_host = describe
+    return ""

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 
 from cmtmae_scale.errors import RendezvousError
+from cmtmae_scale.runtime import collectives
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.groups import make_grid
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.collectives import fake_group
 from tests.processes import run_ranks
-from tests.runtime.collectives_case import exchange_texts, work_for_long
+from tests.runtime.collectives_case import exchange_texts, meet_on_machines, work_for_long
 
 
 @pytest.mark.gloo
@@ -31,6 +32,14 @@ def test_no_collective_waits_for_a_rank_that_works_for_long() -> None:
 def test_ranks_exchange_names_that_are_no_utf8() -> None:
     name = os.fsdecode(b"caf\xe9/\xc3\xa9.jpg")
     assert run_ranks(2, exchange_texts, name) == [(name, [f"{name}0", f"{name}1"])] * 2
+
+
+@pytest.mark.gloo
+def test_a_machine_that_others_cannot_reach_is_named_on_every_rank() -> None:
+    assert run_ranks(2, meet_on_machines, "10.0.0.2") == ["", ""]
+    first, second = run_ranks(2, meet_on_machines, "127.0.1.1")
+    assert first == second
+    assert "no other machine reaches it: node1 (127.0.1.1); export GLOO_SOCKET_IFNAME" in first
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2048, 1), (256, 8)])
@@ -85,27 +94,20 @@ def test_ranks_that_do_not_meet_say_why(rank: int, port_is_used: bool, text: str
 
 
 @pytest.mark.parametrize(
-    ("device", "world_size", "stays_open"),
-    [("cuda", 2, True), ("cuda", 1, False), ("cpu", 2, False)],
+    ("kind", "world_size", "is_closed"), [("cuda", 2, False), ("cuda", 1, True), ("cpu", 2, True)]
 )
-def test_a_rank_that_fails_waits_for_no_rank_in_nccl(
-    device: str, world_size: int, stays_open: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_rank_that_fails_does_not_wait_for_the_kernels_of_others(
+    kind: str, world_size: int, is_closed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU there is no NCCL: gloo stands in for it."""
-    opened, init = torch.device(device, 0), dist.init_process_group
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-
-    def init_alone(backend: str, **options: object) -> None:
-        assert ("nccl" in backend) == (device == "cuda")
-        init("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-    monkeypatch.setattr(dist, "init_process_group", init_alone)
-    world = World(0, world_size, 0, world_size, "srun", "tcp://localhost:1")
-    with process_group(world, opened):
-        pass
-    assert not dist.is_initialized()
-    with pytest.raises(MemoryError), process_group(world, opened):
+    closed: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: closed.append(True))
+    monkeypatch.setattr(collectives, "require_reachable", lambda: None)
+    world = World(0, world_size, 0, world_size, "srun", "tcp://localhost:29500")
+    with pytest.raises(MemoryError), process_group(world, torch.device(kind)):
         raise MemoryError
-    assert dist.is_initialized() == stays_open
-    if stays_open:
-        dist.destroy_process_group()
+    assert closed == [True] * is_closed
+    with process_group(world, torch.device(kind)):
+        closed.clear()
+    assert closed == [True]

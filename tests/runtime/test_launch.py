@@ -1,9 +1,14 @@
 import socket
+from urllib.parse import urlsplit
 
 import pytest
 
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.launch import (
+    Host,
+    describe_host,
+    find_address,
+    find_unreachable,
     find_world,
     first_host,
     launch_remedy,
@@ -172,3 +177,33 @@ def test_pods_that_share_no_run_are_on_their_own() -> None:
 def test_a_pod_outside_its_job_is_refused() -> None:
     with pytest.raises(ConfigError, match="contradict"):
         find_world(POD | {"WORLD_SIZE": "2"})
+
+
+def test_machines_whose_name_is_a_loopback_address_are_named() -> None:
+    a, b = Host("a", "kernel 1", "10.0.0.1"), Host("b", "kernel 2", "fe80::1%eth0")
+    assert find_unreachable([a, a, b]) == ""
+    alone = Host("c", "kernel 3", "127.0.1.1")
+    assert find_unreachable([alone, alone._replace(name="d")]) == ""  # one machine of two names
+    assert find_unreachable([a, alone._replace(address="")]) == ""  # an interface was named
+    text = find_unreachable([a, alone, alone, b, Host("e", "kernel 4", "::1")])
+    assert "no other machine reaches it: c (127.0.1.1), e (::1); export GLOO_SOCKET_IFNAME" in text
+    many = [Host(f"n{i}", str(i), "127.0.1.1") for i in range(10)]
+    assert "n7 (127.0.1.1) and 2 more; export" in find_unreachable(many)
+
+
+def test_the_address_of_this_machine_is_that_which_gloo_takes() -> None:
+    assert find_address("localhost") in ("127.0.0.1", "::1")
+    assert find_address("no-such-name.invalid") == "127.0.0.1"
+    host = describe_host({})
+    assert (host.name, host.address) == (socket.gethostname(), find_address(socket.gethostname()))
+    assert describe_host({"GLOO_SOCKET_IFNAME": "lo"}) == host._replace(address="")
+
+
+@pytest.mark.parametrize("address", ["fd09::1", "[fd09::1]"])
+@pytest.mark.parametrize("environment", [SRUN, POD])
+def test_an_address_of_ipv6_is_a_rendezvous(environment: dict[str, str], address: str) -> None:
+    given = environment | {"MASTER_ADDR": address, "MASTER_PORT": "29511"}
+    world = find_world(given)
+    assert require_rendezvous(world, given) == "[fd09::1]:29511"
+    parsed = urlsplit(world.init_method)
+    assert (parsed.hostname, parsed.port) == ("fd09::1", 29511)
