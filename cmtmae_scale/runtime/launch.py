@@ -213,15 +213,17 @@ class Host(NamedTuple):
     name: str
     """The machine's name."""
     network: str
-    """Kernel and network namespace: a loopback address reaches the processes in it alone."""
+    """Kernel and network namespace: a loopback address reaches the processes in it alone. Empty:
+    not known."""
     address: str
     """The address that gloo gives to other ranks; empty: that of an interface which was named."""
 
 
 def describe_host(environment: Mapping[str, str] = os.environ) -> Host:
     """Return where other ranks reach this process."""
-    name = socket.gethostname()
-    network = f"{BOOT_ID.read_text().strip()} {os.readlink(NETWORK_NAMESPACE)}"
+    name, network = socket.gethostname(), ""
+    with suppress(OSError):  # a sandbox may hide either
+        network = f"{BOOT_ID.read_text().strip()} {os.readlink(NETWORK_NAMESPACE)}"
     return Host(name, network, "" if environment.get("GLOO_SOCKET_IFNAME") else find_address(name))
 
 

@@ -1,9 +1,11 @@
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.runtime import launch
 from cmtmae_scale.runtime.launch import (
     Host,
     describe_host,
@@ -191,12 +193,16 @@ def test_machines_whose_name_is_a_loopback_address_are_named() -> None:
     assert "n7 (127.0.1.1) and 2 more; export" in find_unreachable(many)
 
 
-def test_the_address_of_this_machine_is_that_which_gloo_takes() -> None:
+def test_the_address_of_this_machine_is_that_which_gloo_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert find_address("localhost") in ("127.0.0.1", "::1")
     assert find_address("no-such-name.invalid") == "127.0.0.1"
     host = describe_host({})
     assert (host.name, host.address) == (socket.gethostname(), find_address(socket.gethostname()))
     assert describe_host({"GLOO_SOCKET_IFNAME": "lo"}) == host._replace(address="")
+    monkeypatch.setattr(launch, "NETWORK_NAMESPACE", Path("/proc/self/ns/absent"))
+    assert describe_host({}) == host._replace(network="")  # then no machine is told from another
 
 
 @pytest.mark.parametrize("address", ["fd09::1", "[fd09::1]"])
