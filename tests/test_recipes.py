@@ -25,6 +25,7 @@ NAMES = {
         "mae_base",
         "mae_large",
         "milan_base",
+        "vit_base_no_decoder",
         "demo",
         "tiny_imagenet",
     ),

@@ -122,7 +122,8 @@ def parse_preflight(arguments: Sequence[str]) -> argparse.Namespace:
         "--candidate",
         action="append",
         metavar="'key=value ...'",
-        help="settings of one more run; default: other weights of the loss terms",
+        help="settings of one more run; default: other loss weights, and the teacher alone "
+        "without a decoder",
     )
     parser.add_argument("--steps", type=at_least_one, default=500, help="steps of every run; 500")
     add_common_options(parser, "runs/preflight/NAME of the recipe")

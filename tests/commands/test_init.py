@@ -239,6 +239,18 @@ def test_two_lines_add_a_teacher() -> None:
     assert config.teacher.model == "ViT-B-16-quickgelu" and config.decoder.type == "prompt"
 
 
+def test_three_lines_take_the_decoder_and_the_feedback_away() -> None:
+    text, config = write(3000, Machine(2, False, DEMO_TEACHER))
+    keys = ("# decoder:", "# loss:", "# collaboration:")
+    lines = [line for line in text.splitlines() if not line.startswith("decoder:")]
+    changed = [line.removeprefix("# ") if line.startswith(keys) else line for line in lines]
+    best = config_from_dict(parse_yaml("\n".join(changed)), "photos.yaml")
+    shipped = load_config("vit_base_no_decoder")
+    assert (best.decoder.type, best.loss) == (shipped.decoder.type, shipped.loss)
+    assert best.collaboration == shipped.collaboration != config.collaboration
+    assert needs(best).teacher and not needs(best).momentum and best.teacher == config.teacher
+
+
 def test_the_line_that_fetches_public_weights_is_python() -> None:
     text, config = write(3000, Machine(2, True, None))
     (line,) = [line for line in text.splitlines() if "python -c" in line]

@@ -37,6 +37,14 @@ TEACHERS = {
 }
 """Group ``teacher`` by its weights."""
 
+NO_DECODER = """\
+# In short runs the teacher alone, without a decoder, learned better features at a third of the
+# cost (docs/study.md, "What to use"); long runs are untested. In place of the decoder, these:
+# decoder: {type: none}
+# loss: {tokens: visible}
+# collaboration: {alpha_attention: 1.0, alpha_target: 1.0}
+"""
+
 
 class Machine(NamedTuple):
     """What the run will have."""
@@ -217,6 +225,7 @@ def targets(sizes: Sizes, machine: Machine, steps: int) -> str:
             f"# The teacher's weights are on this machine: {machine.teacher}.\n"
             f"teacher: {TEACHERS[machine.teacher]}\n{prompt}{momentum}"
             "mask: {sampler: reveal_salient, ratio: 0.75}  # salient patches tend to stay visible\n"
+            f"{NO_DECODER}"
         )
     return f"""# No teacher's weights are on this machine: MAE, which predicts the masked pixels.
 teacher: {{mode: none}}

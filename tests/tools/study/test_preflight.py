@@ -55,10 +55,26 @@ def test_each_candidate_is_a_run_of_the_same_length(recipe: str, tmp_path: Path)
     assert pixel.loss.pixel == 1 and pixel.mask.salient_fraction.end == 0.5
     assert {config.train.steps for config in (plain, half, pixel)} == {30}
     assert plain.log.diagnostics_every == 3
-    study = preflight_study(recipe, str(tmp_path / "p"), 30, IMAGES, [])
-    assert list(study.rows) == ["as it is", *DEFAULTS]
-    study = preflight_study(recipe, str(tmp_path / "p"), 30, [*IMAGES, *NO_TEACHER], [])
-    assert list(study.rows) == ["as it is"]
+
+
+def test_the_default_candidates_are_those_that_fit_the_recipe(
+    recipe: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def rows(*settings: str) -> list[str]:
+        study = preflight_study(recipe, str(tmp_path / "p"), 30, [*IMAGES, *settings], [])
+        assert len(plan_runs(study)) == len(study.rows)
+        return list(study.rows)
+
+    as_it_is, target_1, target_03, pixel, no_decoder = rows()
+    assert [as_it_is, target_1, target_03, pixel, no_decoder] == ["as it is", *DEFAULTS]
+    assert rows(*NO_TEACHER) == ["as it is"]
+    assert rows("collaboration.alpha_target=1") == ["as it is", target_03, pixel, no_decoder]
+    best = rows(*no_decoder.split())
+    assert best == ["as it is", target_03, pixel]  # the rest are the recipe itself
+    assert not caplog.records
+    cross = ["decoder.type=cross", "loss.tokens=masked", "decoder.predict_ratio=0.25"]
+    assert rows(*cross) == ["as it is", target_1, target_03, pixel]
+    assert f"no candidate {no_decoder}: " in caplog.text and "predict_ratio" in caplog.text
 
 
 def test_unusable_recipes_are_refused(recipe: str, tmp_path: Path) -> None:
