@@ -9,7 +9,8 @@ benchmark dataset and evaluation methodology for video object segmentation (CVPR
 """
 
 import logging
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from cmtmae_scale.evaluation.across import gather_from_ranks
 from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.masks import (
     CLASS_MODES,
+    IMAGE_SUFFIXES,
     VOID,
     decode_upright,
     open_file,
@@ -113,27 +115,40 @@ def list_clips(root: Path) -> Clips:
         problem = f"no {FRAMES}/ and {MASKS}/ are here" if root.exists() else "no such folder"
         raise DataError(f"{root}: {problem}; {LAYOUT}")
     clips: list[Clip] = []
-    excluded: dict[str, int] = {}
-    for folder in sorted(one for one in found[0].iterdir() if one.is_dir()):
-        frames = sorted(one for one in folder.iterdir() if one.suffix.lower() in (".jpg", ".png"))
-        masks = {
-            number: found[1] / folder.name / f"{frame.stem}.png"
-            for number, frame in enumerate(frames)
-            if (found[1] / folder.name / f"{frame.stem}.png").is_file()
-        }
+    excluded = Counter[str]()
+    names = {folder.name for place in found for folder in place.glob("[!.]*/")}
+    for name in sorted(names):
+        frames, others = list_frames(found[0] / name)
+        stems = {frame.stem: number for number, frame in enumerate(frames)}
+        files = sorted((found[1] / name).glob("*.png"))
+        masks = dict(sorted((stems[file.stem], file) for file in files if file.stem in stems))
         reason = refuse_clip(frames, masks)
         if reason:
-            logger.warning("%s is excluded: clip %s", folder.name, reason)
-            excluded[f"clips {reason}"] = excluded.get(f"clips {reason}", 0) + 1
-        else:
-            clips.append(Clip(folder.name, frames, masks))
-            bare = len(frames) - len(masks)
-            if bare:
-                excluded["frames without a mask"] = excluded.get("frames without a mask", 0) + bare
+            logger.warning("%s is excluded: clip %s", name, reason)
+            excluded[f"clips {reason}"] += 1
+            continue
+        clips.append(Clip(name, frames, masks))
+        excluded["frames without a mask"] += len(frames) - len(masks)
+        excluded["masks without a frame"] += len(files) - len(masks)
+        excluded["files among the frames that are no images"] += others
+    excluded = +excluded  # without zeros
     if not clips:
         reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
         raise DataError(f"{root}: no usable clip ({reasons or 'no folder of frames'}); {LAYOUT}")
-    return Clips(clips, excluded)
+    return Clips(clips, dict(excluded))
+
+
+def list_frames(folder: Path) -> tuple[list[Path], int]:
+    """Return the frames of a clip in the order of the numbers in their names, and other files."""
+    files = [one for one in folder.glob("[!.]*") if one.is_file()]
+    frames = [one for one in files if one.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(frames, key=frame_order), len(files) - len(frames)
+
+
+def frame_order(frame: Path) -> tuple[list[str | int], str]:
+    """Return a key that puts ``frame_10`` after ``frame_9``."""
+    parts = re.split("([0-9]+)", frame.stem)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], frame.name
 
 
 def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
@@ -142,6 +157,8 @@ def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
     Raises:
         DataError: for a mask in colours.
     """
+    if len({frame.stem for frame in frames}) < len(frames):
+        return "with two frames of one name"
     if len(frames) < 2:
         return "of fewer than two frames"
     if 0 not in masks:

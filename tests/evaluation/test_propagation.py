@@ -118,6 +118,37 @@ def test_unusable_clips_are_counted_or_refused(tmp_path: Path) -> None:
         open_clips(str(tmp_path))
 
 
+def test_frames_follow_the_numbers_in_their_names(tmp_path: Path) -> None:
+    write_clip(tmp_path, "a", 11)
+    frames, masks = (tmp_path / kind / "480p" / "a" for kind in ("JPEGImages", "Annotations"))
+    for number in range(11):
+        (frames / f"{number:05d}.jpg").rename(frames / f"take2_{number}.jpeg")
+        (masks / f"{number:05d}.png").rename(masks / f"take2_{number}.png")
+    (clip,) = open_clips(str(tmp_path)).clips
+    assert [file.stem for file in clip.frames] == [f"take2_{number}" for number in range(11)]
+    assert [file.stem for file in clip.masks.values()].count("take2_2") == 1
+    assert clip.masks == {i: masks / f"{file.stem}.png" for i, file in enumerate(clip.frames)}
+
+
+def test_files_without_a_partner_are_counted(tmp_path: Path) -> None:
+    for name in ("a", "masks", "twice"):
+        write_clip(tmp_path, name, 4)
+    frames, masks = (tmp_path / kind / "480p" for kind in ("JPEGImages", "Annotations"))
+    (frames / "a" / "00002.jpg").unlink()
+    (frames / "a" / "notes.txt").touch()
+    (frames / "a" / ".DS_Store").touch()
+    (frames / "masks").rename(tmp_path / "away")
+    (frames / "twice" / "00001.png").write_bytes((masks / "twice" / "00001.png").read_bytes())
+    found = open_clips(str(tmp_path))
+    assert [clip.name for clip in found.clips] == ["a"]
+    assert found.excluded == {
+        "masks without a frame": 1,
+        "files among the frames that are no images": 1,
+        "clips of fewer than two frames": 1,
+        "clips with two frames of one name": 1,
+    }
+
+
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_frames_are_turned_upright_as_in_training(tmp_path: Path, orientation: int) -> None:
     """A mask fits the frame as it is seen; half a turn leaves the size as it is."""
