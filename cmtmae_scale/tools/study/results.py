@@ -251,6 +251,11 @@ def join_results(run: Run, features: str) -> RunResult:
     if run.segmentation is not None and run.segmentation.exists():
         by_name["segmentation"] = read_result(run.segmentation)
         rows += by_name["segmentation"]["results"]
+        if any(row["interval_95"] is None for row in by_name["segmentation"]["results"]):
+            raise ConfigError(
+                f"{run.segmentation}: one test image gives no interval; give the study's "
+                "evaluation.segmentation two or more"
+            )
     subject = rows[0]["weights"]
     own = [one for one in rows if one["weights"] == subject]
     primary = find_row(own, "linear", features, run.linear)

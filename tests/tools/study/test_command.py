@@ -242,6 +242,20 @@ def test_results_are_collected_without_running_anything(
     assert not (elsewhere / "lock").exists()
 
 
+def test_a_segmentation_of_one_image_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    tree = study_tree(tmp_path)
+    evaluation = tree["evaluation"] | {"segmentation": str(tmp_path / "masks")}
+    study = load_study(write_study(tmp_path, tree | {"evaluation": evaluation}))
+    run = plan_runs(study)[0]
+    put_results(run, hits_of(20))
+    assert run.segmentation is not None
+    result = json.loads(run.segmentation.read_text())
+    result["results"] = [row | {"interval_95": None} for row in result["results"]]
+    run.segmentation.write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match=r"one test image gives no interval; give the study's"):
+        collect_results(study, [run])
+
+
 @pytest.mark.parametrize("key", ["train", "test", "segmentation"])
 def test_absent_images_are_refused_before_anything_is_trained(
     tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
