@@ -4,6 +4,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cmtmae_scale.commands.alone import run_alone
@@ -68,6 +69,7 @@ def copy_one(target: Path) -> None:
 
     Raises:
         ConfigError: the place is taken, or cannot be written.
+        OSError: if the store is full or fails.
     """
     source, draft = shipped_root() / target, target.with_name(f".{target.name}.draft")
     if target.exists():
@@ -76,9 +78,28 @@ def copy_one(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
             shutil.rmtree(draft, ignore_errors=True)  # of a copy that was interrupted
-            shutil.copytree(source, draft)
+            copy_folder(source, draft)
         else:
             shutil.copyfile(source, draft)
         draft.rename(target)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{target}: {error.strerror}; work in another folder") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            draft.unlink()
+
+
+def copy_folder(source: Path, draft: Path) -> None:
+    """Copy a folder; ends at the first error, which ``shutil.copytree`` would turn into another.
+
+    Raises:
+        OSError: if the store refuses.
+    """
+    draft.mkdir()
+    for path in sorted(source.rglob("*")):
+        place = draft / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        else:
+            shutil.copyfile(path, place)

@@ -1,11 +1,14 @@
 """Shipped files are copied whole to the path that they have in a clone, and never over others."""
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cmtmae_scale.commands.copy import copy_shipped
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,3 +65,17 @@ def test_a_copy_that_was_interrupted_is_made_again(tmp_path: Path) -> None:
     (draft / "half").write_text("")
     assert copy_shipped(["slurm"]) == EXIT_DONE
     assert not draft.exists() and not (tmp_path / "launchers/slurm/half").exists()
+
+
+@pytest.mark.parametrize("name", ["demo", "slurm"])
+def test_a_full_store_is_75_and_leaves_no_half_copy(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def copyfile(source: Path, target: Path, **options: object) -> None:
+        Path(target).write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    assert copy_shipped([name]) == EXIT_STOPPED
+    assert "No space left on device; make room where the command writes" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
