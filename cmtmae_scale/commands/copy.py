@@ -102,4 +102,4 @@ def copy_folder(source: Path, draft: Path) -> None:
         if path.is_dir():
             place.mkdir()
         else:
-            shutil.copyfile(path, place)
+            shutil.copy(path, place)
