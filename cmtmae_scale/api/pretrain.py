@@ -12,7 +12,7 @@ from typing import Any
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.engine.run import run_task
-from cmtmae_scale.engine.stop import SIGNALS
+from cmtmae_scale.engine.stop import SIGNALS, LaunchInterrupted, interrupt_launch
 from cmtmae_scale.errors import EXIT_DONE, ConfigError, RunStoppedError
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.collectives import pick_device
@@ -26,7 +26,8 @@ def pretrain(config: str | Path, **overrides: Mapping[str, Any] | list[Any]) -> 
     """Pre-train a student in this process, or resume; call from the main thread.
 
     Each process of a launcher, such as torchrun, is a rank. Ctrl-C, SIGTERM and SIGUSR1 save a
-    checkpoint and stop the run; the caller's handlers are restored afterwards. Log records go to
+    checkpoint, once there is something to save, and stop the run; the caller's handlers are
+    restored afterwards. Log records go to
     standard error, unless the caller has set up logging.
 
     Args:
@@ -48,7 +49,14 @@ def pretrain(config: str | Path, **overrides: Mapping[str, Any] | list[Any]) -> 
     lines = override_lines(overrides)
     settings = load_config(config, lines)
     with own_handlers():
-        code = train_rank(settings, world, str(config), lines)
+        interrupt_launch()
+        try:
+            code = train_rank(settings, world, str(config), lines)
+        except LaunchInterrupted as stopped:
+            raise RunStoppedError(
+                f"{settings.run.output_dir}: stopped ({stopped}) before the first step, with "
+                "nothing to save; the same call starts again"
+            ) from stopped
     if code != EXIT_DONE:
         raise RunStoppedError(
             f"{settings.run.output_dir}: stopped on request; the same call resumes the run"

@@ -32,6 +32,7 @@ from cmtmae_scale.evaluation.features import ReadOptions, extract_features
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.evaluation.subject import subject_from_checkpoint
 from cmtmae_scale.method import masking
+from cmtmae_scale.pretraining import task
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError
 from dataloading.index import build_index
@@ -67,10 +68,22 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
                     small = BASE | {name: tree[name] for name in ("run", "data")}
                     small["train"] = {"global_batch_size": 4, "steps": 6}
                     path.write_text(yaml.safe_dump(small))
+                    names["interrupted"] = interrupt_build(path)
                     names["stopped"] = stop_early(path)
     finally:
         os.chdir(before)
     return SimpleNamespace(folder=folder, place=folder / "runs" / "photos", **names)
+
+
+def interrupt_build(recipe: Path) -> str:
+    """The error of the page's run at a Ctrl-C before its first step."""
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunStoppedError) as stopped:
+        patch.setattr(task, "build_models", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        cmtmae_scale.pretrain(recipe, train={"steps": 20})
+    assert stopped.value.exit_code == 75 and signal.getsignal(signal.SIGINT) is handler
+    assert json.loads(Path("runs/photos/exit.json").read_text())["code"] == 75
+    return str(stopped.value)
 
 
 def stop_early(recipe: Path) -> str:
@@ -83,6 +96,10 @@ def stop_early(recipe: Path) -> str:
 
 
 def test_a_run_stops_resumes_and_trains_as_the_page_says(done: Any) -> None:
+    assert done.interrupted == (
+        "runs/photos: stopped (SIGINT) before the first step, with nothing to save; the same call "
+        "starts again"
+    )
     assert done.stopped == "runs/photos: stopped on request; the same call resumes the run"
     log = (done.place / "log.jsonl").read_text().splitlines()
     steps = [entry["step"] for entry in map(json.loads, log) if "loss/total" in entry]
