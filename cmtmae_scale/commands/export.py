@@ -59,7 +59,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
             )
         if what not in UNSEEN:
             images = "images to verify on, folder or tars; default: the run's"
-            command.add_argument("--images", type=Path, help=images)
+            command.add_argument("--images", help=images)  # as text: it may be an address
         if what == "onnx":
             size = (
                 "side of the graph's images in pixels; positions are resampled; default: the run's"

@@ -81,7 +81,7 @@ def export_folder(
     place: Path,
     output: Path | None,
     weights: Weights,
-    images: Path | None,
+    images: str | Path | None,
     target: Target | None = None,
     image_size: int | None = None,
 ) -> str:

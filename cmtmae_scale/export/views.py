@@ -27,10 +27,10 @@ class Views(NamedTuple):
     """Number of images of the run's data set; ``None``: these are other images."""
 
 
-def open_views(images: Path | None, origin: Origin) -> Views:
+def open_views(images: str | Path | None, origin: Origin) -> Views:
     """Decode the same few images, spread evenly over a data set.
 
-    ``images`` is a folder of images, or tars; ``None``: the run's own.
+    ``images`` is a folder of images, or tars or their address; ``None``: the run's own.
 
     Raises:
         ConfigError: if the run's images cannot be read.
