@@ -53,9 +53,15 @@ def find_step(file: Path, config: Config, device: Device) -> Found:
         raise ConfigError(
             f"--suite {file}: not a result of cmtmae benchmark suite; name another file"
         ) from error
-    usable = [one for one in found if one.config.student.arch == config.student.arch]
+    usable = [one for one in found if student_size(one.config) == student_size(config)]
     usable.sort(key=lambda one: one.config.backend.name != config.backend.name)
     return Found(usable[0] if usable else None, outdated)
+
+
+def student_size(config: Config) -> tuple[str | int | None, ...]:
+    """Return what determines the sizes of the student's matrix products."""
+    student = config.student
+    return student.arch, student.patch_size, student.width, student.depth, student.heads
 
 
 def list_steps(rows: dict[str, Any], device: Device, outdated: list[str]) -> Iterator[MeasuredStep]:

@@ -324,8 +324,9 @@ def test_a_measured_row_gives_the_fraction(recipe: Path, counted: Counted, tmp_p
     of_cache = found._replace(images_s=0.2, config=cached)
     assert reached_fraction(of_cache, kernels, device) == pytest.approx(0.05)  # without its teacher
     assert find_step(file, config, DEVICES["a100"]) == (None, [])
-    other = load_config(recipe, ["student.arch=vit_tiny_patch16_224"])
-    assert find_step(file, other, device).step is None
+    for change in ("arch=vit_tiny_patch16_224", "depth=3", "width=96"):
+        other = load_config(recipe, [f"student.{change}"])
+        assert find_step(file, other, device).step is None, change
     old = {"old": row | {"command": f"{command} data.threads=2"}, "none": row | {"results": []}}
     file.write_text(json.dumps({"rows": old | rows}))
     assert find_step(file, config, device) == (found, ["old"])
