@@ -122,6 +122,19 @@ def test_ranks_with_other_weights_or_none_leave_together(place: Path, tmp_path: 
     assert first[2] == f"rank 1: {second[2]}" and "is neither a run" in second[2]
 
 
+def test_ranks_of_which_one_has_the_exported_folder_leave_together(tmp_path: Path) -> None:
+    (tmp_path / "timm").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "timm" / name).touch()
+    knn = [["knn", "--checkpoint", str(tmp_path / name), "--arch", "x"] for name in ("timm", "no")]
+    momentum = [[*words[:3], "--weights", "momentum"] for words in knn]
+    first, second = run_ranks(2, command_apart, knn, momentum)
+    assert first[0] == f"rank 1: {second[0]}"
+    assert second[0] == f"--arch belongs to a .safetensors file; found {tmp_path / 'no'}"
+    assert second[1] == f"rank 0: {first[1]}" or second[1] == first[1]
+    assert first[1].startswith("--weights belongs to a checkpoint")
+
+
 def test_a_result_file_that_cannot_be_there_ends_the_search_for_a_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
