@@ -150,6 +150,15 @@ def test_a_result_file_that_cannot_be_there_ends_the_search_for_a_name(
     assert free_file(long, {}) == long
 
 
+def test_the_figure_does_not_replace_the_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmtmae_scale.commands.evaluate.set_up_logging", lambda *_: None)
+    words = ["--checkpoint", str(tmp_path), "--clips", "clips", "--out", "found.png"]
+    assert evaluate_command(["propagation", *words]) == 78
+    assert "--out=found.png: the figure is written there; name FILE.json" in caplog.text
+
+
 def test_the_deepspeed_launcher_puts_its_option_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     monkeypatch.setattr(evaluate_module, "launch", lambda words: seen.append(words) or 0)
