@@ -40,6 +40,8 @@ TURNED, ORIENTATION = ("JPEG", "MPO", "WEBP"), 0x0112
 CLASS_MODES = ("P", "L", "1", "I", "I;16")
 """Modes of Pillow with one number per pixel."""
 NO_MASK, NO_IMAGE = "without a mask", "without an image"
+SAME_NAME = "with another image of the same name"
+OTHER_KIND = "that are files of another kind"
 OTHER_SIZE, BROKEN = "with a mask of another size", "that cannot be decoded"
 LAYOUTS = (
     "name a folder with images/ and masks/ (the same names, masks as PNG), or Pascal VOC's folder "
@@ -158,9 +160,8 @@ def list_pairs(path: Path, part: str) -> MaskedSet:
     digest = hashlib.sha256()
     first: dict[str, str] = {}
     candidates = list(list_voc(root, path, part) if is_voc(root) else list_folder(root))
-    for image, mask in candidates:
-        problem = NO_IMAGE if image is None else NO_MASK if mask is None else ""
-        if image is not None and mask is not None:
+    for image, mask, problem in candidates:
+        if image is not None and mask is not None and not problem:
             problem = compare_headers(image, mask)
         if problem:
             excluded[problem] += 1
@@ -181,8 +182,19 @@ def list_pairs(path: Path, part: str) -> MaskedSet:
     return found
 
 
-Candidate = tuple[Path | None, Path | None]
-"""Image and mask; ``None``: it does not exist."""
+class Candidate(NamedTuple):
+    """An image and its mask; ``None``: it does not exist."""
+
+    image: Path | None
+    mask: Path | None
+    problem: str = ""
+    """Why they are no pair; empty: they are, if their headers fit."""
+
+
+def make_candidate(image: Path | None, mask: Path | None) -> Candidate:
+    """Pair an image with its mask, or say which of them does not exist."""
+    problem = NO_IMAGE if image is None else NO_MASK if mask is None else ""
+    return Candidate(image, mask, problem)
 
 
 def list_voc(root: Path, path: Path, part: str) -> Iterator[Candidate]:
@@ -198,24 +210,29 @@ def list_voc(root: Path, path: Path, part: str) -> Iterator[Candidate]:
         raise DataError(f"{listed}: the list cannot be read ({error}); {LAYOUTS}") from error
     for name in dict.fromkeys(names):
         files = root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png"
-        image, mask = (file if file.is_file() else None for file in files)
-        yield image, mask
+        yield make_candidate(*(file if file.is_file() else None for file in files))
 
 
 def list_folder(root: Path) -> Iterator[Candidate]:
-    """Yield the images of a folder, and masks without an image."""
+    """Yield the images of a folder, files among them that are none, and masks without an image.
+
+    Of images of one name, such as ``a.jpg`` and ``a.png``, none is known to be the mask's.
+    """
     masks = mask_folder(root) or root
-    images = {
-        file.relative_to(root / "images").with_suffix(""): file
-        for file in sorted((root / "images").rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    }
-    for name, image in images.items():
+    images: dict[Path, list[Path]] = {}
+    for file in sorted((root / "images").rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            images.setdefault(file.relative_to(root / "images").with_suffix(""), []).append(file)
+        elif file.is_file() and not file.name.startswith("."):
+            yield Candidate(file, None, OTHER_KIND)
+    for name, files in images.items():
         mask = masks / f"{name}.png"
-        yield image, mask if mask.is_file() else None
+        for image in files:
+            found = make_candidate(image, mask if mask.is_file() else None)
+            yield found if len(files) == 1 else found._replace(problem=SAME_NAME)
     for mask in sorted(masks.rglob("*.png")):
         if mask.relative_to(masks).with_suffix("") not in images:
-            yield None, mask
+            yield make_candidate(None, mask)
 
 
 def compare_headers(image: Path, mask: Path) -> str:

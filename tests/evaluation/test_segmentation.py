@@ -174,6 +174,21 @@ def test_unusable_masks_are_counted_or_refused(tmp_path: Path, caplog: Any) -> N
     assert total_excluded(found)["that cannot be decoded"] == 3
 
 
+def test_images_of_one_name_and_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "set", 3)
+    images = folder / "images"
+    Image.new("RGB", size_of(images / "00.png")).save(images / "00.jpg")
+    (images / "02.png").rename(images / "02.tif")
+    (images / ".DS_Store").touch()
+    found = list_pairs(folder, "train")
+    assert [pair.image for pair in found.pairs] == ["images/01.png"]
+    assert found.excluded == {
+        "with another image of the same name": 2,
+        "that are files of another kind": 1,
+        "without an image": 1,
+    }
+
+
 def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> None:
     folder = write_masked(tmp_path / "set", 3)
     with pytest.raises(DataError, match=r"no such file or folder; name a folder with images/ and"):
