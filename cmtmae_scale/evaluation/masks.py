@@ -137,8 +137,9 @@ def find_root(path: Path) -> Path:
     Raises:
         DataError: if the path has none of the layouts.
     """
-    if path.suffix == ".txt" and path.is_file() and is_voc(path.resolve().parents[2]):
-        return path.resolve().parents[2]
+    above = list(path.resolve().parents)[2:3]  # none of a list near the root of the file system
+    if path.suffix == ".txt" and path.is_file() and above and is_voc(above[0]):
+        return above[0]
     if is_voc(path) or mask_folder(path) is not None:
         return path
     problem = "no images with masks are here" if path.exists() else "no such file or folder"

@@ -1,6 +1,7 @@
 """Segmentation of patches: the plain version's predictions, the same at any number of ranks."""
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,14 @@ def test_images_of_one_name_and_files_that_are_no_images_are_counted(tmp_path: P
         "that are files of another kind": 1,
         "without an image": 1,
     }
+
+
+def test_a_list_without_folders_above_it_is_refused() -> None:
+    with (
+        tempfile.NamedTemporaryFile(suffix=".txt", dir="/tmp") as listed,
+        pytest.raises(DataError, match="no images with masks are here; name a folder"),
+    ):
+        open_masked(listed.name, "train")
 
 
 def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> None:
