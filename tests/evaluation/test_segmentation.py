@@ -1,5 +1,6 @@
 """Segmentation of patches: the plain version's predictions, the same at any number of ranks."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.evaluation import segmentation
 from cmtmae_scale.evaluation.dense import open_masked_pair, total_excluded
 from cmtmae_scale.evaluation.encoders import token_encoder
@@ -196,6 +198,24 @@ def test_a_list_without_folders_above_it_is_refused() -> None:
         pytest.raises(DataError, match="no images with masks are here; name a folder"),
     ):
         open_masked(listed.name, "train")
+
+
+def refusal_on_this_rank(root: Path) -> str:
+    os.chdir(root / str(dist.get_rank()))
+    try:
+        open_masked_pair("set", None, None, 0)
+    except (CmtMaeError, DataError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.gloo
+def test_a_rank_without_the_folders_ends_all(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_masked(tmp_path / "0" / "set" / part, 2)
+    (tmp_path / "1").mkdir()
+    first, second = run_ranks(2, refusal_on_this_rank, tmp_path)
+    assert first == f"rank 1: {second}" and second.startswith("set: nothing to test on")
 
 
 def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> None:
