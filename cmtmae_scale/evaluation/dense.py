@@ -164,7 +164,7 @@ def run_representation(
     panels: ShownMaps | None = None
     if options.masks is not None:
         masked = open_masked(options.masks, "val")
-        maps = maps_of_subject(subject, device)
+        maps = on_all_ranks(lambda: maps_of_subject(subject, device))
         found, unclear, panels = measure_attention(maps, masked, reading, world, device)
         rows += found
         excluded = total_excluded(masked)
