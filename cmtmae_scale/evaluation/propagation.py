@@ -49,6 +49,8 @@ NEIGHBOURS = 5
 TEMPERATURE = 0.1
 WINDOW = 0.2
 """Half of the window's side as a fraction of the grid: DINO's 12 of 60 rows at 480 pixels."""
+FLAT = 1e-6
+"""Range of a class as a fraction of its largest value, up to which it is rounding errors."""
 TOLERANCE = 0.008
 """Distance at which contours match, as a fraction of the frame's diagonal."""
 FRAMES, MASKS = "JPEGImages", "Annotations"
@@ -380,12 +382,14 @@ def upsample_labels(
 ) -> NDArray[np.uint8]:
     """Return the class of each pixel from labels ``[N, C]``, uint8 of the frame's size.
 
-    Each class is scaled to [0, 1] over the frame before the largest wins, as in DINO.
+    Each class is scaled to [0, 1] over the frame before the largest wins, as in DINO; a class
+    that does not vary beyond rounding, as an object that fills the frame, keeps its values.
     """
     maps = labels.T.view(1, len(classes), *grid)
     maps = F.interpolate(maps, size=(size[0], size[1]), mode="bilinear")[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    scaled = torch.where(high > 0, (maps - low) / (high - low).clamp_min(1e-12), maps)
+    varies = high - low > FLAT * high
+    scaled = torch.where(varies, (maps - low) / (high - low).clamp_min(1e-12), maps)
     return np.asarray(classes, np.uint8)[scaled.argmax(0).cpu().numpy()]
 
 

@@ -18,6 +18,7 @@ from cmtmae_scale.evaluation.propagation import (
     propagate,
     propagate_clips,
     region_similarity,
+    upsample_labels,
     window_mask,
 )
 from dataloading.errors import DataError
@@ -58,6 +59,16 @@ def test_the_label_of_a_patch_is_each_classes_fraction() -> None:
     mask = np.array([[0, 1, 5, 5], [0, 1, 5, 255]], np.uint8)
     found = patch_labels(mask, [0, 1, 5], (1, 2), CPU)
     assert found.tolist() == [[0.5, 0.5, 0], [0, 0, 0.75]]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_an_object_that_fills_the_frame_stays_an_object(noise: float) -> None:
+    """A class that does not vary beyond rounding has no range over which it could be scaled."""
+    labels = torch.zeros(9, 2)
+    labels[:, 1] = 1 - noise * torch.arange(9) / 8
+    assert np.unique(upsample_labels(labels, [0, 7], (3, 3), (6, 6))).tolist() == [7]
+    faint = torch.tensor([0.0, 1e-9]).repeat(9, 1) * torch.arange(9)[:, None]
+    assert 7 in upsample_labels(faint, [0, 7], (3, 3), (6, 6)), "however faint, as in DINO"
 
 
 def rows_of(root: Path) -> list[Any]:
