@@ -8,6 +8,7 @@ correspondence as a contrastive random walk (arXiv 2006.14613); J and F of F. Pe
 benchmark dataset and evaluation methodology for video object segmentation (CVPR 2016).
 """
 
+import json
 import logging
 import re
 from collections import Counter, deque
@@ -36,7 +37,7 @@ from cmtmae_scale.evaluation.masks import (
 )
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.representation import encode_tokens
-from cmtmae_scale.runtime.collectives import on_all_ranks
+from cmtmae_scale.runtime.collectives import broadcast_bytes, is_first, on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.headers import PIL_ERRORS
@@ -101,12 +102,21 @@ class ShownClip(NamedTuple):
 
 
 def open_clips(path: str) -> Clips:
-    """List the clips of a folder; the same on every rank. A collective.
+    """List the clips of a folder on rank 0, for all ranks. A collective.
 
     Raises:
         DataError: on every rank: another layout, masks in colours, or no usable clip.
     """
-    return on_all_ranks(lambda: list_clips(Path(path)))
+    found = on_all_ranks(lambda: list_clips(Path(path)) if is_first() else None)
+    text = "" if found is None else json.dumps([found.clips, found.excluded], default=str)
+    clips, excluded = json.loads(broadcast_bytes(text.encode()))
+    return Clips([restore_clip(*fields) for fields in clips], excluded)
+
+
+def restore_clip(name: str, frames: list[str], masks: dict[str, str]) -> Clip:
+    """Rebuild a clip from its fields in JSON."""
+    numbered = {int(number): Path(mask) for number, mask in masks.items()}
+    return Clip(name, [Path(frame) for frame in frames], numbered)
 
 
 def list_clips(root: Path) -> Clips:
