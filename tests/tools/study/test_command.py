@@ -242,6 +242,18 @@ def test_results_are_collected_without_running_anything(
     assert not (elsewhere / "lock").exists()
 
 
+def test_a_note_of_several_lines_or_with_a_bar_stays_one_cell(tmp_path: Path) -> None:
+    tree = study_tree(tmp_path)
+    tree["rows"]["mae"]["note"] = "pixels | no\nteacher\n"
+    study = load_study(write_study(tmp_path, tree))
+    runs = plan_runs(study)
+    put_results(runs[0], hits_of(20), baselines=True)
+    write_results(study, runs, [], "study.yaml", tmp_path / "record.json")
+    lines = rows_of((tmp_path / "record.md").read_text())
+    assert lines[-3].startswith("| `mae` | pixels \\| no teacher | 1 of 2 |")
+    assert lines[-2].startswith("| `cmt` |  | 0 of 2 |") and "| missing |" in lines[-2]
+
+
 def test_a_segmentation_of_one_image_is_refused_with_the_remedy(tmp_path: Path) -> None:
     tree = study_tree(tmp_path)
     evaluation = tree["evaluation"] | {"segmentation": str(tmp_path / "masks")}
