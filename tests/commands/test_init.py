@@ -139,6 +139,12 @@ def test_a_test_set_beside_the_training_set_is_evaluated(capsys) -> None:
     draw("set/val", 3, (300, 240), labels=3)
     assert init_recipe(["set", "-o", "other.yaml"]) == EXIT_DONE
     assert load_config("other.yaml").eval.test_path is None
+    told = capsys.readouterr().err
+    assert "set/val is not evaluated: the label class2 is not among the 2 of set/train" in told
+    for file in Path("set/val").rglob("*.jpg"):
+        file.write_bytes(b"no image")
+    assert init_recipe(["set", "-o", "third.yaml"]) == EXIT_DONE
+    assert "set/val is not evaluated: " in capsys.readouterr().err
 
 
 def test_what_cannot_be_used_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
