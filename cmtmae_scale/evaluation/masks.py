@@ -39,6 +39,8 @@ TURNED, ORIENTATION = ("JPEG", "MPO", "WEBP"), 0x0112
 """Formats whose images are turned upright, and EXIF's tag; a PNG's header may not hold it."""
 CLASS_MODES = ("P", "L", "1", "I", "I;16")
 """Modes of Pillow with one number per pixel."""
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Factor by which Pillow stretches the grey levels of a PNG of 2 or 4 bits, to end at 255."""
 NO_MASK, NO_IMAGE = "without a mask", "without an image"
 SAME_NAME = "with another image of the same name"
 OTHER_KIND = "that are files of another kind"
@@ -292,13 +294,20 @@ def read_mask(file: Path) -> Image.Image:
         PIL_ERRORS: if it cannot be decoded.
     """
     with open_file(file) as opened:
-        values = np.array(opened).astype(np.int64)
+        step = grey_step(opened)
+        values = np.array(opened).astype(np.int64) // step
     if values.size and not 0 <= values.min() <= values.max() <= VOID:
         raise DataError(
             f"{file}: class numbers from {values.min()} to {values.max()}; expected 0 to 254, and "
             "255 for void: renumber the classes"
         )
     return Image.fromarray(values.astype(np.uint8))
+
+
+def grey_step(opened: Image.Image) -> int:
+    """Return what the levels of an image, not decoded yet, must be divided by to be as stored."""
+    kinds = [tile[3] for tile in getattr(opened, "tile", [])]
+    return GREY_STEPS.get(kinds[0], 1) if kinds and isinstance(kinds[0], str) else 1
 
 
 def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded | None:

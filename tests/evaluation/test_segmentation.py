@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import struct
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from cmtmae_scale.evaluation.masks import (
     list_pairs,
     masked_batches,
     open_masked,
+    read_mask,
     read_pair,
     split_masked,
 )
@@ -274,6 +277,22 @@ def test_a_palette_gives_class_numbers_and_a_split_no_image_twice(tmp_path: Path
     assert torch.equal(read_all(folder)[1], expected)
     train, test = split_masked(open_masked(str(folder), "train"), 0.6, 3)
     assert len(train) == 3 and len(test) == 2 and not set(train.pairs) & set(test.pairs)
+
+
+@pytest.mark.parametrize(("bits", "row"), [(1, 0b01100000), (2, 0b00011011), (4, 0x1F)])
+def test_classes_in_grey_of_few_bits_are_those_that_are_stored(
+    tmp_path: Path, bits: int, row: int
+) -> None:
+    """Pillow stretches the levels, so that the highest would be void."""
+    header = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes([0, row]))), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        data += struct.pack(">I", len(content)) + kind + content + crc
+    (tmp_path / "mask.png").write_bytes(data)
+    stored = [row >> (8 - bits * (k + 1)) & (2**bits - 1) for k in range(8 // bits)]
+    assert np.asarray(read_mask(tmp_path / "mask.png")).tolist() == [stored]
 
 
 def test_the_layout_of_pascal_voc_is_read(tmp_path: Path) -> None:
