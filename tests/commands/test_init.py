@@ -79,6 +79,13 @@ def test_class_folders(capsys: pytest.CaptureFixture[str]) -> None:
     assert dry("photos.yaml", capsys) == (EXIT_DONE, [])
 
 
+def test_the_next_command_can_be_typed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    draw("photos", 3, (64, 64))
+    assert init_recipe(["photos", "-o", "my recipe.yaml"]) == EXIT_DONE
+    command = shlex.split(capsys.readouterr().out.splitlines()[1])
+    assert command == ["cmtmae", "pretrain", "--config", "my recipe.yaml", "--dry-run"]
+
+
 def test_a_recipe_is_never_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw("photos", 1, (64, 64))
     Path("photos.yaml").symlink_to("absent")
