@@ -1,6 +1,7 @@
 """Results of a study as Markdown."""
 
 import os
+import shlex
 
 from cmtmae_scale.tools.study.file import Study
 from cmtmae_scale.tools.study.results import (
@@ -144,7 +145,7 @@ def command_lines(study: Study, results: Results, place: str) -> list[str]:
 
 def row_command(place: str, row: str) -> str:
     """Return the command that runs a row of a study file."""
-    return f"cmtmae study {place} --rows {row}"
+    return shlex.join(["cmtmae", "study", place, "--rows", row])
 
 
 def mean_text(mean: float, std: float | None) -> str:

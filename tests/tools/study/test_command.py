@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study.curves import PANELS, draw_curves
 from cmtmae_scale.tools.study.file import load_study
 from cmtmae_scale.tools.study.results import POINTS, collect_results
+from cmtmae_scale.tools.study.table import row_command
 from cmtmae_scale.tools.study.work import plan_runs
 from tests.engine.run_case import make_photographs
 from tests.evaluation.evaluation_case import labelled_photographs
@@ -124,6 +126,11 @@ def test_each_row_carries_its_command_and_its_result_files(tmp_path: Path) -> No
         assert all((tmp_path / "study" / file).exists() for file in files)
         known = [one["settings_digest"] for one in results["runs"] if one["row"] == row]
         assert [file.split("/")[1] for file in files] == known
+
+
+def test_the_command_of_a_row_can_be_typed_as_it_is() -> None:
+    words = shlex.split(row_command("my study.yaml", "half the mask"))
+    assert words == ["cmtmae", "study", "my study.yaml", "--rows", "half the mask"]
 
 
 def test_the_figure_is_drawn_for_what_is_there(tmp_path: Path) -> None:
