@@ -45,6 +45,7 @@ def launch(arguments: Sequence[str]) -> int:
     set_up_logging(world.rank, world.world_size)
     check_weight_options(options)
     check_image_options(options)
+    check_output(options)
     from cmtmae_scale.engine.agreement import REMEDY, code_facts, require_equal
     from cmtmae_scale.runtime.collectives import pick_device, process_group
 
@@ -243,3 +244,13 @@ def check_image_options(options: argparse.Namespace) -> None:
     given = vars(options)
     if given.get("split") is not None and given.get("test") is not None:
         raise ConfigError("--split makes the test set out of --train; drop --split or --test")
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Refuse a result file that the figure beside it would replace.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    if options.method in DENSE and options.out is not None and options.out.suffix == ".png":
+        raise ConfigError(f"--out={options.out}: the figure is written there; name FILE.json")

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,10 +64,8 @@ def write_recipe(images: str, output: Path | None) -> int:
     text = write_text(survey, find_machine(), name, output)
     check_text(text, output)
     write_new(output, text)
-    shown = (
-        f"{output}: a recipe for {survey.images} images; next:\n"
-        f"cmtmae pretrain --config {output} --dry-run"
-    )
+    command = shlex.join(["cmtmae", "pretrain", "--config", str(output), "--dry-run"])
+    shown = f"{output}: a recipe for {survey.images} images; next:\n{command}"
     sys.stdout.write(escape_controls(shown) + "\n")
     return EXIT_DONE
 

@@ -28,6 +28,7 @@ from cmtmae_scale.evaluation.propagation import ShownClip, open_clips, propagate
 from cmtmae_scale.evaluation.representation import measure_lidar, represent
 from cmtmae_scale.evaluation.segmentation import Shown, segment
 from cmtmae_scale.evaluation.subject import Subject, open_subject
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.versions import library_versions
 
@@ -163,7 +164,7 @@ def run_representation(
     panels: ShownMaps | None = None
     if options.masks is not None:
         masked = open_masked(options.masks, "val")
-        maps = maps_of_subject(subject, device)
+        maps = on_all_ranks(lambda: maps_of_subject(subject, device))
         found, unclear, panels = measure_attention(maps, masked, reading, world, device)
         rows += found
         excluded = total_excluded(masked)
@@ -230,13 +231,22 @@ def open_masked_pair(
         return open_masked(train, "train"), open_masked(test, "val")
     if split is not None:
         return split_masked(open_masked(train, "train"), split, seed)
+    first, second = on_all_ranks(lambda: find_parts(train))
+    return open_masked(first, "train"), open_masked(second, "val")
+
+
+def find_parts(train: str) -> tuple[str, str]:
+    """Return the training and the test images of one folder.
+
+    Raises:
+        ConfigError: if there is nothing to test on.
+    """
     folder = Path(train)
     if is_voc(folder):
-        return open_masked(train, "train"), open_masked(train, "val")
+        return train, train
     for names in PARTS:
         if all((folder / name).is_dir() for name in names):
-            first, second = (str(folder / name) for name in names)
-            return open_masked(first, "train"), open_masked(second, "val")
+            return str(folder / names[0]), str(folder / names[1])
     raise ConfigError(
         f"{train}: nothing to test on; give --test PATH or --split 0.8, or name Pascal VOC's "
         "folder or one with train/ and test/, as eval.segmentation_path must"

@@ -39,7 +39,11 @@ TURNED, ORIENTATION = ("JPEG", "MPO", "WEBP"), 0x0112
 """Formats whose images are turned upright, and EXIF's tag; a PNG's header may not hold it."""
 CLASS_MODES = ("P", "L", "1", "I", "I;16")
 """Modes of Pillow with one number per pixel."""
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Factor by which Pillow stretches the grey levels of a PNG of 2 or 4 bits, to end at 255."""
 NO_MASK, NO_IMAGE = "without a mask", "without an image"
+SAME_NAME = "with another image of the same name"
+OTHER_KIND = "that are files of another kind"
 OTHER_SIZE, BROKEN = "with a mask of another size", "that cannot be decoded"
 LAYOUTS = (
     "name a folder with images/ and masks/ (the same names, masks as PNG), or Pascal VOC's folder "
@@ -135,8 +139,9 @@ def find_root(path: Path) -> Path:
     Raises:
         DataError: if the path has none of the layouts.
     """
-    if path.suffix == ".txt" and path.is_file() and is_voc(path.resolve().parents[2]):
-        return path.resolve().parents[2]
+    above = list(path.resolve().parents)[2:3]  # none of a list near the root of the file system
+    if path.suffix == ".txt" and path.is_file() and above and is_voc(above[0]):
+        return above[0]
     if is_voc(path) or mask_folder(path) is not None:
         return path
     problem = "no images with masks are here" if path.exists() else "no such file or folder"
@@ -158,9 +163,8 @@ def list_pairs(path: Path, part: str) -> MaskedSet:
     digest = hashlib.sha256()
     first: dict[str, str] = {}
     candidates = list(list_voc(root, path, part) if is_voc(root) else list_folder(root))
-    for image, mask in candidates:
-        problem = NO_IMAGE if image is None else NO_MASK if mask is None else ""
-        if image is not None and mask is not None:
+    for image, mask, problem in candidates:
+        if image is not None and mask is not None and not problem:
             problem = compare_headers(image, mask)
         if problem:
             excluded[problem] += 1
@@ -181,8 +185,19 @@ def list_pairs(path: Path, part: str) -> MaskedSet:
     return found
 
 
-Candidate = tuple[Path | None, Path | None]
-"""Image and mask; ``None``: it does not exist."""
+class Candidate(NamedTuple):
+    """An image and its mask; ``None``: it does not exist."""
+
+    image: Path | None
+    mask: Path | None
+    problem: str = ""
+    """Why they are no pair; empty: they are, if their headers fit."""
+
+
+def make_candidate(image: Path | None, mask: Path | None) -> Candidate:
+    """Pair an image with its mask, or say which of them does not exist."""
+    problem = NO_IMAGE if image is None else NO_MASK if mask is None else ""
+    return Candidate(image, mask, problem)
 
 
 def list_voc(root: Path, path: Path, part: str) -> Iterator[Candidate]:
@@ -198,24 +213,29 @@ def list_voc(root: Path, path: Path, part: str) -> Iterator[Candidate]:
         raise DataError(f"{listed}: the list cannot be read ({error}); {LAYOUTS}") from error
     for name in dict.fromkeys(names):
         files = root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png"
-        image, mask = (file if file.is_file() else None for file in files)
-        yield image, mask
+        yield make_candidate(*(file if file.is_file() else None for file in files))
 
 
 def list_folder(root: Path) -> Iterator[Candidate]:
-    """Yield the images of a folder, and masks without an image."""
+    """Yield the images of a folder, files among them that are none, and masks without an image.
+
+    Of images of one name, such as ``a.jpg`` and ``a.png``, none is known to be the mask's.
+    """
     masks = mask_folder(root) or root
-    images = {
-        file.relative_to(root / "images").with_suffix(""): file
-        for file in sorted((root / "images").rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    }
-    for name, image in images.items():
+    images: dict[Path, list[Path]] = {}
+    for file in sorted((root / "images").rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            images.setdefault(file.relative_to(root / "images").with_suffix(""), []).append(file)
+        elif file.is_file() and not file.name.startswith("."):
+            yield Candidate(file, None, OTHER_KIND)
+    for name, files in images.items():
         mask = masks / f"{name}.png"
-        yield image, mask if mask.is_file() else None
+        for image in files:
+            found = make_candidate(image, mask if mask.is_file() else None)
+            yield found if len(files) == 1 else found._replace(problem=SAME_NAME)
     for mask in sorted(masks.rglob("*.png")):
         if mask.relative_to(masks).with_suffix("") not in images:
-            yield None, mask
+            yield make_candidate(None, mask)
 
 
 def compare_headers(image: Path, mask: Path) -> str:
@@ -274,13 +294,20 @@ def read_mask(file: Path) -> Image.Image:
         PIL_ERRORS: if it cannot be decoded.
     """
     with open_file(file) as opened:
-        values = np.array(opened).astype(np.int64)
+        step = grey_step(opened)
+        values = np.array(opened).astype(np.int64) // step
     if values.size and not 0 <= values.min() <= values.max() <= VOID:
         raise DataError(
             f"{file}: class numbers from {values.min()} to {values.max()}; expected 0 to 254, and "
             "255 for void: renumber the classes"
         )
     return Image.fromarray(values.astype(np.uint8))
+
+
+def grey_step(opened: Image.Image) -> int:
+    """Return what the levels of an image, not decoded yet, must be divided by to be as stored."""
+    kinds = [tile[3] for tile in getattr(opened, "tile", [])]
+    return GREY_STEPS.get(kinds[0], 1) if kinds and isinstance(kinds[0], str) else 1
 
 
 def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded | None:

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 RESAMPLES = 1000
 BOOTSTRAP_SEED = 0
+DRAWS = 1 << 24
+"""Numbers of draws that are in memory at once, 128 MiB; of many images a block of resamples."""
 
 
 class Measured(NamedTuple):
@@ -33,8 +35,8 @@ def bootstrap_interval(
     """95 % percentile interval over 1,000 resamples of images, drawn with a fixed seed.
 
     Args:
-        statistic: from the number of times that each image is drawn, ``[R, n]``, to values ``[R]``;
-            NaN where a resample has no value.
+        statistic: from the number of times that each image is drawn, ``[R, n]``, to values ``[R]``
+            for any R; NaN where a resample has no value.
         count: n; below 2 there is no interval.
 
     Source: B. Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics 7
@@ -43,8 +45,10 @@ def bootstrap_interval(
     if count < 2:
         return None
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    values = statistic(draws.astype(np.float64))
+    even, block = np.full(count, 1 / count), max(DRAWS // count, 1)
+    sizes = [min(block, RESAMPLES - start) for start in range(0, RESAMPLES, block)]
+    draws = (rng.multinomial(count, even, size=size) for size in sizes)
+    values = np.concatenate([statistic(one.astype(np.float64)) for one in draws])
     values = values[np.isfinite(values)]
     if not len(values):
         return None

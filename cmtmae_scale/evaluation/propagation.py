@@ -8,6 +8,7 @@ correspondence as a contrastive random walk (arXiv 2006.14613); J and F of F. Pe
 benchmark dataset and evaluation methodology for video object segmentation (CVPR 2016).
 """
 
+import json
 import logging
 import re
 from collections import Counter, deque
@@ -36,7 +37,7 @@ from cmtmae_scale.evaluation.masks import (
 )
 from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.representation import encode_tokens
-from cmtmae_scale.runtime.collectives import on_all_ranks
+from cmtmae_scale.runtime.collectives import broadcast_bytes, is_first, on_all_ranks
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.headers import PIL_ERRORS
@@ -49,6 +50,8 @@ NEIGHBOURS = 5
 TEMPERATURE = 0.1
 WINDOW = 0.2
 """Half of the window's side as a fraction of the grid: DINO's 12 of 60 rows at 480 pixels."""
+FLAT = 1e-6
+"""Range of a class as a fraction of its largest value, up to which it is rounding errors."""
 TOLERANCE = 0.008
 """Distance at which contours match, as a fraction of the frame's diagonal."""
 FRAMES, MASKS = "JPEGImages", "Annotations"
@@ -99,12 +102,21 @@ class ShownClip(NamedTuple):
 
 
 def open_clips(path: str) -> Clips:
-    """List the clips of a folder; the same on every rank. A collective.
+    """List the clips of a folder on rank 0, for all ranks. A collective.
 
     Raises:
         DataError: on every rank: another layout, masks in colours, or no usable clip.
     """
-    return on_all_ranks(lambda: list_clips(Path(path)))
+    found = on_all_ranks(lambda: list_clips(Path(path)) if is_first() else None)
+    text = "" if found is None else json.dumps([found.clips, found.excluded], default=str)
+    clips, excluded = json.loads(broadcast_bytes(text.encode()))
+    return Clips([restore_clip(*fields) for fields in clips], excluded)
+
+
+def restore_clip(name: str, frames: list[str], masks: dict[str, str]) -> Clip:
+    """Rebuild a clip from its fields in JSON."""
+    numbered = {int(number): Path(mask) for number, mask in masks.items()}
+    return Clip(name, [Path(frame) for frame in frames], numbered)
 
 
 def list_clips(root: Path) -> Clips:
@@ -380,12 +392,14 @@ def upsample_labels(
 ) -> NDArray[np.uint8]:
     """Return the class of each pixel from labels ``[N, C]``, uint8 of the frame's size.
 
-    Each class is scaled to [0, 1] over the frame before the largest wins, as in DINO.
+    Each class is scaled to [0, 1] over the frame before the largest wins, as in DINO; a class
+    that does not vary beyond rounding, as an object that fills the frame, keeps its values.
     """
     maps = labels.T.view(1, len(classes), *grid)
     maps = F.interpolate(maps, size=(size[0], size[1]), mode="bilinear")[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    scaled = torch.where(high > 0, (maps - low) / (high - low).clamp_min(1e-12), maps)
+    varies = high - low > FLAT * high
+    scaled = torch.where(varies, (maps - low) / (high - low).clamp_min(1e-12), maps)
     return np.asarray(classes, np.uint8)[scaled.argmax(0).cpu().numpy()]
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -204,13 +205,14 @@ def free_file(file: Path, record: dict[str, Any]) -> Path:
 
 
 def holds_other(file: Path, record: dict[str, Any]) -> bool:
-    """Return whether a file is there that is no result of a record's evaluation."""
+    """Return whether a file is there that is no result of a record's evaluation.
+
+    ``False`` where none can be: it is for the write to say why.
+    """
     try:
         found = read_json(read_inside(file.parent, file))
-    except FileNotFoundError:
-        return file.is_symlink()
     except (OSError, ValueError):
-        return True
+        return os.path.lexists(file)
     return not isinstance(found, dict) or any(found.get(key) != record.get(key) for key in IDENTITY)
 
 

@@ -87,15 +87,25 @@ def open_subject(options: argparse.Namespace, world: World, device: torch.device
         return subject_from_timm(
             options.timm, options.file, options.size, options.seed, world, device
         )
-    place: Path = options.checkpoint
-    file = on_all_ranks(lambda: exported_file(place))
+    file = on_all_ranks(lambda: find_file(options))
     if file is not None:
-        if options.weights is not None:
-            raise ConfigError(f"--weights belongs to a checkpoint; {file} is a file")
         return on_all_ranks(lambda: subject_from_file(file, options.arch, device))
-    if options.arch is not None:
+    return subject_from_checkpoint(options.checkpoint, options.weights, world, device)
+
+
+def find_file(options: argparse.Namespace) -> Path | None:
+    """Return the file of an exported encoder that ``checkpoint`` names; ``None``: it names none.
+
+    Raises:
+        ConfigError: options that do not fit what the path holds.
+    """
+    place: Path = options.checkpoint
+    file = exported_file(place)
+    if file is not None and options.weights is not None:
+        raise ConfigError(f"--weights belongs to a checkpoint; {file} is a file")
+    if file is None and options.arch is not None:
         raise ConfigError(f"--arch belongs to a .safetensors file; found {place}")
-    return subject_from_checkpoint(place, options.weights, world, device)
+    return file
 
 
 def subject_from_checkpoint(

@@ -17,14 +17,17 @@ from safetensors.torch import save_file
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands import evaluate as evaluate_module
 from cmtmae_scale.commands.evaluate import evaluate as evaluate_command
-from cmtmae_scale.errors import CheckpointError
+from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.evaluation import result
 from cmtmae_scale.evaluation.result import (
     Row,
     Score,
+    free_file,
     judge_rows,
     pack_hits,
     unpack_hits,
     wilson_interval,
+    write_result,
 )
 from cmtmae_scale.evaluation.subject import open_encoder
 from cmtmae_scale.export.encoder import export_encoder
@@ -117,6 +120,43 @@ def test_ranks_with_other_weights_or_none_leave_together(place: Path, tmp_path: 
     assert "digest of x.safetensors: " in first[0] and first[0] == second[0]
     assert first[1] == f"rank 1: {second[1]}" and "gone.safetensors" in second[1]
     assert first[2] == f"rank 1: {second[2]}" and "is neither a run" in second[2]
+
+
+def test_ranks_of_which_one_has_the_exported_folder_leave_together(tmp_path: Path) -> None:
+    (tmp_path / "timm").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "timm" / name).touch()
+    knn = [["knn", "--checkpoint", str(tmp_path / name), "--arch", "x"] for name in ("timm", "no")]
+    momentum = [[*words[:3], "--weights", "momentum"] for words in knn]
+    first, second = run_ranks(2, command_apart, knn, momentum)
+    assert first[0] == f"rank 1: {second[0]}"
+    assert second[0] == f"--arch belongs to a .safetensors file; found {tmp_path / 'no'}"
+    assert second[1] == f"rank 0: {first[1]}" or second[1] == first[1]
+    assert first[1].startswith("--weights belongs to a checkpoint")
+
+
+def test_a_result_file_that_cannot_be_there_ends_the_search_for_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result.itertools, "count", lambda start: range(start, 6))  # it must end
+    (tmp_path / "evaluation").touch()
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "evaluation" / "knn.json"
+    assert free_file(file, {}) == file
+    with pytest.raises(ConfigError, match=r"knn.json: cannot be written \(File exists\)"):
+        write_result(file, {})
+    assert free_file(tmp_path / "folder", {}) == tmp_path / "folder-2"
+    long = tmp_path / f"{'x' * 300}.json"
+    assert free_file(long, {}) == long
+
+
+def test_the_figure_does_not_replace_the_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmtmae_scale.commands.evaluate.set_up_logging", lambda *_: None)
+    words = ["--checkpoint", str(tmp_path), "--clips", "clips", "--out", "found.png"]
+    assert evaluate_command(["propagation", *words]) == 78
+    assert "--out=found.png: the figure is written there; name FILE.json" in caplog.text
 
 
 def test_the_deepspeed_launcher_puts_its_option_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,13 @@ def test_class_folders(capsys: pytest.CaptureFixture[str]) -> None:
     assert dry("photos.yaml", capsys) == (EXIT_DONE, [])
 
 
+def test_the_next_command_can_be_typed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    draw("photos", 3, (64, 64))
+    assert init_recipe(["photos", "-o", "my recipe.yaml"]) == EXIT_DONE
+    command = shlex.split(capsys.readouterr().out.splitlines()[1])
+    assert command == ["cmtmae", "pretrain", "--config", "my recipe.yaml", "--dry-run"]
+
+
 def test_a_recipe_is_never_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw("photos", 1, (64, 64))
     Path("photos.yaml").symlink_to("absent")
@@ -139,6 +146,12 @@ def test_a_test_set_beside_the_training_set_is_evaluated(capsys) -> None:
     draw("set/val", 3, (300, 240), labels=3)
     assert init_recipe(["set", "-o", "other.yaml"]) == EXIT_DONE
     assert load_config("other.yaml").eval.test_path is None
+    told = capsys.readouterr().err
+    assert "set/val is not evaluated: the label class2 is not among the 2 of set/train" in told
+    for file in Path("set/val").rglob("*.jpg"):
+        file.write_bytes(b"no image")
+    assert init_recipe(["set", "-o", "third.yaml"]) == EXIT_DONE
+    assert "set/val is not evaluated: " in capsys.readouterr().err
 
 
 def test_what_cannot_be_used_is_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,15 @@
 """The verdict on measured values: same measure, whatever was chosen, and disjoint intervals."""
 
+import numpy as np
 import pytest
 
-from cmtmae_scale.evaluation.measured import Measured, judge_measured
+from cmtmae_scale.evaluation.measured import (
+    RESAMPLES,
+    Array,
+    Measured,
+    bootstrap_interval,
+    judge_measured,
+)
 
 Interval = tuple[float, float] | None
 
@@ -29,3 +36,19 @@ ACCURACY = row("ours", "k-NN, k=10", (0.8, 0.9), "pixel accuracy")
 def test_the_first_measure_is_compared(own: Measured, others: list[Measured], verdict: str) -> None:
     text = judge_measured([own, ACCURACY, *others], "ours")
     assert text.startswith(verdict) and f"({own.method.split(',')[0]}, mIoU" in text
+
+
+def test_the_resamples_of_many_images_do_not_grow_with_their_number() -> None:
+    """A thousand draws of ImageNet's training images are 10 GB; the interval is the same."""
+    values, counts = np.random.default_rng(1).normal(size=20_000), list[int]()
+
+    def mean(draws: Array) -> Array:
+        counts.append(draws.size)
+        return draws @ values / draws.sum(1)
+
+    found = bootstrap_interval(mean, len(values))
+    assert max(counts) <= 1 << 24 and sum(counts) == RESAMPLES * len(values)
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
+    whole = np.quantile(draws @ values / len(values), [0.025, 0.975])
+    assert found == pytest.approx(tuple(whole), rel=1e-12)

@@ -1,11 +1,13 @@
 """Label propagation: the plain version's labels and contours, clear refusals."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.nn.functional import normalize
 
@@ -18,6 +20,7 @@ from cmtmae_scale.evaluation.propagation import (
     propagate,
     propagate_clips,
     region_similarity,
+    upsample_labels,
     window_mask,
 )
 from dataloading.errors import DataError
@@ -60,6 +63,16 @@ def test_the_label_of_a_patch_is_each_classes_fraction() -> None:
     assert found.tolist() == [[0.5, 0.5, 0], [0, 0, 0.75]]
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_an_object_that_fills_the_frame_stays_an_object(noise: float) -> None:
+    """A class that does not vary beyond rounding has no range over which it could be scaled."""
+    labels = torch.zeros(9, 2)
+    labels[:, 1] = 1 - noise * torch.arange(9) / 8
+    assert np.unique(upsample_labels(labels, [0, 7], (3, 3), (6, 6))).tolist() == [7]
+    faint = torch.tensor([0.0, 1e-9]).repeat(9, 1) * torch.arange(9)[:, None]
+    assert 7 in upsample_labels(faint, [0, 7], (3, 3), (6, 6)), "however faint, as in DINO"
+
+
 def rows_of(root: Path) -> list[Any]:
     rows, shown = propagate_clips(ENCODER, open_clips(str(root)).clips, world(), CPU)
     assert shown is None or shown.predicted.shape == (24, 24)
@@ -75,6 +88,21 @@ def test_a_moving_square_is_followed_at_any_number_of_ranks(tmp_path: Path) -> N
     assert expected[1][1] > 0.6 and set(expected[1][4]) == {"bear/1", "car/1"}
     assert expected[0][1] == pytest.approx((expected[1][1] + expected[2][1]) / 2)
     assert run_ranks(3, rows_of, tmp_path) == [expected] * 3
+
+
+def clips_on_this_rank(root: Path) -> list[str]:
+    os.chdir(root / str(dist.get_rank()))
+    return [f"{one.name} {one.frames[-1]} {one.masks[1]}" for one in open_clips("clips").clips]
+
+
+@pytest.mark.gloo
+def test_the_clips_are_those_of_rank_0(tmp_path: Path) -> None:
+    """Ranks that listed their own would share out clips of different lists."""
+    write_clip(tmp_path / "0" / "clips", "b", 2)
+    for name in ("a", "b"):
+        write_clip(tmp_path / "1" / "clips", name, 3)
+    frame, mask = (f"clips/{kind}/480p/b/00001" for kind in ("JPEGImages", "Annotations"))
+    assert run_ranks(2, clips_on_this_rank, tmp_path) == [[f"b {frame}.jpg {mask}.png"]] * 2
 
 
 def test_unusable_clips_are_counted_or_refused(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """Ranks, similarities and attention on masks: the plain versions' numbers."""
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from cmtmae_scale.errors import CmtMaeError, TeacherError
+from cmtmae_scale.evaluation import dense
 from cmtmae_scale.evaluation.encoders import Tokens, token_encoder
 from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.foreground import (
@@ -29,6 +33,7 @@ from cmtmae_scale.evaluation.representation import (
     represent,
     uniformity,
 )
+from cmtmae_scale.evaluation.subject import Subject
 from cmtmae_scale.method.build import build_student
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.initialisation import initialise
@@ -188,6 +193,26 @@ def refusal_of_map(folder: Path) -> str:
     with pytest.raises(DataError) as caught:
         measure_attention(maps, found, READING, world(), CPU)
     return str(caught.value)
+
+
+def refusal_of_teacher(folder: Path) -> str:
+    def build_maps(subject: Subject, device: torch.device) -> Maps:
+        if dist.get_rank() == 1:
+            raise TeacherError("teacher.weights=x: no such file")
+        return Maps(("map",), (SIDE,), GRID, lambda images: {"map": torch.ones(len(images[0]), 36)})
+
+    dense.maps_of_subject = build_maps
+    options = Namespace(images=str(folder), masks=str(folder), batch=2, threads=1, decode="torch")
+    with pytest.raises(CmtMaeError) as caught:
+        dense.run_representation(options, Subject(ENCODER, None, {}), [ENCODER], world(), CPU)
+    return str(caught.value)
+
+
+@pytest.mark.gloo
+def test_a_teacher_that_one_rank_cannot_build_ends_all(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "set", 4)
+    one, two = run_ranks(2, refusal_of_teacher, folder)
+    assert two == "teacher.weights=x: no such file" and one == f"rank 1: {two}"
 
 
 @pytest.mark.gloo

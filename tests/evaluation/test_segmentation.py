@@ -1,15 +1,20 @@
 """Segmentation of patches: the plain version's predictions, the same at any number of ranks."""
 
+import os
 import shutil
+import struct
+import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import CmtMaeError, ConfigError
 from cmtmae_scale.evaluation import segmentation
 from cmtmae_scale.evaluation.dense import open_masked_pair, total_excluded
 from cmtmae_scale.evaluation.encoders import token_encoder
@@ -19,6 +24,7 @@ from cmtmae_scale.evaluation.masks import (
     list_pairs,
     masked_batches,
     open_masked,
+    read_mask,
     read_pair,
     split_masked,
 )
@@ -174,6 +180,47 @@ def test_unusable_masks_are_counted_or_refused(tmp_path: Path, caplog: Any) -> N
     assert total_excluded(found)["that cannot be decoded"] == 3
 
 
+def test_images_of_one_name_and_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "set", 3)
+    images = folder / "images"
+    Image.new("RGB", size_of(images / "00.png")).save(images / "00.jpg")
+    (images / "02.png").rename(images / "02.tif")
+    (images / ".DS_Store").touch()
+    found = list_pairs(folder, "train")
+    assert [pair.image for pair in found.pairs] == ["images/01.png"]
+    assert found.excluded == {
+        "with another image of the same name": 2,
+        "that are files of another kind": 1,
+        "without an image": 1,
+    }
+
+
+def test_a_list_without_folders_above_it_is_refused() -> None:
+    with (
+        tempfile.NamedTemporaryFile(suffix=".txt", dir="/tmp") as listed,
+        pytest.raises(DataError, match="no images with masks are here; name a folder"),
+    ):
+        open_masked(listed.name, "train")
+
+
+def refusal_on_this_rank(root: Path) -> str:
+    os.chdir(root / str(dist.get_rank()))
+    try:
+        open_masked_pair("set", None, None, 0)
+    except (CmtMaeError, DataError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.gloo
+def test_a_rank_without_the_folders_ends_all(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_masked(tmp_path / "0" / "set" / part, 2)
+    (tmp_path / "1").mkdir()
+    first, second = run_ranks(2, refusal_on_this_rank, tmp_path)
+    assert first == f"rank 1: {second}" and second.startswith("set: nothing to test on")
+
+
 def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> None:
     folder = write_masked(tmp_path / "set", 3)
     with pytest.raises(DataError, match=r"no such file or folder; name a folder with images/ and"):
@@ -230,6 +277,22 @@ def test_a_palette_gives_class_numbers_and_a_split_no_image_twice(tmp_path: Path
     assert torch.equal(read_all(folder)[1], expected)
     train, test = split_masked(open_masked(str(folder), "train"), 0.6, 3)
     assert len(train) == 3 and len(test) == 2 and not set(train.pairs) & set(test.pairs)
+
+
+@pytest.mark.parametrize(("bits", "row"), [(1, 0b01100000), (2, 0b00011011), (4, 0x1F)])
+def test_classes_in_grey_of_few_bits_are_those_that_are_stored(
+    tmp_path: Path, bits: int, row: int
+) -> None:
+    """Pillow stretches the levels, so that the highest would be void."""
+    header = struct.pack(">IIBBBBB", 8 // bits, 1, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes([0, row]))), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        data += struct.pack(">I", len(content)) + kind + content + crc
+    (tmp_path / "mask.png").write_bytes(data)
+    stored = [row >> (8 - bits * (k + 1)) & (2**bits - 1) for k in range(8 // bits)]
+    assert np.asarray(read_mask(tmp_path / "mask.png")).tolist() == [stored]
 
 
 def test_the_layout_of_pascal_voc_is_read(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """Properties of a folder of images that a recipe is derived from."""
 
+import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dataloading.errors import DataError
+from dataloading.errors import DataError, ReadError
 from dataloading.index import Index, build_index
 from dataloading.name_checks import find_splits
 from dataloading.reading import Reader, UndecodableError
 from dataloading.torch_decode import find_codec, make_decode
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 64
 """Images that are decoded, evenly spread over the index."""
@@ -80,12 +83,33 @@ def find_sets(path: str) -> tuple[str, str | None]:
 
 
 def has_labels(path: str, train: Index) -> bool:
-    """Whether a test set is usable, and each of its images has a label of the training set."""
+    """Whether a test set is usable, and each of its images has a label of the training set.
+
+    Why it is not is logged.
+
+    Raises:
+        ReadError: if storage fails.
+    """
     try:
-        test = build_index(path)
-    except DataError:
-        return False
-    return bool((test.entries["label"] >= 0).all()) and set(test.labels) <= set(train.labels)
+        problem = find_label_problem(build_index(path), train)
+    except ReadError:
+        raise
+    except DataError as error:
+        problem = str(error)
+    if problem:
+        logger.warning("%s is not evaluated: %s", path, problem)
+    return not problem
+
+
+def find_label_problem(test: Index, train: Index) -> str:
+    """Return why the labels of a test set are not those of the training set, or ``""``."""
+    bare = int((test.entries["label"] < 0).sum())
+    if bare:
+        return f"{bare} of {len(test)} images have no label"
+    other = sorted(set(test.labels) - set(train.labels))
+    if other:
+        return f"the label {other[0]} is not among the {len(train.labels)} of {train.root}"
+    return ""
 
 
 def decode_sample(index: Index) -> list[tuple[str, str]]:

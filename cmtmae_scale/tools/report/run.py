@@ -177,6 +177,8 @@ def read_records(run: Run) -> None:
         found = read_object(run, path)
         if found is not None:
             run.results.append((path.name, found))
+            if not isinstance(found.get("results"), list):
+                run.problems.append(f"evaluation/{path.name} holds no result and is not shown")
     labelled = folder if run.is_tuning else folder / "evaluation"
     train, test = (
         read_object(run, labelled / f"{part}-index" / "index.json") for part in ("train", "test")

@@ -61,7 +61,7 @@ class Executor:
         """Run the missing jobs of each run, in order; a failure stops its own run only."""
         self._locks = {job.output: threading.Lock() for run in runs for job in run.jobs}
         with self._stopping(), ThreadPoolExecutor(self._parallel, "run") as pool:
-            return list(pool.map(self._finish, runs))
+            return list(pool.map(self._try_finish, runs))
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -77,6 +77,14 @@ class Executor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _try_finish(self, run: Run) -> Outcome:
+        """Run a run's missing jobs; results that cannot be used fail this run, not the others."""
+        try:
+            return self._finish(run)
+        except ConfigError as error:
+            logger.error("%s, seed %d: %s", run.row, run.seed, error)
+            return Outcome.FAILED
 
     def _finish(self, run: Run) -> Outcome:
         """Run a run's missing jobs; in a thread."""

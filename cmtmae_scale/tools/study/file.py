@@ -170,6 +170,11 @@ def check_study(study: Study, place: str) -> None:
         if not is_list_of(seeds, int) or not seeds or len(set(seeds)) < len(seeds):
             raise ConfigError(f"{place}: {key}: seeds={seeds} must be distinct integers")
         earlier.add(name)
+    if not is_list_of(study.comparisons, list):
+        raise ConfigError(
+            f"{place}: comparisons={study.comparisons!r} must be a list of [better, other]; leave "
+            "the key out for none"
+        )
     for pair in study.comparisons:
         if not is_list_of(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
             raise ConfigError(f"{place}: comparisons: {pair} must be two rows, [better, other]")

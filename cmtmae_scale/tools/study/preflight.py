@@ -70,10 +70,22 @@ def preflight_study(
         seeds=[config.run.seed],
         settings=[*settings, *short],
         evaluation=Evaluation(train, test),
-        rows={AS_IT_IS: RowFile(), **{text: RowFile(shlex.split(text)) for text in candidates}},
+        rows={AS_IT_IS: RowFile(), **{text: RowFile(split_words(text)) for text in candidates}},
     )
     check_study(study, "preflight")
     return study
+
+
+def split_words(candidate: str) -> list[str]:
+    """Split the settings of a candidate as a shell does.
+
+    Raises:
+        ConfigError: if a quotation is left open.
+    """
+    try:
+        return shlex.split(candidate)
+    except ValueError as error:
+        raise ConfigError(f"--candidate {candidate}: {error}; close it, or drop it") from error
 
 
 def default_candidates(recipe: str, settings: Sequence[str]) -> list[str]:

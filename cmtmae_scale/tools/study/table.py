@@ -1,6 +1,7 @@
 """Results of a study as Markdown."""
 
 import os
+import shlex
 
 from cmtmae_scale.tools.study.file import Study
 from cmtmae_scale.tools.study.results import (
@@ -66,7 +67,7 @@ def reference_line(one: Reference, study: Study) -> str:
 def row_line(row: StudyRow, study: Study) -> str:
     """Return the line of a row of the study."""
     seeds = f"{len(row.found)} of {row.num_seeds}"
-    cells = [f"`{row.name}`", row.note, seeds]
+    cells = [f"`{cell_text(row.name)}`", cell_text(row.note), seeds]
     measures = secondary_measures(study)
     if not row.found:
         return "| " + " | ".join([*cells, "missing", *[""] * (len(measures) + 1)]) + " |"
@@ -77,6 +78,11 @@ def row_line(row: StudyRow, study: Study) -> str:
     minutes = [one.minutes for one in row.found if one.minutes is not None]
     took = f"{sum(minutes) / len(minutes):.1f}" if minutes else ""
     return "| " + " | ".join([*cells, f"**{first}**", *seconds, took]) + " |"
+
+
+def cell_text(text: str) -> str:
+    """Return a text that stays one cell of a table: on one line, without a bar."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def other_cell(row: StudyRow, key: str) -> str:
@@ -113,7 +119,8 @@ def comparison_line(one: Comparison) -> str:
     low, high = (f"{100 * x:+.2f}" for x in one.test.interval_95)
     what = f"{one.test.method}, n = {one.test.pairs}"
     return (
-        f"| {one.measure} | `{one.better}` | `{one.other}` | {100 * one.test.difference:+.2f} | "
+        f"| {one.measure} | `{cell_text(one.better)}` | `{cell_text(one.other)}` | "
+        f"{100 * one.test.difference:+.2f} | "
         f"{low} to {high} | {what} | {one.test.p:.2g} | {one.p_corrected:.2g} | {one.verdict} |"
     )
 
@@ -130,14 +137,15 @@ def command_lines(study: Study, results: Results, place: str) -> list[str]:
         files = [f"`{os.path.relpath(one.run.linear, study.dir)}`" for one in row.found]
         if files:
             lines.append(
-                f"| `{row.name}` | `{row_command(place, row.name)}` | {', '.join(files)} |"
+                f"| `{cell_text(row.name)}` | `{cell_text(row_command(place, row.name))}` | "
+                f"{', '.join(files)} |"
             )
     return lines
 
 
 def row_command(place: str, row: str) -> str:
     """Return the command that runs a row of a study file."""
-    return f"cmtmae study {place} --rows {row}"
+    return shlex.join(["cmtmae", "study", place, "--rows", row])
 
 
 def mean_text(mean: float, std: float | None) -> str:

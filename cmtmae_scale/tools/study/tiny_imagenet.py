@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from cmtmae_scale.errors import EXIT_DONE, exit_code_of
+from cmtmae_scale.errors import EXIT_DONE, exit_code_of, remedy_for
 from cmtmae_scale.runtime.arguments import Parser
 from cmtmae_scale.runtime.storage import atomic_path
 from dataloading.errors import DataError
@@ -100,7 +100,8 @@ def write_subset(archive: Path, folder: Path) -> None:
     validation images all 50 of each of these classes, 10 per tar. The JPEG bytes are kept.
 
     Raises:
-        DataError: if the archive is not Tiny-ImageNet's, or a tar of that name has other content.
+        DataError: if the archive is not Tiny-ImageNet's, or a tar of that name has other content
+            or cannot be written.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -142,18 +143,28 @@ def write_images(file: Path, archive: zipfile.ZipFile, images: Iterable[tuple[st
     """Write images and their labels as a WebDataset tar, whole or not at all, always the same.
 
     Raises:
-        DataError: if the file exists with other content.
+        DataError: if the file exists with other content, or cannot be written.
     """
-    with atomic_path(file) as draft:
-        with tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for path, label in images:
-                for suffix, data in (("jpg", archive.read(path)), ("cls", str(label).encode())):
-                    member = tarfile.TarInfo(f"{Path(path).stem}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-        if file.exists() and not filecmp.cmp(draft, file, shallow=False):
-            raise DataError(f"{file}: exists with other content; name an empty or a new folder")
+    try:
+        with atomic_path(file) as draft:
+            write_tar(draft, archive, images)
+            if file.exists() and not filecmp.cmp(draft, file, shallow=False):
+                raise DataError(f"{file}: exists with other content; name an empty or a new folder")
+    except OSError as error:
+        raise DataError(
+            f"{file}: cannot be written ({error}); {remedy_for(error, 'name another folder')}"
+        ) from error
     logger.info("%s", file)
+
+
+def write_tar(draft: Path, archive: zipfile.ZipFile, images: Iterable[tuple[str, int]]) -> None:
+    """Write images and their labels into a new tar."""
+    with tarfile.open(draft, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for path, label in images:
+            for suffix, data in (("jpg", archive.read(path)), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{Path(path).stem}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 if __name__ == "__main__":

@@ -152,6 +152,7 @@ def test_files_of_the_wrong_kind_are_named_and_ignored(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "exit.json").write_text("[1, 2")
     (run / "evaluation" / "broken.json").write_text("{")
+    (run / "evaluation" / "empty.json").write_text('{"method": "knn"}')
     (run / "evaluation" / "strange.json").write_text('{"results": [{"accuracy": "much"}, 3]}')
     (run / "quarantine.jsonl").write_text('"text"\n{}\n')
     (run / "config.yaml").write_text("run: {name: old, dir: x}\nvanished: {key: 1}\n")
@@ -160,6 +161,7 @@ def test_files_of_the_wrong_kind_are_named_and_ignored(tmp_path: Path) -> None:
     for phrase in (
         "exit.json cannot be read",
         "evaluation/broken.json cannot be read",
+        "evaluation/empty.json holds no result and is not shown",
         "quarantine.jsonl: line 1 cannot be read",
         "config.yaml is not this version's",
     ):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study.curves import PANELS, draw_curves
 from cmtmae_scale.tools.study.file import load_study
 from cmtmae_scale.tools.study.results import POINTS, collect_results
+from cmtmae_scale.tools.study.table import row_command
 from cmtmae_scale.tools.study.work import plan_runs
 from tests.engine.run_case import make_photographs
 from tests.evaluation.evaluation_case import labelled_photographs
@@ -124,6 +126,11 @@ def test_each_row_carries_its_command_and_its_result_files(tmp_path: Path) -> No
         assert all((tmp_path / "study" / file).exists() for file in files)
         known = [one["settings_digest"] for one in results["runs"] if one["row"] == row]
         assert [file.split("/")[1] for file in files] == known
+
+
+def test_the_command_of_a_row_can_be_typed_as_it_is() -> None:
+    words = shlex.split(row_command("my study.yaml", "half the mask"))
+    assert words == ["cmtmae", "study", "my study.yaml", "--rows", "half the mask"]
 
 
 def test_the_figure_is_drawn_for_what_is_there(tmp_path: Path) -> None:
@@ -240,6 +247,18 @@ def test_results_are_collected_without_running_anything(
         *("study-mine.json", "study-mine.md", "study-mine.svg")
     }
     assert not (elsewhere / "lock").exists()
+
+
+def test_a_note_of_several_lines_or_with_a_bar_stays_one_cell(tmp_path: Path) -> None:
+    tree = study_tree(tmp_path)
+    tree["rows"]["mae"]["note"] = "pixels | no\nteacher\n"
+    study = load_study(write_study(tmp_path, tree))
+    runs = plan_runs(study)
+    put_results(runs[0], hits_of(20), baselines=True)
+    write_results(study, runs, [], "study.yaml", tmp_path / "record.json")
+    lines = rows_of((tmp_path / "record.md").read_text())
+    assert lines[-3].startswith("| `mae` | pixels \\| no teacher | 1 of 2 |")
+    assert lines[-2].startswith("| `cmt` |  | 0 of 2 |") and "| missing |" in lines[-2]
 
 
 def test_a_segmentation_of_one_image_is_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.errors import EXIT_STOPPED
+from cmtmae_scale.errors import EXIT_STOPPED, ConfigError
 from cmtmae_scale.tools.study.execute import (
     JOBS,
     Executor,
@@ -86,6 +86,19 @@ def test_a_failure_stops_its_own_run_and_is_named(
     assert not (tmp_path / "after").exists() and (tmp_path / "good.done").exists()
     expected = f"bad, seed 0: train ended with exit code 3; see {tmp_path / 'bad' / 'output.log'}"
     assert expected in caplog.text
+
+
+def test_a_result_that_cannot_be_used_stops_its_own_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def is_done() -> bool:
+        raise ConfigError("exit.json: cannot be read; delete it")
+
+    damaged = Job("evaluate", ("-c", ""), tmp_path / "damaged", is_done, False)
+    runs = [some_run(tmp_path, "bad", damaged)]
+    runs += [some_run(tmp_path, n, writes("evaluate", tmp_path / n)) for n in ("a.done", "b.done")]
+    assert Executor(1, None).run(runs) == [Outcome.FAILED, Outcome.DONE, Outcome.DONE]
+    assert "bad, seed 0: exit.json: cannot be read; delete it" in caplog.text
 
 
 @pytest.fixture

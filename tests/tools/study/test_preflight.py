@@ -80,6 +80,8 @@ def test_the_default_candidates_are_those_that_fit_the_recipe(
 def test_unusable_recipes_are_refused(recipe: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"give labelled images with eval.train_path=PATH"):
         preflight_study(recipe, "p", 30, [], [])
+    with pytest.raises(ConfigError, match=r"--candidate run.name='a: No closing quotation; close"):
+        preflight_study(recipe, "p", 30, IMAGES, ["run.name='a"])
     with pytest.raises(ConfigError, match=r"run.seed=1: the study sets run"):
         preflight_study(recipe, "p", 30, IMAGES, ["run.seed=1"])
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cmtmae_scale.tools.study import tiny_imagenet
-from cmtmae_scale.tools.study.tiny_imagenet import make_tiny_imagenet
+from cmtmae_scale.tools.study.tiny_imagenet import make_tiny_imagenet, write_subset
 from dataloading.errors import DataError
 from dataloading.index import build_index
 
@@ -77,6 +77,14 @@ def test_a_tar_of_other_content_is_not_replaced(
     assert make_tiny_imagenet([str(tmp_path / "out"), "--zip", str(archive)]) == 78
     assert f"{other}: exists with other content" in caplog.text
     assert other.read_bytes() == b"the only copy"
+
+
+def test_a_tar_that_cannot_be_written_is_no_fault_of_the_archive(
+    archive: Path, tmp_path: Path
+) -> None:
+    """Else a full store would be a reason to delete it."""
+    with pytest.raises(DataError, match=r"train-00.tar: cannot be written .*name another folder"):
+        write_subset(archive, tmp_path / "absent")
 
 
 @pytest.mark.parametrize("content", [b"no zip", None])
