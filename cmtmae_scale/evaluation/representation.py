@@ -151,7 +151,7 @@ class Representation:
         self.tokens = Moments(width, device)
         self.similarity = [torch.zeros(0, 3, dtype=torch.float64, device=device)]
         self.sample = [probe.patches[:0, 0]]
-        self.every = max(num_images // MAX_TOKENS, 1)
+        self.every = max(math.ceil(num_images / MAX_TOKENS), 1)
         self.per_image = min(max(MAX_TOKENS // num_images, 1), length)
         self.bad = 0
         self.decoded = np.zeros(0, np.int64)

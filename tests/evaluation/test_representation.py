@@ -24,6 +24,7 @@ from cmtmae_scale.evaluation.masks import open_masked
 from cmtmae_scale.evaluation.representation import (
     LIDAR_VIEWS,
     Moments,
+    Representation,
     centre_moment,
     entropy_rank,
     lidar_of_moments,
@@ -97,6 +98,13 @@ def test_similarities_are_those_of_every_pair() -> None:
     assert uniformity(torch.from_numpy(tokens[0])) == pytest.approx(
         reference.similarity(tokens[0])[1]
     )
+
+
+@pytest.mark.parametrize("images", [1, 1500, 2048, 2049, 4095, 4096, 1_281_167])
+def test_the_uniformity_of_all_images_has_at_most_2048_patches(images: int) -> None:
+    found = Representation(ENCODER, images, CPU)
+    patches = len(range(0, images, found.every)) * found.per_image
+    assert min(images, 1024) <= patches <= 2048
 
 
 def rows_of(folder: Path) -> list[tuple[Any, ...]]:
