@@ -51,7 +51,7 @@ from cmtmae_scale.method.targets import (
 from cmtmae_scale.pretraining.channels import open_channels
 from cmtmae_scale.pretraining.init_from_run import load_source, open_source
 from cmtmae_scale.pretraining.prepare import MicroBatch, Models
-from cmtmae_scale.runtime.collectives import gather_texts, on_all_ranks
+from cmtmae_scale.runtime.collectives import on_all_ranks
 from cmtmae_scale.runtime.compilation import compiled
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.shared_index import open_on_all_ranks
@@ -215,25 +215,23 @@ def open_one_teacher(
         return online
     with torch.device("meta"):
         skeleton = build_teacher_skeleton(config).to("meta", compute_dtype(config))
-    teacher, problem = None, ""
     found: dict[str, str] = {}
-    try:
+
+    def open_rows() -> CachedTeacher | SidecarTeacher:
         if config.teacher.mode == "sidecar" and online is not None:
-            teacher = SidecarTeacher(config, skeleton, online, index, device, fail)
+            rows = SidecarTeacher(config, skeleton, online, index, device, fail)
         else:
             opened = open_cache(config, skeleton, index)
-            manifest = hashlib.sha256(manifest_text(opened[0]).encode()).hexdigest()
-            found = {"codec of the cache": opened[0].codec, "digest of its manifest": manifest[:12]}
+            digest = hashlib.sha256(manifest_text(opened[0]).encode()).hexdigest()[:12]
+            found["codec of the cache"], found["digest of its manifest"] = opened[0].codec, digest
             if world.rank == 0:
                 here = provenance(config, device)
                 warn_about_provenance(opened[0], here, str(config.cache.dir))
-            teacher = CachedTeacher(config, *opened, skeleton, online, device, fail)
-        stack.callback(teacher.close)
-    except CacheError as error:
-        problem = str(error)
-    problems = list(filter(None, gather_texts(problem)))
-    if problems:
-        raise CacheError(problems[0])
+            rows = CachedTeacher(config, *opened, skeleton, online, device, fail)
+        stack.callback(rows.close)
+        return rows
+
+    teacher = on_all_ranks(open_rows)
     require_equal(
         found, f"cache.dir={cache_folder(config)} must hold the same cache on every machine"
     )

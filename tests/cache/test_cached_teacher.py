@@ -1,5 +1,7 @@
 """Which caches a run accepts, and which views it reads from them."""
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,13 +13,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.fingerprint import provenance
 from cmtmae_scale.cache.format import MANIFEST, SHARDS, manifest_text, read_manifest, shard_path
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.commands.dry_run import render_dry_run
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.stop import StopRequest
-from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.errors import EXIT_STOPPED, CacheError, ConfigError, exit_code_of
 from cmtmae_scale.pretraining.build import open_teachers
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
@@ -255,3 +258,20 @@ def test_a_cache_of_another_decoder_or_version_is_used_with_a_warning_of_rank_0(
         f"cache.dir={folder}: built with decode dali, here is torch",
         f"cache.dir={folder}: built with torch 2.0.1, here is {torch.__version__}",
     ]
+
+
+def test_a_cache_whose_store_fails_at_the_launch_is_tried_again(
+    recipe: Path, good: Path, tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, cpu = load_config(recipe, cached(good, "cache.on_miss=stop")), torch.device("cpu")
+    single = World(0, 1, 0, 1, "none")
+    stack.enter_context(process_group(single, cpu))
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(cache_format, "read_regular", fail)
+    with pytest.raises(CacheError, match=MANIFEST) as raised:
+        index = build_index(config.data.path)
+        open_teachers(config, single, cpu, index, StopRequest(tmp_path), stack)
+    assert exit_code_of(raised.value) == EXIT_STOPPED
