@@ -330,7 +330,7 @@ def open_init_weights(
     try:
         state = map_weights(file, "student.init_weights")
     except TeacherError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error)) from error.__cause__  # of a store it may pass
     refuse_non_finite(dict(list(state.items())[rank::world_size]), file)
     values, report = match_init_weights(model, state, file)
     logger.info("student.init_weights=%s: %s", file, report)

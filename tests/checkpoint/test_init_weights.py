@@ -1,6 +1,8 @@
 """Initial weights from timm, MAE and transformers: outputs, counts, errors, runs."""
 
+import errno
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 
 from cmtmae_scale.checkpoint.init_weights import InitReport, load_init_weights
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import EXIT_CONFIG, ConfigError
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_STOPPED, ConfigError, exit_code_of
 from cmtmae_scale.method.initialisation import initialise
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.pretraining.build import build_models
 from cmtmae_scale.runtime.launch import World
+from cmtmae_scale.teachers import weights
 from cmtmae_scale.teachers.weights import read_weights
 from tests.engine.run_case import run, tensors, this_world, write_recipe
 from tests.processes import run_ranks
@@ -391,6 +394,20 @@ def train_and_resume(recipe: Path, file: Path, still: list[str]) -> str:
 
 
 @pytest.mark.gloo
+def test_a_store_that_fails_while_the_file_is_read_may_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> dict[str, Tensor]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    file = tmp_path / "w.safetensors"
+    save_file({"norm.weight": torch.ones(2)}, file)
+    monkeypatch.setattr(weights, "load_file", fail)
+    with pytest.raises(ConfigError, match=r"student\.init_weights=") as raised:
+        build_models(start_config(file), ALONE, CPU, {})
+    assert exit_code_of(raised.value) == EXIT_STOPPED
+
+
 def test_a_resumed_run_needs_the_key_but_not_the_file(tmp_path: Path) -> None:
     state, file = timm_state(), tmp_path / "w.safetensors"
     save_file(state, file)
