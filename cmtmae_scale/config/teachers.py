@@ -162,7 +162,9 @@ def entry_errors(name: str) -> Generator[None, None, None]:
         text = entry_text(str(error), name)
         if text == str(error):
             raise
-        raise type(error)(text) from error.__cause__
+        named = type(error)(text)
+        named.exit_code = error.exit_code  # of another rank's error it is not that of the class
+        raise named from error.__cause__
     finally:
         _entry.reset(before)
 

@@ -12,13 +12,14 @@ from cmtmae_scale.config.changes import FREE_KEYS, compare_configs
 from cmtmae_scale.config.load import config_from_dict, config_to_dict, load_config
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.teachers import (
+    entry_errors,
     entry_text,
     pick_teacher,
     reads_cache,
     teacher_configs,
     used_teachers,
 )
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import EXIT_STOPPED, CmtMaeError, ConfigError, exit_code_of
 from cmtmae_scale.pretraining.task import Pretraining
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,3 +192,11 @@ def test_the_example_of_the_page_is_a_recipe(tmp_path: Path) -> None:
     ]
     assert teacher_configs(config)["clip"].cache.dir == "datasets/caches/clip"
     assert teacher_configs(config)["dino"].target.teacher.norm == "channel"
+
+
+def test_an_error_that_names_an_entry_keeps_the_exit_code_of_another_rank() -> None:
+    told = CmtMaeError("rank 1: teacher.weights=t.safetensors: Input/output error")
+    told.exit_code = EXIT_STOPPED
+    with pytest.raises(CmtMaeError, match=r"teachers\.clip\.") as raised, entry_errors("clip"):
+        raise told
+    assert exit_code_of(raised.value) == EXIT_STOPPED
