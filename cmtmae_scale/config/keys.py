@@ -40,6 +40,15 @@ def entry_type(kind: Any) -> type | None:
     return cast(type, item) if dataclasses.is_dataclass(item) else None
 
 
+def is_text_key(schema: type, key: str) -> bool:
+    """Return whether a key takes text; for that of an entry, its name may be left out."""
+    own = key_fields(schema)
+    listed = own.get(key.partition(".")[0])
+    entry = None if listed is None else entry_type(listed.type)
+    one = own.get(key) if entry is None else key_fields(entry).get(key.rpartition(".")[2])
+    return one is not None and one.type in (str, str | None)
+
+
 def check_keys(
     tree: dict[str, Any], group: type, schema: type, place: str, prefix: str = ""
 ) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -21,6 +21,7 @@ from cmtmae_scale.config.keys import (
     check_keys,
     entry_type,
     field_types,
+    is_text_key,
     key_fields,
     plain,
     schedule_keys,
@@ -65,7 +66,7 @@ def load_recipe(
 
 def read_recipe(schema: type[Recipe], check: Check[Recipe], path: str | Path) -> "Draft[Recipe]":
     """Read a recipe's file without checking the whole, see ``load_recipe``."""
-    tree = read_yaml(find_recipe(path))
+    tree = read_yaml(find_recipe(path), partial(is_text_key, schema))
     return Draft[Recipe].of_defaults(schema, check, str(path)).merge(tree, str(path))
 
 
@@ -142,8 +143,10 @@ class Draft(Generic[Recipe]):
     def override(self, overrides: Sequence[str]) -> "Draft[Recipe]":
         """Return the draft with ``group.key=value`` applied, in order."""
         draft, keys = self, key_fields(self.schema)
+        is_text = partial(is_text_key, self.schema)
         for override in overrides:
-            update, place = parse_override(override, keys), name_override(override, keys)
+            update = parse_override(override, keys, is_text)
+            place = name_override(override, keys)
             draft = draft.merge(update, place)
             cleared = other_length(update)
             if cleared:

@@ -7,17 +7,20 @@ from typing import Any, cast
 from cmtmae_scale.config.hints import key_hint
 from cmtmae_scale.config.keys import field_types
 from cmtmae_scale.config.schema import NamedTeacher
-from cmtmae_scale.config.yaml_text import parse_yaml, refuse_interpolation
+from cmtmae_scale.config.yaml_text import IsText, parse_yaml, refuse_interpolation
 from cmtmae_scale.errors import ConfigError
 from dataloading.addresses import hide_secrets
 
 
-def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, Any]:
+def parse_override(
+    text: str, keys: Collection[str] | None = None, is_text: IsText | None = None
+) -> dict[str, Any]:
     """Turn ``a.b=value`` into ``{"a": {"b": value}}``.
 
     Args:
         text: the override.
         keys: the schema's keys, to which hints are limited; ``None``: all hints.
+        is_text: see ``parse_yaml``.
     """
     key, sign, value = text.partition("=")
     place = name_override(text, keys or ())
@@ -25,7 +28,7 @@ def parse_override(text: str, keys: Collection[str] | None = None) -> dict[str, 
         hint = key_hint(key.strip(), keys) or "expected group.key=value, without spaces"
         raise ConfigError(f"{place}: is not an override; {hint}")
     try:
-        tree: Any = parse_yaml(value) if value else None
+        tree: Any = parse_yaml(value, is_text, key.strip()) if value else None
     except ValueError as error:
         if not is_path_key(key):
             reason = hide_secrets(" ".join(str(error).split()))

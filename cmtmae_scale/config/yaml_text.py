@@ -1,6 +1,6 @@
 """YAML without surprises: of bounded size, with distinct keys, without interpolation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,18 @@ MAX_YAML_VALUES = 100_000
 """Most values of a YAML text, with its aliases written out."""
 CONSTRUCTOR_ERRORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """Raised by PyYAML for values such as ``2024-13-01`` or ``!!bool x``."""
+NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float"))
+TEXT = "tag:yaml.org,2002:str"
+"""Tags that YAML gives to values without quotes, and that of text."""
+IsText = Callable[[str], bool]
+"""Whether a key takes text."""
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; an absent, broken or interpolating file is a ``ConfigError``."""
+def read_yaml(path: Path, is_text: IsText | None = None) -> dict[str, Any]:
+    """Read a YAML mapping; an absent, broken or interpolating file is a ``ConfigError``.
+
+    ``is_text``: see ``parse_yaml``.
+    """
     try:
         with path.open("rb") as opened:
             data = opened.read(MAX_YAML_BYTES + 1)
@@ -30,7 +38,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: has more than {MAX_YAML_BYTES} bytes, which no recipe has; give --config FILE"
         )
     try:
-        tree = parse_yaml(data.decode())
+        tree = parse_yaml(data.decode(), is_text)
     except ValueError as error:
         raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     refuse_interpolation(tree, str(path))
@@ -39,8 +47,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], tree)
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, is_text: IsText | None = None, key: str = "") -> Any:
     """Parse YAML whose aliases, written out, hold at most ``MAX_YAML_VALUES`` values.
+
+    Args:
+        text: the YAML.
+        is_text: tells the keys, with their groups, whose values are kept as they are written;
+            ``None``: none. YAML reads ``1.10`` as 1.1, ``0700`` as 448 and ``no`` as false.
+        key: of the whole; empty: its own keys are whole ones.
 
     Raises:
         ValueError: if it is not YAML, is nested too deeply, holds more values, or repeats a key.
@@ -51,6 +65,8 @@ def parse_yaml(text: str) -> Any:
         if root is None:
             return None
         count_nodes(root, {})
+        if is_text is not None:
+            keep_texts(root, is_text, key)
         return cast(Any, loader).construct_document(root)
     except (yaml.YAMLError, *CONSTRUCTOR_ERRORS) as error:
         raise ValueError(str(error)) from error
@@ -83,6 +99,22 @@ def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
         raise ValueError(f"more than {MAX_YAML_VALUES} values; write aliases out")
     known[id(node)] = count
     return count
+
+
+def keep_texts(node: yaml.Node, is_text: IsText, key: str) -> None:
+    """Make text of the numbers and truth values of text keys, as they are written; in place.
+
+    An entry of a list has the key of the list.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in NOT_TEXT and is_text(key):
+            node.tag = TEXT
+    elif isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            keep_texts(value, is_text, f"{key}.{name.value}" if key else str(name.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            keep_texts(item, is_text, key)
 
 
 def refuse_repeated_keys(node: yaml.MappingNode) -> None:

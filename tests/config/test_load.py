@@ -5,8 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cmtmae_scale.config.load import config_from_dict, config_to_dict, load_config, save_config
-from cmtmae_scale.config.schema import Schedule
+from cmtmae_scale.config.check import find_problems
+from cmtmae_scale.config.load import (
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    read_recipe,
+    save_config,
+)
+from cmtmae_scale.config.schema import Config, Schedule
 from cmtmae_scale.errors import ConfigError
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
@@ -39,6 +46,21 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(recipe: Path) ->
 
 def test_an_integer_is_taken_for_a_float(recipe: Path) -> None:
     assert load_config(recipe, ["optimizer.grad_clip=3"]).optimizer.grad_clip == 3.0
+
+
+@pytest.mark.parametrize("text", ["1.10", "0700", "2024_01_15", "12:30", "no", "1e3", "12", "0x1F"])
+def test_text_is_taken_as_it_is_written(recipe: Path, text: str) -> None:
+    """YAML reads 1.10 as 1.1: a run named so would resume that of 1.1."""
+    given = load_config(recipe, [f"run.output_dir={text}", f"teacher.weights={text}"])
+    recipe.write_text(recipe.read_text().replace("runs/x", text).replace("random", text))
+    for config in (given, load_config(recipe)):
+        assert (config.run.output_dir, config.teacher.weights) == (text, text)
+    entries = f"[{{name: one, model: {text}}}, {{name: two, weights: {text}}}]"
+    draft = read_recipe(Config, find_problems, recipe)
+    one, two = draft.override([f"teachers={entries}", f"teachers.one.weights={text}"]).values[
+        "teachers"
+    ]
+    assert [one["model"], one["weights"], two["weights"]] == [text] * 3
 
 
 def test_epochs_and_steps_clear_each_other(recipe: Path) -> None:

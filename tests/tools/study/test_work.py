@@ -82,7 +82,7 @@ def test_a_long_chain_of_rows_is_one_file_read_and_one_count_per_cache(
     study.rows = {name: study.rows[name] for name in list(study.rows)[:20]}
     reads: list[Any] = []
     real = load.read_yaml
-    monkeypatch.setattr(load, "read_yaml", lambda path: reads.append(path) or real(path))
+    monkeypatch.setattr(load, "read_yaml", lambda *given: reads.append(given) or real(*given))
     counts: list[Path] = []
     monkeypatch.setattr(work, "is_complete", lambda cache: counts.append(cache) or False)
     runs = plan_runs(study)
