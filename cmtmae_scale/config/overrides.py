@@ -36,10 +36,18 @@ def parse_override(
         tree = value
     if is_path_key(key) and isinstance(cast(object, tree), dict):
         tree = value
+    if is_text is not None and is_text(key.strip()) and is_unquoted(tree, value):
+        tree = value.strip()  # in an override `` #`` begins no comment
     refuse_interpolation(tree, place)
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     return cast(dict[str, Any], tree)
+
+
+def is_unquoted(tree: Any, value: str) -> bool:
+    """Return whether the value of an override is text without quotes; ``tree`` is its YAML."""
+    start = value.lstrip()[:1]
+    return start == "#" or (isinstance(tree, str) and start not in ("'", '"'))
 
 
 def name_override(text: str, keys: Collection[str]) -> str:

@@ -1,3 +1,4 @@
+import json
 import os
 import time
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_text_is_taken_as_it_is_written(recipe: Path, text: str) -> None:
         "teachers"
     ]
     assert [one["model"], one["weights"], two["weights"]] == [text] * 3
+
+
+@pytest.mark.parametrize("text", ["photos/my #1", "#1", "a\nb", "it's #1", "a 'b'"])
+def test_text_of_an_override_has_no_comments_and_folds_no_lines(recipe: Path, text: str) -> None:
+    config = load_config(recipe, [f"data.path={text}", f"run.output_dir={text}"])
+    assert (config.data.path, config.run.output_dir) == (text, text)
+    quoted = load_config(recipe, [f"data.path={json.dumps(text)}", "run.name='a #1' # b"])
+    assert (quoted.data.path, quoted.run.name) == (text, "a #1")
 
 
 def test_epochs_and_steps_clear_each_other(recipe: Path) -> None:
