@@ -122,7 +122,7 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
     if isinstance(given, str):
         try:
             with open(open_regular(given), "rb") as opened:
-                tree = json.loads(opened.read(MAX_BYTES))
+                tree = json.loads(opened.read(MAX_BYTES), object_pairs_hook=require_distinct)
             texts = list(walk_texts(tree))
         except OSError as error:
             raise ConfigError(
@@ -151,6 +151,20 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
             "its keys, such as device: cpu"
         )
     return tree
+
+
+def require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a group of JSON, and refuse a key that is given twice, as DeepSpeed does.
+
+    Raises:
+        ValueError: names the key.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is given twice; keep one")
+        found[key] = value
+    return found
 
 
 def walk_texts(tree: Any) -> Iterator[str]:

@@ -357,6 +357,13 @@ def test_a_deepspeed_file_is_not_resolved(recipe: Path, tmp_path: Path) -> None:
     assert "Not a regular file" in message(recipe, "backend.name=deepspeed", override)
 
 
+def test_a_key_of_a_deepspeed_file_is_given_once(recipe: Path, tmp_path: Path) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"zero_optimization": {"overlap_comm": true, "overlap_comm": false}}')
+    found = message(recipe, "backend.name=deepspeed", f"backend.deepspeed={file}")
+    assert found.endswith("deepspeed.json: is not JSON: overlap_comm is given twice; keep one")
+
+
 def test_a_dollar_in_a_comment_or_alone_is_no_interpolation(recipe: Path) -> None:
     recipe.write_text(recipe.read_text() + "# $PRICE, ${HOME}\n")
     assert load_config(recipe, ["run.name='5$ {a}'"]).run.name == "5$ {a}"
