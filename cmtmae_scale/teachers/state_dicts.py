@@ -25,17 +25,25 @@ SAVE_FLOATS = "save the weights as floating-point numbers of 16 or 32 bits, not 
 TEXT_KEYS = ("token_embedding.weight", "text_projection", "transformer.resblocks.0.ln_1.weight")
 
 
-def unwrap(state: object) -> object:
-    """Return the state dict within a checkpoint of another program."""
+def unwrap(state: object, where: str) -> object:
+    """Return the state dict within a checkpoint of another program; the log names the others."""
     for _ in range(3):
-        inner = None
-        if isinstance(state, Mapping):
-            found = (state.get(wrapper) for wrapper in WRAPPERS)
-            inner = next((tree for tree in found if isinstance(tree, Mapping)), None)
-        if inner is None:
+        if not isinstance(state, Mapping):
             break
-        state = inner
+        key = next((one for one in WRAPPERS if isinstance(state.get(one), Mapping)), None)
+        if key is None:
+            break
+        others = [str(name) for name in state if name != key and holds_tensors(state[name])]
+        if others:  # such as EMA weights, or the other network of a pair
+            text = "%s: the tensors under %s are taken, those under %s are not"
+            logger.info(text, where, key, summarise_names(others))
+        state = state[key]
     return state
+
+
+def holds_tensors(tree: object) -> bool:
+    """Return whether a value is a mapping to tensors, as a state dict is."""
+    return isinstance(tree, Mapping) and any(isinstance(one, Tensor) for one in tree.values())
 
 
 def drop_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

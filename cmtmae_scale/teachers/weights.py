@@ -134,7 +134,7 @@ def map_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Ten
         state = read_pickled(path, key)
     else:
         raise TeacherError(f"{where}: unknown file type; expected .safetensors or .pt")
-    state = unwrap(state)
+    state = unwrap(state, where)
     if not isinstance(state, Mapping) or not state:
         raise TeacherError(f"{where}: contains no state dict; save model.state_dict()")
     for name, value in state.items():

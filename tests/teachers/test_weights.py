@@ -106,6 +106,22 @@ def test_every_tensor_of_a_programs_file_is_loaded_or_named(
     assert not others or f"({len(state)} tensors); {others} other tensors" in lines[0]
 
 
+def test_weights_beside_those_that_are_taken_are_named(
+    state: State, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """timm's training saves those of the EMA too, which its own loading prefers."""
+    caplog.set_level(logging.INFO)
+    averaged = {name: value + 1 for name, value in state.items()}
+    file = tmp_path / "last.pth.tar"
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3}]}
+    torch.save({"state_dict": state, "state_dict_ema": averaged, "optimizer": optimizer}, file)
+    assert torch.equal(read_weights(file)["norm.weight"], state["norm.weight"])
+    assert caplog.messages == [
+        f"teacher.weights={file}: the tensors under state_dict are taken, those under "
+        "state_dict_ema are not"
+    ]
+
+
 def refusal(file: Path) -> str:
     with pytest.raises(TeacherError) as raised:
         read_weights(file, "student.init_weights")
