@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ from cmtmae_scale.teachers.state_dicts import load_strictly
 from cmtmae_scale.teachers.weights import is_file_name, read_weights
 
 SOURCES = ("cls", "pool", "mean_query")
+RETURNED: WeakSet[nn.Module] = WeakSet()
+"""Modules that factories have returned; the program moves and casts them."""
 
 
 class PythonTower(WholeNetwork):
@@ -186,6 +189,12 @@ class PythonSource:
                 f"teacher.model={self.name}: the factory failed ({type(error).__name__}: {error})"
             ) from error
         check_module(self.module, self.name)
+        if self.module in RETURNED:
+            raise TeacherError(
+                f"teacher.model={self.name}: the factory returned the module of an earlier call, "
+                "which may be without weights by now; return a new module at each call"
+            )
+        RETURNED.add(self.module)
         self.patch = int(self.module.patch_size)
         self.digest = code_digest(place, self.module)
 

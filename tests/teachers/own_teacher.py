@@ -1,5 +1,7 @@
 """A teacher of one's own, as docs/teachers.md describes: weights of its factory are random."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +83,11 @@ def fails() -> nn.Module:
 
 def no_module() -> int:
     return 3
+
+
+@cache
+def kept() -> nn.Module:
+    return FeaturesOnly()
 
 
 def make_own_teacher() -> nn.Module:

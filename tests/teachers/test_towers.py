@@ -294,6 +294,14 @@ def test_what_is_no_teacher_is_refused(factory: str, changes: dict[str, Any], sa
     assert said in refusal(config)
 
 
+def test_a_factory_returns_a_new_module_at_each_call() -> None:
+    """A module that was counted on the meta device has no weights."""
+    config = own_config("kept", "activation_norm")
+    with torch.device("meta"):
+        build_teacher_skeleton(config, BOTH)
+    assert "return a new module at each call" in refusal(config)
+
+
 def test_an_output_of_another_form_is_named() -> None:
     teacher = build(own_config("WrongShape", "activation_norm"))
     with pytest.raises(TeacherError, match=r"tokens of shape \[1, 16, 24\]; .* \[1, 16, 32\]"):
