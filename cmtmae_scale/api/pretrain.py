@@ -75,7 +75,7 @@ def train_rank(config: Config, world: World, recipe: str, overrides: Sequence[st
         recipe,
         overrides,
         open_figures,
-        lambda: peak_bytes(config, world.world_size),
+        lambda: peak_bytes(config, world.world_size, world.local_world_size),
     )
 
 

@@ -126,13 +126,15 @@ def count_shards(config: Config, world_size: int, node_size: int = 8) -> Shards:
     return Shards(count, 1 if waits else count, count if config.backend.sharding == "full" else 1)
 
 
-def memory_bytes(config: Config, world_size: int, networks: MetaNetworks) -> dict[str, float]:
-    """Return bytes per GPU by kind at the peak, the end of a forward.
+def memory_bytes(
+    config: Config, world_size: int, networks: MetaNetworks, node_size: int = 8
+) -> dict[str, float]:
+    """Return bytes per GPU by kind at the peak, the end of a forward, for ``node_size`` per node.
 
     CUDA's context, NCCL's buffers and fragmentation are beside them, see ``RESERVE``.
     """
     views = views_per_forward(config, world_size)
-    return state_bytes(config, world_size, networks) | {
+    return state_bytes(config, world_size, networks, node_size) | {
         "input images": input_bytes(config, networks.teachers) * views,
         "activations": saved_bytes(config, networks.teachers) * views,
     }
@@ -224,14 +226,14 @@ def input_bytes(config: Config, teachers: Mapping[str, OnlineTeacher]) -> float:
     return (2 + LOOK_AHEAD) * view + DECODED_BYTES
 
 
-def peak_bytes(config: Config, world_size: int) -> float | None:
-    """Return the modelled bytes per GPU at the peak; ``None`` for networks that cannot be built."""
+def peak_bytes(config: Config, world_size: int, node_size: int) -> float | None:
+    """Return the sum of ``memory_bytes``; ``None`` for networks that cannot be built."""
     teachers = logging.getLogger("cmtmae_scale.teachers")
     level = teachers.level
     teachers.setLevel(logging.WARNING)  # the teacher is named when it is built
     try:
         networks = build_meta_networks(config)
-        return sum(memory_bytes(config, world_size, networks).values())
+        return sum(memory_bytes(config, world_size, networks, node_size).values())
     except CmtMaeError:
         return None  # build_run names the error on every rank
     except (RuntimeError, ValueError, TypeError) as error:

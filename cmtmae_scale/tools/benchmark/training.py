@@ -242,7 +242,7 @@ def summarise_variant(
 ) -> StepResult:
     """Return medians over windows, and derived rates."""
     config = variant.config
-    flops, memory = count_variant(config, world.world_size)
+    flops, memory = count_variant(config, world.world_size, world.local_world_size)
     step_s = Spread.of([window.step_s for window in windows])
     images_s = config.train.global_batch_size / step_s.median
     names = windows[0].parts_s
@@ -267,8 +267,8 @@ def summarise_variant(
     )
 
 
-def count_variant(config: Config, world_size: int) -> tuple[ViewFlops, float]:
+def count_variant(config: Config, world_size: int, node_size: int = 8) -> tuple[ViewFlops, float]:
     """Return FLOPs per view and the modelled peak memory, as ``--dry-run`` does."""
     networks = build_meta_networks(config)
-    memory = memory_bytes(config, world_size, networks)
+    memory = memory_bytes(config, world_size, networks, node_size)
     return count_flops(config, networks), sum(memory.values())

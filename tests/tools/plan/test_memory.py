@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cmtmae_scale.api import pretrain
 from cmtmae_scale.backends.build import make_backend
 from cmtmae_scale.backends.initial import initialise_backend
 from cmtmae_scale.config.load import load_config
@@ -55,3 +56,18 @@ def test_the_estimate_is_the_measured_peak(changes: list[str], tmp_path: Path) -
         backend.step(1e-3, torch.zeros(REPORT))
         backend.momentum_update(0.9)
     assert expected == pytest.approx(counted.peak, rel=0.07)
+
+
+def test_a_launch_models_the_memory_of_its_own_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``backend.sharding=hybrid`` shares the states among the ranks of a node, here 4 of 8."""
+    batch = ["train.global_batch_size=16", "train.micro_batch_size=2"]
+    config = load_config(write_recipe(tmp_path), ["backend.sharding=hybrid", *batch])
+    networks = build_meta_networks(config)
+    parts = {size: memory_bytes(config, 8, networks, size) for size in (4, 8)}
+    assert parts[4]["weights, moments"] == 2 * parts[8]["weights, moments"]
+    modelled: list[float] = []
+    monkeypatch.setattr(pretrain, "run_task", lambda *given: modelled.append(given[-1]()) or 0)
+    pretrain.train_rank(config, World(0, 8, 0, 4, "none"), "", [])
+    assert modelled == [sum(parts[4].values())]
