@@ -19,7 +19,7 @@ from cmtmae_scale.runtime.arguments import Parser, above_zero, at_least_one, not
 from cmtmae_scale.runtime.launch import World, find_world
 from cmtmae_scale.runtime.log import set_up_logging
 from cmtmae_scale.runtime.storage import write_atomic
-from cmtmae_scale.tools.benchmark.results import save_tables
+from cmtmae_scale.tools.benchmark.results import save_tables, with_ending
 
 if TYPE_CHECKING:
     from cmtmae_scale.tools.benchmark import training
@@ -315,7 +315,7 @@ def measure_everything(options: argparse.Namespace, world: World) -> int:
         logger.error("interrupted; the same command goes on after the last row that is finished")
         return EXIT_STOPPED
     text = suite.suite_table(jobs.JOBS, rows)
-    write_atomic(output.with_suffix(".md"), text + "\n")
+    write_atomic(with_ending(output, ".md"), text + "\n")
     sys.stdout.write(text + "\n")
     if not options.small:
         page.write_page(Path("docs/performance.md"), jobs.JOBS, rows)

@@ -8,14 +8,22 @@ from typing import Any
 
 from cmtmae_scale.runtime.storage import write_atomic
 
+ENDINGS = (".json", ".md")
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """Return a file of results, one of ``ENDINGS``; a point in the name, as in ``v0.2``, stays."""
+    name = path.stem if path.suffix in ENDINGS else path.name
+    return path.with_name(name + ending)
+
 
 def save_tables(path: Path, facts: Mapping[str, object], results: Any, text: str) -> None:
     """Write facts and results (dataclasses) to ``path`` with ``.json``, tables with ``.md``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = json.dumps({**facts, "results": results}, indent=1, default=plain)
-    write_atomic(path.with_suffix(".json"), whole + "\n")
+    write_atomic(with_ending(path, ".json"), whole + "\n")
     lines = [f"- {name}: {value}" for name, value in facts.items()]
-    write_atomic(path.with_suffix(".md"), "\n".join(lines) + "\n\n" + text + "\n")
+    write_atomic(with_ending(path, ".md"), "\n".join(lines) + "\n\n" + text + "\n")
 
 
 def plain(value: Any) -> Any:

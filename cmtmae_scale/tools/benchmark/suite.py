@@ -18,6 +18,7 @@ from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, ConfigError
 from cmtmae_scale.runtime.storage import write_atomic
 from cmtmae_scale.tools.benchmark.jobs import TARS, Job
 from cmtmae_scale.tools.benchmark.limited import run_limited
+from cmtmae_scale.tools.benchmark.results import ENDINGS, with_ending
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def run_suite(
         if row["state"] in (FAILED, OUT_OF_TIME):
             logger.error("%s: the end of its output:\n%s", job.name, row["tail"])
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(output.with_suffix(".json"), json.dumps({"rows": rows}, indent=1) + "\n")
+        write_atomic(with_ending(output, ".json"), json.dumps({"rows": rows}, indent=1) + "\n")
     return rows
 
 
@@ -77,7 +78,7 @@ def read_rows(output: Path) -> dict[str, Row]:
     Raises:
         ConfigError: if the file holds something else.
     """
-    file = output.with_suffix(".json")
+    file = with_ending(output, ".json")
     if not file.exists():
         return {}
     try:
@@ -116,7 +117,7 @@ def run_job(job: Job, images: str, limit_s: float, small: bool) -> Row:
         saved = Path(folder) / "result"
         extra = ["--output", str(saved)] if BENCHMARK in command else []
         ended = run_limited([*command, *extra], Path(folder) / "log", limit_s)
-        files = [saved.with_suffix(ending) for ending in (".json", ".md")]
+        files = [with_ending(saved, ending) for ending in ENDINGS]
         found = json.loads(files[0].read_text()) if files[0].exists() else {}
         text = files[1].read_text().partition("\n\n")[2] if files[1].exists() else ""
     state = OUT_OF_TIME if ended.code is None else FAILED

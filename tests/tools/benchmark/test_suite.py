@@ -12,6 +12,7 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.tools.benchmark import page, smoke, suite
 from cmtmae_scale.tools.benchmark.jobs import JOBS, Job
+from cmtmae_scale.tools.benchmark.results import save_tables
 from cmtmae_scale.tools.benchmark.rig import SDPA
 from cmtmae_scale.tools.benchmark.timeline import Gap, Span, busy_and_gaps, longest_kernels
 from tests.engine.run_case import make_photographs
@@ -172,6 +173,18 @@ def test_paths_that_need_a_failed_path_are_skipped(tmp_path: Path) -> None:
     assert f"exit code {EXIT_CONFIG}, expected 0" in found[1].tail
     assert "did you mean pretrain?" in smoke.smoke_table(found)
     assert smoke.smoke_headline(found) == "1 of 3 paths work; failed: typing; skipped: after"
+
+
+def test_a_point_in_the_name_of_results_is_no_ending(tmp_path: Path) -> None:
+    for name in ("large-0.1", "large-0.2", "large-0.2.json", "plain.md"):
+        save_tables(tmp_path / name, {"device": name}, [], "")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *("large-0.1.json", "large-0.1.md", "large-0.2.json", "large-0.2.md"),
+        *("plain.json", "plain.md"),
+    ]
+    (tmp_path / "suite-0.1.json").write_text(json.dumps({"rows": {"good": {}}}))
+    assert suite.read_rows(tmp_path / "suite-0.1") == {"good": {}}
+    assert suite.read_rows(tmp_path / "suite-0.2") == {}
 
 
 def test_busy_time_counts_streams_that_overlap_once() -> None:
