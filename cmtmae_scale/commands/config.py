@@ -19,7 +19,7 @@ PAGE = """# Config keys
 
 Written by `cmtmae config --markdown`, from the schema; do not edit. `cmtmae config KEY` prints one
 key, and the modules that read it. A recipe is a YAML file with these groups. On the command line
-`group.key=value` overrides it, in YAML's notation; `null` means off.
+`group.key=value` overrides it, in YAML's notation, text as it is; `null` means off.
 """
 
 

@@ -53,7 +53,8 @@ def load_recipe(
         schema: dataclass of the config.
         check: yields the problems of a config.
         path: a YAML file with the groups of ``schema``, or the name of a shipped recipe.
-        overrides: ``group.key=value``, values in YAML's notation; ``null`` means off.
+        overrides: ``group.key=value``, values in YAML's notation, text as it is; ``null`` means
+            off.
 
     Returns:
         Plain dataclasses, every field set.
