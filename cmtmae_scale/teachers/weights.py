@@ -117,12 +117,18 @@ def map_weights(path: str | Path, key: str = "teacher.weights") -> dict[str, Ten
     """
     path = Path(path)
     where = f"{key}={path}"
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+        if is_file and path.suffix in (".safetensors", *PICKLED):
+            refuse_other_kinds(path, where)
+    except OSError as error:
+        raise TeacherError(
+            f"{where}: cannot be read ({error.strerror}); make it readable, or correct the path"
+        ) from error
+    if is_folder:
         return check_tensors(read_folder(path, where), where)
-    if not path.is_file():
+    if not is_file:
         raise TeacherError(f"{where}: there is no such file; correct the path")
-    if path.suffix in (".safetensors", *PICKLED):
-        refuse_other_kinds(path, where)
     if path.suffix == ".safetensors":
         try:
             state: object = load_file(path)

@@ -1,7 +1,9 @@
 """Weights as programs write them are loaded, every tensor accounted for; other files are named."""
 
 import argparse
+import errno
 import logging
+import os
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.teachers import weights
 from cmtmae_scale.teachers.state_dicts import load_strictly
 from cmtmae_scale.teachers.weights import read_weights
 
@@ -129,6 +132,21 @@ def refusal(file: Path) -> str:
     assert text.startswith(f"student.init_weights={file}: ") and text.isprintable()
     assert "re-running" not in text.lower() and "two options" not in text
     return text
+
+
+@pytest.mark.parametrize("name", ["is_file", "open_regular"])
+def test_a_file_that_may_not_be_read_is_named(
+    state: State, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first fails in a folder that may not be entered, the second for the file itself."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    file = tmp_path / "w.pt"
+    torch.save(state, file)
+    monkeypatch.setattr(Path if name == "is_file" else weights, name, refuse)
+    assert "cannot be read (Permission denied); make it readable, or correct" in refusal(file)
 
 
 def test_two_encoders_are_not_guessed(state: State, tmp_path: Path) -> None:
