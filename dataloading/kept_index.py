@@ -210,9 +210,11 @@ def build_kept(listing: Listing, folder: Path) -> Index:
     """Build an index and keep it in a folder.
 
     Raises:
-        DataError: as ``build_index``, or if the folder cannot be written.
+        DataError: as ``build_index``, or if the folder cannot be written, or has an ``index.json``
+            of another program.
         ReadError: as ``build_index``, or if the folder's store is full or fails.
     """
+    _open(folder, listing.request)  # refuses the folder of another program before the work
     parts, recall = examine(listing, folder / _PARTS)
     own = _own_facts(listing)
     with _written(folder):
