@@ -1,10 +1,13 @@
 """Which caches a run accepts, and which views it reads from them."""
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +16,7 @@ from safetensors.torch import save_file
 
 from cmtmae_scale.cache.fingerprint import provenance
 from cmtmae_scale.cache.format import MANIFEST, SHARDS, manifest_text, read_manifest, shard_path
-from cmtmae_scale.cache.teacher import open_cache
+from cmtmae_scale.cache.teacher import SidecarTeacher, open_cache
 from cmtmae_scale.commands.dry_run import render_dry_run
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.stop import StopRequest
@@ -255,3 +258,24 @@ def test_a_cache_of_another_decoder_or_version_is_used_with_a_warning_of_rank_0(
         f"cache.dir={folder}: built with decode dali, here is torch",
         f"cache.dir={folder}: built with torch 2.0.1, here is {torch.__version__}",
     ]
+
+
+def test_a_store_that_fails_while_a_sidecar_is_searched_ends_no_run(
+    recipe: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(recipe, cached(good))
+    skeleton, index = make_skeleton(config), build_index(config.data.path)
+    absent = load_config(recipe, cached(good.with_name("absent")))
+    device = torch.device("cpu")
+    teacher = SidecarTeacher(absent, skeleton, skeleton, index, device, pytest.fail)
+    teacher.folder, teacher.next_search, stat = good, 0.0, os.stat
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(MANIFEST):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return stat(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        teacher.search_cache()
+    assert teacher.cached is None and 0 < teacher.next_search < float("inf")
