@@ -215,9 +215,9 @@ def build_kept(listing: Listing, folder: Path) -> Index:
         ReadError: as ``build_index``, or if the folder's store is full or fails.
     """
     _open(folder, listing.request)  # refuses the folder of another program before the work
-    parts, recall = examine(listing, folder / _PARTS)
     own = _own_facts(listing)
     with _written(folder):
+        parts, recall = examine(listing, folder / _PARTS)
         with index_file.new_file(folder, own["listing"]) as new_buffer:
             index = gather(listing, recall, new_buffer)
         kept = index_file.publish(folder, {**own, **_facts_of(index)})

@@ -190,6 +190,19 @@ def test_an_index_json_of_another_program_is_not_replaced(photographs, tmp_path,
     assert (tmp_path / "index.json").read_text() == text
 
 
+def test_the_locked_folder_of_an_index_is_named(photographs, tmp_path, monkeypatch):
+    stat = os.stat
+
+    def look_up(path, *arguments, **options):
+        if str(path).startswith(f"{tmp_path}/locked/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", look_up)
+    with pytest.raises(DataError, match=r"locked: the index cannot be written \(Permission den"):
+        load_or_build(photographs, tmp_path / "locked")
+
+
 def test_an_index_of_format_3_is_replaced_with_its_file(photographs, tmp_path):
     facts = {"format": 3, "listing": "0", "npy_sha256": "0"}
     (tmp_path / "index.json").write_text(json.dumps(facts))
