@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from dataloading.entries import UNREADABLE
 from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.reading import Reader, UndecodableError, start_threads
@@ -89,7 +90,7 @@ def check_samples(
                 faults.append(Fault(sample, index.names[sample], str(error)))
             except ReadError as error:
                 reason = getattr(error.__cause__, "strerror", None) or "no answer"
-                faults.append(Fault(sample, index.names[sample], f"cannot be read: {reason}"))
+                faults.append(Fault(sample, index.names[sample], f"{UNREADABLE}{reason}"))
         return _Found(faults, suspect, read, digests, scaled)
 
     n = len(index)

@@ -39,7 +39,7 @@ from dataloading.passed_over import (
     lost_images,
     sort_counts,
 )
-from dataloading.patience import LASTING, PATIENCE_S, Patience
+from dataloading.patience import LASTING, Patience, retry_listing
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +70,9 @@ def list_folder(root: Path) -> tuple[Files, Counts]:
 
     def listed() -> Files:
         passed.clear()
-        try:
-            return collect_files(walk(root, passed=passed))
-        except OSError as error:
-            if error.errno not in LASTING:
-                raise
-            raise DataError(
-                f"{error.filename}: cannot be listed ({error.strerror}); "
-                "make the whole of data.path readable"
-            ) from error
+        return collect_files(walk(root, passed=passed))
 
-    files = Patience(PATIENCE_S).retry(listed, str(root))
+    files = retry_listing(listed, str(root))
     counts = sort_counts([passed])
     others = f"; {format_passed(counts)}" if counts else ""
     if len(files.faults) == len(files):

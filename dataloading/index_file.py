@@ -13,7 +13,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +77,8 @@ def open_file(folder: Path) -> Kept:
         ValueError, KeyError, TypeError: if it is damaged or of another format.
         DataError: if ``index.json`` is that of another program.
     """
-    facts: dict[str, Any] = json.loads((folder / INDEX_JSON).read_text(encoding="utf-8"))
+    content: Any = json.loads((folder / INDEX_JSON).read_text(encoding="utf-8"))
+    facts: dict[str, Any] = cast(dict[str, Any], content) if isinstance(content, dict) else {}
     if not {"format", "listing"} <= set(facts):  # every format has these two
         raise DataError(
             f"{folder / INDEX_JSON}: is not an index of images, and is not replaced by one; set "

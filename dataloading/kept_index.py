@@ -210,12 +210,14 @@ def build_kept(listing: Listing, folder: Path) -> Index:
     """Build an index and keep it in a folder.
 
     Raises:
-        DataError: as ``build_index``, or if the folder cannot be written.
+        DataError: as ``build_index``, or if the folder cannot be written, or has an ``index.json``
+            of another program.
         ReadError: as ``build_index``, or if the folder's store is full or fails.
     """
-    parts, recall = examine(listing, folder / _PARTS)
+    _open(folder, listing.request)  # refuses the folder of another program before the work
     own = _own_facts(listing)
     with _written(folder):
+        parts, recall = examine(listing, folder / _PARTS)
         with index_file.new_file(folder, own["listing"]) as new_buffer:
             index = gather(listing, recall, new_buffer)
         kept = index_file.publish(folder, {**own, **_facts_of(index)})

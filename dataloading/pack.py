@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.check import Fault, ReportDone, map_in_order
-from dataloading.entries import encode_name
-from dataloading.errors import DataError
+from dataloading.entries import UNREADABLE, encode_name
+from dataloading.errors import DataError, ReadError
 from dataloading.files import atomic_path, sync
 from dataloading.index import Index, build_index
 from dataloading.order import sample_ids
@@ -178,7 +178,14 @@ class Pack:
 
         Raises:
             DataError: if nothing is left, or the folder cannot be written.
+            ReadError: if storage did not give a sample: the pack would lack it forever.
         """
+        unread = next((one for one in excluded if one.reason.startswith(UNREADABLE)), None)
+        if unread is not None:
+            raise ReadError(
+                f"{self._index.root}: {unread.name} {unread.reason}; nothing is packed without it: "
+                "make it readable, or remove it, and launch the same command again"
+            )
         if len(excluded) == len(self._index):
             raise DataError(f"{self._index.root}: no image can be decoded; nothing is packed")
         record = self._make_record(excluded)

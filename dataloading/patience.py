@@ -1,13 +1,14 @@
 """Retry failed reads for a limited time: network storage fails temporarily."""
 
 import errno
+import glob
 import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from dataloading.errors import ReadError
+from dataloading.errors import DataError, ReadError
 
 logger = logging.getLogger(__name__)
 
@@ -68,3 +69,26 @@ class Patience:
                     logger.warning("%s: %s; tried again for %.1f s", name, reason, left_s)
                 self._over.wait(min(pause_s, left_s))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def retry_listing(look: Callable[[], Result], root: str) -> Result:
+    """Call a function that lists or looks up the files of a data set until storage answers.
+
+    Raises:
+        DataError: names what may not be listed.
+        ReadError: if storage fails for longer than reads are retried.
+    """
+    others = ", or name the others in braces, {a,b}" if glob.has_magic(root) else ""
+
+    def looked() -> Result:
+        try:
+            return look()
+        except OSError as error:
+            if error.errno not in LASTING:
+                raise
+            raise DataError(
+                f"{error.filename or root}: cannot be listed ({error.strerror}); "
+                f"make the whole of data.path readable{others}"
+            ) from error
+
+    return Patience(PATIENCE_S).retry(looked, root)

@@ -7,10 +7,11 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dataloading.errors import DataError
-from dataloading.patience import LASTING, PATIENCE_S, Patience
+from dataloading.patience import LASTING, PATIENCE_S, Patience, retry_listing
 
 MAX_FILES = 1_000_000
 """Most files that the braces of one path may mean."""
@@ -54,23 +55,46 @@ def has_files(path: Path) -> bool:
 
     Raises:
         DataError: for a path that cannot be looked up, or a pattern that is not understood.
+        ReadError: if storage fails for longer than reads are retried.
     """
     require_reachable(path)
     if os.path.exists(path):
         return True
-    texts = map(Path, expand_braces(path)) if "{" in str(path) else [path]
-    return any(expand_wildcards(text) if is_glob(text) else os.path.exists(text) for text in texts)
+    texts = [*map(Path, expand_braces(path))] if "{" in str(path) else [path]
+    return retry_listing(
+        lambda: any(
+            expand_wildcards(one) if is_glob(one) else os.path.exists(one) for one in texts
+        ),
+        str(path),
+    )
 
 
 def expand_wildcards(path: Path) -> list[Path]:
-    """Return the files that a pattern with ``*``, ``?`` or ``[...]`` matches, by name."""
+    """Return the files that a pattern with ``*``, ``?`` or ``[...]`` matches, by name.
+
+    Raises:
+        OSError: if a folder cannot be listed, or searched, whose files may match.
+    """
     known, parts = Path(*path.parts[:1]), path.parts[1:]
     if not path.is_absolute():
         known, parts = Path(), path.parts
     while parts and os.path.exists(known / parts[0]):  # such folders may have [ in their names
         known, parts = known / parts[0], parts[1:]
-    found = glob.glob(os.path.join(glob.escape(str(known)), *parts), recursive=True)
+    begin = glob.escape(str(known))
+    for depth, part in enumerate(parts):
+        for folder in glob.glob(os.path.join(begin, *parts[:depth], ""), recursive=True):
+            _require_open(folder, part)
+    found = glob.glob(os.path.join(begin, *parts), recursive=True)
     return [Path(text) for text in sorted(found) if not os.path.isdir(text)]
+
+
+def _require_open(folder: str, part: str) -> None:
+    """Raise the error with which glob would pass over a folder on its way to ``part``."""
+    if glob.has_magic(part):
+        os.scandir(folder).close()
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(os.path.join(folder, part))
 
 
 def expand_braces(path: Path | str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Which files are the shards of a data set: tars or Parquet files, local or in a store."""
 
+import functools
 import itertools
 import logging
 import os
@@ -24,7 +25,7 @@ from dataloading.passed_over import (
     is_archive,
     sort_counts,
 )
-from dataloading.patience import LASTING, PATIENCE_S, Patience
+from dataloading.patience import LASTING, PATIENCE_S, Patience, retry_listing
 from dataloading.shard_names import is_parquet
 from dataloading.shard_patterns import expand_braces, expand_wildcards, is_glob
 from dataloading.stores import (
@@ -61,7 +62,8 @@ def detect_source(path: Path) -> ShardSource | None:
     """Return of which files a path is one, a pattern, or the folder; ``None``: of neither.
 
     Raises:
-        DataError: if a folder holds both, or images beside them.
+        DataError: if a folder holds both, or images beside them, or cannot be listed.
+        ReadError: if storage fails for longer than reads are retried.
     """
     if not os.path.isdir(path):
         if is_parquet(path.name):
@@ -70,17 +72,20 @@ def detect_source(path: Path) -> ShardSource | None:
             return "webdataset"
         if not is_glob(path):
             return None
-    try:
-        found: dict[ShardSource, str] = {}
+    found: dict[ShardSource, str] = {}
+
+    def look() -> File | None:
         for source, ending in ENDINGS.items():
             files = _files_in(path, ending) if os.path.isdir(path) else _match(path, {}, ending)
             if files:
                 found[source] = f"{ending} files ({files[0].name} ...)"
-        if not os.path.isdir(path):
-            return "parquet" if list(found) == ["parquet"] else "webdataset"
-        image = next((file for file in walk(path) if file.fault is None), None) if found else None
-    except OSError:  # whoever lists the folder says so
-        return None
+        if not found or not os.path.isdir(path):
+            return None
+        return next((file for file in walk(path) if file.fault is None), None)
+
+    image = retry_listing(look, str(path))
+    if not os.path.isdir(path):
+        return "parquet" if list(found) == ["parquet"] else "webdataset"
     sources: list[str] = [*found]
     if image is not None:
         sources.append("folder")
@@ -117,23 +122,23 @@ def list_shards(
     Raises:
         DataError: if there is none, one is named twice, or one is missing, or if there are more
             archives of other kinds than tars.
+        ReadError: if storage fails for longer than reads are retried.
     """
     if isinstance(path, str):
         return list_remote_shards(path, passed)
     counts: Counts = {}
     ending = ENDINGS[source]
-    try:
+
+    def listed() -> list[Path]:
+        counts.clear()
         if os.path.isdir(path):
-            tars = _files_in(path, ending, counts)
-        elif os.path.exists(path):
-            tars = [path]
-        else:
-            texts = expand_braces(path) if "{" in str(path) else [str(path)]
-            tars = [tar for text in texts for tar in _match(Path(text), counts, ending)]
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be listed ({error.strerror}); make data.path readable"
-        ) from error
+            return _files_in(path, ending, counts)
+        if os.path.exists(path):
+            return [path]
+        texts = expand_braces(path) if "{" in str(path) else [str(path)]
+        return [tar for text in texts for tar in _match(Path(text), counts, ending)]
+
+    tars = retry_listing(listed, str(path))
     _require_files(path, len(tars), counts, f"{explain_path(path)}{_near(path, ending)}", ending)
     odd = next((tar for tar in tars if is_parquet(tar.name) != (source == "parquet")), None)
     if odd is not None:
@@ -145,12 +150,19 @@ def list_shards(
         passed.update(counts)
     parents = [os.path.dirname(os.path.abspath(tar)) for tar in tars]
     common = os.path.commonpath(parents)
+    patience = Patience(PATIENCE_S)
     shards: list[Shard] = []
-    for tar in tars:
+
+    def look_up(tar: Path) -> os.stat_result:
         try:
-            facts = tar.stat()
+            return tar.stat()
         except OSError as error:
+            if error.errno not in LASTING:
+                raise
             raise _unreadable(tar, error, explain_path(path)) from error
+
+    for tar in tars:
+        facts = patience.retry(functools.partial(look_up, tar), str(tar))
         if not stat.S_ISREG(facts.st_mode):
             raise DataError(f"{tar}: is not a regular file; set data.path to {ending} files")
         name = Path(os.path.relpath(os.path.abspath(tar), common)).as_posix()

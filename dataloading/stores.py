@@ -73,7 +73,14 @@ TarPlace = Path | RemoteTar
 
 
 def as_root(path: str | os.PathLike[str]) -> Path | str:
-    """Return ``data.path`` as a path; an address as it is."""
+    """Return ``data.path`` as a path; an address as it is.
+
+    Raises:
+        DataError: for an empty text, such as that of a variable that is not set: as a path it would
+            be the working folder.
+    """
+    if not os.fspath(path):
+        raise DataError("the path of the images is empty; set data.path to their folder or tars")
     return os.fspath(path) if is_url(path) else Path(path)
 
 

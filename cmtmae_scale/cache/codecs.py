@@ -6,6 +6,7 @@ channels. The cosine of raw features hides the damage to small channels; fidelit
 judged on standardised features.
 """
 
+import errno
 import hashlib
 import math
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cmtmae_scale.errors import CacheError
+from cmtmae_scale.errors import AGAIN, CacheError
 from cmtmae_scale.runtime.storage import read_regular, write_atomic
 from cmtmae_scale.teachers.base import TeacherView
 
@@ -26,6 +27,8 @@ Codec = Literal["int8", "bf16", "attention"]
 LEVELS = 127
 _SMALLEST = 2.0**-14
 """Smallest scale: float16 loses bits below it."""
+_NO_FILE = frozenset({errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EFBIG})
+"""Errors of what is absent, or is no regular file of a legal size."""
 
 
 class Calibration(NamedTuple):
@@ -90,7 +93,7 @@ def load_calibration(folder: Path, sha256: str | None, width: int) -> Calibratio
     """Read the calibration of ``width`` channels that the manifest names by its digest, if any.
 
     Raises:
-        CacheError: the file is absent, or it is not the file that the manifest names.
+        CacheError: the file is absent or cannot be read, or is not the one that the manifest names.
     """
     if sha256 is None:
         return None
@@ -106,11 +109,18 @@ def load_calibration(folder: Path, sha256: str | None, width: int) -> Calibratio
         if not all(bool(statistic.isfinite().all()) for statistic in found):
             raise ValueError("it holds values that are not finite")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CacheError(
-            f"cache.dir={folder}: {path.name} cannot be trusted ({error}); delete the folder and "
-            "build it again"
-        ) from error
+        raise CacheError(f"cache.dir={folder}: {path.name} {explain_unusable(error)}") from error
     return found
+
+
+def explain_unusable(error: Exception) -> str:
+    """Return why a file of a cache cannot be used, and what to do.
+
+    A file that the store or the rights refuse may be intact.
+    """
+    if isinstance(error, OSError) and error.errno not in _NO_FILE:
+        return f"cannot be read ({error.strerror}); make it readable, and {AGAIN}"
+    return f"cannot be trusted ({error}); delete the folder and build it again"
 
 
 def encode(features: Tensor, codec: Codec, calibration: Calibration | None) -> Encoded:

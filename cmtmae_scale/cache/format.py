@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmtmae_scale.cache.codecs import Codec
+from cmtmae_scale.cache.codecs import Codec, explain_unusable
 from cmtmae_scale.errors import CacheError, remedy_for
 from cmtmae_scale.runtime.storage import (
     atomic_path,
@@ -218,8 +218,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a cache.
 
     Raises:
-        CacheError: the manifest is absent or damaged, or everyone may write to the folder or
-            to its shards.
+        CacheError: the manifest is absent, damaged or cannot be read, or everyone may write to
+            the folder or to its shards.
     """
     for place in (folder, folder / SHARDS, *list_shard_folders(folder)):
         refuse_world_writable(place)
@@ -238,10 +238,7 @@ def read_manifest(folder: Path) -> Manifest:
             "cmtmae precompute, or set teacher.mode=online"
         ) from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CacheError(
-            f"cache.dir={folder}: {MANIFEST} cannot be trusted ({error}); delete the folder and "
-            "build it again"
-        ) from error
+        raise CacheError(f"cache.dir={folder}: {MANIFEST} {explain_unusable(error)}") from error
     return found
 
 

@@ -1,6 +1,7 @@
 """Teachers whose views are read from a cache: a complete cache, or the cache of a sidecar."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -251,7 +252,7 @@ class SidecarTeacher:
         if time.monotonic() < self.next_search:
             return
         self.next_search = time.monotonic() + POLL_S
-        if not (self.folder / MANIFEST).exists():
+        if not os.path.exists(self.folder / MANIFEST):  # or the store fails: no reason to stop
             return
         try:
             self.cached = self.open_cached()

@@ -350,9 +350,9 @@ def follow_teacher(config: Config, options: argparse.Namespace, world: World) ->
 def await_file(path: Path, reason: str) -> bool:
     """Wait for a file that a run writes; return whether it appeared."""
     began = time.monotonic()
-    if not path.exists():
+    if not os.path.exists(path):
         logger.info("waiting for %s: %s", path, reason)
-    while not path.exists():
+    while not os.path.exists(path):  # false, too, while the store fails
         if time.monotonic() - began > PATIENCE_S:
             logger.error("%s did not appear within %.0f s: %s", path, PATIENCE_S, reason)
             return False

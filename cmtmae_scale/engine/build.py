@@ -90,7 +90,7 @@ def build_run(
         saved_step = progress.step if progress.step != progress.step0 else None
         logger.info("resuming %s at step %d", folder, progress.step)
     place.enter("stream", 0)
-    stream = stack.enter_context(task.open_stream(progress.position))
+    stream = stack.enter_context(on_all_ranks(lambda: task.open_stream(progress.position)))
     barrier()  # from here on no rank ends alone at a signal
     stop.install()
     progress_file = None

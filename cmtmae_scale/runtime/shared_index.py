@@ -1,6 +1,7 @@
 """The index of a data set, built and opened by all ranks together."""
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -83,11 +84,12 @@ def begin_index(
 def identify_place(path: Path | str) -> str:
     """Return device and inode of a folder or file, of a pattern those of its folder.
 
-    An address is its own place.
+    An address is its own place. What cannot be looked up counts as absent: whoever lists it says
+    why, on all ranks, and a rank that failed here would leave the others waiting.
     """
     if isinstance(path, str):
         return path
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     found = path.stat()
     return f"{found.st_dev} {found.st_ino}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.fingerprint import provenance
 from cmtmae_scale.cache.format import MANIFEST, SHARDS, manifest_text, read_manifest, shard_path
-from cmtmae_scale.cache.teacher import open_cache
+from cmtmae_scale.cache.teacher import SidecarTeacher, open_cache
 from cmtmae_scale.commands.dry_run import render_dry_run
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.stop import StopRequest
@@ -275,3 +276,24 @@ def test_a_cache_whose_store_fails_at_the_launch_is_tried_again(
         index = build_index(config.data.path)
         open_teachers(config, single, cpu, index, StopRequest(tmp_path), stack)
     assert exit_code_of(raised.value) == EXIT_STOPPED
+
+
+def test_a_store_that_fails_while_a_sidecar_is_searched_ends_no_run(
+    recipe: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(recipe, cached(good))
+    skeleton, index = make_skeleton(config), build_index(config.data.path)
+    absent = load_config(recipe, cached(good.with_name("absent")))
+    device = torch.device("cpu")
+    teacher = SidecarTeacher(absent, skeleton, skeleton, index, device, pytest.fail)
+    teacher.folder, teacher.next_search, stat = good, 0.0, os.stat
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(MANIFEST):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return stat(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        teacher.search_cache()
+    assert teacher.cached is None and 0 < teacher.next_search < float("inf")

@@ -1,5 +1,6 @@
 """Absent, damaged or foreign shards: no row of them is trusted, and none ends the run."""
 
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, shard_p
 from cmtmae_scale.cache.reader import CachedRows, CacheReader, ShardFile
 from cmtmae_scale.cache.teacher import open_cache
 from cmtmae_scale.config.load import load_config
-from cmtmae_scale.errors import CacheError
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_STOPPED, CacheError, exit_code_of
 from dataloading.index import build_index
 from dataloading.plan import Plan
 from tests.engine.run_case import write_recipe
@@ -219,6 +220,28 @@ def test_pipes_and_devices_in_a_cache_are_not_read(
         with pytest.raises(CacheError, match="cannot be trusted"):
             load_calibration(tmp_path, manifest.calibration_sha256, manifest.width)
             read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_cache_that_cannot_be_read_now_is_not_to_be_deleted(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fill(recipe, tmp_path, 5)
+    manifest, opened = read_manifest(tmp_path), os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith((MANIFEST, ".safetensors")):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    for read in (
+        lambda: read_manifest(tmp_path),
+        lambda: load_calibration(tmp_path, manifest.calibration_sha256, manifest.width),
+    ):
+        with pytest.raises(CacheError, match=r"cannot be read \(.*\); make it readable") as caught:
+            read()
+        assert exit_code_of(caught.value) == (EXIT_STOPPED if number == errno.EIO else EXIT_CONFIG)
 
 
 def test_a_missing_shard_is_not_searched_again_until_its_folder_may_have_changed(

@@ -1,5 +1,6 @@
 """Which shards a sidecar computes and deletes, on a simulated clock."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from cmtmae_scale.cache.format import (
     write_shard,
 )
 from cmtmae_scale.cache.sidecar import EXTENDED_S, Sidecar, delete_shards_before
+from cmtmae_scale.commands import precompute
 from cmtmae_scale.runtime.lock import RunLock
 from cmtmae_scale.runtime.progress_file import (
     ProgressFile,
@@ -270,3 +272,20 @@ def test_a_folder_that_a_sidecar_deletes_while_a_shard_is_written_is_made_again(
     monkeypatch.setattr(cache_format, "save_file", late)
     write_shard(tmp_path, MANIFEST, 7, fields)
     assert found(tmp_path) == [7] and len(calls) == 2
+
+
+def test_a_sidecar_waits_for_its_run_while_the_store_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stat, left = tmp_path / "config.yaml", os.stat, [3]
+    path.touch()
+
+    def falter(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(name) == str(path) and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return stat(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", falter)
+    monkeypatch.setattr(precompute, "POLL_S", 0.01)
+    assert precompute.await_file(path, "the run has not started") and not left[0]

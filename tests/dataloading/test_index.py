@@ -14,7 +14,7 @@ from dataloading.entries import ENTRY
 from dataloading.errors import DataError
 from dataloading.headers import HeaderError, has_avif, size_of_bytes, size_of_file, size_of_range
 from dataloading.index import build_index
-from dataloading.kept_index import find_kept, load_or_build, write_index
+from dataloading.kept_index import build_kept, find_kept, load_or_build, write_index
 from tests.dataloading.bad_data_case import AVIF
 from tests.dataloading.tar_case import write_tar
 
@@ -177,12 +177,30 @@ def test_an_index_removes_nothing_of_the_users_from_its_folder(photographs, tmp_
     assert len(list(tmp_path.glob("index-*.bin"))) == 2
 
 
-@pytest.mark.parametrize("text", ['{"shards": [], "version": 2}', "[]"])
+@pytest.mark.parametrize("text", ['{"shards": [], "version": 2}', "[]", '[{"file": 1}]', "7"])
 def test_an_index_json_of_another_program_is_not_replaced(photographs, tmp_path, text):
     (tmp_path / "index.json").write_text(text)
-    with pytest.raises(DataError, match=r"index.json: is not an index of images.* a folder of its"):
-        load_or_build(photographs, tmp_path)
+    listing = list_data(Request(photographs))
+    for build in (
+        lambda: load_or_build(photographs, tmp_path),
+        lambda: build_kept(listing, tmp_path),  # check-data --index
+    ):
+        with pytest.raises(DataError, match=r"json: is not an index of images.* a folder of its"):
+            build()
     assert (tmp_path / "index.json").read_text() == text
+
+
+def test_the_locked_folder_of_an_index_is_named(photographs, tmp_path, monkeypatch):
+    stat = os.stat
+
+    def look_up(path, *arguments, **options):
+        if str(path).startswith(f"{tmp_path}/locked/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", look_up)
+    with pytest.raises(DataError, match=r"locked: the index cannot be written \(Permission den"):
+        load_or_build(photographs, tmp_path / "locked")
 
 
 def test_an_index_of_format_3_is_replaced_with_its_file(photographs, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from dataloading.errors import DataError
 from dataloading.index import build_index
+from dataloading.kept_index import load_or_build
 from dataloading.name_checks import find_equal_labels, find_splits
 from dataloading.shard_patterns import has_files
 from dataloading.webdataset import decode_class
@@ -134,6 +135,14 @@ def test_more_compressed_tars_than_tars_are_an_error(tmp_path: Path) -> None:
 def test_paths_of_other_programs_are_explained(path: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         build_index(path)
+
+
+def test_an_empty_path_is_not_the_working_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(write_files(tmp_path, ["a.png"]))
+    assert len(build_index(".")) == 1
+    for use in (build_index, lambda path: load_or_build(path, tmp_path / "index")):
+        with pytest.raises(DataError, match=r"the path of the images is empty; set data\.path"):
+            use("")
 
 
 def test_a_path_that_may_not_be_looked_up_is_refused_by_name(tmp_path: Path, monkeypatch) -> None:

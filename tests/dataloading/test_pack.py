@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloading.check import Fault
+from dataloading.check import Fault, check_samples
 from dataloading.entries import MAX_PIXELS
 from dataloading.errors import DataError, ReadError
 from dataloading.index import Index, build_index
@@ -262,6 +262,20 @@ def test_a_source_that_fails_midway_is_named_and_the_pack_can_go_on(source, tmp_
     assert not list((tmp_path / "out").glob(".*.tmp"))
     (tmp_path / "away").rename(hidden)
     pack(source, tmp_path / "out")
+
+
+def test_a_source_that_fails_while_it_is_checked_is_not_packed_without_the_image(
+    source, tmp_path
+) -> None:
+    gone = Path(source.root, source.names[4])
+    gone.rename(tmp_path / "kept.jpg")
+    excluded, _ = check_samples(source, 2, lambda done: None, patience_s=0.1)
+    assert [fault.name for fault in excluded] == [source.names[4]]
+    with pytest.raises(ReadError, match=f"{gone.name} cannot be read: No such file .* without it"):
+        pack(source, tmp_path / "out", excluded)
+    assert not (tmp_path / "out" / "pack.json").exists()
+    (tmp_path / "kept.jpg").rename(gone)
+    assert not pack(source, tmp_path / "out").excluded
 
 
 @pytest.mark.parametrize("label", ["class 0 ", "\ufeffclass 0", "x" * 257])

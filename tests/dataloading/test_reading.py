@@ -13,6 +13,7 @@ from dataloading.errors import DataError, ReadError
 from dataloading.index import build_index
 from dataloading.kept_index import load_or_build
 from dataloading.patience import Patience
+from dataloading.shard_patterns import has_files
 from dataloading.stream import Stream
 from tests.dataloading.decoder_case import DECODERS
 from tests.dataloading.tar_case import write_tar
@@ -176,3 +177,50 @@ def test_a_folder_that_may_not_be_listed_is_refused_not_excluded(photographs, mo
     with pytest.raises(DataError, match=r"class1: cannot be listed .* make the whole") as caught:
         build_index(photographs)
     assert caught.value.exit_code == 78
+
+
+class Listing:
+    """A call on a path that fails for one name, as often as asked."""
+
+    def __init__(self, call, name: str, times: float, number: int) -> None:
+        self.call, self.name, self.left, self.number = call, name, times, number
+
+    def __call__(self, path=".", *rest, **named):
+        if str(path).rstrip("/").endswith(self.name) and self.left > 0:
+            self.left -= 1
+            raise OSError(self.number, os.strerror(self.number), str(path))
+        return self.call(path, *rest, **named)
+
+
+@pytest.mark.parametrize("source", ["auto", "webdataset"])
+@pytest.mark.parametrize(
+    ("call", "name"), [("scandir", "shards"), ("stat", "b.tar"), ("lstat", "b.tar")]
+)
+@pytest.mark.parametrize("path", ["shards", "shards/*.tar", "*/[b].tar", "*/b.tar"])
+def test_tars_are_listed_again_while_storage_fails(
+    tmp_path, picture, monkeypatch, source, call, name, path
+):
+    buffer = io.BytesIO()
+    picture(0, 60, 50).save(buffer, "PNG")
+    write_tar(tmp_path / "shards" / "b.tar", [("a.png", buffer.getvalue())])
+    whole = build_index(tmp_path / path, source)
+    monkeypatch.setattr(os, call, Listing(getattr(os, call), name, 1, errno.ENOTCONN))
+    assert build_index(tmp_path / path, source).digest == whole.digest
+
+
+@pytest.mark.parametrize(("call", "name"), [("scandir", "two"), ("lstat", "two/b.tar")])
+def test_a_folder_of_a_pattern_that_may_not_be_listed_is_refused(
+    tmp_path, picture, monkeypatch, call, name
+):
+    """``glob`` passes over it, and a run would train on the other folders' images alone."""
+    buffer = io.BytesIO()
+    picture(0, 60, 50).save(buffer, "PNG")
+    for folder in ("one", "two"):
+        write_tar(tmp_path / folder / "b.tar", [("a.png", buffer.getvalue())])
+    pattern = tmp_path / "*" / ("*.tar" if call == "scandir" else "b.tar")
+    assert len(build_index(pattern)) == 2 and has_files(pattern)
+    monkeypatch.setattr(os, call, Listing(getattr(os, call), name, 99, errno.EACCES))
+    message = rf"{name}/?: cannot be listed \(Permission denied\); .* name the others in braces"
+    for use in (build_index, has_files):
+        with pytest.raises(DataError, match=message):
+            use(pattern)

@@ -14,7 +14,7 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine import agreement, launches
 from cmtmae_scale.engine.ending import Ending
 from cmtmae_scale.errors import CmtMaeError, ConfigError, TeacherError, exit_code_of
-from cmtmae_scale.pretraining import build
+from cmtmae_scale.pretraining import build, task
 from cmtmae_scale.runtime import shared_index
 from cmtmae_scale.runtime.collectives import broadcast_bytes, gather_bytes, on_all_ranks
 from cmtmae_scale.runtime.launch import World
@@ -60,6 +60,8 @@ def change(kind: str, value: Any) -> Any:
         return stack
     if kind == "teacher":
         return mock.patch.object(build, "build_teacher", mock.Mock(side_effect=TeacherError(value)))
+    if kind == "stream":
+        return mock.patch.object(task, "open_stream", mock.Mock(side_effect=DataError(value)))
     if kind == "folder":
         stack = ExitStack()
         stack.callback(os.chdir, os.getcwd())

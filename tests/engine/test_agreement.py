@@ -48,6 +48,7 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
         ("index", str(tmp_path / "absent")),
         ("teacher", "t.safetensors: there is no such file"),
         ("initial weights", "s.safetensors: there is no such file"),
+        ("stream", "data.store_cache=/local/pieces: its file system has room for 0.1 GB"),
         ("folder", str(tmp_path / "elsewhere")),
     ]
     previous = Path.cwd()
@@ -65,6 +66,7 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
         ["absent"],
         ["t.safetensors: there is no such file"],
         ["s.safetensors: there is no such file"],
+        ["data.store_cache=/local/pieces: its file system has room for 0.1 GB"],
         ["run.output_dir=relative is not shared: a file that rank 0 on host "],
     ]
     for (_, mine), (_, other), texts in zip(first, second, expected, strict=True):
