@@ -1,6 +1,7 @@
 """The index of a data set, built and opened by all ranks together."""
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def identify_place(path: Path | str) -> str:
     """
     if isinstance(path, str):
         return path
-    while not path.exists() and path != path.parent:
+    # False, unlike Path.exists, for a list too long for a name, and where a rank may not look: no
+    # rank may leave here alone.
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     found = path.stat()
     return f"{found.st_dev} {found.st_ino}"
