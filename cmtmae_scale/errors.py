@@ -11,8 +11,11 @@ EXIT_CRASH = 1
 EXIT_NO_PROGRESS = 70
 EXIT_STOPPED = 75
 EXIT_CONFIG = 78
-STORE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
-"""Errors of a store that may pass: it is full, a quota is used up, or it failed."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of a store that is full, or over quota."""
+STORE_ERRORS = FULL | {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN}
+"""Errors of a store that may pass: it is full, it failed, or this machine has lost it: the last
+three are those of NFS, of FUSE and of Lustre."""
 AGAIN = "try the same command again"
 
 
@@ -113,10 +116,12 @@ def describe_store(error: OSError, where: str = "in run.output_dir") -> StorageE
     A write that fails, unlike an opening, does not name its file.
     """
     place = f"{error.filename}: " if error.filename else ""
-    remedy = "see that the storage works" if error.errno == errno.EIO else f"make room {where}"
-    return StorageError(f"{place}{error.strerror}; {remedy} and {AGAIN}")
+    return StorageError(f"{place}{error.strerror}; {remedy_for(error, '', where)}")
 
 
-def remedy_for(error: OSError, otherwise: str) -> str:
+def remedy_for(error: OSError, otherwise: str, where: str = "there") -> str:
     """Return what to do about a store that refuses a file; ``otherwise`` if that cannot pass."""
-    return f"make room there and {AGAIN}" if may_pass(error) else otherwise
+    if not may_pass(error):
+        return otherwise
+    remedy = f"make room {where}" if error.errno in FULL else "see that the storage works"
+    return f"{remedy} and {AGAIN}"

@@ -27,6 +27,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE_S = 120.0
 """Seconds from a signal until the remaining processes are killed."""
 PAUSE_S = 0.2
+TOUCH_S = 3600.0
+"""Seconds between two touches of the ranks' files, which a cleaner of ``TMPDIR`` would delete."""
 SUBREAPER = 36
 """``PR_SET_CHILD_SUBREAPER`` of prctl(2)."""
 
@@ -92,6 +94,7 @@ class Supervisor:
         self.grace_s = grace_s
         self.received: list[int] = []
         self.deadline = float("inf")
+        self.next_touch = 0.0
         self.forwarded: set[tuple[int, int]] = set()
         signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, signal.SIGCHLD})
         # Become the parent of orphaned descendants, as process 1 is anyway.
@@ -112,6 +115,7 @@ class Supervisor:
             if received is not None and received.si_signo in FORWARDED:
                 self.record_signal(received.si_signo)
             self.reap()
+            self.touch_reports()
             self.forward_signals()
             if time.monotonic() > self.deadline:
                 text = "processes remain %.0f s after the signal; killing them"
@@ -148,6 +152,15 @@ class Supervisor:
                 if (pid, number) not in self.forwarded:
                     self.forwarded.add((pid, number))
                     send_signal(pid, number)
+
+    def touch_reports(self) -> None:
+        """Touch the files of the ranks when due: without them no signal would reach a rank."""
+        if time.monotonic() < self.next_touch:
+            return
+        self.next_touch = time.monotonic() + TOUCH_S
+        with suppress(OSError):  # such as a draft that has got its name: the next touch counts
+            for path in (self.folder, *self.folder.iterdir()):
+                os.utime(path)
 
     def reap(self) -> None:
         """Reap every ended process."""

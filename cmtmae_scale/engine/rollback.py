@@ -49,5 +49,6 @@ def roll_back(run: Run, why: str) -> None:
     run.skips.in_succession = 0
     if run.telemetry is not None:
         run.telemetry.roll_back(progress.step)
+        run.telemetry.restore(state.get("log_interval"))
     writer.saved_step = None
     writer.finish(progress.step, run.backend.fragments(), run.state())

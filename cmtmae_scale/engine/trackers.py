@@ -24,6 +24,7 @@ from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine import tracker_process
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.storage import optional_write, write_atomic
+from dataloading.addresses import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ def find_id(file: Path) -> str:
 
 
 def remove_secrets(value: Any) -> Any:
-    """Return a config without the values of keys that name secrets, and without URL passwords."""
+    """Return a config without the values of keys that name secrets, its texts as ``redact``."""
     if isinstance(value, Mapping):
         return {
             key: REMOVED if SECRET_KEY.search(str(key)) else remove_secrets(one)
@@ -284,8 +285,8 @@ def remove_secrets(value: Any) -> Any:
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return a text without URL passwords and without values of secret environment variables."""
-    text = re.sub(r"(?<=://)[^/\s@]+(?=@)", REMOVED, text)
+    """Return a text without what ``hide_secrets`` hides, and values of secret variables."""
+    text = hide_secrets(text)
     for name, value in environment.items():
         if SECRET_VARIABLE.search(name) and len(value) >= 8:
             text = text.replace(value, REMOVED)

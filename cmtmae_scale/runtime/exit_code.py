@@ -14,7 +14,7 @@ from typing import Any
 
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_STOPPED
 from cmtmae_scale.runtime.processes import start_ticks
-from cmtmae_scale.runtime.storage import optional_write, read_json, write_atomic
+from cmtmae_scale.runtime.storage import list_names, optional_write, read_json, write_atomic
 
 EXIT_FILE = "exit.json"
 RESERVE = ".exit.reserve"
@@ -94,12 +94,15 @@ def report_exit(environment: Mapping[str, str] = os.environ) -> Iterator[ExitRep
 
 
 def read_reports(folder: Path) -> dict[int, int | None]:
-    """Return process ids of the ranks in a supervisor's folder, with the codes of exited ranks."""
+    """Return process ids of the ranks in a supervisor's folder, with the codes of exited ranks.
+
+    None if the folder is gone: the supervisor must still end what it started.
+    """
     found: dict[int, int | None] = {}
-    for path in folder.iterdir():
-        if path.name.isdigit():
-            text = path.read_text()
-            found[int(path.name)] = int(text) if text else None
+    for name in list_names(folder):
+        if name.isdigit():
+            text = (folder / name).read_text()
+            found[int(name)] = int(text) if text else None
     return found
 
 

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from cmtmae_scale.errors import ConfigError, LockLostError, StorageError, may_pass
+from cmtmae_scale.errors import ConfigError, LockLostError, StorageError, may_pass, remedy_for
 from cmtmae_scale.runtime.collectives import all_ranks_agree, broadcast_text
 from cmtmae_scale.runtime.launch import BOOT_ID
 from cmtmae_scale.runtime.processes import start_ticks
@@ -77,11 +77,9 @@ def hold_run(
 
 def describe_unusable(run_dir: Path, error: OSError) -> ConfigError | StorageError:
     """Return what to raise for a run's folder that cannot be read or written."""
-    passes = may_pass(error)
-    remedy = "make room there and try again" if passes else "correct it or choose another"
-    return (StorageError if passes else ConfigError)(
+    return (StorageError if may_pass(error) else ConfigError)(
         f"run.output_dir={run_dir} cannot be used ({error.strerror}: {error.filename or run_dir}); "
-        f"{remedy}"
+        f"{remedy_for(error, 'correct it or choose another')}"
     )
 
 

@@ -137,20 +137,21 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
     assert raised.value.exit_code == EXIT_CONFIG
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN])
 def test_a_store_that_fails_while_checkpoints_are_read_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     older, newer = save(tmp_path, 1), save(tmp_path, 2)
     failing, real = [newer], layout.digest
 
     def digest(path: Path, *rest: Any) -> str:
         if path.parent in failing:
-            raise OSError(errno.EIO, "Input/output error", str(path))
+            raise OSError(number, os.strerror(number), str(path))
         return real(path, *rest)
 
     monkeypatch.setattr(layout, "digest", digest)
     assert find_checkpoint(tmp_path, 0, 1) == older
-    assert f"BROKEN CHECKPOINT {newer}: " in caplog.text and "Input/output" in caplog.text
+    assert f"BROKEN CHECKPOINT {newer}: " in caplog.text and os.strerror(number) in caplog.text
     failing.append(older)
     with pytest.raises(StorageError, match="none of 2 checkpoints can be used") as raised:
         find_checkpoint(tmp_path, 0, 1)

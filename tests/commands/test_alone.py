@@ -36,6 +36,7 @@ def fail(error: Exception, cause: OSError | None = None) -> Callable[[], int]:
         (DataError("full"), refused(errno.EDQUOT), 75, "full"),
         (ReadError("away"), refused(errno.ENOENT), 75, "away"),
         (refused(errno.EIO), None, 75, "out.json: Input/output error; see that the storage works"),
+        (refused(errno.ESTALE), None, 75, "out.json: Stale file handle; see that the "),
     ],
 )
 def test_an_error_is_one_line_and_a_code(

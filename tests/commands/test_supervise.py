@@ -1,6 +1,7 @@
 """The supervisor with stand-ins for launchers and ranks, which start in no time."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,44 @@ def test_ranks_left_behind_are_killed_after_the_grace(tmp_path: Path) -> None:
     with supervised("sh", "-c", line, grace=0.5) as child:
         assert child.wait(20) == 1
     assert lines(file) and not any(map(alive, pids(file)))
+
+
+def test_a_cleaner_of_the_temporary_folder_finds_no_old_files(tmp_path: Path) -> None:
+    """Such as systemd's, which deletes after ten days what nobody has touched."""
+    file, script = tmp_path / "file", "from cmtmae_scale.commands import supervise as command"
+    script = f"{script}; command.TOUCH_S = 0.1; command.supervise()"
+    line = [sys.executable, "-c", script, "--", sys.executable, RANK, str(file), "stop"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(line, env=environment) as child:
+        try:
+            until(lambda: len(lines(file)) == 1)
+            (folder,) = tmp_path.glob("supervise-*")
+            files = [folder, *folder.iterdir()]
+            assert len(files) == 2
+            for path in files:
+                os.utime(path, (0, 0))
+            until(lambda: all(path.stat().st_mtime > 0 for path in files))
+        finally:
+            child.terminate()
+            child.wait(20)
+
+
+def test_without_its_temporary_folder_it_still_ends_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with supervised(*launcher(1, file, "stop"), grace=0.5) as child:
+        until(lambda: len(lines(file)) == 1)
+        (folder,) = tmp_path.glob("supervise-*")
+        shutil.rmtree(folder)
+        child.send_signal(signal.SIGTERM)
+        try:
+            assert child.wait(20) == EXIT_STOPPED
+            assert not any(map(alive, pids(file)))
+        finally:
+            for pid in filter(alive, pids(file)):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_signal_before_the_ranks_start_means_run_again(tmp_path: Path) -> None:

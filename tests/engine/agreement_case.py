@@ -133,6 +133,23 @@ def launch_on_a_failing_store(folder: Path) -> list[str]:
     return found
 
 
+def open_closed_images(folder: Path, kept: Path) -> tuple[int, str]:
+    """Open images whose folder rank 1 may not enter; exit code and message."""
+    usual = os.stat
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if dist.get_rank() == 1 and path == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, *arguments, **options)
+
+    with mock.patch.object(os, "stat", refuse):
+        try:
+            shared_index.open_on_all_ranks(Request(folder), kept, "changed")
+        except DataError as error:
+            return exit_code_of(error), str(error)
+    return 0, ""
+
+
 def launch_on_nodes(recipe: Path, sharding: str, places: list[tuple[int, int]]) -> str:
     """Compare the launches of ranks, each with its local rank and the number of ranks on its node.
 

@@ -15,6 +15,7 @@ from cmtmae_scale.engine.agreement import (
     source_digest,
 )
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
+from cmtmae_scale.runtime.shared_index import identify_place
 from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import build_index
 from tests.engine.agreement_case import (
@@ -22,6 +23,7 @@ from tests.engine.agreement_case import (
     launch_each,
     launch_on_a_failing_store,
     launch_on_nodes,
+    open_closed_images,
 )
 from tests.engine.run_case import make_photographs, write_recipe
 from tests.processes import run_ranks
@@ -136,6 +138,19 @@ def test_checkpoints_that_link_to_other_storage_are_found(
     assert find_unshared(folders, "token") == str(tmp_path / "checkpoints")
     (tmp_path / "own" / "token").touch()
     assert find_unshared(folders, "token") is None
+
+
+@pytest.mark.gloo
+def test_images_that_one_rank_may_not_look_up_are_named_on_every_rank(tmp_path: Path) -> None:
+    folder = make_photographs(tmp_path / "images", 4)
+    for code, text in run_ranks(2, open_closed_images, folder, tmp_path / "index"):
+        assert code == EXIT_CONFIG
+        assert f"{folder}: cannot be looked up (Permission denied)" in text
+
+
+def test_the_place_of_a_long_list_of_tars_is_their_folder(tmp_path: Path) -> None:
+    names = ",".join(f"train-{number:06d}" for number in range(40))
+    assert identify_place(tmp_path / f"{{{names}}}.tar") == identify_place(tmp_path)
 
 
 def test_the_digest_of_the_code_is_that_of_every_file() -> None:

@@ -85,7 +85,9 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         require_shared(tmp_path, 0)
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 75), (errno.EACCES, 78)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, 75), (errno.ESTALE, 75), (errno.EACCES, 78)]
+)
 def test_settings_that_cannot_be_read_are_not_those_of_another_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
@@ -98,3 +100,5 @@ def test_settings_that_cannot_be_read_are_not_those_of_another_program(
     with pytest.raises(CmtMaeError, match=rf"cannot be used \({os.strerror(number)}") as caught:
         refuse_foreign_folder(tmp_path)
     assert exit_code_of(caught.value) == code
+    remedy = "see that the storage works and try " if code == 75 else "correct it or choose another"
+    assert remedy in str(caught.value)

@@ -22,6 +22,7 @@ CASES = {
     "one": ([], {3: NAN}),
     "infinite": ([], {3: math.inf}),
     "stretch": (TWO, {3: NAN, 4: NAN}),
+    "between entries": ([*TWO, "log.every=4"], {3: NAN, 4: NAN}),
     "beyond a save": (TWO, {4: NAN, 5: NAN}),
     "hopeless": ([*TWO, "guard.rollback_limit=1"], dict.fromkeys(range(3, 99), NAN)),
     "none allowed": (["guard.skip_limit=0"], {3: NAN}),
@@ -91,6 +92,17 @@ def test_after_too_many_in_a_row_the_run_goes_back_and_on_with_later_data(seen: 
     # A restart from there would not meet the stretch again.
     saved = layout.read_state(layout.folder_of(folder / "checkpoints", 2))
     assert saved["progress"]["position"] == 32 and saved["progress"]["step"] == 2
+
+
+@pytest.mark.slow
+@either
+@pytest.mark.gloo
+def test_going_back_keeps_the_values_that_are_not_logged_yet(seen: Any) -> None:
+    """Those of steps 1 and 2, for the entry of step 4."""
+    folder, _ = seen("between entries")
+    saved = layout.read_state(layout.folder_of(folder / "checkpoints", 2))
+    assert saved["progress"]["position"] == 32  # written anew by the roll-back
+    assert saved["log_interval"]["counts"]["loss/total"] == 2
 
 
 @pytest.mark.slow

@@ -169,7 +169,10 @@ def test_secrets_stay_here() -> None:
     config = {"comet": {"api_key": "x", "token": "y"}, "loss": {"tokens": "all"}, "path": ["a"]}
     clean = {"comet": {"api_key": "(removed)", "token": "(removed)"}, **dict([*config.items()][1:])}
     assert remove_secrets(config) == clean
-    assert redact("s3://u:p@h/x?a=b", {}) == "s3://(removed)@h/x?a=b"
+    assert redact("s3://u:p@h/x?a=b", {}) == "s3://h/x"
+    for password in ("p", "p@s", "p/s"):  # SQLAlchemy, which MLflow uses, takes a / too
+        text = f"run 1 in postgresql://u:{password}@h/db"
+        assert redact(text, {}) == "run 1 in postgresql://h/db"
     assert redact("key 12345678.", {"WANDB_API_KEY": "12345678", "EMPTY_KEY": ""}) == (
         "key (removed)."
     )

@@ -1,8 +1,12 @@
-"""Which processes count as launchers, whose death stops the ranks below them."""
+"""Which processes count as launchers, whose death stops the ranks below them; odd names."""
+
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.runtime.processes import names_launcher
+from cmtmae_scale.runtime.processes import descendants, names_launcher, start_ticks
 
 
 @pytest.mark.parametrize(
@@ -19,3 +23,16 @@ from cmtmae_scale.runtime.processes import names_launcher
 )
 def test_a_launcher_is_told_by_its_command_line(words: list[str], expected: bool) -> None:
     assert names_launcher(words) == expected
+
+
+def test_processes_of_any_name_are_found(tmp_path: Path) -> None:
+    program = tmp_path / "обучение.sh"
+    program.write_text("#!/bin/sh\nread line\n")
+    program.chmod(0o755)
+    with subprocess.Popen([program], stdin=subprocess.PIPE) as child:
+        try:
+            assert b"\xd0)" in Path(f"/proc/{child.pid}/stat").read_bytes()  # half a character
+            assert start_ticks(child.pid) is not None
+            assert child.pid in descendants(os.getpid())
+        finally:
+            child.kill()
