@@ -234,8 +234,10 @@ def _written(folder: Path) -> Generator[None, None, None]:
         yield
     except OSError as error:
         text = f"{folder}: the index cannot be written ({error.strerror})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ReadError(f"{text}; make room there and try again") from error
+        if error.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN):
+            raise ReadError(f"{text}; see that the storage works and try again") from error
         raise DataError(f"{text}; set data.index to a folder that can") from error
 
 

@@ -11,7 +11,7 @@ import dataloading.folders
 from dataloading import headers
 from dataloading.data_set import Request, list_data
 from dataloading.entries import ENTRY
-from dataloading.errors import DataError
+from dataloading.errors import DataError, ReadError
 from dataloading.headers import HeaderError, has_avif, size_of_bytes, size_of_file, size_of_range
 from dataloading.index import build_index
 from dataloading.kept_index import build_kept, find_kept, load_or_build, write_index
@@ -341,6 +341,21 @@ def test_index_folder_that_cannot_be_made_is_the_users_error(photographs, tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be written .* set data.index"):
         load_or_build(photographs, tmp_path / "file" / "kept")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "make room there"), (errno.ESTALE, "see that the storage works")],
+)
+def test_a_store_that_refuses_an_index_may_take_it_later(
+    photographs, tmp_path, monkeypatch, number, remedy
+):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("dataloading.index_file.publish", fail)
+    with pytest.raises(ReadError, match=rf"the index cannot be written .*; {remedy} and try again"):
+        load_or_build(photographs, tmp_path / "kept")
 
 
 @pytest.mark.parametrize(("mode", "progressive"), [("RGB", True), ("L", False), ("CMYK", False)])
