@@ -25,6 +25,7 @@ from cmtmae_scale.cache.format import (
     row_memory,
     shard_path,
 )
+from cmtmae_scale.errors import may_pass
 from dataloading.files import open_regular
 from dataloading.plan import Plan
 
@@ -41,6 +42,8 @@ FIRST_READ = 4096
 MAX_RUN = 1024
 """Rows in one read: the most buffers that the system takes (IOV_MAX)."""
 INCOMPLETE = "it is not complete"
+STORE_FAILS = "the store fails"
+"""How the fault of a row begins that may be intact."""
 UNDECODED = "its image could not be decoded when it was built"
 UNDAMAGED = (None, INCOMPLETE, UNDECODED)
 """Faults that are no damage."""
@@ -291,7 +294,8 @@ class CacheReader:
         except FileNotFoundError:
             fault = INCOMPLETE
         except OSError as error:
-            fault = f"it cannot be read ({error.strerror})"
+            reason = STORE_FAILS if may_pass(error) else "it cannot be read"
+            fault = f"{reason} ({error.strerror})"
         except ValueError as error:
             fault = str(error)
         return [fault] * len(places)

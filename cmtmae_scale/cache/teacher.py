@@ -20,12 +20,13 @@ from cmtmae_scale.cache.codecs import (
 )
 from cmtmae_scale.cache.fingerprint import Keyed, cache_fingerprint, check_fingerprint
 from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest
-from cmtmae_scale.cache.reader import CachedRows, CacheReader, blank_row
+from cmtmae_scale.cache.reader import STORE_FAILS, CachedRows, CacheReader, blank_row
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import cache_folder
-from cmtmae_scale.errors import CacheError
+from cmtmae_scale.errors import AGAIN, CacheError
 from cmtmae_scale.teachers.base import Teacher, TeacherView
 from cmtmae_scale.teachers.online import OnlineTeacher
+from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.plan import Plan
 from dataloading.reading import copy_beside, copy_stream
@@ -95,7 +96,7 @@ class CachedTeacher:
         skeleton: OnlineTeacher,
         online: Teacher | None,
         device: torch.device,
-        fail: Callable[[CacheError], None],
+        fail: Callable[[CacheError | ReadError], None],
         keyed: Keyed = "views",
     ) -> None:
         self.settings = config.cache
@@ -160,14 +161,18 @@ class CachedTeacher:
             blank_row(fields, place)
         return self.decode_rows(fields)
 
-    def miss_error(self, rows: CachedRows, place: int) -> CacheError:
+    def miss_error(self, rows: CachedRows, place: int) -> CacheError | ReadError:
         """Return the error that stops a run that has no online teacher."""
-        row = rows.numbers[place]
+        row, fault = rows.numbers[place], str(rows.faults[place])
         sample, view = divmod(row, self.reader.count or 1)
-        return CacheError(
+        text = (
             f"cache.dir={self.folder}: row {row} (image {sample}, view {view}) of shard "
-            f"{self.reader.shard_of(row)}: {rows.faults[place]}; complete the cache with "
-            "cmtmae precompute, or set cache.on_miss=online"
+            f"{self.reader.shard_of(row)}: {fault}; "
+        )
+        if fault.startswith(STORE_FAILS):
+            return ReadError(f"{text}see that the storage works and {AGAIN}")
+        return CacheError(
+            f"{text}complete the cache with cmtmae precompute, or set cache.on_miss=online"
         )
 
     def check_rows(
@@ -214,7 +219,7 @@ class SidecarTeacher:
         online: Teacher,
         index: Index,
         device: torch.device,
-        fail: Callable[[CacheError], None],
+        fail: Callable[[CacheError | ReadError], None],
     ) -> None:
         self.config = config
         self.skeleton = skeleton

@@ -58,6 +58,7 @@ from cmtmae_scale.runtime.shared_index import open_on_all_ranks
 from cmtmae_scale.teachers.base import Teacher, TeacherSource, feature_widths, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton, compute_dtype
 from cmtmae_scale.teachers.weights import digest_weights, map_weights
+from dataloading.errors import ReadError
 from dataloading.index import Index
 from dataloading.mixing import require_mixed
 from dataloading.parquet_index import require_small_groups
@@ -183,9 +184,9 @@ def open_teachers(
     return sources
 
 
-def record_entry_failure(stop: StopRequest, name: str, error: CacheError) -> None:
+def record_entry_failure(stop: StopRequest, name: str, error: CacheError | ReadError) -> None:
     """Record a failure with the keys of an entry of ``teachers``, see ``entry_text``."""
-    stop.record_failure(CacheError(entry_text(str(error), name)) if name else error)
+    stop.record_failure(type(error)(entry_text(str(error), name)) if name else error)
 
 
 def open_one_teacher(
@@ -193,7 +194,7 @@ def open_one_teacher(
     world: World,
     device: torch.device,
     index: Index,
-    fail: Callable[[CacheError], None],
+    fail: Callable[[CacheError | ReadError], None],
     stack: ExitStack,
 ) -> TeacherSource | None:
     """Build the only teacher of a config, or open its cache; ``None`` where it is not used.

@@ -26,6 +26,7 @@ from cmtmae_scale.pretraining.build import open_teachers
 from cmtmae_scale.runtime.collectives import process_group
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.tools.benchmark.training import count_variant
+from dataloading.errors import ReadError
 from dataloading.index import build_index
 from tests.engine.run_case import make_photographs, write_recipe
 from tests.pretraining.cached_run_case import (
@@ -140,6 +141,20 @@ def test_a_symlink_in_place_of_a_shard_is_refused(
     while len(opened.failures) < 2:  # the first is the row that was invalid when built
         opened.teacher.forward_batch(next(opened.stream))
     assert "shard 1: it cannot be read (" in str(opened.failures[1])
+
+
+def test_a_row_that_the_store_does_not_give_stops_a_run_that_may_be_launched_again(
+    recipe: Path, good: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("cmtmae_scale.cache.reader.ShardFile", fail)
+    opened = open_outside(recipe, cached(good, "cache.on_miss=stop"), stack)
+    opened.teacher.forward_batch(next(opened.stream))
+    (failure,) = opened.failures
+    assert isinstance(failure, ReadError) and exit_code_of(failure) == EXIT_STOPPED
+    assert "the store fails (Stale file handle); see that the storage works" in str(failure)
 
 
 def test_a_row_that_was_invalid_when_built_is_a_miss_unless_the_view_is_invalid_too(

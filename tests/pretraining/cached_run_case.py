@@ -26,6 +26,7 @@ from cmtmae_scale.errors import CacheError
 from cmtmae_scale.teachers.base import TeacherView, view_sizes
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher
+from dataloading.errors import ReadError
 from dataloading.index import Index, build_index
 from dataloading.stream import Stream
 from tests.engine.run_case import run
@@ -159,7 +160,7 @@ class Opened(NamedTuple):
 
     teacher: CachedTeacher
     stream: Stream
-    failures: list[CacheError]
+    failures: list[CacheError | ReadError]
 
 
 def open_outside(recipe: Path, overrides: list[str], stack: ExitStack) -> Opened:
@@ -170,7 +171,7 @@ def open_outside(recipe: Path, overrides: list[str], stack: ExitStack) -> Opened
     online = None
     if config.cache.on_miss == "online" or config.cache.spot_check:
         online = build_teacher(config, "cpu", torch.float32)
-    failures: list[CacheError] = []
+    failures: list[CacheError | ReadError] = []
     device = torch.device("cpu")
     opened = open_cache(config, skeleton, index)
     teacher = CachedTeacher(config, *opened, skeleton, online, device, failures.append)

@@ -19,7 +19,7 @@ from cmtmae_scale.config.images import open_images
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.errors import CacheError, ConfigError
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.base import view_sizes
 from cmtmae_scale.teachers.build import assemble_teacher, compute_dtype
@@ -133,7 +133,7 @@ def cached_config(config: Config, folder: Path, codec: Codec) -> Config:
 def build_cache(builder: Builder, folder: Path, codec: Codec) -> BuiltCache:
     """Build a cache and open it."""
 
-    def fail(error: CacheError) -> NoReturn:
+    def fail(error: Exception) -> NoReturn:
         raise error
 
     manifest = builder.begin_cache(folder, codec, ROWS_PER_SHARD)
