@@ -72,7 +72,7 @@ def build_run(
     place.enter("checkpoint", 0)
     folder = find_resume_checkpoint(run_dir, world, lock)
     saved = None if folder is None else on_all_ranks(lambda: read_state(folder))
-    progress = find_progress(config, task, index, saved)
+    progress, is_changed = find_progress(config, task, index, saved)
     refuse_other_pairs(config, plan, saved)
     place.enter("models", 0)
     backend = task.build(saved, stop, stack)
@@ -80,7 +80,8 @@ def build_run(
     skips = Skips(config.guard)
     saved_step = None
     if folder is not None and saved is not None:
-        skips.restore(saved["skips"])
+        skips.changed_step = progress.step if is_changed else -1
+        skips.restore(saved["skips"], progress.step)
         try:
             load_fragments(folder, backend.fragments())
         except CheckpointError as error:

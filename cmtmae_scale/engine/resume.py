@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def find_progress(
     config: Trained, task: Task, index: Index, saved: dict[str, Any] | None
-) -> Progress:
+) -> tuple[Progress, bool]:
     """Return the progress of a new run, or of the checkpoint that is resumed.
 
     Args:
@@ -33,15 +33,19 @@ def find_progress(
         index: the training images.
         saved: state of the checkpoint; ``None``: a new run.
 
+    Returns:
+        The progress, and whether ``run.allow_change`` lets a setting differ from the checkpoint's.
+
     Raises:
         ConfigError: if the checkpoint is of another task, or a setting must not change.
     """
     if saved is None:
-        return fresh_progress(total_steps(config, len(index)), config.train.global_batch_size)
+        steps = total_steps(config, len(index))
+        return fresh_progress(steps, config.train.global_batch_size), False
     changes = compare_run(config, task.name, task.free_keys, saved, index.digest)
     for change in changes:
         logger.warning("allowed change: %s", change)
-    return continue_progress(config, len(index), saved, bool(changes))
+    return continue_progress(config, len(index), saved, bool(changes)), bool(changes)
 
 
 def continue_progress(

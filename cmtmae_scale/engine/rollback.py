@@ -45,7 +45,7 @@ def roll_back(run: Run, why: str) -> None:
     run.backend.after_load(run.task.prior_steps + saved.applied)
     run.task.restore(state)
     progress.roll_back(saved, run.plan.global_batch_size)
-    run.skips.restore(state["skips"])
+    run.skips.restore(state["skips"], saved.step)
     run.skips.in_succession = 0
     if run.telemetry is not None:
         run.telemetry.roll_back(progress.step)

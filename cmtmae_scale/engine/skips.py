@@ -32,6 +32,8 @@ class Skips:
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.scheduled: list[float] = []
         self.in_succession = 0
+        self.changed_step = -1
+        """Step of the checkpoint that this launch resumed with an allowed change; -1: none."""
         self.rollback_step = -1
         self.rollbacks = 0
 
@@ -90,8 +92,14 @@ class Skips:
             "in_succession": self.in_succession,
         }
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from what ``to_dict`` returned."""
-        self.losses = deque(saved["losses"], maxlen=WINDOW)
+    def restore(self, saved: dict[str, Any], step: int) -> None:
+        """Continue from what ``to_dict`` returned, but for losses of other settings.
+
+        Args:
+            saved: state of a checkpoint.
+            step: of that checkpoint.
+        """
+        losses = saved["losses"] if step > self.changed_step else []
+        self.losses = deque(losses, maxlen=WINDOW)
         self.scheduled = list(saved["scheduled"])
         self.in_succession = int(saved["in_succession"])

@@ -195,5 +195,27 @@ def test_what_is_saved_continues_the_count() -> None:
         one.expect([0.5, 0.5])
         one.record_applied(1 / (number + 1))
     one.record_skip()
-    other.restore(one.to_dict())
+    other.restore(one.to_dict(), 200)
     assert other.to_dict() == one.to_dict() and other.bound() == one.bound()
+
+
+def test_losses_of_other_settings_are_no_bound() -> None:
+    """An allowed change, such as of ``loss.type``, may make every later loss larger."""
+    one, other = Skips(Guard(spike_factor=5.0)), Skips(Guard(spike_factor=5.0))
+    for _ in range(FEWEST):
+        one.record_applied(2.0)
+    other.changed_step = 16
+    other.restore(one.to_dict(), 16)  # at the launch, and at a roll-back before the next save
+    assert other.bound() == math.inf
+    other.restore(one.to_dict(), 18)  # at a roll-back to a checkpoint of this launch
+    assert other.bound() == one.bound()
+
+
+@pytest.mark.gloo
+def test_an_allowed_change_may_raise_the_loss(tmp_path: Path) -> None:
+    recipe = write_task_recipe(TASKS[0], tmp_path)
+    bound = ["train.steps=20", "guard.spike_factor=1", "guard.skip_limit=1", "train.stop_after=16"]
+    allowed = ["optimizer.weight_decay=0.1", "run.allow_change=[optimizer.weight_decay]"]
+    cases = [(bound, {}), ([*bound[:3], *allowed], dict.fromkeys(range(17, 21), 10.0))]
+    ((_, view),) = run_ranks(1, run_each, recipe, cases, 0)
+    assert (view["error"], view["progress"]["applied"]) == ("", 20)
