@@ -23,7 +23,13 @@ from cmtmae_scale.errors import (
     exit_code_of,
 )
 from cmtmae_scale.runtime.collectives import ranks
-from cmtmae_scale.runtime.exit_code import EXIT_FILE, delete_exit, read_finished, write_exit
+from cmtmae_scale.runtime.exit_code import (
+    EXIT_FILE,
+    STOP_AFTER,
+    delete_exit,
+    read_finished,
+    write_exit,
+)
 from cmtmae_scale.runtime.lock import RunLock
 from cmtmae_scale.runtime.storage import optional_write
 from dataloading.errors import DataError
@@ -131,7 +137,7 @@ class Ending:
 
     def advice(self, reason: str) -> str:
         """Return what continues a run that stopped for a reason."""
-        if reason.startswith("train.stop_after="):
+        if reason.startswith(STOP_AFTER):
             return "raise or remove train.stop_after to continue"
         if reason == STOP_FILE_REASON:
             return f"delete {self.run_dir / STOP_FILE}, then the same command continues"

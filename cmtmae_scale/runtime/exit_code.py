@@ -17,6 +17,8 @@ from cmtmae_scale.runtime.processes import start_ticks
 from cmtmae_scale.runtime.storage import list_names, optional_write, read_json, write_atomic
 
 EXIT_FILE = "exit.json"
+STOP_AFTER = "train.stop_after="
+"""Start of the reason of a launch that this key ended, or, with code 0, had ended before."""
 RESERVE = ".exit.reserve"
 """File that is deleted where ``exit.json`` does not fit."""
 RESERVE_BYTES = 8192
@@ -44,7 +46,9 @@ def read_finished(run_dir: Path) -> dict[str, Any] | None:
     try:
         record = read_json((run_dir / EXIT_FILE).read_bytes())
         known = {"code": int(record["code"]), "step": int(record["step"])}
-        return {**known, "reason": str(record["reason"])} if known["code"] == EXIT_DONE else None
+        reason = str(record["reason"])
+        is_complete = known["code"] == EXIT_DONE and not reason.startswith(STOP_AFTER)
+        return {**known, "reason": reason} if is_complete else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 

@@ -122,6 +122,13 @@ def test_a_failed_launch_keeps_the_outcome_of_a_finished_run(tmp_path: Path) -> 
     assert launch(tmp_path, None, ConfigError("mask.ratio differs")) == (78, 0)
 
 
+def test_a_launch_that_had_nothing_to_train_is_no_finished_run(tmp_path: Path) -> None:
+    with Ending(tmp_path, 0) as ending:
+        ending.progress, ending.done = Progress(2, 16, 0, 0, 2, 4, 32), "train.stop_after=2 is ..."
+    assert outcome(tmp_path) == (EXIT_DONE, 2)
+    assert launch(tmp_path, None, ConfigError("mask.ratio differs")) == (78, 0)
+
+
 def test_a_stopped_run_has_the_outcome_of_its_last_launch(tmp_path: Path) -> None:
     with Ending(tmp_path, 0) as ending:
         ending.progress, ending.stopped = Progress(2, 16, 0, 0, 2, 4, 32), "SIGTERM"
