@@ -90,7 +90,7 @@ def train(run: Run) -> str | None:
             save_last(run)
         elif step.refusal is None:
             save_if_due(run)
-        if not requested:
+        if not requested and progress.step == number:  # a roll-back goes to a step that had them
             run_side_tasks(run)
     save_last(run)
     return reason if progress.step < progress.end_step else None

@@ -23,6 +23,7 @@ CASES = {
     "infinite": ([], {3: math.inf}),
     "stretch": (TWO, {3: NAN, 4: NAN}),
     "between entries": ([*TWO, "log.every=4"], {3: NAN, 4: NAN}),
+    "measured": ([*TWO, "log.diagnostics_every=2"], {3: NAN, 4: NAN}),
     "beyond a save": (TWO, {4: NAN, 5: NAN}),
     "hopeless": ([*TWO, "guard.rollback_limit=1"], dict.fromkeys(range(3, 99), NAN)),
     "none allowed": (["guard.skip_limit=0"], {3: NAN}),
@@ -103,6 +104,15 @@ def test_going_back_keeps_the_values_that_are_not_logged_yet(seen: Any) -> None:
     saved = layout.read_state(layout.folder_of(folder / "checkpoints", 2))
     assert saved["progress"]["position"] == 32  # written anew by the roll-back
     assert saved["log_interval"]["counts"]["loss/total"] == 2
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("seen", TASKS[:1], indirect=True)
+def test_going_back_measures_no_step_twice(seen: Any) -> None:
+    """Step 2, to which the run goes back after step 4, which was due."""
+    folder, _ = seen("measured")
+    measured = [line["step"] for line in log(folder) if "diagnostics/time_fraction" in line]
+    assert measured == [2, 4, 6]
 
 
 @pytest.mark.slow
