@@ -117,7 +117,7 @@ def compare_configs(
     old = {key: was for key, was in LATER_KEYS.items() if key in new} | flatten(saved)
     hint = start = ""
     if "student" in saved:
-        run_dir = old.get("run.output_dir")
+        run_dir = new.get("run.output_dir")
         start = f", there with student.init_from_run={run_dir} to go on from these weights"
     if _ORIENTATION not in old:  # the digests decide whether the key matters
         old[_ORIENTATION] = new.get(_ORIENTATION)

@@ -99,6 +99,13 @@ def test_other_images_are_refused_whatever_is_allowed() -> None:
         compare_configs(TREE, TREE, KEYS, ("a" * 64, "b" * 64), ALL_FREE)
 
 
+def test_the_run_to_start_from_is_where_it_is_now() -> None:
+    """A copied run's checkpoints name the folder of the machine that wrote them."""
+    here = changed("run.output_dir", "/copied/run")
+    with pytest.raises(ConfigError, match=r"student\.init_from_run=/copied/run to go on"):
+        compare_configs(TREE, here, [], ("a" * 64, "b" * 64), ALL_FREE)
+
+
 def test_a_checkpoint_without_the_orientation_key_resumes_unless_an_image_is_turned() -> None:
     older, other = copy.deepcopy(TREE), ("a" * 64, "b" * 64)
     del older["data"]["exif_orientation"]
