@@ -69,12 +69,13 @@ def steps_left(config: Trained, num_images: int, saved: dict[str, Any]) -> int:
     progress, length = Progress.from_dict(saved["progress"]), config.train
     if length.steps is not None or length.epochs is None:
         return max(total_steps(config, num_images) - progress.step, 0)
-    before = saved["config"]["train"].get("epochs")
-    if before is None:
-        views = exact(length.epochs) * num_images - progress.position
-    else:  # the horizon has moved with every roll-back
-        more = (exact(length.epochs) - exact(before)) * num_images
-        views = progress.horizon - progress.position + more
+    planned, before = exact(length.epochs) * num_images, saved["config"]["train"]
+    if before.get("epochs") is None:
+        views = planned - progress.position
+    else:  # the horizon has moved with every roll-back, and ends with a whole batch
+        planned_before = exact(before["epochs"]) * num_images
+        beyond = (progress.horizon - planned_before) % before["global_batch_size"]
+        views = progress.horizon - beyond - progress.position + planned - planned_before
     return max(math.ceil(views / length.global_batch_size), 0)
 
 

@@ -184,6 +184,24 @@ def test_the_steps_that_are_left_keep_the_length_of_the_run(
     assert steps_left(config, 25_600, saved) == expected
 
 
+@pytest.mark.parametrize("rolled_back", [0, 3])
+@pytest.mark.parametrize(
+    ("epochs", "batch", "step", "expected"),
+    [(1.0, 4, 1, 2), (2.0, 4, 3, 2), (2.0, 4, 1, 4), (3.0, 4, 3, 5), (1.0, 2, 1, 3)],
+)
+def test_a_last_batch_beyond_an_epoch_is_counted_once(
+    epochs: float, batch: int, step: int, expected: int, rolled_back: int
+) -> None:
+    """An epoch of 10 images is 3 steps of 4, and two are 5 steps, not 6."""
+    config = load_config(ROOT / "configs" / "vit_base.yaml")
+    config.train.epochs, config.train.steps, config.train.global_batch_size = epochs, None, batch
+    drawn = (step + rolled_back) * 4
+    progress = {"step": step, "position": drawn, "step0": 0, "position0": 0, "applied": step}
+    progress |= {"end_step": 3, "horizon": drawn + (3 - step) * 4}
+    train = {"epochs": 1.0, "steps": None, "global_batch_size": 4}
+    assert steps_left(config, 10, {"progress": progress, "config": {"train": train}}) == expected
+
+
 @pytest.mark.parametrize("key", ["student.arch", "student.width", "decoder.width"])
 def test_no_permission_is_advised_that_cannot_work(key: str) -> None:
     config = load_config(ROOT / "configs" / "vit_base.yaml", ["run.allow_change=[mask.ratio]"])
