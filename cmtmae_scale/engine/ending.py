@@ -133,7 +133,7 @@ class Ending:
     @property
     def had_nothing_to_train(self) -> bool:
         """Return whether the launch failed before it was built, or found all steps done."""
-        return self.progress is None or self.progress.step >= self.progress.end_step
+        return self.progress is None or self.first_step >= self.progress.end_step
 
     def advice(self, reason: str) -> str:
         """Return what continues a run that stopped for a reason."""

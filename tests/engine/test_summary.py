@@ -99,12 +99,15 @@ def outcome(run_dir: Path) -> tuple[int, int]:
     return record["code"], record["step"]
 
 
-def launch(run_dir: Path, progress: Progress | None, error: Exception | None) -> tuple[int, int]:
-    """A launch that is built with this progress, and ends with this error."""
+def launch(
+    run_dir: Path, progress: Progress | None, error: Exception | None, trained: int = 0
+) -> tuple[int, int]:
+    """A launch that ends with this progress, after so many steps, and with this error."""
     try:
         with Ending(run_dir, 0) as ending:
             assert not (run_dir / "exit.json").exists()
             ending.progress = progress
+            ending.first_step = 0 if progress is None else progress.step - trained
             if error is not None:
                 raise error
     except type(error or OSError()):
@@ -117,6 +120,9 @@ def test_a_failed_launch_keeps_the_outcome_of_a_finished_run(tmp_path: Path) -> 
     assert launch(tmp_path, done, None) == (EXIT_DONE, 4)
     assert launch(tmp_path, None, ConfigError("mask.ratio differs")) == (EXIT_DONE, 4)
     assert launch(tmp_path, done, ValueError("a bug")) == (EXIT_DONE, 4)
+    longer = Progress(9, 72, 4, 32, 9, 9, 72)  # it trained, and could not be saved
+    assert launch(tmp_path, longer, ValueError("a bug"), trained=5) == (EXIT_CRASH, 9)
+    assert launch(tmp_path, done, None) == (EXIT_DONE, 4)
     longer = Progress(4, 32, 4, 32, 4, 9, 72)
     assert launch(tmp_path, longer, ValueError("a bug")) == (EXIT_CRASH, 4)
     assert launch(tmp_path, None, ConfigError("mask.ratio differs")) == (78, 0)
