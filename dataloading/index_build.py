@@ -173,16 +173,20 @@ def _helpers(
     """Run helper processes; they end with the block, or with this process."""
     started: list[subprocess.Popen[bytes]] = []
     try:
-        for number in range(1, count + 1):
-            share = number, count + 1
-            facts = [os.fspath(root), os.fspath(folder), *share, max_pixels, exif_orientation]
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-P", "-m", "dataloading.index_build", json.dumps(facts)],
-                    stdin=subprocess.PIPE,
-                    env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        try:
+            for number in range(1, count + 1):
+                share = number, count + 1
+                facts = [os.fspath(root), os.fspath(folder), *share, max_pixels, exif_orientation]
+                started.append(
+                    subprocess.Popen(
+                        [sys.executable, "-P", "-m", "dataloading.index_build", json.dumps(facts)],
+                        stdin=subprocess.PIPE,
+                        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    )
                 )
-            )
+        except OSError as error:  # no more processes or memory: this one does what they would
+            text = "%d of %d helper processes were started (%s)"
+            logger.warning(text, len(started), count, error.strerror)
         yield
         for helper in started:
             helper.wait()

@@ -225,6 +225,10 @@ def read_manifest(folder: Path) -> Manifest:
         refuse_world_writable(place)
     try:
         tree = read_json(read_regular(folder / MANIFEST))
+        if not {"num_rows", "fingerprint"} & set(tree):
+            raise CacheError(
+                f"cache.dir={folder}: {MANIFEST} is not that of a cache; name another folder"
+            )
         stored = tree.pop("sha256")
         found = Manifest.from_dict(tree)
         if stored != found.sha256:

@@ -19,8 +19,15 @@ from cmtmae_scale.cache.codecs import (
     round_view,
 )
 from cmtmae_scale.cache.fingerprint import Keyed, cache_fingerprint, check_fingerprint
-from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest
-from cmtmae_scale.cache.reader import STORE_FAILS, CachedRows, CacheReader, blank_row
+from cmtmae_scale.cache.format import MANIFEST, Manifest, read_manifest, shard_path
+from cmtmae_scale.cache.reader import (
+    INCOMPLETE,
+    STORE_FAILS,
+    UNDECODED,
+    CachedRows,
+    CacheReader,
+    blank_row,
+)
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import cache_folder
 from cmtmae_scale.errors import AGAIN, CacheError
@@ -171,9 +178,13 @@ class CachedTeacher:
         )
         if fault.startswith(STORE_FAILS):
             return ReadError(f"{text}see that the storage works and {AGAIN}")
-        return CacheError(
-            f"{text}complete the cache with cmtmae precompute, or set cache.on_miss=online"
-        )
+        remedy = "repair the cache with cmtmae precompute --repair"
+        if fault == INCOMPLETE:
+            remedy = "complete the cache with cmtmae precompute"
+        elif fault == UNDECODED:
+            path = shard_path(self.folder, self.manifest, self.reader.shard_of(row))
+            remedy = f"delete {path} and complete the cache with cmtmae precompute"
+        return CacheError(f"{text}{remedy}, or set cache.on_miss=online")
 
     def check_rows(
         self, online: TeacherView, stored: TeacherView, rows: CachedRows, faulty: tuple[int, ...]

@@ -41,6 +41,8 @@ PLAN_OPTIONS = ("gpus", "images_s", "gpu_hour", "tb_month")
 POLL_S = 0.2
 PATIENCE_S = 3600.0
 """Seconds without progress of a run after which its sidecar ends."""
+AHEAD = 16
+"""Shards that a sidecar is ahead of its run by default."""
 
 
 def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
@@ -119,9 +121,8 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
     parser.add_argument(
         "--ahead",
         type=at_least_one,
-        default=16,
         metavar="SHARDS",
-        help="with --follow: shards to be ahead of the run; 16",
+        help=f"with --follow: shards to be ahead of the run; {AHEAD}",
     )
     pricing = parser.add_argument_group("with --plan")
     pricing.add_argument(
@@ -150,6 +151,10 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
     for name in PLAN_OPTIONS:
         if getattr(options, name) is not None and not options.plan:
             parser.error(f"--{name.replace('_', '-')} needs --plan")
+    if options.ahead is not None and options.follow is None:
+        parser.error("--ahead needs --follow")
+    if options.shard is not None and (options.verify is not None or options.plan):
+        parser.error("--shard is not for --verify and --plan, which are of the whole cache")
     if (options.gpu_hour is None) != (options.tb_month is None):
         parser.error("--gpu-hour and --tb-month go together")
     return options
@@ -341,7 +346,7 @@ def follow_teacher(config: Config, options: argparse.Namespace, world: World) ->
     from cmtmae_scale.cache.sidecar import run_sidecar
     from cmtmae_scale.runtime.collectives import pick_device
 
-    sizes = options.ahead, options.rows_per_shard, PATIENCE_S
+    sizes = options.ahead or AHEAD, options.rows_per_shard, PATIENCE_S
     stripe = stripe_of(options.shard, world)
     complete = run_sidecar(config, run_dir, index_folder, stripe, pick_device(world), *sizes)
     return EXIT_DONE if complete else EXIT_STOPPED

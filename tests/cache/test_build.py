@@ -458,6 +458,9 @@ def test_what_is_no_folder_of_shards_and_no_shard_is_named(whole: Path, tmp_path
         ["--rows-per-shard", "0"],
         ["--verify", "2"],
         ["--verify", "--repair"],
+        ["--verify", "--shard", "0/8"],
+        ["--plan", "--shard", "0/8"],
+        ["--ahead", "4"],
     ],
 )
 def test_illegal_arguments_exit_with_78(arguments: list[str]) -> None:

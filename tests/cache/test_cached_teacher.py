@@ -141,6 +141,7 @@ def test_a_symlink_in_place_of_a_shard_is_refused(
     while len(opened.failures) < 2:  # the first is the row that was invalid when built
         opened.teacher.forward_batch(next(opened.stream))
     assert "shard 1: it cannot be read (" in str(opened.failures[1])
+    assert "; repair the cache with cmtmae precompute --repair, or" in str(opened.failures[1])
 
 
 def test_a_row_that_the_store_does_not_give_stops_a_run_that_may_be_launched_again(
@@ -169,6 +170,7 @@ def test_a_row_that_was_invalid_when_built_is_a_miss_unless_the_view_is_invalid_
     again.teacher.forward_batch(next(again.stream))
     (failure,) = again.failures
     assert "row 0 (image 0, view 0) of shard 0: its image could not be decoded" in str(failure)
+    assert f"; delete {shard_path(good, read_manifest(good), 0)} and complete" in str(failure)
     online = open_outside(recipe, cached(good), stack)
     assert not online.teacher.forward_batch(next(online.stream)).cached
     assert online.teacher.forward_batch(next(online.stream)).cached and not online.failures
@@ -299,8 +301,8 @@ def test_a_store_that_fails_while_a_sidecar_is_searched_ends_no_run(
     config = load_config(recipe, cached(good))
     skeleton, index = make_skeleton(config), build_index(config.data.path)
     absent = load_config(recipe, cached(good.with_name("absent")))
-    device = torch.device("cpu")
-    teacher = SidecarTeacher(absent, skeleton, skeleton, index, device, pytest.fail)
+    device, fail = torch.device("cpu"), lambda error: pytest.fail(str(error))
+    teacher = SidecarTeacher(absent, skeleton, skeleton, index, device, fail)
     teacher.folder, teacher.next_search, stat = good, 0.0, os.stat
 
     def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:

@@ -222,6 +222,12 @@ def test_pipes_and_devices_in_a_cache_are_not_read(
             read_manifest(tmp_path)
 
 
+def test_a_folder_that_holds_no_cache_is_not_to_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"name": "photographs", "files": []}')
+    with pytest.raises(CacheError, match=r"is not that of a cache; name another folder"):
+        read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_a_cache_that_cannot_be_read_now_is_not_to_be_deleted(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

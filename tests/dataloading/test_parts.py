@@ -162,6 +162,19 @@ def test_helper_processes_build_the_same_index(
     assert equal(load_or_build(tars, tmp_path / "kept"), build_index(tars))
 
 
+def test_a_machine_without_room_for_helper_processes_builds_alone(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    tars = make_tars(photographs, tmp_path / "tars")
+    monkeypatch.setattr("dataloading.index_build._PIECES_PER_HELPER", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr("subprocess.Popen", refuse)
+    assert equal(load_or_build(tars, tmp_path / "kept"), build_index(tars))
+
+
 def test_another_machine_must_see_the_same_files(photographs: Path) -> None:
     request = Request(photographs)
     contents = list_data(request).digest(with_times=False)
