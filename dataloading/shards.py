@@ -255,16 +255,25 @@ def _files_in(folder: Path, ending: str, passed: Counts | None = None) -> list[P
     with os.scandir(folder) as items:
         for item in items:
             is_hidden, is_shard = item.name.startswith("."), _is_shard(item.name, ending)
-            if is_shard and not is_hidden and not item.is_dir():
+            if is_shard and not is_hidden and not _is_folder(item):
                 names.append(item.name)
-            elif passed is not None and not is_hidden and item.is_dir():
+            elif passed is not None and not is_hidden and _is_folder(item):
                 for file in walk(Path(item.path), f"{item.name}/", passed=passed):
                     count_passed(passed, "beside", extension_of(file.name), file.name)
-            elif is_hidden or not (item.name.startswith(PUBLISHED) or item.is_dir()):
+            elif is_hidden or not (item.name.startswith(PUBLISHED) or _is_folder(item)):
                 others.append(item.name)
     if passed is not None:
         count_files(passed, "", others, [])
     return [folder / name for name in sorted(names)]
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError as error:
+        if error.errno not in LASTING:
+            raise
+        return False  # a link to itself
 
 
 def _is_shard(name: str, ending: str) -> bool:

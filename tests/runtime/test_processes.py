@@ -26,7 +26,7 @@ def test_a_launcher_is_told_by_its_command_line(words: list[str], expected: bool
 
 
 def test_processes_of_any_name_are_found(tmp_path: Path) -> None:
-    program = tmp_path / "обучение.sh"
+    program = tmp_path / "\u043e\u0431\u0443\u0447\u0435\u043d\u0438\u0435.sh"
     program.write_text("#!/bin/sh\nread line\n")
     program.chmod(0o755)
     with subprocess.Popen([program], stdin=subprocess.PIPE) as child:
