@@ -100,7 +100,7 @@ def report_exit(environment: Mapping[str, str] = os.environ) -> Iterator[ExitRep
 def read_reports(folder: Path) -> dict[int, int | None]:
     """Return process ids of the ranks in a supervisor's folder, with the codes of exited ranks.
 
-    None if the folder is gone: the supervisor must still end what it started.
+    Empty where the folder is gone: the supervisor must still end what it started.
     """
     found: dict[int, int | None] = {}
     for name in list_names(folder):
