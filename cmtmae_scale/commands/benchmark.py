@@ -291,6 +291,8 @@ def measure_paths(options: argparse.Namespace, world: World) -> int:
 
     # Beside the results, a folder that is removed with them if this process is killed.
     parent = None if output is None else output.parent
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="smoke-", dir=parent) as folder:
         found = smoke.run_checks(images, Path(folder), keep)
     sys.stdout.write(f"{smoke.smoke_table(found)}\n\n{smoke.smoke_headline(found)}\n")

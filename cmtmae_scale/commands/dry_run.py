@@ -106,7 +106,7 @@ def dry_run(config: Config, world: World) -> tuple[str, int]:
     if problem is not None:
         lines.append(f"warning         {problem}")
     if networks is not None:
-        lines += count_networks(config, world.world_size, networks)
+        lines += count_networks(config, world, networks)
     resumed = "nothing: a new run" if saved is None else saved.name
     lines.append(f"would resume    {resumed}")
     stop = Path(config.run.output_dir) / STOP_FILE
@@ -208,7 +208,7 @@ def check_evaluation(config: Config) -> None:
         RunEvaluation(elsewhere, World(0, 1, 0, 1, "none"), torch.device("cpu"))
 
 
-def count_networks(config: Config, world_size: int, networks: MetaNetworks) -> list[str]:
+def count_networks(config: Config, world: World, networks: MetaNetworks) -> list[str]:
     """Return the lines about parameters, FLOPs and memory."""
     model = networks.model
     flops = count_flops(config, networks)
@@ -223,9 +223,10 @@ def count_networks(config: Config, world_size: int, networks: MetaNetworks) -> l
         f"GFLOP per view  student {format_giga(flops.student)} (forward and backward), momentum "
         f"{format_giga(flops.momentum)}, teacher {format_giga(flops.teacher)} (2 per MAC)"
     )
-    memory = memory_bytes(config, world_size, networks)
+    ranks, node_size = world.world_size, world.local_world_size
+    memory = memory_bytes(config, ranks, networks, node_size)
     lines += [f"memory per GPU  {name:<17}{size / GIB:8.2f} GiB" for name, size in memory.items()]
-    shards = count_shards(config, world_size).states
+    shards = count_shards(config, ranks, node_size).states
     lines.append(
         f"memory per GPU  {'at the peak':<17}{sum(memory.values()) / GIB:8.2f} GiB (modelled, "
         f"{shards} shards; states exact, activations of the eager student; beside it {RESERVE:.0%} "

@@ -81,6 +81,8 @@ def execute_preflight(options: argparse.Namespace) -> int:
     if options.dry_run:
         sys.stdout.write(list_missing(runs))
         return EXIT_DONE
+    if any(run.missing() for run in runs):
+        require_images(study)
     with hold_run(Path(folder), 0):
         outcomes = Executor(options.jobs, options.minutes).run(runs)
     sys.stdout.write(preflight_table(study, runs))

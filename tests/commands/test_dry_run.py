@@ -14,6 +14,7 @@ from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
+from cmtmae_scale.tools.estimate import build_meta_networks
 from dataloading.index import build_index
 from tests.checkpoint.save_case import STATE, save
 from tests.engine.run_case import make_photographs, write_recipe
@@ -48,6 +49,17 @@ def test_a_recipe_that_would_start(recipe: Path, place: Path, capsys) -> None:
     assert dry(recipe, capsys) == (EXIT_DONE, [])
     assert list(place.iterdir()) == []  # nothing is written
     assert not (recipe.parent / "run").exists()
+
+
+def test_the_memory_is_that_of_the_nodes_of_the_launch(recipe: Path) -> None:
+    """A copy of the weights is shared by the ranks of one node, of whatever size."""
+    line = ["backend.name=fsdp", "backend.sharding=hybrid"]
+    config = load_config(recipe, line)
+    networks = build_meta_networks(config)
+    for node_size in (2, 4, 8):
+        world = World(0, 8, 0, node_size, "none")
+        *_, memory = dry_run.count_networks(config, world, networks)
+        assert f"(modelled, {node_size} shards; " in memory
 
 
 REFUSED = {

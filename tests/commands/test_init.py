@@ -13,7 +13,7 @@ from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.commands import dry_run, init
 from cmtmae_scale.commands.init import init_recipe
 from cmtmae_scale.commands.pretrain import launch_pretraining, parse_options
-from cmtmae_scale.config.batch import find_length_problem
+from cmtmae_scale.config.batch import find_length_problem, total_steps
 from cmtmae_scale.config.load import config_from_dict, load_config
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
@@ -62,6 +62,14 @@ def test_the_rules_give_the_sizes_of_shipped_recipes() -> None:
         assert made.optimizer.base_lr == shipped.optimizer.base_lr
         assert made.train.global_batch_size == shipped.train.global_batch_size
         assert (made.train.epochs == shipped.train.epochs) == (name == "vit_base")
+
+
+def test_the_steps_beside_the_epochs_are_those_of_the_run() -> None:
+    for images in (3, 4097, 2_000_001, 9_999_999):
+        survey = Survey("photos", None, images, 400, 1.3, 0, ())
+        text = recipe.write_text(survey, Machine(8, True, None), "own", Path("own.yaml"))
+        made = config_from_dict(parse_yaml(text), "own.yaml")
+        assert f"  epochs: {made.train.epochs:.0f}  # {total_steps(made, images)} steps\n" in text
 
 
 def test_class_folders(capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,8 +147,9 @@ def run_chain(chain: Sequence[Check], images: str, place: Path) -> Iterator[Chec
             reason = f"{', '.join(missing)} is not installed" if missing else f"needs {broken}"
             yield Checked(check.name, f"skipped: {reason}", 0.0, "")
             continue
-        text = check.command.replace(RUN, str(place)).replace(TARS, shlex.quote(images))
-        words = ["python", "-m", "cmtmae_scale", *shlex.split(text)]
+        words = ["python", "-m", "cmtmae_scale"]
+        for word in shlex.split(check.command):
+            words.append(word.replace(RUN, str(place)).replace(TARS, images))
         ended = run_limited(words, place.with_suffix(".log"), LIMIT_S)
         passed = ended.code == check.code
         tail = "" if passed else f"exit code {ended.code}, expected {check.code}\n{ended.tail}"

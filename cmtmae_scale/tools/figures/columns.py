@@ -3,8 +3,10 @@
 Legend: n images, S their side in pixels, N = h * w patches, P patch side, R = n masks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ from cmtmae_scale.method.targets import EPS, TokenLayout, patchify
 from cmtmae_scale.pretraining.prepare import gather_features, name_features
 from cmtmae_scale.pretraining.scalars import PretrainingScalars
 from cmtmae_scale.teachers.base import Teacher, TeacherView, images_for
+
+T = TypeVar("T", bound=nn.Module)
 
 ATTENTION = "Attention: dark to bright, each map over its own range."
 COSINE = "Cosine: 0 or below dark, 1 bright, grey not predicted."
@@ -62,6 +66,15 @@ class Column:
     """Whether to resample smoothly, as an image; else with sharp patch edges."""
 
 
+@contextmanager
+def placed(network: T, device: torch.device) -> Iterator[T]:
+    """Move a network to a device for the block, and back to the CPU, also after an error."""
+    try:
+        yield network.to(device)
+    finally:
+        network.cpu()
+
+
 @torch.no_grad()
 def compute_columns(
     config: Config,
@@ -81,16 +94,15 @@ def compute_columns(
         Columns of the signals that the run uses, on the CPU.
     """
     device = images[0].device
-    model, momentum = networks.model.to(device), networks.momentum
-    height, width = model.encoder.grid
+    height, width = networks.model.encoder.grid
     pixels = normalise_images(images[0], IMAGENET_MEAN, IMAGENET_STD)
     views = images[0].float() / 255
-    with inference_autocast(device):
+    with placed(networks.model, device) as model, inference_autocast(device):
         seen = {name: one(images_for(one, images)[-1]) for name, one in networks.teachers.items()}
         features = attention = None
-        if momentum is not None:
-            features, attention = momentum.to(device)(pixels)
-            momentum.cpu()
+        if networks.momentum is not None:
+            with placed(networks.momentum, device) as momentum:
+                features, attention = momentum(pixels)
         alpha = torch.full((), scalars.alpha_attention, device=device)
         theirs = {name: one.attention for name, one in seen.items() if one.attention is not None}
         mixed = mix_attention(
@@ -108,7 +120,6 @@ def compute_columns(
         )
         predictions = model(pixels, choice)
         tokens = model.encoder(pixels)[:, model.encoder.num_prefix :]
-    model.cpu()
     columns = [Column("view", views, smooth=True)]
     for name, attention_map in name_maps(config, theirs, attention, mixed).items():
         values = normalise_map(attention_map, "minmax").view(-1, height, width)

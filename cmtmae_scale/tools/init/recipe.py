@@ -6,6 +6,7 @@ student, decoder, batch and learning rate of ``vit_base`` and ``tiny_imagenet``,
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -116,7 +117,7 @@ def write_text(survey: Survey, machine: Machine, name: str, output: Path) -> str
     """Return the recipe as YAML with comments."""
     sizes, batch = choose_sizes(survey), choose_batch(survey.images)
     epochs = choose_epochs(survey.images)
-    steps = max(1, round(epochs * survey.images / batch))
+    steps = math.ceil(epochs * survey.images / batch)  # as ``total_steps``
     base_lr = choose_base_lr(batch)
     grid = sizes.image // sizes.patch
     micro = min(batch, sizes.micro_batch if machine.has_gpu else 8)

@@ -6,7 +6,7 @@ from typing import Any
 
 from cmtmae_scale.config.batch import split_batch
 from cmtmae_scale.config.schema import Config
-from cmtmae_scale.tools.estimate import accumulation, saved_bytes, state_bytes
+from cmtmae_scale.tools.estimate import saved_bytes, state_bytes
 from cmtmae_scale.tools.plan.devices import KNOWN
 from cmtmae_scale.tools.plan.plan import Cluster, Counted, Scale
 
@@ -37,35 +37,40 @@ def find_remedies(
 ) -> Iterator[str]:
     """Yield overrides with which the run fits the device."""
     usable, node_size = cluster.device.usable_bytes, min(cluster.node_size, chosen.gpus)
-    states = chosen.memory_bytes - chosen.memory["activations"] - chosen.memory["input images"]
-    most = int((usable - states) // (counted.saved_view + counted.input_view))
-    if most >= 1:
-        micro = split_batch(config.train.global_batch_size, most, chosen.gpus).micro_batch_size
-        yield f"train.micro_batch_size={micro}"
     saved_view = {config.backend.activation_checkpointing: counted.saved_view}
-    teachers = counted.networks.teachers
+    teachers, views = counted.networks.teachers, chosen.batch.micro_batch_size
 
     def fit_views(changed: Config) -> int:
-        """Return the views per micro-batch that fit with other settings."""
+        """Return the largest micro-batch, up to the present one, that fits; 0: none does."""
         key = changed.backend.activation_checkpointing
         if key not in saved_view:
             saved_view[key] = saved_bytes(changed, teachers)
-        held = state_bytes(changed, chosen.gpus, counted.networks, node_size)
-        return int((usable - sum(held.values())) // (saved_view[key] + counted.input_view))
+        size = views
+        while True:  # a smaller micro-batch may need more states: gradients that are added up
+            sized = replace(changed, train=replace(changed.train, micro_batch_size=size))
+            held = state_bytes(sized, chosen.gpus, counted.networks, node_size)
+            most = int((usable - sum(held.values())) // (saved_view[key] + counted.input_view))
+            if most >= size:
+                return size
+            if most < 1:
+                return 0
+            total = config.train.global_batch_size
+            size = split_batch(total, most, chosen.gpus).micro_batch_size
 
+    micro = fit_views(config)
+    if micro:
+        yield f"train.micro_batch_size={micro}"
     singles = list(list_changes(config, chosen.gpus, node_size))
     pairs = [one | two for n, one in enumerate(singles) for two in singles[n + 1 :]]
-    views, is_found = chosen.batch.micro_batch_size, most >= 1
+    is_found = micro > 0
     for changes in singles:
-        if fit_views(change_backend(config, changes)) >= views:
+        if fit_views(change_backend(config, changes)) == views:
             is_found = True
             yield name_changes(changes)
     for changes in () if is_found else (*singles, *pairs):
-        fitting = fit_views(change_backend(config, changes))
-        if fitting >= 1:
-            total = config.train.global_batch_size
-            micro = split_batch(total, fitting, chosen.gpus).micro_batch_size
-            yield f"{name_changes(changes)} train.micro_batch_size={min(micro, views)}"
+        micro = fit_views(change_backend(config, changes))
+        if micro:
+            yield f"{name_changes(changes)} train.micro_batch_size={micro}"
 
 
 def list_changes(config: Config, gpus: int, node_size: int) -> Iterator[dict[str, Any]]:
@@ -77,7 +82,7 @@ def list_changes(config: Config, gpus: int, node_size: int) -> Iterator[dict[str
         if backend.sharding == "replicate" and gpus % node_size == 0:
             yield {"sharding": "hybrid"}
         yield {"sharding": "full"}
-    waits = not backend.reduce_every_micro_step and accumulation(config, gpus) > 1
+    waits = not backend.reduce_every_micro_step  # between micro-steps, also if it needs several
     if gpus > 1 and backend.name == "fsdp" and backend.sharding != "replicate" and waits:
         yield {"reduce_every_micro_step": True}
     if gpus > 1 and backend.name == "deepspeed":

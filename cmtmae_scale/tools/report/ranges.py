@@ -1,5 +1,6 @@
 """Expected values of a run: its schedules, and other runs of the same settings or of a study."""
 
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
@@ -45,15 +46,18 @@ def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
         return other.is_complete and recipe_settings(other) == wanted
 
     found = [other for folder, other in known.items() if folder != own and is_sibling(other)]
+    seen = {str(folder) for folder in known}
     for folder in sorted(own.parent.iterdir()):
-        if folder not in known and (folder / "exit.json").exists():
-            try:
+        place = os.path.realpath(folder)  # a link to a run is no other run
+        try:
+            if place not in seen and (folder / "exit.json").exists():
+                seen.add(place)
                 other = open_run(folder)
                 if is_sibling(other):  # the logs of all others stay unread
                     read_records(other)
                     found.append(other)
-            except (ConfigError, OSError):
-                continue  # not a run, or not readable
+        except (ConfigError, OSError):
+            continue  # not a run, or not readable
     return found
 
 

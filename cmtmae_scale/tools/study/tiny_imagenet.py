@@ -12,6 +12,7 @@ import sys
 import tarfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -122,7 +123,7 @@ def write_subset(archive: Path, folder: Path) -> None:
                     for name, label in labels.items()
                 ]
                 write_images(folder / f"val-{tar}.tar", opened, images)
-    except (OSError, LookupError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, LookupError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{archive}: is not Tiny-ImageNet's archive ({error}); delete it, or name another with "
             "--zip"

@@ -213,6 +213,11 @@ def plan_run(
             f"rows.{name}: weights=random are the initial weights of a run that loads none, and "
             f"its run has {'='.join(loaded)}; set {loaded[0]}=null, or evaluate other weights"
         )
+    if evaluated == "momentum" and not needs(config).momentum:
+        raise ConfigError(
+            f"rows.{name}: weights=momentum are evaluated, and its run has no momentum encoder; "
+            "give the row weights: student"
+        )
     digest = short_digest(effective_settings(config))
     folder = trained.get(digest, Path(study.dir) / "runs" / digest)
     overrides.append(f"run.output_dir={folder}")

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cmtmae_scale.config.load import load_config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED
 from cmtmae_scale.tools.benchmark import page, smoke, suite
 from cmtmae_scale.tools.benchmark.jobs import JOBS, Job
+from cmtmae_scale.tools.benchmark.limited import Ended
 from cmtmae_scale.tools.benchmark.results import save_tables
 from cmtmae_scale.tools.benchmark.rig import SDPA
 from cmtmae_scale.tools.benchmark.timeline import Gap, Span, busy_and_gaps, longest_kernels
@@ -173,6 +175,25 @@ def test_paths_that_need_a_failed_path_are_skipped(tmp_path: Path) -> None:
     assert f"exit code {EXIT_CONFIG}, expected 0" in found[1].tail
     assert "did you mean pretrain?" in smoke.smoke_table(found)
     assert smoke.smoke_headline(found) == "1 of 3 paths work; failed: typing; skipped: after"
+
+
+def test_paths_are_tried_beside_results_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that does not exist yet, and has a space in its name."""
+    words: list[Sequence[str]] = []
+
+    def run_limited(command: Sequence[str], log: Path, limit_s: float) -> Ended:
+        words.append(command)
+        return Ended(EXIT_DONE, 1.0, "")
+
+    monkeypatch.setattr(smoke, "run_limited", run_limited)
+    output = tmp_path / "new results" / "smoke"
+    run_benchmark(["smoke", "my images", "--output", str(output)])
+    assert output.with_suffix(".json").exists() and words
+    given = dict(word.split("=", 1) for word in words[-1] if "=" in word)
+    assert given["data.path"] == str(Path("my images").resolve())
+    assert given["run.output_dir"].startswith(f"{output.parent}/smoke-")
 
 
 def test_a_point_in_the_name_of_results_is_no_ending(tmp_path: Path) -> None:

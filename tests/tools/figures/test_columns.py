@@ -1,14 +1,21 @@
 """What a column shows: predictions at their places, colours that do not depend on a basis."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor
 
+from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.schema import Config, NamedTeacher
 from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_images
 from cmtmae_scale.method.masking import PatchChoice
 from cmtmae_scale.method.targets import TokenLayout, patchify, pixel_targets
+from cmtmae_scale.pretraining.scalars import scalars_at
 from cmtmae_scale.tools.figures.columns import (
+    Networks,
+    compute_columns,
     name_maps,
     place_on_grid,
     principal_colours,
@@ -56,6 +63,36 @@ def test_each_of_several_teachers_has_a_map_beside_the_mix() -> None:
     assert [*maps] == titles
     assert [*name_maps(config, {"a": one, "b": one}, None, one)] == [*titles[:2], "collaborative"]
     assert [*name_maps(Config(), {"": one}, None, one)] == ["teacher"]
+
+
+class Network:
+    """Records that it is moved; its forward finds no memory."""
+
+    encoder = SimpleNamespace(grid=(SIDE // PATCH, SIDE // PATCH))
+
+    def __init__(self) -> None:
+        self.moves: list[str] = []
+
+    def to(self, *_: Any) -> "Network":
+        self.moves.append("to the device")
+        return self
+
+    def cpu(self) -> None:
+        self.moves.append("back")
+
+    def __call__(self, _: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+
+def test_networks_do_not_stay_on_the_device_after_a_sheet_that_failed() -> None:
+    """Training, which goes on, needs the memory."""
+    model, momentum = Network(), Network()
+    networks = Networks({}, cast(Any, model), cast(Any, momentum))
+    config = load_config("demo")
+    scalars = scalars_at(config, 0.5)
+    with pytest.raises(torch.OutOfMemoryError):
+        compute_columns(config, networks, TokenLayout(True, 3, 6), (images(2),), scalars, {})
+    assert model.moves == momentum.moves == ["to the device", "back"]
 
 
 def test_what_is_neither_seen_nor_predicted_is_greyed_out() -> None:

@@ -31,7 +31,7 @@ from cmtmae_scale.tools.plan.plan import (
     plan_scale,
     time_step,
 )
-from cmtmae_scale.tools.plan.remedies import refuse_memory
+from cmtmae_scale.tools.plan.remedies import find_remedies, refuse_memory
 from cmtmae_scale.tools.plan.render import COLUMNS, render_plan
 from tests.engine.run_case import write_recipe
 from tests.pretraining.several_case import write_several
@@ -266,6 +266,31 @@ def test_a_run_that_does_not_fit_is_told_what_does(recipe: Path, counted: Counte
             for remedy in remedies:
                 changed = load_config(recipe, [*line, *remedy.split()])
                 assert held_bytes(changed) <= room, remedy
+
+
+def test_a_smaller_micro_batch_is_advised_with_the_gradients_that_it_keeps_whole(
+    recipe: Path, counted: Counted
+) -> None:
+    """One micro-step reduces at once; FSDP2 adds up the whole gradients of several."""
+    line = [*HYBRID, "backend.sharding=full", "train.global_batch_size=32"]
+    line += ["train.micro_batch_size=4", "train.steps=100"]
+    config = load_config(recipe, line)
+    view = counted.saved_view + counted.input_view
+
+    def held_bytes(config: Config) -> float:
+        states = sum(state_bytes(config, 8, counted.networks, 4).values())
+        return states + view * batch_plan(config, 8).micro_batch_size
+
+    advised: list[str] = []
+    for lacking in (0.1, 0.3, 0.5):  # of four views; the whole gradients are 1.5 views more
+        room = held_bytes(config) - 4 * lacking * view
+        cluster = replace(CLUSTER, device=TINY._replace(memory_bytes=room / 0.92))
+        chosen = plan_scale(config, counted, cluster, IMAGES, 8)
+        remedy, *_ = find_remedies(config, counted, cluster, chosen)
+        assert held_bytes(load_config(recipe, [*line, *remedy.split()])) <= room, remedy
+        advised.append(remedy)
+    smaller = [f"train.micro_batch_size={size}" for size in (2, 1, 2)]
+    assert advised == [*smaller[:2], f"backend.reduce_every_micro_step=true {smaller[2]}"]
 
 
 def test_sharded_copies_are_gathered_by_blocks(recipe: Path, counted: Counted) -> None:

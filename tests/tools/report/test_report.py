@@ -1,5 +1,6 @@
 """The report shows what a run's files hold, and names what is missing."""
 
+import errno
 import json
 import re
 from html.parser import HTMLParser
@@ -425,6 +426,34 @@ def test_logs_of_runs_of_other_settings_stay_unread(
     real = ranges.read_records
     monkeypatch.setattr(ranges, "read_records", lambda one: read.append(one.dir.name) or real(one))
     assert [other.dir.name for other in ranges.finished_siblings(run, [run])] == read == ["same"]
+
+
+def test_a_link_to_a_run_is_no_other_run(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    (tmp_path / "latest").symlink_to("run")
+    (tmp_path / "loop").symlink_to("loop")
+    assert ranges.finished_siblings(run, [run]) == []
+    write_run(tmp_path / "same", seed=1)
+    (tmp_path / "twin").symlink_to("same")
+    assert [other.dir.name for other in ranges.finished_siblings(run, [run])] == ["same"]
+
+
+def test_a_sibling_of_another_user_hides_no_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11 and 3.12 raise where a folder may not be entered; root may enter all."""
+    run = read_run(write_run(tmp_path / "run"))
+    write_run(tmp_path / "same", seed=1)
+    (tmp_path / "private").mkdir()
+    real = Path.exists
+
+    def exists(path: Path) -> bool:
+        if path.parent.name == "private":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert [other.dir.name for other in ranges.finished_siblings(run, [run])] == ["same"]
 
 
 def test_values_of_any_log_are_sorted_and_finite(tmp_path: Path) -> None:

@@ -109,3 +109,12 @@ def test_a_dry_run_lists_the_candidates(recipe: str, capsys: pytest.CaptureFixtu
     assert "# mask.ratio=0.5, seed 0: train, evaluate, evaluate\n" in text
     assert "train.steps=7" in text and "run.name=as_it_is-0" in text
     assert "runs/preflight/recipe/runs/" in text
+
+
+def test_absent_images_are_refused_before_anything_is_trained(
+    recipe: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, absent = tmp_path / "p", tmp_path / "absent"
+    images = [f"eval.train_path={absent}", f"eval.test_path={absent}"]
+    assert run_study(["preflight", recipe, *images, "--dir", str(folder), "--steps", "1"]) == 78
+    assert str(absent) in caplog.text and not folder.exists()

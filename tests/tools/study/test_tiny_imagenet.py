@@ -102,6 +102,23 @@ def test_what_is_not_the_archive_is_named(
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
+def test_a_damaged_copy_of_the_archive_is_named(
+    archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "damaged.zip"
+    with (
+        zipfile.ZipFile(archive) as opened,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in opened.namelist():
+            packed.writestr(name, opened.read(name))
+    data = bytearray(file.read_bytes())
+    data[30 + len(f"{ROOT}/wnids.txt")] = 0xFF  # no block of DEFLATE begins so
+    file.write_bytes(data)
+    assert make_tiny_imagenet([str(tmp_path / "out"), "--zip", str(file)]) == 78
+    assert re.search(r"damaged.zip: is not Tiny-ImageNet's archive .* --zip", caplog.text)
+
+
 def test_a_download_is_compared_with_size_and_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -197,6 +197,17 @@ def test_a_result_of_another_fine_tuning_recipe_is_refused(tmp_path: Path) -> No
     assert same.jobs[-1].done()
 
 
+def test_weights_that_a_run_does_not_have_are_refused_before_it_trains(tmp_path: Path) -> None:
+    """MAE has no momentum encoder; its row may name other weights than the study."""
+    tree = study_tree(tmp_path)
+    evaluation, mae = tree["evaluation"] | {"weights": "momentum"}, tree["rows"]["mae"]
+    with pytest.raises(ConfigError, match=r"rows.mae: .* no momentum encoder.* weights: student"):
+        runs_of(tmp_path, evaluation=evaluation)
+    rows = tree["rows"] | {"mae": mae | {"weights": "student"}}
+    words = [run.jobs[2].arguments for run in runs_of(tmp_path, evaluation=evaluation, rows=rows)]
+    assert [one[one.index("--weights") + 1] for one in words[::3]] == ["student", "momentum"]
+
+
 @pytest.mark.parametrize("key", ["init_weights", "init_from_run"])
 def test_the_initial_weights_of_a_run_that_loads_them_are_no_row(tmp_path: Path, key: str) -> None:
     loads = f"student.{key}=START"
