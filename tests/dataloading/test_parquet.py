@@ -215,6 +215,15 @@ def test_labels_are_classes_in_their_order_or_values_in_theirs(tmp_path: Path, c
     )
 
 
+def test_a_report_of_classes_without_a_labelled_image_has_no_nan(tmp_path: Path) -> None:
+    for name in ("a", "b"):  # -1 throughout: so Hugging Face datasets writes test sets
+        write(tmp_path / f"{name}.parquet", IMAGES[:4], [-1] * 4, CLASSES)
+    report = summarise_data(build_index(tmp_path), [], max_bad_fraction=0.0)
+    assert "nan" not in render_data_report(report)
+    facts = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (facts["labels"], facts["unlabelled"], facts["labels_per_tar"]) == (3, 8, None)
+
+
 def test_files_of_one_set_have_the_same_classes(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", IMAGES[:3], [0, 1, 1], ["b", "a"])
     write(tmp_path / "b.parquet", IMAGES[3:6], [0, 1, 1], ["a", "b"])
