@@ -385,6 +385,30 @@ def test_a_command_on_a_full_disk_can_be_tried_again(
     assert "is full ([Errno 28] No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--verify", "--repair"])
+def test_a_store_that_fails_makes_no_shard_a_damaged_one(
+    recipe: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    folder, opened = copy(whole, tmp_path), os.open
+    path = shard_path(folder, read_manifest(folder), 1)
+
+    def refuse(name: Any, *arguments: Any, **options: Any) -> int:
+        if str(name) == str(path):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return opened(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert run(recipe, folder, option) == 75
+    assert path.exists()
+    text = f"{path}: cannot be read (Stale file handle); see that the storage works and try the "
+    assert text in capsys.readouterr().err
+
+
 def test_a_cache_without_a_view_to_calibrate_with_is_refused(recipe: Path, tmp_path: Path) -> None:
     photos = case.make_photographs(tmp_path / "photos", 2)
     for victim in photos.rglob("*.jpg"):
