@@ -41,7 +41,7 @@ from cmtmae_scale.cache.format import (
     shard_exists,
     write_shard,
 )
-from cmtmae_scale.config.images import open_images
+from cmtmae_scale.config.images import open_images, require_expected_images
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import cache_folder
@@ -334,6 +334,7 @@ def make_builder(
 
     Raises:
         CacheError: if the folder of the index cannot be written.
+        ConfigError: another number of images than ``data.expected_images``.
     """
     slower = slow_bf16_warning(device, config.backend.precision)
     if slower is not None:
@@ -343,6 +344,7 @@ def make_builder(
         needed = needed._replace(teacher_features=False)
     teacher = assemble_teacher(config, needed, load=True).to(device, compute_dtype(config))
     index = open_or_build_index(config, index_folder, keyed)
+    require_expected_images(config.data, index)
     return Builder(config, index, teacher, device, keyed)
 
 

@@ -25,6 +25,7 @@ from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
 from cmtmae_scale.cache.format import (
     ABANDONED_S,
+    MANIFEST,
     missing_shards,
     old_seal_path,
     read_manifest,
@@ -407,6 +408,16 @@ def test_a_store_that_fails_makes_no_shard_a_damaged_one(
     assert path.exists()
     text = f"{path}: cannot be read (Stale file handle); see that the storage works and try the "
     assert text in capsys.readouterr().err
+
+
+def test_no_cache_is_begun_with_an_incomplete_copy_of_the_images(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    assert run(recipe, folder, f"data.expected_images={case.PHOTOGRAPHS + 1}") == 78
+    text = "has 10 usable images, data.expected_images=11; correct one of them"
+    assert text in capsys.readouterr().err
+    assert not (folder / MANIFEST).exists()
 
 
 def test_a_cache_without_a_view_to_calibrate_with_is_refused(recipe: Path, tmp_path: Path) -> None:
