@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -434,6 +435,14 @@ def test_sources_are_detected_and_splits_refused(data: Path, tmp_path: Path) -> 
     for address in ("s3://bucket/train-*.parquet", "https://host/a.parquet"):
         with pytest.raises(DataError, match=r"read from a store as tars only; pack them"):
             build_index(address)
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"photos-\xff")
+    write(tmp_path / "a.parquet", IMAGES[:4])
+    folder.mkdir()
+    (tmp_path / "a.parquet").rename(folder / "a.parquet")
+    assert content(build_index(folder)) == [(image, "") for image in IMAGES[:4]]
 
 
 def test_columns_that_are_unknown_are_listed(tmp_path: Path) -> None:
