@@ -351,14 +351,17 @@ def make_builder(
 def open_or_build_index(config: Config, folder: Path, keyed: Keyed = "views") -> Index:
     """Read the index, or build it while other processes wait.
 
-    A cache that was begun, and the run of a sidecar, keep the images that they began with.
+    A cache that was begun keeps the images that it began with. A sidecar uses the index of its run
+    as it is: the run's ranks have it mapped, and files here may have other times.
 
     Raises:
         CacheError: if the folder cannot be written.
     """
 
     def read() -> Index:
-        is_new = keyed == "views" and not (cache_folder(config) / MANIFEST).exists()
+        if keyed == "positions":
+            return open_images(replace(config.data, verify_index="never"), folder, look_again=False)
+        is_new = not (cache_folder(config) / MANIFEST).exists()
         return open_images(config.data, folder, look_again=is_new)
 
     def find() -> Index | None:

@@ -312,6 +312,17 @@ def test_a_cache_and_its_run_keep_the_images_that_the_cache_began_with(
     assert counts() == [case.PHOTOGRAPHS] * 2
 
 
+def test_a_sidecar_does_not_build_the_index_of_its_run_again(recipe: Path, tmp_path: Path) -> None:
+    """Its machine may have a copy of the images with other times."""
+    photos, folder = case.make_photographs(tmp_path / "photos", 4), tmp_path / "index"
+    config = load_config(recipe, [f"data.path={photos}"])
+    digest = build.open_or_build_index(config, folder).digest
+    before = {file.name: file.stat().st_ino for file in folder.iterdir()}
+    os.utime(min(photos.rglob("*.jpg")), (1, 1))
+    assert build.open_or_build_index(config, folder, "positions").digest == digest
+    assert {file.name: file.stat().st_ino for file in folder.iterdir()} == before
+
+
 def test_rows_that_are_computed_again_are_those_of_the_intact_shards(whole: Path) -> None:
     manifest = read_manifest(whole)  # 20 rows, 6 per shard
     assert choose_rows(manifest, [1, 3], 1.0, 1).tolist() == [6, 7, 8, 9, 10, 11, 18, 19]
