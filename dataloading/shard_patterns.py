@@ -51,7 +51,7 @@ def require_reachable(root: Path) -> None:
 
 
 def has_files(path: Path) -> bool:
-    """Return whether something is at a path, or a file that it means as a pattern.
+    """Return whether something is at a path, or matches it as a pattern.
 
     Raises:
         DataError: for a path that cannot be looked up, or a pattern that is not understood.
