@@ -210,7 +210,8 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="[index helper] %(message)s")
     root, folder, number, count, max_pixels, exif_orientation = json.loads(sys.argv[1])
-    help_build(as_root(root), Path(folder), (number, count), max_pixels, exif_orientation)
+    with contextlib.suppress(ReadError):  # who builds looks itself at what is missing, and says so
+        help_build(as_root(root), Path(folder), (number, count), max_pixels, exif_orientation)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def read_footer(path: Path) -> Footer:
         os.close(descriptor)
     if not start.startswith(_MAGIC):
         raise UndecodableError(f"is not a Parquet file{explain_other_file(start)}")
-    with _damage(), _arrow().OSFile(str(path)) as file:
+    with _damage(), _arrow().OSFile(os.fsencode(path)) as file:
         metadata = _arrow_parquet().read_metadata(file)
         schema = metadata.schema.to_arrow_schema()
         counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
@@ -326,7 +326,7 @@ def batches(path: Path, footer: Footer, group: int, columns: Columns) -> Generat
         UndecodableError: if it is damaged.
         OSError: if it cannot be read.
     """
-    with _damage(), _arrow().OSFile(str(path)) as source:
+    with _damage(), _arrow().OSFile(os.fsencode(path)) as source:
         file = _arrow_parquet().ParquetFile(
             source,
             metadata=footer.metadata,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataloading.entries import SIDEWAYS, orientation_of
+from dataloading.errors import DataError
 from dataloading.errors import UndecodableError as UndecodableError
 from dataloading.headers import MAX_SCANS, HeaderError, has_many_scans, size_of_bytes
 from dataloading.index import Index
@@ -149,12 +150,23 @@ def start_threads(number: int) -> ThreadPoolExecutor:
 
     ``torch.set_num_threads`` acts on the calling thread and on all that first use torch later,
     hence the restoration.
+
+    Raises:
+        DataError: if the system refuses so many threads.
     """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(number, thread_name_prefix="decode", initializer=_use_one_core)
     ready = threading.Barrier(number + 1)
-    for _ in range(number):
-        pool.submit(ready.wait)
+    try:
+        for _ in range(number):
+            pool.submit(ready.wait)
+    except RuntimeError as error:
+        ready.abort()  # those that were started wait for the others, and the process for them
+        pool.shutdown(wait=False)
+        raise DataError(
+            f"{number} threads that decode cannot be started ({error}); lower data.workers "
+            "(--threads), or raise the limit of processes (ulimit -u, the container's pids)"
+        ) from error
     ready.wait()
     torch.set_num_threads(before)
     return pool

@@ -51,7 +51,7 @@ def require_reachable(root: Path) -> None:
 
 
 def has_files(path: Path) -> bool:
-    """Return whether something is at a path, or a file that it means as a pattern.
+    """Return whether something is at a path, or matches it as a pattern.
 
     Raises:
         DataError: for a path that cannot be looked up, or a pattern that is not understood.
@@ -70,7 +70,7 @@ def has_files(path: Path) -> bool:
 
 
 def expand_wildcards(path: Path) -> list[Path]:
-    """Return the files that a pattern with ``*``, ``?`` or ``[...]`` matches, by name.
+    """Return the files and folders that a pattern with ``*``, ``?`` or ``[...]`` matches, by name.
 
     Raises:
         OSError: if a folder cannot be listed, or searched, whose files may match.
@@ -85,7 +85,7 @@ def expand_wildcards(path: Path) -> list[Path]:
         for folder in glob.glob(os.path.join(begin, *parts[:depth], ""), recursive=True):
             _require_open(folder, part)
     found = glob.glob(os.path.join(begin, *parts), recursive=True)
-    return [Path(text) for text in sorted(found) if not os.path.isdir(text)]
+    return [Path(text) for text in sorted(found)]
 
 
 def _require_open(folder: str, part: str) -> None:

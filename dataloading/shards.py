@@ -76,7 +76,7 @@ def detect_source(path: Path) -> ShardSource | None:
 
     def look() -> File | None:
         for source, ending in ENDINGS.items():
-            files = _files_in(path, ending) if os.path.isdir(path) else _match(path, {}, ending)
+            files = _files_in(path, ending) if os.path.isdir(path) else _match(path, ending)
             if files:
                 found[source] = f"{ending} files ({files[0].name} ...)"
         if not found or not os.path.isdir(path):
@@ -136,7 +136,7 @@ def list_shards(
         if os.path.exists(path):
             return [path]
         texts = expand_braces(path) if "{" in str(path) else [str(path)]
-        return [tar for text in texts for tar in _match(Path(text), counts, ending)]
+        return [tar for text in texts for tar in _match(Path(text), ending, counts)]
 
     tars = retry_listing(listed, str(path))
     _require_files(path, len(tars), counts, f"{explain_path(path)}{_near(path, ending)}", ending)
@@ -258,13 +258,18 @@ def _files_in(folder: Path, ending: str, passed: Counts | None = None) -> list[P
             if is_shard and not is_hidden and not _is_folder(item):
                 names.append(item.name)
             elif passed is not None and not is_hidden and _is_folder(item):
-                for file in walk(Path(item.path), f"{item.name}/", passed=passed):
-                    count_passed(passed, "beside", extension_of(file.name), file.name)
+                _count_folder(passed, Path(item.path), f"{item.name}/")
             elif is_hidden or not (item.name.startswith(PUBLISHED) or _is_folder(item)):
                 others.append(item.name)
     if passed is not None:
         count_files(passed, "", others, [])
     return [folder / name for name in sorted(names)]
+
+
+def _count_folder(passed: Counts, folder: Path, prefix: str) -> None:
+    """Count the files of a folder beside shards, which is not read."""
+    for file in walk(folder, prefix, passed=passed):
+        count_passed(passed, "beside", extension_of(file.name), file.name)
 
 
 def _is_folder(item: os.DirEntry[str]) -> bool:
@@ -280,16 +285,23 @@ def _is_shard(name: str, ending: str) -> bool:
     return name.lower().endswith(ending) and name.lower() != _BESIDE_IMAGES
 
 
-def _match(path: Path, passed: Counts, ending: str) -> list[Path]:
+def _match(path: Path, ending: str, passed: Counts | None = None) -> list[Path]:
     """Return the files that a pattern with ``*`` matches, by name; any other path as it is."""
     if not is_glob(path):
         return [path]
-    files = expand_wildcards(path)
-    tars = [file for file in files if _is_shard(file.name, ending)]
-    others = [str(file) for file in files if not _is_shard(file.name, ending)]
-    for name in others:
-        extension = extension_of(name)
-        count_passed(passed, "file" if is_archive(extension) else "beside", extension, name)
+    tars: list[Path] = []
+    for found in expand_wildcards(path):
+        is_folder = os.path.isdir(found)
+        if not is_folder and _is_shard(found.name, ending):
+            tars.append(found)
+        elif passed is None or (is_folder and "**" in path.parts):  # it matches their files too
+            continue
+        elif is_folder:
+            _count_folder(passed, found, f"{found}/")
+        else:
+            extension = extension_of(str(found))
+            kind = "file" if is_archive(extension) else "beside"
+            count_passed(passed, kind, extension, str(found))
     return tars
 
 

@@ -292,7 +292,9 @@ def _read_samples(
         base = name.rfind(b"/") + 1
         dot = name.find(b".", base)
         key, extension = name[:dot], name[dot:].lower()
-        if fault == NOT_A_FILE:
+        if fault == NOT_A_FILE and dot > base and extension == _CLASS:
+            exclude(offset, name, f"a link, which is not followed; {NO_LABEL}")
+        elif fault == NOT_A_FILE:
             links.append((extension if dot > base else b"", name))
         elif fault is not None:
             exclude(offset, name, fault)

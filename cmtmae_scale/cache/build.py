@@ -41,7 +41,7 @@ from cmtmae_scale.cache.format import (
     shard_exists,
     write_shard,
 )
-from cmtmae_scale.config.images import open_images
+from cmtmae_scale.config.images import open_images, require_expected_images
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import cache_folder
@@ -334,6 +334,7 @@ def make_builder(
 
     Raises:
         CacheError: if the folder of the index cannot be written.
+        ConfigError: another number of images than ``data.expected_images``.
     """
     slower = slow_bf16_warning(device, config.backend.precision)
     if slower is not None:
@@ -343,20 +344,24 @@ def make_builder(
         needed = needed._replace(teacher_features=False)
     teacher = assemble_teacher(config, needed, load=True).to(device, compute_dtype(config))
     index = open_or_build_index(config, index_folder, keyed)
+    require_expected_images(config.data, index)
     return Builder(config, index, teacher, device, keyed)
 
 
 def open_or_build_index(config: Config, folder: Path, keyed: Keyed = "views") -> Index:
     """Read the index, or build it while other processes wait.
 
-    A cache that was begun, and the run of a sidecar, keep the images that they began with.
+    A cache that was begun keeps the images that it began with. A sidecar uses the index of its run
+    as it is: the run's ranks have it mapped, and files here may have other times.
 
     Raises:
         CacheError: if the folder cannot be written.
     """
 
     def read() -> Index:
-        is_new = keyed == "views" and not (cache_folder(config) / MANIFEST).exists()
+        if keyed == "positions":
+            return open_images(replace(config.data, verify_index="never"), folder, look_again=False)
+        is_new = not (cache_folder(config) / MANIFEST).exists()
         return open_images(config.data, folder, look_again=is_new)
 
     def find() -> Index | None:

@@ -209,7 +209,7 @@ class CacheReader:
         self._pending: deque[tuple[Plan, CachedRows, list[Future[None]]]] = deque()
         self._lock = threading.Lock()
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._warned: set[int] = set()
+        self._warned: set[tuple[int, bool]] = set()
         self._listing = threading.Lock()
         self._listed: dict[Path, tuple[float, set[int]]] = {}
         _readers.add(self)
@@ -348,14 +348,15 @@ class CacheReader:
         return listed[1]
 
     def _warn_once(self, row: int, fault: str | None) -> None:
-        """Log a damaged shard, once per shard."""
-        number = self.shard_of(row)
+        """Log a damaged shard, or one that the store does not give, once per shard."""
+        number, fails = self.shard_of(row), str(fault).startswith(STORE_FAILS)
         with self._lock:
-            new = number not in self._warned
-            self._warned.add(number)
+            new = (number, fails) not in self._warned
+            self._warned.add((number, fails))
         if new:
             path = shard_path(self.folder, self.manifest, number)
-            logger.warning("%s, row %d: %s; build this shard again", path, row, fault)
+            remedy = "see that the storage works" if fails else "build this shard again"
+            logger.warning("%s, row %d: %s; %s", path, row, fault, remedy)
 
 
 def blank_row(fields: dict[str, Tensor], at: int) -> None:

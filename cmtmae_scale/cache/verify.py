@@ -20,8 +20,9 @@ from cmtmae_scale.cache.codecs import (
     summarise_cosines,
     token_cosines,
 )
-from cmtmae_scale.cache.format import Manifest, read_seal
+from cmtmae_scale.cache.format import Manifest, read_seal, shard_path
 from cmtmae_scale.cache.reader import UNDECODED, ShardFile
+from cmtmae_scale.errors import CacheError, may_pass, remedy_for
 from cmtmae_scale.runtime.log import progress_bar
 
 BLOCK = 64
@@ -38,7 +39,11 @@ def damaged_shards(
     shards: Sequence[int],
     report_shards: Callable[[int], None] = lambda done: None,
 ) -> Iterator[tuple[int, str]]:
-    """Read every byte of some shards; yield missing and damaged shards, and why."""
+    """Read every byte of some shards; yield missing and damaged shards, and why.
+
+    Raises:
+        CacheError: if the store fails.
+    """
     for done, shard in enumerate(shards, start=1):
         reason = shard_fault(folder, manifest, shard)
         if reason is not None:
@@ -47,14 +52,25 @@ def damaged_shards(
 
 
 def shard_fault(folder: Path, manifest: Manifest, shard: int) -> str | None:
-    """Return why a shard cannot be trusted; ``None``: it is intact."""
+    """Return why a shard cannot be trusted; ``None``: it is intact.
+
+    Raises:
+        CacheError: if the store fails, which says nothing about the shard.
+    """
     try:
         seal = read_seal(folder, manifest, shard)
         rows = bad_rows(folder, manifest, shard)
     except FileNotFoundError:
         return "it is missing"
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "strerror", None) or error)
+    except OSError as error:
+        if not may_pass(error):
+            return error.strerror or str(error)
+        raise CacheError(
+            f"{shard_path(folder, manifest, shard)}: cannot be read ({error.strerror}); "
+            f"{remedy_for(error, '')}, or delete the file if its disk is damaged"
+        ) from error
+    except ValueError as error:
+        return str(error)
     if seal.stored != seal.found:
         return "it differs from its SHA-256" + (f", at rows {rows}" if rows else "")
     return f"rows {rows} differ from their checksums" if rows else None

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cmtmae_scale.config.schema import Data
+from cmtmae_scale.errors import ConfigError
 from dataloading.data_set import Request
 from dataloading.index import Index, build_index
 from dataloading.kept_index import load_or_build
@@ -29,3 +30,16 @@ def open_images(data: Data, folder: Path | None, look_again: bool) -> Index:
     if folder is None:
         return build_index(data.path, *settings)
     return load_or_build(data.path, folder, *settings, data.verify_index, look_again)
+
+
+def require_expected_images(data: Data, index: Index) -> None:
+    """Refuse another number of images than ``data.expected_images``.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if data.expected_images is not None and data.expected_images != len(index):
+        raise ConfigError(
+            f"data.path={data.path} has {len(index)} usable images, "
+            f"data.expected_images={data.expected_images}; correct one of them"
+        )

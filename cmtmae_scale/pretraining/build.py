@@ -19,7 +19,7 @@ from cmtmae_scale.cache.teacher import CachedTeacher, SidecarTeacher, open_cache
 from cmtmae_scale.checkpoint.init_weights import match_init_weights, refuse_non_finite
 from cmtmae_scale.checkpoint.layout import list_checkpoints
 from cmtmae_scale.config.batch import batch_plan
-from cmtmae_scale.config.images import request_images
+from cmtmae_scale.config.images import request_images, require_expected_images
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import (
@@ -148,12 +148,7 @@ def refuse_bad_index(config: Config, index: Index) -> None:
         ConfigError: another number of images than ``data.expected_images``.
         DataError: images that ``data.shuffle`` refuses.
     """
-    expected = config.data.expected_images
-    if expected is not None and expected != len(index):
-        raise ConfigError(
-            f"data.path={config.data.path} has {len(index)} usable images, "
-            f"data.expected_images={expected}; correct one of them"
-        )
+    require_expected_images(config.data, index)
     require_small_groups(config.data.path, index.row_group, config.data.shuffle)
     if config.data.shuffle == "window":
         require_mixed(index, config.data.window_on_sorted)

@@ -42,7 +42,7 @@ class DataReport:
         sizes: distribution of width, height, pixels and bytes.
         images_per_label: min, median, max; ``None`` without labels.
         unlabelled: images without a label.
-        labels_per_tar: min, median, max; ``None`` without tars or labels.
+        labels_per_tar: min, median, max; ``None`` without tars or labelled images.
         labels_expected: labels per tar of mean size in a full shuffle.
         mixing: whether neighbours have many labels; ``None``: unknown.
         survey: suspect values and duplicates; ``None``: the images were decoded earlier.
@@ -152,7 +152,7 @@ def summarise_data(
     known = labels >= 0
     per_label = np.bincount(labels[known], minlength=len(index.labels))
     per_tar, expected = None, None
-    if len(index.shards) > 1 and len(index.labels) > 1:
+    if len(index.shards) > 1 and len(index.labels) > 1 and known.any():
         pairs = np.unique(np.stack([rows["shard"][known], labels[known]]).astype(np.int64), axis=1)
         counts = np.bincount(pairs[0], minlength=len(index.shards))
         per_tar = (int(counts.min()), int(np.median(counts)), int(counts.max()))

@@ -25,6 +25,7 @@ from cmtmae_scale.cache.claim import compute_once, create_claim
 from cmtmae_scale.cache.codecs import Encoded, decode
 from cmtmae_scale.cache.format import (
     ABANDONED_S,
+    MANIFEST,
     missing_shards,
     old_seal_path,
     read_manifest,
@@ -311,6 +312,17 @@ def test_a_cache_and_its_run_keep_the_images_that_the_cache_began_with(
     assert counts() == [case.PHOTOGRAPHS] * 2
 
 
+def test_a_sidecar_does_not_build_the_index_of_its_run_again(recipe: Path, tmp_path: Path) -> None:
+    """Its machine may have a copy of the images with other times."""
+    photos, folder = case.make_photographs(tmp_path / "photos", 4), tmp_path / "index"
+    config = load_config(recipe, [f"data.path={photos}"])
+    digest = build.open_or_build_index(config, folder).digest
+    before = {file.name: file.stat().st_ino for file in folder.iterdir()}
+    os.utime(min(photos.rglob("*.jpg")), (1, 1))
+    assert build.open_or_build_index(config, folder, "positions").digest == digest
+    assert {file.name: file.stat().st_ino for file in folder.iterdir()} == before
+
+
 def test_rows_that_are_computed_again_are_those_of_the_intact_shards(whole: Path) -> None:
     manifest = read_manifest(whole)  # 20 rows, 6 per shard
     assert choose_rows(manifest, [1, 3], 1.0, 1).tolist() == [6, 7, 8, 9, 10, 11, 18, 19]
@@ -383,6 +395,40 @@ def test_a_command_on_a_full_disk_can_be_tried_again(
     monkeypatch.setattr(cache_format, "save_file", full)
     assert run(recipe, tmp_path / "cache") == 75
     assert "is full ([Errno 28] No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--verify", "--repair"])
+def test_a_store_that_fails_makes_no_shard_a_damaged_one(
+    recipe: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    folder, opened = copy(whole, tmp_path), os.open
+    path = shard_path(folder, read_manifest(folder), 1)
+
+    def refuse(name: Any, *arguments: Any, **options: Any) -> int:
+        if str(name) == str(path):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return opened(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert run(recipe, folder, option) == 75
+    assert path.exists()
+    text = f"{path}: cannot be read (Stale file handle); see that the storage works and try the "
+    assert text in capsys.readouterr().err
+
+
+def test_no_cache_is_begun_with_an_incomplete_copy_of_the_images(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    assert run(recipe, folder, f"data.expected_images={case.PHOTOGRAPHS + 1}") == 78
+    text = "has 10 usable images, data.expected_images=11; correct one of them"
+    assert text in capsys.readouterr().err
+    assert not (folder / MANIFEST).exists()
 
 
 def test_a_cache_without_a_view_to_calibrate_with_is_refused(recipe: Path, tmp_path: Path) -> None:

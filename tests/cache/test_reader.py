@@ -199,6 +199,28 @@ def test_a_shard_that_appears_later_is_found_and_a_damaged_one_is_logged_once(
         assert torch.equal(repaired.fields["features"], truth["features"][[7, 20]])
 
 
+def test_a_shard_that_the_store_does_not_give_is_not_said_to_be_damaged(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(recipe, tmp_path, 3)
+    manifest = read_manifest(tmp_path)
+    path = shard_path(tmp_path, manifest, 0)
+    with reading(tmp_path, manifest) as read:
+        with monkeypatch.context() as patch:
+            patch.setattr(reader_module, "open_regular", refuse_with_eio)
+            assert read([0]).faults == ["the store fails (Input/output error)"]
+        path.write_bytes(path.read_bytes()[:-1])
+        damaged = read([0]).faults[0]
+    assert caplog.messages == [
+        f"{path}, row 0: the store fails (Input/output error); see that the storage works",
+        f"{path}, row 0: {damaged}; build this shard again",
+    ]
+
+
+def refuse_with_eio(path: Path) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_pipes_and_devices_in_a_cache_are_not_read(
     recipe: Path, tmp_path: Path, make: Callable[[Path], None]

@@ -15,7 +15,7 @@ from dataloading.shard_patterns import has_files
 from dataloading.webdataset import decode_class
 from tests.dataloading.bad_data_case import PNG
 from tests.dataloading.tar_case import write_tar
-from tests.dataloading.test_passed_over import images, write_files
+from tests.dataloading.test_passed_over import counts, images, write_files
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,18 @@ def test_a_glob_is_the_folder_in_its_order(tmp_path: Path) -> None:
         build_index(folder / "x-*.tar")
     with pytest.raises(DataError, match=r"no .tar files found; 1 file passed over: 1 .png"):
         build_index(write_files(tmp_path / "p", ["a.png"]) / "*.png")
+
+
+def test_folders_that_a_pattern_matches_do_not_vanish(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s-a.tar", images(2))
+    write_tar(tmp_path / "s-b" / "0.tar", images(2, "b_{}.png"))
+    index = build_index(tmp_path / "s-*")
+    assert counts(index) == counts(build_index(tmp_path)) == {("file", ".tar"): 1}
+    assert len(index) == 2 and len(build_index(tmp_path / "**" / "*")) == 4
+    write_tar(tmp_path / "s-b" / "1.tar", images(2, "c_{}.png"))
+    for path in (tmp_path, tmp_path / "s-*"):
+        with pytest.raises(DataError, match=r"only 1 of 3 archives are .tar files named or held"):
+            build_index(path)
 
 
 def test_more_compressed_tars_than_tars_are_an_error(tmp_path: Path) -> None:

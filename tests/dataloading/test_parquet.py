@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +216,15 @@ def test_labels_are_classes_in_their_order_or_values_in_theirs(tmp_path: Path, c
     )
 
 
+def test_a_report_of_classes_without_a_labelled_image_has_no_nan(tmp_path: Path) -> None:
+    for name in ("a", "b"):  # -1 throughout: so Hugging Face datasets writes test sets
+        write(tmp_path / f"{name}.parquet", IMAGES[:4], [-1] * 4, CLASSES)
+    report = summarise_data(build_index(tmp_path), [], max_bad_fraction=0.0)
+    assert "nan" not in render_data_report(report)
+    facts = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (facts["labels"], facts["unlabelled"], facts["labels_per_tar"]) == (3, 8, None)
+
+
 def test_files_of_one_set_have_the_same_classes(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", IMAGES[:3], [0, 1, 1], ["b", "a"])
     write(tmp_path / "b.parquet", IMAGES[3:6], [0, 1, 1], ["a", "b"])
@@ -425,6 +435,14 @@ def test_sources_are_detected_and_splits_refused(data: Path, tmp_path: Path) -> 
     for address in ("s3://bucket/train-*.parquet", "https://host/a.parquet"):
         with pytest.raises(DataError, match=r"read from a store as tars only; pack them"):
             build_index(address)
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"photos-\xff")
+    write(tmp_path / "a.parquet", IMAGES[:4])
+    folder.mkdir()
+    (tmp_path / "a.parquet").rename(folder / "a.parquet")
+    assert content(build_index(folder)) == [(image, "") for image in IMAGES[:4]]
 
 
 def test_columns_that_are_unknown_are_listed(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """A build of an index that is killed continues, and other processes open what one has verified."""
 
 import errno
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +176,26 @@ def test_a_machine_without_room_for_helper_processes_builds_alone(
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
     monkeypatch.setattr("subprocess.Popen", refuse)
     assert equal(load_or_build(tars, tmp_path / "kept"), build_index(tars))
+
+
+def test_a_helper_process_leaves_failing_storage_to_who_builds() -> None:
+    code = """
+import dataloading.index_build as build
+from dataloading.errors import ReadError
+def fail(*_):
+    raise ReadError("the store fails")
+build.help_build = fail
+build.main()
+"""
+    arguments = json.dumps(["data", "parts", 1, 2, 100, True])
+    with subprocess.Popen(
+        [sys.executable, "-c", code, arguments],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as helper:
+        assert helper.stderr is not None and helper.stderr.read() == ""
+        assert helper.wait() == 0
 
 
 def test_another_machine_must_see_the_same_files(photographs: Path) -> None:

@@ -161,6 +161,20 @@ def test_links_in_a_tar_are_counted_and_named(tmp_path: Path, caplog) -> None:
     assert "d/h.png: links within a tar are not followed; write the tar with" in record.message
 
 
+def test_a_label_that_is_a_link_is_named(tmp_path: Path) -> None:
+    """As ``tar`` stores it after a program that links equal files."""
+    path = write_tar(tmp_path / "a.tar", [*images(2), ("0.cls", b"7")])
+    link = tarfile.TarInfo("1.cls")
+    link.type, link.linkname = tarfile.LNKTYPE, "0.cls"
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(link)
+    index = build_index(path)
+    assert index.entries["label"].tolist() == [0, -1] and index.unused_images() == []
+    ((name, reason),) = index.label_faults()
+    assert name.endswith("of a.tar (1.cls)")
+    assert reason == "a link, which is not followed; its image has no label"
+
+
 def test_sidecars_of_labelled_images_are_not_passed_over(tmp_path: Path) -> None:
     members = [*images(4), *((f"{i}{ext}", b"1") for i in range(4) for ext in (".cls", ".json"))]
     assert build_index(write_tar(tmp_path / "a.tar", members)).passed_over == ()

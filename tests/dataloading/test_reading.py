@@ -13,6 +13,7 @@ from dataloading.errors import DataError, ReadError
 from dataloading.index import build_index
 from dataloading.kept_index import load_or_build
 from dataloading.patience import Patience
+from dataloading.reading import start_threads
 from dataloading.shard_patterns import has_files
 from dataloading.stream import Stream
 from tests.dataloading.decoder_case import DECODERS
@@ -101,6 +102,24 @@ def test_storage_that_is_gone_is_waited_for_once():
             patience.retry(fail, "b.jpg")
     assert len(calls) == first + 5
     assert patience.retry(lambda: 7, "c.jpg") == 7
+
+
+def test_threads_that_cannot_be_started_are_an_error_and_no_hang(monkeypatch):
+    started, start = [], threading.Thread.start
+
+    def start_two(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_two)
+        with pytest.raises(DataError, match=r"^3 threads .* \(can't .*\); lower data.workers"):
+            start_threads(3)
+    for thread in started:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_what_is_no_read_error_is_not_tried_again():
