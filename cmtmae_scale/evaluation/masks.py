@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cmtmae_scale.errors import may_pass
 from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.runtime.collectives import broadcast_bytes, is_first, on_all_ranks
 from cmtmae_scale.runtime.launch import World
@@ -105,6 +106,7 @@ def open_masked(path: str, part: str) -> MaskedSet:
 
     Raises:
         DataError: on every rank: unknown layout, masks in colours, or no usable image.
+        ReadError: on every rank, if storage fails.
     """
     found = on_all_ranks(lambda: list_pairs(Path(path), part) if is_first() else None)
     text = "" if found is None else json.dumps([found.pairs, found.excluded, found.digest])
@@ -243,13 +245,16 @@ def compare_headers(image: Path, mask: Path) -> str:
 
     Raises:
         DataError: for a mask in colours.
+        ReadError: if storage fails.
     """
     try:
         with open_file(mask) as opened:
             mode, size = opened.mode, opened.size
         with open_file(image) as opened:
             upright = upright_size(opened)
-    except PIL_ERRORS:
+    except PIL_ERRORS as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise read_error(image, error) from error
         return BROKEN
     if mode not in CLASS_MODES:
         raise DataError(
@@ -257,6 +262,11 @@ def compare_headers(image: Path, mask: Path) -> str:
             "masks as PNG with a palette or with one channel of 8 bits, one number per class"
         )
     return "" if size == upright else OTHER_SIZE
+
+
+def read_error(file: Path, error: OSError) -> ReadError:
+    """Return the error for a file that storage does not give; a failed read does not name it."""
+    return ReadError(f"{error.filename or file}: cannot be read ({error.strerror}); try again")
 
 
 @contextmanager
@@ -332,8 +342,7 @@ def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded
         ) from error
     except PIL_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
-            text = f"{images.root / pair.image}: cannot be read ({error.strerror}); try again"
-            raise ReadError(text) from error
+            raise read_error(images.root / pair.image, error) from error
         logger.warning("%s is excluded: %s", pair.image, error)
         return None
     views = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sizes]

@@ -1,5 +1,6 @@
 """Segmentation of patches: the plain version's predictions, the same at any number of ranks."""
 
+import errno
 import os
 import shutil
 import struct
@@ -29,9 +30,10 @@ from cmtmae_scale.evaluation.masks import (
     split_masked,
 )
 from cmtmae_scale.evaluation.overlap import count_pixels, mean_iou, score_rows
-from cmtmae_scale.evaluation.propagation import load_frame
+from cmtmae_scale.evaluation.propagation import load_frame, open_clips
 from cmtmae_scale.evaluation.segmentation import KnnSegmenter, join_patches, learn_patches, segment
-from dataloading.errors import DataError
+from dataloading.errors import DataError, ReadError
+from dataloading.files import open_regular
 from dataloading.torch_decode import make_decode
 from tests.evaluation.dense_case import (
     ENCODER,
@@ -41,6 +43,7 @@ from tests.evaluation.dense_case import (
     SIDE,
     encode_tokens,
     size_of,
+    write_clip,
     write_masked,
 )
 from tests.evaluation.evaluation_case import world
@@ -178,6 +181,24 @@ def test_unusable_masks_are_counted_or_refused(tmp_path: Path, caplog: Any) -> N
     batches = list(masked_batches(found, (SIDE,), READING, world(), CPU))
     assert [b.numbers.tolist() for b in batches] == [[1]] and found.broken == {0}
     assert total_excluded(found)["that cannot be decoded"] == 3
+
+
+def test_a_store_that_fails_excludes_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_masked(tmp_path / "set", 3)
+    write_clip(tmp_path / "clips", "a", 2)
+
+    def fail(file: Path) -> int:
+        if file.name in ("01.png", "00001.jpg"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return open_regular(file)
+
+    monkeypatch.setattr("cmtmae_scale.evaluation.masks.open_regular", fail)
+    with pytest.raises(ReadError, match=r"01.png: cannot be read \(Input/output error\); try"):
+        open_masked(str(folder), "train")
+    with pytest.raises(ReadError, match=r"00001.jpg: cannot be read \(Input/output error\)"):
+        open_clips(str(tmp_path / "clips"))
 
 
 def test_images_of_one_name_and_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
