@@ -6,6 +6,7 @@ Legend: B images in a batch, S their side in pixels, n images of the set.
 import hashlib
 import json
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -225,7 +226,7 @@ def list_folder(root: Path) -> Iterator[Candidate]:
     """
     masks = mask_folder(root) or root
     images: dict[Path, list[Path]] = {}
-    for file in sorted((root / "images").rglob("*")):
+    for file in sorted(walk_files(root / "images")):
         if file.suffix.lower() in IMAGE_SUFFIXES:
             images.setdefault(file.relative_to(root / "images").with_suffix(""), []).append(file)
         elif file.is_file() and not file.name.startswith("."):
@@ -235,9 +236,35 @@ def list_folder(root: Path) -> Iterator[Candidate]:
         for image in files:
             found = make_candidate(image, mask if mask.is_file() else None)
             yield found if len(files) == 1 else found._replace(problem=SAME_NAME)
-    for mask in sorted(masks.rglob("*.png")):
-        if mask.relative_to(masks).with_suffix("") not in images:
+    for mask in sorted(walk_files(masks)):
+        if mask.suffix == ".png" and mask.relative_to(masks).with_suffix("") not in images:
             yield make_candidate(None, mask)
+
+
+def walk_files(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Yield the files under a folder; links are followed, but not back to a folder above.
+
+    ``Path.rglob`` passes over links to folders, and over folders that may not be listed.
+
+    Raises:
+        DataError: for a folder that may not be listed.
+        OSError: if storage fails.
+    """
+    try:
+        facts = folder.stat()
+        with os.scandir(folder) as entries:
+            inside = list(entries)
+    except PermissionError as error:
+        text = f"{folder}: cannot be listed ({error.strerror}); make it readable"
+        raise DataError(text) from error
+    own = facts.st_dev, facts.st_ino
+    if own in above:
+        return
+    for entry in inside:
+        if entry.is_dir():
+            yield from walk_files(Path(entry.path), above | {own})
+        else:
+            yield Path(entry.path)
 
 
 def compare_headers(image: Path, mask: Path) -> str:

@@ -216,6 +216,36 @@ def test_images_of_one_name_and_files_that_are_no_images_are_counted(tmp_path: P
     }
 
 
+def test_links_to_folders_are_followed_but_not_back(tmp_path: Path) -> None:
+    folder, store = write_masked(tmp_path / "set", 2), write_masked(tmp_path / "store", 2)
+    (store / "images" / "01.png").unlink()
+    for part in ("images", "masks"):
+        (folder / part / "more").symlink_to(store / part)
+        (store / part / "back").symlink_to(folder / part)
+    found = list_pairs(folder, "train")
+    assert [pair.image for pair in found.pairs] == [
+        f"images/{n}.png" for n in ("00", "01", "more/00")
+    ]
+    assert found.excluded == {"without an image": 1}
+
+
+def test_a_folder_that_may_not_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_masked(tmp_path / "set", 2)
+    (folder / "images" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> Any:  # root may list every folder
+        if Path(folder).name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"locked: cannot be listed \(Permission denied\); make it"):
+        list_pairs(folder, "train")
+
+
 def test_a_list_without_folders_above_it_is_refused() -> None:
     with (
         tempfile.NamedTemporaryFile(suffix=".txt", dir="/tmp") as listed,
