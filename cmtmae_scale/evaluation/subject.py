@@ -130,6 +130,7 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     config = saved_config(folder, state)
     weights = weights or ("momentum" if needs(config).momentum else "student")
     step = int(state["progress"]["step"])
+    fraction = Progress.from_dict(state["progress"]).fraction
     facts: dict[str, Any] = {"checkpoint": str(folder), "step": step, "weights": weights}
     if weights.partition(":")[0] == "teacher":
         config = pick_teacher(config, weights.partition(":")[2] or None, "--weights teacher:")
@@ -139,7 +140,7 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
         encoder = random_student(config, device)
         student = config.student
         facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
-        return Subject(encoder, None, facts, run_dir, config, student)
+        return Subject(encoder, None, facts, run_dir, config, student, fraction)
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(f"{folder}: the run has no momentum encoder; use --weights student")
     check_encoder(folder, config, ENCODERS[weights])
@@ -147,7 +148,6 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     encoder = load_student(config, tensors, f"{weights}, step {step}", str(folder), device)
     student = config.student
     facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
-    fraction = Progress.from_dict(state["progress"]).fraction
     build_random = partial(random_student, config, device)
     return Subject(encoder, build_random, facts, run_dir, config, student, fraction)
 

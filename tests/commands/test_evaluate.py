@@ -297,6 +297,19 @@ def test_random_weights_are_not_the_start_of_a_run_that_loaded_its_own(
     assert subject.random is not None and subject.random.name == "random weights"
 
 
+@pytest.mark.parametrize("weights", ["student", "momentum", "random"])
+def test_maps_of_every_weights_are_mixed_as_at_the_checkpoints_step(
+    place: Path, tmp_path: Path, weights: str
+) -> None:
+    folder = shutil.copytree(
+        layout.folder_of(place / "run" / "checkpoints", STEPS), tmp_path / "checkpoint"
+    )
+    state = layout.read_state(folder)
+    state["progress"]["horizon"] *= 2
+    (folder / layout.STATE).write_text(json.dumps(state))
+    assert open_encoder(folder, weights, torch.device("cpu")).fraction == 0.5
+
+
 def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> None:
     masked = write_masked(tmp_path / "masked", 5)
     text = evaluate(
