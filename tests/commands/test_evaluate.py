@@ -318,7 +318,8 @@ def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> N
     file = place / "run" / "evaluation" / f"segmentation-momentum-step-{STEPS:08d}.json"
     assert f"written to {file}" in text and file.with_suffix(".png").is_file()
     record = json.loads(file.read_text())
-    names = {f"momentum, step {STEPS}", "random weights", "raw pixels"}
+    own_name = {f"momentum, step {STEPS}"}
+    names = own_name | {"random weights", "raw pixels"}
     assert {row["weights"] for row in record["results"]} == names
     assert [record["images"][part]["images"] for part in ("train", "test")] == [3, 2]
     for row in record["results"]:
@@ -326,13 +327,17 @@ def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> N
         assert row["measure"] in ("mIoU", "pixel accuracy") and row["count"] == 2
     assert record["verdict"] in text and "bootstrap resamples of the test images" in text
     what = ["--checkpoint", place / "run", "--masks", masked, "--out", tmp_path / "out.json"]
-    evaluate("representation", "--no-baselines", *what)
+    evaluate("representation", *what)
     record = json.loads((tmp_path / "out.json").read_text())
     found = {row["weights"] for row in record["results"] if row["features"] == "attention"}
     mixed = {name for name in found if name.startswith("mixed, alpha ")}
-    own = {f"momentum, step {STEPS}", "random weights", "teacher"}
-    assert len(mixed) == 1 and found - mixed == own | {"uniform", "centre prior"}
+    others = {"random weights", "teacher", "uniform", "centre prior"}
+    assert len(mixed) == 1 and found - mixed == own_name | others
     assert (tmp_path / "out.png").is_file() and record["images"]["images"]["images"] == 26
+    evaluate("representation", "--no-baselines", *what)
+    alone = json.loads((tmp_path / "out.json").read_text())
+    kept = [row for row in record["results"] if row["weights"] not in names - own_name]
+    assert alone["results"] == kept and alone["weights_sha256"].keys() == own_name
 
 
 @pytest.mark.parametrize("method", ["knn", "segmentation"])
