@@ -23,7 +23,12 @@ from torch import Tensor
 
 from cmtmae_scale.errors import may_pass
 from cmtmae_scale.evaluation.features import ReadOptions
-from cmtmae_scale.runtime.collectives import broadcast_bytes, is_first, on_all_ranks
+from cmtmae_scale.runtime.collectives import (
+    broadcast_bytes,
+    is_first,
+    on_all_ranks,
+    on_all_ranks_for_long,
+)
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.files import open_regular
@@ -109,7 +114,7 @@ def open_masked(path: str, part: str) -> MaskedSet:
         DataError: on every rank: unknown layout, masks in colours, or no usable image.
         ReadError: on every rank, if storage fails.
     """
-    found = on_all_ranks(lambda: list_pairs(Path(path), part) if is_first() else None)
+    found = on_all_ranks_for_long(lambda: list_pairs(Path(path), part) if is_first() else None)
     text = "" if found is None else json.dumps([found.pairs, found.excluded, found.digest])
     pairs, excluded, digest = json.loads(broadcast_bytes(text.encode()))
     root = on_all_ranks(lambda: find_root(Path(path)))

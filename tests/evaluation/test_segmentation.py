@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import torch.distributed as dist
 from PIL import Image
 
 from cmtmae_scale.errors import CmtMaeError, ConfigError
-from cmtmae_scale.evaluation import segmentation
+from cmtmae_scale.evaluation import masks, segmentation
 from cmtmae_scale.evaluation.dense import open_masked_pair, total_excluded
 from cmtmae_scale.evaluation.encoders import token_encoder
 from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.masks import (
+    MaskedSet,
     cut_patches,
     list_pairs,
     masked_batches,
@@ -32,6 +34,7 @@ from cmtmae_scale.evaluation.masks import (
 from cmtmae_scale.evaluation.overlap import count_pixels, mean_iou, score_rows
 from cmtmae_scale.evaluation.propagation import load_frame, open_clips
 from cmtmae_scale.evaluation.segmentation import KnnSegmenter, join_patches, learn_patches, segment
+from cmtmae_scale.runtime import collectives
 from dataloading.errors import DataError, ReadError
 from dataloading.files import open_regular
 from dataloading.torch_decode import make_decode
@@ -270,6 +273,35 @@ def test_a_rank_without_the_folders_ends_all(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     first, second = run_ranks(2, refusal_on_this_rank, tmp_path)
     assert first == f"rank 1: {second}" and second.startswith("set: nothing to test on")
+
+
+def list_for_long(folder: Path) -> int:
+    """Rank 0 lists until the ranks have met twice; returns the number of images."""
+    met, meetings, agree = threading.Event(), 0, collectives.all_ranks_agree
+    list_now = masks.list_pairs
+
+    def count(mine: bool) -> bool:
+        nonlocal meetings
+        meetings += 1
+        if meetings == 2:
+            met.set()
+        return agree(mine)
+
+    def list_slowly(path: Path, part: str) -> MaskedSet:
+        assert met.wait(15), "the other ranks wait for rank 0 in one collective"
+        return list_now(path, part)
+
+    collectives.all_ranks_agree, masks.list_pairs = count, list_slowly
+    try:
+        return len(open_masked(str(folder), "train"))
+    finally:
+        collectives.all_ranks_agree, masks.list_pairs = agree, list_now
+
+
+@pytest.mark.gloo
+def test_no_collective_waits_for_a_long_listing_of_masks(tmp_path: Path) -> None:
+    """At its time limit it would end the run, and every launch after it."""
+    assert run_ranks(2, list_for_long, write_masked(tmp_path / "set", 3)) == [3, 3]
 
 
 def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> None:
