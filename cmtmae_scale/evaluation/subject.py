@@ -245,13 +245,24 @@ def subject_from_timm(
         tower = on_all_ranks(lambda: first or source.build(side, seed))
         untrained = TimmSource(TeacherConfig("timm", name, "random"))
     except TeacherError as error:
-        text = str(error).replace("teacher.model", "--timm").replace("teacher.weights", "--file")
-        raise ConfigError(text) from error
+        raise ConfigError(name_options(str(error), model)) from error
     encoder = wrap_network(name, tower, side, device)
     facts = {"timm": name, "file": file, "arch": model, "sha256": encoder.digest}
     return Subject(
         encoder, lambda: wrap_network(RANDOM, untrained.build(side, seed), side, device), facts
     )
+
+
+def name_options(text: str, model: str) -> str:
+    """Return a teacher's error with options of the command in place of keys of the config."""
+    for key, option in {
+        "teacher.model": "--timm",
+        "teacher.weights": "--file",
+        ", or set teacher.quick_gelu=false to keep GELU": "",
+        "set teacher.quick_gelu=false": f"name the tag, --timm={model}.TAG,",
+    }.items():
+        text = text.replace(key, option)
+    return text
 
 
 def wrap_network(name: str, model: Student | Tower, size: int, device: torch.device) -> Encoder:

@@ -29,11 +29,11 @@ from cmtmae_scale.evaluation.result import (
     wilson_interval,
     write_result,
 )
-from cmtmae_scale.evaluation.subject import open_encoder
+from cmtmae_scale.evaluation.subject import open_encoder, subject_from_timm
 from cmtmae_scale.export.encoder import export_encoder
 from tests.engine.run_case import STEPS, run, write_recipe
 from tests.evaluation.dense_case import write_masked
-from tests.evaluation.evaluation_case import command, command_apart, labelled_photographs
+from tests.evaluation.evaluation_case import command, command_apart, labelled_photographs, world
 from tests.finetuning.finetune_case import write_encoder
 from tests.processes import run_ranks
 
@@ -389,6 +389,22 @@ def test_mistakes_exit_with_code_78(
     words = [str(known.get(word, word)) for word in line.split()]
     assert evaluate_command(["knn", "--checkpoint", *words]) == 78
     assert re.search(MISTAKES[line], caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("tag", "file", "remedy"),
+    [
+        ("", "x.safetensors", "name the tag, --timm=vit_base_patch32_clip_224.TAG, for weights of"),
+        (".openai", None, "choose the model with clip_quickgelu in its name"),
+    ],
+)
+def test_the_remedies_for_a_model_of_timm_are_options(
+    tag: str, file: str | None, remedy: str
+) -> None:
+    name = f"vit_base_patch32_clip_224{tag}"
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        subject_from_timm(name, file, None, 0, world(), torch.device("cpu"))
+    assert "teacher." not in str(caught.value)
 
 
 def test_a_broken_checkpoint_is_refused_and_a_runs_older_one_taken(
