@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands import evaluate as evaluate_module
 from cmtmae_scale.commands.evaluate import evaluate as evaluate_command
+from cmtmae_scale.commands.evaluate import parse_options, run_method
 from cmtmae_scale.errors import CheckpointError, ConfigError
-from cmtmae_scale.evaluation import result
+from cmtmae_scale.evaluation import dense, result
+from cmtmae_scale.evaluation.foreground import ShownMaps
 from cmtmae_scale.evaluation.result import (
     Row,
     Score,
@@ -338,6 +340,19 @@ def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> N
     alone = json.loads((tmp_path / "out.json").read_text())
     kept = [row for row in record["results"] if row["weights"] not in names - own_name]
     assert alone["results"] == kept and alone["weights_sha256"].keys() == own_name
+
+
+def test_a_figure_that_cannot_be_written_loses_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out.png").mkdir()
+    pixels = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    panels = ShownMaps(pixels, pixels[..., 0], {"map": torch.ones(1, 2, 2)})
+    found = dense.Evaluated("the report", panels, tmp_path / "out.json")
+    monkeypatch.setattr(dense, "evaluate_dense", lambda *_: found)
+    options = parse_options(["representation", "--checkpoint", "run"])
+    text = run_method(options, world(), torch.device("cpu"))
+    assert text.startswith("the report\nno figure: ") and "Is a directory" in text
 
 
 @pytest.mark.parametrize("method", ["knn", "segmentation"])
