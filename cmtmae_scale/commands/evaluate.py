@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.rank import run_as_rank
-from cmtmae_scale.errors import EXIT_DONE, ConfigError
+from cmtmae_scale.errors import EXIT_DONE, ConfigError, StorageError
 from cmtmae_scale.runtime.arguments import (
     Parser,
     add_launcher_options,
@@ -75,7 +75,10 @@ def run_method(options: argparse.Namespace, world: World, device: "torch.device"
     def draw() -> str:
         if world.rank != 0 or file is None or panels is None:
             return text
-        return f"{text}\nfigure: {draw_panels(panels, file.with_suffix('.png'))}"
+        try:
+            return f"{text}\nfigure: {draw_panels(panels, file.with_suffix('.png'))}"
+        except (OSError, StorageError) as error:  # the result file is whole without it
+            return f"{text}\nno figure: {error}"
 
     return on_all_ranks(draw)
 

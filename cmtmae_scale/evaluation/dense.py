@@ -70,6 +70,8 @@ def evaluate_dense(options: argparse.Namespace, world: World, device: torch.devi
     The options are as ``commands/evaluate.py`` parses and checks them.
     """
     subject = open_subject(options, world, device)
+    if options.no_baselines:
+        subject.build_random = None
     named = (subject.encoder, subject.random)
     require_equal_weights(lambda: {f"digest of {one.name}": one.digest for one in named if one})
     encoders = [subject.encoder]

@@ -157,7 +157,7 @@ def agreement(attention: Tensor, inside: Tensor, known: Tensor) -> Tensor:
     """Compare attention maps with the foreground's fraction of each patch.
 
     Args:
-        attention: ``[B, N]``, finite and not negative.
+        attention: ``[B, N]``, finite.
         inside: foreground's fraction, float64 ``[B, N]``.
         known: patches that count, bool ``[B, N]``.
 
@@ -170,7 +170,8 @@ def agreement(attention: Tensor, inside: Tensor, known: Tensor) -> Tensor:
         * IoU of the foreground with as many patches of the most attention, of equal values the
           first;
         * mass inside: the attention on the foreground, by its fraction of each patch, as a
-          fraction of all; the fraction of the area for a uniform map.
+          fraction of all, negative values counting as 0, as those of maps that are mixed with
+          ``attention.norm=zscore``; the fraction of the area for a uniform map.
     """
     rows: list[list[float]] = []
     for values, share, counts in zip(attention.double(), inside, known, strict=True):
@@ -185,7 +186,8 @@ def agreement(attention: Tensor, inside: Tensor, known: Tensor) -> Tensor:
         chosen = torch.zeros_like(front)
         chosen[a.argsort(descending=True, stable=True)[:count]] = True
         overlap = (chosen & front).sum() / (chosen | front).sum()
-        mass = (a * f).sum() / a.sum() if float(a.sum()) else f.mean()
+        weight = a.clamp_min(0.0)
+        mass = (weight * f).sum() / weight.sum() if float(weight.sum()) else f.mean()
         rows.append([float(auc), float(overlap), float(mass)])
     return torch.tensor(rows, dtype=torch.float64, device=attention.device)
 

@@ -6,6 +6,7 @@ Legend: B images in a batch, S their side in pixels, n images of the set.
 import hashlib
 import json
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +21,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cmtmae_scale.errors import may_pass
 from cmtmae_scale.evaluation.features import ReadOptions
-from cmtmae_scale.runtime.collectives import broadcast_bytes, is_first, on_all_ranks
+from cmtmae_scale.runtime.collectives import (
+    broadcast_bytes,
+    is_first,
+    on_all_ranks,
+    on_all_ranks_for_long,
+)
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError, ReadError
 from dataloading.files import open_regular
@@ -105,8 +112,9 @@ def open_masked(path: str, part: str) -> MaskedSet:
 
     Raises:
         DataError: on every rank: unknown layout, masks in colours, or no usable image.
+        ReadError: on every rank, if storage fails.
     """
-    found = on_all_ranks(lambda: list_pairs(Path(path), part) if is_first() else None)
+    found = on_all_ranks_for_long(lambda: list_pairs(Path(path), part) if is_first() else None)
     text = "" if found is None else json.dumps([found.pairs, found.excluded, found.digest])
     pairs, excluded, digest = json.loads(broadcast_bytes(text.encode()))
     root = on_all_ranks(lambda: find_root(Path(path)))
@@ -223,7 +231,7 @@ def list_folder(root: Path) -> Iterator[Candidate]:
     """
     masks = mask_folder(root) or root
     images: dict[Path, list[Path]] = {}
-    for file in sorted((root / "images").rglob("*")):
+    for file in sorted(walk_files(root / "images")):
         if file.suffix.lower() in IMAGE_SUFFIXES:
             images.setdefault(file.relative_to(root / "images").with_suffix(""), []).append(file)
         elif file.is_file() and not file.name.startswith("."):
@@ -233,9 +241,35 @@ def list_folder(root: Path) -> Iterator[Candidate]:
         for image in files:
             found = make_candidate(image, mask if mask.is_file() else None)
             yield found if len(files) == 1 else found._replace(problem=SAME_NAME)
-    for mask in sorted(masks.rglob("*.png")):
-        if mask.relative_to(masks).with_suffix("") not in images:
+    for mask in sorted(walk_files(masks)):
+        if mask.suffix == ".png" and mask.relative_to(masks).with_suffix("") not in images:
             yield make_candidate(None, mask)
+
+
+def walk_files(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Yield the files under a folder; links are followed, but not back to a folder above.
+
+    ``Path.rglob`` passes over links to folders, and over folders that may not be listed.
+
+    Raises:
+        DataError: for a folder that may not be listed.
+        OSError: if storage fails.
+    """
+    try:
+        facts = folder.stat()
+        with os.scandir(folder) as entries:
+            inside = list(entries)
+    except PermissionError as error:
+        text = f"{folder}: cannot be listed ({error.strerror}); make it readable"
+        raise DataError(text) from error
+    own = facts.st_dev, facts.st_ino
+    if own in above:
+        return
+    for entry in inside:
+        if entry.is_dir():
+            yield from walk_files(Path(entry.path), above | {own})
+        else:
+            yield Path(entry.path)
 
 
 def compare_headers(image: Path, mask: Path) -> str:
@@ -243,13 +277,16 @@ def compare_headers(image: Path, mask: Path) -> str:
 
     Raises:
         DataError: for a mask in colours.
+        ReadError: if storage fails.
     """
     try:
         with open_file(mask) as opened:
             mode, size = opened.mode, opened.size
         with open_file(image) as opened:
             upright = upright_size(opened)
-    except PIL_ERRORS:
+    except PIL_ERRORS as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise read_error(image, error) from error
         return BROKEN
     if mode not in CLASS_MODES:
         raise DataError(
@@ -257,6 +294,11 @@ def compare_headers(image: Path, mask: Path) -> str:
             "masks as PNG with a palette or with one channel of 8 bits, one number per class"
         )
     return "" if size == upright else OTHER_SIZE
+
+
+def read_error(file: Path, error: OSError) -> ReadError:
+    """Return the error for a file that storage does not give; a failed read does not name it."""
+    return ReadError(f"{error.filename or file}: cannot be read ({error.strerror}); try again")
 
 
 @contextmanager
@@ -332,8 +374,7 @@ def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded
         ) from error
     except PIL_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
-            text = f"{images.root / pair.image}: cannot be read ({error.strerror}); try again"
-            raise ReadError(text) from error
+            raise read_error(images.root / pair.image, error) from error
         logger.warning("%s is excluded: %s", pair.image, error)
         return None
     views = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sizes]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cmtmae_scale.errors import may_pass
 from cmtmae_scale.evaluation.across import gather_from_ranks
 from cmtmae_scale.evaluation.encoders import Encoder
 from cmtmae_scale.evaluation.masks import (
@@ -32,6 +33,7 @@ from cmtmae_scale.evaluation.masks import (
     VOID,
     decode_upright,
     open_file,
+    read_error,
     read_mask,
     upright_size,
 )
@@ -39,7 +41,7 @@ from cmtmae_scale.evaluation.measured import Measured, mean_with_interval
 from cmtmae_scale.evaluation.representation import encode_tokens
 from cmtmae_scale.runtime.collectives import broadcast_bytes, is_first, on_all_ranks
 from cmtmae_scale.runtime.launch import World
-from dataloading.errors import DataError, ReadError
+from dataloading.errors import DataError
 from dataloading.headers import PIL_ERRORS
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,7 @@ def open_clips(path: str) -> Clips:
 
     Raises:
         DataError: on every rank: another layout, masks in colours, or no usable clip.
+        ReadError: on every rank, if storage fails.
     """
     found = on_all_ranks(lambda: list_clips(Path(path)) if is_first() else None)
     text = "" if found is None else json.dumps([found.clips, found.excluded], default=str)
@@ -168,6 +171,7 @@ def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
 
     Raises:
         DataError: for a mask in colours.
+        ReadError: if storage fails.
     """
     if len({frame.stem for frame in frames}) < len(frames):
         return "with two frames of one name"
@@ -191,7 +195,9 @@ def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
                 if upright_size(opened) != size:
                     return "with a mask of another size than its frame"
         first = np.unique(np.asarray(read_mask(masks[0])))
-    except PIL_ERRORS:
+    except PIL_ERRORS as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise read_error(masks[0].parent, error) from error
         return "that cannot be decoded"
     if not any(value not in (0, VOID) for value in first):
         return f"without an object in the first mask (0 is the background, {VOID} void)"
@@ -318,7 +324,7 @@ def load_mask(file: Path) -> Image.Image:
 def refuse_file(file: Path, error: Exception) -> DataError:
     """Return the error for a file that cannot be used."""
     if isinstance(error, OSError) and error.errno is not None:
-        return ReadError(f"{file}: cannot be read ({error.strerror}); try again")
+        return read_error(file, error)
     return DataError(f"{file}: cannot be decoded ({error}); repair it or take its clip away")
 
 

@@ -130,6 +130,7 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     config = saved_config(folder, state)
     weights = weights or ("momentum" if needs(config).momentum else "student")
     step = int(state["progress"]["step"])
+    fraction = Progress.from_dict(state["progress"]).fraction
     facts: dict[str, Any] = {"checkpoint": str(folder), "step": step, "weights": weights}
     if weights.partition(":")[0] == "teacher":
         config = pick_teacher(config, weights.partition(":")[2] or None, "--weights teacher:")
@@ -139,7 +140,7 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
         encoder = random_student(config, device)
         student = config.student
         facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
-        return Subject(encoder, None, facts, run_dir, config, student)
+        return Subject(encoder, None, facts, run_dir, config, student, fraction)
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(f"{folder}: the run has no momentum encoder; use --weights student")
     check_encoder(folder, config, ENCODERS[weights])
@@ -147,7 +148,6 @@ def open_encoder(folder: Path, weights: str | None, device: torch.device) -> Sub
     encoder = load_student(config, tensors, f"{weights}, step {step}", str(folder), device)
     student = config.student
     facts |= {"arch": student.arch, **replaced_sizes(student), "sha256": encoder.digest}
-    fraction = Progress.from_dict(state["progress"]).fraction
     build_random = partial(random_student, config, device)
     return Subject(encoder, build_random, facts, run_dir, config, student, fraction)
 
@@ -245,13 +245,24 @@ def subject_from_timm(
         tower = on_all_ranks(lambda: first or source.build(side, seed))
         untrained = TimmSource(TeacherConfig("timm", name, "random"))
     except TeacherError as error:
-        text = str(error).replace("teacher.model", "--timm").replace("teacher.weights", "--file")
-        raise ConfigError(text) from error
+        raise ConfigError(name_options(str(error), model)) from error
     encoder = wrap_network(name, tower, side, device)
     facts = {"timm": name, "file": file, "arch": model, "sha256": encoder.digest}
     return Subject(
         encoder, lambda: wrap_network(RANDOM, untrained.build(side, seed), side, device), facts
     )
+
+
+def name_options(text: str, model: str) -> str:
+    """Return a teacher's error with options of the command in place of keys of the config."""
+    for key, option in {
+        "teacher.model": "--timm",
+        "teacher.weights": "--file",
+        ", or set teacher.quick_gelu=false to keep GELU": "",
+        "set teacher.quick_gelu=false": f"name the tag, --timm={model}.TAG,",
+    }.items():
+        text = text.replace(key, option)
+    return text
 
 
 def wrap_network(name: str, model: Student | Tower, size: int, device: torch.device) -> Encoder:

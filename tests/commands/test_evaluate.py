@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands import evaluate as evaluate_module
 from cmtmae_scale.commands.evaluate import evaluate as evaluate_command
+from cmtmae_scale.commands.evaluate import parse_options, run_method
 from cmtmae_scale.errors import CheckpointError, ConfigError
-from cmtmae_scale.evaluation import result
+from cmtmae_scale.evaluation import dense, result
+from cmtmae_scale.evaluation.foreground import ShownMaps
 from cmtmae_scale.evaluation.result import (
     Row,
     Score,
@@ -29,11 +31,11 @@ from cmtmae_scale.evaluation.result import (
     wilson_interval,
     write_result,
 )
-from cmtmae_scale.evaluation.subject import open_encoder
+from cmtmae_scale.evaluation.subject import open_encoder, subject_from_timm
 from cmtmae_scale.export.encoder import export_encoder
 from tests.engine.run_case import STEPS, run, write_recipe
 from tests.evaluation.dense_case import write_masked
-from tests.evaluation.evaluation_case import command, command_apart, labelled_photographs
+from tests.evaluation.evaluation_case import command, command_apart, labelled_photographs, world
 from tests.finetuning.finetune_case import write_encoder
 from tests.processes import run_ranks
 
@@ -297,6 +299,19 @@ def test_random_weights_are_not_the_start_of_a_run_that_loaded_its_own(
     assert subject.random is not None and subject.random.name == "random weights"
 
 
+@pytest.mark.parametrize("weights", ["student", "momentum", "random"])
+def test_maps_of_every_weights_are_mixed_as_at_the_checkpoints_step(
+    place: Path, tmp_path: Path, weights: str
+) -> None:
+    folder = shutil.copytree(
+        layout.folder_of(place / "run" / "checkpoints", STEPS), tmp_path / "checkpoint"
+    )
+    state = layout.read_state(folder)
+    state["progress"]["horizon"] *= 2
+    (folder / layout.STATE).write_text(json.dumps(state))
+    assert open_encoder(folder, weights, torch.device("cpu")).fraction == 0.5
+
+
 def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> None:
     masked = write_masked(tmp_path / "masked", 5)
     text = evaluate(
@@ -305,7 +320,8 @@ def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> N
     file = place / "run" / "evaluation" / f"segmentation-momentum-step-{STEPS:08d}.json"
     assert f"written to {file}" in text and file.with_suffix(".png").is_file()
     record = json.loads(file.read_text())
-    names = {f"momentum, step {STEPS}", "random weights", "raw pixels"}
+    own_name = {f"momentum, step {STEPS}"}
+    names = own_name | {"random weights", "raw pixels"}
     assert {row["weights"] for row in record["results"]} == names
     assert [record["images"][part]["images"] for part in ("train", "test")] == [3, 2]
     for row in record["results"]:
@@ -313,13 +329,30 @@ def test_dense_methods_write_rows_and_a_figure(place: Path, tmp_path: Path) -> N
         assert row["measure"] in ("mIoU", "pixel accuracy") and row["count"] == 2
     assert record["verdict"] in text and "bootstrap resamples of the test images" in text
     what = ["--checkpoint", place / "run", "--masks", masked, "--out", tmp_path / "out.json"]
-    evaluate("representation", "--no-baselines", *what)
+    evaluate("representation", *what)
     record = json.loads((tmp_path / "out.json").read_text())
     found = {row["weights"] for row in record["results"] if row["features"] == "attention"}
     mixed = {name for name in found if name.startswith("mixed, alpha ")}
-    own = {f"momentum, step {STEPS}", "random weights", "teacher"}
-    assert len(mixed) == 1 and found - mixed == own | {"uniform", "centre prior"}
+    others = {"random weights", "teacher", "uniform", "centre prior"}
+    assert len(mixed) == 1 and found - mixed == own_name | others
     assert (tmp_path / "out.png").is_file() and record["images"]["images"]["images"] == 26
+    evaluate("representation", "--no-baselines", *what)
+    alone = json.loads((tmp_path / "out.json").read_text())
+    kept = [row for row in record["results"] if row["weights"] not in names - own_name]
+    assert alone["results"] == kept and alone["weights_sha256"].keys() == own_name
+
+
+def test_a_figure_that_cannot_be_written_loses_no_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out.png").mkdir()
+    pixels = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    panels = ShownMaps(pixels, pixels[..., 0], {"map": torch.ones(1, 2, 2)})
+    found = dense.Evaluated("the report", panels, tmp_path / "out.json")
+    monkeypatch.setattr(dense, "evaluate_dense", lambda *_: found)
+    options = parse_options(["representation", "--checkpoint", "run"])
+    text = run_method(options, world(), torch.device("cpu"))
+    assert text.startswith("the report\nno figure: ") and "Is a directory" in text
 
 
 @pytest.mark.parametrize("method", ["knn", "segmentation"])
@@ -371,6 +404,22 @@ def test_mistakes_exit_with_code_78(
     words = [str(known.get(word, word)) for word in line.split()]
     assert evaluate_command(["knn", "--checkpoint", *words]) == 78
     assert re.search(MISTAKES[line], caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("tag", "file", "remedy"),
+    [
+        ("", "x.safetensors", "name the tag, --timm=vit_base_patch32_clip_224.TAG, for weights of"),
+        (".openai", None, "choose the model with clip_quickgelu in its name"),
+    ],
+)
+def test_the_remedies_for_a_model_of_timm_are_options(
+    tag: str, file: str | None, remedy: str
+) -> None:
+    name = f"vit_base_patch32_clip_224{tag}"
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        subject_from_timm(name, file, None, 0, world(), torch.device("cpu"))
+    assert "teacher." not in str(caught.value)
 
 
 def test_a_broken_checkpoint_is_refused_and_a_runs_older_one_taken(

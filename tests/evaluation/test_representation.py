@@ -170,6 +170,14 @@ def test_agreement_is_the_plain_versions() -> None:
     assert agreement(torch.ones(1, 36), *nothing).isnan().all()
 
 
+def test_the_mass_inside_of_a_map_with_negative_values_is_a_fraction() -> None:
+    """As of maps that are mixed with ``attention.norm=zscore``, whose sum is about 0."""
+    attention = torch.tensor([[-1.5, -0.5, 0.5, 1.5], [-2.0, -1.0, -3.0, -4.0]])
+    inside = torch.tensor([0.0, 1.0, 0.0, 1.0]).double().expand(2, -1)
+    found = agreement(attention, inside, torch.ones(2, 4, dtype=torch.bool))
+    assert found.tolist() == [[0.75, pytest.approx(1 / 3), 0.75], [0.5, pytest.approx(1 / 3), 0.5]]
+
+
 def test_a_map_that_is_the_mask_agrees_and_a_uniform_one_is_chance(tmp_path: Path) -> None:
     folder = write_masked(tmp_path / "set", 4)
     found = open_masked(str(folder), "val")

@@ -1,9 +1,11 @@
 """Segmentation of patches: the plain version's predictions, the same at any number of ranks."""
 
+import errno
 import os
 import shutil
 import struct
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ import torch.distributed as dist
 from PIL import Image
 
 from cmtmae_scale.errors import CmtMaeError, ConfigError
-from cmtmae_scale.evaluation import segmentation
+from cmtmae_scale.evaluation import masks, segmentation
 from cmtmae_scale.evaluation.dense import open_masked_pair, total_excluded
 from cmtmae_scale.evaluation.encoders import token_encoder
 from cmtmae_scale.evaluation.features import ReadOptions
 from cmtmae_scale.evaluation.masks import (
+    MaskedSet,
     cut_patches,
     list_pairs,
     masked_batches,
@@ -29,9 +32,11 @@ from cmtmae_scale.evaluation.masks import (
     split_masked,
 )
 from cmtmae_scale.evaluation.overlap import count_pixels, mean_iou, score_rows
-from cmtmae_scale.evaluation.propagation import load_frame
+from cmtmae_scale.evaluation.propagation import load_frame, open_clips
 from cmtmae_scale.evaluation.segmentation import KnnSegmenter, join_patches, learn_patches, segment
-from dataloading.errors import DataError
+from cmtmae_scale.runtime import collectives
+from dataloading.errors import DataError, ReadError
+from dataloading.files import open_regular
 from dataloading.torch_decode import make_decode
 from tests.evaluation.dense_case import (
     ENCODER,
@@ -41,6 +46,7 @@ from tests.evaluation.dense_case import (
     SIDE,
     encode_tokens,
     size_of,
+    write_clip,
     write_masked,
 )
 from tests.evaluation.evaluation_case import world
@@ -180,6 +186,24 @@ def test_unusable_masks_are_counted_or_refused(tmp_path: Path, caplog: Any) -> N
     assert total_excluded(found)["that cannot be decoded"] == 3
 
 
+def test_a_store_that_fails_excludes_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_masked(tmp_path / "set", 3)
+    write_clip(tmp_path / "clips", "a", 2)
+
+    def fail(file: Path) -> int:
+        if file.name in ("01.png", "00001.jpg"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return open_regular(file)
+
+    monkeypatch.setattr("cmtmae_scale.evaluation.masks.open_regular", fail)
+    with pytest.raises(ReadError, match=r"01.png: cannot be read \(Input/output error\); try"):
+        open_masked(str(folder), "train")
+    with pytest.raises(ReadError, match=r"00001.jpg: cannot be read \(Input/output error\)"):
+        open_clips(str(tmp_path / "clips"))
+
+
 def test_images_of_one_name_and_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
     folder = write_masked(tmp_path / "set", 3)
     images = folder / "images"
@@ -193,6 +217,36 @@ def test_images_of_one_name_and_files_that_are_no_images_are_counted(tmp_path: P
         "that are files of another kind": 1,
         "without an image": 1,
     }
+
+
+def test_links_to_folders_are_followed_but_not_back(tmp_path: Path) -> None:
+    folder, store = write_masked(tmp_path / "set", 2), write_masked(tmp_path / "store", 2)
+    (store / "images" / "01.png").unlink()
+    for part in ("images", "masks"):
+        (folder / part / "more").symlink_to(store / part)
+        (store / part / "back").symlink_to(folder / part)
+    found = list_pairs(folder, "train")
+    assert [pair.image for pair in found.pairs] == [
+        f"images/{n}.png" for n in ("00", "01", "more/00")
+    ]
+    assert found.excluded == {"without an image": 1}
+
+
+def test_a_folder_that_may_not_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_masked(tmp_path / "set", 2)
+    (folder / "images" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> Any:  # root may list every folder
+        if Path(folder).name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"locked: cannot be listed \(Permission denied\); make it"):
+        list_pairs(folder, "train")
 
 
 def test_a_list_without_folders_above_it_is_refused() -> None:
@@ -219,6 +273,35 @@ def test_a_rank_without_the_folders_ends_all(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     first, second = run_ranks(2, refusal_on_this_rank, tmp_path)
     assert first == f"rank 1: {second}" and second.startswith("set: nothing to test on")
+
+
+def list_for_long(folder: Path) -> int:
+    """Rank 0 lists until the ranks have met twice; returns the number of images."""
+    met, meetings, agree = threading.Event(), 0, collectives.all_ranks_agree
+    list_now = masks.list_pairs
+
+    def count(mine: bool) -> bool:
+        nonlocal meetings
+        meetings += 1
+        if meetings == 2:
+            met.set()
+        return agree(mine)
+
+    def list_slowly(path: Path, part: str) -> MaskedSet:
+        assert met.wait(15), "the other ranks wait for rank 0 in one collective"
+        return list_now(path, part)
+
+    collectives.all_ranks_agree, masks.list_pairs = count, list_slowly
+    try:
+        return len(open_masked(str(folder), "train"))
+    finally:
+        collectives.all_ranks_agree, masks.list_pairs = agree, list_now
+
+
+@pytest.mark.gloo
+def test_no_collective_waits_for_a_long_listing_of_masks(tmp_path: Path) -> None:
+    """At its time limit it would end the run, and every launch after it."""
+    assert run_ranks(2, list_for_long, write_masked(tmp_path / "set", 3)) == [3, 3]
 
 
 def test_masks_that_can_never_work_are_refused_with_a_remedy(tmp_path: Path) -> None:
