@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmtmae_scale.api.encoders import load_encoder
 from cmtmae_scale.errors import ConfigError, remedy_for
@@ -190,7 +190,7 @@ def open_both(
     encoder: VisionTransformer | Eva | str | Path, images: str | Path | Index
 ) -> tuple[VisionTransformer | Eva, Index]:
     """Load an encoder and list the images, where paths are given."""
-    model = encoder if isinstance(encoder, torch.nn.Module) else load_encoder(encoder)
+    model = encoder if isinstance(encoder, nn.Module) else load_encoder(encoder)
     return model, images if isinstance(images, Index) else build_index(images)
 
 
@@ -268,10 +268,13 @@ def wrap_timm(model: VisionTransformer | Eva, device: torch.device) -> Encoder:
     if height != width:
         raise ConfigError(f"the encoder takes images of {height} x {width}; expected a square")
     network = model.to(device).eval()
+    # A model that pools before its last norm returns tokens without it.
+    pools_first = isinstance(network.norm, nn.Identity)
+    last_norm = cast(nn.Module, network.fc_norm) if pools_first else nn.Identity()
 
     def encode_tokens(images: Tensor) -> Tokens:
         with inference_autocast(device):
-            tokens = network.forward_features(normalise_images(images, mean, std))
+            tokens = last_norm(network.forward_features(normalise_images(images, mean, std)))
         return split_tokens(tokens, network.num_prefix_tokens, network.cls_token is not None)
 
     return token_encoder("encoder", height, network.patch_embed.grid_size, encode_tokens)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 
@@ -32,6 +33,7 @@ from cmtmae_scale.evaluation.features import ReadOptions, extract_features
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.evaluation.subject import subject_from_checkpoint
 from cmtmae_scale.method import masking
+from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.pretraining import task
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError
@@ -244,6 +246,17 @@ def test_features_that_are_not_finite_are_refused(done: Any) -> None:
     broken.norm.weight.data.fill_(torch.nan)
     with pytest.raises(DataError, match=r"features of class0/000\.jpg are not finite"):
         cmtmae_scale.extract_features(broken, done.folder / "photos")
+
+
+@torch.no_grad()
+def test_features_of_a_model_that_pools_before_its_norm_are_normed(done: Any) -> None:
+    model = timm.create_model("test_vit", img_size=64, global_pool="avg", num_classes=0).eval()
+    model.fc_norm.weight.fill_(3.0)
+    found = cmtmae_scale.extract_features(model, done.folder / "photos").patches
+    data = timm.data.resolve_model_data_config(model)
+    views = normalise_images(done.maps.views, data["mean"], data["std"])
+    expected = model.fc_norm(model.forward_features(views))[:, model.num_prefix_tokens :].mean(1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_settings_are_config_errors(done: Any) -> None:
