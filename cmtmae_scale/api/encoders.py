@@ -21,6 +21,7 @@ from cmtmae_scale.evaluation.saved import (
 )
 from cmtmae_scale.export.encoder import build_timm
 from cmtmae_scale.export.timm_folder import data_config
+from cmtmae_scale.teachers.state_dicts import SAVE_FLOATS, find_other_dtype
 
 
 def load_encoder(
@@ -72,9 +73,12 @@ def load_strictly(
     """Build timm's model of a config's student and load these weights strictly.
 
     Raises:
-        CheckpointError: if names or shapes differ.
+        CheckpointError: if names, shapes or kinds of numbers differ.
     """
     model, call = build_timm(config)
+    other = find_other_dtype(model.state_dict(), tensors)
+    if other:
+        raise CheckpointError(f"{place}: {other[0]}; {SAVE_FLOATS}")
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:

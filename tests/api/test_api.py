@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import cmtmae_scale
 from cmtmae_scale.api import features as features_module
@@ -151,6 +152,16 @@ def test_what_is_no_encoder_is_refused(done: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=re.escape(text)):
             cmtmae_scale.load_encoder(place, weights, arch=arch)
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    state = timm.create_model("test_vit", num_classes=0, fc_norm=False).state_dict()
+    name = "blocks.0.attn.qkv.weight"
+    file = tmp_path / "encoder.safetensors"
+    save_file(state | {name: (100 * state[name]).to(torch.int8)}, file)
+    text = f"{file}: {name} is int8 instead of float32; save the weights as floating-point numbers"
+    with pytest.raises(CheckpointError, match=re.escape(text)):
+        cmtmae_scale.load_encoder(file, arch="test_vit")
 
 
 def test_the_maps_are_those_that_masks_follow(done: Any) -> None:
