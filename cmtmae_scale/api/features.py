@@ -6,8 +6,7 @@ Legend: n images, D width.
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -119,7 +118,7 @@ def save_features(
         device: see ``extract_features``.
 
     Returns:
-        The arrays, mapped from deleted files.
+        The arrays, mapped from files without a name.
 
     Raises:
         ConfigError: if the output exists or cannot be written.
@@ -129,13 +128,11 @@ def save_features(
     model, index = open_both(encoder, images)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with stage_arrays(output) as allocate:
-            features = fill_arrays(
-                model, index, ReadOptions(batch_size, threads, "auto"), device, allocate
-            )
-            with atomic_path(output) as draft:
-                write_arrays(draft, output.suffix, features)
-            sync(output.parent)
+        reading, allocate = ReadOptions(batch_size, threads, "auto"), allocate_in(output.parent)
+        features = fill_arrays(model, index, reading, device, allocate)
+        with atomic_path(output) as draft:
+            write_arrays(draft, output.suffix, features)
+        sync(output.parent)
     except OSError as error:
         raise ConfigError(
             f"--output={output} cannot be written ({error}); {remedy_for(error, 'name another')}"
@@ -158,18 +155,20 @@ def refuse_output(output: Path) -> None:
         )
 
 
-@contextmanager
-def stage_arrays(output: Path) -> Iterator[Allocate]:
-    """Yield a function that maps new arrays from files beside the output, deleted afterwards."""
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+def allocate_in(folder: Path) -> Allocate:
+    """Return a function that maps new arrays from files in a folder.
 
-        def allocate(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-            file, kind = Path(folder, name), np.dtype(dtype)
-            with file.open("wb") as opened:  # a full store fails here, not when a page is written
-                os.posix_fallocate(opened.fileno(), 0, math.prod(shape) * kind.itemsize)
-            return np.memmap(file, kind, "r+", shape=shape)
+    The files have no name: NFS keeps a mapped file that is deleted, and with it its folder.
+    """
 
-        yield allocate
+    def allocate(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        kind = np.dtype(dtype)
+        with tempfile.TemporaryFile(dir=folder) as opened:
+            # A full store fails here, not when a page is written.
+            os.posix_fallocate(opened.fileno(), 0, math.prod(shape) * kind.itemsize)
+            return np.memmap(opened, kind, "r+", shape=shape)
+
+    return allocate
 
 
 def write_arrays(draft: Path, suffix: str, features: Features) -> None:

@@ -252,6 +252,19 @@ def test_a_full_store_leaves_nothing(done: Any, tmp_path: Path, monkeypatch: Any
     assert exit_code_of(raised.value) == 75 and os.listdir(tmp_path) == []
 
 
+def test_files_that_stay_while_they_are_mapped_do_not_hide_the_features(
+    done: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def unlink(path: Any, *, dir_fd: int | None = None) -> None:
+        other = f".nfs{os.urandom(4).hex()}"  # as NFS renames a deleted file that is in use
+        os.rename(path, Path(path).with_name(other), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    features = save_features(tmp_path / "features.npz", done.encoder, done.folder / "photos")
+    with np.load(tmp_path / "features.npz") as table:
+        assert (table["patches"] == features.patches).all()
+
+
 def test_features_that_are_not_finite_are_refused(done: Any) -> None:
     broken = cmtmae_scale.load_encoder(done.place)
     broken.norm.weight.data.fill_(torch.nan)
