@@ -17,7 +17,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cmtmae_scale.api.encoders import load_encoder
+from cmtmae_scale.api.encoders import open_encoder
+from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError, remedy_for
 from cmtmae_scale.evaluation.encoders import (
     Encoder,
@@ -70,7 +71,8 @@ def extract_features(
     """Compute features of all images of a folder, in memory.
 
     The view is that of evaluation: the shorter side to 256/224 of the encoder's size, then the
-    centre. A GPU computes in bfloat16, a CPU in float32.
+    centre, turned upright unless the encoder is the path of a run with
+    ``data.exif_orientation=false``. A GPU computes in bfloat16, a CPU in float32.
 
     Args:
         encoder: of ``load_encoder``, another ViT of timm, or the path of a run or file.
@@ -188,9 +190,14 @@ def write_arrays(draft: Path, suffix: str, features: Features) -> None:
 def open_both(
     encoder: VisionTransformer | Eva | str | Path, images: str | Path | Index
 ) -> tuple[VisionTransformer | Eva, Index]:
-    """Load an encoder and list the images, where paths are given."""
-    model = encoder if isinstance(encoder, nn.Module) else load_encoder(encoder)
-    return model, images if isinstance(images, Index) else build_index(images)
+    """Load an encoder and list the images, as its run reads them, where paths are given."""
+    if isinstance(encoder, nn.Module):
+        model, config = encoder, Config()
+    else:
+        model, config = open_encoder(Path(encoder))
+    if not isinstance(images, Index):
+        images = build_index(images, exif_orientation=config.data.exif_orientation)
+    return model, images
 
 
 def fill_arrays(

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,16 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
 import cmtmae_scale
+from cmtmae_scale.api import attention as attention_module
+from cmtmae_scale.api import encoders as encoders_module
 from cmtmae_scale.api import features as features_module
 from cmtmae_scale.api.features import save_features
 from cmtmae_scale.commands.main import run_command
-from cmtmae_scale.config.schema import Mask
+from cmtmae_scale.config.schema import Config, Mask
 from cmtmae_scale.errors import (
     EXIT_CONFIG,
     EXIT_DONE,
@@ -30,6 +34,7 @@ from cmtmae_scale.errors import (
     RunStoppedError,
     exit_code_of,
 )
+from cmtmae_scale.evaluation import saved
 from cmtmae_scale.evaluation.features import ReadOptions, extract_features
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.evaluation.subject import subject_from_checkpoint
@@ -176,6 +181,32 @@ def test_the_maps_are_those_that_masks_follow(done: Any) -> None:
     torch.testing.assert_close(again.mixed, maps.mixed[:3])
     with pytest.raises(ValueError, match=re.escape("expected uint8 [B, S, S, 3]")):
         cmtmae_scale.attention_maps(done.place, maps.views[0])
+
+
+def test_images_are_turned_as_the_run_turns_them(
+    done: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def as_stored(folder: Path, state: Any) -> Config:
+        config = saved.saved_config(folder, state)
+        return replace(config, data=replace(config.data, exif_orientation=False))
+
+    for module in (attention_module, encoders_module):
+        monkeypatch.setattr(module, "saved_config", as_stored)
+    photos, turned = tmp_path / "photos", Image.Exif()
+    photos.mkdir()
+    turned[0x0112] = 6
+    picture = Image.fromarray(done.maps.views[0].numpy())
+    picture.save(photos / "a.png")
+    picture.save(photos / "b.png", exif=turned)
+    views = cmtmae_scale.attention_maps(done.place, photos).views
+    assert torch.equal(views[0], views[1])
+    line = ["features", "--checkpoint", str(done.place), "--images", str(photos)]
+    assert run_command([*line, "--output", str(tmp_path / "f")]) == EXIT_DONE
+    by_path = cmtmae_scale.extract_features(done.place, photos).patches
+    upright = cmtmae_scale.extract_features(done.encoder, photos).patches
+    for patches in (by_path, np.load(tmp_path / "f" / "patches.npy")):
+        np.testing.assert_allclose(patches[0], patches[1], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(upright[0], upright[1], rtol=1e-3, atol=1e-3)
 
 
 def test_masks_are_those_of_the_method(done: Any) -> None:
