@@ -136,25 +136,33 @@ def save_features(
             write_arrays(draft, output.suffix, features)
         sync(output.parent)
     except OSError as error:
-        raise ConfigError(
-            f"--output={output} cannot be written ({error}); {remedy_for(error, 'name another')}"
-        ) from error
+        raise cannot_write(output, error) from error
     return features
 
 
 def refuse_output(output: Path) -> None:
-    """Refuse an output that exists, or of another kind.
+    """Refuse an output that exists, is of another kind, or is where nobody may look.
 
     Raises:
         ConfigError: names the output.
     """
-    if output.exists() or output.is_symlink():
+    try:
+        is_there = output.exists() or output.is_symlink()
+    except OSError as error:
+        raise cannot_write(output, error) from error
+    if is_there:
         raise ConfigError(f"--output={output} exists; delete it or name another")
     if output.suffix not in ("", ".npz"):
         raise ConfigError(
             f"--output={output}: {output.suffix} is not written; name FILE.npz, or a folder for "
             ".npy files"
         )
+
+
+def cannot_write(output: Path, error: OSError) -> ConfigError:
+    """Return what to raise where an output cannot be written."""
+    remedy = remedy_for(error, "name another")
+    return ConfigError(f"--output={output} cannot be written ({error}); {remedy}")
 
 
 def allocate_in(folder: Path) -> Allocate:

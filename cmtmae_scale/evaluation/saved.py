@@ -89,11 +89,17 @@ def is_run_folder(place: Path, key: str) -> bool:
     """Return whether a path is a run, and not a checkpoint.
 
     Raises:
-        CheckpointError: if it is neither.
+        CheckpointError: if it is neither, or where nobody may look.
     """
-    if (place / "checkpoints").is_dir():
-        return True
-    if not (place / layout.MANIFEST).exists():
+    try:
+        is_run = (place / "checkpoints").is_dir()
+        is_checkpoint = (place / layout.MANIFEST).exists()
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{key}={place}: this user may not look there ({error.strerror}); make it readable, or "
+            "name another"
+        ) from error
+    if not is_run and not is_checkpoint:
         raise CheckpointError(
             f"{key}={place} is neither a run (it has no checkpoints/) nor a checkpoint (it "
             f"has no {layout.MANIFEST}); "
@@ -103,7 +109,7 @@ def is_run_folder(place: Path, key: str) -> bool:
                 else "there is no such folder: correct the path"
             )
         )
-    return False
+    return is_run
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:
