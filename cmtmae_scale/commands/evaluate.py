@@ -1,13 +1,14 @@
 """``cmtmae evaluate METHOD``: frozen features, or accuracy of fine-tuned weights."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtmae_scale.commands.rank import run_as_rank
-from cmtmae_scale.errors import EXIT_DONE, ConfigError
+from cmtmae_scale.errors import EXIT_DONE, ConfigError, StorageError
 from cmtmae_scale.runtime.arguments import (
     Parser,
     add_launcher_options,
@@ -21,6 +22,8 @@ from cmtmae_scale.runtime.log import escape_controls, set_up_logging
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("student", "momentum", "teacher", "random")
 DECODERS = ("auto", "dali", "torch")
@@ -75,7 +78,11 @@ def run_method(options: argparse.Namespace, world: World, device: "torch.device"
     def draw() -> str:
         if world.rank != 0 or file is None or panels is None:
             return text
-        return f"{text}\nfigure: {draw_panels(panels, file.with_suffix('.png'))}"
+        try:
+            return f"{text}\nfigure: {draw_panels(panels, file.with_suffix('.png'))}"
+        except StorageError as error:  # the result is computed and written
+            logger.warning("no figure is drawn: %s", error)
+            return text
 
     return on_all_ranks(draw)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands import evaluate as evaluate_module
 from cmtmae_scale.commands.evaluate import evaluate as evaluate_command
-from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.errors import CheckpointError, ConfigError, StorageError
 from cmtmae_scale.evaluation import result
 from cmtmae_scale.evaluation.result import (
     Row,
@@ -31,6 +32,7 @@ from cmtmae_scale.evaluation.result import (
 )
 from cmtmae_scale.evaluation.subject import open_encoder
 from cmtmae_scale.export.encoder import export_encoder
+from cmtmae_scale.runtime.launch import World
 from tests.engine.run_case import STEPS, run, write_recipe
 from tests.evaluation.dense_case import write_masked
 from tests.evaluation.evaluation_case import command, command_apart, labelled_photographs
@@ -157,6 +159,22 @@ def test_the_figure_does_not_replace_the_result(
     words = ["--checkpoint", str(tmp_path), "--clips", "clips", "--out", "found.png"]
     assert evaluate_command(["propagation", *words]) == 78
     assert "--out=found.png: the figure is written there; name FILE.json" in caplog.text
+
+
+def test_a_figure_that_cannot_be_drawn_does_not_hide_the_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(panels: object, file: Path) -> Path:
+        raise StorageError(f"{file}: No space left on device")
+
+    found = ("the report", object(), tmp_path / "found.json")
+    monkeypatch.setattr("cmtmae_scale.evaluation.dense.evaluate_dense", lambda *_: found)
+    monkeypatch.setattr("cmtmae_scale.tools.figures.dense.draw_panels", draw)
+    options = SimpleNamespace(method="propagation")
+    alone = World(0, 1, 0, 1, "none")
+    text = evaluate_module.run_method(options, alone, torch.device("cpu"))
+    assert text == "the report"
+    assert f"no figure is drawn: {tmp_path / 'found.png'}: No space left on device" in caplog.text
 
 
 def test_the_deepspeed_launcher_puts_its_option_first(monkeypatch: pytest.MonkeyPatch) -> None:
