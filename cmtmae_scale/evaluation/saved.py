@@ -16,6 +16,9 @@ from cmtmae_scale.errors import CheckpointError, ConfigError, StorageError
 from cmtmae_scale.method.build import build_student, probe_student
 from cmtmae_scale.runtime.collectives import on_all_ranks
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
+
 
 def refuse_loaded_start(config: Config, place: str) -> None:
     """Refuse random weights as the initial weights of a run that loaded its initial weights.
@@ -72,7 +75,7 @@ def locate_checkpoint(
         StorageError: if the store fails.
     """
     if on_all_ranks(lambda: is_run_folder(place, key)):
-        root = place / "checkpoints"
+        root = place / CHECKPOINTS
         folder = find_checkpoint(root, rank, world_size, "name another run", hashes)
         if folder is None:
             raise CheckpointError(f"{place}: no checkpoint yet; train first")
@@ -82,7 +85,8 @@ def locate_checkpoint(
         raise StorageError(damage)
     if damage:
         raise CheckpointError(f"{place} is broken: {damage}; name an older checkpoint or the run")
-    return place.resolve()
+    # checkpoints/ may be a link to other storage, where no run is around it.
+    return place if place.parent.name == CHECKPOINTS else place.resolve()
 
 
 def is_run_folder(place: Path, key: str) -> bool:
@@ -92,7 +96,7 @@ def is_run_folder(place: Path, key: str) -> bool:
         CheckpointError: if it is neither, or where nobody may look.
     """
     try:
-        is_run = (place / "checkpoints").is_dir()
+        is_run = (place / CHECKPOINTS).is_dir()
         is_checkpoint = (place / layout.MANIFEST).exists()
     except PermissionError as error:
         raise CheckpointError(
@@ -114,7 +118,7 @@ def is_run_folder(place: Path, key: str) -> bool:
 
 def run_of_checkpoint(folder: Path) -> Path | None:
     """Return the folder of the run that holds a checkpoint; ``None``: it was moved out of a run."""
-    return folder.parent.parent if folder.parent.name == "checkpoints" else None
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else None
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:

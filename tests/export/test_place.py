@@ -13,10 +13,12 @@ from cmtmae_scale.api.features import save_features
 from cmtmae_scale.commands.init import refuse_existing, write_new
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import CheckpointError, ConfigError
+from cmtmae_scale.evaluation.saved import locate_checkpoint, run_of_checkpoint
 from cmtmae_scale.export import place
 from cmtmae_scale.export.origin import Origin
 from cmtmae_scale.export.place import default_output, publish
 from dataloading.index import Index
+from tests.checkpoint.save_case import save
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,16 @@ def test_a_run_that_cannot_be_written_names_the_option(
     with pytest.raises(ConfigError, match=remedy), publish(tmp_path / "export" / "x"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_behind_a_link_belong_to_their_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "store", 3)
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "store")
+    folder = locate_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000003")
+    assert run_of_checkpoint(folder) == tmp_path / "run"
+    moved = locate_checkpoint(tmp_path / "store" / "step-00000003")
+    assert run_of_checkpoint(moved) is None
 
 
 @pytest.fixture
