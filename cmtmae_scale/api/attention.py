@@ -39,7 +39,7 @@ from dataloading.torch_decode import crop_and_resize
 
 
 class AttentionMaps(NamedTuple):
-    """Attention maps of images, float32 on the CPU; the rows of each sum to 1.
+    """Attention maps of images, float32 on the CPU; the rows of each network's sum to 1.
 
     A run without one of the networks, or whose masks do not use its attention, has ``None``.
     """
