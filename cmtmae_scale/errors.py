@@ -106,8 +106,10 @@ def may_pass(error: BaseException | None) -> bool:
 
 def exit_code_of(error: Exception) -> int:
     """Return the exit code of an error that has one: 75 instead of 78 if its cause may pass."""
-    code = int(getattr(error, "exit_code", EXIT_CRASH))
-    return EXIT_STOPPED if code == EXIT_CONFIG and may_pass(error.__cause__) else code
+    code, cause = int(getattr(error, "exit_code", EXIT_CRASH)), error.__cause__
+    if code != EXIT_CONFIG or not isinstance(cause, Exception):
+        return code
+    return EXIT_STOPPED if may_pass(cause) or exit_code_of(cause) == EXIT_STOPPED else code
 
 
 def describe_store(error: OSError, where: str = "in run.output_dir") -> StorageError:

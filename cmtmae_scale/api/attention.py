@@ -39,7 +39,7 @@ from dataloading.torch_decode import crop_and_resize
 
 
 class AttentionMaps(NamedTuple):
-    """Attention maps of images, float32 on the CPU; the rows of each sum to 1.
+    """Attention maps of images, float32 on the CPU; the rows of each network's sum to 1.
 
     A run without one of the networks, or whose masks do not use its attention, has ``None``.
     """
@@ -70,8 +70,9 @@ def attention_maps(
 
     Args:
         run: a run (its newest intact checkpoint), or a checkpoint.
-        images: a folder of images or tars, of which centre crops are taken; or square views, uint8
-            ``[B, S, S, 3]`` of any side, which are resized to that of each network.
+        images: a folder of images or tars, of which centre crops are taken, turned upright as
+            ``data.exif_orientation`` of the run says; or square views, uint8 ``[B, S, S, 3]`` of
+            any side, which are resized to that of each network.
         batch_size: images per forward.
         device: ``None``: the GPU where there is one.
 
@@ -106,7 +107,7 @@ def attention_maps(
         momentum.load_state_dict(read_tensors(folder, ENCODERS["momentum"]), strict=True)
         momentum = momentum.to(place).eval()
     sizes = view_sizes(config.views.image_size, teachers)
-    views = read_views(images, sizes, batch_size)
+    views = read_views(images, sizes, batch_size, config.data.exif_orientation)
     momentum_map = None
     maps: dict[str, Tensor] = {}
     with inference_autocast(place):
@@ -138,9 +139,14 @@ def gather_maps(maps: Iterable[Tensor | None]) -> Tensor:
 
 
 def read_views(
-    images: str | Path | Tensor | NDArray[np.uint8], sizes: Sequence[int], batch_size: int
+    images: str | Path | Tensor | NDArray[np.uint8],
+    sizes: Sequence[int],
+    batch_size: int,
+    exif_orientation: bool,
 ) -> list[Tensor]:
     """Return the views in each size, uint8 ``[B, S, S, 3]``; see ``attention_maps``.
+
+    ``exif_orientation``: turn images of a folder upright, as ``data.exif_orientation``.
 
     Raises:
         DataError: if no image is usable.
@@ -156,7 +162,7 @@ def read_views(
         whole = [0, 0, given.shape[2], given.shape[1]]
         resized = [crop_and_resize(one.permute(2, 0, 1), whole, sizes, False) for one in given]
         return [torch.as_tensor(np.stack(views)) for views in zip(*resized, strict=True)]
-    index = build_index(images)
+    index = build_index(images, exif_orientation=exif_orientation)
     found: list[Tensor] = []
     for size in sizes:
         ids = np.arange(len(index), dtype=np.int64)

@@ -21,6 +21,7 @@ from cmtmae_scale.evaluation.saved import (
 )
 from cmtmae_scale.export.encoder import build_timm
 from cmtmae_scale.export.timm_folder import data_config
+from cmtmae_scale.teachers.state_dicts import SAVE_FLOATS, find_other_dtype
 
 
 def load_encoder(
@@ -46,13 +47,23 @@ def load_encoder(
             not an encoder.
         ConfigError: arguments that do not fit what the path holds.
     """
-    place = Path(place)
+    return open_encoder(Path(place), weights, arch)[0]
+
+
+def open_encoder(
+    place: Path, weights: str | None = None, arch: str | None = None
+) -> tuple[VisionTransformer | Eva, Config]:
+    """Load an encoder, and the settings of its run, as far as a file tells them.
+
+    Arguments and errors are those of ``load_encoder``.
+    """
     file = exported_file(place)
     if file is not None:
         if weights is not None:
             raise ConfigError(f"weights={weights} belongs to a run or a checkpoint; found {file}")
         tensors = read_file(file)
-        return load_strictly(file_config(file, tensors, arch), tensors, str(file))
+        config = file_config(file, tensors, arch)
+        return load_strictly(config, tensors, str(file)), config
     if arch is not None:
         raise ConfigError(f"arch={arch} belongs to a .safetensors file; found {place}")
     folder = locate_checkpoint(place)
@@ -63,7 +74,7 @@ def load_encoder(
     if weights == "momentum" and not needs(config).momentum:
         raise CheckpointError(f"{folder}: the run has no momentum encoder; use weights=student")
     check_encoder(folder, config, ENCODERS[weights])
-    return load_strictly(config, read_tensors(folder, ENCODERS[weights]), str(folder))
+    return load_strictly(config, read_tensors(folder, ENCODERS[weights]), str(folder)), config
 
 
 def load_strictly(
@@ -72,9 +83,12 @@ def load_strictly(
     """Build timm's model of a config's student and load these weights strictly.
 
     Raises:
-        CheckpointError: if names or shapes differ.
+        CheckpointError: if names, shapes or kinds of numbers differ.
     """
     model, call = build_timm(config)
+    other = find_other_dtype(model.state_dict(), tensors)
+    if other:
+        raise CheckpointError(f"{place}: {other[0]}; {SAVE_FLOATS}")
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:

@@ -6,8 +6,7 @@ Legend: n images, D width.
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from cmtmae_scale.api.encoders import load_encoder
+from cmtmae_scale.api.encoders import open_encoder
+from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import ConfigError, remedy_for
 from cmtmae_scale.evaluation.encoders import (
     Encoder,
@@ -71,7 +71,8 @@ def extract_features(
     """Compute features of all images of a folder, in memory.
 
     The view is that of evaluation: the shorter side to 256/224 of the encoder's size, then the
-    centre. A GPU computes in bfloat16, a CPU in float32.
+    centre, turned upright unless the encoder is the path of a run with
+    ``data.exif_orientation=false``. A GPU computes in bfloat16, a CPU in float32.
 
     Args:
         encoder: of ``load_encoder``, another ViT of timm, or the path of a run or file.
@@ -119,7 +120,7 @@ def save_features(
         device: see ``extract_features``.
 
     Returns:
-        The arrays, mapped from deleted files.
+        The arrays, mapped from files without a name.
 
     Raises:
         ConfigError: if the output exists or cannot be written.
@@ -129,27 +130,27 @@ def save_features(
     model, index = open_both(encoder, images)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with stage_arrays(output) as allocate:
-            features = fill_arrays(
-                model, index, ReadOptions(batch_size, threads, "auto"), device, allocate
-            )
-            with atomic_path(output) as draft:
-                write_arrays(draft, output.suffix, features)
-            sync(output.parent)
+        reading, allocate = ReadOptions(batch_size, threads, "auto"), allocate_in(output.parent)
+        features = fill_arrays(model, index, reading, device, allocate)
+        with atomic_path(output) as draft:
+            write_arrays(draft, output.suffix, features)
+        sync(output.parent)
     except OSError as error:
-        raise ConfigError(
-            f"--output={output} cannot be written ({error}); {remedy_for(error, 'name another')}"
-        ) from error
+        raise cannot_write(output, error) from error
     return features
 
 
 def refuse_output(output: Path) -> None:
-    """Refuse an output that exists, or of another kind.
+    """Refuse an output that exists, is of another kind, or is where nobody may look.
 
     Raises:
         ConfigError: names the output.
     """
-    if output.exists() or output.is_symlink():
+    try:
+        is_there = output.exists() or output.is_symlink()
+    except OSError as error:
+        raise cannot_write(output, error) from error
+    if is_there:
         raise ConfigError(f"--output={output} exists; delete it or name another")
     if output.suffix not in ("", ".npz"):
         raise ConfigError(
@@ -158,18 +159,26 @@ def refuse_output(output: Path) -> None:
         )
 
 
-@contextmanager
-def stage_arrays(output: Path) -> Iterator[Allocate]:
-    """Yield a function that maps new arrays from files beside the output, deleted afterwards."""
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+def cannot_write(output: Path, error: OSError) -> ConfigError:
+    """Return what to raise where an output cannot be written."""
+    remedy = remedy_for(error, "name another")
+    return ConfigError(f"--output={output} cannot be written ({error}); {remedy}")
 
-        def allocate(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-            file, kind = Path(folder, name), np.dtype(dtype)
-            with file.open("wb") as opened:  # a full store fails here, not when a page is written
-                os.posix_fallocate(opened.fileno(), 0, math.prod(shape) * kind.itemsize)
-            return np.memmap(file, kind, "r+", shape=shape)
 
-        yield allocate
+def allocate_in(folder: Path) -> Allocate:
+    """Return a function that maps new arrays from files in a folder.
+
+    The files have no name: NFS keeps a mapped file that is deleted, and with it its folder.
+    """
+
+    def allocate(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        kind = np.dtype(dtype)
+        with tempfile.TemporaryFile(dir=folder) as opened:
+            # A full store fails here, not when a page is written.
+            os.posix_fallocate(opened.fileno(), 0, math.prod(shape) * kind.itemsize)
+            return np.memmap(opened, kind, "r+", shape=shape)
+
+    return allocate
 
 
 def write_arrays(draft: Path, suffix: str, features: Features) -> None:
@@ -189,9 +198,14 @@ def write_arrays(draft: Path, suffix: str, features: Features) -> None:
 def open_both(
     encoder: VisionTransformer | Eva | str | Path, images: str | Path | Index
 ) -> tuple[VisionTransformer | Eva, Index]:
-    """Load an encoder and list the images, where paths are given."""
-    model = encoder if isinstance(encoder, torch.nn.Module) else load_encoder(encoder)
-    return model, images if isinstance(images, Index) else build_index(images)
+    """Load an encoder and list the images, as its run reads them, where paths are given."""
+    if isinstance(encoder, nn.Module):
+        model, config = encoder, Config()
+    else:
+        model, config = open_encoder(Path(encoder))
+    if not isinstance(images, Index):
+        images = build_index(images, exif_orientation=config.data.exif_orientation)
+    return model, images
 
 
 def fill_arrays(
@@ -268,10 +282,13 @@ def wrap_timm(model: VisionTransformer | Eva, device: torch.device) -> Encoder:
     if height != width:
         raise ConfigError(f"the encoder takes images of {height} x {width}; expected a square")
     network = model.to(device).eval()
+    # A model that pools before its last norm returns tokens without it.
+    pools_first = isinstance(network.norm, nn.Identity)
+    last_norm = cast(nn.Module, network.fc_norm) if pools_first else nn.Identity()
 
     def encode_tokens(images: Tensor) -> Tokens:
         with inference_autocast(device):
-            tokens = network.forward_features(normalise_images(images, mean, std))
+            tokens = last_norm(network.forward_features(normalise_images(images, mean, std)))
         return split_tokens(tokens, network.num_prefix_tokens, network.cls_token is not None)
 
     return token_encoder("encoder", height, network.patch_embed.grid_size, encode_tokens)

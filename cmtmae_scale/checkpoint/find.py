@@ -108,7 +108,10 @@ def verify_together(
     def compare() -> str | None:
         damage = layout.find_damage(folder, hashes=False)
         if damage is None:
-            files.update(layout.load_manifest(folder))
+            try:
+                files.update(layout.load_manifest(folder))
+            except (OSError, ValueError) as error:  # it went away meanwhile
+                return layout.describe_unreadable(error)
         return damage
 
     first = attempt(compare) if rank == 0 else ("", False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cmtmae_scale.commands.alone import run_alone
 from cmtmae_scale.config.shipped import RECIPES, STUDIES, shipped_names, shipped_root
-from cmtmae_scale.errors import EXIT_DONE, ConfigError
+from cmtmae_scale.errors import EXIT_DONE, ConfigError, may_pass
 from cmtmae_scale.runtime.arguments import Parser
 
 TEMPLATES = ("docker", "kubernetes", "slurm")
@@ -82,7 +82,9 @@ def copy_one(target: Path) -> None:
         else:
             shutil.copyfile(source, draft)
         draft.rename(target)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if may_pass(error):
+            raise
         raise ConfigError(f"{target}: {error.strerror}; work in another folder") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -48,13 +48,15 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def compute_features(options: argparse.Namespace) -> int:
     """Compute and write the features; returns the exit code."""
-    from cmtmae_scale.api.encoders import load_encoder
+    from cmtmae_scale.api.encoders import open_encoder
     from cmtmae_scale.api.features import refuse_output, save_features
+    from dataloading.index import build_index
 
     refuse_output(options.output)
-    encoder = load_encoder(options.checkpoint, options.weights, arch=options.arch)
+    encoder, config = open_encoder(options.checkpoint, options.weights, options.arch)
+    images = build_index(options.images, exif_orientation=config.data.exif_orientation)
     features = save_features(
-        options.output, encoder, options.images, batch_size=options.batch, threads=options.threads
+        options.output, encoder, images, batch_size=options.batch, threads=options.threads
     )
     kinds = "patches" if features.cls is None else "patches and cls"
     text = (

@@ -107,12 +107,16 @@ def check_text(text: str, output: Path) -> None:
 
 
 def refuse_existing(output: Path) -> None:
-    """Refuse a file that exists.
+    """Refuse a file that exists, or is where nobody may look.
 
     Raises:
         ConfigError: names the file.
     """
-    if output.exists() or output.is_symlink():
+    try:
+        is_there = output.exists() or output.is_symlink()
+    except OSError as error:
+        raise cannot_write(output, error) from error
+    if is_there:
         raise ConfigError(f"{output} exists; delete it or give -o OTHER.yaml")
 
 
@@ -132,6 +136,10 @@ def write_new(output: Path, text: str) -> None:
     except FileExistsError:
         refuse_existing(output)
     except OSError as error:
-        raise ConfigError(
-            f"{output} cannot be written ({error.strerror}); {remedy_for(error, 'give -o FILE')}"
-        ) from error
+        raise cannot_write(output, error) from error
+
+
+def cannot_write(output: Path, error: OSError) -> ConfigError:
+    """Return what to raise where the recipe cannot be written."""
+    remedy = remedy_for(error, "give -o FILE")
+    return ConfigError(f"{output} cannot be written ({error.strerror}); {remedy}")

@@ -28,7 +28,11 @@ def exported_file(place: Path) -> Path | None:
     if place.suffix == ".safetensors":
         return place
     file = place / FOLDER_WEIGHTS
-    return file if file.is_file() and (place / "config.json").is_file() else None
+    try:
+        is_exported = file.is_file() and (place / "config.json").is_file()
+    except PermissionError:  # the look for a run names it
+        return None
+    return file if is_exported else None
 
 
 def read_file(file: Path) -> dict[str, Tensor]:

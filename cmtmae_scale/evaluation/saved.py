@@ -16,6 +16,9 @@ from cmtmae_scale.errors import CheckpointError, ConfigError, StorageError
 from cmtmae_scale.method.build import build_student, probe_student
 from cmtmae_scale.runtime.collectives import on_all_ranks
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints."""
+
 
 def refuse_loaded_start(config: Config, place: str) -> None:
     """Refuse random weights as the initial weights of a run that loaded its initial weights.
@@ -72,7 +75,7 @@ def locate_checkpoint(
         StorageError: if the store fails.
     """
     if on_all_ranks(lambda: is_run_folder(place, key)):
-        root = place / "checkpoints"
+        root = place / CHECKPOINTS
         folder = find_checkpoint(root, rank, world_size, "name another run", hashes)
         if folder is None:
             raise CheckpointError(f"{place}: no checkpoint yet; train first")
@@ -82,18 +85,25 @@ def locate_checkpoint(
         raise StorageError(damage)
     if damage:
         raise CheckpointError(f"{place} is broken: {damage}; name an older checkpoint or the run")
-    return place.resolve()
+    # checkpoints/ may be a link to other storage, where no run is around it.
+    return place if place.parent.name == CHECKPOINTS else place.resolve()
 
 
 def is_run_folder(place: Path, key: str) -> bool:
     """Return whether a path is a run, and not a checkpoint.
 
     Raises:
-        CheckpointError: if it is neither.
+        CheckpointError: if it is neither, or where nobody may look.
     """
-    if (place / "checkpoints").is_dir():
-        return True
-    if not (place / layout.MANIFEST).exists():
+    try:
+        is_run = (place / CHECKPOINTS).is_dir()
+        is_checkpoint = (place / layout.MANIFEST).exists()
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{key}={place}: this user may not look there ({error.strerror}); make it readable, or "
+            "name another"
+        ) from error
+    if not is_run and not is_checkpoint:
         raise CheckpointError(
             f"{key}={place} is neither a run (it has no checkpoints/) nor a checkpoint (it "
             f"has no {layout.MANIFEST}); "
@@ -103,12 +113,12 @@ def is_run_folder(place: Path, key: str) -> bool:
                 else "there is no such folder: correct the path"
             )
         )
-    return False
+    return is_run
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:
     """Return the folder of the run that holds a checkpoint; ``None``: it was moved out of a run."""
-    return folder.parent.parent if folder.parent.name == "checkpoints" else None
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else None
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:

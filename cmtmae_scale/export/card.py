@@ -112,15 +112,13 @@ def teacher_rows(config: Config, need: Needs) -> dict[str, str]:
 
 def teacher_text(teacher: Teacher) -> str:
     """Name a frozen teacher and its weights; random weights carry no tag."""
+    model = public_path(str(teacher.model))  # of open_clip it may be a file
     if teacher.weights == "random":
-        model = str(teacher.model).split(".")[0]  # a tag would name weights that were not used
+        model = model.split(".")[0]  # a tag would name weights that were not used
         return f"RANDOM WEIGHTS, architecture {model}: untrained, for tests only"
     depth = f", its first {teacher.depth} blocks" if teacher.depth else ""
     weights = "of the factory" if teacher.weights is None else public_path(teacher.weights)
-    return (
-        f"{teacher.model} of {teacher.library}, weights {weights}{depth}"
-        f", features {teacher.feature}"
-    )
+    return f"{model} of {teacher.library}, weights {weights}{depth}, features {teacher.feature}"
 
 
 def method_rows(config: Config, need: Needs) -> dict[str, str]:
@@ -205,7 +203,9 @@ def licence_lines(config: Config, need: Needs) -> list[str]:
     sources = [f"of the images ({public_path(config.data.path)})"]
     teachers = teacher_configs(config) if need.teacher else {}
     models = [
-        str(one.teacher.model) for one in teachers.values() if one.teacher.weights != "random"
+        public_path(str(one.teacher.model))
+        for one in teachers.values()
+        if one.teacher.weights != "random"
     ]
     if models:
         whose = "teachers" if len(models) > 1 else "teacher"

@@ -33,7 +33,9 @@ def publish(output: Path) -> Iterator[Path]:
     Raises:
         ConfigError: if the output exists or cannot be written.
     """
-    if output.exists() or output.is_symlink():
+    with explain_refusal(output):
+        is_there = output.exists() or output.is_symlink()
+    if is_there:
         raise ConfigError(f"{output} exists; delete it, or name another place with --output")
     makes_folder = output.parent.name == FOLDER
     try:

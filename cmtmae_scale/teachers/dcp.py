@@ -93,7 +93,10 @@ def without_group() -> Iterator[None]:
         try:
             yield
         except CheckpointException as error:
-            raise error.failures[0][0] from error
+            failure = error.failures[0][0]
+            # Where the store refuses a write, torch.save raises an error of its own on top.
+            store = failure.__context__
+            raise (store if isinstance(store, OSError) else failure) from error
 
 
 def read_dcp(folder: Path) -> dict[str, Tensor]:

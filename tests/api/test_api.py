@@ -6,20 +6,26 @@ import os
 import re
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
+from PIL import Image
+from safetensors.torch import save_file
 
 import cmtmae_scale
+from cmtmae_scale.api import attention as attention_module
+from cmtmae_scale.api import encoders as encoders_module
 from cmtmae_scale.api import features as features_module
 from cmtmae_scale.api.features import save_features
 from cmtmae_scale.commands.main import run_command
-from cmtmae_scale.config.schema import Mask
+from cmtmae_scale.config.schema import Config, Mask
 from cmtmae_scale.errors import (
     EXIT_CONFIG,
     EXIT_DONE,
@@ -28,10 +34,12 @@ from cmtmae_scale.errors import (
     RunStoppedError,
     exit_code_of,
 )
+from cmtmae_scale.evaluation import saved
 from cmtmae_scale.evaluation.features import ReadOptions, extract_features
 from cmtmae_scale.evaluation.images import ImageSet
 from cmtmae_scale.evaluation.subject import subject_from_checkpoint
 from cmtmae_scale.method import masking
+from cmtmae_scale.method.images import normalise_images
 from cmtmae_scale.pretraining import task
 from cmtmae_scale.runtime.launch import World
 from dataloading.errors import DataError
@@ -151,6 +159,16 @@ def test_what_is_no_encoder_is_refused(done: Any, tmp_path: Path) -> None:
             cmtmae_scale.load_encoder(place, weights, arch=arch)
 
 
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    state = timm.create_model("test_vit", num_classes=0, fc_norm=False).state_dict()
+    name = "blocks.0.attn.qkv.weight"
+    file = tmp_path / "encoder.safetensors"
+    save_file(state | {name: (100 * state[name]).to(torch.int8)}, file)
+    text = f"{file}: {name} is int8 instead of float32; save the weights as floating-point numbers"
+    with pytest.raises(CheckpointError, match=re.escape(text)):
+        cmtmae_scale.load_encoder(file, arch="test_vit")
+
+
 def test_the_maps_are_those_that_masks_follow(done: Any) -> None:
     maps = done.maps
     assert maps.grid == (4, 4) and maps.views.shape == (20, 64, 64, 3)
@@ -163,6 +181,32 @@ def test_the_maps_are_those_that_masks_follow(done: Any) -> None:
     torch.testing.assert_close(again.mixed, maps.mixed[:3])
     with pytest.raises(ValueError, match=re.escape("expected uint8 [B, S, S, 3]")):
         cmtmae_scale.attention_maps(done.place, maps.views[0])
+
+
+def test_images_are_turned_as_the_run_turns_them(
+    done: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def as_stored(folder: Path, state: Any) -> Config:
+        config = saved.saved_config(folder, state)
+        return replace(config, data=replace(config.data, exif_orientation=False))
+
+    for module in (attention_module, encoders_module):
+        monkeypatch.setattr(module, "saved_config", as_stored)
+    photos, turned = tmp_path / "photos", Image.Exif()
+    photos.mkdir()
+    turned[0x0112] = 6
+    picture = Image.fromarray(done.maps.views[0].numpy())
+    picture.save(photos / "a.png")
+    picture.save(photos / "b.png", exif=turned)
+    views = cmtmae_scale.attention_maps(done.place, photos).views
+    assert torch.equal(views[0], views[1])
+    line = ["features", "--checkpoint", str(done.place), "--images", str(photos)]
+    assert run_command([*line, "--output", str(tmp_path / "f")]) == EXIT_DONE
+    by_path = cmtmae_scale.extract_features(done.place, photos).patches
+    upright = cmtmae_scale.extract_features(done.encoder, photos).patches
+    for patches in (by_path, np.load(tmp_path / "f" / "patches.npy")):
+        np.testing.assert_allclose(patches[0], patches[1], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(upright[0], upright[1], rtol=1e-3, atol=1e-3)
 
 
 def test_masks_are_those_of_the_method(done: Any) -> None:
@@ -239,11 +283,35 @@ def test_a_full_store_leaves_nothing(done: Any, tmp_path: Path, monkeypatch: Any
     assert exit_code_of(raised.value) == 75 and os.listdir(tmp_path) == []
 
 
+def test_files_that_stay_while_they_are_mapped_do_not_hide_the_features(
+    done: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def unlink(path: Any, *, dir_fd: int | None = None) -> None:
+        other = f".nfs{os.urandom(4).hex()}"  # as NFS renames a deleted file that is in use
+        os.rename(path, Path(path).with_name(other), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    features = save_features(tmp_path / "features.npz", done.encoder, done.folder / "photos")
+    with np.load(tmp_path / "features.npz") as table:
+        assert (table["patches"] == features.patches).all()
+
+
 def test_features_that_are_not_finite_are_refused(done: Any) -> None:
     broken = cmtmae_scale.load_encoder(done.place)
     broken.norm.weight.data.fill_(torch.nan)
     with pytest.raises(DataError, match=r"features of class0/000\.jpg are not finite"):
         cmtmae_scale.extract_features(broken, done.folder / "photos")
+
+
+@torch.no_grad()
+def test_features_of_a_model_that_pools_before_its_norm_are_normed(done: Any) -> None:
+    model = timm.create_model("test_vit", img_size=64, global_pool="avg", num_classes=0).eval()
+    model.fc_norm.weight.fill_(3.0)
+    found = cmtmae_scale.extract_features(model, done.folder / "photos").patches
+    data = timm.data.resolve_model_data_config(model)
+    views = normalise_images(done.maps.views, data["mean"], data["std"])
+    expected = model.fc_norm(model.forward_features(views))[:, model.num_prefix_tokens :].mean(1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_settings_are_config_errors(done: Any) -> None:

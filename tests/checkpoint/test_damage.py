@@ -158,6 +158,23 @@ def test_a_store_that_fails_while_checkpoints_are_read_is_tried_again(
     assert raised.value.exit_code == EXIT_STOPPED
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT])
+def test_a_manifest_that_goes_away_while_it_is_read_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    real, reads = layout.load_manifest, []
+
+    def load_manifest(folder: Path) -> dict[str, Any]:
+        reads.append(folder)
+        if folder == newer and reads.count(newer) == 2:  # a run in progress deletes it
+            raise OSError(number, os.strerror(number), str(folder / layout.MANIFEST))
+        return real(folder)
+
+    monkeypatch.setattr(layout, "load_manifest", load_manifest)
+    assert find_checkpoint(tmp_path, 0, 1) == older
+
+
 class Bomb:
     """Makes a file when it is unpickled."""
 

@@ -20,7 +20,12 @@ def refused(number: int) -> OSError:
     return OSError(number, os.strerror(number), "out.json")
 
 
-def fail(error: Exception, cause: OSError | None = None) -> Callable[[], int]:
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def fail(error: Exception, cause: Exception | None = None) -> Callable[[], int]:
     def command() -> int:
         raise error from cause
 
@@ -35,12 +40,15 @@ def fail(error: Exception, cause: OSError | None = None) -> Callable[[], int]:
         (ConfigError("full"), refused(errno.ENOSPC), 75, "full"),
         (DataError("full"), refused(errno.EDQUOT), 75, "full"),
         (ReadError("away"), refused(errno.ENOENT), 75, "away"),
+        (ConfigError("away"), ReadError("away"), 75, "away"),
+        (ConfigError("full"), caused(DataError("full"), refused(errno.ENOSPC)), 75, "full"),
+        (ConfigError("a=1"), caused(DataError("none"), refused(errno.EACCES)), 78, "a=1"),
         (refused(errno.EIO), None, 75, "out.json: Input/output error; see that the storage works"),
         (refused(errno.ESTALE), None, 75, "out.json: Stale file handle; see that the "),
     ],
 )
 def test_an_error_is_one_line_and_a_code(
-    error: Exception, cause: OSError | None, code: int, line: str
+    error: Exception, cause: Exception | None, code: int, line: str
 ) -> None:
     lines: list[str] = []
     assert run_alone(fail(error, cause), lines.append) == code

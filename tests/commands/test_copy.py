@@ -59,6 +59,18 @@ def test_a_place_that_is_a_file_is_named(
     assert "configs/demo.yaml: " in capsys.readouterr().err
 
 
+def test_a_place_that_is_mounted_read_only_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mkdir(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert copy_shipped(["demo"]) == EXIT_CONFIG
+    line = "configs/demo.yaml: Read-only file system; work in another folder\n"
+    assert capsys.readouterr().err == line
+
+
 def test_a_copy_that_was_interrupted_is_made_again(tmp_path: Path) -> None:
     draft = tmp_path / "launchers" / ".slurm.draft"
     draft.mkdir(parents=True)

@@ -87,6 +87,11 @@ def test_places_of_the_machine_stay_there() -> None:
     )
     assert "/private" not in text
     assert "photos, 1000 images" in text and "weights t.safetensors" in text
+    for weights in ("/private/t.safetensors", "random"):
+        described = card_of(
+            "vit_base", "teacher.model=/private/lab/clip.json", f"teacher.weights={weights}"
+        )
+        assert "/private" not in described and "clip" in described
 
 
 def test_results_are_those_of_these_weights(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,13 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.checkpoint.chunks import ChunkReader
 from cmtmae_scale.checkpoint.init_weights import load_init_weights
 from cmtmae_scale.commands.export import export_weights
-from cmtmae_scale.errors import EXIT_CONFIG, TeacherError
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_STOPPED, ConfigError, TeacherError, exit_code_of
+from cmtmae_scale.export import dcp as dcp_module
+from cmtmae_scale.export.dcp import export_dcp
 from cmtmae_scale.teachers.dcp import METADATA, without_group
 from cmtmae_scale.teachers.weights import digest_weights, read_weights
 from tests.checkpoint.test_init_weights import make_model, timm_state
+from tests.disk import mounted
 from tests.engine.run_case import STEPS
 
 DATA = "__0_0.distcp"
@@ -49,6 +53,17 @@ def test_a_programs_model_loads_the_folder_and_the_next_run_starts_from_it(
     assert start.keys() == state.keys()
     assert all(torch.equal(start[name], value) for name, value in state.items())
     assert export_weights(["dcp", *words]) == EXIT_CONFIG  # there is one already
+
+
+def test_a_full_store_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = SimpleNamespace(tensors=lambda _: timm_state())
+    monkeypatch.setattr(dcp_module, "open_origin", lambda *_: origin)
+    with mounted(tmp_path / "disk", "64k") as disk:
+        with pytest.raises(ConfigError, match=r"No space left on device.; make room") as raised:
+            export_dcp(tmp_path, disk / "dcp", "student")
+        assert exit_code_of(raised.value) == EXIT_STOPPED and not list(disk.iterdir())
 
 
 def write(folder: Path, state: dict[str, Any]) -> Path:
