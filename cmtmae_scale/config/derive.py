@@ -48,6 +48,20 @@ def loaded_start(student: Student) -> tuple[str, str] | None:
     return None
 
 
+def find_unloaded_weights(student: Student) -> str | None:
+    """Return why published weights that the student's name has as a tag are not its initial ones.
+
+    ``None``: its name has no tag, or a file or run gives the initial weights.
+    """
+    name, _, tag = student.arch.partition(".")
+    if not tag or loaded_start(student) is not None:
+        return None
+    return (
+        f"student.arch={student.arch}: the weights {tag} of timm are not loaded, and the student "
+        f"starts from random weights; set student.init_weights=FILE, or student.arch={name}"
+    )
+
+
 def replaced_sizes(student: Student) -> dict[str, int]:
     """Return width, depth and heads, where they are not the architecture's own."""
     sizes: dict[str, int | None] = {name: getattr(student, name) for name in SIZES}

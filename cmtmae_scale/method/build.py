@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import timm
 import torch
-from timm.models import is_model_in_modules
+from timm.models import get_arch_pretrained_cfgs, is_model_in_modules
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -181,7 +181,7 @@ def probe_student(config: Config) -> VisionTransformer | Eva:
 
 
 def check_name(arch: str) -> None:
-    """Refuse names of no model of timm, and of other kinds of models.
+    """Refuse names of no model or weights of timm, and of other kinds of models.
 
     Raises:
         ConfigError: names what was found.
@@ -190,6 +190,12 @@ def check_name(arch: str) -> None:
         raise ConfigError(
             f"student.arch={arch} is not a model of timm {timm.__version__}; "
             "timm.list_models('vit_*') lists them"
+        )
+    name, _, tag = arch.partition(".")
+    if tag and arch not in get_arch_pretrained_cfgs(name):
+        raise ConfigError(
+            f"student.arch={arch}: timm has no weights {tag} of {name}; name the architecture "
+            f"alone, student.arch={name}"
         )
     if not is_model_in_modules(arch, VIT_MODULES | EVA_MODULES):
         raise unsupported_arch(arch, "another kind of model")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method.attend import SelfAttention
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 SMALLEST_PEAK = 1e-12
 """Rows whose largest magnitude is below this are scaled as if it were this."""
+MULTIPLE = 16
+"""GPUs multiply float8 matrices only whose sizes are multiples of this."""
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +47,7 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         x: ``[..., C]``, bfloat16 on a GPU.
-        weight: ``[O, C]``; C and O are multiples of 16.
+        weight: ``[O, C]``; C and O are multiples of 16, see ``use_float8``.
         bias: ``[O]``, or ``None``.
 
     Returns:
@@ -98,12 +101,36 @@ def warn_about_emulation(config: Config, device: torch.device) -> None:
         )
 
 
-def use_float8(block: nn.Module) -> None:
-    """Let the linear layers of a frozen transformer block compute in float8."""
-    for module in block.modules():
+def use_float8(block: nn.Module, key: str) -> None:
+    """Let the linear layers of a frozen transformer block compute in float8.
+
+    Args:
+        block: changed in place.
+        key: the config's key that asks for it, for messages.
+
+    Raises:
+        ConfigError: for a layer that no GPU multiplies in float8.
+    """
+    for name, module in block.named_modules():
         if type(module) is nn.Linear:
+            refuse_other_sizes(f"{name}.weight", module.weight, key)
             module.__class__ = Float8Linear
         elif type(module) in (nn.MultiheadAttention, SelfAttention):
+            weight = cast(nn.MultiheadAttention, module).in_proj_weight
+            refuse_other_sizes(f"{name}.in_proj_weight", weight, key)
             module.__class__ = Float8SelfAttention
         elif hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = True  # Eva then calls its layer, not its weights
+
+
+def refuse_other_sizes(name: str, weight: Tensor, key: str) -> None:
+    """Refuse a matrix that no GPU multiplies in float8.
+
+    Raises:
+        ConfigError: naming ``key``, the matrix of a name within its block, and the remedy.
+    """
+    if any(size % MULTIPLE for size in weight.shape):
+        raise ConfigError(
+            f"{key}=fp8: {name} of a block is {list(weight.shape)}, and GPUs multiply float8 only "
+            f"where sizes are multiples of {MULTIPLE}; set {key}=bf16"
+        )

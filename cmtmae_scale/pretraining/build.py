@@ -271,7 +271,7 @@ def build_model(
     model.set_activation_checkpointing(config.backend.activation_checkpointing)
     if momentum_encoder is not None and config.momentum.precision == "fp8":
         for block in momentum_encoder.transformer_blocks():
-            use_float8(block)
+            use_float8(block, "momentum.precision")
     return model, momentum_encoder
 
 

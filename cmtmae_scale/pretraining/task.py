@@ -13,7 +13,7 @@ from torch import Tensor
 from cmtmae_scale.backends.base import Backend
 from cmtmae_scale.config.batch import find_length_problem
 from cmtmae_scale.config.changes import PRETRAINING_FREE_KEYS
-from cmtmae_scale.config.derive import find_scale_problem, loss_terms
+from cmtmae_scale.config.derive import find_scale_problem, find_unloaded_weights, loss_terms
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import (
@@ -101,7 +101,8 @@ class Pretraining:
         length, scale = find_length_problem(config, len(self.index)), find_scale_problem(config)
         unused = [one.name for one in config.teachers if one not in used_teachers(config)]
         names = f"teachers: neither loss nor mask uses {', '.join(unused)}, which are not built"
-        for problem in (length, scale, names if unused else None):
+        weights = find_unloaded_weights(config.student)
+        for problem in (length, scale, weights, names if unused else None):
             if problem is not None:
                 logger.warning("%s", problem)
 

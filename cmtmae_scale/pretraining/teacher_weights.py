@@ -1,6 +1,7 @@
-"""The weights of the teachers that a run learns from: the same files as when it began.
+"""The weights of the teachers that a run learns from: the same as when it began.
 
-The settings name a file, in whose place another one may be put.
+The settings name a file, in whose place another one may be put, or a factory, which may return
+other weights at a later launch.
 """
 
 import logging
@@ -23,9 +24,10 @@ TEACHER_WEIGHTS = "teacher_weights"
 def compare_weights(
     config: Config, teachers: Mapping[str, TeacherSource], saved: dict[str, Any] | None
 ) -> dict[str, dict[str, str]]:
-    """Return what a checkpoint holds: the SHA-256 of each teacher's file, where it is known.
+    """Return what a checkpoint holds: the SHA-256 of each teacher's weights, where it is known.
 
-    It is not known where weights are drawn at random, or where their file is not at hand.
+    It is not known where timm or open_clip draw weights at random, or where their file is not at
+    hand.
 
     Args:
         config: checked settings.
@@ -33,7 +35,7 @@ def compare_weights(
         saved: state of the checkpoint that is resumed; ``None``: a new run.
 
     Raises:
-        ConfigError: another file than the run's, naming the teacher and both digests.
+        ConfigError: other weights than the run's, naming the teacher and both digests.
     """
     digests = {name: digest_of(source) for name, source in teachers.items()}
     now = {name: digest for name, digest in digests.items() if digest is not None}
@@ -42,19 +44,26 @@ def compare_weights(
         if name not in before or before[name] == now[name]:
             continue
         key = entry_text("teacher.weights", name)
-        found = f"{key}: the SHA-256 of the file is {now[name][:12]}, the run's {before[name][:12]}"
+        here, there = now[name][:12], before[name][:12]
+        found = f"{key}: the SHA-256 of the weights is {here}, the run's {there}"
         if key not in config.run.allow_change:
             raise ConfigError(
-                f"{found}; put that file back, use another run.output_dir, or permit the change "
-                f"with run.allow_change=[{key}]"
+                f"{found}; put those of the run back, use another run.output_dir, or permit the "
+                f"change with run.allow_change=[{key}]"
             )
         logger.warning("allowed change: %s", found)
     return {TEACHER_WEIGHTS: before | now}
 
 
 def digest_of(source: TeacherSource) -> str | None:
-    """Return the SHA-256 of a teacher's file, of a cache that of the file it was built with."""
-    if isinstance(source, CachedTeacher):
-        return source.manifest.fingerprint["teacher"].get("weights_sha256")
+    """Return the SHA-256 of a teacher's file, or of the weights that its factory returned.
+
+    Of a cache it is that of the weights that the cache was built with.
+    """
     online = source.online if isinstance(source, SidecarTeacher) else source
-    return online.weights_sha256 if isinstance(online, OnlineTeacher) else None
+    facts: dict[str, Any] = {}
+    if isinstance(source, CachedTeacher):
+        facts = source.manifest.fingerprint["teacher"]
+    elif isinstance(online, OnlineTeacher):
+        facts = online.fingerprint()
+    return facts.get("weights_sha256") or facts.get("state_sha256")

@@ -105,7 +105,7 @@ def assemble_teacher(config: Config, needs: Needs, *, load: bool) -> OnlineTeach
     tower = source.build(size, config.run.seed, load=load)
     if settings.precision == "fp8":
         for block in tower.blocks:
-            use_float8(block)
+            use_float8(block, "teacher.precision")
         tower.source["precision"] = "fp8"
     outputs = TeacherOutputs.from_config(config, needs, len(tower.blocks))
     return OnlineTeacher(tower, outputs, size, grid)

@@ -280,6 +280,7 @@ def stage_shapes(network: nn.Module, size: int) -> list[tuple[int, ...]]:
     kind = type(network).__name__
     if forward is None:
         raise TeacherError(f"{kind} returns no features on a grid; choose another model")
+    network.eval()  # as the teacher runs: a batch norm in training refuses one value per channel
     try:
         with torch.device("meta"), torch.no_grad():
             set_size(network, size)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from cmtmae_scale.config.batch import batch_plan, explain_batch, find_length_problem, total_steps
-from cmtmae_scale.config.derive import find_scale_problem, peak_lr
+from cmtmae_scale.config.derive import find_scale_problem, find_unloaded_weights, peak_lr
 from cmtmae_scale.config.finetune import Finetune, find_finetune_problems, load_finetune
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.needs import extremes, needs
@@ -142,6 +142,17 @@ def test_targets_of_different_scales_are_named(
         assert f"the norm of {one} is l2" in found and f"that of {other} is not" in found
     config.loss.student = 0
     assert find_scale_problem(config) is None
+
+
+def test_a_tag_of_weights_that_no_file_gives_is_named() -> None:
+    student = settled().student
+    assert find_unloaded_weights(student) is None
+    student.arch = "vit_base_patch16_224.mae"
+    found = find_unloaded_weights(student) or ""
+    assert "the weights mae of timm are not loaded" in found
+    assert found.endswith("set student.init_weights=FILE, or student.arch=vit_base_patch16_224")
+    student.init_weights = "mae.pth"
+    assert find_unloaded_weights(student) is None
 
 
 def test_a_batch_or_a_length_that_the_images_cannot_fill_is_a_problem() -> None:

@@ -6,6 +6,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.method import float8
 from cmtmae_scale.method.attend import SelfAttention
 from cmtmae_scale.method.float8 import (
@@ -74,7 +75,7 @@ def test_attention_keeps_its_numbers_but_for_rounding() -> None:
         attention.__class__ = SelfAttention
         found, _ = attention(x, x, x, need_weights=False)
         torch.testing.assert_close(found, wanted)
-        use_float8(attention)
+        use_float8(attention, "teacher.precision")
         assert type(attention) is Float8SelfAttention
         found, _ = attention(x, x, x, need_weights=False, attn_mask=None)
     assert 0.001 < relative_error(found, wanted) < 0.08
@@ -87,12 +88,22 @@ def test_only_linear_layers_of_a_block_change() -> None:
     x = torch.randn(2, 5, 32)
     with torch.no_grad():
         wanted = block(x)
-        use_float8(block)
+        use_float8(block, "teacher.precision")
         found = block(x)
     layers = {name for name, one in block.named_modules() if isinstance(one, Float8Linear)}
     assert layers == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
     assert 1e-4 < relative_error(found, wanted) < 0.05
     assert all(torch.equal(one, before[name]) for name, one in block.state_dict().items())
+
+
+def test_layers_that_no_gpu_multiplies_are_refused_before_the_first_step() -> None:
+    """Such as those of EVA-02 L, whose hidden layer has 2,730 channels."""
+    wanted = r"fp8: mlp.fc1.weight of a block is \[40, 32\].* of 16; set momentum.precision=bf16"
+    with pytest.raises(ConfigError, match=wanted):
+        use_float8(Block(32, 2, mlp_ratio=1.25), "momentum.precision")
+    attention = nn.MultiheadAttention(24, 4)
+    with pytest.raises(ConfigError, match=r"in_proj_weight of a block is \[72, 24\]"):
+        use_float8(attention, "teacher.precision")
 
 
 def test_a_gpu_takes_the_rounded_factors(monkeypatch: pytest.MonkeyPatch) -> None:

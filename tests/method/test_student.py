@@ -361,6 +361,7 @@ def test_timms_models_are_built_initialised_and_equal_timm(arch: str) -> None:
     ("changes", "message"),
     [
         ({"student__arch": "vit_basic"}, "vit_basic is not a model of timm"),
+        ({"student__arch": "test_vit.mae"}, "no weights mae of test_vit; .*=test_vit$"),
         (
             {"student__arch": "resnet18"},
             "student.arch=resnet18 is another kind of model; use a Vis",

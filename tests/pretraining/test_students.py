@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import timm
@@ -29,6 +29,8 @@ from cmtmae_scale.method.student import Student
 from cmtmae_scale.method.targets import TokenLayout, normalise
 from cmtmae_scale.pretraining.build import build_model, make_objective
 from cmtmae_scale.pretraining.prepare import MicroBatch
+from cmtmae_scale.pretraining.task import Pretraining
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.weights import read_weights
 
 STEPS, VIEWS, SIDE = 3, 4, 4
@@ -165,3 +167,14 @@ def test_a_family_is_trained_exported_and_initialised(name: str, tmp_path: Path)
             with torch.no_grad():
                 expected = published.fc_norm(published.forward_features(images()))
                 assert float((model.encoder(images()) - expected).abs().max()) < 1e-5
+
+
+def test_a_launch_names_published_weights_that_are_not_loaded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = make_config("vit_base_patch16_224.mae")
+    config.train.steps = 1
+    task = Pretraining(config, World(0, 1, 0, 1, "none"), CPU)
+    task.index = cast(Any, range(8))
+    task.warn_of_settings()
+    assert "student.arch=vit_base_patch16_224.mae: the weights mae" in caplog.text

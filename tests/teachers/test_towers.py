@@ -149,6 +149,14 @@ def test_pes_pool_map_is_its_pooling_heads_own_attention() -> None:
     torch.testing.assert_close(view.attention, prob(rows.mean(1)[:, 0, 1:]), atol=1e-6, rtol=1e-5)
 
 
+def test_stages_that_are_cut_off_may_have_a_single_patch() -> None:
+    """A batch norm in training refuses one value per channel, in eval mode it does not."""
+    teacher = build(config_of("test_resnet", "activation_norm", depth=3))
+    assert (teacher.image_size, teacher.grid) == (32, (4, 4))
+    view = teacher(random_images(2, 32))
+    assert view.features is not None and view.features.shape[:2] == (2, 16)
+
+
 @pytest.mark.parametrize("depth", [None, 3])
 def test_a_network_without_attention_gives_a_stage_and_its_norm(depth: int | None) -> None:
     teacher = build(config_of("small_convnext", "activation_norm", depth=depth))
