@@ -364,6 +364,17 @@ def test_a_key_of_a_deepspeed_file_is_given_once(recipe: Path, tmp_path: Path) -
     assert found.endswith("deepspeed.json: is not JSON: overlap_comm is given twice; keep one")
 
 
+def test_saved_settings_are_read_without_the_deepspeed_file(recipe: Path, tmp_path: Path) -> None:
+    """They are evaluated, exported and reported where that file may be absent, or another's."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"zero_optimization": {"overlap_comm": true}}')
+    overrides = ["backend.name=deepspeed", f"backend.deepspeed={file}"]
+    saved = config_to_dict(load_config(recipe, overrides))
+    file.unlink()
+    assert config_from_dict(saved, "state.json").backend.deepspeed == str(file)
+    assert "cannot be read" in message(recipe, *overrides)
+
+
 def test_a_dollar_in_a_comment_or_alone_is_no_interpolation(recipe: Path) -> None:
     recipe.write_text(recipe.read_text() + "# $PRICE, ${HOME}\n")
     assert load_config(recipe, ["run.name='5$ {a}'"]).run.name == "5$ {a}"
