@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import yaml
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, remedy_for
 
 MAX_YAML_BYTES = 2**20
 """Largest YAML file that is read."""
@@ -31,7 +31,7 @@ def read_yaml(path: Path, is_text: IsText | None = None) -> dict[str, Any]:
             data = opened.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give --config FILE"
+            f"{path}: cannot be read ({error.strerror}); {remedy_for(error, 'give --config FILE')}"
         ) from error
     if len(data) > MAX_YAML_BYTES:
         raise ConfigError(

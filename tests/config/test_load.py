@@ -1,7 +1,9 @@
+import errno
 import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ from cmtmae_scale.config.load import (
     save_config,
 )
 from cmtmae_scale.config.schema import Config, Schedule
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import EXIT_STOPPED, ConfigError, exit_code_of
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 BASE = {
@@ -362,6 +364,28 @@ def test_a_key_of_a_deepspeed_file_is_given_once(recipe: Path, tmp_path: Path) -
     file.write_text('{"zero_optimization": {"overlap_comm": true, "overlap_comm": false}}')
     found = message(recipe, "backend.name=deepspeed", f"backend.deepspeed={file}")
     assert found.endswith("deepspeed.json: is not JSON: overlap_comm is given twice; keep one")
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "name"),
+    [(Path, "stat", "recipe.yaml"), (Path, "open", "recipe.yaml"), (os, "open", "deepspeed.json")],
+)
+def test_a_file_whose_store_fails_may_be_read_later(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, call: str, name: str
+) -> None:
+    usual = getattr(owner, call)
+    file = recipe.with_name("deepspeed.json")
+    file.write_text("{}")
+
+    def fail(path: str | Path, *given: Any, **options: Any) -> Any:
+        if Path(path).name == name:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return usual(path, *given, **options)
+
+    monkeypatch.setattr(owner, call, fail)
+    with pytest.raises(ConfigError, match="see that the storage works and try") as raised:
+        load_config(recipe, ["backend.name=deepspeed", f"backend.deepspeed={file}"])
+    assert exit_code_of(raised.value) == EXIT_STOPPED
 
 
 def test_saved_settings_are_read_without_the_deepspeed_file(recipe: Path, tmp_path: Path) -> None:
