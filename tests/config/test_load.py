@@ -91,6 +91,18 @@ def test_schedules_are_numbers_or_groups(recipe: Path) -> None:
     assert load_config(recipe, [switched]).collaboration.alpha_target == Schedule("constant", 0.4)
 
 
+@pytest.mark.parametrize("number", ["5e-1", "5E-1", "5.0e-1", ".5e0", "+0.5e+0"])
+def test_an_exponent_is_a_number_without_a_point_too(recipe: Path, number: str) -> None:
+    """YAML reads 5e8 as text, which DeepSpeed's documentation writes for the size of a bucket."""
+    overrides = [
+        *(f"collaboration.alpha_target={number}", f"optimizer.base_lr={number}"),
+        *("backend.name=deepspeed", f"backend.deepspeed={{a: {{b: [{number}, x1e2]}}}}"),
+    ]
+    config = load_config(recipe, overrides)
+    assert (config.collaboration.alpha_target, config.optimizer.base_lr) == (0.5, 0.5)
+    assert config.backend.deepspeed == {"a": {"b": [0.5, "x1e2"]}}
+
+
 def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
     config = load_config(recipe, ["views.crop_scale=[0.3, 0.9]"])
     save_config(config, tmp_path / "saved.yaml")
