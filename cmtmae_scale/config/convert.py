@@ -16,12 +16,7 @@ from cmtmae_scale.errors import ConfigError
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
 """Numbers as JSON and Python write them; YAML wants a point and a sign, as in 5.0e+8."""
 PLAIN = (str, bool, int, float, type(None))
-TYPES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text, in quotes where YAML reads a date",
-}
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 """Types of fields, for messages."""
 
 

@@ -14,7 +14,7 @@ MAX_YAML_VALUES = 100_000
 """Most values of a YAML text, with its aliases written out."""
 CONSTRUCTOR_ERRORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """Raised by PyYAML for values such as ``2024-13-01`` or ``!!bool x``."""
-NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float"))
+NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 TEXT = "tag:yaml.org,2002:str"
 """Tags that YAML gives to values without quotes, and that of text."""
 IsText = Callable[[str], bool]
@@ -102,7 +102,7 @@ def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def keep_texts(node: yaml.Node, is_text: IsText, key: str) -> None:
-    """Make text of the numbers and truth values of text keys, as they are written; in place.
+    """Make text of numbers, truth values and dates of text keys, as they are written; in place.
 
     An entry of a list has the key of the list.
     """

@@ -51,7 +51,9 @@ def test_an_integer_is_taken_for_a_float(recipe: Path) -> None:
     assert load_config(recipe, ["optimizer.grad_clip=3"]).optimizer.grad_clip == 3.0
 
 
-@pytest.mark.parametrize("text", ["1.10", "0700", "2024_01_15", "12:30", "no", "1e3", "12", "0x1F"])
+@pytest.mark.parametrize(
+    "text", ["1.10", "0700", "2024_01_15", "2024-01-15", "12:30", "no", "1e3", "12", "0x1F"]
+)
 def test_text_is_taken_as_it_is_written(recipe: Path, text: str) -> None:
     """YAML reads 1.10 as 1.1: a run named so would resume that of 1.1."""
     given = load_config(recipe, [f"run.output_dir={text}", f"teacher.weights={text}"])
@@ -271,7 +273,7 @@ WRONG = {
     "optimizer.betas=[a, 0.95]": "expected a number",
     "backend.deepspeed={a: 2024-01-01}": "backend.deepspeed",
     "optimizer.grad_clip=off": "expected a number, or null",
-    "run.name=2024-01-01": "expected text, in quotes where YAML reads a date",
+    "run.name=[2024-01-01]": "expected text",
     "views.hflip=2": "views.hflip=2 is neither true nor false",
     "teacher.quick_gelu=2": "teacher.quick_gelu=2 is neither true nor false",
     "optimizer.betas=[[0.9], 0.95]": "is not a list of 2 numbers",
