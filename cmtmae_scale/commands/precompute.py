@@ -103,7 +103,7 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--verify",
-        type=share,
+        type=parse_fraction,
         nargs="?",
         const=0.01,
         metavar="SHARE",
@@ -166,6 +166,13 @@ def parse_share(text: str) -> tuple[int, int]:
     if found is None or not int(found[1]) < int(found[2]):
         raise argparse.ArgumentTypeError(f"{text}: expected i/n with 0 <= i < n, such as 0/8")
     return int(found[1]), int(found[2])
+
+
+def parse_fraction(text: str) -> float:
+    """Parse the share of ``--verify``, which takes the setting after it for its share."""
+    if "=" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give --verify behind the settings")
+    return share(text)
 
 
 def find_share(

@@ -392,10 +392,11 @@ def check_backend(backend: Backend) -> Iterator[str]:
     """Keys of DeepSpeed, and combinations that ZeRO's stage 3 cannot run."""
     if backend.deepspeed is not None and backend.name != "deepspeed":
         yield f"backend.deepspeed belongs to backend.name=deepspeed; found {backend.name}"
-    try:
-        extra_keys(backend.deepspeed)
-    except ConfigError as error:
-        yield str(error)
+    if not isinstance(backend.deepspeed, str):  # a file is read at a launch alone
+        try:
+            extra_keys(backend.deepspeed)
+        except ConfigError as error:
+            yield str(error)
     if backend.reduce_every_micro_step and backend.name == "deepspeed":
         yield (
             "backend.reduce_every_micro_step=true belongs to backend.name=fsdp; DeepSpeed reduces "

@@ -1,6 +1,7 @@
 """Values of a recipe in the types of their keys."""
 
 import difflib
+import re
 from functools import cache
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -12,13 +13,10 @@ from cmtmae_scale.config.overrides import is_path_key
 from cmtmae_scale.config.schema import Schedule
 from cmtmae_scale.errors import ConfigError
 
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
+"""Numbers as JSON and Python write them; YAML wants a point and a sign, as in 5.0e+8."""
 PLAIN = (str, bool, int, float, type(None))
-TYPES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text, in quotes where YAML reads a date",
-}
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 """Types of fields, for messages."""
 
 
@@ -82,6 +80,8 @@ def convert_values(
     found: dict[str, Any] = {}
     for key, value in values.items():
         kind = key_fields(schema)[key].type
+        if kind is Any:
+            value = with_numbers(value)
         if is_of_type(value, kind) or entry_type(kind) is not None:
             found[key] = value
             continue
@@ -107,6 +107,16 @@ def convert_values(
         result = owner[name]
         found[key] = OmegaConf.to_container(result) if OmegaConf.is_config(result) else result
     return found
+
+
+def with_numbers(value: Any) -> Any:
+    """Return a value of a key of any type with numbers where YAML reads 5e8 or 1.0e6 as text."""
+    if isinstance(value, dict):
+        tree = cast(dict[str, Any], value)
+        return {name: with_numbers(item) for name, item in tree.items()}
+    if isinstance(value, list):
+        return [with_numbers(item) for item in cast(list[Any], value)]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def is_of_type(value: Any, kind: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from cmtmae_scale.config.schema import Trained
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, remedy_for
 from dataloading.files import open_regular
 
 MAX_BYTES = 2**20
@@ -126,7 +126,8 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
             texts = list(walk_texts(tree))
         except OSError as error:
             raise ConfigError(
-                f"backend.deepspeed={given}: cannot be read ({error.strerror})"
+                f"backend.deepspeed={given}: cannot be read ({error.strerror}); "
+                f"{remedy_for(error, 'correct the path')}"
             ) from error
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"backend.deepspeed={given}: is not JSON: {error}") from error

@@ -11,6 +11,7 @@ from typing import Literal
 
 from cmtmae_scale.config.batch import pairs_views, refuse_single_views
 from cmtmae_scale.config.check import check_backend, check_length, check_log, check_ranges
+from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.load import load_recipe
 from cmtmae_scale.config.ranges import bounded, fraction, non_negative, positive, step_range
 from cmtmae_scale.config.schema import MISSING, Backend, Checkpoint, Guard, Run, Train
@@ -139,7 +140,9 @@ class Finetune:
 
 def load_finetune(path: str | Path, overrides: Sequence[str] = ()) -> Finetune:
     """Read a recipe of fine-tuning, apply overrides and check the whole; see ``load_recipe``."""
-    return load_recipe(Finetune, find_finetune_problems, path, overrides)
+    config = load_recipe(Finetune, find_finetune_problems, path, overrides)
+    extra_keys(config.backend.deepspeed)
+    return config
 
 
 def find_finetune_problems(config: Finetune) -> Iterator[str]:

@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf, SCMode
 
 from cmtmae_scale.config.check import find_problems
 from cmtmae_scale.config.convert import PLAIN, convert_entries, convert_values, parse_schedule
+from cmtmae_scale.config.deepspeed import extra_keys
 from cmtmae_scale.config.keys import (
     check_keys,
     entry_type,
@@ -41,7 +42,9 @@ Check = Callable[[Recipe], Iterable[str]]
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe of pre-training, apply overrides and check the whole; see ``load_recipe``."""
-    return load_recipe(Config, find_problems, path, overrides)
+    config = load_recipe(Config, find_problems, path, overrides)
+    extra_keys(config.backend.deepspeed)
+    return config
 
 
 def load_recipe(

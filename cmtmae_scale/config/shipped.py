@@ -6,10 +6,11 @@ A wheel holds them inside the package, a clone at its top; the paths below are t
 import difflib
 import os
 import shlex
+import stat
 from contextlib import suppress
 from pathlib import Path
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, may_pass, remedy_for
 
 PACKAGE = Path(__file__).resolve().parents[1]
 RECIPES, STUDIES = "configs", "configs/studies"
@@ -38,11 +39,16 @@ def find_recipe(text: str | Path, folder: str = RECIPES) -> Path:
         folder: ``RECIPES`` or ``STUDIES``.
 
     Raises:
-        ConfigError: there is neither such a file nor such a name; the message lists the names.
+        ConfigError: there is neither such a file nor such a name; the message lists the names. Or
+            the store fails, which may pass.
     """
     given, what = Path(text), "study" if folder == STUDIES else "recipe"
-    if os.path.exists(given) and not os.path.isdir(given):
-        return given
+    try:
+        if not stat.S_ISDIR(given.stat().st_mode):
+            return given
+    except (OSError, ValueError) as error:  # nothing there, or a path that no file can have
+        if may_pass(error):
+            raise ConfigError(f"{text}: cannot be read; {remedy_for(error, '')}") from error
     names = shipped_names(folder)
     if str(text) in names:
         copied = Path(folder, f"{text}.yaml")

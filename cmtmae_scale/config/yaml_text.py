@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import yaml
 
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, remedy_for
 
 MAX_YAML_BYTES = 2**20
 """Largest YAML file that is read."""
@@ -14,7 +14,7 @@ MAX_YAML_VALUES = 100_000
 """Most values of a YAML text, with its aliases written out."""
 CONSTRUCTOR_ERRORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """Raised by PyYAML for values such as ``2024-13-01`` or ``!!bool x``."""
-NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float"))
+NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 TEXT = "tag:yaml.org,2002:str"
 """Tags that YAML gives to values without quotes, and that of text."""
 IsText = Callable[[str], bool]
@@ -31,7 +31,7 @@ def read_yaml(path: Path, is_text: IsText | None = None) -> dict[str, Any]:
             data = opened.read(MAX_YAML_BYTES + 1)
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give --config FILE"
+            f"{path}: cannot be read ({error.strerror}); {remedy_for(error, 'give --config FILE')}"
         ) from error
     if len(data) > MAX_YAML_BYTES:
         raise ConfigError(
@@ -102,7 +102,7 @@ def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def keep_texts(node: yaml.Node, is_text: IsText, key: str) -> None:
-    """Make text of the numbers and truth values of text keys, as they are written; in place.
+    """Make text of numbers, truth values and dates of text keys, as they are written; in place.
 
     An entry of a list has the key of the list.
     """

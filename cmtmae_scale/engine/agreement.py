@@ -21,7 +21,7 @@ import dataloading
 from cmtmae_scale.config.changes import flatten
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, may_pass
 from cmtmae_scale.runtime.collectives import (
     all_ranks_agree,
     broadcast_text,
@@ -232,7 +232,8 @@ def require_shared(run_dir: Path, rank: int) -> str:
 
     try:
         on_all_ranks(create if rank == 0 else lambda: None)
-        mine = {"host": socket.gethostname(), "blind": find_unshared(folders, name)}
+        unseen = on_all_ranks(lambda: find_unshared(folders, name))
+        mine = {"host": socket.gethostname(), "blind": unseen}
         everyone = [json.loads(text) for text in gather_texts(json.dumps(mine))]
     finally:
         if rank == 0:
@@ -254,19 +255,29 @@ def require_shared(run_dir: Path, rank: int) -> str:
 
 
 def find_unshared(folders: list[Path], name: str) -> str | None:
-    """Return the first folder in which a file does not appear within ``SHARED_WAIT_S``."""
+    """Return the first folder in which a file does not appear within ``SHARED_WAIT_S``.
+
+    Raises:
+        OSError: if the store fails on this machine for as long: whether it is shared is not known.
+    """
     limit = time.monotonic() + SHARED_WAIT_S
     for folder in folders:
-        while not is_listed_in(folder, name):
-            if time.monotonic() > limit:
+        while not is_listed_in(folder, name, is_last := time.monotonic() > limit):
+            if is_last:
                 return str(folder)
             time.sleep(0.2)
     return None
 
 
-def is_listed_in(folder: Path, name: str) -> bool:
-    """Return whether a folder lists a name; opening a folder renews what a client has cached."""
+def is_listed_in(folder: Path, name: str, is_last: bool) -> bool:
+    """Return whether a folder lists a name; opening a folder renews what a client has cached.
+
+    Raises:
+        OSError: if the store fails and the look is the last.
+    """
     try:
         return name in os.listdir(folder)
-    except OSError:
+    except OSError as error:
+        if is_last and may_pass(error):
+            raise
         return False

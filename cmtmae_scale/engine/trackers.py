@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.engine import tracker_process
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import ConfigError, may_pass
 from cmtmae_scale.runtime.storage import optional_write, write_atomic
 from dataloading.addresses import hide_secrets
 
@@ -259,10 +259,16 @@ def run_settings(config: Trained) -> dict[str, Any]:
 
 
 def find_id(file: Path) -> str:
-    """Return the id under which trackers know a run, from the run's folder."""
+    """Return the id under which trackers know a run, from the run's folder.
+
+    Raises:
+        OSError: if the store is full or fails: a new id would split the run in two.
+    """
     try:
         found = file.read_text().strip()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if may_pass(error):
+            raise
         found = ""
     if re.fullmatch(r"[0-9a-f]{8}", found):
         return found

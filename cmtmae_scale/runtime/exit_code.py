@@ -78,11 +78,11 @@ class ExitReport:
         self.write(str(code))
 
     def finds_dead_rank(self) -> bool:
-        """Return whether another rank of this supervised launch ended without a code."""
+        """Return whether another rank of this supervised launch crashed: without a code, or 1."""
         if self.file is None:
             return False
         reports = read_reports(self.file.parent).items()
-        return any(code is None and start_ticks(pid) is None for pid, code in reports)
+        return any(code in (None, EXIT_CRASH) and start_ticks(pid) is None for pid, code in reports)
 
 
 @contextmanager

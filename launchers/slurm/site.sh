@@ -11,4 +11,5 @@
 
 python=${PYTHON:-$(command -v .venv/bin/python || command -v python)}
 : "${python:?there is no .venv here and no python; activate an environment above, or export PYTHON}"
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # some versions of srun do not inherit it
+# Some versions of srun do not inherit it; a job with --cpus-per-gpu has none.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cmtmae_scale.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED
+from cmtmae_scale.runtime.exit_code import ExitReport
+
 ROOT = Path(__file__).parents[2]
 CODE = """
 import atexit, sys
@@ -37,3 +40,16 @@ def test_the_interpreter_destroys_no_group_of_a_rank_that_failed(
     )
     assert done.returncode == code and text in done.stderr
     assert ("the interpreter ended" in done.stdout) != is_open
+
+
+@pytest.mark.parametrize(
+    ("code", "crashed"), [("", True), (EXIT_CRASH, True), (EXIT_DONE, False), (EXIT_STOPPED, False)]
+)
+def test_a_rank_knows_of_another_that_crashed(
+    tmp_path: Path, code: int | str, crashed: bool
+) -> None:
+    """Ranks that do not meet leave with 1, and the launcher ends the others with SIGTERM."""
+    with subprocess.Popen(["true"]) as other:
+        other.wait()
+    (tmp_path / str(other.pid)).write_text(str(code))
+    assert ExitReport(str(tmp_path)).finds_dead_rank() == crashed

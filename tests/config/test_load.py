@@ -1,7 +1,9 @@
+import errno
 import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +17,7 @@ from cmtmae_scale.config.load import (
     save_config,
 )
 from cmtmae_scale.config.schema import Config, Schedule
-from cmtmae_scale.errors import ConfigError
+from cmtmae_scale.errors import EXIT_STOPPED, ConfigError, exit_code_of
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 BASE = {
@@ -49,7 +51,9 @@ def test_an_integer_is_taken_for_a_float(recipe: Path) -> None:
     assert load_config(recipe, ["optimizer.grad_clip=3"]).optimizer.grad_clip == 3.0
 
 
-@pytest.mark.parametrize("text", ["1.10", "0700", "2024_01_15", "12:30", "no", "1e3", "12", "0x1F"])
+@pytest.mark.parametrize(
+    "text", ["1.10", "0700", "2024_01_15", "2024-01-15", "12:30", "no", "1e3", "12", "0x1F"]
+)
 def test_text_is_taken_as_it_is_written(recipe: Path, text: str) -> None:
     """YAML reads 1.10 as 1.1: a run named so would resume that of 1.1."""
     given = load_config(recipe, [f"run.output_dir={text}", f"teacher.weights={text}"])
@@ -87,6 +91,18 @@ def test_schedules_are_numbers_or_groups(recipe: Path) -> None:
     assert config.collaboration.alpha_target == Schedule("linear", 1.0, 0.25, None, 0.0, 0.25)
     switched = "collaboration.alpha_target={kind: constant, start: 0.4}"
     assert load_config(recipe, [switched]).collaboration.alpha_target == Schedule("constant", 0.4)
+
+
+@pytest.mark.parametrize("number", ["5e-1", "5E-1", "5.0e-1", ".5e0", "+0.5e+0"])
+def test_an_exponent_is_a_number_without_a_point_too(recipe: Path, number: str) -> None:
+    """YAML reads 5e8 as text, which DeepSpeed's documentation writes for the size of a bucket."""
+    overrides = [
+        *(f"collaboration.alpha_target={number}", f"optimizer.base_lr={number}"),
+        *("backend.name=deepspeed", f"backend.deepspeed={{a: {{b: [{number}, x1e2]}}}}"),
+    ]
+    config = load_config(recipe, overrides)
+    assert (config.collaboration.alpha_target, config.optimizer.base_lr) == (0.5, 0.5)
+    assert config.backend.deepspeed == {"a": {"b": [0.5, "x1e2"]}}
 
 
 def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
@@ -257,7 +273,7 @@ WRONG = {
     "optimizer.betas=[a, 0.95]": "expected a number",
     "backend.deepspeed={a: 2024-01-01}": "backend.deepspeed",
     "optimizer.grad_clip=off": "expected a number, or null",
-    "run.name=2024-01-01": "expected text, in quotes where YAML reads a date",
+    "run.name=[2024-01-01]": "expected text",
     "views.hflip=2": "views.hflip=2 is neither true nor false",
     "teacher.quick_gelu=2": "teacher.quick_gelu=2 is neither true nor false",
     "optimizer.betas=[[0.9], 0.95]": "is not a list of 2 numbers",
@@ -362,6 +378,39 @@ def test_a_key_of_a_deepspeed_file_is_given_once(recipe: Path, tmp_path: Path) -
     file.write_text('{"zero_optimization": {"overlap_comm": true, "overlap_comm": false}}')
     found = message(recipe, "backend.name=deepspeed", f"backend.deepspeed={file}")
     assert found.endswith("deepspeed.json: is not JSON: overlap_comm is given twice; keep one")
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "name"),
+    [(Path, "stat", "recipe.yaml"), (Path, "open", "recipe.yaml"), (os, "open", "deepspeed.json")],
+)
+def test_a_file_whose_store_fails_may_be_read_later(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, call: str, name: str
+) -> None:
+    usual = getattr(owner, call)
+    file = recipe.with_name("deepspeed.json")
+    file.write_text("{}")
+
+    def fail(path: str | Path, *given: Any, **options: Any) -> Any:
+        if Path(path).name == name:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return usual(path, *given, **options)
+
+    monkeypatch.setattr(owner, call, fail)
+    with pytest.raises(ConfigError, match="see that the storage works and try") as raised:
+        load_config(recipe, ["backend.name=deepspeed", f"backend.deepspeed={file}"])
+    assert exit_code_of(raised.value) == EXIT_STOPPED
+
+
+def test_saved_settings_are_read_without_the_deepspeed_file(recipe: Path, tmp_path: Path) -> None:
+    """They are evaluated, exported and reported where that file may be absent, or another's."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"zero_optimization": {"overlap_comm": true}}')
+    overrides = ["backend.name=deepspeed", f"backend.deepspeed={file}"]
+    saved = config_to_dict(load_config(recipe, overrides))
+    file.unlink()
+    assert config_from_dict(saved, "state.json").backend.deepspeed == str(file)
+    assert "cannot be read" in message(recipe, *overrides)
 
 
 def test_a_dollar_in_a_comment_or_alone_is_no_interpolation(recipe: Path) -> None:

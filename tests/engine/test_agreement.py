@@ -1,7 +1,9 @@
 """All ranks train the same thing: what differs is named before anything is built."""
 
+import errno
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from cmtmae_scale.engine.agreement import (
     find_differences,
     find_unshared,
     name_ranks,
+    require_shared,
     source_digest,
 )
-from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED
+from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_STOPPED, ConfigError, StorageError
 from cmtmae_scale.runtime.shared_index import identify_place
 from dataloading.exchange import index_from_bytes, index_to_bytes
 from dataloading.index import build_index
@@ -138,6 +141,18 @@ def test_checkpoints_that_link_to_other_storage_are_found(
     assert find_unshared(folders, "token") == str(tmp_path / "checkpoints")
     (tmp_path / "own" / "token").touch()
     assert find_unshared(folders, "token") is None
+
+
+def test_a_store_that_fails_is_not_called_unshared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that has lost its mount may see the folder at the next launch."""
+    monkeypatch.setattr(agreement, "SHARED_WAIT_S", 0.0)
+    for number, error in ((errno.ESTALE, StorageError), (errno.EACCES, ConfigError)):
+        fails = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(os, "listdir", fails)
+            require_shared(tmp_path, 0)
 
 
 @pytest.mark.gloo

@@ -1,5 +1,6 @@
 """Trackers: a failing one costs its own entries only; the real ones keep what a run hands them."""
 
+import errno
 import json
 import logging
 import sys
@@ -8,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -163,6 +165,19 @@ def test_the_id_of_a_run_stays_in_its_folder(tmp_path: Path) -> None:
     assert find_id(file) == first and len(first) == 8
     file.write_bytes(b"\xff../../x")
     assert find_id(file) != first
+
+
+def test_a_store_that_fails_gives_a_run_no_other_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tracker_id"
+    first = find_id(file)
+    with monkeypatch.context() as patch:
+        fails = mock.Mock(side_effect=OSError(errno.ESTALE, "Stale file handle"))
+        patch.setattr(Path, "read_text", fails)
+        with pytest.raises(OSError, match="Stale"):
+            find_id(file)
+    assert find_id(file) == first
 
 
 def test_secrets_stay_here() -> None:
