@@ -78,14 +78,15 @@ def load_or_build(
 
 
 def find_kept(
-    request: Request, folder: Path, verify: Verify, look_again: bool = True
+    request: Request, folder: Path, verify: Verify, look_again: bool = True, published: bool = True
 ) -> tuple[Index, Listing | None] | tuple[None, Listing]:
     """Return the index that may be used as it is, and the listing it was compared with.
 
     That is the index that ``folder`` keeps, or else the one that is published beside the tars,
-    unless the tars have changed since the former. With ``verify="never"`` an index of this very
-    folder is compared with none. Without ``look_again`` images that could not be read stay excluded
-    though they can be read by now.
+    unless the tars have changed since the former; it is copied to ``folder``, and not looked for
+    without ``published``. With ``verify="never"`` an index of this very folder is compared
+    with none. Without ``look_again`` images that could not be read stay excluded though they can be
+    read by now.
 
     Raises:
         DataError, ReadError, ValueError: as ``load_or_build``.
@@ -113,7 +114,7 @@ def find_kept(
             return _use(request, kept, listing, folder), listing
     if problem is not None:
         logger.warning("%s: the index is built again: %s", folder, problem)
-    if listing.shards and not have_changed:
+    if published and listing.shards and not have_changed:
         with _written(folder):
             kept = take_published(listing.shards, own, folder)
         if kept is not None:

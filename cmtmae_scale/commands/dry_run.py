@@ -23,7 +23,7 @@ from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.find import describe_loss
 from cmtmae_scale.config.batch import batch_plan, explain_batch, find_length_problem, total_steps
 from cmtmae_scale.config.derive import peak_lr
-from cmtmae_scale.config.images import open_images
+from cmtmae_scale.config.images import look_at_images
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import (
@@ -246,8 +246,8 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
         return None, expected, "data.expected_images; not counted"
     run_dir = Path(config.run.output_dir)
     folder = Path(data.index) if data.index else run_dir / "index"
-    kept, look_again = folder if folder.is_dir() else None, not has_begun(config, run_dir)
-    index = attempt(reasons, lambda: open_images(data, kept, look_again))
+    look_again = not has_begun(config, run_dir)
+    index = attempt(reasons, lambda: look_at_images(data, folder, look_again))
     if index is None:
         return None, expected, reasons[-1] if expected is None else "data.expected_images"
     attempt(reasons, lambda: refuse_bad_index(config, index))

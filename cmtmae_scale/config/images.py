@@ -1,12 +1,13 @@
 """The index of a run's images, as the run's settings ask for it."""
 
+import os
 from pathlib import Path
 
 from cmtmae_scale.config.schema import Data
 from cmtmae_scale.errors import ConfigError
 from dataloading.data_set import Request
-from dataloading.index import Index, build_index
-from dataloading.kept_index import load_or_build
+from dataloading.index import Index, build_index, build_listed
+from dataloading.kept_index import find_kept, load_or_build
 from dataloading.stores import as_root
 
 
@@ -15,21 +16,35 @@ def request_images(data: Data) -> Request:
     return Request(as_root(data.path), data.source, data.max_pixels, data.exif_orientation)
 
 
-def open_images(data: Data, folder: Path | None, look_again: bool) -> Index:
+def open_images(data: Data, folder: Path, look_again: bool) -> Index:
     """Open the index of ``data.path`` that a folder keeps, or build it there, in one process.
 
     Args:
         data: the settings.
-        folder: as for ``load_or_build``; ``None``: the index is built in memory.
+        folder: as for ``load_or_build``.
         look_again: as for ``load_or_build``; not where a run or a cache began with the index.
 
     Raises:
         DataError, ReadError: as ``load_or_build``.
     """
     settings = data.source, data.max_pixels, data.exif_orientation
-    if folder is None:
-        return build_index(data.path, *settings)
     return load_or_build(data.path, folder, *settings, data.verify_index, look_again)
+
+
+def look_at_images(data: Data, folder: Path | None, look_again: bool) -> Index:
+    """Open the index of ``data.path`` that a folder keeps, or build it in memory.
+
+    The arguments are those of ``open_images``. Nothing is written: the folder may be that of a
+    run in progress, on a machine where the images have other times.
+
+    Raises:
+        DataError, ReadError: as ``load_or_build``.
+    """
+    if folder is None or not os.path.isdir(folder):
+        return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
+    request = request_images(data)
+    kept, listing = find_kept(request, folder, data.verify_index, look_again, published=False)
+    return build_listed(listing) if kept is None else kept
 
 
 def require_expected_images(data: Data, index: Index) -> None:

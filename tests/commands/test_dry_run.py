@@ -3,6 +3,8 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import timm
@@ -12,10 +14,13 @@ from cmtmae_scale.commands import dry_run
 from cmtmae_scale.commands.pretrain import launch_pretraining, parse_options
 from cmtmae_scale.config.load import config_to_dict, load_config
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_DONE
+from cmtmae_scale.export.origin import Origin
+from cmtmae_scale.export.views import open_run_index
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.lock import hold_run
 from cmtmae_scale.tools.estimate import build_meta_networks
 from dataloading.index import build_index
+from dataloading.kept_index import load_or_build
 from tests.checkpoint.save_case import STATE, save
 from tests.engine.run_case import make_photographs, write_recipe
 
@@ -125,6 +130,21 @@ def test_a_number_of_images_stands_for_absent_images_only(
     (place / "a").mkdir()
     (place / "a" / "t-0.tar").touch()
     assert dry(recipe, capsys, *absent)[0] == EXIT_CONFIG
+
+
+def test_the_index_of_a_run_is_only_looked_at(recipe: Path, place: Path, capsys) -> None:
+    """The ranks of a run in progress have it mapped; on this machine the files have other times."""
+    photographs, kept = make_photographs(place / "photographs", 9), place / "kept"
+    digest = load_or_build(photographs, kept).digest
+    os.utime(next(photographs.rglob("*.jpg")), (1, 1))
+    before = {file: (file.stat().st_ino, file.read_bytes()) for file in kept.iterdir()}
+    settings = [f"data.path={photographs}", f"data.index={kept}"]
+    assert dry(recipe, capsys, *settings) == (EXIT_DONE, [])
+    config = load_config(recipe, settings)
+    assert (
+        open_run_index(cast(Origin, SimpleNamespace(config=config, run_dir=None))).digest == digest
+    )
+    assert before == {file: (file.stat().st_ino, file.read_bytes()) for file in kept.iterdir()}
 
 
 def test_the_ranks_of_a_launcher_count(
