@@ -153,7 +153,7 @@ def read_views(
         ValueError: for views of another shape or dtype.
     """
     if not isinstance(images, str | Path):
-        given = torch.as_tensor(images)
+        given = torch.as_tensor(images).cpu()
         is_square = given.ndim == 4 and given.shape[1] == given.shape[2] and given.shape[3] == 3
         if not is_square or given.dtype != torch.uint8 or not len(given):
             raise ValueError(

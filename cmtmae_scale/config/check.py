@@ -172,7 +172,8 @@ def check_masks(config: Config) -> Iterator[str]:
             f"mask.hint_fraction={mask.hint_fraction} and mask.prob={mask.prob} follow attention, "
             "mask.sampler=random does not; use 0 and 1, or another sampler"
         )
-    if mask.hint_fraction > min(mask.hint_pool, 1 - mask.ratio - mask.throw_ratio):
+    visible = 1 - mask.ratio - mask.throw_ratio + 1e-9  # 1 - 0.9 is less than 0.1 in floats
+    if mask.hint_fraction > min(mask.hint_pool, visible):
         yield (
             f"mask.hint_fraction={mask.hint_fraction} must not exceed "
             f"mask.hint_pool={mask.hint_pool}, nor the share of patches that stays visible"

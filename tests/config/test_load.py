@@ -184,6 +184,13 @@ def test_several_masks_a_view_need_a_sampler_with_noise(recipe: Path, sampler: s
     assert "the same mask every time" in text
 
 
+def test_hints_may_be_all_that_stays_visible(recipe: Path) -> None:
+    settings = ["mask.ratio=0.9", "mask.hint_pool=0.5"]
+    assert load_config(recipe, [*settings, "mask.hint_fraction=0.1"]).mask.hint_fraction == 0.1
+    text = message(recipe, *settings, "mask.hint_fraction=0.11")
+    assert "nor the share of patches that stays visible" in text
+
+
 def test_resident_images_are_not_dalis(recipe: Path) -> None:
     text = message(recipe, "data.resident=true", "data.decode=dali")
     assert "data.resident=true decodes each image once" in text and "set auto or torch" in text
