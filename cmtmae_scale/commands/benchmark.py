@@ -143,7 +143,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     startup.set_defaults(run=measure_startup)
     for one in (step, model, decode, store, smoke):
         one.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    is_compared = getattr(options, "against", None) is not None
+    if is_compared and (options.sweep or options.data == "real" or options.accumulation > 1):
+        step.error(
+            "--against times one micro-step on synthetic images; leave --sweep, --data and "
+            "--accumulation out"
+        )
+    return options
 
 
 def measure_training(options: argparse.Namespace, world: World) -> None:

@@ -106,7 +106,10 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
         help="run nothing; write the results so far there, with those of the file, and the figures "
         "beside it",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.collect is not None and options.collect.suffix != ".json":
+        parser.error(f"--collect {options.collect}: give a name that ends in .json")
+    return options
 
 
 def parse_preflight(arguments: Sequence[str]) -> argparse.Namespace:

@@ -168,7 +168,7 @@ def resolve_teacher_layers(layers: list[int], depth: int, key: str) -> tuple[int
     """Return block numbers counted from 0.
 
     Raises:
-        TeacherError: for a block that the tower lacks.
+        TeacherError: for a block that the tower lacks, or that is named twice.
     """
     for layer in layers:
         if not -depth <= layer < depth:
@@ -176,7 +176,10 @@ def resolve_teacher_layers(layers: list[int], depth: int, key: str) -> tuple[int
                 f"{key}={list(layers)}: the teacher has {depth} blocks, "
                 f"{-depth} to {depth - 1}; found {layer}"
             )
-    return tuple(layer % depth for layer in layers)
+    counted = tuple(layer % depth for layer in layers)
+    if len(set(counted)) != len(counted):
+        raise TeacherError(f"{key}={list(layers)} names a block twice; name each block once")
+    return counted
 
 
 class TowerOutput(NamedTuple):

@@ -252,6 +252,8 @@ def test_depth_keeps_the_first_blocks(tiny: str, clip: open_clip.CLIP, tmp_path:
     assert "attention.layers=[2]: the teacher has 2 blocks" in refusal(config)
     config.attention.layers, config.target.teacher.layers = [-1], [-3]
     assert "target.teacher.layers=[-3]" in refusal(config)
+    config.target.teacher.layers = [-1, 1]
+    assert "target.teacher.layers=[-1, 1] names a block twice" in refusal(config)
 
 
 def test_quick_gelu_is_settled_or_refused(tiny: str, tmp_path: Path) -> None:

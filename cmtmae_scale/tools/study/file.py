@@ -181,6 +181,8 @@ def check_study(study: Study, place: str) -> None:
         for name in pair:
             if name not in study.rows:
                 raise ConfigError(f"{place}: comparisons: {name} is not a row")
+        if study.comparisons.count(pair) > 1:
+            raise ConfigError(f"{place}: comparisons: {pair} is named twice; name it once")
 
 
 def check_texts(group: Any, names: Sequence[str], place: str) -> None:

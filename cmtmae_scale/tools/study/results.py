@@ -171,8 +171,8 @@ def collect_results(study: Study, runs: Sequence[Run]) -> Results:
         for better, other in study.comparisons
         if (test := compare_rows(by_name[better], by_name[other], measure)) is not None
     }
-    corrected = holm_correction({"/".join(key): test.p for key, test in tests.items()})
-    comparisons = [Comparison(*key, test, corrected["/".join(key)]) for key, test in tests.items()]
+    corrected = holm_correction({key: test.p for key, test in tests.items()})
+    comparisons = [Comparison(*key, test, corrected[key]) for key, test in tests.items()]
     named = {reference.weights: reference for one in found[::-1] for reference in one.references}
     references = sorted(named.values(), key=lambda one: -one.primary.value)
     return Results(rows, references, comparisons)

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Name = TypeVar("Name")
 
 
 class PairedTest(NamedTuple):
@@ -120,12 +122,12 @@ def t_quantile(probability: float, free: int) -> float:
     return (low + high) / 2
 
 
-def holm_correction(p: Mapping[str, float]) -> dict[str, float]:
+def holm_correction(p: Mapping[Name, float]) -> dict[Name, float]:
     """Correct p-values for their number.
 
     Source: S. Holm, Scandinavian Journal of Statistics 6 (1979).
     """
-    corrected: dict[str, float] = {}
+    corrected: dict[Name, float] = {}
     worst = 0.0
     for rank, name in enumerate(sorted(p, key=lambda key: p[key])):
         worst = max(worst, min(1.0, (len(p) - rank) * p[name]))

@@ -153,6 +153,15 @@ def test_wrong_requests_exit_with_code_78(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "more", [["--sweep", "mask.ratio=0.5"], ["--data", "real"], ["--accumulation", "2"]]
+)
+def test_options_that_a_comparison_would_pass_over_are_refused(more: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["train", "--config", "a.yaml", "--against", "hf_mae", *more])
+    assert stop.value.code == EXIT_CONFIG
+
+
 def test_arguments_have_the_defaults_of_the_protocol() -> None:
     options = parse_options(["train", "--config", "a.yaml"])
     assert (options.windows, options.steps, options.warm_up) == (5, None, None)

@@ -317,6 +317,7 @@ def test_a_dry_run_lists_the_commands_of_the_rows_asked_for(
         (["--rows", "coffee"], "--rows coffee: the study's rows are mae, cmt, half"),
         (["--minutes", "0"], "0 must be above 0"),
         (["--jobs", "0"], "0 must be at least 1"),
+        (["--collect", "results-0.2"], "results-0.2: give a name that ends in .json"),
     ],
 )
 def test_mistakes_exit_with_code_78(

@@ -53,6 +53,7 @@ MISTAKES = [
     ("recipe", 3, "recipe=3 is not text"),
     ("comparisons", [["cmt", "may"]], "comparisons: may is not a row"),
     ("comparisons", [["cmt"]], "comparisons: ['cmt'] must be two rows, [better, other]"),
+    ("comparisons", [["cmt", "mae"]] * 2, "comparisons: ['cmt', 'mae'] is named twice"),
     ("comparisons", None, "comparisons=None must be a list of [better, other]"),
     ("comparisons", 3, "comparisons=3 must be a list of [better, other]"),
 ]
