@@ -153,10 +153,8 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
             parser.error(f"--{name.replace('_', '-')} needs --plan")
     if options.ahead is not None and options.follow is None:
         parser.error("--ahead needs --follow")
-    builds = options.verify is None and not options.plan
-    for name in ("shard", "rows_per_shard"):
-        if getattr(options, name) is not None and not builds:
-            parser.error(f"--{name.replace('_', '-')} is not for --verify and --plan")
+    if options.shard is not None and (options.verify is not None or options.plan):
+        parser.error("--shard is not for --verify and --plan, which are of the whole cache")
     if (options.gpu_hour is None) != (options.tb_month is None):
         parser.error("--gpu-hour and --tb-month go together")
     return options

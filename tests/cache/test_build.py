@@ -506,8 +506,6 @@ def test_what_is_no_folder_of_shards_and_no_shard_is_named(whole: Path, tmp_path
         ["--verify", "--repair"],
         ["--verify", "--shard", "0/8"],
         ["--plan", "--shard", "0/8"],
-        ["--verify", "--rows-per-shard", "8"],
-        ["--plan", "--rows-per-shard", "8"],
         ["--ahead", "4"],
     ],
 )
