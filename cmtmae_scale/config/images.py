@@ -43,8 +43,8 @@ def look_at_images(data: Data, folder: Path | None, look_again: bool) -> Index:
     if folder is None or not os.path.isdir(folder):
         return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
     request = request_images(data)
-    kept, listing = find_kept(request, folder, data.verify_index, look_again, published=False)
-    return build_listed(listing) if kept is None else kept
+    found = find_kept(request, folder, data.verify_index, look_again, published=False)
+    return found[0] if found[0] is not None else build_listed(found[1])
 
 
 def require_expected_images(data: Data, index: Index) -> None:

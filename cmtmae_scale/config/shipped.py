@@ -47,7 +47,7 @@ def find_recipe(text: str | Path, folder: str = RECIPES) -> Path:
         if not stat.S_ISDIR(given.stat().st_mode):
             return given
     except (OSError, ValueError) as error:  # nothing there, or a path that no file can have
-        if may_pass(error):
+        if isinstance(error, OSError) and may_pass(error):
             raise ConfigError(f"{text}: cannot be read; {remedy_for(error, '')}") from error
     names = shipped_names(folder)
     if str(text) in names:

@@ -7,6 +7,7 @@ per-row recipe, which reaches neither ``nn.MultiheadAttention`` nor weights that
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -111,7 +112,8 @@ def use_float8(block: nn.Module, key: str) -> None:
     Raises:
         ConfigError: for a layer that no GPU multiplies in float8.
     """
-    for name, module in block.named_modules():
+    named = cast(Iterable[tuple[str, nn.Module]], block.named_modules())
+    for name, module in named:
         if type(module) is nn.Linear:
             refuse_other_sizes(f"{name}.weight", module.weight, key)
             module.__class__ = Float8Linear
