@@ -31,7 +31,7 @@ def open_images(data: Data, folder: Path, look_again: bool) -> Index:
     return load_or_build(data.path, folder, *settings, data.verify_index, look_again)
 
 
-def look_at_images(data: Data, folder: Path | None, look_again: bool) -> Index:
+def open_images_read_only(data: Data, folder: Path | None, look_again: bool) -> Index:
     """Open the index of ``data.path`` that a folder keeps, or build it in memory.
 
     The arguments are those of ``open_images``. Nothing is written: the folder may be that of a
