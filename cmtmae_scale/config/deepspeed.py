@@ -32,7 +32,7 @@ OWNED = {
     "checkpoint": "the group checkpoint",
     "zero_optimization.stage": "backend.zero_stage",
 }
-"""Keys that follow from the recipe -> what to set instead."""
+"""Keys that follow from the recipe -> the keys to set instead."""
 
 REFUSED = {
     "zero_optimization.round_robin_gradients": "it partitions weights differently from checkpoints",
@@ -52,7 +52,7 @@ REFUSED = {
     "progressive_layer_drop": "it changes the student",
     "sparse_gradients": "all gradients are dense",
 }
-"""Keys that would break a promise of this project -> why."""
+"""Keys that would break a guarantee of this project -> the reason."""
 
 
 def deepspeed_config(
@@ -155,7 +155,7 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
 
 
 def require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a group of JSON, and refuse a key that is given twice, as DeepSpeed does.
+    """Return a JSON object, and refuse a key that is given twice, as DeepSpeed does.
 
     Raises:
         ValueError: names the key.
@@ -169,7 +169,7 @@ def require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def walk_texts(tree: Any) -> Iterator[str]:
-    """Yield every text of a JSON tree, keys too."""
+    """Yield every text of a JSON tree, including keys."""
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, dict):
@@ -196,7 +196,7 @@ def parent_keys(key: str) -> Iterator[str]:
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lay one tree over another; groups are merged."""
+    """Merge two trees; values of ``above`` take precedence, and groups are merged."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
