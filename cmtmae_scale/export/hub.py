@@ -28,8 +28,7 @@ def require_hub(target: Target) -> None:
     """Refuse what can never be uploaded, before anything is exported.
 
     Raises:
-        ConfigError: if the repository's name is not one, the hub is switched off, or no token is
-            there.
+        ConfigError: if the repository's name is invalid, the hub is disabled, or there is no token.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -55,9 +54,9 @@ def require_hub(target: Target) -> None:
 
 
 def upload(folder: Path, target: Target) -> str:
-    """Create the repository where it is missing, and upload a folder's files in one commit.
+    """Create the repository if it is missing, and upload a folder's files in one commit.
 
-    Files that the hub has already are not sent again.
+    Files that are already on the hub are not sent again.
 
     Returns:
         Address, visibility and commit.
@@ -99,7 +98,7 @@ def upload_command(folder: Path, target: Target) -> str:
 
 
 def explain(error: BaseException, target: Target) -> CmtMaeError:
-    """Return what to raise for an error of huggingface_hub: what happened, and what to do."""
+    """Return the error to raise for an error of huggingface_hub, with cause and remedy."""
     status, said = find_response(error)
     repo = target.repo
     if status == 401:
@@ -116,7 +115,7 @@ def explain(error: BaseException, target: Target) -> CmtMaeError:
     if status is None and isinstance(error, ValueError):
         return ConfigError(f"the hub's answer cannot be used ({said}); check HF_ENDPOINT")
     if status is None:
-        return UploadError(f"the hub cannot be reached ({said}); see to the network and {AGAIN}")
+        return UploadError(f"the hub cannot be reached ({said}); check the network and {AGAIN}")
     if status >= 500 or status in MAY_PASS:
         return UploadError(f"the hub failed ({status}: {said}); {AGAIN} in some minutes")
     return ConfigError(f"the hub refuses the upload to {repo} ({status}: {said}); correct that")
