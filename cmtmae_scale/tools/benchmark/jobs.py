@@ -1,4 +1,4 @@
-"""The jobs of the suite, in order of worth: one per row of "On a GPU" in docs/performance.md."""
+"""The jobs of the suite, by priority: one per row of "On a GPU" in docs/performance.md."""
 
 from typing import NamedTuple
 
