@@ -80,7 +80,7 @@ def prepare_photos(folder: Path, strip: Strip = TRAINING) -> int:
         nothing is downloaded.
 
     Raises:
-        ConfigError: if the folder is not the demo's, or somebody has added images.
+        ConfigError: if the folder is not the demo's, or has other images than the demo's.
         DataError: without scikit-image and scikit-learn (extra ``demo``).
     """
     record, images = read_record(folder) or {}, count_jpegs(folder)
