@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_features(arguments: Sequence[str] | None = None) -> int:
-    """Write features and print what was written; returns the exit code."""
+    """Write features and print a summary; returns the exit code."""
     options = parse_options(arguments)
     set_up_logging(0, 1)
     try:

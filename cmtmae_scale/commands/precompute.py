@@ -142,7 +142,7 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
     pricing.add_argument(
         "--tb-month", type=above_zero, metavar="PRICE", help="price of 10^12 bytes for a month"
     )
-    # The deepspeed launcher adds it; ranks come from the environment.
+    # The deepspeed launcher adds it; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     options = parser.parse_intermixed_args(arguments)
@@ -205,7 +205,7 @@ def find_share(
 
 @contextmanager
 def interrupt_at_sigterm() -> Iterator[None]:
-    """Raise ``KeyboardInterrupt`` at SIGTERM too."""
+    """Raise ``KeyboardInterrupt`` also at SIGTERM."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -308,7 +308,7 @@ def verify_cache(builder: "Builder", folder: Path, fraction: float) -> int:
 def print_cost_plan(
     config: Config, options: argparse.Namespace, world: World, index_folder: Path
 ) -> None:
-    """Print what caches cost and save."""
+    """Print the costs and savings of caches."""
     from cmtmae_scale.cache.build import open_or_build_index
     from cmtmae_scale.runtime.collectives import pick_device
     from cmtmae_scale.tools.cache_plan import Prices, cost_plan

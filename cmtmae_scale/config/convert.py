@@ -88,7 +88,7 @@ def convert_values(
         group, _, name = key.rpartition(".")
         owner = OmegaConf.select(types, group)
         if kind is Any:
-            owner[name] = None  # else a mapping would be merged into the one before
+            owner[name] = None  # else a mapping would be merged into the previous mapping
         try:
             owner.merge_with({name: value})
         except OmegaConfBaseException as error:

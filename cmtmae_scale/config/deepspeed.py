@@ -58,7 +58,7 @@ REFUSED = {
 def deepspeed_config(
     config: Trained, accumulation: int, micro_batch_size: int | None = None
 ) -> dict[str, Any]:
-    """Merge ``backend.deepspeed`` with what the recipe decides.
+    """Merge ``backend.deepspeed`` with the keys that the recipe determines.
 
     Args:
         config: checked settings.
@@ -70,7 +70,7 @@ def deepspeed_config(
         weights, accumulation and reduction.
 
     Raises:
-        ConfigError: for a key that the recipe decides, or a file that cannot be read.
+        ConfigError: for a key that the recipe determines, or a file that cannot be read.
     """
     low = config.backend.precision == "bf16"
     own: dict[str, Any] = {
@@ -94,7 +94,7 @@ def extra_keys(given: Any) -> dict[str, Any]:
     """Read ``backend.deepspeed``, a mapping or the path of a JSON file, and check it.
 
     Raises:
-        ConfigError: names the key and what to set instead, or the file and what is wrong with it.
+        ConfigError: names the key and what to set instead, or the file and its problem.
     """
     tree = read_extra_keys(given)
     for key in dotted_keys(tree):

@@ -99,26 +99,26 @@ def upload_command(folder: Path, target: Target) -> str:
 
 def explain(error: BaseException, target: Target) -> CmtMaeError:
     """Return the error to raise for an error of huggingface_hub, with cause and remedy."""
-    status, said = find_response(error)
+    status, detail = find_response(error)
     repo = target.repo
     if status == 401:
-        return ConfigError(f"the hub does not accept the token (401: {said}); {LOG_IN}")
+        return ConfigError(f"the hub does not accept the token (401: {detail}); {LOG_IN}")
     if status in (402, 403) or isinstance(error, PermissionError):
         return ConfigError(
-            f"the token may not write to {repo} ({status or 'refused'}: {said}); give it write "
+            f"the token may not write to {repo} ({status or 'refused'}: {detail}); give it write "
             "access, or name a repository of your own (`hf auth whoami`)"
         )
     if status == 404:
         return ConfigError(
-            f"the hub does not know {repo} ({status}: {said}); check OWNER, NAME and HF_ENDPOINT"
+            f"the hub does not know {repo} ({status}: {detail}); check OWNER, NAME and HF_ENDPOINT"
         )
     if status is None and isinstance(error, ValueError):
-        return ConfigError(f"the hub's answer cannot be used ({said}); check HF_ENDPOINT")
+        return ConfigError(f"the hub's answer cannot be used ({detail}); check HF_ENDPOINT")
     if status is None:
-        return UploadError(f"the hub cannot be reached ({said}); check the network and {AGAIN}")
+        return UploadError(f"the hub cannot be reached ({detail}); check the network and {AGAIN}")
     if status >= 500 or status in MAY_PASS:
-        return UploadError(f"the hub failed ({status}: {said}); {AGAIN} in some minutes")
-    return ConfigError(f"the hub refuses the upload to {repo} ({status}: {said}); correct that")
+        return UploadError(f"the hub failed ({status}: {detail}); {AGAIN} in some minutes")
+    return ConfigError(f"the hub refuses the upload to {repo} ({status}: {detail}); correct that")
 
 
 def find_response(error: BaseException) -> tuple[int | None, str]:

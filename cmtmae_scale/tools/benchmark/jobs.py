@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 TARS = "TARS"
-"""Stands for the images in a command."""
+"""Placeholder for the images in a command."""
 
 TINY = (
     *("views.image_size=64", "student.arch=test_vit", "data.workers=1"),

@@ -26,7 +26,7 @@ class Ended(NamedTuple):
 
 
 def run_limited(command: Sequence[str], log: Path, limit_s: float) -> Ended:
-    """Run a command with its output in ``log``; ``python`` stands for this interpreter."""
+    """Run a command with its output in ``log``; ``python`` means this interpreter."""
     words = [sys.executable if word == "python" else word for word in command]
     began = time.monotonic()
     with log.open("w") as output:

@@ -24,7 +24,7 @@ LIMIT_S = 300.0
 CORES_PER_CHAIN = 3
 OK, FAILED = "ok", "failed"
 RUN = "RUN"
-"""Stands for a folder of the chain in a command."""
+"""Placeholder for a folder of the chain in a command."""
 
 
 class Check(NamedTuple):

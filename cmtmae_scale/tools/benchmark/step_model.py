@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):
             del self.operations[before:]
 
     def enter(self, part: str) -> None:
-        """Count what follows as a part."""
+        """Count the following operations as a part."""
         self.part = part
 
     def __torch_dispatch__(

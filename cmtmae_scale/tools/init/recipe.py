@@ -194,7 +194,7 @@ def heading(survey: Survey, machine: Machine, output: Path) -> str:
 
 
 def explain_size(survey: Survey) -> str:
-    """Return where the image size comes from."""
+    """Return the reason for the image size."""
     side = survey.shorter_side
     found = f"the images' shorter sides have a median of {side} pixels"
     return f"{found}, below {SMALL_SIDE}" if side < SMALL_SIDE else found
@@ -240,7 +240,7 @@ loss: {{tokens: masked, include_cls: false, teacher: 0.0, student: 0.0, pixel: 1
 
 
 def explain_batch(images: int, batch: int) -> str:
-    """Return where the batch size comes from."""
+    """Return the reason for the batch size."""
     share = f"{images / batch:.3g} batches per epoch"
     if batch == LARGEST_BATCH:
         return f"{share}; larger batches are rarely used"
@@ -252,7 +252,7 @@ def explain_batch(images: int, batch: int) -> str:
 
 
 def explain_epochs(images: int, epochs: int) -> str:
-    """Return where the number of epochs comes from."""
+    """Return the reason for the number of epochs."""
     if epochs == MAX_EPOCHS:
         return f"{MAX_EPOCHS} epochs, as MAE's longest on ImageNet-1K"
     return f"{epochs * images / 1e6:.0f} million views, at most as vit_base.yaml"

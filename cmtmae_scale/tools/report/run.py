@@ -93,7 +93,7 @@ class Run:
     def is_complete(self) -> bool:
         """Whether the run ended as complete.
 
-        A launch that finds ``train.stop_after`` reached already ends with 0 too, before the end.
+        A launch that has already reached ``train.stop_after`` also exits with 0, before the end.
         """
         found, end = self.exit or {}, self.end_step
         step = found.get("step")

@@ -162,7 +162,7 @@ def results_record(study: Study, results: Results, unmatched: Sequence[Record], 
     }
     features = study.evaluation.features
     runs = [run_record(one, features) for row in results.rows for one in row.found]
-    left = without_files(study, unmatched)  # a run that was trained again has them by now
+    left = without_files(study, unmatched)  # a run that was trained again has files now
     lists = {"runs": runs} | ({"unmatched": left} if left else {})
     head = json.dumps(record, indent=1).removesuffix("\n}")
     return head + "".join(map(lines_of, lists, lists.values())) + "\n}\n"

@@ -59,7 +59,7 @@ class Job:
     """Name of the same evaluation without baselines, or with them."""
 
     def is_among(self, names: Collection[str]) -> bool:
-        """Return whether an evaluation of these names has this one's results of the weights."""
+        """Return whether an evaluation among ``names`` has the same results of the weights."""
         return self.output.stem in names or self.twin in names
 
     @property
@@ -120,7 +120,7 @@ class Run:
 def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     """Return all runs, most important first.
 
-    Rows come in the order of the file; adjacent rows with the same seeds alternate seed by seed, so
+    Rows are in the order of the file; adjacent rows with the same seeds alternate seed by seed, so
     that an interrupted study has whole comparisons. The first run also evaluates raw pixels and
     random weights, the first run with a teacher also the teacher, unless
     ``with_teacher`` is false.
