@@ -39,7 +39,7 @@ from dataloading.torch_decode import crop_and_resize
 
 
 class AttentionMaps(NamedTuple):
-    """Attention maps of images, float32 on the CPU; the rows of each map sum to 1.
+    """Attention maps of images, float32 on the CPU; the rows of each network's map sum to 1.
 
     A map is ``None`` where the run lacks the network, or its masks do not use the attention.
     """

@@ -141,7 +141,7 @@ def save_features(
 
 
 def refuse_output(output: Path) -> None:
-    """Refuse an output that exists, has another suffix, or is below an unsearchable folder.
+    """Refuse an output that exists, has another suffix, or is below a folder without access.
 
     Raises:
         ConfigError: names the output.

@@ -61,7 +61,7 @@ def shipped_path(name: str) -> Path:
             return Path(folder, f"{name}.yaml")
     if name in TEMPLATES:
         return Path("launchers", name)
-    raise ConfigError(f"{name}: the package ships no such name; cmtmae copy lists the names")
+    raise ConfigError(f"{name}: no recipe, study or template of that name; cmtmae copy lists all")
 
 
 def copy_one(target: Path) -> None:

@@ -102,7 +102,7 @@ def test_other_images_are_refused_whatever_is_allowed() -> None:
 def test_the_run_to_start_from_is_where_it_is_now() -> None:
     """A copied run's checkpoints name the folder of the machine that wrote them."""
     here = changed("run.output_dir", "/copied/run")
-    with pytest.raises(ConfigError, match=r"student\.init_from_run=/copied/run to go on"):
+    with pytest.raises(ConfigError, match=r"student\.init_from_run=/copied/run to continue"):
         compare_configs(TREE, here, [], ("a" * 64, "b" * 64), ALL_FREE)
 
 

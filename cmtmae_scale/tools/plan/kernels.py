@@ -42,7 +42,7 @@ class StepKernels:
     """Kernels of a step of one rank, in three groups."""
 
     teachers: Mapping[str, Sequence[Kernel]]
-    """Of each teacher's forward, per micro-step, by the teacher's name; empty without a teacher."""
+    """Of each teacher's forward, per micro-step, by name; empty for an unused teacher."""
     micro: Sequence[Kernel]
     """Of the rest of a micro-step."""
     update: Sequence[Kernel]

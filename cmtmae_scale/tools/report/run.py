@@ -147,11 +147,11 @@ def open_run(folder: Path) -> Run:
         ConfigError: if the folder is not a run's.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; name a folder of run.output_dir")
+        raise ConfigError(f"{folder}: no such folder; name the folder of run.output_dir")
     if not any((folder / name).exists() for name in FILES):
         raise ConfigError(
-            f"{folder}: is not a run's folder, it has none of {', '.join(FILES)}; name a "
-            "folder of run.output_dir"
+            f"{folder}: is not a run's folder, it has none of {', '.join(FILES)}; name "
+            "the folder of run.output_dir"
         )
     run = Run(folder, folder.resolve().name)
     run.exit = read_object(run, folder / "exit.json")
