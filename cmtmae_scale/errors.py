@@ -14,8 +14,8 @@ EXIT_CONFIG = 78
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors of a store that is full, or over quota."""
 STORE_ERRORS = FULL | {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN}
-"""Errors of a store that may pass: it is full, it failed, or this machine has lost it: the last
-three are those of NFS, of FUSE and of Lustre."""
+"""Errors of a store that may be temporary: the store is full, fails, or is no longer reachable from
+this machine. The last three are those of NFS, FUSE and Lustre."""
 AGAIN = "try the same command again"
 
 
@@ -30,13 +30,13 @@ class ConfigError(CmtMaeError):
 
 
 class StorageError(CmtMaeError):
-    """A store that is full or fails; the same command works when the store does."""
+    """A store that is full or fails; the same command works once the store works again."""
 
     exit_code = EXIT_STOPPED
 
 
 class UploadError(CmtMaeError):
-    """A hub that cannot be reached or fails; the same command works when the hub does."""
+    """A hub that cannot be reached or fails; the same command works once the hub works again."""
 
     exit_code = EXIT_STOPPED
 
@@ -52,7 +52,7 @@ class TeacherError(CmtMaeError):
 
 
 class CacheError(CmtMaeError):
-    """A teacher cache that is absent, damaged, or computed from something else."""
+    """A teacher cache that is absent, damaged, or computed from other inputs."""
 
 
 class CheckpointError(CmtMaeError):
@@ -72,17 +72,17 @@ class ReplicaError(CheckpointError):
 
 
 class LockLostError(CmtMaeError):
-    """Another launch has taken the run's folder over; this launch saves nothing."""
+    """Another launch has taken over the run's folder; this launch saves nothing."""
 
 
 class RankLostError(CmtMaeError):
-    """Another rank of the launch died before the first step, and the launcher ended this one."""
+    """Another rank of the launch died before the first step, and the launcher ended this rank."""
 
     exit_code = EXIT_CRASH
 
 
 class RendezvousError(CmtMaeError):
-    """The ranks of a launch did not meet: a port in use, or a rank that did not start."""
+    """The ranks of a launch did not connect: a port is in use, or a rank did not start."""
 
     exit_code = EXIT_CRASH
 
@@ -105,7 +105,7 @@ def may_pass(error: BaseException | None) -> bool:
 
 
 def exit_code_of(error: Exception) -> int:
-    """Return the exit code of an error that has one: 75 instead of 78 if its cause may pass."""
+    """Return the exit code of an error: 75 instead of 78 if its cause may be temporary."""
     code, cause = int(getattr(error, "exit_code", EXIT_CRASH)), error.__cause__
     if code != EXIT_CONFIG or not isinstance(cause, Exception):
         return code
@@ -113,16 +113,16 @@ def exit_code_of(error: Exception) -> int:
 
 
 def describe_store(error: OSError, where: str = "in run.output_dir") -> StorageError:
-    """Return what to raise for a store that is full or fails at a launch; ``where`` to make room.
+    """Return the error for a store that is full or fails; ``where`` is the place to make room.
 
-    A write that fails, unlike an opening, does not name its file.
+    The error of a failed write, unlike that of a failed open, does not name the file.
     """
     place = f"{error.filename}: " if error.filename else ""
     return StorageError(f"{place}{error.strerror}; {remedy_for(error, '', where)}")
 
 
 def remedy_for(error: OSError, otherwise: str, where: str = "there") -> str:
-    """Return what to do about a store that refuses a file; ``otherwise`` if that cannot pass."""
+    """Return the remedy for a store that refuses a file; ``otherwise`` if it is not temporary."""
     if not may_pass(error):
         return otherwise
     remedy = f"make room {where}" if error.errno in FULL else "see that the storage works"

@@ -1,4 +1,4 @@
-"""Decode every image of a data set, report what is wrong and where, and pack it as shuffled tars.
+"""Decode every image of a data set, report its faults, and pack it as shuffled tars.
 
 python launchers/check_data.py datasets/imagenet-1k/train [--sheet FILE] [--report FILE]
 python launchers/check_data.py datasets/imagenet-1k/train --pack datasets/imagenet-1k-tars

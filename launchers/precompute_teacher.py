@@ -1,4 +1,4 @@
-"""Compute a teacher's attention maps and features once, or verify what was computed.
+"""Compute a teacher's attention maps and features once, or verify a cache of them.
 
 python launchers/precompute_teacher.py --config RECIPE [--verify | --repair | --plan]
 python launchers/precompute_teacher.py --follow RUN_DIR

@@ -1,4 +1,4 @@
-"""Run what is missing of a table of runs (method x setting x seed), write table and figure.
+"""Run the missing jobs of a table of runs (method x setting x seed), write table and figure.
 
 python launchers/study.py configs/studies/smoke.yaml [--minutes M] [--jobs N] [--rows NAME ...]
 python launchers/study.py configs/studies/first.yaml --dry-run

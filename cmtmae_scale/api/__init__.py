@@ -1,1 +1,1 @@
-"""The Python interface: pre-train, and use what a run has learned; see docs/python_api.md."""
+"""The Python interface: pre-train, and use the networks of a run; see docs/python_api.md."""

@@ -39,15 +39,15 @@ from dataloading.torch_decode import crop_and_resize
 
 
 class AttentionMaps(NamedTuple):
-    """Attention maps of images, float32 on the CPU; the rows of each network's sum to 1.
+    """Attention maps of images, float32 on the CPU; the rows of each network's map sum to 1.
 
-    A run without one of the networks, or whose masks do not use its attention, has ``None``.
+    A map is ``None`` where the run lacks the network, or its masks do not use the attention.
     """
 
     teacher: Tensor | None
-    """The frozen teacher's, ``[B, N]``; the weighted mean of several teachers."""
+    """Map of the frozen teacher, or weighted mean of several teachers, ``[B, N]``."""
     momentum: Tensor | None
-    """The momentum encoder's, ``[B, N]``."""
+    """Map of the momentum encoder, ``[B, N]``."""
     mixed: Tensor
     """The collaborative attention map of the checkpoint's step, ``[B, N]``, which masks follow."""
     grid: tuple[int, int]
@@ -55,7 +55,7 @@ class AttentionMaps(NamedTuple):
     views: Tensor
     """The student's views, uint8 ``[B, S, S, 3]``."""
     teachers: Mapping[str, Tensor] = {}
-    """Of several teachers each one's by name, ``[B, N]``."""
+    """Map of each of several teachers by name, ``[B, N]``."""
 
 
 @torch.no_grad()
@@ -70,14 +70,14 @@ def attention_maps(
 
     Args:
         run: a run (its newest intact checkpoint), or a checkpoint.
-        images: a folder of images or tars, of which centre crops are taken, turned upright as
-            ``data.exif_orientation`` of the run says; or square views, uint8 ``[B, S, S, 3]`` of
-            any side, which are resized to that of each network.
+        images: a folder of images or tars, from which centre crops are taken, turned upright
+            according to the run's ``data.exif_orientation``; or square views, uint8
+            ``[B, S, S, 3]`` of any side, which are resized to the image size of each network.
         batch_size: images per forward.
         device: ``None``: the GPU where there is one.
 
     Returns:
-        Maps of all images that can be decoded, in the order of the index.
+        Attention maps of all images that can be decoded, in the order of the index.
 
     Raises:
         ConfigError: if the run's masks use no attention.
@@ -144,9 +144,9 @@ def read_views(
     batch_size: int,
     exif_orientation: bool,
 ) -> list[Tensor]:
-    """Return the views in each size, uint8 ``[B, S, S, 3]``; see ``attention_maps``.
+    """Return the views at each size, uint8 ``[B, S, S, 3]``; see ``attention_maps``.
 
-    ``exif_orientation``: turn images of a folder upright, as ``data.exif_orientation``.
+    ``exif_orientation``: whether to turn images of a folder upright, as ``data.exif_orientation``.
 
     Raises:
         DataError: if no image is usable.

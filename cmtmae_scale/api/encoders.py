@@ -1,4 +1,4 @@
-"""Load an encoder as a module of timm."""
+"""Load an encoder as a timm model."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -39,13 +39,14 @@ def load_encoder(
     Returns:
         On the CPU, float32, in eval mode and without gradients. ``forward_features`` maps images
         ``[B, 3, S, S]`` to tokens ``[B, P + N, D]`` after the last norm, prefix tokens first; the
-        model itself returns ``[B, D]``, the class token, or the mean of the patches where there is
-        none. ``timm.data.resolve_model_data_config`` returns its size, mean and standard deviation.
+        model itself returns ``[B, D]``, the class token, or the mean of the patch tokens if it has
+        no class token. ``timm.data.resolve_model_data_config`` returns image size, mean and
+        standard deviation.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, one without these weights, or a file that is
             not an encoder.
-        ConfigError: arguments that do not fit what the path holds.
+        ConfigError: arguments that do not apply to this kind of path.
     """
     return open_encoder(Path(place), weights, arch)[0]
 
@@ -53,7 +54,7 @@ def load_encoder(
 def open_encoder(
     place: Path, weights: str | None = None, arch: str | None = None
 ) -> tuple[VisionTransformer | Eva, Config]:
-    """Load an encoder, and the settings of its run, as far as a file tells them.
+    """Load an encoder, and the settings of its run as far as the file records them.
 
     Arguments and errors are those of ``load_encoder``.
     """
@@ -80,10 +81,10 @@ def open_encoder(
 def load_strictly(
     config: Config, tensors: dict[str, Tensor], place: str
 ) -> VisionTransformer | Eva:
-    """Build timm's model of a config's student and load these weights strictly.
+    """Build timm's model of a config's student and load weights strictly.
 
     Raises:
-        CheckpointError: if names, shapes or kinds of numbers differ.
+        CheckpointError: if names, shapes or kinds of dtypes differ.
     """
     model, call = build_timm(config)
     other = find_other_dtype(model.state_dict(), tensors)

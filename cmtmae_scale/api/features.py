@@ -53,7 +53,7 @@ class Features(NamedTuple):
     ids: NDArray[np.int64]
     """Rows of the index, ascending ``[n]``."""
     labels: NDArray[np.int64]
-    """Row of ``classes``, ``[n]``; -1: no label."""
+    """Indices into ``classes``, ``[n]``; -1: no label."""
     classes: tuple[str, ...]
     """Names of the labels, sorted."""
     excluded: tuple[str, ...]
@@ -70,9 +70,9 @@ def extract_features(
 ) -> Features:
     """Compute features of all images of a folder, in memory.
 
-    The view is that of evaluation: the shorter side to 256/224 of the encoder's size, then the
-    centre, turned upright unless the encoder is the path of a run with
-    ``data.exif_orientation=false``. A GPU computes in bfloat16, a CPU in float32.
+    Images are prepared as for evaluation: the shorter side is resized to 256/224 of the encoder's
+    size, then the centre is cropped. Images are turned upright unless the encoder is the path of a
+    run with ``data.exif_orientation=false``. A GPU computes in bfloat16, a CPU in float32.
 
     Args:
         encoder: of ``load_encoder``, another ViT of timm, or the path of a run or file.
@@ -82,7 +82,7 @@ def extract_features(
         device: ``None``: the GPU where there is one.
 
     Returns:
-        float32 features; about 4 n D bytes per kind.
+        float32 features of about 4 n D bytes per kind.
 
     Raises:
         CheckpointError, ConfigError: see ``load_encoder``.
@@ -107,12 +107,12 @@ def save_features(
     threads: int = 4,
     device: torch.device | str | None = None,
 ) -> Features:
-    """Compute features as ``extract_features`` does, and write them without holding them.
+    """Compute features as ``extract_features`` does, and write them without keeping them in memory.
 
     Args:
         output: ``FILE.npz``, or a folder of .npy files, which ``numpy.load`` can map. It must not
-            exist, and is written whole or not at all; meanwhile as much room again is used beside
-            it.
+            exist, and is written whole or not at all. Meanwhile the same amount of space is used
+            again beside it.
         encoder: see ``extract_features``.
         images: see ``extract_features``.
         batch_size: see ``extract_features``.
@@ -120,7 +120,7 @@ def save_features(
         device: see ``extract_features``.
 
     Returns:
-        The arrays, mapped from files without a name.
+        The arrays, mapped from unnamed files.
 
     Raises:
         ConfigError: if the output exists or cannot be written.
@@ -141,7 +141,7 @@ def save_features(
 
 
 def refuse_output(output: Path) -> None:
-    """Refuse an output that exists, is of another kind, or is where nobody may look.
+    """Refuse an output that exists, has another suffix, or is below a folder without access.
 
     Raises:
         ConfigError: names the output.
@@ -154,13 +154,13 @@ def refuse_output(output: Path) -> None:
         raise ConfigError(f"--output={output} exists; delete it or name another")
     if output.suffix not in ("", ".npz"):
         raise ConfigError(
-            f"--output={output}: {output.suffix} is not written; name FILE.npz, or a folder for "
-            ".npy files"
+            f"--output={output}: {output.suffix} is not a supported format; name FILE.npz, or a "
+            "folder for .npy files"
         )
 
 
 def cannot_write(output: Path, error: OSError) -> ConfigError:
-    """Return what to raise where an output cannot be written."""
+    """Return the error for an output that cannot be written."""
     remedy = remedy_for(error, "name another")
     return ConfigError(f"--output={output} cannot be written ({error}); {remedy}")
 
@@ -168,7 +168,8 @@ def cannot_write(output: Path, error: OSError) -> ConfigError:
 def allocate_in(folder: Path) -> Allocate:
     """Return a function that maps new arrays from files in a folder.
 
-    The files have no name: NFS keeps a mapped file that is deleted, and with it its folder.
+    The files are unnamed, because NFS keeps a named file that is deleted while it is mapped, and
+    with it the folder.
     """
 
     def allocate(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -215,7 +216,7 @@ def fill_arrays(
     device: torch.device | str | None,
     allocate: Allocate,
 ) -> Features:
-    """Compute features batch by batch into new arrays; nothing else grows with the images.
+    """Compute features batch by batch into new arrays; no other memory grows with the images.
 
     Raises:
         DataError: if no image can be decoded, or features are not finite.
@@ -259,10 +260,10 @@ def fill_arrays(
 
 
 def refuse_non_finite(values: Tensor, positions: Tensor, index: Index) -> None:
-    """Refuse features ``[b, D]`` that are not finite; names the first image.
+    """Refuse features ``[b, D]`` that are not finite.
 
     Raises:
-        DataError: if there are any.
+        DataError: names the first image with such features.
     """
     bad = ~values.isfinite().all(1)
     if bool(bad.any()):
@@ -274,7 +275,7 @@ def refuse_non_finite(values: Tensor, positions: Tensor, index: Index) -> None:
 
 
 def wrap_timm(model: VisionTransformer | Eva, device: torch.device) -> Encoder:
-    """Wrap a ViT of timm as an encoder; it moves to the device, in eval mode."""
+    """Wrap a ViT of timm as an encoder; the model moves to the device, in eval mode."""
     settings = cast(dict[str, Any], model.pretrained_cfg or {})
     mean = settings.get("mean") or IMAGENET_MEAN
     std = settings.get("std") or IMAGENET_STD

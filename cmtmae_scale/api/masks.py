@@ -25,8 +25,8 @@ def choose_masks(
     Args:
         attention: attention map over patches, ``[B, N]``; ``None`` for ``sampler="random"``.
         num_patches: N, where there is no attention map.
-        positions: global sample indices, int64 ``[B]``, of which the noise is a function;
-            ``None``: 0, 1, 2 and so on, and 0 where there is no attention map.
+        positions: global sample indices, int64 ``[B]``, which determine the noise; ``None``: 0, 1,
+            2 and so on, or 0 if there is no attention map.
         seed: seed of the noise.
         salient_fraction: fraction of the masked patches that is most salient
             (``sampler="hide_salient_mix"``), in [0, 1].

@@ -1,4 +1,4 @@
-"""Pre-train from Python: what ``cmtmae pretrain`` does, as a call."""
+"""Pre-train from Python: ``cmtmae pretrain`` as a function."""
 
 import json
 import logging
@@ -26,9 +26,8 @@ def pretrain(config: str | Path, **overrides: Mapping[str, Any] | list[Any]) -> 
     """Pre-train a student in this process, or resume; call from the main thread.
 
     Each process of a launcher, such as torchrun, is a rank. Ctrl-C, SIGTERM and SIGUSR1 save a
-    checkpoint, once there is something to save, and stop the run; the caller's handlers are
-    restored afterwards. Log records go to
-    standard error, unless the caller has set up logging.
+    checkpoint, once there is something to save, and stop the run. The caller's handlers are
+    restored afterwards. Log records go to standard error, unless the caller has set up logging.
 
     Args:
         config: a recipe's path, or the name of a shipped recipe.

@@ -1,4 +1,4 @@
-"""A command that runs as one process: its errors and its exit code."""
+"""Run a command as one process: its errors and its exit code."""
 
 import logging
 from collections.abc import Callable
@@ -15,8 +15,8 @@ def run_alone(
 ) -> int:
     """Run a command, and turn an error that the user can fix into one line and its exit code.
 
-    A store that is full, over quota or fails gives 75 wherever the command writes: the same command
-    works when the store does.
+    The code is 75 for a store that is full, over quota or failing, wherever the command writes: the
+    same command works once the store works again.
 
     Args:
         command: returns the exit code.

@@ -1,4 +1,4 @@
-"""``cmtmae benchmark MEASUREMENT``: speed and memory, and what they are made of."""
+"""``cmtmae benchmark MEASUREMENT``: measure speed and memory, and their parts."""
 
 import argparse
 import logging
@@ -54,7 +54,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY=A,B",
-        help="also measure these values; the key sdpa chooses attention's kernel",
+        help="also measure these values; the key sdpa chooses the attention kernel",
     )
     step.add_argument("--against", choices=("hf_mae",), help="the same work in another library")
     step.add_argument("overrides", nargs="*", metavar="key=value")
@@ -155,7 +155,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure_training(options: argparse.Namespace, world: World) -> None:
     """Time the training step, or compare it with another library's."""
-    load_config(options.config, options.overrides)  # errors of the recipe cost no torch
+    load_config(options.config, options.overrides)  # fails before torch is imported
     from cmtmae_scale.engine.agreement import REMEDY, code_facts, require_equal
     from cmtmae_scale.runtime.collectives import on_all_ranks, pick_device, process_group
     from cmtmae_scale.tools.benchmark import against, table, training
@@ -197,7 +197,7 @@ def measure_training(options: argparse.Namespace, world: World) -> None:
 
 
 def protocol_of(options: argparse.Namespace, on_gpu: bool) -> "training.Protocol":
-    """Return how many steps are measured."""
+    """Return the numbers of warm-up steps, windows and steps per window."""
     from cmtmae_scale.tools.benchmark import training
 
     return training.Protocol(
@@ -209,7 +209,7 @@ def protocol_of(options: argparse.Namespace, on_gpu: bool) -> "training.Protocol
 
 def measure_cache(options: argparse.Namespace, world: World) -> None:
     """Compare a teacher's cache with the teacher online."""
-    load_config(options.config, options.overrides)  # errors of the recipe cost no torch
+    load_config(options.config, options.overrides)  # fails before torch is imported
     from cmtmae_scale.runtime.collectives import pick_device, process_group
     from cmtmae_scale.tools.benchmark import cached, table
 
@@ -247,7 +247,7 @@ def measure_decoders(options: argparse.Namespace, world: World) -> None:
 
 def count_traffic(options: argparse.Namespace, world: World) -> None:
     """Count the collectives of a step at several numbers of ranks."""
-    load_config(options.config, options.overrides)  # errors of the recipe cost no torch
+    load_config(options.config, options.overrides)  # fails before torch is imported
     import torch
 
     from cmtmae_scale.tools.benchmark import collectives, table
@@ -266,7 +266,7 @@ def measure_startup(options: argparse.Namespace, world: World) -> None:
 
 def model_training(options: argparse.Namespace, world: World) -> None:
     """Print the modelled time of a recipe's step, by part."""
-    load_config(options.config, options.overrides)  # errors of the recipe cost no torch
+    load_config(options.config, options.overrides)  # fails before torch is imported
     from cmtmae_scale.tools.benchmark import step_model
 
     rates = step_model.Rates(
@@ -296,7 +296,7 @@ def measure_paths(options: argparse.Namespace, world: World) -> int:
             results = [one._asdict() for one in found]
             save_tables(output, facts | {"headline": headline}, results, smoke.smoke_table(found))
 
-    # Beside the results, a folder that is removed with them if this process is killed.
+    # The temporary folder is beside the results: deleting them also deletes what a kill leaves.
     parent = None if output is None else output.parent
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +307,7 @@ def measure_paths(options: argparse.Namespace, world: World) -> int:
 
 
 def measure_everything(options: argparse.Namespace, world: World) -> int:
-    """Run the jobs of the suite that have no result; returns 75 if some are left."""
+    """Run the jobs of the suite that have no result; returns 75 if some remain."""
     from cmtmae_scale.tools.benchmark import jobs, page, suite
 
     output = options.output or Path("runs/suite-small" if options.small else "runs/suite")
@@ -321,7 +321,7 @@ def measure_everything(options: argparse.Namespace, world: World) -> int:
         with interrupt_at_sigterm():
             rows = suite.run_suite(chosen, images, options.minutes, output, options.small, again)
     except KeyboardInterrupt:
-        logger.error("interrupted; the same command goes on after the last row that is finished")
+        logger.error("interrupted; the same command continues after the last finished row")
         return EXIT_STOPPED
     text = suite.suite_table(jobs.JOBS, rows)
     write_atomic(with_ending(output, ".md"), text + "\n")
@@ -332,14 +332,14 @@ def measure_everything(options: argparse.Namespace, world: World) -> int:
 
 
 def find_clone() -> Path:
-    """Return the clone that holds this package: the suite runs its tests and writes its docs.
+    """Return the clone that holds this package; the suite runs its tests and writes its docs.
 
     Raises:
         ConfigError: the package is not in a clone.
     """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / "docs" / "performance.md").is_file():
-        raise ConfigError("suite: runs tests and writes docs of the project; run it in a clone")
+        raise ConfigError("the suite runs the project's tests and writes its docs; use a clone")
     return folder
 
 
@@ -347,7 +347,7 @@ def refuse_without_gpu() -> None:
     """Refuse a machine on which every row would take hours.
 
     Raises:
-        ConfigError: names the rehearsal.
+        ConfigError: names the option of the rehearsal.
     """
     import torch
 
@@ -356,7 +356,7 @@ def refuse_without_gpu() -> None:
 
 
 def select_jobs(jobs: "Sequence[Job]", names: Sequence[str] | None) -> "list[Job]":
-    """Return the jobs of the given names, in order of worth.
+    """Return the jobs of the given names, in order of priority.
 
     Raises:
         ConfigError: for an unknown name.

@@ -71,7 +71,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sheet", type=image_path, metavar="FILE", help="random views in a grid, .jpg or .png"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="also write all as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write it as JSON")
     parser.add_argument(
         "--index", type=Path, metavar="FOLDER", help="keep the index there, for data.index"
     )
@@ -138,7 +138,7 @@ def check_images(options: argparse.Namespace) -> int:
             flip=views.hflip,
             threads=options.threads,
         )
-        logger.info("%s: views as a run with run.seed=%d cuts them", options.sheet, options.seed)
+        logger.info("%s: views as sampled with run.seed=%d", options.sheet, options.seed)
     if options.pack is None:
         usable = report_data(index, *decode_all(index, options.threads), options)
         if usable:
@@ -148,7 +148,7 @@ def check_images(options: argparse.Namespace) -> int:
 
 
 def publish(listing: "Listing", index: "Index", options: argparse.Namespace) -> None:
-    """Write the index beside its tars, if that is asked for.
+    """Write the index beside its tars, if requested.
 
     Raises:
         DataError: if it cannot be written.

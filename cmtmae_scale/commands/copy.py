@@ -16,7 +16,7 @@ TEMPLATES = ("docker", "kubernetes", "slurm")
 
 
 def copy_shipped(arguments: Sequence[str] | None = None) -> int:
-    """Copy what is named to the path that it has in a clone, or list the names.
+    """Copy the named files to the paths that they have in a clone, or list the names.
 
     Returns:
         Exit code: 0 done; 75 the store is full; 78 an unknown name, or a file that exists.
@@ -51,7 +51,7 @@ def list_names() -> str:
 
 
 def shipped_path(name: str) -> Path:
-    """Return the path of a name, relative to the root of what is shipped.
+    """Return the path of a name, relative to the root of the shipped files.
 
     Raises:
         ConfigError: there is no such name.
@@ -61,14 +61,14 @@ def shipped_path(name: str) -> Path:
             return Path(folder, f"{name}.yaml")
     if name in TEMPLATES:
         return Path("launchers", name)
-    raise ConfigError(f"{name}: the package has nothing of that name; cmtmae copy lists the names")
+    raise ConfigError(f"{name}: no recipe, study or template of that name; cmtmae copy lists all")
 
 
 def copy_one(target: Path) -> None:
     """Copy a file or a folder, whole or not at all, to its path below the working folder.
 
     Raises:
-        ConfigError: the place is taken, or cannot be written.
+        ConfigError: the target exists, or cannot be written.
         OSError: if the store is full or fails.
     """
     source, draft = shipped_root() / target, target.with_name(f".{target.name}.draft")
@@ -93,7 +93,7 @@ def copy_one(target: Path) -> None:
 
 
 def copy_folder(source: Path, draft: Path) -> None:
-    """Copy a folder; ends at the first error, which ``shutil.copytree`` would turn into another.
+    """Copy a folder; the first error is raised as it is, unlike by ``shutil.copytree``.
 
     Raises:
         OSError: if the store refuses.

@@ -23,7 +23,7 @@ PHOTOS, EVALUATION, MASKS, TEACHER, CACHE = (
     Path("datasets/demo", name)
     for name in ("photos", "evaluation", "masks", "teacher.safetensors", "cache")
 )
-"""What the demo writes; the recipe names it. ``eval.segmentation_path`` is inside ``MASKS``."""
+"""Paths that the demo writes, as in the recipe; ``eval.segmentation_path`` is inside ``MASKS``."""
 RUN = Path("runs/demo")
 RANDOM = "random teacher"
 ROWS = 8
@@ -65,7 +65,7 @@ def show_demo(options: argparse.Namespace) -> int:
         words = [sys.executable, "-m", "cmtmae_scale", *command]
         code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
         if code:
-            hint = "; --fresh starts the demo anew" if code == EXIT_CONFIG else ""
+            hint = "; --fresh restarts the demo" if code == EXIT_CONFIG else ""
             print_line(f"cmtmae {command[0]} ended with exit code {code}{hint}")
             return code
     print_line(loss_table(read_losses(run_dir / "log.jsonl"), label))
@@ -96,7 +96,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare_inputs(config: Config) -> tuple[int | None, bool]:
-    """Write the demo's own images, masks and teacher; other paths are the user's and stay as is.
+    """Write the demo's own images, masks and teacher; paths that the user sets are not touched.
 
     Returns:
         Number of training images, ``None`` for the user's, and whether the teacher is random.
@@ -122,20 +122,20 @@ def prepare_inputs(config: Config) -> tuple[int | None, bool]:
 
 @contextmanager
 def explain_refusal() -> Iterator[None]:
-    """Turn an ``OSError`` of the block that will not pass into a ``ConfigError`` with a remedy."""
+    """Turn an ``OSError`` that is not temporary into a ``ConfigError`` with a remedy."""
     try:
         yield
     except OSError as error:
         if may_pass(error):
             raise
         raise ConfigError(
-            f"{Path.cwd()}: the demo cannot write here ({error}); run it in a folder that you may "
-            "write"
+            f"{Path.cwd()}: the demo cannot write here ({error}); run it in a folder with write "
+            "permission"
         ) from error
 
 
 def folder_suffix(is_random: bool, options: argparse.Namespace) -> str:
-    """Return what another length or a random teacher appends to the names of run and cache."""
+    """Return the suffix of run and cache for another length or a random teacher."""
     length = "" if options.steps is None else f"-{options.steps}-steps"
     return length + ("-random-teacher" if is_random else "")
 
@@ -145,7 +145,7 @@ def derive_overrides(
 ) -> list[str]:
     """Return overrides of the recipe; with a suffix, run and teacher cache get their own folders.
 
-    A run that is too short to train on all views of the images gets a cache of fewer.
+    A run that is too short to train on all views of the images gets a cache with fewer views.
     """
     overrides: list[str] = []
     if options.steps is not None:
@@ -165,7 +165,7 @@ def derive_overrides(
 def delete_earlier(config: Config, suffix: str) -> None:
     """Delete an earlier run of the demo and its teacher cache.
 
-    A cache that the user names stays: the run reads it only if it fits.
+    A cache that the user names is kept: the run reads it only if it fits.
 
     Raises:
         ConfigError: if the user names the folder of the run.

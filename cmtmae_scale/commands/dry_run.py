@@ -1,7 +1,7 @@
 """``--dry-run``: figures of a run, and everything that a launch checks before it trains.
 
 Networks are counted on meta tensors. Headers of images and local weight files are read as a launch
-reads them; nothing is downloaded, and nothing is written but an index that exists and is outdated.
+reads them. Nothing is downloaded, and files are written only to a temporary folder.
 """
 
 import os
@@ -23,7 +23,7 @@ from cmtmae_scale.checkpoint import layout as checkpoints
 from cmtmae_scale.checkpoint.find import describe_loss
 from cmtmae_scale.config.batch import batch_plan, explain_batch, find_length_problem, total_steps
 from cmtmae_scale.config.derive import peak_lr
-from cmtmae_scale.config.images import look_at_images
+from cmtmae_scale.config.images import open_images_read_only
 from cmtmae_scale.config.load import config_to_dict
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.config.teachers import (
@@ -75,7 +75,7 @@ T = TypeVar("T")
 
 
 def render_dry_run(config: Config, world_size: int) -> str:
-    """Return the text of ``--dry-run`` on so many ranks, 8 per node."""
+    """Return the text of ``--dry-run`` on ``world_size`` ranks, 8 per node."""
     local = min(8, world_size)
     return dry_run(config, World(0, world_size, 0, local, "none"))[0]
 
@@ -136,7 +136,7 @@ def check_launch(
     is_new: bool,
     reasons: list[str],
 ) -> None:
-    """Append what a launch refuses beside batch, images and checkpoints; see ``build_run``."""
+    """Append the reasons of refusal other than batch, images and checkpoints; see ``build_run``."""
     run_dir = Path(config.run.output_dir)
     attempt(reasons, lambda: refuse_folder(run_dir))
     attempt(reasons, lambda: refuse_living_holder(run_dir))
@@ -171,7 +171,7 @@ def check_launch(
 
 
 def refuse_folder(run_dir: Path) -> None:
-    """Refuse a folder that cannot be created or written, or is another program's.
+    """Refuse a folder that cannot be created or written, or belongs to another program.
 
     Raises:
         ConfigError: names the first existing folder above it, or the file.
@@ -238,8 +238,8 @@ def count_networks(config: Config, world: World, networks: MetaNetworks) -> list
 def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int | None, str]:
     """Return the index, the number of images and the source of that number.
 
-    ``data.expected_images`` stands for images that are absent: a recipe can be tried on a machine
-    without them.
+    ``data.expected_images`` replaces the number of absent images, so that a recipe can be tried on
+    a machine without them.
     """
     data, expected = config.data, config.data.expected_images
     if expected is not None and is_absent(data.path):
@@ -247,7 +247,7 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
     run_dir = Path(config.run.output_dir)
     folder = Path(data.index) if data.index else run_dir / "index"
     look_again = not has_begun(config, run_dir)
-    index = attempt(reasons, lambda: look_at_images(data, folder, look_again))
+    index = attempt(reasons, lambda: open_images_read_only(data, folder, look_again))
     if index is None:
         return None, expected, reasons[-1] if expected is None else "data.expected_images"
     attempt(reasons, lambda: refuse_bad_index(config, index))
@@ -258,7 +258,7 @@ def is_absent(path: str) -> bool:
     """Return whether no file or folder is at a path, and none matches it as a pattern."""
     try:
         return not is_url(path) and not has_files(Path(path))
-    except DataError:  # the attempt to open the images says why
+    except DataError:  # reported when the images are opened
         return False
 
 

@@ -52,7 +52,7 @@ def launch(arguments: Sequence[str]) -> int:
     device = pick_device(world)
     with process_group(world, device):
         given = {f"option {name}": value for name, value in vars(options).items()}
-        given.pop("option local_rank", None)  # the launcher's, and never the same
+        given.pop("option local_rank", None)  # set by the launcher, different on every rank
         require_equal(given | code_facts(device), REMEDY)
         text = run_method(options, world, device)
     if world.rank == 0:
@@ -61,7 +61,7 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def run_method(options: argparse.Namespace, world: World, device: "torch.device") -> str:
-    """Evaluate, and draw a figure beside the result file; returns the report for people."""
+    """Evaluate, and draw a figure beside the result file; returns the report as text."""
     if options.method not in DENSE:
         from cmtmae_scale.evaluation.frozen import evaluate_frozen
 
@@ -152,7 +152,7 @@ def add_image_options(
     test: str = "labelled images; default: the run's eval.test_path",
     fraction: str = "of each class",
 ) -> None:
-    """Add the options that name a training and a test set, or one that is split."""
+    """Add the options that name a training and a test set, or a single set that is split."""
     parser.add_argument("--train", help=train)
     parser.add_argument("--test", help=test)
     parser.add_argument(
@@ -166,7 +166,7 @@ def add_image_options(
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for baselines, batches and the result file."""
     parser.add_argument(
-        "--no-baselines", action="store_true", help="without raw pixels and weights drawn at random"
+        "--no-baselines", action="store_true", help="skip raw pixels and random weights"
     )
     parser.add_argument(
         "--seed",

@@ -47,7 +47,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     }
     for what, text in helps.items():
         command = commands.add_parser(what, help=text, allow_abbrev=False)
-        place = "a checkpoint, or a run: its newest intact"
+        place = "a run (its newest intact checkpoint), or a checkpoint"
         command.add_argument("--checkpoint", type=Path, required=True, help=place)
         end = f"{what}.safetensors" if what == "encoder" else what
         default = f"RUN_DIR/export/NAME-WEIGHTS-STEP-{end}, NAME of run.name"

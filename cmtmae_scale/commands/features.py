@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_features(arguments: Sequence[str] | None = None) -> int:
-    """Write features and print what was written; returns the exit code."""
+    """Write features and print a summary; returns the exit code."""
     options = parse_options(arguments)
     set_up_logging(0, 1)
     try:
@@ -33,7 +33,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "see docs/python_api.md",
         allow_abbrev=False,
     )
-    place = "a run, a checkpoint, or what cmtmae export timm or encoder wrote"
+    place = "a run, a checkpoint, or an export of cmtmae export timm or encoder"
     parser.add_argument("--checkpoint", type=Path, required=True, help=place)
     parser.add_argument("--images", required=True, help="folder or tars, as data.path")
     output = "FILE.npz, or a new folder of .npy files, which numpy.load can map"

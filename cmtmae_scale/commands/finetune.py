@@ -36,7 +36,7 @@ def launch_finetuning(options: argparse.Namespace) -> int:
     check_weight_options(options)
     config = load_finetune(options.config, options.overrides)
     options.seed = config.run.seed
-    # Imported here so that --help and errors of the recipe cost no torch.
+    # Imported here so that --help and errors of the recipe do not import torch.
     from cmtmae_scale.engine.run import run_task
     from cmtmae_scale.evaluation.subject import open_subject
     from cmtmae_scale.finetuning.encoder import take_encoder, weight_options

@@ -51,8 +51,8 @@ def write_recipe(images: str, output: Path | None) -> int:
     """Survey the images and write the recipe; returns the exit code.
 
     Raises:
-        ConfigError: if the file exists or cannot be written, or the path fits in no recipe.
-        DataError: no usable image; counts what was passed over.
+        ConfigError: if the file exists or cannot be written, or YAML cannot represent the path.
+        DataError: no usable image; counts the files that were passed over.
     """
     name = name_run(images)
     output = Path(f"{name}.yaml") if output is None else output
@@ -71,14 +71,14 @@ def write_recipe(images: str, output: Path | None) -> int:
 
 
 def name_run(images: str) -> str:
-    """Return a name for run and recipe: the folder's, in letters that need no quotes."""
+    """Return a name for run and recipe: the folder's, in characters that need no quotes."""
     path = Path(images).resolve()
     stem = path.parent.name if re.search(r"[*?{\[]|\.(tar|parquet)$", path.name) else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "images"
 
 
 def find_machine() -> "Machine":
-    """Return the cores, whether there is a GPU, and a teacher whose weights are here."""
+    """Return the cores, whether there is a GPU, and a teacher with weights on this machine."""
     import torch
 
     from cmtmae_scale.teachers.open_clip import find_cached_tag
@@ -91,7 +91,7 @@ def find_machine() -> "Machine":
 
 
 def check_text(text: str, output: Path) -> None:
-    """Check the recipe as a launch does; a path may hold what YAML does not.
+    """Check the recipe as a launch does; a path may have characters that YAML cannot represent.
 
     Raises:
         ConfigError: names the key.
@@ -107,7 +107,7 @@ def check_text(text: str, output: Path) -> None:
 
 
 def refuse_existing(output: Path) -> None:
-    """Refuse a file that exists, or is where nobody may look.
+    """Refuse a file that exists, or is below a folder that cannot be searched.
 
     Raises:
         ConfigError: names the file.
@@ -121,7 +121,7 @@ def refuse_existing(output: Path) -> None:
 
 
 def write_new(output: Path, text: str) -> None:
-    """Write a new file; an existing one is never replaced.
+    """Write a new file; an existing file is never replaced.
 
     Raises:
         ConfigError: if the file exists or cannot be written.
@@ -140,6 +140,6 @@ def write_new(output: Path, text: str) -> None:
 
 
 def cannot_write(output: Path, error: OSError) -> ConfigError:
-    """Return what to raise where the recipe cannot be written."""
+    """Return the error for a recipe that cannot be written."""
     remedy = remedy_for(error, "give -o FILE")
     return ConfigError(f"{output} cannot be written ({error.strerror}); {remedy}")

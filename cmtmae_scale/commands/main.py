@@ -1,4 +1,4 @@
-"""``cmtmae COMMAND``: dispatch to the module of a command, which alone is imported."""
+"""``cmtmae COMMAND``: import the module of a command, and no other, and run it."""
 
 import difflib
 import importlib
@@ -44,7 +44,7 @@ COMMANDS = {
 
 
 def run_command(arguments: Sequence[str] | None = None) -> int:
-    """Run ``COMMAND ...`` of the arguments, or of the process's own; returns its exit code."""
+    """Run ``COMMAND ...`` of the arguments, or of the command line; returns its exit code."""
     given = without_local_rank(sys.argv[1:] if arguments is None else arguments)
     name, *rest = given or ["--help"]
     if name in ("--help", "-h"):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FRACTION = 0.5
 """Fraction of a data sheet's rates, assumed where nothing is measured."""
 IMAGE_KB = 115.0
-"""Of ImageNet-1K's training images, 147.9 GB of tar."""
+"""Mean of ImageNet-1K's training images, 147.9 GB as tar."""
 SUITE = Path("runs/suite.json")
 
 
@@ -90,7 +90,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def fraction(text: str) -> float:
-    """Return a number in (0, 1]."""
+    """Parse a number in (0, 1]."""
     number = above_zero(text)
     if number > 1:
         raise argparse.ArgumentTypeError(f"{text} must be at most 1")
@@ -101,7 +101,7 @@ def show_plan(options: argparse.Namespace) -> int:
     """Make and print the plan; returns the exit code."""
     config = load_config(options.config, options.overrides)
     device = find_device(options.device)
-    # Imported here so that --help and errors of the recipe cost no torch.
+    # Imported here so that --help and errors of the recipe do not import torch.
     from cmtmae_scale.tools.plan.plan import Cluster, check_split, count_work, make_plan
     from cmtmae_scale.tools.plan.remedies import refuse_memory
     from cmtmae_scale.tools.plan.render import render_plan
@@ -151,7 +151,7 @@ def choose_fraction(
         except ConfigError as error:
             if options.suite is not None:
                 raise
-            show_error(f"{error}; planning without")
+            show_error(f"{error}; planning without it")
             step, outdated = None, []
         if outdated:
             count, names = format_count(len(outdated), "row"), ", ".join(outdated)
@@ -164,10 +164,10 @@ def choose_fraction(
 
 
 def count_run_images(config: "Config", image_kb: float | None) -> "Images":
-    """Return number and size of the images; an index is only built if the recipe has no number.
+    """Return number and size of the images; an index is built only if the recipe has no number.
 
     Raises:
-        ConfigError: if the length of the run needs their number, and it is unknown.
+        ConfigError: if the number is unknown, and the length of the run depends on it.
     """
     from cmtmae_scale.tools.plan.plan import Images
 

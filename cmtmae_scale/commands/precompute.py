@@ -42,7 +42,7 @@ POLL_S = 0.2
 PATIENCE_S = 3600.0
 """Seconds without progress of a run after which its sidecar ends."""
 AHEAD = 16
-"""Shards that a sidecar is ahead of its run by default."""
+"""Shards that a sidecar computes ahead of its run by default."""
 
 
 def precompute_teacher(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +142,7 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
     pricing.add_argument(
         "--tb-month", type=above_zero, metavar="PRICE", help="price of 10^12 bytes for a month"
     )
-    # The deepspeed launcher adds it; ranks come from the environment.
+    # The deepspeed launcher adds it; ranks are read from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     options = parser.parse_intermixed_args(arguments)
@@ -154,7 +154,7 @@ def parse_precompute_options(arguments: Sequence[str] | None) -> argparse.Namesp
     if options.ahead is not None and options.follow is None:
         parser.error("--ahead needs --follow")
     if options.shard is not None and (options.verify is not None or options.plan):
-        parser.error("--shard is not for --verify and --plan, which are of the whole cache")
+        parser.error("--shard does not apply to --verify and --plan, which cover the whole cache")
     if (options.gpu_hour is None) != (options.tb_month is None):
         parser.error("--gpu-hour and --tb-month go together")
     return options
@@ -169,9 +169,9 @@ def parse_share(text: str) -> tuple[int, int]:
 
 
 def parse_fraction(text: str) -> float:
-    """Parse the share of ``--verify``, which takes the setting after it for its share."""
+    """Parse the share of ``--verify``; an override behind the option is parsed as its share."""
     if "=" in text:
-        raise argparse.ArgumentTypeError(f"{text} is no share; give --verify behind the settings")
+        raise argparse.ArgumentTypeError(f"{text} is not a share; give --verify after the settings")
     return share(text)
 
 
@@ -181,8 +181,8 @@ def find_share(
     """Return number and count of this job: those of ``--shard``, else of a SLURM array, else 0, 1.
 
     Raises:
-        ConfigError: if the array has gaps, which would leave shards to no task, or its variables
-            are incomplete.
+        ConfigError: if the array has gaps, which would leave shards without a task, or its
+            variables are incomplete.
     """
     if given is not None or "SLURM_ARRAY_TASK_ID" not in environment:
         return given or (0, 1)
@@ -196,16 +196,16 @@ def find_share(
         ) from error
     if last - first + 1 != count:
         raise ConfigError(
-            f"SLURM array: {count} tasks with numbers from {first} to {last} would leave shards to "
-            f"no task; use an array without gaps, such as --array=0-{count - 1}, or give each task "
-            f"its share with --shard i/{count}"
+            f"SLURM array: {count} tasks with numbers from {first} to {last} would leave shards "
+            f"without a task; use an array without gaps, such as --array=0-{count - 1}, or give "
+            f"each task its share with --shard i/{count}"
         )
     return task - first, count
 
 
 @contextmanager
 def interrupt_at_sigterm() -> Iterator[None]:
-    """Raise ``KeyboardInterrupt`` at SIGTERM too."""
+    """Raise ``KeyboardInterrupt`` also at SIGTERM."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -215,7 +215,7 @@ def interrupt_at_sigterm() -> Iterator[None]:
 
 def run_options(config: Config, options: argparse.Namespace, world: World) -> int:
     """Build, verify, repair or price the cache of a config; return the exit code."""
-    # Imported here so that --help and config errors cost no torch.
+    # Imported here so that --help and config errors do not import torch.
     from cmtmae_scale.cache.build import make_builder, stripe_of
     from cmtmae_scale.cache.format import shard_path
     from cmtmae_scale.cache.verify import damaged_shards
@@ -261,9 +261,9 @@ def delete_shard(path: Path) -> None:
 
 
 def build_assigned(builder: "Builder", folder: Path, manifest: "Manifest", shards: range) -> None:
-    """Build the shards of this process that are missing, and log what is missing of the cache.
+    """Build the missing shards of this process, and log the missing shards of the cache.
 
-    What killed processes left of shards is deleted first.
+    Drafts that killed processes left behind are deleted first.
     """
     from cmtmae_scale.cache.build import build_shards
     from cmtmae_scale.cache.format import delete_abandoned_drafts, missing_shards
@@ -308,7 +308,7 @@ def verify_cache(builder: "Builder", folder: Path, fraction: float) -> int:
 def print_cost_plan(
     config: Config, options: argparse.Namespace, world: World, index_folder: Path
 ) -> None:
-    """Print what caches cost and save."""
+    """Print the costs and savings of caches."""
     from cmtmae_scale.cache.build import open_or_build_index
     from cmtmae_scale.runtime.collectives import pick_device
     from cmtmae_scale.tools.cache_plan import Prices, cost_plan
@@ -327,7 +327,7 @@ def print_cost_plan(
 
 
 def follow_run(options: argparse.Namespace, world: World) -> int:
-    """Compute what a run needs next until the run is complete; return the exit code."""
+    """Compute the rows that a run needs next until it is complete; return the exit code."""
     run_dir: Path = options.follow
     recipe = Path(options.config or run_dir / "config.yaml")
     if not await_file(recipe, "the run has not started"):
@@ -339,7 +339,7 @@ def follow_run(options: argparse.Namespace, world: World) -> int:
 
 
 def follow_teacher(config: Config, options: argparse.Namespace, world: World) -> int:
-    """Compute what a run needs next of its only teacher; return the exit code."""
+    """Compute the rows that a run needs next of its only teacher; return the exit code."""
     run_dir: Path = options.follow
     if config.teacher.mode != "sidecar":
         raise ConfigError(
@@ -364,7 +364,7 @@ def await_file(path: Path, reason: str) -> bool:
     began = time.monotonic()
     if not os.path.exists(path):
         logger.info("waiting for %s: %s", path, reason)
-    while not os.path.exists(path):  # false, too, while the store fails
+    while not os.path.exists(path):  # also false while the store fails
         if time.monotonic() - began > PATIENCE_S:
             logger.error("%s did not appear within %.0f s: %s", path, PATIENCE_S, reason)
             return False

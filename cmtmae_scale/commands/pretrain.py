@@ -46,7 +46,7 @@ def launch_pretraining(options: argparse.Namespace) -> int:
     world = find_world()
     set_up_logging(world.rank, world.world_size)
     config = load_config(options.config, options.overrides)
-    # Imported here so that --help and errors of the recipe cost no torch.
+    # Imported here so that --help and errors of the recipe do not import torch.
     if options.dry_run:
         from cmtmae_scale.commands.dry_run import dry_run
 

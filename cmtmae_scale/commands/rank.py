@@ -1,4 +1,4 @@
-"""A command that runs as one rank of many: its signals and its exit code."""
+"""Run a command as one rank of many: its signals and its exit code."""
 
 import logging
 import os
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 def run_as_rank(launch: Callable[[], int]) -> int:
     """Run one launch as a rank, and turn every outcome into the exit code of this process.
 
-    It is the code that ``launch`` returns, but 0 for a requested stop under torchrun, which treats
-    every other code as a crash. Where a failure leaves a process group open (``process_group``),
-    the process ends here, since the interpreter would destroy the group at its own end.
+    The exit code is what ``launch`` returns, but 0 for a requested stop under torchrun, which
+    treats every other code as a crash. Where a failure leaves a process group open
+    (``process_group``), the process exits here, because the interpreter would destroy the group.
     """
-    was_open = has_group()  # then it is the caller's, who destroys it
+    was_open = has_group()  # then the group is the caller's, who destroys it
     try:
         code = report_outcome(launch)
     except Exception:
@@ -49,7 +49,7 @@ def report_outcome(launch: Callable[[], int]) -> int:
         try:
             code = launch()
         except LaunchInterrupted as stopped:
-            # torchrun and deepspeed send SIGTERM to all ranks, too, when one of them has died.
+            # torchrun and deepspeed send SIGTERM to all ranks also when one of them has died.
             if report.finds_dead_rank():
                 logger.error("stopped (%s): another rank on this machine has died", stopped)
                 code = EXIT_CRASH

@@ -36,7 +36,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FILE",
-        help="default: report.html in the run's folder; comparison.html in the first one's",
+        help="default: report.html in the run's folder, or comparison.html in the first run's",
     )
     parser.add_argument(
         "--reference",
@@ -52,8 +52,8 @@ def write_page(
 ) -> Path:
     """Read runs and write their page, whole or not at all; returns the file.
 
-    Without ``out`` it is ``report.html`` in the run's folder, or, of several runs,
-    ``comparison.html`` in the first one's. ``reference`` is the file and the row of a study.
+    Without ``out`` it is ``report.html`` in the run's folder, or, for several runs,
+    ``comparison.html`` in the first run's. ``reference`` is the file and the row of a study.
 
     Raises:
         ConfigError: if a folder is not a run's, the reference is not a study's record, or the file

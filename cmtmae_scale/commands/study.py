@@ -48,7 +48,7 @@ def execute_study(options: argparse.Namespace) -> int:
 
     record = Path(study.dir) / f"{Path(options.study).stem}.json"
     records = read_record(record)
-    if options.collect is not None:  # a run may have results there alone
+    if options.collect is not None:  # a run may have results only there
         there = read_record(options.collect.with_name(options.collect.stem + ".json"))
         records += [one for one in there if one not in records]
     runs, unmatched = adopt_records(study, plan_runs(study), records)
@@ -196,8 +196,8 @@ def write_results(
 ) -> str:
     """Write record, table and figures of all available results; returns the text to print.
 
-    Files: ``NAME.json``, ``NAME.md``, ``NAME.svg`` and ``NAME-curves.svg`` for a record of the name
-    ``NAME.json``; a figure without a result is not written.
+    Files: ``NAME.json``, ``NAME.md``, ``NAME.svg`` and ``NAME-curves.svg`` for a record that is
+    named ``NAME.json``; a figure without a result is not written.
     """
     from cmtmae_scale.tools.study.curves import draw_curves
     from cmtmae_scale.tools.study.figure import draw_results

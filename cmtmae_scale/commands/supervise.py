@@ -1,4 +1,4 @@
-"""``cmtmae supervise``: the parent of a launcher, which returns the exit code of its ranks.
+"""``cmtmae supervise``: run a launcher as a child, and return the exit code of its ranks.
 
 For containers, as process 1, and for batch scripts. ``deepspeed`` forwards no signals, torchrun
 turns every code into 1, and both leave processes behind when they are killed.
@@ -125,7 +125,7 @@ class Supervisor:
         return self.exit_code()
 
     def is_working(self) -> bool:
-        """Return whether the command runs, or ranks that it left behind."""
+        """Return whether the command, or a rank that it left behind, is still running."""
         if self.status is None:
             return True
         alive = self.living_ranks()
@@ -158,7 +158,7 @@ class Supervisor:
         if time.monotonic() < self.next_touch:
             return
         self.next_touch = time.monotonic() + TOUCH_S
-        with suppress(OSError):  # such as a draft that has got its name: the next touch counts
+        with suppress(OSError):  # such as a draft that was just renamed; the next touch covers it
             for path in (self.folder, *self.folder.iterdir()):
                 os.utime(path)
 

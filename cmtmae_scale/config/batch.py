@@ -8,9 +8,9 @@ from cmtmae_scale.config.schema import Trained
 from cmtmae_scale.errors import ConfigError
 
 MIN_BATCHES = 4
-"""Batches per epoch below which a run is warned about."""
+"""Batches per epoch below which a run gets a warning."""
 MIN_STEPS = 50
-"""Steps of a length in epochs below which a run is warned about."""
+"""Steps of a length in epochs below which a run gets a warning."""
 
 
 class BatchPlan(NamedTuple):
@@ -29,7 +29,7 @@ class BatchPlan(NamedTuple):
 
 
 def pairs_views(config: Trained) -> bool:
-    """Whether mixup or cutmix pairs the views of a micro-batch, which then has an even size."""
+    """Return whether mixup or cutmix pairs the views of a micro-batch, whose size is then even."""
     augment = getattr(config, "augment", None)
     return augment is not None and bool(augment.mixup or augment.cutmix)
 
@@ -50,13 +50,13 @@ def batch_plan(config: Trained, world_size: int) -> BatchPlan:
 
 
 def split_batch(total: int, limit: int, world_size: int, unit: int = 1) -> BatchPlan:
-    """Split ``total`` views over ranks into micro-batches of at most ``limit``, see ``batch_plan``.
+    """Split ``total`` views over ranks into micro-batches of at most ``limit``; see ``batch_plan``.
 
     Args:
         total: views per step.
         limit: largest number of views per rank and forward.
         world_size: number of ranks.
-        unit: the micro-batch is a multiple of it.
+        unit: the size of the micro-batch is a multiple of this number.
     """
     if total % (world_size * unit):
         raise ConfigError(refuse_batch(total, world_size, unit))
@@ -68,7 +68,7 @@ def split_batch(total: int, limit: int, world_size: int, unit: int = 1) -> Batch
 
 
 def fits(share: int, size: int, unit: int) -> bool:
-    """Whether micro-batches of ``size``, a multiple of ``unit``, make up a rank's share."""
+    """Return whether micro-batches of ``size``, a multiple of ``unit``, make up a rank's share."""
     return share % size == 0 and size % unit == 0
 
 
@@ -81,7 +81,7 @@ def refuse_single_views(limit: int) -> str:
 
 
 def refuse_batch(total: int, world_size: int, unit: int) -> str:
-    """Return why the ranks cannot share a batch; the first remedy keeps the experiment."""
+    """Return why the ranks cannot share a batch; the first remedy keeps the run as it is."""
     pairs = total // unit if total % unit == 0 else 0
     below = next((n for n in range(min(world_size, pairs), 0, -1) if pairs % n == 0), None)
     most = min(pairs, 8 * world_size)
@@ -129,7 +129,7 @@ def exact(number: float) -> Fraction:
 def find_length_problem(config: Trained, num_images: int) -> str | None:
     """Return why a run is unlikely to learn: its batch against its images, or its length.
 
-    A length in steps is as the user wants it, and not judged.
+    A length in steps is the user's choice, and is not checked.
     """
     batch, steps = config.train.global_batch_size, total_steps(config, num_images)
     if batch * MIN_BATCHES > num_images:

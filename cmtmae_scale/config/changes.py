@@ -24,7 +24,7 @@ FREE_KEYS = (
     "data.worker_type",
     "data.max_bad_fraction",
 )
-"""Keys, or groups with their point, that may change at a resume of every task."""
+"""Keys, or groups with a trailing dot, that may change when a run of any task resumes."""
 PRETRAINING_FREE_KEYS = (
     "cache.",
     "teacher.mode",
@@ -39,9 +39,10 @@ PRETRAINING_FREE_KEYS = (
     "data.expected_images",
     "data.window_on_sorted",
 )
-"""The same at a resume of pre-training."""
+"""Further keys that may change when a pre-training resumes."""
 FINETUNING_FREE_KEYS = ("data.test_path", "data.verify_index")
-"""The same at a resume of fine-tuning: not ``train.micro_batch_size``, whose views mixup pairs."""
+"""Further keys that may change when a fine-tuning resumes; not ``train.micro_batch_size``, because
+mixup pairs the views of a micro-batch."""
 _ORIENTATION = "data.exif_orientation"  # absent from older checkpoints, which turned no image
 FIXED_KEYS = ("run.seed", "views.", _ORIENTATION)
 """Keys that never change within a run, whatever ``run.allow_change`` holds."""
@@ -61,16 +62,17 @@ RESHAPING_KEYS = (
     "decoder.width",
     "head.pool",
 )
-"""Keys with which the run has other tensors than its checkpoint: no permission makes them fit."""
+"""Keys that change the run's tensors, so that the weights of its checkpoint do not fit; no
+permission changes that."""
 
 
 def format_names(names: list[str]) -> str:
-    """Return ``run.allow_change``'s value as a command line takes it."""
+    """Return the value of ``run.allow_change`` in the notation of a command line."""
     return f"[{','.join(names)}]"
 
 
 def is_listed(key: str, names: tuple[str, ...]) -> bool:
-    """Return whether a key or its group is among names; ``*`` is any name of an entry."""
+    """Return whether a key or its group is among names; ``*`` matches the name of any entry."""
     return any(
         key.startswith(name) if name.endswith(".") else fnmatchcase(key, name) for name in names
     )
@@ -105,10 +107,10 @@ def compare_configs(
         present: the present config as a tree.
         allowed: ``run.allow_change``.
         digests: index digest of the checkpoint and of the present data.
-        free: keys, or groups with their point, that may differ.
+        free: keys, or groups with a trailing dot, that may differ.
 
     Returns:
-        Allowed changes outside the free keys, as text; they restart the count of positions.
+        Allowed changes outside of the free keys, as text; they restart the count of positions.
 
     Raises:
         ConfigError: names key, old and new value of a change that is not allowed.
@@ -118,7 +120,7 @@ def compare_configs(
     hint = start = ""
     if "student" in saved:
         run_dir = new.get("run.output_dir")
-        start = f", there with student.init_from_run={run_dir} to go on from these weights"
+        start = f", there with student.init_from_run={run_dir} to continue from these weights"
     if _ORIENTATION not in old:  # the digests decide whether the key matters
         old[_ORIENTATION] = new.get(_ORIENTATION)
         hint = (
@@ -157,7 +159,7 @@ def compare_configs(
                 f"{text}; restore it, use another run.output_dir, or add it to run.allow_change: "
                 f"run.allow_change={format_names([*allowed, key])}"
             )
-        changes.append(f"{text}; from here on {after} counts")
+        changes.append(f"{text}; from here on {after} applies")
     return changes
 
 

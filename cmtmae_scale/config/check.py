@@ -25,9 +25,9 @@ from cmtmae_scale.errors import ConfigError
 from dataloading.addresses import find_address_problem, is_url
 
 LARGEST = 2**63
-"""Whole numbers are computed in 64 bits, and so are steps and nanoseconds of a length."""
+"""Bound of whole numbers, steps and nanoseconds, which are computed in 64 bits."""
 LENGTHS = ("epochs", "warmup_epochs", "time_limit_s", "hang_seconds")
-"""Fields with fractions that become whole numbers."""
+"""Fields with fractions that are converted to whole numbers."""
 TRACKERS = ("wandb", "mlflow", "trackio")
 """Experiment trackers that ``log.trackers`` may name."""
 IMAGE_SETS = ("data.path", "data.test_path", "eval.train_path", "eval.test_path")
@@ -36,7 +36,7 @@ FILE_SYSTEM_KEYS = (
     *("run.output_dir", "data.index", "data.store_cache", "cache.dir", "student.init_weights"),
     *("student.init_from_run", "eval.segmentation_path"),
 )
-"""Keys that need files: locks, renames and mapped memory, which stores do not have."""
+"""Keys that need a file system: object stores have no locks, renames or mapped memory."""
 DETERMINISTIC_SAMPLERS = ("hide_salient", "reveal_salient_topk")
 
 
@@ -62,7 +62,7 @@ def find_problems(config: Config) -> Iterator[str]:
 
 
 def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
-    """Every field against the range in its metadata, whatever the config is for."""
+    """Check every field against the range in its metadata, for a config of any task."""
     for one in fields(group):
         key, value = f"{prefix}{one.name}", getattr(group, one.name)
         if is_dataclass(value):
@@ -103,7 +103,7 @@ def check_ranges(group: Any, prefix: str = "") -> Iterator[str]:
 
 
 def check_data(config: Config) -> Iterator[str]:
-    """Settings of decoding, order and store that exclude each other."""
+    """Check settings of decoding, order and store that exclude each other."""
     if config.data.store_cache is not None and not is_url(config.data.path):
         yield (
             f"data.store_cache={config.data.store_cache} is for tars of a store, and "
@@ -127,7 +127,7 @@ def check_data(config: Config) -> Iterator[str]:
 
 
 def check_length(train: Train) -> Iterator[str]:
-    """Exactly one length."""
+    """Check that exactly one length is given."""
     epochs, steps = train.epochs, train.steps
     if (epochs is None) == (steps is None):
         found = "neither" if epochs is None else f"epochs={epochs} and steps={steps}"
@@ -135,7 +135,7 @@ def check_length(train: Train) -> Iterator[str]:
 
 
 def check_schedules(config: Config) -> Iterator[str]:
-    """Each schedule has the fields of its kind."""
+    """Check that each schedule has the fields of its kind."""
     for key, schedule in (
         ("mask.salient_fraction", config.mask.salient_fraction),
         ("collaboration.alpha_attention", config.collaboration.alpha_attention),
@@ -162,7 +162,7 @@ def check_schedules(config: Config) -> Iterator[str]:
 
 
 def check_masks(config: Config) -> Iterator[str]:
-    """Mask shares, samplers against masks per view, normalisations against the mixing schedule."""
+    """Check mask fractions, masks per view, and normalisation against the mixing schedule."""
     mask = config.mask
     if mask.ratio + mask.throw_ratio >= 1:
         total = mask.ratio + mask.throw_ratio
@@ -209,13 +209,13 @@ def alpha_warmup(schedule: Schedule | float) -> float:
 
 
 def check_student(student: Student) -> Iterator[str]:
-    """Width against positional embedding; ``method.build`` checks it against the heads."""
+    """Check width against positional embedding; ``method.build`` checks it against the heads."""
     if student.width is not None and student.width % 4:
         yield f"student.width={student.width} must be a multiple of 4 (sine-cosine embedding)"
 
 
 def check_start(config: Config) -> Iterator[str]:
-    """One source of the initial weights, and not the run itself."""
+    """Check that the initial weights have one source, and that it is not the run itself."""
     student, place = config.student, config.student.init_from_run
     if place is None:
         if student.init_optimizer:
@@ -238,7 +238,7 @@ def check_start(config: Config) -> Iterator[str]:
 
 
 def check_decoder(config: Config) -> Iterator[str]:
-    """Decoder against mask and loss."""
+    """Check the decoder against mask and loss."""
     decoder, loss = config.decoder, config.loss
     if decoder.width % decoder.heads:
         yield f"decoder.width={decoder.width} is not a multiple of decoder.heads={decoder.heads}"
@@ -272,7 +272,7 @@ def check_decoder(config: Config) -> Iterator[str]:
 
 
 def check_losses(config: Config) -> Iterator[str]:
-    """At least one weighted target, on a comparable scale."""
+    """Check that there is a weighted target, on a comparable scale."""
     need, loss = needs(config), config.loss
     if not (need.teacher_features or need.student_features or need.pixels):
         yield "no target has a weight; raise loss.teacher, loss.student or loss.pixel"
@@ -283,7 +283,7 @@ def check_losses(config: Config) -> Iterator[str]:
 
 
 def check_scale(name: str, norm: str, loss_type: str) -> Iterator[str]:
-    """A target's norm gives it a scale where the loss needs one."""
+    """Check that a target's norm sets a scale where the loss needs a scale."""
     if loss_type != "cosine" and norm in ("center", "none"):
         yield (
             f"target.{name}.norm={norm} with loss.type={loss_type} has no scale; use ln, l2, "
@@ -292,7 +292,7 @@ def check_scale(name: str, norm: str, loss_type: str) -> Iterator[str]:
 
 
 def check_teachers(config: Config) -> Iterator[str]:
-    """Several teachers: each as a single one, with some weight, and no cache used twice."""
+    """Check each of several teachers as a single teacher; each has a weight and its own cache."""
     for one in fields(Teacher):
         value = getattr(config.teacher, one.name)
         if value != one.default:
@@ -329,7 +329,7 @@ def check_teachers(config: Config) -> Iterator[str]:
 
 
 def check_single_teacher(config: Config) -> Iterator[str]:
-    """Everything about the only teacher of a config."""
+    """Check everything about the only teacher of a config."""
     if needs(config).teacher_features:
         yield from check_scale("teacher", config.target.teacher.norm, config.loss.type)
     if config.target.teacher.layers != [-1] and config.teacher.feature != "block":
@@ -341,7 +341,7 @@ def check_single_teacher(config: Config) -> Iterator[str]:
 
 
 def check_teacher(config: Config) -> Iterator[str]:
-    """A teacher where one is needed."""
+    """Check that a teacher is given where the run uses a teacher."""
     teacher = config.teacher
     if not needs(config).teacher:
         return
@@ -366,7 +366,7 @@ def check_teacher(config: Config) -> Iterator[str]:
 
 
 def check_cache(config: Config) -> Iterator[str]:
-    """A cache has a folder, a use, and a row for every view."""
+    """Check that a cache has a folder, a use, and a row for every view."""
     mode = config.teacher.mode
     if mode in ("cached", "sidecar") and not needs(config).teacher:
         yield (
@@ -390,10 +390,10 @@ def check_cache(config: Config) -> Iterator[str]:
 
 
 def check_backend(backend: Backend) -> Iterator[str]:
-    """Keys of DeepSpeed, and combinations that ZeRO's stage 3 cannot run."""
+    """Check keys of DeepSpeed, and combinations that the backends cannot run."""
     if backend.deepspeed is not None and backend.name != "deepspeed":
         yield f"backend.deepspeed belongs to backend.name=deepspeed; found {backend.name}"
-    if not isinstance(backend.deepspeed, str):  # a file is read at a launch alone
+    if not isinstance(backend.deepspeed, str):  # a file is read only at a launch
         try:
             extra_keys(backend.deepspeed)
         except ConfigError as error:
@@ -417,13 +417,13 @@ def check_backend(backend: Backend) -> Iterator[str]:
 
 
 def check_precision(group: str, precision: str, backend: str) -> Iterator[str]:
-    """Float8 layers take and give bfloat16."""
+    """Check the backend of float8 layers, which take and return bfloat16."""
     if precision == "fp8" and backend != "bf16":
         yield f"{group}.precision=fp8 needs backend.precision=bf16; found {backend}"
 
 
 def check_log(trackers: list[str], profile_steps: list[int]) -> Iterator[str]:
-    """Known trackers, each once; two steps to profile, or none."""
+    """Check that trackers are known and distinct, and that zero or two profiled steps are given."""
     for name in trackers:
         if name not in TRACKERS:
             yield f"log.trackers={trackers}: {name!r} is not one of {', '.join(TRACKERS)}"
@@ -434,7 +434,7 @@ def check_log(trackers: list[str], profile_steps: list[int]) -> Iterator[str]:
 
 
 def check_figures(config: Config) -> Iterator[str]:
-    """Figures need the teacher itself, for images that no cache holds."""
+    """Check that figures have the teacher itself, for images that no cache holds."""
     every = config.log.images_every
     if every is not None and reads_cache(config) and not builds_teacher(config):
         yield (
@@ -444,7 +444,7 @@ def check_figures(config: Config) -> Iterator[str]:
 
 
 def check_evaluation(config: Config) -> Iterator[str]:
-    """An evaluation needs images to learn from and to test on."""
+    """Check that an evaluation has training and test images."""
     for name in ("train_path", "test_path"):
         if config.eval.every is not None and not getattr(config.eval, name):
             yield (

@@ -1,4 +1,4 @@
-"""Values of a recipe in the types of their keys."""
+"""Convert the values of a recipe to the types of their keys."""
 
 import difflib
 import re
@@ -14,7 +14,7 @@ from cmtmae_scale.config.schema import Schedule
 from cmtmae_scale.errors import ConfigError
 
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
-"""Numbers as JSON and Python write them; YAML wants a point and a sign, as in 5.0e+8."""
+"""Numbers as JSON and Python write them; YAML requires a point and a sign, as in 5.0e+8."""
 PLAIN = (str, bool, int, float, type(None))
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 """Types of fields, for messages."""
@@ -40,7 +40,7 @@ def convert_entries(
         update: all entries, or changes by the entry's name, see ``check_entries``.
         entry: dataclass of an entry.
         place: for messages.
-        key: that lists the entries.
+        key: the key that lists the entries.
 
     Raises:
         ConfigError: for a name that no entry has, or a value of another type.
@@ -63,7 +63,7 @@ def convert_entries(
 
 
 def default_entry(entry: type) -> dict[str, Any]:
-    """Return the values of an entry that gives none."""
+    """Return the default values of an entry."""
     return {name: one.default for name, one in key_fields(entry).items()}
 
 
@@ -88,7 +88,7 @@ def convert_values(
         group, _, name = key.rpartition(".")
         owner = OmegaConf.select(types, group)
         if kind is Any:
-            owner[name] = None  # else a mapping would be merged into the one before
+            owner[name] = None  # else a mapping would be merged into the previous mapping
         try:
             owner.merge_with({name: value})
         except OmegaConfBaseException as error:
@@ -120,7 +120,7 @@ def with_numbers(value: Any) -> Any:
 
 
 def is_of_type(value: Any, kind: Any) -> bool:
-    """Return whether a value is a plain one of exactly a field's type, which nothing converts."""
+    """Return whether a plain value has exactly a field's type and needs no conversion."""
     if get_origin(kind) is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(kind))
     allowed = PLAIN if kind is Any else (kind, *get_args(kind))

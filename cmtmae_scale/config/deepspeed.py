@@ -32,7 +32,7 @@ OWNED = {
     "checkpoint": "the group checkpoint",
     "zero_optimization.stage": "backend.zero_stage",
 }
-"""Keys that follow from the recipe -> what to set instead."""
+"""Keys that follow from the recipe -> the keys to set instead."""
 
 REFUSED = {
     "zero_optimization.round_robin_gradients": "it partitions weights differently from checkpoints",
@@ -52,13 +52,13 @@ REFUSED = {
     "progressive_layer_drop": "it changes the student",
     "sparse_gradients": "all gradients are dense",
 }
-"""Keys that would break a promise of this project -> why."""
+"""Keys that would break a guarantee of this project -> the reason."""
 
 
 def deepspeed_config(
     config: Trained, accumulation: int, micro_batch_size: int | None = None
 ) -> dict[str, Any]:
-    """Merge ``backend.deepspeed`` with what the recipe decides.
+    """Merge ``backend.deepspeed`` with the keys that the recipe determines.
 
     Args:
         config: checked settings.
@@ -70,7 +70,7 @@ def deepspeed_config(
         weights, accumulation and reduction.
 
     Raises:
-        ConfigError: for a key that the recipe decides, or a file that cannot be read.
+        ConfigError: for a key that the recipe determines, or a file that cannot be read.
     """
     low = config.backend.precision == "bf16"
     own: dict[str, Any] = {
@@ -94,7 +94,7 @@ def extra_keys(given: Any) -> dict[str, Any]:
     """Read ``backend.deepspeed``, a mapping or the path of a JSON file, and check it.
 
     Raises:
-        ConfigError: names the key and what to set instead, or the file and what is wrong with it.
+        ConfigError: names the key and what to set instead, or the file and its problem.
     """
     tree = read_extra_keys(given)
     for key in dotted_keys(tree):
@@ -155,7 +155,7 @@ def read_extra_keys(given: Any) -> dict[str, Any]:
 
 
 def require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a group of JSON, and refuse a key that is given twice, as DeepSpeed does.
+    """Return a JSON object, and refuse a key that is given twice, as DeepSpeed does.
 
     Raises:
         ValueError: names the key.
@@ -169,7 +169,7 @@ def require_distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def walk_texts(tree: Any) -> Iterator[str]:
-    """Yield every text of a JSON tree, keys too."""
+    """Yield every text of a JSON tree, including keys."""
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, dict):
@@ -196,7 +196,7 @@ def parent_keys(key: str) -> Iterator[str]:
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lay one tree over another; groups are merged."""
+    """Merge two trees; values of ``above`` take precedence, and groups are merged."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)

@@ -16,7 +16,7 @@ def loss_terms(config: Config) -> tuple[str, ...]:
 
 
 def find_scale_problem(config: Config) -> str | None:
-    """Return why the weights of the targets do not weigh them alike, if they do not.
+    """Return why the weights of the targets are not comparable; ``None``: they are.
 
     Squared errors of ``l2`` are about 1/F of those of the other norms, over F channels.
     """
@@ -49,7 +49,7 @@ def loaded_start(student: Student) -> tuple[str, str] | None:
 
 
 def find_unloaded_weights(student: Student) -> str | None:
-    """Return why published weights that the student's name has as a tag are not its initial ones.
+    """Return why the published weights that the tag of ``student.arch`` names are not loaded.
 
     ``None``: its name has no tag, or a file or run gives the initial weights.
     """
@@ -63,7 +63,7 @@ def find_unloaded_weights(student: Student) -> str | None:
 
 
 def replaced_sizes(student: Student) -> dict[str, int]:
-    """Return width, depth and heads, where they are not the architecture's own."""
+    """Return width, depth and heads where they replace the architecture's own."""
     sizes: dict[str, int | None] = {name: getattr(student, name) for name in SIZES}
     return {name: size for name, size in sizes.items() if size is not None}
 

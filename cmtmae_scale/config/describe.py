@@ -1,6 +1,6 @@
-"""What the schema states about every key, read from the schema itself.
+"""Describe every key of a recipe, from the schema itself.
 
-Python keeps no docstring of a field, so the source is parsed.
+Python does not keep the docstrings of fields, so the source is parsed.
 """
 
 import ast
@@ -81,7 +81,7 @@ def list_keys(group: Any, prefix: str) -> Iterator[Key]:
 
 
 def type_text(kind: Any) -> str:
-    """Return what values a type takes, as text."""
+    """Return the values that a type accepts, as text."""
     arguments = get_args(kind)
     if NoneType in arguments:
         rest = next(one for one in arguments if one is not NoneType)

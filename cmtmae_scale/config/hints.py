@@ -1,4 +1,4 @@
-"""Answers to keys and values that the schema does not have, but that users type."""
+"""Hints for keys and values that users type although the schema lacks them."""
 
 import re
 from collections.abc import Collection
@@ -25,7 +25,7 @@ RENAMED = {
     "train.micro_batch": "train.micro_batch_size",
     "backend.shard": "backend.sharding",
 }
-"""Keys of version 0.1 -> keys of today."""
+"""Keys of version 0.1 -> present keys."""
 
 RENAMED_VALUES = {
     ("loss.tokens", "hidden"): "masked",
@@ -37,7 +37,7 @@ RENAMED_VALUES = {
     ("teacher.mode", "follow"): "sidecar",
     ("cache.on_miss", "live"): "online",
 }
-"""Values of version 0.1 -> values of today."""
+"""Values of version 0.1 -> present values."""
 
 HABITS = {
     "lr": "optimizer.base_lr",
@@ -68,7 +68,7 @@ HABITS = {
     "report_to": "log.trackers",
     "use_wandb": "log.trackers",
 }
-"""Keys of other programs -> keys of this one."""
+"""Keys of other programs -> keys of this program."""
 
 VALUE_REMEDIES = {
     ("backend.zero_stage", "0"): (
@@ -83,7 +83,7 @@ def key_hint(key: str, keys: Collection[str] | None = None) -> str | None:
 
     Args:
         key: full name, ``group.key``, or a bare name.
-        keys: keys that may be named; ``None``: all, and a bare name is not searched for in them.
+        keys: keys that a hint may name; ``None``: all keys, and a bare name is not searched for.
     """
     for table, hint in ((RENAMED, "it is now {}"), (HABITS, "did you mean {}?")):
         if key in table and (keys is None or table[key] in keys):
@@ -93,7 +93,7 @@ def key_hint(key: str, keys: Collection[str] | None = None) -> str | None:
 
 
 def value_hint(key: str, value: str) -> str | None:
-    """Return what to set in place of a value that a closed set no longer has, or never had."""
+    """Return what to set instead of a value that a closed set no longer has, or never had."""
     key = re.sub(r"^teachers\.\w+\.", "teacher.", key)
     if (key, value) in RENAMED_VALUES:
         return f"{value!r} was renamed to {RENAMED_VALUES[key, value]!r}"

@@ -1,4 +1,4 @@
-"""The index of a run's images, as the run's settings ask for it."""
+"""Open the index of a run's images as the run's settings require."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from dataloading.stores import as_root
 
 
 def request_images(data: Data) -> Request:
-    """Return what the index of ``data.path`` is built from."""
+    """Return the request from which the index of ``data.path`` is built."""
     return Request(as_root(data.path), data.source, data.max_pixels, data.exif_orientation)
 
 
@@ -22,7 +22,7 @@ def open_images(data: Data, folder: Path, look_again: bool) -> Index:
     Args:
         data: the settings.
         folder: as for ``load_or_build``.
-        look_again: as for ``load_or_build``; not where a run or a cache began with the index.
+        look_again: as for ``load_or_build``; false where a run or a cache already uses the index.
 
     Raises:
         DataError, ReadError: as ``load_or_build``.
@@ -31,7 +31,7 @@ def open_images(data: Data, folder: Path, look_again: bool) -> Index:
     return load_or_build(data.path, folder, *settings, data.verify_index, look_again)
 
 
-def look_at_images(data: Data, folder: Path | None, look_again: bool) -> Index:
+def open_images_read_only(data: Data, folder: Path | None, look_again: bool) -> Index:
     """Open the index of ``data.path`` that a folder keeps, or build it in memory.
 
     The arguments are those of ``open_images``. Nothing is written: the folder may be that of a
@@ -48,10 +48,10 @@ def look_at_images(data: Data, folder: Path | None, look_again: bool) -> Index:
 
 
 def require_expected_images(data: Data, index: Index) -> None:
-    """Refuse another number of images than ``data.expected_images``.
+    """Refuse a number of images other than ``data.expected_images``.
 
     Raises:
-        ConfigError: with both numbers.
+        ConfigError: names both numbers.
     """
     if data.expected_images is not None and data.expected_images != len(index):
         raise ConfigError(

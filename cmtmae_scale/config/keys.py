@@ -1,4 +1,4 @@
-"""Keys of a schema, and the refusal of trees that do not have its form."""
+"""List the keys of a schema, and refuse trees that do not have its form."""
 
 import dataclasses
 import difflib
@@ -41,7 +41,7 @@ def entry_type(kind: Any) -> type | None:
 
 
 def is_text_key(schema: type, key: str) -> bool:
-    """Return whether a key takes text; for that of an entry, its name may be left out."""
+    """Return whether a key takes text; a key of an entry may omit the entry's name."""
     own = key_fields(schema)
     listed = own.get(key.partition(".")[0])
     entry = None if listed is None else entry_type(listed.type)
@@ -52,7 +52,7 @@ def is_text_key(schema: type, key: str) -> bool:
 def check_keys(
     tree: dict[str, Any], group: type, schema: type, place: str, prefix: str = ""
 ) -> None:
-    """Refuse keys that a group of the schema lacks, with the nearest key that it has."""
+    """Refuse keys that a group of the schema lacks; the error names the nearest key."""
     hints = field_types(group)
     scheduled = schedule_keys(schema)
     for key, value in tree.items():
@@ -85,7 +85,7 @@ def check_keys(
 
 
 def check_entries(place: str, key: str, value: Any, entry: type) -> None:
-    """Refuse what is neither a list of named entries, nor changes by the entry's name."""
+    """Refuse a value that is neither a list of named entries nor changes by the entry's name."""
     if isinstance(value, dict):
         entries = cast(dict[str, Any], value)
         for name, one in entries.items():
@@ -115,7 +115,7 @@ def check_entries(place: str, key: str, value: Any, entry: type) -> None:
 
 
 def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> None:
-    """Refuse what is no flat list, or one of another length, with the notation that works."""
+    """Refuse a value that is not a flat list of the right length; the error shows the notation."""
     fixed = get_origin(kind) is tuple
     items = cast(list[Any], value) if isinstance(value, list) else None
     nested = any(isinstance(item, list | dict) for item in items or ())
@@ -133,7 +133,7 @@ def check_list(place: str, key: str, value: Any, kind: Any, schema: type) -> Non
 
 
 def check_choice(place: str, key: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Refuse a value outside a closed set, with the set and the nearest member."""
+    """Refuse a value outside a closed set; the error names the set and the nearest member."""
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], 1, 0.5)

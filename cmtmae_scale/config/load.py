@@ -1,4 +1,4 @@
-"""From YAML and ``key=value`` overrides to one checked config.
+"""Build one checked config from YAML and ``key=value`` overrides.
 
 Precedence: default < YAML < override. A YAML file is read alone: no inheritance, no interpolation.
 """
@@ -69,7 +69,7 @@ def load_recipe(
 
 
 def read_recipe(schema: type[Recipe], check: Check[Recipe], path: str | Path) -> "Draft[Recipe]":
-    """Read a recipe's file without checking the whole, see ``load_recipe``."""
+    """Read a recipe's file without checking the whole; see ``load_recipe``."""
     tree = read_yaml(find_recipe(path), partial(is_text_key, schema))
     return Draft[Recipe].of_defaults(schema, check, str(path)).merge(tree, str(path))
 
@@ -93,7 +93,7 @@ def recipe_from_dict(
 class Draft(Generic[Recipe]):
     """A config to which settings are still added; its combinations are not checked yet.
 
-    Each method returns another draft, so that many configs start from one that is read once.
+    Each method returns another draft, so that many configs share a recipe that is read once.
     """
 
     schema: type[Recipe]
@@ -101,10 +101,9 @@ class Draft(Generic[Recipe]):
     place: str
     """Name of the recipe, for messages."""
     types: Any
-    """OmegaConf's typed config of the schema, which converts values; its own values mean nothing.
-    """
+    """OmegaConf's typed config of the schema, which converts values; its own values are unused."""
     values: dict[str, Any]
-    """Converted value of each full key; ``MISSING`` where the recipe must give it."""
+    """Converted value of each full key; ``MISSING`` where the recipe must give a value."""
     overrides: tuple[str, ...] = ()
     schedules: dict[str, Schedule | float] = dataclasses.field(
         default_factory=dict[str, Schedule | float]
@@ -117,9 +116,9 @@ class Draft(Generic[Recipe]):
         return cls(schema, check, place, *default_values(schema))
 
     def merge(self, tree: dict[str, Any], place: str) -> "Draft[Recipe]":
-        """Return the draft with the values of a tree; a mapping is merged into the one before.
+        """Return the draft with the values of a tree; mappings are merged into earlier mappings.
 
-        A schedule with a ``kind`` replaces the whole of the one before.
+        A schedule with a ``kind`` replaces the earlier schedule as a whole.
         """
         with tidy_errors():
             values = self.values | self.convert(tree, place)
@@ -182,9 +181,9 @@ class Draft(Generic[Recipe]):
 
 @contextmanager
 def tidy_errors() -> Generator[None, None, None]:
-    """Take users, passwords and queries of addresses out of errors, which repeat values.
+    """Remove users, passwords and queries of addresses from errors, which repeat values.
 
-    A place that is the override itself, with which the problem begins, is named once.
+    A place that repeats the override with which the problem begins is named once.
     """
     try:
         yield
@@ -196,7 +195,7 @@ def tidy_errors() -> Generator[None, None, None]:
 def leaves(
     tree: dict[str, Any], keys: Collection[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a tree by full key; ``keys`` are the schema's, all others are groups."""
+    """Yield the values of a tree by full key; ``keys`` are the schema's, all others groups."""
     for name, value in tree.items():
         full = f"{prefix}{name}"
         if full in keys:
@@ -206,7 +205,7 @@ def leaves(
 
 
 def merged(before: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapping with another one laid over it, recursively."""
+    """Return a mapping updated recursively with another mapping."""
     found = dict(before)
     for name, value in update.items():
         both = isinstance(found.get(name), dict) and isinstance(value, dict)
@@ -215,7 +214,7 @@ def merged(before: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_missing(value: Any) -> bool:
-    """Return whether a value, or one that it holds, must still be given."""
+    """Return whether a value, or a value inside it, must still be given."""
     if isinstance(value, dict):
         return any(map(has_missing, cast(dict[Any, Any], value).values()))
     if isinstance(value, list | tuple):
@@ -254,7 +253,7 @@ def save_config(config: Trained, path: Path) -> None:
 def default_values(schema: type) -> tuple[Any, dict[str, Any]]:
     """Return OmegaConf's typed config of a schema, and its values by full key.
 
-    Drafts share both: they take longer to build than a recipe takes to be read.
+    Drafts share both, because building them takes longer than reading a recipe.
     """
     types = OmegaConf.structured(schema)
     tree = OmegaConf.to_container(types, structured_config_mode=SCMode.DICT)

@@ -1,4 +1,4 @@
-"""Overrides ``group.key=value``: what they set, and how messages name them."""
+"""Overrides ``group.key=value``: the values that they set, and their names in messages."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -37,7 +37,7 @@ def parse_override(
     if is_path_key(key) and isinstance(cast(object, tree), dict):
         tree = value
     if is_text is not None and is_text(key.strip()) and is_unquoted(tree, value):
-        tree = value.strip()  # in an override `` #`` begins no comment
+        tree = value.strip()  # in an override `` #`` does not begin a comment
     refuse_interpolation(tree, place)
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
@@ -61,15 +61,15 @@ def name_override(text: str, keys: Collection[str]) -> str:
 
 
 def is_path_key(key: str) -> bool:
-    """Whether a key's value is a path, which may be a pattern such as ``*.tar`` or ``{a,b}.tar``.
+    """Return whether a key takes a path, which may be a pattern such as ``{a,b}.tar``.
 
-    Such patterns are not YAML, or are YAML of another meaning.
+    Some patterns are not YAML, or are YAML with another meaning.
     """
     return key.strip().endswith("path")
 
 
 def other_length(update: dict[str, Any]) -> str | None:
-    """Name the key that an override of ``train.epochs`` or ``train.steps`` clears."""
+    """Return the key that an override of ``train.epochs`` or ``train.steps`` clears."""
     given = cast(dict[str, Any], update.get("train") or {})
     for key, other in (("epochs", "steps"), ("steps", "epochs")):
         if given.get(key) is not None:
@@ -78,7 +78,7 @@ def other_length(update: dict[str, Any]) -> str | None:
 
 
 def blame(problem: str, place: str, overrides: Sequence[str]) -> str:
-    """Return the overrides that set a key of a problem; ``place`` where none did."""
+    """Return the overrides that set a key of a problem, or ``place`` if there are none."""
 
     def names(override: str) -> bool:
         key = re.escape(override.partition("=")[0].strip())

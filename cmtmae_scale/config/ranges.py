@@ -1,4 +1,4 @@
-"""Fields of a schema with the range of their values, which is checked from there."""
+"""Fields of a schema with the range of their values in the metadata, for ``check_ranges``."""
 
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_FACTORY

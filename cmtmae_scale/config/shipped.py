@@ -1,6 +1,6 @@
 """Recipes, studies and templates that are shipped with the package.
 
-A wheel holds them inside the package, a clone at its top; the paths below are the same.
+A wheel holds them inside the package, a clone at its root; the relative paths are the same.
 """
 
 import difflib
@@ -31,22 +31,22 @@ def shipped_names(folder: str = RECIPES) -> list[str]:
 def find_recipe(text: str | Path, folder: str = RECIPES) -> Path:
     """Return the file of a recipe or study that is given by its path or its shipped name.
 
-    A file of that path wins over a name. A name stands for ``configs/NAME.yaml``: that of the
-    working folder, where ``cmtmae copy`` puts it to be edited, else the shipped one.
+    A file at that path takes precedence over a name. A name means ``configs/NAME.yaml``: the copy
+    in the working folder that ``cmtmae copy`` writes for editing, else the shipped file.
 
     Args:
         text: a path, or a name of ``shipped_names``.
         folder: ``RECIPES`` or ``STUDIES``.
 
     Raises:
-        ConfigError: there is neither such a file nor such a name; the message lists the names. Or
-            the store fails, which may pass.
+        ConfigError: there is neither such a file nor such a name, and the message lists the names;
+            or the store fails, perhaps temporarily.
     """
     given, what = Path(text), "study" if folder == STUDIES else "recipe"
     try:
         if not stat.S_ISDIR(given.stat().st_mode):
             return given
-    except (OSError, ValueError) as error:  # nothing there, or a path that no file can have
+    except (OSError, ValueError) as error:  # no file, or a path that no file can have
         if isinstance(error, OSError) and may_pass(error):
             raise ConfigError(f"{text}: cannot be read; {remedy_for(error, '')}") from error
     names = shipped_names(folder)

@@ -1,4 +1,4 @@
-"""One or several teachers: their shares, a config of each alone, and its keys in messages."""
+"""One or several teachers: their weights, a config of each alone, and its keys in messages."""
 
 import re
 from collections.abc import Generator
@@ -18,7 +18,7 @@ ENTRY_KEYS = {
     "target.teacher.layers": "layers",
     "cache.dir": "cache_dir",
 }
-"""Keys that an entry of ``teachers`` replaces, and their names there."""
+"""Keys that an entry of ``teachers`` replaces -> their names in the entry."""
 
 
 def used_teachers(config: Config) -> list[NamedTeacher]:
@@ -32,18 +32,18 @@ def used_teachers(config: Config) -> list[NamedTeacher]:
 
 
 def term_name(name: str) -> str:
-    """Return a teacher's term, its name in losses, logs and weights; empty: a single teacher."""
+    """Return a teacher's name in losses, logs and weights; an empty name: a single teacher."""
     return f"teacher_{name}" if name else "teacher"
 
 
 def has_pairs(config: Config) -> bool:
-    """Whether the masks use the attention maps of two or more teachers."""
+    """Return whether the masks use the attention maps of two or more teachers."""
     maps = [one for one in config.teachers if one.map > 0]
     return needs(config).teacher_attention and len(maps) > 1
 
 
 def teacher_shares(config: Config) -> dict[str, float]:
-    """Return the weights of the teachers' terms in their mean by term; the sum is 1, if any."""
+    """Return the weight of each teacher's term in their mean; the weights, if any, sum to 1."""
     if not needs(config).teacher_features:
         return {}
     if not config.teachers:
@@ -54,7 +54,7 @@ def teacher_shares(config: Config) -> dict[str, float]:
 
 
 def has_teacher_mean(config: Config) -> bool:
-    """Whether the log has a weighted mean of teachers' terms, ``loss/teacher``, beside them."""
+    """Return whether the log has ``loss/teacher``, a weighted mean, beside the teachers' terms."""
     return len(config.teachers) > 0 and len(teacher_shares(config)) > 0
 
 
@@ -66,7 +66,7 @@ def attention_map_weights(config: Config) -> dict[str, float]:
 def teacher_config(config: Config, entry: NamedTeacher) -> Config:
     """Return the config of a run whose only teacher is an entry of ``teachers``.
 
-    Teacher, attention map, target, cache and what the run needs of the teacher are the entry's.
+    Teacher, attention map, target, cache and uses of the teacher are those of the entry.
     """
     attention, target = config.attention, config.target.teacher
     mixing, loss = config.collaboration, config.loss
@@ -111,9 +111,9 @@ def teacher_configs(config: Config) -> dict[str, Config]:
 
 
 def pick_teacher(config: Config, name: str | None, option: str = "--teacher ") -> Config:
-    """Return the config of the teacher of a name; without ``teachers`` there is no name to give.
+    """Return the config of the named teacher; a recipe without ``teachers`` takes no name.
 
-    ``option`` is what gives the name, for messages.
+    ``option`` is the option that gives the name, for messages.
 
     Raises:
         ConfigError: lists the names.
@@ -138,7 +138,7 @@ _entry: ContextVar[str] = ContextVar("entry", default="")
 def entry_text(text: str, name: str) -> str:
     """Return a message about a single teacher with the keys of an entry of ``teachers``.
 
-    A message without any begins with the entry; ``name`` may be empty, for a single teacher.
+    A message without such keys begins with the entry. ``name`` is empty for a single teacher.
     """
     if not name:
         return text
@@ -151,9 +151,9 @@ def entry_text(text: str, name: str) -> str:
 
 @contextmanager
 def entry_errors(name: str) -> Generator[None, None, None]:
-    """Let errors name the keys of an entry of ``teachers``, see ``entry_text``.
+    """Make errors name the keys of an entry of ``teachers``; see ``entry_text``.
 
-    What the block logs names them where it is given through ``entry_message``.
+    Log lines of the block name these keys where ``entry_message`` returned the text.
     """
     before = _entry.set(name)
     try:
@@ -163,7 +163,7 @@ def entry_errors(name: str) -> Generator[None, None, None]:
         if text == str(error):
             raise
         named = type(error)(text)
-        named.exit_code = error.exit_code  # of another rank's error it is not that of the class
+        named.exit_code = error.exit_code  # another rank's error may differ from its class
         raise named from error.__cause__
     finally:
         _entry.reset(before)
@@ -175,12 +175,12 @@ def entry_message(text: str) -> str:
 
 
 def has_rows(teacher: Teacher) -> bool:
-    """Whether the rows of a teacher are read from a cache."""
+    """Return whether the rows of a teacher are read from a cache."""
     return teacher.mode in ("cached", "sidecar")
 
 
 def reads_cache(config: Config) -> bool:
-    """Whether the rows of any teacher are read from a cache."""
+    """Return whether the rows of any teacher are read from a cache."""
     return any(map(has_rows, config.teachers or [config.teacher]))
 
 
@@ -197,7 +197,7 @@ def online_fraction(config: Config) -> float:
 
 
 def builds_teacher(config: Config) -> bool:
-    """Whether a training process builds a teacher, which cache misses may need."""
+    """Return whether a training process builds a teacher, which cache misses may need."""
     if config.teachers:
         return any(map(builds_teacher, teacher_configs(config).values()))
     misses = reads_cache(config) and config.cache.on_miss == "online"

@@ -1,4 +1,4 @@
-"""YAML without surprises: of bounded size, with distinct keys, without interpolation."""
+"""Read YAML of bounded size, with distinct keys and without interpolation."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ from cmtmae_scale.errors import ConfigError, remedy_for
 MAX_YAML_BYTES = 2**20
 """Largest YAML file that is read."""
 MAX_YAML_VALUES = 100_000
-"""Most values of a YAML text, with its aliases written out."""
+"""Largest number of values of a YAML text, with its aliases expanded."""
 CONSTRUCTOR_ERRORS = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 """Raised by PyYAML for values such as ``2024-13-01`` or ``!!bool x``."""
 NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 TEXT = "tag:yaml.org,2002:str"
-"""Tags that YAML gives to values without quotes, and that of text."""
+"""Tags that YAML gives to unquoted values, and the tag of text."""
 IsText = Callable[[str], bool]
 """Whether a key takes text."""
 
@@ -48,13 +48,13 @@ def read_yaml(path: Path, is_text: IsText | None = None) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, is_text: IsText | None = None, key: str = "") -> Any:
-    """Parse YAML whose aliases, written out, hold at most ``MAX_YAML_VALUES`` values.
+    """Parse YAML that holds at most ``MAX_YAML_VALUES`` values, with its aliases expanded.
 
     Args:
         text: the YAML.
-        is_text: tells the keys, with their groups, whose values are kept as they are written;
-            ``None``: none. YAML reads ``1.10`` as 1.1, ``0700`` as 448 and ``no`` as false.
-        key: of the whole; empty: its own keys are whole ones.
+        is_text: whether the value of a full key is kept as written; ``None``: no value is. YAML
+            reads ``1.10`` as 1.1, ``0700`` as 448 and ``no`` as false.
+        key: full key of the text; empty: the keys in the text are full keys.
 
     Raises:
         ValueError: if it is not YAML, is nested too deeply, holds more values, or repeats a key.
@@ -75,10 +75,10 @@ def parse_yaml(text: str, is_text: IsText | None = None, key: str = "") -> Any:
 
 
 def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
-    """Return the number of values of a node with its aliases written out.
+    """Return the number of values of a node with its aliases expanded.
 
     Args:
-        node: of the graph that YAML's composer returns.
+        node: node of the graph that YAML's composer returns.
         known: counts by the identity of the node; 0 while a node is being counted.
 
     Raises:
@@ -102,7 +102,7 @@ def count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def keep_texts(node: yaml.Node, is_text: IsText, key: str) -> None:
-    """Make text of numbers, truth values and dates of text keys, as they are written; in place.
+    """Turn numbers, booleans and dates of text keys into text as written, in place.
 
     An entry of a list has the key of the list.
     """

@@ -24,9 +24,9 @@ class Agreement(NamedTuple):
 
 
 def require_agreement(ours: Tensor, theirs: Tensor, library: str) -> Agreement:
-    """Compare two outputs, and refuse where they come from different networks.
+    """Compare two outputs, and refuse outputs of different networks.
 
-    Both are float32, of any one shape; ``library`` is the other library's name and version.
+    Both are float32 of the same shape; ``library`` is the other library's name and version.
 
     Raises:
         CheckpointError: if shapes differ, a value is NaN, or the largest difference is

@@ -1,7 +1,7 @@
 """A student of timm's ``Eva`` as transformers' ``DINOv3ViTModel``: settings and tensor names.
 
-Only what that model computes exactly: rotary positions alone, as DINOv3 has them, a class token,
-registers, layer scale, and an MLP or SwiGLU.
+Only students that the model computes exactly are supported: rotary positions alone, as in DINOv3,
+a class token, registers, layer scale, and an MLP or SwiGLU.
 
 Source: ``transformers.models.dinov3_vit`` of 4.57 and 5.24; names are those of published files.
 """
@@ -27,7 +27,7 @@ ROPE = {
     "grid_indexing": "ij",
     "rotate_half": True,
 }
-"""Settings of timm's rotary positions that transformers has no other values for."""
+"""Settings of timm's rotary positions for which transformers has no other values."""
 NAMES = {
     "cls_token": "embeddings.cls_token",
     "reg_token": "embeddings.register_tokens",
@@ -148,7 +148,7 @@ def unsupported_block_parts(block: Any) -> Iterator[str]:
 def renamed_entries(reader: ChunkReader, prefix: str) -> Iterator[Entry]:
     """Yield an encoder's tensors under transformers' names; data is read later.
 
-    The mask token, which pre-training by DINOv3 alone uses, is zero.
+    The mask token, which only pre-training by DINOv3 uses, is zero.
     """
     for key in reader.index:
         if not key.startswith(prefix):

@@ -62,7 +62,7 @@ def build_timm(config: Config) -> tuple[VisionTransformer | Eva, str]:
 def timm_call(config: Config, **more: str) -> str:
     """Return the Python call that builds timm's model of a config's student, with ``more``.
 
-    It names the preprocessing: the architecture's own is that of other weights.
+    The call names the preprocessing, because the architecture's default belongs to other weights.
     """
     overlay = {"pretrained_cfg_overlay": preprocessing(config.views.image_size)}
     options = timm_options(config) | more | overlay
@@ -71,7 +71,7 @@ def timm_call(config: Config, **more: str) -> str:
 
 
 def preprocessing(size: int) -> dict[str, Any]:
-    """Return how timm prepares images for a student, of a side in pixels."""
+    """Return timm's preprocessing for a student with images of ``size`` pixels."""
     return {
         "input_size": (3, size, size),
         "interpolation": "bicubic",

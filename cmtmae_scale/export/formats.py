@@ -35,7 +35,7 @@ class Format(NamedTuple):
     title: str
     write: Callable[[Path, Origin], None]
     check: Callable[[Path, Origin, Tensor], Agreement | None]
-    """Return the difference of the outputs; ``None``: what computes them is not installed."""
+    """Return the difference of the outputs; ``None``: the library to compare is not installed."""
     snippet: Callable[[Origin, str | None], str]
     """Return Python code that loads the folder, or the repository of the hub."""
 
@@ -152,7 +152,7 @@ def export_folder(
 
 @contextmanager
 def open_twin(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder for the same export again, and compare it with ``output``.
+    """Yield a temporary folder for a second copy of an export, and compare it with ``output``.
 
     The card may differ: it may have been edited.
 
@@ -174,5 +174,5 @@ def open_twin(output: Path) -> Iterator[Path]:
 
 
 def has_same_bytes(path: Path, other: Path) -> bool:
-    """Return whether the first file is there and equal to the second."""
+    """Return whether the first file exists and equals the second."""
     return path.is_file() and digest(path) == digest(other)

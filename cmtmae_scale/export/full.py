@@ -57,7 +57,7 @@ def load_full(folder: str | Path) -> CollaborativeMAE:
     found = find_non_finite(tensors)
     if found:
         raise CheckpointError(
-            f"{folder / WEIGHTS}: {found}; export it again from a sound checkpoint"
+            f"{folder / WEIGHTS}: {found}; export it again from an intact checkpoint"
         )
     return build_full(load_config(folder / CONFIG), tensors, str(folder))
 
@@ -97,7 +97,7 @@ def write_full(draft: Path, origin: Origin) -> None:
             if key.startswith(PREFIX)
         ]
         write_tensors(draft / WEIGHTS, entries, {"format": "pt"})
-    # A DeepSpeed config may be a file of the training machine, and no network depends on it.
+    # A DeepSpeed config may be a file on the training machine; no network depends on it.
     backend = replace(origin.config.backend, deepspeed=None)
     save_config(replace(origin.config, backend=backend), draft / CONFIG)
 

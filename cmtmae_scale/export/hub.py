@@ -28,8 +28,7 @@ def require_hub(target: Target) -> None:
     """Refuse what can never be uploaded, before anything is exported.
 
     Raises:
-        ConfigError: if the repository's name is not one, the hub is switched off, or no token is
-            there.
+        ConfigError: if the repository's name is invalid, the hub is disabled, or there is no token.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -55,9 +54,9 @@ def require_hub(target: Target) -> None:
 
 
 def upload(folder: Path, target: Target) -> str:
-    """Create the repository where it is missing, and upload a folder's files in one commit.
+    """Create the repository if it is missing, and upload a folder's files in one commit.
 
-    Files that the hub has already are not sent again.
+    Files that are already on the hub are not sent again.
 
     Returns:
         Address, visibility and commit.
@@ -99,27 +98,27 @@ def upload_command(folder: Path, target: Target) -> str:
 
 
 def explain(error: BaseException, target: Target) -> CmtMaeError:
-    """Return what to raise for an error of huggingface_hub: what happened, and what to do."""
-    status, said = find_response(error)
+    """Return the error to raise for an error of huggingface_hub, with cause and remedy."""
+    status, detail = find_response(error)
     repo = target.repo
     if status == 401:
-        return ConfigError(f"the hub does not accept the token (401: {said}); {LOG_IN}")
+        return ConfigError(f"the hub does not accept the token (401: {detail}); {LOG_IN}")
     if status in (402, 403) or isinstance(error, PermissionError):
         return ConfigError(
-            f"the token may not write to {repo} ({status or 'refused'}: {said}); give it write "
+            f"the token may not write to {repo} ({status or 'refused'}: {detail}); give it write "
             "access, or name a repository of your own (`hf auth whoami`)"
         )
     if status == 404:
         return ConfigError(
-            f"the hub does not know {repo} ({status}: {said}); check OWNER, NAME and HF_ENDPOINT"
+            f"the hub does not know {repo} ({status}: {detail}); check OWNER, NAME and HF_ENDPOINT"
         )
     if status is None and isinstance(error, ValueError):
-        return ConfigError(f"the hub's answer cannot be used ({said}); check HF_ENDPOINT")
+        return ConfigError(f"the hub's answer cannot be used ({detail}); check HF_ENDPOINT")
     if status is None:
-        return UploadError(f"the hub cannot be reached ({said}); see to the network and {AGAIN}")
+        return UploadError(f"the hub cannot be reached ({detail}); check the network and {AGAIN}")
     if status >= 500 or status in MAY_PASS:
-        return UploadError(f"the hub failed ({status}: {said}); {AGAIN} in some minutes")
-    return ConfigError(f"the hub refuses the upload to {repo} ({status}: {said}); correct that")
+        return UploadError(f"the hub failed ({status}: {detail}); {AGAIN} in some minutes")
+    return ConfigError(f"the hub refuses the upload to {repo} ({status}: {detail}); correct that")
 
 
 def find_response(error: BaseException) -> tuple[int | None, str]:

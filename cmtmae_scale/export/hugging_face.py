@@ -94,7 +94,7 @@ def require_parts(arch: str, model: str, unsupported: Iterator[str]) -> None:
     found = ", ".join(unsupported)
     if found:
         raise ConfigError(
-            f"student.arch={arch} is no {model} of transformers: it has {found}; export it with "
+            f"student.arch={arch} is not a {model} of transformers: it has {found}; export it with "
             "cmtmae export timm"
         )
 

@@ -21,11 +21,11 @@ from cmtmae_scale.method.images import IMAGENET_MEAN, IMAGENET_STD, normalise_im
 MODEL = "model.onnx"
 INPUTS, OUTPUTS = ("images",), ("tokens", "pooled")
 LARGEST_FILE = 2**30
-"""Bytes of weights up to which they are inside of ``model.onnx``; protobuf ends at 2 GiB."""
+"""Bytes up to which weights are inside ``model.onnx``; protobuf is limited to 2 GiB."""
 BATCHES = (1, 3)
-"""Sizes of batches that are compared beside that of all images; the graph is traced at another."""
+"""Batch sizes that are compared besides all images; the graph is traced at another size."""
 INSTALL = "pip install 'cmtmae-scale[onnx]'"
-UNVERIFIED = f"NOT verified, for onnxruntime is not installed: {INSTALL}, and export again"
+UNVERIFIED = f"NOT verified, because onnxruntime is not installed: {INSTALL}, and export again"
 SNIPPET = f"""import onnxruntime
 session = onnxruntime.InferenceSession("FOLDER/{MODEL}")
 tokens, pooled = session.run(None, {{"images": images}})  # float32 [B, 3, S, S], normalised
@@ -45,10 +45,10 @@ class TokensAndPooled(nn.Module):
 
 
 def onnx_version() -> str:
-    """Return onnxruntime's version, or that it is not there.
+    """Return onnxruntime's version, or that it is not installed.
 
     Raises:
-        ConfigError: if what writes the graph is not installed.
+        ConfigError: if a package that writes the graph is not installed.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:

@@ -26,14 +26,14 @@ Weights = Literal["student", "momentum"]
 
 
 class Origin(NamedTuple):
-    """A checkpoint and the weights of it that are exported."""
+    """A checkpoint, and which of its weights are exported."""
 
     folder: Path
     """The checkpoint's folder."""
     state: dict[str, Any]
     """Progress, digest of the images, versions."""
     config: Config
-    """The run's, but for ``views.image_size``, which is that of the exported network."""
+    """Config of the run, but with the exported network's ``views.image_size``."""
     weights: Weights
     trained_size: int | None = None
     """Side of the run's images in pixels; ``None``: that of the exported network."""

@@ -1,4 +1,4 @@
-"""Place of an export, and how an export appears there whole or not at all."""
+"""Path of an export, and its publication, whole or not at all."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ LONGEST_NAME = 100
 def default_output(origin: Origin, kind: str) -> Path:
     """Return ``RUN_DIR/export/<run.name>-<weights>-step-<step>-<kind>``.
 
-    ``export/`` of a checkpoint that was moved out of its run is beside the checkpoint.
+    For a checkpoint that was moved out of its run, ``export/`` is beside the checkpoint.
     """
     name = NOT_IN_NAMES.sub("-", origin.config.run.name)[:LONGEST_NAME].strip(".-") or "run"
     place = (origin.run_dir or origin.folder.parent) / FOLDER

@@ -54,7 +54,7 @@ def write_timm(draft: Path, origin: Origin) -> None:
 
 
 def data_config(size: int) -> dict[str, Any]:
-    """Return timm's ``pretrained_cfg`` of an encoder for images of a side in pixels."""
+    """Return timm's ``pretrained_cfg`` of an encoder for images of ``size`` pixels."""
     return preprocessing(size) | {
         "fixed_input_size": True,
         "num_classes": 0,
@@ -80,7 +80,7 @@ def reads_folders() -> bool:
 
 
 def timm_version() -> str:
-    """Return the installed timm's version and the way in which it loads a folder."""
+    """Return the installed timm's version and the way it loads a folder."""
     way = "" if reads_folders() else f" (checkpoint_path={FOLDER_WEIGHTS})"
     return f"timm {timm.__version__}{way}"
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from cmtmae_scale.config.images import look_at_images
+from cmtmae_scale.config.images import open_images_read_only
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.export.origin import Origin
 from dataloading.errors import DataError
@@ -57,7 +57,7 @@ def open_run_index(origin: Origin) -> Index:
     data, run_dir = origin.config.data, origin.run_dir
     folder = Path(data.index) if data.index else run_dir and run_dir / "index"
     try:
-        return look_at_images(data, folder, look_again=False)
+        return open_images_read_only(data, folder, look_again=False)
     except DataError as error:
         raise ConfigError(
             f"an export is verified on images, and the run's cannot be read ({error}); name others "

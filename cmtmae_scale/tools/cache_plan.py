@@ -38,7 +38,7 @@ VIEWS_PER_IMAGE = (1, 4, 16)
 NODE_GPUS = 8
 COLUMNS = 100
 DROPPED = 0.01
-"""Share of pages in memory below which the plan does not mention it."""
+"""Fraction of pages in memory below which the plan does not mention them."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Outlook(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the cache pays in time, in a few words."""
+        """Whether the cache saves time, in a few words."""
         if self.from_run is None:
             return "never (reading)"
         if self.from_run == 1:
@@ -221,7 +221,7 @@ def usable_codecs(config: Config) -> list[Codec]:
     """Return the codecs that store what the run needs.
 
     Raises:
-        ConfigError: if it needs nothing.
+        ConfigError: if the run uses no teacher.
     """
     needed = needs(config)
     if not needed.teacher:
@@ -247,8 +247,9 @@ def flops_ratio(config: Config) -> float:
 def choose_rates(found: Measured, ratio: float, given: float | None, on_gpu: bool) -> Rates:
     """Return the rates of a GPU: measured on a GPU, else modelled from FLOPs.
 
-    ``given`` images per second are those that a GPU trains on without a teacher. If the teacher was
-    not measured on a GPU, they are another device's, and the teacher's rate follows by the ratio.
+    ``given`` is the rate in images per second at which a GPU trains without a teacher. If the
+    teacher was not measured on a GPU, this rate belongs to another device, and the teacher's rate
+    follows from it and ``ratio``.
     """
     teacher = found.teacher if on_gpu or given is None else given / ratio
     decode = math.inf if found.decode is None else found.decode
@@ -298,7 +299,7 @@ def format_hours(value: float) -> str:
 def fact_lines(
     config: Config, job: Job, rates: Rates, found: Measured, how: Origins
 ) -> Iterator[str]:
-    """Yield what was measured, counted, given and modelled."""
+    """Yield the measured, counted, given and modelled numbers."""
     yield f"measured here, by one process ({how.device})"
     yield f"  teacher     {format_rate(found.teacher)} images/s: {how.dtype}, batch {found.batch}"
     if found.decode is None:

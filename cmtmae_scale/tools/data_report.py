@@ -19,7 +19,7 @@ from dataloading.values import Survey
 _NAMED = 3  # files named for each reason
 _LISTED = 20  # undecodable images listed
 _LOST = ("cut short", "rest of this tar", "end of the archive", DAMAGED)
-"""Reasons with which further images are lost."""
+"""Parts of reasons that imply the loss of further images."""
 
 
 class Range(NamedTuple):
@@ -146,7 +146,7 @@ def summarise_data(
     max_bad_fraction: float,
     survey: Survey | None = None,
 ) -> DataReport:
-    """Summarise the index and what the decoder found."""
+    """Summarise the index and the findings of the decoder."""
     rows = index.entries
     labels: NDArray[np.int32] = rows["label"]
     known = labels >= 0
@@ -276,7 +276,7 @@ def _survey_lines(index: Index, survey: Survey) -> list[str]:
 
 
 def format_passed_over(index: Index) -> str:
-    """Format what the index passes over, by extension; empty for nothing."""
+    """Format the files that the index passes over, by extension; empty if there are none."""
     return format_passed(index.passed_over, UNITS[index.source])
 
 

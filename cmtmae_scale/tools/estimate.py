@@ -39,11 +39,11 @@ from dataloading.stream import LOOK_AHEAD
 logger = logging.getLogger(__name__)
 
 DECODED_BYTES = 3 * 500 * 400
-"""Of a decoded image; assumed, some mean of ImageNet-1K."""
+"""Bytes of a decoded image; assumed, about the mean of ImageNet-1K."""
 
 
 class MetaNetworks(NamedTuple):
-    """MetaNetworks of a run, on the meta device."""
+    """Networks of a run, on the meta device."""
 
     model: CollaborativeMAE
     momentum: MomentumEncoder | None
@@ -131,7 +131,7 @@ def memory_bytes(
 ) -> dict[str, float]:
     """Return bytes per GPU by kind at the peak, the end of a forward, for ``node_size`` per node.
 
-    CUDA's context, NCCL's buffers and fragmentation are beside them, see ``RESERVE``.
+    CUDA's context, NCCL's buffers and fragmentation are not included; see ``RESERVE``.
     """
     views = views_per_forward(config, world_size)
     return state_bytes(config, world_size, networks, node_size) | {
@@ -191,10 +191,10 @@ def bucket_bytes(config: Config) -> float:
 
 
 def gathered_values(config: Config, model: CollaborativeMAE) -> int:
-    """Return the values that are gathered at a time where copies of weights are sharded.
+    """Return the number of values gathered at a time where copies of weights are sharded.
 
-    FSDP2 gathers what belongs to no block, one block, and the next one ahead. ZeRO-3 releases none
-    of some first 1e9, unless the config of DeepSpeed says otherwise.
+    FSDP2 gathers the weights outside of blocks, one block, and the next block in advance. ZeRO-3
+    keeps up to 1e9 values, unless the DeepSpeed config sets ``stage3_max_live_parameters``.
     """
 
     def count(module: nn.Module) -> int:
@@ -214,8 +214,8 @@ def zero_key(config: Config, key: str, default: float) -> Any:
 def input_bytes(config: Config, teachers: Mapping[str, OnlineTeacher]) -> float:
     """Return the bytes per view of images before they are normalised.
 
-    Two micro-batches of uint8 views, the present one and that drawn ahead. Where DALI decodes on
-    the GPU, also those that it has prepared, and the decoded images of one.
+    These are two micro-batches of uint8 views, the present one and the next. Where DALI may decode
+    on the GPU, the batches that it has prepared and the decoded images of one batch are added.
     """
     sides = {config.views.image_size}
     pairs = list_teachers(config, teachers)

@@ -536,7 +536,7 @@ def test_a_slurm_array_task_has_its_share() -> None:
 @pytest.mark.parametrize("task", [array_task(1, 1, 5, 2), array_task(0, 0, 20, 3)])
 def test_a_slurm_array_with_gaps_is_refused_unless_the_share_is_given(task: dict[str, str]) -> None:
     count = task["SLURM_ARRAY_TASK_COUNT"]
-    with pytest.raises(ConfigError, match=rf"leave shards to no task.* --shard i/{count}"):
+    with pytest.raises(ConfigError, match=rf"leave shards without a task.* --shard i/{count}"):
         precompute.find_share(None, task)
     assert precompute.find_share((1, 2), task) == (1, 2)
 

@@ -47,7 +47,7 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_an_unknown_name_copies_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert copy_shipped(["demo", "../demo"]) == EXIT_CONFIG
-    assert capsys.readouterr().err.startswith("../demo: the package has nothing of that name")
+    assert capsys.readouterr().err.startswith("../demo: no recipe, study or template of that name")
     assert not list(tmp_path.iterdir())
 
 

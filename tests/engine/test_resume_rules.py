@@ -90,7 +90,7 @@ def test_a_changed_key_is_free_or_needs_permission_or_is_refused(key: str) -> No
     (line,) = compare_configs(TREE, tree, [key], SAME, ALL_FREE)
     assert (
         line
-        == f"{key}: the checkpoint has {before}, the config another; from here on another counts"
+        == f"{key}: the checkpoint has {before}, the config another; from here on another applies"
     )
 
 
@@ -102,7 +102,7 @@ def test_other_images_are_refused_whatever_is_allowed() -> None:
 def test_the_run_to_start_from_is_where_it_is_now() -> None:
     """A copied run's checkpoints name the folder of the machine that wrote them."""
     here = changed("run.output_dir", "/copied/run")
-    with pytest.raises(ConfigError, match=r"student\.init_from_run=/copied/run to go on"):
+    with pytest.raises(ConfigError, match=r"student\.init_from_run=/copied/run to continue"):
         compare_configs(TREE, here, [], ("a" * 64, "b" * 64), ALL_FREE)
 
 
@@ -302,7 +302,7 @@ def test_with_permission_the_configs_optimizer_settings_win_and_are_told(
     assert error == ""
     assert warnings == [
         "allowed change: optimizer.betas: the checkpoint has [0.9, 0.95], the config [0.5, 0.6]; "
-        "from here on [0.5, 0.6] counts"
+        "from here on [0.5, 0.6] applies"
     ]
     assert (state["progress"]["step0"], state["progress"]["position0"]) == (2, 16)
     assert state["config"]["optimizer"]["betas"] == [0.5, 0.6]

@@ -149,7 +149,7 @@ def test_what_a_dinov3_model_lacks_is_named(arch: str, what: str) -> None:
     config.student.arch, config.student.depth = arch, 1
     with pytest.raises(ConfigError) as error:
         model_config(config)
-    start = f"student.arch={arch} is no DINOv3ViTModel of transformers: it has "
+    start = f"student.arch={arch} is not a DINOv3ViTModel of transformers: it has "
     assert str(error.value).startswith(start)
     assert what in str(error.value)
 
@@ -201,6 +201,6 @@ def test_plain_students_are_vit_models(
 def test_what_a_vit_model_lacks_is_named(arch: str, size: int, what: str) -> None:
     with pytest.raises(ConfigError) as error:
         vit_config(student(arch, size), arch)
-    start = f"student.arch={arch} is no ViTModel of transformers: it has "
+    start = f"student.arch={arch} is not a ViTModel of transformers: it has "
     assert str(error.value).startswith(start)
     assert what in str(error.value)

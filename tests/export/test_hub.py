@@ -146,7 +146,7 @@ def test_tokens_networks_and_visibility(
             require_hub(target)
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        with pytest.raises(UploadError, match=r"cannot be reached .*; see to the network and try"):
+        with pytest.raises(UploadError, match=r"cannot be reached .*; check the network and try"):
             upload(tmp_path, target)
     for repo in ("photos", "a/b/c", "someone/with space", "someone/..", ""):
         with pytest.raises(ConfigError, match=r"--push-to-hub=.* is not OWNER/NAME of the hub: "):

@@ -108,7 +108,7 @@ def test_without_onnxruntime_the_graph_is_called_unverified(
     text = export_folder("onnx", tmp_path / "run", None, "student", None)
     folder = tmp_path / "run" / "export" / "cmtmae-student-step-00000002-onnx"
     card = (folder / "README.md").read_text()
-    remedy = "NOT verified, for onnxruntime is not installed: pip install 'cmtmae-scale[onnx]'"
+    remedy = "NOT verified, because onnxruntime is not installed: pip install 'cmtmae-scale[onnx]'"
     assert remedy in text and remedy in card
     assert "Checked when exported" not in card and "loaded back" not in text
 

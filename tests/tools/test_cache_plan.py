@@ -208,7 +208,10 @@ def test_flops_do_not_depend_on_the_teachers_mode(recipe: Path) -> None:
         (["--plan", "--gpu-hour", "2"], "go together"),
         (["--plan", "--images-s", "inf"], "must be above 0"),
         (["--plan", "--verify"], "not allowed with"),
-        (["--verify", "cache.dir=x"], "cache.dir=x is no share; give --verify behind the settings"),
+        (
+            ["--verify", "cache.dir=x"],
+            "cache.dir=x is not a share; give --verify after the settings",
+        ),
     ],
 )
 def test_arguments_without_effect_exit_with_78(

@@ -1,1 +1,1 @@
-"""How fast, on what, and next to what: measured side by side in one process."""
+"""Benchmarks of speed and memory, measured side by side in one process."""

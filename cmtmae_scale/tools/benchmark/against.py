@@ -62,7 +62,7 @@ def compare_with_transformers(
     ours.to(device)
     length = ours.encoder.grid[0] * ours.encoder.grid[1]
     noise = hash_uniform(config.run.seed, 0, torch.arange(count, device=device), length)
-    # MAE keeps the patches of the smallest noise, we those of the largest key.
+    # MAE keeps the patches with the smallest noise, this package those with the largest key.
     calls = (make_loss(config, ours, images, noise), lambda: theirs(images, noise=1 - noise).loss)
     losses = [call().item() for call in calls]
     if not abs(losses[0] - losses[1]) <= TOLERANCE * abs(losses[1]):  # NaN differs too

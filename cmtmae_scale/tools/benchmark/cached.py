@@ -68,7 +68,7 @@ def compare_cache(
     """Build a cache per codec in a temporary folder, and measure it; the process group is open.
 
     The caches hold ``views.views_per_image`` or one view per image; a round reads ``rows`` of them.
-    The protocol is of the training steps.
+    The protocol is that of the training steps.
 
     Raises:
         ConfigError: several processes, numbers below 1, or a run without teacher features.

@@ -52,8 +52,8 @@ KINDS = {
 class CountCollectives(TorchDispatchMode):
     """Counts collectives and their bytes by kind and size of the group.
 
-    Bytes are those of the whole tensor: what is gathered, scattered or reduced. A host read returns
-    1, since fake tensors have no values.
+    Bytes are those of the whole tensor that is gathered, scattered or reduced. A host read returns
+    1, because fake tensors have no values.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ def set_data(old: torch.Tensor, new: torch.Tensor) -> None:
 
 @contextmanager
 def fake_group(world_size: int) -> Iterator[None]:
-    """Open a process group of which this process is rank 0, and which moves nothing."""
+    """Open a process group in which this process is rank 0 and no data is sent."""
     import_module("torch.distributed._tools.fake_collectives")  # collectives on fake tensors
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -125,7 +125,7 @@ def count_collectives(
         config: checked settings; the step is not compiled.
         world_size: number of ranks, 8 per node.
         networks: of the config, on the meta device; ``None``: they are built.
-        is_real: use real tensors, which DeepSpeed needs: it reads them; for small models.
+        is_real: use real tensors, whose values DeepSpeed reads; for small models.
     """
     train = replace(config.train, global_batch_size=world_size, micro_batch_size=1)
     config = replace(config, backend=replace(config.backend, compile=False), train=train)
@@ -151,7 +151,7 @@ def count_collectives(
 
 
 def take_step(backend: Backend, work: SyntheticWork) -> None:
-    """Take the parts of a step that communicate: everything but the teacher."""
+    """Run the parts of a step that communicate: everything but the teacher."""
     backend.momentum_forward(work.inputs[0])
     backend.micro(work, last=True)
     backend.step(1e-3, torch.zeros(REPORT))
@@ -194,7 +194,7 @@ def count_settings(
 
 
 def collectives_table(found: Sequence[Counted]) -> str:
-    """Return calls and bytes by kind, what a rank sends, and the latency of rings, as a table."""
+    """Return calls and bytes by kind, bytes sent per rank, and the latency of rings, as a table."""
     kinds = sorted({one.kind for counted in found for one in counted.traffic})
     rows: list[list[str]] = []
     for setting, world_size, traffic in found:

@@ -2,8 +2,8 @@
 
 CPU time is that of this process and of its worker processes. A training step that is bound by its
 host is imitated by a main thread that computes in Python for ``BUSY_S`` of its own CPU time before
-it asks for each batch. What counts is how long it is held up, by whatever else holds the
-interpreter or for lack of a batch: wall time less its CPU time and less its wait for a free core.
+it requests each batch. The measure is how long the main thread is held up, by other holders of the
+interpreter lock or for lack of a batch: wall time less its CPU time and its wait for a free core.
 """
 
 import io
@@ -42,7 +42,7 @@ SETTLED_S = 0.05
 BUSY_S = 0.25
 """CPU time of the main thread's own work in a host-bound step."""
 BUSY_STEPS = 4
-"""Host-bound steps per round, of which the median counts."""
+"""Host-bound steps per round, of which the median is taken."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ def compare_decoders(
     """
     if min(size, images, rounds, threads) < 1:
         raise ConfigError("--size, --images, --rounds and --threads must be at least 1")
-    index = build_index(path, exif_orientation=False)  # PIL and torchvision here turn nothing
+    index = build_index(path, exif_orientation=False)  # PIL and torchvision do not apply it
     batches = -(-images // BATCH)
     with ExitStack() as stack:
         before = torch.get_num_threads()
@@ -148,7 +148,7 @@ def compare_decoders(
 
 
 class SequentialViews:
-    """Makes one view after the other by a function, as a plain data set does."""
+    """Makes one view after another with a function, as a plain data set does."""
 
     ahead = 0
 
@@ -207,8 +207,8 @@ def time_batches(source: ViewSource, batches: int, workers: Sequence[int]) -> Us
     """Return times without batches that were finished ahead of the clock.
 
     Args:
-        source: of the batches.
-        batches: per measurement.
+        source: source of the batches.
+        batches: batches per measurement.
         workers: processes whose CPU time counts.
     """
     wait_until_idle(workers)
@@ -226,7 +226,7 @@ def time_batches(source: ViewSource, batches: int, workers: Sequence[int]) -> Us
 
 
 def time_held_up(source: ViewSource, steps: int) -> float:
-    """Return seconds per host-bound step in which the main thread is held up; none is ahead."""
+    """Return seconds per host-bound step in which the main thread is held up; no batch is ahead."""
     held_up: list[float] = []
     for _ in range(steps):
         began, active = time.perf_counter(), time_active()
@@ -259,7 +259,7 @@ def task_time(pid: int) -> float:
 
 
 def find_children(pid: int) -> list[int]:
-    """Return the processes below one."""
+    """Return all descendants of a process."""
     try:
         listed = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:

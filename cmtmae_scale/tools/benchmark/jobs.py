@@ -1,9 +1,9 @@
-"""The jobs of the suite, in order of worth: one per row of "On a GPU" in docs/performance.md."""
+"""The jobs of the suite, by priority: one per row of "On a GPU" in docs/performance.md."""
 
 from typing import NamedTuple
 
 TARS = "TARS"
-"""Stands for the images in a command."""
+"""Placeholder for the images in a command."""
 
 TINY = (
     *("views.image_size=64", "student.arch=test_vit", "data.workers=1"),

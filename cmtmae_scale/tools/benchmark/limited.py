@@ -1,4 +1,4 @@
-"""A command in a process of its own, ended with all that it started when its time is up."""
+"""Run a command in a process of its own, and end it with its descendants at a time limit."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ class Ended(NamedTuple):
 
 
 def run_limited(command: Sequence[str], log: Path, limit_s: float) -> Ended:
-    """Run a command with its output in ``log``; ``python`` stands for this interpreter."""
+    """Run a command with its output in ``log``; ``python`` means this interpreter."""
     words = [sys.executable if word == "python" else word for word in command]
     began = time.monotonic()
     with log.open("w") as output:
@@ -50,7 +50,7 @@ def run_limited(command: Sequence[str], log: Path, limit_s: float) -> Ended:
 
 
 def end_all(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and its descendants, those in sessions of their own too."""
+    """End a process and its descendants, including those in sessions of their own."""
     below = [(pid, start_ticks(pid)) for pid in descendants(process.pid)]
     process.kill()
     process.wait()

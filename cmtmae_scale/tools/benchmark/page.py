@@ -16,7 +16,7 @@ DETAILS = re.compile(r"^#### `(\w+)`\n(.*?)(?=^#### |\Z)", re.MULTILINE | re.DOT
 
 
 def write_page(page: Path, jobs: Sequence[Job], rows: dict[str, Row]) -> None:
-    """Write the rows that were measured at full size; the others keep what the page has.
+    """Write the rows that were measured at full size; other rows of the page stay unchanged.
 
     Raises:
         ConfigError: if the page lacks the two marks.
@@ -35,7 +35,7 @@ def write_page(page: Path, jobs: Sequence[Job], rows: dict[str, Row]) -> None:
 
 
 def split_page(page: Path) -> tuple[str, str, str]:
-    """Return what is before, between and after the marks."""
+    """Return the text before, between and after the marks."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise ConfigError(f"{page} lacks the marks {BEGIN} and {END}; restore them")

@@ -14,8 +14,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return FLOP/s by name of the denominator.
 
     These are the measured rate of a large matrix product of the dtype (per CPU-second on a CPU),
-    and, for bf16 on a known GPU, the rate that such products were once seen to reach, which makes
-    runs comparable, and the datasheet's.
+    and, for bf16 on a known GPU, the rate that such products reached in an earlier measurement,
+    which makes runs comparable, and the datasheet's.
     """
     name = str(dtype).removeprefix("torch.")
     found = {f"{name} matrix product here": matmul_flops(device, dtype)}

@@ -12,7 +12,7 @@ ENDINGS = (".json", ".md")
 
 
 def with_ending(path: Path, ending: str) -> Path:
-    """Return a file of results, one of ``ENDINGS``; a point in the name, as in ``v0.2``, stays."""
+    """Return a file of results, one of ``ENDINGS``; a dot in the name, as in ``v0.2``, stays."""
     name = path.stem if path.suffix in ENDINGS else path.name
     return path.with_name(name + ending)
 

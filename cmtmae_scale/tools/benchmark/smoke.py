@@ -1,6 +1,6 @@
 """Every path that a run can take on a GPU, once, with tiny networks: a traceback where one fails.
 
-A chain is a sequence of commands that need one another; chains run side by side.
+A chain is a sequence of commands that depend on one another; chains run side by side.
 """
 
 import logging
@@ -24,7 +24,7 @@ LIMIT_S = 300.0
 CORES_PER_CHAIN = 3
 OK, FAILED = "ok", "failed"
 RUN = "RUN"
-"""Stands for a folder of the chain in a command."""
+"""Placeholder for a folder of the chain in a command."""
 
 
 class Check(NamedTuple):
@@ -121,7 +121,7 @@ def run_checks(
         images: folder of labelled images or of tars.
         place: existing folder for the runs.
         keep: called with the results so far, after every path.
-        chains: sequences of paths that need one another.
+        chains: sequences of paths that depend on one another.
     """
     parallel = max(1, len(os.sched_getaffinity(0)) // CORES_PER_CHAIN)
     found: list[list[Checked]] = [[] for _ in chains]
@@ -139,7 +139,7 @@ def run_checks(
 
 
 def run_chain(chain: Sequence[Check], images: str, place: Path) -> Iterator[Checked]:
-    """Run commands one after another; what needs a command that failed is skipped."""
+    """Run commands one after another; the commands after a failed command are skipped."""
     broken = ""
     for check in chain:
         missing = [package for package in check.needs if not is_installed(package)]

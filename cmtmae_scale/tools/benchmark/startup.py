@@ -1,7 +1,7 @@
 """CPU time and peak memory of commands that end before they train.
 
-The system counts the memory of the measuring process in a child's peak, so that the measuring
-process must be small: this module imports no torch.
+The system counts the memory of the measuring process in a child's peak, so the measuring process
+must be small: this module imports no torch.
 """
 
 import os
@@ -27,7 +27,7 @@ class Usage(NamedTuple):
 def measure_commands(recipe: str, rounds: int) -> list[Usage]:
     """Measure import, ``--help``, a wrong key and ``--dry-run``.
 
-    The recipe's dry run works on this machine; the median of the rounds counts.
+    The recipe's dry run works on this machine. The results are medians over the rounds.
 
     Raises:
         ConfigError: if a command does not end with the expected exit code.

@@ -4,7 +4,7 @@ The functions of the run itself are called with the recipe's sizes, without memo
 Matrix products, convolutions and attention are counted by torch's formulas, 2 FLOPs per
 multiply-add. Every other operation reads its inputs and writes its outputs once and is one launch;
 views are free. A compiled part is modelled as if each run of operations between two matrix products
-were one kernel, which reads what others wrote and writes what others read.
+were one kernel, which reads the outputs of other kernels and writes the inputs of other kernels.
 """
 
 import copy
@@ -46,9 +46,9 @@ TEACHER, MOMENTUM, PREPARE = "teacher", "momentum encoder", "masks and targets"
 STUDENT, DECODER, LOSS = "student", "decoder", "loss"
 CASTS, OPTIMIZER, AVERAGE = "casts of weights and gradients", "optimizer", "EMA update"
 PARTS = (TEACHER, MOMENTUM, PREPARE, STUDENT, DECODER, LOSS, CASTS, OPTIMIZER, AVERAGE)
-"""In the order of a step; of several teachers each is a part, "teacher NAME"."""
+"""Parts in the order of a step; each of several teachers is a part, "teacher NAME"."""
 NEVER_FUSED = (CASTS, OPTIMIZER, AVERAGE)
-"""Few launches over lists of tensors already."""
+"""Parts that already have few launches, over lists of tensors."""
 WITHOUT_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "detach"})
 ALONE = frozenset({"sort", "topk", "index_put_", "scatter", "scatter_", "scatter_add"})
 """Operations that torch.compile does not fuse with others."""
@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):
             del self.operations[before:]
 
     def enter(self, part: str) -> None:
-        """Count what follows as a part."""
+        """Count the following operations as a part."""
         self.part = part
 
     def __torch_dispatch__(
@@ -164,7 +164,7 @@ class Recorder(TorchDispatchMode):
         outputs = [one for one in tree_leaves(out) if isinstance(one, Tensor)]
         reads, writes = self.sizes(inputs), self.sizes(outputs)
         changes = func._schema.is_mutable
-        if changes:  # an operation in place writes what it is given to change, often a list
+        if changes:  # an in-place operation writes its changed arguments, often a list
             writes |= self.sizes(changed_arguments(func, args, kwargs or {}))
         is_view = not changes and set(writes) <= set(reads)
         if name not in WITHOUT_KERNEL and not is_view:
@@ -285,7 +285,7 @@ def fuse(operations: Sequence[tuple[int, Operation]], last_use: dict[int, int]) 
 
 
 def merge(group: Sequence[tuple[int, Operation]], last_use: dict[int, int]) -> Operation:
-    """Return operations as one kernel: what stays within the group is neither read nor written."""
+    """Return operations as one kernel; tensors used only within it are not read or written."""
     end, reads, writes = group[-1][0], dict[int, int](), dict[int, int]()
     for _, one in group:
         reads |= {k: max(v, reads.get(k, 0)) for k, v in one.reads.items() if k not in writes}
@@ -317,7 +317,7 @@ def record_step(config: Config) -> list[Operation]:
 
 @contextmanager
 def without_mha_fast_path() -> Iterator[None]:
-    """Make ``nn.MultiheadAttention`` call operations that have a formula, not one that has none."""
+    """Make ``nn.MultiheadAttention`` call operations that have a FLOP formula."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -332,7 +332,7 @@ def name_part(name: str) -> str:
 
 
 class RecordedTeacher:
-    """The teacher, or a reader of its cache, whose rows are tensors that exist."""
+    """A teacher, or a reader of its cache, whose rows are existing tensors and not counted."""
 
     def __init__(self, inner: OnlineTeacher, recorder: Recorder, online: bool, part: str) -> None:
         self.inner, self.recorder, self.online, self.part = inner, recorder, online, part
@@ -344,7 +344,7 @@ class RecordedTeacher:
 
 
 class RecordedBackend:
-    """Of a backend, the momentum encoder's forward."""
+    """The momentum encoder's forward of a backend."""
 
     def __init__(self, momentum: nn.Module | None, recorder: Recorder, dtype: torch.dtype) -> None:
         self.momentum, self.recorder, self.dtype = momentum, recorder, dtype
@@ -387,7 +387,7 @@ def record_prepare(config: Config, networks: MetaNetworks, recorder: Recorder) -
 def record_student(
     config: Config, networks: MetaNetworks, batch: MicroBatch, recorder: Recorder
 ) -> None:
-    """Record the student's forward, the loss and the backward, whose parts are told by hooks."""
+    """Record the student's forward, the loss and the backward; hooks separate the parts."""
     model = networks.model
 
     def split_encoder(module: nn.Module, inputs: object, tokens: Tensor) -> None:

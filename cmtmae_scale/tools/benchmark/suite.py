@@ -1,4 +1,4 @@
-"""All jobs of ``jobs.py``, most valuable first, as many as the time allows; the next call goes on.
+"""Run the jobs of ``jobs.py`` by priority, as many as the time allows; the next call continues.
 
 This process imports no torch: the device belongs to the jobs.
 """
@@ -30,7 +30,7 @@ NO_TESTS = 5
 """pytest's exit code if it selected no test."""
 
 Row = dict[str, Any]
-"""A job's result: state, command, date, seconds; of a benchmark also what it saved."""
+"""A job's result: state, command, date, seconds; for a benchmark also its saved results."""
 
 
 def run_suite(
@@ -38,11 +38,11 @@ def run_suite(
 ) -> dict[str, Row]:
     """Run the jobs that have no result yet, and return the rows by name.
 
-    The rows are kept in ``output`` with ``.json``, which is written after every job. A job is not
-    begun with less than half of its limit left.
+    The rows are kept in ``output`` with ``.json``, which is written after every job. A job does not
+    start with less than half of its time limit left.
 
     Args:
-        jobs: in order of worth.
+        jobs: in order of priority.
         images: folder of images or of tars, for ``TARS`` in a command.
         minutes: time for all jobs.
         output: name of the files, without an ending.
@@ -60,7 +60,7 @@ def run_suite(
             state = {"state": SKIPPED, "headline": f"{', '.join(missing)} is not installed"}
             rows[job.name] = rows.get(job.name, {}) | state
         else:
-            logger.info("%s: begins, %.0f s left", job.name, left_s)
+            logger.info("%s: starting, %.0f s left", job.name, left_s)
             limit_s = job.limit_s * (CPU_FACTOR if small else 1)
             rows[job.name] = run_job(job, images, min(limit_s, left_s), small)
         row = rows[job.name]
@@ -90,7 +90,7 @@ def read_rows(output: Path) -> dict[str, Row]:
 def plan_jobs(jobs: Sequence[Job], rows: dict[str, Row], small: bool, again: bool) -> list[Job]:
     """Return the jobs to run: those never tried first, then those that did not finish.
 
-    A row of another command, but for the place of the images, counts as never tried.
+    A row of another command, apart from the path of the images, counts as never tried.
     """
     fresh: list[Job] = []
     tried: list[Job] = []
@@ -144,7 +144,7 @@ def is_installed(package: str) -> bool:
     """Return whether a package can be imported, without importing it."""
     try:
         return find_spec(package) is not None
-    except ModuleNotFoundError:  # the package above it
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 

@@ -1,4 +1,4 @@
-"""Where a GPU is busy within a profiled step, and where it waits."""
+"""When a GPU is busy within a profiled step, and when it is idle."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,9 +33,9 @@ class Gap:
 
     seconds: float
     before: str
-    """What ran before it."""
+    """Kernel or copy before the gap."""
     after: str
-    """What ran after it."""
+    """Kernel or copy after the gap."""
 
 
 def device_spans(events: Iterable[Any]) -> list[Span]:

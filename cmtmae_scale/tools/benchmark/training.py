@@ -28,7 +28,7 @@ from cmtmae_scale.tools.estimate import ViewFlops, build_meta_networks, count_fl
 GIB = 2**30
 
 NO_KERNEL = ("No available kernel", "No viable backend")
-"""How torch says, on a GPU and on a CPU, that the chosen attention kernel cannot be used."""
+"""Messages of torch, on a GPU and on a CPU, for an attention kernel that cannot be used."""
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def make_variants(
     Args:
         path: recipe.
         overrides: ``key=value`` for all variants.
-        sweeps: ``key=value,value,...``; the key ``sdpa`` chooses attention's kernel.
+        sweeps: ``key=value,value,...``; the key ``sdpa`` chooses the attention kernel.
         accumulation: micro-steps per step; determines the global batch size.
         world_size: number of ranks.
 
@@ -121,7 +121,7 @@ def make_variants(
 
 
 def random_weights(path: str, overrides: Sequence[str]) -> list[str]:
-    """Return overrides for teachers whose weights no override names: they do not affect the time.
+    """Return overrides for teachers whose weights no override names; random weights take as long.
 
     Raises:
         ConfigError: an override of a key that the recipe does not have.
@@ -176,7 +176,7 @@ def measure_group(
     device: torch.device,
     limits: dict[torch.dtype, dict[str, float]],
 ) -> list[StepResult]:
-    """Time variants with alternating windows; one that cannot run is named, and left out."""
+    """Time variants with alternating windows; a variant that cannot run is named and skipped."""
     faults: dict[str, str] = {}
     ready_s: dict[str, float] = {}
 

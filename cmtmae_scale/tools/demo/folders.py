@@ -1,4 +1,4 @@
-"""Folders that the demo writes, each with a record beside it by which the demo knows it again."""
+"""Folders that the demo writes, each with a record beside it that identifies it."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def write_folder(folder: Path, fill: Callable[[Path], dict[str, int]]) -> None:
         fill: writes a draft of the folder, and returns the record.
 
     Raises:
-        ConfigError: if something else is there.
+        ConfigError: if the folder exists and is not the demo's.
     """
     taken = next((path for path in (folder, record_file(folder)) if os.path.lexists(path)), None)
     if taken is not None and (folder.is_symlink() or read_record(folder) is None):

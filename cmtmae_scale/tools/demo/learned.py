@@ -1,4 +1,4 @@
-"""What the demo's student learned, beside random weights and raw pixels."""
+"""Measures of the demo's student, beside those of random weights and raw pixels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ MEASURES = {
     "segmentation": ("textures of patches, linear, mIoU", "linear segmentation", "value"),
     "linear": ("photograph of a crop, linear probe", "linear", "accuracy"),
 }
-"""Method -> what is measured, beginning of the name of its rows, key of the number."""
+"""Method -> measure, beginning of the name of its rows, key of the number."""
 REMEDY = "that takes far more images and views"
 OTHERS = ("random weights", "raw pixels")
 

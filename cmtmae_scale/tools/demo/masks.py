@@ -4,12 +4,12 @@ Three sets, the same on every machine and written without a download:
 
 * ``textures/train`` and ``textures/test``: mosaics of three photographed textures (brick, grass,
   gravel). Each mosaic is cut by the nearest of a few random points; the masks are exact. Training
-  pixels come from the left 60 % of each photograph, test pixels from the right 37 %, and every
-  region's brightness and contrast are changed at random, so that brightness is no class.
+  pixels are from the left 60 % of each photograph, test pixels from the right 37 %, and every
+  region's brightness and contrast are changed at random, so that brightness reveals no class.
 * ``objects``: seven photographs whose object is outlined by hand below (void within 3 pixels of the
   outline), or found by a threshold (coins).
 * ``clips``: clips in DAVIS's layout. ``motorcycle`` is a real stereo pair: the right image's mask
-  is the left one's, moved by the measured disparity (D. Scharstein et al., GCPR 2014), void where
+  is the left mask, moved by the measured disparity (D. Scharstein et al., GCPR 2014), void where
   that is unknown. The others are a camera's pan over a photograph of ``objects``.
 """
 
@@ -28,7 +28,7 @@ from dataloading.errors import DataError
 logger = logging.getLogger(__name__)
 
 RECIPE = 1
-"""Version of the sets; folders of another version are written anew."""
+"""Version of the sets; folders of another version are rewritten."""
 SKIMAGE, SKLEARN = "skimage/data", "sklearn/datasets/images"
 TEXTURES = ("brick", "grass", "gravel")
 """Classes 1, 2 and 3 of the mosaics; there is no class 0."""
@@ -44,7 +44,7 @@ COIN_LEVEL = 107
 """Threshold of the coins' smoothed brightness above the local background."""
 FRAMES = 6
 PAN, CROP = 0.3, 0.7
-"""Way of a pan and side of its frames, as fractions of the photograph."""
+"""Length of a pan and side of its frames, as fractions of the photograph."""
 VOID = 255
 
 Point = tuple[float, float]

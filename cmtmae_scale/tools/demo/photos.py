@@ -1,7 +1,7 @@
 """Crops of the photographs in scikit-image and scikit-learn, as a folder of small JPEGs.
 
 The crops are the same on every machine; some are grey, as in every real data set. Training crops
-come from the left part of each photograph, evaluation crops from the right part, so the two sets
+are from the left part of each photograph, evaluation crops from the right part, so the two sets
 share no pixel. Evaluation crops overlap each other.
 """
 
@@ -21,7 +21,7 @@ from dataloading.errors import DataError
 logger = logging.getLogger(__name__)
 
 RECIPE = 3
-"""Version of the crops; folders of another version are written anew."""
+"""Version of the crops; folders of another version are rewritten."""
 SIDE_PIXELS = (160, 256)
 SCALE = (0.4, 1.0)
 RATIO = (0.75, 1.3333333333333333)
@@ -80,7 +80,7 @@ def prepare_photos(folder: Path, strip: Strip = TRAINING) -> int:
         nothing is downloaded.
 
     Raises:
-        ConfigError: if the folder is not the demo's, or somebody has added images.
+        ConfigError: if the folder is not the demo's, or has other images than the demo's.
         DataError: without scikit-image and scikit-learn (extra ``demo``).
     """
     record, images = read_record(folder) or {}, count_jpegs(folder)

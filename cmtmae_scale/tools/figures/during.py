@@ -38,7 +38,7 @@ class RunFigures:
     """Draws figure sheets every ``log.images_every`` steps and at the end.
 
     All ranks gather the weights; rank 0 keeps them on the host and draws with networks of its own,
-    so nothing of the training changes.
+    so the training is not affected.
 
     Args:
         task: the pre-training, with ``log.images_every``.

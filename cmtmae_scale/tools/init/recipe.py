@@ -24,7 +24,7 @@ LARGEST_BATCH, USUAL_BATCH, FEWEST_BATCHES = 4096, 16, 4
 SMALLEST_SET = USUAL_BATCH * FEWEST_BATCHES
 """Images from which a batch of the usual size leaves enough batches per epoch."""
 MAX_EPOCHS = 800
-"""As MAE's longest."""
+"""As in MAE's longest pre-training."""
 MAX_VIEWS = 400 * 1_281_167
 """Views of the recipe ``vit_base``, 400 epochs of ImageNet-1K."""
 SHORT_RUN = 5000
@@ -48,7 +48,7 @@ NO_DECODER = """\
 
 
 class Machine(NamedTuple):
-    """What the run will have."""
+    """Hardware of the run, and weights for it."""
 
     cores: int
     has_gpu: bool
@@ -100,7 +100,7 @@ def choose_batch(images: int) -> int:
 
 
 def choose_epochs(images: int) -> int:
-    """Return 800 epochs, or as many as ``MAX_VIEWS`` views are."""
+    """Return 800 epochs, or fewer if they would exceed ``MAX_VIEWS`` views."""
     return max(1, min(MAX_EPOCHS, MAX_VIEWS // images))
 
 
@@ -108,7 +108,7 @@ def choose_base_lr(batch: int) -> float:
     """Return the learning rate per 256 views.
 
     The shipped recipes have a learning rate of 1e-3 at batches of 64 and 256 and MAE's 1.5e-4 per
-    256 views at 4096; the rule changes from the one to the other above 1024.
+    256 views at 4096; the rule switches between them above 1024.
     """
     return 1.5e-4 if batch > 1024 else 1e-3 * 256 / batch
 
@@ -157,7 +157,7 @@ checkpoint:
 
 
 def heading(survey: Survey, machine: Machine, output: Path) -> str:
-    """Return the first comments: what was found, what it means, and the commands."""
+    """Return the first comments: findings, their meaning, and the commands."""
     labels = f"{survey.labels} labels" if survey.labels else "not all labelled"
     hardware = "a GPU" if machine.has_gpu else "no GPU"
     lines = [
@@ -194,7 +194,7 @@ def heading(survey: Survey, machine: Machine, output: Path) -> str:
 
 
 def explain_size(survey: Survey) -> str:
-    """Return where the image size comes from."""
+    """Return the reason for the image size."""
     side = survey.shorter_side
     found = f"the images' shorter sides have a median of {side} pixels"
     return f"{found}, below {SMALL_SIDE}" if side < SMALL_SIDE else found
@@ -240,7 +240,7 @@ loss: {{tokens: masked, include_cls: false, teacher: 0.0, student: 0.0, pixel: 1
 
 
 def explain_batch(images: int, batch: int) -> str:
-    """Return where the batch size comes from."""
+    """Return the reason for the batch size."""
     share = f"{images / batch:.3g} batches per epoch"
     if batch == LARGEST_BATCH:
         return f"{share}; larger batches are rarely used"
@@ -252,7 +252,7 @@ def explain_batch(images: int, batch: int) -> str:
 
 
 def explain_epochs(images: int, epochs: int) -> str:
-    """Return where the number of epochs comes from."""
+    """Return the reason for the number of epochs."""
     if epochs == MAX_EPOCHS:
         return f"{MAX_EPOCHS} epochs, as MAE's longest on ImageNet-1K"
     return f"{epochs * images / 1e6:.0f} million views, at most as vit_base.yaml"

@@ -40,10 +40,10 @@ class Survey(NamedTuple):
 def survey_images(path: str) -> Survey:
     """Read the headers of all images and decode some.
 
-    Of a folder with a training and a test set (``train/`` and ``val/``), the first is surveyed.
+    In a folder with ``train/`` and ``val/``, the training set is surveyed.
 
     Raises:
-        DataError: no usable image; counts what was passed over.
+        DataError: no usable image; counts the files that were passed over.
         ReadError: if storage fails.
     """
     train, test = find_sets(path)
@@ -75,7 +75,7 @@ def find_sets(path: str) -> tuple[str, str | None]:
     try:
         with os.scandir(folder) as items:
             splits = find_splits(item.name for item in items if item.is_dir())
-    except (OSError, ValueError):  # no folder; whoever lists the images says what is wrong
+    except (OSError, ValueError):  # not a folder; listing the images reports the problem
         return path, None
     if splits is None:
         return path, None
@@ -83,9 +83,9 @@ def find_sets(path: str) -> tuple[str, str | None]:
 
 
 def has_labels(path: str, train: Index) -> bool:
-    """Whether a test set is usable, and each of its images has a label of the training set.
+    """Return whether a test set is usable, with a label of the training set for each image.
 
-    Why it is not is logged.
+    If not, the reason is logged.
 
     Raises:
         ReadError: if storage fails.

@@ -42,7 +42,7 @@ class StepKernels:
     """Kernels of a step of one rank, in three groups."""
 
     teachers: Mapping[str, Sequence[Kernel]]
-    """Of each teacher's forward, per micro-step, by the teacher's name; none if it is not used."""
+    """Of each teacher's forward, per micro-step, by name; empty for an unused teacher."""
     micro: Sequence[Kernel]
     """Of the rest of a micro-step."""
     update: Sequence[Kernel]
@@ -89,7 +89,7 @@ def online_fractions(config: Config) -> dict[str, float]:
 
 
 def kernels_by_part(config: Config, size: int) -> dict[str, Sequence[Operation]]:
-    """Return the kernels of a step of one micro-batch of a size, by part."""
+    """Return the kernels of a step of one micro-batch of ``size`` views, by part."""
     sized = replace(config, train=replace(config.train, micro_batch_size=size))
     return {part: kernels for part, _, kernels in list_kernels(sized, record_step(sized), ())}
 
@@ -114,7 +114,7 @@ def moved_bytes(kernel: Operation) -> int:
 
 
 def device_seconds(kernels: Sequence[Kernel], views: int, flops_s: float, bytes_s: float) -> float:
-    """Return the seconds of kernels that run one after the other."""
+    """Return the seconds of kernels that run one after another."""
     return sum(one.seconds(views, flops_s, bytes_s) for one in kernels)
 
 

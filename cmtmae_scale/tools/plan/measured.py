@@ -25,7 +25,7 @@ class MeasuredStep(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the suite measured for a run."""
+    """Measurements of the suite for a run."""
 
     step: MeasuredStep | None
     """Of the same student, of the same backend if there is one."""
@@ -59,7 +59,7 @@ def find_step(file: Path, config: Config, device: Device) -> Found:
 
 
 def student_size(config: Config) -> tuple[str | int | None, ...]:
-    """Return what determines the sizes of the student's matrix products."""
+    """Return the settings that determine the sizes of the student's matrix products."""
     student = config.student
     return student.arch, student.patch_size, student.width, student.depth, student.heads
 
@@ -76,7 +76,7 @@ def list_steps(rows: dict[str, Any], device: Device, outdated: list[str]) -> Ite
         images_s, measured = results[0].get("images_s", 0.0), str(row.get("device"))
         if images_s > 0 and is_device(measured, device):
             recipe, overrides = recipe_of(words[words.index("train") + 1 :])
-            # The suite runs in a clone; elsewhere its path stands for the shipped recipe.
+            # The suite runs in a clone; elsewhere its path means the shipped recipe.
             found = recipe if Path(recipe).exists() else Path(recipe).stem
             try:
                 config = load_config(found, overrides)

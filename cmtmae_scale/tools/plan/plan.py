@@ -80,7 +80,7 @@ class Images:
 
 
 class Counted(NamedTuple):
-    """What is counted once for all numbers of GPUs."""
+    """Quantities that are counted once for all numbers of GPUs."""
 
     networks: MetaNetworks
     kernels: StepKernels
@@ -137,7 +137,7 @@ class Scale:
 
     @property
     def limit(self) -> str | None:
-        """What takes longer than the kernels, if anything: more GPUs gain little then."""
+        """Part that takes longer than the kernels, if any; more GPUs then gain little."""
         if max(self.host_s, self.communication_s) <= self.device_s:
             return None
         return LAUNCHES if self.host_s > self.communication_s else COLLECTIVES
@@ -145,7 +145,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class NodeData:
-    """What reading and decoding must deliver to a node; modelled."""
+    """Rates that reading and decoding must deliver to a node; modelled."""
 
     views_s: float
     bytes_s: float
@@ -166,17 +166,17 @@ class Plan:
     stop: str
     """Where the global batch stops scaling, and why."""
     flops_fraction: float
-    """FLOPs of a step by those of the data sheet in its time."""
+    """FLOPs of a step, divided by those of the data sheet in the same time."""
     data: NodeData
     caches: dict[str, list[Outlook]]
     """By the teacher's name; empty without a teacher, or without the number of images."""
 
 
 def check_split(config: Config, gpus: int, node_size: int) -> None:
-    """Refuse a number of GPUs that cannot share the batch or the weights, before all else.
+    """Refuse a number of GPUs that cannot share the batch or the weights, before any other work.
 
     Raises:
-        ConfigError: names what can.
+        ConfigError: names settings that work.
     """
     batch_plan(config, gpus)
     if config.backend.name == "fsdp":
@@ -316,12 +316,12 @@ def explain_stop(config: Config, scales: list[Scale]) -> str:
 
 
 def name_count(number: int, word: str) -> str:
-    """Return a number and a word, in the plural if need be."""
+    """Return a number and a word, in the plural if needed."""
     return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def feed_node(scale: Scale, cluster: Cluster, images: Images) -> NodeData:
-    """Return what a node must read and decode."""
+    """Return the rates at which a node must read and decode."""
     views_s = scale.images_s / scale.gpus * min(cluster.node_size, scale.gpus)
     return NodeData(views_s, views_s * images.bytes_each, views_s / DECODE_VIEWS_S)
 
@@ -329,9 +329,9 @@ def feed_node(scale: Scale, cluster: Cluster, images: Images) -> NodeData:
 def weigh_caches(
     config: Config, counted: Counted, cluster: Cluster, images: Images, chosen: Scale
 ) -> dict[str, list[Outlook]]:
-    """Weigh caches of each teacher against the online teacher; the other teachers stay as they are.
+    """Weigh caches of each teacher against the online teacher; other teachers are not changed.
 
-    Decoding uses the workers of the recipe; the store is as fast as it must be.
+    Decoding uses the workers of the recipe; the store is as fast as required.
     """
     if images.count is None:
         return {}

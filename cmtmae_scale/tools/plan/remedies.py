@@ -1,4 +1,4 @@
-"""What to change where a run needs more memory than the device has."""
+"""Remedies for a run that needs more memory than the device has."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -45,7 +45,7 @@ def labelled(label: str, text: str) -> str:
 
 
 def heading_lines(config: Config, plan: Plan) -> Iterator[str]:
-    """Yield the run, what is assumed, and the split of the batch."""
+    """Yield the run, the assumptions, and the split of the batch."""
     cluster, chosen = plan.cluster, plan.chosen
     nodes = -(-cluster.gpus // cluster.node_size)
     size = min(cluster.node_size, cluster.gpus)
@@ -67,7 +67,7 @@ def heading_lines(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def list_assumptions(config: Config, cluster: Cluster) -> Iterator[tuple[str, str]]:
-    """Yield what a plan assumes, by subject."""
+    """Yield the assumptions of a plan, by subject."""
     device, dtype = cluster.device, config.backend.precision
     yield (
         "device",
@@ -144,7 +144,7 @@ def exchange_lines(plan: Plan) -> Iterator[str]:
 
 
 def data_lines(plan: Plan) -> Iterator[str]:
-    """Yield what a node must read and decode."""
+    """Yield the rates at which a node must read and decode."""
     data, images = plan.data, plan.images
     yield "data per node, modelled: what reading and decoding must deliver"
     yield labelled("views", f"{format_rate(data.views_s)} per second")
@@ -159,7 +159,7 @@ def data_lines(plan: Plan) -> Iterator[str]:
 
 
 def cache_lines(config: Config, plan: Plan) -> Iterator[str]:
-    """Yield the size of a teacher cache, and when it pays."""
+    """Yield the size of a teacher cache, and when it saves time."""
     yield "teacher cache against the online teacher, modelled"
     if not plan.caches:
         unknown = "the number of images is unknown; give data.expected_images=N"

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, with a text legend; colours come from the page's style."""
+"""Line charts as inline SVG, with a text legend; the page's style sets the colours."""
 
 import math
 from collections.abc import Sequence

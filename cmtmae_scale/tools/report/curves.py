@@ -150,13 +150,13 @@ def mass_levels(run: Run) -> list[Level]:
 
 
 def rank_levels(run: Run) -> list[Level]:
-    """Return the effective rank below which tokens are nearly alike, if the run comes near it."""
+    """Return the effective rank below which tokens are nearly alike, if the run gets close."""
     least = min((value for _, value in run.series(RANK)), default=math.inf)
     return [(COLLAPSED_RANK, "nearly alike below")] if least < 2 * COLLAPSED_RANK else []
 
 
 def clip_levels(run: Run) -> list[Level]:
-    """Return the clipping threshold, if the gradients come near it."""
+    """Return the clipping threshold, if the gradients get close to it."""
     config = run.config or run.tuning
     clip = None if config is None else config.optimizer.grad_clip
     largest = max((value for _, value in run.series("grad_norm")), default=0.0)

@@ -54,7 +54,7 @@ def random_accuracy(run: Run, name: str) -> float | None:
 
 
 def is_evaluated_alike(run: Run, result: dict[str, Any]) -> bool:
-    """Return whether a result is of the images, and the k-NN, of the evaluation during the run."""
+    """Return whether a result has the images and k-NN settings of the evaluation during the run."""
     images, settings = (as_object(result.get(key)) for key in ("images", "settings"))
     if result.get("split") or settings.get("temperature", TEMPERATURE) != TEMPERATURE:
         return False

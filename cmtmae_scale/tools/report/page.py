@@ -66,7 +66,7 @@ def run_sections(
     """Return all sections of a run; ``prefix`` makes their anchors unique."""
     try:
         others = reference or finished_siblings(run, runs)
-    except OSError:  # the folder above cannot be listed
+    except OSError:  # the parent folder cannot be listed
         others = []
     drawn = {
         "run": lambda place: identity_section(run, place),
@@ -88,7 +88,7 @@ def sections_of(run: Run) -> dict[str, str]:
 
 
 def draw_safely(title: str, anchor: str, draw: Callable[[], str]) -> str:
-    """Return a section, or in its place why the run's files do not allow to draw it."""
+    """Return a section, or in its place the reason why the run's files cannot be drawn."""
     try:
         return draw()
     except Exception as error:  # files of any content; a report of the other sections remains

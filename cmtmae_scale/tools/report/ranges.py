@@ -21,7 +21,7 @@ from cmtmae_scale.tools.report.chart import Band, Line, Point
 from cmtmae_scale.tools.report.run import Run, is_drawable, open_run, read_records
 
 KEPT = ("data.path", "data.test_path", "data.source")
-"""Free at a resume, which compares the images themselves; here they must be equal."""
+"""Keys that may change at a resume, which compares the images; here they must be equal."""
 PLANNED_POINTS = 120
 
 
@@ -48,12 +48,12 @@ def finished_siblings(run: Run, given: Sequence[Run]) -> list[Run]:
     found = [other for folder, other in known.items() if folder != own and is_sibling(other)]
     seen = {str(folder) for folder in known}
     for folder in sorted(own.parent.iterdir()):
-        place = os.path.realpath(folder)  # a link to a run is no other run
+        place = os.path.realpath(folder)  # a link to a run is not another run
         try:
             if place not in seen and (folder / "exit.json").exists():
                 seen.add(place)
                 other = open_run(folder)
-                if is_sibling(other):  # the logs of all others stay unread
+                if is_sibling(other):  # the logs of all others are not read
                     read_records(other)
                     found.append(other)
         except (ConfigError, OSError):
@@ -65,7 +65,7 @@ def read_reference(file: Path, row: str) -> list[Run]:
     """Read the logged values of a row's runs from a study's record (``study --collect FILE``).
 
     Raises:
-        ConfigError: if the file is no such record, or has no run of the row.
+        ConfigError: if the file is not a study's record, or has no run of the row.
     """
     try:
         records = read_json(file.read_bytes())["runs"]

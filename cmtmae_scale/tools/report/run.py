@@ -1,7 +1,7 @@
 """Content of a run's folder; files may be absent, damaged or growing.
 
 An unreadable file becomes a sentence in ``Run.problems``, never an error. Only regular files within
-the folder are opened: no pipe, no device, and no link that leads out.
+the folder are opened: no pipe, no device, and no link to a file outside.
 """
 
 import errno
@@ -23,7 +23,7 @@ from cmtmae_scale.runtime.storage import read_inside, read_json, require_inside
 from cmtmae_scale.tools.report.chart import Point
 
 LARGEST = 1e30
-"""Larger numbers are not drawn; no logged value comes near."""
+"""Larger numbers are not drawn; logged values are far smaller."""
 FIGURE_BYTES = 2**26
 """Largest figure that a page holds: 64 MiB."""
 FILES = ("config.yaml", "log.jsonl", "exit.json", "starts.jsonl", "checkpoints")
@@ -93,7 +93,7 @@ class Run:
     def is_complete(self) -> bool:
         """Whether the run ended as complete.
 
-        A launch that finds ``train.stop_after`` reached already ends with 0 too, before the end.
+        A launch that has already reached ``train.stop_after`` also exits with 0, before the end.
         """
         found, end = self.exit or {}, self.end_step
         step = found.get("step")
@@ -147,11 +147,11 @@ def open_run(folder: Path) -> Run:
         ConfigError: if the folder is not a run's.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; name what run.output_dir named")
+        raise ConfigError(f"{folder}: no such folder; name the folder of run.output_dir")
     if not any((folder / name).exists() for name in FILES):
         raise ConfigError(
-            f"{folder}: is not a run's folder, it has none of {', '.join(FILES)}; name what "
-            "run.output_dir named"
+            f"{folder}: is not a run's folder, it has none of {', '.join(FILES)}; name "
+            "the folder of run.output_dir"
         )
     run = Run(folder, folder.resolve().name)
     run.exit = read_object(run, folder / "exit.json")
@@ -277,7 +277,7 @@ def json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
 
 
 def exists(path: Path) -> bool:
-    """Return whether there is anything of this name, also a link that leads nowhere."""
+    """Return whether a path exists; a broken link exists too."""
     return path.exists() or path.is_symlink()
 
 
@@ -304,7 +304,7 @@ def valid_launch(launch: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_figures(run: Run) -> list[tuple[int, Path]]:
-    """Return figure sheets by step; others than regular files in the run are named as a problem."""
+    """Return figure sheets by step; anything but a regular file in the run is a problem."""
     found: list[tuple[int, Path]] = []
     for path in (run.dir / "figures").glob("step-*.png"):
         number = path.stem.removeprefix("step-")
@@ -332,9 +332,9 @@ def is_drawable(value: Any) -> TypeGuard[int | float]:
 
 
 def are_drawable(values: Collection[Any]) -> bool:
-    """Return whether all values are drawable for certain, which takes a fifth of asking for each.
+    """Return whether all values are drawable for certain, in a fifth of the time of single checks.
 
-    ``False`` also where large values are drawable, but their sum is not.
+    The result is also ``False`` where large values are drawable, but their sum is not.
     """
     try:
         return sum(map(abs, values)) <= LARGEST

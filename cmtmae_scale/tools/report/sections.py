@@ -53,7 +53,7 @@ def run_outcome(run: Run) -> tuple[str, str]:
 
 
 def headline(run: Run) -> str:
-    """Return outcome and key values."""
+    """Return the outcome and the key values of a run."""
     kind, words = run_outcome(run)
     end = run.end_step
     steps = format_number(run.last_step) + (f" of {format_number(end)}" if end else "")
@@ -252,7 +252,7 @@ def figures_section(run: Run, anchor: str, most: int) -> str:
 
 
 def read_figure(run: Run, path: Path) -> bytes:
-    """Read a figure; empty where it has gone since it was found."""
+    """Read a figure; empty if it was deleted in the meantime."""
     try:
         return read_inside(run.dir, path, FIGURE_BYTES)
     except OSError:

@@ -1,4 +1,4 @@
-"""Figure of how the methods of a study develop: logged values over the steps, one panel each."""
+"""Figure of a study's logged values over the steps, one panel per value."""
 
 from html import escape
 
@@ -16,7 +16,7 @@ PANELS = {
 }
 """Logged value and title of each panel; a panel without a curve is not drawn."""
 COLOURS = ("#0b62b0", "#b4530a", "#0c7a5c", "#8a3690", "#b3261e", "#5b6472")
-"""Of the rows, in order; as many rows are drawn."""
+"""Colours of the rows, in order; at most as many rows are drawn."""
 GAP, HEAD = 16, 24
 STYLE = """
 svg { font: 12px sans-serif; fill: #5c6068; background: #fff }
@@ -29,7 +29,7 @@ def draw_curves(results: Results) -> str | None:
     """Draw the rows with the most planned seeds, at most six: mean and range over seeds.
 
     Returns:
-        ``None`` where no run of them has a logged value.
+        ``None`` where none of their runs has a logged value.
     """
     found = [row for row in results.rows if row.found]
     most = max((row.num_seeds for row in found), default=0)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.2
 ORPHAN_S = 60.0
-"""Seconds that a training of a killed launch gets to save and to end."""
+"""Seconds in which a training that a killed launch left behind must save and exit."""
 OUTPUT, JOBS = "output.log", "jobs.jsonl"
 
 
@@ -91,7 +91,7 @@ class Executor:
         for job in run.missing():
             with self._locks[job.output]:
                 self._await_orphan(job)
-                if job.done():  # another run, or the orphan, has done it meanwhile
+                if job.done():  # by another run, or the orphan, in the meantime
                     continue
                 if self._time_is_up():
                     return Outcome.STOPPED
@@ -106,7 +106,7 @@ class Executor:
         return Outcome.DONE
 
     def _await_orphan(self, job: Job) -> None:
-        """Wait for a training that a killed launch of the study left behind: it stops by itself."""
+        """Wait for a training that a killed launch of the study left behind; it stops by itself."""
         end, has_logged = time.monotonic() + ORPHAN_S, False
         while time.monotonic() < end and not self._time_is_up():
             try:

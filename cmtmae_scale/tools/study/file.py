@@ -1,4 +1,4 @@
-"""A study file: runs, their evaluation, and comparisons, all fixed beforehand."""
+"""A study file: runs, their evaluation, and comparisons, all fixed in advance."""
 
 import difflib
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ class Study:
     settings: list[str] = field(default_factory=list[str])
     """``group.key=value`` on top of the recipe, in every row."""
     comparisons: list[list[str]] = field(default_factory=list[list[str]])
-    """Pairs of rows ``[better, other]``, as expected beforehand."""
+    """Pairs of rows ``[better, other]``, as expected in advance."""
 
     def settings_of(self, name: str) -> list[str]:
         """Return all settings of a row, in the order in which they apply."""
@@ -172,8 +172,8 @@ def check_study(study: Study, place: str) -> None:
         earlier.add(name)
     if not is_list_of(study.comparisons, list):
         raise ConfigError(
-            f"{place}: comparisons={study.comparisons!r} must be a list of [better, other]; leave "
-            "the key out for none"
+            f"{place}: comparisons={study.comparisons!r} must be a list of [better, other]; omit "
+            "the key for none"
         )
     for pair in study.comparisons:
         if not is_list_of(pair, str) or len(pair) != 2 or pair[0] == pair[1]:
@@ -186,7 +186,7 @@ def check_study(study: Study, place: str) -> None:
 
 
 def check_texts(group: Any, names: Sequence[str], place: str) -> None:
-    """Refuse values that are not text; ``None`` where a key may be left out.
+    """Refuse values that are not text; ``None`` where a key may be omitted.
 
     Raises:
         ConfigError: names the key.
@@ -211,7 +211,7 @@ def check_settings(settings: list[str], place: str, key: str) -> None:
     """Refuse values other than overrides, and overrides of keys that the study sets itself.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: names the value or override.
     """
     if not is_list_of(settings, str):
         raise ConfigError(f"{place}: {key}={settings!r} must be a list of group.key=value")

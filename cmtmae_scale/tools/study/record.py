@@ -1,6 +1,6 @@
 """The record of a study, ``NAME.json``: written after every launch, and read by the next.
 
-A run whose folder is gone keeps its results in the record, so that a study continues on another
+A run whose folder is missing keeps its results in the record, so that a study continues on another
 machine from that file alone.
 """
 
@@ -59,11 +59,11 @@ def read_record(file: Path) -> list[Record]:
 def adopt_records(
     study: Study, runs: Sequence[Run], records: Sequence[Record]
 ) -> tuple[list[Run], list[Record]]:
-    """Give the runs whose folder is gone their recorded results.
+    """Give the runs whose folder is missing their recorded results.
 
     Returns:
-        The runs, and the records that no run has taken: the settings of the study, or its
-        evaluation, have changed, or the run is being trained again.
+        The runs, and the records that match no run: the settings of the study, or its evaluation,
+        have changed, or the run is being trained again.
 
     Raises:
         ConfigError: a recorded result that cannot be used.
@@ -97,7 +97,7 @@ def adopt_records(
 
 
 def find_record(records: Sequence[Record], run: Run, study: Study) -> Record | None:
-    """Return the record of a run: of rows with equal settings its own, if there is one."""
+    """Return the record of a run; among rows with equal settings the run's own row comes first."""
     features = study.evaluation.features
     own = [one for one in records if one["settings_digest"] == run.folder.name]
     usable = [one for one in own if is_result_of(one, run, features)]
@@ -130,7 +130,7 @@ def is_result_of(record: Record, run: Run, features: str) -> bool:
 
 
 def lacks_evaluation(run: Run) -> bool:
-    """Return whether a recorded run was not evaluated in a way that the study has now."""
+    """Return whether a recorded run lacks an evaluation that the study has now."""
     jobs = (job for job in run.jobs if job.kind == "evaluate")
     recorded = run.recorded
     return recorded is not None and not all(job.is_among(recorded["evaluations"]) for job in jobs)
@@ -162,7 +162,7 @@ def results_record(study: Study, results: Results, unmatched: Sequence[Record], 
     }
     features = study.evaluation.features
     runs = [run_record(one, features) for row in results.rows for one in row.found]
-    left = without_files(study, unmatched)  # a run that was trained again has them by now
+    left = without_files(study, unmatched)  # a run that was trained again has files now
     lists = {"runs": runs} | ({"unmatched": left} if left else {})
     head = json.dumps(record, indent=1).removesuffix("\n}")
     return head + "".join(map(lines_of, lists, lists.values())) + "\n}\n"
@@ -174,11 +174,11 @@ def lines_of(name: str, records: Sequence[Record]) -> str:
 
 
 def run_record(one: RunResult, features: str) -> Record:
-    """Return the results of a run, and how its logged values developed.
+    """Return the results of a run, and the course of its logged values.
 
     Args:
         one: the results.
-        features: of the primary measure.
+        features: features of the primary measure.
     """
     return {
         "row": one.run.row,

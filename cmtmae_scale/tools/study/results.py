@@ -59,7 +59,7 @@ class RunResult:
 
     run: Run
     primary: float
-    """The measure fixed beforehand, as a fraction."""
+    """The measure fixed in advance, as a fraction."""
     interval_95: tuple[float, float]
     """Wilson's, over the test images."""
     count: int
@@ -191,7 +191,7 @@ def require_one(places: Mapping[tuple[str, str], str], how: str) -> None:
 
     Args:
         places: the place of a result by each pair of digests that was found.
-        how: what differs, as in "were evaluated HOW".
+        how: how the results differ, as in "were evaluated HOW".
 
     Raises:
         ConfigError: if there are several.

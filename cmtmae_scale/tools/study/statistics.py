@@ -51,7 +51,7 @@ def paired_t(a: Sequence[float], b: Sequence[float], resolution: float = 0.0) ->
     differences = [x - y for x, y in zip(a, b, strict=True)]
     mean, std = mean_and_std(differences)
     if std is None:
-        raise ValueError("a paired t-test needs two seeds at least")
+        raise ValueError("a paired t-test needs at least two seeds")
     free = len(differences) - 1
     error = max(std, resolution / math.sqrt(6)) / math.sqrt(len(differences))
     # Equal differences: t is infinite, or 0 where all differences are 0.

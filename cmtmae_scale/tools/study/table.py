@@ -81,7 +81,7 @@ def row_line(row: StudyRow, study: Study) -> str:
 
 
 def cell_text(text: str) -> str:
-    """Return a text that stays one cell of a table: on one line, without a bar."""
+    """Return a text that fits in one cell of a table: on one line, with bars escaped."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -26,7 +26,7 @@ ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 SIZE, MD5 = 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de"
 """Of the archive; the MD5 is that of Avalanche's ``benchmarks/datasets/tiny_imagenet``."""
 TIMEOUT_S = 60
-"""Seconds without a byte after which the download is given up."""
+"""Seconds without a byte after which the download is aborted."""
 ROOT = "tiny-imagenet-200"
 TRAIN_TARS, TRAIN_A_TAR = 12, 25
 VAL_TARS, VAL_A_TAR = 5, 10
@@ -75,7 +75,7 @@ def download_archive(file: Path) -> Path:
 
 
 def copy_verified(response: BinaryIO, file: Path) -> None:
-    """Write what a server sends, at most ``SIZE`` bytes, and compare size and MD5.
+    """Write the response of a server, at most ``SIZE`` bytes, and compare size and MD5.
 
     Raises:
         DataError: if they differ.

@@ -37,7 +37,7 @@ ADDED = (
     *(("backend", "reduce_every_micro_step"), ("data", "store_cache"), ("data", "verify_index")),
     *(("student", "init_from_run"), ("student", "init_optimizer"), ("decoder", "position_grid")),
 )
-"""Keys that later versions added. At their default they are left out of the digest, so that the
+"""Keys that later versions added. At their default they are excluded from the digest, so that the
 folders of earlier runs keep their names."""
 
 
@@ -48,7 +48,7 @@ class Job:
     kind: str
     """``cache``, ``train`` or ``evaluate``."""
     arguments: tuple[str, ...]
-    """After ``python``."""
+    """Arguments after ``python``."""
     output: Path
     """Folder or file that the command writes; jobs with one output run one at a time."""
     done: Callable[[], bool]
@@ -59,7 +59,7 @@ class Job:
     """Name of the same evaluation without baselines, or with them."""
 
     def is_among(self, names: Collection[str]) -> bool:
-        """Return whether an evaluation of these names has this one's results of the weights."""
+        """Return whether an evaluation among ``names`` has the same results of the weights."""
         return self.output.stem in names or self.twin in names
 
     @property
@@ -120,7 +120,7 @@ class Run:
 def plan_runs(study: Study, with_teacher: bool = True) -> list[Run]:
     """Return all runs, most important first.
 
-    Rows come in the order of the file; adjacent rows with the same seeds alternate seed by seed, so
+    Rows are in the order of the file; adjacent rows with the same seeds alternate seed by seed, so
     that an interrupted study has whole comparisons. The first run also evaluates raw pixels and
     random weights, the first run with a teacher also the teacher, unless
     ``with_teacher`` is false.
@@ -160,7 +160,7 @@ def read_rows(study: Study) -> dict[str, Draft[Config]]:
 
 
 def read_trained(folder: Path) -> dict[str, Path]:
-    """Return the folder of runs by the digest of their settings, as this version reads them.
+    """Return the folders of runs by the digest of their settings, as this version reads them.
 
     A key that was added since a run began has its default there, so that the run is found again
     although its settings have another digest now.
@@ -195,7 +195,7 @@ def plan_run(
         tuning: see ``tuning_settings``; ``None``: no fine-tuning.
         first: whether the baselines belong to its evaluation.
     """
-    title = re.sub(r"[^\w.=-]+", "_", name)  # a candidate of a pre-flight has any characters
+    title = re.sub(r"[^\w.=-]+", "_", name)  # a candidate of a pre-flight may have any characters
     own = [f"run.seed={seed}", f"run.name={title}-{seed}"]
     overrides = [*draft.overrides, *own]
     caches = Path(study.dir) / "caches"
@@ -346,8 +346,8 @@ def effective_settings(config: Config) -> dict[str, Any]:
 def cache_settings(config: Config) -> dict[str, Any]:
     """Return the settings that affect the rows of a teacher cache.
 
-    Keys of teacher and views at their default are left out, so that a key that a later version adds
-    leaves the names of caches as they are. A run refuses a cache of other rows by its manifest.
+    Keys of teacher and views at their default are excluded, so that a key that a later version adds
+    does not change the names of caches. A run refuses a cache of other rows by its manifest.
     """
     tree, defaults = config_to_dict(config), config_to_dict(Config())
     groups = {
@@ -417,9 +417,9 @@ def is_tuned(result: Path, recipe: str, tuning: Mapping[str, Any]) -> bool:
             raise
         raise ConfigError(f"{result}: cannot be read ({error}); delete its folder") from error
     for key, value in tuning.items():
-        if found.get(key, value) != value:  # a version without the key says nothing
+        if found.get(key, value) != value:  # versions without the key record no value
             raise ConfigError(
-                f"{result} is of {key}={found[key]}, and {recipe} has {value}; restore the recipe, "
+                f"{result} has {key}={found[key]}, and {recipe} has {value}; restore the recipe, "
                 "give the changed one another name, or delete the result's folder to fine-tune "
                 "again"
             )

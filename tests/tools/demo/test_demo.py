@@ -327,7 +327,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     (tmp_path / "datasets").touch()
     assert command.run_demo([]) == 78
     text = capsys.readouterr().out
-    assert f"{tmp_path}: the demo cannot write here" in text and "run it in a folder that" in text
+    assert f"{tmp_path}: the demo cannot write here" in text and "run it in a folder with" in text
 
 
 def pixels_of(file: Path) -> np.ndarray:

@@ -293,7 +293,7 @@ def test_runs_of_one_name_get_different_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (False, "no such folder; name what run.output_dir named"),
+        (False, "no such folder; name the folder of run.output_dir"),
         (True, "is not a run's folder, it has none of config.yaml, log.jsonl"),
     ],
 )

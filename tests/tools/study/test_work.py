@@ -190,7 +190,7 @@ def test_a_result_of_another_fine_tuning_recipe_is_refused(tmp_path: Path) -> No
     recipe.write_text(text.replace("base_lr: 5.0e-3", "base_lr: 1.0e-3"))
     same = runs_of(tmp_path, evaluation=evaluation)[0]
     assert same.tuned == run.tuned
-    with pytest.raises(ConfigError, match=r"is of optimizer.base_lr=0.005, and .*tune.yaml has 0"):
+    with pytest.raises(ConfigError, match=r"has optimizer.base_lr=0.005, and .*tune.yaml has 0"):
         same.jobs[-1].done()
     del settings["optimizer"]["base_lr"]  # as of a version without the key
     run.tuned.write_text(json.dumps({"settings": settings, "results": []}))
