@@ -46,7 +46,7 @@ def load_or_build(
     max_pixels: int = MAX_PIXELS,
     exif_orientation: bool = True,
     verify: Verify = "changed",
-    look_again: bool = True,
+    recheck_excluded: bool = True,
 ) -> Index:
     """Open the index kept in a directory, or build it there.
 
@@ -65,7 +65,7 @@ def load_or_build(
             not listed, of tars names and sizes are compared; of another path as changed. changed:
             it is used while names, sizes and times of all files (images or tars) are as they were,
             and what could not be read still cannot. always: the same, and its digests too.
-        look_again: as for ``find_kept``.
+        recheck_excluded: as for ``find_kept``.
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
@@ -73,20 +73,24 @@ def load_or_build(
         ValueError: if ``source`` is not a known layout.
     """
     request, folder = Request(as_root(path), source, max_pixels, exif_orientation), Path(directory)
-    found = find_kept(request, folder, verify, look_again)
+    found = find_kept(request, folder, verify, recheck_excluded)
     return found[0] if found[0] is not None else build_kept(found[1], folder)
 
 
 def find_kept(
-    request: Request, folder: Path, verify: Verify, look_again: bool = True, published: bool = True
+    request: Request,
+    folder: Path,
+    verify: Verify,
+    recheck_excluded: bool = True,
+    published: bool = True,
 ) -> tuple[Index, Listing | None] | tuple[None, Listing]:
     """Return the index that may be used as it is, and the listing it was compared with.
 
     That is the index that ``folder`` keeps, or else the one that is published beside the tars,
     unless the tars have changed since the former; it is copied to ``folder``, and not looked for
     without ``published``. With ``verify="never"`` an index of this very folder is compared
-    with none. Without ``look_again`` images that could not be read stay excluded though they can be
-    read by now.
+    with none. Without ``recheck_excluded`` images that could not be read stay excluded though they
+    can be read by now.
 
     Raises:
         DataError, ReadError, ValueError: as ``load_or_build``.
@@ -108,7 +112,7 @@ def find_kept(
         if kept.facts[compared] != own[compared]:
             have_changed = of == root
             problem = "the files have changed" if have_changed else f"it is that of {of}"
-        elif not is_trusted and look_again:
+        elif not is_trusted and recheck_excluded:
             problem = _find_regained(listing, kept.facts["excluded"])
         if problem is None:
             return _use(request, kept, listing, folder), listing

@@ -630,11 +630,11 @@ def test_processes_wait_for_an_index_however_long_it_takes(
     """Else all of them begin to read the headers of a large set once the first is at work."""
     config, builds = load_config(recipe), []
 
-    def open_slowly(data: Any, folder: Path, look_again: bool) -> Any:
+    def open_slowly(data: Any, folder: Path, recheck_excluded: bool) -> Any:
         if not (folder / "index.json").exists():
             builds.append(folder)
             time.sleep(1.0)
-        return open_images(data, folder, look_again=look_again)
+        return open_images(data, folder, recheck_excluded=recheck_excluded)
 
     monkeypatch.setattr(build, "open_images", open_slowly)
     monkeypatch.setattr(build, "compute_once", partial(compute_once, stale_s=0.4, pause_s=0.02))

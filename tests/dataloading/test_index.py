@@ -298,7 +298,7 @@ def test_an_image_that_could_not_be_read_is_looked_at_by_every_launch(
         caplog.clear()
     locked.pop()
     assert len(load_or_build(photographs, kept, verify="never")) == 10
-    used, _ = find_kept(Request(photographs), kept, "always", look_again=False)
+    used, _ = find_kept(Request(photographs), kept, "always", recheck_excluded=False)
     assert used is not None and len(used) == 10  # a run that resumes
     assert len(load_or_build(photographs, kept)) == 11
     assert "jpg was excluded and may be usable now" in caplog.text
