@@ -248,7 +248,7 @@ def test_an_index_that_is_not_verified_is_of_this_very_data_set(
         (other, ["a/b.png"], tmp_path / "tars"),
     ]:
         assert list(load_or_build(path, kept, verify="never").names) == names
-        assert f"the index is built again: it is that of {before}" in caplog.text
+        assert f"the index is built again: it is the index of {before}" in caplog.text
         caplog.clear()
     both = photographs / "x.tar"
     both.write_bytes((tmp_path / "tars" / "x.tar").read_bytes())

@@ -109,5 +109,5 @@ def test_reading_ends_at_the_first_piece_that_is_no_padding():
     data = bytes(3 << 20) + b"x" * (9 << 20)
     file = Recorded(data)
     (fault,) = list_members(file, len(data))
-    assert fault.fault == "more follows the end of the archive and is excluded"
+    assert fault.fault == "data after the end of the archive are excluded"
     assert file.bytes <= 512 + (4 << 20)
