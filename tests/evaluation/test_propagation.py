@@ -135,11 +135,11 @@ def test_unusable_clips_are_counted_or_refused(tmp_path: Path) -> None:
     found = open_clips(str(tmp_path))
     assert found.excluded["clips that cannot be decoded"] == 2
     write_huge_png(masks / "good" / "00002.png")
-    with pytest.raises(DataError, match=r"00002.png: cannot be decoded .*take its clip away"):
+    with pytest.raises(DataError, match=r"00002.png: cannot be decoded .*remove its clip"):
         propagate_clips(ENCODER, found.clips, world(), CPU)
     frame = tmp_path / "JPEGImages" / "480p" / "good" / "00002.jpg"
     frame.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"00002.jpg: cannot be decoded .*take its clip away"):
+    with pytest.raises(DataError, match=r"00002.jpg: cannot be decoded .*remove its clip"):
         propagate_clips(ENCODER, found.clips, world(), CPU)
     Image.new("RGB", (48, 48)).save(masks / "good" / "00000.png")
     with pytest.raises(DataError, match="in colours"):
