@@ -28,8 +28,8 @@ RUNNING_NORMS = ("channel", "center")
 
 
 Predictions = dict[str, Tensor]
-"""Predictions, or their targets, by the term of the loss that they are of, in the order of
-``loss_terms``; an unused term is absent.
+"""Predictions, or their targets, by term of the loss, in the order of ``loss_terms``; an unused
+term is absent.
 
 ``teacher``, or ``teacher_NAME`` for each of several: ``[R, Q, F]``; ``student``: ``[R, Q, D]``;
 ``pixel``: ``[R, Q', 3 P P]``, without class token.
