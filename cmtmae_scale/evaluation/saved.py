@@ -100,7 +100,7 @@ def is_run_folder(place: Path, key: str) -> bool:
         is_checkpoint = (place / layout.MANIFEST).exists()
     except PermissionError as error:
         raise CheckpointError(
-            f"{key}={place}: it cannot be accessed ({error.strerror}); make it readable, or "
+            f"{key}={place}: cannot be accessed ({error.strerror}); make it readable, or "
             "name another"
         ) from error
     if not is_run and not is_checkpoint:

@@ -1,4 +1,4 @@
-"""The supervisor with stand-ins for launchers and ranks, which start in no time."""
+"""The supervisor with stand-ins for launchers and ranks, which start at once."""
 
 import os
 import shutil
@@ -215,7 +215,7 @@ def test_the_gravest_code_counts() -> None:
 def test_a_launcher_that_ends_the_ranks_because_one_died_is_no_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str | None, expected: int
 ) -> None:
-    """Before the run's folder is known; a rank that a signal ended has left its code."""
+    """Before the run's folder is known; a rank that a signal ended has recorded its code."""
 
     def interrupted() -> int:
         raise LaunchInterrupted("SIGTERM")

@@ -62,7 +62,7 @@ def test_global_pax_records_and_own_sizes_count(tmp_path):
         info = tarfile.TarInfo("x")
         info.type, info.size = tarfile.XHDTYPE, len(record)
         tar.addfile(info, io.BytesIO(record))
-        info = tarfile.TarInfo("a.jpg")  # its own header says 0 bytes
+        info = tarfile.TarInfo("a.jpg")  # its own header has 0 bytes
         tar.addfile(info)
         tar.fileobj.write(b"1" * 600 + bytes(424))
         tar.offset += 1024

@@ -236,7 +236,7 @@ def shifted(picture: torch.Tensor, **how: object) -> torch.Tensor:
 
 
 def torchvisions(name: str, picture: torch.Tensor, level: float, sign: float) -> torch.Tensor:
-    """An operation by torchvision's functions, on one picture."""
+    """An operation by torchvision's functions, on one image."""
     factor = max(0.1, 1.0 + sign * 0.9 * level / 10)
     angle = float(np.degrees(np.arctan(sign * 0.3 * level / 10)))
     far = sign * 0.45 * level / 10 * picture.shape[-1]
