@@ -98,7 +98,7 @@ class DaliDecoder:
     """Threads or worker processes read, one DALI graph decodes.
 
     Args:
-        reader: where bytes come from; closed with this object.
+        reader: source of the bytes; closed with this object.
         sizes: sides of the images.
         micro_batch: views in every plan.
         threads: reading threads, and as many of DALI's own.

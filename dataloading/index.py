@@ -83,7 +83,7 @@ class Index:
         return total.hexdigest()
 
     def unused_images(self) -> list[tuple[str, str]]:
-        """Return those of ``excluded`` that are no samples: images, and damaged parts of tars."""
+        """Return those of ``excluded`` that are not samples: images, and damaged parts of tars."""
         return [(name, why) for name, why in self.excluded if not concerns_label(why)]
 
     def label_faults(self) -> list[tuple[str, str]]:
@@ -146,8 +146,8 @@ def build_index(
             and height of the upright image. The orientation is recorded in any case.
 
     Raises:
-        DataError: if the data are missing, not what ``source`` says, or hold no usable image, or
-            if more than half of the files or members are passed over.
+        DataError: if the data are missing, not of the layout ``source``, or hold no usable image,
+            or if more than half of the files or members are passed over.
         ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """

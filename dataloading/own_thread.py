@@ -24,7 +24,7 @@ class _Ready(NamedTuple):
 
 
 class OwnThread:
-    """Runs a decoder in a thread; plans go in and views come out in order.
+    """Runs a decoder in a thread; views are returned in the order of the plans.
 
     Args:
         decoder: used by that thread alone, until it is closed with this object.

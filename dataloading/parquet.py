@@ -1,7 +1,7 @@
 """Images in Parquet files, as Hugging Face datasets writes them, read by row group with pyarrow.
 
 pyarrow reads a row group in order only: a read decodes its row group from the first row to the row
-that is asked for, page by page. Files are read by positional reads and not mapped: a mapped file
+that is requested, page by page. Files are read by positional reads and not mapped: a mapped file
 that is cut short, or whose server fails, ends the process. Nothing here uses pyarrow's threads,
 which do not survive a fork. ``parquet_index.py`` builds the index.
 """

@@ -209,7 +209,7 @@ class WorkerPool:
         self._works.clear()
 
     def _free_slot(self) -> Slot:
-        """Return a slot that nobody uses, after extending the memory if all are used."""
+        """Return an unused slot, after extending the memory if all slots are used."""
         taken = [work.slot for work in self._works]
         for slot in self._slots:
             if slot not in taken and not slot.in_use():

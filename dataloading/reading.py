@@ -152,7 +152,7 @@ def start_threads(number: int) -> ThreadPoolExecutor:
     hence the restoration.
 
     Raises:
-        DataError: if the system refuses so many threads.
+        DataError: if the system refuses to start the threads.
     """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(number, thread_name_prefix="decode", initializer=_use_one_core)

@@ -46,7 +46,7 @@ class ResidentDecoder:
 
     Args:
         index: the samples; all are kept, in squares of the longest side.
-        reader: where bytes come from; closed with this object.
+        reader: source of the bytes; closed with this object.
         sizes: sides of the views.
         threads: threads that decode.
         device: where images stay and views are cut.

@@ -76,7 +76,7 @@ class ViewMaker:
     """Reads, decodes, crops and resizes one view straight into its place; safe in threads.
 
     Args:
-        reader: where bytes come from.
+        reader: source of the bytes.
         sizes: sides of the images.
     """
 
@@ -92,7 +92,7 @@ class ViewMaker:
             ReadError: if storage does not return the sample in time.
         """
         try:
-            data = self._reader.read(sample)  # of this size, as its header says
+            data = self._reader.read(sample)  # its header has this size
             image = self._decode(data, self._reader.stored_size(sample))
         except UndecodableError as error:
             for place in out:

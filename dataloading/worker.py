@@ -56,8 +56,8 @@ class Job:
         index: the data set without its samples: the rows that are needed are in the slots.
         layout: of the slots.
         memory: descriptor of the slots.
-        tasks: descriptor of the pipe that requests come from.
-        results: descriptor of the pipe that answers go to.
+        tasks: descriptor of the pipe with requests.
+        results: descriptor of the pipe for answers.
         patience_s: seconds for which a failed read is retried.
         store_cache: see ``Reader``.
     """

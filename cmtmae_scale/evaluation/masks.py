@@ -108,7 +108,7 @@ def open_masked(path: str, part: str) -> MaskedSet:
 
     Args:
         path: a folder of one of the two layouts, or a list of Pascal VOC's layout.
-        part: list of Pascal VOC that a folder stands for, ``train`` or ``val``.
+        part: list to read where the path is a folder of Pascal VOC, ``train`` or ``val``.
 
     Raises:
         DataError: on every rank: unknown layout, masks in colours, or no usable image.
@@ -290,7 +290,7 @@ def compare_headers(image: Path, mask: Path) -> str:
         return BROKEN
     if mode not in CLASS_MODES:
         raise DataError(
-            f"{mask}: the mask is in colours (mode {mode}), and colours are no class numbers; save "
+            f"{mask}: the mask is in colours (mode {mode}), and colours are not classes; save "
             "masks as PNG with a palette or with one channel of 8 bits, one number per class"
         )
     return "" if size == upright else OTHER_SIZE

@@ -187,7 +187,7 @@ def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
                 mode, size = opened.mode, opened.size
             if mode not in CLASS_MODES:
                 raise DataError(
-                    f"{mask}: the mask is in colours (mode {mode}), and colours are no object "
+                    f"{mask}: the mask is in colours (mode {mode}), and colours are not object "
                     "numbers; save masks as PNG with a palette or one channel, one number per "
                     "object"
                 )

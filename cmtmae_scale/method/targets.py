@@ -123,7 +123,7 @@ class TokenLayout:
             )
         if self.cls and not prefix:
             raise ValueError(
-                "loss.include_cls asks for the class token, but these features have none; "
+                "loss.include_cls requires the class token, but these features have none; "
                 "set loss.include_cls=false"
             )
         ids = [choice.ids_keep[:, : self.num_visible], choice.ids_hidden[:, : self.num_hidden]]

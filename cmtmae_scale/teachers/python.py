@@ -254,7 +254,7 @@ def import_factory(name: str) -> tuple[ModuleType, Callable[[], Any]]:
 
 
 def check_module(module: Any, name: str) -> None:
-    """Refuse a result of a factory that is no teacher.
+    """Refuse a result of a factory that is not a teacher.
 
     Raises:
         TeacherError: naming the attribute.

@@ -208,7 +208,7 @@ def refuse_other_kinds(path: Path, where: str) -> None:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for mark, found in NOT_WEIGHTS.items():
         if start.startswith(mark.lower()):
-            raise TeacherError(f"{where}: is no file of weights, but {found}")
+            raise TeacherError(f"{where}: is not a file of weights, but {found}")
 
 
 def sha256(path: str | Path) -> str:

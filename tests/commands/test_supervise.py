@@ -124,7 +124,7 @@ def test_ranks_left_behind_are_killed_after_the_grace(tmp_path: Path) -> None:
 
 
 def test_a_cleaner_of_the_temporary_folder_finds_no_old_files(tmp_path: Path) -> None:
-    """Such as systemd's, which deletes after ten days what nobody has touched."""
+    """Such as systemd's, which deletes files that are unused for ten days."""
     file, script = tmp_path / "file", "from cmtmae_scale.commands import supervise as command"
     script = f"{script}; command.TOUCH_S = 0.1; command.supervise()"
     line = [sys.executable, "-c", script, "--", sys.executable, RANK, str(file), "stop"]

@@ -1,4 +1,4 @@
-"""The record of a study stands for runs whose folder is gone."""
+"""The record of a study replaces runs whose folder is gone."""
 
 import errno
 import json
