@@ -67,7 +67,7 @@ class TarSource:
     """Samples within uncompressed tar files, read in place.
 
     A tar is opened at the first read from it and stays open, for all threads, until ``close`` or
-    the end of this object; beyond 512 open tars, each read opens and closes its tar.
+    the end of this object; beyond 512, a read opens and closes its tar.
     """
 
     def __init__(self, shards: Sequence[Path], entries: NDArray[np.void]) -> None:
