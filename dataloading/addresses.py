@@ -7,8 +7,8 @@ from urllib.parse import unquote, urlsplit
 SCHEMES = ("s3", "gs", "https", "http")
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-# What is before @ in a host; a secret key of S3 may hold a /, which ends the host: then there is no
-# port behind the colon.
+# User and password before @ in a host. A secret key of S3 may contain a /, which ends the host;
+# then no port follows the colon.
 _USER = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d*(?:[/\s?:]|$))\S*@)")
 _QUERY = re.compile(r"(://[^\s?]*)\?[^\s'\"]*")
 
@@ -19,12 +19,12 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 
 def hide_secrets(text: str) -> str:
-    """Return an address, or a text with some, without users, passwords and queries."""
+    """Return an address, or a text with addresses, without users, passwords and queries."""
     return _QUERY.sub(r"\1", _USER.sub("", text))
 
 
 def split_address(url: str) -> tuple[str, str]:
-    """Return (scheme and bucket or host, key) of a sound address."""
+    """Return (scheme and bucket or host, key) of a valid address."""
     scheme, _, rest = url.partition("://")
     place, _, key = rest.partition("/")
     return f"{scheme.lower()}://{place}", unquote(key) if scheme.startswith("http") else key
@@ -57,7 +57,7 @@ def find_address_problem(url: str) -> str | None:
     if not host:
         return f"{where}: names no {'host' if 'http' in scheme else 'bucket'}"
     if "//" in f"/{key}":
-        return f"{where}: has an empty part (//) behind {host}; write one /"
+        return f"{where}: has an empty part (//) after {host}; write one /"
     try:
         urlsplit(f"http://{host}").port  # noqa: B018  # raises
     except ValueError:

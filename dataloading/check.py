@@ -1,4 +1,4 @@
-"""Decode every sample of a data set once, as training would, and name those that cannot be."""
+"""Decode every sample of a data set once, as in training, and report those that fail."""
 
 import warnings
 from collections import deque
@@ -27,7 +27,7 @@ ReportDone = Callable[[int], None]
 """Called with the number of samples that are done."""
 
 _CHUNK = 16
-_AHEAD = 4  # chunks in work or waiting, for each thread
+_AHEAD = 4  # chunks in progress or waiting, per thread
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -58,7 +58,7 @@ def check_samples(
 
     Returns:
         The samples that a run would see as grey views or stop for, with reasons, in index order;
-        and what is remarkable about the others.
+        and a survey of the others.
     """
     reader = Reader(index, patience_s)
     decode = make_decode(find_codec())

@@ -15,14 +15,14 @@ Buffer = NDArray[np.uint8]
 Fields = Mapping[str, tuple[DTypeLike, int]]
 """Dtype and length of each column, by name."""
 NewBuffer = Callable[[int], Buffer]
-"""Returns a writable buffer of so many bytes."""
+"""Returns a writable buffer of the given number of bytes."""
 
 _ALIGNMENT = 64
 _AT_ONCE = 65536
 
 
 def buffer_bytes(fields: Fields) -> int:
-    """Return the bytes that columns take, one after the other."""
+    """Return the number of bytes that the columns take together."""
     return sum(_room(*field) for field in fields.values())
 
 
@@ -35,8 +35,8 @@ def new_mapping(path: Path, size: int) -> Buffer:
     """Create a file of ``size`` bytes, at least one, and map it.
 
     Raises:
-        OSError: if it cannot be written, or there is no room: a store that is full while the
-            mapping is written would end the process.
+        OSError: if it cannot be written, or there is no room. The room is allocated here, since a
+            store that is full while the mapping is written would end the process.
     """
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
@@ -72,7 +72,7 @@ def _room(dtype: DTypeLike, count: int) -> int:
 
 
 class FileNames(Sequence[str]):
-    """Names of files, one after the other in one array of bytes; strings are made when asked for.
+    """Names of files, concatenated in one array of bytes; strings are created on access.
 
     Args:
         text: the encoded names, uint8.

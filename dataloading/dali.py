@@ -1,11 +1,12 @@
-"""From bytes to views with DALI: decoded, cut and resized by the GPU, or by the CPU without one.
+"""Decode, crop and resize views with DALI, on the GPU, or on the CPU without a GPU.
 
 The graph: full decode, slice, bicubic resize with antialiasing, flip, uint8. On a CPU it ends with
-the slice and torch resizes, ten times faster than DALI does there. Pixels leave it as stored; torch
-turns them upright where the index records an orientation. What was drawn travels through
-the graph beside the pixels, so that the two cannot get out of step. A decode error ends a graph;
-the culprits are then found one by one, replaced, and a new graph takes up the same micro-batch.
-Threads read, or worker processes, which leave the interpreter of this process alone.
+the slice and torch resizes, ten times faster than DALI does there. The graph returns pixels as
+stored; torch turns them upright where the index records an orientation. Position, sample and box of
+each view pass through the graph beside the pixels, so that a mismatch is detected. A decode error
+ends a graph; the images that cannot be decoded are then found one by one and replaced, and a new
+graph continues with the same micro-batch. Threads read the bytes, or worker processes, which do not
+occupy the interpreter of this process.
 """
 
 import io
@@ -44,7 +45,7 @@ _STOCK_BOX = (0, 0, 16, 16)
 
 
 def encode(image: Image.Image, form: str) -> Bytes:
-    """Encoded bytes of an image, ``[n]``."""
+    """Encode an image to bytes, ``[n]``."""
     buffer = io.BytesIO()
     image.save(buffer, form)
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
@@ -52,7 +53,7 @@ def encode(image: Image.Image, form: str) -> Bytes:
 
 @dataclass
 class _Encoded:
-    """One view on its way into the graph, which asks ahead and must never see an error."""
+    """Input of the graph for one view. The graph requests inputs ahead, so errors are kept here."""
 
     data: Bytes
     box: Box
@@ -63,17 +64,17 @@ class _Encoded:
 
 @dataclass
 class _Work:
-    """One micro-batch on its way."""
+    """One micro-batch in preparation."""
 
     plan: Plan
     views: list["Future[_Encoded] | _Encoded"]
-    """Being read in threads, or read; empty while worker processes read them."""
+    """Futures of reading threads, or results; empty while worker processes read them."""
 
     def encoded(self) -> list[_Encoded]:
         return [view.result() if isinstance(view, Future) else view for view in self.views]
 
     def facts(self) -> NDArray[np.int64]:
-        """Position, sample and box of each view, ``[B, 6]``."""
+        """Return position, sample and box of each view, ``[B, 6]``."""
         plan = self.plan
         return np.column_stack([plan.positions, plan.ids, plan.boxes]).astype(np.int64)
 
@@ -97,7 +98,7 @@ class DaliDecoder:
     """Threads or worker processes read, one DALI graph decodes.
 
     Args:
-        reader: where bytes come from; closed with this object.
+        reader: source of the bytes; closed with this object.
         sizes: sides of the images.
         micro_batch: views in every plan.
         threads: reading threads, and as many of DALI's own.
@@ -131,12 +132,12 @@ class DaliDecoder:
         self._stock = encode(Image.new("RGB", _STOCK_BOX[2:], (GREY, GREY, GREY)), "BMP")
         self._redrawn: set[int] = set()  # samples that DALI refuses and another decoder reads
         self._bad: dict[int, str] = {}
-        # What DALI gets where no micro-batch is submitted.
+        # Input of DALI where no micro-batch is submitted.
         none, boxes = np.full(micro_batch, -1), np.full((micro_batch, 4), -1, np.int32)
         plan = Plan(none, none, none, boxes, np.zeros(micro_batch, np.bool_))
         self._filler = _Work(plan, [_Encoded(self._stock, _STOCK_BOX)] * micro_batch)
         self._works: deque[_Work] = deque()
-        self._given = 0  # how many of them are in the graph
+        self._given = 0  # number of works that the graph has taken
         self._pool = start_threads(threads)
         self._graph: Any = self._build()
 
@@ -159,7 +160,7 @@ class DaliDecoder:
         self._works.popleft()
         self._given -= 1
         if not np.array_equal(facts, work.facts()):
-            raise RuntimeError("DALI's graph gave other views than were asked; please report this")
+            raise RuntimeError("the DALI graph returned other views than given; please report this")
         views = work.encoded()
         for view in views:
             if view.failure is not None:
@@ -211,7 +212,7 @@ class DaliDecoder:
         return images
 
     def hurry(self) -> None:
-        """Let what is read or waited for end at once: the views are no longer needed."""
+        """End all reads and waits at once: the views are no longer needed."""
         self._reader.hurry()
         if self._workers is not None:
             self._workers.hurry()
@@ -226,7 +227,7 @@ class DaliDecoder:
         self._reader.close()
 
     def _fetch(self, sample: int, box: list[int]) -> _Encoded:
-        """Read one image and make it fit for DALI; runs in a thread."""
+        """Read one image and prepare it for DALI; runs in a thread."""
         if sample in self._bad:
             return self._grey(self._bad[sample])
         try:
@@ -238,7 +239,7 @@ class DaliDecoder:
         return self._fit(sample, box, data)
 
     def _take(self, work: _Work, workers: WorkerPool) -> None:
-        """Wait until worker processes have read a micro-batch, and make it fit for DALI."""
+        """Wait until worker processes have read a micro-batch, and prepare it for DALI."""
         try:
             slot, faults = workers.collect()
         except ReadError as error:
@@ -257,7 +258,7 @@ class DaliDecoder:
         ]
 
     def _fit(self, sample: int, box: list[int], data: Bytes) -> _Encoded:
-        """Decode what DALI does not, and find out how the view is stored."""
+        """Decode an image that DALI does not decode, and return its box as stored."""
         if sample in self._bad:
             return self._grey(self._bad[sample])
         if sample in self._redrawn or not is_common(data[:8].tobytes()):
@@ -272,7 +273,7 @@ class DaliDecoder:
         return _Encoded(self._stock, _STOCK_BOX, fault=reason)
 
     def _build(self) -> Any:
-        """Make a new graph, which asks ``_next`` for its inputs."""
+        """Build a new graph, which takes its inputs from ``_next``."""
         self._given = 0
         on_gpu = self._device.type == "cuda"
         gpu = torch.empty(0, device=self._device).get_device() if on_gpu else None
@@ -299,7 +300,7 @@ class DaliDecoder:
                 adjust_orientation=False,
                 jpeg_fancy_upsampling=True,
             )
-            # Slicing an image that was decoded whole: whether a file is bad does not depend on the
+            # The image is decoded whole, then sliced: whether a file is bad does not depend on the
             # box, and region decoding with nvImageCodec 0.9 is reported to crash on GPUs.
             crop = fn.slice(
                 image, anchor, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False
@@ -317,9 +318,9 @@ class DaliDecoder:
         return built
 
     def _next(self) -> tuple[Any, ...]:
-        """Inputs of the next micro-batch, else of the filler; DALI calls it from ``run``.
+        """Return the inputs of the next micro-batch, or of the filler; DALI calls it from ``run``.
 
-        DALI asks for the micro-batch after the one that it returns, also where there is none.
+        DALI requests the micro-batch after the one that it returns, even if there is none.
         """
         work = self._filler
         if self._given < len(self._works):
@@ -331,12 +332,12 @@ class DaliDecoder:
         anchors = np.array([(y, x) for x, y, _, _ in (v.box for v in views)], dtype=np.int32)
         shapes = np.array([(h, w) for _, _, w, h in (v.box for v in views)], dtype=np.int32)
         flips = work.plan.flips.astype(np.int32)
-        if self._resize:  # what is turned afterwards is flipped after that
+        if self._resize:  # a view that is turned afterwards is flipped after the turn
             flips *= np.array([view.orientation == 1 for view in views], dtype=np.int32)
         return [view.data for view in views], anchors, shapes, flips, work.facts()
 
     def _recover(self, error: RuntimeError) -> None:
-        """Replace what the oldest micro-batch could not decode, and start a new graph with it.
+        """Replace undecodable images of the oldest micro-batch, and restart it in a new graph.
 
         Raises:
             RuntimeError: the error itself, if every image of the batch can be decoded.

@@ -1,4 +1,4 @@
-"""What an index is built from: the data set that is asked for, and the files that are found."""
+"""What an index is built from: the requested data set, and the files that are found."""
 
 import hashlib
 import logging
@@ -42,7 +42,7 @@ class Listing(NamedTuple):
     """The files of a data set before they are examined.
 
     Attributes:
-        request: what was asked for.
+        request: data set and settings.
         files: images of a folder, or shards.
         shards: tars or Parquet files; none for a folder.
         passed: counts of what is passed over beside them.
@@ -60,7 +60,7 @@ class Listing(NamedTuple):
         return "parquet" if is_parquet(self.shards[0].file.name) else "webdataset"
 
     def digest(self, with_times: bool) -> str:
-        """Hash settings, names and sizes, and times if wanted, hexadecimal."""
+        """Hash settings, names and sizes, and times if requested, hexadecimal."""
         settings = (index_file.FORMAT, *self.request[2:], self.source, with_times)
         total = hashlib.sha256(repr(settings).encode("ascii"))
         total.update(self.files.digest_of(0, len(self.files), with_times))
@@ -102,7 +102,7 @@ def list_data(request: Request) -> Listing:
 
 
 def shard_source_of(request: Request) -> ShardSource | None:
-    """Return what kind of shards is to be read; ``None``: the files of a folder.
+    """Return the kind of shards to read; ``None``: the files of a folder.
 
     Raises:
         DataError, ReadError: if the path cannot be looked up, or holds several kinds.

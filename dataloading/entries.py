@@ -31,9 +31,9 @@ MAX_PIXELS = 100_000_000
 READERS = 8
 """Threads that read the headers of files."""
 UNREADABLE = "cannot be read: "
-"""Begins the reason of a file that the operating system did not give."""
+"""Prefix of the reason for a file that the operating system could not read."""
 NO_LABEL = "its image has no label"
-"""Ends the reason of a label that cannot be used."""
+"""Suffix of the reason for a label that cannot be used."""
 SECOND_CLASS = "a second class of its sample; the first is used"
 SIDEWAYS = 5
 """First of the EXIF orientations that exchange width and height."""
@@ -115,12 +115,12 @@ def orientations(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def orientation_of(flags: int) -> int:
-    """Return the same of one row."""
+    """Return the EXIF orientation of one row."""
     return (flags & _ORIENTATION) + 1 if flags & _TURNED else 1
 
 
 def turns_bytes(entries: NDArray[np.void]) -> bytes:
-    """Return what a digest gets of the turns of all rows: nothing where no image is turned."""
+    """Return the turns of all rows as bytes for a digest; empty where no image is turned."""
     turns = orientations(entries["flags"])
     return b"turned\n" + turns.tobytes() if (turns > 1).any() else b""
 
@@ -140,7 +140,7 @@ def examine(
         size: bytes.
         measure: returns the header or raises ``HeaderError``.
         max_pixels: largest allowed width x height.
-        exif_orientation: whether the image is turned as its EXIF orientation says.
+        exif_orientation: whether the image is turned by its EXIF orientation.
 
     Returns:
         Width and height as the image is used, or zeros and a short reason without a path.
@@ -168,15 +168,15 @@ def examine(
 
 
 def depends_on_machine(reason: str) -> bool:
-    """Return whether an image was excluded for want of rights or of a decoder.
+    """Return whether an image was excluded because permissions or a decoder are missing.
 
-    A later launch may use it, though name, size and time of its file are as they were.
+    A later launch may use it, though name, size and time of its file are unchanged.
     """
     return reason.startswith(UNREADABLE) or LACKED in reason
 
 
 def concerns_label(reason: str) -> bool:
-    """Return whether a reason is that of a label only, whose image is used."""
+    """Return whether a reason concerns only a label; its image is used."""
     return reason.endswith(NO_LABEL) or reason == SECOND_CLASS
 
 
@@ -189,7 +189,7 @@ def map_in_threads(
 ) -> list[Result]:
     """Examine pieces of a data set in threads; return the results in the order of the pieces.
 
-    Progress is shown in units, of which ``sizes`` has the number per piece.
+    Progress is shown in units; ``sizes`` has the number of units per piece.
     """
     Image.init()
     results: list[Result] = []

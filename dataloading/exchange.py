@@ -1,4 +1,4 @@
-"""An index as bytes, for ranks that take it from another rank: JSON and arrays, no pickle."""
+"""An index as bytes, for ranks that receive it from another rank: JSON and arrays, no pickle."""
 
 import dataclasses
 import json

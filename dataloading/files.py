@@ -14,12 +14,12 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a regular file for reading; links are followed.
 
     Returns:
-        A descriptor; whoever asked for it closes it.
+        A descriptor, which the caller closes.
 
     Raises:
         OSError: if it cannot be opened, or is a folder, a pipe or a device.
     """
-    # Without O_NONBLOCK the opening of a pipe waits for somebody who writes to it.
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -84,7 +84,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def append_whole(descriptor: int, data: bytes, ends_half_line: bool = False) -> None:
-    """Append bytes whole or not at all; with ``ends_half_line`` begin a new line if need be.
+    """Append bytes whole or not at all; with ``ends_half_line`` begin a new line if necessary.
 
     Args:
         descriptor: opened for reading and appending.
@@ -92,13 +92,13 @@ def append_whole(descriptor: int, data: bytes, ends_half_line: bool = False) -> 
         ends_half_line: write a newline first where the file does not end with one.
 
     Raises:
-        OSError: if not all bytes can be written; those that were are cut off again.
+        OSError: if not all bytes can be written; the bytes that were written are removed again.
     """
     end = os.lseek(descriptor, 0, os.SEEK_END)
     if ends_half_line and end and os.pread(descriptor, 1, end - 1) != b"\n":
         data = b"\n" + data
     try:
-        while data:  # a nearly full store takes a part
+        while data:  # a nearly full store writes only a part
             data = data[os.write(descriptor, data) :]
     except OSError:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""A folder of images: which files there are, and what their headers say."""
+"""A folder of images: its files and their headers."""
 
 import hashlib
 import logging
@@ -91,7 +91,7 @@ def list_folder(root: Path) -> tuple[Files, Counts]:
 
 
 def explain_path(path: Path) -> str:
-    """Return why a path that is no folder and no tar was written in vain; empty if unknown."""
+    """Return why a path is neither a folder nor a tar; empty if unknown."""
     text = str(path)
     if os.path.exists(path):
         if extension_of(path.name) in EXTENSIONS:
@@ -118,8 +118,8 @@ def walk(
 ) -> Iterator[File]:
     """Yield the image files under a folder, by name; hidden files are skipped.
 
-    Links are followed wherever they lead, since many copies of a data set are made of links into
-    one store; but not back to a folder above, and a link to nothing is yielded with its fault.
+    Links are followed, also out of the folder, since many copies of a data set consist of links
+    into one store. A link to a folder above and a dangling link are yielded with their fault.
 
     Args:
         folder: the folder.
@@ -224,7 +224,7 @@ def gather_folder(
     recall: Callable[[int], Part],
     new_buffer: NewBuffer,
 ) -> Findings:
-    """Put the parts of a folder together.
+    """Combine the parts of a folder.
 
     Returns:
         Rows in the order of ``files``; labels are the folders directly under the root. The columns
@@ -285,7 +285,7 @@ def gather_folder(
 
 
 def is_readable(path: Path) -> bool:
-    """Return whether the system gives an image file, whatever is in it."""
+    """Return whether the system can read an image file, whatever its content."""
     try:
         header_of_file(path)
     except HeaderError:

@@ -31,7 +31,7 @@ PIL_ERRORS = (
 """What Pillow raises for damaged input; anything else is a fault of the program."""
 
 LACKED = "which this Pillow lacks"
-"""In the message of a ``HeaderError`` that another Pillow would not raise."""
+"""Part of the message of a ``HeaderError`` that another version of Pillow would not raise."""
 
 _SOI = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -42,7 +42,7 @@ _EXIF = b"Exif\0\0"
 _ORIENTATION = 274  # a tag of TIFF, and so of EXIF
 _SOS = b"\xff\xda"
 MAX_SCANS = 100
-"""Most scans of a JPEG that is decoded; programs write up to some dozen."""
+"""Most scans of a JPEG that is decoded; programs write about a dozen at most."""
 _PREFIXES = (2048, 65536, -1)  # bytes; most JPEGs have their size in the first 2 kB
 
 
@@ -63,7 +63,7 @@ class _Short(HeaderError):
 
 
 class _Stray(HeaderError):
-    """Bytes that belong to no segment stand between two, which decoders skip with a warning."""
+    """Bytes between two segments belong to no segment; decoders skip them with a warning."""
 
 
 def header_of_file(path: Path) -> Header:
@@ -142,10 +142,10 @@ def has_avif() -> bool:
 
 
 def is_common(data: bytes) -> bool:
-    """Whether encoded bytes are JPEG, PNG, WebP or BMP, which all libraries decode alike.
+    """Return whether encoded bytes are JPEG, PNG, WebP or BMP, which all libraries decode alike.
 
-    TIFF they read differently, and damaged JPEG 2000 ends the process in nvImageCodec 0.9: these
-    and all others are for Pillow.
+    The libraries read TIFF differently, and damaged JPEG 2000 ends the process in nvImageCodec 0.9:
+    Pillow decodes these and all other formats.
     """
     return data.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM"))
 
@@ -204,7 +204,7 @@ def _pil_header(file: BinaryIO | io.BufferedReader) -> Header:
             width, height = image.size
             exif = image.info.get("exif") or _raw_profile(image.info)
             orientation = exif_orientation(exif) if isinstance(exif, bytes) else 1
-            if isinstance(image, TiffImagePlugin.TiffImageFile):  # turned by Pillow as its tag says
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow applies its tag
                 width, height = image.tag_v2[256], image.tag_v2[257]
                 orientation = _legal_orientation(image.tag_v2.get(_ORIENTATION))
     except Image.DecompressionBombError as error:
@@ -227,7 +227,7 @@ def _raw_profile(info: dict[Any, Any]) -> bytes | None:
 
 
 def explain_other_file(start: bytes) -> str:
-    """Return what downloads in place of data, by first bytes; empty for other bytes."""
+    """Return what was downloaded in place of data, by its first bytes; empty if unknown."""
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"version https://git-lfs", b"version https://hawser")):
         return " but a Git-LFS pointer: run git lfs pull where the data were cloned"
@@ -239,7 +239,7 @@ def explain_other_file(start: bytes) -> str:
 
 
 def _explain(file: BinaryIO | io.BufferedReader) -> str:
-    """Name formats that Pillow may lack, and what is no image; empty for other bytes."""
+    """Name a format that Pillow may lack, or a file that is not an image; empty if unknown."""
     file.seek(0)
     start = file.read(256)
     if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
@@ -300,7 +300,7 @@ def exif_orientation(exif: bytes) -> int:
                 form = {1: "B", 3: "H", 4: "I"}.get(kind)  # a byte, a short, a long
                 value = form and struct.unpack_from(f"{order}{form}", tiff, entry + 8)[0]
                 return _legal_orientation(value)
-    except struct.error:  # it ends before what it announces
+    except struct.error:  # the block ends before an entry that it announces
         pass
     return 1
 
@@ -312,7 +312,7 @@ def _legal_orientation(value: Any) -> int:
 def _has_one_scan(data: bytes) -> bool:
     """Return whether decoders read one scan only: that of a sequential frame with all components.
 
-    Found from the headers: to search all bytes takes a twentieth of the decoding.
+    Only headers are read: searching all bytes takes a twentieth of the decoding time.
     """
     at, components = len(_SOI), None
     while at + 10 <= len(data) and data[at] == 0xFF:
@@ -334,7 +334,7 @@ def has_many_scans(data: bytes) -> bool:
     """Return whether a JPEG has more than ``MAX_SCANS`` scans; each costs a pass over the image."""
     if not data.startswith(_SOI) or _has_one_scan(data) or data.count(_SOS) <= MAX_SCANS:
         return False
-    at, scans = len(_SOI), 0  # thumbnails within segments hold the marker too: walk past segments
+    at, scans = len(_SOI), 0  # thumbnails within segments hold the marker too: skip segments
     while 0 <= (at := data.find(b"\xff", at)) < len(data) - 3:
         marker = data[at + 1]
         scans += marker == _SOS[1]

@@ -1,4 +1,4 @@
-"""The list of samples: what there is, how large it is, and a digest that names it."""
+"""The index of a data set: its samples, their sizes, and a digest that identifies them."""
 
 import hashlib
 import json
@@ -31,10 +31,10 @@ from dataloading.webdataset import gather_shards
 logger = logging.getLogger(__name__)
 
 Shards = Sequence[tuple[str, str]]
-"""Name and path of every shard; none for a folder."""
+"""Name and path of every shard; empty for a folder."""
 
 UNITS = {"folder": "file", "webdataset": "member", "parquet": "row"}
-"""What is counted where an index passes it over, by ``Index.source``."""
+"""Unit in which an index counts what it passes over, by ``Index.source``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +44,11 @@ class Index:
     Its shards are tars or Parquet files.
 
     Attributes:
-        root: the data set as the caller named it: folder, shard or pattern; the address of such.
+        root: the data set as the caller named it: folder, shard, pattern or address.
         source: layout under it.
         entries: structured array of ``ENTRY``, one row per sample, ordered by path in a folder, by
             shard and offset in shards; in a Parquet file the offset is the row.
-        names: name of each row, made when asked for. Folder: path relative to the root, with
+        names: name of each row, created on access. Folder: path relative to the root, with
             ``/``. Shards: the place, "byte 1536 of train-000.tar", "row 15 of train-000.parquet".
         labels: names of the labels, sorted. Folder: the folders directly under the root. Tars: the
             texts of ``.cls`` members. Parquet: the values of a column, or the names of a
@@ -77,13 +77,13 @@ class Index:
         return len(self.entries)
 
     def labels_digest(self) -> str:
-        """Return the sha256, hexadecimal, of names and rows' labels, which ``digest`` lacks."""
+        """Return the hexadecimal sha256 of label names and rows' labels, which ``digest`` lacks."""
         total = hashlib.sha256(json.dumps(self.labels).encode("ascii"))
         total.update(self.entries["label"].tobytes())
         return total.hexdigest()
 
     def unused_images(self) -> list[tuple[str, str]]:
-        """Return those of ``excluded`` that are no samples: images, and damaged parts of tars."""
+        """Return those of ``excluded`` that are not samples: images, and damaged parts of tars."""
         return [(name, why) for name, why in self.excluded if not concerns_label(why)]
 
     def label_faults(self) -> list[tuple[str, str]]:
@@ -131,8 +131,8 @@ def build_index(
 
     Files are taken by their extension, links are followed, hidden files are skipped. Empty,
     unreadable and oversized images are excluded and reported in ``Index.excluded``, as are damaged
-    parts of tars. Other files and members are counted by extension in one log line. Headers are
-    read, but a Parquet file whole: pyarrow reads no part of an image.
+    parts of tars. Other files and members are counted by extension in one log line. Only headers
+    are read, but Parquet files are read whole: pyarrow cannot read a part of an image.
 
     Args:
         path: folder of images, the folders directly under it are labels; or tars: a folder that
@@ -142,12 +142,12 @@ def build_index(
         source: "folder", "webdataset", "parquet", or "auto", which detects it, and refuses to mix
             folders or shards of a training and of a test set.
         max_pixels: images with more pixels (width x height) are excluded.
-        exif_orientation: turn images upright as their EXIF orientation says; rows then have width
+        exif_orientation: turn images upright by their EXIF orientation; rows then have width
             and height of the upright image. The orientation is recorded in any case.
 
     Raises:
-        DataError: if the data are missing, not what ``source`` says, or hold no usable image, or
-            if more than half of the files or members are passed over.
+        DataError: if the data are missing, not of the layout ``source``, or hold no usable image,
+            or if more than half of the files or members are passed over.
         ReadError: if storage fails for longer than reads are retried.
         ValueError: if ``source`` is not a known layout.
     """
@@ -165,7 +165,7 @@ def build_listed(listing: Listing) -> Index:
 
 
 def examine(listing: Listing, folder: Path | None) -> tuple[Parts, Callable[[int], Part]]:
-    """Read the headers of all files; those of a folder of parts, if any, are known already.
+    """Read the headers of all files, except of pieces whose part is in the folder of parts.
 
     Returns:
         The parts, and a function from the number of a piece to its part.
@@ -180,7 +180,7 @@ def examine(listing: Listing, folder: Path | None) -> tuple[Parts, Callable[[int
 
 
 def gather(listing: Listing, recall: Callable[[int], Part], new_buffer: NewBuffer) -> Index:
-    """Put the parts together and log what was found."""
+    """Combine the parts and log what was found."""
     (root, source, *_), files, shards, passed = listing
     if shards:
         findings = gather_shards(root, shards, recall, new_buffer, passed, source == "auto")

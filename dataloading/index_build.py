@@ -1,8 +1,8 @@
 """Build the pieces of an index: in threads, in helper processes, and on the ranks of a launch.
 
 A piece is a shard or some thousand files of a folder. Every process takes each n-th piece and keeps
-its result in ``parts``; who puts them together examines what is still missing, so that a helper may
-be killed, or refuse a piece, at any time.
+its result in ``parts``. The process that combines the parts examines missing pieces itself, so that
+a helper may be killed, or refuse a piece, at any time.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def make_pieces(files: Files, shards: Sequence[Shard]) -> list[range]:
 
 
 def write_listing(files: Files, shards: Sequence[Shard], folder: Path) -> None:
-    """Write a listing into the folder of parts, for ``help_build``; where it cannot, do without."""
+    """Write a listing into the folder of parts, for ``help_build``, if it can be written."""
     with contextlib.suppress(OSError):
         write_files(files, [place_to_text(shard.path) for shard in shards], folder / LISTING)
 
@@ -55,7 +55,7 @@ def build_parts(
         A function from the number of a piece to its part, which examines a damaged part again.
 
     Raises:
-        DataError: if a tar is none or cannot be read.
+        DataError: if a file is not a tar or cannot be read.
         ReadError: if storage fails for longer than reads are retried.
     """
     work = _Examiner(root, shards, parts, max_pixels, exif_orientation)
@@ -78,12 +78,12 @@ def help_build(
     """Examine this process's share of the missing pieces of a listing that is shared.
 
     Nothing is kept of a piece in which a file cannot be read here or has another size than listed:
-    another machine may see what this one does not.
+    another machine may find the file as listed.
 
     Args:
         root: the data set.
         folder: of the parts.
-        share: number of this process, and how many there are.
+        share: number of this process, and number of processes.
         max_pixels: as for ``build_index``.
         exif_orientation: as for ``build_index``.
 
@@ -92,7 +92,7 @@ def help_build(
     """
     try:
         files, paths = map_files(folder / LISTING)
-    except (OSError, ValueError):  # another machine's folder: whoever wrote it does the work
+    except (OSError, ValueError):  # another machine's folder; that machine does the work
         return
     names = zip(paths, files.names if paths else (), files.sizes.tolist(), strict=False)
     shards = [Shard(place_from_text(path), File(name, size, 0)) for path, name, size in names]
@@ -184,7 +184,7 @@ def _helpers(
                         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                     )
                 )
-        except OSError as error:  # no more processes or memory: this one does what they would
+        except OSError as error:  # no more processes or memory: this process does their work
             text = "%d of %d helper processes were started (%s)"
             logger.warning(text, len(started), count, error.strerror)
         yield
@@ -199,7 +199,7 @@ def _helpers(
 
 
 def main() -> None:
-    """Help a build as the JSON on the command line says; end when standard input closes."""
+    """Help a build with the arguments in JSON from the command line; end when stdin closes."""
     import signal
 
     def end_with_parent() -> None:
@@ -210,7 +210,7 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="[index helper] %(message)s")
     root, folder, number, count, max_pixels, exif_orientation = json.loads(sys.argv[1])
-    with contextlib.suppress(ReadError):  # who builds looks itself at what is missing, and says so
+    with contextlib.suppress(ReadError):  # the builder examines missing pieces and reports it
         help_build(as_root(root), Path(folder), (number, count), max_pixels, exif_orientation)
 
 

@@ -1,8 +1,8 @@
 """An index on storage: ``index.json``, and one file of columns that all processes map.
 
-The columns are named by a digest of the listing and are there before ``index.json`` names them, so
-that a reader finds both of one index, whenever a writer is killed. ``tree`` has the digest of each
-block of 16 MiB: blocks are verified in threads, and only where that is asked for.
+The columns are named by a digest of the listing and are complete before ``index.json`` names them.
+A reader therefore finds both files of the same index, whenever a writer is killed. ``tree`` has the
+digest of each block of 16 MiB: blocks are verified in threads, and only on request.
 """
 
 import functools
@@ -40,7 +40,7 @@ _COLUMNS_NAME = re.compile(r"index-[0-9a-f]{16}\.bin")
 
 
 class Kept(NamedTuple):
-    """An index as it is kept.
+    """An index in its folder.
 
     Attributes:
         facts: content of ``index.json``.
@@ -92,7 +92,7 @@ def open_file(folder: Path) -> Kept:
 
 @contextmanager
 def new_file(folder: Path, listing: str) -> Generator[NewBuffer, None, None]:
-    """Yield what makes the buffer of a new index; the file gets its name when the block ends.
+    """Yield a function that creates the buffer of a new index; the file is renamed at the end.
 
     Raises:
         OSError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""An index that is kept in a folder: used while its files are as they were, or built there."""
+"""An index that is kept in a folder: used while its files are unchanged, else built there."""
 
 import errno
 import logging
@@ -34,7 +34,7 @@ from dataloading.stores import TarPlace, as_root, place_from_text
 logger = logging.getLogger(__name__)
 
 Verify = Literal["never", "changed", "always"]
-"""What of a kept index is verified before it is used."""
+"""How a kept index is verified before it is used."""
 
 _PARTS = "parts"
 
@@ -46,14 +46,15 @@ def load_or_build(
     max_pixels: int = MAX_PIXELS,
     exif_orientation: bool = True,
     verify: Verify = "changed",
-    look_again: bool = True,
+    recheck_excluded: bool = True,
 ) -> Index:
     """Open the index kept in a directory, or build it there.
 
-    It is kept as ``index.json`` and one file of columns, which is mapped, so that processes share
-    its memory. Until it is complete, a folder ``parts`` keeps what is known, so that a build that
-    is killed continues. An index that is published beside tars is copied there, and no header read.
-    ``directory`` is made if it does not exist; the other arguments are those of ``build_index``.
+    It is kept as ``index.json`` and one file of columns, which processes map, so that they share
+    its memory. Until the index is complete, a folder ``parts`` keeps the finished pieces, so that a
+    build that is killed continues. An index that is published beside tars is copied to
+    ``directory``, and no header is read. ``directory`` is created if it does not exist; the other
+    arguments are those of ``build_index``.
 
     Args:
         path: the data set.
@@ -62,10 +63,11 @@ def load_or_build(
         max_pixels: as for ``build_index``.
         exif_orientation: as for ``build_index``.
         verify: never: a kept index of this path and these settings is used as it is; a folder is
-            not listed, of tars names and sizes are compared; of another path as changed. changed:
-            it is used while names, sizes and times of all files (images or tars) are as they were,
-            and what could not be read still cannot. always: the same, and its digests too.
-        look_again: as for ``find_kept``.
+            not listed, of tars only names and sizes are compared; an index of another path is
+            verified as for changed. changed: it is used while names, sizes and times of all files
+            (images or tars) are unchanged, and excluded images still cannot be read. always: as
+            changed, and the digests of its columns are verified.
+        recheck_excluded: as for ``find_kept``.
 
     Raises:
         DataError: as ``build_index``, or if the directory cannot be written.
@@ -73,20 +75,24 @@ def load_or_build(
         ValueError: if ``source`` is not a known layout.
     """
     request, folder = Request(as_root(path), source, max_pixels, exif_orientation), Path(directory)
-    found = find_kept(request, folder, verify, look_again)
+    found = find_kept(request, folder, verify, recheck_excluded)
     return found[0] if found[0] is not None else build_kept(found[1], folder)
 
 
 def find_kept(
-    request: Request, folder: Path, verify: Verify, look_again: bool = True, published: bool = True
+    request: Request,
+    folder: Path,
+    verify: Verify,
+    recheck_excluded: bool = True,
+    published: bool = True,
 ) -> tuple[Index, Listing | None] | tuple[None, Listing]:
-    """Return the index that may be used as it is, and the listing it was compared with.
+    """Return the index that may be used as it is, and the listing that it was compared with.
 
-    That is the index that ``folder`` keeps, or else the one that is published beside the tars,
-    unless the tars have changed since the former; it is copied to ``folder``, and not looked for
-    without ``published``. With ``verify="never"`` an index of this very folder is compared
-    with none. Without ``look_again`` images that could not be read stay excluded though they can be
-    read by now.
+    That is the index that ``folder`` keeps, or else the index that is published beside the tars,
+    unless the tars have changed since the kept index was built. A published index is copied to
+    ``folder``; without ``published`` it is not used. With ``verify="never"`` an index of the same
+    folder of images is not compared with a listing. Without ``recheck_excluded`` excluded images
+    stay excluded even if they can be read now.
 
     Raises:
         DataError, ReadError, ValueError: as ``load_or_build``.
@@ -107,8 +113,8 @@ def find_kept(
         of = kept.facts.get("root", root)
         if kept.facts[compared] != own[compared]:
             have_changed = of == root
-            problem = "the files have changed" if have_changed else f"it is that of {of}"
-        elif not is_trusted and look_again:
+            problem = "the files have changed" if have_changed else f"it is the index of {of}"
+        elif not is_trusted and recheck_excluded:
             problem = _find_regained(listing, kept.facts["excluded"])
         if problem is None:
             return _use(request, kept, listing, folder), listing
@@ -123,7 +129,7 @@ def find_kept(
 
 
 def _find_regained(listing: Listing, excluded: Sequence[tuple[str, str]]) -> str | None:
-    """Return which image was excluded and may be usable now, though its file is as it was."""
+    """Return which image was excluded and may be usable now, though its file is unchanged."""
     (root, *_), files = listing.request, listing.files
     compared = {files.names[row] for row in files.faults}  # with the listing
     for name, reason in excluded:
@@ -137,7 +143,7 @@ def require_publishable(listing: Listing, into_folder: bool) -> None:
     """Refuse to publish the index of a folder of images, or to write to a store.
 
     Raises:
-        DataError: with what to do.
+        DataError: names the remedy.
     """
     path = listing.request.path
     if not listing.shards:
@@ -173,7 +179,7 @@ def require_files(request: Request, contents: str) -> None:
     Times are not compared: those of a copy differ.
 
     Args:
-        request: what the index is of.
+        request: data set and settings of the index.
         contents: ``Listing.digest(with_times=False)`` there.
 
     Raises:
@@ -183,23 +189,23 @@ def require_files(request: Request, contents: str) -> None:
     if listing.digest(with_times=False) != contents:
         raise DataError(
             f"{request.path}: names or sizes of the {len(listing.files)} files on host "
-            f"{socket.gethostname()} are not those that rank 0 found; copy them again, or set "
+            f"{socket.gethostname()} differ from those that rank 0 found; copy them again, or set "
             "data.path to a folder that all machines share"
         )
 
 
 def share_listing(listing: Listing, folder: Path) -> None:
-    """Write what is needed to ``help_index`` beside an index that is to be built."""
+    """Write what ``help_index`` needs beside an index that is to be built."""
     write_listing(listing.files, listing.shards, folder / _PARTS)
 
 
 def help_index(request: Request, folder: Path, share: tuple[int, int]) -> None:
-    """Examine a share of what ``build_kept`` would, of a listing that is shared.
+    """Examine a share of the pieces of a shared listing, before ``build_kept`` combines them.
 
     Args:
-        request: what the index is of.
-        folder: that keeps the index.
-        share: number of this process, and how many there are.
+        request: data set and settings of the index.
+        folder: the folder that keeps the index.
+        share: number of this process, and number of processes.
 
     Raises:
         ReadError: if storage fails for longer than reads are retried.
@@ -230,7 +236,7 @@ def build_kept(listing: Listing, folder: Path) -> Index:
 
 @contextmanager
 def _written(folder: Path) -> Generator[None, None, None]:
-    """Say what to do where the folder of an index cannot be written."""
+    """Raise an error with a remedy where the folder of an index cannot be written."""
     try:
         yield
     except OSError as error:
@@ -239,7 +245,7 @@ def _written(folder: Path) -> Generator[None, None, None]:
             raise ReadError(f"{text}; make room there and try again") from error
         if error.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN):
             raise ReadError(f"{text}; see that the storage works and try again") from error
-        raise DataError(f"{text}; set data.index to a folder that can") from error
+        raise DataError(f"{text}; set data.index to a writable folder") from error
 
 
 def open_kept(
@@ -271,14 +277,14 @@ def open_kept(
 
 
 def _open(folder: Path, request: Request) -> tuple[index_file.Kept | None, str | None]:
-    """Return the index of a folder if it is of these settings; else why it is not, if there is one.
+    """Return the index of a folder if it has these settings; else why an existing one is not used.
 
-    Whether its files are as they were is not looked at.
+    Whether its files have changed is not checked.
     """
     try:
         kept = index_file.open_file(folder)
         if kept.facts["settings"] != [*request[2:]]:
-            return None, "it is of other settings"
+            return None, "it has other settings"
         _ = kept.entries, *(kept.facts[name] for name in ("contents", "digest", "source", "tree"))
     except FileNotFoundError:
         return None, None
@@ -297,7 +303,7 @@ def _make(request: Request, kept: index_file.Kept, listing: Listing | None) -> I
 
 
 def _use(request: Request, kept: index_file.Kept, listing: Listing | None, folder: Path) -> Index:
-    """Make an index that was not built by this launch, and log what is not in it."""
+    """Make an index that was not built by this launch, and log what it excludes."""
     index = _make(request, kept, listing)
     log_passed(index, logging.INFO)
     _log_excluded(index, folder)
@@ -323,7 +329,7 @@ def _index_of(
 
 
 def _own_facts(listing: Listing) -> dict[str, Any]:
-    """Return what an index is of: path, settings, digests of the files with and without times."""
+    """Return the identity of an index: path, settings, digests of files with and without times."""
     return {
         "root": _name_root(listing.request),
         "settings": [*listing.request[2:]],
@@ -333,7 +339,7 @@ def _own_facts(listing: Listing) -> dict[str, Any]:
 
 
 def _name_root(request: Request) -> str:
-    """Return the path of a data set, or its pattern or address, whatever the working folder is."""
+    """Return the path, pattern or address of a data set, independent of the working folder."""
     path = request.path
     return path if isinstance(path, str) else os.path.abspath(path)
 

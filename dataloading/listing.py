@@ -1,4 +1,4 @@
-"""What there is before any header is read: names, sizes and times of the files of a data set."""
+"""Listing of a data set before any header is read: names, sizes and times of its files."""
 
 import hashlib
 import json
@@ -103,10 +103,10 @@ def write_files(files: Files, shards: Sequence[str], path: Path) -> None:
 
 
 def map_files(path: Path) -> tuple[Files, list[str]]:
-    """Map what ``write_files`` wrote.
+    """Map the files that ``write_files`` wrote.
 
     Raises:
-        OSError, ValueError: if it is not there or not complete.
+        OSError, ValueError: if it is missing or incomplete.
     """
     facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="ascii"))
     fields = _fields(facts["rows"], facts["name_bytes"])

@@ -48,11 +48,11 @@ def class_mixing(labels: NDArray[np.int32]) -> Mixing | None:
     """Count the labels of neighbours.
 
     Args:
-        labels: label of every sample in index order, ``[n]``; -1, none, is skipped.
+        labels: label of every sample in index order, ``[n]``; -1 (no label) is skipped.
 
     Returns:
-        The counts, over blocks of 64 samples (of the root of n where that is less); ``None`` where
-        labels cannot decide: fewer than two, almost all samples of one, or about one sample each.
+        The counts, over blocks of 64 samples (of sqrt(n) where that is less); ``None`` where labels
+        cannot decide: fewer than two labels, almost all samples of one, or about one sample each.
     """
     known = labels[labels >= 0]
     sizes = np.bincount(known)
@@ -70,7 +70,7 @@ def class_mixing(labels: NDArray[np.int32]) -> Mixing | None:
 
 
 def expected_labels(sizes: NDArray[np.int64], draws: int) -> float:
-    """Mean number of different labels among draws without replacement.
+    """Return the mean number of different labels among draws without replacement.
 
     ``sizes`` counts the samples of each label; ``draws`` is at most their sum.
     """
@@ -84,16 +84,16 @@ def expected_labels(sizes: NDArray[np.int64], draws: int) -> float:
 def require_mixed(index: Index, on_sorted: bool) -> None:
     """Refuse a data set whose neighbours are of one class, for ``data.shuffle=window``.
 
-    With ``on_sorted`` warn only.
+    With ``on_sorted`` only warn.
 
     Raises:
-        DataError: names the data set, the figures and what to do.
+        DataError: names the data set, the figures and the remedy.
     """
     mixing = class_mixing(index.entries["label"])
     if mixing is None:
         logger.info(
             "%s: no labels that show whether the stored data are shuffled; "
-            "data.shuffle=window mixes it well only if it was",
+            "data.shuffle=window mixes them well only if they are",
             index.root,
         )
     elif not mixing.is_sorted:

@@ -1,4 +1,4 @@
-"""Names of folders, tars and labels that show a data set to be other than it was meant."""
+"""Detect data sets that are not as intended by names of folders, tars and labels."""
 
 import itertools
 import re
@@ -9,13 +9,13 @@ _TEST = frozenset(
     {"val", "valid", "validation", "valset", "valdata", "test", "testing", "testset", "testdata"}
     | {"eval", "evaluation", "dev", "holdout"}
 )
-_MAX_NAMES = 8  # of more, some are classes whose names happen to have such a word
+_MAX_NAMES = 8  # among more names, some classes happen to have such a word
 
 
 def find_splits(names: Iterable[str]) -> tuple[str, str] | None:
     """Return the first training name and the first test name; ``None`` unless there are both.
 
-    Of a name its words count: ``val2017``, ``TestImages`` and ``ILSVRC2012_img_val`` are test sets.
+    Words of a name decide: ``val2017``, ``TestImages`` and ``ILSVRC2012_img_val`` are test sets.
     """
     distinct = sorted(set(names))
     if len(distinct) > _MAX_NAMES:
@@ -70,6 +70,6 @@ def find_equal_labels(labels: Iterable[str]) -> tuple[str, str] | None:
 
 
 def as_integer(label: str) -> int | None:
-    """Return the integer that a label is, as ``7``, ``007``, ``+7`` or ``7.0``, else ``None``."""
+    """Return the integer of a label such as ``007``, ``+7`` or ``7.0``, else ``None``."""
     found = re.fullmatch(r"([+-]?[0-9]{1,18})(?:\.0*)?", label)
     return int(found[1]) if found else None

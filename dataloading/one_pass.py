@@ -1,4 +1,4 @@
-"""Crops of listed samples, each once: the images of evaluation."""
+"""Crop listed samples, each once, for evaluation."""
 
 import logging
 from collections import deque
@@ -37,10 +37,10 @@ def centre_crop(
 class OnePass:
     """Iterator of ``Batch``: each listed sample once over all ranks, cut and resized.
 
-    Block b of ``micro_batch`` samples is rank ``b mod world_size``'s. All ranks get equally many
-    batches of one size; padding repeats the last sample, is not valid, and has a
-    ``position`` at or beyond the end of the list. A sample that cannot be decoded is named in the
-    log and not valid either.
+    Block b of ``micro_batch`` samples belongs to rank ``b mod world_size``. All ranks get equally
+    many batches of one size; padding repeats the last sample, is not valid, and has a
+    ``position`` at or beyond the end of the list. A sample that cannot be decoded is logged and is
+    not valid either.
 
     Args:
         index: the samples.
@@ -50,16 +50,16 @@ class OnePass:
         rank: this process's place among ``world_size``.
         world_size: number of processes that share the list.
         threads: reader and decoder threads, >= 1.
-        decode: as ``Stream``'s.
+        decode: as for ``Stream``.
         device: where batches are put; ``None``: the CPU.
         patience_s: seconds for which a failed read is retried.
         crop: box of each listed sample; the centre crop by default.
 
     Raises:
-        DataError: if DALI is asked for and not installed.
+        DataError: if DALI is requested and not installed.
         ValueError: for an empty list.
 
-    ``next`` raises ``ReadError`` where storage does not give a sample in time.
+    ``next`` raises ``ReadError`` where storage does not return a sample in time.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class OnePass:
             decoder.close()
 
     def _plan(self, number: int) -> Plan:
-        """Plan this rank's batch of a number; the last batches are padded."""
+        """Plan this rank's batch with a number; the last batches are padded."""
         block = number * self._world_size + self._rank
         positions = block * self._micro_batch + np.arange(self._micro_batch, dtype=np.int64)
         ids = self._ids[np.minimum(positions, len(self._ids) - 1)]

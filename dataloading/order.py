@@ -11,7 +11,7 @@ Ids = NDArray[np.int64]
 Shuffle = Literal["full", "window", "none"]
 
 BLOCK = 64
-"""Consecutive samples that ``window_ids`` keeps close: 7 MB of ImageNet, long enough to read."""
+"""Consecutive samples that ``window_ids`` keeps together: 7 MB of ImageNet, efficient to read."""
 WINDOW = 1024 * BLOCK
 """Draws that ``window_ids`` mixes: 7 GB of ImageNet, which a node's page cache holds."""
 
@@ -26,7 +26,7 @@ def sample_ids(n: int, seed: int, positions: ArrayLike) -> tuple[Ids, Ids]:
     Epoch e is positions ``e*n`` to ``e*n + n - 1``; within it every sample occurs exactly once. The
     order is a six-round Feistel network on the next even number of bits, walked along its cycle
     until it falls below n, with round keys from (seed, epoch). No state, no memory beyond
-    ``positions``; a batch may cross any number of epoch edges.
+    ``positions``; a batch may cross any number of epoch boundaries.
 
     Args:
         n: number of samples, ``1 <= n < 2**62``.
@@ -51,12 +51,12 @@ def sample_ids(n: int, seed: int, positions: ArrayLike) -> tuple[Ids, Ids]:
 def window_ids(n: int, seed: int, positions: ArrayLike) -> tuple[Ids, Ids]:
     """Map positions to samples so that draws near each other read few places of the data set.
 
-    In every epoch the samples, from a random one on and around the end, are cut into blocks of
-    ``BLOCK`` neighbours, and the blocks are permuted. Each ``WINDOW`` draws that follow one another
-    are 1,024 such blocks, in random order sample by sample. The last window takes the rest: less
-    than two windows, and the samples that fill no block. With less than two windows in all this is
-    a shuffle of everything. Mixes well only what has been shuffled when it was stored; see
-    ``dataloading.mixing``.
+    In every epoch the samples, in index order from a random sample on and around the end, are cut
+    into blocks of ``BLOCK`` neighbours, and the blocks are permuted. Each ``WINDOW`` consecutive
+    draws are 1,024 such blocks, whose samples are shuffled together. The last window takes the
+    rest: less than two windows, and the samples that fill no block. With less than two windows in
+    all this is a shuffle of everything. The draws are well mixed only if the data were shuffled
+    when they were stored; see ``dataloading.mixing``.
 
     Args:
         n: number of samples, ``1 <= n < 2**62``.
@@ -81,7 +81,7 @@ def window_ids(n: int, seed: int, positions: ArrayLike) -> tuple[Ids, Ids]:
         inside[chosen] = _permute(inside[chosen], size, keys[:, chosen])
     block, within = np.divmod(start + inside.astype(np.int64), BLOCK)
     blocks = n // BLOCK
-    whole = block < blocks  # the others fill no block and stay where they are
+    whole = block < blocks  # the others fill no block and keep their place
     keys = _round_keys(_SALT_BLOCKS, seed, epoch[whole])
     block[whole] = _permute(block[whole].astype(np.uint64), blocks, keys).astype(np.int64)
     first = (fold(_SALT_START, seed, epoch) % np.uint64(n)).astype(np.int64)

@@ -1,7 +1,7 @@
-"""A decoder in a thread of its own: what it does in Python delays no kernel launch of the caller.
+"""Run a decoder in a thread of its own, so that its Python code delays no kernel launch.
 
 DALI's graph is fed and run from Python. On the caller's thread that would be host time of every
-step; here a micro-batch is fed, decoded and handed over while the one before is trained on.
+step; here a micro-batch is fed, decoded and handed over while the previous one is trained on.
 """
 
 import queue
@@ -24,7 +24,7 @@ class _Ready(NamedTuple):
 
 
 class OwnThread:
-    """Runs a decoder in a thread; plans go in and views come out in order.
+    """Runs a decoder in a thread; views are returned in the order of the plans.
 
     Args:
         decoder: used by that thread alone, until it is closed with this object.
@@ -33,7 +33,7 @@ class OwnThread:
 
     def __init__(self, decoder: DaliDecoder, device: torch.device) -> None:
         self._decoder, self._device = decoder, device
-        self.ahead = decoder.ahead + 1  # one batch is ready before it is asked for
+        self.ahead = decoder.ahead + 1  # one batch is ready before it is requested
         self._stream = copy_stream(device)
         self._plans: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[_Ready | Exception] = queue.SimpleQueue()
@@ -67,9 +67,9 @@ class OwnThread:
         self._last, self._held = (), []
 
     def _hold_last(self, current: torch.cuda.Stream) -> None:
-        """Keep the batch before until what was launched with it is done.
+        """Keep the previous batch until the work that was launched with it is done.
 
-        Its memory is DALI's, which knows the thread's stream only and would use it again.
+        Its memory belongs to DALI, which knows only the thread's stream and would reuse the memory.
         """
         used = torch.cuda.Event()
         used.record(current)

@@ -1,8 +1,8 @@
 """Write a data set as shuffled tars: the same bytes in a random order, verified by reading back.
 
 The content of a tar is a pure function of ``pack.json``, so that an interrupted pack continues with
-the next tar and ends with the same files. A tar counts when ``pack.json`` names it: each tar is
-written to a draft, synced, read back and only then renamed.
+the next tar and ends with the same files. A tar is finished when ``pack.json`` names it: each tar
+is written to a draft, synced, read back and only then renamed.
 
 Images of Parquet files are first copied in their order, into a file that is deleted at the end.
 """
@@ -178,7 +178,7 @@ class Pack:
 
         Raises:
             DataError: if nothing is left, or the folder cannot be written.
-            ReadError: if storage did not give a sample: the pack would lack it forever.
+            ReadError: if storage did not return a sample, which the pack would then lack.
         """
         unread = next((one for one in excluded if one.reason.startswith(UNREADABLE)), None)
         if unread is not None:
@@ -200,8 +200,8 @@ class Pack:
         ``report_done`` is called after every few samples with the number of packed samples.
 
         Raises:
-            DataError: if the source does not give a sample, or the folder does not take or give
-                back what is written.
+            DataError: if the source does not return a sample, or the folder cannot be written or
+                does not return what was written.
         """
         for name in ("train-*.tar", RECORD, f"{_COPY}*"):
             for draft in self._out.glob(f".{name}.*.tmp"):  # of a pack that was killed
@@ -263,7 +263,7 @@ class Pack:
     ) -> Index:
         """Copy the images into one file, in the order of the index; return an index of the copy.
 
-        A row group is so decoded once. In the order of a pack, each of its images would decode it.
+        Each row group is then decoded once; in the order of a pack, once per image.
         """
         name = f"{_COPY}{hashlib.sha256(self._index.digest.encode() + rows.tobytes()).hexdigest()}"
         for other in self._out.glob(f"{_COPY}*"):
@@ -325,8 +325,8 @@ class Pack:
                 data = reader.read(sample)
             except UndecodableError as error:
                 raise DataError(
-                    f"{self._index.root}: {self._index.names[sample]} is not what was "
-                    f"indexed any more ({error}); restore it and launch again"
+                    f"{self._index.root}: {self._index.names[sample]} is no longer what was "
+                    f"indexed ({error}); restore it and launch again"
                 ) from error
             label = int(self._index.entries["label"][sample])
             return Sample(f"{position:09d}", labels[label] if label >= 0 else b"", data)

@@ -21,7 +21,7 @@ _EXTENSIONS = {
 
 
 class Sample(NamedTuple):
-    """A sample on its way into a tar."""
+    """A sample to write into a tar."""
 
     key: str
     label: bytes
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 
 def write_samples(file: BinaryIO, samples: Iterable[Sample], total: Any) -> None:
-    """Write a tar, ``KEY.jpg`` (or as the image's format is called) and ``KEY.cls``.
+    """Write a tar of ``KEY.jpg`` (or the extension of the format of the image) and ``KEY.cls``.
 
     ``total`` is a hash that is updated with the samples, as in ``hash_samples``.
 

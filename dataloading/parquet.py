@@ -1,7 +1,7 @@
 """Images in Parquet files, as Hugging Face datasets writes them, read by row group with pyarrow.
 
 pyarrow reads a row group in order only: a read decodes its row group from the first row to the row
-that is asked for, page by page. Files are read by positional reads and not mapped: a mapped file
+that is requested, page by page. Files are read by positional reads and not mapped: a mapped file
 that is cut short, or whose server fails, ends the process. Nothing here uses pyarrow's threads,
 which do not survive a fork. ``parquet_index.py`` builds the index.
 """
@@ -43,7 +43,7 @@ class Columns(NamedTuple):
         image: encoded images: binary, or a struct.
         fields: of the struct that are read, ``bytes`` and perhaps ``path``; none for binary.
         label: integers or texts; ``None``: none.
-        names: of the classes, which integers count; ``None``: the values are the names.
+        names: of the classes, which integers index; ``None``: the values are the names.
         unread: columns named as labels are, of a type that is not read; only if there is no label.
     """
 
@@ -60,7 +60,7 @@ class Columns(NamedTuple):
 
 
 class Footer(NamedTuple):
-    """What the end of a file says.
+    """Content of the footer of a file.
 
     Attributes:
         stamp: size, time of modification and inode of the file.
@@ -92,8 +92,8 @@ def read_footer(path: Path) -> Footer:
     """Read the footer of a file, and choose its columns.
 
     Raises:
-        DataError: if there is no image column, or which one is meant is unknown.
-        UndecodableError: if it is no Parquet file, or is damaged.
+        DataError: if there is no image column, or the choice is ambiguous.
+        UndecodableError: if it is not a Parquet file, or is damaged.
         OSError: if it cannot be read.
     """
     descriptor = open_regular(path)
@@ -122,7 +122,7 @@ def find_columns(path: Path, schema: Any) -> Columns:
     has integers or texts.
 
     Raises:
-        DataError: if there is no image column, which one is meant is unknown, or two have one name.
+        DataError: if there is no image column, the choice is ambiguous, or two have one name.
     """
     features = _features(schema)
     by_feature: list[str] = []
@@ -172,7 +172,7 @@ def _find_label(
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """Return the features that Hugging Face datasets describes; empty where it did not write."""
+    """Return the features that Hugging Face datasets recorded; empty if there are none."""
     try:
         metadata: dict[bytes, bytes] = schema.metadata or {}
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
@@ -217,7 +217,7 @@ class ParquetSource:
         return data[: int(entry["size"]) + 1]
 
     def prefetch(self, rows: Sequence[int]) -> None:
-        """Do nothing: rows that are read together find their row group decoded."""
+        """Do nothing: rows that are read together share a decoded row group."""
 
     def close(self) -> None:
         """Drop what is decoded; no read may be in progress."""
@@ -262,7 +262,7 @@ class ParquetSource:
 
 
 class _Group:
-    """A row group, decoded as far as its rows were asked for; for several threads."""
+    """A row group, decoded up to the last requested row; safe in threads."""
 
     def __init__(self, path: Path, footer: Footer, number: int) -> None:
         self.kept_bytes = 0
@@ -313,14 +313,14 @@ class _Group:
 
 
 def _group_of(footer: Footer, row: int) -> int:
-    """Return the row group of a row; their number if there is none."""
+    """Return the row group of a row; the number of row groups if there is none."""
     return bisect.bisect_right(footer.starts, row) - 1
 
 
 def batches(path: Path, footer: Footer, group: int, columns: Columns) -> Generator[Any, None, None]:
     """Yield the rows of a row group, a few at a time, as record batches of the columns.
 
-    There are as many rows as the footer says.
+    The number of rows is that in the footer.
 
     Raises:
         UndecodableError: if it is damaged.
@@ -344,7 +344,7 @@ def batches(path: Path, footer: Footer, group: int, columns: Columns) -> Generat
                 break
             yield batch
         if left:
-            raise UndecodableError("its row group has other rows than its footer says")
+            raise UndecodableError("its row group has more or fewer rows than in its footer")
 
 
 def unpack(batch: Any, columns: Columns) -> tuple[Any, list[bool], list[Any]]:
@@ -373,7 +373,7 @@ def _images(batch: Any, columns: Columns) -> Any:
 
 
 def _plain(array: Any) -> Any:
-    """Return the values of a column, which may be a dictionary's."""
+    """Return the values of a column, which may be dictionary-encoded."""
     return array.dictionary_decode() if _arrow().types.is_dictionary(array.type) else array
 
 
@@ -384,11 +384,11 @@ def _child(array: Any, name: str) -> Any:
 
 @contextmanager
 def _damage() -> Generator[None, None, None]:
-    """Raise what pyarrow raises for damaged files as ``UndecodableError``.
+    """Convert the errors of pyarrow for damaged files to ``UndecodableError``.
 
-    pyarrow raises an ``OSError`` with a number only where the system did.
+    pyarrow raises an ``OSError`` with an ``errno`` only where the system raised it.
     """
-    damage = _arrow().ArrowException  # nothing can be imported while the interpreter ends
+    damage = _arrow().ArrowException  # nothing can be imported while the interpreter exits
     try:
         yield
     except OSError as error:

@@ -19,10 +19,10 @@ from dataloading.shards import Shard
 
 LARGEST_GROUP = 32 << 20
 """Most image bytes of a row group where images are shuffled: each image costs the decoding of up to
-its row group. A window of the order is much larger than what is kept decoded, and changes that for
-storage only."""
+its row group. A window of the order is much larger than what is kept decoded, so that
+``data.shuffle=window`` saves reads of storage only."""
 DAMAGED = "from here on cannot be decoded"
-"""Reason with which rows of a row group are lost."""
+"""Part of the reason for lost rows of a row group."""
 
 
 def examine_parquet(
@@ -38,7 +38,7 @@ def examine_parquet(
         ``row_group`` has the image bytes of the largest row group and its first row.
 
     Raises:
-        DataError: if the file is no Parquet file, has no image column or cannot be read.
+        DataError: if the file is not a Parquet file, has no image column or cannot be read.
         ReadError: if storage fails for longer than reads are retried.
     """
     path = Path(str(shard.path))
@@ -59,7 +59,7 @@ def examine_parquet(
 def require_small_groups(
     root: Path | str, row_group: tuple[int, str] | None, shuffle: Shuffle
 ) -> None:
-    """Refuse row groups that are too large for random access; any are read with ``"none"``.
+    """Refuse row groups that are too large for random access; ``"none"`` allows any.
 
     Args:
         root: the data set.

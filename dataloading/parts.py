@@ -17,15 +17,15 @@ from dataloading.files import atomic_path
 from dataloading.listing import Files
 
 LISTING = "listing.bin"
-"""File beside the parts: what ``help_build`` needs."""
+"""File beside the parts: the listing for ``help_build``."""
 _OWN_NAME = re.compile(r"([0-9a-f]{64}|listing\.(bin|json))|\..+\.[0-9a-f]{8}\.tmp")
 
 
 class Part(NamedTuple):
-    """What the headers of one piece say.
+    """Result of reading the headers of one piece.
 
     Attributes:
-        facts: plain JSON beside the rows; ``is_final`` says whether another machine, or this one
+        facts: plain JSON beside the rows; ``is_final``: whether another machine, or this machine
             later, would find the same.
         rows: of its usable images, in order, ``ENTRY``.
     """
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Parts:
-    """Results for the pieces of a data set, one small file per piece, named by what it is made of.
+    """Results for the pieces of a data set, one file per piece, named by a digest of its input.
 
     Args:
         folder: created when it is needed; ``None``: results are kept in memory.
@@ -73,7 +73,7 @@ class Parts:
         return Part(json.loads(facts), np.frombuffer(rows, ENTRY))
 
     def keep(self, piece: int, part: Part) -> None:
-        """Keep a result; in memory where the store refuses, or the result is not final."""
+        """Keep a result; in memory where it cannot be written, or is not final."""
         path = self._path(piece) if part.facts["is_final"] else None
         if path is not None:
             data = json.dumps(part.facts).encode("ascii") + b"\n" + part.rows.tobytes()

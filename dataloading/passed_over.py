@@ -81,7 +81,7 @@ def sort_counts(all_counts: Sequence[Counts]) -> tuple[Passed, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def extension_of(name: str) -> str:
-    """Return the extension of a file name that is no image's, in lower case.
+    """Return the extension, in lower case, of a file name that is not that of an image.
 
     Of ``a.jpg.1`` and ``a.tar.gz`` it is ``.jpg.1`` and ``.tar.gz``; a number alone is no
     extension.
@@ -105,22 +105,22 @@ def kind_of_bare(name: str) -> Kind:
 
 
 def is_image_like(extension: str) -> bool:
-    """Whether a file is an image by its extension: a format that is not read, or a copy."""
+    """Return whether a file is an image by its extension: a format that is not read, or a copy."""
     return _NEAR.match(extension) is not None
 
 
 def is_archive(extension: str) -> bool:
-    """Whether a file is a tar or another archive by its extension."""
+    """Return whether a file is a tar or another archive by its extension."""
     return extension in _ARCHIVES or extension.startswith(".tar.")
 
 
 def may_hold_label(extension: str) -> bool:
-    """Whether a member of this extension beside an image commonly holds its label."""
+    """Return whether a member of this extension beside an image commonly holds its label."""
     return extension in _LABELS
 
 
 def lost_images(passed: Iterable[Passed]) -> int:
-    """Return how many of them may have been images: neither documents nor hidden."""
+    """Return how many of the files may have been images: neither documents nor hidden."""
     return sum(
         item.number
         for item in passed

@@ -46,7 +46,7 @@ class Patience:
     def retry(self, read: Callable[[], Result], what: str | Callable[[], str]) -> Result:
         """Call ``read`` until it raises no ``OSError``, with pauses; messages name ``what``.
 
-        A function is asked for the name when it is needed: a good read is not to pay for it.
+        ``what`` may be a function, which is called only if a read fails.
 
         Raises:
             ReadError: if the read still fails when the time is over.
@@ -71,18 +71,18 @@ class Patience:
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-def retry_listing(look: Callable[[], Result], root: str) -> Result:
-    """Call a function that lists or looks up the files of a data set until storage answers.
+def retry_listing(list_files: Callable[[], Result], root: str) -> Result:
+    """Call a function that lists or looks up the files of a data set until storage responds.
 
     Raises:
-        DataError: names what may not be listed.
+        DataError: names what cannot be listed.
         ReadError: if storage fails for longer than reads are retried.
     """
     others = ", or name the others in braces, {a,b}" if glob.has_magic(root) else ""
 
-    def looked() -> Result:
+    def listed() -> Result:
         try:
-            return look()
+            return list_files()
         except OSError as error:
             if error.errno not in LASTING:
                 raise
@@ -91,4 +91,4 @@ def retry_listing(look: Callable[[], Result], root: str) -> Result:
                 f"make the whole of data.path readable{others}"
             ) from error
 
-    return Patience(PATIENCE_S).retry(looked, root)
+    return Patience(PATIENCE_S).retry(listed, root)

@@ -1,4 +1,4 @@
-"""Reading and decoding outside the training process, whose interpreter has kernels to launch.
+"""Read and decode outside the training process, whose interpreter launches kernels.
 
 Whole micro-batches are handed over: their plan is written into a slot of shared memory, workers
 fill the slot, and the training process is woken by their answers. Draws, order, grey views and
@@ -80,11 +80,11 @@ class Processes:
         self.close = weakref.finalize(self, _end, self._server, self._tasks, self._results)
 
     def kill(self) -> None:
-        """Kill the workers; ``answers`` says so."""
+        """Kill the workers; ``answers`` then raises."""
         self._server.kill()  # the kernel kills the workers with it
 
     def request(self, slot: int, layout: Layout) -> None:
-        """Ask for all views of a slot; that workers are dead shows in ``answers``."""
+        """Request all views of a slot; if workers are dead, ``answers`` raises."""
         with contextlib.suppress(BrokenPipeError):
             os.write(self._tasks, b"".join(RECORD.pack(slot, k) for k in chunks(layout)))
 
@@ -116,7 +116,7 @@ def _end(server: "subprocess.Popen[bytes]", tasks: int, results: int) -> None:
 
 
 def _how(code: int) -> str:
-    """Name an exit code of a process."""
+    """Describe the exit code of a process."""
     if code >= 0:
         return f"ended with code {code}"
     kind = signal.Signals(-code).name
@@ -139,8 +139,8 @@ class _Work:
 class WorkerPool:
     """Worker processes and the slots that they fill, in the order of submission.
 
-    Dead workers are replaced, once per micro-batch, and all that is in preparation is asked for
-    again: a view is a function of its plan.
+    Dead workers are replaced, once per micro-batch, and all micro-batches in preparation are
+    requested again: a view is a function of its plan.
 
     Args:
         index: the samples.
@@ -174,12 +174,12 @@ class WorkerPool:
         """Wait for the oldest micro-batch.
 
         Returns:
-            Its slot, which is filled again unless its ``in_use`` says no, and for each view
+            Its slot, which is reused once its ``in_use`` returns false, and for each view
             ``None``, or why it is grey.
 
         Raises:
-            ReadError: storage did not give an image, or workers died again and again; the next
-                call has the next micro-batch.
+            ReadError: storage did not return an image, or workers died again and again; the next
+                call returns the next micro-batch.
             RuntimeError: a fault of the program, with its traceback.
         """
         work = self._works[0]
@@ -190,7 +190,7 @@ class WorkerPool:
                     one.left.discard(first)
             except WorkerDiedError as error:
                 if self._ending:
-                    raise ReadError("the workers were ended") from error
+                    raise ReadError("the workers were stopped") from error
                 self._replace(error)
         self._works.popleft()
         if work.deaths >= _DEATHS:
@@ -198,7 +198,7 @@ class WorkerPool:
         return work.slot, find_faults(work.slot)
 
     def hurry(self) -> None:
-        """Let a ``collect`` of another thread end at once: the views are no longer needed."""
+        """End a ``collect`` of another thread at once: the views are no longer needed."""
         self._ending = True
         self._processes.kill()
 
@@ -209,7 +209,7 @@ class WorkerPool:
         self._works.clear()
 
     def _free_slot(self) -> Slot:
-        """Return a slot that nobody uses, after extending the memory if all are used."""
+        """Return an unused slot, after extending the memory if all slots are used."""
         taken = [work.slot for work in self._works]
         for slot in self._slots:
             if slot not in taken and not slot.in_use():
@@ -221,7 +221,7 @@ class WorkerPool:
         return self._slots[-1]
 
     def _replace(self, error: WorkerDiedError) -> None:
-        """Start new workers, and ask again for what is in preparation.
+        """Start new workers, and request again the micro-batches in preparation.
 
         The oldest micro-batch is given up when workers have died twice before it was ready.
         """
@@ -332,7 +332,7 @@ class ProcessDecoder:
         self._pinned.clear()
 
     def _copy(self, slot: Slot) -> tuple[Tensor, ...]:
-        """Copy a slot to the GPU, asynchronously and beside its work, from pinned memory."""
+        """Copy a slot from pinned memory to the GPU, asynchronously, concurrently with its work."""
         if slot not in self._pinned:
             for array in slot.images:
                 error = self._cuda.cudaHostRegister(array.ctypes.data, array.nbytes, 0)

@@ -1,8 +1,8 @@
-"""An index that is published beside tars: whoever reads them takes it and reads no headers.
+"""An index that is published beside tars: it is copied, and no headers are read.
 
 One file, ``image-index-DIGEST.bin``: the content of ``index.json`` as a line, then the rows. The
-digest in its name is that of names and sizes of the tars and of the settings, so that an index is
-found by what it is of; several may be in one folder. It records the versions of the tars, since an
+digest in its name is that of names and sizes of the tars and of the settings: it identifies the
+index, so that one folder may hold several. The index records the versions of the tars, since an
 edited tar often keeps its size.
 """
 
@@ -67,7 +67,7 @@ def write_published(
             with draft.open("wb") as file:
                 file.write(json.dumps(whole).encode("ascii") + b"\n")
                 file.write(entries.view(np.uint8).data)
-            with suppress(OSError):  # then it passes for a copy
+            with suppress(OSError):  # then it counts as a copy
                 os.utime(draft, ns=(time_ns, time_ns))
     except OSError as error:
         raise DataError(
@@ -88,8 +88,8 @@ def take_published(
         folder: keeps the index from now on.
 
     Returns:
-        The index; ``None``: there is none of these tars and settings, or it is damaged, or older
-        than a tar.
+        The index; ``None``: none of these tars and settings exists, or it is damaged, or older than
+        a tar.
 
     Raises:
         ReadError: if storage fails for longer than reads are retried.
@@ -124,7 +124,7 @@ def _find(shards: Sequence[Shard], contents: str) -> TarPlace | None:
     def find() -> RemoteTar | None:
         try:
             return find_tars([text])[0]
-        except OSError as error:  # without the right to list, S3 answers 403 for what is not there
+        except OSError as error:  # without permission to list, S3 answers 403 for a missing object
             if error.errno in LASTING:
                 return None
             raise
@@ -185,8 +185,8 @@ def _copy(
 def _find_changed(place: TarPlace, shards: Sequence[Shard], facts: dict[str, Any]) -> str | None:
     """Return the name of a tar that has changed since its index was published; ``None``: of none.
 
-    Copies are no change, but may have other times or ETags: then all tars have, and the index has
-    another time or address. A tar that changed later shows by a long pause before it was written.
+    A copy is no change, but its tars may all have other times or ETags, and its index another time
+    or address. A tar that changed later is recognised by a long pause before it was written.
     """
     versions: list[int] = facts.get("versions", [])  # earlier releases recorded none
     if versions:
@@ -215,13 +215,13 @@ def _modified(place: TarPlace, shards: Sequence[Shard]) -> list[float]:
 
 
 def _require_rows(entries: NDArray[np.void], shards: Sequence[Shard], labels: int) -> None:
-    """Refuse rows that are not in the files."""
+    """Refuse rows that refer to no place in the files."""
     bounds = np.array([shard.file.size for shard in shards], np.uint64)
     # In Parquet an offset is the number of a row, and a size that of an image once decompressed.
     are_tars = not is_parquet(shards[0].file.name)
     for at in range(0, len(entries), _ROWS_AT_ONCE):
         rows = entries[at : at + _ROWS_AT_ONCE]
         if rows["shard"].max() >= len(bounds) or rows["label"].max() >= labels:
-            raise ValueError("it names tars or labels that there are not")
+            raise ValueError("it names tars or labels that do not exist")
         if are_tars and (rows["offset"] + rows["size"] > bounds[rows["shard"]]).any():
             raise ValueError("it names images beyond the end of their tar")

@@ -22,8 +22,8 @@ class Quarantine:
 
     A line is ``{"sample_id": 7, "name": "a/b.jpg", "path": "photos/a/b.jpg", "offset": null,
     "reason": "..."}``; in a tar ``path`` is the tar's and ``offset`` the first byte of the image.
-    The list is a report: the order of draws does not depend on it, and a run does not end because
-    it cannot be written; the next line that fits then has ``lost_lines``, how many are absent.
+    The list is a report: the order of draws does not depend on it, and a run continues if it cannot
+    be written. The next line that fits then has ``lost_lines``, the number of missing lines.
 
     Args:
         index: the samples.
@@ -67,7 +67,7 @@ class Quarantine:
             logger.warning(text, self._path, error.strerror)
 
     def _append(self, path: Path, name: str, line: str) -> bool:
-        """Write a line in one call, unless another rank or start has named the sample."""
+        """Write a line in one call, unless another rank or launch has listed the sample."""
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
@@ -82,7 +82,7 @@ class Quarantine:
         return True
 
     def _learn(self, data: bytes) -> None:
-        """Take the names from complete lines that were added since the last call."""
+        """Read the names from complete lines that were added since the last call."""
         whole = data[: data.rfind(b"\n") + 1]
         self._read += len(whole)
         for line in whole.decode("ascii", "replace").splitlines():

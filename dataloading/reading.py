@@ -44,7 +44,7 @@ class Decoder(Protocol):
     """Turns plans into views, several micro-batches at a time, in the order of submission.
 
     Attributes:
-        ahead: plans to submit beyond the one that is collected, so that nothing waits.
+        ahead: plans to submit beyond the one that is collected, to avoid waiting.
     """
 
     ahead: int
@@ -57,7 +57,7 @@ class Decoder(Protocol):
         """Wait for the oldest micro-batch that was submitted and not collected.
 
         Raises:
-            ReadError: storage did not give one of its images; the next call has the next one.
+            ReadError: storage did not return an image; the next call collects the next plan.
         """
         ...
 
@@ -88,11 +88,11 @@ class Reader:
         self._patience = Patience(patience_s)
 
     def read(self, sample: int) -> bytes:
-        """Read a sample whose length, width and height, as stored, are those of the index.
+        """Read a sample, and require that its length and stored size are those in the index.
 
         Raises:
             UndecodableError: if they are not.
-            ReadError: if storage does not give it in time.
+            ReadError: if storage does not return it in time.
         """
         data = self._patience.retry(
             lambda: self._source.read(sample), lambda: self._place_of(sample)
@@ -115,7 +115,7 @@ class Reader:
         return data
 
     def prefetch(self, samples: Sequence[int]) -> None:
-        """Begin to read samples that are read soon, where reads take long; returns at once."""
+        """Begin to read samples that are needed soon, where reads are slow; returns at once."""
         self._source.prefetch(samples)
 
     def _place_of(self, sample: int) -> str:
@@ -133,7 +133,7 @@ class Reader:
         return (height, width) if self.orientation(sample) >= SIDEWAYS else (width, height)
 
     def stored_box(self, sample: int, box: Sequence[int]) -> tuple[Box, int]:
-        """Return where a box of the upright image lies in the stored one, and the orientation."""
+        """Return a box of the upright image as a box of the stored image, and the orientation."""
         orientation = self.orientation(sample)
         return turn_box(box, *self.stored_size(sample), orientation), orientation
 
@@ -152,7 +152,7 @@ def start_threads(number: int) -> ThreadPoolExecutor:
     hence the restoration.
 
     Raises:
-        DataError: if the system refuses so many threads.
+        DataError: if the system refuses to start the threads.
     """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(number, thread_name_prefix="decode", initializer=_use_one_core)
@@ -173,19 +173,19 @@ def start_threads(number: int) -> ThreadPoolExecutor:
 
 
 def _use_one_core() -> None:
-    torch.get_num_threads()  # takes the process's number now, so that it does not come later
+    torch.get_num_threads()  # applies the process's number now, not later
     torch.set_num_threads(1)
 
 
 def lend(memory: NDArray[np.uint8]) -> tuple[Tensor, Callable[[], bool]]:
-    """Make a tensor of memory that is filled again once nobody holds the tensor any more.
+    """Make a tensor of memory that is reused once nothing holds the tensor any more.
 
     Returns:
-        The tensor, and a function that returns whether anybody holds the tensor, a view of it, or
+        The tensor, and a function that returns whether anything holds the tensor, a view of it, or
         an array or tensor made from either.
     """
     # torch keeps the very array that a tensor is made from until the last such view is gone.
-    # Counting references to the memory would not do: Python versions count differently.
+    # Counting references to the memory does not work: Python versions count differently.
     array = memory[:]
     held = weakref.ref(array)
     return torch.as_tensor(array), lambda: held() is not None
@@ -202,14 +202,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def copy_beside(
     tensors: Sequence[Tensor], device: torch.device, stream: torch.cuda.Stream | None
 ) -> list[Tensor]:
-    """Copy pinned tensors to a GPU on a stream of their own, beside what is computed there.
+    """Copy pinned tensors to a GPU on a stream of their own, concurrently with computation.
 
-    What is launched afterwards on the current stream waits for them; the host does not.
+    Work that is launched afterwards on the current stream waits for them; the host does not.
 
     Args:
         tensors: on the host, pinned.
         device: where they are needed.
-        stream: for the copies; ``None``: the device is no GPU.
+        stream: for the copies; ``None``: the device is not a GPU.
     """
     if stream is None:
         return [tensor.to(device) for tensor in tensors]

@@ -1,11 +1,11 @@
-"""Small images that stay decoded on the device, and are cut there.
+"""Keep small images decoded on the device, and crop them there.
 
-For sets of 32 or 64 pixels reading and decoding cost more than the cutting, and a whole set fits
+For images of 32 or 64 pixels, reading and decoding cost more than cropping, and a whole set fits
 into memory. Order, boxes and flips are the plan's, as with every decoder. A CPU resizes with
 ``crop_and_resize``: the same pixels as ``TorchDecoder``. A GPU resizes a batch by two matrix
 products, along rows and then along columns, with the weights of Pillow's bicubic filter and its
-rounding to eight bits after each. torch rounds these weights to fixed point, so that there a pixel
-in some hundreds differs, by one level, rarely two.
+rounding to eight bits after each. torch on a CPU rounds these weights to fixed point: about one
+pixel in several hundred differs, by one level, rarely by two.
 
 Legend: B views, S their side, L the longest side of an image of the set.
 """
@@ -46,7 +46,7 @@ class ResidentDecoder:
 
     Args:
         index: the samples; all are kept, in squares of the longest side.
-        reader: where bytes come from; closed with this object.
+        reader: source of the bytes; closed with this object.
         sizes: sides of the views.
         threads: threads that decode.
         device: where images stay and views are cut.
@@ -108,7 +108,7 @@ class ResidentDecoder:
         """Read and decode all images, uint8 ``[n, 3, L, L]`` on the device.
 
         Raises:
-            ReadError: storage did not give one of them; nothing is kept.
+            ReadError: storage did not return an image; nothing is kept.
         """
         shape = (self._count, 3, self._side, self._side)
         images = torch.full(shape, GREY, dtype=torch.uint8)
@@ -179,7 +179,7 @@ def to_levels(values: Tensor) -> Tensor:
 
 
 def filter_weights(size: int, side: int) -> Tensor:
-    """What each pixel of a line adds to each pixel of that line resized, for all lengths.
+    """Return the weight of each pixel of a line in each pixel of the resized line, for all lengths.
 
     Args:
         size: S, pixels after resizing.

@@ -1,8 +1,8 @@
 """Memory that a training process shares with its worker processes: slots of one micro-batch each.
 
 It is an anonymous file (memfd): without a name nothing remains of it when processes are killed,
-and ``/dev/shm`` does not bound it. Pages take memory once they are written, so that the rooms for
-long names, reasons and encoded images cost nothing until they are used.
+and ``/dev/shm`` does not bound it. Pages take memory once they are written, so that the space for
+long names, reasons and encoded images costs nothing until it is used.
 """
 
 import mmap
@@ -22,15 +22,15 @@ _PAGE = mmap.PAGESIZE
 _LONGEST = 4096  # bytes of a name, and of a reason
 
 READY, UNDECODABLE, UNREADABLE, FAILED = range(4)
-"""Outcome of a view: its pixels, or a reason for grey, for ``ReadError``, for a fault of ours."""
+"""Outcome of a view: its pixels, or a reason for grey, ``ReadError`` or a program fault."""
 
 
 class Layout(NamedTuple):
-    """What a slot has room for.
+    """Sizes of the arrays of a slot.
 
     Attributes:
         views: B.
-        sizes: sides of the images; none where encoded bytes are handed over.
+        sizes: sides of the images; empty where encoded bytes are passed.
         encoded_bytes: room for all encoded images of a micro-batch together.
         workers: processes that share the memory.
     """
@@ -65,7 +65,7 @@ class Layout(NamedTuple):
 
 
 def _room(dtype: DTypeLike, shape: tuple[int, ...]) -> int:
-    """Bytes of an array, up to whole pages."""
+    """Return the bytes of an array, rounded up to whole pages."""
     return -(-np.dtype(dtype).itemsize * int(np.prod(shape)) // _PAGE) * _PAGE
 
 
@@ -77,7 +77,7 @@ def new_memory(layout: Layout) -> int:
 
 
 def map_head(memory: int, layout: Layout) -> NDArray[np.int64]:
-    """Map what each worker is busy with, int64 ``[workers]``: slot * B + view + 1; 0: nothing."""
+    """Map the view of each worker, int64 ``[workers]``: slot * B + view + 1; 0: nothing."""
     return np.frombuffer(mmap.mmap(memory, layout.head_bytes()), np.int64)[: layout.workers]
 
 
@@ -86,7 +86,7 @@ class Slot:
 
     Args:
         memory: descriptor of the memory.
-        layout: what it has room for.
+        layout: sizes of its arrays.
         number: of the slot; the memory reaches to its end.
     """
 
@@ -107,7 +107,7 @@ class Slot:
         self.in_use: Callable[[], bool] = lambda: False
 
     def write_plan(self, plan: Plan, index: Index) -> None:
-        """Write what workers need of a plan; the index itself stays with its process."""
+        """Write the parts of a plan that workers need; the index itself stays in its process."""
         self.rows[:] = index.entries[plan.ids]
         self.boxes[:] = plan.boxes
         self.flips[:] = plan.flips
@@ -139,7 +139,7 @@ class Slot:
 
 
 def chunk_of(layout: Layout) -> int:
-    """Views per request: small enough to share a micro-batch evenly, at most 128 requests."""
+    """Return the views per request: micro-batches are shared evenly, in at most 128 requests."""
     views = layout.views
     return max(-(-views // 128), min(8, -(-views // layout.workers)))
 

@@ -13,9 +13,9 @@ def is_parquet(name: str) -> bool:
 
 
 class TarNames(Sequence[str]):
-    """Names of samples in tars or Parquet files, made when they are asked for.
+    """Names of samples in tars or Parquet files, created on access.
 
-    ``tar -tvRf SHARD`` lists the member with its block: byte / 512 - 1 is that of its header.
+    ``tar -tvRf SHARD`` lists the member with its block: byte / 512 - 1 is the block of its header.
     """
 
     def __init__(self, shards: Sequence[str], entries: NDArray[np.void]) -> None:

@@ -14,7 +14,7 @@ from dataloading.errors import DataError
 from dataloading.patience import LASTING, PATIENCE_S, Patience, retry_listing
 
 MAX_FILES = 1_000_000
-"""Most files that the braces of one path may mean."""
+"""Most files that the braces of one path may expand to."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)", re.ASCII)
 
@@ -25,7 +25,7 @@ def is_glob(path: Path) -> bool:
 
 
 def require_reachable(root: Path) -> None:
-    """Refuse a path that this process may not look up; what is there is not looked at.
+    """Refuse a path below a folder that cannot be searched; the path itself may be missing.
 
     Raises:
         DataError: names the path.
@@ -51,10 +51,10 @@ def require_reachable(root: Path) -> None:
 
 
 def has_files(path: Path) -> bool:
-    """Return whether something is at a path, or matches it as a pattern.
+    """Return whether a path exists, or a file matches it as a pattern.
 
     Raises:
-        DataError: for a path that cannot be looked up, or a pattern that is not understood.
+        DataError: for a path that cannot be looked up, or an invalid pattern.
         ReadError: if storage fails for longer than reads are retried.
     """
     require_reachable(path)
@@ -73,7 +73,7 @@ def expand_wildcards(path: Path) -> list[Path]:
     """Return the files and folders that a pattern with ``*``, ``?`` or ``[...]`` matches, by name.
 
     Raises:
-        OSError: if a folder cannot be listed, or searched, whose files may match.
+        OSError: if a folder whose files may match cannot be listed or searched.
     """
     known, parts = Path(*path.parts[:1]), path.parts[1:]
     if not path.is_absolute():
@@ -89,7 +89,7 @@ def expand_wildcards(path: Path) -> list[Path]:
 
 
 def _require_open(folder: str, part: str) -> None:
-    """Raise the error with which glob would pass over a folder on its way to ``part``."""
+    """Raise the error that makes glob skip a folder in the search for ``part``."""
     if glob.has_magic(part):
         os.scandir(folder).close()
     else:
@@ -98,12 +98,12 @@ def _require_open(folder: str, part: str) -> None:
 
 
 def expand_braces(path: Path | str) -> Iterator[str]:
-    """Yield the file names that a pattern means."""
+    """Yield the file names that a pattern expands to."""
     pieces = _BRACES.split(str(path))  # texts at even places, insides of braces at odd ones
     choices = [_choices(path, piece) if i % 2 else [piece] for i, piece in enumerate(pieces)]
     number = math.prod(map(len, choices))
     if number > MAX_FILES:
-        raise DataError(f"{path}: means {number} files; expected at most {MAX_FILES}")
+        raise DataError(f"{path}: expands to {number} files; expected at most {MAX_FILES}")
     for texts in itertools.product(*choices):
         yield "".join(texts)
 
@@ -118,7 +118,7 @@ def _choices(path: Path | str, inside: str) -> Sequence[str]:
         )
     first, last = int(bounds[1]), int(bounds[2])
     if abs(last - first) >= MAX_FILES:
-        raise DataError(f"{path}: {{{inside}}} means more than {MAX_FILES} files")
+        raise DataError(f"{path}: {{{inside}}} expands to more than {MAX_FILES} files")
     padded = any(len(text) > 1 and text.startswith("0") for text in bounds.groups())
     width = max(map(len, bounds.groups())) if padded else 0
     step = 1 if last >= first else -1

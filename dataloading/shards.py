@@ -42,7 +42,7 @@ from dataloading.stores import (
 logger = logging.getLogger(__name__)
 
 PUBLISHED = "image-index-"
-"""Begins the names of indexes that are published beside tars; see ``published``."""
+"""Prefix of the names of indexes that are published beside tars; see ``published``."""
 
 _TAR_FILE = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 _BESIDE_IMAGES = "metadata.parquet"  # of an image folder of Hugging Face datasets
@@ -52,14 +52,14 @@ ENDINGS: dict[ShardSource, str] = {"webdataset": ".tar", "parquet": ".parquet"}
 
 
 class Shard(NamedTuple):
-    """A tar or Parquet file: where it is, and its facts under a name that a copy has too."""
+    """A tar or Parquet file: its place, and its facts under a name that copies share."""
 
     path: TarPlace
     file: File
 
 
 def detect_source(path: Path) -> ShardSource | None:
-    """Return of which files a path is one, a pattern, or the folder; ``None``: of neither.
+    """Return the kind of shards of a path (file, pattern or folder); ``None``: no shards.
 
     Raises:
         DataError: if a folder holds both, or images beside them, or cannot be listed.
@@ -74,7 +74,7 @@ def detect_source(path: Path) -> ShardSource | None:
             return None
     found: dict[ShardSource, str] = {}
 
-    def look() -> File | None:
+    def find_kinds() -> File | None:
         for source, ending in ENDINGS.items():
             files = _files_in(path, ending) if os.path.isdir(path) else _match(path, ending)
             if files:
@@ -83,7 +83,7 @@ def detect_source(path: Path) -> ShardSource | None:
             return None
         return next((file for file in walk(path) if file.fault is None), None)
 
-    image = retry_listing(look, str(path))
+    image = retry_listing(find_kinds, str(path))
     if not os.path.isdir(path):
         return "parquet" if list(found) == ["parquet"] else "webdataset"
     sources: list[str] = [*found]
@@ -111,16 +111,16 @@ def list_shards(
 
     Args:
         path: folder (its .tar files by name), one tar, or a pattern with ``{000..146}`` or
-            ``{a,b}`` (in the order written; of several braces the last moves first), with ``*``,
-            ``?`` or ``[...]`` (by name), or with both; or the address of such in a store.
+            ``{a,b}`` (in the order written; of several braces the last varies fastest), with ``*``,
+            ``?`` or ``[...]`` (by name), or with both; or such an address in a store.
         passed: takes the counts of other files in the folder or of the pattern.
-        source: "parquet" lists .parquet files, which are in no store.
+        source: "parquet" lists .parquet files, which are not read from stores.
 
     Returns:
         The shards in order. Names are relative to the folder that all have in common.
 
     Raises:
-        DataError: if there is none, one is named twice, or one is missing, or if there are more
+        DataError: if there is no shard, a shard is named twice or missing, or there are more
             archives of other kinds than tars.
         ReadError: if storage fails for longer than reads are retried.
     """
@@ -171,7 +171,7 @@ def list_shards(
 
 
 def list_remote_shards(url: str, passed: Counts | None = None) -> list[Shard]:
-    """List the tars of a data set in a store, as ``list_shards``; a folder ends with no ``.tar``.
+    """List the tars of a data set in a store, as ``list_shards``; folders never end with ``.tar``.
 
     Raises:
         DataError: as ``list_shards``, or for an address or a store that cannot be used as it is.

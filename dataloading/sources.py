@@ -22,8 +22,8 @@ class Source(Protocol):
     def read(self, i: int) -> bytes:
         """Return the encoded image of row ``i``.
 
-        What has changed since it was indexed gives other bytes: fewer where it ends early, one
-        more where it continues; never more than that, whatever the file holds now.
+        A sample that has changed since it was indexed returns other bytes: fewer where it ends
+        early, one more where it continues; never more than that, whatever the file holds now.
 
         Raises:
             OSError: if it cannot be read.
@@ -67,7 +67,7 @@ class TarSource:
     """Samples within uncompressed tar files, read in place.
 
     A tar is opened at the first read from it and stays open, for all threads, until ``close`` or
-    the end of this object; reads beyond the first 512 tars open theirs for the moment.
+    the end of this object; beyond 512, a read opens and closes its tar.
     """
 
     def __init__(self, shards: Sequence[Path], entries: NDArray[np.void]) -> None:

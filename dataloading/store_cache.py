@@ -1,8 +1,8 @@
-"""Pieces of tars of a store in a folder of this node, which its processes share.
+"""Keep pieces of remote tars in a folder of this node, which its processes share.
 
-Draws that are near each other in a tar are far apart in time: a window of ``data.shuffle=window``
-has 65,536 draws, which all ranks share. A piece is therefore kept when it has been read for the
-first of them, by whichever process.
+Samples that are neighbours in a tar are drawn far apart in time: a window of
+``data.shuffle=window`` has 65,536 draws, which all ranks share. A piece is therefore kept from the
+first read of it on, by whichever process.
 """
 
 import errno
@@ -56,10 +56,10 @@ class StoreCache:
             ) from error
 
     def require_room(self, needed: float, why: str) -> None:
-        """Refuse a file system without room for so many bytes of pieces, with those that it has.
+        """Refuse a file system without room for ``needed`` bytes of pieces, kept pieces included.
 
         Raises:
-            DataError: with ``why`` so many are needed.
+            DataError: names ``why`` the bytes are needed.
         """
         space = os.statvfs(self.folder)
         room = max(space.f_bavail - _LEAST_FREE * space.f_blocks, 0) * space.f_frsize
@@ -95,7 +95,7 @@ class StoreCache:
         return data[first:last]
 
     def _keep(self, file: Path, data: bytes) -> None:
-        """Write a piece, after others have made room; without room it is not kept."""
+        """Write a piece, after removing older pieces if necessary; without room it is not kept."""
         try:
             space = os.statvfs(self.folder)
             if space.f_bavail < _LEAST_FREE * space.f_blocks:
@@ -123,7 +123,7 @@ def remove_oldest(folder: Path) -> None:
 def list_pieces(folder: Path) -> list[tuple[float, int, Path]]:
     """Return time of writing, bytes and path of each piece, and of drafts of killed processes.
 
-    Other files of the folder are not the cache's to count or to remove.
+    Other files of the folder are neither counted nor removed.
     """
     found: list[tuple[float, int, Path]] = []
     for file in folder.glob("*/*"):
@@ -136,7 +136,7 @@ def list_pieces(folder: Path) -> list[tuple[float, int, Path]]:
 
 
 def _folder_of(tar: RemoteTar) -> str:
-    """Return the name of a tar's folder: another for another size or version."""
+    """Return the name of a tar's folder, which depends on size and version."""
     return hashlib.sha256("\t".join(map(str, tar)).encode()).hexdigest()[:24]
 
 

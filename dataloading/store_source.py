@@ -18,7 +18,7 @@ IN_FLIGHT = 32
 
 _MERGED_GAP = 64 << 10  # bytes between samples up to which one request reads both
 _MERGED_BYTES = 8 << 20  # most bytes of a request for several samples
-_HUNG_S = 5.0  # in which no further request is made after one without an answer
+_HUNG_S = 5.0  # without further requests after a request without an answer
 
 
 class StoreSource:
@@ -51,7 +51,7 @@ class StoreSource:
     def prefetch(self, rows: Sequence[int]) -> None:
         """Begin to read rows, neighbours with one request; returns at once.
 
-        Each is kept until it is read; a failure is raised then.
+        Each row is kept until it is read; that read raises a failure.
         """
         with self._lock:
             if self._pool is None:

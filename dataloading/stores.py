@@ -65,7 +65,7 @@ class RemoteTar(NamedTuple):
         return self.url
 
     def version_number(self) -> int:
-        """Return the version in the place of a file's modification time."""
+        """Return the version as an integer, in place of a file's modification time."""
         return int.from_bytes(hashlib.sha256(self.version.encode()).digest()[:7], "big")
 
 
@@ -90,7 +90,7 @@ def place_to_text(place: TarPlace) -> str:
 
 
 def place_from_text(text: str) -> TarPlace:
-    """Return the place that ``place_to_text`` was given."""
+    """Return the place that ``place_to_text`` encoded."""
     if not is_url(text):
         return Path(text)
     url, size, version = text.split(_SEPARATOR)
@@ -118,13 +118,13 @@ def open_store(root: str) -> Any:
     """Open the store of an address's scheme and bucket or host, once per process.
 
     Raises:
-        DataError: if the variables of the store are not understood.
+        DataError: if the variables of the store are invalid.
     """
     stores = importlib.import_module("obstore.store")
     scheme, _, bucket = root.partition("://")
     kinds = {"s3": (stores.S3Store, bucket), "gs": (stores.GCSStore, bucket)}
     kind, place = kinds.get(scheme, (stores.HTTPStore, root))
-    # http:// is used only where the address, or the variable of the endpoint, says so.
+    # http:// is used only where the address, or the variable of the endpoint, has it.
     client = {"timeout": _REQUEST, "connect_timeout": _CONNECT, "allow_http": True}
     retries = {"max_retries": _QUIET_RETRIES, "retry_timeout": _QUIET}
     try:
@@ -137,20 +137,20 @@ def open_store(root: str) -> Any:
 
 
 def find_tars(urls: Sequence[str]) -> list[RemoteTar]:
-    """Return size and version of tars, asked for with many requests in flight.
+    """Return size and version of tars, with many requests in flight.
 
     Raises:
-        OSError: for the first that the store does not give.
+        OSError: for the first address that the store does not return.
     """
     with ThreadPoolExecutor(LISTING_IN_FLIGHT) as pool:
         return list(pool.map(_find_tar, urls))
 
 
 def find_times(urls: Sequence[str]) -> list[float]:
-    """Return when objects were modified, in seconds; 0 where the store does not say.
+    """Return when objects were modified, in seconds; 0 where the store does not report it.
 
     Raises:
-        OSError: for the first that the store does not give.
+        OSError: for the first address that the store does not return.
     """
     with ThreadPoolExecutor(LISTING_IN_FLIGHT) as pool:
         return [meta["last_modified"].timestamp() for meta in pool.map(_ask, urls)]
@@ -164,7 +164,7 @@ def list_tars(pattern: str) -> tuple[list[RemoteTar], list[str]]:
 
     Raises:
         DataError: for the address of a web server, which lists nothing.
-        OSError: if the store does not list it.
+        OSError: if the store does not list them.
     """
     root, key = split_address(pattern)
     if root.startswith("http"):
@@ -210,7 +210,7 @@ def read_range(tar: RemoteTar, offset: int, size: int) -> Any:
         The bytes, as an object with the buffer protocol.
 
     Raises:
-        OSError: if the store does not give them.
+        OSError: if the store does not return them.
         ReadError: if the tar is not the one that was listed.
     """
     end = min(offset + size, tar.size)
@@ -258,8 +258,8 @@ class HeaderReader:
 def explain_error(error: Exception) -> tuple[int, str]:
     """Return an ``errno`` and a short reason for an error of obstore.
 
-    Its own text holds addresses, signed ones after a redirection, and bodies of answers: nothing of
-    it is passed on but a status and the store's code.
+    The text of the error holds addresses, signed addresses after a redirection, and bodies of
+    answers: only a status and the store's code are passed on.
     """
     text = str(error)
     status = _STATUS.search(text)
@@ -286,7 +286,7 @@ def explain_error(error: Exception) -> tuple[int, str]:
         return errno.ETIMEDOUT, NO_ANSWER
     for mark, reason in (
         ("kind: Connect", "the store cannot be reached"),
-        ("UnexpectedRange", "the store sent another range than that asked for"),
+        ("UnexpectedRange", "the store sent another range than requested"),
         ("kind: Interrupted", "the answer ended early"),
         ("kind: Body", "the answer ended early"),
     ):
@@ -307,7 +307,7 @@ def explain_remedy(url: str, error: OSError) -> str:
 
 
 def _ask(url: str) -> Any:
-    """Return what the store knows of an object."""
+    """Return the store's metadata of an object."""
     root, key = split_address(url)
     try:
         return importlib.import_module("obstore").head(open_store(root), key)
@@ -340,7 +340,7 @@ def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """Return what obstore raises."""
+    """Return the error types of obstore."""
     return (importlib.import_module("obstore.exceptions").BaseError, OSError, ValueError)
 
 

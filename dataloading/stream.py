@@ -58,7 +58,7 @@ class Stream:
     """Endless iterator of ``Batch``, a pure function of its arguments and the index.
 
     The j-th batch holds positions ``start_position + (j*world_size + rank)*micro_batch`` and the
-    ``micro_batch - 1`` that follow. A sample that cannot be decoded, or is not what was indexed,
+    ``micro_batch - 1`` that follow. A sample that cannot be decoded, or does not match the index,
     keeps its place, with ``valid`` false and a grey image; nothing else changes. For a
     sample that cannot be read ``next`` raises ``ReadError`` in place of the batch.
 
@@ -73,22 +73,22 @@ class Stream:
         ratio: range of the crop's width / height.
         flip: flip half of the views horizontally.
         count: number of distinct views per sample (view = epoch mod count); ``None``: view = epoch.
-        shuffle: "full", a fresh permutation each epoch; "window", one that reads few blocks at a
-            time; or "none", index order.
+        shuffle: "full", a fresh permutation each epoch; "window", a permutation that reads few
+            blocks at a time; or "none", index order.
         threads: reader and decoder threads, >= 1; each uses one core.
-        worker_type: "process", as many processes in place of threads, which leave the interpreter
-            of this process alone and take seconds to start; "thread"; "auto", processes where
+        worker_type: "process", as many processes in place of threads, which do not occupy the
+            interpreter of this process and take seconds to start; "thread"; "auto", processes where
             the device is a GPU and the images are not resident. The views are the same.
         start_position: position of the first draw of rank 0.
         decode: "dali", DALI on the device; "torch", the CPU;
-            "auto", DALI where it is installed and the device is a GPU, else "torch", which is the
-            faster one on a CPU. Draws, crops and flips do not depend on it.
+            "auto", DALI where it is installed and the device is a GPU, else "torch", which is
+            faster on a CPU. Draws, crops and flips do not depend on it.
         resident: keep all images decoded on the device and cut views there, for small sets;
-            "dali" is refused beside it. On a GPU a pixel may differ from that of "torch" by two
+            "dali" is refused with it. On a GPU a pixel may differ from that of "torch" by two
             levels of 255.
         device: where batches are put; ``None``: the CPU. Copies to a GPU are asynchronous, on the
             current stream, from pinned memory.
-        quarantine: JSON-lines file of failed samples; ``None``: the log alone names them.
+        quarantine: JSON-lines file of failed samples; ``None``: they are only logged.
         patience_s: seconds for which a failed read is retried.
         store_cache: folder of this node for pieces of tars of a store, which its processes share;
             ``None``: each sample is requested.
@@ -97,10 +97,10 @@ class Stream:
     Attributes:
         ahead: micro-batches in preparation beside the returned one.
         draws: views returned so far.
-        bad: how many of them were not valid.
+        bad: number of returned views that were not valid.
 
     Raises:
-        DataError: if DALI is asked for and not installed, or the set is too large to be resident.
+        DataError: if DALI is requested and not installed, or the set is too large to be resident.
         ValueError: for arguments out of range.
     """
 
@@ -237,7 +237,7 @@ def use_processes(worker_type: WorkerType, resident: bool, device: torch.device)
     """Resolve ``auto`` for a device; see ``Stream``.
 
     Raises:
-        ValueError: if the type is not known, or processes are asked for resident images.
+        ValueError: if the type is not known, or processes are requested for resident images.
     """
     if worker_type not in get_args(WorkerType):
         raise ValueError(f"worker_type is {worker_type!r}; expected one of {get_args(WorkerType)}")
@@ -249,7 +249,7 @@ def use_processes(worker_type: WorkerType, resident: bool, device: torch.device)
 
 
 def has_dali() -> bool:
-    """Whether DALI is installed."""
+    """Return whether DALI is installed."""
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
@@ -257,7 +257,7 @@ def require_decoder(name: DecoderName) -> None:
     """Refuse a decoder that is not installed.
 
     Raises:
-        DataError: DALI is asked for and not installed.
+        DataError: DALI is requested and not installed.
     """
     if name == "dali" and not has_dali():
         raise DataError(
@@ -280,7 +280,7 @@ def make_decoder(
     """Choose a decoder; see ``Stream``. With ``in_thread`` DALI has a thread of its own.
 
     Raises:
-        DataError: DALI is asked for and not installed.
+        DataError: DALI is requested and not installed.
         ValueError: if the name is not known.
     """
     if resolve_decoder(name, device) == "dali":
@@ -299,7 +299,7 @@ def resolve_decoder(name: DecoderName, device: torch.device) -> Literal["dali", 
     """Choose a decoder that is installed, and warn where a GPU could decode and does not.
 
     Raises:
-        DataError: DALI is asked for and not installed.
+        DataError: DALI is requested and not installed.
         ValueError: if the name is not known.
     """
     if name not in ("auto", "dali", "torch"):

@@ -46,7 +46,7 @@ class Member(NamedTuple):
 
 
 class _DamageError(Exception):
-    """A header cannot be trusted; the message says why."""
+    """A header cannot be trusted; the message has the reason."""
 
 
 def find_tar_problem(file: int | Readable, size: int) -> str | None:
@@ -75,9 +75,9 @@ def find_tar_problem(file: int | Readable, size: int) -> str | None:
 def list_members(file: int | Readable, size: int) -> Iterator[Member]:
     """Walk the headers of a tar: ustar, GNU, pax and the old format without a magic.
 
-    Folders are skipped; links, devices and kinds that are not known have the fault ``NOT_A_FILE``.
-    At damage a last ``Member`` with a fault is yielded; no data are read but those of extended
-    headers. ``size`` is that of the open file, in bytes.
+    Folders are skipped; links, devices and unknown kinds have the fault ``NOT_A_FILE``. At damage a
+    last ``Member`` with a fault is yielded; only the data of extended headers are read. ``size`` is
+    that of the open file, in bytes.
 
     Raises:
         OSError: if the file cannot be read.
@@ -88,7 +88,7 @@ def list_members(file: int | Readable, size: int) -> Iterator[Member]:
         block = read_at(file, BLOCK, at)
         if block == _ZEROS:
             if not _is_zero(file, at, size):
-                yield Member(b"", at, 0, "more follows the end of the archive and is excluded")
+                yield Member(b"", at, 0, "data after the end of the archive are excluded")
             return
         start = at + BLOCK
         try:
@@ -129,7 +129,7 @@ class _Extensions:
 
     def __init__(self) -> None:
         self._shared: dict[bytes, bytes] = {}  # for all members that follow
-        self._own: dict[bytes, bytes] = {}  # for the next one
+        self._own: dict[bytes, bytes] = {}  # for the next member
         self._long_name = b""
 
     def add(self, kind: bytes, content: bytes) -> None:
@@ -212,7 +212,7 @@ def _padded(length: int) -> int:
 
 def _header_name(block: bytes) -> bytes:
     name = block[:100].split(b"\0", 1)[0]
-    if block[257:263] == b"ustar\0":  # GNU has other things in the place of the prefix
+    if block[257:263] == b"ustar\0":  # GNU has other fields in place of the prefix
         prefix = block[345:500].split(b"\0", 1)[0]
         if prefix:
             return prefix + b"/" + name
@@ -229,7 +229,7 @@ def _read_extended(file: int | Readable, start: int, length: int) -> bytes:
 
 
 def _add_pax(records: dict[bytes, bytes], content: bytes) -> None:
-    """Add records ``length key=value`` and a line end; an empty value takes one away."""
+    """Add records ``length key=value`` and a line end; an empty value removes a record."""
     at = 0
     while at < len(content) and content[at]:
         digits = content[at : at + 8].split(b" ", 1)[0]

@@ -1,10 +1,10 @@
-"""From bytes to views on the CPU: decode once, crop once, resize to every size.
+"""Make views on the CPU: decode once, crop once, resize to every size.
 
-torchvision decodes JPEG: nvImageCodec gives the same pixels of intact files, a tenth slower, and
-accepts damage that torchvision refuses, so the choice is fixed, whatever is installed and however
-fast it is. PNG, WebP and BMP are nvImageCodec's where it is installed, else torchvision's; what
-the first decoder refuses, and other formats, are Pillow's. On intact RGB and grey JPEG and PNG
-files all three give the same pixels. Every decoder gives pixels as stored; crops are turned upright
+torchvision decodes JPEG: nvImageCodec returns the same pixels for intact files, is a tenth slower,
+and accepts damage that torchvision refuses, so the choice is fixed, whatever is installed.
+nvImageCodec decodes PNG, WebP and BMP where it is installed, else torchvision does. Pillow decodes
+what the first decoder refuses, and other formats. On intact RGB and grey JPEG and PNG files all
+three return the same pixels. Every decoder returns pixels as stored; crops are turned upright
 afterwards, as the index records (``turns.py``). Alpha is dropped; 16 bits are scaled to 8.
 """
 
@@ -76,7 +76,7 @@ class ViewMaker:
     """Reads, decodes, crops and resizes one view straight into its place; safe in threads.
 
     Args:
-        reader: where bytes come from.
+        reader: source of the bytes.
         sizes: sides of the images.
     """
 
@@ -89,10 +89,10 @@ class ViewMaker:
         """Fill ``out``, ``[S, S, 3]`` for each size; returns why they are grey, if they are.
 
         Raises:
-            ReadError: if storage does not give the sample in time.
+            ReadError: if storage does not return the sample in time.
         """
         try:
-            data = self._reader.read(sample)  # of this size, as its header says
+            data = self._reader.read(sample)  # its header has this size
             image = self._decode(data, self._reader.stored_size(sample))
         except UndecodableError as error:
             for place in out:
@@ -138,9 +138,9 @@ class TorchDecoder:
         self._pending.append((images, faults))
 
     def _blank(self, shape: tuple[int, ...]) -> Tensor:
-        """Memory of a batch that nobody holds any more, else new memory.
+        """Return memory of a batch that nothing holds any more, else new memory.
 
-        The page faults of new memory would cost a tenth of the decoding; torch keeps pinned memory
+        The page faults of new memory would cost a tenth of the decoding; torch reuses pinned memory
         itself.
         """
         if self._pin:
@@ -176,7 +176,7 @@ def make_decode(codec: ModuleType | None) -> Decode:
 
     Returns:
         A function from encoded bytes, and the size in their header where that is known, to uint8
-        RGB ``[3, height, width]``, safe in threads. What the first decoder refuses, Pillow tries;
+        RGB ``[3, height, width]``, safe in threads. Pillow tries what the first decoder refuses;
         it raises ``UndecodableError``.
     """
     jpeg, common = _first_decoder(None), _first_decoder(codec)
@@ -194,7 +194,7 @@ def make_decode(codec: ModuleType | None) -> Decode:
 
 
 def make_fast(codec: ModuleType | None) -> Fast:
-    """Make the first decoder of ``make_decode``; it gives ``None`` for what it cannot decode."""
+    """Make the first decoder of ``make_decode``; it returns ``None`` for what it cannot decode."""
     decoder = _first_decoder(codec)
 
     def decode(data: bytes) -> Tensor | None:
@@ -212,7 +212,7 @@ def _first_decoder(codec: ModuleType | None) -> Fast:
 
 
 def _is_as_announced(image: Tensor, data: bytes, size: Size | None) -> bool:
-    """Whether an image is as large as its header says: crops were planned by that."""
+    """Return whether an image has the size in its header, by which crops are planned."""
     try:
         return (image.shape[2], image.shape[1]) == (size or size_of_bytes(data))
     except HeaderError:
@@ -237,7 +237,7 @@ def crop_and_resize(
     """
     x, y, w, h = box
     crop = turn_pixels(image[None, :, y : y + h, x : x + w], orientation)
-    # Channels last is what decoders give and batches hold; torch flips and resizes it at once.
+    # Decoders return and batches hold channels last; torch flips and resizes it directly.
     crop = crop.contiguous(memory_format=torch.channels_last)
     crop = crop.flip(3) if flip else crop
     views: list[Pixels] = []
@@ -268,7 +268,7 @@ def with_torchvision(data: bytes) -> Tensor | None:
     try:
         # The operator behind torchvision.io.decode_image, which since 0.29 warns at every call.
         image: Tensor = torch.ops.image.decode_image(encoded, _RGB, False)
-    except RuntimeError:  # torchvision's only word for refusal
+    except RuntimeError:  # torchvision's only error for refusal
         return None
     if image.dtype == torch.uint16:
         return ((image.to(torch.int32) * 255 + 32767) // 65535).to(torch.uint8)
@@ -301,7 +301,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise UndecodableError(f"floating-point values {_NO_RANGE}")
     if isinstance(image, TiffImageFile) and 2 in image.tag_v2.get(_SAMPLE_FORMAT, (1,)):
-        bits = image.tag_v2.get(_BITS, (1,))[0]  # those of 8 Pillow reads as if unsigned
+        bits = image.tag_v2.get(_BITS, (1,))[0]  # Pillow reads those of 8 bits as unsigned
         raise UndecodableError(f"signed integers of {bits} bits {_NO_RANGE}")
     if (
         isinstance(image, TiffImageFile)
@@ -333,7 +333,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class NvImageCodec:
     """nvImageCodec on the CPU, one decoder per thread.
 
-    Without a GPU it works only if both the device and the backend say CPU.
+    Without a GPU it works only if both the device and the backend are set to CPU.
     """
 
     def __init__(self, codec: ModuleType) -> None:
@@ -355,7 +355,7 @@ class NvImageCodec:
             self._own.decoder = decoder
         try:
             image = decoder.decode(self._codec.CodeStream(data), params=self._params)
-        except RuntimeError:  # the header is not one it knows
+        except RuntimeError:  # it does not know the format
             return None
         pixels = None if image is None else np.array(image)  # the image's memory is its decoder's
         if pixels is None or pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
@@ -379,7 +379,7 @@ def find_codec() -> ModuleType | None:
     except (AttributeError, TypeError, RuntimeError) as error:
         got, reason = None, str(error)
     else:
-        reason = "it decodes a test image wrongly"
+        reason = "it decodes a test image incorrectly"
     if got is None or not torch.equal(got, expected):
         logger.warning("nvImageCodec does not work here (%s); torchvision decodes", reason)
         return None

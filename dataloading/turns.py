@@ -1,8 +1,8 @@
 """EXIF orientation: from the stored image to the upright one.
 
 An orientation is 1 to 8 (EXIF 2.3, tag 274): the place of the stored image's first row and column
-in the upright image. From 5 on rows become columns. Every decoder gives pixels as stored; a view is
-cut there, and the crop is turned, which gives the same pixels as cutting the turned image.
+in the upright image. From 5 on rows become columns. Every decoder returns pixels as stored; a view
+is cut there, and the crop is turned, which gives the same pixels as cutting the turned image.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def turn_pixels(image: Tensor, orientation: int) -> Tensor:
 
 
 def turn_box(box: Sequence[int], width: int, height: int, orientation: int) -> Box:
-    """Return where a box of the upright image lies in the stored image.
+    """Return a box of the upright image as a box of the stored image.
 
     Args:
         box: x, y, w, h in pixels of the upright image.

@@ -1,4 +1,4 @@
-"""Values of decoded images that hint at a fault of whoever wrote them; duplicates."""
+"""Detect duplicates, and pixel values that suggest that an image was written incorrectly."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ _BITS = 258  # a tag of TIFF
 
 
 class Survey(NamedTuple):
-    """What decoding a data set showed beside its faults.
+    """Findings of decoding a data set, beside its faults.
 
     Attributes:
         suspect: (row of the index, reason) of constant, near-constant and saturated images.
@@ -60,7 +60,7 @@ def find_suspect_values(image: Tensor) -> str | None:
 
 
 def is_scaled(data: bytes) -> bool:
-    """Whether a decodable image has more than 8 bits per channel, which are scaled to 8."""
+    """Return whether a decodable image has more than 8 bits per channel, which are scaled to 8."""
     if data.startswith(b"\x89PNG"):
         return data[24] == 16
     if is_common(data):
@@ -75,7 +75,7 @@ def is_scaled(data: bytes) -> bool:
 
 
 def digest_bytes(data: bytes) -> Digests:
-    """Hash bytes to two numbers; equal bytes have equal numbers, others have not."""
+    """Hash bytes to two numbers; different bytes have different numbers."""
     return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), dtype=np.uint64)
 
 

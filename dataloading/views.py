@@ -1,4 +1,4 @@
-"""What a view cuts from an image: torchvision's law, as a pure function.
+"""Sample the crop of a view with torchvision's distribution, as a pure function.
 
 Only additions, products, quotients, square roots and roundings happen at run time: IEEE 754 fixes
 their results everywhere. ``exp`` and ``log`` are not among them, so aspect ratios come from a table
@@ -54,7 +54,7 @@ def crop_boxes(
     """Choose crop box and flip of views.
 
     Ten tries at a box whose share of the area is uniform in ``scale`` and whose aspect ratio is
-    log-uniform in ``ratio``; the first that fits is put at a uniform place. Failing all, the
+    log-uniform in ``ratio``; the first that fits is put at a uniform place. If none fits, the
     largest centred box with an allowed ratio.
 
     Args:
@@ -111,7 +111,7 @@ def centre_boxes(widths: ArrayLike, heights: ArrayLike, share: float) -> Boxes:
     Args:
         widths: pixels, ``[B]``.
         heights: pixels, ``[B]``.
-        share: the square's side by the shorter side, in ``(0, 1]``; 224 / 256 is the field's usual.
+        share: the square's side by the shorter side, in ``(0, 1]``; 224 / 256 is usual.
 
     Returns:
         Boxes ``[B, 4]`` int32 as x, y, w, h in pixels of that size.
@@ -133,7 +133,7 @@ def centre_boxes(widths: ArrayLike, heights: ArrayLike, share: float) -> Boxes:
 def _largest(
     width: NDArray[np.int64], height: NDArray[np.int64], ratio: tuple[float, float]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sides of the largest box with an allowed aspect ratio, at least one pixel each."""
+    """Return the sides of the largest box with an allowed aspect ratio, at least one pixel each."""
     shape = width / height
     narrow = np.rint(height * ratio[1]).astype(np.int64)
     flat = np.rint(width / ratio[0]).astype(np.int64)

@@ -57,7 +57,7 @@ _INTEGER = re.compile(r"-?[0-9]+")
 
 
 class _Words(NamedTuple):
-    """How messages call the files of a data set and what is in them."""
+    """Words of messages for the files of a data set and their contents."""
 
     file: str
     unit: str
@@ -112,7 +112,7 @@ def gather_shards(
     beside: Counts | None = None,
     refuse_splits: bool = False,
 ) -> Findings:
-    """Put the parts of tars, or of Parquet files, together; messages name ``path``.
+    """Combine the parts of tars, or of Parquet files; messages name ``path``.
 
     ``beside`` counts the files beside the tars that are passed over. With ``refuse_splits`` the
     images must not be in folders of a training and of a test set.

@@ -1,4 +1,4 @@
-"""Worker processes: they read and decode for one training process, into memory shared with it.
+"""Worker processes: they read and decode for one training process, into shared memory.
 
 ``python -m dataloading.worker`` imports torch once and forks the workers, which then share its
 pages. Requests and answers are records of 8 bytes in two pipes that all workers share: Linux reads
@@ -45,7 +45,7 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a run to stop: the training process decides, workers serve it to its end."""
 
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
-_LOOK_S = 0.5  # between two looks at the workers
+_POLL_S = 0.5  # between two checks of the workers
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Job:
         index: the data set without its samples: the rows that are needed are in the slots.
         layout: of the slots.
         memory: descriptor of the slots.
-        tasks: descriptor of the pipe that requests come from.
-        results: descriptor of the pipe that answers go to.
+        tasks: descriptor of the pipe with requests.
+        results: descriptor of the pipe for answers.
         patience_s: seconds for which a failed read is retried.
         store_cache: see ``Reader``.
     """
@@ -83,7 +83,7 @@ def serve(job: Job) -> None:
         if not pid:
             _run_worker(job, number, server)
         numbers[pid] = number
-    while not select.select([0], [], [], _LOOK_S)[0] and os.getppid() == parent:
+    while not select.select([0], [], [], _POLL_S)[0] and os.getppid() == parent:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             os.write(job.results, RECORD.pack(-1 - numbers[pid], status & 0xFFFF))
@@ -105,11 +105,11 @@ def _run_worker(job: Job, number: int, server: int) -> None:
 def work(job: Job, number: int) -> None:
     """Answer requests until their pipe is closed.
 
-    Of a store the samples of the next request, if there is one, are read while those of the present
-    one are decoded.
+    From a store, the samples of the next request, if any, are read while those of the present
+    request are decoded.
     """
     layout, chunk = job.layout, chunk_of(job.layout)
-    most = 2 if job.index.is_remote() else 1  # requests taken; others wait for what this one takes
+    most = 2 if job.index.is_remote() else 1  # requests taken; others cannot take them any more
     rows, names = np.zeros(most * chunk, ENTRY), [""] * (most * chunk)  # the samples of those
     index = replace(job.index, entries=rows, names=names)
     fill, prefetch = _make_filler(index, job)
@@ -142,7 +142,7 @@ def work(job: Job, number: int) -> None:
 
 
 def _take(tasks: int, wait: bool) -> bytes | None:
-    """Return the next request, empty when the pipe is closed; ``None``: none is there."""
+    """Return the next request, empty when the pipe is closed; ``None``: there is none."""
     while True:
         try:
             return os.read(tasks, RECORD.size)
@@ -153,7 +153,7 @@ def _take(tasks: int, wait: bool) -> bytes | None:
 
 
 Filler = Callable[[Slot, int, int], str | None]
-"""From slot, view and row to its pixels or bytes in the slot, or to why the view is grey."""
+"""From slot, view and row to pixels or bytes in the slot; returns why the view is grey."""
 Prefetch = Callable[[Sequence[int]], None]
 
 
@@ -173,7 +173,7 @@ def _fill_view(fill: Filler, slot: Slot, view: int, row: int) -> None:
 
 
 def _make_filler(index: Index, job: Job) -> tuple[Filler, Prefetch]:
-    """Return what is done for each view, decode it, or read it where DALI decodes; and before."""
+    """Return the filler, which decodes, or reads where DALI decodes, and the prefetch function."""
     from dataloading.reading import Reader, UndecodableError
     from dataloading.torch_decode import ViewMaker
 
@@ -200,7 +200,7 @@ def _make_filler(index: Index, job: Job) -> tuple[Filler, Prefetch]:
 
 
 def main() -> None:
-    """Serve the job that the descriptor on the command line holds."""
+    """Serve the job that is read from the descriptor on the command line."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)  # the parent blocked them until now

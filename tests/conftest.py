@@ -14,7 +14,7 @@ import torch
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector away from what stays until the end."""
+    """Exclude objects that live until the end from garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -40,7 +40,7 @@ def reset_loggers() -> None:
 
 @pytest.fixture(autouse=True)
 def quiet_again() -> Iterator[None]:
-    """Commands set up the packages' loggers, in fixtures of modules too; no other test sees it."""
+    """Reset the packages' loggers, which commands configure, in module fixtures too."""
     reset_loggers()
     yield
     reset_loggers()
@@ -48,7 +48,7 @@ def quiet_again() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """Commands listen to signals until their process ends; the tests' own goes on."""
+    """Restore the signal handlers, which commands replace until their process ends."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     yield

@@ -25,7 +25,7 @@ KEPT: list[torch.library.Library] = []
 
 
 class Stream:
-    """A queue of work, or a mark in one: all is done at once, so there is nothing to wait for."""
+    """A stream or an event: all work is done at once, so there is nothing to wait for."""
 
     stream_id = device_index = device_type = 0
 
@@ -46,7 +46,7 @@ class Stream:
 
 
 class Module(backend_registration._DummyBackendModule):
-    """What torch asks of ``torch.apart``."""
+    """The functions that torch requires of ``torch.apart``."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]

@@ -9,7 +9,7 @@
 of a seed share. ``like``: each row applies the settings of the row before. ``report``: lines of the
 log of a run with 15 logged values and an evaluation each tenth line, beside 8 finished runs of
 other settings with as many lines. ``save``: writers of a checkpoint that has the names of ViT-H's
-tensors and moments, but one value per row, so that names and chunks alone cost something;
+tensors and moments, but one value per row, so that only names and chunks have a cost;
 the seconds are rank 0's, which publishes the checkpoint when the other shards are there, and then
 those of the processes that it starts. Prints CPU seconds of this process without its imports, and
 the exponent: 1 is linear.
@@ -50,7 +50,7 @@ KINDS = ("model.encoder", "exp_avg.encoder", "exp_avg_sq.encoder", "momentum")
 
 
 def write_study(folder: Path, rows: int, chained: bool) -> list[str]:
-    """Write a study of so many rows; returns the arguments of its dry run."""
+    """Write a study of ``rows`` rows; returns the arguments of its dry run."""
     own = [f"optimizer.base_lr={1e-4 * (1 + k / rows):.10f}" for k in range(rows)]
     table: dict[str, Any] = {
         f"row{k}": {"settings": [own[k]], "seeds": [k % 3]} for k in range(rows)
@@ -67,7 +67,7 @@ def write_study(folder: Path, rows: int, chained: bool) -> list[str]:
 
 
 def write_logs(folder: Path, lines: int) -> list[str]:
-    """Write a run with a log of so many lines and its siblings; returns the report's arguments."""
+    """Write a run with a log of ``lines`` lines, and siblings; returns the report's arguments."""
     for k in range(SIBLINGS + 1):
         place = write_run(folder / f"run{k}", f"optimizer.base_lr={1e-3 * (1 + k)}")
         write_lines(place / "log.jsonl", entries(2 * lines * 5 // 6, seed=k)[:lines])

@@ -64,7 +64,7 @@ def build(overrides: list[str], ranks: int) -> tuple[Backend, int]:
 
 
 def unused_objective(predictions: object, work: object) -> None:
-    """Take the place of a loss: nothing is trained."""
+    """Replace the loss: nothing is trained."""
 
 
 def gather_successive(mine: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:

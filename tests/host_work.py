@@ -6,7 +6,7 @@ More than one rank uses torch's fake process group, whose collectives return at 
 nothing, so that the values of the weights mean nothing. Prints milliseconds of the main thread per
 step, medians: by part, and from the host read to the next forward that is enqueued. In that time a
 GPU has only what was enqueued before the read: the teacher's forward of the next step. The tiny
-tensors' arithmetic is included, so that ratios say more than the values.
+tensors' arithmetic is included, so that ratios mean more than the values.
 """
 
 import argparse

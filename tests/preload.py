@@ -1,6 +1,6 @@
 """Load for the forkserver what its children would each load themselves, then freeze it all.
 
-A child's garbage collector does not visit frozen objects; else it walks over every module of
+A child's garbage collector does not visit frozen objects; otherwise it visits every module of
 torch several times in each run.
 """
 

@@ -5,7 +5,7 @@ share of the requests fails, verifies that every image arrives once per epoch wi
 file, and again from the middle; the same through ``data.store_cache``. Then it prints the rate of
 ``--rate-images`` by requests in flight, without faults, beside that of the files. ``--s3`` puts
 the tars into a bucket of moto's S3 server, lists and reads them there through a server that adds
-latency and faults, and takes the index that is published beside them.
+latency and faults, and uses the index that is published beside them.
 """
 
 import argparse

@@ -233,7 +233,7 @@ def test_no_file_names_a_place_on_one_machine() -> None:
         try:
             text = path.read_text()
         except UnicodeDecodeError:
-            continue  # a picture
+            continue  # an image
         hits = [line for line in text.splitlines() if pattern.search(line)]
         found += [f"{path.relative_to(ROOT)}: {line.strip()}" for line in hits]
     assert not found

@@ -360,9 +360,11 @@ def open_or_build_index(config: Config, folder: Path, keyed: Keyed = "views") ->
 
     def read() -> Index:
         if keyed == "positions":
-            return open_images(replace(config.data, verify_index="never"), folder, look_again=False)
+            return open_images(
+                replace(config.data, verify_index="never"), folder, recheck_excluded=False
+            )
         is_new = not (cache_folder(config) / MANIFEST).exists()
-        return open_images(config.data, folder, look_again=is_new)
+        return open_images(config.data, folder, recheck_excluded=is_new)
 
     def find() -> Index | None:
         return read() if (folder / "index.json").exists() else None

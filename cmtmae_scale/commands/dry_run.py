@@ -246,8 +246,8 @@ def count_images(config: Config, reasons: list[str]) -> tuple[Index | None, int 
         return None, expected, "data.expected_images; not counted"
     run_dir = Path(config.run.output_dir)
     folder = Path(data.index) if data.index else run_dir / "index"
-    look_again = not has_begun(config, run_dir)
-    index = attempt(reasons, lambda: open_images_read_only(data, folder, look_again))
+    recheck_excluded = not has_begun(config, run_dir)
+    index = attempt(reasons, lambda: open_images_read_only(data, folder, recheck_excluded))
     if index is None:
         return None, expected, reasons[-1] if expected is None else "data.expected_images"
     attempt(reasons, lambda: refuse_bad_index(config, index))

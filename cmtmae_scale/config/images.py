@@ -16,22 +16,23 @@ def request_images(data: Data) -> Request:
     return Request(as_root(data.path), data.source, data.max_pixels, data.exif_orientation)
 
 
-def open_images(data: Data, folder: Path, look_again: bool) -> Index:
+def open_images(data: Data, folder: Path, recheck_excluded: bool) -> Index:
     """Open the index of ``data.path`` that a folder keeps, or build it there, in one process.
 
     Args:
         data: the settings.
         folder: as for ``load_or_build``.
-        look_again: as for ``load_or_build``; false where a run or a cache already uses the index.
+        recheck_excluded: as for ``load_or_build``; false where a run or a cache already uses the
+            index.
 
     Raises:
         DataError, ReadError: as ``load_or_build``.
     """
     settings = data.source, data.max_pixels, data.exif_orientation
-    return load_or_build(data.path, folder, *settings, data.verify_index, look_again)
+    return load_or_build(data.path, folder, *settings, data.verify_index, recheck_excluded)
 
 
-def open_images_read_only(data: Data, folder: Path | None, look_again: bool) -> Index:
+def open_images_read_only(data: Data, folder: Path | None, recheck_excluded: bool) -> Index:
     """Open the index of ``data.path`` that a folder keeps, or build it in memory.
 
     The arguments are those of ``open_images``. Nothing is written: the folder may be that of a
@@ -43,7 +44,7 @@ def open_images_read_only(data: Data, folder: Path | None, look_again: bool) -> 
     if folder is None or not os.path.isdir(folder):
         return build_index(data.path, data.source, data.max_pixels, data.exif_orientation)
     request = request_images(data)
-    found = find_kept(request, folder, data.verify_index, look_again, published=False)
+    found = find_kept(request, folder, data.verify_index, recheck_excluded, published=False)
     return found[0] if found[0] is not None else build_listed(found[1])
 
 

@@ -38,11 +38,11 @@ INTERVALS = "intervals: percentiles of 1,000 bootstrap resamples of the {units}"
 PARTS = (("train", "test"), ("train", "val"))
 
 Panels = Shown | ShownMaps | ShownClip | None
-"""What a figure shows."""
+"""Content of a figure."""
 
 
 class Outcome(NamedTuple):
-    """What one method found."""
+    """Result of one method."""
 
     rows: list[Measured]
     panels: Panels
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
     lines: list[str]
     """The images and what was excluded, for people."""
     units: str
-    """What the bootstrap draws."""
+    """Units that the bootstrap draws."""
 
 
 class Evaluated(NamedTuple):

@@ -1,4 +1,4 @@
-"""An exported encoder: its tensors, and the settings that they and the metadata tell."""
+"""An exported encoder: its tensors, and the settings in tensors and metadata."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ def exported_file(place: Path) -> Path | None:
     file = place / FOLDER_WEIGHTS
     try:
         is_exported = file.is_file() and (place / "config.json").is_file()
-    except PermissionError:  # the look for a run names it
+    except PermissionError:  # the search for a run reports it
         return None
     return file if is_exported else None
 
@@ -138,6 +138,6 @@ def read_arch(file: Path) -> str:
         return str(read_json(content)["architecture"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{file}: the architecture is not known, for no config.json beside it names it; give "
+            f"{file}: the architecture is not known, since no config.json is beside it; give "
             "--arch NAME, as student.arch of the run"
         ) from error

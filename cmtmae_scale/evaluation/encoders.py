@@ -111,7 +111,7 @@ def pixel_encoder(size: int, grid: Grid) -> Encoder:
 
 
 def inference_autocast(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 on a GPU, float32 on a CPU; the caller disables gradients."""
+    """Return autocast to bfloat16 on a GPU, float32 on a CPU; the caller disables gradients."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -122,7 +122,7 @@ def split_tokens(tokens: Tensor, num_prefix: int, has_cls: bool) -> Tokens:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and float32 values; a checkpoint and its export are equal."""
+    """Return the SHA-256 of names, shapes and float32 values; that of an export is equal."""
     total = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().to("cpu", torch.float32).contiguous()

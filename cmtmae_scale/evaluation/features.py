@@ -65,7 +65,7 @@ def refuse_non_finite(tables: Mapping[str, FeatureTable], column: Column) -> Non
         raise DataError(
             f"the features of {column.encoder} ({column.kind}) are not finite for "
             f"{' and '.join(found)}: no accuracy is computed from them; evaluate other weights, or "
-            "remove these images if it is always the same ones"
+            "remove these images if the same images fail each time"
         )
 
 

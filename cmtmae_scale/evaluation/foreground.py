@@ -104,8 +104,8 @@ def measure_attention(
         if count:
             raise DataError(
                 f"the attention map of {name} is not finite for {count} of {len(order)} images: "
-                "nothing is computed from it; evaluate other weights, or remove these images if it "
-                "is always the same ones"
+                "nothing is computed from it; evaluate other weights, or remove these images if "
+                "the same images fail each time"
             )
     rows: list[Measured] = []
     unclear = 0

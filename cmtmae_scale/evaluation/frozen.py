@@ -184,6 +184,6 @@ def result_file(options: argparse.Namespace, subject: Subject) -> Path | None:
     """Return the first choice of a result file in the run's folder; ``None``: there is no run."""
     if subject.run_dir is None:
         return None
-    weights = subject.facts["weights"].replace(":", "-")  # no part of a file's name everywhere
+    weights = subject.facts["weights"].replace(":", "-")  # not allowed in file names everywhere
     name = f"{options.method}-{weights}-step-{subject.facts['step']:08d}.json"
     return subject.run_dir / "evaluation" / name

@@ -65,7 +65,7 @@ def open_shared_index(
     kept: Path | None,
     exif_orientation: bool = True,
     verify: Verify = "changed",
-    look_again: bool = True,
+    recheck_excluded: bool = True,
 ) -> Index:
     """Open an index on all ranks. A collective.
 
@@ -75,14 +75,14 @@ def open_shared_index(
             ``None``: rank 0 builds it and broadcasts it.
         exif_orientation: as for ``build_index``.
         verify: as for ``load_or_build``.
-        look_again: as for ``open_on_all_ranks``.
+        recheck_excluded: as for ``open_on_all_ranks``.
 
     Raises:
         DataError: on every rank, if there is no usable image.
     """
     if kept is not None:
         request = Request(as_root(path), exif_orientation=exif_orientation)
-        return open_on_all_ranks(request, kept, verify, look_again)
+        return open_on_all_ranks(request, kept, verify, recheck_excluded)
     index = on_all_ranks_for_long(
         lambda: build_index(path, exif_orientation=exif_orientation) if is_first() else None
     )
@@ -96,14 +96,14 @@ def open_pair(
     kept: Path | None = None,
     exif_orientation: bool = True,
     verify: Verify = "changed",
-    look_again: bool = True,
+    recheck_excluded: bool = True,
 ) -> Sets:
     """Open two sets with the same class names; see ``open_shared_index``. A collective.
 
     Raises:
         DataError: images without labels, or a label of the test set that the training set lacks.
     """
-    settings = exif_orientation, verify, look_again
+    settings = exif_orientation, verify, recheck_excluded
     train_index = open_shared_index(train, kept and kept / "train-index", *settings)
     train_set = label_images(train_index, train, np.arange(len(train_index.labels)))
     require_classes(train_index, train)

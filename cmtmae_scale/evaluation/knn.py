@@ -50,7 +50,7 @@ def knn_scores(
     """Classify every test image by its neighbours among all ranks' training images. A collective.
 
     ``neighbours`` are the values of k; with a temperature of 0 every neighbour has one vote.
-    A k above the number of training images falls to that number with a warning.
+    A k above the number of training images is reduced to it with a warning.
 
     Yields:
         Each given k with its score, the same on every rank. Of classes with equal votes the first
@@ -84,7 +84,7 @@ def count_images(train: FeatureTable) -> int:
 
 
 def warn_of_few_images(found: int, neighbours: Sequence[int]) -> None:
-    """Warn that a k above the number of training images falls to that number."""
+    """Warn that a k above the number of training images is reduced to that number."""
     larger = [str(k) for k in neighbours if k > found]
     if larger:
         text = "k-NN with k=%s: there are only %d training images that can be decoded; k=%d is used"

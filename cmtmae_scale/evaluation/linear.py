@@ -88,15 +88,15 @@ def linear_probe(
 ) -> ProbeResult:
     """Train all heads on a part of train, choose one on the rest, test it. A collective.
 
-    ``held_out`` is the fraction of each class to choose on, in (0, 1); the seed is of the order and
-    of the held-out part.
+    ``held_out`` is the fraction of each class to choose on, in (0, 1); the seed determines the
+    order and the held-out part.
 
     Returns:
         The chosen head's result, the same on every rank, and, up to the order of sums, at any
         number of ranks.
 
     Raises:
-        ConfigError: if no class has an image to spare for the choice.
+        ConfigError: if no class has an image to hold out.
         DataError: if features are not finite.
     """
     refuse_non_finite({"training": train, "test": test}, column)
@@ -151,7 +151,7 @@ def standardise(
 def train_heads(rows: Rows, count: int, num_classes: int, epochs: int, seed: int) -> Tensor:
     """Train one head per setting, all on the same batches, from zero weights. A collective.
 
-    ``rows`` are this rank's part of ``count`` training rows; the seed is of their order.
+    ``rows`` are this rank's part of ``count`` training rows; the seed determines their order.
 
     Returns:
         Heads ``[S, D + 1, C]``, the last row the bias.

@@ -108,7 +108,7 @@ def open_masked(path: str, part: str) -> MaskedSet:
 
     Args:
         path: a folder of one of the two layouts, or a list of Pascal VOC's layout.
-        part: list of Pascal VOC that a folder stands for, ``train`` or ``val``.
+        part: list to read where the path is a folder of Pascal VOC, ``train`` or ``val``.
 
     Raises:
         DataError: on every rank: unknown layout, masks in colours, or no usable image.
@@ -182,7 +182,7 @@ def list_pairs(path: Path, part: str) -> MaskedSet:
             found.pairs.append(pair)
             sizes = image.stat().st_size, mask.stat().st_size
             listed = f"{pair.image} {pair.mask} {sizes}\n"
-            digest.update(listed.encode(errors="surrogateescape"))  # names may be no UTF-8
+            digest.update(listed.encode(errors="surrogateescape"))  # names may be invalid UTF-8
     reasons = [f"{n} {reason} (first: {first[reason]})" for reason, n in sorted(excluded.items())]
     if not found.pairs:
         listed = f" of {len(candidates)} images: {', '.join(reasons)}" if reasons else ""
@@ -199,11 +199,11 @@ class Candidate(NamedTuple):
     image: Path | None
     mask: Path | None
     problem: str = ""
-    """Why they are no pair; empty: they are, if their headers fit."""
+    """Why they are not a pair; empty: they are a pair if their headers fit."""
 
 
 def make_candidate(image: Path | None, mask: Path | None) -> Candidate:
-    """Pair an image with its mask, or say which of them does not exist."""
+    """Pair an image with its mask, or record which of them does not exist."""
     problem = NO_IMAGE if image is None else NO_MASK if mask is None else ""
     return Candidate(image, mask, problem)
 
@@ -225,7 +225,7 @@ def list_voc(root: Path, path: Path, part: str) -> Iterator[Candidate]:
 
 
 def list_folder(root: Path) -> Iterator[Candidate]:
-    """Yield the images of a folder, files among them that are none, and masks without an image.
+    """Yield the images of a folder, files that are not images, and masks without an image.
 
     Of images of one name, such as ``a.jpg`` and ``a.png``, none is known to be the mask's.
     """
@@ -249,10 +249,10 @@ def list_folder(root: Path) -> Iterator[Candidate]:
 def walk_files(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """Yield the files under a folder; links are followed, but not back to a folder above.
 
-    ``Path.rglob`` passes over links to folders, and over folders that may not be listed.
+    ``Path.rglob`` skips links to folders, and over folders that cannot be listed.
 
     Raises:
-        DataError: for a folder that may not be listed.
+        DataError: for a folder that cannot be listed.
         OSError: if storage fails.
     """
     try:
@@ -290,14 +290,14 @@ def compare_headers(image: Path, mask: Path) -> str:
         return BROKEN
     if mode not in CLASS_MODES:
         raise DataError(
-            f"{mask}: the mask is in colours (mode {mode}), and colours are no class numbers; save "
+            f"{mask}: the mask is in colours (mode {mode}), and colours are not classes; save "
             "masks as PNG with a palette or with one channel of 8 bits, one number per class"
         )
     return "" if size == upright else OTHER_SIZE
 
 
 def read_error(file: Path, error: OSError) -> ReadError:
-    """Return the error for a file that storage does not give; a failed read does not name it."""
+    """Return the error for a file that cannot be read; a failed read does not name the file."""
     return ReadError(f"{error.filename or file}: cannot be read ({error.strerror}); try again")
 
 
@@ -347,7 +347,7 @@ def read_mask(file: Path) -> Image.Image:
 
 
 def grey_step(opened: Image.Image) -> int:
-    """Return what the levels of an image, not decoded yet, must be divided by to be as stored."""
+    """Return the divisor that restores the stored levels of an image that is not decoded yet."""
     kinds = [tile[3] for tile in getattr(opened, "tile", [])]
     return GREY_STEPS.get(kinds[0], 1) if kinds and isinstance(kinds[0], str) else 1
 
@@ -370,7 +370,7 @@ def read_pair(images: MaskedSet, number: int, sizes: tuple[int, ...]) -> Decoded
             image = decode_upright(opened)
     except FileNotFoundError as error:
         raise ReadError(
-            f"{error.filename}: the file has gone; put it back and try again"
+            f"{error.filename}: the file was deleted; restore it and try again"
         ) from error
     except PIL_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -391,8 +391,8 @@ def masked_batches(
 ) -> Iterator[MaskedBatch]:
     """Yield every image once over all ranks; equally many batches per rank. A collective.
 
-    Block b of ``reading.micro_batch`` images is rank ``b mod world_size``'s. The next block is
-    read while the present one is used. A batch may be empty. Images that cannot be decoded are
+    Block b of ``reading.micro_batch`` images belongs to rank ``b mod world_size``. The next block
+    is read while the present block is used. A batch may be empty. Images that cannot be decoded are
     logged, added to ``images.broken``, and have no row.
 
     Raises:

@@ -32,7 +32,7 @@ class Measured(NamedTuple):
 def bootstrap_interval(
     statistic: Callable[[Array], Array], count: int
 ) -> tuple[float, float] | None:
-    """95 % percentile interval over 1,000 resamples of images, drawn with a fixed seed.
+    """Return the 95 % percentile interval over 1,000 resamples of images, drawn with a fixed seed.
 
     Args:
         statistic: from the number of times that each image is drawn, ``[R, n]``, to values ``[R]``

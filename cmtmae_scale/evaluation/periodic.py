@@ -79,7 +79,7 @@ class RunEvaluation:
         Returns:
             Accuracies in [0, 1] by name: ``eval/knn10``, ``eval/knn20``, ``eval/linear`` for the
             mean of the patches, and ``eval/cls/...`` for the class token where there is one. A k
-            above the number of training images falls to that number under its own name. Then the
+            above the number of training images is reduced to it, and named so. Then the
             names of ``LABEL_FREE``, of at most 512 test images, and ``eval/segmentation_knn``, the
             mIoU with k = 10, where ``eval.segmentation_path`` is set.
 

@@ -1,4 +1,4 @@
-"""Label propagation: the mask of a clip's first frame, carried on by similar patches.
+"""Label propagation: the mask of a clip's first frame, propagated by similar patches.
 
 Legend: N patches of a frame in a grid of h x w, S side of the frames for the encoder, C classes of
 the first mask (0 the background), F frames.
@@ -47,7 +47,7 @@ from dataloading.headers import PIL_ERRORS
 logger = logging.getLogger(__name__)
 
 CONTEXT = 7
-"""Frames before the present one that vote beside the first."""
+"""Frames before the present frame that vote beside the first."""
 NEIGHBOURS = 5
 TEMPERATURE = 0.1
 WINDOW = 0.2
@@ -75,7 +75,7 @@ class Clip(NamedTuple):
 
 @dataclass
 class Clips:
-    """Clips of a folder, and what was left out of them."""
+    """Clips of a folder, and what is excluded."""
 
     clips: list[Clip]
     excluded: dict[str, int]
@@ -187,7 +187,7 @@ def refuse_clip(frames: Sequence[Path], masks: dict[int, Path]) -> str:
                 mode, size = opened.mode, opened.size
             if mode not in CLASS_MODES:
                 raise DataError(
-                    f"{mask}: the mask is in colours (mode {mode}), and colours are no object "
+                    f"{mask}: the mask is in colours (mode {mode}), and colours are not object "
                     "numbers; save masks as PNG with a palette or one channel, one number per "
                     "object"
                 )
@@ -209,7 +209,7 @@ def propagate_clips(
 ) -> tuple[list[Measured], ShownClip | None]:
     """Propagate the first mask of every clip and score all frames after it. A collective.
 
-    Clip c is rank ``c mod world_size``'s. At most ``CONTEXT + 2`` frames are in memory.
+    Clip c belongs to rank ``c mod world_size``. At most ``CONTEXT + 2`` frames are in memory.
 
     Returns:
         Rows of J&F, J and F with intervals over objects, the same on every rank; and frames for a
@@ -325,7 +325,7 @@ def refuse_file(file: Path, error: Exception) -> DataError:
     """Return the error for a file that cannot be used."""
     if isinstance(error, OSError) and error.errno is not None:
         return read_error(file, error)
-    return DataError(f"{file}: cannot be decoded ({error}); repair it or take its clip away")
+    return DataError(f"{file}: cannot be decoded ({error}); repair it or remove its clip")
 
 
 def resize_mask(mask: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -311,8 +311,8 @@ def refuse_non_finite(encoder: Encoder, bad: int, good: int) -> None:
     if bad:
         raise DataError(
             f"the features of {encoder.name} are not finite for {bad} of {bad + good} images: "
-            "nothing is computed from them; evaluate other weights, or remove these images if it "
-            "is always the same ones"
+            "nothing is computed from them; evaluate other weights, or remove these images if the "
+            "same images fail each time"
         )
     if not good:
         raise DataError("none of the images could be decoded; name a folder of intact images")

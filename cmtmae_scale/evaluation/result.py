@@ -22,7 +22,7 @@ from cmtmae_scale.runtime.versions import library_versions
 
 TOP = 5
 IDENTITY = ("method", "size", "weights_sha256", "images", "split", "settings", "seed")
-"""Keys of a result file that tell evaluations apart."""
+"""Keys of a result file that distinguish evaluations."""
 
 
 class Score(NamedTuple):
@@ -62,7 +62,7 @@ def score_predictions(values: Tensor, truth: Tensor) -> Score:
 
 
 def rank_of_truth(values: Tensor, truth: Tensor) -> Tensor:
-    """Number of classes before the true class, int64 ``[Q]``; values ``[..., Q, C]``.
+    """Return the number of classes before the true class, int64 ``[Q]``; values ``[..., Q, C]``.
 
     Where the true class is not finite, or any class is NaN or infinity, it is at least ``TOP``:
     every comparison with NaN is false, so that a count alone would be 0, a hit.
@@ -75,7 +75,7 @@ def rank_of_truth(values: Tensor, truth: Tensor) -> Tensor:
 
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion, for independent samples.
+    """Return the 95 % interval of a proportion, for independent samples.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference,
     JASA 22 (1927).
@@ -176,7 +176,7 @@ def write_result(
     Args:
         file: the result file.
         record: its content.
-        remedy: what to do where it can never be written.
+        remedy: what to do where the file can never be written.
 
     Raises:
         ConfigError: if it cannot be written.
@@ -205,9 +205,9 @@ def free_file(file: Path, record: dict[str, Any]) -> Path:
 
 
 def holds_other(file: Path, record: dict[str, Any]) -> bool:
-    """Return whether a file is there that is no result of a record's evaluation.
+    """Return whether a file exists that is not a result of a record's evaluation.
 
-    ``False`` where none can be: it is for the write to say why.
+    ``False`` where no file can exist: the write reports why.
     """
     try:
         found = read_json(read_inside(file.parent, file))
@@ -225,7 +225,7 @@ def unpack_hits(text: str, count: int) -> NDArray[np.bool_]:
     """Decode the output of ``pack_hits``, bool ``[count]``.
 
     Raises:
-        TypeError, ValueError: if it is not the output for so many images.
+        TypeError, ValueError: if it is not the output for ``count`` images.
     """
     packed = np.frombuffer(bytes.fromhex(text), np.uint8)
     if len(packed) != -(-count // 8):

@@ -68,7 +68,7 @@ def locate_checkpoint(
         rank: this rank.
         world_size: number of ranks.
         key: option or config key that gives the path, for messages.
-        hashes: read all bytes; else sizes and small files alone.
+        hashes: read all bytes; else only sizes and small files.
 
     Raises:
         CheckpointError: if there is none, or the named checkpoint is broken.
@@ -93,14 +93,14 @@ def is_run_folder(place: Path, key: str) -> bool:
     """Return whether a path is a run, and not a checkpoint.
 
     Raises:
-        CheckpointError: if it is neither, or where nobody may look.
+        CheckpointError: if it is neither, or is below a folder that cannot be searched.
     """
     try:
         is_run = (place / CHECKPOINTS).is_dir()
         is_checkpoint = (place / layout.MANIFEST).exists()
     except PermissionError as error:
         raise CheckpointError(
-            f"{key}={place}: this user may not look there ({error.strerror}); make it readable, or "
+            f"{key}={place}: cannot be accessed ({error.strerror}); make it readable, or "
             "name another"
         ) from error
     if not is_run and not is_checkpoint:

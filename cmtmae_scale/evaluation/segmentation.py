@@ -108,13 +108,13 @@ def segment(
 ) -> tuple[list[Measured], Shown | None]:
     """Segment the test images by k-NN and by a linear classifier. A collective.
 
-    Training patches stay in memory, at most ``MAX_PATCHES`` over all ranks; test images pass one
-    batch at a time.
+    Training patches stay in memory, at most ``MAX_PATCHES`` over all ranks; test images are read
+    one batch at a time.
 
     Args:
         encoder: with ``encode_tokens``.
         train: images to learn from; with several values to choose from, a tenth of the images is
-            held out to choose on, and then learnt from too.
+            held out to choose on, and is learnt from after the choice.
         test: images to segment.
         reading: images per rank and forward, reader threads.
         seed: of the held-out images.
@@ -185,7 +185,7 @@ def refuse_bad(encoder: Encoder, features: Tensor, name: str) -> None:
         raise DataError(
             f"the features of {encoder.name} (patches) are not finite for {bad} of {total} {name} "
             "images of a batch: nothing is computed from them; evaluate other weights, or remove "
-            "these images if it is always the same ones"
+            "these images if the same images fail each time"
         )
 
 
@@ -236,7 +236,7 @@ def learn_patches(
 
 
 def most_frequent(pixels: Tensor) -> Tensor:
-    """Most frequent value of each patch, int64 ``[n]``; of equally frequent ones the smallest."""
+    """Return the most frequent value of each patch, int64 ``[n]``; of equals the smallest."""
     if not len(pixels):
         return pixels.new_zeros(0, dtype=torch.int64)
     return torch.mode(pixels, dim=1).values.long()

@@ -69,7 +69,7 @@ class Subject:
 
     @cached_property
     def random(self) -> Encoder | None:
-        """The baseline, built when it is first asked for."""
+        """Return the baseline, built on first access."""
         return None if self.build_random is None else self.build_random()
 
 
@@ -226,7 +226,7 @@ def subject_from_timm(
     """Open a network of timm, with weights of a tag or of a file.
 
     ``name`` is ``MODEL.TAG``, or ``MODEL`` with a local file; ``size`` is the side of the images,
-    ``None``: the model's own; the seed is of the random weights of the baseline.
+    ``None``: the model's own; the seed is that of the random weights of the baseline.
 
     Raises:
         ConfigError: no such model, tag or file, or one that cannot be read. A collective.

@@ -57,7 +57,7 @@ def open_run_index(origin: Origin) -> Index:
     data, run_dir = origin.config.data, origin.run_dir
     folder = Path(data.index) if data.index else run_dir and run_dir / "index"
     try:
-        return open_images_read_only(data, folder, look_again=False)
+        return open_images_read_only(data, folder, recheck_excluded=False)
     except DataError as error:
         raise ConfigError(
             f"an export is verified on images, and the run's cannot be read ({error}); name others "

@@ -13,7 +13,7 @@ _keeps_dtype = False
 
 @contextmanager
 def attention_of_a_gpu() -> Generator[None]:
-    """Let ``attend`` keep the compute dtype on a CPU too, to count what a GPU would be given."""
+    """Let ``attend`` keep the compute dtype on a CPU too, to count what a GPU would compute."""
     global _keeps_dtype
     before, _keeps_dtype = _keeps_dtype, True
     try:

@@ -78,8 +78,8 @@ def activation_map(tokens: Tensor) -> Tensor:
 def normalise_finite(values: Tensor) -> Tensor:
     """Return ``normalise_map`` of ``[B, N]``, and NaN for each row that is not finite.
 
-    A failed network is seen by its NaN. Masks count NaN as 0, so that they would be chosen as if
-    the network had attended everywhere alike.
+    NaN reveals a failed network. Masks count NaN as 0, so that they would be chosen as if the
+    network had attended everywhere alike.
     """
     is_finite = values.isfinite().all(dim=-1, keepdim=True)
     return torch.where(is_finite, normalise_map(values, "prob"), torch.nan)

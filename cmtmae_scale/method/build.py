@@ -36,7 +36,7 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
 
     Args:
         config: checked settings.
-        cls: ``Student``, or ``MomentumEncoder``, which comes in eval mode and without gradients.
+        cls: ``Student``, or ``MomentumEncoder``, which is in eval mode and without gradients.
 
     Returns:
         The model on the default device, with fixed positional embeddings. ``initialise`` or a state
@@ -66,7 +66,7 @@ def build_student(config: Config, cls: type[S] = Student) -> S:
 
 
 def create_model(arch: str, **options: Any) -> VisionTransformer | Eva:
-    """Call ``timm.create_model``; a VisionTransformer keeps torch's initialisation, the faster."""
+    """Call ``timm.create_model``; a VisionTransformer keeps torch's faster initialisation."""
     if is_model_in_modules(arch, VIT_MODULES):
         options["weight_init"] = "skip"
     return cast(VisionTransformer | Eva, timm.create_model(arch, **options))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class ChannelScaling(NamedTuple):
-    """What is subtracted from features, and their factor after that; float32."""
+    """Values that are subtracted from features, and the factor that follows; float32."""
 
     mean: Tensor
     """``[G, F]``."""
@@ -75,11 +75,11 @@ def merge_moments(
     Args:
         moments: of the steps before.
         sums: ``[G, 1 + 2 F]`` over all micro-batches and ranks, see ``sum_channels``.
-        mean: what ``sum_channels`` was given.
+        mean: as for ``sum_channels``.
         decay: factor of the earlier tokens' count.
 
     Returns:
-        Moments of both; the earlier ones where the step has no valid view.
+        Moments of both; the earlier moments where the step has no valid view.
 
     Source: T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample
     variance", The American Statistician 37 (1983): combining means and variances of two sets.

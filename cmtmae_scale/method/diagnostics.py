@@ -65,12 +65,12 @@ def token_diagnostics(tokens: Tensor) -> TokenDiagnostics:
 def constant_loss(tokens: Tensor, kind: str, beta: float) -> Tensor:
     """Return the mean loss of one and the same prediction for all tokens: their mean.
 
-    A decoder that ignores its input reaches it, so a loss near it is no sign of learning.
+    A decoder that ignores its input reaches this loss, so a loss near it is no sign of learning.
 
     Args:
         tokens: normalised target tokens, ``[..., D]``.
-        kind: ``loss.type``; for ``cosine`` the prediction is the mean of the unit tokens, which no
-            other constant surpasses, as the mean does for ``mse``.
+        kind: ``loss.type``; for ``cosine`` the prediction is the mean of the unit tokens, which is
+            the best constant, as the mean is for ``mse``.
         beta: ``loss.beta``.
 
     Returns:

@@ -107,7 +107,7 @@ def use_float8(block: nn.Module, key: str) -> None:
 
     Args:
         block: changed in place.
-        key: the config's key that asks for it, for messages.
+        key: the config's key that requests it, for messages.
 
     Raises:
         ConfigError: for a layer that no GPU multiplies in float8.

@@ -244,7 +244,7 @@ def select_patches(
 
 
 def prepare_saliency(attention: Tensor | None, noise: Tensor) -> Tensor:
-    """Return a checked attention map in float32: non-finite values are 0, negative ones stay."""
+    """Return a checked attention map in float32: non-finite values become 0, negative ones stay."""
     if attention is None:
         raise ValueError("this sampler or its hints need an attention map; found none")
     if attention.shape != noise.shape:

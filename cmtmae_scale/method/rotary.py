@@ -1,7 +1,7 @@
 """Rotary positions of timm's ``Eva``: tables of the visible patches, and rotated queries and keys.
 
-Angles, sines, cosines and rotations are float32 whatever the model's dtype; what is rotated keeps
-its own.
+Angles, sines, cosines and rotations are float32 whatever the model's dtype; rotated tensors keep
+their dtype.
 
 Legend: R rows (masks), N patches, K visible, P prefix tokens, T tokens = P + K, L blocks, H heads,
 d head width.

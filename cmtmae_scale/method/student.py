@@ -57,7 +57,7 @@ def run_block(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tens
 
 
 class Student(nn.Module):
-    """What is added to timm's VisionTransformer or Eva: computing on the visible patches only."""
+    """Methods added to timm's VisionTransformer or Eva: computation on visible patches only."""
 
     blocks: nn.Sequential
     norm: nn.Module
@@ -178,7 +178,7 @@ def gather_rows(patches: Tensor, ids: Tensor) -> Tensor:
 
 
 class BlockAttention(nn.Module):
-    """What is added to timm's attention: without dropout, by ``attend`` where no mask is given."""
+    """Methods added to timm's attention: no dropout, and ``attend`` where no mask is given."""
 
     num_heads: int
     scale: float
@@ -319,7 +319,7 @@ class MomentumEncoder(Student):
     """Features are taken after the final norm."""
 
     def configure(self, config: Config) -> None:
-        """Choose the blocks that give attention maps and features.
+        """Choose the blocks that return attention maps and features.
 
         Raises:
             ConfigError: if a block is missing or is not timm's plain one.

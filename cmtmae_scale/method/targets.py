@@ -28,8 +28,8 @@ RUNNING_NORMS = ("channel", "center")
 
 
 Predictions = dict[str, Tensor]
-"""Predictions, or their targets, by the term of the loss that they are of, in the order of
-``loss_terms``; an unused term is absent.
+"""Predictions, or their targets, by term of the loss, in the order of ``loss_terms``; an unused
+term is absent.
 
 ``teacher``, or ``teacher_NAME`` for each of several: ``[R, Q, F]``; ``student``: ``[R, Q, D]``;
 ``pixel``: ``[R, Q', 3 P P]``, without class token.
@@ -123,7 +123,7 @@ class TokenLayout:
             )
         if self.cls and not prefix:
             raise ValueError(
-                "loss.include_cls asks for the class token, but these features have none; "
+                "loss.include_cls requires the class token, but these features have none; "
                 "set loss.include_cls=false"
             )
         ids = [choice.ids_keep[:, : self.num_visible], choice.ids_hidden[:, : self.num_hidden]]

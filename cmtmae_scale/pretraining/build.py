@@ -127,8 +127,8 @@ def open_index(config: Config, run_dir: Path) -> Index:
     """
     data = config.data
     folder = Path(data.index) if data.index else run_dir / "index"
-    look_again = on_all_ranks(lambda: not has_begun(config, run_dir))
-    index = open_on_all_ranks(request_images(data), folder, data.verify_index, look_again)
+    recheck_excluded = on_all_ranks(lambda: not has_begun(config, run_dir))
+    index = open_on_all_ranks(request_images(data), folder, data.verify_index, recheck_excluded)
     require_equal_images(index, data.path)
     refuse_bad_index(config, index)
     return index

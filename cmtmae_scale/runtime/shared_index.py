@@ -29,7 +29,7 @@ from dataloading.kept_index import (
 
 
 def open_on_all_ranks(
-    request: Request, folder: Path, verify: Verify, look_again: bool = True
+    request: Request, folder: Path, verify: Verify, recheck_excluded: bool = True
 ) -> Index:
     """Let rank 0 find or build an index, with the help of all ranks; open it on every rank.
 
@@ -41,8 +41,8 @@ def open_on_all_ranks(
         request: what the index is of.
         folder: that keeps the index, for all ranks.
         verify: as for ``load_or_build``.
-        look_again: whether images that could not be read before are tried again; a run that resumes
-            keeps the images that it began with.
+        recheck_excluded: whether images that could not be read before are tried again; a run that
+            resumes keeps the images that it began with.
 
     Raises:
         DataError: on every rank, if the images cannot be used on one, or differ.
@@ -50,7 +50,7 @@ def open_on_all_ranks(
     """
     rank, world_size = (dist.get_rank(), ranks()) if ranks() > 1 else (0, 1)
     first = on_all_ranks_for_long(
-        lambda: begin_index(request, folder, verify, look_again) if rank == 0 else None
+        lambda: begin_index(request, folder, verify, recheck_excluded) if rank == 0 else None
     )
     kept, listing = first if first is not None else (None, None)
     facts = [kept is not None, listing.digest(with_times=False) if listing is not None else None]
@@ -72,10 +72,10 @@ def open_on_all_ranks(
 
 
 def begin_index(
-    request: Request, folder: Path, verify: Verify, look_again: bool
+    request: Request, folder: Path, verify: Verify, recheck_excluded: bool
 ) -> tuple[Index | None, Listing | None]:
     """Return the index that may be used, or share the listing to build it from; rank 0 does."""
-    kept, listing = find_kept(request, folder, verify, look_again)
+    kept, listing = find_kept(request, folder, verify, recheck_excluded)
     if kept is None and listing is not None and ranks() > 1:
         share_listing(listing, folder)
     return kept, listing

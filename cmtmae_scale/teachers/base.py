@@ -23,7 +23,7 @@ from dataloading.stream import Batch
 
 
 def are_channels(values: object, above_zero: bool = False) -> bool:
-    """Return whether a value is three finite numbers, one per channel, above 0 where asked."""
+    """Return whether a value is three finite numbers, one per channel, above 0 if requested."""
     return (
         isinstance(values, Sequence)
         and len(values) == 3
@@ -37,7 +37,7 @@ def is_count(value: object) -> bool:
 
 
 def is_finite_number(value: object) -> bool:
-    """Return whether a value is a finite number of Python or numpy, and no truth value."""
+    """Return whether a value is a finite number of Python or numpy, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -186,7 +186,7 @@ class TowerOutput(NamedTuple):
     """Output of a tower's forward, in the tower's grid.
 
     Attributes:
-        maps: attention maps over patches, one per layer asked for, ``[B, N]``, float32.
+        maps: attention maps over patches, one per requested layer, ``[B, N]``, float32.
         layers: tokens of each feature layer, before the final norm, ``[B, T, D]``.
     """
 

@@ -26,7 +26,7 @@ from dataloading.files import open_regular
 
 METADATA = ".metadata"
 NOT_WEIGHTS = ("optimizer.", "optim.", "lr_scheduler.", "dataloader.", "train_state.")
-"""Beginnings of names under which programs save what is no weight."""
+"""Prefixes of names under which programs save other tensors than weights."""
 WRITTEN: dict[tuple[str, str], Any] = {
     **{
         (kind.__module__, kind.__qualname__): kind
@@ -41,7 +41,7 @@ WRITTEN: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
 }
-"""What a pickle of DCP may name; to build these runs no other code."""
+"""Classes that a pickle of DCP may name; building them runs no other code."""
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -83,10 +83,10 @@ class Reader(filesystem.FileSystemReader):
 
 @contextmanager
 def without_group() -> Iterator[None]:
-    """Call DCP with ``no_dist=True`` in the block, without its warning of just that.
+    """Call DCP with ``no_dist=True`` in the block, without its warning about it.
 
     Raises:
-        Exception: what went wrong, where DCP raises a ``BaseException`` around it.
+        Exception: the cause, where DCP raises a ``BaseException`` around it.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

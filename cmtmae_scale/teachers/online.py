@@ -135,7 +135,7 @@ class OnlineTeacher:
 
     @cached_property
     def weights_sha256(self) -> str | None:
-        """SHA-256 of the weights file; ``None``: there is none, or it is not at hand."""
+        """SHA-256 of the weights file; ``None``: there is none, or it is not on this machine."""
         file = self.tower.source.get("weights_file")
         return sha256(str(file)) if file and Path(str(file)).is_file() else None
 

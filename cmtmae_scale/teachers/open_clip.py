@@ -111,7 +111,7 @@ def find_model_config(model: str) -> ModelConfig:
 
 
 def check_vision(model: str, vision: dict[str, Any]) -> None:
-    """Refuse towers that are not plain vision transformers, and sizes that are none.
+    """Refuse towers that are not plain vision transformers, and invalid sizes.
 
     The image size is not checked: the run sets it.
 
@@ -406,7 +406,7 @@ class OpenClipSource:
             visual = _build_vision_tower(
                 model.embed_dim, CLIPVisionCfg(**settings), self.quick_gelu
             )
-        except Exception as error:  # open_clip and torch check values of a file each in their way
+        except Exception as error:  # open_clip and torch check values of a file in their own ways
             raise TeacherError(
                 f"teacher.model={self.config.model}: open_clip {open_clip.__version__} cannot "
                 f"build a tower from vision_cfg {model.vision} ({type(error).__name__}: {error}); "

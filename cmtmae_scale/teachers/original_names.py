@@ -1,7 +1,8 @@
 """Tensors under the names of their first publication, renamed by timm's own functions.
 
 DINOv3, DINOv2, EVA-02, PE and CLIP were published under other names than timm's. timm converts them
-when it loads its pretrained weights (``checkpoint_filter_fn``); what it leaves out is named here.
+when it loads its pretrained weights (``checkpoint_filter_fn``); tensors that it drops are listed
+here.
 """
 
 import sys

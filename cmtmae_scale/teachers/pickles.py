@@ -34,7 +34,7 @@ PLAIN_CLASSES: list[Any] = [
 def read_pickled(path: Path, key: str) -> object:
     """Read a torch file whose pickle contains tensors, plain containers and options only.
 
-    ``PLAIN_CLASSES`` are allowed, which training scripts save beside their weights; to build them
+    ``PLAIN_CLASSES`` are allowed, which training scripts save beside their weights; building them
     runs no other code.
 
     Raises:

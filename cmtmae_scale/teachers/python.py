@@ -106,7 +106,7 @@ class PythonTower(WholeNetwork):
         return TowerOutput(maps, [tokens for _ in outputs.feature_layers])
 
     def forward_on_meta(self, images: Tensor) -> Any:
-        """Run the module where FLOPs and memory are counted.
+        """Run the module on the meta device, where FLOPs and memory are counted.
 
         Raises:
             TeacherError: if it does not run on the meta device.
@@ -221,7 +221,7 @@ class PythonSource:
             "weights_file": file,
             "state_sha256": state_digest(self.module.state_dict()) if file is None else None,
         }
-        module = self.module.to(torch.empty(0).device)  # meta, where only shapes are asked for
+        module = self.module.to(torch.empty(0).device)  # meta, where only shapes are requested
         return PythonTower(module, self.name, image_size, source)
 
 
@@ -254,7 +254,7 @@ def import_factory(name: str) -> tuple[ModuleType, Callable[[], Any]]:
 
 
 def check_module(module: Any, name: str) -> None:
-    """Refuse a result of a factory that is no teacher.
+    """Refuse a result of a factory that is not a teacher.
 
     Raises:
         TeacherError: naming the attribute.

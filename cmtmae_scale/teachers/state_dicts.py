@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "teacher")
 """Keys under which programs save a state dict; of DINO's two networks the teacher is evaluated."""
 PREFIXES = ("module.", "_orig_mod.")
-"""What model wrappers add to every name."""
+"""Prefixes that model wrappers add to every name."""
 INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, FSDP and checkpointing add within names."""
+"""Parts that torch.compile, FSDP and checkpointing add within names."""
 CHUNKS = re.compile(r"(?:(?<=\.)|^)blocks\.\d+\.(?=\d+\.)")
 """Blocks of DINOv2's training, in chunks; their numbers count on over the chunks."""
 ENCODER = re.compile(r"(.+\.)(?:patch_embed\.proj|visual\.conv1)\.weight")

@@ -154,9 +154,9 @@ class TimmSource:
             )
         if has_twin and self.local and not tag:
             raise TeacherError(
-                f"teacher.weights={self.config.weights}: a file of CLIP weights does not tell its "
-                f"activation; set teacher.quick_gelu=false for weights of LAION and DataComp, or "
-                f"teacher.model={twin} for those of OpenAI, DFN and MetaCLIP"
+                f"teacher.weights={self.config.weights}: a file of CLIP weights does not record "
+                "its activation; set teacher.quick_gelu=false for weights of LAION and DataComp, "
+                f"or teacher.model={twin} for those of OpenAI, DFN and MetaCLIP"
             )
         return built
 

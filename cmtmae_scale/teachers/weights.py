@@ -31,7 +31,7 @@ NOT_WEIGHTS = {
     b"7z\xbc\xaf": "compressed (7z); unpack it",
     b"\x89HDF": "an HDF5 file of Keras; take the PyTorch file of the model",
 }
-"""First bytes, after blanks, of what is saved in place of weights."""
+"""First bytes, after blanks, of files that are saved in place of weights."""
 DTYPE_ERRORS = (ValueError, LookupError, AttributeError, TypeError, RuntimeError)
 """Raised by safetensors for data types that torch lacks."""
 DOWNLOADS = "datasets/teachers"
@@ -52,7 +52,7 @@ def describe_unreachable(
     files: Mapping[str, str],
     settings: Sequence[str] = (),
 ) -> TeacherError:
-    """Return what to raise where published weights cannot be downloaded.
+    """Return the error to raise where published weights cannot be downloaded.
 
     Args:
         tag: ``teacher.weights``.
@@ -158,7 +158,7 @@ def read_folder(path: Path, where: str) -> dict[str, Tensor]:
     """Read a folder of ``torch.distributed.checkpoint``.
 
     Raises:
-        TeacherError: if the folder is another one, or damaged.
+        TeacherError: if the folder is of another kind, or damaged.
     """
     from cmtmae_scale.teachers.dcp import METADATA, read_dcp  # 0.5 s, and rarely needed
 
@@ -194,7 +194,7 @@ def check_tensors(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def refuse_other_kinds(path: Path, where: str) -> None:
-    """Refuse files that download in place of weights, by their first bytes.
+    """Refuse files that were downloaded in place of weights, by their first bytes.
 
     Raises:
         TeacherError: naming what the file is and the remedy.
@@ -208,7 +208,7 @@ def refuse_other_kinds(path: Path, where: str) -> None:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for mark, found in NOT_WEIGHTS.items():
         if start.startswith(mark.lower()):
-            raise TeacherError(f"{where}: is no file of weights, but {found}")
+            raise TeacherError(f"{where}: is not a file of weights, but {found}")
 
 
 def sha256(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""The Python interface, on the run that the snippets of docs/python_api.md leave."""
+"""The Python interface, on the run that the snippets of docs/python_api.md produce."""
 
 import errno
 import json
@@ -57,7 +57,7 @@ def snippets(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the page's snippets leave: their names, and ``folder``, where they ran."""
+    """The names that the page's snippets define, and ``folder``, in which they ran."""
     folder = tmp_path_factory.mktemp("api")
     make_photographs(folder / "photos")
     names: dict[str, Any] = {}

@@ -199,8 +199,8 @@ def run_gradient(micro: int) -> Any:
 
 
 def trained(key: str, value: Any) -> Any:
-    """Leave out biases of keys: softmax ignores them, so their gradient is rounding noise, which
-    AdamW blows up to full size.
+    """Exclude biases of keys: softmax ignores them, so their gradient is rounding noise, which
+    AdamW amplifies to full size.
     """
     return (
         np.delete(value, np.s_[len(value) // 3 : 2 * len(value) // 3])
@@ -265,7 +265,7 @@ def run_overwritten(kind: str, micro: int) -> Any:
 
 
 def live_weights(backend: Any) -> dict[str, Any]:
-    """What the forward uses, whole, and the momentum encoder's."""
+    """The whole weights of the forward, and those of the momentum encoder."""
     from torch.distributed.tensor import DTensor
 
     found = {}
@@ -311,7 +311,7 @@ def save_after_two_steps(kind: str, micro: int, folder: Path) -> float:
 
 
 def load_each(kind: str, micro: int, folders: list[Path]) -> list[Any]:
-    """Load saved states one after another; returns what is held then, and the next loss."""
+    """Load saved states one after another; returns the loaded values and the next loss."""
     found = []
     for folder in folders:
         config = make_config()

@@ -1,4 +1,4 @@
-"""What the host calls in a step does not grow with the number of parameters."""
+"""The number of host calls in a step does not grow with the number of parameters."""
 
 from typing import Any
 

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
 ]
 STEPS = 10
-# Name in the table -> kind of backend, ranks, views a micro-batch.
+# Name in the table -> kind of backend, ranks, views per micro-batch.
 BACKENDS = {
     "FSDP2, 2 ranks": ("full", 2, 2),
     "FSDP2, 4 ranks": ("full", 4, 1),

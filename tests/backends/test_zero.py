@@ -23,7 +23,7 @@ RECIPE = Path(__file__).parents[2] / "configs" / "vit_huge.yaml"
 
 
 def slow(*values: Any) -> Any:
-    """A case for ``make test-all``: its like runs in ``make test``."""
+    """A case for ``make test-all``: a similar case runs in ``make test``."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 

@@ -1,4 +1,4 @@
-"""What a teacher cache costs as its shards grow in number, 100 small rows each.
+"""Cost of a teacher cache as the number of its shards grows, 100 small rows each.
 
     TMPDIR=/dev/shm python -m tests.cache.growth 1000 10000 100000
 

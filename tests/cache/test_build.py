@@ -564,7 +564,7 @@ def test_a_task_of_an_array_with_gaps_exits_with_78(
 def test_an_output_that_is_not_finite_ends_the_build_and_names_the_image(
     recipe: Path, tmp_path: Path
 ) -> None:
-    """A row that is stored as undecodable would blame the image, and nobody would count it."""
+    """A row that is stored as undecodable would blame the image, and would not be counted."""
     builder = case.make_builder(recipe)
     manifest = builder.begin_cache(tmp_path / "cache", "int8", case.ROWS_PER_SHARD)
     teacher = builder.teacher
@@ -627,14 +627,14 @@ def test_verifying_keeps_no_features_of_the_rows_that_it_has_compared(
 def test_processes_wait_for_an_index_however_long_it_takes(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else all of them begin to read the headers of a large set once the first is at work."""
+    """Otherwise all of them begin to read the headers of a large set once the first is at work."""
     config, builds = load_config(recipe), []
 
-    def open_slowly(data: Any, folder: Path, look_again: bool) -> Any:
+    def open_slowly(data: Any, folder: Path, recheck_excluded: bool) -> Any:
         if not (folder / "index.json").exists():
             builds.append(folder)
             time.sleep(1.0)
-        return open_images(data, folder, look_again=look_again)
+        return open_images(data, folder, recheck_excluded=recheck_excluded)
 
     monkeypatch.setattr(build, "open_images", open_slowly)
     monkeypatch.setattr(build, "compute_once", partial(compute_once, stale_s=0.4, pause_s=0.02))

@@ -53,7 +53,7 @@ def fill(recipe: Path, folder: Path, seed: int, *overrides: str) -> dict[str, to
 
 
 def plan_of(rows: Any) -> Plan:
-    """Draws of some rows, two a sample."""
+    """Draws of some rows, two per sample."""
     numbers = np.array(rows, dtype=np.int64)
     return Plan(numbers, numbers // 2, numbers % 2, np.zeros((len(rows), 4)), numbers < 0)
 

@@ -34,7 +34,7 @@ STATE = {
 
 
 def state_of(step: int) -> dict[str, Any]:
-    """What a checkpoint of a step holds beside tensors."""
+    """Content of a checkpoint of a step beside tensors."""
     return STATE | {"progress": dict.fromkeys(COUNTS, step)}
 
 
@@ -123,7 +123,7 @@ class Operations:
         return self.count
 
 
-# What stands before a save, and the save.
+# The state before a save, and the save.
 SCENARIOS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     "over an older one": (lambda root: save(root, 1), lambda root: save(root, 2, version=1)),
     "with deletions": (
@@ -206,7 +206,7 @@ def cut_power(root: Path, dark: Path, kept: set[int], left: float) -> None:
 
 
 def check_after_crash(root: Path, place: str) -> None:
-    """The next start finds a whole checkpoint, and saves as if nothing had happened."""
+    """The next launch finds a whole checkpoint, and saves as if nothing had happened."""
     layout.sweep(root)
     folder = find_checkpoint(root, 0, 1)
     assert folder is not None, place
@@ -231,7 +231,7 @@ class Lines(logging.Handler):
 
 
 def refuse_everywhere(folder: Path, scenario: str, code: int, stays: bool) -> int:
-    """Let each operation of a save fail once, with an errno, and look at what the run makes of it.
+    """Let each operation of a save fail once, with an errno, and check how the run handles it.
 
     Args:
         folder: an empty folder.

@@ -1,4 +1,4 @@
-"""A save may end anywhere: whatever it leaves, the next start finds a whole checkpoint."""
+"""A save may end at any operation: the next launch always finds a whole checkpoint."""
 
 import errno
 from pathlib import Path

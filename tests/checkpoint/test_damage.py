@@ -1,4 +1,4 @@
-"""Damage is found, what is found is told, and nothing planted in a checkpoint ever runs."""
+"""Damage is found and reported, and nothing planted in a checkpoint ever runs."""
 
 import errno
 import json
@@ -84,7 +84,7 @@ def empty(folder: Path) -> None:
 
 
 def unnamed(folder: Path) -> None:
-    """A manifest with a right digest that leaves out the state."""
+    """A manifest with a right digest that lacks the state."""
     files = layout.load_manifest(folder)
     del files[layout.STATE]
     (folder / layout.MANIFEST).write_text(layout.format_manifest(files))

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody else wrote: nothing outside is opened, and one error names the fault.
+"""Checkpoints of others: no file outside of them is opened, and one error names the fault.
 
 Every manifest here is right in itself: the files are what their sender meant to send.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint costs does not grow with the number of ranks that own nothing."""
+"""The cost of a checkpoint does not grow with the number of ranks that own nothing."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_owners_write_and_rank_0_verifies_for_all(tmp_path: Path) -> None:
 
 @pytest.mark.gloo
 def test_a_store_that_cannot_be_listed_is_no_new_run_and_no_hang(tmp_path: Path) -> None:
-    """Rank 0 alone lists the checkpoints; where there are none, every rank looks for ``latest``."""
+    """Only rank 0 lists checkpoints; where there are none, every rank searches for ``latest``."""
     save(tmp_path / "c")
     first, second = run_ranks(2, find_where_one_rank_cannot_list, tmp_path / "c", [0, 1])
     assert first[1] == second[1] == "step-00000003"

@@ -42,7 +42,7 @@ def test_a_run_whose_replicas_diverge_ends_at_the_next_save(tmp_path: Path, shar
     overrides = [f"backend.sharding={sharding}", "checkpoint.every=2"]
     errors = run_ranks(2, run_with_a_flipped_bit, recipe, overrides, 3)
     steps = [layout.step_of(f) for f in layout.list_checkpoints(tmp_path / "run" / "checkpoints")]
-    if sharding == "full":  # nobody else holds that value: there is nothing to compare it with
+    if sharding == "full":  # no other rank holds that value: there is nothing to compare it with
         assert errors == ["", ""]
         return
     assert errors[0] == errors[1]

@@ -51,7 +51,7 @@ def test_one_save_is_in_flight_and_the_backlog_is_skipped(
     assert slow.save(1, state, state_of(1))
     assert [slow.save(step, state, state_of(step)) for step in (2, 3)] == [False, False]
     for part in state.values():
-        part.local.fill_(-1.0)  # training goes on in the same memory
+        part.local.fill_(-1.0)  # training continues in the same memory
     assert len(copies) == 1
     assert begun.wait(30)
     assert [line for line in caplog.messages if "this save is skipped" in line] == [

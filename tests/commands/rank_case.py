@@ -1,6 +1,6 @@
-"""A stand-in for a rank: tells the supervisor that it is here, and leaves as its arguments say.
+"""A stand-in for a rank: registers with the supervisor, and exits as its arguments specify.
 
-rank_case.py FILE BEHAVIOUR; FILE gets a line for each thing that happens.
+rank_case.py FILE BEHAVIOUR; FILE receives a line for each event.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The command names faults, and its exit code says whether the data set is usable."""
+"""The command names faults, and its exit code shows whether the data set is usable."""
 
 import io
 import json

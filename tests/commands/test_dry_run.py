@@ -1,4 +1,4 @@
-"""What a launch would refuse, ``--dry-run`` names, with its figures and exit code 78."""
+"""``--dry-run`` names what a launch would refuse, with its figures and exit code 78."""
 
 import os
 import shutil

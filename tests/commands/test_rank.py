@@ -48,7 +48,7 @@ def test_the_interpreter_destroys_no_group_of_a_rank_that_failed(
 def test_a_rank_knows_of_another_that_crashed(
     tmp_path: Path, code: int | str, crashed: bool
 ) -> None:
-    """Ranks that do not meet leave with 1, and the launcher ends the others with SIGTERM."""
+    """Ranks that cannot connect exit with code 1, and the launcher ends the others with SIGTERM."""
     with subprocess.Popen(["true"]) as other:
         other.wait()
     (tmp_path / str(other.pid)).write_text(str(code))

@@ -1,4 +1,4 @@
-"""The supervisor with stand-ins for launchers and ranks, which start in no time."""
+"""The supervisor with stand-ins for launchers and ranks, which start at once."""
 
 import os
 import shutil
@@ -124,7 +124,7 @@ def test_ranks_left_behind_are_killed_after_the_grace(tmp_path: Path) -> None:
 
 
 def test_a_cleaner_of_the_temporary_folder_finds_no_old_files(tmp_path: Path) -> None:
-    """Such as systemd's, which deletes after ten days what nobody has touched."""
+    """Such as systemd's, which deletes files that are unused for ten days."""
     file, script = tmp_path / "file", "from cmtmae_scale.commands import supervise as command"
     script = f"{script}; command.TOUCH_S = 0.1; command.supervise()"
     line = [sys.executable, "-c", script, "--", sys.executable, RANK, str(file), "stop"]
@@ -215,7 +215,7 @@ def test_the_gravest_code_counts() -> None:
 def test_a_launcher_that_ends_the_ranks_because_one_died_is_no_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str | None, expected: int
 ) -> None:
-    """Before the run's folder is known; a rank that a signal ended has left its code."""
+    """Before the run's folder is known; a rank that a signal ended has recorded its code."""
 
     def interrupted() -> int:
         raise LaunchInterrupted("SIGTERM")

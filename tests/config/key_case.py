@@ -16,7 +16,7 @@ Run = Callable[..., object]
 
 
 def observe_run(run: Run, load: Run, run_dir: Path, overrides: list[str]) -> str:
-    """Digest of everything that a run leaves behind, or its error; the config must be legal.
+    """Digest of everything that a run writes, or its error; the config must be legal.
 
     Args:
         run: runs a list of overrides.

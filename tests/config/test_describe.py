@@ -1,4 +1,4 @@
-"""``cmtmae config`` and ``docs/config.md`` come from the schema, and are complete."""
+"""``cmtmae config`` and ``docs/config.md`` are generated from the schema, and are complete."""
 
 import itertools
 from pathlib import Path

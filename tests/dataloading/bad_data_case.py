@@ -1,6 +1,6 @@
-"""The corpus of data that misbehave: how each is made, and what must become of it.
+"""The corpus of bad data: how each case is made, and its expected outcome.
 
-``docs/bad_data.md`` shows the same list; a test holds the two together.
+``docs/bad_data.md`` shows the same list; a test compares both.
 """
 
 import base64
@@ -63,7 +63,7 @@ def sixteen_bits(pixels: Pixels, colour: int) -> bytes:
 def tiff(
     data: bytes, width: int, height: int, bits: int, sample_format: int = 1, photometric: int = 1
 ) -> bytes:
-    """A TIFF of one channel, little-endian, of what Pillow does not write."""
+    """A TIFF of one channel, little-endian, of a type that Pillow does not write."""
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1}
     tags |= {278: height, 279: len(data), 339: sample_format}
     data += bytes(len(data) % 2)
@@ -71,7 +71,7 @@ def tiff(
 
 
 def planar_tiff(levels: Pixels, photometric: int = 2, extra: int | None = None) -> bytes:
-    """A TIFF of planes of 16 bits, ``[height, width, channels]``; ``extra``: what the last is."""
+    """A TIFF of planes of 16 bits, ``[H, W, channels]``; ``extra``: type of the last."""
     height, width, channels = levels.shape
     planes = [levels[..., channel].astype("<u2").tobytes() for channel in range(channels)]
     size = len(planes[0])
@@ -94,12 +94,12 @@ def tiff_of(data: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
 
 
 def black(width: int, height: int) -> bytes:
-    """One bit a pixel: cheap to write, whatever it would cost to decode."""
+    """One bit per pixel: cheap to write, whatever it would cost to decode."""
     return png(width, height, 1, 0, bytes(1 + (width + 7) // 8) * height)
 
 
 def with_size(data: bytes, width: int, height: int) -> bytes:
-    """A JPEG whose header says another size."""
+    """A JPEG whose header has another size."""
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
@@ -152,7 +152,7 @@ class Case(NamedTuple):
     detail: str = ""
     """Part of the reason of what is excluded or grey; else a remark."""
     expected: Pixels | None = None
-    """RGB pixels of what is right, from before it was encoded."""
+    """Expected RGB pixels, from before the encoding."""
     tolerance: float = 0.6
     """Largest mean difference, levels of 255; rounding alone gives up to half a level."""
     change: Change | None = None

@@ -1,4 +1,4 @@
-"""The corpus of tars that misbehave; see ``bad_data_case``. Every tar has one good image too."""
+"""The corpus of bad tars; see ``bad_data_case``. Every tar has one good image too."""
 
 import gzip
 from pathlib import Path
@@ -44,7 +44,7 @@ def then(make: Change, *more: Change) -> Change:
 
 
 def cut(before: int) -> Change:
-    """Keep what stands before a byte, counted from the second member's first."""
+    """Keep the bytes before a byte, counted from the second member's first."""
 
     def change(path: Path) -> None:
         path.write_bytes(path.read_bytes()[: reference(path)[1][1] + before])

@@ -1,6 +1,6 @@
-"""A web server with ranges on the loopback interface, which fails as it is told to.
+"""A web server with ranges on the loopback interface, which fails on request.
 
-It serves a folder, or stands in front of another server, such as the S3 server of ``serve_s3``.
+It serves a folder, or forwards to another server, such as the S3 server of ``serve_s3``.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ class RangeServer:
             allow_reuse_address, daemon_threads, request_queue_size = True, True, 256
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """Nothing: clients drop connections whose answers are wrong."""
+                """Log nothing: clients drop connections whose answers are wrong."""
 
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_port

@@ -1,4 +1,4 @@
-"""Every case of the corpus, with either decoder: as ``docs/bad_data.md`` says."""
+"""Every case of the corpus, with either decoder, has the outcome in ``docs/bad_data.md``."""
 
 import io
 import json
@@ -57,7 +57,7 @@ ONLY_NEWER = set() if "AVIF" in Image.OPEN else {"colour.avif"}
 
 
 class View(NamedTuple):
-    """What a stream made of a sample."""
+    """Result of a stream for a sample."""
 
     pixels: torch.Tensor
     valid: bool
@@ -74,7 +74,7 @@ class Seen(NamedTuple):
 
 @pytest.fixture(scope="module", autouse=True)
 def permissions() -> Iterator[None]:
-    """Hold the superuser, whom no permission stops, to what the modes of files say."""
+    """Apply the modes of files to the superuser, whom no permission stops."""
     real = os.open
 
     def opened(path, flags, *rest, **named):
@@ -148,7 +148,7 @@ def those(corpus: list[Case], *outcomes: str) -> list:
 
 
 def check(view: View, case: Case, expected: np.ndarray | None, index: Index, i: int) -> None:
-    """Whether one view is what the case says."""
+    """Return whether a view is as the case expects."""
     if case.outcome == GREY:
         assert not view.valid and (view.pixels == GREY_LEVEL).all()
         path, offset = index.where(i)
@@ -268,7 +268,7 @@ def test_indexing_decodes_nothing(tmp_path: Path, monkeypatch) -> None:
 def test_no_decoder_sees_a_picture_larger_than_its_header_said(
     tmp_path: Path, decode: str, monkeypatch
 ) -> None:
-    """Bombs that come after indexing, as long in bytes as what they replace."""
+    """Bombs that are written after indexing, with the length of the files that they replace."""
     seen: list[tuple[int, int]] = []
     if decode in ("dali", "gpu"):
         import dataloading.dali as module

@@ -133,7 +133,7 @@ def test_batches_handed_out_are_not_overwritten(photographs):
 @pytest.mark.usefixtures("graph")
 @pytest.mark.parametrize("in_processes", [False, True])
 def test_views_are_the_same_where_plans_run_out_in_between(photographs, in_processes):
-    """DALI asks for the micro-batch after the one that it returns, also where there is none."""
+    """DALI requests the micro-batch after the one that it returns, even if there is none."""
     index = build_index(photographs)
     damage(index)
     expected = take(index, 6)

@@ -248,7 +248,7 @@ def test_an_index_that_is_not_verified_is_of_this_very_data_set(
         (other, ["a/b.png"], tmp_path / "tars"),
     ]:
         assert list(load_or_build(path, kept, verify="never").names) == names
-        assert f"the index is built again: it is that of {before}" in caplog.text
+        assert f"the index is built again: it is the index of {before}" in caplog.text
         caplog.clear()
     both = photographs / "x.tar"
     both.write_bytes((tmp_path / "tars" / "x.tar").read_bytes())
@@ -298,7 +298,7 @@ def test_an_image_that_could_not_be_read_is_looked_at_by_every_launch(
         caplog.clear()
     locked.pop()
     assert len(load_or_build(photographs, kept, verify="never")) == 10
-    used, _ = find_kept(Request(photographs), kept, "always", look_again=False)
+    used, _ = find_kept(Request(photographs), kept, "always", recheck_excluded=False)
     assert used is not None and len(used) == 10  # a run that resumes
     assert len(load_or_build(photographs, kept)) == 11
     assert "jpg was excluded and may be usable now" in caplog.text

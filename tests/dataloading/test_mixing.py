@@ -1,4 +1,4 @@
-"""Class-sorted data are told from shuffled data, whatever their size."""
+"""Class-sorted data are distinguished from shuffled data, whatever their size."""
 
 import logging
 from itertools import combinations

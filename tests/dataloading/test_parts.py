@@ -1,4 +1,4 @@
-"""A build of an index that is killed continues, and other processes open what one has verified."""
+"""A killed build of an index continues; a verified index is opened by other processes."""
 
 import errno
 import json

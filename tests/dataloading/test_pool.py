@@ -127,7 +127,7 @@ class DeadOnArrival:
 
 
 def test_workers_that_die_again_end_the_batch_not_the_stream(photographs, monkeypatch, caplog):
-    """Nothing waits for ever: each batch is given up after a second death, as one not read."""
+    """No batch waits forever: after a second death it fails like a batch that cannot be read."""
     monkeypatch.setattr(pool, "Processes", DeadOnArrival)
     index = build_index(photographs)
     text = r"SIGKILL .* while it decoded class\d/\d+.jpg, for the second time .*data.workers"
@@ -184,7 +184,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(photographs, caplog):
         assert torch.equal(next(stream).images[0], expected[k])
     assert "new workers" not in caplog.text
     os.kill(children(server)[0], signal.SIGKILL)
-    time.sleep(1.0)  # the server looks at its workers twice a second
+    time.sleep(1.0)  # the server checks its workers twice per second
     for k in range(6, 12):
         assert torch.equal(next(stream).images[0], expected[k])
     assert caplog.text.count("was killed by SIGKILL") == 1

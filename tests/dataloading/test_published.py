@@ -1,4 +1,4 @@
-"""An index that is published beside tars is taken as it is, where the tars are those it is of."""
+"""An index that is published beside tars is used unchanged, if it belongs to these tars."""
 
 import json
 import os

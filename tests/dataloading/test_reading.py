@@ -1,4 +1,4 @@
-"""Storage that fails: tried again for a while, then said so at the batch that it concerns."""
+"""Storage that fails: reads are retried for a while, then the batch raises an error."""
 
 import errno
 import io
@@ -23,7 +23,7 @@ OPTIONS = {"seed": 0, "micro_batch": 2, "sizes": (24,), "threads": 2, "shuffle":
 
 
 class Faltering:
-    """``os.open`` that fails for one file, as often as asked."""
+    """``os.open`` that fails for one file, a given number of times."""
 
     def __init__(self, monkeypatch, name: str, times: float, number: int = errno.EIO) -> None:
         self.name, self.left, self.number, self.calls = name, times, number, 0
@@ -76,7 +76,7 @@ def test_closing_does_not_wait_for_storage(photographs, monkeypatch, decode):
     index = build_index(photographs)
     Faltering(monkeypatch, index.names[5], float("inf"))
     stream = Stream(index, decode=decode, patience_s=1e6, **{**OPTIONS, "threads": 3})
-    if decode == "torch":  # DALI asks for later batches before it gives the first
+    if decode == "torch":  # DALI requests later batches before it returns the first
         next(stream)
     before = threading.active_count()
     closing = threading.Thread(target=stream.close)
@@ -199,7 +199,7 @@ def test_a_folder_that_may_not_be_listed_is_refused_not_excluded(photographs, mo
 
 
 class Listing:
-    """A call on a path that fails for one name, as often as asked."""
+    """A call on a path that fails for one name, a given number of times."""
 
     def __init__(self, call, name: str, times: float, number: int) -> None:
         self.call, self.name, self.left, self.number = call, name, times, number
@@ -231,7 +231,7 @@ def test_tars_are_listed_again_while_storage_fails(
 def test_a_folder_of_a_pattern_that_may_not_be_listed_is_refused(
     tmp_path, picture, monkeypatch, call, name
 ):
-    """``glob`` passes over it, and a run would train on the other folders' images alone."""
+    """``glob`` skips it, and a run would train on the other folders' images alone."""
     buffer = io.BytesIO()
     picture(0, 60, 50).save(buffer, "PNG")
     for folder in ("one", "two"):

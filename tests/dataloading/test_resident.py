@@ -1,4 +1,4 @@
-"""Pictures that stay decoded give the views of the ordinary stream."""
+"""Images that stay decoded give the views of the ordinary stream."""
 
 import logging
 
@@ -48,7 +48,7 @@ def test_matrix_products_cut_as_the_resampler_does(photographs, size):
     )(np.arange(96))
     reader, decode = Reader(index), make_decode(None)
     side = max(index.entries["width"].max(), index.entries["height"].max())
-    # What lies outside an image is never looked at: noise there changes nothing.
+    # Pixels outside an image are never used: noise there changes nothing.
     whole = torch.randint(0, 256, (96, 3, side, side), dtype=torch.uint8)
     expected = []
     for place, sample in enumerate(plan.ids):

@@ -62,7 +62,7 @@ def test_global_pax_records_and_own_sizes_count(tmp_path):
         info = tarfile.TarInfo("x")
         info.type, info.size = tarfile.XHDTYPE, len(record)
         tar.addfile(info, io.BytesIO(record))
-        info = tarfile.TarInfo("a.jpg")  # its own header says 0 bytes
+        info = tarfile.TarInfo("a.jpg")  # its own header has 0 bytes
         tar.addfile(info)
         tar.fileobj.write(b"1" * 600 + bytes(424))
         tar.offset += 1024
@@ -109,5 +109,5 @@ def test_reading_ends_at_the_first_piece_that_is_no_padding():
     data = bytes(3 << 20) + b"x" * (9 << 20)
     file = Recorded(data)
     (fault,) = list_members(file, len(data))
-    assert fault.fault == "more follows the end of the archive and is excluded"
+    assert fault.fault == "data after the end of the archive are excluded"
     assert file.bytes <= 512 + (4 << 20)

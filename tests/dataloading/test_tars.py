@@ -233,7 +233,7 @@ def test_archive_behind_the_end_of_another_is_reported(tmp_path, jpegs, blocks):
     path.write_bytes(padded + data)
     index = build_index(path)
     assert len(index) == 1
-    reason = "more follows the end of the archive and is excluded"
+    reason = "data after the end of the archive are excluded"
     assert index.excluded == ((f"byte {end} of a.tar", reason),)
 
 
@@ -283,7 +283,7 @@ def test_missing_and_unreadable_tars_are_the_users_error(tars, monkeypatch):
         build_index(tars / "train-{000,000}.tar")
     with pytest.raises(DataError, match=r"\{0-2\} is not a range"):
         build_index(tars / "train-{0-2}.tar")
-    with pytest.raises(DataError, match="means more than 1000000 files"):
+    with pytest.raises(DataError, match="expands to more than 1000000 files"):
         build_index(tars / "train-{0..99999999999}.tar")
     os.mkfifo(tars / "train-004.tar")
     with pytest.raises(DataError, match=r"train-004.tar: is not a regular file"):

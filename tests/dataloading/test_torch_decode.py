@@ -63,7 +63,7 @@ def test_pixels_are_pillows(decode, picture, case):
 
 
 def test_cmyk_is_read_in_colour(decode, picture):
-    """Conversions differ between libraries; the image must be the same to the eye."""
+    """Conversions differ between libraries; the image must be visually the same."""
     data = encode(picture(3, 64, 48).convert("CMYK"), "JPEG", quality=95)
     got = decode(data).permute(1, 2, 0).numpy().astype(int)
     assert abs(got - pil_pixels(data)).mean() < 8

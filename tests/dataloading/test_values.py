@@ -1,4 +1,4 @@
-"""Values without a known range make no silent black or white views; suspect values are named."""
+"""Values without a known range cause no silent black or white views; suspect values are named."""
 
 import io
 import json

@@ -60,7 +60,7 @@ def test_half_of_the_views_are_mirrored_independently_of_the_box():
     ("size", "box"), [((1000, 10), (493, 0, 13, 10)), ((10, 1000), (0, 493, 10, 13))]
 )
 def test_hopeless_shapes_get_the_largest_centred_box(size, box):
-    """With the whole area asked for, no try can fit such a strip."""
+    """With the whole area requested, no try can fit such a strip."""
     boxes, _ = draw(20, *size, scale=(1.0, 1.0))
     assert (boxes == box).all()
 

@@ -1,4 +1,4 @@
-"""Launches whose second rank has something else than the first."""
+"""Launches whose second rank differs from the first."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def launch_each(recipe: Path, cases: list[tuple[str, Any]]) -> list[tuple[int, s
 
 
 def change(kind: str, value: Any) -> Any:
-    """Return a context in which this rank has something else."""
+    """Return a context in which this rank differs."""
     if kind == "variable":
         return mock.patch.dict(os.environ, {"NVIDIA_TF32_OVERRIDE": value})
     if kind == "versions":
@@ -154,7 +154,7 @@ def launch_on_nodes(recipe: Path, sharding: str, places: list[tuple[int, int]]) 
     """Compare the launches of ranks, each with its local rank and the number of ranks on its node.
 
     Returns:
-        Why they may not go on; empty: they may.
+        Why they must not continue; empty: they may.
     """
     config = load_config(recipe, ["backend.name=fsdp", f"backend.sharding={sharding}"])
     rank = dist.get_rank()

@@ -39,9 +39,9 @@ def scaled(by_step: dict[int, float], rank: int | None = None) -> Change:
 def run_changed(
     recipe: Path, overrides: list[str], by_step: dict[int, float], rank: int | None = None
 ) -> dict[str, Any]:
-    """Run with changed losses; what is left, or the error.
+    """Run with changed losses; returns the result, or the error.
 
-    ``by_step`` counts steps of data, from 1: it goes on where the run goes back.
+    ``by_step`` counts steps of data, from 1: it continues where the run rolls back.
     """
     from cmtmae_scale.engine.loop import train
     from cmtmae_scale.errors import CmtMaeError
@@ -122,7 +122,7 @@ def incidents(run_dir: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def ready_group(*_: Any) -> Iterator[None]:
-    """The test's own process group is open already."""
+    """Replace it: the test's own process group is open already."""
     yield
 
 
@@ -199,7 +199,7 @@ def commands_on_ranks(recipe: Path, launches: list[list[str]]) -> list[int]:
 
 
 def take_over(run_dir: Path) -> None:
-    """What another launch does to the lock of a process that it believes dead."""
+    """Take over the lock as a launch does that believes its process dead."""
     folder = run_dir / "lock"
     other = {"host": "far", "pid": 7, "since": "today", "started": 1, "pids": "another"}
     (folder / "00000009.json").write_text(json.dumps(other))
@@ -213,7 +213,7 @@ def leave(*arguments: Any) -> None:
 
 
 def befall(fault: str, run_dir: Path) -> None:
-    """Let something happen to this process after some steps."""
+    """Cause an event in this process after some steps."""
     if fault in ("interrupt", "stall"):
         from cmtmae_scale.engine import build
 

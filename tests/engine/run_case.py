@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {
 
 
 def make_photographs(folder: Path, count: int = 20) -> Path:
-    """Smooth coloured pictures of different sizes; 20 make an epoch edge within step 3."""
+    """Smooth coloured images of different sizes; 20 make an epoch edge within step 3."""
     generator = np.random.default_rng(0)
     for number in range(count):
         place = folder / f"class{number % 3}"
@@ -175,7 +175,7 @@ def resume_each(
 
 
 def run_on_a_slow_store(recipe: Path) -> list[str]:
-    """A run with a save a step, whose store stands still until the last step; its log lines."""
+    """A run with a save per step, whose store blocks until the last step; its log lines."""
     from cmtmae_scale.checkpoint import writer
     from tests.checkpoint.save_case import Lines
 

@@ -80,7 +80,7 @@ def saved_at_each_side_task(recipe: Path, every: int) -> list[int]:
 
 
 def interrupted_by(recipe: Path, requests: list[type[BaseException]]) -> list[str]:
-    """Let side tasks raise what is a request; returns the types that end the runs."""
+    """Let side tasks raise requests; returns the types that end the runs."""
 
     def work(run: Any) -> None:
         raise requests[len(found)]

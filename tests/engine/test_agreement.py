@@ -1,4 +1,4 @@
-"""All ranks train the same thing: what differs is named before anything is built."""
+"""All ranks train the same run: differences are named before anything is built."""
 
 import errno
 import os

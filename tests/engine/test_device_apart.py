@@ -1,4 +1,4 @@
-"""What a GPU demands and a CPU does not: no operation takes tensors of the device and of the host.
+"""Requirements of a GPU that a CPU lacks: no operation takes tensors of the device and of the host.
 
 Whole commands run on a device that computes on the CPU, see ``tests/device_apart.py``.
 """
@@ -177,7 +177,7 @@ def test_what_follows_pre_training(tmp_path: Path) -> None:
 
 
 def write_masks(folder: Path, count: int) -> None:
-    """Images of two colours, and masks that tell them apart."""
+    """Images of two colours, and masks that distinguish them."""
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True)
     for number in range(count):

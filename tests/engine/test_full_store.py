@@ -58,7 +58,7 @@ def test_every_record_beside_checkpoints_goes_on_without(disk: Path) -> None:
     whole = (disk / "log.jsonl").read_bytes()
     assert whole.endswith(b"\n")
     kept = [line["step"] for line in log_lines(disk)]
-    assert kept == list(range(1, len(kept) + 1))  # what fitted into the last block, whole
+    assert kept == list(range(1, len(kept) + 1))  # whole lines that fitted into the last block
     ballast.unlink()
     telemetry.close()
     (last,) = log_lines(disk)[len(kept) :]

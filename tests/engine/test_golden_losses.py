@@ -1,6 +1,6 @@
 """The first twenty losses of four tiny recipes equal those that are stored beside this file.
 
-A change of what a run computes shows here. Where it is meant, write the new losses:
+A change of what a run computes fails here. Where it is intended, write the new losses:
 
     python -m tests.engine.test_golden_losses
 """

@@ -1,4 +1,4 @@
-"""Ranks that die or stand still: named by the others, which leave and do not wait for them."""
+"""Ranks that die or stall: the others name them, and exit without waiting for them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ENDLESS = "train.steps=100000"
 
 
 def left(recipe: Path, fault: str, *overrides: str) -> tuple[list[int | None], Path]:
-    """Exit codes of two ranks of which the second meets a fault (``None``: still there)."""
+    """Exit codes of two ranks of which the second meets a fault (``None``: still running)."""
     run_dir = recipe.parent / "run"
     line = [f"run.output_dir={run_dir}", ENDLESS, "checkpoint.every=100000", *overrides]
     with started(2, command_on_ranks, recipe, line, fault, 1) as (children, _):
@@ -71,7 +71,7 @@ def test_a_rank_that_waits_for_something_is_named_and_its_stack_shows_it(
 
 
 def dog(folder: Path, ranks: list[dict[str, Any]], hang_s: float | None, place: Place) -> Any:
-    """A watchdog that says its last words instead of ending the tests."""
+    """A watchdog that reports its last message instead of ending the tests."""
     words: list[str] = []
     made = Watchdog(folder, 0, place, hang_s, ranks, words.append)
     return made, words

@@ -1,4 +1,4 @@
-"""Launches without progress end in a code that no scheduler tries again."""
+"""Launches without progress end with a code that no scheduler retries."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A link that goes down between two machines, played by two network namespaces."""
+"""A link that fails between two machines, simulated by two network namespaces."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs that train nothing say so: a teacher that is not finite, steps that are all skipped."""
+"""Runs that train nothing report it: a teacher that is not finite, steps that are all skipped."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The whole loop: exact resumption, stopping, and what a run leaves behind."""
+"""The whole loop: exact resumption, stopping, and the files that a run writes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What goes wrong beside the training costs neither the run nor a bit of its weights."""
+"""Failures beside the training neither end the run nor change a bit of its weights."""
 
 import json
 from importlib.util import find_spec

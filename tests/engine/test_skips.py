@@ -1,4 +1,4 @@
-"""Steps that are left out, going back, and giving up."""
+"""Skipped steps, roll-backs, and giving up."""
 
 import functools
 import math
@@ -109,7 +109,7 @@ def test_going_back_keeps_the_values_that_are_not_logged_yet(seen: Any) -> None:
 @pytest.mark.gloo
 @pytest.mark.parametrize("seen", TASKS[:1], indirect=True)
 def test_going_back_measures_no_step_twice(seen: Any) -> None:
-    """Step 2, to which the run goes back after step 4, which was due."""
+    """Step 2, to which the run rolls back after step 4, which was due."""
     folder, _ = seen("measured")
     measured = [line["step"] for line in log(folder) if "diagnostics/time_fraction" in line]
     assert measured == [2, 4, 6]
@@ -119,7 +119,7 @@ def test_going_back_measures_no_step_twice(seen: Any) -> None:
 @either
 @pytest.mark.gloo
 def test_nothing_is_saved_between_steps_that_are_left_out(seen: Any) -> None:
-    """A checkpoint of step 4 would hold what led there."""
+    """A checkpoint of step 4 would hold the cause."""
     folder, ranks = seen("beyond a save")
     assert [view["error"] for view in ranks] == ["", ""]
     assert incidents(folder)[-1]["to_step"] == 2

@@ -42,7 +42,7 @@ def check_stopped(run_dir: Path, reason: str) -> None:
 def test_a_signal_on_any_rank_at_any_moment_stops_all_at_the_same_step(
     tmp_path: Path, task: str, times: int
 ) -> None:
-    """The run goes on from stop to stop."""
+    """The run continues from stop to stop."""
     recipe = write_task_recipe(task, tmp_path)
     steps = [0]
     for number in range(times):
@@ -193,7 +193,7 @@ LAUNCHERS = {
     "supervisor, torchrun": ([*SUPERVISE, *TORCHRUN, "-m", *MODULE], 75),
     "supervisor, deepspeed": ([*SUPERVISE, *DEEPSPEED, "--module", *MODULE], 75),
 }
-"""Command and the code that it leaves with after a signal."""
+"""Command and its exit code after a signal."""
 
 
 @contextmanager

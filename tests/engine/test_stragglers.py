@@ -1,4 +1,4 @@
-"""Which rank is slower than the others, and that small differences are not told."""
+"""Which rank is slower than the others, and that small differences are not reported."""
 
 import time
 from pathlib import Path

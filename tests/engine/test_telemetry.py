@@ -1,4 +1,4 @@
-"""Log lines are for reading: progress, remaining time, and the values that a run has."""
+"""Log lines show what a reader needs: progress, remaining time, and the values that a run has."""
 
 import json
 import logging

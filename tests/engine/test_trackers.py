@@ -1,4 +1,4 @@
-"""Trackers: a failing one costs its own entries only; the real ones keep what a run hands them."""
+"""Trackers: a failing tracker loses only its own entries; real trackers keep all entries."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def note(name, what):
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Installs a package of the name of a tracker, whose calls end with a statement."""
+    """Installs a package with the name of a tracker, whose calls end with a statement."""
 
     def install(what: str, top: str = "") -> Path:
         folder = tmp_path / "packages"

@@ -48,9 +48,9 @@ def moved_away(path: Path) -> Iterator[None]:
 
 
 def run_without(recipe: Path, overrides: list[str], position: int) -> tuple[str | None, int, bool]:
-    """Train while the sample of a position is gone; returns reason, step and who was without.
+    """Train while the sample of a position is gone; returns reason, step, and whether it failed.
 
-    The index is complete: the file goes once it is built, before anything is read.
+    The index is complete: the file is moved once it is built, before anything is read.
     """
     import torch.distributed as dist
 

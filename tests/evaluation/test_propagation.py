@@ -97,7 +97,7 @@ def clips_on_this_rank(root: Path) -> list[str]:
 
 @pytest.mark.gloo
 def test_the_clips_are_those_of_rank_0(tmp_path: Path) -> None:
-    """Ranks that listed their own would share out clips of different lists."""
+    """Ranks with lists of their own would divide clips of different lists."""
     write_clip(tmp_path / "0" / "clips", "b", 2)
     for name in ("a", "b"):
         write_clip(tmp_path / "1" / "clips", name, 3)
@@ -135,11 +135,11 @@ def test_unusable_clips_are_counted_or_refused(tmp_path: Path) -> None:
     found = open_clips(str(tmp_path))
     assert found.excluded["clips that cannot be decoded"] == 2
     write_huge_png(masks / "good" / "00002.png")
-    with pytest.raises(DataError, match=r"00002.png: cannot be decoded .*take its clip away"):
+    with pytest.raises(DataError, match=r"00002.png: cannot be decoded .*remove its clip"):
         propagate_clips(ENCODER, found.clips, world(), CPU)
     frame = tmp_path / "JPEGImages" / "480p" / "good" / "00002.jpg"
     frame.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"00002.jpg: cannot be decoded .*take its clip away"):
+    with pytest.raises(DataError, match=r"00002.jpg: cannot be decoded .*remove its clip"):
         propagate_clips(ENCODER, found.clips, world(), CPU)
     Image.new("RGB", (48, 48)).save(masks / "good" / "00000.png")
     with pytest.raises(DataError, match="in colours"):
@@ -179,7 +179,7 @@ def test_files_without_a_partner_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_frames_are_turned_upright_as_in_training(tmp_path: Path, orientation: int) -> None:
-    """A mask fits the frame as it is seen; half a turn leaves the size as it is."""
+    """A mask fits the upright frame; half a turn does not change the size."""
     write_clip(tmp_path, "a", 3)
     (frame, *_) = sorted((tmp_path / "JPEGImages" / "480p" / "a").iterdir())
     mask = tmp_path / "Annotations" / "480p" / "a" / f"{frame.stem}.png"

@@ -132,7 +132,7 @@ def test_rows_do_not_depend_on_the_number_of_ranks(place: Path) -> None:
     measures = ("mIoU", "pixel accuracy")
     names = ("k-NN segmentation", "linear segmentation")
     assert methods == [(name, measure) for name in names for measure in measures]
-    assert all(row[4] > 0.5 for row in both)  # colours tell the classes apart
+    assert all(row[4] > 0.5 for row in both)  # colours distinguish the classes
     expected = segment_place(place)
     assert expected == both[:2]
     assert run_ranks(3, segment_place, place) == [expected] * 3

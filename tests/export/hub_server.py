@@ -1,4 +1,4 @@
-"""A server on loopback that plays the endpoints of the Hugging Face hub that an upload needs."""
+"""A loopback server that simulates the endpoints of the Hugging Face hub that an upload needs."""
 
 import base64
 import hashlib

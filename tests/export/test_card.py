@@ -1,4 +1,4 @@
-"""A model card says what was run, and nothing that it does not know."""
+"""A model card states what was run, and nothing that is unknown."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The exported encoder is timm's: strict names, equal output, one line that says so."""
+"""The exported encoder is timm's: strict names, equal output, one line that confirms it."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every folder loads into its library, computes the same, and is not there if it does not."""
+"""Every folder loads into its library and computes the same, or is not written."""
 
 import json
 import shutil

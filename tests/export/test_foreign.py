@@ -1,4 +1,4 @@
-"""A checkpoint that somebody else wrote is exported as it is, or refused with one sentence."""
+"""Another user's checkpoint is exported as it is, or refused with one sentence."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Uploads go to a server on loopback that plays the hub."""
+"""Uploads go to a loopback server that simulates the hub."""
 
 import shutil
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def test_a_verified_export_is_uploaded_and_loads_from_the_hub(
     assert not folder.parent.exists() and not hub.sent
     assert "computes something else from the exported weights" in capsys.readouterr().err
 
-    # a failing upload keeps the folder and says how to go on; the same command does
+    # a failing upload keeps the folder and names how to continue: with the same command
     hub.faults["/commit/"] = 500
     assert export_weights(options) == 75
     lines = capsys.readouterr().err.splitlines()
@@ -79,7 +79,7 @@ def test_a_verified_export_is_uploaded_and_loads_from_the_hub(
     assert b"An edited card." in hub.files[REPO]["README.md"]
     assert TOKEN not in out.out + out.err + card.read_text()
     puts = [line for line in hub.sent if line.startswith("PUT")]
-    assert len(puts) == 1  # the weights were there when the commit failed
+    assert len(puts) == 1  # the weights were uploaded when the commit failed
 
     model: Any = timm.create_model(f"hf-hub:{REPO}", pretrained=True)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

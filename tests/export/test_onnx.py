@@ -1,4 +1,4 @@
-"""The ONNX graph computes what the run computes, and is not called verified where it was not."""
+"""The ONNX graph computes what the run computes, and is called verified only if it was."""
 
 import importlib.util
 from pathlib import Path

@@ -72,11 +72,11 @@ def test_checkpoints_behind_a_link_belong_to_their_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[Path]:
-    """A folder that this user may not look into."""
+    """A folder that this user cannot search."""
     folder = tmp_path / "locked"
     folder.mkdir(0)
     user = os.geteuid()
-    if not user:  # root may look everywhere
+    if not user:  # root can search every folder
         os.seteuid(65534)
     yield folder
     os.seteuid(user)

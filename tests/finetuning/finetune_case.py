@@ -41,7 +41,7 @@ def write_recipe(folder: Path, train: int = 20, test: int = 13, classes: int = 3
 
 
 def write_encoder(file: Path, seed: int) -> None:
-    """A ``test_vit`` for pictures of 64 pixels, as ``cmtmae export`` writes it."""
+    """A ``test_vit`` for images of 64 pixels, as ``cmtmae export`` writes it."""
     from safetensors.torch import save_file
 
     from cmtmae_scale.config.schema import Config

@@ -24,7 +24,7 @@ FILL = (124, 116, 104)
 
 
 def pictures(count: int) -> torch.Tensor:
-    """Smooth pictures, uint8 ``[count, SIZE, SIZE, 3]``."""
+    """Smooth images, uint8 ``[count, SIZE, SIZE, 3]``."""
     generator = np.random.default_rng(0)
     found = []
     for _ in range(count):
@@ -35,7 +35,7 @@ def pictures(count: int) -> torch.Tensor:
 
 
 def batch_of(positions: list[int], broken: tuple[int, ...] = ()) -> Batch:
-    """Views whose picture is a function of the position."""
+    """Views whose image is a function of the position."""
     everything = pictures(16)
     where = np.array(positions, dtype=np.int64)
     zeros = np.zeros_like(where)
@@ -74,7 +74,7 @@ MOVES = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"}
 
 
 def timms(name: str, picture: np.ndarray, level: float, sign: float, monkeypatch) -> np.ndarray:
-    """The same operation of timm on a PIL picture."""
+    """The same operation of timm on a PIL image."""
     monkeypatch.setattr("timm.data.auto_augment.random.random", lambda: 0.9 if sign < 0 else 0.1)
     full = TIMM_NAMES.get(name, name)
     to_arguments = LEVEL_TO_ARG[full]
@@ -100,7 +100,7 @@ def test_an_operation_is_timms(name: str, level: float, monkeypatch: pytest.Monk
         assert found.dtype == torch.uint8
         after = found.permute(1, 2, 0).numpy().astype(int)
         off = min((np.abs(after - one) for one in expected), key=np.mean)
-        # Rounding of a grey level; moved pictures also differ by half a pixel at their border.
+        # Rounding of a grey level; moved images also differ by half a pixel at their border.
         assert np.median(off) <= 1 and off.mean() < (2.0 if name in MOVES else 0.6)
         assert np.abs(after - picture.numpy()).mean() > 3
 
@@ -236,7 +236,7 @@ def shifted(picture: torch.Tensor, **how: object) -> torch.Tensor:
 
 
 def torchvisions(name: str, picture: torch.Tensor, level: float, sign: float) -> torch.Tensor:
-    """An operation by torchvision's functions, on one picture."""
+    """An operation by torchvision's functions, on one image."""
     factor = max(0.1, 1.0 + sign * 0.9 * level / 10)
     angle = float(np.degrees(np.arctan(sign * 0.3 * level / 10)))
     far = sign * 0.45 * level / 10 * picture.shape[-1]

@@ -1,4 +1,4 @@
-"""The classifier: timm's own model, MAE's head and learning rates, drop path by the view."""
+"""The classifier: timm's own model, MAE's head and learning rates, drop path per view."""
 
 import pytest
 import timm
@@ -97,8 +97,8 @@ def test_all_weights_are_trained_the_positions_too() -> None:
 def mae_rule(model: nn.Module, decay: float) -> dict[str, tuple[float, bool]]:
     """Factor and whether weight decay acts, by name: the rule of MAE's fine-tuning, in words.
 
-    Layers are counted from the head, whose factor is 1. One below it is the last block, and so on;
-    below the first block lie patch embedding, class token and positions. No weight decay for
+    Layers are counted from the head, whose factor is 1. The last block is one below the head, and
+    so on; below the first block are patch embedding, class token and positions. No weight decay for
     one-dimensional tensors, class token and positions.
     """
     found = {}
@@ -188,7 +188,7 @@ def test_drop_path_is_timms_law_whatever_the_batch() -> None:
     assert torch.equal(again, found[100:103])
     assert branch_factors(3, positions, 4, 0.0) is None
     both = (found == 0).all(-1).float().mean(0)
-    torch.testing.assert_close(both, rates.square(), rtol=0, atol=0.01)  # two draws a block
+    torch.testing.assert_close(both, rates.square(), rtol=0, atol=0.01)  # two draws per block
 
 
 @every_pool

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.gloo
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe, and the run that it gives when nothing comes between."""
+    """A recipe, and its undisturbed run."""
     found = write_recipe(tmp_path_factory.mktemp("finetune"), classes=6)
     ((said, code),) = run_ranks(1, tune, found)
     assert code == 0 and "test:  13 images" in said
@@ -64,7 +64,7 @@ def test_the_result_says_what_was_done(recipe: Path) -> None:
     assert set(record["versions"]) == {"cmtmae_scale", "torch", "timm"}
     assert len(set(record["weights_sha256"].values())) == 2
     assert json.loads((folder / "run" / "exit.json").read_text())["code"] == 0
-    # 20 images and 8 views a step: passes end within steps 3 and 5; the last step ends the run
+    # 20 images and 8 views per step: passes end within steps 3 and 5; the last step ends the run
     passes = [entry["eval/pass"] for entry in entries(folder / "run") if "eval/top1" in entry]
     assert passes == [1, 2, 2]
     assert curve(folder / "run", "eval/top1")[-1] == row["accuracy"]

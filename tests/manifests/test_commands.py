@@ -1,4 +1,4 @@
-"""What manifests and image start exists: programs, options, recipes, keys, versions."""
+"""All that manifests and image start exists: programs, options, recipes, keys, versions."""
 
 import re
 import tomllib

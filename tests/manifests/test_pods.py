@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.gloo]
 
 
 def command(node: int, recipe: Path, run_dir: Path) -> list[str]:
-    """The training container's command for one GPU a pod, on this machine."""
+    """The training container's command for one GPU per pod, on this machine."""
     documents = yaml.safe_load_all((ROOT / "launchers/kubernetes/train_job.yaml").read_text())
     (job,) = (one for one in documents if one["kind"] == "Job")
     (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -86,13 +86,13 @@ def test_pods_are_stopped_and_lost_and_come_to_the_same_end(tmp_path: Path) -> N
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     with pods(recipe, whole) as both:
         assert [one.wait(300) for one in both] == [0, 0]
-    with pods(recipe, run_dir) as both:  # one pod is drained: all leave with 75
+    with pods(recipe, run_dir) as both:  # one pod is drained: all exit with code 75
         wait_for_step(run_dir, 8)
         both[1].send_signal(signal.SIGTERM)
         assert [one.wait(60) for one in both] == [75, 75]
     stopped = json.loads((run_dir / "exit.json").read_text())["step"]
     assert layout.step_of(layout.list_checkpoints(run_dir / "checkpoints")[0]) == stopped
-    with pods(recipe, run_dir) as both:  # one pod is lost: the other leaves, and is tried again
+    with pods(recipe, run_dir) as both:  # one pod is lost: the other exits, and is retried
         wait_for_step(run_dir, stopped + 8)
         for pid in [both[0].pid, *descendants(both[0].pid)]:
             os.kill(pid, signal.SIGKILL)

@@ -227,7 +227,7 @@ def test_agreement_and_visible_mass():
     assert float(map_agreement(-shifted, TEACHER)) == pytest.approx(-1.0)
     both = torch.cat([TEACHER, STUDENT])
     assert float(map_agreement(both, TEACHER.expand(2, -1))) == pytest.approx(0.0, abs=1e-6)
-    keep = torch.tensor([[0, 3], [0, 1], [2, 3], [0, 1]])  # two masks a view
+    keep = torch.tensor([[0, 3], [0, 1], [2, 3], [0, 1]])  # two masks per view
     expected = (0.55 + 0.80 + 0.70 + 0.30) / 4
     assert float(visible_mass(both, keep)) == pytest.approx(expected)
     with pytest.raises(ValueError, match="not one of rank"):

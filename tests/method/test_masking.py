@@ -421,7 +421,7 @@ def test_deliberately_hidden_patches_are_predicted_at_their_share():
     salient = torch.zeros(400, 196, dtype=torch.bool)
     salient.scatter_(1, attention.argsort(1, descending=True)[:, :74], True)
     found = salient.gather(1, choice.ids_hidden[:, :49]).double().sum(1)
-    # hypergeometric: standard deviation 2.86 a row, 0.14 of the mean
+    # hypergeometric: standard deviation 2.86 per row, 0.14 of the mean
     assert float(found.mean()) == pytest.approx(74 / 3, abs=0.6)
     assert float(found.std()) == pytest.approx(2.86, rel=0.15)
 

@@ -65,7 +65,7 @@ def make_layout(config: Config) -> TokenLayout:
 def step_loss(
     config: Config, model: CollaborativeMAE, momentum: MomentumEncoder | None
 ) -> tuple[Any, Tensor]:
-    """Losses of one micro-batch, and the teacher's features, which ask for a gradient."""
+    """Losses of one micro-batch, and the teacher's features, which require a gradient."""
     images, choice, layout = make_images(), make_choice(config), make_layout(config)
     features = torch.randn(2, LENGTH + 1, TEACHER["teacher"], requires_grad=True)
     need = needs(config)

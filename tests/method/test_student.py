@@ -1,4 +1,4 @@
-"""The student is timm's model; these tests hold it against timm's own forward."""
+"""The student is timm's model; these tests compare it with timm's own forward."""
 
 import inspect
 from inspect import signature

@@ -1,4 +1,4 @@
-"""How many undecodable pictures a run puts up with, and where it names them."""
+"""How many undecodable images a run tolerates, and where it names them."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_more_than_the_share_stops_with_counts_and_the_list(tmp_path: Path) -> N
 
 
 def test_ranks_and_restarts_name_each_bad_picture_once(tmp_path: Path) -> None:
-    """Over two epochs both ranks draw them; the second start draws them again."""
+    """Over two epochs both ranks draw them; the second launch draws them again."""
     recipe, paths = recipe_with_bad(tmp_path, [3, 9, 14])
     always = "data.max_bad_fraction=0.9"
     run_ranks(2, run_twice, recipe, [always, "train.stop_after=4"], [always])

@@ -1,4 +1,4 @@
-"""Stopped, killed and gone on: the loss stays on the curve of a run that nobody disturbed.
+"""Stopped, killed and resumed: the loss stays on the curve of an undisturbed run.
 
 On a GPU with ViT-L/16, its photographs decoded there; prints seconds from signal to exit:
 

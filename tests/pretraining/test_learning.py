@@ -89,7 +89,7 @@ def test_every_weighted_term_is_learnt_and_no_other(tmp_path, sampler, alpha) ->
     first, last = learn(tmp_path, sampler, alpha)
     for weight, start, end in zip((alpha, 1 - alpha), first, last, strict=True):
         # Untrained predictions share a direction, as do the targets: in 64 channels the cosine of
-        # two random directions has a deviation of 1 / 8, twice that in the loss.
+        # two random directions has a standard deviation of 1 / 8, twice that in the loss.
         assert abs(start - 2.0) < 0.5
         if weight:
             assert end < 1.0

@@ -1,4 +1,4 @@
-"""A run goes on with the files of its teachers' weights that it began with."""
+"""A run continues with the files of its teachers' weights that it began with."""
 
 import json
 from pathlib import Path

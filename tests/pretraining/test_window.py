@@ -1,4 +1,4 @@
-"""A run takes the windowed order where the images suit it, and refuses it where they do not."""
+"""A run uses the windowed order where the images suit it, and refuses it elsewhere."""
 
 from pathlib import Path
 

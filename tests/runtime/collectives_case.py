@@ -7,14 +7,14 @@ from cmtmae_scale.runtime import collectives
 
 
 def exchange_texts(text: str) -> tuple[str, list[str]]:
-    """A text of rank 0, and one of each rank."""
+    """A text of rank 0, and a text of each rank."""
     import torch.distributed as dist
 
     return collectives.broadcast_text(text), collectives.gather_texts(f"{text}{dist.get_rank()}")
 
 
 def work_for_long(fails: bool) -> tuple[str, int]:
-    """Rank 1 works until the ranks have met five times; returns what came of it on this rank."""
+    """Rank 1 works until the ranks have met five times; returns the outcome on this rank."""
     import torch.distributed as dist
 
     met, meetings, agree = threading.Event(), 0, collectives.all_ranks_agree

@@ -10,7 +10,7 @@ from cmtmae_scale.runtime.lock import RunLock, hold_run
 
 
 def race(folder: Path, rounds: int) -> list[bool]:
-    """All ranks want a folder at the same moment, a fresh one each round; whether we got it."""
+    """All ranks want a fresh folder at the same moment, each round; whether this rank got it."""
     import torch.distributed as dist
 
     won = []
@@ -22,14 +22,14 @@ def race(folder: Path, rounds: int) -> list[bool]:
         except ConfigError as error:
             assert "is in use by pid" in str(error)
         won.append(lock is not None)
-        dist.barrier()  # nobody gives it back before all have tried
+        dist.barrier()  # no rank releases it before all have tried
         if lock is not None:
             lock.release()
     return won
 
 
 def hold_together(run_dir: Path) -> str:
-    """All ranks start on a folder; what they are told."""
+    """All ranks launch on a folder; returns the error."""
     import torch.distributed as dist
 
     try:
@@ -46,7 +46,7 @@ def hold_and_die(run_dir: Path) -> None:
 
 
 def hold_for(run_dir: Path, ready: Path, stop: Path) -> None:
-    """Hold a folder, with quick signs of life, until told to let go."""
+    """Hold a folder, with frequent heartbeats, until asked to release it."""
     with hold_run(run_dir, 0, beat_s=0.05):
         ready.touch()
         while not stop.exists():

@@ -65,7 +65,7 @@ def test_the_cost_is_of_products_in_both_dtypes(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_torch_names_this_cpu() -> None:
-    """``torch.cpu.get_capabilities`` knows the names that are asked for."""
+    """``torch.cpu.get_capabilities`` has the requested names."""
     found = torch.cpu.get_capabilities()
     names = {"x86_64": {"amx_bf16", "avx512_bf16"}, "arm64": {"bf16", "sve_bf16"}}
     assert names.get(found["architecture"], set()) <= set(found)

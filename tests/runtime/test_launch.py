@@ -202,7 +202,7 @@ def test_the_address_of_this_machine_is_that_which_gloo_takes(
     assert (host.name, host.address) == (socket.gethostname(), find_address(socket.gethostname()))
     assert describe_host({"GLOO_SOCKET_IFNAME": "lo"}) == host._replace(address="")
     monkeypatch.setattr(launch, "NETWORK_NAMESPACE", Path("/proc/self/ns/absent"))
-    assert describe_host({}) == host._replace(network="")  # then no machine is told from another
+    assert describe_host({}) == host._replace(network="")  # then machines cannot be distinguished
 
 
 @pytest.mark.parametrize("address", ["fd09::1", "[fd09::1]"])

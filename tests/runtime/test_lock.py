@@ -23,7 +23,7 @@ ROUNDS = 6
 
 
 def change(run_dir: Path, **facts: Any) -> None:
-    """Let the newest lock say something else, as another host or job would."""
+    """Change fields of the newest lock, as another host or job would."""
     path = lock_path(run_dir / "lock", newest_number(run_dir / "lock"))
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
@@ -77,7 +77,7 @@ def test_a_holder_elsewhere_without_heartbeats_is_taken_over(
         assert newest_number(tmp_path / "lock") == 2
     assert "was held by pid" in caplog.messages[0] and "on far" in caplog.messages[0]
     assert "no heartbeat" in caplog.messages[1]
-    left.release()  # comes back too late: frees nothing of the new holder's
+    left.release()  # is too late: frees nothing of the new holder's
     assert not lock_path(tmp_path / "lock", 1).exists()
 
 
@@ -96,7 +96,7 @@ def test_a_killed_holder_is_taken_over_at_once(
 
 def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
     lock = RunLock(tmp_path, 1000, 1000)
-    change(tmp_path, started=1)  # our pid was somebody else's before
+    change(tmp_path, started=1)  # our pid was another process's before
     with hold_run(tmp_path, 0, patience_s=1000):
         pass
     lock.release()

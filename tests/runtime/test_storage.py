@@ -1,4 +1,4 @@
-"""A file is replaced whole or not at all, whoever else writes it."""
+"""A file is replaced whole or not at all, even with concurrent writers."""
 
 import errno
 import hashlib

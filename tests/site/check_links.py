@@ -34,7 +34,7 @@ def read_page(path: Path) -> Links:
 def find_broken_links(site: Path) -> list[str]:
     """Return ``page: link`` of each link to a file or an anchor that is not in the site.
 
-    ``404.html`` is left out: it is served for any address, so its links name the host's root.
+    ``404.html`` is excluded: it is served for any address, so its links name the host's root.
     """
     site = site.resolve()
     pages = {path: read_page(path) for path in sorted(site.rglob("*.html"))}

@@ -31,10 +31,10 @@ def search_path() -> str:
 
 
 class Cluster:
-    """Daemons, and the commands that speak to them.
+    """Daemons, and the commands that connect to them.
 
     Args:
-        folder: configuration, state and logs; short, for a socket lies in it.
+        folder: configuration, state and logs; short, since it holds a socket.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -156,7 +156,7 @@ class Cluster:
             return set()
 
     def job(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` says."""
+        """Return the output of ``scontrol show job``."""
         text = self.call("scontrol", "show", "job", job)
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
@@ -183,7 +183,7 @@ class Cluster:
     def kill_node(self, node: str, job: str) -> None:
         """Take a node away at once: its daemon, and everything of a job that runs on it.
 
-        Keepers first: one that outlives its child tells the controller of the child's end.
+        Keepers first: a keeper that outlives its child reports the child's end to the controller.
         """
         children = [pid for pid in processes_of(job) if runs_on(pid, node)]
         keepers = {parent for parent in map(parent_of, children) if is_keeper(parent)}
@@ -210,7 +210,7 @@ def wait_for(condition: object, timeout_s: float, what: str, pause_s: float = 0.
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Return ports on which no process listens."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -235,7 +235,7 @@ def parent_of(pid: int) -> int:
 
 
 def is_keeper(pid: int) -> bool:
-    """Whether a process is one of SLURM's own, which stand above a job's."""
+    """Whether a process is one of SLURM's own, which are parents of a job's."""
     return read(pid, "cmdline").startswith("slurmstepd")
 
 

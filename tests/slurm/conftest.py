@@ -80,7 +80,7 @@ def desk() -> Iterator[Desk]:
         pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="slurm-") as place:
         folder = Path(place)
-        os.chmod(folder, 0o755)  # munge wants to see who may write above its socket
+        os.chmod(folder, 0o755)  # munge checks who may write above its socket
         (folder / "cluster").mkdir()
         (folder / "desk").mkdir()
         with running(folder / "cluster") as cluster:

@@ -23,7 +23,7 @@ EVERY = "checkpoint.every=10"
 
 @pytest.fixture(scope="module")
 def unbroken(desk: Desk) -> Path:
-    """A run that nobody disturbed: srun of two ranks on two nodes."""
+    """An undisturbed run: srun of two ranks on two nodes."""
     job = desk.train("unbroken", STEPS_KEY, EVERY)
     assert desk.cluster.wait(job) == ("COMPLETED", 0), desk.log(job)
     return desk.folder / "unbroken"

@@ -13,7 +13,7 @@ ONE = ["--nodes=1", "--ntasks=1", "--gpus-per-node=1", "--cpus-per-task=1", "--n
 
 
 def command(folder: Path, codes: list[int]) -> Path:
-    """A program that leaves with the next code at each start; the last one again and again."""
+    """A program that exits with the next code at each start, and then with the last code."""
     folder.mkdir()
     (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
     path = folder / "command"

@@ -1,6 +1,6 @@
 """Small networks of each family of teachers, with random weights, registered with timm.
 
-Each has the settings of the published model that it is called after, at a small width and depth.
+Each has the settings of the published model that it is named after, at a small width and depth.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The table of docs/teachers.md: what each family of teachers was taken through."""
+"""The table of docs/teachers.md: what was tested with each family of teachers."""
 
 from pathlib import Path
 

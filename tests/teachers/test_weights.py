@@ -224,7 +224,7 @@ def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None
 
 
 def test_a_tensor_is_as_long_as_its_storage(tmp_path: Path) -> None:
-    """Else memory beyond the file would be read as weights."""
+    """Otherwise memory beyond the file would be read as weights."""
     file, forged = tmp_path / "w.pth", tmp_path / "f.pth"
     for other in (0, 10**6):  # bytes of another record, which a size of the whole would not show
         torch.save({"w": torch.ones(1000), "x": torch.ones(other // 4)}, file)

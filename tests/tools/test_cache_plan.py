@@ -1,4 +1,4 @@
-"""Hours, bytes and money follow from rates, and no cache pays that cannot."""
+"""Hours, bytes and money follow from rates, and no cache is recommended that cannot pay."""
 
 import math
 import random
@@ -39,7 +39,7 @@ def weigh(job: Job = JOB, rates: Rates = RATES, views: int = 4, row: int = 100, 
 def test_hours_and_bytes_are_those_of_a_hand_calculation() -> None:
     found = weigh()
     assert found.disk_bytes == 4 * 1000 * 100
-    assert found.read_gpu == 25 * 100  # bytes a second
+    assert found.read_gpu == 25 * 100  # bytes per second
     assert found.online_h == pytest.approx(100_000 * (0.04 + 0.02) / 2 / 3600)
     assert found.run_h == pytest.approx(100_000 * 0.04 / 2 / 3600)
     assert found.build_h == pytest.approx(4000 / 100 / 3600)
@@ -157,7 +157,7 @@ def test_the_command_measures_and_leaves_nothing_but_the_index(
     named = [row.split()[:2] for row in rows]
     assert named == [[codec, n] for codec in ("int8", "bf16") for n in ("1", "3", "4", "16")]
     # Sixteen views are seen once each. Where this store was busy the verdict is "never (reading)":
-    # a measured rate may say that, but none makes it a yes.
+    # a measured rate may give that, but no rate makes it a yes.
     verdicts = [row for row in rows if row.split()[1] == "16"]
     assert all("no#; from run " in row or "never (reading)" in row for row in verdicts), verdicts
     assert "hours of this CPU" in out

@@ -80,7 +80,7 @@ def compare_cache(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         config = online_config(path, overrides, folder)
-        index = open_images(config.data, folder / "index", look_again=True)
+        index = open_images(config.data, folder / "index", recheck_excluded=True)
         teacher = assemble_teacher(config, needs(config), load=True).to(
             device, compute_dtype(config)
         )

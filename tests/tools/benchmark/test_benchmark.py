@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: parts, ratios, the same work in another library."""
+"""The benchmark measures what it reports: parts, ratios, the same work in another library."""
 
 import os
 from contextlib import nullcontext
@@ -64,7 +64,7 @@ def test_a_step_is_measured_by_part_and_parts_add_up(recipe: Path) -> None:
 def test_cublas_has_its_workspace_before_the_first_product(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU the products that measure the peak would else refuse the steps that follow."""
+    """On a GPU the products that measure the peak would otherwise refuse the steps that follow."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "restored afterwards")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     variants = make_variants(str(recipe), [], ["run.deterministic=true"], 1, 1)

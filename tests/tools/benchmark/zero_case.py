@@ -24,7 +24,7 @@ def count_zero(results: Any, recipe: str, changes: list[str], cases: list[tuple[
         config = load_config(recipe, [*changes, f"backend.zero_stage={stage}"])
         config.backend.deepspeed = {
             "zero_optimization": {"stage3_param_persistence_threshold": 0}
-        }  # else small parameters are gathered now and then
+        }  # otherwise small parameters are sometimes gathered
         found.append(count_collectives(config, ranks, is_real=True))
     results.put(found)
 

@@ -253,7 +253,7 @@ def test_images_and_a_teacher_of_the_user_are_used_as_they_are(
     ("place", "record"),
     [
         (command.PHOTOS, None),
-        (command.EVALUATION, '{"images": []}'),  # of annotations, say
+        (command.EVALUATION, '{"images": []}'),  # such as of annotations
         (command.MASKS, None),
     ],
 )

@@ -85,7 +85,7 @@ class Network:
 
 
 def test_networks_do_not_stay_on_the_device_after_a_sheet_that_failed() -> None:
-    """Training, which goes on, needs the memory."""
+    """Training, which continues, needs the memory."""
     model, momentum = Network(), Network()
     networks = Networks({}, cast(Any, model), cast(Any, momentum))
     config = load_config("demo")

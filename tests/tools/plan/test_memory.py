@@ -1,4 +1,4 @@
-"""The estimate of the memory is held to the bytes that tensors hold in a real step."""
+"""The estimate of the memory is compared with the bytes that tensors hold in a real step."""
 
 from pathlib import Path
 

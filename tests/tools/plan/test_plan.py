@@ -1,4 +1,4 @@
-"""Plans are those of a hand calculation, stop scaling where they say, and name what to change."""
+"""Plans are those of a hand calculation, stop scaling where they state, and name what to change."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe in its DevTools protocol; nothing to install."""
+"""A headless Chromium, controlled over a pipe by its DevTools protocol; nothing to install."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """One tab; keeps every request and everything that the console says."""
+    """One tab; keeps every request and all messages of the console."""
 
     def __init__(self, reading: int, writing: int) -> None:
         self.reading, self.writing = reading, writing

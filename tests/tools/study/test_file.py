@@ -1,4 +1,4 @@
-"""Study files say what is wrong in them, and where."""
+"""Errors of study files name the mistake and its place."""
 
 from pathlib import Path
 from typing import Any

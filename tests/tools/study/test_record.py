@@ -1,4 +1,4 @@
-"""The record of a study stands for runs whose folder is gone."""
+"""The record of a study replaces runs whose folder is gone."""
 
 import errno
 import json
@@ -65,7 +65,7 @@ def test_a_study_goes_on_from_its_record_alone(
 def test_the_results_of_a_folder_go_before_the_record(
     done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever deletes a result file gets it again."""
+    """A result file that is deleted is written again."""
     run = plan_runs(load_study(done / "study.yaml"))[1]
     run.knn.unlink()
     assert f"# {run.row}, seed {run.seed}: cache, train, evaluate" in listed(done, capsys)

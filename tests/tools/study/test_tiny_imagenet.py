@@ -82,7 +82,7 @@ def test_a_tar_of_other_content_is_not_replaced(
 def test_a_tar_that_cannot_be_written_is_no_fault_of_the_archive(
     archive: Path, tmp_path: Path
 ) -> None:
-    """Else a full store would be a reason to delete it."""
+    """Otherwise a full store would be a reason to delete it."""
     with pytest.raises(DataError, match=r"train-00.tar: cannot be written .*name another folder"):
         write_subset(archive, tmp_path / "absent")
 

@@ -1,4 +1,4 @@
-"""From a study file to runs: their order, their names, and what of them is missing."""
+"""From a study file to runs: their order, their names, and which results are missing."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_every_row_of_a_study_that_is_shipped_can_be_run(
 
 
 def test_the_folders_of_a_study_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that is added belongs into ``ADDED``: else every study would train again."""
+    """A key that is added belongs in ``ADDED``: otherwise every study would train again."""
     monkeypatch.chdir(ROOT)
     runs = plan_runs(load_study("configs/studies/cpu.yaml"))
     names = [[run.row, run.seed, run.folder.name, run.config.cache.dir] for run in runs]
