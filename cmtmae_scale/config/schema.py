@@ -483,8 +483,9 @@ class Guard:
     1.4826 x the median distance from the median, at least 1 % of the median. ``None``: only steps
     that are not finite are skipped."""
     hang_seconds: float | None = positive(300.0)
-    """Seconds without progress after which a run counts as hung and ends; five times that in the
-    first step, in saves and in evaluations. ``None``: only the collectives' own limit applies."""
+    """Seconds without progress after which a run counts as hung and ends; five times that while the
+    run is built, in the first step, in saves and in evaluations. ``None``: only the collectives' own
+    limit applies."""
 
 
 @dataclass
