@@ -484,8 +484,8 @@ class Guard:
     that are not finite are skipped."""
     hang_seconds: float | None = positive(300.0)
     """Seconds without progress after which a run counts as hung and ends; five times that while the
-    run is built, in the first step, in saves and in evaluations. ``None``: only the collectives' own
-    limit applies."""
+    run is built, in the first step, in saves and in evaluations. ``None``: only the collectives'
+    own limit applies."""
 
 
 @dataclass
