@@ -34,7 +34,7 @@ def parameter_groups(
     """
     found: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # the first: a shard of ZeRO-3
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: whole shape in ZeRO-3
         exempt = len(shape) < 2 or name.endswith(("_token", "pos_embed", "freqs"))
         found.setdefault((lr_scale(name), exempt), []).append(parameter)
     return [
@@ -107,11 +107,11 @@ def take_step(
         optimizer: AdamW over ``parameters``.
         parameters: this rank's float32 weights with their reduced gradients.
         clip: largest norm, or ``None``.
-        lr: see ``Backend.step``, as the next three.
-        report: see there.
-        accept: see there.
-        meanwhile: see there.
-        num_copies: ranks that hold the same weights, each of which counts once in the norm.
+        lr: see ``Backend.step``.
+        report: see ``Backend.step``.
+        accept: see ``Backend.step``.
+        meanwhile: see ``Backend.step``.
+        num_copies: number of ranks that hold the same weights; the norm counts each weight once.
     """
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     packed = torch.cat([report, norm.square().reshape(1) / num_copies])

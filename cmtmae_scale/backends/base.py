@@ -92,7 +92,8 @@ class Backend(Protocol):
             lr: learning rate; each parameter's is this times its ``lr_scale``.
             report: 1-D float32 vector, summed over ranks and returned; a non-finite entry prevents
                 the update like a non-finite gradient.
-            accept: decides on finite steps; must decide alike on every rank. ``None`` accepts all.
+            accept: decides on finite steps; must return the same on every rank. ``None`` accepts
+                all.
             meanwhile: called once before the host waits for the sums, so that the device has work
                 while the host decides and enqueues the update; must not use the weights.
         """
@@ -115,7 +116,7 @@ class Backend(Protocol):
         ...
 
     def after_load(self, step: int) -> None:
-        """Renew derived values after ``fragments()`` was written to.
+        """Renew derived values after values were written to ``fragments()``.
 
         Args:
             step: number of applied optimizer steps (AdamW's counter).
@@ -133,7 +134,7 @@ def detached(terms: Terms) -> Terms:
 
 
 def compile_blocks(module: nn.Module, settings: BackendSettings) -> None:
-    """Compile each block of a module if ``backend.compile`` says so; before it is sharded."""
+    """Compile each block of a module if ``backend.compile`` is set; call before sharding."""
     if settings.compile:
         for block in cast(Blocked, module).transformer_blocks():
             block.compile(dynamic=False)
@@ -147,7 +148,7 @@ def compute_dtype(settings: BackendSettings) -> torch.dtype:
 def start_read(values: Tensor) -> Callable[[], list[float]]:
     """Start to copy a vector to the host; the returned function waits for it and returns it.
 
-    On a GPU it waits for the copy alone, and not for what is enqueued in between.
+    On a GPU it waits for the copy alone, and not for work that is enqueued afterwards.
     """
     if values.device.type != "cuda":
         return values.tolist

@@ -16,7 +16,7 @@ from cmtmae_scale.method.student import MomentumEncoder
 class BlockwiseMomentum:
     """EMA weights whose float32 values are sharded over all ranks, without a whole copy.
 
-    A forward gathers, in the compute dtype, the parameters of no block, then each block, and
+    A forward gathers, in the compute dtype, the parameters outside blocks, then each block, and
     releases them after their use. The next block is gathered while a block computes.
 
     Args:
@@ -44,7 +44,7 @@ class BlockwiseMomentum:
             if id(module) not in within:
                 materialise(module, device, recurse=False)
         self.parts: list[GatheredMomentum] = []
-        """Of what belongs to no block, then of each block."""
+        """First for the parameters outside blocks, then for each block."""
         self.weights: list[list[nn.Parameter]] = []
         """Parameters that each part fills."""
         views: dict[str, Tensor] = {}
@@ -69,13 +69,13 @@ class BlockwiseMomentum:
         update_momentum(self.views, weights, momentum)
 
     def renew(self) -> None:
-        """Do nothing: every forward gathers anew."""
+        """Do nothing: every forward gathers the weights again."""
 
     def fetch(self, number: int, *_: Any) -> None:
         """Allocate and fill the parameters of a part, and begin to gather the next; a collective.
 
         Args:
-            number: of the part; ``_``: what torch gives to hooks.
+            number: index of the part; ``_``: arguments that torch passes to hooks.
         """
         rows, work = self.ahead.pop(number, None) or self.parts[number].gather_rows(waits=False)
         if number < self.num_needed_blocks:

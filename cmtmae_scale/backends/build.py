@@ -44,8 +44,8 @@ def make_backend(
         lr_scale: factor of the learning rate of each parameter.
 
     Returns:
-        A backend whose weights have no values yet: ``initialise_backend`` or a checkpoint, with
-        ``after_load``, gives them.
+        A backend whose weights have no values yet: ``initialise_backend``, or a checkpoint with
+        ``after_load``, sets them.
 
     Raises:
         ConfigError: if the backend is not installed, or the ranks do not fit its sharding.
@@ -78,7 +78,7 @@ def make_backend(
         )
     refuse_missing_deepspeed()
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it finds none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds none
     from cmtmae_scale.backends.deepspeed import Zero  # an optional package, slow to import
 
     plan = batch_plan(config, world.world_size)
@@ -99,7 +99,7 @@ def refuse_missing_deepspeed() -> None:
     """Refuse ``backend.name=deepspeed`` where DeepSpeed is not installed.
 
     Raises:
-        ConfigError: naming the extra.
+        ConfigError: names the extra.
     """
     if find_spec("deepspeed") is None:
         raise ConfigError(

@@ -92,9 +92,9 @@ class Zero:
         check_version()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if device.type == "cpu":
-            # Else the first launch compiles a shared-memory collective for minutes.
+            # Otherwise the first launch compiles a shared-memory collective, which takes minutes.
             cast(Any, deepspeed.ops).__compatible_ops__ = {}
-        # DeepSpeed reads no other source.
+        # DeepSpeed reads the local rank from this variable only.
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         self.stage = settings.zero_stage
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -113,7 +113,7 @@ class Zero:
             gather_by_block(model)
         else:
             materialise(model, device)
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory several times
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use several times
             self.engine, self.optimizer, *_ = cast(
                 tuple[Any, ...],
                 deepspeed.initialize(
@@ -169,7 +169,7 @@ class Zero:
         accept: Accept | None = None,
         meanwhile: Meanwhile | None = None,
     ) -> Outcome:
-        """See ``Backend.step``; ZeRO reads the norm once more than the protocol asks."""
+        """See ``Backend.step``; ZeRO needs a second host read, of the norm."""
         packed = report.clone()
         dist.all_reduce(packed)
         read_sums = start_read(packed)
@@ -185,12 +185,12 @@ class Zero:
         return Outcome(grad_norm, self.engine.was_step_applied(), values)
 
     def discard(self) -> None:
-        """See ``Backend.discard``; where there are gradients, after the last micro-step only."""
+        """See ``Backend.discard``; with gradients, call it only after the last micro-step."""
         if self.has_gradients:
             self.drop_gradients()
 
     def drop_gradients(self) -> float:
-        """Let DeepSpeed skip a step; returns the norm of the dropped gradients."""
+        """Let DeepSpeed skip a step; return the norm of the dropped gradients."""
         with force_skipped_steps(self.optimizer, self.stage) as norms:
             self.engine.step()
         self.has_gradients = False
@@ -256,7 +256,7 @@ def check_version() -> None:
     """Refuse a version of DeepSpeed whose private names were not tested.
 
     Raises:
-        ConfigError: with both versions.
+        ConfigError: names both versions.
     """
     found = deepspeed.__version__
     if not found.startswith(f"{TESTED}."):
@@ -270,7 +270,7 @@ def check_version() -> None:
 def partition(model: nn.Module, device: torch.device, engine_config: dict[str, Any]) -> None:
     """Allocate a model of the meta device module by module, and keep stage 3's shards of each."""
     deepspeed.init_distributed(dist_init_required=False)
-    for module in reversed(list(model.modules())):  # those within a module come before it
+    for module in reversed(list(model.modules())):  # inner modules first
         materialise(module, device, recurse=False)
         if next(module.parameters(recurse=False), None) is not None:
             deepspeed.zero.Init(module=module, config_dict_or_path=engine_config)
@@ -279,7 +279,8 @@ def partition(model: nn.Module, device: torch.device, engine_config: dict[str, A
 def gather_by_block(model: nn.Module) -> None:
     """Make stage 3 gather each block as a whole and the other parameters with the model.
 
-    The forward of another module than their own uses some parameters, which ZeRO does not detect.
+    Some parameters are used in the forward of another module than their own, which ZeRO does not
+    detect.
     """
     within: set[int] = set()
     for block in cast(Blocked, model).transformer_blocks():

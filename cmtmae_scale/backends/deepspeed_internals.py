@@ -1,4 +1,4 @@
-"""Where DeepSpeed's ZeRO optimizers keep a parameter's float32 values.
+"""Locates a parameter's float32 values in DeepSpeed's ZeRO optimizers.
 
 ZeRO keeps them in flat tensors, one or more per parameter group. At every stage a rank's shard of a
 parameter is a range of one flat tensor. All names read here are private to DeepSpeed 0.19; the
@@ -81,7 +81,7 @@ def renew_compute_copies(optimizer: Any, stage: int) -> None:
         return
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    # Small parameters stay gathered, so that the forward would use their old values.
+    # Small parameters stay gathered, so the forward would otherwise use their old values.
     kept = optimizer.persistent_parameters
     if kept:
         kept[0].partition(kept)

@@ -88,8 +88,8 @@ class Fsdp:
         self.clip = optimizer.grad_clip
         # FSDP2 averages gradients over ranks; the loss is a sum over all of them.
         self.loss_scale = loss_scale * dist.get_world_size()
-        # The optimizer updates this rank's shards as plain tensors: with DTensors each of some
-        # hundred parameters would cost a dispatch of its own while the device waits.
+        # The optimizer updates this rank's shards as plain tensors: with DTensors each of several
+        # hundred parameters would need a dispatch of its own while the device waits.
         self.found = {f"model.{n}": self.fragment(p) for n, p in self.model.named_parameters()}
         self.sharded = dict(trainable(self.model))
         self.own = {
@@ -149,7 +149,7 @@ class Fsdp:
         accept: Accept | None = None,
         meanwhile: Meanwhile | None = None,
     ) -> Outcome:
-        with torch.no_grad():  # else to_local() is an operator of autograd
+        with torch.no_grad():  # or autograd records to_local()
             for name, parameter in self.sharded.items():
                 gradient = cast(DTensor | None, parameter.grad)
                 self.own[name].grad = None if gradient is None else gradient.to_local()
@@ -187,7 +187,7 @@ class Fsdp:
 
     def after_load(self, step: int) -> None:
         set_step(self.optimizer, step)
-        # After a forward without a backward the gathered weights are still the old ones.
+        # After a forward without a backward the gathered weights still have their old values.
         reshard(self.units)
         if self.momentum is not None:
             self.momentum.renew()
@@ -201,7 +201,7 @@ class ShardedMomentum:
 
     Args:
         encoder: the momentum encoder, on the meta device.
-        mesh: the student's.
+        mesh: the student's mesh.
         settings: precision and compilation.
         device: this rank's device.
     """
@@ -221,7 +221,7 @@ class ShardedMomentum:
         update_momentum(self.views, weights, momentum)
 
     def renew(self) -> None:
-        """Drop gathered weights, so that the next forward gathers anew."""
+        """Drop gathered weights, so that the next forward gathers them again."""
         reshard(self.units)
 
     @torch.no_grad()
@@ -250,7 +250,7 @@ def ranks_per_shard_group(sharding: str, world_size: int, local_world_size: int)
     """Return the number of ranks that share one copy of the weights.
 
     Raises:
-        ConfigError: if the nodes of ``hybrid`` do not have equally many ranks.
+        ConfigError: if the nodes of ``hybrid`` do not have the same number of ranks.
     """
     if sharding == "full":
         return world_size
@@ -258,7 +258,7 @@ def ranks_per_shard_group(sharding: str, world_size: int, local_world_size: int)
     if world_size % inner:
         raise ConfigError(
             f"backend.sharding=hybrid: {world_size} ranks do not divide into nodes of {inner}; "
-            "launch equally many ranks on each node, or use backend.sharding=full"
+            "launch the same number of ranks on each node, or use backend.sharding=full"
         )
     return inner
 
@@ -281,7 +281,7 @@ def wrap(
 ) -> nn.Module:
     """Shard groups of blocks of a module, then its other parameters; allocate the shards.
 
-    Compilation comes after activation checkpointing, which is the model's own, and before sharding.
+    Blocks are compiled after the model sets up activation checkpointing, and before sharding.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype(settings), reduce_dtype=torch.float32, cast_forward_inputs=True

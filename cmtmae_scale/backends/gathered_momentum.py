@@ -36,7 +36,7 @@ class Strip(NamedTuple):
 
 
 FEW_RANKS = 16
-"""Most ranks whose ranges of one parameter are copied one by one, all in one fused copy."""
+"""Maximum number of ranks whose ranges of one parameter are copied one by one, in a fused copy."""
 
 
 class GatheredMomentum:
@@ -133,10 +133,10 @@ class GatheredMomentum:
 
 
 def cut_rows(pieces: list[tuple[int, int]]) -> list[int]:
-    """Return the lengths of what lies before, between and in pieces: gap, piece, gap, piece, ...
+    """Return the lengths of pieces and of the gaps before them: gap, piece, gap, piece, ...
 
     Args:
-        pieces: place and length of each, by place.
+        pieces: place and length of each, sorted by place.
     """
     cuts: list[int] = []
     end = 0
@@ -150,7 +150,7 @@ def gather_ranges(shards: list[Shard], group: dist.ProcessGroup | None) -> NDArr
     """Gather offsets and lengths of all ranks of a group, ``[ranks, shards, 2]``; a collective.
 
     Args:
-        shards: this rank's; the parameters and their order are the same on every rank.
+        shards: this rank's shards; the parameters and their order are the same on every rank.
         group: the ranks; ``None``: all.
     """
     mine = np.array([shard[1:] for shard in shards], dtype=np.int64)

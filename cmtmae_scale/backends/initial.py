@@ -1,4 +1,4 @@
-"""Parameters of a backend before its first step: allocated where they belong, filled by ranges."""
+"""Allocates the parameters of a backend on their device, and fills them by ranges."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -50,7 +50,7 @@ def initialise_backend(backend: Backend, values: Values) -> None:
 
     Args:
         backend: before its first step.
-        values: of every parameter; of two values of one parameter the later is written.
+        values: of every parameter; if a parameter has several, the last is written.
 
     Raises:
         ValueError: if a parameter has no values.

@@ -37,7 +37,7 @@ class Plain:
     """Runs ordinary modules; the weights that AdamW updates are float32.
 
     With ``backend.precision=bf16`` the modules hold bf16 copies of them, and gradients are summed
-    over micro-steps in float32, which gives the bits of FSDP2 without its hooks.
+    over micro-steps in float32, which gives the same bits as FSDP2 without its hooks.
 
     Args:
         model: ``CollaborativeMAE`` or ``Classifier`` on the meta device.

@@ -1,4 +1,4 @@
-"""Collectives of a step by formula: how many, over how many ranks, and of how many bytes.
+"""Formulas for the collectives of a step: their number, ranks and bytes.
 
 ``tools/benchmark/collectives.py`` counts what the backends do; a test compares both. P: trained
 parameters; E: those of the momentum encoder; s: ranks that share one copy of the weights; c: bytes
@@ -45,7 +45,7 @@ ALIGNMENT = 2
 BUCKET = 500_000_000
 """Values that DeepSpeed reduces at a time."""
 MANY_RANKS = 64
-"""Ranks above which sharding over all of them is warned about."""
+"""Number of ranks above which sharding over all ranks causes a warning."""
 
 
 class Traffic(NamedTuple):
@@ -66,12 +66,12 @@ class Traffic(NamedTuple):
 
     @property
     def latency_s(self) -> float:
-        """Seconds of the hops of a ring, which no bandwidth shortens; modelled."""
+        """Seconds of the hops of a ring, which bandwidth does not shorten; modelled."""
         return self.calls * self.rounds * (self.ranks - 1) * HOP_S
 
     @property
     def rounds(self) -> int:
-        """Times that the ring is passed."""
+        """Number of passes around the ring."""
         return 2 if self.kind == "all-reduce" else 1
 
 
@@ -153,7 +153,7 @@ def zero_traffic(
 
 
 def count_units(module: nn.Module, is_full: bool) -> int:
-    """Count the parts of a module that FSDP2 gathers as a whole; the last is what blocks leave."""
+    """Count the parts of a module that FSDP2 gathers as a whole: groups of blocks, and the rest."""
     blocks = len(cast(Blocked, module).transformer_blocks())
     return 1 + (blocks if is_full else math.ceil(blocks / BLOCKS_PER_GROUP))
 
@@ -171,7 +171,7 @@ def padded(parameters: Iterable[nn.Parameter], shards: int) -> int:
 def warn_of_latency(
     config: Trained, model: nn.Module, momentum: nn.Module | None, world_size: int
 ) -> None:
-    """Warn where weights are sharded over so many ranks that the hops of rings take the time."""
+    """Warn if weights are sharded over so many ranks that the latency of rings dominates."""
     backend = config.backend
     if world_size <= MANY_RANKS:
         return

@@ -169,7 +169,7 @@ class Builder:
         """Begin a cache, or join a cache that another process began.
 
         The first process calibrates and publishes the manifest, the others wait for it. Without
-        ``rows_per_shard`` a cache that was begun keeps its own.
+        ``rows_per_shard`` a cache that was begun keeps its value.
 
         Raises:
             CacheError: if the folder holds another cache, or cannot be written.
@@ -352,7 +352,7 @@ def open_or_build_index(config: Config, folder: Path, keyed: Keyed = "views") ->
     """Read the index, or build it while other processes wait.
 
     A cache that was begun keeps the images that it began with. A sidecar uses the index of its run
-    as it is: the run's ranks have it mapped, and files here may have other times.
+    as it is: the run's ranks have it mapped, and file times may differ on this machine.
 
     Raises:
         CacheError: if the folder cannot be written.
@@ -384,7 +384,7 @@ def open_or_build_index(config: Config, folder: Path, keyed: Keyed = "views") ->
 
 
 def row_shape(teacher: OnlineTeacher, features: bool = True) -> tuple[int, int, int]:
-    """Return patches N, tokens T and channels F of a row; 0: unused, or not stored."""
+    """Return patches N, tokens T and channels F of a row; 0: not used, or not stored."""
     reading, patches = teacher.outputs, teacher.grid[0] * teacher.grid[1]
     attention = patches if reading.attention_layers else 0
     if not features or not reading.feature_layers:
@@ -424,7 +424,7 @@ def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
     """Read the manifest of a cache that was begun; ``None``: there is none yet.
 
     Raises:
-        CacheError: if the cache is not the wanted one.
+        CacheError: if the cache differs from the wanted cache.
     """
     if not (folder / MANIFEST).exists():
         return None
@@ -442,7 +442,7 @@ def find_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
 
 
 def stripe_of(share: tuple[int, int], world: World) -> tuple[int, int]:
-    """Return number and count of the processes of all jobs; ``share`` is job i of n jobs."""
+    """Return this process's number and the number of processes of all n jobs; ``share``: (i, n)."""
     job, jobs = share
     return job * world.world_size + world.rank, jobs * world.world_size
 
@@ -456,7 +456,7 @@ def build_shards(
 ) -> None:
     """Compute and write shards; one shard is written while the next is computed.
 
-    The next shard is requested when its predecessor is computed, which may still be being written.
+    The next shard is requested once its predecessor is computed, possibly before it is written.
     Complete shards are skipped. ``report_rows`` is called with the number of finished rows.
 
     Raises:

@@ -88,10 +88,10 @@ def heartbeat(keep_alive: Callable[[], None]) -> Iterator[None]:
 
 
 def create_claim(claim: Path) -> bool:
-    """Create the claim; return whether this process is the one that did.
+    """Create the claim; return whether it did not exist.
 
     Raises:
-        OSError: if it cannot be written; no empty claim is left, for which others would wait.
+        OSError: if it cannot be written; no empty claim remains, for which others would wait.
     """
     try:
         with claim.open("x") as opened:
@@ -105,7 +105,7 @@ def create_claim(claim: Path) -> bool:
 
 
 def heartbeat_of(claim: Path) -> int:
-    """Return the time of the last heartbeat by the file system's clock; 0: the claim is gone."""
+    """Return the time of the last heartbeat by the file system's clock; 0: there is no claim."""
     try:
         return claim.stat().st_mtime_ns
     except OSError:

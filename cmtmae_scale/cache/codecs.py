@@ -28,7 +28,7 @@ LEVELS = 127
 _SMALLEST = 2.0**-14
 """Smallest scale: float16 loses bits below it."""
 _NO_FILE = frozenset({errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.EFBIG})
-"""Errors of what is absent, or is no regular file of a legal size."""
+"""Errors of a file that is absent, is not a regular file, or is too large."""
 
 
 class Calibration(NamedTuple):
@@ -93,7 +93,7 @@ def load_calibration(folder: Path, sha256: str | None, width: int) -> Calibratio
     """Read the calibration of ``width`` channels that the manifest names by its digest, if any.
 
     Raises:
-        CacheError: the file is absent or cannot be read, or is not the one that the manifest names.
+        CacheError: the file is absent or cannot be read, or differs from the manifest's digest.
     """
     if sha256 is None:
         return None
@@ -116,7 +116,7 @@ def load_calibration(folder: Path, sha256: str | None, width: int) -> Calibratio
 def explain_unusable(error: Exception) -> str:
     """Return why a file of a cache cannot be used, and what to do.
 
-    A file that the store or the rights refuse may be intact.
+    A file may be intact if the store fails or permissions are missing.
     """
     if isinstance(error, OSError) and error.errno not in _NO_FILE:
         return f"cannot be read ({error.strerror}); make it readable, and {AGAIN}"
@@ -164,7 +164,7 @@ def round_features(features: Tensor, codec: Codec, calibration: Calibration | No
 
 
 def round_view(view: TeacherView, codec: Codec, calibration: Calibration | None) -> TeacherView:
-    """Round an online view as the cache would; int8 features without calibration stay as they are.
+    """Round an online view as the cache would; without calibration int8 features are unchanged.
 
     The calibration is on the view's device.
     """
@@ -204,7 +204,7 @@ def token_cosines(
 def summarise_cosines(cosines: Tensor) -> tuple[float, float, float]:
     """Return mean, 1st percentile and minimum of cosines; NaN if any is NaN."""
     found = cosines.sort().values
-    if bool(found[-1].isnan()):  # NaN is sorted last, where no quantile would meet it
+    if bool(found[-1].isnan()):  # NaN is sorted last, where percentile and minimum may miss it
         return math.nan, math.nan, math.nan
     return float(found.mean()), float(found[len(found) // 100]), float(found[0])
 
@@ -213,9 +213,9 @@ class Bounds(NamedTuple):
     """Differences that rounding explains."""
 
     cosine: float
-    """Least mean cosine of standardised features."""
+    """Minimum mean cosine of standardised features."""
     distance: float
-    """Largest mean total variation distance of attention maps, 0 to 1."""
+    """Maximum mean total variation distance of attention maps, 0 to 1."""
 
 
 BOUNDS = {torch.float32: Bounds(0.999, 0.001), torch.bfloat16: Bounds(0.99, 0.05)}
@@ -250,8 +250,8 @@ def measure_agreement(
     """Compare some rows of two views of a batch. Synchronises with the host.
 
     Args:
-        online: the teacher's.
-        stored: the cache's.
+        online: the teacher's view.
+        stored: the cache's view.
         rows: indices in the batch, at least one.
         calibration: standardises channels; ``None``: the online features' own statistics.
     """

@@ -1,4 +1,4 @@
-"""Fingerprint of a cache: what its rows are computed from, and whether a run asks for the same."""
+"""Fingerprint of a cache: what its rows are computed from; compared with that of a run."""
 
 import json
 import logging
@@ -54,14 +54,14 @@ def cache_fingerprint(
 
 
 def check_fingerprint(manifest: Manifest, wanted: dict[str, Any], folder: str) -> None:
-    """Refuse a cache that is computed from something else than the run's fingerprint ``wanted``.
+    """Refuse a cache whose fingerprint differs from the run's, ``wanted``.
 
     Raises:
         CacheError: names the first field that differs, both values and the remedy.
     """
     built, asked = dict(flatten_groups(manifest.fingerprint)), dict(flatten_groups(wanted))
     if asked.get(WEIGHTS) is None or built.get(WEIGHTS) is None:
-        text = "weights not checked: their file is not at hand; compared by name"
+        text = "weights not checked: their file is not available; compared by name"
         logger.warning("%s", entry_message(f"cache.dir={folder}: {text}"))
         built.pop(WEIGHTS, None)
         asked.pop(WEIGHTS, None)
@@ -76,7 +76,7 @@ def check_fingerprint(manifest: Manifest, wanted: dict[str, Any], folder: str) -
 
 
 def provenance(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return what rows depend on slightly: versions and decoder."""
+    """Return what rows depend on only slightly: versions and decoder."""
     return {
         "cmtmae_scale": __version__,
         "torch": torch.__version__,

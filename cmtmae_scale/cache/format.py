@@ -267,7 +267,7 @@ def check_manifest(manifest: Manifest) -> None:
         raise ValueError(f"calibration_sha256 is {sha256!r}")
     for name in ("fingerprint", "recorded"):
         if not isinstance(getattr(manifest, name), dict):
-            raise ValueError(f"{name} is no group of values")
+            raise ValueError(f"{name} is not a group of values")
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -308,9 +308,9 @@ def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
 
 
 def delete_abandoned_drafts(folder: Path) -> None:
-    """Delete what killed processes were writing, which may be a GiB each and is never read."""
+    """Delete the drafts of killed processes, which are never read and may take a GiB each."""
     for place in (folder / SHARDS, *list_shard_folders(folder)):
-        with suppress(OSError):  # without rights, or deleted meanwhile; the shards are not affected
+        with suppress(OSError):  # no permission, or deleted since; the shards are not affected
             for name in filter(DRAFT.fullmatch, os.listdir(place)):
                 if not is_recent_draft(place / name):
                     (place / name).unlink(missing_ok=True)
@@ -360,7 +360,7 @@ def old_seal_path(path: Path) -> Path:
 
 
 def read_header(opened: BinaryIO) -> tuple[bytes, int]:
-    """Return the header of a shard from its start on, and where in it the digest is.
+    """Return a shard's bytes up to the end of the header, and the digest's offset in them.
 
     Raises:
         ValueError: if it is damaged.
@@ -384,7 +384,7 @@ def unsealed_digest(opened: BinaryIO) -> str:
 
 
 def as_os_error(error: SafetensorError, path: Path) -> OSError:
-    """Return what the store said to safetensors, whose text alone has the error number."""
+    """Return the store's error behind that of safetensors, whose text holds the error number."""
     found = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))  # the second: older versions
     number = int(found[1]) if found else errno.EIO
     return OSError(number, os.strerror(number), str(path))
@@ -396,7 +396,7 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, fields: Mapping[st
     ``fields`` holds all tensors of the manifest on the CPU, without the checksums.
 
     Raises:
-        OSError: if the store refuses; the shard does not count then.
+        OSError: if the store refuses; the shard then does not count as complete.
     """
     names = [name for name in manifest.fields() if name != "checksum"]
     identity = manifest.identity

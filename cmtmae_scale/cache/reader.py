@@ -40,15 +40,15 @@ BUILD_POLL_S = 10.0
 FIRST_READ = 4096
 """Bytes of a shard that are read at first; a header has fewer."""
 MAX_RUN = 1024
-"""Rows in one read: the most buffers that the system takes (IOV_MAX)."""
+"""Maximum number of rows in one read: the system's limit of buffers (IOV_MAX)."""
 INCOMPLETE = "it is not complete"
 STORE_FAILS = "the store fails"
-"""How the fault of a row begins that may be intact."""
+"""Beginning of the fault of a row that may be intact."""
 UNDECODED = "its image could not be decoded when it was built"
 UNDAMAGED = (None, INCOMPLETE, UNDECODED)
-"""Faults that are no damage."""
+"""Faults that are not damage."""
 _readers: "weakref.WeakSet[CacheReader]" = weakref.WeakSet()
-"""Readers of this process, one per cached teacher, which share the files that it may open."""
+"""Readers of this process, one per cached teacher, which share its limit of open files."""
 
 
 class Field(NamedTuple):
@@ -108,7 +108,7 @@ class ShardFile:
     def read_rows(
         self, rows: Sequence[int], into: Mapping[str, Tensor], places: Sequence[int]
     ) -> list[str | None]:
-        """Read rows of this shard into a batch and verify each; neighbours in one read per tensor.
+        """Read rows of this shard into a batch and verify each; adjacent rows are read together.
 
         Args:
             rows: their numbers in the cache, in any order.
@@ -131,7 +131,7 @@ class ShardFile:
     def _read_run(
         self, rows: list[int], into: Mapping[str, Tensor], places: list[int]
     ) -> list[str | None]:
-        """Read successive rows; a run that is cut short is read again row by row."""
+        """Read successive rows; a run that ends early is read again row by row."""
         memory: list[list[memoryview]] = []
         for name, field in self.fields.items():
             targets = [row_memory(into[name], at) for at in places]
@@ -249,7 +249,7 @@ class CacheReader:
         return any(submitted is plan for submitted, _, _ in self._pending)
 
     def _retry_incomplete(self, rows: CachedRows) -> CachedRows:
-        """Read rows again whose shard may be complete now, and close the shards behind.
+        """Read rows again whose shard may be complete now, and close earlier shards.
 
         A deleted file occupies its space until it is closed.
         """
@@ -262,7 +262,7 @@ class CacheReader:
         return rows
 
     def close(self) -> None:
-        """Stop the threads and close all files; may be repeated."""
+        """Stop the threads and close all files; may be called again."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
         self._open.clear()
@@ -287,7 +287,7 @@ class CacheReader:
                 self._warn_once(rows.numbers[at], fault)
 
     def _try_rows(self, shard: int, rows: CachedRows, places: list[int]) -> list[str | None]:
-        """Read rows of a shard; returns per row why it cannot be used, if so."""
+        """Read rows of a shard; return per row ``None``, or why it cannot be used."""
         numbers = [rows.numbers[at] for at in places]
         try:
             return self._open_shard(shard).read_rows(numbers, rows.fields, places)
@@ -348,7 +348,7 @@ class CacheReader:
         return listed[1]
 
     def _warn_once(self, row: int, fault: str | None) -> None:
-        """Log a damaged shard, or one that the store does not give, once per shard."""
+        """Log that a shard is damaged, or that its store fails, once per shard."""
         number, fails = self.shard_of(row), str(fault).startswith(STORE_FAILS)
         with self._lock:
             new = (number, fails) not in self._warned

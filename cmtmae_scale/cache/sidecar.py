@@ -45,12 +45,12 @@ class Sidecar:
         folder: ``cache.dir``.
         manifest: the cache's, keyed by position.
         run_dir: the run's folder.
-        stripe: number of this process, and how many share the shards.
+        stripe: number of this process, and the number of processes that share the shards.
         ahead: shards ahead of the run.
         between: shards between two checkpoints.
         patience_s: seconds without progress of the run after which the sidecar ends.
-        clock: seconds.
-        pause: waits so many seconds.
+        clock: returns the time in seconds.
+        pause: waits for the given seconds.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Sidecar:
         self.number, self.count = stripe
         self.ahead = ahead
         self.max_shards = ahead + 2 * between + 1
-        """Most shards on storage: a save may take as long as the time between two saves."""
+        """Maximum number of shards on storage: a save may take as long as the time to the next."""
         self.patience_s = patience_s
         self.clock = clock
         self.pause = pause
@@ -138,7 +138,7 @@ class Sidecar:
             delete_shards_before(self.folder, self.progress.saved // self.manifest.rows_per_shard)
 
     def choose_shard(self, last: int | None) -> int | None:
-        """Return our first missing shard that can be complete before the run needs it.
+        """Return this process's first missing shard that can be complete before the run needs it.
 
         Args:
             last: shard that may still be being written.
@@ -174,8 +174,8 @@ def run_sidecar(
 ) -> bool:
     """Compute the shards that a run needs next; return whether the run is complete.
 
-    ``rows_per_shard`` holds for a cache that is begun here, by default ``SHARD_ROWS``; see
-    ``Sidecar`` for the others.
+    ``rows_per_shard`` applies to a cache that is begun here, by default ``SHARD_ROWS``; see
+    ``Sidecar`` for the other arguments.
 
     Raises:
         CacheError: a folder that holds another cache, or a store that refuses a shard.
@@ -227,7 +227,7 @@ def delete_shards_before(folder: Path, first: int) -> None:
 
     Folders that hold later shards only are not listed.
     """
-    delete_files_before(folder / SHARDS, first)  # format 1; else only the folders are there
+    delete_files_before(folder / SHARDS, first)  # format 1; format 2 has only folders there
     for place in list_shard_folders(folder):
         if int(place.name) <= first // SHARDS_PER_FOLDER:
             delete_files_before(place, first)

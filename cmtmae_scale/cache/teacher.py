@@ -85,13 +85,13 @@ class CachedTeacher:
 
     Args:
         config: the run.
-        manifest: the cache's.
-        calibration: the cache's.
+        manifest: the cache's manifest.
+        calibration: the cache's calibration.
         skeleton: the run's teacher; its weights are not used.
         online: runs on misses and in spot checks; ``None``: never.
         device: where views are needed.
-        fail: called with the reason why the present step must not be taken; the view that is
-            returned then is blank.
+        fail: called with the reason why the present step must not be applied; the rows that cannot
+            be used are then blank.
         keyed: meaning of a row's number.
     """
 
@@ -122,7 +122,7 @@ class CachedTeacher:
 
     @property
     def image_size(self) -> int | None:
-        """The online teacher's; ``None``: no image is needed."""
+        """Image size of the online teacher; ``None``: no image is needed."""
         return None if self.online is None else self.online.image_size
 
     def submit(self, plan: Plan) -> None:
@@ -144,7 +144,7 @@ class CachedTeacher:
         if missed:
             self.fail(self.miss_error(rows, missed[0]))
         view = self.decode_rows(rows.fields)
-        # Evenly spread, and in the same micro-batches of all ranks, so that no rank waits twice.
+        # Evenly spread, and in the same micro-batches on all ranks, so that their waits coincide.
         due = self.checks < self.batches * self.settings.spot_check
         if due and not missed and self.online is not None:
             self.checks += 1
@@ -152,7 +152,7 @@ class CachedTeacher:
         return view
 
     def decode_rows(self, fields: dict[str, Tensor]) -> TeacherView:
-        """Copy stored tensors to the device, beside its work, and decode them there."""
+        """Copy stored tensors to the device while it computes, and decode them there."""
         names = [name for name in ("attention", "features", "scales") if name in fields]
         copies = copy_beside([fields[name] for name in names], self.device, self.copies)
         moved = dict(zip(names, copies, strict=True))
@@ -189,7 +189,7 @@ class CachedTeacher:
     def check_rows(
         self, online: TeacherView, stored: TeacherView, rows: CachedRows, faulty: tuple[int, ...]
     ) -> None:
-        """Spot check: log the agreement, and fail if rounding does not explain the difference."""
+        """Log the agreement in a spot check, and fail if rounding does not explain a difference."""
         places = [k for k, fault in enumerate(rows.faults) if not fault and k not in faulty]
         if not places:
             return
@@ -217,7 +217,7 @@ class SidecarTeacher:
         online: runs where a row is missing.
         index: the images.
         device: where views are needed.
-        fail: called with the reason why the present step must not be taken.
+        fail: called with the reason why the present step must not be applied.
 
     Raises:
         CacheError: if the folder holds the cache of another run.
@@ -268,7 +268,7 @@ class SidecarTeacher:
         if time.monotonic() < self.next_search:
             return
         self.next_search = time.monotonic() + POLL_S
-        if not os.path.exists(self.folder / MANIFEST):  # or the store fails: no reason to stop
+        if not os.path.exists(self.folder / MANIFEST):  # False also if the store fails
             return
         try:
             self.cached = self.open_cached()

@@ -1,4 +1,4 @@
-"""Verify a cache: every checksum, and a random share of the rows computed again."""
+"""Verifies a cache: every checksum, and a random fraction of the rows computed again."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +28,9 @@ from cmtmae_scale.runtime.log import progress_bar
 BLOCK = 64
 """Rows that are verified at a time."""
 MIN_COSINE = 0.9995
-"""Least 1st percentile of the cosine of standardised features."""
+"""Minimum 1st percentile of the cosine of standardised features."""
 MIN_AGREEMENT = 0.99
-"""Least share of the salient half of patches that stored and online attention have in common."""
+"""Minimum fraction of the salient half of patches that stored and online attention share."""
 
 
 def damaged_shards(
@@ -55,7 +55,7 @@ def shard_fault(folder: Path, manifest: Manifest, shard: int) -> str | None:
     """Return why a shard cannot be trusted; ``None``: it is intact.
 
     Raises:
-        CacheError: if the store fails, which says nothing about the shard.
+        CacheError: if the store fails, so that the state of the shard is unknown.
     """
     try:
         seal = read_seal(folder, manifest, shard)
@@ -101,9 +101,9 @@ class Comparison:
     attention_error: float | None
     """Largest relative error of an attention value."""
     agreement: float | None
-    """Mean share of the salient half of patches in common."""
+    """Mean fraction of the salient half of patches in common."""
     validity: int
-    """Rows that are valid in only one of both."""
+    """Rows that are valid in only one of the two."""
 
     @property
     def good(self) -> bool:
@@ -138,16 +138,16 @@ class Comparison:
 def compare_rows(
     builder: Builder, folder: Path, manifest: Manifest, shards: Sequence[int], share: float
 ) -> Comparison:
-    """Compute a random share of the rows of intact shards again, at least one micro-batch.
+    """Compute a random fraction of the rows of intact shards again, at least one micro-batch.
 
-    The builder has joined the cache. Of the rows that were compared only numbers per token and row
-    are kept, since a hundredth of a large cache does not fit into memory.
+    The builder has joined the cache. Only numbers per token and row are kept of the compared rows,
+    since a hundredth of a large cache does not fit into memory.
     """
     size = builder.config.train.micro_batch_size
     chosen = choose_rows(manifest, shards, share, size)
     count = len(chosen)
     steps = -(-count // size)
-    # Each micro-batch is spread over the whole cache, so that the first gives fair statistics.
+    # Each micro-batch is spread over the whole cache, so that the first has unbiased statistics.
     plans = map(builder.plan_rows, (chosen[start::steps] for start in range(steps)))
     calibration = builder.calibration
     raw: list[Tensor] = []
@@ -191,7 +191,7 @@ def compare_rows(
 def choose_rows(
     manifest: Manifest, shards: Sequence[int], share: float, least: int
 ) -> NDArray[np.int64]:
-    """Choose a random share of the rows of shards, ``least`` if there are so many; ascending.
+    """Choose a random fraction of the rows of shards, at least ``least`` if possible; ascending.
 
     ``shards`` ascend; only the last shard of a cache has fewer rows than the others.
     """
@@ -220,7 +220,7 @@ def read_stored(
 
 
 def salient_overlaps(one: Tensor, two: Tensor) -> Tensor:
-    """Return the share of the salient half of patches in common, ``[B]``, of maps ``[B, N]``."""
+    """Return the fraction of the salient half of patches in common, ``[B]``, of maps ``[B, N]``."""
     half = one.shape[1] // 2
     salient_one, salient_two = (
         torch.zeros_like(attention, dtype=torch.bool).scatter_(

@@ -1,7 +1,7 @@
 """Write flat fragments to safetensors files and read them back, at any number of ranks.
 
-A file names the chunk of a tensor that begins at a value ``key@offset``; ``index.py`` says what the
-index holds.
+A file holds the chunk of tensor ``key`` from value ``offset`` on as ``key@offset``; ``index.py``
+describes the index.
 """
 
 import json
@@ -78,7 +78,7 @@ class ChunkReader:
         index: from ``share_index``; ``None``: the index is read and checked.
 
     Raises:
-        CheckpointError: if the index is not as ``load_index`` expects it.
+        CheckpointError: if ``load_index`` refuses the index.
     """
 
     def __init__(self, folder: Path, index: dict[str, Located] | None = None) -> None:
@@ -103,8 +103,8 @@ class ChunkReader:
         """Read values ``[offset, offset + length)`` of a tensor, 1-D float32 on the CPU.
 
         Raises:
-            CheckpointError: if a file is absent, is no safetensors file, or has other chunks than
-                the index names.
+            CheckpointError: if a file is absent, is not a safetensors file, or has other chunks
+                than the index names.
         """
         values = torch.empty(length)
         for span in self.index[key].spans:
@@ -152,7 +152,7 @@ def share_index(folder: Path) -> dict[str, Located]:
     """Read and check a checkpoint's index on rank 0, and broadcast it; a collective.
 
     Raises:
-        CheckpointError: on every rank, if the index is not as ``load_index`` expects it.
+        CheckpointError: on every rank, if ``load_index`` refuses the index.
     """
     first = on_all_ranks(lambda: ChunkReader(folder).index if is_first() else None)
     tree = json.loads(broadcast_text(json.dumps(first)))
@@ -165,13 +165,13 @@ def share_index(folder: Path) -> dict[str, Located]:
 def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
     """Fill live fragments from a checkpoint; read only the ranges that this rank needs.
 
-    Of the ranks that hold the same range one reads it, and sends it to the others: all ranks
+    One of the ranks that hold the same range reads it and sends it to the others, so that all ranks
     together read each byte once. A collective.
 
     Raises:
         CheckpointError: if names or shapes differ; no fragment is changed then. On every rank, if
-            one of them reads values that are not finite.
-        CmtMaeError: on every rank, if one of them cannot read its ranges.
+            a rank reads values that are not finite.
+        CmtMaeError: on every rank, if a rank cannot read its ranges.
     """
     with ChunkReader(folder, share_index(folder)) as reader:
         found, wanted = set(reader.index), set(fragments)
@@ -196,17 +196,17 @@ def load_fragments(folder: Path, fragments: Mapping[str, Fragment]) -> None:
 def fill_fragments(
     fragments: Mapping[str, Fragment], read: Callable[[str, Fragment], Tensor]
 ) -> str:
-    """Fill live fragments; of the ranks that hold the same range one reads it. A collective.
+    """Fill live fragments; one of the ranks that hold the same range reads it. A collective.
 
     Args:
         fragments: from ``Backend.fragments``, all or some, the same on every rank.
         read: returns a fragment's values, 1-D float32 on the CPU, by its name.
 
     Returns:
-        The first tensor of which a rank read values that are not finite, or nothing.
+        The first tensor of which a rank read values that are not finite, or ``""``.
 
     Raises:
-        CmtMaeError: on every rank, if one of them cannot read its ranges.
+        CmtMaeError: on every rank, if a rank cannot read its ranges.
     """
     readers = choose_readers(fragments)
     mine = {key: fragments[key] for key, rank in readers.items() if rank == own_rank()}

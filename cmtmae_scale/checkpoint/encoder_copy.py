@@ -1,8 +1,8 @@
 """Copy the encoder from the shards of a draft to one file, in a process of its own.
 
 The copy needs some Python per chunk, and there are as many chunks as tensors times writers: 200,000
-for ViT-H on 512 ranks. A thread of rank 0 would take the interpreter's lock from training as often.
-The process imports the standard library alone, starts in 50 ms, and knows neither torch nor a GPU.
+for ViT-H on 512 ranks. A thread of rank 0 would contend with training for the interpreter's lock.
+The process imports only the standard library, starts in 50 ms, and uses neither torch nor a GPU.
 """
 
 import json
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 """Folder that the package is imported from."""
 CHILD = f"import sys; sys.path.append({str(ROOT)!r}); from {__name__} import main; main()"
 SPARE_FILES = 64
-"""Descriptors that are left for anything but shards."""
+"""File descriptors that are not used for shards."""
 
 
 class ProcessError(Exception):
@@ -35,13 +35,13 @@ class ProcessError(Exception):
 def copy_encoder_apart(
     folder: Path, file: Path, prefix: str, metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Write the tensors of a prefix to one file, by another process; returns when it has ended.
+    """Write the tensors of a prefix to one file in another process, and wait for its end.
 
     Args:
         folder: a draft that has its index and its shards, all values finite.
         file: the safetensors file to write.
-        prefix: of the names of the tensors; dropped from the names.
-        metadata: of the file.
+        prefix: prefix of the tensors' names; it is removed from the names.
+        metadata: metadata of the file.
 
     Returns:
         The file's size and SHA-256.
@@ -59,7 +59,7 @@ def copy_encoder_apart(
             input=words,
             capture_output=True,
             text=True,
-            start_new_session=True,  # a signal to the group of the ranks is none to this process
+            start_new_session=True,  # signals to the ranks' process group do not reach this process
             check=False,
         )
     except OSError as error:
@@ -77,7 +77,7 @@ def copy_encoder_apart(
 
 
 def main() -> None:
-    """Copy what standard input names; standard output gets size and SHA-256, or the error."""
+    """Copy what standard input names; write size and SHA-256, or the error, to standard output."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     folder, file, prefix, metadata = json.load(sys.stdin)
@@ -110,11 +110,11 @@ def copy_encoder(folder: Path, file: Path, prefix: str, metadata: dict[str, str]
 
 
 class Shards:
-    """The shards of a draft, opened once each while there are descriptors.
+    """The shards of a draft; each is opened once while there are file descriptors.
 
     Args:
         folder: the draft.
-        prefix: of the names of the tensors that are read.
+        prefix: prefix of the names of the tensors that are read.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
@@ -170,10 +170,10 @@ def read_ranges(handle: int, prefix: str) -> dict[str, tuple[int, int]]:
 
 
 def read_whole(handle: int, size: int, offset: int) -> bytes:
-    """Read so many bytes; the system may return fewer at a time.
+    """Read ``size`` bytes from an offset; the system may return fewer per call.
 
     Raises:
-        ValueError: if the file ends before.
+        ValueError: if the file ends early.
     """
     pieces: list[bytes] = []
     while size:

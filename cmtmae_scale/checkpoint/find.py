@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 def find_checkpoint(
     root: Path, rank: int, world_size: int, otherwise: str | None = None, hashes: bool = True
 ) -> Path | None:
-    """Return the newest checkpoint that is intact; name and skip broken ones. A collective.
+    """Return the newest intact checkpoint; log and skip broken checkpoints. A collective.
 
     Args:
         root: ``RUN_DIR/checkpoints``.
         rank: this rank.
         world_size: number of ranks.
-        otherwise: what to do where no checkpoint can be restored; ``None``: as a run that resumes.
-        hashes: read all bytes; else sizes and small files alone.
+        otherwise: remedy if no checkpoint can be restored; ``None``: that of a run that resumes.
+        hashes: read all bytes; otherwise only compare sizes and read small files.
 
     Returns:
         The checkpoint's folder, or ``None`` if the run has never written one.
@@ -51,7 +51,7 @@ def find_checkpoint(
             return folder
         has_failed = has_failed or is_unknown
         if rank == 0:
-            logger.error("BROKEN CHECKPOINT %s: %s; trying the one before", folder, damage)
+            logger.error("BROKEN CHECKPOINT %s: %s; trying the previous checkpoint", folder, damage)
     if has_failed:
         raise StorageError(
             f"{root}: none of {count} checkpoints can be used, and the store failed while they "
@@ -68,7 +68,7 @@ def find_checkpoint(
 
 
 def describe_loss(root: Path, otherwise: str | None = None) -> CheckpointError:
-    """Return what to raise where ``latest`` names a checkpoint, and there is none."""
+    """Return the error for a folder whose ``latest`` names a checkpoint, but which has none."""
     return CheckpointError(
         f"{root}: the file {layout.LATEST} names a checkpoint, but there is none; restore one, "
         f"or {otherwise or f'delete {root} to start anew'}"
@@ -100,8 +100,8 @@ def verify_together(
     reads its share of the bytes, and no other file, so that all ranks together read each byte once.
 
     Returns:
-        What is damaged, empty if the checkpoint is intact, and whether the store failed, so that
-        the damage is not known; the same on every rank.
+        What is damaged, empty if the checkpoint is intact, and whether the store failed, so that it
+        is unknown whether the checkpoint is damaged; the same on every rank.
     """
     files: dict[str, Any] = {}
 
@@ -110,7 +110,7 @@ def verify_together(
         if damage is None:
             try:
                 files.update(layout.load_manifest(folder))
-            except (OSError, ValueError) as error:  # it went away meanwhile
+            except (OSError, ValueError) as error:  # it was deleted in the meantime
                 return layout.describe_unreadable(error)
         return damage
 

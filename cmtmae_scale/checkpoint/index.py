@@ -18,7 +18,7 @@ from cmtmae_scale.runtime.storage import read_inside, read_json
 
 INDEX = "index.json"
 BYTES = 4
-"""Of a float32 value."""
+"""Bytes of a float32 value."""
 
 
 def rank_file(rank: int) -> str:
@@ -78,8 +78,8 @@ def load_index(folder: Path, sizes: Mapping[str, int]) -> dict[str, Located]:
         sizes: bytes of each file that the manifest names.
 
     Raises:
-        OSError: if the index cannot be read, or is no regular file in the folder.
-        ValueError: naming the entry that is not as ``build_index`` in ``shards.py`` writes it.
+        OSError: if the index cannot be read, or is not a regular file in the folder.
+        ValueError: names an entry that ``build_index`` in ``shards.py`` cannot have written.
     """
     tree = read_json(read_inside(folder, folder / INDEX))
     if not isinstance(tree, dict):

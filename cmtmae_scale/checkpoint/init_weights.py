@@ -110,12 +110,12 @@ class InitReport(NamedTuple):
 def load_init_weights(
     model: CollaborativeMAE, state: Mapping[str, Tensor], file: str
 ) -> InitReport:
-    """Overwrite the weights of a model that is not sharded, as ``match_init_weights`` says.
+    """Overwrite the weights of a model that is not sharded with those of ``match_init_weights``.
 
     The model is unchanged if an error is raised.
 
     Raises:
-        ConfigError: see there; also for values that are not finite.
+        ConfigError: see ``match_init_weights``; also for values that are not finite.
     """
     refuse_non_finite(state, file)
     values, report = match_init_weights(model, state, file)
@@ -129,7 +129,7 @@ def refuse_non_finite(state: Mapping[str, Tensor], file: str) -> None:
     """Refuse tensors of ``student.init_weights`` that hold values that are not finite.
 
     Raises:
-        ConfigError: naming file, tensor and remedy.
+        ConfigError: names file, tensor and remedy.
     """
     bad = find_non_finite(state)
     if bad:

@@ -71,7 +71,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def format_manifest(files: dict[str, Any]) -> str:
-    """Return a manifest's text from size and SHA-256 by name; any other spelling is damaged."""
+    """Return a manifest's text from size and SHA-256 by name; any other text counts as damaged."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
@@ -80,7 +80,7 @@ class Block(NamedTuple):
     """A range of a file's bytes that has a digest of its own."""
 
     name: str
-    """Of the file."""
+    """Name of the file."""
     offset: int
     size: int
     """In bytes."""
@@ -100,7 +100,7 @@ def list_blocks(files: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def share_blocks(files: Mapping[str, Any], rank: int, world_size: int) -> list[Block]:
-    """Return the blocks that a rank verifies: equally many bytes per rank, but for a block."""
+    """Return the blocks that a rank verifies; the bytes per rank are equal to within a block."""
     blocks = list(list_blocks(files))
     total = max(1, sum(block.size for block in blocks))
     mine: list[Block] = []
@@ -118,10 +118,11 @@ def find_damage(folder: Path, hashes: bool = True) -> str | None:
 
     Args:
         folder: the checkpoint.
-        hashes: read all files and compare their digests; else sizes and small files alone.
+        hashes: read all files and compare their digests; otherwise only compare sizes and read
+            small files.
 
     Raises:
-        StorageError: if the store fails: whether the checkpoint is damaged is not known then.
+        StorageError: if the store fails, so that it is unknown whether the checkpoint is damaged.
     """
     try:
         files = load_manifest(folder)
@@ -129,7 +130,9 @@ def find_damage(folder: Path, hashes: bool = True) -> str | None:
             path = folder / name
             require_inside(folder, path)
             if path.stat().st_size != facts["size"]:
-                return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['size']}"
+                return (
+                    f"{name} has {path.stat().st_size} bytes, but {facts['size']} in its manifest"
+                )
         altered = find_altered(folder, list(list_blocks(files))) if hashes else None
         if altered is not None:
             return altered
@@ -142,12 +145,13 @@ def find_damage(folder: Path, hashes: bool = True) -> str | None:
 
 
 def find_altered(folder: Path, blocks: Sequence[Block]) -> str | None:
-    """Return which file differs from the SHA-256 of one of some blocks, or cannot be read.
+    """Return the first file with a block that differs from its SHA-256 or cannot be read.
 
-    ``None``: none of them. Progress is shown in MiB, since a rank's file may have many GB.
+    Return ``None`` if there is none. Progress is shown in MiB, since a rank's file may have many
+    GB.
 
     Raises:
-        StorageError: as ``find_damage``.
+        StorageError: see ``find_damage``.
     """
     if not blocks:
         return None
@@ -173,7 +177,7 @@ def describe_unreadable(error: Exception) -> str:
     """Return a file's damage as text, from the error that reading it caused.
 
     Raises:
-        StorageError: if it is the store that failed.
+        StorageError: if the store failed.
     """
     if isinstance(error, FileNotFoundError):
         return f"{Path(error.filename).name} is absent"
@@ -186,7 +190,8 @@ def find_renaming(folder: Path) -> str | None:
     """Compare the step in a checkpoint's name with the step that it holds.
 
     Returns:
-        The difference, or ``None``: the same step, another name, or a state that is not a run's.
+        The difference; ``None`` if the step is the same, the folder has another kind of name, or
+        the state is not a run's.
 
     Raises:
         OSError, ValueError, TypeError, AttributeError: if the state cannot be read.
@@ -352,7 +357,7 @@ def replace_checkpoint(draft: Path, target: Path) -> None:
     """Rename a complete draft to ``target``; a folder of that name is deleted only afterwards.
 
     Raises:
-        OSError: if the store refuses; the earlier folder has its name again.
+        OSError: if the store refuses; the earlier folder gets its name back.
     """
     aside = target.with_name(f".replaced-{target.name}")
     if target.exists():
@@ -369,7 +374,7 @@ def replace_checkpoint(draft: Path, target: Path) -> None:
 
 
 def prune(root: Path, keep: int, step: int) -> None:
-    """Delete old checkpoints so that ``keep`` up to ``step`` are left.
+    """Delete old checkpoints except for the newest ``keep`` up to ``step``.
 
     Later checkpoints are not counted: a run that skipped broken folders writes before them.
     """

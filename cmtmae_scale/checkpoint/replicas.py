@@ -21,7 +21,7 @@ def verify_replicas(step: int, fragments: Mapping[str, Fragment]) -> None:
     is compared.
 
     Raises:
-        ReplicaError: on every rank, with the ranks that differ from the others.
+        ReplicaError: on every rank; names the ranks that differ from the others.
     """
     if ranks() == 1:
         return

@@ -2,7 +2,7 @@
 
 A shard is the safetensors file that one rank writes. In the draft folder,
 ``rank-00001.safetensors.done`` marks a shard that is on storage: it holds size and SHA-256, and the
-shard's chunks, of which rank 0 makes the index. ``.failed`` marks a shard that will never be
+shard's chunks, from which rank 0 builds the index. ``.failed`` marks a shard that will never be
 written and holds the reason.
 """
 
@@ -58,7 +58,7 @@ class Shard(NamedTuple):
 
 
 def describe_shard(facts: dict[str, Any], chunks: Sequence[HostChunk], shapes: Shapes) -> Shard:
-    """Return what rank 0 needs to know of a shard that was written."""
+    """Return what rank 0 needs to know about a shard that was written."""
     numbers = {key: number for number, key in enumerate(shapes)}
     rows = [(numbers[chunk.key], chunk.offset, chunk.values.numel()) for chunk in chunks]
     return Shard(facts, hash_shapes(shapes), np.array(rows, np.int64).reshape(-1, 3))
@@ -74,7 +74,7 @@ def build_index(shards: Mapping[int, Shard], shapes: Shapes) -> dict[str, Any]:
 
     Raises:
         CheckpointError: if a value of a tensor is in no chunk or in several, or if ranks hold
-            other tensors.
+            different tensors.
     """
     expected = hash_shapes(shapes)
     others = [rank for rank, shard in shards.items() if shard.tensors != expected]
@@ -106,7 +106,7 @@ def refuse_uncovered(
     continues: np.ndarray,
     shapes: Shapes,
 ) -> None:
-    """Refuse chunks that leave a value out, or hold it twice.
+    """Refuse chunks that omit a value, or hold it twice.
 
     Args:
         tensor: number of the tensor of each chunk, ascending, ``[chunks]``.
@@ -116,7 +116,7 @@ def refuse_uncovered(
         shapes: of all tensors.
 
     Raises:
-        CheckpointError: with the first such tensor.
+        CheckpointError: names the first affected tensor.
     """
     end = offset + length
     reached = np.zeros(len(shapes), np.int64)
@@ -145,12 +145,12 @@ def publish_checkpoint(
         target: the checkpoint's folder.
         shards: of every rank that wrote one, from ``await_shards``.
         shapes: of all tensors.
-        state: what is saved beside tensors; ``format`` is added.
+        state: what is saved besides tensors; ``format`` is added.
         require_lock: called right before the draft is renamed; raises if another launch owns the
             run's folder.
 
     Raises:
-        CheckpointError: as ``build_index``.
+        CheckpointError: see ``build_index``.
         LockLostError: from ``require_lock``.
         OSError: if the store refuses; the older checkpoints are unchanged.
     """
@@ -165,7 +165,7 @@ def publish_checkpoint(
 
 
 def add_encoder(draft: Path, num_shards: int, names: Collection[str]) -> dict[str, Any]:
-    """Write the student's encoder beside the shards; returns the file's size and SHA-256.
+    """Write the student's encoder beside the shards; return the file's size and SHA-256.
 
     One shard has one chunk per tensor, and this thread copies them; the many chunks of several
     shards are copied by another process (``encoder_copy.py``).
@@ -177,8 +177,8 @@ def add_encoder(draft: Path, num_shards: int, names: Collection[str]) -> dict[st
         except ProcessError as error:
             logger.warning(
                 "the process that copies the encoder of a checkpoint failed (%s); a thread of "
-                "rank 0 copies it, which may delay steps meanwhile; see that this node has memory "
-                "and processes left",
+                "rank 0 copies it, which may delay steps; check that this node has memory and "
+                "processes left",
                 error,
             )
     return write_encoder(draft, draft / ENCODER, "student")
@@ -187,8 +187,8 @@ def add_encoder(draft: Path, num_shards: int, names: Collection[str]) -> dict[st
 def write_encoder(folder: Path, file: Path, weights: str) -> dict[str, Any]:
     """Write an encoder under timm's names, one tensor at a time in memory.
 
-    Where a run replaces sizes of its architecture, the file's metadata holds them under
-    ``student``: no tensor shows the number of heads. ``image_size`` is there where no positional
+    If a run replaces sizes of its architecture, the file's metadata holds them under ``student``,
+    since no tensor shows the number of heads. The metadata holds ``image_size`` if no positional
     embedding shows the grid.
 
     Args:
@@ -282,6 +282,6 @@ def await_shards(
             raise CheckpointError(f"{next(iter(missing))} did not arrive within {timeout_s:.0f} s")
         if given_up:
             raise CheckpointError(f"{next(iter(missing))} did not arrive: its rank failed")
-        # Check the folder once more: a failed rank may have published the reason meanwhile.
+        # Check the folder once more: a failed rank may have published the reason since.
         given_up = abandoned.wait(pause_s)
         pause_s = min(1.5 * pause_s, 0.5)

@@ -49,8 +49,8 @@ class Writer:
         keep: number of newest checkpoints that are kept.
         background: write while training continues, from one host copy of this rank's fragments.
         token: a random number shared by all ranks of this launch; names the drafts.
-        lock: the run's lock, which rank 0 verifies before it changes what others may own;
-            ``None``: nobody else writes to ``root``.
+        lock: the run's lock, which rank 0 verifies before it changes files that another launch may
+            own; ``None``: no other launch writes to ``root``.
         writers: the ranks that hold fragments to write; the others touch no file. ``None``: all.
     """
 
@@ -103,7 +103,7 @@ class Writer:
         if not all_ranks_agree(self.thread is None or not self.thread.is_alive()):
             if self.rank == 0:
                 logger.warning(
-                    "step %d: the save before is still being written; this save is skipped", step
+                    "step %d: the previous save is still being written; this save is skipped", step
                 )
             return False
         self.settle()
@@ -127,7 +127,7 @@ class Writer:
     def write(
         self, step: int, chunks: list[HostChunk], shapes: Shapes, state: dict[str, Any]
     ) -> None:
-        """Write this rank's shard; on rank 0 publish the checkpoint when all shards are there."""
+        """Write this rank's shard; on rank 0 publish the checkpoint once it has all shards."""
         draft = self.root / f".draft-{step:08d}-{self.token:016x}-{self.number}"
         target = layout.folder_of(self.root, step)
         try:
@@ -161,7 +161,7 @@ class Writer:
         """Verify that no other launch took the run's folder over.
 
         Raises:
-            LockLostError: if one did.
+            LockLostError: if another launch did.
             OSError: if the store does not answer.
         """
         if self.lock is not None:
@@ -179,7 +179,7 @@ class Writer:
         except LockLostError as error:
             problem = str(error)
         except OSError:
-            pass  # the save that follows meets the same store
+            pass  # the save that follows reports the failure
         problem = broadcast_text(problem)
         if problem:
             raise LockLostError(problem)
@@ -280,7 +280,7 @@ def open_writer(
         run_dir: the run's folder.
         world: this process's rank and world size.
         settings: the config's group.
-        fragments: from ``Backend.fragments``; which ranks own some does not change within a launch.
+        fragments: from ``Backend.fragments``; the ranks that own fragments stay the same.
         saved_step: step whose checkpoint exists already, if it need not be saved again.
         stack: closes the writer.
         lock: the run's lock; rank 0 has it.

@@ -1,4 +1,4 @@
-"""What all ranks of a launch must have alike: settings, code, images, weights, the run's folder."""
+"""Checks that all ranks of a launch have the same settings, code, images, weights and folder."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ DECODING_PACKAGES = (
 """Packages whose version, or absence on a rank, changes views."""
 REMEDY = "launch every rank with the same recipe, overrides, environment and installation"
 MOST_NAMED = 8
-"""Most settings, or ranks, that a message names."""
+"""Maximum number of settings or ranks that a message names."""
 
 
 def launch_facts(config: Trained, world: World, device: torch.device) -> dict[str, Any]:
@@ -152,18 +152,19 @@ def require_equal_nodes(world: World) -> None:
     """Refuse nodes that ``backend.sharding=hybrid`` would not shard within; a collective.
 
     Raises:
-        ConfigError: on every rank, if nodes have unequally many ranks, or their ranks do not follow
-            one another.
+        ConfigError: on every rank, if nodes have different numbers of ranks, or the ranks of a node
+            are not consecutive.
     """
     remedy = "or use backend.sharding=full or replicate"
     require_equal(
         {"ranks on the node": world.local_world_size},
-        f"backend.sharding=hybrid needs equally many ranks on each node: launch them so, {remedy}",
+        "backend.sharding=hybrid needs the same number of ranks on each node: correct the launch, "
+        f"{remedy}",
     )
     if not all_ranks_agree(world.rank % world.local_world_size == world.local_rank):
         raise ConfigError(
-            "backend.sharding=hybrid: the ranks of a node do not follow one another, so that each "
-            "shard group would span nodes; number ranks node by node (srun --distribution=block), "
+            "backend.sharding=hybrid: the ranks of a node are not consecutive, so that each shard "
+            "group would span nodes; number ranks node by node (srun --distribution=block), "
             f"{remedy}"
         )
 
@@ -185,11 +186,11 @@ def require_equal_images(index: Index, path: str) -> None:
 
 
 def require_equal_weights(describe: Callable[[], Mapping[str, Any]]) -> None:
-    """Compare over all ranks where weights come from; a collective.
+    """Compare the sources of weights over all ranks; a collective.
 
     Args:
         describe: returns plain facts, such as digests of files, by their names in messages; called
-            only where there are several ranks.
+            only if there are several ranks.
 
     Raises:
         ConfigError: see ``require_equal``.
@@ -204,7 +205,7 @@ def require_shared(run_dir: Path, rank: int) -> str:
     """Verify that every rank sees the folder that rank 0 writes to; a collective.
 
     Rank 0 creates an empty file with a random name, which needs no space, in the run's folder and
-    in its checkpoints, which may be a link to other storage. Every rank reads the folders.
+    in its checkpoints, which may be a link to other storage. Every rank lists the folders.
 
     Args:
         run_dir: the run's folder; rank 0 may write to it.
@@ -238,7 +239,7 @@ def require_shared(run_dir: Path, rank: int) -> str:
     finally:
         if rank == 0:
             for folder in folders:
-                with suppress(OSError):  # the other ranks go on; an empty file may stay
+                with suppress(OSError):  # the other ranks continue; an empty file may remain
                     (folder / name).unlink()
     blind = {number: one for number, one in enumerate(everyone) if one["blind"]}
     if blind:
@@ -247,9 +248,9 @@ def require_shared(run_dir: Path, rank: int) -> str:
         more = f" and {len(hosts) - MOST_NAMED} more" if len(hosts) > MOST_NAMED else ""
         raise ConfigError(
             f"run.output_dir={run_dir} is not shared: a file that rank 0 on host "
-            f"{everyone[0]['host']} wrote to {folder} is not there for {name_ranks(blind)} on host "
-            f"{', '.join(hosts[:MOST_NAMED])}{more}; set run.output_dir to an absolute path on "
-            "storage that all machines share"
+            f"{everyone[0]['host']} wrote to {folder} is not visible to {name_ranks(blind)} on "
+            f"host {', '.join(hosts[:MOST_NAMED])}{more}; set run.output_dir to an absolute path "
+            "on storage that all machines share"
         )
     return token
 
@@ -258,7 +259,8 @@ def find_unshared(folders: list[Path], name: str) -> str | None:
     """Return the first folder in which a file does not appear within ``SHARED_WAIT_S``.
 
     Raises:
-        OSError: if the store fails on this machine for as long: whether it is shared is not known.
+        OSError: if the store fails on this machine for that long, so that it is unknown whether the
+            folder is shared.
     """
     limit = time.monotonic() + SHARED_WAIT_S
     for folder in folders:
@@ -273,7 +275,7 @@ def is_listed_in(folder: Path, name: str, is_last: bool) -> bool:
     """Return whether a folder lists a name; opening a folder renews what a client has cached.
 
     Raises:
-        OSError: if the store fails and the look is the last.
+        OSError: if the store fails at the last attempt.
     """
     try:
         return name in os.listdir(folder)

@@ -1,4 +1,4 @@
-"""From a task to a run: data, models, checkpoint, stream, logs; nothing is trained here."""
+"""Builds a run from a task: data, models, checkpoint, stream and logs; nothing is trained here."""
 
 import logging
 from contextlib import ExitStack
@@ -43,7 +43,7 @@ def build_run(
     lock: RunLock | None = None,
     place: Place | None = None,
 ) -> Run:
-    """Build a run, and load the newest checkpoint where there is one. A collective.
+    """Build a run, and load the newest checkpoint if there is one. A collective.
 
     Args:
         task: what is trained.
@@ -60,7 +60,7 @@ def build_run(
         DataError: unusable images.
         TeacherError: a teacher that cannot be built.
         CacheError: a teacher cache that the run cannot use.
-        CheckpointError: checkpoints of which none is intact.
+        CheckpointError: checkpoints none of which is intact.
         StorageError: on every rank, if the store of the logs is full or fails.
     """
     run_dir, place = Path(config.run.output_dir), place or Place()
@@ -92,14 +92,14 @@ def build_run(
         logger.info("resuming %s at step %d", folder, progress.step)
     place.enter("stream", 0)
     stream = stack.enter_context(on_all_ranks(lambda: task.open_stream(progress.position)))
-    barrier()  # from here on no rank ends alone at a signal
+    barrier()  # from here on a signal does not end a single rank
     stop.install()
     progress_file = None
     settings = (run_dir, progress.step, progress.end_step, config.log.every, progress.position)
 
     def open_telemetry() -> Telemetry | None:
         if lock is not None:
-            lock.require()  # the log is cut, which may be another launch's by now
+            lock.require()  # the log is truncated, and may belong to another launch by now
         return Telemetry(*settings, open_trackers(config)) if world.rank == 0 else None
 
     telemetry, profile = on_all_ranks(open_telemetry), None

@@ -37,20 +37,20 @@ from dataloading.errors import DataError
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = ".interrupted-"
-"""Start of the name of an empty file: a rank of a launch was interrupted before the first step."""
+"""Prefix of the name of an empty file: a rank of a launch was interrupted before the first step."""
 OTHER_RANK = "a signal on another rank"
 INTERRUPTED_WAIT_S = 2.0
 """Seconds in which that file must become visible to the other ranks."""
 
 
 class Ending:
-    """Writes the outcome of a launch; rank 0 does, after it removed that of the launch before.
+    """Writes the outcome of a launch on rank 0, which first deletes that of the previous launch.
 
     Args:
         run_dir: the run's folder.
         rank: this rank.
-        lock: the run's lock; rank 0 has it. Without it the folder is another launch's, and nothing
-            is written there.
+        lock: the run's lock; rank 0 has it. Once the lock is lost, the folder belongs to another
+            launch, and nothing is written there.
     """
 
     def __init__(self, run_dir: Path, rank: int, lock: RunLock | None = None) -> None:
@@ -58,10 +58,10 @@ class Ending:
         self.rank = rank
         self.lock = lock
         self.launch: str | None = None
-        """Random name of this launch, known when all ranks share the folder."""
+        """Random name of this launch; set when all ranks are known to share the folder."""
         self.is_counted = False
         self.find_dead: Callable[[], list[int]] = list
-        """Returns the ranks of this machine whose process is gone; the watchdog's."""
+        """Returns the ranks of this machine whose process has ended; set from the watchdog."""
         self.first_step = 0
         """Step that this launch continued from."""
         self.progress: Progress | None = None
@@ -74,7 +74,7 @@ class Ending:
             self.finished = read_finished(self.run_dir)
             with optional_write(self.run_dir / EXIT_FILE):
                 delete_exit(self.run_dir)
-            with suppress(OSError):  # the other ranks go on
+            with suppress(OSError):  # the other ranks continue
                 for left in self.run_dir.glob(f"{INTERRUPTED}*"):
                     left.unlink(missing_ok=True)
         return self
@@ -95,7 +95,8 @@ class Ending:
             error: what ended it; ``None``: nothing failed.
 
         Raises:
-            LockLostError, RankLostError, LaunchInterrupted: the cause, where ``error`` is not it.
+            LockLostError, RankLostError, LaunchInterrupted: the cause, if ``error`` is only its
+                consequence.
         """
         if isinstance(error, CmtMaeError | DataError):
             self.write(exit_code_of(error), str(error))
@@ -103,7 +104,7 @@ class Ending:
             if self.lock is not None and not self.owns_folder():
                 raise LockLostError(self.lock.loss()) from error
             dead = self.find_dead()
-            # A rank that a signal ended has left the mark before it ended.
+            # A rank that a signal interrupts writes the mark before it exits.
             if dead and not self.is_marked():
                 why = f"rank {', '.join(map(str, dead))} died on this machine"
                 self.write(EXIT_CRASH, f"{why} before the first step")
@@ -123,7 +124,7 @@ class Ending:
 
     @property
     def step(self) -> int:
-        """Return the last step; of a launch that was not built that of the newest checkpoint."""
+        """Return the last step; before the run is built, the step of the newest checkpoint."""
         if self.progress is not None:
             return self.progress.step
         with suppress(OSError):
@@ -136,7 +137,7 @@ class Ending:
         return self.progress is None or self.first_step >= self.progress.end_step
 
     def advice(self, reason: str) -> str:
-        """Return what continues a run that stopped for a reason."""
+        """Return how to continue a run that stopped for a reason."""
         if reason.startswith(STOP_AFTER):
             return "raise or remove train.stop_after to continue"
         if reason == STOP_FILE_REASON:
@@ -144,7 +145,7 @@ class Ending:
         return "the same command continues"
 
     def mark_interrupted(self) -> None:
-        """Let the other ranks know why this rank leaves; they cannot go on without it."""
+        """Publish that this rank was interrupted; the other ranks cannot continue without it."""
         if self.launch is not None:
             with suppress(OSError):
                 (self.run_dir / f"{INTERRUPTED}{self.launch}").touch()
@@ -163,23 +164,23 @@ class Ending:
         return False
 
     def is_marked(self) -> bool:
-        """Return whether a rank of this launch has left the mark of ``mark_interrupted``."""
+        """Return whether a rank of this launch has written the mark of ``mark_interrupted``."""
         with suppress(OSError):
             return f"{INTERRUPTED}{self.launch}" in os.listdir(self.run_dir)
         return False
 
     def write_interrupted(self, reason: str) -> None:
-        """Write that the launch was interrupted, and take it back from the count."""
+        """Write that the launch was interrupted, and remove it from the count."""
         self.write(EXIT_STOPPED, f"{reason} before the first step", self.take_back)
 
     def take_back(self, run_dir: Path) -> None:
         """Reduce the count of launches, if this launch was counted."""
         if self.is_counted:
-            self.is_counted = False  # the watchdog and the main thread may both come here
+            self.is_counted = False  # the watchdog and the main thread may both call this method
             take_back_launch(run_dir)
 
     def write_crash(self, why: str) -> int:
-        """Write that the launch crashed, or was interrupted on another rank; returns the code."""
+        """Write that the launch crashed, or was interrupted on another rank; return the code."""
         if self.is_interrupted():
             self.write_interrupted(OTHER_RANK)
             return EXIT_STOPPED
@@ -198,7 +199,7 @@ class Ending:
     ) -> None:
         """Write code, step and reason; only crashes count as launches without progress."""
         if not self.owns_folder():
-            logger.warning("%s is another launch's now; nothing is written there", self.run_dir)
+            logger.warning("%s now belongs to another launch; nothing is written", self.run_dir)
             return
         if code == EXIT_STOPPED:
             logger.info("stopped at step %d (%s); %s", self.step, reason, self.advice(reason))

@@ -1,8 +1,8 @@
 """TensorBoard event files, written without a thread.
 
 ``SummaryWriter`` writes from a thread that ends at the first error of the store, after which every
-call raises that error. Here each call appends its events whole or not at all, and the next call
-tries again.
+call raises that error. Here each call appends all of its events or none, and a later call is not
+affected by an earlier error.
 """
 
 import io
@@ -80,7 +80,7 @@ class EventFile:
         self.append([Event(wall_time=time.time(), step=step, summary=summary)])
 
     def append(self, events: list[Event]) -> None:
-        """Append events, after the header at the first time."""
+        """Append events; the first call writes the header before them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         descriptor = os.open(self.path, flags, 0o666)

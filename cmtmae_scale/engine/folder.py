@@ -1,4 +1,4 @@
-"""Whether a folder may be a run's: files of others are neither replaced nor cut."""
+"""Checks whether a run may use a folder, so that files of other programs are not overwritten."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ GROUPS = ("run", "data", "train")
 def refuse_foreign_folder(run_dir: Path) -> None:
     """Refuse a folder that holds the settings or the log of another program.
 
-    A run replaces ``config.yaml`` and cuts ``log.jsonl`` at its step.
+    A run replaces ``config.yaml`` and truncates ``log.jsonl`` at its step.
 
     Raises:
         ConfigError: names the file, or the folder that cannot be read.
@@ -41,7 +41,7 @@ def is_run_config(file: Path) -> bool:
     """Return whether a file holds the settings of a run, of this version or an earlier one.
 
     Raises:
-        OSError: if the store fails: what it holds is not known.
+        OSError: if the store fails, so that the content of the file is unknown.
     """
     try:
         tree: dict[str, Any] = read_yaml(file)

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 def next_batch(run: Run) -> Batch:
     """Return the next batch of this rank, or a grey batch when storage fails.
 
-    A rank without data must not leave alone, because the others wait for it: it takes part in the
-    step, which ``StopRequest.urgency`` keeps every rank from applying.
+    A rank without data must not exit alone, because the other ranks wait for it. It takes part in
+    the step, and ``StopRequest.urgency`` keeps every rank from applying the step.
 
     Returns:
         The batch; after a failure a batch without a valid view, at positions 0.
@@ -44,11 +44,11 @@ def raise_failure(step: int, failure: ReadError | CacheError | None) -> None:
 
     Args:
         step: the step that was not taken; nothing was updated.
-        failure: this rank's, if it has one.
+        failure: this rank's failure, or ``None``.
 
     Raises:
-        CacheError: on every rank, if it is the failure of one: another launch would not help.
-        ReadError: on every rank otherwise. The message is the same everywhere. A collective.
+        CacheError: on every rank, if a rank has a ``CacheError``: another launch would not help.
+        ReadError: on every rank otherwise. The message is the same on every rank. A collective.
     """
     final = not all_ranks_agree(not isinstance(failure, CacheError))
     kind = CacheError if final else ReadError
@@ -67,7 +67,7 @@ def refuse_bad_fraction(run: Run, valid_views: float) -> None:
     One undecodable view is always allowed.
 
     Args:
-        run: the run; its counts grow.
+        run: the run; its counts of views are updated.
         valid_views: views of the step that could be decoded, over all ranks.
 
     Raises:
@@ -86,7 +86,7 @@ def refuse_bad_fraction(run: Run, valid_views: float) -> None:
 
 
 def refuse_empty_run(run: Run, refusal: str | None) -> None:
-    """Refuse to end a run as complete that trained nothing; count the skipped steps of another.
+    """Refuse to complete a run that trained nothing; warn of skipped steps otherwise.
 
     Args:
         run: a run after its last step, before it is saved.

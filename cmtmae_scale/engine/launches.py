@@ -41,7 +41,7 @@ def count_launch(run_dir: Path, rank: int) -> None:
 
 
 def increment_count(run_dir: Path) -> str:
-    """Write the number of this launch; returns the problem if there were too many, else ``""``."""
+    """Increment the launch count, or return the problem if the limit is reached, else ``""``."""
     names = checkpoint_names(run_dir / "checkpoints")
     record = {"checkpoints": names, "count": 1 + launches_from(run_dir, names)}
     try:
@@ -71,12 +71,12 @@ def refuse_further_launch(run_dir: Path) -> None:
 
 
 def newest_step(root: Path) -> int:
-    """Return the step of the newest checkpoint that is no renamed copy, or 0; verify nothing."""
+    """Return the step of the newest checkpoint that is not a renamed copy, or 0, unverified."""
     return next((step_of(root / name) or 0 for name in checkpoint_names(root)), 0)
 
 
 def checkpoint_names(root: Path) -> list[str]:
-    """Return the names of the checkpoints that are no renamed copies, newest first."""
+    """Return the names of the checkpoints that are not renamed copies, newest first."""
     names: list[str] = []
     for folder in list_checkpoints(root):
         with suppress(OSError, ValueError, TypeError, AttributeError):
@@ -89,7 +89,8 @@ def checkpoint_names(root: Path) -> list[str]:
 def launches_from(run_dir: Path, names: Sequence[str]) -> int:
     """Return the number of consecutive launches that wrote none of the present checkpoints.
 
-    A run that passes damaged checkpoints over writes before them: its newest one may not change.
+    A run that skips damaged checkpoints writes checkpoints of earlier steps, so that the newest
+    checkpoint may stay the same.
     """
     try:
         record = read_json((run_dir / COUNT_FILE).read_bytes())

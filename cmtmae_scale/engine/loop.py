@@ -1,4 +1,4 @@
-"""The training loop, whatever is trained: the life of a micro-batch, and what follows a step."""
+"""The training loop of every task: the micro-batches of a step, and what follows a step."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ COUNTS = ("valid_rows", "valid_views")
 
 
 class Step(NamedTuple):
-    """Result of an optimizer step, the same on every rank but for the time."""
+    """Result of an optimizer step, the same on every rank except for ``waited_s``."""
 
     report: dict[str, float]
     """The task's terms, ``COUNTS``, stop requests and gradient norm, summed over ranks."""
@@ -50,7 +50,7 @@ def train(run: Run) -> str | None:
         The reason of the stop, or ``None`` when the run is complete.
 
     Raises:
-        NonFiniteError: too many steps were skipped, or all of them; the last checkpoint stands.
+        NonFiniteError: too many steps were skipped, or all of them; the last checkpoint is kept.
         ConfigError: more images than allowed could not be decoded, or all of them.
         CacheError: the teacher cache failed; the state before that step is saved.
         TeacherError: the teacher's output is not finite; the state before that step is saved.
@@ -90,7 +90,7 @@ def train(run: Run) -> str | None:
             save_last(run)
         elif step.refusal is None:
             save_if_due(run)
-        if not requested and progress.step == number:  # a roll-back goes to a step that had them
+        if not requested and progress.step == number:  # not again after a roll-back
             run_side_tasks(run)
     save_last(run)
     return reason if progress.step < progress.end_step else None
@@ -169,8 +169,8 @@ def draw(run: Run, step: int, micro_step: int) -> Drawn:
 def draw_ahead(run: Run, step: int) -> None:
     """Draw the first micro-batch of the next step, unless the run ends with this step.
 
-    The device computes it while the host reads the sums of this step and enqueues the update. What
-    fails here counts for the next step.
+    The device computes it while the host reads the sums of this step and enqueues the update. A
+    failure here is a failure of the next step.
     """
     last = min(run.progress.end_step, run.config.train.stop_after or run.progress.end_step)
     if step < last and not run.stop.urgency():
@@ -179,13 +179,13 @@ def draw_ahead(run: Run, step: int) -> None:
 
 
 def mean_loss(names: tuple[str, ...], sums: list[float]) -> float:
-    """Loss per valid row, from the sums over ranks."""
+    """Return the loss per valid row from the sums over ranks."""
     report = dict(zip(names, sums, strict=False))
     return report["loss/total"] / max(report["valid_rows"], 1.0)
 
 
 def skip_step(run: Run, step: Step, refusal: str) -> None:
-    """Count a step that changed nothing; after too many in succession, roll back.
+    """Count a skipped step; roll back after too many consecutive skipped steps.
 
     Raises:
         NonFiniteError: if the run allows no skipped step, or cannot roll back.
@@ -203,7 +203,7 @@ def skip_step(run: Run, step: Step, refusal: str) -> None:
 def record_step(run: Run, step: Step, scalars: Scalars) -> None:
     """Log an applied step: losses per valid row, observations per micro-batch.
 
-    A step without a valid row has neither: a 0 would look like a measurement.
+    A step without a valid row has neither, because a 0 would be taken for a measurement.
     """
     if run.telemetry is None:
         return
@@ -230,7 +230,7 @@ def record_values(run: Run, step: Step, values: dict[str, float]) -> None:
 
 
 def end_profiled_step(run: Run, profile: StepProfile, number: int) -> None:
-    """Count a traced step; the time in which a trace is written is no time of training."""
+    """Count a traced step; the time for writing a trace is excluded from the training time."""
     run.place.enter("save", run.progress.step)
     began = time.monotonic()
     profile.end(number)
@@ -239,7 +239,7 @@ def end_profiled_step(run: Run, profile: StepProfile, number: int) -> None:
 
 
 def report_stragglers(run: Run, own_s: list[float]) -> None:
-    """Name a rank that has been slow for long."""
+    """Record the rank that has been slow for several intervals, if any, as an incident."""
     slow = run.stragglers.compare_ranks(own_s)
     if slow is not None:
         run.record_incident("slow rank", slow)
@@ -254,7 +254,7 @@ def stop_reason(run: Run, requested: bool) -> str | None:
 
 
 def save_if_due(run: Run) -> None:
-    """Start a save at the steps that ``checkpoint.every`` names."""
+    """Start a save if the step is a multiple of ``checkpoint.every``."""
     if run.progress.step % run.config.checkpoint.every == 0:
         run.place.enter("save", run.progress.step)
         run.writer.save(run.progress.step, run.backend.fragments(), run.state())
@@ -268,11 +268,11 @@ def save_last(run: Run) -> None:
 
 
 def run_side_tasks(run: Run) -> None:
-    """Evaluate, draw and diagnose where it is due; a failure is an incident, and training goes on.
+    """Run the side tasks that are due; a failure is an incident, and training continues.
 
     The ranks agree after each side task whether it failed on any of them. A rank that fails while
     the others are within a collective of the side task cannot reach this agreement: the watchdog
-    ends such a run, and the next launch continues after the save before it.
+    ends such a run, and the next launch continues from the last save before the side task.
     """
     for side_task in run.task.side_tasks:
         if not side_task.is_due(run.progress):
@@ -287,7 +287,7 @@ def run_side_tasks(run: Run) -> None:
 
 
 def report_failure(run: Run, stage: str, failure: Exception | None) -> None:
-    """Record that a side task failed on some rank, and drop what it left behind; a collective."""
+    """Record that a side task failed on some rank, and drop its gradients; a collective."""
     mine = "" if failure is None else describe_error(failure)
     everyone = gather_texts(mine)
     failed = [rank for rank, text in enumerate(everyone) if text]
@@ -313,7 +313,7 @@ def describe_error(error: Exception) -> str:
 
 
 def find_reached_stop(run: Run) -> str | None:
-    """Return why a launch has nothing to train before the end of its run, or ``None``."""
+    """Return why a launch of an incomplete run has nothing to train, or ``None``."""
     progress, stop_after = run.progress, run.config.train.stop_after
     if stop_after is None or not stop_after <= progress.step < progress.end_step:
         return None

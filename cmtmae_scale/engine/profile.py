@@ -46,7 +46,7 @@ class StepProfile:
         return self.profiler is not None
 
     def begin(self, step: int) -> None:
-        """Start before the first step, or where a launch begins between both."""
+        """Start at the first step, or at a later step of the range if the launch begins there."""
         if self.is_tracing or self.traced or not self.first <= step <= self.last:
             return
         activities = [ProfilerActivity.CPU]
@@ -57,13 +57,13 @@ class StepProfile:
         self.profiler.start()
 
     def end(self, step: int) -> None:
-        """Count a step, taken or skipped; writes after the last."""
+        """Count a step, applied or skipped; write the trace after the last step."""
         self.traced.append(step)
         if step >= self.last:
             self.close()
 
     def close(self) -> None:
-        """Stop, and write what was traced."""
+        """Stop tracing, and write the traced steps."""
         profiler, self.profiler = self.profiler, None
         if profiler is None:
             return
@@ -74,7 +74,7 @@ class StepProfile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def write(self, profiler: profile, steps: str) -> None:
-        """Write the trace, and of a GPU the allocations; a store that refuses is no failure."""
+        """Write the trace and a GPU's allocations; an error of the store only causes a warning."""
         trace, memory = self.folder / f"{steps}.json.gz", self.folder / f"memory-{steps}.pickle"
         with optional_write(trace):
             self.folder.mkdir(exist_ok=True)

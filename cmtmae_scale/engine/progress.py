@@ -1,4 +1,4 @@
-"""Progress of a run: one step, one position, and their ends."""
+"""Progress of a run: its step, its position, and the last value of each."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -15,7 +15,7 @@ class Progress:
     step: int
     """Optimizer steps taken."""
     position: int
-    """Views drawn, over all ranks."""
+    """Views sampled, over all ranks."""
     step0: int
     """Step at which the present batch size took effect."""
     position0: int
@@ -39,13 +39,13 @@ class Progress:
         self.position = self.position_at(self.step, global_batch_size)
 
     def position_at(self, step: int, global_batch_size: int) -> int:
-        """Position of a step since ``step0``."""
+        """Return the position of a step from ``step0`` on."""
         return self.position0 + (step - self.step0) * global_batch_size
 
     def roll_back(self, saved: "Progress", global_batch_size: int) -> None:
-        """Return to the step of a checkpoint, but not to its data: positions count on from here.
+        """Return to the step of a checkpoint, but not to its data: positions continue from here.
 
-        The horizon moves along, so that the schedules still end with the last step.
+        The horizon moves accordingly, so that the schedules still end with the last step.
         """
         self.step = self.step0 = saved.step
         self.applied = saved.applied
@@ -73,10 +73,10 @@ def resumed_progress(
 
     Args:
         saved: what ``to_dict`` returned.
-        left: steps that are left under the present config; those of ``saved`` count where nothing
-            has changed.
+        left: steps that are left under the present config; used only if ``changed``.
         global_batch_size: views per step under the present config.
-        changed: a key outside the free ones differs: positions count anew from here.
+        changed: whether a key outside the free keys differs; ``step0`` and ``position0`` are then
+            the saved step and position.
     """
     progress = Progress.from_dict(saved)
     if changed:

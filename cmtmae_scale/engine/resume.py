@@ -1,4 +1,4 @@
-"""Whether a run may resume a checkpoint under the present config, and from where."""
+"""Checks whether a run may resume a checkpoint under the present config, and where it continues."""
 
 import logging
 import math
@@ -59,11 +59,11 @@ def continue_progress(
 def steps_left(config: Trained, num_images: int, saved: dict[str, Any]) -> int:
     """Return the steps from a checkpoint to the end of the run, under the present config.
 
-    A length in epochs is a number of views: those that are left take fewer steps of a larger batch.
+    A length in epochs is a number of views: the remaining views take fewer steps of a larger batch.
 
     Args:
         config: checked settings.
-        num_images: of the index.
+        num_images: number of images in the index.
         saved: state of the checkpoint.
     """
     progress, length = Progress.from_dict(saved["progress"]), config.train
@@ -87,9 +87,9 @@ def compare_run(
     Args:
         config: checked settings.
         task: name of the task.
-        free_keys: keys of the task, or groups with their point, that may differ.
+        free_keys: keys of the task, or groups with a trailing dot, that may differ.
         saved: state of the checkpoint.
-        digest: of the images' index; that of the checkpoint where the images are not compared.
+        digest: of the images' index; the checkpoint's own if the images are not compared.
 
     Returns:
         Allowed changes outside the free keys, as text.
@@ -100,7 +100,7 @@ def compare_run(
     if saved["task"] != task:
         raise ConfigError(
             f"run.output_dir={config.run.output_dir} holds checkpoints of {saved['task']}, and "
-            f"this command does {task}; use another run.output_dir"
+            f"this command runs {task}; use another run.output_dir"
         )
     changes = compare_configs(
         saved["config"],
@@ -119,7 +119,7 @@ def compare_run(
 
 
 def refuse_other_pairs(config: Trained, plan: BatchPlan, saved: dict[str, Any] | None) -> None:
-    """Refuse a split of the batch that pairs other views than the run's, where views are paired.
+    """Refuse a split of the batch that pairs other views than the run did, if views are paired.
 
     Args:
         config: checked settings, already compared with those of the checkpoint.

@@ -1,4 +1,4 @@
-"""Roll-back to the newest checkpoint, to go on with later data."""
+"""Roll-back to the newest checkpoint, to continue with later data."""
 
 from cmtmae_scale.checkpoint.chunks import load_fragments
 from cmtmae_scale.checkpoint.find import find_checkpoint
@@ -12,8 +12,8 @@ from cmtmae_scale.runtime.collectives import on_all_ranks
 def roll_back(run: Run, why: str) -> None:
     """Load weights and moments from the newest checkpoint; the data stream is not rewound.
 
-    The checkpoint is written anew with the position of the data, so that a restart does not meet
-    the same views again.
+    The checkpoint is written again with the present position of the data, so that a restart does
+    not sample the same views again.
 
     Args:
         run: the run; a collective.
@@ -21,14 +21,14 @@ def roll_back(run: Run, why: str) -> None:
 
     Raises:
         NonFiniteError: if there is no checkpoint, or ``guard.rollback_limit`` is exceeded.
-        SaveError: if the store refuses the new position.
+        SaveError: if the checkpoint cannot be written again.
         LockLostError: if another launch took the run's folder over.
     """
     guard, writer, progress = run.config.guard, run.writer, run.progress
     if guard.skip_limit == 0:
         raise NonFiniteError(why)
     writer.wait()
-    writer.require_lock_on_all_ranks()  # the log is cut below
+    writer.require_lock_on_all_ranks()  # the log is truncated below
     folder = find_checkpoint(writer.root, writer.rank, writer.world_size)
     if folder is None:
         raise NonFiniteError(f"{why}; there is no checkpoint yet to roll back to")

@@ -39,7 +39,7 @@ def run_task(
     open_side_tasks: Callable[[Run], list[SideTask]] = lambda run: [],
     model_memory: Callable[[], float | None] = lambda: None,
 ) -> int:
-    """Train a task as one rank, or continue to.
+    """Train a task on this rank, from the beginning or from the newest checkpoint.
 
     Args:
         task: what is trained.

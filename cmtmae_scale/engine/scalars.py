@@ -15,5 +15,5 @@ class Scalars:
 
     @property
     def mixing(self) -> list[float]:
-        """Numbers whose jump makes losses before and after incomparable."""
+        """Return the numbers whose jump makes losses before and after incomparable."""
         return []

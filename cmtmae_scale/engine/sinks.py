@@ -1,4 +1,4 @@
-"""Where a run's metrics, figures and incidents go: ``log.jsonl``, TensorBoard, trackers."""
+"""Sinks of a run's metrics, figures and incidents: ``log.jsonl``, TensorBoard, trackers."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ LOST = "log lines lost"
 
 
 class Sink(Protocol):
-    """Takes what rank 0 records; never raises, and never waits for a network."""
+    """Receives what rank 0 records; never raises, and never waits for a network."""
 
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
         """Add one point to each curve."""
@@ -42,11 +42,12 @@ class Sink(Protocol):
 class JsonLines:
     """``RUN_DIR/log.jsonl``: a line per record; figures are files of their own.
 
-    Lines that the store refuses are lost with a warning, and the next line that fits counts them.
+    A line that cannot be written is lost with a warning; an incident before the next line that can
+    be written counts the lost lines.
 
     Args:
         file: the log.
-        step: entries of an earlier launch after this step are cut.
+        step: entries of an earlier launch after this step are removed.
 
     Raises:
         OSError: if the store is full or fails at the launch.
@@ -73,7 +74,7 @@ class JsonLines:
             cut_log(self.file, step)
 
     def close(self) -> None:
-        """Count the lines lost last, if the count fits now."""
+        """Record the number of the lines lost last, if it can be written now."""
         if self.lost_lines:
             self.append(self.step, None)
 
@@ -95,7 +96,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """``RUN_DIR/tensorboard``; points that the store refuses are lost with a warning.
+    """``RUN_DIR/tensorboard``; points that cannot be written are lost with a warning.
 
     Args:
         folder: TensorBoard's folder of the run.
@@ -123,7 +124,7 @@ class TensorBoard:
 
 
 def cut_log(file: Path, step: int) -> None:
-    """Drop entries after a step, but for incidents, and lines that cannot be read.
+    """Drop unreadable lines and, except for incidents, the entries after a step.
 
     Raises:
         OSError: if the file cannot be read or replaced.

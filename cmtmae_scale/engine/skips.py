@@ -7,9 +7,9 @@ from typing import Any
 from cmtmae_scale.config.schema import Guard
 
 WINDOW = 128
-"""Losses from which the bound is computed."""
+"""Number of recent losses from which the bound is computed."""
 FEWEST = 16
-"""Fewest losses for a bound."""
+"""Minimum number of losses for a bound."""
 LEAST_SPREAD = 0.01
 """Smallest spread, as a fraction of the median."""
 JUMP = 0.05
@@ -19,9 +19,9 @@ JUMP = 0.05
 class Skips:
     """Counts skipped steps, and bounds the loss.
 
-    Its inputs are sums over all ranks, so every rank decides alike. Checkpoints hold the losses and
-    the skipped steps in succession, so a resumed run decides like the undisturbed run; roll-backs
-    are counted within a launch.
+    Its inputs are sums over all ranks, so all ranks take the same decision. Checkpoints hold the
+    losses and the number of consecutive skipped steps, so a resumed run decides like the
+    undisturbed run. Roll-backs are counted within a launch.
 
     Args:
         settings: group ``guard``.
@@ -38,7 +38,7 @@ class Skips:
         self.rollbacks = 0
 
     def expect(self, scheduled: list[float]) -> None:
-        """Forget the losses where a schedule jumps, because the loss may jump too.
+        """Clear the losses if a schedule jumps, because the loss may jump too.
 
         Args:
             scheduled: ``Scalars.mixing`` of the next step.
@@ -74,12 +74,12 @@ class Skips:
             self.losses.append(loss)
 
     def record_skip(self) -> bool:
-        """Count a skipped step; returns whether ``guard.skip_limit`` is reached."""
+        """Count a skipped step; return whether ``guard.skip_limit`` is reached."""
         self.in_succession += 1
         return self.in_succession >= self.settings.skip_limit
 
     def may_roll_back(self, step: int) -> bool:
-        """Count a roll-back to a step; returns whether ``guard.rollback_limit`` allows it."""
+        """Count a roll-back to a step; return whether ``guard.rollback_limit`` allows it."""
         self.rollbacks = self.rollbacks + 1 if step == self.rollback_step else 1
         self.rollback_step = step
         return self.rollbacks <= self.settings.rollback_limit
@@ -93,11 +93,11 @@ class Skips:
         }
 
     def restore(self, saved: dict[str, Any], step: int) -> None:
-        """Continue from what ``to_dict`` returned, but for losses of other settings.
+        """Continue from what ``to_dict`` returned, without losses of other settings.
 
         Args:
             saved: state of a checkpoint.
-            step: of that checkpoint.
+            step: step of that checkpoint.
         """
         losses = saved["losses"] if step > self.changed_step else []
         self.losses = deque(losses, maxlen=WINDOW)

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "STOP"
 STOP_FILE_REASON = f"file {STOP_FILE}"
-LOOK_S = 1.0
-"""Seconds between two looks for the file, which may be on a slow store."""
+POLL_S = 1.0
+"""Seconds between two checks for the file, which may be on a slow store."""
 SLURM_END = "SLURM_JOB_END_TIME"
 END_MARGIN_S = 120.0
 """Seconds before the end of a SLURM job at which the run saves and stops."""
@@ -31,7 +31,7 @@ class LaunchInterrupted(BaseException):
 
 
 def interrupt_launch() -> None:
-    """Let a signal end the launch, once; call from the main thread."""
+    """Make the first signal end the launch; call from the main thread."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         for one in SIGNALS:
@@ -57,14 +57,14 @@ def signals_ignored() -> Iterator[None]:
 class StopRequest:
     """A request to stop: a signal, ``RUN_DIR/STOP``, a time limit, the launcher's death, a failure.
 
-    Handlers only set a flag, and each rank checks for itself; the ranks agree through the vector
-    that they reduce in every step.
+    Handlers only set a flag, and each rank checks its own; the ranks agree through the vector that
+    they reduce in every step.
 
     Args:
         run_dir: the run's folder.
         time_limit_s: ``run.time_limit_s``.
-        environment: where SLURM says when the job ends.
-        watches_file: whether this rank looks for ``STOP``; one rank per node is enough.
+        environment: see ``find_time_limits``.
+        watches_file: whether this rank polls for ``STOP``; one rank per node is enough.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class StopRequest:
         watches_file: bool = True,
     ) -> None:
         self.file = run_dir / STOP_FILE
-        self.next_look = 0.0 if watches_file else math.inf
+        self.next_poll = 0.0 if watches_file else math.inf
         self.reason: str | None = None
         self.failure: ReadError | CacheError | None = None
         self.launchers = find_launchers()
@@ -91,15 +91,15 @@ class StopRequest:
         self.reason = self.reason or signal.Signals(number).name
 
     def is_requested(self) -> bool:
-        """Whether this rank has seen a request."""
+        """Return whether this rank has received a request."""
         self.reason = self.reason or self.find_request()
         return self.reason is not None
 
     def find_request(self) -> str | None:
         """Return a request that arrives without a signal, or ``None``."""
         now = time.monotonic()
-        if now >= self.next_look:
-            self.next_look = now + LOOK_S
+        if now >= self.next_poll:
+            self.next_poll = now + POLL_S
             if os.path.exists(self.file):  # False where the store fails, unlike Path.exists
                 return STOP_FILE_REASON
         gone = find_dead_launcher(self.launchers)
@@ -114,7 +114,7 @@ class StopRequest:
             self.failure = failure
 
     def urgency(self) -> float:
-        """Return 0 to go on, 1 to stop after this step, infinity to refuse this step."""
+        """Return 0 to continue, 1 to stop after this step, infinity to refuse this step."""
         return math.inf if self.failure is not None else float(self.is_requested())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cmtmae_scale.runtime.collectives import ranks
 
 FACTOR = 1.5
-"""Times the median at which a rank counts as slow."""
+"""Multiple of the median above which a rank counts as slow."""
 LEAST_FRACTION = 0.1
 """Smallest excess that matters, as a fraction of the interval."""
 LONG = 3
@@ -43,7 +43,7 @@ class Stragglers:
 
     @contextmanager
     def own_time(self) -> Iterator[None]:
-        """Count the time of the block, idle time of the device included; synchronises nothing."""
+        """Count the time of the block, including idle time of the device; does not synchronise."""
         if ranks() == 1:
             yield  # there is no other rank to compare with
             return
@@ -67,9 +67,9 @@ class Stragglers:
             step: number of the step.
 
         Returns:
-            float32 ``[W + 1]`` on the device, to be summed over W ranks: in this rank's place its
-            own seconds, last the W-th part of the seconds of the interval; empty within an
-            interval and with one rank. No host synchronisation.
+            float32 ``[W + 1]`` on the device, to be summed over W ranks: this rank's own seconds at
+            its index, and last the seconds of the interval divided by W. Empty within an interval
+            and with one rank. No host synchronisation.
         """
         if step % self.every or ranks() == 1:
             return torch.zeros(0, device=self.device)

@@ -1,4 +1,4 @@
-"""The first and the last lines of a launch: where it runs, what came out, what to type next."""
+"""The first and last log lines of a launch: where it runs, its results, and the next commands."""
 
 import logging
 import os
@@ -127,7 +127,7 @@ def command_line(name: str, *words: str | Path) -> str:
 
 
 def log_result(config: Trained, task: str, progress: Progress) -> None:
-    """Log what a complete run reached, its newest checkpoint, and what to type next."""
+    """Log the results of a complete run, its newest checkpoint, and the next commands."""
     run_dir = Path(config.run.output_dir)
     values = last_values(run_dir / LOG_FILE)
     done = f"done: {progress.step} of {progress.end_step} steps"
@@ -158,11 +158,11 @@ def log_result(config: Trained, task: str, progress: Progress) -> None:
 
 
 NOT_RESULTS = ("eval/time_fraction", "eval/pass")
-"""Entries of an evaluation that are no accuracies."""
+"""Entries of an evaluation that are not accuracies."""
 
 
 def last_values(file: Path) -> dict[str, tuple[int, float]]:
-    """Return the last value of every name in a log, with its step."""
+    """Return the last value of each name in a log, with its step."""
     found: dict[str, tuple[int, float]] = {}
     for entry in read_entries(file):
         step = entry.pop("step", None)

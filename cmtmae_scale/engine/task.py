@@ -1,4 +1,4 @@
-"""What a task gives to the engine, and what a run consists of."""
+"""The protocol between the engine and a task, and the parts of a run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -32,9 +32,9 @@ class SideTask(NamedTuple):
     stage: str
     """Stage for the watchdog and for messages, one of ``watchdog.STAGES``."""
     is_due: Callable[[Progress], bool]
-    """Whether to run after the step that progress stands at; the same on every rank."""
+    """Whether to run after the last step of the progress; the same on every rank."""
     run: Callable[["Run"], None]
-    """A collective; what it raises skips it, and training goes on."""
+    """A collective; an exception ends only the side task, and training continues."""
 
 
 class Task(Protocol):
@@ -52,7 +52,7 @@ class Task(Protocol):
     logged: tuple[str, ...]
     """The terms that this run has; the others are not logged."""
     free_keys: tuple[str, ...]
-    """Config keys, or groups with their point, that may change at a resume."""
+    """Config keys, or groups with a trailing dot, that may change at a resume."""
     view_sizes: Sequence[int]
     """Sides of the views in a batch, pixels."""
     side_tasks: list[SideTask]
@@ -84,7 +84,7 @@ class Task(Protocol):
     def prepare_fixed(self, batch: Batch) -> Any:
         """Compute what depends on the views alone, such as the teacher's output.
 
-        The engine calls it for the first micro-batch of a step before the step before is applied,
+        The engine calls it for the first micro-batch of a step before the previous step is applied,
         so it must use neither the weights nor scheduled numbers. No collective.
         """
         ...
@@ -100,7 +100,7 @@ class Task(Protocol):
         ...
 
     def check_inputs(self, step: int) -> None:
-        """Look for inputs that are not finite after a step was refused. A collective.
+        """Check for inputs that are not finite after a step was refused. A collective.
 
         Raises:
             TeacherError: on every rank, if skipping the step would not help; names the samples.
@@ -108,7 +108,7 @@ class Task(Protocol):
         ...
 
     def step_sums(self) -> Tensor:
-        """Return what the step sums over ranks beside the report: 1-D float32, maybe empty.
+        """Return what the step sums over ranks besides the report: 1-D float32, may be empty.
 
         It is reduced together with the report, after the last micro-batch; a value that is not
         finite prevents the update.
@@ -116,11 +116,11 @@ class Task(Protocol):
         ...
 
     def record_applied(self, sums: Sequence[float]) -> None:
-        """Take the sums of ``step_sums`` over ranks after a step that was applied."""
+        """Receive the sums of ``step_sums`` over ranks after a step that was applied."""
         ...
 
     def saved_state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds for this task alone."""
+        """Return the part of a checkpoint's state that is specific to this task."""
         ...
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -128,12 +128,12 @@ class Task(Protocol):
         ...
 
     def conclude(self, run: "Run") -> None:
-        """Work after the last step of a complete run. A collective."""
+        """Do the work that follows the last step of a complete run. A collective."""
         ...
 
 
 class Drawn(NamedTuple):
-    """A micro-batch, and what is computed of it without the weights."""
+    """A micro-batch, and what is computed from it without the weights."""
 
     batch: Batch
     fixed: Any
@@ -158,26 +158,26 @@ class Run:
     writer: Writer
     stop: StopRequest
     telemetry: Telemetry | None
-    """Rank 0 alone has one."""
+    """On rank 0 only."""
     progress_file: ProgressFile | None
-    """Rank 0 alone has one."""
+    """On rank 0 only."""
     skips: Skips
     stragglers: Stragglers
     saved_facts: dict[str, Any]
     ahead: Drawn | None = None
-    """First micro-batch of the next step, if it is drawn already; no state of the run: a launch
-    draws it again."""
+    """First micro-batch of the next step, if it is prepared already; it is not saved: a launch
+    prepares it again."""
     profile: StepProfile | None = None
-    """Rank 0 has one where ``log.profile_steps`` is given."""
+    """On rank 0, if ``log.profile_steps`` is given."""
     place: Place = field(default_factory=Place)
     """Where in the loop this rank is; for the watchdog."""
     drawn: float = 0.0
-    """Views drawn since this launch, over all ranks."""
+    """Views sampled since this launch, over all ranks."""
     undecodable: float = 0.0
     """Of them, views that could not be decoded."""
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside tensors."""
+        """Return what a checkpoint holds besides tensors."""
         return {
             "task": self.task.name,
             "progress": self.progress.to_dict(),
@@ -188,6 +188,6 @@ class Run:
         }
 
     def record_incident(self, kind: str, why: str, **facts: Any) -> None:
-        """Write to the log that something went wrong; rank 0 does."""
+        """Record a fault in the log, on rank 0."""
         if self.telemetry is not None:
             self.telemetry.record_incident(self.progress.step, kind, why, **facts)

@@ -39,10 +39,10 @@ class Telemetry:
 
     Args:
         run_dir: the run's folder.
-        start: step that the run continues from; later records of an earlier launch are cut.
+        start: step that the run continues from; later records of an earlier launch are removed.
         end: last step.
         every: steps between entries.
-        position: views drawn before that step, over all ranks.
+        position: views sampled before that step, over all ranks.
         trackers: further sinks, which may fail.
 
     Raises:
@@ -85,7 +85,7 @@ class Telemetry:
         )
 
     def start_interval(self) -> None:
-        """Forget the values since the last entry."""
+        """Clear the values since the last entry."""
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.views = 0
@@ -108,7 +108,7 @@ class Telemetry:
     def record(
         self, step: int, values: dict[str, float], views: int, waited_s: float, position: int
     ) -> None:
-        """Add a finished step; writes an entry when one is due.
+        """Add a finished step, and write an entry if it is due.
 
         Args:
             step: number of the finished step, from 1.
@@ -116,7 +116,7 @@ class Telemetry:
                 A skipped step has none.
             views: views of the step, over all ranks.
             waited_s: seconds in which this rank waited for data.
-            position: views drawn in the whole run, over all ranks.
+            position: views sampled in the whole run, over all ranks.
         """
         self.step, self.position = step, position
         for name, value in values.items():
@@ -145,7 +145,7 @@ class Telemetry:
         self.start_interval()
 
     def estimate_rate(self) -> None:
-        """Estimate the time per step; the first interval, with slow first steps, counts alone."""
+        """Estimate the time per step; later estimates exclude the first interval, which is slow."""
         step, began = self.timed_from
         now = time.monotonic()
         self.step_s = (now - began) / max(self.step - step, 1)
@@ -154,7 +154,7 @@ class Telemetry:
             self.timed_from = self.step, now
 
     def log_line(self, shown: list[str]) -> None:
-        """Log values of the present step, behind its number, the views so far and the ETA."""
+        """Log values of the present step, after its number, the views so far and the ETA."""
         views = self.position if self.position < 1000 else tqdm.format_sizeof(self.position)
         progress = f"step {self.step}/{self.end}", f"{views} views", f"ETA {self.remaining()}"
         logger.info("%s", "  ".join([*progress, *shown]))
@@ -168,13 +168,13 @@ class Telemetry:
     def record_side_task(
         self, stage: str, step: int, values: dict[str, float], took_s: float
     ) -> float:
-        """Write the results of a side task; returns the fraction of the time that its kind takes.
+        """Write the results of a side task; return the fraction of the time that its kind takes.
 
         Args:
             stage: kind of the side task; names the fraction.
             step: number of the finished step.
             values: results by name.
-            took_s: seconds that training waited for it; the rates leave them out.
+            took_s: seconds that training waited for it; excluded from the rates.
         """
         self.step = step
         self.since += took_s
@@ -218,7 +218,7 @@ class Telemetry:
                 self.record_incident(self.step, FAILED, problem)
 
     def record_incident(self, step: int, kind: str, why: str, **facts: Any) -> None:
-        """Record a fault; ``log.jsonl`` keeps it when later launches cut it.
+        """Record a fault; ``log.jsonl`` keeps it when a later launch truncates the log.
 
         Args:
             step: number of steps taken.
@@ -247,13 +247,13 @@ class Telemetry:
         self.report_trackers()
         for tracker in self.trackers:
             if tracker.lost_entries:
-                why = f"{tracker.name} did not take {tracker.lost_entries} entries of this launch"
+                why = f"{tracker.name} did not accept {tracker.lost_entries} entries of this launch"
                 self.record_incident(self.step, LOST, why, lost_entries=tracker.lost_entries)
         self.log.close()
 
 
 def format_value(value: float, digits: int = 4) -> str:
-    """Return a number with so many significant digits, for reading; all digits before the point.
+    """Format a number with ``digits`` significant digits, but with all digits before the point.
 
     >>> [format_value(value) for value in (0.000123456, 0.52, 12.0, 1234567.0)]
     ['1.235e-04', '0.5200', '12.00', '1,234,567']
@@ -274,7 +274,7 @@ def cut_figures(folder: Path, step: int) -> None:
 
 
 def memory_gib() -> float:
-    """Return the peak memory of this rank, GiB: of its GPU, or without one of its process."""
+    """Return the peak memory of this rank in GiB: of its GPU, or without a GPU of its process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -19,11 +19,11 @@ from functools import partial
 from typing import Any, Protocol
 
 PROJECT = "cmtmae-scale"
-"""Project or experiment where the library's environment variable names none."""
+"""Project or experiment if the library's environment variable names none."""
 LAST_WORK_S = 60
-"""Seconds to finish in after the run has ended without a word."""
+"""Seconds in which to finish after the run has ended without closing the tracker."""
 MLFLOW_TEXT, MLFLOW_BATCH = 5000, 100
-"""Longest text of a tag or parameter, and most parameters per request."""
+"""Maximum length of a tag or parameter, and maximum number of parameters per request."""
 
 
 class Client(Protocol):
@@ -45,7 +45,7 @@ class Client(Protocol):
         ...
 
     def close(self, is_complete: bool) -> None:
-        """Hand everything over."""
+        """Send everything that is pending, and end the run."""
         ...
 
 
@@ -182,7 +182,7 @@ def attempt(work: Callable[[], Any], counts_warnings: bool) -> str | None:
 
     Args:
         work: calls the library.
-        counts_warnings: trackio warns where it fails.
+        counts_warnings: whether a warning is a failure; trackio warns instead of raising.
     """
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -199,7 +199,7 @@ def serve(name: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the run decides when it ends
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the library prints is no answer
+    os.dup2(2, 1)  # the library's prints must not be read as answers
 
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values) + "\n")
@@ -222,7 +222,7 @@ def serve(name: str) -> None:
         for client in clients:
             getattr(client, method)(**arguments)
 
-    with suppress(BrokenPipeError):  # the run has ended, as at the end of its lines
+    with suppress(BrokenPipeError):  # the run has ended, as at the end of the input
         answer(error=attempt(import_library, counts_warnings=False), place=None)
         for line in sys.stdin:
             entry, known = json.loads(line), len(clients)

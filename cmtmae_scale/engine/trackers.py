@@ -32,7 +32,7 @@ ID_FILE = "tracker_id"
 FAILED, LOST = "tracker failed", "tracker entries lost"
 """Kinds of incidents."""
 QUEUED = 1000
-"""Most entries that wait for a tracker; further ones are lost."""
+"""Maximum number of entries that wait for a tracker; further entries are lost."""
 FAILURES = 3
 """Consecutive entries that fail before a tracker is dropped until the next launch."""
 IMPORT_S = 120.0
@@ -71,7 +71,7 @@ class Tracker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C in the terminal is for the run
+            start_new_session=True,  # a Ctrl-C in the terminal is meant for the run
             text=True,
         )
         self.thread = threading.Thread(
@@ -144,7 +144,7 @@ class Tracker:
         if self.problem is None or self.is_reported:
             return None
         self.is_reported = True
-        return f"{self.name}: {self.problem}; the run goes on, and lost entries are counted"
+        return f"{self.name}: {self.problem}; the run continues, and lost entries are counted"
 
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
         self.put(call="add_scalars", step=step, values=values)
@@ -156,10 +156,10 @@ class Tracker:
         self.put(call="add_incident", step=step, text=f"step {step}: {kind}", why=redact(why))
 
     def roll_back(self, step: int) -> None:
-        """Do nothing: trackers keep the records after a step, beside those of its repetition."""
+        """Do nothing: trackers keep the records after a step, besides those of its repetition."""
 
     def request_end(self, is_complete: bool) -> None:
-        """Queue the last entry; where there is no room, in the place of another, which is lost."""
+        """Queue the last entry; if the queue is full, it replaces another entry, which is lost."""
         while not self.is_over:
             try:
                 return self.entries.put_nowait({"call": "close", "is_complete": is_complete})
@@ -215,7 +215,7 @@ def open_trackers(config: Trained) -> list[Tracker]:
 
 
 def close_trackers(trackers: Sequence[Tracker], is_complete: bool) -> None:
-    """Let all trackers finish at the same time; kills those that need longer than ``CLOSE_S``."""
+    """Let all trackers finish at the same time; kill those that need longer than ``CLOSE_S``."""
     deadline = time.monotonic() + CLOSE_S
     for tracker in trackers:
         tracker.request_end(is_complete)
@@ -231,7 +231,7 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a folder wandb/ is no package
+        if spec is None or spec.origin is None:  # a folder wandb/ is not a package
             raise ConfigError(missing_text(name, "is not installed"))
 
 
@@ -244,7 +244,7 @@ def missing_text(name: str, what: str) -> str:
 
 
 def run_settings(config: Trained) -> dict[str, Any]:
-    """Return what a tracker needs to know of the run; creates its id at the first launch.
+    """Return what a tracker needs to know about the run; create its id at the first launch.
 
     Raises:
         OSError: if the store of the run is full or fails.
@@ -259,7 +259,7 @@ def run_settings(config: Trained) -> dict[str, Any]:
 
 
 def find_id(file: Path) -> str:
-    """Return the id under which trackers know a run, from the run's folder.
+    """Return the id under which trackers know a run; the run's folder holds it.
 
     Raises:
         OSError: if the store is full or fails: a new id would split the run in two.
@@ -279,7 +279,7 @@ def find_id(file: Path) -> str:
 
 
 def remove_secrets(value: Any) -> Any:
-    """Return a config without the values of keys that name secrets, its texts as ``redact``."""
+    """Return a config without the values of keys that name secrets, and with redacted texts."""
     if isinstance(value, Mapping):
         return {
             key: REMOVED if SECRET_KEY.search(str(key)) else remove_secrets(one)
@@ -291,7 +291,7 @@ def remove_secrets(value: Any) -> Any:
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return a text without what ``hide_secrets`` hides, and values of secret variables."""
+    """Return a text without what ``hide_secrets`` hides and without values of secret variables."""
     text = hide_secrets(text)
     for name, value in environment.items():
         if SECRET_VARIABLE.search(name) and len(value) >= 8:

@@ -1,10 +1,10 @@
 """A watchdog against ranks that hang or die: it names them, writes all stacks, and ends the run.
 
-Collectives detect a dead peer only where a connection breaks, and a stalled peer only at their own
-time limit, without a name. Here a thread on every rank checks the progress of its rank, publishes
-it in ``RUN_DIR/heartbeats/RANK``, and checks the processes of the ranks on its machine. The clocks
-of two machines are never compared: a heartbeat that does not change while this rank counts seconds
-belongs to a stalled rank.
+Collectives detect a dead peer only if a connection breaks, and a stalled peer only at their own
+time limit, without naming it. Here a thread on every rank checks the progress of its rank,
+publishes it in ``RUN_DIR/heartbeats/RANK``, and checks the processes of the ranks on its machine.
+The clocks of two machines are never compared: a heartbeat that does not change while this rank
+counts seconds belongs to a stalled rank.
 """
 
 import faulthandler
@@ -35,9 +35,9 @@ STAGES = ("data", "compute", "update", "save", "evaluation", "figures", "diagnos
 BUILD_STAGES = ("start", "index", "checkpoint", "models", "stream")
 """Stages before the first step, in order."""
 BUSY_CPU_FRACTION = 0.05
-"""Fraction of one core above which a rank that builds counts as working."""
+"""Fraction of one core above which a rank that builds the run counts as working."""
 BUSY_BYTES_PER_S = 1e5
-"""Bytes read and written per second above which a rank that builds counts as working."""
+"""Bytes read and written per second above which a rank that builds the run counts as working."""
 TICK_S = 0.5
 LONGEST_BEAT_S = 10.0
 
@@ -135,12 +135,12 @@ class Watchdog(threading.Thread):
                 return
 
     def find_dead(self) -> list[int]:
-        """Return the ranks of this machine whose process is gone."""
+        """Return the ranks of this machine whose process has ended."""
         neighbours = self.neighbours.items()
         return [number for number, one in neighbours if start_ticks(one["pid"]) != one["started"]]
 
     def beat(self) -> None:
-        """Publish the place of this rank when due; a store that refuses is no failure."""
+        """Publish the place of this rank when due; an error of the store only causes a warning."""
         if time.monotonic() - self.published_at < self.beat_s:
             return
         self.published_at = time.monotonic()
@@ -174,7 +174,7 @@ class Watchdog(threading.Thread):
         second = self.read_heartbeats()
         silent = [n for n in range(self.world_size) if second.get(n) == first.get(n)]
         if silent:
-            return f"no sign of life from rank {', '.join(map(str, silent))}"
+            return f"no heartbeat from rank {', '.join(map(str, silent))}"
         watched_s = time.monotonic() - began
         if self.place.stage in BUILD_STAGES and any(
             is_working(first[n], second[n], watched_s) for n in first.keys() & second.keys()
@@ -234,7 +234,7 @@ def is_working(first: dict[str, Any], second: dict[str, Any], seconds: float) ->
 
 
 def bytes_moved() -> int:
-    """Return the bytes that this process has read and written; 0 if the system does not tell."""
+    """Return the bytes that this process has read and written; 0 if the system hides them."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
         facts = dict(line.split(": ") for line in lines)

@@ -1,4 +1,4 @@
-"""Accuracy of the present weights: each test image once over all ranks."""
+"""Measures the accuracy of the present weights, with each test image once over all ranks."""
 
 import torch
 
@@ -28,11 +28,11 @@ class Accuracy:
 
     Args:
         classifier: of the trained classifier's shape, on the meta device.
-        encoder: how images are normalised and how large they are.
+        encoder: size and normalisation of the images.
         images: the test set.
         config: how images are read.
-        world: this process's place.
-        device: where it computes.
+        world: place of this process.
+        device: device of this rank.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Accuracy:
 
     @torch.no_grad()
     def __call__(self, backend: Backend) -> tuple[Score, str]:
-        """Measure; returns hits over the images that can be decoded, and the weights' SHA-256.
+        """Return the hits over the images that can be decoded, and the weights' SHA-256.
 
         A collective.
 
         Raises:
-            ReadError: on every rank, if storage did not give one of them an image.
+            ReadError: on every rank, if a rank cannot read an image from storage.
             DataError: if no image could be decoded, or if logits are not finite.
         """
         model = materialise(self.classifier.encoder, self.device)
@@ -84,7 +84,7 @@ class Accuracy:
 
         try:
             on_all_ranks(count)
-        finally:  # a failed evaluation leaves nothing on the device
+        finally:  # free the device's memory also after a failed evaluation
             model.to("meta")
         *found, unusable = sum_over_ranks(counts).tolist()
         total = Score(*found)
@@ -101,7 +101,7 @@ class Accuracy:
         return total, digest
 
     def batches(self) -> OnePass:
-        """This rank's test images."""
+        """Return this rank's test images."""
         return OnePass(
             self.images.index,
             self.images.ids,

@@ -1,4 +1,4 @@
-"""From the loader's views and labels to what a classifier learns from.
+"""Turns the loader's views and labels into training examples of a classifier.
 
 Legend: B views in a micro-batch, S their side, C classes, L blocks.
 """
@@ -26,9 +26,9 @@ from cmtmae_scale.method.images import normalise_images
 from dataloading.stream import Batch
 
 AREA = (0.02, 1 / 3)
-"""Range of an erased rectangle's share of the area."""
+"""Range of an erased rectangle's fraction of the area."""
 ASPECT = (0.3, 1 / 0.3)
-"""Range of its height / width."""
+"""Range of the rectangle's height / width."""
 TRIES = 10
 
 
@@ -38,11 +38,11 @@ class Examples(NamedTuple):
     images: Tensor
     """Normalised, ``[B, 3, S, S]`` float32."""
     keep: Tensor | None
-    """Factors for drop path, ``[B, L, 2]``; ``None``: none is dropped."""
+    """Factors for drop path, ``[B, L, 2]``; ``None``: no branch is dropped."""
     targets: Tensor
-    """Shares of the classes, ``[B, C]`` float32; rows sum to 1."""
+    """Soft targets, ``[B, C]`` float32; rows sum to 1."""
     valid: Tensor
-    """Rows of which every picture could be decoded, bool ``[B]``."""
+    """Rows whose images could all be decoded, bool ``[B]``."""
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None]:
@@ -52,18 +52,18 @@ class Examples(NamedTuple):
 class Augmenter:
     """Augments micro-batches; a pure function of the settings and of the views' positions.
 
-    Views are cropped and mirrored already. Then, as in MAE: RandAugment, normalisation, random
-    erasing, and mixup or cutmix, which pair the first view of a micro-batch with the last, and so
-    on, with one coefficient for all.
+    Views are cropped and flipped already. Then, as in MAE, follow RandAugment, normalisation,
+    random erasing, and mixup or cutmix, which pair the first view of a micro-batch with the last,
+    and so on, with one coefficient for all.
 
     Args:
         settings: the config's group.
         seed: of the run.
         classes: C.
         depth: blocks L.
-        drop_path: chance that the last block's branches are dropped.
-        mean: of the network's input, pixels in [0, 1].
-        std: deviation likewise.
+        drop_path: probability that the last block's branches are dropped.
+        mean: mean of the network's input, pixels in [0, 1].
+        std: standard deviation of the network's input.
     """
 
     def __init__(
@@ -98,18 +98,18 @@ class Augmenter:
             batch: uint8 views of one size.
             labels: their classes, int64 ``[B]``, on the device.
         """
-        settings, pictures = self.settings, batch.images[0]
+        settings, views = self.settings, batch.images[0]
         positions = positions_of(batch)
         if settings.magnitude is not None:
-            pictures = randaugment(
-                pictures,
+            views = randaugment(
+                views,
                 positions,
                 seed=self.seed,
                 magnitude=settings.magnitude,
                 magnitude_std=settings.magnitude_std,
                 fill=self.fill,
             )
-        images = normalise_images(pictures, self.mean, self.std)
+        images = normalise_images(views, self.mean, self.std)
         erase(images, positions, self.seed, settings.erase)
         keep = branch_factors(self.seed, batch.position, self.depth, self.drop_path)
         if self.mixup is None:
@@ -127,9 +127,9 @@ def erase(images: Tensor, positions: NDArray[np.int64], seed: int, chance: float
         images: normalised, ``[B, 3, S, S]``.
         positions: of the views, on the host, ``[B]``.
         seed: of the run.
-        chance: that a view is treated.
+        chance: probability that a rectangle of a view is filled.
 
-    Source: random erasing (arXiv 1708.04896), timm's law in mode ``pixel``, as in MAE.
+    Source: random erasing (arXiv 1708.04896), timm's rule in mode ``pixel``, as in MAE.
     """
     drawn = per_view(RECTANGLES, seed, positions, 1 + 4 * TRIES)
     height, width = images.shape[-2:]
@@ -142,12 +142,12 @@ def erase(images: Tensor, positions: NDArray[np.int64], seed: int, chance: float
 
 
 def rectangle(drawn: list[float], height: int, width: int) -> tuple[int, int, int, int] | None:
-    """Choose top, left, height and width; ``None`` where no try fits.
+    """Choose top, left, height and width of a rectangle; ``None`` if no try fits.
 
     Args:
-        drawn: four numbers in [0, 1) a try.
-        height: of the picture.
-        width: of the picture.
+        drawn: four numbers in [0, 1) per try.
+        height: of the image.
+        width: of the image.
     """
     low, high = (math.log(one) for one in ASPECT)
     for share, aspect, down, right in zip(*(drawn[k::4] for k in range(4)), strict=True):
@@ -161,7 +161,7 @@ def rectangle(drawn: list[float], height: int, width: int) -> tuple[int, int, in
 
 
 def cross_entropy(logits: Tensor, examples: Examples) -> dict[str, Tensor]:
-    """Return the cross-entropy of logits ``[B, C]`` with the targets' shares as ``total``.
+    """Return the cross-entropy of logits ``[B, C]`` and soft targets as ``total``.
 
     It is a sum over valid rows, 0-dim float32.
     """

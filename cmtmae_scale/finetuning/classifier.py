@@ -1,4 +1,4 @@
-"""The encoder with a classifier on it: timm's model, weights in timm's names.
+"""The encoder with a classifier on top: timm's model, with weights under timm's names.
 
 Legend: B views in a micro-batch, C classes, D width, L blocks.
 """
@@ -19,16 +19,16 @@ from cmtmae_scale.method.initialisation import Values
 from cmtmae_scale.method.student import Student, run_block
 
 HEAD_STD = 2e-5
-"""Deviation of the head's start values, MAE's."""
+"""Standard deviation of the head's initial weights, as in MAE."""
 
 
 class DroppingBlock(Block):
-    """timm's block whose branches are dropped for views that the caller names."""
+    """timm's block, whose branches are dropped for views that the caller names."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
         self, x: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """From ``[B, P + N, D]`` to timm's own output.
+        """Return timm's output for tokens ``[B, P + N, D]``, with weighted branches.
 
         Args:
             x: tokens.
@@ -39,7 +39,7 @@ class DroppingBlock(Block):
 
 
 class DroppingEvaBlock(EvaBlock):
-    """``DroppingBlock`` of timm's Eva."""
+    """``DroppingBlock`` for timm's Eva."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
         self, x: Tensor, keep: Tensor | None = None, rope: Tensor | None = None
@@ -52,7 +52,7 @@ class DroppingEvaBlock(EvaBlock):
 
 
 class DroppingEvaBlockPostNorm(EvaBlockPostNorm):
-    """``DroppingBlock`` of an Eva whose branches are normed at their end."""
+    """``DroppingBlock`` for an Eva whose branches end with a norm."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - whole images, no mask
         self, x: Tensor, keep: Tensor | None = None, rope: Tensor | None = None
@@ -67,7 +67,7 @@ DROPPING_BLOCKS: dict[type, type] = {
     EvaBlock: DroppingEvaBlock,
     EvaBlockPostNorm: DroppingEvaBlockPostNorm,
 }
-"""Blocks of timm, and those whose branches can be dropped by view."""
+"""timm's block -> the block whose branches can be dropped per view."""
 
 
 def weigh(branch: Tensor, keep: Tensor | None, number: int) -> Tensor:
@@ -100,7 +100,7 @@ class ClassifyingStudent(Student):
 
 
 class Classifier(nn.Module):
-    """What is fine-tuned; its ``encoder`` is the whole of it, as checkpoints name it."""
+    """The fine-tuned model; ``encoder`` is all of it, under the name that checkpoints use."""
 
     def __init__(self, encoder: ClassifyingStudent) -> None:
         super().__init__()
@@ -110,14 +110,14 @@ class Classifier(nn.Module):
         return self.encoder(images, keep)
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """Blocks in the order of the forward, for wrapping and compiling."""
+        """Return the blocks in the order of the forward, for wrapping and compiling."""
         return self.encoder.transformer_blocks()
 
 
 def build_classifier(
     settings: StudentConfig, size: int, *, classes: int, pool: Literal["mean", "cls"]
 ) -> Classifier:
-    """Put a head on an architecture; ``classifier_values`` gives the weights.
+    """Put a head on an architecture; ``classifier_values`` returns its weights.
 
     As in MAE, ``mean`` removes the encoder's last norm and puts a fresh norm behind the mean of the
     patch tokens, and the positional embeddings are trained.
@@ -126,11 +126,11 @@ def build_classifier(
         settings: architecture and sizes of the encoder.
         size: side of the images, pixels.
         classes: C.
-        pool: what the head sees; see ``Head.pool``.
+        pool: input of the head; see ``Head.pool``.
 
     Returns:
-        On the default device, which may be the meta device; the global generator is not moved. Keys
-        of ``.encoder`` are those of ``timm.create_model(arch, num_classes=C)`` with
+        On the default device, which may be the meta device; the state of the global generator is
+        kept. Keys of ``.encoder`` are those of ``timm.create_model(arch, num_classes=C)`` with
         ``global_pool="avg", fc_norm=True``, or with ``"token"``; those of an Eva have
         ``use_fc_norm=True, use_post_transformer_norm=False`` with ``"avg"``, the reverse with
         ``"token"``.
@@ -162,14 +162,14 @@ def build_classifier(
 
 
 def layer_scale(depth: int, decay: float) -> Callable[[str], float]:
-    """Factor of the learning rate of a parameter of ``Classifier``, by its name.
+    """Return the learning-rate factor of a parameter of ``Classifier`` as a function of its name.
 
-    Layer 0 is everything before the blocks and rotary frequencies, layer i + 1 is block i, and what
-    comes after them is layer L + 1; the factor is ``decay ** (L + 1 - layer)``.
+    Layer 0 is everything before the blocks and rotary frequencies, layer i + 1 is block i, and all
+    later parameters are layer L + 1; the factor is ``decay ** (L + 1 - layer)``.
 
     Args:
         depth: L.
-        decay: from each layer to the one below it.
+        decay: factor from each layer to the layer below it.
 
     Source: BEiT (arXiv 2106.08254), as in MAE's ``util/lr_decay.py``.
     """
@@ -184,7 +184,7 @@ BEFORE_BLOCKS = ("cls_token", "reg_token", "pos_embed", "patch_embed.", "norm_pr
 
 
 def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter in timm's names."""
+    """Return the layer of a parameter, given its name in timm."""
     if name.startswith(BEFORE_BLOCKS):
         return 0
     if name.startswith("blocks."):
@@ -193,7 +193,7 @@ def layer_of(name: str, depth: int) -> int:
 
 
 UNUSED = ("head.", "fc_norm.", "attn_pool.")
-"""Beginnings of names in the weights of an encoder that belong to its own classifier."""
+"""Prefixes of names in the weights of an encoder that belong to its own classifier."""
 
 
 def classifier_values(
@@ -205,7 +205,7 @@ def classifier_values(
         classifier: only names and shapes are read, so that it may be on the meta device.
         state: tensors of the encoder, under timm's names; its own head is not used.
         place: name of the encoder, for errors.
-        seed: of the head's weights.
+        seed: seed of the head's weights.
 
     Raises:
         ConfigError: if names or shapes differ.

@@ -1,7 +1,7 @@
-"""Random numbers of augmentation: each a hash of the seed and of a view's position.
+"""Random numbers of augmentation: hashes of the seed and of a view's position.
 
-So a view is treated the same way after a resume, and on whichever rank it falls. What pairs the
-views of a micro-batch is drawn from the position of its first view.
+So a view is augmented the same way after a resume and on any rank. Numbers that concern the pairs
+of a micro-batch are drawn from the position of its first view.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from dataloading.counters import fold, uniforms
 from dataloading.stream import Batch
 
 OPERATIONS, RECTANGLES, NOISE, PAIRS, PATHS = 0xA06, 0xE4A, 0x0153, 0x314, 0xD49
-"""What a draw is for."""
+"""Purposes of draws."""
 
 
 def positions_of(batch: Batch) -> NDArray[np.int64]:
-    """Positions of a batch's views on the host, ``[B]``, without asking the device."""
-    if batch.plan is None:  # stands in for one that could not be read; it is not learnt from
+    """Return the positions of a batch's views on the host, ``[B]``, without a device transfer."""
+    if batch.plan is None:  # replaces a batch that could not be read; its step is not applied
         return np.zeros(len(batch.position), dtype=np.int64)
     return batch.plan.positions
 
@@ -30,12 +30,12 @@ def positions_of(batch: Batch) -> NDArray[np.int64]:
 def per_view(
     purpose: int, seed: int, positions: NDArray[np.int64], count: int
 ) -> NDArray[np.float64]:
-    """Numbers in ``[0, 1)``, ``[B, count]``."""
+    """Return numbers in ``[0, 1)``, ``[B, count]``."""
     return uniforms(fold(purpose, seed, positions), count)
 
 
 def noise(seed: int, position: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal numbers of a view; the same on every device of a kind."""
+    """Return standard normal numbers of a view; the same on every device of a kind."""
     generator = torch.Generator(device)
     generator.manual_seed(int(fold(NOISE, seed, position)[0] >> np.uint64(1)))
     return torch.randn(shape, generator=generator, device=device)
@@ -43,7 +43,7 @@ def noise(seed: int, position: int, shape: tuple[int, ...], device: torch.device
 
 @contextmanager
 def numpy_seeded(seed: int, position: int) -> Iterator[None]:
-    """Let numpy's global generator start from a position, and put it back."""
+    """Seed numpy's global generator from a position, and restore its state afterwards."""
     before = np.random.get_state()
     np.random.seed(int(fold(PAIRS, seed, position)[0] % np.uint64(2**32)))
     try:
@@ -53,17 +53,17 @@ def numpy_seeded(seed: int, position: int) -> Iterator[None]:
 
 
 def branch_factors(seed: int, positions: Tensor, depth: int, rate: float) -> Tensor | None:
-    """Factors of every block's two branches for drop path.
+    """Return the factors of every block's two branches for drop path.
 
     Args:
         seed: of the run.
         positions: int64 ``[B]``, on the device.
         depth: blocks L.
-        rate: chance of the last block; the others' grow to it linearly from 0.
+        rate: drop probability of the last block; it grows linearly from 0 in the first block.
 
     Returns:
-        ``[B, L, 2]`` float32, 0 or one over the chance to keep; ``None`` for a rate of 0. No host
-        synchronisation.
+        ``[B, L, 2]`` float32, 0 or one over the probability to keep; ``None`` for a rate of 0. No
+        host synchronisation.
 
     Source: stochastic depth (arXiv 1603.09382), as in timm.
     """

@@ -1,4 +1,4 @@
-"""The encoder that a fine-tuning starts from, and what must be known to build it again."""
+"""The encoder that a fine-tuning starts from, and what is needed to build it again."""
 
 import argparse
 from dataclasses import asdict, dataclass, replace
@@ -88,7 +88,7 @@ def refuse_other_encoder(saved: InitialEncoder, found: InitialEncoder, run_dir: 
     """Refuse to resume a run that started from other weights.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: names both.
     """
     if saved.facts["sha256"] != found.facts["sha256"]:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""The labels that a fine-tuning learns, and whether those of a checkpoint are the same.
+"""Compares the labels that a fine-tuning learns with those of its checkpoint.
 
-The digest of an index does not cover them: tars and Parquet files may be written again with other
+The digest of an index does not cover labels: tars and Parquet files may be written again with other
 labels of the same images.
 """
 
@@ -15,7 +15,7 @@ from dataloading.index import Index
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 4
-"""Most classes that a message names."""
+"""Maximum number of classes that a message names."""
 
 
 def label_state(index: Index) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def refuse_other_labels(saved: dict[str, Any], present: dict[str, Any], config: 
         config: checked settings.
 
     Raises:
-        ConfigError: naming what differs.
+        ConfigError: names what differs.
     """
     if "labels_digest" not in saved:
         logger.info(

@@ -1,13 +1,13 @@
-"""RandAugment on uint8 pictures, on the device: timm's operations as torchvision computes them.
+"""RandAugment on uint8 images, on the device: timm's operations as torchvision computes them.
 
-Pictures that get the same operation go through it together, each with its own level: a GPU is given
-some hundred kernels per micro-batch in place of thousands. The result is, bit for bit on a CPU,
-that of torchvision's functions on one picture after the other.
+Images with the same operation are processed together, each at its own level: a GPU runs some
+hundred kernels per micro-batch instead of thousands. On a CPU the result is bit for bit that of
+torchvision's functions on one image after the other.
 
 Source: RandAugment (arXiv 1909.13719) as timm's ``rand-m9-mstd0.5-inc1``, MAE's recipe: two of 15
-operations, each with chance 1/2, stronger with the level. Deviations: pictures are moved with
-bilinear interpolation, for torchvision has no bicubic one for tensors; one bit of each grey level
-is left at the highest level, where timm leaves none.
+operations, each with probability 1/2, stronger with the level. Differences: geometric operations
+interpolate bilinearly, because torchvision has no bicubic interpolation for tensors; ``Posterize``
+keeps one bit at the highest level, where timm keeps none.
 """
 
 import math
@@ -29,69 +29,69 @@ CHANCE = 0.5
 HIGHEST = 10.0
 """Level at which an operation is strongest."""
 DRAWS = 4
-"""Numbers an operation: which, whether, strength, sign."""
+"""Numbers per operation: which, whether, strength, sign."""
 
 Fill = Sequence[float]
 Moves = Sequence[tuple[float, float]]
-"""Level in [0, 10] and sign of each picture."""
+"""Level in [0, 10] and sign of each image."""
 Operation = Callable[[Tensor, Moves], Tensor]
-"""From uint8 pictures ``[n, 3, S, S]`` with levels and signs to pictures of the same kind."""
+"""From uint8 images ``[n, 3, S, S]`` with levels and signs to images of the same kind."""
 
 
 def slant(level: float, sign: float) -> float:
-    """Angle of a shear, degrees."""
+    """Return the angle of a shear, degrees."""
     return float(np.degrees(np.arctan(sign * 0.3 * level / HIGHEST)))
 
 
 def factor(level: float, sign: float) -> float:
-    """Factor of colour, contrast, brightness and sharpness; 1 changes nothing."""
+    """Return the factor of colour, contrast, brightness and sharpness; 1 changes nothing."""
     return max(0.1, 1.0 + sign * 0.9 * level / HIGHEST)
 
 
 def column(values: Iterable[float], images: Tensor) -> Tensor:
-    """A number for each picture, float32 ``[n, 1, 1, 1]`` on their device."""
+    """Return a number per image, float32 ``[n, 1, 1, 1]`` on the images' device."""
     numbers = torch.tensor(list(values), dtype=torch.float32)
     return to_device(numbers, images.device).view(-1, 1, 1, 1)
 
 
 def add_scaled(base: Tensor, other: Tensor, scale: Tensor) -> Tensor:
-    """``base + scale * other``, rounded once as ``torch.add`` does with a scale for all."""
+    """Return ``base + scale * other``, rounded once as by ``torch.add`` with one scale for all."""
     return (base.double() + scale.double() * other.double()).float()
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Cut off what is outside of 0 to 255, in place, and drop fractions."""
+    """Clamp to 0 to 255, in place, and return the integer parts as uint8."""
     return images.clamp_(0, 255).to(torch.uint8)
 
 
 def brightness(images: Tensor, moves: Moves) -> Tensor:
-    """Scale pictures."""
+    """Scale pixel values."""
     return to_bytes(images * column((factor(*move) for move in moves), images))
 
 
 def blend(images: Tensor, other: Tensor, moves: Moves) -> Tensor:
-    """Mix pictures with others of float32."""
+    """Blend images with others, which are float32."""
     factors = [factor(*move) for move in moves]
     rest = column((1.0 - one for one in factors), images)
     return to_bytes(add_scaled(images * column(factors, images), other, rest))
 
 
 def grey(images: Tensor) -> Tensor:
-    """Whole grey levels, float32 ``[n, 1, S, S]``."""
+    """Return the grey levels as whole numbers, float32 ``[n, 1, S, S]``."""
     red, green, blue = images.unbind(-3)
     levels = red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
     return levels.unsqueeze(-3).floor_()
 
 
 def contrast(images: Tensor, moves: Moves) -> Tensor:
-    """Scale the distance from each picture's mean grey level."""
-    # Picture by picture: the order of a sum may depend on the number of pictures.
+    """Scale the distance from each image's mean grey level."""
+    # Image by image: the order of a sum may depend on the number of images.
     means = torch.stack([one.mean(dim=(-3, -2, -1), keepdim=True) for one in grey(images)])
     return blend(images, means, moves)
 
 
 def sharpness(images: Tensor, moves: Moves) -> Tensor:
-    """Scale the distance from the smoothed picture; the border stays."""
+    """Scale the distance from the smoothed image; the border is unchanged."""
     kernel = images.new_full((3, 3), 1 / 13, dtype=torch.float32)
     kernel[1, 1] = 5 / 13
     sharp = images.float()
@@ -103,19 +103,19 @@ def sharpness(images: Tensor, moves: Moves) -> Tensor:
 
 
 def posterize(images: Tensor, moves: Moves) -> Tensor:
-    """Keep the highest bits; the higher the level, the fewer."""
+    """Keep the highest bits: the higher the level, the fewer bits."""
     bits = [max(1, 4 - int(4 * level / HIGHEST)) for level, _ in moves]
     return images & column((256 - (256 >> one) for one in bits), images).to(torch.uint8)
 
 
 def solarize(images: Tensor, moves: Moves) -> Tensor:
-    """Invert what is bright; the higher the level, the more."""
+    """Invert values at or above a threshold, which falls with the level."""
     thresholds = [256 - min(256, int(256 * level / HIGHEST)) for level, _ in moves]
     return torch.where(images >= column(thresholds, images), ~images, images)
 
 
 def solarize_add(images: Tensor, moves: Moves) -> Tensor:
-    """Brighten what is dark."""
+    """Brighten dark values by an amount that grows with the level."""
     added = column((min(128, int(110 * level / HIGHEST)) for level, _ in moves), images)
     return images.where(images >= 128, images + added.to(torch.uint8))
 
@@ -126,9 +126,11 @@ def matrix(
     shear: Sequence[float] = (0.0, 0.0),
     center: Sequence[float] = (0.0, 0.0),
 ) -> list[float]:
-    """Where a picture's pixels come from: two rows of three numbers, in pixels from its middle.
+    """Return the affine map from output to input pixels: two rows of three numbers.
 
-    Source: torchvision's ``affine``; ``center`` is measured from the middle too.
+    Coordinates, also those of ``center``, are in pixels from the middle of the image.
+
+    Source: torchvision's ``affine``.
     """
     turn, (x, y) = math.radians(angle), center
     sx, sy = (math.radians(one) for one in shear)
@@ -139,7 +141,7 @@ def matrix(
 
 
 Matrix = Callable[[float, float, int], list[float]]
-"""From level, sign and side of a picture to its ``matrix``."""
+"""From level, sign and side of an image to its ``matrix``."""
 MOVES: dict[str, Matrix] = {
     "Rotate": lambda level, sign, side: matrix(angle=sign * 3.0 * level),
     "ShearX": lambda level, sign, side: matrix(
@@ -158,7 +160,7 @@ MOVES: dict[str, Matrix] = {
 
 
 def move(images: Tensor, matrices: Sequence[list[float]], fill: Fill) -> Tensor:
-    """Move pictures, each by its own ``matrix``, with bilinear interpolation."""
+    """Transform images, each by its own ``matrix``, with bilinear interpolation."""
     side, device = images.shape[-1], images.device
     theta = to_device(torch.tensor(matrices, dtype=torch.float32), device).view(-1, 2, 3)
     line = torch.linspace((1.0 - side) * 0.5, (side - 1.0) * 0.5, steps=side, device=device)
@@ -188,17 +190,17 @@ NAMES = (
     *("Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY"),
     *("TranslateX", "TranslateY"),
 )
-"""By which a draw names an operation: their order is timm's."""
+"""Operations in timm's order, which numbers them in draws."""
 
 
 def operate(images: Tensor, names: Sequence[str], moves: Moves, fill: Fill) -> Tensor:
-    """Apply an operation of its own to each picture.
+    """Apply to each image its own operation.
 
     Args:
         images: uint8 ``[n, 3, S, S]``; not changed.
-        names: of the operations, n.
+        names: names of the n operations.
         moves: level and sign of each.
-        fill: colour of what comes from outside a picture, 0 to 255.
+        fill: colour of pixels from outside an image, 0 to 255.
     """
     groups: dict[str, list[int]] = {}
     for place, name in enumerate(names):
@@ -229,12 +231,12 @@ def randaugment(
     """Apply each view's own operations.
 
     Args:
-        images: uint8 ``[B, S, S, 3]``, as the loader gives them; not changed.
+        images: uint8 ``[B, S, S, 3]``, as the loader returns them; not changed.
         positions: of the views, on the host, ``[B]``.
         seed: of the run.
         magnitude: mean level, in [0, 10].
-        magnitude_std: deviation of the level from operation to operation.
-        fill: colour of what comes from outside a picture, 0 to 255.
+        magnitude_std: standard deviation of the level over operations.
+        fill: colour of pixels from outside an image, 0 to 255.
 
     Returns:
         uint8 ``[B, S, S, 3]``. A view depends on its own position only.
@@ -260,7 +262,7 @@ def randaugment(
 
 
 def level_of(drawn: float, magnitude: float, magnitude_std: float) -> float:
-    """Level of an operation from its draw in [0, 1)."""
+    """Return the level of an operation from its draw in [0, 1)."""
     if magnitude_std:
         magnitude = NormalDist(magnitude, magnitude_std).inv_cdf(max(drawn, 2.0**-54))
     return min(max(magnitude, 0.0), HIGHEST)

@@ -58,12 +58,12 @@ OpenEncoder = Callable[[], tuple[InitialEncoder, dict[str, Tensor]]]
 
 
 class Finetuning:
-    """Supervised training of an encoder with a classifier on it, MAE's recipe.
+    """Supervised training of an encoder with a classifier on top, MAE's recipe.
 
     Args:
         config: checked settings.
         options: command-line options that name the encoder.
-        open_encoder: opens it; not called where a run resumes that was given the same options.
+        open_encoder: opens it; not called if a run with the same options is resumed.
         world: place of this process.
         device: device of this rank.
     """
@@ -211,7 +211,7 @@ class Finetuning:
         return {"encoder": self.encoder.to_dict(), **self.label_state}
 
     def is_pass_complete(self, progress: Progress) -> bool:
-        """Return whether the last step ended a pass over the images; the last is concluded."""
+        """Return whether the last step ended a pass over the images, but not the run."""
         num_images = len(self.sets.train)
         before = progress.position - self.config.train.global_batch_size
         is_new_pass = progress.position // num_images > before // num_images
@@ -222,7 +222,7 @@ class Finetuning:
         self.measure_accuracy(run)
 
     def measure_accuracy(self, run: Run) -> tuple[Score, str]:
-        """Measure and log the accuracy; returns it with the SHA-256 of the weights."""
+        """Measure and log the accuracy; return it with the SHA-256 of the weights."""
         began = time.monotonic()
         score, digest = self.accuracy(run.backend)
         values = {
@@ -291,10 +291,10 @@ class Finetuning:
 
 
 def check_warmup(config: Finetune, steps: int, num_images: int) -> None:
-    """Refuse a warm-up that a run of so many steps does not end.
+    """Refuse a warm-up that is not shorter than a run of ``steps`` steps.
 
     Raises:
-        ConfigError: naming both lengths.
+        ConfigError: names both lengths.
     """
     epochs = steps * config.train.global_batch_size / num_images
     if config.optimizer.warmup_epochs >= epochs:

@@ -1,4 +1,4 @@
-"""Data, teacher, models and stream of pre-training, from a config."""
+"""Builds data, teachers, models and stream of pre-training from a config."""
 
 import hashlib
 import logging
@@ -82,7 +82,7 @@ def build_models(
         world: place of this process.
         device: device of this rank.
         teachers: where each teacher's views are read from, by name.
-        resumed: a checkpoint will give all weights, so none are initialised or read.
+        resumed: whether a checkpoint will set all weights, so that none are initialised or read.
 
     Raises:
         ConfigError: settings that the models cannot meet, or an unfit ``student.init_weights`` or
@@ -123,7 +123,7 @@ def open_index(config: Config, run_dir: Path) -> Index:
 
     Raises:
         ConfigError: on every rank, if the images differ between ranks or from the settings.
-        DataError: on every rank, if the images cannot be used on one.
+        DataError: on every rank, if the images cannot be used on a rank.
     """
     data = config.data
     folder = Path(data.index) if data.index else run_dir / "index"
@@ -135,14 +135,14 @@ def open_index(config: Config, run_dir: Path) -> Index:
 
 
 def has_begun(config: Config, run_dir: Path) -> bool:
-    """Return whether checkpoints, or rows of a cache that is read, are of a kept index."""
+    """Return whether checkpoints, or a cache that the run reads, depend on the kept index."""
     folders = (cache_folder(one) for one in teacher_configs(config).values() if reads_cache(one))
     has_rows = any((folder / MANIFEST).exists() for folder in folders)
     return has_rows or bool(list_checkpoints(run_dir / "checkpoints"))
 
 
 def refuse_bad_index(config: Config, index: Index) -> None:
-    """Compare an index with what the config says about the images.
+    """Compare an index with the config's settings of the images.
 
     Raises:
         ConfigError: another number of images than ``data.expected_images``.
@@ -164,7 +164,7 @@ def open_teachers(
 ) -> dict[str, TeacherSource]:
     """Build the teachers that a run uses, or open their caches, by name.
 
-    ``stop`` takes the failure of a row that a run without an online teacher lacks; the other
+    ``stop`` records the failure if a run without an online teacher lacks a row; the other
     arguments, and the errors, are those of ``open_one_teacher``, which opens each. A collective.
     """
     sources: dict[str, TeacherSource] = {}
@@ -199,12 +199,12 @@ def open_one_teacher(
         world: place of this process.
         device: device of this rank.
         index: the images.
-        fail: takes the failure of a row that a run without an online teacher lacks.
+        fail: called with the failure if a run without an online teacher lacks a row.
         stack: closes the cache.
 
     Raises:
         TeacherError: a teacher that cannot be built.
-        CacheError: on every rank, if the cache cannot be used on one. A collective.
+        CacheError: on every rank, if the cache cannot be used on a rank. A collective.
     """
     online = fetch_teacher(config, world, device) if builds_teacher(config) else None
     if not reads_cache(config):
@@ -244,7 +244,7 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
     """Build the teacher; a tag's weights are fetched by local rank 0 while the others wait.
 
     Raises:
-        TeacherError, CmtMaeError: on every rank, if one cannot build it. A collective.
+        TeacherError, CmtMaeError: on every rank, if a rank cannot build it. A collective.
     """
     dtype = compute_dtype(config)
     fetches = world.local_rank == 0
@@ -252,7 +252,7 @@ def fetch_teacher(config: Config, world: World, device: torch.device) -> Teacher
     teacher = on_all_ranks(lambda: first if fetches else build_teacher(config, device, dtype))
     if teacher is not None:
         if config.backend.compile and config.teacher.mode != "cached":
-            teacher.compile()  # beside a complete cache it runs for spot checks only
+            teacher.compile()  # with a complete cache it runs for spot checks only
         facts = teacher.fingerprint
         require_equal_weights(lambda: {f"teacher: {name}": fact for name, fact in facts().items()})
     return teacher
@@ -276,7 +276,7 @@ def build_model(
 
 
 def refuse_missing_cls(config: Config, teachers: Mapping[str, TeacherSource]) -> None:
-    """Refuse a class token of the targets that a teacher does not have.
+    """Refuse class tokens as targets if a teacher has none.
 
     Raises:
         ConfigError: names ``loss.include_cls``.
@@ -300,7 +300,7 @@ def find_initial_values(config: Config, world: World, model: CollaborativeMAE) -
     A collective.
 
     Raises:
-        ConfigError: on every rank, if the file cannot be used on one, or differs between ranks.
+        ConfigError: on every rank, if the file cannot be used on a rank, or differs between ranks.
     """
     values = initial_values(model, config.run.seed)
     if config.student.init_weights is not None:
@@ -326,7 +326,7 @@ def open_init_weights(
     try:
         state = map_weights(file, "student.init_weights")
     except TeacherError as error:
-        raise ConfigError(str(error)) from error.__cause__  # of a store it may pass
+        raise ConfigError(str(error)) from error.__cause__  # an error of the store may be transient
     refuse_non_finite(dict(list(state.items())[rank::world_size]), file)
     values, report = match_init_weights(model, state, file)
     logger.info("student.init_weights=%s: %s", file, report)
@@ -334,7 +334,7 @@ def open_init_weights(
 
 
 def make_objective(config: Config, layout: TokenLayout) -> Objective:
-    """The run's loss as a function of predictions and a micro-batch."""
+    """Return the run's loss as a function of predictions and a micro-batch."""
     score = compiled(compute_losses, config.backend.compile)
 
     def compute(predictions: Predictions, batch: MicroBatch) -> dict[str, Tensor]:
@@ -357,7 +357,7 @@ def compute_losses(
     valid: Tensor,
     alpha_target: Tensor,
 ) -> dict[str, Tensor]:
-    """Return ``objective``; of several teachers also the mean, ``teacher``.
+    """Return the losses of ``objective``; with several teachers also their mean, ``teacher``.
 
     Arguments and errors are those of ``objective``.
     """
@@ -411,6 +411,6 @@ def open_stream(
 
 
 def grid_length(model: CollaborativeMAE) -> int:
-    """Number of patches N."""
+    """Return the number of patches, N."""
     height, width = model.encoder.grid
     return height * width

@@ -97,7 +97,7 @@ class TargetChannels:
         self.sums = torch.zeros(length, device=device)
 
     def clear_sums(self) -> None:
-        """Begin a step."""
+        """Clear the sums, at the beginning of a step."""
         self.sums = torch.zeros_like(self.sums)
 
     def add(self, sums: Tensor | None) -> None:
@@ -113,7 +113,7 @@ class TargetChannels:
             first += one.num_sums
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the state that a checkpoint holds; nothing where no target uses statistics."""
+        """Return the state that a checkpoint holds; empty if no target uses statistics."""
         if not self.running:
             return {}
         states = {
@@ -123,7 +123,7 @@ class TargetChannels:
         return {KEY: states}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint; statistics that it lacks begin anew.
+        """Continue from the state of a checkpoint; statistics that it lacks start from zero.
 
         Raises:
             CheckpointError: for statistics that cannot be used.
@@ -140,7 +140,7 @@ def read_moments(state: Any, like: ChannelMoments, name: str) -> ChannelMoments:
     """Rebuild statistics of the shapes of ``like`` from the state of a checkpoint.
 
     Raises:
-        CheckpointError: for other shapes, or values that are no finite numbers.
+        CheckpointError: for other shapes, or values that are not finite numbers.
     """
     try:
         found = {key: torch.tensor(values, dtype=torch.float64) for key, values in state.items()}

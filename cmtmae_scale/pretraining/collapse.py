@@ -1,4 +1,4 @@
-"""When the target tokens of the momentum encoder count as nearly alike."""
+"""Detects that the target tokens of the momentum encoder are nearly alike."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ CONSTANT = "diagnostics/constant_loss"
 
 
 def describe_collapse(values: Mapping[str, float]) -> str | None:
-    """Return what shows that target tokens are nearly alike; ``None``: nothing, or no figures."""
+    """Return the evidence that target tokens are nearly alike; ``None``: none, or no values."""
     rank, cosine = values.get(RANK, math.inf), values.get(COSINE, 0.0)
     if rank >= COLLAPSED_RANK and cosine <= COLLAPSED_COSINE:
         return None

@@ -102,7 +102,7 @@ class Diagnostics:
             report = torch.zeros(1, device=run.device)
             norms[term] = run.backend.step(0.0, report, lambda sums: False).grad_norm
         total = sum(norms.values())
-        if not total:  # no valid row: zeros would look like a measurement
+        if not total:  # no valid row: zeros would be taken for a measurement
             return {}
         return {f"diagnostics/gradient/{term}": norm / total for term, norm in norms.items()}
 
@@ -111,11 +111,11 @@ class Diagnostics:
         found = describe_collapse(values)
         self.collapsing = self.collapsing + 1 if found else 0
         if found and self.collapsing == PATIENCE:
-            why = f"for {PATIENCE} intervals, at last {found}; {REMEDIES}"
+            why = f"for {PATIENCE} intervals, most recently {found}; {REMEDIES}"
             run.record_incident("target tokens collapse", why)
 
     def conclude(self, run: Run) -> None:
-        """Warn at the end of a complete run if the target tokens were nearly alike at last."""
+        """Warn at the end of a complete run if the last target tokens were nearly alike."""
         if run.telemetry is None:
             return
         last = last_values(run.run_dir / LOG_FILE)

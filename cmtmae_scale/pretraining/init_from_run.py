@@ -1,4 +1,4 @@
-"""Start of a new run from a checkpoint of another run, also at another image size.
+"""Starts a new run from a checkpoint of another run, also at another image size.
 
 The other run may have had another number of ranks, backend or sharding. Runs once, before the first
 step; a resume reads nothing of the other run.
@@ -53,7 +53,7 @@ POSITIONS = f"{MODEL}encoder.pos_embed"
 TARGETS = r"target\.|teachers?\.(\w+\.)?(library|model|weights|depth|feature|norm|layers)$"
 """Keys on which the targets themselves depend."""
 NAMED = 6
-"""Most differences that a message names."""
+"""Maximum number of differences that a message names."""
 
 
 class Source(NamedTuple):
@@ -77,7 +77,8 @@ def open_source(
         config: checked settings of the new run.
         model: of the new run; only names and shapes are read.
         world: place of this process.
-        hashes: read all bytes, each once over all ranks; else sizes and small files alone.
+        hashes: read all bytes, each once over all ranks; otherwise only compare sizes and read
+            small files.
 
     Raises:
         CheckpointError: no intact checkpoint.
@@ -98,7 +99,7 @@ def open_source(
 
 
 def refuse_misfit(config: Config, model: CollaborativeMAE, source: Source) -> None:
-    """Refuse a source whose student, decoder or heads are not the configured ones.
+    """Refuse a source whose student, decoder or heads differ from the configured model.
 
     Raises:
         ConfigError: names the keys with both values, or the tensors with both shapes.
@@ -166,7 +167,7 @@ def load_source(
     """Fill a backend before its first step from a source, by ranges. A collective.
 
     Positional embeddings of another grid are resampled by timm's function; rotary positions and
-    those of the decoder are no weights. EMA weights that the source lacks start as a copy of the
+    those of the decoder are not weights. EMA weights that the source lacks start as a copy of the
     student.
 
     Args:

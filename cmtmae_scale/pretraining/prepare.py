@@ -1,4 +1,4 @@
-"""From views to a micro-batch: teacher, momentum encoder, mixed attention map, masks, targets."""
+"""Turns views into a micro-batch: teacher, momentum encoder, mixed attention, masks, targets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ class MicroBatch(NamedTuple):
     only_term: str | None = None
     """Loss term that alone is differentiated, for diagnostics; ``None``: the weighted sum."""
     unsound: Mapping[str, Tensor] = MappingProxyType({})
-    """Views that could be decoded and on which a teacher's output is not finite, bool ``[B]`` by
+    """Views that could be decoded, but for which a teacher's output is not finite, bool ``[B]`` by
     the teacher's name."""
     channel_sums: Tensor | None = None
     """Sums per channel for the running statistics of the targets, 1-D float32; may be empty."""

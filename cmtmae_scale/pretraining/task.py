@@ -80,7 +80,7 @@ class Pretraining:
         """Sample ids of the step's micro-batches, and which of them each teacher fails on."""
         needed = needs(config)
         maps = (needed.teacher_attention, needed.student_attention)
-        # A term that the run does not have is not logged: a zero would look like a measurement.
+        # A term that the run lacks is not logged: a zero would be taken for a measurement.
         present = (any(maps), all(maps), reads_cache(config), False)
         found = [name for name, is_present in zip(OBSERVED, present, strict=True) if is_present]
         mean = ("teacher",) * has_teacher_mean(config)
@@ -96,7 +96,7 @@ class Pretraining:
         return self.index
 
     def warn_of_settings(self) -> None:
-        """Warn of settings that can be trained, but are hardly meant."""
+        """Warn of settings that can be trained, but are probably unintended."""
         config = self.config
         length, scale = find_length_problem(config, len(self.index)), find_scale_problem(config)
         unused = [one.name for one in config.teachers if one not in used_teachers(config)]
@@ -175,7 +175,7 @@ class Pretraining:
                 self.check_teacher(step, name, alone)
 
     def check_teacher(self, step: int, name: str, config: Config) -> None:
-        """Refuse views on which the teacher of a name fails; ``config`` has it alone."""
+        """Refuse views on which a teacher fails; ``config`` names only this teacher."""
         drawn = [(ids, bad[name]) for ids, bad in self.drawn if name in bad]
         ids = [int(i) for each, bad in drawn for i in each[bad.cpu()].cpu()]
         names = ", ".join(f"{i} ({self.index.names[i]})" for i in ids[:SHOWN_SAMPLES])
@@ -215,5 +215,5 @@ class Pretraining:
 
 
 def is_every(steps: int) -> Callable[[Progress], bool]:
-    """Return a function that tells whether progress stands at a multiple of ``steps``."""
+    """Return a function that checks whether the last step is a multiple of ``steps``."""
     return lambda progress: progress.step % steps == 0

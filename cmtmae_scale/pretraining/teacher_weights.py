@@ -1,7 +1,7 @@
-"""The weights of the teachers that a run learns from: the same as when it began.
+"""Verifies that a run's teachers have the same weights as when the run began.
 
-The settings name a file, in whose place another one may be put, or a factory, which may return
-other weights at a later launch.
+The settings name a file, which may have been replaced, or a factory, which may return other weights
+at a later launch.
 """
 
 import logging
@@ -24,10 +24,10 @@ TEACHER_WEIGHTS = "teacher_weights"
 def compare_weights(
     config: Config, teachers: Mapping[str, TeacherSource], saved: dict[str, Any] | None
 ) -> dict[str, dict[str, str]]:
-    """Return what a checkpoint holds: the SHA-256 of each teacher's weights, where it is known.
+    """Return what a checkpoint holds: the SHA-256 of each teacher's weights, if it is known.
 
-    It is not known where timm or open_clip draw weights at random, or where their file is not at
-    hand.
+    It is unknown if timm or open_clip initialise the weights at random, or if the file is not
+    available.
 
     Args:
         config: checked settings.
@@ -35,7 +35,7 @@ def compare_weights(
         saved: state of the checkpoint that is resumed; ``None``: a new run.
 
     Raises:
-        ConfigError: other weights than the run's, naming the teacher and both digests.
+        ConfigError: other weights than the run's; names the teacher and both digests.
     """
     digests = {name: digest_of(source) for name, source in teachers.items()}
     now = {name: digest for name, digest in digests.items() if digest is not None}
@@ -48,7 +48,7 @@ def compare_weights(
         found = f"{key}: the SHA-256 of the weights is {here}, the run's {there}"
         if key not in config.run.allow_change:
             raise ConfigError(
-                f"{found}; put those of the run back, use another run.output_dir, or permit the "
+                f"{found}; restore the run's weights, use another run.output_dir, or permit the "
                 f"change with run.allow_change=[{key}]"
             )
         logger.warning("allowed change: %s", found)
@@ -58,7 +58,7 @@ def compare_weights(
 def digest_of(source: TeacherSource) -> str | None:
     """Return the SHA-256 of a teacher's file, or of the weights that its factory returned.
 
-    Of a cache it is that of the weights that the cache was built with.
+    For a cache it is the SHA-256 of the weights that the cache was built with.
     """
     online = source.online if isinstance(source, SidecarTeacher) else source
     facts: dict[str, Any] = {}

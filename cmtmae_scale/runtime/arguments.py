@@ -1,4 +1,4 @@
-"""Command lines whose errors exit with the code of a config that can never work."""
+"""Command-line parsing whose errors exit with the code of an invalid config."""
 
 import argparse
 import re
@@ -15,9 +15,9 @@ SCRIPTS = (PROGRAM, "__main__.py")
 """Files that take the command's name as their first argument."""
 RECIPE_HELP = "a YAML file, or the name of a shipped recipe (cmtmae copy lists them)"
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""How an address begins as a ``Path``, which makes one slash of two."""
+"""Beginning of an address as a ``Path``, which merges two slashes into one."""
 UNKNOWN = "unrecognized arguments: "
-"""How argparse begins the message about options that a parser lacks."""
+"""Beginning of argparse's message about unknown options."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_CONFIG, f"{self.prog}: {hide_secrets(self.with_hint(message))}\n")
 
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
-        """Parse, and refuse addresses where a file or a folder is written or read as such."""
+        """Parse, and refuse an address as the path of a file or folder."""
         found, rest = super().parse_known_args(*arguments, **options)
         for name, value in vars(found).items():
             for one in value if isinstance(value, list) else [value]:
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def with_hint(self, message: str) -> str:
-        """Return a message; about an unknown option, with the setting that was meant."""
+        """Return a message; for an unknown option, with the setting that was probably meant."""
         if self.hint is None or not message.startswith(f"{UNKNOWN}--"):
             return message
         first, _, value = message.removeprefix(UNKNOWN).split()[0].partition("=")
@@ -115,5 +115,5 @@ def share(text: str) -> float:
 
 
 def add_launcher_options(parser: argparse.ArgumentParser) -> None:
-    """Accept what DeepSpeed's launcher adds; ranks come from the environment."""
+    """Accept the option that DeepSpeed's launcher adds; ranks are read from the environment."""
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)

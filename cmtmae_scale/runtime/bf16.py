@@ -1,4 +1,4 @@
-"""Whether bf16 pays on a CPU."""
+"""Checks whether bf16 is slower than float32 on a CPU."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 """Names in ``torch.cpu.get_capabilities()``: two of x86-64, two of ARM64."""
 SLOWER = 1.2
-"""Cost of a product in bf16, relative to float32, from which a run is warned."""
+"""Time of a product in bf16, relative to float32, from which a warning is logged."""
 ROWS, WIDTH = 256, 512
 ROUNDS = 3
 
@@ -24,8 +24,8 @@ def bf16_instructions(capabilities: Mapping[str, Any]) -> tuple[str, ...]:
 def slow_bf16_warning(device: torch.device, precision: str) -> str | None:
     """Return a warning with remedy if bf16 is slower than float32 on the device, else ``None``.
 
-    The instructions alone do not tell: with ``avx512_bf16`` but without ``amx_bf16``, a Xeon took
-    1.4 times as long in bf16 (docs/performance.md).
+    The instructions alone do not show it: with ``avx512_bf16`` but without ``amx_bf16``, a Xeon
+    took 1.4 times as long in bf16 (docs/performance.md).
 
     Args:
         device: where the run computes.

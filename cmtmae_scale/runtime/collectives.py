@@ -35,7 +35,7 @@ from dataloading.errors import DataError, ReadError
 T = TypeVar("T")
 
 ANY_TEXT = "surrogatepass"
-"""Error handler of UTF-8 that takes names of files that are no UTF-8, as Python reads them."""
+"""Error handler for names of files that are not valid UTF-8, as Python decodes them."""
 
 is_waiting = threading.Event()
 """Set while this process waits for other ranks in a function of this module."""
@@ -71,15 +71,16 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
     """Open the default process group: gloo for the host, and NCCL for GPUs.
 
     After a failure on one of several GPUs the group stays open until the process ends: to destroy
-    it NCCL waits for the other ranks, which wait for this rank in a collective.
+    the group, NCCL waits for the other ranks, which wait for this rank in a collective.
 
     Raises:
-        ConfigError: if the environment gives no address or interface at which the ranks can meet.
-        RendezvousError: if they did not meet in ``timeout_s`` seconds, or rank 0's port is in use.
+        ConfigError: if the environment gives no usable address or interface for the rendezvous.
+        RendezvousError: if the rendezvous takes more than ``timeout_s`` seconds, or rank 0's port
+            is in use.
     """
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
-    # Else gloo connects every rank with every other at once, 2,047 sockets of 2,048 ranks each.
+    # Otherwise gloo connects all pairs of ranks at once: 2,047 sockets per rank for 2,048 ranks.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -110,18 +111,18 @@ def process_group(world: World, device: torch.device, timeout_s: float = 1800) -
 
 
 def explain_rendezvous(world: World, address: str, found: str) -> RendezvousError:
-    """Return what to raise when the ranks did not meet; ``found`` is torch's message."""
+    """Return the error of a failed rendezvous; ``found`` is torch's message."""
     if "EADDRINUSE" in found:
         return RendezvousError(
             f"rank {world.rank} cannot listen at {address}: the port is in use on this machine; "
             "end the program that has it, or export another MASTER_PORT for every rank"
         )
     if world.rank == 0:
-        remedy = "see why the others did not start, and that all have the same WORLD_SIZE"
+        remedy = "check that the other ranks started, and that all have the same WORLD_SIZE"
     else:
-        remedy = "see that rank 0 runs, on the machine of MASTER_ADDR, and that its port is open"
+        remedy = "check that rank 0 runs on the machine of MASTER_ADDR, and that its port is open"
     return RendezvousError(
-        f"rank {world.rank} of {world.world_size} did not meet the others at {address}: "
+        f"rank {world.rank} of {world.world_size} could not join the other ranks at {address}: "
         f"{found.splitlines()[0].rstrip('.')}; {remedy}"
     )
 
@@ -209,7 +210,7 @@ def broadcast_int(value: int) -> int:
 def gather_bytes(mine: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
     """Return the bytes of every rank of a group, in rank order; lengths may differ. A collective.
 
-    Nothing that arrives is unpickled: bytes of a rank that nobody invited cannot run code.
+    Received bytes are not unpickled, so that an unauthorised process cannot run code.
 
     Args:
         mine: this rank's bytes.
@@ -234,7 +235,7 @@ def gather_bytes(mine: bytes, group: dist.ProcessGroup | None = None) -> list[by
 def gather_texts(mine: str) -> list[str]:
     """Return every rank's text, in rank order. A collective.
 
-    Names of files may be no UTF-8, also within a message.
+    A text may contain names of files that are not valid UTF-8.
     """
     return [one.decode(errors=ANY_TEXT) for one in gather_bytes(mine.encode(errors=ANY_TEXT))]
 
@@ -271,9 +272,9 @@ def on_all_ranks(action: Callable[[], T]) -> T:
         action: takes part in no collective.
 
     Raises:
-        Exception: the action's own; on the other ranks a ``ReadError`` or ``DataError`` for one of
-            them, else a ``CmtMaeError``, with the exit code and the message of the first rank that
-            failed.
+        Exception: on a rank that failed, the action's own exception. On the other ranks a
+            ``ReadError``, ``DataError`` or else ``CmtMaeError``, with the exit code and the message
+            of the first rank that failed.
         StorageError: for an ``OSError`` of a store that is full or fails.
     """
     found: list[T] = []
@@ -281,7 +282,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     failure: list[Any] | None = None
     try:
         found.append(action())
-    except Exception as error:  # the other ranks learn of it before their next collective
+    except Exception as error:  # reported to the other ranks before their next collective
         own = error
         if isinstance(error, OSError) and may_pass(error):
             own = describe_store(error)
@@ -304,14 +305,14 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def on_all_ranks_for_long(action: Callable[[], T], pause_s: float = 1.0) -> T:
-    """Call a function like ``on_all_ranks``, on ranks that may need longer than a collective may.
+    """Call a function like ``on_all_ranks`` that may exceed the time limit of a collective.
 
-    The ranks meet every ``pause_s`` seconds until all have returned: a rank that waited in one
-    collective would end the run at its time limit, and every launch after it. A collective.
+    The ranks synchronise every ``pause_s`` seconds until all have returned: a rank that waited in
+    one collective would end the run at its time limit, and every later launch too. A collective.
 
     Args:
         action: takes part in no collective; runs in a thread.
-        pause_s: seconds between two meetings.
+        pause_s: seconds between two synchronisations.
 
     Raises:
         Exception: see ``on_all_ranks``.

@@ -1,4 +1,4 @@
-"""``torch.compile`` with static shapes, for what a step runs."""
+"""``torch.compile`` with static shapes, for the functions of a step."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +15,6 @@ def compiled(function: Callable[P, R], enabled: bool) -> Callable[P, R]:
     """Return the compiled form of a module's function, the same one at every call.
 
     A run's shapes follow from its config, so no shape is dynamic. Numbers that change between steps
-    are passed as 0-dim tensors: a graph is compiled anew for each value of a Python number.
+    are passed as 0-dim tensors, because each value of a Python number causes a recompilation.
     """
     return torch.compile(function, dynamic=False) if enabled else function

@@ -20,11 +20,12 @@ def fix_cublas_workspace() -> None:
 
 @contextmanager
 def deterministic_kernels(enabled: bool) -> Iterator[None]:
-    """Let torch choose only kernels whose sums have one order, and raise where it has none.
+    """Let torch choose only kernels with a fixed order of sums, and raise where it has none.
 
-    A CPU's kernels are so without it. On a GPU cuBLAS gets a fixed workspace, attention's backward
-    its deterministic form, cuDNN's attention, which has none, is off, and the compiler chooses
-    kernels without timing them. The order of NCCL's sums follows from the topology.
+    A CPU's kernels have a fixed order anyway. On a GPU cuBLAS gets a fixed workspace, the backward
+    of attention is deterministic, cuDNN's attention, which has no deterministic form, is off, and
+    the compiler chooses kernels without timing them. The order of NCCL's sums follows from the
+    topology.
 
     Args:
         enabled: false changes nothing.

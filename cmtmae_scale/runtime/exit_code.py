@@ -18,15 +18,15 @@ from cmtmae_scale.runtime.storage import list_names, optional_write, read_json, 
 
 EXIT_FILE = "exit.json"
 STOP_AFTER = "train.stop_after="
-"""Start of the reason of a launch that this key ended, or, with code 0, had ended before."""
+"""Prefix of the reason of a launch that stopped at this step, or (code 0) had reached it before."""
 RESERVE = ".exit.reserve"
-"""File that is deleted where ``exit.json`` does not fit."""
+"""File that is deleted if there is no space for ``exit.json``."""
 RESERVE_BYTES = 8192
 SUPERVISOR = "CMTMAE_SUPERVISOR"
 """Environment variable: folder to which the ranks of a supervised launch write their codes."""
 GRAVITY = (EXIT_CONFIG, EXIT_NO_PROGRESS, EXIT_STOPPED, EXIT_DONE)
-"""Of codes that differ between ranks the first in this order counts. Ranks agree before they exit
-with one of these codes, so a rank that crashes while exiting changes nothing."""
+"""If codes differ between ranks, the first in this order counts. Ranks agree before they exit with
+one of these codes, so a rank that crashes while exiting changes nothing."""
 
 
 def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
@@ -42,7 +42,7 @@ def write_exit(run_dir: Path, code: int, step: int, reason: str) -> None:
 
 
 def read_finished(run_dir: Path) -> dict[str, Any] | None:
-    """Return the content of ``exit.json`` if it is that of a complete run."""
+    """Return the content of ``exit.json`` if the run is complete, else ``None``."""
     try:
         record = read_json((run_dir / EXIT_FILE).read_bytes())
         known = {"code": int(record["code"]), "step": int(record["step"])}
@@ -54,7 +54,7 @@ def read_finished(run_dir: Path) -> dict[str, Any] | None:
 
 
 def delete_exit(run_dir: Path) -> None:
-    """Delete ``exit.json`` of the launch before, and reserve space for the next on a full store.
+    """Delete the previous launch's ``exit.json``, and reserve space for the next one.
 
     A run in progress has no ``exit.json``.
     """
@@ -78,7 +78,7 @@ class ExitReport:
         self.write(str(code))
 
     def finds_dead_rank(self) -> bool:
-        """Return whether another rank of this supervised launch crashed: without a code, or 1."""
+        """Return whether another rank of this launch ended without a code or with code 1."""
         if self.file is None:
             return False
         reports = read_reports(self.file.parent).items()
@@ -100,7 +100,7 @@ def report_exit(environment: Mapping[str, str] = os.environ) -> Iterator[ExitRep
 def read_reports(folder: Path) -> dict[int, int | None]:
     """Return process ids of the ranks in a supervisor's folder, with the codes of exited ranks.
 
-    Empty where the folder is gone: the supervisor must still end what it started.
+    Empty if the folder is absent: the supervisor must still end what it started.
     """
     found: dict[int, int | None] = {}
     for name in list_names(folder):

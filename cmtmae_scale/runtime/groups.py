@@ -6,17 +6,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def make_grid(device_type: str, rows: int, columns: int, names: tuple[str, str]) -> DeviceMesh:
-    """Arrange all ranks in rows and columns; each rank makes the groups of its own only.
+    """Arrange all ranks in rows and columns; each rank creates only its own groups.
 
-    ``init_device_mesh`` makes every group of every rank, one after the other, with a barrier of all
-    ranks each: 2,048 groups of one rank at 2,048 replicas. Here the members of a group meet, and
-    all groups of one dimension are made at the same time. A collective.
+    ``init_device_mesh`` creates the groups of all ranks one after the other, each with a barrier of
+    all ranks: 2,048 groups of one rank at 2,048 replicas. Here only the members of a group
+    synchronise, and all groups of one dimension are created at the same time. A collective.
 
     Args:
         device_type: device of the tensors that are communicated.
         rows: size of the first dimension.
-        columns: size of the second; rank r is in row ``r // columns``.
-        names: of the dimensions.
+        columns: size of the second dimension; rank r is in row ``r // columns``.
+        names: names of the dimensions.
     """
     grid = torch.arange(rows * columns).view(rows, columns)
     row, column = divmod(dist.get_rank(), columns)
@@ -25,7 +25,7 @@ def make_grid(device_type: str, rows: int, columns: int, names: tuple[str, str])
 
 
 def make_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Return a group that this rank is in; made by its members alone."""
+    """Return a group that includes this rank; a collective of its members alone."""
     if len(ranks) == dist.get_world_size():
         return world_group()
     return dist.new_group(ranks, use_local_synchronization=True)  # pyright: ignore

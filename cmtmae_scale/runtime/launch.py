@@ -21,7 +21,7 @@ COUNT_OPTIONS = {
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 NETWORK_NAMESPACE = Path("/proc/self/ns/net")
 MOST_NAMED = 8
-"""Most machines that a message names."""
+"""Maximum number of machines that a message names."""
 
 
 class World(NamedTuple):
@@ -76,15 +76,15 @@ def read_launcher(environment: Mapping[str, str]) -> World:
     except (KeyError, ValueError) as error:
         raise ConfigError(
             f"RANK={environment['RANK']} is set, but WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE is "
-            "absent or no number; launch with torchrun or unset RANK"
+            "absent or not a number; launch with torchrun or unset RANK"
         ) from error
 
 
 def read_srun(environment: Mapping[str, str]) -> World:
     """Read the variables of a task of ``srun python``; the rendezvous is on the step's first node.
 
-    MASTER_ADDR overrides the node. MASTER_PORT overrides the port, which otherwise is computed from
-    the numbers of job and step.
+    MASTER_ADDR overrides the node. MASTER_PORT overrides the port, which is otherwise computed from
+    the ids of job and step.
     """
     try:
         node = int(environment["SLURM_NODEID"])
@@ -131,7 +131,7 @@ def read_pod(environment: Mapping[str, str]) -> World:
 
 
 def meeting_place(address: str, port: str) -> str:
-    """Return the ``init_method`` of a rendezvous; an address of IPv6 gets its brackets."""
+    """Return the ``init_method`` of a rendezvous; an IPv6 address is put in brackets."""
     is_bare = ":" in address and not address.startswith("[")
     return f"tcp://[{address}]:{port}" if is_bare else f"tcp://{address}:{port}"
 
@@ -154,7 +154,7 @@ def tasks_per_node(text: str) -> list[int]:
 def first_host(text: str) -> str:
     """Return the first host of SLURM's short form: ``gpu007`` of ``gpu[007-012,020],big1``.
 
-    A name may have several ranges, or go on after one: ``r1n3-ib`` of ``r[1-2]n[3-4]-ib``.
+    A name may have several ranges and text after them: ``r1n3-ib`` of ``r[1-2]n[3-4]-ib``.
     """
     found = re.match(r"(?:[^\[\],]|\[[^\[\]]+\])+", text)
     if found is None:
@@ -163,10 +163,10 @@ def first_host(text: str) -> str:
 
 
 def require_rendezvous(world: World, environment: Mapping[str, str] = os.environ) -> str:
-    """Refuse an address at which the ranks cannot meet, which torch would answer with a traceback.
+    """Refuse an unusable rendezvous address, for which torch would raise an obscure error.
 
     Returns:
-        The address, ``HOST:PORT``; of another rendezvous than by TCP its ``init_method``.
+        The address, ``HOST:PORT``; for a rendezvous other than TCP, its ``init_method``.
 
     Raises:
         ConfigError: names the variable.
@@ -208,19 +208,19 @@ def require_interfaces(environment: Mapping[str, str] = os.environ) -> None:
 
 
 class Host(NamedTuple):
-    """Where other ranks reach a rank."""
+    """Address of a rank for other ranks."""
 
     name: str
     """The machine's name."""
     network: str
-    """Kernel and network namespace: a loopback address reaches the processes in it alone. Empty:
+    """Kernel and network namespace: a loopback address reaches only the processes in it. Empty:
     not known."""
     address: str
-    """The address that gloo gives to other ranks; empty: that of an interface which was named."""
+    """The address that gloo gives to other ranks; empty: that of ``GLOO_SOCKET_IFNAME``."""
 
 
 def describe_host(environment: Mapping[str, str] = os.environ) -> Host:
-    """Return where other ranks reach this process."""
+    """Return the address of this process for other ranks."""
     name, network = socket.gethostname(), ""
     with suppress(OSError):  # a sandbox may hide either
         network = f"{BOOT_ID.read_text().strip()} {os.readlink(NETWORK_NAMESPACE)}"
@@ -228,9 +228,9 @@ def describe_host(environment: Mapping[str, str] = os.environ) -> Host:
 
 
 def find_address(name: str) -> str:
-    """Return the first address of this machine's name that it has, as gloo does.
+    """Return the first address of this machine's name that a socket can bind, as gloo does.
 
-    Without one it is the loopback address, as with gloo.
+    If there is none, return the loopback address, as gloo does.
     """
     with suppress(OSError):
         for family, kind, protocol, _, place in socket.getaddrinfo(
@@ -243,7 +243,7 @@ def find_address(name: str) -> str:
 
 
 def find_unreachable(hosts: Sequence[Host]) -> str:
-    """Return which machines the ranks of others cannot reach, and the remedy; empty: none."""
+    """Return a message about machines that other machines cannot reach; empty: none."""
     if len({host.network for host in hosts}) == 1:
         return ""
     found = {

@@ -105,7 +105,7 @@ class RunLock:
             if create_lock(lock_path(self.folder, newest + 1), self.holder):
                 if newest_number(self.folder) == newest + 1:
                     self.number = newest + 1
-                else:  # another process took, held and deleted this number meanwhile
+                else:  # another process took, held and deleted this number in the meantime
                     lock_path(self.folder, newest + 1).unlink(missing_ok=True)
         for old in list_numbers(self.folder):
             if old < self.number:
@@ -123,7 +123,7 @@ class RunLock:
                     os.utime(path)
                     continue
             except FileNotFoundError:
-                continue  # taken over meanwhile; the next beat finds out
+                continue  # taken over in the meantime; the next beat detects it
             except OSError:
                 continue  # the store failed; the next beat tries again
             logger.error("%s; stopping without saving", self.loss())
@@ -139,10 +139,11 @@ class RunLock:
         return self.read_newer() is None
 
     def read_newer(self) -> dict[str, Any] | None:
-        """Return who took the lock over, empty if unknown; ``None``: nobody did.
+        """Return the process that took over the lock, empty if unknown; ``None``: there is none.
 
-        A lock file that is gone, or holds another process, is a loss too: a process deletes lower
-        numbers when it takes over, and a person may have deleted the folder before another launch.
+        An own lock file that is absent, or names another process, is a loss too: a process deletes
+        lower numbers when it takes over, and a person may have deleted the folder before another
+        launch.
 
         Raises:
             OSError: if the store does not answer.
@@ -155,7 +156,7 @@ class RunLock:
         return (read_lock(lock_path(self.folder, newest)) if newest else None) or {}
 
     def loss(self) -> str:
-        """Return that the folder was taken over, and by whom."""
+        """Return the message that the folder was taken over, with its new holder."""
         try:
             newer = self.read_newer()
         except OSError:
@@ -209,7 +210,7 @@ def newest_number(folder: Path) -> int:
 
 
 def read_lock(path: Path) -> dict[str, Any] | None:
-    """Return the holder in a lock file; ``None`` if the file is gone or holds nobody.
+    """Return the holder in a lock file; ``None`` if the file is absent or names no holder.
 
     Raises:
         OSError: if the store does not answer.
@@ -253,7 +254,7 @@ def identify_process() -> dict[str, Any]:
 
 
 def is_dead(holder: dict[str, Any], me: dict[str, Any]) -> bool | None:
-    """Return whether a holder has released or ended; ``None`` if this host cannot know."""
+    """Return whether a holder has released the lock or ended; ``None`` if this host cannot know."""
     if holder.get("released"):
         return True
     if holder["pids"] == me["pids"]:
@@ -287,7 +288,7 @@ def await_holder(run_dir: Path, path: Path, me: dict[str, Any], patience_s: floa
         if dead is False or (holder and seen != first):
             raise in_use(run_dir, holder)
         if not warned:
-            text = "run.output_dir=%s was held by %s; watching for %.0f s whether it is alive"
+            text = "run.output_dir=%s was held by %s; checking for %.0f s whether it is alive"
             logger.warning(text, run_dir, format_holder(holder), patience_s)
             warned = True
         time.sleep(min(0.5, patience_s / 20))
@@ -295,7 +296,7 @@ def await_holder(run_dir: Path, path: Path, me: dict[str, Any], patience_s: floa
 
 
 def refuse_living_holder(run_dir: Path) -> None:
-    """Refuse a folder whose holder is alive on this host; takes no lock and waits for nobody.
+    """Refuse a folder whose holder is alive on this host, without taking the lock or waiting.
 
     Raises:
         ConfigError: names the holder, or the lock that cannot be read.
@@ -319,7 +320,7 @@ def in_use(run_dir: Path, holder: dict[str, Any] | None) -> ConfigError:
 
 
 def has_holder(run_dir: Path) -> bool:
-    """Return whether a launch holds a run's folder, or died holding it; if unknown, true."""
+    """Return whether a launch holds a run's folder, or died holding it; true if unknown."""
     try:
         number = newest_number(run_dir / "lock")
         holder = read_lock(lock_path(run_dir / "lock", number)) if number else None
@@ -329,7 +330,7 @@ def has_holder(run_dir: Path) -> bool:
 
 
 def parse_holder(text: str) -> dict[str, Any] | None:
-    """Parse a lock file; return ``None`` if it is incomplete or no lock file."""
+    """Parse a lock file; return ``None`` if it is incomplete or not a lock file."""
     try:
         holder = json.loads(text)
     except ValueError:

@@ -20,7 +20,7 @@ TRAIN_LOG = "train.log"
 
 
 class EscapingFormatter(logging.Formatter):
-    """Escapes control characters of messages, which names of files and keys may hold."""
+    """Escapes control characters in messages, which names of files and keys may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escape_controls(super().format(record))
@@ -31,7 +31,7 @@ class EscapingFormatter(logging.Formatter):
 
 
 def escape_controls(text: str) -> str:
-    """Return a text in which control characters but line feed and tab are written as escapes."""
+    """Return a text with control characters as escapes, except for line feed and tab."""
     return "".join(
         char
         if char.isprintable() or char in "\n\t" or unicodedata.category(char) == "Zs"
@@ -54,8 +54,8 @@ class RunLog(logging.Handler):
     """Appends the log of a launch to ``RUN_DIR/train.log``, with dates.
 
     Lines are kept until ``open``, so that a launch that is refused a folder writes nothing there.
-    Lines that the store refuses are lost with a warning, and the next line that fits counts them.
-    Nothing is cut at a resume: the file has the lines of all launches.
+    Lines that cannot be written are lost with a warning, and counted before the next line that can
+    be written. A resume removes nothing: the file has the lines of all launches.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class RunLog(logging.Handler):
             self.handle(logging.LogRecord(__name__, logging.ERROR, "", 0, text, None, None))
 
     def open(self, run_dir: Path) -> None:
-        """Write the lines so far, and from now on each line as it comes."""
+        """Write the lines so far; later lines are written at once."""
         self.file = run_dir / TRAIN_LOG
         self.write()
 

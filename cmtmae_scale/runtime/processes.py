@@ -29,7 +29,7 @@ class Status(NamedTuple):
 def process_status(pid: int) -> Status | None:
     """Return the status of a process of this pid namespace, or ``None`` if there is none."""
     try:
-        # The system cuts names after 15 bytes, also within a character.
+        # The system truncates names to 15 bytes, also within a character.
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Where a run stands, in ``RUN_DIR/progress.json``: for those who work beside it."""
+"""Progress of a run in ``RUN_DIR/progress.json``, for processes that run beside it."""
 
 import json
 import time
@@ -16,15 +16,15 @@ class PublishedProgress(NamedTuple):
     """Positions in the run's stream of views."""
 
     position: int
-    """Views drawn."""
+    """Views sampled."""
     saved: int
-    """Position of the newest checkpoint: no restart begins before it, if it is intact."""
+    """Position of the newest checkpoint: if it is intact, no launch continues from before it."""
     end: int
     """Position at which the run is complete."""
 
 
 class ProgressFile:
-    """Tells of a run's progress, at most every ``PAUSE_S``; only rank 0 makes one."""
+    """Publishes a run's progress, at most every ``PAUSE_S``; on rank 0 only."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE
@@ -32,7 +32,7 @@ class ProgressFile:
         self.since = float("-inf")
 
     def publish(self, progress: PublishedProgress) -> None:
-        """Write it if it is time to, or if it is the end; a store that refuses is no failure."""
+        """Write the progress if it is due, or at the end; a store error only causes a warning."""
         now = time.monotonic()
         due = now - self.since >= PAUSE_S or progress.position >= progress.end
         if progress == self.published or not due:
@@ -46,7 +46,7 @@ class ProgressFile:
 
 
 def read_published_progress(run_dir: Path) -> PublishedProgress | None:
-    """Where a run stands, or ``None`` before its first start."""
+    """Return the published progress of a run, or ``None`` before its first launch."""
     try:
         tree = read_json((run_dir / FILE).read_bytes())
         return PublishedProgress(*(int(tree[name]) for name in PublishedProgress._fields))

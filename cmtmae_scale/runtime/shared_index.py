@@ -33,13 +33,14 @@ def open_on_all_ranks(
 ) -> Index:
     """Let rank 0 find or build an index, with the help of all ranks; open it on every rank.
 
-    One rank of every machine compares names and sizes of the files with those that rank 0 accepted,
-    and so does a rank for which the path is another folder; the others open the index. No rank
-    builds what rank 0 accepted. All this may take longer than a collective. A collective.
+    For each machine and folder of the path other than rank 0's, one rank compares names and sizes
+    of the files with those that rank 0 accepted; the other ranks open the index. No rank builds an
+    index that rank 0 accepted. This may take longer than the time limit of a collective. A
+    collective.
 
     Args:
-        request: what the index is of.
-        folder: that keeps the index, for all ranks.
+        request: the data set of the index.
+        folder: folder that keeps the index, for all ranks.
         verify: as for ``load_or_build``.
         recheck_excluded: whether images that could not be read before are tried again; a run that
             resumes keeps the images that it began with.
@@ -82,10 +83,10 @@ def begin_index(
 
 
 def identify_place(path: Path | str) -> str:
-    """Return device and inode of a folder or file, of a pattern those of its folder.
+    """Return device and inode of a folder or file; for a pattern, those of its folder.
 
-    An address is its own place. What cannot be looked up counts as absent: whoever lists it says
-    why, on all ranks, and a rank that failed here would leave the others waiting.
+    An address is returned as it is. A path that cannot be accessed counts as absent: the listing
+    reports the reason on all ranks, but a rank that failed here would leave the others waiting.
     """
     if isinstance(path, str):
         return path

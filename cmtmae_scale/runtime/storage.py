@@ -44,12 +44,12 @@ _warned_at: dict[Path, float] = {}
 
 
 def warn_unwritten(path: Path, error: OSError) -> None:
-    """Warn that the run goes on without a write, at most every ``WARN_EVERY_S`` per file."""
+    """Warn that a file cannot be written, at most every ``WARN_EVERY_S`` per file."""
     now = time.monotonic()
     if now - _warned_at.get(path, float("-inf")) >= WARN_EVERY_S:
         _warned_at[path] = now
         logger.warning(
-            "%s cannot be written (%s); the run goes on without; check space, quota and "
+            "%s cannot be written (%s); the run continues without it; check space, quota and "
             "permissions there",
             path,
             error.strerror or error,
@@ -58,11 +58,11 @@ def warn_unwritten(path: Path, error: OSError) -> None:
 
 @contextmanager
 def optional_write(path: Path, at_launch: bool = False) -> Iterator[None]:
-    """Write a file that the run can do without in the block: an ``OSError`` becomes a warning.
+    """Turn an ``OSError`` of the block, which writes an optional file, into a warning.
 
     Args:
         path: the file, for the warning.
-        at_launch: raise the error of a store that is full or fails: nothing is lost yet.
+        at_launch: raise the error of a store that is full or fails, since nothing is lost yet.
     """
     try:
         yield
@@ -100,7 +100,7 @@ def digest(
 def list_names(folder: Path) -> list[str]:
     """Return the names in a folder; none if it is absent.
 
-    ``Path.glob`` would return none, too, where the store fails or refuses.
+    ``Path.glob`` would return none also if the store fails or refuses.
 
     Raises:
         OSError: if the store fails or refuses.
@@ -112,7 +112,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def require_inside(folder: Path, path: Path) -> None:
-    """Refuse a path that is no regular file within a folder; nothing is opened.
+    """Refuse a path that is not a regular file within a folder; nothing is opened.
 
     Args:
         folder: the folder; it may itself be named through links.
@@ -166,7 +166,7 @@ def read_json(data: bytes | str) -> Any:
 
 
 def write_atomic(path: Path, data: str | bytes, durable: bool = True) -> dict[str, Any]:
-    """Write a small file whole or not at all.
+    """Write a small file atomically.
 
     Args:
         path: the file; an existing one is replaced.

@@ -55,7 +55,7 @@ def test_one_save_is_in_flight_and_the_backlog_is_skipped(
     assert len(copies) == 1
     assert begun.wait(30)
     assert [line for line in caplog.messages if "this save is skipped" in line] == [
-        f"step {step}: the save before is still being written; this save is skipped"
+        f"step {step}: the previous save is still being written; this save is skipped"
         for step in (2, 3)
     ]
     gate.set()

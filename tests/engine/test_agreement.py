@@ -76,7 +76,7 @@ def test_ranks_that_differ_leave_with_78_and_name_key_and_values(tmp_path: Path)
     ]
     for (_, mine), (_, other), texts in zip(first, second, expected, strict=True):
         assert all(text in mine and text in other for text in texts), (mine, other)
-    assert "is not there for rank 1 on host" in first[-1][1]
+    assert "is not visible to rank 1 on host" in first[-1][1]
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
@@ -86,7 +86,7 @@ def test_nodes_that_hybrid_cannot_shard_within_are_refused_on_every_rank(tmp_pat
     unequal, mixed = [(0, 2), (1, 2), (0, 1), (0, 1)], [(0, 2), (0, 2), (1, 2), (1, 2)]
     texts = {
         "ranks on the node: 2 on ranks 0, 1, 1 on ranks 2, 3; backend.sharding=hybrid": unequal,
-        "the ranks of a node do not follow one another": mixed,
+        "the ranks of a node are not consecutive": mixed,
         "": [(0, 2), (1, 2), (0, 2), (1, 2)],
     }
     for text, places in texts.items():

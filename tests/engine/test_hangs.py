@@ -52,7 +52,7 @@ def test_a_rank_that_stands_still_is_named_and_ends_the_others(tmp_path: Path, t
     assert codes == [1, None]
     (line,) = incidents(run_dir)
     assert line["incident"] == "ended"
-    assert "no progress for" in line["why"] and "no sign of life from rank 1" in line["why"]
+    assert "no progress for" in line["why"] and "no heartbeat from rank 1" in line["why"]
     assert json.loads((run_dir / "exit.json").read_text())["reason"] == line["why"]
     assert "in train" in (run_dir / "stacks" / "rank-00000.txt").read_text()
 
@@ -106,7 +106,7 @@ def beat_of(folder: Path, rank: int, count: int, place: list[int]) -> None:
 @pytest.mark.parametrize(
     ("third", "expected"),
     [
-        (None, "no sign of life from rank 2"),
+        (None, "no heartbeat from rank 2"),
         ([7, 1, 0], "rank 2 is behind, at step 7, micro-step 1, data"),
         ([7, 1, 1], "all ranks are at the same place"),
     ],

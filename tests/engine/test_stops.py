@@ -164,9 +164,9 @@ def test_one_rank_per_node_looks_for_the_file_once_a_second(
     request, other = StopRequest(tmp_path), StopRequest(tmp_path, watches_file=False)
     assert not request.is_requested()
     (tmp_path / "STOP").touch()
-    clock[0] += stop.LOOK_S / 2
+    clock[0] += stop.POLL_S / 2
     assert not request.is_requested()
-    clock[0] += stop.LOOK_S / 2
+    clock[0] += stop.POLL_S / 2
     assert request.is_requested() and request.reason == "file STOP"
     assert not other.is_requested()
 

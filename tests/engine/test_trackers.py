@@ -105,7 +105,7 @@ def test_a_tracker_that_raises_is_reported_once_counted_and_dropped(
     failed, lost = record_steps(tmp_path / "run", 30)
     assert failed["incident"] == FAILED and lost["incident"] == LOST
     assert failed["why"].startswith(
-        "trackio: ValueError: no (removed) at http://host/; the run goes on"
+        "trackio: ValueError: no (removed) at http://host/; the run continues"
     )
     # every entry of the run, and the incident that reports it
     assert lost["lost_entries"] in (30, 31)

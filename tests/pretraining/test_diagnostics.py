@@ -130,7 +130,7 @@ def test_collapsing_tokens_are_reported_once_with_a_remedy(tmp_path: Path) -> No
     (last,) = run_ranks(1, run_collapsed, write_recipe(tmp_path), overrides)
     (incident,) = [entry for entry in entries(tmp_path / "run") if "incident" in entry]
     assert (incident["step"], incident["incident"]) == (3, "target tokens collapse")
-    assert incident["why"].startswith("for 3 intervals, at last effective rank 1.2, mean pairwise ")
+    assert incident["why"].startswith("for 3 intervals, most recently effective rank 1.2, mean ")
     assert "loss/student is then no sign of learning" in incident["why"]
     assert "raise collaboration.alpha_target" in incident["why"]
     (line,) = last

@@ -71,9 +71,14 @@ def test_a_rank_makes_its_own_groups_only(
         (
             0,
             False,
-            "rank 0 of 2 did not meet the others at localhost:{}: .* 1/2 clients joined; see",
+            "rank 0 of 2 could not join the other ranks at localhost:{}: .* 1/2 clients joined; "
+            "check that",
         ),
-        (1, False, "rank 1 of 2 did not meet the others at localhost:{}: .*; see that rank 0 runs"),
+        (
+            1,
+            False,
+            "rank 1 of 2 could not join the other ranks at localhost:{}: .*; check that rank 0 ",
+        ),
     ],
 )
 def test_ranks_that_do_not_meet_say_why(rank: int, port_is_used: bool, text: str) -> None:

@@ -92,7 +92,7 @@ def test_a_store_that_refuses_warns_once_and_at_a_launch_only_if_it_cannot_pass(
         with optional_write(tmp_path / "log"):
             raise error
     (line,) = caplog.messages
-    assert f"log cannot be written ({os.strerror(number)}); the run goes on without" in line
+    assert f"log cannot be written ({os.strerror(number)}); the run continues without it" in line
     passes = number != errno.EACCES
     try:
         with optional_write(tmp_path / "log", at_launch=True):
