@@ -13,7 +13,6 @@ Three sets, the same on every machine and written without a download:
   that is unknown. The others are a camera's pan over a photograph of ``objects``.
 """
 
-import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +23,6 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from cmtmae_scale.tools.demo.folders import read_record, write_folder
 from dataloading.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 RECIPE = 1
 """Version of the sets; folders of another version are written anew."""

@@ -21,7 +21,6 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.demo import learned, masks, photos, teacher
 
 FEW = tuple(p for p in photos.PHOTOGRAPHS if p.name in ("china", "coins"))
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
