@@ -9,7 +9,7 @@ import torch
 
 from cmtmae_scale.api.attention import attention_maps
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.commands.dry_run import render_dry_run
+from cmtmae_scale.commands.dry_run import dry_run
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.teachers import entry_errors, teacher_configs
@@ -19,6 +19,7 @@ from cmtmae_scale.evaluation.saved import locate_checkpoint
 from cmtmae_scale.evaluation.subject import open_encoder
 from cmtmae_scale.export.card import teacher_rows
 from cmtmae_scale.export.full import build_full
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.build import build_teacher
 from cmtmae_scale.tools.report.page import render_page
 from cmtmae_scale.tools.report.run import read_run
@@ -171,7 +172,7 @@ def test_one_entry_computes_what_the_single_form_computes(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_dry_run_counts_all_teachers(tmp_path: Path) -> None:
-    text = render_dry_run(load_config(write_several(tmp_path)), 1)
+    text, _ = dry_run(load_config(write_several(tmp_path)), World(0, 1, 0, 1, "none"))
     assert "teacher first   0." in text and "teacher second  0." in text
     assert "would not start" not in text
 
