@@ -101,9 +101,8 @@ def save_features(
     *,
     batch_size: int = 64,
     threads: int = 4,
-    device: torch.device | str | None = None,
 ) -> Features:
-    """Compute features as ``extract_features`` does, and write them without holding them.
+    """Compute features as ``extract_features`` does by default; write them without holding them.
 
     Args:
         output: ``FILE.npz``, or a folder of .npy files, which ``numpy.load`` can map. It must not
@@ -113,7 +112,6 @@ def save_features(
         images: see ``extract_features``.
         batch_size: see ``extract_features``.
         threads: see ``extract_features``.
-        device: see ``extract_features``.
 
     Returns:
         The arrays, mapped from files without a name.
@@ -127,7 +125,7 @@ def save_features(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         reading, allocate = ReadOptions(batch_size, threads, "auto"), allocate_in(output.parent)
-        features = fill_arrays(model, index, reading, device, allocate)
+        features = fill_arrays(model, index, reading, None, allocate)
         with atomic_path(output) as draft:
             write_arrays(draft, output.suffix, features)
         sync(output.parent)
