@@ -13,9 +13,9 @@ from cmtmae_scale.engine.stragglers import Stragglers
 from tests.processes import run_ranks
 
 
-def judged(own_s: list[list[float]], whole_s: float = 1.0) -> list[str | None]:
+def judged(own_s: list[list[float]]) -> list[str | None]:
     stragglers = Stragglers(torch.device("cpu"), 1)
-    return [stragglers.name_slowest(one, whole_s) for one in own_s]
+    return [stragglers.name_slowest(one, 1.0) for one in own_s]
 
 
 def test_a_rank_that_is_slow_for_long_is_named_once() -> None:
