@@ -13,7 +13,7 @@ from cmtmae_scale.tools.study.preflight import (
     preflight_study,
     preflight_table,
 )
-from cmtmae_scale.tools.study.results import Accuracy
+from cmtmae_scale.tools.study.run_results import Accuracy
 from cmtmae_scale.tools.study.work import plan_runs
 from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree
 
