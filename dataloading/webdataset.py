@@ -215,17 +215,6 @@ def gather_shards(
     )
 
 
-def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[np.void]) -> str:
-    """Hash names and sizes of shards and, of all rows, place, bytes, width, height and turn.
-
-    Returns the sha256, hexadecimal.
-    """
-    total = _begin_digest(names, sizes)
-    _feed(total, entries)
-    total.update(turns_bytes(entries))
-    return total.hexdigest()
-
-
 def _begin_digest(names: Sequence[str], sizes: Sequence[int]) -> Any:
     kind = b"parquet" if is_parquet(names[0]) else b"tars"
     total = hashlib.sha256(b"dataloading index of %s 1\n" % kind)

@@ -23,6 +23,7 @@ from dataloading.index import build_index
 from dataloading.kept_index import build_kept, find_kept, load_or_build, write_index
 from tests.dataloading.bad_data_case import AVIF
 from tests.dataloading.tar_case import write_tar
+from tests.references.index_digest import folder_digest
 
 
 def test_folder_is_listed_in_order_with_sizes_and_labels(photographs):
@@ -130,14 +131,10 @@ def test_kept_index_is_used_while_the_files_are_the_same(photographs, tmp_path, 
     assert [p.suffix for p in sorted((tmp_path / "kept").iterdir())] == [".bin", ".json"]
     monkeypatch.delattr(dataloading.folders, "header_of_file")  # reading a header would fail
     loaded = load_or_build(photographs, tmp_path / "kept")
-    assert loaded.digest == built.digest == build_digest(loaded)
+    assert loaded.digest == built.digest == folder_digest(loaded.names, loaded.entries)
     assert list(loaded.names) == list(built.names) and loaded.labels == built.labels
     assert loaded.excluded == built.excluded
     assert np.array_equal(loaded.entries, built.entries)
-
-
-def build_digest(index):
-    return dataloading.folders.folder_digest(index.names, index.entries)
 
 
 def test_index_is_built_again_when_a_file_changes(photographs, tmp_path, picture):
