@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from cmtmae_scale.tools.demo.folders import read_record, write_folder
+from cmtmae_scale.tools.demo.photos import SKIMAGE, SKLEARN
 from dataloading.errors import DataError
 
 RECIPE = 1
 """Version of the sets; folders of another version are written anew."""
-SKIMAGE, SKLEARN = "skimage/data", "sklearn/datasets/images"
 TEXTURES = ("brick", "grass", "gravel")
 """Classes 1, 2 and 3 of the mosaics; there is no class 0."""
 MOSAICS = {"train": 48, "test": 32}
