@@ -92,7 +92,7 @@ def test_stopping_and_going_on_is_bit_identical(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe: Path) -> dict[str, tuple[Path, float]]:
+def undisturbed() -> dict[str, tuple[Path, float]]:
     """Folder and duration of a whole run of each backend, filled when asked for."""
     return {}
 

@@ -122,9 +122,7 @@ def test_the_exported_encoder_is_timms(undisturbed: dict[int, Path]) -> None:
     model.load_state_dict(load_file(folder / layout.ENCODER), strict=True)
 
 
-def test_changed_keys_are_refused_unless_allowed(
-    recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
-) -> None:
+def test_changed_keys_are_refused_unless_allowed(recipe: Path, tmp_path: Path) -> None:
     where = f"run.output_dir={tmp_path / 'run'}"
     run_ranks(1, run, recipe, [where, "train.stop_after=2"])
     with pytest.raises(AssertionError, match=r"mask.ratio: the checkpoint has 0.75"):

@@ -1,7 +1,6 @@
 """Which rank is slower than the others, and that small differences are not told."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,7 @@ def slow_on_the_last(intervals: int) -> list[str | None]:
 
 
 @pytest.mark.gloo
-def test_every_rank_learns_which_one_is_slow(tmp_path: Path) -> None:
+def test_every_rank_learns_which_one_is_slow() -> None:
     one, two = run_ranks(2, slow_on_the_last, 4)
     assert one == two
     assert [number for number, text in enumerate(one) if text] == [5]

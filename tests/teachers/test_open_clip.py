@@ -45,7 +45,7 @@ def tiny(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def clip(tiny: str) -> open_clip.CLIP:
+def clip() -> open_clip.CLIP:
     torch.manual_seed(3)
     return open_clip.CLIP(**TINY).eval()
 
@@ -469,7 +469,7 @@ def test_fingerprint_tells_settings_apart(tiny: str) -> None:
     assert finger != build(make_config(model=tiny, feature="ln_post")).fingerprint()
 
 
-def test_skeleton_on_meta_allocates_nothing(tiny: str) -> None:
+def test_skeleton_on_meta_allocates_nothing() -> None:
     config = make_config(224, 16, model="ViT-L-14-quickgelu", weights="openai", quick_gelu=True)
     with torch.device("meta"):
         teacher = build_teacher_skeleton(config)
