@@ -23,15 +23,8 @@ from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.build import build_teacher
 from cmtmae_scale.tools.report.page import render_page
 from cmtmae_scale.tools.report.run import read_run
-from tests.engine.run_case import same, tensors
-from tests.pretraining.several_case import (
-    STEPS,
-    entries,
-    same_as_single,
-    try_modes,
-    try_more,
-    write_several,
-)
+from tests.engine.run_case import read_log, same, tensors
+from tests.pretraining.several_case import STEPS, same_as_single, try_modes, try_more, write_several
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -165,9 +158,9 @@ def test_one_entry_computes_what_the_single_form_computes(tmp_path: Path) -> Non
     expected = tensors(single, STEPS)
     assert renamed.keys() == expected.keys()
     assert all(bool((renamed[key] == value).all()) for key, value in expected.items())
-    terms = [[e["loss/teacher"] for e in entries(place)] for place in (several, single)]
+    terms = [[e["loss/teacher"] for e in read_log(place)] for place in (several, single)]
     assert terms[0] == terms[1]
-    assert "attention/teacher_agreement" not in json.dumps(entries(several))
+    assert "attention/teacher_agreement" not in json.dumps(read_log(several))
 
 
 @pytest.mark.slow
