@@ -12,31 +12,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmtmae_scale.config.needs import Needs
-from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher
 from tests.teachers.cases import (
-    BOTH,
     TINY,
+    build,
     make_config,
+    prob,
     random_images,
     real_teacher,
+    refusal,
     to_open_clip,
     write_json,
 )
-
-
-def build(config: Any, needs: Needs = BOTH, dtype: torch.dtype = torch.float32) -> OnlineTeacher:
-    teacher = build_teacher(config, "cpu", dtype, needs)
-    assert isinstance(teacher, OnlineTeacher)
-    return teacher
-
-
-def refusal(config: Any) -> str:
-    with pytest.raises(TeacherError) as caught:
-        build_teacher(config, "cpu", torch.float32, BOTH)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -65,10 +54,6 @@ def reference(visual: Any, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         tokens = block(tokens)
         outputs.append(tokens)
     return outputs, weights
-
-
-def prob(rows: Tensor) -> Tensor:
-    return rows / rows.sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize(
