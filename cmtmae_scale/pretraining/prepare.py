@@ -257,7 +257,7 @@ def gather_targets(
     features: Tensor,
     norm: str,
     choice: PatchChoice,
-    scaling: ChannelScaling | None = None,
+    scaling: ChannelScaling | None,
 ) -> Tensor:
     """Return the normalised target features of the predicted tokens, ``[R, Q, F]`` float32."""
     num_prefix = features.shape[1] - sum(ids.shape[1] for ids in choice)
