@@ -51,7 +51,7 @@ class Header(NamedTuple):
 
     width: int
     height: int
-    orientation: int = 1
+    orientation: int
 
 
 class HeaderError(ValueError):

@@ -198,7 +198,7 @@ class Candidate(NamedTuple):
 
     image: Path | None
     mask: Path | None
-    problem: str = ""
+    problem: str
     """Why they are no pair; empty: they are, if their headers fit."""
 
 

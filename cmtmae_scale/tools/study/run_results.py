@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ class RunResult:
     """Names of the evaluations, with digests of their options."""
     references: list[Reference]
     """Measured with this run: the teacher, random weights, raw pixels."""
-    series: Series = field(default_factory=dict[str, list[tuple[int, float]]])
+    series: Series
     """Step and value of logged values during the training."""
 
 
