@@ -2,14 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from dataloading.entries import ENTRY, encode_name
+from dataloading.entries import ENTRY
 
 Buffer = NDArray[np.uint8]
 Fields = Mapping[str, tuple[DTypeLike, int]]
@@ -130,10 +130,3 @@ def new_columns(
     fields = index_fields(rows, name_bytes)
     columns = view_columns(new_buffer(buffer_bytes(fields)), fields)
     return columns["entries"], FileNames(columns["text"], columns["ends"])
-
-
-def file_names(names: Iterable[str]) -> FileNames:
-    """Return names as ``FileNames``."""
-    encoded = [encode_name(name) for name in names]
-    ends = np.cumsum([len(name) for name in encoded], dtype=np.uint64)
-    return FileNames(np.frombuffer(b"".join(encoded), np.uint8), ends)

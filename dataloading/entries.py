@@ -185,7 +185,7 @@ def map_in_threads(
     pieces: Sequence[Piece],
     sizes: Sequence[int],
     unit: str,
-    threads: int = READERS,
+    threads: int,
 ) -> list[Result]:
     """Examine pieces of a data set in threads; return the results in the order of the pieces.
 

@@ -295,14 +295,6 @@ def is_readable(path: Path) -> bool:
     return True
 
 
-def folder_digest(names: Sequence[str], entries: NDArray[np.void]) -> str:
-    """Hash keys, sizes (bytes, width, height) and turns of all rows, sha256, hexadecimal."""
-    total = hashlib.sha256(_DIGEST_BEGINS)
-    _feed(total, [encode_name(name) for name in names], entries)
-    total.update(turns_bytes(entries))
-    return total.hexdigest()
-
-
 def _feed(total: Any, names: Sequence[bytes], rows: NDArray[np.void]) -> None:
     columns = (rows[column].tolist() for column in ("size", "width", "height"))
     for name, size, width, height in zip(names, *columns, strict=True):

@@ -51,7 +51,7 @@ class Header(NamedTuple):
 
     width: int
     height: int
-    orientation: int = 1
+    orientation: int
 
 
 class HeaderError(ValueError):
@@ -77,21 +77,11 @@ def header_of_file(path: Path) -> Header:
         return _header(file)
 
 
-def size_of_file(path: Path) -> tuple[int, int]:
-    """Read width and height of an image file.
+def size_of_bytes(data: bytes) -> tuple[int, int]:
+    """Read width and height of a whole encoded image in memory.
 
     Returns:
         (width, height) as stored, in pixels, both >= 1; EXIF orientation is not applied.
-
-    Raises:
-        HeaderError: if it is not a readable image.
-        OSError: if the file cannot be read.
-    """
-    return header_of_file(path)[:2]
-
-
-def size_of_bytes(data: bytes) -> tuple[int, int]:
-    """Read (width, height), as in ``size_of_file``, of a whole encoded image in memory.
 
     Raises:
         HeaderError: if it is not a readable image.
@@ -119,11 +109,6 @@ def header_of_range(source: int | Readable, offset: int, size: int) -> Header:
     """
     with io.BufferedReader(_Range(source, offset, size), _PREFIXES[0]) as file:
         return _header(file)
-
-
-def size_of_range(source: int | Readable, offset: int, size: int) -> tuple[int, int]:
-    """Read (width, height), as in ``size_of_file``, of an image within an open file."""
-    return header_of_range(source, offset, size)[:2]
 
 
 def open_image(file: BinaryIO | io.BufferedReader) -> Image.Image:

@@ -51,7 +51,7 @@ class Columns(NamedTuple):
     fields: tuple[str, ...]
     label: str | None
     names: tuple[str, ...] | None
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...]
 
     def leaves(self) -> list[str]:
         """Return the columns as pyarrow selects them."""

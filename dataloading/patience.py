@@ -36,7 +36,7 @@ class Patience:
         limit_s: seconds for which one read is retried.
     """
 
-    def __init__(self, limit_s: float = PATIENCE_S) -> None:
+    def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._over = threading.Event()
 

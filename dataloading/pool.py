@@ -150,7 +150,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self, index: Index, patience_s: float, layout: Layout, store_cache: Path | None = None
+        self, index: Index, patience_s: float, layout: Layout, store_cache: Path | None
     ) -> None:
         self._index, self._layout = index, layout
         self._memory = new_memory(layout)

@@ -170,7 +170,7 @@ def list_shards(
     return _require_distinct(path, shards)
 
 
-def list_remote_shards(url: str, passed: Counts | None = None) -> list[Shard]:
+def list_remote_shards(url: str, passed: Counts | None) -> list[Shard]:
     """List the tars of a data set in a store, as ``list_shards``; folders never end with ``.tar``.
 
     Raises:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -23,8 +22,6 @@ from typing import Any, NamedTuple
 
 from dataloading.addresses import find_address_problem, is_url, split_address
 from dataloading.errors import DataError, ReadError
-
-logger = logging.getLogger(__name__)
 
 LISTING_IN_FLIGHT = 64
 """Most requests for headers that a process has in flight while an index is built, each for another

@@ -126,13 +126,61 @@ def gather_shards(
         DataError: if no image is usable, more than half of the images are passed over, there
             are images of two sets, or files have different ClassLabels.
     """
-    name = shards[0].file.name
-    words = _PARQUET_WORDS if is_parquet(name) else _TAR_WORDS
+    totals = _add_up(shards, recall, dict(beside or {}))
+    passed = _report(path, shards, totals, refuse_splits)
+    named = next(iter(totals.class_lists), None)
+    labels = _in_order(totals.texts) if named is None else named
+    label_of = {label: i for i, label in enumerate(labels)}
+    entries, _ = new_columns(totals.rows, 0, new_buffer)
+    names = [shard.file.name for shard in shards]
+    total = _begin_digest(names, [shard.file.size for shard in shards])
+    at = 0
+    for number in range(len(shards)):
+        part = recall(number)
+        own = entries[at : at + len(part.rows)]
+        own[:] = part.rows
+        own["shard"] = number
+        classes = [*(label_of[text] for text in part.facts["classes"]), -1]
+        own["label"] = np.array(classes)[part.rows["label"]]  # -1 takes the last, which is -1
+        _feed(total, own)
+        at += len(own)
+    total.update(turns_bytes(entries))
+    return Findings(
+        entries,
+        TarNames(names, entries),
+        labels,
+        tuple(totals.excluded),
+        total.hexdigest(),
+        passed,
+        totals.row_group,
+    )
+
+
+class _Totals(NamedTuple):
+    """What all files of a data set have."""
+
+    rows: int
+    excluded: list[tuple[str, str]]
+    passed: Counts
+    texts: set[str]
+    """Labels."""
+    folders: set[str]
+    class_lists: dict[tuple[str, ...] | None, str]
+    """The first file of each ClassLabel; ``None``: of labels without one."""
+    row_group: tuple[int, str] | None
+    """Bytes and place of the largest."""
+    columns: list[str]
+    """The different ones, in order."""
+    unread: list[str]
+    """Columns that could hold labels and are not read."""
+
+
+def _add_up(shards: Sequence[Shard], recall: Callable[[int], Part], counts: Counts) -> _Totals:
+    """Add the parts of all files; ``counts`` has what is passed over beside them."""
     excluded: list[tuple[str, str]] = []
-    counts: Counts = dict(beside or {})
     texts: set[str] = set()
     folders: set[str] = set()
-    class_lists: dict[tuple[str, ...] | None, str] = {}  # None: no ClassLabel, but labels
+    class_lists: dict[tuple[str, ...] | None, str] = {}
     row_group: tuple[int, str] | None = None
     columns: dict[str, None] = {}  # in order
     unread: list[str] = []
@@ -156,8 +204,19 @@ def gather_shards(
             count_passed(counts, item.kind, item.extension, item.first, item.number)
         texts.update(part.facts["classes"])
         folders.update(part.facts["folders"])
-    if columns:
-        logger.info("%s: columns: %s", path, "; ".join(columns))
+    return _Totals(
+        rows, excluded, counts, texts, folders, class_lists, row_group, list(columns), unread
+    )
+
+
+def _report(
+    path: Path | str, shards: Sequence[Shard], totals: _Totals, refuse_splits: bool
+) -> tuple[Passed, ...]:
+    """Log what is not used, and refuse what is no data set; returns what is passed over."""
+    words = _PARQUET_WORDS if is_parquet(shards[0].file.name) else _TAR_WORDS
+    rows, excluded, unread = totals.rows, totals.excluded, totals.unread
+    if totals.columns:
+        logger.info("%s: columns: %s", path, "; ".join(totals.columns))
     if unread:
         text = "%s: no labels are read from %s%s; write them as integers or texts"
         more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
@@ -166,7 +225,7 @@ def gather_shards(
         bad = format_count(len(excluded), words.unit)
         text = "%s: %s, %s excluded or damaged; first: %s (%s)"
         logger.warning(text, path, format_count(rows, "image"), bad, *excluded[0])
-    passed = sort_counts([counts])
+    passed = sort_counts([totals.passed])
     others = f"; {format_passed(passed, words.unit)}" if passed else ""
     if not rows:
         first = f"; first problem: {excluded[0][0]} ({excluded[0][1]})" if excluded else ""
@@ -181,49 +240,13 @@ def gather_shards(
             f"{path}: more than half of the {words.unit}s, {lost} of {lost + images}, are not "
             f"taken as images{others}; correct them, or set data.path to other {words.file}s"
         )
-    _check_splits(path, folders, refuse_splits)
-    if len(class_lists) > 1:
+    _check_splits(path, totals.folders, refuse_splits)
+    if len(totals.class_lists) > 1:
         raise DataError(
-            f"{path}: {' and '.join(list(class_lists.values())[:2])} have other classes "
+            f"{path}: {' and '.join(list(totals.class_lists.values())[:2])} have other classes "
             "(ClassLabel); write them as one data set, or set data.path to files of one"
         )
-    named = next(iter(class_lists), None)
-    labels = _in_order(texts) if named is None else named
-    label_of = {label: i for i, label in enumerate(labels)}
-    entries, _ = new_columns(rows, 0, new_buffer)
-    names = [shard.file.name for shard in shards]
-    total = _begin_digest(names, [shard.file.size for shard in shards])
-    at = 0
-    for number in range(len(shards)):
-        part = recall(number)
-        own = entries[at : at + len(part.rows)]
-        own[:] = part.rows
-        own["shard"] = number
-        classes = [*(label_of[text] for text in part.facts["classes"]), -1]
-        own["label"] = np.array(classes)[part.rows["label"]]  # -1 takes the last, which is -1
-        _feed(total, own)
-        at += len(own)
-    total.update(turns_bytes(entries))
-    return Findings(
-        entries,
-        TarNames(names, entries),
-        labels,
-        tuple(excluded),
-        total.hexdigest(),
-        passed,
-        row_group,
-    )
-
-
-def shards_digest(names: Sequence[str], sizes: Sequence[int], entries: NDArray[np.void]) -> str:
-    """Hash names and sizes of shards and, of all rows, place, bytes, width, height and turn.
-
-    Returns the sha256, hexadecimal.
-    """
-    total = _begin_digest(names, sizes)
-    _feed(total, entries)
-    total.update(turns_bytes(entries))
-    return total.hexdigest()
+    return passed
 
 
 def _begin_digest(names: Sequence[str], sizes: Sequence[int]) -> Any:

@@ -41,7 +41,6 @@ from cmtmae_scale.tools.report import page, ranges, run  # noqa: F401  imports o
 from tests.checkpoint.save_case import state_of
 from tests.tools.report.report_case import entries, write_lines, write_run
 
-RECIPE = "cpu"
 SIBLINGS = 8
 ROWS = 5120
 """Rows of a matrix in ViT-H's MLP."""

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cmtmae_scale.commands.dry_run import render_dry_run
+from cmtmae_scale.commands.dry_run import dry_run
 from cmtmae_scale.commands.finetune import parse_options
 from cmtmae_scale.config.finetune import load_finetune
 from cmtmae_scale.config.hints import RENAMED
 from cmtmae_scale.config.load import load_config
+from cmtmae_scale.runtime.launch import World
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = sorted((ROOT / "configs").glob("*.yaml"))
@@ -97,7 +98,7 @@ def test_a_dry_run_needs_no_data(
     monkeypatch.chdir(tmp_path)
     if config.teacher.weights and config.teacher.weights.endswith(".safetensors"):
         config.teacher.weights = "random"  # the demo makes its teacher's file first
-    text = render_dry_run(config, 2)
+    text, _ = dry_run(config, World(0, 2, 0, 2, "none"))
     if config.data.expected_images is not None:
         assert f"{config.data.expected_images} (data.expected_images; not counted)" in text
     for part in ("encoder", "GFLOP per view", "at the peak", "would resume    nothing"):

@@ -37,8 +37,8 @@ from dataloading.errors import DataError
 from dataloading.index import Index, build_index
 
 ALONE = World(0, 1, 0, 1, "none")
-Allocate = Callable[[str, Any, tuple[int, ...]], NDArray[Any]]
-"""Returns a new array of a name, dtype and shape."""
+Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
+"""Returns a new array of a shape and dtype, as ``numpy.empty`` does."""
 
 
 class Features(NamedTuple):
@@ -91,11 +91,7 @@ def extract_features(
     """
     model, index = open_both(encoder, images)
     reading = ReadOptions(batch_size, threads, "auto")
-
-    def allocate(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
-        return np.empty(shape, dtype)
-
-    return fill_arrays(model, index, reading, device, allocate)
+    return fill_arrays(model, index, reading, device, np.empty)
 
 
 def save_features(
@@ -105,9 +101,8 @@ def save_features(
     *,
     batch_size: int = 64,
     threads: int = 4,
-    device: torch.device | str | None = None,
 ) -> Features:
-    """Compute features as ``extract_features`` does, and write them without keeping them in memory.
+    """Compute features as ``extract_features``, and write them without keeping them in memory.
 
     Args:
         output: ``FILE.npz``, or a folder of .npy files, which ``numpy.load`` can map. It must not
@@ -117,7 +112,6 @@ def save_features(
         images: see ``extract_features``.
         batch_size: see ``extract_features``.
         threads: see ``extract_features``.
-        device: see ``extract_features``.
 
     Returns:
         The arrays, mapped from unnamed files.
@@ -131,7 +125,7 @@ def save_features(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         reading, allocate = ReadOptions(batch_size, threads, "auto"), allocate_in(output.parent)
-        features = fill_arrays(model, index, reading, device, allocate)
+        features = fill_arrays(model, index, reading, None, allocate)
         with atomic_path(output) as draft:
             write_arrays(draft, output.suffix, features)
         sync(output.parent)
@@ -172,7 +166,7 @@ def allocate_in(folder: Path) -> Allocate:
     with it the folder.
     """
 
-    def allocate(name: str, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    def allocate(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         kind = np.dtype(dtype)
         with tempfile.TemporaryFile(dir=folder) as opened:
             # A full store fails here, not when a page is written.
@@ -224,7 +218,7 @@ def fill_arrays(
     place = pick_device(ALONE) if device is None else torch.device(device)
     rows, everything = len(index), np.arange(len(index), dtype=np.int64)
     images = ImageSet(index, everything, index.entries["label"].astype(np.int64))
-    ids = allocate("ids", np.int64, (rows,))
+    ids = allocate((rows,), np.int64)
     arrays: dict[str, NDArray[np.float32]] = {}
     done = 0
     encoder = wrap_timm(model, place)
@@ -233,7 +227,7 @@ def fill_arrays(
         ids[done:end] = found.cpu().numpy()
         for (_, kind), values in columns.items():
             if kind not in arrays:
-                arrays[kind] = allocate(kind, np.float32, (rows, values.shape[1]))
+                arrays[kind] = allocate((rows, values.shape[1]), np.float32)
             refuse_non_finite(values, found, index)
             arrays[kind][done:end] = values.cpu().numpy()
         done = end
@@ -241,7 +235,7 @@ def fill_arrays(
         raise DataError(f"{index.root}: none of {rows} images could be decoded")
     ids = ids[:done]
     longest = max(len(index.names[row]) for row in range(rows))
-    names = allocate("names", f"<U{longest}", (done,))
+    names = allocate((done,), f"<U{longest}")
     for row, sample in enumerate(ids):
         names[row] = index.names[int(sample)]
     missing = np.setdiff1d(everything, ids, assume_unique=True)

@@ -273,7 +273,7 @@ def make_mesh(sharding: str, device: torch.device, local_world_size: int) -> Dev
     if sharding == "full":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     inner = ranks_per_shard_group(sharding, world_size, local_world_size)
-    return make_grid(device.type, world_size // inner, inner, ("replicate", "shard"))
+    return make_grid(device.type, world_size // inner, inner)
 
 
 def wrap(

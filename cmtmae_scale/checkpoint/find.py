@@ -91,9 +91,7 @@ def list_on_first_rank(root: Path, rank: int) -> list[int]:
     return json.loads(broadcast_text(json.dumps(steps)))
 
 
-def verify_together(
-    folder: Path, rank: int, world_size: int, hashes: bool = True
-) -> tuple[str, bool]:
+def verify_together(folder: Path, rank: int, world_size: int, hashes: bool) -> tuple[str, bool]:
     """Verify a checkpoint on all ranks; a collective.
 
     Rank 0 compares names, sizes and index, and broadcasts the manifest; with ``hashes`` each rank
@@ -132,7 +130,7 @@ def attempt(check: Callable[[], str | None]) -> tuple[str, bool]:
         return str(error), True
 
 
-def find_resume_checkpoint(run_dir: Path, world: World, lock: RunLock | None = None) -> Path | None:
+def find_resume_checkpoint(run_dir: Path, world: World, lock: RunLock | None) -> Path | None:
     """Remove what killed launches left behind, and find the newest checkpoint; a collective.
 
     Args:

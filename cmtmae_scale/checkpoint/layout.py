@@ -344,13 +344,13 @@ def is_finite(value: object) -> bool:
     return abs(value) <= sys.float_info.max
 
 
-def shorten(value: object, length: int = 60) -> str:
-    """Return a value for a message."""
+def shorten(value: object) -> str:
+    """Return a value for a message, of at most 60 characters."""
     try:
         text = repr(value)
     except RecursionError:
         text = "(nested too deeply)"
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def replace_checkpoint(draft: Path, target: Path) -> None:

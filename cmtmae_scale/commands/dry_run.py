@@ -74,12 +74,6 @@ GIB = 2**30
 T = TypeVar("T")
 
 
-def render_dry_run(config: Config, world_size: int) -> str:
-    """Return the text of ``--dry-run`` on ``world_size`` ranks, 8 per node."""
-    local = min(8, world_size)
-    return dry_run(config, World(0, world_size, 0, local, "none"))[0]
-
-
 def dry_run(config: Config, world: World) -> tuple[str, int]:
     """Return the text of ``--dry-run``, and its exit code.
 

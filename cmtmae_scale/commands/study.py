@@ -1,7 +1,6 @@
 """``cmtmae study STUDY.yaml`` and ``cmtmae study preflight RECIPE``: run a table of runs."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ from cmtmae_scale.tools.study.file import Study, load_study
 
 if TYPE_CHECKING:
     from cmtmae_scale.tools.study.work import Record, Run
-
-logger = logging.getLogger(__name__)
 
 
 def run_study(arguments: Sequence[str] | None = None) -> int:

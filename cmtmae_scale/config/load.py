@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_recipe(
-    schema: type[Recipe], check: Check[Recipe], path: str | Path, overrides: Sequence[str] = ()
+    schema: type[Recipe], check: Check[Recipe], path: str | Path, overrides: Sequence[str]
 ) -> Recipe:
     """Read a recipe, apply overrides and check the whole.
 

@@ -40,7 +40,7 @@ def build_run(
     world: World,
     device: torch.device,
     stack: ExitStack,
-    lock: RunLock | None = None,
+    lock: RunLock | None,
     place: Place | None = None,
 ) -> Run:
     """Build a run, and load the newest checkpoint if there is one. A collective.

@@ -63,23 +63,18 @@ class StopRequest:
     Args:
         run_dir: the run's folder.
         time_limit_s: ``run.time_limit_s``.
-        environment: see ``find_time_limits``.
         watches_file: whether this rank polls for ``STOP``; one rank per node is enough.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        time_limit_s: float | None = None,
-        environment: Mapping[str, str] = os.environ,
-        watches_file: bool = True,
+        self, run_dir: Path, time_limit_s: float | None = None, watches_file: bool = True
     ) -> None:
         self.file = run_dir / STOP_FILE
         self.next_poll = 0.0 if watches_file else math.inf
         self.reason: str | None = None
         self.failure: ReadError | CacheError | None = None
         self.launchers = find_launchers()
-        self.limits = find_time_limits(time_limit_s, environment)
+        self.limits = find_time_limits(time_limit_s, os.environ)
 
     def install(self) -> None:
         """Handle SIGTERM, SIGUSR1 and SIGINT; call from the main thread."""

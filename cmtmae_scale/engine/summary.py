@@ -19,6 +19,7 @@ from cmtmae_scale.runtime.bf16 import slow_bf16_warning
 from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.runtime.log import TRAIN_LOG
 from cmtmae_scale.runtime.storage import read_json
+from dataloading.passed_over import format_count
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +96,11 @@ def describe_backend(config: Trained, world: World) -> str:
     """Return the backend and over how many ranks it shards."""
     backend, ranks = config.backend, world.world_size
     if backend.name == "deepspeed":
-        return f"backend: deepspeed, ZeRO stage {backend.zero_stage} over {count_ranks(ranks)}"
+        count = format_count(ranks, "rank")
+        return f"backend: deepspeed, ZeRO stage {backend.zero_stage} over {count}"
     copies = {"replicate": 1, "hybrid": world.local_world_size, "full": ranks}
-    shared = copies[backend.sharding]
-    return f"backend: fsdp, sharding {backend.sharding}: {count_ranks(shared)} per copy of weights"
-
-
-def count_ranks(count: int) -> str:
-    """Return a number of ranks as text."""
-    return f"{count} rank{'' if count == 1 else 's'}"
+    count = format_count(copies[backend.sharding], "rank")
+    return f"backend: fsdp, sharding {backend.sharding}: {count} per copy of weights"
 
 
 def describe_output(config: Trained) -> str:

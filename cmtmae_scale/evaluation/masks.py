@@ -198,7 +198,7 @@ class Candidate(NamedTuple):
 
     image: Path | None
     mask: Path | None
-    problem: str = ""
+    problem: str
     """Why they are not a pair; empty: they are a pair if their headers fit."""
 
 

@@ -50,7 +50,6 @@ NAMES = {
     "mlp.fc2": "output.dense",
 }
 QKV = ("query", "key", "value")
-ACTIVATIONS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
 WITHOUT_POOLER = {"vit": {"add_pooling_layer": False}}
 """Arguments of ``from_pretrained`` by ``model_type``."""
 
@@ -115,7 +114,7 @@ def vit_config(student: Student, arch: str) -> dict[str, Any]:
         "num_hidden_layers": len(student.blocks),
         "num_attention_heads": first.attn.num_heads,
         "intermediate_size": first.mlp.fc1.out_features,
-        "hidden_act": ACTIVATIONS[first.mlp.act.approximate],
+        "hidden_act": dinov3_vit.ACTIVATIONS[first.mlp.act.approximate],
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": first.norm1.eps,

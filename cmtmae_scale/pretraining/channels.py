@@ -82,14 +82,12 @@ class TargetChannels:
 
     Args:
         running: statistics by target, ``teacher``, ``student``, or ``teacher_NAME`` of several
-            teachers; none by default.
+            teachers.
         device: of the features.
     """
 
     def __init__(
-        self,
-        running: Iterable[tuple[str, RunningChannels]] = (),
-        device: torch.device | None = None,
+        self, running: Iterable[tuple[str, RunningChannels]], device: torch.device | None = None
     ) -> None:
         self.running = dict(running)
         self.scalings = {name: one.scaling for name, one in self.running.items()}

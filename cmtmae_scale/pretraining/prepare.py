@@ -1,7 +1,7 @@
 """Turns views into a micro-batch: teacher, momentum encoder, mixed attention, masks, targets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple, cast
@@ -39,7 +39,7 @@ class Models:
     """Number of patches, N."""
     patch: int
     """Side of the student's patches, pixels."""
-    channels: TargetChannels = field(default_factory=TargetChannels)
+    channels: TargetChannels
     """Running statistics of the targets that use them."""
     prior_steps: int = 0
     """See ``Task.prior_steps``."""
@@ -94,7 +94,7 @@ class Observed(NamedTuple):
     mean."""
     unsound: Tensor
     """Infinity, which refuses the step, if a valid view's teacher output is not finite; else 0."""
-    teacher_agreement: Tensor | None = None
+    teacher_agreement: Tensor | None
     """Mean agreement of the attention maps of several teachers; ``None``: fewer than two."""
 
 
@@ -257,7 +257,7 @@ def gather_targets(
     features: Tensor,
     norm: str,
     choice: PatchChoice,
-    scaling: ChannelScaling | None = None,
+    scaling: ChannelScaling | None,
 ) -> Tensor:
     """Return the normalised target features of the predicted tokens, ``[R, Q, F]`` float32."""
     num_prefix = features.shape[1] - sum(ids.shape[1] for ids in choice)

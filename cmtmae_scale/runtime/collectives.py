@@ -185,7 +185,7 @@ def all_ranks_agree(mine: bool) -> bool:
     return bool(flag.item())
 
 
-def broadcast_tensor(values: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
+def broadcast_tensor(values: Tensor, source: int, group: dist.ProcessGroup | None) -> None:
     """Overwrite a tensor of each rank of a group with that of one of them. A collective.
 
     Args:

@@ -7,7 +7,7 @@ so that no file of an earlier launch is read.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,9 @@ class ExitReport:
 
 
 @contextmanager
-def report_exit(environment: Mapping[str, str] = os.environ) -> Iterator[ExitReport]:
+def report_exit() -> Iterator[ExitReport]:
     """Report this rank to its supervisor, if any, and the exit code of a ``SystemExit``."""
-    report = ExitReport(environment.get(SUPERVISOR))
+    report = ExitReport(os.environ.get(SUPERVISOR))
     try:
         yield report
     except SystemExit as error:

@@ -5,8 +5,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 
-def make_grid(device_type: str, rows: int, columns: int, names: tuple[str, str]) -> DeviceMesh:
-    """Arrange all ranks in rows and columns; each rank creates only its own groups.
+def make_grid(device_type: str, rows: int, columns: int) -> DeviceMesh:
+    """Arrange all ranks in ``replicate`` x ``shard``; each rank creates only its own groups.
 
     ``init_device_mesh`` creates the groups of all ranks one after the other, each with a barrier of
     all ranks: 2,048 groups of one rank at 2,048 replicas. Here only the members of a group
@@ -14,13 +14,13 @@ def make_grid(device_type: str, rows: int, columns: int, names: tuple[str, str])
 
     Args:
         device_type: device of the tensors that are communicated.
-        rows: size of the first dimension.
-        columns: size of the second dimension; rank r is in row ``r // columns``.
-        names: names of the dimensions.
+        rows: size of ``replicate``.
+        columns: size of ``shard``; rank r is in row ``r // columns``.
     """
     grid = torch.arange(rows * columns).view(rows, columns)
     row, column = divmod(dist.get_rank(), columns)
     groups = [make_group(grid[:, column].tolist()), make_group(grid[row].tolist())]
+    names = ("replicate", "shard")
     return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=names)
 
 

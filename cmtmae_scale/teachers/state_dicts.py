@@ -204,6 +204,6 @@ def load_strictly(
     model.load_state_dict(dict(state), strict=True)
 
 
-def summarise_names(names: Sequence[str], count: int = 3) -> str:
-    """Return the first names of a list, for a message."""
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+def summarise_names(names: Sequence[str]) -> str:
+    """Return the first three names of a list, for a message."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

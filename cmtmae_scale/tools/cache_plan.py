@@ -27,6 +27,7 @@ from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.tools.cache_rates import MEASURE_S, Measured, measure_rates
 from cmtmae_scale.tools.estimate import build_meta_networks, count_flops
 from dataloading.index import Index
+from dataloading.passed_over import format_count
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +316,7 @@ def fact_lines(
     yield f"  reading     {format_bytes(found.read)}/s: random rows, checksums included; {source}"
     yield "counted, given or modelled"
     yield f"  images      {job.images:,}: {how.images}"
-    gpus = "1 GPU" if job.gpus == 1 else f"{job.gpus} GPUs"
+    gpus = format_count(job.gpus, "GPU")
     yield f"  run         {job.draws:,} views, {job.draws / job.images:,.4g} epochs, on {gpus}"
     yield f"  training    {format_rate(rates.train)} images/s per GPU without teacher, {how.train}"
     if rates.teacher != found.teacher:

@@ -57,7 +57,7 @@ class DataReport:
     labels_per_tar: tuple[int, int, int] | None
     labels_expected: float | None
     mixing: Mixing | None
-    survey: Survey | None = None
+    survey: Survey | None
 
     @property
     def bad(self) -> int:

@@ -114,7 +114,7 @@ class Shards(NamedTuple):
     """Copies in the compute dtype."""
 
 
-def count_shards(config: Config, world_size: int, node_size: int = 8) -> Shards:
+def count_shards(config: Config, world_size: int, node_size: int) -> Shards:
     """Return the backend's sharding, for ``node_size`` ranks per node."""
     if config.backend.name == "deepspeed":
         stage = config.backend.zero_stage

@@ -198,7 +198,7 @@ def test_a_flipped_bit_is_found_named_and_repaired(
     }
 
 
-def test_missing_and_foreign_shards_are_named(recipe: Path, whole: Path, tmp_path: Path) -> None:
+def test_missing_and_foreign_shards_are_named(whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
     manifest = read_manifest(folder)
     paths = [shard_path(folder, manifest, shard) for shard in range(3)]
@@ -270,7 +270,7 @@ def test_large_caches_have_larger_shards(
 
 
 def test_a_cache_that_was_begun_keeps_the_size_of_its_shards(
-    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder = case.make_builder(recipe)
     assert builder.begin_cache(whole, "int8").rows_per_shard == case.ROWS_PER_SHARD
@@ -464,7 +464,7 @@ def test_an_image_that_cannot_be_decoded_is_an_invalid_row(recipe: Path, tmp_pat
         shard.close()
 
 
-def test_a_cache_needs_fixed_views(recipe: Path, tmp_path: Path) -> None:
+def test_a_cache_needs_fixed_views(recipe: Path) -> None:
     with pytest.raises(CacheError, match=r"views\.views_per_image is not set"):
         case.make_builder(recipe, ["views.views_per_image=null"])
 

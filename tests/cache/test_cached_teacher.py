@@ -18,7 +18,7 @@ from cmtmae_scale.cache import format as cache_format
 from cmtmae_scale.cache.fingerprint import provenance
 from cmtmae_scale.cache.format import MANIFEST, SHARDS, manifest_text, read_manifest, shard_path
 from cmtmae_scale.cache.teacher import SidecarTeacher, open_cache
-from cmtmae_scale.commands.dry_run import render_dry_run
+from cmtmae_scale.commands.dry_run import dry_run
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.engine.stop import StopRequest
 from cmtmae_scale.errors import EXIT_STOPPED, CacheError, ConfigError, exit_code_of
@@ -232,7 +232,7 @@ def test_settings_that_can_never_work_are_refused(
 def test_a_dry_run_counts_the_teacher_only_if_it_runs(recipe: Path) -> None:
     def totals(*overrides: str) -> tuple[str, float, float]:
         config = load_config(recipe, list(overrides))
-        text = render_dry_run(config, 1)
+        text, _ = dry_run(config, World(0, 1, 0, 1, "none"))
         work, memory_gib = count_variant(config, 1)
         return text.split("parameters, frozen")[1].split("\n")[0], work.teacher, memory_gib
 

@@ -19,13 +19,13 @@ from cmtmae_scale.cache.verify import Comparison
 from cmtmae_scale.errors import CacheError
 
 
-def clip_like(seed: int, count: int = 64) -> torch.Tensor:
+def clip_like(seed: int) -> torch.Tensor:
     """Tokens with three channels far from zero and a few tokens six times as long, like CLIP's."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(count, 17, 96, generator=generator)
-    tokens[torch.rand(count, 17, generator=generator) < 0.01] *= 6
+    tokens = torch.randn(64, 17, 96, generator=generator)
+    tokens[torch.rand(64, 17, generator=generator) < 0.01] *= 6
     for channel, mean in ((7, 60.0), (41, 25.0), (90, -15.0)):
-        jitter = torch.randn(count, 17, generator=generator)
+        jitter = torch.randn(64, 17, generator=generator)
         tokens[..., channel] = mean * (1 + 0.03 * jitter)
     return tokens
 

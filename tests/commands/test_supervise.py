@@ -161,7 +161,7 @@ def test_without_its_temporary_folder_it_still_ends_what_it_started(
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_signal_before_the_ranks_start_means_run_again(tmp_path: Path) -> None:
+def test_a_signal_before_the_ranks_start_means_run_again() -> None:
     with supervised("sleep", "60", grace=0.3) as child:
         children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
         until(lambda: bool(children.read_text()))

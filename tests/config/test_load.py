@@ -345,7 +345,7 @@ ESCAPES = (
 
 @pytest.mark.parametrize("value", ESCAPES)
 def test_no_text_of_any_tree_is_resolved(
-    recipe: Path, tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     keys = ("run.name", "run.allow_change", "student.init_weights", "optimizer.base_lr")

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-Make = Callable[..., Path]
-
 
 def smooth(seed: int, width: int, height: int) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)

@@ -9,15 +9,14 @@ import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from dataloading.folders import folder_digest
 from dataloading.headers import HeaderError, exif_orientation, header_of_file
 from dataloading.index import build_index
 from dataloading.kept_index import load_or_build
 from dataloading.one_pass import OnePass
 from dataloading.stream import Stream
-from dataloading.webdataset import shards_digest
 from tests.dataloading.decoder_case import DECODERS, NO_DALI
 from tests.dataloading.tar_case import write_tar
+from tests.references.index_digest import folder_digest, tars_digest
 
 FORMS = {"JPEG": {"quality": 90}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
 Image.init()
@@ -123,7 +122,7 @@ def test_the_digest_changes_only_if_an_image_is_turned(turned, tmp_path):
         assert kept.digest == build_index(stored, exif_orientation=key).digest
     assert build_index(upright).digest == build_index(upright, exif_orientation=False).digest
     # A turn that keeps width and height counts as well.
-    for path, digest in ((stored, folder_digest), (tar, shards_digest)):
+    for path, digest in ((stored, folder_digest), (tar, tars_digest)):
         index = build_index(path)
         rows = index.entries.copy()
         more = () if path == stored else ([path.stat().st_size],)

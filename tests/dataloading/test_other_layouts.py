@@ -184,7 +184,7 @@ def test_a_long_list_in_braces_is_no_file_name(tmp_path: Path) -> None:
         build_index(tmp_path / ("x" * 300))
 
 
-def test_class_texts_with_a_byte_order_mark_or_spaces_are_read(tmp_path: Path, caplog) -> None:
+def test_class_texts_with_a_byte_order_mark_or_spaces_are_read(tmp_path: Path) -> None:
     texts = [b"\xef\xbb\xbf5", b"5\r\n", "5\n".encode("utf-16"), b" 5 ", b"\xef\xbb\xbf 7"]
     members = [*images(6), *((f"{i}.cls", text) for i, text in enumerate([*texts, b" \n"]))]
     index = build_index(write_tar(tmp_path / "a.tar", members))

@@ -258,7 +258,7 @@ def test_rows_without_bytes_are_counted_with_a_remedy(tmp_path: Path, caplog) ->
         build_index(tmp_path)
 
 
-def test_a_file_that_is_none_is_refused_and_damage_is_named(tmp_path: Path, caplog) -> None:
+def test_a_file_that_is_none_is_refused_and_damage_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", IMAGES[:15], compression="none", use_dictionary=False)
     whole = path.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")

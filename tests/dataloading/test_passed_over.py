@@ -15,8 +15,6 @@ from dataloading.passed_over import extension_of
 from tests.dataloading.bad_data_case import PNG
 from tests.dataloading.tar_case import write_tar
 
-HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
-
 
 def write_files(root: Path, names: Sequence[str]) -> Path:
     for name in names:

@@ -139,7 +139,7 @@ def test_workers_that_die_again_end_the_batch_not_the_stream(photographs, monkey
     assert DeadOnArrival.started == 7 and caplog.text.count("new workers take over") == 6
 
 
-def test_a_fault_of_ours_is_raised_with_its_traceback(photographs):
+def test_a_fault_of_ours_is_raised_with_its_traceback():
     """The outcome that a worker writes when its code fails."""
     slot = one_slot()
     slot.write_reason(2, FAILED, "Traceback: ZeroDivisionError: a bug")

@@ -76,9 +76,7 @@ def test_each_piece_is_requested_once_for_all_that_share_the_folder(
 
 
 @pytest.mark.parametrize("worker_type", ["thread", pytest.param("process", marks=pytest.mark.slow)])
-def test_views_are_those_without_a_cache(
-    index: Index, server: RangeServer, tmp_path: Path, worker_type
-) -> None:
+def test_views_are_those_without_a_cache(index: Index, tmp_path: Path, worker_type) -> None:
     def draw(folder: Path | None) -> list[np.ndarray]:
         options = {"sizes": (16,), "threads": 2, "worker_type": worker_type, "patience_s": 5.0}
         with Stream(index, seed=1, micro_batch=8, store_cache=folder, **options) as stream:
@@ -123,7 +121,7 @@ def test_only_pieces_are_removed_to_make_room(
 
 
 def test_a_full_disk_costs_requests_only(
-    index: Index, server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     source, kept = index.open(tmp_path), StoreCache(tmp_path)
     expected = [source.read(i) for i in range(SAMPLES)]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import yaml
 
 from dataloading import folders
-from tests.engine.run_case import build, is_finetuning, this_world
+from tests.engine.run_case import build, is_finetuning, read_log, this_world
 
 Change = Callable[[int, Any], Any]
 """From the step that is being taken and a micro-batch's losses to other losses."""
@@ -112,12 +112,8 @@ def digest(backend: Any) -> list[int]:
     ]
 
 
-def log(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-
-
 def incidents(run_dir: Path) -> list[dict[str, Any]]:
-    return [entry for entry in log(run_dir) if "incident" in entry]
+    return [entry for entry in read_log(run_dir) if "incident" in entry]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Whole tiny runs of both tasks on generated images, through the real loop."""
 
+import json
 import shutil
 import threading
 from contextlib import ExitStack
@@ -63,6 +64,16 @@ def write_recipe(folder: Path, depth: int | None = None) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log."""
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def read_losses(run_dir: Path) -> list[float]:
+    """The loss of each logged step."""
+    return [entry["loss/total"] for entry in read_log(run_dir) if "loss/total" in entry]
 
 
 def run(recipe: Path, overrides: list[str]) -> str | None:

@@ -1,6 +1,5 @@
 """Side tasks that fail in a tiny run, and launches on a store that fills up."""
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -144,7 +143,3 @@ def launches_on_a_full_store(
     loop.record_step = recording
     codes.append(command_on_ranks(recipe, overrides))
     return codes, log.lines
-
-
-def log_lines(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]

@@ -11,8 +11,8 @@ from cmtmae_scale.engine.sinks import LOST
 from cmtmae_scale.engine.telemetry import Telemetry
 from cmtmae_scale.runtime.exit_code import delete_exit, write_exit
 from tests.disk import mounted
-from tests.engine.run_case import write_recipe
-from tests.engine.side_case import fill, launches_on_a_full_store, log_lines
+from tests.engine.run_case import read_log, write_recipe
+from tests.engine.side_case import fill, launches_on_a_full_store
 from tests.processes import run_ranks
 
 
@@ -30,7 +30,7 @@ def test_a_full_store_ends_no_run_and_counts_no_launch(tmp_path: Path, disk: Pat
     )
     assert codes == [75] * 5 + [0]
     run_dir = disk / "run"
-    lines = log_lines(run_dir)
+    lines = read_log(run_dir)
     steps = [line["step"] for line in lines if "loss/total" in line]
     gone = sorted(set(range(1, 17)) - set(steps))
     assert gone == list(range(gone[0], 15)) and gone[0] > 2  # from the last block on, to the room
@@ -57,11 +57,11 @@ def test_every_record_beside_checkpoints_goes_on_without(disk: Path) -> None:
     telemetry.roll_back(59)
     whole = (disk / "log.jsonl").read_bytes()
     assert whole.endswith(b"\n")
-    kept = [line["step"] for line in log_lines(disk)]
+    kept = [line["step"] for line in read_log(disk)]
     assert kept == list(range(1, len(kept) + 1))  # whole lines that fitted into the last block
     ballast.unlink()
     telemetry.close()
-    (last,) = log_lines(disk)[len(kept) :]
+    (last,) = read_log(disk)[len(kept) :]
     assert last["incident"] == LOST and last["lost_lines"] == 60 - len(kept)
 
 
@@ -83,5 +83,5 @@ def test_an_unreadable_line_drops_itself_and_no_other(
     entries = [b'{"step": 1, "loss": 1}', bad, b'{"step": 3, "loss": 3}', b'{"step": 9}']
     (tmp_path / "log.jsonl").write_bytes(b"\n".join([*entries, b'{"step": 4, "lo']))
     Telemetry(tmp_path, 5, 9, 1).close()
-    assert [line["step"] for line in log_lines(tmp_path)] == [1, 3]
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 3]
     assert "2 unreadable lines were dropped (line 2, 5)" in caplog.text

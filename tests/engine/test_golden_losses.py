@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.engine.run_case import BASE, run
+from tests.engine.run_case import BASE, read_losses, run
 from tests.finetuning import finetune_case
 from tests.processes import run_ranks
 
@@ -65,8 +65,7 @@ def first_losses(name: str, folder: Path) -> list[float]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
     assert run_ranks(1, run, recipe, ["checkpoint.every=100"]) == [None]
-    lines = (folder / "run" / "log.jsonl").read_text().splitlines()
-    return [entry["loss/total"] for entry in map(json.loads, lines) if "loss/total" in entry]
+    return read_losses(folder / "run")
 
 
 @pytest.mark.gloo

@@ -1,6 +1,5 @@
 """The next micro-batch is drawn before a step is applied, and changes nothing but the order."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from unittest import mock
 import pytest
 
 from tests.engine.fault_case import incidents, run_changed
-from tests.engine.run_case import STEPS, build, same, write_recipe
+from tests.engine.run_case import STEPS, build, read_losses, same, write_recipe
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -84,9 +83,6 @@ def test_a_batch_drawn_ahead_changes_nothing(tmp_path: Path) -> None:
     for ahead, usual in run_ranks(2, run_both_ways, write_recipe(tmp_path, depth=2), folders):
         assert ahead["error"] == "" and ahead["progress"] == usual["progress"]
     same(*folders)
-    logs = []
-    for folder in folders:
-        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        logs.append([line["loss/total"] for line in lines if "loss/total" in line])
+    logs = [read_losses(folder) for folder in folders]
     assert logs[0] == logs[1] and len(logs[0]) == STEPS
     assert [line["incident"] for line in incidents(folders[0])][-1] == "rolled back"

@@ -1,6 +1,5 @@
 """A run moves between backends and world sizes, and is killed on any of them."""
 
-import json
 import random
 import time
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ import pytest
 
 from cmtmae_scale.checkpoint.layout import folder_of
 from tests.backends.backend_case import trained
-from tests.engine.run_case import run, run_noting, same, tensors, write_recipe
+from tests.engine.run_case import read_log, run, run_noting, same, tensors, write_recipe
 from tests.processes import kill_ranks, run_ranks, started
 
 pytestmark = pytest.mark.gloo
@@ -33,8 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(run_dir: Path) -> list[float]:
-    lines = (run_dir / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss/total"] for line in lines]
+    return [entry["loss/total"] for entry in read_log(run_dir)]
 
 
 def draws(ranks: list[list[int]], micro: int) -> list[int]:
@@ -92,7 +90,7 @@ def test_stopping_and_going_on_is_bit_identical(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe: Path) -> dict[str, tuple[Path, float]]:
+def undisturbed() -> dict[str, tuple[Path, float]]:
     """Folder and duration of a whole run of each backend, filled when asked for."""
     return {}
 

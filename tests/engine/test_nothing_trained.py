@@ -17,8 +17,8 @@ from cmtmae_scale.engine.telemetry import Telemetry
 from cmtmae_scale.errors import EXIT_CONFIG, EXIT_CRASH, EXIT_DONE, CmtMaeError
 from dataloading.order import sample_ids
 from dataloading.stream import Batch
-from tests.engine.fault_case import incidents, log
-from tests.engine.run_case import build, write_recipe
+from tests.engine.fault_case import incidents
+from tests.engine.run_case import build, read_log, write_recipe
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -136,7 +136,7 @@ def test_a_step_without_a_valid_row_logs_no_loss(seen: Any) -> None:
     """Steps 2 to 4 have none: the interval of steps 1 and 2 has the loss of step 1 alone."""
     folder, ranks = seen
     assert ranks[0]["undecodable"] == (EXIT_DONE, "", 5, 5)
-    entries = {entry["step"]: entry for entry in log(folder / "undecodable") if "lr" in entry}
+    entries = {entry["step"]: entry for entry in read_log(folder / "undecodable") if "lr" in entry}
     assert sorted(entries) == [2, 4, 5]
     assert entries[2]["valid_rows"] == 4.0 and entries[4]["valid_rows"] == 0.0
     measured = {"loss/total", "loss/teacher", "mask/visible_mass", "attention/agreement"}

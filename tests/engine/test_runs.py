@@ -15,7 +15,7 @@ import pytest
 from cmtmae_scale.checkpoint import layout
 from tests.backends.backend_case import trained
 from tests.engine.fault_case import leave
-from tests.engine.run_case import STEPS, run, run_twice, same, tensors, write_recipe
+from tests.engine.run_case import STEPS, read_log, run, run_twice, same, tensors, write_recipe
 from tests.processes import run_ranks, started
 
 pytestmark = pytest.mark.gloo
@@ -36,10 +36,6 @@ def undisturbed(recipe: Path) -> dict[int, Path]:
     return folders
 
 
-def log(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("size", [1, 2])
 def test_stopping_and_going_on_is_bit_identical(
     recipe: Path, undisturbed: dict[int, Path], tmp_path: Path, size: int
@@ -51,7 +47,9 @@ def test_stopping_and_going_on_is_bit_identical(
     same(tmp_path / "run", undisturbed[size])
     (trace,) = (tmp_path / "run" / "profile").iterdir()
     assert trace.name == "steps-00000002-00000003.json.gz"
-    entries = [entry for entry in log(tmp_path / "run") if "profile/time_fraction" not in entry]
+    entries = [
+        entry for entry in read_log(tmp_path / "run") if "profile/time_fraction" not in entry
+    ]
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
 
 
@@ -60,8 +58,10 @@ def test_an_interval_of_the_log_is_whole_after_a_stop_within_it(
 ) -> None:
     where = [f"run.output_dir={tmp_path / 'run'}", "log.every=4"]
     run_ranks(1, run_twice, recipe, [*where, "train.stop_after=3"], where)
-    losses = {entry["step"]: entry["loss/total"] for entry in log(undisturbed[1])}
-    found = {one["step"]: one["loss/total"] for one in log(tmp_path / "run") if "loss/total" in one}
+    losses = {entry["step"]: entry["loss/total"] for entry in read_log(undisturbed[1])}
+    found = {
+        one["step"]: one["loss/total"] for one in read_log(tmp_path / "run") if "loss/total" in one
+    }
     assert found == {
         last: pytest.approx(sum(losses[step] for step in steps) / len(steps), rel=1e-6)
         for last, steps in ((4, (1, 2, 3, 4)), (6, (5, 6)))
@@ -81,7 +81,7 @@ def test_other_world_sizes_continue_the_same_run(
 
 
 def test_the_log_holds_every_term(undisturbed: dict[int, Path]) -> None:
-    entries = log(undisturbed[1])
+    entries = read_log(undisturbed[1])
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
     for entry in entries:
         assert 0 < entry["loss/teacher"] < 4
@@ -102,14 +102,14 @@ def test_what_a_run_does_not_have_is_not_logged(recipe: Path, tmp_path: Path) ->
         1, run, recipe, [f"run.output_dir={tmp_path}", "mask.sampler=random", "train.stop_after=1"]
     )
     assert reason == "train.stop_after=1"
-    (entry,) = log(tmp_path)
+    (entry,) = read_log(tmp_path)
     assert "loss/teacher" in entry
     absent = {"loss/pixel", "mask/visible_mass", "attention/agreement", "cache/hit"}
     assert not absent & entry.keys()
 
 
 def test_losses_do_not_depend_on_the_number_of_processes(undisturbed: dict[int, Path]) -> None:
-    for one, two in zip(log(undisturbed[1]), log(undisturbed[2]), strict=True):
+    for one, two in zip(read_log(undisturbed[1]), read_log(undisturbed[2]), strict=True):
         assert one["loss/total"] == pytest.approx(two["loss/total"], rel=1e-5)
 
 
@@ -122,9 +122,7 @@ def test_the_exported_encoder_is_timms(undisturbed: dict[int, Path]) -> None:
     model.load_state_dict(load_file(folder / layout.ENCODER), strict=True)
 
 
-def test_changed_keys_are_refused_unless_allowed(
-    recipe: Path, undisturbed: dict[int, Path], tmp_path: Path
-) -> None:
+def test_changed_keys_are_refused_unless_allowed(recipe: Path, tmp_path: Path) -> None:
     where = f"run.output_dir={tmp_path / 'run'}"
     run_ranks(1, run, recipe, [where, "train.stop_after=2"])
     with pytest.raises(AssertionError, match=r"mask.ratio: the checkpoint has 0.75"):
@@ -165,7 +163,7 @@ def test_bad_images_are_counted_and_too_many_stop_the_run(tmp_path: Path) -> Non
     assert {"sample_id", "name", "reason"} <= json.loads(lines[0]).keys()
     relaxed = ["data.max_bad_fraction=0.9", f"run.output_dir={tmp_path / 'relaxed'}"]
     assert run_ranks(1, run, recipe, relaxed) == [None]
-    assert min(entry["valid_rows"] for entry in log(tmp_path / "relaxed")) < 8
+    assert min(entry["valid_rows"] for entry in read_log(tmp_path / "relaxed")) < 8
 
 
 def wait_for(path: Path, child: Any) -> None:

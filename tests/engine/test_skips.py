@@ -11,8 +11,8 @@ import pytest
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.config.schema import Guard
 from cmtmae_scale.engine.skips import FEWEST, Skips
-from tests.engine.fault_case import incidents, log, run_each
-from tests.engine.run_case import STEPS, TASKS, write_task_recipe
+from tests.engine.fault_case import incidents, run_each
+from tests.engine.run_case import STEPS, TASKS, read_log, write_task_recipe
 from tests.processes import run_ranks
 
 NAN = float("nan")
@@ -71,7 +71,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(seen: Any, name: 
     (line,) = incidents(folder)
     assert (line["step"], line["incident"], line["in_succession"]) == (3, "step skipped", 1)
     assert line["why"].startswith("step 3: not finite on ranks 1: loss/total")
-    assert [entry["step"] for entry in log(folder) if "loss/total" in entry] == [1, 2, 4, 5, 6]
+    assert [entry["step"] for entry in read_log(folder) if "loss/total" in entry] == [1, 2, 4, 5, 6]
 
 
 @mostly
@@ -88,7 +88,7 @@ def test_after_too_many_in_a_row_the_run_goes_back_and_on_with_later_data(seen: 
     kinds = [line["incident"] for line in incidents(folder)]
     assert kinds == ["step skipped", "step skipped", "rolled back"]
     assert (incidents(folder)[2]["to_step"], incidents(folder)[2]["position"]) == (2, 32)
-    losses = [entry for entry in log(folder) if "loss/total" in entry]
+    losses = [entry for entry in read_log(folder) if "loss/total" in entry]
     assert [entry["step"] for entry in losses] == list(range(1, STEPS + 1))
     # A restart from there would not meet the stretch again.
     saved = layout.read_state(layout.folder_of(folder / "checkpoints", 2))
@@ -111,7 +111,7 @@ def test_going_back_keeps_the_values_that_are_not_logged_yet(seen: Any) -> None:
 def test_going_back_measures_no_step_twice(seen: Any) -> None:
     """Step 2, to which the run rolls back after step 4, which was due."""
     folder, _ = seen("measured")
-    measured = [line["step"] for line in log(folder) if "diagnostics/time_fraction" in line]
+    measured = [line["step"] for line in read_log(folder) if "diagnostics/time_fraction" in line]
     assert measured == [2, 4, 6]
 
 

@@ -1,7 +1,6 @@
 """Which rank is slower than the others, and that small differences are not reported."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from cmtmae_scale.engine.stragglers import Stragglers
 from tests.processes import run_ranks
 
 
-def judged(own_s: list[list[float]], whole_s: float = 1.0) -> list[str | None]:
+def judged(own_s: list[list[float]]) -> list[str | None]:
     stragglers = Stragglers(torch.device("cpu"), 1)
-    return [stragglers.name_slowest(one, whole_s) for one in own_s]
+    return [stragglers.name_slowest(one, 1.0) for one in own_s]
 
 
 def test_a_rank_that_is_slow_for_long_is_named_once() -> None:
@@ -90,7 +89,7 @@ def slow_on_the_last(intervals: int) -> list[str | None]:
 
 
 @pytest.mark.gloo
-def test_every_rank_learns_which_one_is_slow(tmp_path: Path) -> None:
+def test_every_rank_learns_which_one_is_slow() -> None:
     one, two = run_ranks(2, slow_on_the_last, 4)
     assert one == two
     assert [number for number, text in enumerate(one) if text] == [5]

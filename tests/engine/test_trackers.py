@@ -30,7 +30,7 @@ from cmtmae_scale.engine.trackers import (
     remove_secrets,
 )
 from cmtmae_scale.errors import ConfigError
-from tests.engine.side_case import log_lines
+from tests.engine.run_case import read_log
 
 FAKE = """
 import os, time, json
@@ -79,11 +79,11 @@ def record_steps(run_dir: Path, steps: int, pause_s: float = 0.0) -> list[dict[s
         telemetry.record(step, {"loss/total": 1.0}, 8, 0.0, 8 * step)
         time.sleep(pause_s)
     telemetry.close()
-    assert [line["step"] for line in log_lines(run_dir) if "loss/total" in line] == [
+    assert [line["step"] for line in read_log(run_dir) if "loss/total" in line] == [
         *range(1, steps + 1)
     ]
     assert opened[0].process.returncode is not None
-    return [line for line in log_lines(run_dir) if "incident" in line]
+    return [line for line in read_log(run_dir) if "incident" in line]
 
 
 def test_a_tracker_that_works_gets_everything_once(fake, tmp_path: Path) -> None:

@@ -16,7 +16,16 @@ import pytest
 from cmtmae_scale.checkpoint import layout
 from dataloading.order import sample_ids
 from dataloading.stream import Stream
-from tests.engine.run_case import STEPS, TASKS, build, is_finetuning, run, same, write_task_recipe
+from tests.engine.run_case import (
+    STEPS,
+    TASKS,
+    build,
+    is_finetuning,
+    read_log,
+    run,
+    same,
+    write_task_recipe,
+)
 from tests.finetuning.finetune_case import arguments
 from tests.processes import run_ranks
 
@@ -102,8 +111,7 @@ def test_one_rank_without_data_stops_all_and_the_step_is_taken_again(
     assert not (run_dir / "quarantine.jsonl").exists()
     assert run_ranks(2, run, recipe, [f"run.output_dir={run_dir}"]) == [None, None]
     same(run_dir, undisturbed)
-    lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
-    entries = [entry for entry in lines if "loss/total" in entry]
+    entries = [entry for entry in read_log(run_dir) if "loss/total" in entry]
     assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
     assert all(entry["valid_rows"] == 8 for entry in entries)
 

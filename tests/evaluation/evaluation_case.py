@@ -15,12 +15,12 @@ COLUMN = Column("made up", "patches")
 CLASSES, WIDTH = 7, 12
 
 
-def clusters(count: int, seed: int, spread: float = 1.5) -> tuple[np.ndarray, np.ndarray]:
+def clusters(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Overlapping clusters, off centre and of unequal scales; float32 and int64."""
     centres = np.random.default_rng(99).normal(size=(CLASSES, WIDTH))
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % CLASSES
-    rows = centres[labels] + spread * generator.normal(size=(count, WIDTH))
+    rows = centres[labels] + 1.5 * generator.normal(size=(count, WIDTH))
     rows = (rows + 0.5) * np.linspace(0.5, 3, WIDTH)
     return rows.astype(np.float32), labels
 

@@ -14,7 +14,7 @@ from cmtmae_scale.evaluation.periodic import LABEL_FREE
 from cmtmae_scale.evaluation.representation import ALL_IMAGES
 from cmtmae_scale.pretraining.task import Pretraining
 from cmtmae_scale.runtime.launch import World
-from tests.engine.run_case import STEPS, run, same, write_recipe
+from tests.engine.run_case import STEPS, read_log, run, same, write_recipe
 from tests.evaluation.dense_case import write_masked
 from tests.evaluation.evaluation_case import command, labelled_photographs
 from tests.processes import run_ranks
@@ -44,8 +44,7 @@ def asking(recipe: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def evaluations(run_dir: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    found = [line for line in lines if "eval/knn10" in line]
+    found = [line for line in read_log(run_dir) if "eval/knn10" in line]
     assert all(0 < line.pop("eval/time_fraction") < 1 for line in found)
     return found
 

@@ -141,7 +141,7 @@ def test_nan_and_other_shapes_do_not_agree() -> None:
 
 
 def test_without_transformers_nothing_is_written(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     options = ["--checkpoint", str(run_dir), "--output", str(tmp_path / "x")]

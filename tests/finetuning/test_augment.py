@@ -45,7 +45,7 @@ def batch_of(positions: list[int], broken: tuple[int, ...] = ()) -> Batch:
     return Batch((everything[place % 16],), place, place, place, valid, plan)
 
 
-def augmenter(seed: int = 0, drop_path: float = 0.2, **changes: float | None) -> Augmenter:
+def augmenter(seed: int = 0, **changes: float | None) -> Augmenter:
     settings = Augment()
     for name, value in changes.items():
         setattr(settings, name, value)
@@ -54,7 +54,7 @@ def augmenter(seed: int = 0, drop_path: float = 0.2, **changes: float | None) ->
         seed=seed,
         classes=CLASSES,
         depth=DEPTH,
-        drop_path=drop_path,
+        drop_path=0.2,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )

@@ -22,9 +22,9 @@ POOLS = {"mean": {"global_pool": "avg", "fc_norm": True}, "cls": {"global_pool":
 every_pool = pytest.mark.parametrize("pool", POOLS)
 
 
-def classifier(pool: str = "mean", arch: str = ARCH) -> Classifier:
+def classifier(pool: str = "mean") -> Classifier:
     """One with weights that are all different from zero."""
-    found = build_classifier(StudentConfig(arch, 16), SIZE, classes=CLASSES, pool=pool)  # pyright: ignore
+    found = build_classifier(StudentConfig(ARCH, 16), SIZE, classes=CLASSES, pool=pool)  # pyright: ignore
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.parameters():

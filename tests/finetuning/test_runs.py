@@ -8,7 +8,6 @@ import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 
 from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.commands.report import write_page
-from tests.engine.run_case import same, tensors
+from tests.engine.run_case import read_log, same, tensors
 from tests.evaluation.evaluation_case import labelled_photographs
 from tests.finetuning.finetune_case import (
     STEPS,
@@ -42,12 +41,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def entries(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-
-
 def curve(run_dir: Path, name: str = "loss/total") -> list[float]:
-    return [entry[name] for entry in entries(run_dir) if name in entry]
+    return [entry[name] for entry in read_log(run_dir) if name in entry]
 
 
 def test_the_result_says_what_was_done(recipe: Path) -> None:
@@ -65,7 +60,7 @@ def test_the_result_says_what_was_done(recipe: Path) -> None:
     assert len(set(record["weights_sha256"].values())) == 2
     assert json.loads((folder / "run" / "exit.json").read_text())["code"] == 0
     # 20 images and 8 views per step: passes end within steps 3 and 5; the last step ends the run
-    passes = [entry["eval/pass"] for entry in entries(folder / "run") if "eval/top1" in entry]
+    passes = [entry["eval/pass"] for entry in read_log(folder / "run") if "eval/top1" in entry]
     assert passes == [1, 2, 2]
     assert curve(folder / "run", "eval/top1")[-1] == row["accuracy"]
 

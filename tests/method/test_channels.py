@@ -10,9 +10,9 @@ from tests.references import targets as reference
 FEATURES, DECAY = 5, 0.9
 
 
-def features_of(views: int, seed: int, length: int = 9) -> torch.Tensor:
+def features_of(views: int, seed: int) -> torch.Tensor:
     """Tokens with channels of unequal means and spreads."""
-    x = torch.randn(views, length, FEATURES, generator=torch.manual_seed(seed))
+    x = torch.randn(views, 9, FEATURES, generator=torch.manual_seed(seed))
     return x * torch.tensor([1e-3, 0.1, 1.0, 5.0, 30.0]) + torch.tensor([0.0, 3.0, -1.0, 40.0, 9.0])
 
 

@@ -23,8 +23,8 @@ from tests.references import masking as reference
 O2_MAP = torch.tensor([[0.4, 0.275, 0.1875, 0.1375]])
 
 
-def noise_for(rows: int, length: int, seed: int = 0, salt: int = 0) -> torch.Tensor:
-    return hash_uniform(seed, salt, torch.arange(rows), length)
+def noise_for(rows: int, length: int, salt: int = 0) -> torch.Tensor:
+    return hash_uniform(0, salt, torch.arange(rows), length)
 
 
 def hidden_mask(choice: PatchChoice, length: int) -> torch.Tensor:

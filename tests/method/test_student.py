@@ -116,8 +116,8 @@ def make_images(count: int = 2, size: int = 32) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
-def make_ids(rows: int, length: int = 16) -> Tensor:
-    return torch.rand(rows, length, generator=torch.Generator().manual_seed(3)).argsort(1)
+def make_ids(rows: int) -> Tensor:
+    return torch.rand(rows, 16, generator=torch.Generator().manual_seed(3)).argsort(1)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -113,9 +113,9 @@ def test_patchify_matches_loops():
         patchify(images, 4)
 
 
-def layout_for(tokens, include_cls=True, visible_weight=0.3, predict_ratio=None, thrown=0):
+def layout_for(tokens, include_cls=True, predict_ratio=None, thrown=0):
     config = Config(
-        loss=Loss(tokens=tokens, include_cls=include_cls, visible_weight=visible_weight),
+        loss=Loss(tokens=tokens, include_cls=include_cls, visible_weight=0.3),
         decoder=Decoder(predict_ratio=predict_ratio),
     )
     return TokenLayout.from_config(config, 2, 6 - thrown, thrown)

@@ -1,7 +1,6 @@
 """Tiny runs with two teachers, one after the other in one process."""
 
 import copy
-import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -134,7 +133,3 @@ def same_as_single(folder: Path) -> tuple[Path, Path]:
     for recipe_of in (recipe, other):
         run(recipe_of, [f"run.output_dir={recipe_of.parent / 'run'}", *SHORT])
     return recipe.parent / "run", other.parent / "run"
-
-
-def entries(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]

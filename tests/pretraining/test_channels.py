@@ -12,7 +12,7 @@ from cmtmae_scale.checkpoint import layout
 from cmtmae_scale.errors import CheckpointError
 from cmtmae_scale.pretraining.channels import DECAY, KEY, RunningChannels, TargetChannels
 from tests.engine.fault_case import run_changed
-from tests.engine.run_case import STEPS, run, same, write_recipe
+from tests.engine.run_case import STEPS, read_losses, run, same, write_recipe
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -52,16 +52,11 @@ def statistics(run_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def losses(run_dir: Path) -> list[float]:
-    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [entry["loss/total"] for entry in entries if "loss/total" in entry]
-
-
 @pytest.mark.parametrize("other", ["whole", "two"])
 def test_the_split_over_ranks_and_micro_steps_changes_roundings_alone(
     folder: Path, other: str
 ) -> None:
-    assert losses(folder / other) == pytest.approx(losses(folder / "one"), rel=1e-5)
+    assert read_losses(folder / other) == pytest.approx(read_losses(folder / "one"), rel=1e-5)
     base = statistics(folder / "one")
     assert set(base) == {"teacher", "student"}
     for target, found in statistics(folder / other).items():
@@ -143,7 +138,9 @@ def test_skipped_and_rolled_back_steps_are_not_in_the_statistics(tmp_path: Path)
 def test_deepspeed_gives_the_statistics_of_one_rank(folder: Path, stage: int) -> None:
     settings = ["backend.name=deepspeed", f"backend.zero_stage={stage}"]
     run_ranks(2, run_cases, folder / "recipe.yaml", {f"zero{stage}": [settings]})
-    assert losses(folder / f"zero{stage}") == pytest.approx(losses(folder / "one"), rel=1e-4)
+    assert read_losses(folder / f"zero{stage}") == pytest.approx(
+        read_losses(folder / "one"), rel=1e-4
+    )
     base = statistics(folder / "one")
     for target, found in statistics(folder / f"zero{stage}").items():
         assert torch.allclose(found["mean"], base[target]["mean"], rtol=1e-3, atol=1e-4)

@@ -1,16 +1,14 @@
 """Diagnostics of a run: what they measure, and that they change nothing."""
 
-import json
 import math
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.run_case import build, run, same, write_recipe
+from tests.engine.run_case import build, read_log, run, same, write_recipe
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -29,10 +27,6 @@ BACKENDS = [
 ]
 
 
-def entries(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_diagnostics_change_no_bit_and_are_logged(tmp_path: Path, backend: list[str]) -> None:
     recipe = write_recipe(tmp_path)
@@ -40,7 +34,9 @@ def test_diagnostics_change_no_bit_and_are_logged(tmp_path: Path, backend: list[
         own = [f"run.output_dir={tmp_path / name}", f"log.diagnostics_every={every}"]
         run_ranks(2, run, recipe, [*own, *backend])
     same(tmp_path / "without", tmp_path / "with")
-    found = [entry for entry in entries(tmp_path / "with") if "diagnostics/effective_rank" in entry]
+    found = [
+        entry for entry in read_log(tmp_path / "with") if "diagnostics/effective_rank" in entry
+    ]
     assert [entry["step"] for entry in found] == [2, 4, 6]
     for entry in found:
         assert 1 <= entry["diagnostics/effective_rank"] <= 256
@@ -52,7 +48,9 @@ def test_diagnostics_change_no_bit_and_are_logged(tmp_path: Path, backend: list[
         assert entry["diagnostics/constant_loss"] == pytest.approx(expected, abs=1e-4)
         shares = [entry[f"diagnostics/gradient/{term}"] for term in ("teacher", "student")]
         assert sum(shares) == pytest.approx(1) and min(shares) > 0
-    assert not any("diagnostics" in key for entry in entries(tmp_path / "without") for key in entry)
+    assert not any(
+        "diagnostics" in key for entry in read_log(tmp_path / "without") for key in entry
+    )
 
 
 def shares_two_ways(recipe: Path) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
@@ -128,7 +126,7 @@ def run_collapsed(recipe: Path, overrides: list[str]) -> list[str]:
 def test_collapsing_tokens_are_reported_once_with_a_remedy(tmp_path: Path) -> None:
     overrides = ["log.diagnostics_every=1"]
     (last,) = run_ranks(1, run_collapsed, write_recipe(tmp_path), overrides)
-    (incident,) = [entry for entry in entries(tmp_path / "run") if "incident" in entry]
+    (incident,) = [entry for entry in read_log(tmp_path / "run") if "incident" in entry]
     assert (incident["step"], incident["incident"]) == (3, "target tokens collapse")
     assert incident["why"].startswith("for 3 intervals, most recently effective rank 1.2, mean ")
     assert "loss/student is then no sign of learning" in incident["why"]
@@ -145,5 +143,5 @@ def test_a_run_without_a_momentum_encoder_has_no_token_diagnostics(tmp_path: Pat
     mae += ["loss.pixel=1", "log.diagnostics_every=1", "train.stop_after=1"]
     run_ranks(1, run, write_recipe(tmp_path), mae)
     assert not any(
-        "diagnostics/g" in key or "effective" in key for key in entries(tmp_path / "run")[0]
+        "diagnostics/g" in key or "effective" in key for key in read_log(tmp_path / "run")[0]
     )

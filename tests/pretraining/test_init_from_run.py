@@ -1,6 +1,5 @@
 """A new run continues the weights of another run, at its image size or at another."""
 
-import json
 import logging
 import shutil
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ from cmtmae_scale.pretraining.build import build_models, fetch_teacher
 from cmtmae_scale.pretraining.init_from_run import load_source, open_source
 from cmtmae_scale.pretraining.prepare import Models
 from cmtmae_scale.runtime.launch import World
-from tests.engine.run_case import run, same, tensors, this_world, write_recipe
+from tests.engine.run_case import read_log, run, same, tensors, this_world, write_recipe
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -64,8 +63,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(run_dir: Path) -> list[float]:
-    lines = (run_dir / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss/total"] for line in lines]
+    return [entry["loss/total"] for entry in read_log(run_dir)]
 
 
 def read_start(recipe: Path, *overrides: str) -> Config:

@@ -1,6 +1,5 @@
 """A run reads the same images from files, tars and Parquet files, with the same losses."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import yaml
 
 from dataloading.index import build_index
 from tests.dataloading.tar_case import write_tar
-from tests.engine.run_case import BASE, run
+from tests.engine.run_case import BASE, read_losses, run
 from tests.engine.test_golden_losses import MAE, write_images
 from tests.processes import run_ranks
 
@@ -28,8 +27,7 @@ def losses(folder: Path, data: Path, *launches: int) -> list[float]:
     recipe.write_text(yaml.safe_dump(tree))
     for last in launches:
         run_ranks(1, run, recipe, [f"train.stop_after={last}"])
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [entry["loss/total"] for entry in map(json.loads, lines) if "loss/total" in entry]
+    return read_losses(folder)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 
 from cmtmae_scale.api.attention import attention_maps
 from cmtmae_scale.checkpoint import layout
-from cmtmae_scale.commands.dry_run import render_dry_run
+from cmtmae_scale.commands.dry_run import dry_run
 from cmtmae_scale.config.load import load_config
 from cmtmae_scale.config.needs import needs
 from cmtmae_scale.config.teachers import entry_errors, teacher_configs
@@ -19,18 +19,12 @@ from cmtmae_scale.evaluation.saved import locate_checkpoint
 from cmtmae_scale.evaluation.subject import open_encoder
 from cmtmae_scale.export.card import teacher_rows
 from cmtmae_scale.export.full import build_full
+from cmtmae_scale.runtime.launch import World
 from cmtmae_scale.teachers.build import build_teacher
 from cmtmae_scale.tools.report.page import render_page
 from cmtmae_scale.tools.report.run import read_run
-from tests.engine.run_case import same, tensors
-from tests.pretraining.several_case import (
-    STEPS,
-    entries,
-    same_as_single,
-    try_modes,
-    try_more,
-    write_several,
-)
+from tests.engine.run_case import read_log, same, tensors
+from tests.pretraining.several_case import STEPS, same_as_single, try_modes, try_more, write_several
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.gloo
@@ -164,14 +158,14 @@ def test_one_entry_computes_what_the_single_form_computes(tmp_path: Path) -> Non
     expected = tensors(single, STEPS)
     assert renamed.keys() == expected.keys()
     assert all(bool((renamed[key] == value).all()) for key, value in expected.items())
-    terms = [[e["loss/teacher"] for e in entries(place)] for place in (several, single)]
+    terms = [[e["loss/teacher"] for e in read_log(place)] for place in (several, single)]
     assert terms[0] == terms[1]
-    assert "attention/teacher_agreement" not in json.dumps(entries(several))
+    assert "attention/teacher_agreement" not in json.dumps(read_log(several))
 
 
 @pytest.mark.slow
 def test_a_dry_run_counts_all_teachers(tmp_path: Path) -> None:
-    text = render_dry_run(load_config(write_several(tmp_path)), 1)
+    text, _ = dry_run(load_config(write_several(tmp_path)), World(0, 1, 0, 1, "none"))
     assert "teacher first   0." in text and "teacher second  0." in text
     assert "would not start" not in text
 

@@ -25,16 +25,3 @@ def pairwise_cosine(tokens: list[list[float]]) -> float:
             total += dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
             pairs += 1
     return total / pairs
-
-
-def cosine_gradient(x: np.ndarray, weight: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Gradient at one token x of 2 - 2 cos(W x, t)."""
-    p = weight @ x
-    p_norm, t_norm = np.linalg.norm(p), np.linalg.norm(target)
-    cosine = p @ target / (p_norm * t_norm)
-    return weight.T @ (-2.0 * (target / (p_norm * t_norm) - cosine * p / p_norm**2))
-
-
-def square_gradient(x: np.ndarray, weight: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Gradient at one token x of mean((W x - t) ** 2)."""
-    return weight.T @ (2.0 * (weight @ x - target) / len(target))

@@ -56,7 +56,7 @@ def test_a_rank_makes_its_own_groups_only(
 
     monkeypatch.setattr(dist, "new_group", count)
     with fake_group(rows * columns):
-        mesh = make_grid("cpu", rows, columns, ("replicate", "shard"))
+        mesh = make_grid("cpu", rows, columns)
         assert (mesh["replicate"].size(), mesh["shard"].size()) == (rows, columns)
         assert (mesh.get_local_rank("replicate"), mesh.get_local_rank("shard")) == (0, 0)
     own = [list(range(0, rows * columns, columns)), list(range(columns))]

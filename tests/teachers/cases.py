@@ -12,6 +12,9 @@ from torch import Tensor
 
 from cmtmae_scale.config.needs import Needs
 from cmtmae_scale.config.schema import Config
+from cmtmae_scale.errors import TeacherError
+from cmtmae_scale.teachers.build import build_teacher
+from cmtmae_scale.teachers.online import OnlineTeacher
 
 BOTH = Needs(True, True, False, False, False)
 TINY = {
@@ -37,6 +40,25 @@ def timm_config(model: str, size: int = 32, patch: int = 8, **teacher: Any) -> C
     """The same with a timm model and features that every one of them has."""
     settings = {"library": "timm", "quick_gelu": None, "feature": "ln_post", "model": model}
     return make_config(size, patch, **(settings | teacher))
+
+
+def build(config: Config, needs: Needs = BOTH, dtype: torch.dtype = torch.float32) -> OnlineTeacher:
+    """The teacher of a config, which computes on the CPU."""
+    teacher = build_teacher(config, "cpu", dtype, needs)
+    assert isinstance(teacher, OnlineTeacher)
+    return teacher
+
+
+def refusal(config: Config) -> str:
+    """The error of a teacher that cannot be built."""
+    with pytest.raises(TeacherError) as caught:
+        build(config)
+    return str(caught.value)
+
+
+def prob(rows: Tensor) -> Tensor:
+    """Rows with sum 1."""
+    return rows / rows.sum(-1, keepdim=True)
 
 
 def random_images(batch: int, size: int) -> Tensor:

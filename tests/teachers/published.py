@@ -15,7 +15,7 @@ def replaced(state: State, *pairs: tuple[str, str]) -> State:
     return found
 
 
-def as_dinov3(state: State, width: int, depth: int, period_count: int = 4) -> State:
+def as_dinov3(state: State, width: int, depth: int) -> State:
     """facebookresearch/dinov3: the biases of keys are masked, SwiGLU is ``w1``, ``w2``, ``w3``."""
     found = replaced(
         state,
@@ -34,7 +34,7 @@ def as_dinov3(state: State, width: int, depth: int, period_count: int = 4) -> St
         found[f"{inner}qkv.bias"] = torch.cat([query, torch.randn(width), value])
         found[f"{inner}qkv.bias_mask"] = torch.cat([ones, zero, ones])
     found["mask_token"] = torch.randn(1, width)
-    found["rope_embed.periods"] = torch.ones(period_count, dtype=torch.bfloat16)
+    found["rope_embed.periods"] = torch.ones(4, dtype=torch.bfloat16)
     found["local_cls_norm.weight"] = found["local_cls_norm.bias"] = ones
     return found
 

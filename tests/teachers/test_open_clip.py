@@ -12,31 +12,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmtmae_scale.config.needs import Needs
-from cmtmae_scale.errors import TeacherError
 from cmtmae_scale.method.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher
 from tests.teachers.cases import (
-    BOTH,
     TINY,
+    build,
     make_config,
+    prob,
     random_images,
     real_teacher,
+    refusal,
     to_open_clip,
     write_json,
 )
-
-
-def build(config: Any, needs: Needs = BOTH, dtype: torch.dtype = torch.float32) -> OnlineTeacher:
-    teacher = build_teacher(config, "cpu", dtype, needs)
-    assert isinstance(teacher, OnlineTeacher)
-    return teacher
-
-
-def refusal(config: Any) -> str:
-    with pytest.raises(TeacherError) as caught:
-        build_teacher(config, "cpu", torch.float32, BOTH)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -45,7 +34,7 @@ def tiny(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def clip(tiny: str) -> open_clip.CLIP:
+def clip() -> open_clip.CLIP:
     torch.manual_seed(3)
     return open_clip.CLIP(**TINY).eval()
 
@@ -65,10 +54,6 @@ def reference(visual: Any, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         tokens = block(tokens)
         outputs.append(tokens)
     return outputs, weights
-
-
-def prob(rows: Tensor) -> Tensor:
-    return rows / rows.sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +454,7 @@ def test_fingerprint_tells_settings_apart(tiny: str) -> None:
     assert finger != build(make_config(model=tiny, feature="ln_post")).fingerprint()
 
 
-def test_skeleton_on_meta_allocates_nothing(tiny: str) -> None:
+def test_skeleton_on_meta_allocates_nothing() -> None:
     config = make_config(224, 16, model="ViT-L-14-quickgelu", weights="openai", quick_gelu=True)
     with torch.device("meta"):
         teacher = build_teacher_skeleton(config)

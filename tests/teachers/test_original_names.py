@@ -15,10 +15,10 @@ from cmtmae_scale.errors import ConfigError, TeacherError
 from cmtmae_scale.method.model import CollaborativeMAE
 from cmtmae_scale.teachers.weights import map_weights
 from tests.pretraining.test_students import SIDE, images, make_config
-from tests.teachers.cases import random_images, timm_config
+from tests.teachers import families  # noqa: F401 - registers the small networks with timm
+from tests.teachers.cases import build, random_images, timm_config
 from tests.teachers.published import State, as_clip, as_dinov2, as_dinov3
 from tests.teachers.test_timm import normalised
-from tests.teachers.test_towers import build
 
 WIDTH, DEPTH = 96, 2
 

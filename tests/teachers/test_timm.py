@@ -19,19 +19,15 @@ from cmtmae_scale.teachers.online import OnlineTeacher
 from cmtmae_scale.teachers.timm import TimmSource
 from cmtmae_scale.teachers.timm_towers import TimmTower
 from cmtmae_scale.teachers.weights import describe_unreachable
-from tests.teachers.cases import BOTH, random_images, real_teacher, timm_config
-
-
-def build(config: Any, needs: Needs = BOTH) -> OnlineTeacher:
-    teacher = build_teacher(config, "cpu", torch.float32, needs)
-    assert isinstance(teacher, OnlineTeacher)
-    return teacher
-
-
-def refusal(config: Any) -> str:
-    with pytest.raises(TeacherError) as caught:
-        build_teacher(config, "cpu", torch.float32, BOTH)
-    return str(caught.value)
+from tests.teachers.cases import (
+    BOTH,
+    build,
+    prob,
+    random_images,
+    real_teacher,
+    refusal,
+    timm_config,
+)
 
 
 def normalised(images: Tensor, teacher: OnlineTeacher) -> Tensor:
@@ -61,10 +57,6 @@ def last_attention(model: Any, pixels: Tensor) -> Tensor:
     model.forward_features(pixels)
     handle.remove()
     return explicit_attention(model.blocks[-1].attn, caught[0])
-
-
-def prob(rows: Tensor) -> Tensor:
-    return rows / rows.sum(-1, keepdim=True)
 
 
 def small(**options: Any) -> Any:

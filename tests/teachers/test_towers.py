@@ -11,17 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmtmae_scale.config.needs import Needs
 from cmtmae_scale.config.schema import Config
 from cmtmae_scale.errors import TeacherError
-from cmtmae_scale.teachers.build import build_teacher, build_teacher_skeleton
+from cmtmae_scale.teachers.build import build_teacher_skeleton
 from cmtmae_scale.teachers.online import OnlineTeacher
 from tests.teachers import (
     families,  # noqa: F401 - registers the small networks with timm
     own_teacher,
 )
-from tests.teachers.cases import BOTH, random_images, timm_config
-from tests.teachers.test_timm import normalised, prob
+from tests.teachers.cases import BOTH, build, prob, random_images, refusal, timm_config
+from tests.teachers.test_timm import normalised
 
 OWN = "tests.teachers.own_teacher"
 
@@ -31,18 +30,6 @@ def config_of(model: str, source: str, feature: str = "block", **teacher: Any) -
     config = timm_config(model, 64, 16, feature=feature, **teacher)
     config.attention.source = source  # pyright: ignore[reportAttributeAccessIssue]
     return config
-
-
-def build(config: Config, needs: Needs = BOTH) -> OnlineTeacher:
-    teacher = build_teacher(config, "cpu", torch.float32, needs)
-    assert isinstance(teacher, OnlineTeacher)
-    return teacher
-
-
-def refusal(config: Config) -> str:
-    with pytest.raises(TeacherError) as caught:
-        build(config)
-    return str(caught.value)
 
 
 def perturb(teacher: OnlineTeacher) -> None:

@@ -255,7 +255,7 @@ def test_paths_of_any_python_and_system_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_numbers_of_another_kind_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_numbers_of_another_kind_are_no_weights(dtype: torch.dtype) -> None:
     model = nn.Linear(2, 2)
     state = {"weight": torch.ones(2, 2, dtype=dtype), "bias": torch.ones(2, dtype=torch.float16)}
     name = str(dtype).removeprefix("torch.")

@@ -211,7 +211,7 @@ def count_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
-def model_step(config: Config, rates: Rates, eager: Sequence[str] = ()) -> ModelledStep:
+def model_step(config: Config, rates: Rates, eager: Sequence[str]) -> ModelledStep:
     """Model a step of one micro-batch, in which the optimizer's parts are counted once.
 
     Args:

@@ -13,7 +13,6 @@ Three sets, the same on every machine and written without a download:
   that is unknown. The others are a camera's pan over a photograph of ``objects``.
 """
 
-import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -23,13 +22,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from cmtmae_scale.tools.demo.folders import read_record, write_folder
+from cmtmae_scale.tools.demo.photos import SKIMAGE, SKLEARN
 from dataloading.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 RECIPE = 1
 """Version of the sets; folders of another version are rewritten."""
-SKIMAGE, SKLEARN = "skimage/data", "sklearn/datasets/images"
 TEXTURES = ("brick", "grass", "gravel")
 """Classes 1, 2 and 3 of the mosaics; there is no class 0."""
 MOSAICS = {"train": 48, "test": 32}

@@ -40,6 +40,7 @@ from cmtmae_scale.tools.plan.kernels import (
     online_fractions,
 )
 from cmtmae_scale.tools.plan.network import Exchange, step_traffic, time_exchanges
+from dataloading.passed_over import format_count
 
 DAY_S = 86400.0
 LAUNCH_S = 4e-6
@@ -305,19 +306,14 @@ def explain_stop(config: Config, scales: list[Scale]) -> str:
         slow_s = one.host_s if one.limit == LAUNCHES else one.communication_s
         views = total // one.gpus
         return (
-            f"train.global_batch_size={total} stops scaling at {name_count(one.gpus, 'GPU')}: with "
-            f"{name_count(views, 'view')} per GPU and step, {one.limit} take {1e3 * slow_s:.1f} "
-            f"ms, kernels {1e3 * one.device_s:.1f} ms"
+            f"train.global_batch_size={total} stops scaling at {format_count(one.gpus, 'GPU')}: "
+            f"with {format_count(views, 'view')} per GPU and step, {one.limit} take "
+            f"{1e3 * slow_s:.1f} ms, kernels {1e3 * one.device_s:.1f} ms"
         )
     return (
-        f"train.global_batch_size={total} scales to {name_count(scales[-1].gpus, 'GPU')}; above "
-        f"{name_count(total, 'GPU')} there are fewer views than ranks"
+        f"train.global_batch_size={total} scales to {format_count(scales[-1].gpus, 'GPU')}; above "
+        f"{format_count(total, 'GPU')} there are fewer views than ranks"
     )
-
-
-def name_count(number: int, word: str) -> str:
-    """Return a number and a word, in the plural if needed."""
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def feed_node(scale: Scale, cluster: Cluster, images: Images) -> NodeData:

@@ -15,10 +15,10 @@ from cmtmae_scale.tools.plan.plan import (
     Cluster,
     Plan,
     Scale,
-    name_count,
     peak_flops_s,
 )
 from cmtmae_scale.tools.plan.remedies import GIB
+from dataloading.passed_over import format_count
 
 COLUMNS = 100
 LABEL = 17
@@ -51,7 +51,7 @@ def heading_lines(config: Config, plan: Plan) -> Iterator[str]:
     size = min(cluster.node_size, cluster.gpus)
     yield (
         f"{plan.name} on {cluster.gpus} x {cluster.device.name}, "
-        f"{name_count(nodes, 'node')} of {size}; nothing here is measured on them"
+        f"{format_count(nodes, 'node')} of {size}; nothing here is measured on them"
     )
     yield ""
     yield "assumed"

@@ -280,7 +280,7 @@ def incidents_section(run: Run, anchor: str) -> str:
         parts.append(paragraph(f"Relaunched {len(run.launches) - 1} times, from step {steps}."))
     if run.incidents:
         rows = [
-            (format_number(one["step"]), one["incident"], entry_details(one, ("step", "incident")))
+            (format_number(one["step"]), one["incident"], entry_details(one))
             for one in run.incidents[:SHOWN]
         ]
         parts.append(table(("step", "incident", "details"), rows))
@@ -300,9 +300,10 @@ def incidents_section(run: Run, anchor: str) -> str:
     return section("Incidents", anchor, *parts)
 
 
-def entry_details(entry: dict[str, object], without: Sequence[str]) -> str:
-    """Return the other values of an entry."""
-    return ", ".join(f"{key} {value}" for key, value in entry.items() if key not in without)
+def entry_details(entry: dict[str, object]) -> str:
+    """Return what an incident recorded beside its step and kind."""
+    rest = [f"{key} {value}" for key, value in entry.items() if key not in ("step", "incident")]
+    return ", ".join(rest)
 
 
 def hidden_rows_note(count: int) -> str:

@@ -13,7 +13,7 @@ from cmtmae_scale.config.needs import needs
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.pretraining.collapse import COLLAPSED_COSINE, COLLAPSED_RANK
 from cmtmae_scale.tools.study.file import Evaluation, RowFile, Study, check_study
-from cmtmae_scale.tools.study.results import (
+from cmtmae_scale.tools.study.run_results import (
     Accuracy,
     RunResult,
     accuracy_of,

@@ -13,9 +13,9 @@ from typing import Any
 
 from cmtmae_scale.errors import ConfigError, may_pass
 from cmtmae_scale.tools.study.file import Study, is_list_of
-from cmtmae_scale.tools.study.results import (
+from cmtmae_scale.tools.study.results import Results
+from cmtmae_scale.tools.study.run_results import (
     Accuracy,
-    Results,
     RunResult,
     parse_finite,
     recorded_result,

@@ -4,15 +4,8 @@ import os
 import shlex
 
 from cmtmae_scale.tools.study.file import Study
-from cmtmae_scale.tools.study.results import (
-    TUNED,
-    Accuracy,
-    Comparison,
-    Reference,
-    Results,
-    StudyRow,
-    tested_measures,
-)
+from cmtmae_scale.tools.study.results import Comparison, Results, StudyRow, tested_measures
+from cmtmae_scale.tools.study.run_results import TUNED, Accuracy, Reference
 from cmtmae_scale.tools.study.statistics import mean_and_std
 
 SECOND = ("logistic", "k-NN k=10")

@@ -1,7 +1,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,6 @@ from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.demo import learned, masks, photos, teacher
 
 FEW = tuple(p for p in photos.PHOTOGRAPHS if p.name in ("china", "coins"))
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -197,9 +196,7 @@ def test_a_measure_is_called_better_only_above_both_intervals(tmp_path: Path) ->
 
 
 @pytest.fixture
-def begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: None
-) -> Iterator[list[Sequence[str]]]:
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: None) -> list[Sequence[str]]:
     """Commands that the demo begins in an empty folder, without internet; each fails with 1."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(masks, "MOSAICS", {"train": 1})
@@ -212,7 +209,7 @@ def begun(
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(command.subprocess, "run", begin)
-    yield words
+    return words
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

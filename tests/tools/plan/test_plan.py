@@ -327,7 +327,7 @@ def test_sharded_copies_are_gathered_by_blocks(recipe: Path, counted: Counted) -
     assert gathered(*zero, limit) == 2000
 
 
-def test_a_measured_row_gives_the_fraction(recipe: Path, counted: Counted, tmp_path: Path) -> None:
+def test_a_measured_row_gives_the_fraction(recipe: Path, tmp_path: Path) -> None:
     command = (
         f"python launchers/benchmark.py train --config {recipe} --warm-up 5 --sweep "
         "train.micro_batch_size=2,8 train.micro_batch_size=4 backend.precision=bf16"

@@ -7,7 +7,7 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,8 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def screenshot(self, file: Path, clip: Mapping[str, float] | None = None) -> None:
-        options: dict[str, Any] = {"captureBeyondViewport": True}
-        if clip is not None:
-            options["clip"] = {"scale": 1, **clip}
-        shot = self.call("Page.captureScreenshot", format="png", **options)
+    def screenshot(self, file: Path) -> None:
+        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(shot["data"]))
 
     def requests(self) -> list[str]:

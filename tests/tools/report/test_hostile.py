@@ -37,9 +37,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link out", "link to nothing", "folder"])
-def test_only_regular_files_within_the_run_are_read(
-    run_dir: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_regular_files_within_the_run_are_read(run_dir: Path, kind: str) -> None:
     secret = run_dir.parent / "secret"
     secret.write_text(SECRET)
     for name in FILES:

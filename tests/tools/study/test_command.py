@@ -14,7 +14,8 @@ from cmtmae_scale.commands.study import run_study, write_results
 from cmtmae_scale.errors import ConfigError
 from cmtmae_scale.tools.study.curves import PANELS, draw_curves
 from cmtmae_scale.tools.study.file import load_study
-from cmtmae_scale.tools.study.results import POINTS, collect_results
+from cmtmae_scale.tools.study.results import collect_results
+from cmtmae_scale.tools.study.run_results import POINTS
 from cmtmae_scale.tools.study.table import row_command
 from cmtmae_scale.tools.study.work import plan_runs
 from tests.engine.run_case import make_photographs

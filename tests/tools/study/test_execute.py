@@ -36,8 +36,8 @@ def some_run(folder: Path, name: str, *jobs: Job) -> Run:
     return Run(name, 0, folder / name, run.config, jobs, run.linear, run.knn)
 
 
-def script(kind: str, text: str, result: Path, resumable: bool = True) -> Job:
-    return Job(kind, ("-c", text, str(result)), result, result.exists, resumable)
+def script(kind: str, text: str, result: Path) -> Job:
+    return Job(kind, ("-c", text, str(result)), result, result.exists, True)
 
 
 def writes(kind: str, result: Path, also: str = "") -> Job:

@@ -13,7 +13,7 @@ from cmtmae_scale.tools.study.preflight import (
     preflight_study,
     preflight_table,
 )
-from cmtmae_scale.tools.study.results import Accuracy
+from cmtmae_scale.tools.study.run_results import Accuracy
 from cmtmae_scale.tools.study.work import plan_runs
 from tests.tools.study.study_case import NO_TEACHER, hits_of, put_results, study_tree
 
@@ -77,7 +77,7 @@ def test_the_default_candidates_are_those_that_fit_the_recipe(
     assert f"no candidate {no_decoder}: " in caplog.text and "predict_ratio" in caplog.text
 
 
-def test_unusable_recipes_are_refused(recipe: str, tmp_path: Path) -> None:
+def test_unusable_recipes_are_refused(recipe: str) -> None:
     with pytest.raises(ConfigError, match=r"give labelled images with eval.train_path=PATH"):
         preflight_study(recipe, "p", 30, [], [])
     with pytest.raises(ConfigError, match=r"--candidate run.name='a: No closing quotation; close"):

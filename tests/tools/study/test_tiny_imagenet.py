@@ -120,7 +120,7 @@ def test_a_damaged_copy_of_the_archive_is_named(
 
 
 def test_a_download_is_compared_with_size_and_digest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = b"x" * 1000
     waited: list[float] = []
