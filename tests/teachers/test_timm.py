@@ -259,7 +259,7 @@ def test_a_file_of_clip_weights_needs_its_activation() -> None:
     """Loaded with the other activation, features are wrong and every check passes."""
     name = "vit_base_patch16_clip_224"
     text = refusal(timm_config(name, weights="clip.safetensors"))
-    assert text.startswith("teacher.weights=clip.safetensors: a file of CLIP weights does not record")
+    assert text.startswith("teacher.weights=clip.safetensors: a file of CLIP weights does not")
     assert "teacher.model=vit_base_patch16_clip_quickgelu_224 for those of OpenAI" in text
     for model, given in (
         (name, False),
