@@ -249,7 +249,8 @@ def list_folder(root: Path) -> Iterator[Candidate]:
 def walk_files(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
     """Yield the files under a folder; links are followed, but not back to a folder above.
 
-    ``Path.rglob`` skips links to folders, and over folders that cannot be listed.
+    ``Path.rglob`` skips links to folders, and folders that cannot be listed, without an error.
+    Files of every kind are yielded, so that the caller can count those that it does not use.
 
     Raises:
         DataError: for a folder that cannot be listed.
