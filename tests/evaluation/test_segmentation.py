@@ -5,7 +5,6 @@ import os
 import shutil
 import struct
 import tempfile
-import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from cmtmae_scale.evaluation.masks import (
 from cmtmae_scale.evaluation.overlap import count_pixels, mean_iou, score_rows
 from cmtmae_scale.evaluation.propagation import load_frame, open_clips
 from cmtmae_scale.evaluation.segmentation import KnnSegmenter, join_patches, learn_patches, segment
-from cmtmae_scale.runtime import collectives
 from dataloading.errors import DataError, ReadError
 from dataloading.files import open_regular
 from dataloading.torch_decode import make_decode
@@ -52,6 +50,7 @@ from tests.evaluation.dense_case import (
 from tests.evaluation.evaluation_case import world
 from tests.processes import run_ranks
 from tests.references import dense as reference
+from tests.runtime.collectives_case import counted_meetings
 
 READING = ReadOptions(4, 2, "torch")
 CPU = torch.device("cpu")
@@ -277,25 +276,18 @@ def test_a_rank_without_the_folders_ends_all(tmp_path: Path) -> None:
 
 def list_for_long(folder: Path) -> int:
     """Rank 0 lists until the ranks have met twice; returns the number of images."""
-    met, meetings, agree = threading.Event(), 0, collectives.all_ranks_agree
     list_now = masks.list_pairs
+    with counted_meetings(2) as meetings:
 
-    def count(mine: bool) -> bool:
-        nonlocal meetings
-        meetings += 1
-        if meetings == 2:
-            met.set()
-        return agree(mine)
+        def list_slowly(path: Path, part: str) -> MaskedSet:
+            assert meetings.met.wait(15), "the other ranks wait for rank 0 in one collective"
+            return list_now(path, part)
 
-    def list_slowly(path: Path, part: str) -> MaskedSet:
-        assert met.wait(15), "the other ranks wait for rank 0 in one collective"
-        return list_now(path, part)
-
-    collectives.all_ranks_agree, masks.list_pairs = count, list_slowly
-    try:
-        return len(open_masked(str(folder), "train"))
-    finally:
-        collectives.all_ranks_agree, masks.list_pairs = agree, list_now
+        masks.list_pairs = list_slowly
+        try:
+            return len(open_masked(str(folder), "train"))
+        finally:
+            masks.list_pairs = list_now
 
 
 @pytest.mark.gloo
